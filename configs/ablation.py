@@ -1,0 +1,91 @@
+"""Variations of the other configs, one at a time (Memory³ §3.3, §5 and §7).
+
+    python launch/train.py --config=configs/ablation.py:base=wiki_small,stage=continual,kept=4 ...
+    python launch/train.py --config=configs/ablation.py:base=memory3_2b,shape=64x32x80 ...
+
+Options; `as_base` leaves what the base config has:
+
+    base      quickstart|wiki_small|memory3_0p9b|memory3_2b
+    stage     warmup|continual
+    memories  precomputed|online        in continual train: from the bank, or encoded in the step
+    layers    first|middle              memory layers begin at layer 0, or are centred
+    kept      4|8|16                    tokens kept per layer and key-value head
+    weight    exact|approximate         token weight of the writer
+    shift     0|1                       retrieval by a chunk's own text, or the previous chunk's
+    shape     LxNxH                     layers, query heads and head dim of memory3_2b, at 2.1–2.4B
+                                        parameters; the first half of the layers has memories
+
+What to expect: of the shapes the paper found L:N near 1 to learn fastest, and head dims up to 64 to
+spike more often. For the others it gives no figures. Which shapes it compared, it does not say:
+these are ours.
+
+Hardware and time: those of the base config. None of these runs has been done yet.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+import m3jax.config
+
+AS_BASE = "as_base"
+VARIED = ("memories", "layers", "kept", "weight", "shift", "shape")
+
+# Layers x query heads x head dim: L:N from 0.6 to 2.0, head dims of 64 to 128.
+SHAPES = ("64x32x80", "64x40x64", "44x32x96", "42x24x128", "44x48x64", "30x48x80")
+
+OPTIONS = {
+    "base": ("quickstart", "wiki_small", "memory3_0p9b", "memory3_2b"),
+    "stage": ("warmup", "continual"),
+    "memories": (AS_BASE, "precomputed", "online"),
+    "layers": (AS_BASE, "first", "middle"),
+    "kept": (AS_BASE, 4, 8, 16),
+    "weight": (AS_BASE, "exact", "approximate"),
+    "shift": (AS_BASE, 0, 1),
+    "shape": (AS_BASE, *SHAPES),
+}
+
+
+def get_config(options: str = "") -> ConfigDict:
+    """The config; `options` is the text after the colon of `--config=configs/ablation.py:…`."""
+    chosen = m3jax.config.parse_options(options, **OPTIONS)
+    config = _base(chosen["base"], chosen["stage"])
+    if config.memory.source == "none":
+        chosen["memories"] = AS_BASE  # warmup reads none
+    varied = [f"{option}-{chosen[option]}" for option in VARIED if chosen[option] != AS_BASE]
+    config.name = "-".join([chosen["base"], *varied])
+    if chosen["memories"] != AS_BASE:
+        config.memory.source = chosen["memories"]
+    if chosen["shape"] != AS_BASE:
+        _set_shape(config, chosen["base"], chosen["shape"])
+    if chosen["layers"] != AS_BASE:
+        spare = config.model.layers - config.memory.layers
+        config.memory.first_layer = spare // 2 if chosen["layers"] == "middle" else 0
+    if chosen["kept"] != AS_BASE:
+        config.memory.kept_tokens = chosen["kept"]
+    if chosen["weight"] != AS_BASE:
+        config.memory.selection = chosen["weight"]
+    if chosen["shift"] != AS_BASE:
+        config.retrieval.shift = chosen["shift"]
+    return m3jax.config.validate(config)
+
+
+def _base(name: str, stage: str) -> ConfigDict:
+    """Builds a config of this folder, which is no package: config files are loaded by path."""
+    file = runpy.run_path(str(Path(__file__).with_name(f"{name}.py")))
+    return file["get_config"](f"stage={stage}")
+
+
+def _set_shape(config: ConfigDict, base: str, shape: str) -> None:
+    if base != "memory3_2b":
+        raise m3jax.config.ConfigError(
+            f"config option 'shape={shape}' is a variant of base=memory3_2b, not of base={base};"
+            " choose that base or leave shape out"
+        )
+    layers, heads, head_dim = (int(part) for part in shape.split("x"))
+    config.model.layers = layers
+    config.model.query_heads = heads
+    config.model.head_dim = head_dim
+    config.model.hidden = config.model.mlp_width = heads * head_dim
+    config.memory.layers = layers // 2

@@ -1,0 +1,83 @@
+"""Memory3-2B: the shape and training settings of Memory³ (arXiv 2407.01178, §3 and §5).
+
+    python launch/train.py --config=configs/memory3_2b.py --workdir=DIR
+    python launch/train.py --config=configs/memory3_2b.py:stage=continual --workdir=DIR \\
+        --init_from=DIR/warmup
+    python launch/train.py --config=configs/memory3_2b.py:stage=continual,memories=online ...
+
+Options: stage=warmup|continual, memories=precomputed|online (in continual train: from the bank, or
+encoded in the step with gradient, as the paper did).
+
+2.433e9 parameters without embeddings, steps of 4.19M tokens. The paper planned 4T tokens of warmup
+(it ended at 3.1T, before a divergence) and used 120B of continual train. The average of its seven
+tasks after fine-tuning was 63.31 with memory and 60.80 without.
+
+Hardware and time: made for a TPU v5e-256; compiled for one (7.7 GB a chip in warmup, 8.0 GB with
+precomputed and 12.6 GB with online memories), but never run. Counted useful work of a step is
+7.34e16 FLOP (warmup), 7.35e16 (precomputed), 1.33e17 (online): 1.45, 1.46 and 2.64 s at peak.
+
+The paper does not state learning rates, rise and Adam settings of the two stages; those are ours.
+"""
+
+from ml_collections import ConfigDict
+
+import m3jax.config
+
+OPTIONS = {"stage": ("warmup", "continual"), "memories": ("precomputed", "online")}
+
+
+def get_config(options: str = "") -> ConfigDict:
+    """The config; `options` is the text after the colon of `--config=configs/memory3_2b.py:…`."""
+    chosen = m3jax.config.parse_options(options, **OPTIONS)
+    config = m3jax.config.default()
+    config.name = "memory3_2b"
+    config.stage = chosen["stage"]
+
+    config.model.layers = 44
+    config.model.query_heads = 40
+    config.model.kv_heads = 8
+    config.model.head_dim = 80
+    config.model.hidden = 3200
+    config.model.mlp_width = 3200
+    config.model.vocabulary = 60_416  # 60 299 entries, rounded up to a multiple of 128
+    config.model.param_dtype = "bfloat16"
+    config.model.compute_dtype = "bfloat16"
+    config.model.remat = "full"
+
+    config.memory.first_layer = 0
+    config.memory.layers = 22
+    config.memory.reference_length = 128
+    config.memory.kept_tokens = 8
+    config.memory.chunk_length = 64
+    config.memory.per_chunk = 1
+    config.memory.window = 5
+    config.memory.per_prompt_chunk = 5
+
+    config.writer.batch_references = 4096
+    config.text.vocabulary = 60_299
+    config.text.shards = 1024
+
+    config.data.row_length = 2048
+    config.data.batch_rows = 2048
+    config.data.threads = 16
+    config.evaluation.batch_rows = 256
+
+    config.optimizer.learning_rate = 4e-4
+    config.optimizer.rise_steps = 2000
+    config.optimizer.schedule = "wsd"
+    config.optimizer.weight_decay = 0.1
+
+    config.train.steps = 953_674  # 4T tokens
+    config.train.checkpoint_every = 1000
+    config.train.keep_every = 10_000  # a divergence is answered by going back
+    config.train.evaluate_every = 1000
+    # 3200 = 2⁷·25: 32 shards of 100 rows pad nothing, 128 or 256 would.
+    config.mesh.data = 8
+    config.mesh.fsdp = -1
+
+    if config.stage == "continual":
+        config.memory.source = chosen["memories"]
+        config.optimizer.learning_rate = 1e-4
+        config.optimizer.rise_steps = 500
+        config.train.steps = 28_610  # 120B tokens
+    return m3jax.config.validate(config)

@@ -1,0 +1,73 @@
+"""The quickstart: facts about invented people, two stages, minutes on a laptop CPU.
+
+    bash launch/quickstart.sh
+
+runs every step through the same code paths as a real run, with this config
+(`configs/quickstart.py:stage=warmup`, then `stage=continual`). `stage=scratch` trains with (online)
+memories from the start, for `launch/quickstart.py --compare_from_scratch` (Memory³ §6.1).
+"""
+
+import m3jax.config
+
+OPTIONS = {"stage": ("warmup", "continual", "scratch")}
+
+# The invented world (m3jax/text/people.py).
+WORLD = {"names": 256, "people": 2000, "unseen": 144, "values": 16, "facts": 2}
+
+
+def get_config(options: str = "") -> m3jax.config.ConfigDict:
+    """The config; `options` is the text after the colon of `--config=configs/quickstart.py:…`."""
+    chosen = m3jax.config.parse_options(options, **OPTIONS)
+    config = m3jax.config.default()
+    config.name = "quickstart"
+    config.stage = chosen["stage"]
+
+    config.model.layers = 4
+    config.model.query_heads = 4
+    config.model.kv_heads = 4
+    config.model.head_dim = 32
+    config.model.hidden = 128
+    config.model.mlp_width = 256
+    config.model.vocabulary = 1280
+    config.model.rope_base = 1000.0
+    config.model.tied_embeddings = True
+    config.model.embedding_scale = 6.0
+    config.model.attention = "naive"
+    config.model.prefix = "always"
+
+    config.memory.layers = 2
+    config.memory.reference_length = 9
+    config.memory.kept_tokens = 8
+    config.memory.chunk_length = 10
+    config.memory.dtype = "float32"
+
+    config.text.vocabulary = 1280
+    config.text.shards = 1
+    config.text.validation_share = 0.01
+    config.retrieval.ids = "stored"
+    config.retrieval.overlap_evaluation = 1.0  # the answer's own reference is what is asked for
+
+    config.data.row_length = 60
+    config.data.packing = "document"
+    config.data.batch_rows = 16
+    config.data.threads = 2
+
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.rise_steps = 50
+    config.optimizer.fall_share = 0.0
+    config.optimizer.beta2 = 0.98
+    config.optimizer.weight_decay = 0.0
+    config.train.steps = 3000
+    config.train.checkpoint_every = 500
+    config.train.evaluate_every = 500
+    if config.stage != "warmup":
+        config.memory.source = "precomputed"
+        config.memory.dropout = 0.15
+        config.optimizer.fall_share = 0.4
+        config.train.steps = 400
+        config.train.checkpoint_every = 100
+        config.train.evaluate_every = 100
+    if config.stage == "scratch":
+        config.memory.source = "online"
+        config.optimizer.fall_share = 0.1
+    return m3jax.config.validate(config)

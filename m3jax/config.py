@@ -1,0 +1,417 @@
+"""Every configuration field of m3jax, declared once, with its meaning, unit and accepted values.
+
+A file in `configs/` calls `default()`, changes fields and returns the result; `validate` refuses
+what cannot work before anything is allocated. Paths are never part of a config: they are flags of
+the launch scripts.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ml_collections import ConfigDict as ConfigDict
+
+# One entry per field: (default, meaning and unit, accepted values or None).
+# Accepted values are a tuple of choices, or a (low, high) pair written as a string interval.
+_FIELDS: dict[str, tuple[Any, str, Any]] = {
+    "name": ("m3jax", "name of the run, used in logs and plots", None),
+    "stage": ("warmup", "training stage; also the name of its folder in the workdir", None),
+    "seed": (0, "seed of the parameters, the data order and memory dropout", "[0, inf)"),
+    # -- model ------------------------------------------------------------------------------------
+    "model.layers": (4, "transformer blocks L", "[1, inf)"),
+    "model.query_heads": (4, "query heads N", "[1, inf)"),
+    "model.kv_heads": (4, "key-value heads K; divides query_heads (GQA)", "[1, inf)"),
+    "model.head_dim": (32, "width H of one head; even (RoPE)", "[2, inf)"),
+    "model.hidden": (128, "hidden width D", "[1, inf)"),
+    "model.mlp_width": (256, "width F of the gated MLP", "[1, inf)"),
+    "model.vocabulary": (
+        1024,
+        "rows V of the embedding and LM head; ≥ the tokenizer's",
+        "[5, inf)",
+    ),
+    "model.rope_base": (10000.0, "base of the RoPE frequencies", "(0, inf)"),
+    "model.norm_epsilon": (1e-5, "epsilon of RMSNorm", "(0, 1)"),
+    "model.tied_embeddings": (False, "LM head shares the embedding matrix", None),
+    "model.embedding_scale": (1.0, "factor on embedding outputs", "(0, inf)"),
+    "model.attention_bias": (False, "biases on query, key and value (as Qwen2 has)", None),
+    "model.previous_token_head": (
+        0.0,
+        "0, or the size of query/key biases that start one key-value head of the first layer as a"
+        " previous-token head (needs attention_bias); a shortcut for tiny models",
+        "[0, inf)",
+    ),
+    "model.init_exponent": (
+        -0.5,
+        "weights start with standard deviation fan_in ** this",
+        "[-2, 0]",
+    ),
+    "model.param_dtype": ("float32", "dtype of parameters", ("float32", "bfloat16")),
+    "model.compute_dtype": ("float32", "dtype of activations", ("float32", "bfloat16")),
+    "model.attention": ("blocked", "attention implementation", ("naive", "blocked")),
+    "model.attention_block": (
+        256,
+        "queries per block of the blocked attention, tokens",
+        "[1, inf)",
+    ),
+    "model.remat": (
+        "none",
+        "what the backward pass recomputes: nothing, all but matrix products, or everything",
+        ("none", "dots", "full"),
+    ),
+    "model.prefix": (
+        "with_memory",
+        "where rows begin with the constant prefix `<s>Reference:`: in stages with memory (the"
+        " paper), or in all stages, so that the writer has seen the marker during warmup",
+        ("with_memory", "always"),
+    ),
+    # -- memory -----------------------------------------------------------------------------------
+    "memory.source": (
+        "none",
+        "where a batch gets memories: none (warmup), precomputed (the bank), online (encoded in"
+        " the step, with gradient)",
+        ("none", "precomputed", "online"),
+    ),
+    "memory.first_layer": (0, "first memory layer", "[0, inf)"),
+    "memory.layers": (2, "memory layers, counted from first_layer", "[1, inf)"),
+    "memory.reference_length": (
+        128,
+        "most tokens W of a reference, prefix not counted",
+        "[1, inf)",
+    ),
+    "memory.kept_tokens": (8, "tokens P kept per layer and key-value head", "[1, inf)"),
+    "memory.chunk_length": (64, "tokens Q of a chunk; divides data.row_length", "[1, inf)"),
+    "memory.per_chunk": (1, "memories M each training chunk retrieves", "[1, inf)"),
+    "memory.window": (
+        5,
+        "chunks whose memories a training query reads: its own and the window − 1 before it",
+        "[1, inf)",
+    ),
+    "memory.per_prompt_chunk": (5, "memories a prompt chunk retrieves at inference", "[1, inf)"),
+    "memory.selection": (
+        "exact",
+        "token weight of the writer: sum of softmax attention, or of exp scores (Memory³ §3.3)",
+        ("exact", "approximate"),
+    ),
+    "memory.dropout": (
+        0.0,
+        "share of chunks whose memories are hidden in training, so that copying from the context"
+        " is not forgotten",
+        "[0, 1)",
+    ),
+    "memory.dtype": ("bfloat16", "dtype of memories in the bank", ("float32", "bfloat16")),
+    # -- writer -----------------------------------------------------------------------------------
+    "writer.batch_references": (256, "references encoded by one call of the writer", "[1, inf)"),
+    "writer.shard_memories": (256, "memories per shard file of the bank", "[1, inf)"),
+    # -- text -------------------------------------------------------------------------------------
+    "text.vocabulary": (
+        1024,
+        "most entries of the trained tokenizer, specials included",
+        "[260, inf)",
+    ),
+    "text.min_frequency": (2, "least count of a pair that the tokenizer merges", "[1, inf)"),
+    "text.tokenizer_bytes": (200_000_000, "bytes of text the tokenizer is trained on", "[1, inf)"),
+    "text.validation_share": (
+        0.01,
+        "share of documents, by hash, held out for validation",
+        "[0, 1)",
+    ),
+    "text.shards": (4, "ArrayRecord shards of the token corpus", "[1, 100000)"),
+    # -- retrieval --------------------------------------------------------------------------------
+    "retrieval.ids": (
+        "search",
+        "where a training chunk's references come from: searched in the pipeline, or stored with"
+        " the documents",
+        ("search", "stored"),
+    ),
+    "retrieval.shift": (
+        0,
+        "whose text is a chunk's query in training: 0 its own, 1 the previous chunk's (causal)",
+        (0, 1),
+    ),
+    "retrieval.embedder": ("lexical", "embedder of queries and references", ("lexical",)),
+    "retrieval.dimension": (512, "width of the lexical embedding", "[8, inf)"),
+    "retrieval.candidates": (16, "references fetched before the overlap filter", "[1, inf)"),
+    "retrieval.overlap_train": (
+        0.9,
+        "references above this overlap with their row are dropped",
+        "(0, 1]",
+    ),
+    "retrieval.overlap_evaluation": (2 / 3, "the same against an evaluation question", "(0, 1]"),
+    "retrieval.exact_below": (1000, "references up to which search is exact", "[0, inf)"),
+    # -- data -------------------------------------------------------------------------------------
+    "data.row_length": (2048, "tokens T of a row", "[1, inf)"),
+    "data.batch_rows": (16, "rows B of a step, over all hosts", "[1, inf)"),
+    "data.packing": (
+        "concat",
+        "how documents fill rows: one after the other and cut, or each in rows of its own, padded",
+        ("concat", "document"),
+    ),
+    "data.threads": (4, "threads that load batches", "[1, 1024]"),
+    "data.prefetch": (4, "batches loaded ahead", "[1, 1024]"),
+    # -- optimizer --------------------------------------------------------------------------------
+    "optimizer.name": (
+        "adamw",
+        "update rule; muon for matrices, adamw for the rest",
+        ("adamw", "muon"),
+    ),
+    "optimizer.learning_rate": (1e-3, "peak learning rate", "(0, inf)"),
+    "optimizer.muon_learning_rate": (0.01, "peak learning rate of Muon's matrices", "(0, inf)"),
+    "optimizer.schedule": (
+        "wsd",
+        "linear rise, then constant and a fast fall (warmup-stable-decay), or cosine",
+        ("wsd", "cosine"),
+    ),
+    "optimizer.rise_steps": (100, "steps of the linear rise", "[0, inf)"),
+    "optimizer.fall_share": (0.1, "share of all steps in which wsd falls", "[0, 1]"),
+    "optimizer.final_share": (0.0, "last learning rate as a share of the peak", "[0, 1]"),
+    "optimizer.beta1": (0.9, "decay of the first moment", "[0, 1)"),
+    "optimizer.beta2": (0.95, "decay of the second moment", "[0, 1)"),
+    "optimizer.epsilon": (1e-8, "Adam's epsilon", "(0, 1)"),
+    "optimizer.weight_decay": (
+        0.1,
+        "decoupled weight decay; norms and biases have none",
+        "[0, inf)",
+    ),
+    "optimizer.clip_norm": (
+        1.0,
+        "global gradient norm above which gradients are scaled down",
+        "(0, inf)",
+    ),
+    # -- train ------------------------------------------------------------------------------------
+    "train.steps": (1000, "optimizer steps of the stage", "[1, inf)"),
+    "train.microbatches": (1, "parts a batch is split into, gradients added up", "[1, inf)"),
+    "train.log_every": (10, "steps between two lines of metrics", "[1, inf)"),
+    "train.checkpoint_every": (500, "steps between two checkpoints", "[1, inf)"),
+    "train.keep_last": (2, "newest checkpoints kept", "[1, inf)"),
+    "train.keep_every": (
+        0,
+        "checkpoints at multiples of this step are kept forever; 0 = none",
+        "[0, inf)",
+    ),
+    "train.evaluate_every": (500, "steps between two evaluations; 0 = never", "[0, inf)"),
+    # -- evaluation -------------------------------------------------------------------------------
+    "evaluation.batches": (8, "validation batches of an evaluation", "[1, inf)"),
+    "evaluation.batch_rows": (16, "rows of an evaluation batch", "[1, inf)"),
+    "evaluation.shift": (1, "retrieval_shift of reported losses", (0, 1)),
+    # -- mesh -------------------------------------------------------------------------------------
+    "mesh.data": (1, "data-parallel replicas", "[1, inf)"),
+    "mesh.fsdp": (
+        -1,
+        "devices over which parameters are sharded; -1 = all that are left",
+        "[-1, inf)",
+    ),
+    "mesh.tensor": (1, "devices over which heads and MLP width are split", "[1, inf)"),
+}
+
+
+class ConfigError(ValueError):
+    """A config that cannot work. The message names the field, its value and what is accepted."""
+
+
+def default() -> ConfigDict:
+    """A config with every field at its default, locked against unknown fields."""
+    config = ConfigDict()
+    for path, (value, _, _) in _FIELDS.items():
+        node, *rest = path.split(".")
+        if rest:
+            if node not in config:
+                config[node] = ConfigDict()
+            config[node][rest[0]] = value
+        else:
+            config[node] = value
+    return config.lock()
+
+
+def describe() -> str:
+    """All fields with default, accepted values and meaning, for `--help` and the docs."""
+    lines = []
+    for path, (value, meaning, accepted) in _FIELDS.items():
+        allowed = (
+            f"; one of {', '.join(map(repr, accepted))}" if isinstance(accepted, tuple) else ""
+        )
+        allowed = f"; in {accepted}" if isinstance(accepted, str) else allowed
+        lines.append(f"{path} = {value!r}{allowed}\n    {meaning}")
+    return "\n".join(lines)
+
+
+def _flatten(config: ConfigDict) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat.update({f"{key}.{sub}": leaf for sub, leaf in value.items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def _inside(value: float, interval: str) -> bool:
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    return above and (value <= high if interval[-1] == "]" else value < high)
+
+
+def _check_field(path: str, value: Any) -> None:
+    initial, meaning, accepted = _FIELDS[path]
+    kind = type(initial)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    right_type = is_number if kind is float else type(value) is kind
+    if not right_type:
+        raise ConfigError(
+            f"config.{path} = {value!r} has type {type(value).__name__}; expected {kind.__name__}"
+            f" ({meaning})"
+        )
+    if isinstance(accepted, tuple) and value not in accepted:
+        raise ConfigError(f"config.{path} = {value!r}; accepted: {', '.join(map(repr, accepted))}")
+    if isinstance(accepted, str) and not _inside(value, accepted):
+        raise ConfigError(f"config.{path} = {value!r}; accepted: {accepted} ({meaning})")
+
+
+def _require(condition: bool, field: str, value: Any, why: str) -> None:
+    if not condition:
+        raise ConfigError(f"config.{field} = {value!r}: {why}")
+
+
+def validate(config: ConfigDict) -> ConfigDict:
+    """Returns the config, or raises `ConfigError` naming the field, its value and the remedy."""
+    flat = _flatten(config)
+    for path in flat:
+        if path not in _FIELDS:
+            section = path.split(".")[0] if "." in path else ""
+            known = [name for name in _FIELDS if name.startswith(section + ".")] or list(_FIELDS)
+            raise ConfigError(f"config.{path} is not a field; known: {', '.join(known)}")
+    for path in _FIELDS:
+        if path not in flat:
+            raise ConfigError(f"config.{path} is missing; start from m3jax.config.default()")
+        _check_field(path, flat[path])
+
+    model, memory, data, train = config.model, config.memory, config.data, config.train
+    _require(
+        model.query_heads % model.kv_heads == 0,
+        "model.kv_heads",
+        model.kv_heads,
+        f"must divide model.query_heads = {model.query_heads}",
+    )
+    _require(model.head_dim % 2 == 0, "model.head_dim", model.head_dim, "must be even (RoPE)")
+    _require(
+        model.previous_token_head == 0 or model.attention_bias,
+        "model.previous_token_head",
+        model.previous_token_head,
+        "needs model.attention_bias = True",
+    )
+    _require(
+        memory.first_layer + memory.layers <= model.layers,
+        "memory.layers",
+        memory.layers,
+        f"memory layers {memory.first_layer}…{memory.first_layer + memory.layers - 1} do not exist;"
+        f" model.layers = {model.layers}",
+    )
+    _require(
+        data.row_length % memory.chunk_length == 0,
+        "data.row_length",
+        data.row_length,
+        f"must be a multiple of memory.chunk_length = {memory.chunk_length}",
+    )
+    _require(
+        memory.kept_tokens <= memory.reference_length,
+        "memory.kept_tokens",
+        memory.kept_tokens,
+        f"a reference has at most memory.reference_length = {memory.reference_length} tokens",
+    )
+    _require(
+        data.batch_rows % train.microbatches == 0,
+        "train.microbatches",
+        train.microbatches,
+        f"must divide data.batch_rows = {data.batch_rows}",
+    )
+    _require(
+        config.text.vocabulary <= model.vocabulary,
+        "model.vocabulary",
+        model.vocabulary,
+        f"must be at least text.vocabulary = {config.text.vocabulary}",
+    )
+    _require(
+        config.retrieval.ids != "stored" or data.packing == "document",
+        "retrieval.ids",
+        config.retrieval.ids,
+        "ids stored with documents need data.packing = 'document', whose rows begin with one",
+    )
+    _require(
+        config.retrieval.candidates >= max(memory.per_chunk, memory.per_prompt_chunk),
+        "retrieval.candidates",
+        config.retrieval.candidates,
+        "must be at least memory.per_chunk and memory.per_prompt_chunk",
+    )
+    _require(
+        config.optimizer.rise_steps <= train.steps,
+        "optimizer.rise_steps",
+        config.optimizer.rise_steps,
+        f"is longer than train.steps = {train.steps}",
+    )
+    _require(config.mesh.fsdp != 0, "mesh.fsdp", config.mesh.fsdp, "must be -1 or at least 1")
+    _require(
+        config.stage != "" and "/" not in config.stage,
+        "stage",
+        config.stage,
+        "names a folder of the workdir: not empty, no slash",
+    )
+    return config
+
+
+# The constant prefix `<s>Reference:` as tokens; m3jax.text.tokenizer reserves these entries.
+PREFIX_TOKENS = (1, 2)
+
+
+def uses_prefix(config: ConfigDict) -> bool:
+    """Whether rows of this stage begin with the constant prefix."""
+    return config.model.prefix == "always" or config.memory.source != "none"
+
+
+def prefix_tokens(config: ConfigDict) -> tuple[int, ...]:
+    """The prefix of this stage's rows; references always have `PREFIX_TOKENS`."""
+    return PREFIX_TOKENS if uses_prefix(config) else ()
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as stable, readable JSON."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
+
+
+def from_json(text: str) -> ConfigDict:
+    """The inverse of `to_json`. Unknown or missing fields raise `ConfigError`."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"not a config: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"not a config: expected a JSON object, found {text[:40]!r}")
+    return validate(ConfigDict(values)).lock()
+
+
+def parse_options(text: str, **accepted: Any) -> dict[str, Any]:
+    """Parses the part of `--config=file.py:TEXT` after the colon.
+
+    Args:
+      text: comma-separated words, `name=value` or a bare value of one of the options.
+      **accepted: for each option its default first, then its other values: a tuple.
+
+    Returns:
+      The chosen value of every option, of the same type as its default.
+
+    Raises:
+      ConfigError: an unknown option or value; the message lists what is accepted.
+    """
+    chosen = {name: values[0] for name, values in accepted.items()}
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = word.rpartition("=")
+        matches = [
+            (option, choice)
+            for option, choices in accepted.items()
+            for choice in choices
+            if str(choice) == value and name in ("", option)
+        ]
+        if len(matches) != 1:
+            listed = "; ".join(f"{o}={'|'.join(map(str, c))}" for o, c in accepted.items())
+            raise ConfigError(f"config option {word!r} is unknown or ambiguous; accepted: {listed}")
+        chosen[matches[0][0]] = matches[0][1]
+    return chosen

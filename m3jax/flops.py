@@ -1,0 +1,308 @@
+"""FLOPs, parameters and bytes of every path, counted from the config.
+
+A multiplication and an addition are two FLOP. Two kinds of counts live here. The **cost model**
+(Memory³ §2 and appendix) reproduces the paper's formulas: what a reference of full length costs in
+each of the three formats of knowledge. The **useful work** of m3jax's own programs (`train_step`,
+`forward`, `writer`) counts the matrix products that the method asks for and nothing else: causal
+attention exactly, no recomputation, no masked or padded work, no norms, softmaxes or optimizer.
+Model FLOPs utilisation is `train_step(config) / (seconds · devices · peak)`. XLA's own cost
+analysis cannot serve: it counts a loop once and a custom kernel not at all.
+
+Widths: D hidden, N·H all query heads, K·H all key-value heads, F MLP.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+PREFIX_TOKENS = 2  # `<s>` and `Reference:`, keys in front of every row and reference
+
+# Dense matrix products in bfloat16, FLOP/s of one device, from the vendors' data sheets. The first
+# entry whose key is part of the lower-case device kind counts.
+_PEAK_FLOPS: tuple[tuple[str, float], ...] = (
+    ("tpu v4 lite", 138e12),  # v4i; before "tpu v4"
+    ("tpu v4", 275e12),
+    ("tpu v5 lite", 197e12),
+    ("tpu v5e", 197e12),
+    ("tpu v5", 459e12),  # v5p reports "TPU v5"
+    ("tpu v6 lite", 918e12),
+    ("tpu v6e", 918e12),
+    ("a100", 312e12),
+    ("h100 pcie", 756e12),
+    ("h100 nvl", 835e12),
+    ("h100", 989.4e12),
+    ("h200 nvl", 835e12),
+    ("h200", 989.4e12),
+)
+
+
+# -- parameters ------------------------------------------------------------------------------------
+class Parameters(NamedTuple):
+    """Counts of parameters; `non_embedding` leaves out the embedding and the LM head."""
+
+    non_embedding: int
+    total: int
+
+
+def parameters(config: ConfigDict) -> Parameters:
+    """Parameters of the model, norms and biases included (method: L(2D² + 2·D·H·K + 3DF))."""
+    model = config.model
+    biases = _query_width(config) + 2 * _kv_width(config) if model.attention_bias else 0
+    norms = 2 * model.hidden
+    layer = _projection_weights(config) + _mlp_weights(config) + biases + norms
+    non_embedding = model.layers * layer + model.hidden
+    tables = 1 if model.tied_embeddings else 2
+    return Parameters(non_embedding, non_embedding + tables * model.vocabulary * model.hidden)
+
+
+def _query_width(config: ConfigDict) -> int:
+    return config.model.query_heads * config.model.head_dim
+
+
+def _kv_width(config: ConfigDict) -> int:
+    return config.model.kv_heads * config.model.head_dim
+
+
+def _projection_weights(config: ConfigDict) -> int:
+    """Weights of one layer's query, output, key and value projections."""
+    return 2 * config.model.hidden * (_query_width(config) + _kv_width(config))
+
+
+def _mlp_weights(config: ConfigDict) -> int:
+    return 3 * config.model.hidden * config.model.mlp_width
+
+
+# -- the paper's cost model ------------------------------------------------------------------------
+def implicit_write(config: ConfigDict) -> float:
+    """FLOP to train once on a reference inside a row: the floor of writing it into parameters."""
+    model, length = config.model, config.memory.reference_length
+    layer = length * (_projection_weights(config) + _mlp_weights(config))
+    layer += 2 * length * (config.data.row_length / 2) * _query_width(config)
+    return 6 * (model.layers * layer + length * model.vocabulary * model.hidden)
+
+
+def explicit_write(config: ConfigDict) -> float:
+    """FLOP to write one explicit memory: layers up to the last memory layer, without its MLP."""
+    length, width = config.memory.reference_length, _query_width(config)
+    layers = config.memory.first_layer + config.memory.layers
+    attention = layers * (length * _projection_weights(config) + length**2 * width)
+    selection = config.memory.layers * length**2 * width
+    return 2.0 * (attention + (layers - 1) * length * _mlp_weights(config) + selection)
+
+
+def explicit_read(config: ConfigDict) -> float:
+    """FLOP for one chunk to attend to one explicit memory."""
+    memory = config.memory
+    pairs = memory.chunk_length * memory.kept_tokens
+    return 2.0 * memory.layers * 2 * pairs * _query_width(config)
+
+
+def text_read(config: ConfigDict) -> float:
+    """FLOP for one chunk to read a reference as text in its context, as RAG does at every use."""
+    model, memory = config.model, config.memory
+    length = memory.reference_length
+    keys = length / 2 + memory.chunk_length
+    layer = length * _projection_weights(config) + 2 * length * keys * _query_width(config)
+    return 2 * (model.layers * layer + (model.layers - 1) * length * _mlp_weights(config))
+
+
+def usage_interval(config: ConfigDict) -> tuple[float, float]:
+    """Expected uses (low, high) of a piece of knowledge between which explicit memory is cheapest.
+
+    Below `low` reading text is cheaper, above `high` training it into the parameters is.
+    """
+    write, read = explicit_write(config), explicit_read(config)
+    return write / (text_read(config) - read), (implicit_write(config) - write) / read
+
+
+def row_generation(config: ConfigDict, tokens: int = 256) -> float:
+    """FLOP of the layers, without the LM head, to process a row of `tokens` tokens, no memories."""
+    products = tokens * (_projection_weights(config) + _mlp_weights(config))
+    attention = 2 * tokens * (tokens / 2) * _query_width(config)
+    return 2 * config.model.layers * (products + attention)
+
+
+def prompt_read_share(config: ConfigDict, tokens: int = 256) -> float:
+    """FLOP of reading all memories of a row of `tokens` tokens, over its `row_generation`."""
+    memories = tokens // config.memory.chunk_length * config.memory.per_prompt_chunk
+    return memories * explicit_read(config) / row_generation(config, tokens)
+
+
+# -- storage ---------------------------------------------------------------------------------------
+def memory_bytes(config: ConfigDict, bytes_per_vector: float | None = None) -> float:
+    """Bytes of one explicit memory with all its slots filled.
+
+    Args:
+      config: a validated config.
+      bytes_per_vector: bytes of one key or value vector; default H numbers of `memory.dtype`. The
+        paper's vector quantizer stores 14.
+    """
+    memory, model = config.memory, config.model
+    if bytes_per_vector is None:
+        bytes_per_vector = model.head_dim * jnp.dtype(memory.dtype).itemsize
+    return 2 * memory.layers * model.kv_heads * memory.kept_tokens * bytes_per_vector
+
+
+def full_memory_bytes(config: ConfigDict) -> float:
+    """Bytes of all keys and values of a reference: every layer, query head and token."""
+    vector = config.model.head_dim * jnp.dtype(config.memory.dtype).itemsize
+    heads = config.model.layers * config.model.query_heads
+    return 2 * heads * config.memory.reference_length * vector
+
+
+def bank_bytes(
+    config: ConfigDict, references: float, bytes_per_vector: float | None = None
+) -> float:
+    """Bytes of the memories of a bank; arguments as in `memory_bytes`."""
+    return references * memory_bytes(config, bytes_per_vector)
+
+
+def sparsity_factors(config: ConfigDict, bytes_per_vector: float | None = None) -> dict[str, float]:
+    """How many times smaller each dimension of a memory is kept, and their product `total`."""
+    model, memory = config.model, config.memory
+    vector = model.head_dim * jnp.dtype(memory.dtype).itemsize
+    return {
+        "layers": model.layers / memory.layers,
+        "heads": model.query_heads / model.kv_heads,
+        "tokens": memory.reference_length / memory.kept_tokens,
+        "vector": vector / (bytes_per_vector or vector),
+        "total": full_memory_bytes(config) / memory_bytes(config, bytes_per_vector),
+    }
+
+
+# -- useful work of our programs -------------------------------------------------------------------
+def forward(
+    config: ConfigDict,
+    rows: int | None = None,
+    row_length: int | None = None,
+    *,
+    prefix_tokens: int | None = None,
+) -> float:
+    """FLOP of the logits of `rows` rows that read memories unless `memory.source` is none.
+
+    References encoded in the step (`memory.source = online`) are counted too. Hidden memories
+    (`memory.dropout`) count as read: the kernels compute them.
+
+    Args:
+      config: a validated config.
+      rows: default `data.batch_rows`.
+      row_length: tokens of a row, a multiple of `memory.chunk_length` where there are memories;
+        default `data.row_length`.
+      prefix_tokens: default PREFIX_TOKENS where rows begin with the prefix, else 0.
+    """
+    rows = config.data.batch_rows if rows is None else rows
+    tokens = config.data.row_length if row_length is None else row_length
+    total = _context_forward(config, rows, tokens, prefix_tokens)
+    if config.memory.source == "online":
+        total += _encode(config, _row_references(config, rows, tokens))
+    return total
+
+
+def train_step(config: ConfigDict) -> float:
+    """Useful FLOP of one optimizer step over the whole batch: forward, and backward at twice that.
+
+    What recomputation (`model.remat`) and accumulation (`train.microbatches`) do costs time, not
+    useful work. In online training the selection of tokens has no gradient: its scores, and the
+    last memory layer's reference queries, which serve nothing else, count in the forward only.
+    """
+    rows, tokens = config.data.batch_rows, config.data.row_length
+    total = 3 * _context_forward(config, rows, tokens, None)
+    if config.memory.source == "online":
+        references = _row_references(config, rows, tokens)
+        total += 3 * _encode(config, references) - 2 * _selection(config, references)
+    return total
+
+
+def writer(config: ConfigDict, references: int) -> float:
+    """FLOP to write the memories of `references` references, all of full length."""
+    return _encode(config, references)
+
+
+def _row_references(config: ConfigDict, rows: int, tokens: int) -> int:
+    return rows * (tokens // config.memory.chunk_length) * config.memory.per_chunk
+
+
+def _context_forward(
+    config: ConfigDict, rows: int, tokens: int, prefix_tokens: int | None
+) -> float:
+    model, memory = config.model, config.memory
+    with_memory = memory.source != "none"
+    if prefix_tokens is None:
+        prefix_tokens = PREFIX_TOKENS if with_memory or model.prefix == "always" else 0
+    pairs = tokens * (tokens + 1) // 2 + tokens * prefix_tokens  # causal triangle, prefix
+    weights = model.layers * (_projection_weights(config) + _mlp_weights(config))
+    products = tokens * (weights + model.hidden * model.vocabulary)
+    attention = 2 * model.layers * pairs * _query_width(config)
+    if with_memory:
+        attention += 2 * memory.layers * _memory_pairs(config, tokens) * _query_width(config)
+    return 2.0 * rows * (products + attention)
+
+
+def _memory_pairs(config: ConfigDict, tokens: int) -> int:
+    """(query, memory key) pairs of a row: chunk c reads those of min(c + 1, window) chunks."""
+    memory = config.memory
+    chunks = tokens // memory.chunk_length
+    window = min(chunks, memory.window)
+    reads = chunks * window - window * (window - 1) // 2
+    return reads * memory.chunk_length * memory.per_chunk * memory.kept_tokens
+
+
+def _encode(config: ConfigDict, references: int) -> float:
+    """Layers up to the last memory layer, which stops after selecting its keys and values."""
+    model, memory = config.model, config.memory
+    length, width = memory.reference_length, _query_width(config)
+    before_last = memory.first_layer + memory.layers - 1
+    pairs = length * (length + 1) // 2 + length * PREFIX_TOKENS
+    layer = length * (_projection_weights(config) + _mlp_weights(config)) + 2 * pairs * width
+    last = length * model.hidden * 2 * _kv_width(config)
+    selection = _selection(config, references)
+    return 2.0 * references * (before_last * layer + last) + selection
+
+
+def _selection(config: ConfigDict, references: int) -> float:
+    """Scores of all pairs in every memory layer, and the last layer's queries for them."""
+    length, width = config.memory.reference_length, _query_width(config)
+    scores = config.memory.layers * length**2 * width
+    return 2.0 * references * (scores + length * config.model.hidden * width)
+
+
+# -- speed of the machine --------------------------------------------------------------------------
+def peak_flops(device_kind: str) -> float | None:
+    """Peak bfloat16 FLOP/s of one device, by `jax.devices()[0].device_kind`; None where unknown."""
+    kind = device_kind.lower()
+    return next((peak for part, peak in _PEAK_FLOPS if part in kind), None)
+
+
+def measured_peak(dtype: str = "float32", size: int | None = None, repeats: int = 5) -> float:
+    """FLOP/s that the first local device reaches in one large matrix product, the best of a few.
+
+    A stand-in for the peak where `peak_flops` knows none, such as CPUs: utilisation then reads as
+    a share of what a plain matrix product gets there.
+
+    Args:
+      dtype: of both factors and the product.
+      size: rows and columns; default 2048 on CPUs, 8192 elsewhere (milliseconds of work each).
+      repeats: timed products, after one to compile.
+
+    Raises:
+      ValueError: fewer than one repeat.
+    """
+    if repeats < 1:
+        raise ValueError(f"measured_peak(repeats={repeats}): at least one product must be timed")
+    if size is None:
+        size = 2048 if jax.default_backend() == "cpu" else 8192
+    device = jax.local_devices()[0]
+    factor = jax.device_put(jnp.ones((size, size), dtype), device)
+    multiply = jax.jit(jnp.matmul)
+    multiply(factor, factor).block_until_ready()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        multiply(factor, factor).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -1,0 +1,69 @@
+"""Packaging of m3jax. Tool settings are in pyproject.toml, tested versions in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "m3jax" / "__init__.py").read_text("utf-8"), re.MULTILINE
+)
+if VERSION is None:
+    raise RuntimeError('m3jax/__init__.py has no line `__version__ = "…"`')
+
+# ScaNN has wheels for Linux on x86-64 and arm64 only; elsewhere the exact search serves.
+SCANN_WHEELS = (
+    "sys_platform == 'linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"
+)
+
+CORE = [
+    "absl-py>=2.1,<3",
+    "array_record>=0.8.1,<0.9",
+    "flax>=0.12.8,<0.13",
+    "grain>=0.2.18,<0.3",
+    "importlib_resources>=6.4,<8",  # tfds.data_source needs it where TensorFlow is not installed
+    "jax>=0.10.2,<0.11",
+    "jaxtyping>=0.3.2,<0.4",
+    "matplotlib>=3.9,<4",
+    "ml-collections>=1.0,<2",
+    "ml_dtypes>=0.5,<0.7",
+    "msgpack>=1.0.8,<2",
+    "numpy>=2.1,<3",
+    "optax>=0.2.6,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "rapidfuzz>=3.10,<4",
+    f"scann>=1.4.2,<1.5; {SCANN_WHEELS}",
+    "tensorboardX>=2.6.2,<3",
+    "tensorflow-datasets>=4.9.7,<5",  # its data sources and metadata; TensorFlow stays out
+    "tensorstore>=0.1.84,<0.2",
+    "tokenizers>=0.22,<0.24",
+    "tqdm>=4.66,<5",
+]
+TEST = [
+    "beartype>=0.20,<0.24",
+    "psutil>=6,<8",
+    "pytest>=8.3,<10",
+    "pytest-xdist>=3.6,<4",
+]
+
+setup(
+    name="m3jax",
+    version=VERSION.group(1),
+    description="Language models with explicit memory (Memory³) in JAX",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["m3jax", "m3jax.*"]),
+    install_requires=CORE,
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10.2,<0.11"],
+        "cuda": ["jax[cuda13]>=0.10.2,<0.11"],
+        "eval": ["lm-eval>=0.4.13,<0.5"],
+        "test": TEST,
+        "dev": [*TEST, "mypy>=2.4,<3", "pre-commit>=4,<5", "ruff>=0.17.5,<0.18"],
+        # Foreign implementations that tests compare with.
+        "parity": ["faiss-cpu>=1.14,<2", "torch>=2.13,<2.14", "transformers>=5.23,<6"],
+    },
+)

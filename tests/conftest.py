@@ -1,0 +1,37 @@
+"""Settings of all tests: eight virtual CPU devices, strict ranks, annotations checked when run."""
+
+import importlib
+import os
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+
+# Before the first import of jax, which reads both only once.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+install_import_hook("m3jax", "typechecking.check")
+
+
+@pytest.fixture(scope="session")
+def require() -> Callable[[str], ModuleType]:
+    """`require("torch")` imports a foreign implementation, or skips the test where it is missing.
+
+    With M3JAX_PARITY=required, as in continuous integration, a missing one is a failure.
+    """
+
+    def load(name: str) -> ModuleType:
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            reason = f"{name} cannot be imported ({error}); pip install -e '.[parity]'"
+        if os.environ.get("M3JAX_PARITY") == "required":
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+    return load

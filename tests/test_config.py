@@ -1,0 +1,226 @@
+"""The config schema: what is refused, with which words, and what survives JSON."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+from ml_collections import ConfigDict
+
+from m3jax import config as m3config
+from m3jax.config import ConfigError
+
+
+def changed(**values: Any) -> ConfigDict:
+    """The default config with fields changed; `model__layers` stands for `model.layers`."""
+    config = m3config.default()
+    with config.ignore_type():
+        for path, value in values.items():
+            section, _, field = path.rpartition("__")
+            (config[section] if section else config)[field] = value
+    return config
+
+
+def refused(*parts: str, **values: Any) -> None:
+    """Asserts that the config is refused in words that contain all parts."""
+    with pytest.raises(ConfigError) as caught:
+        m3config.validate(changed(**values))
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def fields(config: ConfigDict) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        nested = isinstance(value, ConfigDict)
+        flat.update({f"{key}.{k}": v for k, v in value.items()} if nested else {key: value})
+    return flat
+
+
+def test_default_is_valid_and_locked() -> None:
+    config = m3config.validate(m3config.default())
+    with pytest.raises(AttributeError, match="layer_count"):
+        config.model.layer_count = 3
+
+
+def test_description_names_every_field_with_its_default() -> None:
+    text = m3config.describe()
+    for path, value in fields(m3config.default()).items():
+        assert f"{path} = {value!r}" in text
+
+
+def test_unknown_field_lists_its_neighbours() -> None:
+    config = m3config.default().unlock()
+    config.memory.kept = 4
+    with pytest.raises(ConfigError, match=r"config\.memory\.kept is not a field") as caught:
+        m3config.validate(config)
+    assert "memory.kept_tokens" in str(caught.value)
+    assert "model.layers" not in str(caught.value)
+
+
+def test_unknown_top_level_field() -> None:
+    config = m3config.default().unlock()
+    config.learning_rate = 1e-3
+    with pytest.raises(ConfigError, match=r"config\.learning_rate is not a field; known: name"):
+        m3config.validate(config)
+
+
+def test_missing_field_says_where_to_start() -> None:
+    config = m3config.default().unlock()
+    del config.data["row_length"]
+    with pytest.raises(ConfigError, match=r"config\.data\.row_length is missing.*default\(\)"):
+        m3config.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "got", "expected"),
+    [
+        ("model__layers", 4.0, "float", "int"),
+        ("model__layers", "4", "str", "int"),
+        ("model__layers", True, "bool", "int"),
+        ("model__layers", None, "NoneType", "int"),
+        ("optimizer__learning_rate", "1e-3", "str", "float"),
+        ("model__tied_embeddings", 1, "int", "bool"),
+        ("name", 7, "int", "str"),
+    ],
+)
+def test_wrong_type(field: str, value: Any, got: str, expected: str) -> None:
+    path = field.replace("__", ".")
+    refused(f"config.{path} = {value!r}", f"type {got}", f"expected {expected}", **{field: value})
+
+
+def test_a_whole_number_serves_as_float() -> None:
+    m3config.validate(changed(optimizer__learning_rate=1))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "accepted"),
+    [
+        ("model__layers", 0, "[1, inf)"),
+        ("model__norm_epsilon", 0.0, "(0, 1)"),
+        ("model__norm_epsilon", 1.0, "(0, 1)"),
+        ("model__init_exponent", 0.1, "[-2, 0]"),
+        ("memory__dropout", 1.0, "[0, 1)"),
+        ("retrieval__overlap_train", 0.0, "(0, 1]"),
+        ("retrieval__overlap_train", 1.1, "(0, 1]"),
+        ("seed", -1, "[0, inf)"),
+        ("optimizer__learning_rate", float("nan"), "(0, inf)"),
+        ("optimizer__learning_rate", float("inf"), "(0, inf)"),
+    ],
+)
+def test_out_of_its_interval(field: str, value: Any, accepted: str) -> None:
+    path = field.replace("__", ".")
+    refused(f"config.{path} = {value!r}", f"accepted: {accepted}", **{field: value})
+
+
+def test_ends_that_belong_to_the_interval() -> None:
+    m3config.validate(changed(model__init_exponent=-2.0))
+    m3config.validate(changed(model__init_exponent=0))
+    m3config.validate(changed(memory__dropout=0.0, retrieval__overlap_train=1.0))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "accepted"),
+    [
+        ("memory__source", "bank", "'none', 'precomputed', 'online'"),
+        ("model__remat", "all", "'none', 'dots', 'full'"),
+        ("retrieval__shift", 2, "0, 1"),
+    ],
+)
+def test_not_among_the_choices(field: str, value: Any, accepted: str) -> None:
+    refused(f"config.{field.replace('__', '.')} = {value!r}", accepted, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"model__kv_heads": 3}, ("model.kv_heads = 3", "divide model.query_heads = 4")),
+        ({"model__head_dim": 33}, ("model.head_dim = 33", "even")),
+        (
+            {"model__previous_token_head": 4.0},
+            ("model.previous_token_head", "model.attention_bias = True"),
+        ),
+        (
+            {"memory__first_layer": 3},
+            ("memory.layers = 2", "memory layers 3…4 do not exist", "model.layers = 4"),
+        ),
+        ({"data__row_length": 100}, ("data.row_length = 100", "memory.chunk_length = 64")),
+        (
+            {"memory__kept_tokens": 129},
+            ("memory.kept_tokens = 129", "memory.reference_length = 128"),
+        ),
+        ({"train__microbatches": 3}, ("train.microbatches = 3", "data.batch_rows = 16")),
+        ({"text__vocabulary": 2048}, ("model.vocabulary = 1024", "text.vocabulary = 2048")),
+        ({"retrieval__ids": "stored"}, ("retrieval.ids", "data.packing = 'document'")),
+        (
+            {"retrieval__candidates": 4},
+            ("retrieval.candidates = 4", "memory.per_prompt_chunk"),
+        ),
+        ({"optimizer__rise_steps": 1001}, ("optimizer.rise_steps", "train.steps = 1000")),
+        ({"mesh__fsdp": 0}, ("mesh.fsdp = 0", "-1 or at least 1")),
+        ({"stage": ""}, ("config.stage", "not empty")),
+        ({"stage": "a/b"}, ("config.stage = 'a/b'", "no slash")),
+    ],
+)
+def test_combinations_that_cannot_work(values: dict[str, Any], parts: tuple[str, ...]) -> None:
+    refused(*parts, **values)
+
+
+def test_json_round_trip() -> None:
+    config = m3config.validate(changed(memory__source="online", model__layers=7, name="Größe"))
+    text = m3config.to_json(config)
+    again = m3config.from_json(text)
+    assert again.to_dict() == config.to_dict()
+    assert m3config.to_json(again) == text
+    assert "Größe" in text
+    assert again.is_locked
+
+
+def test_json_of_something_else() -> None:
+    with pytest.raises(ConfigError, match="not a config"):
+        m3config.from_json("{model:")
+    with pytest.raises(ConfigError, match=r"config\.stage is missing"):
+        m3config.from_json('{"name": "x"}')
+
+
+def test_json_with_an_unknown_field() -> None:
+    values = json.loads(m3config.to_json(m3config.default()))
+    values["mesh"]["pipeline"] = 2
+    with pytest.raises(ConfigError, match=r"config\.mesh\.pipeline is not a field.*mesh\.tensor"):
+        m3config.from_json(json.dumps(values))
+
+
+def test_json_with_a_wrong_type() -> None:
+    values = json.loads(m3config.to_json(m3config.default()))
+    values["optimizer"]["learning_rate"] = True
+    with pytest.raises(ConfigError, match="has type bool; expected float"):
+        m3config.from_json(json.dumps(values))
+
+
+def test_prefix_follows_stage_and_option() -> None:
+    assert not m3config.uses_prefix(m3config.default())
+    assert m3config.uses_prefix(changed(model__prefix="always"))
+    assert m3config.uses_prefix(changed(memory__source="precomputed"))
+
+
+OPTIONS: dict[str, Any] = {"stage": ("warmup", "continual"), "kept": (8, 4, 16), "other": (8, 2)}
+
+
+def test_options_default_to_their_first_value() -> None:
+    assert m3config.parse_options("", **OPTIONS) == {"stage": "warmup", "kept": 8, "other": 8}
+
+
+@pytest.mark.parametrize("text", ["continual,4", "stage=continual,kept=4", " kept=4 , continual,"])
+def test_options_by_name_or_bare(text: str) -> None:
+    assert m3config.parse_options(text, **OPTIONS) == {
+        "stage": "continual",
+        "kept": 4,
+        "other": 8,
+    }
+
+
+@pytest.mark.parametrize("word", ["finetune", "stage=4", "kept=5", "size=2", "8", "=continual="])
+def test_unknown_or_ambiguous_options(word: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(repr(word))) as caught:
+        m3config.parse_options(f"continual,{word}", **OPTIONS)
+    assert "stage=warmup|continual; kept=8|4|16; other=8|2" in str(caught.value)

@@ -1,0 +1,96 @@
+"""The mesh, the sharding rules, and rows of a process."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from m3jax import mesh as mesh_lib
+from m3jax.config import ConfigError, default
+from m3jax.mesh import Rules, batch_sharding, host_rows, make_mesh, parameter_shardings, to_global
+
+
+def config_with(**sizes):
+    config = default()
+    config.data.batch_rows = 8
+    for axis, size in sizes.items():
+        config.mesh[axis] = size
+    return config
+
+
+def test_mesh_takes_all_devices_left():
+    mesh = make_mesh(config_with(data=2, tensor=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+
+
+def test_mesh_may_use_fewer_devices():
+    assert make_mesh(config_with(fsdp=1)).size == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 3}, "mesh.fsdp = -1: mesh.data × mesh.tensor = 3 × 1 does not divide the 8"),
+        ({"data": 4, "fsdp": 4}, r"\(data = 4, fsdp = 4, tensor = 1\) has 16 devices; 8 are"),
+        ({"tensor": 16}, "mesh.fsdp = -1: .* = 1 × 16 does not divide the 8"),
+    ],
+)
+def test_mesh_that_does_not_fit_is_refused(sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_mesh(config_with(**sizes))
+
+
+def test_rows_that_cannot_be_split_are_refused():
+    config = config_with()
+    config.data.batch_rows = 12
+    with pytest.raises(ConfigError, match="batch_rows = 12: 12 rows .* multiple of 8 rows"):
+        make_mesh(config)
+    config.data.batch_rows, config.train.microbatches = 16, 4
+    with pytest.raises(ConfigError, match="4 rows .* multiple of 32 rows"):
+        make_mesh(config)
+
+
+def test_rules_refuse_two_axes_on_one_mesh_axis():
+    rules = Rules("parameter", {"embed": "fsdp", "mlp": ("tensor", "fsdp"), "layer": None})
+    assert rules.spec(("layer", "mlp", None)) == PartitionSpec(None, ("tensor", "fsdp"), None)
+    with pytest.raises(
+        ConfigError, match="axes 'embed' and 'mlp' .* collide on the mesh axis 'fsdp'"
+    ):
+        rules.spec(("embed", "mlp"))
+    with pytest.raises(ConfigError, match="no parameter rule for the logical axis 'heads'"):
+        rules.spec(("heads",))
+
+
+def test_parameter_shardings_name_what_cannot_be_split():
+    mesh = make_mesh(config_with(fsdp=4, tensor=2))
+    axes = {"memory": {"gate": ("layer", "embed", "mlp")}}
+    shapes = {"memory": {"gate": jax.ShapeDtypeStruct((2, 16, 6), np.float32)}}
+    sharding = parameter_shardings(mesh, axes, shapes)["memory"]["gate"]
+    assert sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+    shapes = {"memory": {"gate": jax.ShapeDtypeStruct((2, 18, 6), np.float32)}}
+    with pytest.raises(ConfigError, match="memory/gate: axis 'embed' of size 18 .* mesh.fsdp = 4"):
+        parameter_shardings(mesh, axes, shapes)
+
+
+def test_to_global_splits_rows_over_data_and_fsdp():
+    mesh = make_mesh(config_with(data=2, fsdp=2, tensor=2))
+    batch = {"tokens": np.arange(24).reshape(8, 3)}
+    array = to_global(mesh, batch)["tokens"]
+    assert array.sharding == batch_sharding(mesh)
+    assert {shard.data.shape for shard in array.addressable_shards} == {(2, 3)}
+    np.testing.assert_array_equal(np.asarray(array), batch["tokens"])
+
+
+def test_one_process_loads_all_rows():
+    assert host_rows(config_with(data=2)) == slice(0, 8)
+
+
+def test_rows_with_a_gap_are_refused(monkeypatch):
+    class Sharding:
+        def addressable_devices_indices_map(self, shape):
+            return {0: (slice(0, 2),), 1: (slice(4, 6),)}
+
+    monkeypatch.setattr(mesh_lib, "batch_sharding", lambda mesh: Sharding())
+    with pytest.raises(ConfigError, match="gap before row 4"):
+        host_rows(config_with())
