@@ -1,0 +1,1 @@
+"""Text: documents, tokenizer, token corpus, references, and the overlap between texts."""

@@ -1,0 +1,182 @@
+"""The token corpus: one record a document, `BOS text END`, in shards that are read at random."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from m3jax.text.documents import Document, TextError, in_batches
+from m3jax.text.records import Records, dtype_of_tokens, writing
+from m3jax.text.tokenizer import BOS, END, Tokenizer
+
+_KIND = "corpus"
+
+
+@dataclass(frozen=True)
+class CorpusInfo:
+    """What `write_corpus` wrote. `bytes` is the UTF-8 size of the text."""
+
+    documents: int
+    tokens: int
+    characters: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.documents} documents, {self.tokens} tokens, {self.characters} characters,"
+            f" {self.bytes / max(self.tokens, 1):.2f} bytes per token"
+        )
+
+
+@dataclass(frozen=True)
+class TokenDocument:
+    """A document as tokens.
+
+    Attributes:
+      tokens: `BOS text END`.
+      weights: the loss weight of every token *as a target*: 0 where it touches a `no_loss` span,
+        else 1; None = all 1.
+      references: keys of references known in advance, one per chunk; "" = none; () = not known.
+      id: name of the document.
+    """
+
+    tokens: Int32[np.ndarray, " T"]
+    weights: Float32[np.ndarray, " T"] | None
+    references: tuple[str, ...]
+    id: str = ""
+
+
+def write_corpus(
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    folder: str | os.PathLike[str],
+    shards: int,
+) -> CorpusInfo:
+    """Tokenizes documents into `folder`, replacing what is there.
+
+    Documents go round robin: document i is record i // S of shard i % S. `lengths.bin` holds the
+    tokens of every document (int64); `manifest.json` is written last.
+
+    Args:
+      documents: documents, read once, about a million characters held at a time.
+      tokenizer: the tokenizer; its fingerprint goes into the manifest.
+      folder: where to write.
+      shards: most shard files; there are no more than documents.
+
+    Raises:
+      TextError: no documents, or a `no_loss` span outside its text.
+    """
+    dtype = dtype_of_tokens(tokenizer.size)
+    tokens = characters = size = 0
+    with writing(folder, shards, ["lengths.bin"]) as writer:
+        for batch in in_batches(documents):
+            for document, ids, weights in _encode(batch, tokenizer):
+                record = {"id": document.id, "tokens": ids.astype(dtype).tobytes()}
+                if weights is not None:
+                    record["weights"] = weights.astype(np.uint8).tobytes()
+                if document.references:
+                    record["references"] = list(document.references)
+                writer.write(record, lengths=len(ids).to_bytes(8, "little"))
+                tokens += len(ids)
+                characters += len(document.text)
+                size += len(document.text.encode())
+        if not writer.count:
+            raise TextError(f"no documents for {folder}; give documents with text")
+        info = CorpusInfo(writer.count, tokens, characters, size)
+        content = {
+            "tokenizer": tokenizer.fingerprint,
+            "dtype": dtype.str,
+            "tokens": tokens,
+            "characters": characters,
+            "text_bytes": size,
+        }
+        writer.finish(_KIND, content)
+    return info
+
+
+def _encode(
+    batch: list[Document], tokenizer: Tokenizer
+) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:
+    """Each document with its tokens `BOS text END` and their weights (None = all 1)."""
+    plain = iter(tokenizer.encode_batch([d.text for d in batch if not d.no_loss]))
+    for document in batch:
+        weights = None
+        if document.no_loss:
+            ids, spans = tokenizer.encode_with_offsets(document.text)
+            weights = np.concatenate([[1], _target_weights(document, spans), [1]])
+        else:
+            ids = next(plain)
+        yield document, np.concatenate([[BOS], ids, [END]]), weights
+
+
+def _target_weights(document: Document, spans: np.ndarray) -> np.ndarray:
+    """0 for tokens that share a character with a `no_loss` span, else 1; (T,)."""
+    hidden = np.zeros(len(document.text) + 1, np.int64)
+    for start, end in document.no_loss:
+        if not 0 <= start <= end <= len(document.text):
+            raise TextError(
+                f"document {document.id!r}: no_loss span ({start}, {end}) is outside its"
+                f" {len(document.text)} characters"
+            )
+        hidden[start + 1 : end + 1] = 1
+    before = np.cumsum(hidden)  # hidden characters before each position
+    return (before[spans[:, 1]] == before[spans[:, 0]]).astype(np.uint8)
+
+
+class Corpus:
+    """Random access to the documents of a corpus. Safe to use from several threads.
+
+    Attributes:
+      lengths: tokens of every document, `BOS` and `END` included; int64 (documents,).
+      total_tokens: their sum.
+      fingerprint: hex hash of all documents and the tokenizer.
+      tokenizer_fingerprint: the tokenizer the corpus was made with.
+    """
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+        self._dtype = np.dtype(records.manifest["dtype"])
+        self.lengths = np.fromfile(records.folder / "lengths.bin", "<i8")
+        self.total_tokens: int = records.manifest["tokens"]
+        self.fingerprint: str = records.manifest["fingerprint"]
+        self.tokenizer_fingerprint: str = records.manifest["tokenizer"]
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Corpus:
+        """Opens what `write_corpus` wrote, after checking that every file has its size.
+
+        Raises:
+          TextError: an unfinished corpus, or a missing or truncated file, with the remedy.
+        """
+        return cls(Records(folder, _KIND))
+
+    def verify(self) -> None:
+        """Reads all bytes and compares checksums; raises `TextError` naming a damaged file."""
+        self._records.verify()
+
+    def info(self) -> CorpusInfo:
+        """Counts, as `write_corpus` returned them."""
+        m = self._records.manifest
+        return CorpusInfo(m["count"], m["tokens"], m["characters"], m["text_bytes"])
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int | np.integer) -> TokenDocument:
+        record = self._records.read([int(i)])[0]
+        weights = None
+        if "weights" in record:
+            weights = np.frombuffer(record["weights"], np.uint8).astype(np.float32)
+        return TokenDocument(
+            tokens=np.frombuffer(record["tokens"], self._dtype).astype(np.int32),
+            weights=weights,
+            references=tuple(record.get("references", ())),
+            id=record["id"],
+        )
+
+    def __iter__(self) -> Iterator[TokenDocument]:
+        return map(self.__getitem__, range(len(self)))

@@ -1,0 +1,73 @@
+"""Files that are either whole or absent: written beside their place, synced, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+TEMPORARY = ".tmp"  # ending of files that are not committed yet
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Makes the names in `folder` durable (renames and deletions, not the files' bytes)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit(temporary: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Syncs the closed file `temporary` and renames it to `path`, in the same folder."""
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(temporary, path)
+    sync_folder(Path(path).parent)
+
+
+@contextlib.contextmanager
+def committing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; commits it on success, removes it on an error.
+
+    The block must close what it writes. Folders above `path` are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        yield temporary
+        commit(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes `data` to `path` so that a reader sees the old file or the new one, never a part.
+
+    Raises:
+      OSError: from the file system, for example when the disk is full; `path` is then untouched.
+    """
+    with committing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def digest(*parts: bytes | str) -> str:
+    """Hex BLAKE2b (32 characters) of the parts; `digest("a", "b")` differs from `digest("ab")`."""
+    total = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        total.update(len(data).to_bytes(8, "little"))
+        total.update(data)
+    return total.hexdigest()
+
+
+def checksum(path: str | os.PathLike[str]) -> str:
+    """Hex BLAKE2b (32 characters) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -1,0 +1,220 @@
+"""Facts about invented people: the data of the quickstart.
+
+A person has a few facts, each stated as a line `pet of Tavo otter`. Training people share a small
+set of names, which recur with other facts, so that no weights can learn who has what; their
+documents carry the keys of the references that hold the facts. People of the evaluation have names
+of their own, which training text uses only as meaningless words, and are found by search.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from m3jax.text.files import write_atomically
+
+RELATIONS = ("pet", "home", "food", "game", "craft")
+_ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z")
+_VOWELS = ("a", "e", "i", "o", "u")
+_CODAS = ("", "l", "n", "r", "s")
+
+
+@dataclass(frozen=True)
+class Person:
+    """Facts are (relation, value) pairs in the order they are stated."""
+
+    key: str
+    name: str
+    facts: tuple[tuple[str, str], ...]
+
+    @property
+    def text(self) -> str:
+        """The reference text of the person."""
+        return "\n".join(statement(self.name, *fact) for fact in self.facts)
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything the quickstart's data is drawn from."""
+
+    values: dict[str, tuple[str, ...]]
+    names: tuple[str, ...]  # of people in training
+    unseen_names: tuple[str, ...]
+    people: tuple[Person, ...]
+    unseen: tuple[Person, ...]
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Every word, for rows of repeated random segments."""
+        values = itertools.chain(*self.values.values())
+        return (*RELATIONS, *values, *self.names, *self.unseen_names)
+
+
+@dataclass(frozen=True)
+class Question:
+    """`prompt` is continued by `answer`; `references` may fix which memories are read."""
+
+    prompt: str
+    answer: str
+    person: str
+    references: tuple[str, ...] = ()
+
+
+def statement(name: str, relation: str, value: str) -> str:
+    """One fact as text."""
+    return f"{relation} of {name} {value}"
+
+
+def make_world(
+    seed: int, *, names: int, people: int, unseen: int, values: int, facts: int
+) -> World:
+    """Draws a world.
+
+    Args:
+      seed: of all draws.
+      names: names shared by the people of training.
+      people: people in training.
+      unseen: people of the evaluation, each with a name of its own.
+      values: values of a relation; guessing among them is chance.
+      facts: facts of a person, of different relations.
+    """
+    rng = np.random.default_rng([seed, 1])
+    words = _invent(rng, names + unseen + values * len(RELATIONS))
+    value_words, name_words = words[: values * len(RELATIONS)], words[values * len(RELATIONS) :]
+    table = {r: value_words[i * values : (i + 1) * values] for i, r in enumerate(RELATIONS)}
+    capitals = tuple(name.capitalize() for name in name_words)
+    subsets = list(itertools.combinations(RELATIONS, facts))
+
+    def person(key, name, number):
+        chosen = rng.permutation(subsets[number % len(subsets)])
+        return Person(key, name, tuple((str(r), str(rng.choice(table[str(r)]))) for r in chosen))
+
+    return World(
+        values=table,
+        names=capitals[:names],
+        unseen_names=capitals[names:],
+        people=tuple(
+            person(f"person-{i}", capitals[rng.integers(names)], i) for i in range(people)
+        ),
+        unseen=tuple(person(f"unseen-{i}", capitals[names + i], i) for i in range(unseen)),
+    )
+
+
+def _invent(rng: np.random.Generator, count: int) -> tuple[str, ...]:
+    """Different pronounceable words of two syllables."""
+    syllables = [o + v for o in _ONSETS for v in _VOWELS]
+    every = [a + b + c for a in syllables for b in syllables for c in _CODAS]
+    return tuple(str(every[i]) for i in rng.choice(len(every), count, replace=False))
+
+
+def fact_documents(
+    world: World, seed: int, count: int, *, chunks: int, pool: tuple[int, int] = (2, 5)
+) -> Iterable[dict]:
+    """Documents whose chunks state all facts of a person, drawn from a pool that shares relations.
+
+    Yields JSON-able records with `text` and `references`, one key per chunk.
+    """
+    rng = np.random.default_rng([seed, 2])
+    groups: dict[frozenset, list[Person]] = {}
+    for person in world.people:
+        groups.setdefault(frozenset(r for r, _ in person.facts), []).append(person)
+    members = list(groups.values())
+    for number in range(count):
+        group = members[rng.integers(len(members))]
+        size = int(rng.integers(pool[0], pool[1] + 1))
+        by_name: dict[str, Person] = {}
+        while len(by_name) < size:  # two people of one name would contradict each other
+            person = group[rng.integers(len(group))]
+            by_name.setdefault(person.name, person)
+        chosen = list(by_name.values())
+        told = [chosen[i] for i in rng.integers(size, size=chunks)]
+        lines = [
+            statement(person.name, *person.facts[i])
+            for person in told
+            for i in rng.permutation(len(person.facts))
+        ]
+        yield {
+            "id": f"facts-{number}",
+            "text": "\n".join(lines),
+            "references": [person.key for person in told],
+        }
+
+
+def echo_documents(
+    world: World, seed: int, count: int, *, words: int, segment: tuple[int, int] = (4, 16)
+) -> Iterable[dict]:
+    """Documents that repeat one random segment of words; its first copy bears no loss."""
+    rng = np.random.default_rng([seed, 3])
+    every, names = np.array(world.words), np.array((*world.names, *world.unseen_names))
+    for number in range(count):
+        length = int(rng.integers(segment[0], segment[1] + 1))
+        part = np.where(
+            rng.random(length) < 0.5, rng.choice(every, length), rng.choice(names, length)
+        )
+        text = "".join(f" {word}" for word in itertools.islice(itertools.cycle(part), words))
+        first = sum(len(word) + 1 for word in part)
+        yield {"id": f"echo-{number}", "text": text, "no_loss": [[0, first]]}
+
+
+def questions(world: World, seed: int, distractors: int = 4) -> list[Question]:
+    """One question per fact of every unseen person.
+
+    `references` are the person's own and `distractors` of other unseen people whose references
+    state the same relation, in random order.
+    """
+    rng = np.random.default_rng([seed, 4])
+    asked = []
+    for person in world.unseen:
+        for relation, value in person.facts:
+            others = [
+                other.key
+                for other in world.unseen
+                if other.key != person.key and relation in dict(other.facts)
+            ]
+            picked = [str(key) for key in rng.choice(others, distractors, replace=False)]
+            keys = rng.permutation([person.key, *picked])
+            asked.append(
+                Question(
+                    prompt=f"{relation} of {person.name}",
+                    answer=f" {value}",
+                    person=person.key,
+                    references=tuple(str(key) for key in keys),
+                )
+            )
+    return asked
+
+
+def edited(world: World, seed: int) -> World:
+    """The same world in which every fact of the unseen people has another value."""
+    rng = np.random.default_rng([seed, 5])
+
+    def change(person: Person) -> Person:
+        facts = []
+        for relation, value in person.facts:
+            others = [other for other in world.values[relation] if other != value]
+            facts.append((relation, str(rng.choice(others))))
+        return Person(person.key, person.name, tuple(facts))
+
+    return World(
+        world.values,
+        world.names,
+        world.unseen_names,
+        world.people,
+        tuple(change(person) for person in world.unseen),
+    )
+
+
+def write_jsonl(path: Path, records: Iterable[dict]) -> None:
+    """Writes JSON lines atomically."""
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_atomically(path, lines.encode())
+
+
+def knowledge(people: Iterable[Person]) -> list[dict]:
+    """People as documents of a knowledge base; each is short enough to be one reference."""
+    return [{"id": person.key, "title": person.name, "text": person.text} for person in people]

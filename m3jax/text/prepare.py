@@ -1,0 +1,199 @@
+"""From documents to a workdir with tokenizer, token corpus and references; resumable."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from m3jax.config import ConfigDict
+from m3jax.text.corpus import Corpus, write_corpus
+from m3jax.text.documents import Document, TextError, inputs_of, is_validation, read_documents
+from m3jax.text.files import write_atomically
+from m3jax.text.references import References, write_references
+from m3jax.text.tokenizer import SMALLEST, Tokenizer
+
+INPUTS = "inputs.json"  # what a part was made from; written last, so it marks a finished part
+
+_Item = TypeVar("_Item")
+Say = Callable[[str], None]
+
+
+def prepare_text(
+    config: ConfigDict,
+    workdir: str | os.PathLike[str],
+    documents: str,
+    knowledge: str | None = None,
+    limit: int | None = None,
+    say: Say = print,
+) -> None:
+    """Writes `tokenizer/`, `corpus/validation/`, `corpus/train/` and `references/` of a workdir.
+
+    A part that is finished and was made from the same inputs is kept; an unfinished one is made
+    again. The tokenizer learns from the training documents and, where it is another text, the
+    knowledge base, a document of each in turn, up to `config.text.tokenizer_bytes`. With
+    `config.text.validation_share` = 0 there is no `corpus/validation/`. Documents are streamed,
+    once for every part.
+
+    Args:
+      config: its `text` section, `model.vocabulary` and `memory.reference_length` are used.
+      workdir: folder of the run.
+      documents: spec of the training and validation documents (`read_documents`).
+      knowledge: spec of the knowledge base; None = the same as `documents`.
+      limit: most documents to use of each spec; None = all.
+      say: gets one line for every part: whether it was kept, and what is in it.
+
+    Raises:
+      TextError: bad documents; a finished part that was made from other inputs; a tokenizer with
+        fewer than 260 entries or more than `model.vocabulary`.
+    """
+    workdir, text = Path(workdir), config.text
+    if limit is not None and limit < 1:
+        raise TextError(f"limit = {limit}; expected at least 1 document")
+    sources = _Sources(documents, knowledge or documents, limit, text.validation_share)
+    of_documents = {"documents": inputs_of(documents), "limit": limit}
+    listed = of_documents["documents"] if sources.same else inputs_of(sources.knowledge)
+    of_knowledge = {"knowledge": listed, "limit": limit}
+
+    fields = ("vocabulary", "min_frequency", "tokenizer_bytes", "validation_share")
+    kept = make_part(
+        workdir / "tokenizer",
+        of_documents | of_knowledge | {f"text.{field}": text[field] for field in fields},
+        lambda folder: _train_tokenizer(config, sources).save(folder),
+    )
+    tokenizer = Tokenizer.load(workdir / "tokenizer")
+    _check_size(tokenizer, config.model.vocabulary)
+    say(_line("tokenizer", kept, f"{tokenizer.size} entries"))
+
+    inputs = {"tokenizer": tokenizer.fingerprint, "text.shards": text.shards}
+    inputs |= of_documents | {"text.validation_share": sources.share}
+    for name in ["validation"] * (sources.share > 0) + ["train"]:
+        folder = workdir / "corpus" / name
+        chosen = sources.split(name == "validation", name)
+        kept = make_part(
+            folder, inputs, partial(write_corpus, chosen, tokenizer, shards=text.shards)
+        )
+        say(_line(f"corpus/{name}", kept, str(Corpus.open(folder).info())))
+
+    length = config.memory.reference_length
+    pieces = sources.read(sources.knowledge, "references")
+    kept = make_part(
+        workdir / "references",
+        of_knowledge | {"tokenizer": tokenizer.fingerprint, "memory.reference_length": length},
+        partial(write_references, pieces, tokenizer, length=length),
+    )
+    say(_line("references", kept, References.open(workdir / "references").info()))
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """The specs of a run, and how documents are read from them."""
+
+    documents: str
+    knowledge: str
+    limit: int | None
+    share: float
+
+    @property
+    def same(self) -> bool:
+        return self.knowledge == self.documents
+
+    def read(self, spec: str, what: str) -> Iterator[Document]:
+        """The documents of a spec; nothing is opened before the first is asked for."""
+        yield from progress(itertools.islice(read_documents(spec), self.limit), what)
+
+    def split(self, held_out: bool, what: str) -> Iterator[Document]:
+        """The documents for validation, or the others."""
+        documents = self.read(self.documents, what)
+        return (d for d in documents if is_validation(d, self.share) == held_out)
+
+
+def _train_tokenizer(config: ConfigDict, sources: _Sources) -> Tokenizer:
+    _check_split(sources)
+    streams = [sources.split(False, "tokenizer")]
+    if not sources.same:
+        streams.append(sources.read(sources.knowledge, "tokenizer"))
+    texts = (document.text for document in _in_turn(streams))
+    text = config.text
+    trained = Tokenizer.train(texts, text.vocabulary, text.min_frequency, text.tokenizer_bytes)
+    _check_size(trained, config.model.vocabulary)
+    return trained
+
+
+def make_part(folder: Path, inputs: dict[str, Any], make: Callable[[Path], Any]) -> bool:
+    """Calls `make(folder)` unless the folder is finished, then marks it with its inputs.
+
+    Returns:
+      Whether the finished part was kept.
+
+    Raises:
+      TextError: the part is finished, but was made from other inputs.
+    """
+    marker = folder / INPUTS
+    wanted = json.dumps(inputs, indent=1, sort_keys=True, ensure_ascii=False)
+    if marker.is_file():
+        try:
+            found = json.loads(marker.read_bytes())
+        except ValueError as error:
+            raise TextError(f"{marker} is damaged; delete {folder} and run again") from error
+        other = [key for key in sorted({*inputs, *found}) if inputs.get(key) != found.get(key)]
+        if other:
+            key = other[0]
+            raise TextError(
+                f"{folder} was made from other inputs: {', '.join(other)} ({key} was"
+                f" {str(found.get(key))[:200]}, is now {str(inputs.get(key))[:200]});"
+                " use another workdir, or delete this one"
+            )
+        return True
+    make(folder)
+    write_atomically(marker, wanted.encode())
+    return False
+
+
+def progress(items: Iterable[_Item], what: str) -> Iterator[_Item]:
+    """The items with a progress bar on a terminal, without one elsewhere."""
+    return iter(tqdm(items, desc=what, unit=" documents", disable=None, leave=False))
+
+
+def _line(name: str, kept: bool, content: str) -> str:
+    return f"{name}: {content} ({'finished before, kept' if kept else 'made'})"
+
+
+def _in_turn(sources: list[Iterator[_Item]]) -> Iterator[_Item]:
+    """An item of each source in turn, until all have ended."""
+    while sources:
+        for source in list(sources):
+            try:
+                yield next(source)
+            except StopIteration:
+                sources.remove(source)
+
+
+def _check_split(sources: _Sources) -> None:
+    """Refuses a split that leaves one side empty, before anything is made of it."""
+    share = sources.share
+    missing, count = {False, share > 0}, 0
+    for document in sources.read(sources.documents, "documents"):
+        count += 1
+        missing.discard(is_validation(document, share))
+        if not missing:
+            return
+    raise TextError(
+        f"text.validation_share = {share} puts all {count} documents into"
+        f" {'training' if True in missing else 'validation'}; give more documents or change it"
+    )
+
+
+def _check_size(tokenizer: Tokenizer, vocabulary: int) -> None:
+    if not SMALLEST <= tokenizer.size <= vocabulary:
+        raise TextError(
+            f"the tokenizer has {tokenizer.size} entries; expected {SMALLEST} …"
+            f" model.vocabulary = {vocabulary}; change text.vocabulary or model.vocabulary"
+        )

@@ -1,0 +1,224 @@
+"""A folder of records: ArrayRecord shards, side files, and a manifest that is written last."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+from array_record.python import array_record_module
+
+from m3jax.text.documents import TextError
+from m3jax.text.files import TEMPORARY, checksum, commit, digest, write_atomically
+
+MANIFEST = "manifest.json"
+_WRITER = "group_size:1,zstd:3"  # one record a group: a random read decodes that record only
+_READER = "readahead_buffer_size:0,max_parallelism:0"
+_FORMAT = 1
+
+
+def dtype_of_tokens(vocabulary: int) -> np.dtype:
+    """Little-endian uint16 where every token fits, else uint32."""
+    return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
+
+
+class RecordWriter:
+    """Writes records round robin: record i is record i // S of shard i % S, for S shards.
+
+    There are as many shards as asked for, or as records if those are fewer. Side files are
+    streams of raw bytes. Nothing counts until `finish` has written the manifest.
+    """
+
+    def __init__(self, folder: Path, shards: int, side_files: Sequence[str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        for old in {*folder.glob("records-*"), *folder.glob("*" + TEMPORARY)}:
+            old.unlink()
+        self.folder, self.count = folder, 0
+        self._shards = shards
+        self._names: list[str] = []
+        self._writers: list[Any] = []
+        self._records = hashlib.blake2b(digest_size=16)
+        self._streams = {n: (folder / (n + TEMPORARY)).open("wb") for n in side_files}
+
+    def write(self, record: dict[str, Any], **side: bytes) -> None:
+        """Appends a record and its bytes to side files, given as `name="bytes"` without ending."""
+        shard = self.count % self._shards
+        if shard == len(self._writers):
+            name = f"records-{shard:05d}.array_record"
+            path = self.folder / (name + TEMPORARY)
+            self._writers.append(array_record_module.ArrayRecordWriter(str(path), _WRITER))
+            self._names.append(name)
+        payload = msgpack.packb(record)
+        self._records.update(len(payload).to_bytes(8, "little"))
+        self._records.update(payload)
+        with self._reported(shard):
+            self._writers[shard].write(payload)
+        for name, data in side.items():
+            self._streams[name + ".bin"].write(data)
+        self.count += 1
+
+    def finish(self, kind: str, content: dict[str, Any]) -> None:
+        """Commits every file, then the manifest with `content` added.
+
+        The manifest's `fingerprint` covers the records in their order and the content, but not
+        shards or compression, so the same documents have the same fingerprint.
+        """
+        self.close()
+        files = []
+        for name in (*self._names, *self._streams):
+            commit(self.folder / (name + TEMPORARY), self.folder / name)
+            size = (self.folder / name).stat().st_size
+            files.append({"name": name, "bytes": size, "blake2b": checksum(self.folder / name)})
+        stable = json.dumps(content, sort_keys=True)
+        manifest = {
+            "kind": kind,
+            "format": _FORMAT,
+            "count": self.count,
+            **content,
+            "fingerprint": digest(kind, self._records.hexdigest(), stable),
+            "files": files,
+        }
+        manifest["checksum"] = digest(json.dumps(manifest, sort_keys=True))
+        data = json.dumps(manifest, indent=1, ensure_ascii=False).encode()
+        write_atomically(self.folder / MANIFEST, data)
+
+    def close(self) -> None:
+        """Closes all files; a full disk shows here at the latest."""
+        for shard, writer in enumerate(self._writers):
+            if writer.is_open():
+                with self._reported(shard):
+                    writer.close()
+        for stream in self._streams.values():
+            stream.close()
+
+    @contextlib.contextmanager
+    def _reported(self, shard: int) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # with riegeli's message, for example of a full disk
+            path = self.folder / self._names[shard]
+            raise OSError(f"{path} could not be written: {error}") from error
+
+
+@contextlib.contextmanager
+def writing(
+    folder: str | os.PathLike[str], shards: int, side: Sequence[str]
+) -> Iterator[RecordWriter]:
+    """A `RecordWriter` whose files are closed and, after an error, removed."""
+    writer = RecordWriter(Path(folder), shards, side)
+    try:
+        yield writer
+    finally:
+        with contextlib.suppress(Exception):
+            writer.close()
+        for temporary in writer.folder.glob("*" + TEMPORARY):
+            temporary.unlink(missing_ok=True)
+
+
+class Records:
+    """Random access to a folder of records. Safe to use from several threads.
+
+    Attributes:
+      folder: the folder.
+      manifest: the manifest's content.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], kind: str) -> None:
+        """Reads the manifest and checks that every file is there with its size.
+
+        Raises:
+          TextError: no manifest, one of another kind, or a missing, cut or grown file.
+        """
+        self.folder = Path(folder)
+        self.manifest = self._read_manifest(kind)
+        for entry in self.manifest["files"]:
+            path = self.folder / entry["name"]
+            if not path.is_file():
+                raise self._damaged(path, "is missing")
+            if path.stat().st_size != entry["bytes"]:
+                size = path.stat().st_size
+                raise self._damaged(path, f"has {size} bytes; expected {entry['bytes']}")
+        names = [entry["name"] for entry in self.manifest["files"]]
+        self._paths = [self.folder / n for n in names if n.endswith(".array_record")]
+        self._readers: list[Any] = [None] * len(self._paths)
+        self._lock = threading.Lock()
+
+    def _damaged(self, path: Path, what: str) -> TextError:
+        return TextError(f"{path} {what}; delete {self.folder} and run launch/prepare.py again")
+
+    def _read_manifest(self, kind: str) -> dict[str, Any]:
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            raise TextError(f"no finished {kind}: {path} is missing; run launch/prepare.py")
+        try:
+            manifest = json.loads(path.read_bytes())
+            expected = manifest.pop("checksum")
+            intact = expected == digest(json.dumps(manifest, sort_keys=True))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            intact = False
+        if not intact:
+            raise self._damaged(path, "is damaged")
+        if (manifest["kind"], manifest["format"]) != (kind, _FORMAT):
+            held = f"holds a {manifest['kind']}, format {manifest['format']}"
+            raise TextError(f"{self.folder} {held}; expected a {kind}, format {_FORMAT}")
+        return manifest
+
+    def verify(self) -> None:
+        """Compares every file with its checksum; reads all bytes.
+
+        Raises:
+          TextError: naming the first file that differs.
+        """
+        for entry in self.manifest["files"]:
+            path = self.folder / entry["name"]
+            if checksum(path) != entry["blake2b"]:
+                raise self._damaged(path, "is damaged (its checksum differs)")
+
+    def __len__(self) -> int:
+        return self.manifest["count"]
+
+    def check(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The ids as int64; raises IndexError outside 0 … len − 1."""
+        ids = np.asarray(ids, np.int64)
+        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
+            wrong = ids[(ids < 0) | (ids >= len(self))][0]
+            raise IndexError(f"{self.folder} has no record {wrong}; it has 0 … {len(self) - 1}")
+        return ids
+
+    def read(self, ids: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
+        """Records in the order of `ids`.
+
+        Raises:
+          IndexError: an id outside 0 … len − 1.
+          TextError: a shard whose bytes are damaged.
+        """
+        ids = self.check(ids)
+        records: list[dict[str, Any]] = [{}] * len(ids)
+        shards = ids % max(len(self._paths), 1)
+        for shard in np.unique(shards).tolist():
+            places = np.flatnonzero(shards == shard)
+            inside = (ids[places] // len(self._paths)).tolist()
+            try:
+                payloads = self._reader(shard).read(inside)
+                unpacked = [msgpack.unpackb(payload) for payload in payloads]
+            except (RuntimeError, IndexError, ValueError, msgpack.UnpackException) as error:
+                raise self._damaged(self._paths[shard], f"is damaged ({error})") from error
+            for place, record in zip(places, unpacked, strict=True):
+                records[place] = record
+        return records
+
+    def _reader(self, shard: int) -> Any:
+        with self._lock:
+            if self._readers[shard] is None:
+                self._readers[shard] = array_record_module.ArrayRecordReader(
+                    str(self._paths[shard]), _READER, file_reader_buffer_size=1 << 15
+                )
+            return self._readers[shard]

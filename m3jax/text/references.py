@@ -1,0 +1,218 @@
+"""The knowledge base: references cut from documents, each traceable to its text."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32, UInt64
+
+from m3jax.text.cut import Piece, cut_references
+from m3jax.text.documents import Document, TextError, in_batches
+from m3jax.text.records import Records, dtype_of_tokens, writing
+from m3jax.text.tokenizer import PAD, Tokenizer
+
+_KIND = "references"
+# One row of table.bin a reference: hash of its key, hash of its tokens, number of tokens.
+_ROW = np.dtype([("key", "<u8"), ("content", "<u8"), ("length", "<i4")])
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A piece of a document: `text` is characters `[start, end)` of the document's text.
+
+    `key` is `<document id>#<n>`, n counting the document's references from 0. `tokens` (≤ W) hold
+    neither prefix nor padding. `source` is the document's.
+    """
+
+    key: str
+    title: str
+    source: str
+    start: int
+    end: int
+    text: str
+    tokens: Int32[np.ndarray, " W"]
+
+
+def write_references(
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    folder: str | os.PathLike[str],
+    length: int,
+    shards: int = 1,
+) -> int:
+    """Cuts documents into references and writes them to `folder`, replacing what is there.
+
+    Args:
+      documents: the knowledge base, read once, about a million characters held at a time.
+      tokenizer: the tokenizer; its fingerprint goes into the manifest.
+      folder: where to write: records, `tokens.bin` (all tokens, one reference after the other),
+        `table.bin` (hashes and lengths), `manifest.json` last.
+      length: most tokens W of a reference, prefix not counted.
+      shards: most shard files of the records, filled round robin.
+
+    Returns:
+      The number of references.
+
+    Raises:
+      TextError: no documents, no usable tokens in them, or an id that occurs twice.
+    """
+    dtype = dtype_of_tokens(tokenizer.size)
+    seen: set[bytes] = set()
+    with writing(folder, shards, ["tokens.bin", "table.bin"]) as writer:
+        for document, pieces in _cut_all(documents, tokenizer, length):
+            name = hashlib.blake2b(document.id.encode(), digest_size=12).digest()
+            if name in seen:
+                raise TextError(
+                    f"duplicate keys in the knowledge base: document id {document.id!r} occurs"
+                    f" twice (again at {document.source or 'an unnamed source'}); make ids unique"
+                )
+            seen.add(name)
+            for n, piece in enumerate(pieces):
+                key = f"{document.id}#{n}"
+                record = {
+                    "key": key,
+                    "title": document.title,
+                    "source": document.source,
+                    "start": piece.start,
+                    "end": piece.end,
+                    "text": piece.text,
+                }
+                data = piece.tokens.astype(dtype).tobytes()
+                row = np.array((_hash(key.encode()), _hash(data), len(piece.tokens)), _ROW)
+                writer.write(record, tokens=data, table=row.tobytes())
+        if not seen:
+            raise TextError("the knowledge base is empty: no documents; give at least one")
+        if not writer.count:
+            raise TextError(
+                f"the knowledge base has no usable tokens: its {len(seen)} documents are white"
+                " space only; give documents with text"
+            )
+        content = {
+            "tokenizer": tokenizer.fingerprint,
+            "dtype": dtype.str,
+            "length": length,
+            "documents": len(seen),
+        }
+        writer.finish(_KIND, content)
+        return writer.count
+
+
+def _cut_all(
+    documents: Iterable[Document], tokenizer: Tokenizer, length: int
+) -> Iterator[tuple[Document, list[Piece]]]:
+    """Every document with its pieces, cut in threads: most of the time goes into tokenizing."""
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+        for batch in in_batches(documents):
+            pieces = pool.map(lambda document: cut_references(document, tokenizer, length), batch)
+            yield from zip(batch, pieces, strict=True)
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+class References:
+    """Random access to a knowledge base of R references. Safe to use from several threads.
+
+    Attributes:
+      length: most tokens W of a reference.
+      lengths: tokens of every reference; int32 (R,).
+      record_hashes: hash of every reference's tokens; uint64 (R,). Where it differs between two
+        sets made with one tokenizer, the reference's memory must be written again.
+      fingerprint: hex hash of all references, the length and the tokenizer.
+      tokenizer_fingerprint: the tokenizer the references were made with.
+    """
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+        manifest = records.manifest
+        table = np.fromfile(records.folder / "table.bin", _ROW)
+        self.length: int = manifest["length"]
+        self.fingerprint: str = manifest["fingerprint"]
+        self.tokenizer_fingerprint: str = manifest["tokenizer"]
+        self.lengths: Int32[np.ndarray, " R"] = table["length"].astype(np.int32)
+        self.record_hashes: UInt64[np.ndarray, " R"] = table["content"].copy()
+        self._ends = np.cumsum(self.lengths, dtype=np.int64)
+        self._tokens = np.memmap(records.folder / "tokens.bin", manifest["dtype"], "r")
+        self._order = np.argsort(table["key"], kind="stable")
+        self._sorted_keys = table["key"][self._order]
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> References:
+        """Opens what `write_references` wrote, after checking that every file has its size.
+
+        Raises:
+          TextError: an unfinished set, or a missing or truncated file, with the remedy.
+        """
+        return cls(Records(folder, _KIND))
+
+    def verify(self) -> None:
+        """Reads all bytes and compares checksums; raises `TextError` naming a damaged file."""
+        self._records.verify()
+
+    @property
+    def folder(self) -> Path:
+        """Where the references are."""
+        return self._records.folder
+
+    @property
+    def keys(self) -> list[str]:
+        """All keys in order; reads every record."""
+        blocks = (range(i, min(i + 4096, len(self))) for i in range(0, len(self), 4096))
+        return [record["key"] for block in blocks for record in self._records.read(block)]
+
+    def info(self) -> str:
+        """Counts, in words."""
+        counts = f"{len(self)} references of {self._records.manifest['documents']} documents"
+        mean = self.lengths.mean()
+        return f"{counts}, {int(self._ends[-1])} tokens, {mean:.1f} of {self.length} on average"
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int | np.integer) -> Reference:
+        record = self._record(i)
+        return Reference(**record, tokens=self.tokens([int(i)])[0, : self.lengths[i]])
+
+    def _record(self, i: int | np.integer) -> dict[str, Any]:
+        return self._records.read([int(i)])[0]
+
+    def texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """Texts of references, in the order of `ids`."""
+        return [record["text"] for record in self._records.read(ids)]
+
+    def tokens(self, ids: Sequence[int] | np.ndarray) -> Int32[np.ndarray, "n W"]:
+        """Tokens of references, one row each, filled up with PAD; no prefix inside.
+
+        Raises:
+          IndexError: an id outside 0 … R − 1.
+        """
+        ids = self._records.check(ids)
+        offsets = np.arange(self.length)
+        real = offsets < self.lengths[ids][:, None]
+        places = (self._ends[ids] - self.lengths[ids])[:, None] + offsets
+        return np.where(real, self._tokens[np.where(real, places, 0)], PAD).astype(np.int32)
+
+    def find(self, key: str) -> int:
+        """Id of the reference with this key.
+
+        Raises:
+          TextError: no reference has it.
+        """
+        wanted = np.uint64(_hash(key.encode()))
+        first = np.searchsorted(self._sorted_keys, wanted, "left")
+        last = np.searchsorted(self._sorted_keys, wanted, "right")
+        for i in self._order[first:last].tolist():
+            if self._record(i)["key"] == key:
+                return i
+        raise TextError(
+            f"no reference has the key {key!r} in {self.folder} ({len(self)} references; the first"
+            f" is {self._record(0)['key']!r})"
+        )

@@ -1,0 +1,196 @@
+"""Byte-level BPE: any text becomes tokens and comes back exactly; four tokens are special."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int32
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from m3jax.text.documents import TextError
+from m3jax.text.files import digest, write_atomically
+
+PAD, BOS, REFERENCE, END = 0, 1, 2, 3
+SPECIAL_TOKENS = ("<pad>", "<s>", "<reference>", "</s>")
+SMALLEST = len(SPECIAL_TOKENS) + 256  # specials and bytes: a tokenizer that has learned nothing
+
+_FILE = "tokenizer.json"
+_MANIFEST = "manifest.json"
+_LINE_ENDS = re.compile(r"\S(?=\n)")
+_BLOCK = 1 << 20  # about how many characters of a text are tokenized at once, to bound memory
+
+Tokens = Int32[np.ndarray, "_"]  # of any length
+
+
+class Tokenizer:
+    """A trained byte-level BPE tokenizer. Safe to use from several threads.
+
+    A *word* is a run of letters, of digits or of other signs, with the space before it (the
+    pattern of GPT-2): merges never cross its borders, so `N217` is two words and `word` at the
+    start of a text is another token than ` word` within it.
+
+    Attributes:
+      size: number of entries, special tokens included.
+      fingerprint: hex hash of the saved JSON; what was made with another tokenizer differs.
+      prefix: `[BOS, REFERENCE]`, the constant `<s>Reference:` of the paper (Memory³ §3.3).
+    """
+
+    def __init__(self, json_text: str) -> None:
+        self._tokenizer = tokenizers.Tokenizer.from_str(json_text)
+        self._tokenizer.encode_special_tokens = True  # "<s>" within a text is three plain signs
+        self._json = json_text
+        self.size: int = self._tokenizer.get_vocab_size()
+        self.fingerprint: str = digest(json_text)
+        self.prefix: np.ndarray = np.array([BOS, REFERENCE], np.int32)
+        found = tuple(self._tokenizer.id_to_token(i) for i in range(len(SPECIAL_TOKENS)))
+        if found != SPECIAL_TOKENS:
+            raise TextError(f"the tokenizer begins with {found}; expected {SPECIAL_TOKENS}")
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocabulary: int,
+        min_frequency: int,
+        most_bytes: int | None = None,
+    ) -> Tokenizer:
+        """Learns merges; the same texts give the same tokenizer.
+
+        Args:
+          texts: texts, read once, one at a time.
+          vocabulary: most entries, special tokens included, ≥ 260. Training ends with fewer when
+            no pair is left that occurs `min_frequency` times; with a vocabulary that is large
+            enough every word that occurs so often is one token.
+          min_frequency: least count of a pair to be merged.
+          most_bytes: UTF-8 bytes of text to learn from; the rest is not read.
+
+        Raises:
+          TextError: a vocabulary too small for the bytes, or no text.
+        """
+        if vocabulary < SMALLEST:
+            raise TextError(
+                f"a tokenizer of {vocabulary} entries cannot hold 256 bytes and"
+                f" {len(SPECIAL_TOKENS)} special tokens; set text.vocabulary ≥ {SMALLEST}"
+            )
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+            add_prefix_space=False, trim_offsets=False
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            min_frequency=min_frequency,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        seen = [0]
+        tokenizer.train_from_iterator(_limited(texts, most_bytes, seen), trainer)
+        if not seen[0]:
+            raise TextError("no text to train a tokenizer on; the documents are empty")
+        return cls(tokenizer.to_str())
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `tokenizer.json` (readable by `tokenizers`), then `manifest.json`."""
+        content = {"kind": "tokenizer", "fingerprint": self.fingerprint, "size": self.size}
+        write_atomically(Path(folder) / _FILE, self._json.encode())
+        write_atomically(Path(folder) / _MANIFEST, json.dumps(content, indent=1).encode())
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Tokenizer:
+        """Reads what `save` wrote.
+
+        Raises:
+          TextError: a file is missing, or is not what was saved.
+        """
+        path, manifest = Path(folder) / _FILE, Path(folder) / _MANIFEST
+        for needed in (path, manifest):
+            if not needed.is_file():
+                raise TextError(f"no tokenizer: {needed} is missing; run launch/prepare.py")
+        try:
+            text = path.read_bytes().decode()
+            expected = json.loads(manifest.read_bytes())["fingerprint"]
+            if digest(text) != expected:
+                raise ValueError("its bytes are not those that were saved")
+            return cls(text)
+        except TextError:
+            raise
+        except Exception as error:  # the tokenizers library raises plain Exception
+            raise TextError(
+                f"{path} is damaged ({error}); delete {folder} and run launch/prepare.py"
+            ) from error
+
+    def encode(self, text: str) -> Tokens:
+        """Tokens of a text, never a special one; `decode` returns the text exactly."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+        """`encode` of every text, in parallel over the cores."""
+        blocks = [list(_blocks(text)) for text in texts]
+        flat = [block for parts in blocks for block in parts]
+        encodings = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+        ids = [[np.array(next(encodings).ids, np.int32) for _ in parts] for parts in blocks]
+        return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in ids]
+
+    def encode_with_offsets(
+        self, text: str
+    ) -> tuple[Int32[np.ndarray, " T"], Int32[np.ndarray, "T 2"]]:
+        """Tokens of a text and the characters `[start, end)` that each covers.
+
+        Tokens that are parts of one character all carry its span; together the spans cover the
+        text without gaps.
+        """
+        ids, spans, start = [], [], 0
+        for block in _blocks(text):
+            encoding = self._tokenizer.encode(block, add_special_tokens=False)
+            ids.append(np.array(encoding.ids, np.int32))
+            spans.append(np.array(encoding.offsets, np.int32).reshape(-1, 2) + np.int32(start))
+            start += len(block)
+        return np.concatenate(ids), np.concatenate(spans)
+
+    def decode(self, ids: Iterable[int | np.integer]) -> str:
+        """Text of tokens; special tokens are skipped, broken UTF-8 becomes U+FFFD.
+
+        Raises:
+          TextError: a token that is not in the vocabulary.
+        """
+        tokens = [int(i) for i in ids]
+        for token in tokens:
+            if not 0 <= token < self.size:
+                raise TextError(f"token {token} is outside the tokenizer's {self.size} entries")
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _limited(texts: Iterable[str], most_bytes: int | None, seen: list[int]) -> Iterator[str]:
+    """The texts up to a number of UTF-8 bytes, the last one cut; counts the bytes in `seen`."""
+    for block in (block for text in texts for block in _blocks(text)):
+        data = block.encode()
+        if most_bytes is not None and seen[0] + len(data) >= most_bytes:
+            data = data[: most_bytes - seen[0]]
+            seen[0] += len(data)
+            yield data.decode("utf-8", "ignore")
+            return
+        seen[0] += len(data)
+        yield block
+
+
+def _blocks(text: str) -> Iterator[str]:
+    """A text in parts whose tokens, joined, are the text's.
+
+    Words and runs of white space never cross from a sign to a line feed, so that is where a long
+    text is cut.
+    """
+    start = 0
+    while len(text) - start > _BLOCK:
+        end = _LINE_ENDS.search(text, start + _BLOCK)
+        if end is None:
+            break
+        yield text[start : end.start() + 1]
+        start = end.start() + 1
+    yield text[start:] if start else text

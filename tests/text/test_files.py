@@ -1,0 +1,33 @@
+"""Files are committed whole or not at all."""
+
+import os
+
+import pytest
+
+from m3jax.text.files import checksum, committing, digest, write_atomically
+
+
+def test_write_atomically_replaces_and_makes_folders(tmp_path):
+    path = tmp_path / "new" / "file"
+    write_atomically(path, b"one")
+    write_atomically(path, b"two")
+    assert path.read_bytes() == b"two" and os.listdir(path.parent) == ["file"]
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, b"one")
+    with pytest.raises(OSError, match="full"), committing(path) as temporary:
+        temporary.write_bytes(b"tw")
+        assert path.read_bytes() == b"one"
+        raise OSError("disk full")
+    assert path.read_bytes() == b"one" and os.listdir(tmp_path) == ["file"]
+
+
+def test_hashes(tmp_path):
+    assert digest("a", "b") != digest("ab") != digest("ab", "")
+    assert digest("ä") == digest("ä".encode()) and len(digest()) == 32
+    (tmp_path / "f").write_bytes(b"x" * 100_000)
+    before = checksum(tmp_path / "f")
+    (tmp_path / "f").write_bytes(b"x" * 99_999 + b"y")
+    assert checksum(tmp_path / "f") != before

@@ -1,0 +1,84 @@
+"""The overlap measure against a plain dynamic program written from the definition."""
+
+import numpy as np
+import pytest
+
+from m3jax.text.overlap import exceeds, overlap, which_exceed
+
+
+def _slow_lcs(t, r):
+    best = [0] * (len(r) + 1)
+    for token in t:
+        previous = best
+        best = [0]
+        for j, other in enumerate(r):
+            longer = previous[j] + 1 if token == other else 0
+            best.append(max(longer, previous[j + 1], best[j]))
+    return best[-1]
+
+
+def _slow_overlap(t, r):
+    """max N over all i_1: the subsequence lies in t[i_1 … i_1 + 2|r|]."""
+    if not len(t) or not len(r):
+        return 0.0
+    return max(_slow_lcs(t[i : i + 2 * len(r) + 1], r) for i in range(len(t))) / len(r)
+
+
+@pytest.mark.parametrize("alphabet", [1, 2, 3, 5, 12])
+def test_equals_the_slow_definition(alphabet):
+    rng = np.random.default_rng(alphabet)
+    windowed = 0
+    for _ in range(120):
+        t = rng.integers(0, alphabet, rng.integers(0, 70))
+        r = rng.integers(0, alphabet, rng.integers(0, 9))
+        expected = _slow_overlap(t, r)
+        assert overlap(t, r) == expected
+        assert overlap(t.tolist(), r.tolist()) == expected
+        windowed += len(r) > 0 and expected < _slow_lcs(t, r) / len(r)
+        for threshold in (0.0, 0.2, 1 / 3, 0.5, 2 / 3, 0.9, 1.0):
+            assert exceeds(t, r, threshold) == (expected > threshold)
+    assert windowed or alphabet < 3  # the window mattered
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_window_edge_is_inclusive(size):
+    r = list(range(10, 10 + size + 1))
+    for distance in range(size, 4 * size + 4):
+        t = [0, *r[:-1], *[0] * (distance - size), r[-1], 0]  # i_N − i_1 = distance
+        inside = distance <= 2 * len(r)
+        assert overlap(t, r) == (1.0 if inside else size / (size + 1))
+        assert exceeds(t, r, 0.99) == inside
+
+
+def test_edges():
+    assert overlap([], [1]) == overlap([1], []) == overlap([], []) == 0.0
+    assert not exceeds([], [1], 0.0) and not exceeds([1], [], 0.0)
+    assert overlap([1, 2], [1, 9, 9, 2, 9]) == 2 / 5  # r longer than t
+    assert overlap([2, 1], [1, 2]) == 1 / 2  # order counts
+    assert overlap([0xD800, 70_000, 0x110000 + 5], [0xD800, 0x110000 + 5]) == 1.0
+    assert exceeds([1, 2, 3], [1, 2, 3], 0.99) and not exceeds([1, 2, 3], [1, 2, 3], 1.0)
+
+
+def test_threshold_is_strict_and_rounds_as_the_measure():
+    for size in (1, 2, 3, 7, 10, 15, 30):
+        r = list(range(size))
+        for shared in range(size + 1):
+            t = r[:shared] + [999]
+            for threshold in (0.1, 0.3, 2 / 3, 0.7, 0.9, shared / size):
+                assert exceeds(t, r, threshold) == (overlap(t, r) > threshold)
+
+
+def test_many_references_with_padding():
+    rng = np.random.default_rng(3)
+    t = rng.integers(4, 40, 300)
+    lengths = rng.integers(0, 21, 60)
+    references = np.zeros((60, 20), np.int32)
+    for row, length in zip(references, lengths, strict=True):
+        start = rng.integers(0, 280)
+        row[:length] = t[start : start + length]
+        noise = rng.random(length) < rng.choice([0, 0.1, 0.4])
+        row[:length][noise] = rng.integers(4, 40, noise.sum())
+    expected = [overlap(t, r[:n]) > 0.8 for r, n in zip(references, lengths, strict=True)]
+    assert 5 < sum(expected) < 55
+    np.testing.assert_array_equal(which_exceed(t, references, lengths, 0.8), expected)
+    assert which_exceed(t, references[:0], lengths[:0], 0.8).shape == (0,)
