@@ -1,0 +1,1 @@
+"""Explicit memories: choosing tokens, writing, the bank."""

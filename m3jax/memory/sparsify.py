@@ -1,0 +1,117 @@
+"""Which tokens of a reference are kept (Memory³ §3.3)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+from ml_collections import ConfigDict
+
+
+class Written(NamedTuple):
+    """What one memory layer keeps of every reference; slots past the length are zero."""
+
+    keys: Float[Array, "R K P H"]
+    values: Float[Array, "R K P H"]
+    length: Int[Array, R]
+    indices: Int[Array, "R K P"]
+
+
+def token_weights(
+    q_RWKGH: Float[Array, "R W K G H"],
+    k_RWKH: Float[Array, "R W K H"],
+    usable_RW: Bool[Array, "R W"],
+    selection: str,
+) -> Float[Array, "R K W"]:
+    """Total attention w[j] each token receives inside its reference, summed over query heads.
+
+    exact: w[j] = Σ_i softmax_j(q_i · k_j / √H); approximate: w[j] = Σ_i exp(q_i · k_j / √H),
+      scaled by the largest score of its reference and key-value head so that it cannot overflow.
+      No causal mask, no positions. Tokens that are not usable take part neither as i nor as j.
+
+    Args:
+      q_RWKGH, k_RWKH: queries and keys before RoPE.
+      usable_RW: false for padding (the prefix is never among the W tokens).
+      selection: `exact` or `approximate`.
+
+    Returns:
+      Weights in float32, −inf for tokens that are not usable.
+    """
+    scores = jnp.einsum("RIKGH,RJKH->RKGIJ", q_RWKGH, k_RWKH, preferred_element_type=jnp.float32)
+    scores = scores * (q_RWKGH.shape[-1] ** -0.5)
+    pair = (usable_RW[:, :, None] & usable_RW[:, None, :])[:, None, None]
+    scores = jnp.where(pair, scores, -jnp.inf)
+    axes = -1 if selection == "exact" else (-3, -2, -1)
+    largest = jnp.max(scores, axis=axes, keepdims=True)
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(largest), largest, 0.0))
+    if selection == "exact":
+        weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)
+    weights_RKW = jnp.sum(weights, axis=(2, 3))
+    return jnp.where(usable_RW[:, None, :], weights_RKW, -jnp.inf)
+
+
+def select(
+    q_RWKGH: Float[Array, "R W K G H"],
+    k_RWKH: Float[Array, "R W K H"],
+    usable_RW: Bool[Array, "R W"],
+    *,
+    kept: int,
+    selection: str,
+) -> tuple[Int[Array, "R K P"], Int[Array, R]]:
+    """The `kept` heaviest tokens of each key-value head, in reference order.
+
+    Args:
+      q_RWKGH, k_RWKH, usable_RW, selection: as in `token_weights`.
+      kept: tokens P to keep; of equal weights the earlier token wins.
+
+    Returns:
+      indices into the reference, ascending, real ones first; slots past the length hold 0.
+      length of every reference: min(P, usable tokens).
+    """
+    weights_RKW = token_weights(
+        jax.lax.stop_gradient(q_RWKGH), jax.lax.stop_gradient(k_RWKH), usable_RW, selection
+    )
+    W = weights_RKW.shape[-1]
+    _, top = jax.lax.top_k(weights_RKW, kept)
+    length_R = jnp.minimum(kept, jnp.sum(usable_RW, axis=-1)).astype(jnp.int32)
+    real = (jnp.arange(kept)[None] < length_R[:, None])[:, None]
+    top = jnp.sort(jnp.where(real, top, W), axis=-1)
+    return jnp.where(real, top, 0).astype(jnp.int32), length_R
+
+
+def sparsify(
+    q_RWKGH: Float[Array, "R W K G H"],
+    k_RWKH: Float[Array, "R W K H"],
+    rotated_RWKH: Float[Array, "R W K H"],
+    v_RWKH: Float[Array, "R W K H"],
+    usable_RW: Bool[Array, "R W"],
+    *,
+    kept: int,
+    selection: str,
+) -> Written:
+    """One layer's explicit memories of a batch of references.
+
+    Args:
+      q_RWKGH, k_RWKH: queries and keys before RoPE, which decide what is kept.
+      rotated_RWKH: keys after RoPE, which are what is stored.
+      v_RWKH: values.
+      usable_RW, kept, selection: as in `select`.
+    """
+    indices_RKP, length_R = select(q_RWKGH, k_RWKH, usable_RW, kept=kept, selection=selection)
+    real_RP = jnp.arange(kept)[None] < length_R[:, None]
+
+    def gather(x_RWKH):
+        chosen = jnp.take_along_axis(jnp.swapaxes(x_RWKH, 1, 2), indices_RKP[..., None], axis=2)
+        return jnp.where(real_RP[:, None, :, None], chosen, 0)
+
+    return Written(gather(rotated_RWKH), gather(v_RWKH), length_R, indices_RKP)
+
+
+def sparsifier(config: ConfigDict) -> Callable[..., Written]:
+    """`sparsify` with the config's kept tokens and selection rule."""
+    memory = config.memory
+    return functools.partial(sparsify, kept=memory.kept_tokens, selection=memory.selection)

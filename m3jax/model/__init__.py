@@ -1,0 +1,1 @@
+"""The transformer: attention over prefix, memories and context; no disks, no stages."""

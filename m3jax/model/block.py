@@ -1,0 +1,78 @@
+"""One transformer block in parts, which the layer scans and the memory writer recombine."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+
+def rms_norm(
+    x: Float[Array, "*batch D"], scale: Float[Array, D], epsilon: float
+) -> Float[Array, "*batch D"]:
+    """RMSNorm in float32, result in the dtype of `x`."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
+    return (x32 * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """Pre-norm block: grouped-query attention and a gated MLP, no biases unless configured."""
+
+    def __init__(self, config: ConfigDict, rngs: nnx.Rngs):
+        model = config.model
+        D, F, K, H = model.hidden, model.mlp_width, model.kv_heads, model.head_dim
+        G = model.query_heads // K
+        dtype = jnp.dtype(model.param_dtype)
+        residual = (2 * model.layers) ** -0.5  # keeps the sum of 2L residual branches at unit scale
+
+        def matrix(shape, fan_in, axes, factor=1.0):
+            deviation = factor * fan_in**model.init_exponent
+            values = jax.random.normal(rngs.params(), shape, jnp.float32) * deviation
+            return nnx.Param(values.astype(dtype), out_sharding=axes)
+
+        def constant(value, shape, axes):
+            return nnx.Param(jnp.full(shape, value, dtype), out_sharding=axes)
+
+        self.attention_norm = constant(1, (D,), ("norm",))
+        self.query = matrix((D, K, G, H), D, ("embed", "kv_heads", "group", "head_dim"))
+        self.key = matrix((D, K, H), D, ("embed", "kv_heads", "head_dim"))
+        self.value = matrix((D, K, H), D, ("embed", "kv_heads", "head_dim"))
+        self.output = matrix(
+            (K, G, H, D), K * G * H, ("kv_heads", "group", "head_dim", "embed"), residual
+        )
+        if model.attention_bias:
+            self.query_bias = constant(0, (K, G, H), ("kv_heads", "group", "head_dim"))
+            self.key_bias = constant(0, (K, H), ("kv_heads", "head_dim"))
+            self.value_bias = constant(0, (K, H), ("kv_heads", "head_dim"))
+        self.mlp_norm = constant(1, (D,), ("norm",))
+        self.gate = matrix((D, F), D, ("embed", "mlp"))
+        self.up = matrix((D, F), D, ("embed", "mlp"))
+        self.down = matrix((F, D), F, ("mlp", "embed"), residual)
+        self.epsilon = model.norm_epsilon
+        self.bias = model.attention_bias
+
+    def qkv(self, hidden: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
+        """Queries `(B, T, K, G, H)`, keys and values `(B, T, K, H)`, before RoPE."""
+        x = rms_norm(hidden, self.attention_norm[...], self.epsilon)
+        q = jnp.einsum("BTD,DKGH->BTKGH", x, self.query[...].astype(x.dtype))
+        k = jnp.einsum("BTD,DKH->BTKH", x, self.key[...].astype(x.dtype))
+        v = jnp.einsum("BTD,DKH->BTKH", x, self.value[...].astype(x.dtype))
+        if self.bias:
+            q = q + self.query_bias[...].astype(x.dtype)[None, None]
+            k = k + self.key_bias[...].astype(x.dtype)[None, None]
+            v = v + self.value_bias[...].astype(x.dtype)[None, None]
+        return q, k, v
+
+    def rest(
+        self, hidden: Float[Array, "B T D"], attended: Float[Array, "B T K G H"]
+    ) -> Float[Array, "B T D"]:
+        """Output projection and MLP, each added to the residual stream."""
+        dtype = hidden.dtype
+        hidden = hidden + jnp.einsum("BTKGH,KGHD->BTD", attended, self.output[...].astype(dtype))
+        x = rms_norm(hidden, self.mlp_norm[...], self.epsilon)
+        gate = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x, self.gate[...].astype(dtype)))
+        up = jnp.einsum("BTD,DF->BTF", x, self.up[...].astype(dtype))
+        return hidden + jnp.einsum("BTF,FD->BTD", gate * up, self.down[...].astype(dtype))

@@ -1,0 +1,331 @@
+"""The language model: embedding, two kinds of layers (memory and plain) in scans, head.
+
+Parameters are a nested dict of arrays. Layers are stacked per segment: `lower` (plain, before the
+memory layers), `memory`, `upper` (plain, after them); a segment without layers is absent. Besides
+the
+context, the scan over layers carries up to two more streams: the constant prefix, and references
+  that are encoded in the step (online memories).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from m3jax.config import PREFIX_TOKENS
+from m3jax.model.attention import ExplicitMemory, KeyValues, attend, attention_weights
+from m3jax.model.block import Block, rms_norm
+from m3jax.model.rope import rotate
+
+nnx.use_eager_sharding(False)  # parameters carry axis names; no mesh is needed to create them
+
+Params = dict[str, Any]
+
+
+class Streams(NamedTuple):
+    """Hidden states that one layer transforms together."""
+
+    context: Array | None  # (B, T, D)
+    prefix: Array | None  # (1, S, D): `<s>Reference:`, the same for every row
+    references: Array | None  # (R, W, D)
+
+
+class Transformer(nnx.Module):
+    """Holds the parameters with their logical axis names; `Model` computes with them."""
+
+    def __init__(self, config: ConfigDict, rngs: nnx.Rngs):
+        model = config.model
+        dtype = jnp.dtype(model.param_dtype)
+        D, V = model.hidden, model.vocabulary
+
+        def table(axes):
+            values = jax.random.normal(rngs.params(), (V, D), jnp.float32) * D**model.init_exponent
+            return nnx.Param(values.astype(dtype), out_sharding=axes)
+
+        self.embedding = table(("vocabulary", "embed"))
+        for segment, (low, high) in segment_ranges(config).items():
+            if high > low:
+                stack = nnx.vmap(
+                    lambda r: Block(config, r), transform_metadata={nnx.PARTITION_NAME: "layer"}
+                )
+                setattr(self, segment, stack(rngs.split(high - low)))
+        self.final_norm = nnx.Param(jnp.ones((D,), dtype), out_sharding=("norm",))
+        if not model.tied_embeddings:
+            self.head = table(("vocabulary", "embed"))
+
+
+def segment_ranges(config: ConfigDict) -> dict[str, tuple[int, int]]:
+    """First and last-plus-one layer of each segment, which may be empty."""
+    first = config.memory.first_layer
+    last = first + config.memory.layers
+    return {"lower": (0, first), "memory": (first, last), "upper": (last, config.model.layers)}
+
+
+class Model:
+    """Pure functions of (parameters, batch) for one config.
+
+    Args:
+      config: a validated config.
+      prefix_tokens: tokens of the constant prefix, or () for none; see `config.prefix_tokens`.
+    """
+
+    def __init__(self, config: ConfigDict, prefix_tokens: tuple[int, ...] = PREFIX_TOKENS):
+        self.config = config
+        self.prefix_tokens = tuple(prefix_tokens)
+        self.segments = {s: high - low for s, (low, high) in segment_ranges(config).items()}
+        self.dtype = jnp.dtype(config.model.compute_dtype)
+        self._block, _ = nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))
+
+    def abstract(self) -> tuple[Params, Params]:
+        """Shapes and dtypes of the parameters, and their logical axis names."""
+        module = nnx.eval_shape(lambda: Transformer(self.config, nnx.Rngs(0)))
+        state = nnx.state(module, nnx.Param)
+        shapes = nnx.to_pure_dict(state)
+        axes = nnx.to_pure_dict(nnx.get_partition_spec(state))
+        return shapes, jax.tree.map(
+            lambda spec, leaf: tuple(spec) + (None,) * (leaf.ndim - len(tuple(spec))),
+            axes,
+            shapes,
+            is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec),
+        )
+
+    def init(self, key: Array) -> Params:
+        """Random parameters (pure: may be jitted with output shardings)."""
+        module = Transformer(self.config, nnx.Rngs(params=key))
+        params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+        if self.config.model.previous_token_head:
+            params = _with_previous_token_head(self.config, params)
+        return params
+
+    def logits(
+        self,
+        params: Params,
+        tokens_BT: Int[Array, "B T"],
+        memory: ExplicitMemory | None = None,
+        reference_tokens: Int[Array, "B C M W"] | None = None,
+        sparsify: Callable | None = None,
+        *,
+        window: int | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Next-token logits in float32.
+
+        Args:
+          params: parameters.
+          tokens_BT: context tokens.
+          memory: precomputed memories, `(B, C, M, L, K, P, H)`, length `(B, C, M)`.
+          reference_tokens: instead of `memory`: references to encode here, with gradient, 0-padded;
+            a row of zeros is no reference.
+          sparsify: `memory.sparsify.sparsifier(config)`; needed with `reference_tokens`.
+          window: chunks whose memories a query reads; default from the config.
+        """
+        hidden, _ = self._run(params, tokens_BT, memory, reference_tokens, sparsify, window)
+        return self.head(params, hidden)
+
+    def memory_attention(
+        self, params: Params, tokens_BT: Int[Array, "B T"], memory: ExplicitMemory, window: int
+    ) -> Float[Array, "L B K G T slots"]:
+        """Attention weight of every query on every memory slot (C·M·P), per memory layer."""
+        return self._run(params, tokens_BT, memory, None, None, window, observe=True)[1]
+
+    def head(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Final norm and LM head; logits in float32."""
+        x = rms_norm(hidden, params["final_norm"], self.config.model.norm_epsilon)
+        table = params["embedding"] if self.config.model.tied_embeddings else params["head"]
+        return jnp.einsum(
+            "BTD,VD->BTV", x, table.astype(x.dtype), preferred_element_type=jnp.float32
+        )
+
+    def encode(
+        self, params: Params, reference_tokens: Int[Array, "R W"], sparsify: Callable
+    ) -> tuple[ExplicitMemory, Int[Array, "R L K P"]]:
+        """Writes memories: each reference alone through the layers up to the last memory layer.
+
+        Args:
+          params: the writer's parameters; layers above the memory layers are not read.
+          reference_tokens: 0-padded references without prefix.
+          sparsify: `memory.sparsify.sparsifier(config)`.
+
+        Returns:
+          The memories, keys and values `(R, L, K, P, H)` in the compute dtype and length `(R,)`;
+          and the position inside the reference of every kept token.
+        """
+        references = self._embed(params, reference_tokens)
+        streams = Streams(None, self._embed_prefix(params), references)
+        streams = self._scan_plain(params, "lower", streams)
+        layer = _Layer(self, sparsify=sparsify, usable_RW=reference_tokens != 0)
+        _, written = self._scan_memory(params, streams, layer, None)
+        keys, values, indices = (
+            jnp.moveaxis(x, 0, 1) for x in (written.keys, written.values, written.indices)
+        )
+        return ExplicitMemory(keys, values, written.length[0]), indices
+
+    def _run(self, params, tokens_BT, memory, reference_tokens, sparsify, window, observe=False):
+        window = self.config.memory.window if window is None else window
+        layer = _Layer(self, window=window, observe=observe)
+        references = None
+        if reference_tokens is not None:
+            *lead, W = reference_tokens.shape
+            reference_tokens = reference_tokens.reshape(-1, W)
+            references = self._embed(params, reference_tokens)
+            layer.sparsify, layer.usable_RW, layer.lead = sparsify, reference_tokens != 0, lead
+        streams = Streams(self._embed(params, tokens_BT), self._embed_prefix(params), references)
+        streams = self._scan_plain(params, "lower", streams)
+        streams, observed = self._scan_memory(params, streams, layer, memory)
+        streams = self._scan_plain(params, "upper", streams._replace(references=None))
+        return streams.context, observed
+
+    def _embed(self, params, tokens):
+        x = params["embedding"].astype(self.dtype)[tokens]
+        return x * jnp.asarray(self.config.model.embedding_scale, self.dtype)
+
+    def _embed_prefix(self, params):
+        if not self.prefix_tokens:
+            return None
+        return self._embed(params, jnp.asarray(self.prefix_tokens, jnp.int32)[None])
+
+    def _scan_plain(self, params, segment, streams):
+        if not self.segments[segment]:
+            return streams
+
+        def body(streams, stacked):
+            block = nnx.merge(self._block, stacked)
+            return _Layer(self).plain(block, streams), None
+
+        return jax.lax.scan(self._remat(body), streams, params[segment])[0]
+
+    def _scan_memory(self, params, streams, layer, memory):
+        """All memory layers; returns the streams and what every layer wrote or observed, stacked.
+
+        With references the last layer is peeled: it needs neither their attention output nor MLP.
+        """
+        stacked, L = params["memory"], self.segments["memory"]
+        sliced, length = None, None
+        if memory is not None:  # (B, C, M, L, …) → (L, B, C, M, …)
+            sliced = (jnp.moveaxis(memory.keys, 3, 0), jnp.moveaxis(memory.values, 3, 0))
+            length = memory.length
+
+        def body(streams, inputs, last=False):
+            block = nnx.merge(self._block, inputs[0])
+            memory = None if sliced is None else ExplicitMemory(*inputs[1], length)
+            return layer.memory(block, streams, memory, last)
+
+        if streams.references is None:
+            return jax.lax.scan(self._remat(body), streams, (stacked, sliced))
+        outputs = []
+        if L > 1:
+            streams, output = jax.lax.scan(
+                self._remat(body), streams, (jax.tree.map(lambda x: x[:-1], stacked), None)
+            )
+            outputs.append(output)
+        final = functools.partial(body, last=True)
+        streams, output = self._remat(final)(
+            streams, (jax.tree.map(lambda x: x[-1], stacked), None)
+        )
+        outputs.append(jax.tree.map(lambda x: x[None], output))
+        return streams, jax.tree.map(lambda *x: jnp.concatenate(x), *outputs)
+
+    def _remat(self, body):
+        policy = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+        if self.config.model.remat == "none":
+            return body
+        return jax.checkpoint(body, prevent_cse=False, policy=policy[self.config.model.remat])
+
+
+@dataclasses.dataclass
+class _Layer:
+    """One layer on all streams; holds what is the same in every layer of a pass."""
+
+    model: Model
+    window: int = 1
+    observe: bool = False  # return the attention on memories
+    sparsify: Callable | None = None
+    usable_RW: Array | None = None
+    lead: Sequence[int] | None = None  # (B, C, M): the context reads the references
+
+    def plain(self, block, streams):
+        streams, prefix = self._prefix(block, streams)
+        streams, _ = self._references(block, streams, prefix)
+        return self._context(block, streams, prefix, None)[0]
+
+    def memory(self, block, streams, memory, last):
+        streams, prefix = self._prefix(block, streams)
+        streams, written = self._references(block, streams, prefix, keep=True, output=not last)
+        if streams.context is None:
+            return streams, written
+        if written is not None:
+            memory = ExplicitMemory(*(x.reshape(*self.lead, *x.shape[1:]) for x in written[:3]))
+        return self._context(block, streams, prefix, memory)
+
+    def _qkv(self, block, hidden, first_position):
+        """Queries and keys after RoPE, values, and queries and keys before it."""
+        q, k, v = block.qkv(hidden)
+        positions = first_position + jnp.arange(hidden.shape[1])
+        base = self.model.config.model.rope_base
+        return rotate(q, positions, base), rotate(k, positions, base), v, q, k
+
+    def _prefix(self, block, streams):
+        """The prefix attends to itself alone; its keys and values serve all other streams."""
+        if streams.prefix is None:
+            return streams, None
+        q, k, v, _, _ = self._qkv(block, streams.prefix, 0)
+        hidden = block.rest(streams.prefix, attend(q, k, v))
+        return streams._replace(prefix=hidden), KeyValues(k[0], v[0])
+
+    def _references(self, block, streams, prefix, keep=False, output=True):
+        """References attend causally to the prefix and themselves; memory layers keep tokens."""
+        if streams.references is None:
+            return streams, None
+        config, written = self.model.config.model, None
+        q, k, v, plain_q, plain_k = self._qkv(
+            block, streams.references, len(self.model.prefix_tokens)
+        )
+        if keep:
+            written = self.sparsify(plain_q, plain_k, k, v, self.usable_RW)
+        if output:
+            options = {"implementation": config.attention, "block": config.attention_block}
+            hidden = block.rest(streams.references, attend(q, k, v, prefix, **options))
+            streams = streams._replace(references=hidden)
+        return streams, written
+
+    def _context(self, block, streams, prefix, memory):
+        if streams.context is None:
+            return streams, None
+        config = self.model.config
+        first = len(self.model.prefix_tokens) + config.memory.reference_length
+        q, k, v, _, _ = self._qkv(block, streams.context, first)
+        observed = None
+        chunks = {"chunk_length": config.memory.chunk_length, "window": self.window}
+        if self.observe:
+            weights = attention_weights(q, k, prefix, memory, **chunks)
+            observed = weights[..., len(self.model.prefix_tokens) : weights.shape[-1] - k.shape[1]]
+        options = {"implementation": config.model.attention, "block": config.model.attention_block}
+        attended = attend(q, k, v, prefix, memory, **chunks, **options)
+        hidden = block.rest(streams.context, attended)
+        return streams._replace(context=hidden), observed
+
+
+def _with_previous_token_head(config: ConfigDict, params: Params) -> Params:
+    """Query and key biases that start key-value head 0 of layer 0 as a previous-token head.
+
+    Keys carry a constant vector; queries the same vector turned back by one position, so that the
+    score is largest at distance one. Only the fastest third of the frequencies take part.
+    """
+    model = config.model
+    half = model.head_dim // 2
+    frequency = model.rope_base ** (-jnp.arange(half) / half)
+    size = model.previous_token_head * (jnp.arange(half) < max(2, half // 3))
+    key = jnp.concatenate([size, jnp.zeros(half)])
+    query = jnp.concatenate([size * jnp.cos(frequency), -size * jnp.sin(frequency)])
+    segment = "lower" if config.memory.first_layer else "memory"
+    layer = dict(params[segment])
+    for name, values in (("key_bias", key), ("query_bias", query)):
+        layer[name] = layer[name].at[0, 0].set(values.astype(layer[name].dtype))
+    return {**params, segment: layer}
