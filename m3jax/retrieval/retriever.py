@@ -1,0 +1,109 @@
+"""Text to references: search, minus the references that would give away the text they accompany."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int64
+
+from m3jax.retrieval.errors import RetrievalError
+from m3jax.retrieval.index import Index
+from m3jax.text.overlap import which_exceed
+from m3jax.text.references import References
+
+
+class Retriever:
+    """An index with the overlap filter of Memory³ §6.1. Safe to call from several threads.
+
+    Attributes:
+      searched: queries that were searched: those with a word that the knowledge base knows.
+      dropped: references that were found and dropped for their overlap.
+      unfilled: places of the results that stayed −1.
+    """
+
+    def __init__(
+        self, index: Index, references: References, candidates: int, overlap_limit: float
+    ) -> None:
+        """Makes a retriever.
+
+        Args:
+          index: an index of the references.
+          references: their tokens are what the filter compares.
+          candidates: references fetched per query, of which the filter leaves at most k.
+          overlap_limit: a reference is dropped if its overlap with the text is above this.
+
+        Raises:
+          RetrievalError: the index is of other references.
+        """
+        if index.references_fingerprint != references.fingerprint:
+            raise RetrievalError(
+                "the index was built from other references; open it with Index.open(folder,"
+                " references) and rebuild it with launch/prepare.py"
+            )
+        self.index, self.references = index, references
+        self.candidates, self.overlap_limit = candidates, overlap_limit
+        self.searched = self.dropped = self.unfilled = 0
+        self._lock = threading.Lock()
+
+    def retrieve(
+        self, queries: Sequence[str], against: Sequence[np.ndarray] | None, k: int
+    ) -> Int64[np.ndarray, "n k"]:
+        """Finds k references for every query.
+
+        Args:
+          queries: n texts.
+          against: for every query the tokens of the text that its references must not contain; None
+            = no filter.
+          k: references per query.
+
+        Returns:
+          (n, k) ids, best first, −1 where nothing (more) was found: candidates with a score of 0 or
+          less are not returned, so a query without a known word gets none.
+
+        Raises:
+          RetrievalError: k below 1, or `against` of another length than `queries`.
+        """
+        if k < 1:
+            raise RetrievalError(f"k = {k} references per query; ask for at least 1")
+        if against is not None and len(against) != len(queries):
+            raise RetrievalError(
+                f"{len(queries)} queries with {len(against)} texts to filter against; give one each"
+            )
+        ids = np.full((len(queries), k), -1, np.int64)
+        embeddings = self.index.embedder.embed(queries)
+        searched = np.flatnonzero(embeddings.any(axis=1))
+        found, scores = self.index.search(embeddings[searched], max(self.candidates, k))
+        dropped = 0
+        for query, candidates, score in zip(searched.tolist(), found, scores, strict=True):
+            candidates = candidates[(candidates >= 0) & (score > 0)]
+            if against is not None:
+                candidates, leaking = self._survivors(candidates, against[query], k)
+                dropped += leaking
+            ids[query, : len(candidates)] = candidates[:k]
+        with self._lock:
+            self.searched += len(searched)
+            self.dropped += dropped
+            self.unfilled += int((ids < 0).sum())
+        return ids
+
+    def _survivors(
+        self, candidates: np.ndarray, text: np.ndarray, k: int
+    ) -> tuple[np.ndarray, int]:
+        """The first k candidates that do not leak, and how many leaking ones came before them."""
+        kept, dropped, start = np.empty(0, np.int64), 0, 0
+        while start < len(candidates) and len(kept) < k:
+            part = candidates[start : start + k - len(kept)]
+            lengths = np.asarray(self.references.lengths)[part]
+            tokens = self.references.tokens(part)
+            leaks = which_exceed(text, tokens, lengths, self.overlap_limit)
+            kept = np.concatenate([kept, part[~leaks]])
+            dropped += int(leaks.sum())
+            start += len(part)
+        return kept, dropped
+
+    def report(self) -> dict[str, int]:
+        """The counters since this retriever was made."""
+        with self._lock:
+            return {"searched": self.searched, "dropped": self.dropped, "unfilled": self.unfilled}

@@ -1,0 +1,274 @@
+"""The index: exact and ScaNN search, and what a folder may go through."""
+
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from m3jax.retrieval import index as index_module
+from m3jax.retrieval import search
+from m3jax.retrieval.embed import LexicalEmbedder
+from m3jax.retrieval.errors import RetrievalError
+from m3jax.retrieval.index import Index, build_index
+from m3jax.retrieval.search import Searcher, import_scann
+
+needs_scann = pytest.mark.skipif(import_scann() is None, reason="ScaNN has no wheel here")
+
+
+@pytest.fixture(scope="module")
+def texts(sentences):
+    return [*sentences(298), "twin zofa", "twin zofa"]
+
+
+@pytest.fixture(scope="module")
+def references(texts, write, tmp_path_factory):
+    return write(tmp_path_factory.mktemp("references"), texts)
+
+
+@pytest.fixture
+def build(references, config, tmp_path):
+    """Builds in `tmp_path/name` with exact search up to `exact_below` references."""
+
+    def build(name="index", exact_below=1000, references=references):
+        config.retrieval.exact_below = exact_below
+        build_index(references, LexicalEmbedder(64), tmp_path / name, config)
+        return tmp_path / name
+
+    return build
+
+
+def _slow(queries, rows, k):
+    """Sorted by (−score, id) in a loop."""
+    ids, scores = np.full((len(queries), k), -1), np.full((len(queries), k), -np.inf, np.float32)
+    for i, query in enumerate(queries):
+        score = [np.float32(np.sum(query.astype(np.float64) * row)) for row in rows]
+        best = sorted(range(len(rows)), key=lambda j: (-score[j], j))[:k]
+        ids[i, : len(best)], scores[i, : len(best)] = best, [score[j] for j in best]
+    return ids, scores
+
+
+def _shard(rows, size, monkeypatch):
+    monkeypatch.setattr(search, "SHARD_ROWS", size)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+@pytest.mark.parametrize("size", [7, 300])
+def test_exact_search_is_the_plain_loop(size, monkeypatch):
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((40, 8)).astype(np.float32)
+    rows[20:30] = rows[3]  # ties
+    rows[33] = 0
+    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+    queries = np.concatenate([rows, rng.standard_normal((30, 8)).astype(np.float32)])
+    searcher = Searcher(_shard(rows, size, monkeypatch))
+    for k in (1, 5, 40, 43):
+        for got, expected in zip(searcher.search(queries, k), _slow(queries, rows, k), strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_references_find_themselves_and_columns_stay_unfilled(build, references, texts):
+    index = Index.open(build(), references)
+    assert (index.size, index.kind, index.dimension) == (300, "exact", 64)
+    ids, scores = index.search(index.embedder.embed(texts), 302)
+    np.testing.assert_array_equal(ids[:299, 0], np.arange(299))
+    assert ids[299, :2].tolist() == [298, 299]  # the twins' tie goes to the lower id
+    np.testing.assert_allclose(scores[:, 0], 1, atol=1e-6)
+    assert (np.diff(scores[:, :300]) <= 0).all()
+    np.testing.assert_array_equal(ids[:, 300:], -1)
+    np.testing.assert_array_equal(scores[:, 300:], -np.inf)
+    ids, scores = index.search(np.zeros((0, 64), np.float32), 3)
+    assert ids.shape == scores.shape == (0, 3)
+
+
+@needs_scann
+def test_scann_equals_exact_search_where_it_computes_every_score(build, texts):
+    exact, scann = Index.open(build("a")), Index.open(build("b", exact_below=0))
+    assert (exact.kind, scann.kind) == ("exact", "scann")
+    assert exact.fingerprint != scann.fingerprint
+    queries = exact.embedder.embed([text[:60] for text in texts])
+    for k in (5, 310):
+        for a, b in zip(exact.search(queries, k), scann.search(queries, k), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@needs_scann
+@pytest.mark.parametrize("kind", ["exact", "every score", "codes", "leaves"])
+def test_a_query_finds_the_same_in_any_batch(kind, build, texts, monkeypatch):
+    monkeypatch.setattr(search, "_SCORE_ALL", 1000 if kind in ("exact", "every score") else 0)
+    monkeypatch.setattr(search, "_SCAN_ALL", 0 if kind == "leaves" else 1000)
+    index = Index.open(build(exact_below=1000 if kind == "exact" else 0))
+    queries = index.embedder.embed([text[:50] for text in texts])
+    ids, scores = index.search(queries, 6)
+    order = np.random.default_rng(0).permutation(len(texts))
+    parts = np.split(order, [1, 2, 5, 70, 71, 200])
+    shuffled = [index.search(queries[part], 6) for part in parts]
+    np.testing.assert_array_equal(np.concatenate([p[0] for p in shuffled]), ids[order])
+    np.testing.assert_array_equal(np.concatenate([p[1] for p in shuffled]), scores[order])
+
+
+@needs_scann
+@pytest.mark.slow
+@pytest.mark.parametrize("leaves", [False, True])
+def test_recall_of_the_approximate_search(leaves, sentences, tmp_path, monkeypatch):
+    texts = sentences(22_000, length=60)
+    embedder = LexicalEmbedder(128)
+    embedder.fit(texts)
+    rows = embedder.embed(texts)
+    # A question shares a stretch of 30 words with its reference, and 15 with another.
+    pairs = zip(texts[:400], texts[1000:1400], strict=True)
+    queries = embedder.embed([f"{a[-150:]} {b[:75]}" for a, b in pairs])
+    if leaves:
+        monkeypatch.setattr(search, "_SCAN_ALL", 1000)
+    settings = search.scann_settings(len(rows))
+    assert settings["reordered"] and bool(settings["leaves"]) == leaves
+    scann = import_scann()
+    search.build_scann(scann, rows, settings, tmp_path / "scann")
+    found = Searcher(
+        _shard(rows, 22_000, monkeypatch), scann.load_searcher(str(tmp_path / "scann"))
+    ).search(queries, 5)[0]
+    exact = Searcher([rows]).search(queries, 5)[0]
+    recall = np.mean([len(set(a) & set(b)) / 5 for a, b in zip(found, exact, strict=True)])
+    assert recall >= 0.95
+
+
+@needs_scann
+@pytest.mark.parametrize("kind", ["every score", "codes", "leaves"])
+def test_two_builds_have_the_same_bytes(kind, build, monkeypatch):
+    monkeypatch.setattr(search, "_SCORE_ALL", 1000 if kind == "every score" else 0)
+    monkeypatch.setattr(search, "_SCAN_ALL", 0 if kind == "leaves" else 1000)
+    a, b = build("a", exact_below=0), build("b", exact_below=0)
+    names = sorted(p.relative_to(a) for p in a.rglob("*") if p.is_file())
+    assert names == sorted(p.relative_to(b) for p in b.rglob("*") if p.is_file())
+    assert Path("scann/scann_assets.pbtxt") in names
+    for name in names:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def test_a_finished_build_is_left_alone_and_another_replaces_it(build, references, write, tmp_path):
+    folder = build()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    build()
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    other = write(tmp_path / "other", ["some other text", "and one more"])
+    first = Index.open(folder).fingerprint
+    build(references=other)
+    assert (Index.open(folder, other).size, len(list(folder.glob("embeddings-*")))) == (2, 1)
+    build()
+    assert Index.open(folder, references).fingerprint == first
+
+
+@needs_scann
+def test_a_folder_can_be_moved(build, texts, tmp_path, monkeypatch):
+    folder = build(exact_below=0)
+    expected = Index.open(folder).search(Index.open(folder).embedder.embed(texts[:9]), 4)
+    shutil.move(folder, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    moved = Index.open("moved")
+    found = moved.search(moved.embedder.embed(texts[:9]), 4)
+    np.testing.assert_array_equal(found, expected)
+
+
+@needs_scann
+def test_without_scann_its_index_is_searched_exactly(build, texts, references, monkeypatch):
+    folder = build(exact_below=0)
+    index = Index.open(folder)
+    queries = index.embedder.embed(texts)
+    expected = index.search(queries, 5)
+    monkeypatch.setitem(sys.modules, "scann", None)
+    with pytest.warns(UserWarning, match="cannot be imported here; searching exactly"):
+        fallen = Index.open(folder, references)
+    for a, b in zip(fallen.search(queries, 5), expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert Index.open(build("new", exact_below=0)).kind == "exact"
+
+
+@needs_scann
+def test_a_flipped_byte_or_missing_file_is_named(build, references):
+    folder = build(exact_below=0)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert len(files) >= 8
+    for path in files:
+        data = path.read_bytes()
+        flipped = bytearray(data)
+        flipped[len(data) // 2] ^= 4
+        path.write_bytes(flipped)
+        with pytest.raises(RetrievalError, match=f"{path} is damaged.*run launch/prepare.py"):
+            Index.open(folder, references)
+        path.unlink()
+        with pytest.raises(RetrievalError, match=f"{path} is missing.*run launch/prepare.py"):
+            Index.open(folder, references)
+        path.write_bytes(data)
+    Index.open(folder, references)
+    next(folder.glob("embeddings-*")).write_bytes(b"no array")
+    build(exact_below=0)  # the remedy
+    Index.open(folder, references)
+
+
+def test_other_references_are_refused(build, write, references, texts, tmp_path):
+    folder = build()
+    fewer = write(tmp_path / "fewer", texts[:-1])
+    with pytest.raises(RetrievalError, match="ids 0 … 299, but there are only 299 references"):
+        Index.open(folder, fewer)
+    changed = write(tmp_path / "changed", [*texts[:-1], "another"])
+    with pytest.raises(RetrievalError, match="built from other references.*prepare.py again"):
+        Index.open(folder, changed)
+
+
+class _Empty:
+    """Takes the place of references, which cannot be written without any."""
+
+    fingerprint = "none"
+
+    def __len__(self):
+        return 0
+
+
+def test_an_empty_knowledge_base_is_refused(config, tmp_path):
+    with pytest.raises(RetrievalError, match="the knowledge base is empty"):
+        inspect.unwrap(build_index)(_Empty(), LexicalEmbedder(64), tmp_path, config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_queries_are_refused(build):
+    index = Index.open(build())
+    with pytest.raises(RetrievalError, match="k = 0"):
+        index.search(np.zeros((1, 64), np.float32), 0)
+    with pytest.raises(RetrievalError, match=r"shape \(1, 32\); this index needs \(n, 64\)"):
+        index.search(np.zeros((1, 32), np.float32), 1)
+
+
+@needs_scann
+@pytest.mark.slow
+def test_a_build_killed_at_any_moment_ends_as_an_undisturbed_one(references, texts, tmp_path):
+    script = Path(__file__).with_name("killed_builds.py")
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, script, references.folder, tmp_path],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+    assert done.returncode == 0, done.stderr
+    kept = [int(line.split()[2]) for line in done.stdout.splitlines()]
+    assert len(kept) == 13 and min(kept) == 0 and max(kept) == 5
+    undisturbed = tmp_path / "undisturbed"
+    names = sorted(p.relative_to(undisturbed) for p in undisturbed.rglob("*") if p.is_file())
+    for i in range(len(kept)):
+        for name in names:
+            same = (tmp_path / str(i) / name).read_bytes() == (undisturbed / name).read_bytes()
+            assert same, (done.stdout.splitlines()[i], name)
+
+
+def test_shards_hold_all_rows_in_order(build, texts, monkeypatch):
+    monkeypatch.setattr(search, "SHARD_ROWS", 128)
+    monkeypatch.setattr(index_module, "SHARD_ROWS", 128)
+    folder = build()
+    assert len(list(folder.glob("embeddings-*.npy"))) == 3
+    index = Index.open(folder)
+    ids, _ = index.search(index.embedder.embed(texts), 1)
+    np.testing.assert_array_equal(ids[:299, 0], np.arange(299))
