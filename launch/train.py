@@ -1,0 +1,59 @@
+"""Trains one stage of a prepared workdir, or continues it: the same command after any interruption.
+
+    python launch/train.py --config=configs/wiki_small.py --workdir=runs/wiki
+    python launch/train.py --config=configs/wiki_small.py:stage=continual \
+        --workdir=runs/wiki --init_from=runs/wiki/warmup
+
+Checkpoints, metrics.jsonl, TensorBoard events and loss.png go to <workdir>/<stage>. SIGTERM saves
+and ends with code 0.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+from ml_collections import config_flags
+
+from m3jax import launching
+from m3jax.config import validate
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run, made by launch/prepare.py.", required=True
+)
+_INIT_FROM = flags.DEFINE_string(
+    "init_from",
+    None,
+    "Stage folder, or checkpoints/STEP in it, whose parameters a new run starts from; a run that"
+    " has a checkpoint of its own continues from that.",
+)
+_BANK = flags.DEFINE_string(
+    "bank", None, "Bank of explicit memories for memory.source = precomputed; default WORKDIR/bank."
+)
+
+
+def main(argv: list[str]) -> None:
+    """Opens the data and trains."""
+    config = validate(_CONFIG.value)  # before the slow imports
+
+    from m3jax.data.pipeline import open_pipeline
+    from m3jax.evaluation.losses import evaluator
+    from m3jax.train.loop import train
+
+    pipeline = open_pipeline(config, _WORKDIR.value, split="train", bank=_BANK.value)
+    summary = train(
+        config,
+        _WORKDIR.value,
+        pipeline=pipeline,
+        tokenizer_fingerprint=pipeline.tokenizer.fingerprint,
+        init_from=_INIT_FROM.value,
+        evaluate=evaluator(config, _WORKDIR.value, bank=_BANK.value),
+        writer=None if pipeline.bank is None else pipeline.bank.writer,
+    )
+    print(f"{summary['stage']}: loss {summary['loss']:.4f} after {summary['step']} steps")
+    for name, value in summary["evaluation"].items():
+        print(f"  {name}: {value:.4f}")
+    print(f"checkpoint: {summary['checkpoint']}")
+
+
+if __name__ == "__main__":
+    launching.run(main, required=["config"])

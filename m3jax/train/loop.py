@@ -1,0 +1,343 @@
+"""The training loop of every stage: resume, step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from m3jax import flops
+from m3jax.config import prefix_tokens, validate
+from m3jax.mesh import host_rows, make_mesh, to_global
+from m3jax.model.transformer import Model, Params
+from m3jax.train.checkpoints import FOLDER, Checkpoints, check_owner, claim, restore_params
+from m3jax.train.metrics import Metrics, read_metrics
+from m3jax.train.objective import inputs
+from m3jax.train.optimizer import make_optimizer
+from m3jax.train.plots import plot_stages
+from m3jax.train.progress import Progress
+from m3jax.train.state import TrainState, abstract_state, init_state
+from m3jax.train.step import make_step
+
+Evaluate = Callable[[Params], Mapping[str, float]]
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """Where the loop gets its batches, `m3jax.data.pipeline.Pipeline`."""
+
+    def batches(self, first_step: int, rows: slice) -> Iterator[Mapping[str, Any]]:
+        """Host batches of the steps `first_step` …; a batch is a function of (seed, step) alone."""
+
+    def report(self) -> Mapping[str, float]:
+        """Counters for the metrics."""
+
+
+class DivergenceError(ValueError):
+    """The loss or the gradient is not a finite number any more."""
+
+
+def train(
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    pipeline: Batches,
+    tokenizer_fingerprint: str,
+    init_from: str | Path | None = None,
+    evaluate: Evaluate | None = None,
+    writer: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Trains the stage `config.stage` in `<workdir>/<stage>`, or continues it.
+
+    The same call after a kill ends bitwise equal to an undisturbed run. On SIGTERM the run is
+    saved, and the process ends with code 0.
+
+    Args:
+      config: a config.
+      workdir: folder of the run.
+      pipeline: batches.
+      tokenizer_fingerprint: of the tokenizer that made them.
+      init_from: stage folder (or its `checkpoints/<step>`) whose parameters a new run starts from;
+        not read when the run has a checkpoint of its own.
+      evaluate: returns named numbers of parameters; called every `train.evaluate_every` steps and
+        at the end.
+      writer: `{"hash", "path", "step"}` of the checkpoint that wrote the memories that the batches
+        carry; recorded in every checkpoint.
+
+    Returns:
+      `stage`, `step`, `checkpoint` (its folder), `seconds` of the run, `loss` and `accuracy` of the
+      last logged line, and `evaluation`, the last one's numbers ({} if there was none).
+
+    Raises:
+      ConfigError, CheckpointError: the config, workdir or checkpoint does not fit.
+      DivergenceError: the loss is not finite; names the step and the last checkpoint.
+    """
+    validate(config)
+    folder = Path(workdir).absolute() / config.stage
+    check_owner(folder, config)
+    mesh = make_mesh(config)
+    model = Model(config, prefix_tokens(config))
+    optimizer = make_optimizer(config)
+    abstract = abstract_state(model, optimizer, mesh)
+    checkpoints = Checkpoints(folder, config, tokenizer_fingerprint, writer)
+    with contextlib.closing(checkpoints):
+        first = checkpoints.latest_step()
+        shown = jax.process_index() == 0
+        progress = Progress(config.stage, config.train.steps, first or 0, shown)
+        with contextlib.closing(progress):
+            if first == config.train.steps:
+                progress.message(f"{config.stage}: finished before, at step {first}; nothing to do")
+            else:
+                state = _start(
+                    config, model, optimizer, abstract, checkpoints, progress, mesh, init_from
+                )
+                claim(folder, config)
+                step = make_step(config, model, mesh, optimizer, abstract)
+                loop = _Loop(config, folder, mesh, pipeline, evaluate, checkpoints, progress)
+                loop.run(step, state, first or 0)
+    if shown and not (folder / "loss.png").exists():
+        plot_stages([folder], folder / "loss.png")
+    return _summary(config, folder)
+
+
+def _start(
+    config: ConfigDict,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    mesh: Mesh,
+    init_from: str | Path | None,
+) -> TrainState:
+    """The run's own newest checkpoint, else the parameters of `init_from`, else random ones."""
+    latest = checkpoints.latest_step()
+    if latest is not None:
+        progress.message(f"{config.stage}: continuing from step {latest} of {config.train.steps}")
+        return checkpoints.restore(abstract)
+    params = None
+    if init_from is not None:
+        params, meta = restore_params(
+            init_from, model, mesh=mesh, tokenizer_fingerprint=checkpoints.tokenizer_fingerprint
+        )
+        progress.message(f"{config.stage}: starting from step {meta['step']} of {init_from}")
+    return init_state(config, model, optimizer, abstract, params)
+
+
+def _summary(config: ConfigDict, folder: Path) -> dict[str, Any]:
+    lines = read_metrics(folder)
+    trained = [line for line in lines if "loss" in line][-1:]
+    evaluated = [line["evaluation"] for line in lines if "evaluation" in line][-1:]
+    return {
+        "stage": config.stage,
+        "step": config.train.steps,
+        "checkpoint": str(folder / FOLDER / str(config.train.steps)),
+        "seconds": max((line.get("seconds", 0.0) for line in lines), default=0.0),
+        "loss": trained[0]["loss"] if trained else math.nan,
+        "accuracy": trained[0]["accuracy"] if trained else math.nan,
+        "evaluation": evaluated[0] if evaluated else {},
+    }
+
+
+class _Loop:
+    """Owns what changes while training runs, but for the state."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        folder: Path,
+        mesh: Mesh,
+        pipeline: Batches,
+        evaluate: Evaluate | None,
+        checkpoints: Checkpoints,
+        progress: Progress,
+    ):
+        self.config, self.folder, self.mesh = config, folder, mesh
+        self.pipeline, self.evaluate = pipeline, evaluate
+        self.checkpoints, self.progress = checkpoints, progress
+        self.metrics: Metrics | None = None  # on the first process only
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.speed = _Speed(config, mesh)
+
+    def run(self, step_function: Callable, state: TrainState, first: int) -> None:
+        steps = self.config.train.steps
+        if jax.process_index() == 0:
+            (self.folder / "loss.png").unlink(missing_ok=True)
+            self.metrics = Metrics(self.folder, first)
+            self.speed.seconds_before = self.metrics.seconds
+        try:
+            with _Termination(self.checkpoints) as termination:
+                rows = host_rows(self.config, self.mesh)
+                batches = iter(self.pipeline.batches(first, rows))
+                for step in range(first + 1, steps + 1):
+                    with self.speed.waiting():
+                        batch = inputs(next(batches))
+                    with jax.transfer_guard("disallow"):
+                        state, metrics = step_function(state, to_global(self.mesh, batch))
+                    self._settle()
+                    self.pending = (step, metrics)
+                    stop = termination.requested(step)
+                    self._at(step, state, stop)
+                    if stop and step < steps:
+                        self.checkpoints.wait()
+                        self.progress.message(
+                            f"{self.config.stage}: told to stop; saved at step {step} of {steps}."
+                            " The same command continues"
+                        )
+                        raise SystemExit(0)
+            self.checkpoints.wait()
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
+
+    def _at(self, step: int, state: TrainState, stop: bool) -> None:
+        """Evaluates and saves when due. All lines up to a checkpoint are written before it."""
+        train = self.config.train
+        last = step == train.steps
+        evaluating = last or (train.evaluate_every and step % train.evaluate_every == 0)
+        if self.evaluate is not None and evaluating:
+            self._settle()
+            with self.speed.paused():
+                values = {name: float(x) for name, x in self.evaluate(state.params).items()}
+            self._write({"step": step, "evaluation": values})
+        if last or stop or step % train.checkpoint_every == 0:
+            self._settle()
+            if self.metrics is not None:
+                self.metrics.sync()
+            self.checkpoints.save(state, step)
+
+    def _settle(self) -> None:
+        """Fetches and logs the metrics of the step before, while the present one computes."""
+        if self.pending is None:
+            return
+        step, metrics = self.pending
+        self.pending = None
+        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+            latest = self.checkpoints.latest_step()
+            saved = (
+                "there is no checkpoint" if latest is None else f"last checkpoint: step {latest}"
+            )
+            raise DivergenceError(
+                f"{self.config.stage}: not finite at step {step} (loss {values['loss']}, gradient"
+                f" norm {values['gradient_norm']}); {saved} in {self.folder}. Lower"
+                " optimizer.learning_rate, lengthen optimizer.rise_steps, or look at the data"
+            )
+        self.speed.step()
+        train = self.config.train
+        self.progress.update(step, values["loss"], self.speed.tokens_per_second)
+        if step % train.log_every == 0 or step == train.steps:
+            self._write(
+                {
+                    "step": step,
+                    "tokens": step * self.speed.tokens_per_step,
+                    "loss": values["mean_loss"],
+                    "accuracy": values["mean_accuracy"],
+                    "gradient_norm": values["gradient_norm"],
+                    "parameter_norm": values["parameter_norm"],
+                    "learning_rate": values["learning_rate"],
+                    **self.speed.report(),
+                    "retrieval": dict(self.pipeline.report()),
+                }
+            )
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(line)
+
+
+class _Speed:
+    """Speed since the last logged line; compiling and evaluations are not counted."""
+
+    def __init__(self, config: ConfigDict, mesh: Mesh):
+        self.tokens_per_step = config.data.batch_rows * config.data.row_length
+        self.seconds_before = 0.0
+        self.tokens_per_second: float | None = None
+        self._flops = flops.train_step(config)
+        peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
+        self._peak = None if peak is None else peak * mesh.size
+        self._born = time.monotonic()
+        self._since: float | None = None  # None until the first step, which compiles, is done
+        self._steps, self._waited = 0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in here is waiting for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in here is not training."""
+        start = time.monotonic()
+        yield
+        if self._since is not None:
+            self._since += time.monotonic() - start
+
+    def step(self) -> None:
+        """Counts a step that is done."""
+        if self._since is None:
+            self._since, self._steps, self._waited = time.monotonic(), 0, 0.0
+            return
+        self._steps += 1
+        elapsed = time.monotonic() - self._since
+        self.tokens_per_second = self._steps * self.tokens_per_step / elapsed
+
+    def report(self) -> dict[str, float]:
+        """Speed since the last report; without a peak FLOP/s the FLOP/s reached instead of MFU."""
+        now = time.monotonic()
+        report = {}
+        if self._since is not None and self._steps:
+            elapsed = now - self._since
+            reached = self._steps * self._flops / elapsed
+            report["tokens_per_second"] = self._steps * self.tokens_per_step / elapsed
+            if self._peak is None:
+                report["flops_per_second"] = reached
+            else:
+                report["mfu"] = reached / self._peak
+            report["data_wait_share"] = min(1.0, self._waited / elapsed)
+            self._since, self._steps, self._waited = now, 0, 0.0
+        report["seconds"] = self.seconds_before + now - self._born
+        return report
+
+
+class _Termination:
+    """Notes SIGTERM, so that the step in progress can end and the run be saved."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints, self._noted = checkpoints, False
+        self._previous: Any = None
+        # With several processes JAX's own service notes the signal and agrees on a step.
+        self._ours = (
+            jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+        )
+
+    def __enter__(self) -> _Termination:
+        if self._ours:
+            self._previous = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted = True
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after this step; the same answer on all processes."""
+        if jax.process_count() > 1:
+            return self._checkpoints.reached_preemption(step)
+        return self._noted

@@ -1,0 +1,172 @@
+"""Pictures of a training run: loss and learning rate over steps and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from m3jax.text.files import committing
+from m3jax.train.metrics import read_metrics
+
+_INK, _SOFT, _GRID = "#22303c", "#7d8b99", "#e6eaee"
+_TRAIN, _RATE = "#2f6fb3", "#8a6fb0"
+_EVALUATION = ("#d9622b", "#2a9d76", "#b8336a", "#c79a1b", "#5b5f97")
+_SMOOTHED_SHARE = 1 / 40  # of the points of the longest stage that the drawn mean spans
+_MODES = {
+    "loss_memory": "validation, with memory",
+    "loss_none": "validation, no memory",
+    "loss_wrong": "validation, wrong memories",
+}
+
+
+def plot_stages(stage_folders: Sequence[str | Path], path: str | Path, title: str = "") -> None:
+    """Draws one or more stages of a run, one after the other, into a PNG.
+
+    Training loss (each logged value and a running mean), evaluated losses, and the learning rate
+    below, over optimizer steps and, along the top, tokens.
+
+    Args:
+      stage_folders: folders with `metrics.jsonl`; those without lines are left out.
+      path: the PNG, written atomically.
+      title: heading; default the names of the stages.
+
+    Raises:
+      ValueError: no stage has a line.
+    """
+    stages = [(Path(folder).name, read_metrics(folder)) for folder in stage_folders]
+    stages = [(name, lines) for name, lines in stages if any("loss" in line for line in lines)]
+    if not stages:
+        raise ValueError(f"no training metrics in {', '.join(map(str, stage_folders))}")
+    figure = Figure(figsize=(9, 5.4), layout="constrained", facecolor="white")
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    ends = _draw_stages(losses, rates, stages)
+    _decorate(losses, rates, stages, ends)
+    names = " → ".join(name for name, _ in stages)
+    losses.set_title(title or f"Training: {names}", loc="left", color=_INK, fontsize=13, pad=12)
+    with committing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def _draw_stages(losses: Axes, rates: Axes, stages: Sequence[tuple[str, list]]) -> list[int]:
+    """Draws the curves; returns the step at which every stage ends, over all stages."""
+    ends: list[int] = []
+    colours: dict[str, str] = {}
+    longest = max(sum("loss" in line for line in lines) for _, lines in stages)
+    for _, lines in stages:
+        offset = ends[-1] if ends else 0
+        trained = [line for line in lines if "loss" in line]
+        steps = offset + np.array([line["step"] for line in trained])
+        values = np.array([line["loss"] for line in trained])
+        first = not ends
+        losses.plot(steps, values, color=_TRAIN, alpha=0.25, linewidth=0.9)
+        label = "training" if first else None
+        losses.plot(
+            steps,
+            _smoothed(values, longest * _SMOOTHED_SHARE),
+            color=_TRAIN,
+            linewidth=1.9,
+            label=label,
+        )
+        rate = [line["learning_rate"] for line in trained]
+        rates.plot(steps, rate, color=_RATE, linewidth=1.4)
+        rates.fill_between(steps, rate, color=_RATE, alpha=0.15, linewidth=0)
+        evaluated = [line for line in lines if "evaluation" in line]
+        names = sorted(
+            {name for line in evaluated for name in line["evaluation"] if "loss" in name}
+        )
+        for name in names:
+            new = name not in colours
+            colour = colours.setdefault(name, _EVALUATION[len(colours) % len(_EVALUATION)])
+            points = [
+                (offset + line["step"], line["evaluation"][name])
+                for line in evaluated
+                if name in line["evaluation"]
+            ]
+            losses.plot(
+                *zip(*points, strict=True),
+                color=colour,
+                marker="o",
+                markersize=3.5,
+                linewidth=1.3,
+                label=_readable(name) if new else None,
+            )
+        ends.append(offset + max(line["step"] for line in lines))
+    return ends
+
+
+def _decorate(
+    losses: Axes, rates: Axes, stages: Sequence[tuple[str, list]], ends: list[int]
+) -> None:
+    for axes in (losses, rates):
+        axes.grid(color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(_SOFT)
+        axes.tick_params(colors=_INK, labelsize=9)
+        for end in ends[:-1]:
+            axes.axvline(end, color=_SOFT, linewidth=1, linestyle=(0, (4, 3)))
+    if len(stages) > 1:
+        for (name, _), start in zip(stages, [0, *ends], strict=False):
+            losses.annotate(
+                name,
+                (start, 1),
+                xycoords=losses.get_xaxis_transform(),
+                xytext=(5, -4),
+                textcoords="offset points",
+                va="top",
+                color=_SOFT,
+                fontsize=9,
+            )
+    losses.set_ylabel("loss, nats a token", color=_INK)
+    rates.set_ylabel("learning rate", color=_INK)
+    rates.set_xlabel("optimizer steps (tokens below)", color=_INK)
+    rates.set_ylim(bottom=0)
+    rates.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    rates.set_xlim(0, ends[-1])
+    _label_tokens(rates, stages, ends)
+    losses.legend(
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=2,
+        frameon=False,
+        fontsize=9,
+        labelcolor=_INK,
+        borderpad=0.2,
+    )
+
+
+def _label_tokens(axes: Axes, stages: Sequence[tuple[str, list]], ends: list[int]) -> None:
+    """Puts the tokens seen under every step of the axis."""
+    steps, tokens = [0.0], [0.0]
+    for (_, lines), start in zip(stages, [0, *ends], strict=False):
+        before = tokens[-1]
+        for line in lines:
+            if "tokens" in line:
+                steps.append(start + line["step"])
+                tokens.append(before + line["tokens"])
+    short, engineering = EngFormatter(sep=""), EngFormatter(places=1, sep="")
+
+    def label(step: float, _: Any) -> str:
+        seen = float(np.interp(step, steps, tokens))
+        return f"{short(step)}\n{engineering(seen) if seen else '0'}"
+
+    axes.xaxis.set_major_formatter(label)
+
+
+def _smoothed(values: np.ndarray, span: float) -> np.ndarray:
+    """Running mean over the last `span` points, at most a quarter of all."""
+    span = max(1, round(min(span, len(values) / 4)))
+    total = np.cumsum(np.concatenate([[0.0], values]))
+    stop = np.arange(1, len(values) + 1)
+    start = np.maximum(0, stop - span)
+    return (total[stop] - total[start]) / (stop - start)
+
+
+def _readable(name: str) -> str:
+    return _MODES.get(name, name.replace("/", " ").replace(".", " ").replace("_", " "))

@@ -1,0 +1,116 @@
+"""One optimizer step as one pure jitted function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from m3jax.memory.sparsify import sparsifier
+from m3jax.mesh import batch_sharding, replicated
+from m3jax.model.transformer import Model
+from m3jax.train.objective import Sums, mean, sums
+from m3jax.train.optimizer import make_optimizer
+from m3jax.train.schedule import schedule
+from m3jax.train.state import TrainState, abstract_state, state_shardings
+
+Step = Callable[[TrainState, dict[str, Any]], tuple[TrainState, dict[str, Array]]]
+
+
+def make_step(
+    config: ConfigDict,
+    model: Model,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation | None = None,
+    abstract: TrainState | None = None,
+) -> Step:
+    """The step of a config: `step(state, batch) -> (state, metrics)`, the state donated.
+
+    Metrics are float32 scalars: `loss` (nats a token) and `accuracy` of the batch, `mean_loss` and
+    `mean_accuracy` over all tokens since the last multiple of `train.log_every`, `gradient_norm`
+    before clipping, `learning_rate`, `parameter_norm` before the update.
+
+    Args:
+      config: a validated config.
+      model: its model.
+      mesh: its mesh.
+      optimizer: default `make_optimizer(config)`.
+      abstract: default `abstract_state(model, optimizer, mesh)`.
+    """
+    optimizer = make_optimizer(config) if optimizer is None else optimizer
+    abstract = abstract_state(model, optimizer, mesh) if abstract is None else abstract
+    learning_rate, log_every = schedule(config), config.train.log_every
+    gradient = _make_gradient(config, model, mesh)
+
+    def step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, dict[str, Array]]:
+        gradients, total = gradient(state.params, batch)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        # The first step after a logged line starts the sums anew.
+        kept = (state.step % log_every != 0).astype(jnp.float32)
+        window = jax.tree.map(lambda old, new: kept * old + new, state.window, total)
+        metrics = {
+            "loss": mean(total.loss, total.weight),
+            "accuracy": mean(total.correct, total.weight),
+            "mean_loss": mean(window.loss, window.weight),
+            "mean_accuracy": mean(window.correct, window.weight),
+            "gradient_norm": optax.tree.norm(gradients),
+            "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
+            "parameter_norm": optax.tree.norm(
+                jax.tree.map(lambda x: x.astype(jnp.float32), state.params)
+            ),
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, optimizer_state, state.step + 1, window), metrics
+
+    shardings = state_shardings(abstract)
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=(0,),
+    )
+
+
+def _make_gradient(config: ConfigDict, model: Model, mesh: Mesh) -> Callable:
+    """`gradient(params, batch)`: float32 gradients of the mean loss, and the sums behind it."""
+    parts = config.train.microbatches
+    sparsify = sparsifier(config)
+
+    def summed(params: Any, batch: Any) -> tuple[Array, Sums]:
+        total = sums(model, params, batch, sparsify)
+        return total.loss, total
+
+    def part(params: Any, batch: Any) -> tuple[Any, Sums]:
+        gradients, total = jax.grad(summed, has_aux=True)(params, batch)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), gradients), total
+
+    def split(x: Array) -> Array:
+        # Part i is the rows i, i + parts, …: every device keeps the rows that it has.
+        x = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+        spec = PartitionSpec(None, *batch_sharding(mesh).spec)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    def gradient(params: Any, batch: Any) -> tuple[Any, Sums]:
+        if parts == 1:
+            gradients, total = part(params, batch)
+        else:
+
+            def body(carry: Any, batch: Any) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, carry, part(params, batch)), None
+
+            zero = jnp.zeros((), jnp.float32)
+            start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+            (gradients, total), _ = jax.lax.scan(
+                body, (start, Sums(zero, zero, zero)), jax.tree.map(split, batch)
+            )
+        # The loss is a mean over the whole batch: divide once, by the whole weight.
+        scale = mean(jnp.ones((), jnp.float32), total.weight)
+        return jax.tree.map(lambda x: x * scale, gradients), total
+
+    return gradient

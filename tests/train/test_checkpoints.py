@@ -1,0 +1,112 @@
+"""Parameters for other stages: restacked, or refused by name."""
+
+import jax
+import numpy as np
+import pytest
+from train.tiny import FINGERPRINT, SyntheticPipeline, tiny_config
+
+from m3jax.mesh import make_mesh
+from m3jax.model.transformer import Model
+from m3jax.train.checkpoints import CheckpointError, Checkpoints, read_meta, restore_params
+from m3jax.train.optimizer import make_optimizer
+from m3jax.train.state import abstract_state, init_state
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A stage folder with the checkpoints 3 and 4 of a model with memory layer 0 of 3."""
+    config = tiny_config(model__layers=3, train__keep_last=2)
+    folder = tmp_path_factory.mktemp("run") / "warmup"
+    model, optimizer = Model(config, ()), make_optimizer(config)
+    abstract = abstract_state(model, optimizer, make_mesh(config))
+    state = init_state(config, model, optimizer, abstract)
+    checkpoints = Checkpoints(folder, config, FINGERPRINT)
+    for step in (2, 3, 4):
+        checkpoints.save(state, step)
+    checkpoints.close()
+    return config, folder, jax.device_get(state.params)
+
+
+def logits(config, params):
+    tokens = SyntheticPipeline(config).batch(0)["tokens"]
+    return jax.jit(Model(config, ()).logits)(params, tokens)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(("first", "layers"), [(0, 1), (1, 1), (1, 2), (0, 3)])
+def test_layers_move_to_other_segments(saved, first, layers, sharded):
+    config, folder, params = saved
+    size = 4 if sharded else 1
+    other = tiny_config(
+        model__layers=3, memory__first_layer=first, memory__layers=layers, mesh__fsdp=size
+    )
+    mesh = make_mesh(other) if sharded else None
+    restored, meta = restore_params(folder, Model(other, ()), mesh=mesh)
+    assert meta["step"] == 4 and meta["config"]["model"]["layers"] == 3
+    assert restored["memory"]["query"].shape[0] == layers
+    assert len(restored["embedding"].sharding.device_set) == size
+    if not sharded:
+        np.testing.assert_array_equal(logits(other, restored), logits(config, params))
+
+
+def test_parameters_take_the_dtype_of_the_model(saved):
+    _, folder, params = saved
+    other = tiny_config(model__layers=3, model__param_dtype="bfloat16")
+    restored, _ = restore_params(folder, Model(other, ()))
+    np.testing.assert_array_equal(
+        np.asarray(restored["embedding"]), params["embedding"].astype("bfloat16")
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__mlp_width": 48}, r"memory/down is \(1, 32, 16\) there and \(1, 48, 16\) in"),
+        ({"model__layers": 2}, r"upper/attention_norm is \(2, 16\) there and \(1, 16\) in"),
+        ({"model__tied_embeddings": True}, r"parameter head is \(264, 16\) there and absent in"),
+    ],
+)
+def test_checkpoint_of_another_shape_is_refused(saved, changes, message):
+    _, folder, _ = saved
+    other = tiny_config(**{"model__layers": 3, **changes})
+    with pytest.raises(CheckpointError, match=message):
+        restore_params(folder, Model(other, ()))
+
+
+def test_a_checkpoint_is_named_by_stage_or_step(saved):
+    config, folder, _ = saved
+    model = Model(config, ())
+    assert restore_params(folder, model, step=3)[1]["step"] == 3
+    assert restore_params(folder / "checkpoints" / "3", model)[1]["step"] == 3
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 9 .* there are \[3, 4\]"):
+        restore_params(folder, model, step=9)
+    with pytest.raises(CheckpointError, match="no checkpoint in .*/nothing"):
+        restore_params(folder / "nothing", model)
+
+
+def test_meta_says_what_made_it(saved):
+    config, folder, _ = saved
+    meta = read_meta(folder / "checkpoints" / "4")
+    assert meta["tokenizer"] == FINGERPRINT and meta["writer"] is None
+    assert meta["name"] == "m3jax" and meta["config"]["seed"] == config.seed
+
+
+def test_damaged_checkpoint_is_refused(saved, tmp_path):
+    config, folder, _ = saved
+    (tmp_path / "checkpoints" / "7" / "state").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="checkpoints/7 cannot be read"):
+        restore_params(tmp_path, Model(config, ()))
+
+
+def test_kept_checkpoints(tmp_path):
+    config = tiny_config(train__keep_last=1, train__keep_every=4)
+    model, optimizer = Model(config, ()), make_optimizer(config)
+    state = init_state(
+        config, model, optimizer, abstract_state(model, optimizer, make_mesh(config))
+    )
+    checkpoints = Checkpoints(tmp_path, config, FINGERPRINT)
+    for step in (2, 4, 6, 8, 10):
+        checkpoints.save(state, step)
+    checkpoints.close()
+    found = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+    assert found == {4, 8, 10}

@@ -1,0 +1,208 @@
+"""The loop: bitwise resume, SIGTERM, refusals, what it leaves behind."""
+
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from train.tiny import (
+    FINGERPRINT,
+    SyntheticPipeline,
+    deterministic_lines,
+    digest_of,
+    evaluate,
+    saved_state,
+    tiny_config,
+)
+
+from m3jax.config import prefix_tokens
+from m3jax.model.transformer import Model
+from m3jax.train.checkpoints import CheckpointError, restore_params
+from m3jax.train.loop import DivergenceError, train
+from m3jax.train.metrics import Metrics, read_metrics
+from m3jax.train.progress import Progress
+
+
+class Crash(Exception):
+    """Stands for a kill."""
+
+
+def crash_at(at):
+    def before(step):
+        if step == at:
+            raise Crash
+
+    return before
+
+
+def terminate_at(at):
+    def before(step):
+        if step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return before
+
+
+def run(config, workdir, before=lambda step: None, **options):
+    return train(
+        config,
+        workdir,
+        pipeline=SyntheticPipeline(config, before),
+        tokenizer_fingerprint=FINGERPRINT,
+        **{"evaluate": evaluate, **options},
+    )
+
+
+def outcome(config, workdir):
+    return digest_of(saved_state(config, workdir)), deterministic_lines(config, workdir)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A finished run: its config, workdir, summary."""
+    config, workdir = tiny_config(), tmp_path_factory.mktemp("undisturbed")
+    return config, workdir, run(config, workdir)
+
+
+def test_run_leaves_metrics_checkpoints_and_a_picture(undisturbed):
+    config, workdir, summary = undisturbed
+    folder = workdir / config.stage
+    lines = read_metrics(folder)
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in lines if "evaluation" in line] == [4, 8, 12]
+    last = [line for line in lines if "loss" in line][-1]
+    expected = {"accuracy", "gradient_norm", "parameter_norm", "learning_rate", "tokens", "seconds"}
+    assert expected | {"tokens_per_second", "flops_per_second", "data_wait_share"} <= last.keys()
+    assert last["tokens"] == 12 * 8 * 16 and last["retrieval"] == {"chunks": 1}
+    assert {int(path.name) for path in (folder / "checkpoints").iterdir()} == {10, 12}
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").iterdir())
+    assert summary["step"] == 12 and summary["loss"] == last["loss"]
+    assert summary["evaluation"] == lines[-1]["evaluation"]
+
+
+def test_finished_run_returns_at_once(undisturbed, capsys):
+    config, workdir, summary = undisturbed
+    again = run(config, workdir, before=crash_at(0))
+    assert again == summary
+    assert "finished before, at step 12" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("crash", [8, 11])
+def test_resumed_run_is_bitwise_equal(undisturbed, tmp_path, crash):
+    config, workdir, _ = undisturbed
+    with pytest.raises(Crash):
+        run(config, tmp_path, crash_at(crash))
+    with open(tmp_path / config.stage / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')  # a line cut off by a kill
+    run(config, tmp_path)
+    assert outcome(config, tmp_path) == outcome(config, workdir)
+
+
+def test_sigterm_saves_and_exits_cleanly(undisturbed, tmp_path, capsys):
+    config, workdir, _ = undisturbed
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught:
+        run(config, tmp_path, terminate_at(7))
+    assert caught.value.code == 0
+    assert "saved at step 8 of 12" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == handler
+    run(config, tmp_path)
+    assert outcome(config, tmp_path) == outcome(config, workdir)
+
+
+def test_resumed_run_may_log_and_save_at_other_steps_on_another_mesh(undisturbed, tmp_path):
+    _, workdir, _ = undisturbed
+    with pytest.raises(Crash):
+        run(tiny_config(), tmp_path, crash_at(6))
+    other = tiny_config(mesh__fsdp=4, train__log_every=3, train__checkpoint_every=100)
+    run(other, tmp_path)
+    lines = [line for line in read_metrics(tmp_path / "warmup") if "loss" in line]
+    assert [line["step"] for line in lines] == [2, 4, 6, 9, 12]
+    ours, theirs = (saved_state(tiny_config(), path) for path in (tmp_path, workdir))
+    np.testing.assert_allclose(
+        ours.params["embedding"], theirs.params["embedding"], rtol=1e-3, atol=1e-4
+    )
+
+
+def test_second_stage_starts_from_parameters_alone(undisturbed, tmp_path):
+    warm, workdir, _ = undisturbed
+    frozen = {"optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0}
+    config = tiny_config(
+        "precomputed", stage="continual", train__steps=1, optimizer__rise_steps=1, **frozen
+    )
+    writer = {"hash": "abc", "path": "warmup", "step": 12}
+    run(config, tmp_path, init_from=workdir / "warmup", writer=writer, evaluate=None)
+    with pytest.raises(CheckpointError, match="the writer {'hash': 'abc'"):
+        saved_state(config, tmp_path)
+    first = saved_state(warm, workdir)
+    second, meta = restore_params(tmp_path / "continual", Model(config, prefix_tokens(config)))
+    assert meta["writer"] == writer
+    for ours, theirs in zip(jax.tree.leaves(second), jax.tree.leaves(first.params), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_workdir_of_another_run_is_refused(undisturbed):
+    _, workdir, _ = undisturbed
+    before = (workdir / "warmup" / "config.json").read_bytes()
+    with pytest.raises(
+        CheckpointError, match=r"config.optimizer.learning_rate is 0.001 there and 0.5 here"
+    ):
+        run(tiny_config(optimizer__learning_rate=0.5), workdir)
+    assert (workdir / "warmup" / "config.json").read_bytes() == before
+
+
+def test_other_tokenizer_is_refused(undisturbed, tmp_path):
+    config, workdir, _ = undisturbed
+    other = tiny_config(stage="second")
+    with pytest.raises(CheckpointError, match="trained with the tokenizer 0123456789ab, .* other"):
+        train(
+            other,
+            tmp_path,
+            pipeline=SyntheticPipeline(other),
+            tokenizer_fingerprint="other",
+            init_from=workdir / "warmup",
+        )
+    assert not (tmp_path / "second" / "config.json").exists()  # the right command still works
+
+
+def test_diverged_run_stops_and_names_the_last_checkpoint(tmp_path):
+    config = tiny_config(train__checkpoint_every=3)
+    pipeline = SyntheticPipeline(config)
+    batch = pipeline.batch
+
+    def poisoned(step):
+        weights = np.full((8, 16), np.nan if step == 8 else 1, np.float32)
+        return {**batch(step), "weights": weights}
+
+    pipeline.batch = poisoned
+    with pytest.raises(DivergenceError, match="not finite at step 9 .* last checkpoint: step 6"):
+        train(config, tmp_path, pipeline=pipeline, tokenizer_fingerprint=FINGERPRINT)
+    assert not (tmp_path / "warmup" / "checkpoints" / "9").exists()
+
+
+def test_metrics_after_the_checkpoint_are_dropped(tmp_path):
+    metrics = Metrics(tmp_path, 0)
+    for step in range(1, 6):
+        metrics.write({"step": step, "loss": 1.0, "seconds": float(step)})
+    metrics.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6,')
+    metrics = Metrics(tmp_path, 3)
+    assert metrics.seconds == 3.0
+    metrics.write({"step": 4, "loss": 2.0})
+    metrics.close()
+    steps = [(line["step"], line["loss"]) for line in read_metrics(tmp_path)]
+    assert steps == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
+    progress = Progress("warmup", 1000)
+    for step in range(1, 1001):
+        progress.update(step, 2.5, 1234.5)
+    progress.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2  # the first and the last
+    assert lines[0].startswith("warmup: step 1/1000, loss 2.500, 1,23")
+    assert lines[1].startswith("warmup: step 1000/1000") and lines[1].endswith("0:00 left")

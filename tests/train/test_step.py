@@ -1,0 +1,131 @@
+"""The objective and the step: against NumPy, over microbatches, over meshes."""
+
+import jax
+import numpy as np
+import pytest
+from train.tiny import SyntheticPipeline, tiny_config
+
+from m3jax.config import prefix_tokens
+from m3jax.memory.sparsify import sparsifier
+from m3jax.mesh import make_mesh, to_global
+from m3jax.model.transformer import Model
+from m3jax.train.objective import inputs, loss
+from m3jax.train.optimizer import make_optimizer
+from m3jax.train.state import abstract_state, init_state
+from m3jax.train.step import make_step
+
+SOURCES = ("none", "precomputed", "online")
+
+
+def model_of(config):
+    return Model(config, prefix_tokens(config))
+
+
+def run(config, steps, batches=None):
+    """Metrics of some steps, and the state after them."""
+    mesh, model, optimizer = make_mesh(config), model_of(config), make_optimizer(config)
+    abstract = abstract_state(model, optimizer, mesh)
+    state = init_state(config, model, optimizer, abstract)
+    step = make_step(config, model, mesh)
+    pipeline, metrics = SyntheticPipeline(config), []
+    for index in range(steps):
+        batch = batches[index] if batches else pipeline.batch(index)
+        with jax.transfer_guard("disallow"):
+            state, values = step(state, to_global(mesh, inputs(batch)))
+        metrics.append(jax.device_get(values))
+    return metrics, jax.device_get(state)
+
+
+def first_moments(state):
+    """(1 − β1) · clipped gradient after one step."""
+    return state.optimizer[1][0].mu
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_loss_equals_numpy(source):
+    config = tiny_config(source)
+    model, batch = model_of(config), SyntheticPipeline(config).batch(0)
+    batch = inputs(batch)
+
+    @jax.jit
+    def compute(batch):
+        params = model.init(jax.random.key(0))
+        context = {k: x for k, x in batch.items() if k in ("memory", "reference_tokens")}
+        logits = model.logits(params, batch["tokens"], **context, sparsify=sparsifier(config))
+        return loss(model, params, batch, sparsifier(config)), logits
+
+    (ours, total), logits = compute(batch)
+    logits = np.asarray(logits, np.float64)
+    summed = correct = 0.0
+    for row, position in np.ndindex(batch["tokens"].shape):
+        weight, target = batch["weights"][row, position], batch["targets"][row, position]
+        scores = logits[row, position]
+        summed += weight * (np.log(np.exp(scores).sum()) - scores[target])
+        correct += weight * (scores.argmax() == target)
+    weight = batch["weights"].sum()
+    np.testing.assert_allclose(total, (summed, weight, correct), rtol=1e-5)
+    np.testing.assert_allclose(ours, summed / weight, rtol=1e-5)
+
+
+def test_batch_without_weight_has_loss_zero_and_no_gradient():
+    config = tiny_config()
+    batch = {**SyntheticPipeline(config).batch(0), "weights": np.zeros((8, 16), np.float32)}
+    metrics, state = run(config, 1, [batch])
+    assert metrics[0]["loss"] == 0 and metrics[0]["gradient_norm"] == 0
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
+def test_microbatches_equal_the_whole_batch():
+    whole = run(tiny_config("precomputed"), 2)
+    parts = run(tiny_config("precomputed", train__microbatches=4), 2)
+    for name in ("loss", "accuracy", "gradient_norm", "mean_loss"):
+        ours = [values[name] for values in parts[0]]
+        np.testing.assert_allclose(ours, [v[name] for v in whole[0]], rtol=1e-6, err_msg=name)
+    ours, expected = (jax.tree.leaves(first_moments(state)) for _, state in (parts, whole))
+    for x, y in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_eight_devices_equal_one(source):
+    one = run(tiny_config(source), 3)
+    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    parts = 2 if source == "none" else 1
+    eight = run(tiny_config(source, train__microbatches=parts, **mesh), 3)
+    for name in one[0][0]:
+        ours = [values[name] for values in eight[0]]
+        np.testing.assert_allclose(ours, [v[name] for v in one[0]], rtol=1e-5, err_msg=name)
+    ours, expected = (jax.tree.leaves(first_moments(state)) for _, state in (eight, one))
+    for x, y in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_state_is_sharded_from_the_start():
+    config = tiny_config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2, optimizer__name="muon")
+    model, optimizer, mesh = model_of(config), make_optimizer(config), make_mesh(config)
+    state = init_state(config, model, optimizer, abstract_state(model, optimizer, mesh))
+    sharded = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = jax.tree_util.keystr(path[-2:], simple=True, separator="/")
+        sharded.setdefault(name, []).append(leaf.addressable_shards[0].data.shape)
+    assert sharded["memory/query"] == [(1, 8, 1, 2, 8)] * 2  # the parameter and Muon's moment
+    assert sharded["params/embedding"] == [(132, 8)]
+    assert sharded["mu/embedding"] == sharded["nu/embedding"] == [(132, 8)]
+
+
+def test_metrics_average_since_the_last_line():
+    config = tiny_config()
+    assert config.train.log_every == 2
+    metrics, _ = run(config, 4)
+    weights = [SyntheticPipeline(config).batch(step)["weights"].sum() for step in range(4)]
+    losses = [values["loss"] for values in metrics]
+    for low in (0, 2):
+        expected = np.average(losses[low : low + 2], weights=weights[low : low + 2])
+        np.testing.assert_allclose(metrics[low]["mean_loss"], losses[low], rtol=1e-6)
+        np.testing.assert_allclose(metrics[low + 1]["mean_loss"], expected, rtol=1e-6)
+
+
+def test_model_learns():
+    config = tiny_config(train__steps=60, optimizer__learning_rate=1e-2)
+    metrics, _ = run(config, 60)
+    assert metrics[-1]["loss"] < 0.6 * metrics[0]["loss"]
