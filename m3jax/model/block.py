@@ -18,6 +18,12 @@ def rms_norm(
     return (x32 * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
+def _product(x: Array, matrix: Array) -> Array:
+    """`x @ matrix` over the last axis; with B and T apart its gradient is twice as slow on CPUs."""
+    flat = x.reshape(-1, x.shape[-1]) @ matrix.astype(x.dtype)
+    return flat.reshape(*x.shape[:-1], matrix.shape[-1])
+
+
 class Block(nnx.Module):
     """Pre-norm block: grouped-query attention and a gated MLP, no biases unless configured."""
 
@@ -73,6 +79,5 @@ class Block(nnx.Module):
         dtype = hidden.dtype
         hidden = hidden + jnp.einsum("BTKGH,KGHD->BTD", attended, self.output[...].astype(dtype))
         x = rms_norm(hidden, self.mlp_norm[...], self.epsilon)
-        gate = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x, self.gate[...].astype(dtype)))
-        up = jnp.einsum("BTD,DF->BTF", x, self.up[...].astype(dtype))
-        return hidden + jnp.einsum("BTF,FD->BTD", gate * up, self.down[...].astype(dtype))
+        gate = jax.nn.silu(_product(x, self.gate[...]))
+        return hidden + _product(gate * _product(x, self.up[...]), self.down[...])

@@ -1,0 +1,73 @@
+"""Writes the bank: one explicit memory for every reference of a prepared workdir.
+
+    python launch/write_bank.py --config=configs/wiki_small.py --workdir=runs/wiki
+
+The checkpoint's writer encodes: the checkpoint itself, or, for one that was trained on memories of
+another checkpoint, that one. Killed at any moment, the same command goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from m3jax import launching
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, made by launch/prepare.py.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Stage folder, or checkpoints/STEP in it; default WORKDIR/warmup."
+)
+_REFERENCES = flags.DEFINE_string(
+    "references", None, "Folder of the references; default WORKDIR/references."
+)
+_BANK = flags.DEFINE_string("bank", None, "Folder to write; default WORKDIR/bank.")
+_BASE = flags.DEFINE_string(
+    "base", None, "Older bank of the same writer: memories of unchanged references are copied."
+)
+
+
+def main(argv: list[str]) -> None:
+    """Restores the writer and writes what is missing."""
+    import jax
+
+    from m3jax.config import PREFIX_TOKENS, validate
+    from m3jax.memory.bank import Bank
+    from m3jax.memory.write import write_bank
+    from m3jax.mesh import make_mesh
+    from m3jax.model.transformer import Model
+    from m3jax.text.references import References
+    from m3jax.train.writer import restore_writer
+
+    config, workdir = validate(_CONFIG.value), Path(str(_WORKDIR.value))
+    references = References.open(_REFERENCES.value or workdir / "references")
+    tokenizer = references.tokenizer_fingerprint
+    model = Model(config, PREFIX_TOKENS)
+    checkpoint = Path(_CHECKPOINT.value or workdir / "warmup")
+    params, path, step = restore_writer(checkpoint, model, tokenizer)
+    folder = _BANK.value or workdir / "bank"
+    report = write_bank(
+        config,
+        model,
+        params,
+        references,
+        folder,
+        tokenizer_fingerprint=tokenizer,
+        prefix_tokens=PREFIX_TOKENS,
+        writer_path=str(path),
+        writer_step=step,
+        base=None if _BASE.value is None else Bank.open(_BASE.value),
+        mesh=make_mesh(config) if jax.device_count() > 1 else None,
+    )
+    print(
+        f"bank {folder}: {report['references']} memories by {path} step {step};"
+        f" {report['encoded']} encoded, {report['copied']} copied, {report['kept']} there before;"
+        f" {report['seconds']:.1f} s, {report['memories_per_second']:.0f} memories a second,"
+        f" {report['encode_share']:.0%} of the time encoding"
+    )
+
+
+if __name__ == "__main__":
+    launching.run(main, required=["config", "workdir"])

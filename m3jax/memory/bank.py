@@ -1,0 +1,262 @@
+"""The bank: explicit memories of all references on disk, bound to what wrote them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Int
+from ml_collections import ConfigDict
+
+from m3jax.memory.storage import (
+    COMPLETE,
+    HASHES,
+    LENGTHS,
+    MANIFEST,
+    WRITE_AGAIN,
+    BankError,
+    checksum,
+    open_array,
+    read_file,
+    read_manifest,
+    read_side_file,
+    shard_key,
+    shards_of,
+)
+from m3jax.model.attention import ExplicitMemory
+
+__all__ = ["Bank", "BankError", "Binding", "make_binding", "writer_fingerprint"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """What wrote a bank. Memories mean something only to a reader that fits all of it.
+
+    Attributes:
+      writer: `writer_fingerprint` of the weights.
+      tokenizer: fingerprint of the tokenizer.
+      references: fingerprint of the reference set.
+      layout: `layout_of` the config: all other things that shape the memories.
+    """
+
+    writer: str
+    tokenizer: str
+    references: str
+    layout: dict[str, Any]
+
+    def differences(self, bank: Binding) -> list[str]:
+        """Each part in which a bank's binding differs from this, the expected one, in words."""
+        found = []
+        for part, words in (
+            ("writer", "written by other weights"),
+            ("tokenizer", "written with another tokenizer"),
+            ("references", "written from other references"),
+        ):
+            ours, theirs = getattr(self, part), getattr(bank, part)
+            if ours != theirs:
+                found.append(f"{words}: bank {theirs[:12]}, here {ours[:12]}")
+        for name in sorted({*self.layout, *bank.layout}):
+            ours, theirs = self.layout.get(name), bank.layout.get(name)
+            if ours != theirs:
+                found.append(f"written with {name} = {theirs!r}, here {ours!r}")
+        return found
+
+
+def writer_fingerprint(params: dict[str, Any], config: ConfigDict) -> str:
+    """Hash of the weights that write memories: embedding and layers up to the last memory layer.
+
+    Args:
+      params: parameters of `Model`; layers above the memory layers and the head do not count.
+      config: decides which layers those are.
+
+    Returns:
+      Hex BLAKE2b over name, dtype, shape and bytes of every array.
+    """
+    total = hashlib.blake2b(digest_size=16)
+    ranges = f"{config.memory.first_layer}+{config.memory.layers}"
+    total.update(ranges.encode())
+    leaves = jax.tree_util.tree_leaves_with_path(writer_params(params))
+    for path, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
+        values = np.ascontiguousarray(leaf)
+        total.update(f"{path} {values.dtype.name} {values.shape}\n".encode())
+        total.update(values.reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
+
+
+def writer_params(params: dict[str, Any]) -> dict[str, Any]:
+    """The part of the parameters that writes memories."""
+    return {name: params[name] for name in ("embedding", "lower", "memory") if name in params}
+
+
+def layout_of(config: ConfigDict, prefix_tokens: tuple[int, ...]) -> dict[str, Any]:
+    """All but weights, tokenizer and references that shapes the memories; plain JSON values."""
+    model, memory = config.model, config.memory
+    return {
+        "first_layer": memory.first_layer,
+        "layers": memory.layers,
+        "query_heads": model.query_heads,
+        "kv_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "kept_tokens": memory.kept_tokens,
+        "selection": memory.selection,
+        "reference_length": memory.reference_length,
+        "prefix_tokens": [int(token) for token in prefix_tokens],
+        "rope_base": float(model.rope_base),
+        "norm_epsilon": float(model.norm_epsilon),
+        "embedding_scale": float(model.embedding_scale),
+        "compute_dtype": model.compute_dtype,
+        "dtype": memory.dtype,
+    }
+
+
+def make_binding(
+    config: ConfigDict,
+    *,
+    writer: str,
+    tokenizer: str,
+    references: str,
+    prefix_tokens: tuple[int, ...],
+) -> Binding:
+    """The binding of a bank that a writer with this fingerprint and config writes."""
+    return Binding(writer, tokenizer, references, layout_of(config, prefix_tokens))
+
+
+class Bank:
+    """Random access to the memories of R references. Safe to use from several threads.
+
+    Attributes:
+      folder: where it is.
+      manifest: the parsed manifest.
+      binding: what wrote it.
+      lengths: real slots of every memory; uint16 or int32 (R,).
+    """
+
+    def __init__(self, folder: str | Path, manifest: dict[str, Any], lengths: np.ndarray):
+        self.folder, self.manifest, self.lengths = folder, manifest, lengths
+        self.binding = Binding(**manifest["binding"])
+        self.dtype = np.dtype(jax.numpy.dtype(manifest["dtype"]))
+        self._array = open_array(folder, manifest, cached=True)
+
+    @classmethod
+    def open(cls, folder: str | Path, expect: Binding | None = None) -> Bank:
+        """Opens a finished bank.
+
+        Args:
+          folder: folder, or URL of a bucket (`gs://…/`).
+          expect: what must have written it; None accepts anything.
+
+        Raises:
+          BankError: no bank, an unfinished or damaged one, or one that something else wrote, naming
+            every part that differs.
+        """
+        manifest = read_manifest(folder)
+        stamp = read_file(folder, COMPLETE)
+        if manifest is None or stamp is None:
+            what = "holds no bank" if manifest is None else "is not finished: COMPLETE is missing"
+            raise BankError(f"{folder} {what}; run {WRITE_AGAIN}, which resumes where it stopped")
+        if stamp.decode().strip() != checksum(read_file(folder, MANIFEST) or b""):
+            raise BankError(
+                f"{folder}/{MANIFEST} was changed after the bank was finished; restore it, or"
+                f" delete the folder and run {WRITE_AGAIN}"
+            )
+        different = [] if expect is None else expect.differences(Binding(**manifest["binding"]))
+        if different:
+            raise BankError(
+                f"bank {folder} does not fit: {'; '.join(different)}. Write one that fits with"
+                f" {WRITE_AGAIN}, or use the checkpoint, tokenizer, references and config that"
+                " wrote it"
+            )
+        return cls(folder, manifest, read_side_file(folder, manifest, LENGTHS))
+
+    @property
+    def size(self) -> int:
+        """Memories R."""
+        return int(self.manifest["shape"][0])
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all keys and values."""
+        return int(np.prod(self.manifest["shape"], dtype=np.int64)) * self.dtype.itemsize
+
+    @property
+    def writer(self) -> dict[str, Any]:
+        """Whose weights wrote it: `hash`, and `path` and `step` of their checkpoint."""
+        info = self.manifest["info"]
+        step, path = info["writer_step"], info["writer_path"]
+        return {"hash": self.binding.writer, "path": path, "step": step}
+
+    @property
+    def record_hashes(self) -> np.ndarray:
+        """Hash of every reference's tokens, uint64 (R,); read from disk at every call."""
+        return read_side_file(self.folder, self.manifest, HASHES)
+
+    def read(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
+        """Memories of references, as fresh NumPy arrays.
+
+        Args:
+          ids: reference ids of any shape; −1 is no memory: zeros, length 0. One that occurs more
+            than once is read once.
+
+        Returns:
+          Keys and values `(*shape, L, K, P, H)` in the bank's dtype, length `shape` int32.
+
+        Raises:
+          BankError: an id outside −1 … R − 1; a damaged or missing shard, naming its file.
+        """
+        flat = ids.reshape(-1)
+        real = flat >= 0
+        if flat.size and not -1 <= flat.min() <= flat.max() < self.size:
+            wrong = flat[(flat < -1) | (flat >= self.size)][0]
+            raise BankError(
+                f"reference id {wrong} is not in bank {self.folder}, which holds 0 …"
+                f" {self.size - 1}: index, references and bank were made from different sets"
+            )
+        # Fresh zeros cost nothing: pages that TensorStore does not write are never touched.
+        both = np.zeros((2, flat.size, *self.manifest["shape"][2:]), self.dtype)
+        if real.any():
+            target = ts.array(both)[ts.d[0, 1].transpose[1, 0]]
+            if not real.all():
+                target = target[np.flatnonzero(real)]
+            self._transfer(flat[real], target)
+        length: Any = np.where(real, self.lengths[np.where(real, flat, 0)], 0).astype(np.int32)
+        keys, values = both.reshape(2, *ids.shape, *both.shape[2:])
+        return ExplicitMemory(keys, values, length.reshape(ids.shape))
+
+    def verify(self) -> list[str]:
+        """Reads everything; returns files of damaged or missing shards, each with the reason."""
+        array = open_array(self.folder, self.manifest, cached=False)
+        problems = (self._problem(array, shard) for shard in range(shards_of(self.manifest)))
+        return [problem for problem in problems if problem]
+
+    def _transfer(self, ids: np.ndarray, target: ts.TensorStore) -> None:
+        """Reads memories into a TensorStore view of a buffer."""
+        try:
+            target.write(self._array[ids]).result()
+        except ValueError as error:
+            # The slow way to the name of the file: it does not depend on how messages are worded.
+            array = open_array(self.folder, self.manifest, cached=False)
+            shards = np.unique(ids // self.manifest["shard_memories"]).tolist()
+            problems = [problem for shard in shards if (problem := self._problem(array, shard))]
+            found = "; ".join(problems) or f"unreadable: {error}"
+            raise BankError(
+                f"bank {self.folder}: {found}. Delete the damaged file and run {WRITE_AGAIN} again:"
+                " it writes only shards that are missing"
+            ) from error
+
+    def _problem(self, array: ts.TensorStore, shard: int) -> str | None:
+        low = shard * self.manifest["shard_memories"]
+        high = min(low + self.manifest["shard_memories"], self.size)
+        name = f"shard file {self.folder}/{shard_key(shard)} (memories {low} … {high - 1})"
+        try:
+            array[low:high].read().result()
+        except ValueError as error:
+            if "NOT_FOUND" in str(error):
+                return f"{name} is missing"
+            reason = "checksum differs" if "igest" in str(error) else str(error)
+            return f"{name} is damaged ({reason})"
+        return None

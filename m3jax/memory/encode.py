@@ -1,0 +1,144 @@
+"""Encoding references for the bank: one jitted call at a fixed shape, batch after batch."""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int, UInt64
+from ml_collections import ConfigDict
+
+from m3jax.memory.bank import writer_params
+from m3jax.memory.sparsify import sparsifier
+from m3jax.memory.storage import BankError
+from m3jax.mesh import batch_sharding, parameter_shardings
+from m3jax.model.transformer import Model, Params
+
+
+@runtime_checkable
+class ReferenceSet(Protocol):
+    """What the writer asks of a set of references; `text.references.References` is one."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the whole set."""
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " R"]:
+        """Tokens of every reference."""
+
+    @property
+    def record_hashes(self) -> UInt64[np.ndarray, " R"]:
+        """Hash of every reference's tokens."""
+
+    def __len__(self) -> int: ...
+
+    def tokens(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n W"]:
+        """Tokens, 0-padded, no prefix."""
+
+
+class Clock:
+    """Wall time since the start, and the part of it spent in the jitted encode."""
+
+    def __init__(self) -> None:
+        self.start, self.encode = time.perf_counter(), 0.0
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def timed(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls and counts the time as encoding."""
+        begin = time.perf_counter()
+        result = call(*arguments)
+        self.encode += time.perf_counter() - begin
+        return result
+
+
+class Encoder:
+    """The jitted encode at one fixed shape, compiled once."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        model: Model,
+        params: Params,
+        references: ReferenceSet,
+        mesh: jax.sharding.Mesh | None,
+    ):
+        self.references = references
+        self.batch, self.width = config.writer.batch_references, config.memory.reference_length
+        self.kept = config.memory.kept_tokens
+        self.params, self.sharding = writer_params(params), None
+        if mesh is not None:
+            self.sharding = batch_sharding(mesh)
+            ways = self.sharding.num_devices // mesh.shape["tensor"]
+            if self.batch % ways:
+                raise BankError(
+                    f"config.writer.batch_references = {self.batch} cannot be split over the"
+                    f" {ways} devices of mesh.data × mesh.fsdp; use a multiple of {ways}"
+                )
+            shapes, axes = model.abstract()
+            shardings = parameter_shardings(mesh, axes, shapes)
+            self.params = jax.device_put(
+                self.params, {name: shardings[name] for name in self.params}
+            )
+        keep, dtype = sparsifier(config), jnp.dtype(config.memory.dtype)
+
+        def encode(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+            memory, _ = model.encode(params, tokens, keep)
+            return jnp.stack([memory.keys, memory.values], axis=1).astype(dtype), memory.length
+
+        shape = jax.ShapeDtypeStruct((self.batch, self.width), jnp.int32, sharding=self.sharding)
+        self.params = jax.device_put(self.params)
+        self.encode = jax.jit(encode).lower(self.params, shape).compile()
+
+    def batches(self, ids: Int[np.ndarray, " n"], clock: Clock) -> Iterator[np.ndarray]:
+        """Memories of references, a batch at a time; the next batch is already being encoded."""
+        waiting: collections.deque[tuple[np.ndarray, Any]] = collections.deque()
+        for start in range(0, len(ids), self.batch):
+            part = ids[start : start + self.batch]
+            tokens = np.zeros((self.batch, self.width), np.int32)
+            found = self.references.tokens(part)
+            tokens[: len(part), : found.shape[1]] = found
+            placed = jax.device_put(tokens, self.sharding)
+            waiting.append((part, clock.timed(self.encode, self.params, placed)))
+            if len(waiting) > 1:
+                yield self.collect(*waiting.popleft(), clock)
+        while waiting:
+            yield self.collect(*waiting.popleft(), clock)
+
+    def collect(self, ids: np.ndarray, result: Any, clock: Clock) -> np.ndarray:
+        """Waits for a batch; checks that every memory has the length the bank states."""
+        memories, length = (np.asarray(x) for x in clock.timed(jax.block_until_ready, result))
+        expected = np.minimum(self.references.lengths[ids], self.kept)
+        wrong = np.flatnonzero(length[: len(ids)] != expected)
+        if wrong.size:
+            raise BankError(
+                f"reference {ids[wrong[0]]} has tokens that are 0, the padding; make the references"
+                " again with launch/prepare.py"
+            )
+        return memories[: len(ids)]
+
+
+def memory_lengths(config: ConfigDict, references: ReferenceSet) -> np.ndarray:
+    """Lengths of the memories; raises where there is nothing to write or too much."""
+    if not len(references):
+        raise BankError("the reference set is empty: there is nothing to write; add documents")
+    tokens = np.asarray(references.lengths)
+    if not tokens.any():
+        raise BankError(
+            f"none of the {len(references)} references has usable tokens; give references with text"
+        )
+    if tokens.max() > config.memory.reference_length:
+        raise BankError(
+            f"reference {int(tokens.argmax())} has {tokens.max()} tokens, more than"
+            f" config.memory.reference_length = {config.memory.reference_length}; raise it, or cut"
+            " the references again with launch/prepare.py"
+        )
+    kept = config.memory.kept_tokens
+    return np.minimum(tokens, kept).astype(np.uint16 if kept < 2**16 else np.int32)

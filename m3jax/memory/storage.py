@@ -1,0 +1,220 @@
+"""The files of a bank: how they are named, read, checked and opened.
+
+A folder, or a bucket given by its URL:
+
+    manifest.json         binding, info, shapes, checksums; written before the first shard
+    lengths.npy           real slots of every memory (R,), a function of the references alone
+    record_hashes.npy     hash of every reference's tokens (R,)
+    memories.zarr/        zarr3 (R, 2, L, K, P, H): keys, values; an inner chunk is one memory
+    COMPLETE              checksum of the manifest; written last
+
+Every file is written whole by TensorStore: beside its place, synced, renamed. So a shard that
+exists is a shard that is finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+FORMAT = 1
+MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
+LENGTHS, HASHES = "lengths.npy", "record_hashes.npy"
+ARRAY = "memories.zarr/"
+WRITE_AGAIN = "launch/write_bank.py"
+# Holds the shard indexes (16 bytes a memory) and the memories read last.
+_CACHE_BYTES = 256 << 20
+_IO_THREADS = 32
+
+
+class BankError(ValueError):
+    """A bank that cannot be read or written. The message names the thing and the remedy."""
+
+
+def store(folder: str | Path) -> ts.KvStore:
+    """The key-value store of a bank's files: a folder, or a URL that TensorStore knows."""
+    if "://" in str(folder):
+        return ts.KvStore.open(str(folder).rstrip("/") + "/").result()
+    path = str(Path(folder).resolve()) + "/"
+    return ts.KvStore.open({"driver": "file", "path": path}).result()
+
+
+def read_file(folder: str | Path, name: str) -> bytes | None:
+    """Bytes of a file of the bank; None when it does not exist."""
+    try:
+        result = store(folder).read(name).result()
+    except ValueError as error:
+        raise BankError(f"{folder}/{name} cannot be read: {error}") from error
+    return bytes(result.value) if result.state == "value" else None
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any] | None:
+    """The manifest; None when there is none.
+
+    Raises:
+      BankError: it is no manifest, or of another format.
+    """
+    data = read_file(folder, MANIFEST)
+    if data is None:
+        return None
+    try:
+        manifest = json.loads(data)
+        found = manifest["format"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise BankError(
+            f"{folder}/{MANIFEST} is no manifest of a bank ({error}); delete the folder and run"
+            f" {WRITE_AGAIN}"
+        ) from error
+    if found != FORMAT:
+        writer = manifest.get("info", {}).get("m3jax")
+        raise BankError(
+            f"bank {folder} has format {found}, this version of m3jax reads {FORMAT}; write it"
+            f" again with {WRITE_AGAIN}, or read it with m3jax {writer}"
+        )
+    return manifest
+
+
+def npy_bytes(values: np.ndarray) -> bytes:
+    """An array as the bytes of a `.npy` file."""
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def side_file_checksum(values: np.ndarray) -> str:
+    """What the manifest holds of `lengths.npy` and `record_hashes.npy`."""
+    return checksum(npy_bytes(values))
+
+
+def read_side_file(folder: str | Path, manifest: dict[str, Any], name: str) -> np.ndarray:
+    """An array file of the bank, compared with its checksum in the manifest.
+
+    Raises:
+      BankError: it is missing or damaged.
+    """
+    data = read_file(folder, name)
+    if data is None or checksum(data) != manifest["checksums"][name]:
+        what = "is missing" if data is None else "is damaged (its checksum differs)"
+        raise BankError(
+            f"{folder}/{name} {what}; delete the file and run {WRITE_AGAIN} again, which makes it"
+            " from the references"
+        )
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def complete_stamp(manifest: bytes) -> bytes:
+    """What COMPLETE holds."""
+    return (checksum(manifest) + "\n").encode()
+
+
+def open_array(
+    folder: str | Path, manifest: dict[str, Any], *, cached: bool, create: bool = False
+) -> ts.TensorStore:
+    """The TensorStore array of all memories, `(R, 2, L, K, P, H)`.
+
+    Args:
+      folder: the bank.
+      manifest: its manifest: shape, dtype, memories a shard.
+      cached: keep shard indexes and memories read last in memory.
+      create: replace what is there by an empty array.
+
+    Raises:
+      BankError: it is missing, or its shape is not the manifest's.
+    """
+    shape = list(manifest["shape"])
+    item, shard = [1, *shape[1:]], [manifest["shard_memories"], *shape[1:]]
+    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    sharding = {"chunk_shape": item, "codecs": codecs, "index_codecs": codecs}
+    spec = {
+        "driver": "zarr3",
+        "kvstore": (store(folder) / ARRAY).spec().to_json(),
+        "metadata": {
+            "shape": shape,
+            "data_type": manifest["dtype"],
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        },
+        "fill_missing_data_reads": False,  # else a missing shard silently reads as zeros
+        "store_data_equal_to_fill_value": True,  # else a memory of zeros is not stored
+        "recheck_cached_data": False,  # a finished bank does not change
+    }
+    context = ts.Context(
+        {
+            "cache_pool": {"total_bytes_limit": _CACHE_BYTES if cached else 0},
+            "file_io_concurrency": {"limit": _IO_THREADS},
+        }
+    )
+    try:
+        return ts.open(
+            spec, open=not create, create=create, delete_existing=create, context=context
+        ).result()
+    except ValueError as error:
+        if create:
+            raise BankError(f"{folder}/{ARRAY}zarr.json could not be written: {error}") from error
+        raise BankError(
+            f"{folder}/{ARRAY}zarr.json is missing or does not fit {MANIFEST} ({error}); delete the"
+            f" folder and run {WRITE_AGAIN}"
+        ) from error
+
+
+def shards_of(manifest: dict[str, Any]) -> int:
+    """Number of shards."""
+    return -(-manifest["shape"][0] // manifest["shard_memories"])
+
+
+def shard_key(shard: int) -> str:
+    """File of a shard, relative to the bank."""
+    return f"{ARRAY}c/{shard}/0/0/0/0/0"
+
+
+def checksum(data: bytes) -> str:
+    """Hex BLAKE2b of bytes."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def write_file(folder: str | Path, name: str, data: bytes) -> None:
+    """Writes a file of the bank so that it is there whole or not at all.
+
+    Raises:
+      BankError: it cannot be written; names the file.
+    """
+    try:
+        store(folder).write(name, data).result()
+    except (OSError, ValueError) as error:
+        raise BankError(f"{folder}/{name} could not be written: {error}") from error
+
+
+def missing_shards(folder: str | Path, manifest: dict[str, Any]) -> list[int]:
+    """Shards that have no file."""
+    there = {bytes(key).decode() for key in store(folder).list().result()}
+    shards = range(shards_of(manifest))
+    return [shard for shard in shards if shard_key(shard) not in there]
+
+
+def remove_locks(folder: str | Path) -> None:
+    """Removes what a killed or failed write left beside its shard."""
+    if "://" not in str(folder):
+        for leftover in Path(folder).rglob("*__lock"):
+            leftover.unlink(missing_ok=True)
+
+
+def free_bytes(folder: str | Path) -> int | None:
+    """Free bytes of the disk; None for a bucket."""
+    return None if "://" in str(folder) else shutil.disk_usage(folder).free
+
+
+def readable_size(count: int) -> str:
+    """Bytes for people: `12.3 MB`."""
+    value = float(count)
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} PB"

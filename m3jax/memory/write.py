@@ -1,0 +1,342 @@
+"""Writing the bank: encode references in large batches, write whole shards in parallel, resume."""
+
+from __future__ import annotations
+
+import collections
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Int
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+import m3jax
+from m3jax.memory import storage
+from m3jax.memory.bank import Bank, Binding, make_binding, writer_fingerprint
+from m3jax.memory.encode import Clock, Encoder, ReferenceSet, memory_lengths
+from m3jax.memory.storage import WRITE_AGAIN, BankError
+from m3jax.model.transformer import Model, Params
+
+_WRITERS = 4  # threads that write shards
+_WAITING = 2 * _WRITERS  # most shards held in memory, written or waiting for a thread
+
+
+def write_bank(
+    config: ConfigDict,
+    model: Model,
+    params: Params,
+    references: ReferenceSet,
+    folder: str | Path,
+    *,
+    tokenizer_fingerprint: str,
+    prefix_tokens: tuple[int, ...],
+    writer_path: str = "",
+    writer_step: int = 0,
+    progress: bool = True,
+    base: Bank | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> dict[str, Any]:
+    """Writes the memories of all references, or what is missing of them.
+
+    A killed build goes on where it stopped; a finished bank gets back the shards that were deleted.
+
+    Args:
+      config: a validated config; `writer` and `memory` say how.
+      model: the writer, with the same prefix tokens.
+      params: the writer's parameters.
+      references: the knowledge base.
+      folder: where to write; made when missing.
+      tokenizer_fingerprint: of the tokenizer that made the references.
+      prefix_tokens: tokens of `<s>Reference:`.
+      writer_path, writer_step: where the parameters come from; recorded, not compared.
+      progress: show a progress bar.
+      base: an older bank of the same writer, tokenizer and layout: memories of references with the
+        same tokens are copied from it instead of encoded.
+      mesh: encode on this mesh, references split over its data and fsdp axes.
+
+    Returns:
+      `references` in the set; `kept` (there before), `encoded` and `copied` memories; `seconds`
+      without compiling, `compile_seconds`, `memories_per_second`, `encode_share` (share of the
+      seconds in which the writer did nothing but wait for the encode), `bytes` of all memories.
+
+    Raises:
+      BankError: no usable tokens, an unfinished bank of something else in the folder, a base of
+        another writer, a full disk.
+    """
+    if tuple(prefix_tokens) != model.prefix_tokens:
+        raise BankError(
+            f"prefix_tokens {tuple(prefix_tokens)} are not the model's {model.prefix_tokens}"
+        )
+    lengths = memory_lengths(config, references)
+    binding = make_binding(
+        config,
+        writer=writer_fingerprint(params, config),
+        tokenizer=tokenizer_fingerprint,
+        references=references.fingerprint,
+        prefix_tokens=prefix_tokens,
+    )
+    info = {
+        "name": config.name,
+        "writer_path": str(writer_path),
+        "writer_step": int(writer_step),
+        "m3jax": m3jax.__version__,
+    }
+    manifest = _manifest(config, binding, info, lengths, references.record_hashes)
+    missing = _prepare(folder, manifest, lengths, references.record_hashes)
+    sources = _copies(base, binding, lengths, references.record_hashes)
+    build = _Build(folder, storage.read_manifest(folder) or manifest, missing, sources, base)
+    report = build.run(config, model, params, references, mesh, progress)
+    storage.remove_locks(folder)
+    stamp = storage.read_file(folder, storage.MANIFEST) or b""
+    storage.write_file(folder, storage.COMPLETE, storage.complete_stamp(stamp))
+    return report
+
+
+class _Build:
+    """One run over the missing shards of a bank."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        manifest: dict[str, Any],
+        missing: list[int],
+        sources: Int[np.ndarray, " R"],
+        base: Bank | None,
+    ):
+        self.folder, self.manifest, self.missing = folder, manifest, missing
+        self.sources, self.base = sources, base
+        self.size, self.shard = manifest["shape"][0], manifest["shard_memories"]
+        ids = [np.arange(*self.span(shard)) for shard in missing]
+        self.ids = np.concatenate(ids) if ids else np.zeros(0, np.int64)
+        self.encoded = self.ids[sources[self.ids] < 0]
+
+    def span(self, shard: int) -> tuple[int, int]:
+        """First and last-plus-one memory of a shard."""
+        return shard * self.shard, min((shard + 1) * self.shard, self.size)
+
+    def run(
+        self,
+        config: ConfigDict,
+        model: Model,
+        params: Params,
+        references: ReferenceSet,
+        mesh: jax.sharding.Mesh | None,
+        progress: bool,
+    ) -> dict[str, Any]:
+        """Encodes, copies and writes; returns the report of `write_bank`."""
+        self.check_space(progress)
+        compiling = time.perf_counter()
+        encoder = Encoder(config, model, params, references, mesh) if self.encoded.size else None
+        compile_seconds = time.perf_counter() - compiling
+        clock = Clock()
+        batches = iter(()) if encoder is None else encoder.batches(self.encoded, clock)
+        done = self.size - self.ids.size
+        bar = tqdm(
+            total=self.size, initial=done, unit=" memories", desc="bank", disable=not progress
+        )
+        with bar:
+            self.write(self.shards(batches), bar)
+        seconds = clock.seconds()
+        item = np.dtype(jnp.dtype(self.manifest["dtype"])).itemsize
+        return {
+            "references": self.size,
+            "kept": done,
+            "encoded": int(self.encoded.size),
+            "copied": int(self.ids.size - self.encoded.size),
+            "seconds": seconds,
+            "compile_seconds": compile_seconds,
+            "memories_per_second": self.ids.size / seconds,
+            "encode_share": clock.encode / seconds,
+            "bytes": int(np.prod(self.manifest["shape"], dtype=np.int64)) * item,
+        }
+
+    def shards(self, batches: Iterator[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+        """Every missing shard with its memories `(n, 2, L, K, P, H)`, copied or encoded."""
+        dtype = np.dtype(jnp.dtype(self.manifest["dtype"]))
+        batch = np.zeros((0, *self.manifest["shape"][1:]), dtype)
+        for shard in self.missing:
+            low, high = self.span(shard)
+            sources = self.sources[low:high]
+            memories = np.empty((high - low, *batch.shape[1:]), dtype)
+            copied, rows = np.flatnonzero(sources >= 0), np.flatnonzero(sources < 0)
+            if copied.size:
+                assert self.base is not None
+                found = self.base.read(sources[copied])
+                memories[copied, 0], memories[copied, 1] = found.keys, found.values
+            while rows.size:
+                if not len(batch):
+                    batch = next(batches)
+                memories[rows[: len(batch)]] = batch[: len(rows)]
+                rows, batch = rows[len(batch) :], batch[len(rows) :]
+            yield shard, memories
+
+    def write(self, shards: Iterator[tuple[int, np.ndarray]], bar: tqdm) -> None:
+        """Writes shards in parallel, each whole and in one call."""
+        array = storage.open_array(self.folder, self.manifest, cached=False)
+        running: collections.deque[tuple[int, Future[None]]] = collections.deque()
+        pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="bank")
+
+        def write_one(shard: int, memories: np.ndarray) -> None:
+            low, high = self.span(shard)
+            view = ts.array(memories)
+            array[low:high].write(view, can_reference_source_data_indefinitely=True).result()
+
+        def wait_for_oldest() -> None:
+            shard, future = running.popleft()
+            try:
+                future.result()
+            except (OSError, ValueError) as error:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise self.failure(shard, error) from error
+            low, high = self.span(shard)
+            bar.update(high - low)
+
+        try:
+            for shard, memories in shards:
+                running.append((shard, pool.submit(write_one, shard, memories)))
+                while running and (len(running) >= _WAITING or running[0][1].done()):
+                    wait_for_oldest()
+            while running:
+                wait_for_oldest()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def check_space(self, progress: bool) -> None:
+        """Refuses to start where the disk cannot hold what is still to be written."""
+        free, needed = storage.free_bytes(self.folder), self.needed_bytes()
+        size = storage.readable_size
+        if progress and self.ids.size:
+            shown = "" if free is None else f", {size(free)} free"
+            print(
+                f"bank {self.folder}: {self.ids.size} of {self.size} memories to write,"
+                f" {size(needed)}{shown}"
+            )
+        if free is not None and free < needed:
+            raise BankError(
+                f"bank {self.folder} needs {size(needed)} for {len(self.missing)} missing shards,"
+                f" but the disk has {size(free)} free: make room for {size(needed - free)} more and"
+                " run the same command again; what is written is kept"
+            )
+
+    def failure(self, shard: int, error: Exception) -> BankError:
+        """What a failed write of a shard means. No other write is under way."""
+        storage.remove_locks(self.folder)
+        name = f"{self.folder}/{storage.shard_key(shard)}"
+        if "No space left" in str(error) or "quota exceeded" in str(error):
+            self.missing = storage.missing_shards(self.folder, self.manifest)
+            free, needed = storage.free_bytes(self.folder) or 0, self.needed_bytes()
+            size = storage.readable_size
+            return BankError(
+                f"the disk is full: shard file {name} could not be written. {len(self.missing)}"
+                f" shards are still missing, {size(needed)}, and {size(free)} are free: make room"
+                f" for {size(max(needed - free, 0))} more and run the same command again,"
+                " which resumes"
+            )
+        return BankError(
+            f"shard file {name} could not be written: {error}. Run the same command again, which"
+            " resumes"
+        )
+
+    def needed_bytes(self) -> int:
+        """Bytes of the files of the missing shards: memories, checksums, index of 16 bytes each."""
+        item = int(np.prod(self.manifest["shape"][1:]))
+        item = item * np.dtype(jnp.dtype(self.manifest["dtype"])).itemsize + 4
+        spans = [self.span(shard) for shard in self.missing]
+        blocks = [(high - low) * item + 16 * self.shard + 4 for low, high in spans]
+        return sum(-(-block // 4096) * 4096 for block in blocks)
+
+
+def _manifest(
+    config: ConfigDict,
+    binding: Binding,
+    info: dict[str, Any],
+    lengths: np.ndarray,
+    hashes: np.ndarray,
+) -> dict[str, Any]:
+    layout = binding.layout
+    item = [layout[name] for name in ("layers", "kv_heads", "kept_tokens", "head_dim")]
+    return {
+        "format": storage.FORMAT,
+        "binding": vars(binding),
+        "info": info,
+        "shape": [len(lengths), 2, *item],
+        "dtype": config.memory.dtype,
+        "shard_memories": min(config.writer.shard_memories, len(lengths)),
+        "checksums": {
+            storage.LENGTHS: storage.side_file_checksum(lengths),
+            storage.HASHES: storage.side_file_checksum(hashes),
+        },
+    }
+
+
+def _prepare(
+    folder: str | Path, manifest: dict[str, Any], lengths: np.ndarray, hashes: np.ndarray
+) -> list[int]:
+    """Makes the folder ready for shards, or checks that it is; returns the missing shards."""
+    if "://" not in str(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    storage.remove_locks(folder)
+    there = storage.read_manifest(folder)
+    if there is not None:
+        _check_same(folder, manifest, there)
+    sides = {storage.LENGTHS: lengths, storage.HASHES: hashes}
+    for name, values in sides.items():
+        data = storage.npy_bytes(values)
+        if storage.read_file(folder, name) != data:
+            storage.write_file(folder, name, data)
+    if there is None:
+        storage.open_array(folder, manifest, cached=False, create=True)
+        text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+        storage.write_file(folder, storage.MANIFEST, text.encode())
+    missing = storage.missing_shards(folder, manifest)
+    if missing:
+        storage.store(folder).write(storage.COMPLETE, None).result()
+    return missing
+
+
+def _check_same(folder: str | Path, ours: dict[str, Any], there: dict[str, Any]) -> None:
+    different = Binding(**ours["binding"]).differences(Binding(**there["binding"]))
+    if not different:  # what the binding does not hold
+        different = [
+            f"written with {words} = {there[name]!r}, here {ours[name]!r}"
+            for name, words in (
+                ("shape", "shape"),
+                ("shard_memories", "config.writer.shard_memories"),
+                ("checksums", "lengths and record hashes"),
+            )
+            if there[name] != ours[name]
+        ]
+    if different:
+        raise BankError(
+            f"{folder} holds a bank of something else: {'; '.join(different)}. Delete the folder or"
+            " write to another one"
+        )
+
+
+def _copies(
+    base: Bank | None, binding: Binding, lengths: np.ndarray, hashes: np.ndarray
+) -> Int[np.ndarray, " R"]:
+    """For every reference the memory of `base` with the same tokens, −1 where there is none."""
+    if base is None:
+        return np.full(len(lengths), -1, np.int64)
+    anything = Binding(binding.writer, binding.tokenizer, base.binding.references, binding.layout)
+    different = anything.differences(base.binding)
+    if different:
+        raise BankError(
+            f"memories cannot be copied from the base bank {base.folder}: {'; '.join(different)}."
+            f" Run {WRITE_AGAIN} without --base"
+        )
+    old = base.record_hashes
+    order = np.argsort(old, kind="stable")
+    place = np.minimum(np.searchsorted(old[order], hashes), len(old) - 1)
+    found = order[place]
+    same = (old[found] == hashes) & (base.lengths[found] == lengths)
+    return np.where(same, found, -1).astype(np.int64)

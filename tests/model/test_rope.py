@@ -1,0 +1,43 @@
+"""RoPE against rotations of complex numbers."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m3jax.model.rope import rotate
+
+
+@pytest.mark.parametrize("heads", [(3,), (2, 3)])
+def test_pairs_are_rotated_complex_numbers(heads: tuple[int, ...]) -> None:
+    random, H = np.random.default_rng(0), 8
+    x = random.normal(size=(2, 5, *heads, H)).astype(np.float32)
+    positions = np.array([0, 1, 7, 130, 2047])
+    found = np.asarray(rotate(jnp.asarray(x), jnp.asarray(positions), 10000.0))
+    for b, t, *head in np.ndindex(x.shape[:-1]):
+        place = (b, t, *head)
+        for i in range(H // 2):
+            number = complex(x[place][i], x[place][i + H // 2])
+            turned = number * np.exp(1j * positions[t] * 10000.0 ** (-2 * i / H))
+            assert abs(found[place][i] - turned.real) < 1e-3
+            assert abs(found[place][i + H // 2] - turned.imag) < 1e-3
+    np.testing.assert_array_equal(found[:, 0], x[:, 0])  # position 0 turns nothing
+    np.testing.assert_allclose(
+        np.linalg.norm(found, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-6
+    )
+
+
+def test_scores_depend_on_the_distance_alone() -> None:
+    random = np.random.default_rng(1)
+    q, k = random.normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
+
+    def score(i: int, j: int) -> float:
+        a, b = (rotate(jnp.asarray(x), jnp.array([n]), 100.0) for x, n in ((q, i), (k, j)))
+        return float(jnp.sum(a * b))
+
+    assert score(9, 4) == pytest.approx(score(25, 20), abs=1e-5)
+    assert score(9, 4) != pytest.approx(score(9, 5), abs=1e-3)
+
+
+def test_dtype_is_kept() -> None:
+    x = jnp.ones((1, 2, 1, 4), jnp.bfloat16)
+    assert rotate(x, jnp.arange(2), 10.0).dtype == jnp.bfloat16

@@ -1,0 +1,371 @@
+"""Writing and reading against the NumPy loops of `oracle.py`, values and gradients."""
+
+import json
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from model.oracle import Oracle, oracle_config, random_params, random_references, random_tokens
+
+from m3jax.memory.sparsify import sparsifier
+from m3jax.model.attention import ExplicitMemory
+from m3jax.model.transformer import Model
+
+LENGTHS = np.array([7, 1, 2, 5, 3, 0])  # full, short and empty references; 3 tokens are kept
+TOLERANCE = 1e-5
+
+
+@cache
+def _jitted(name: str, key: str, prefix: tuple[int, ...]) -> Any:
+    config = ConfigDict(json.loads(key))
+    model = Model(config, prefix)
+    if name == "encode":
+        return jax.jit(lambda params, tokens: model.encode(params, tokens, sparsifier(config)))
+    return jax.jit(partial(getattr(model, name), sparsify=sparsifier(config)))
+
+
+def encode(config: ConfigDict, params: Any, tokens: np.ndarray, prefix=(1, 2)) -> Any:
+    return _jitted("encode", config.to_json(), prefix)(params, tokens)
+
+
+def logits(config: ConfigDict, params: Any, *arguments: Any, prefix=(1, 2), **named: Any) -> Any:
+    return _jitted("logits", config.to_json(), prefix)(params, *arguments, **named)
+
+
+def close(found: Any, expected: np.ndarray, tolerance: float = TOLERANCE) -> None:
+    """Equal to a tolerance relative to the largest value."""
+    scale = max(1.0, np.abs(expected).max())
+    np.testing.assert_allclose(np.asarray(found) / scale, expected / scale, rtol=0, atol=tolerance)
+
+
+# -- writing
+
+WRITERS = {
+    "first layers": {},
+    "approximate, biases, scaled embedding": {
+        "memory__selection": "approximate",
+        "model__attention_bias": True,
+        "model__embedding_scale": 3.0,
+    },
+    "middle": {"model__layers": 4, "memory__first_layer": 1, "memory__layers": 2},
+    "last layer alone": {"memory__first_layer": 2, "memory__layers": 1},
+    "all layers, one query head a group": {"memory__layers": 3, "model__kv_heads": 4},
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_writing_equals_the_loops(name: str) -> None:
+    config = oracle_config(**WRITERS[name])
+    params, references = random_params(config), random_references(1, LENGTHS)
+    memory, kept = encode(config, params, references)
+    oracle = Oracle(config, params)
+    written = [oracle.write(reference) for reference in references]
+    keys, values, lengths, expected = (np.stack(part) for part in zip(*written, strict=True))
+    np.testing.assert_array_equal(memory.length, lengths)
+    np.testing.assert_array_equal(lengths, [3, 1, 2, 3, 3, 0])
+    np.testing.assert_array_equal(kept, expected)
+    close(memory.keys, keys)
+    close(memory.values, values)
+    # Heads keep different tokens, and not just the first ones.
+    assert (expected[0, :, 0] != expected[0, :, 1]).any() and expected[0].max() > 2
+
+
+def test_writing_without_a_prefix() -> None:
+    config = oracle_config()
+    params, references = random_params(config), random_references(1, LENGTHS[:3])
+    memory, kept = encode(config, params, references, prefix=())
+    keys, _, _, expected = Oracle(config, params, ()).write(references[0])
+    np.testing.assert_array_equal(kept[0], expected)
+    close(memory.keys[0], keys)
+
+
+def test_a_reference_is_written_alone() -> None:
+    """Neither padding nor the other references of the batch change a memory."""
+    config = oracle_config()
+    params, references = random_params(config), random_references(1, LENGTHS)
+    together, _ = encode(config, params, references)
+    order = np.array([3, 5, 0, 1, 4, 2])
+    permuted, _ = encode(config, params, references[order])
+    np.testing.assert_array_equal(permuted.keys, together.keys[order])
+    np.testing.assert_array_equal(permuted.length, together.length[order])
+    wide = np.pad(references, ((0, 0), (0, 4)))
+    close(encode(config, params, wide)[0].values, np.asarray(together.values))
+
+
+# -- reading
+
+
+def _batch(config: ConfigDict, M: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two rows of three chunks, the last one cut short; references of all lengths."""
+    lengths = np.resize(LENGTHS, (2, 3, M))
+    return random_tokens(5, 2, 8), random_references(6, lengths)
+
+
+def _oracle_logits(config: ConfigDict, params: Any, tokens, references, prefix=(1, 2)) -> Any:
+    oracle = Oracle(config, params, prefix)
+    rows = []
+    for row, chunks in zip(tokens, references, strict=True):
+        written = [[oracle.write(reference)[:3] for reference in chunk] for chunk in chunks]
+        rows.append(oracle.read(row, written))
+    return np.stack(rows)
+
+
+def _written(config: ConfigDict, params: Any, references: np.ndarray) -> ExplicitMemory:
+    lead = references.shape[:-1]
+    memory, _ = encode(config, params, references.reshape(-1, references.shape[-1]))
+    return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), memory)
+
+
+READERS = {
+    "first layers": ({}, 1),
+    "middle, blocked, remat": (
+        {
+            "model__layers": 4,
+            "memory__first_layer": 1,
+            "model__attention": "blocked",
+            "model__attention_block": 5,
+            "model__remat": "full",
+        },
+        1,
+    ),
+    "all layers, window 5, tied, biased": (
+        {
+            "memory__layers": 3,
+            "memory__window": 5,
+            "model__tied_embeddings": True,
+            "model__attention_bias": True,
+            "model__embedding_scale": 0.5,
+        },
+        1,
+    ),
+    "one layer, window 1, two memories a chunk": (
+        {"memory__layers": 1, "memory__window": 1},
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_reading_equals_the_loops_from_both_sources(name: str) -> None:
+    changes, M = READERS[name]
+    config = oracle_config(**changes)
+    params = random_params(config)
+    tokens, references = _batch(config, M)
+    expected = _oracle_logits(config, params, tokens, references)
+    memory = _written(config, params, references)
+    close(logits(config, params, tokens, memory), expected)
+    close(logits(config, params, tokens, reference_tokens=references), expected)
+    # The memories matter, so that the comparison says something.
+    assert np.abs(Oracle(config, params).read(tokens[0], []) - expected[0]).max() > 0.05
+
+
+@pytest.mark.parametrize("prefix", [(), (1, 2)])
+def test_reading_nothing_is_plain_language_modeling(prefix: tuple[int, ...]) -> None:
+    config = oracle_config()
+    params, tokens = random_params(config), random_tokens(5, 2, 8)
+    expected = np.stack([Oracle(config, params, prefix).read(row, []) for row in tokens])
+    close(logits(config, params, tokens, prefix=prefix), expected)
+    # Empty memories are no memories.
+    empty = np.zeros((2, 3, 1, 7), np.int32)
+    close(logits(config, params, tokens, reference_tokens=empty, prefix=prefix), expected)
+
+
+def test_the_window_can_be_set_for_a_pass() -> None:
+    config = oracle_config(memory__window=1)
+    params = random_params(config)
+    tokens, references = _batch(config, 1)
+    model = Model(config)
+    memory = _written(config, params, references)
+    found = jax.jit(partial(model.logits, window=3))(params, tokens, memory)
+    config.memory.window = 3
+    close(found, _oracle_logits(config, params, tokens, references))
+
+
+# -- gradients
+
+
+def _directional(loss: Any, tree: Any, seed: int) -> list[tuple[str, Any, float]]:
+    """For every leaf a random direction and the central difference of `loss` along it, float64."""
+    random, result = np.random.default_rng(seed), []
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    for i, (path, leaf) in enumerate(leaves):
+        direction = random.normal(size=leaf.shape)
+        sides = []
+        for step in (1e-5, -1e-5):
+            moved = [np.asarray(x, np.float64) for _, x in leaves]
+            moved[i] = moved[i] + step * direction
+            sides.append(loss(jax.tree.unflatten(structure, moved)))
+        result.append((jax.tree_util.keystr(path), direction, (sides[0] - sides[1]) / 2e-5))
+    return result
+
+
+def _check_gradients(gradient: Any, differences: list[tuple[str, Any, float]]) -> None:
+    for (name, direction, expected), leaf in zip(
+        differences, jax.tree.leaves(gradient), strict=True
+    ):
+        size = np.linalg.norm(leaf) * np.linalg.norm(direction) / np.sqrt(direction.size)
+        found = float(np.vdot(np.asarray(leaf, np.float64), direction))
+        assert abs(found - expected) <= TOLERANCE * max(1.0, size), (name, found, expected)
+
+
+GRADIENTS = {
+    "naive": {},
+    "blocked, remat, middle": {
+        "model__attention": "blocked",
+        "model__attention_block": 5,
+        "model__remat": "dots",
+        "memory__first_layer": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_online_gradients_equal_differences_of_the_loops(name: str) -> None:
+    """Through reading and writing, for every parameter; what is kept is held by the selection."""
+    config = oracle_config(**GRADIENTS[name])
+    params = random_params(config)
+    tokens, references = random_tokens(5, 1, 5), random_references(6, np.array([[[7], [2]]]))
+    weights = np.random.default_rng(3).normal(size=(1, 5, 260))
+
+    def loss(params: Any) -> Any:
+        found = logits(config, params, tokens, reference_tokens=references)
+        return jnp.sum(found * weights.astype(np.float32)) / 16
+
+    def slow(params: Any) -> float:
+        return float(np.sum(_oracle_logits(config, params, tokens, references) * weights) / 16)
+
+    _check_gradients(jax.jit(jax.grad(loss))(params), _directional(slow, params, 4))
+
+
+def test_memory_gradients_equal_differences_of_the_loops() -> None:
+    """With respect to precomputed keys and values: how a reader's loss pulls at a memory."""
+    config = oracle_config(model__attention="blocked", model__attention_block=2)
+    params = random_params(config)
+    tokens, references = random_tokens(5, 1, 5), random_references(6, np.array([[[7], [2]]]))
+    memory = jax.tree.map(np.asarray, _written(config, params, references))
+    weights = np.random.default_rng(3).normal(size=(1, 5, 260))
+
+    def loss(pair: Any) -> Any:
+        found = logits(config, params, tokens, ExplicitMemory(*pair, memory.length))
+        return jnp.sum(found * weights.astype(np.float32)) / 16
+
+    def slow(pair: Any) -> float:
+        chunks = [[(pair[0][0, c, 0], pair[1][0, c, 0], memory.length[0, c, 0])] for c in (0, 1)]
+        found = Oracle(config, params).read(tokens[0], chunks)
+        return float(np.sum(found * weights[0]) / 16)
+
+    pair = (memory.keys, memory.values)
+    gradient = jax.jit(jax.grad(loss))(pair)
+    _check_gradients(gradient, _directional(slow, pair, 4))
+    assert np.abs(gradient[0][0, 0]).max() > 1e-3
+    assert not gradient[0][0, 1, 0, :, :, 2].any()  # the third slot of a two-token memory
+
+
+# -- who may know what
+
+
+def test_logits_are_causal() -> None:
+    """No gradient of the logits of token t reaches the embedding of a later token."""
+    config = oracle_config()
+    params = random_params(config)
+    tokens = np.arange(10, 18)[None].astype(np.int32)  # each token once: a row of the table each
+    references = random_references(6, np.array([[[7], [7], [7]]])) % 7 + 200
+
+    @jax.jit
+    def gradient(table: Any, t: Any) -> Any:
+        def loss(table: Any) -> Any:
+            found = logits(
+                config, {**params, "embedding": table}, tokens, reference_tokens=references
+            )
+            return jnp.sum(found[0, t] ** 2)
+
+        return jax.grad(loss)(table)
+
+    for t in range(8):
+        reached = np.abs(gradient(params["embedding"], t)).max(1)[tokens[0]] > 0
+        np.testing.assert_array_equal(reached, np.arange(8) <= t)
+
+
+@pytest.mark.parametrize("implementation", ["naive", "blocked"])
+def test_no_reference_reaches_an_earlier_chunk_or_leaves_its_window(implementation: str) -> None:
+    config = oracle_config(model__attention=implementation, model__attention_block=4)
+    config.memory.layers = 1  # over more layers the context carries on what an earlier token read
+    params = random_params(config)
+    config.model.layers = 1
+    params = {k: v for k, v in params.items() if k != "upper"}
+    params["memory"] = jax.tree.map(lambda x: x[:1], params["memory"])
+    tokens = random_tokens(5, 1, 12)
+    references = random_references(6, np.full((1, 4, 1), 7))
+    before = np.asarray(logits(config, params, tokens, reference_tokens=references))
+    for chunk in range(4):
+        changed = references.copy()
+        changed[0, chunk] = random_tokens(9 + chunk, 1, 7)
+        after = np.asarray(logits(config, params, tokens, reference_tokens=changed))
+        moved = (after != before).any(-1)[0].reshape(4, 3).all(-1)
+        still = (after == before).all(-1)[0].reshape(4, 3).all(-1)
+        sees = np.array([0 <= c - chunk < 2 for c in range(4)])  # window 2
+        np.testing.assert_array_equal(moved, sees)
+        np.testing.assert_array_equal(still, ~sees)
+
+
+def test_no_reference_reaches_an_earlier_chunk_in_depth() -> None:
+    config = oracle_config()
+    params = random_params(config)
+    tokens, references = random_tokens(5, 1, 9), random_references(6, np.full((1, 3, 1), 7))
+    before = np.asarray(logits(config, params, tokens, reference_tokens=references))
+    references[0, 2] = random_tokens(7, 1, 7)
+    after = np.asarray(logits(config, params, tokens, reference_tokens=references))
+    np.testing.assert_array_equal(after[0, :6], before[0, :6])
+    assert (after[0, 6:] != before[0, 6:]).any(-1).all()
+
+
+def test_rows_do_not_meet() -> None:
+    config = oracle_config()
+    params = random_params(config)
+    tokens, references = _batch(config, 1)
+    forward = np.asarray(logits(config, params, tokens, reference_tokens=references))
+    turned = logits(config, params, tokens[::-1], reference_tokens=references[::-1])
+    np.testing.assert_array_equal(turned[::-1], forward)
+    lone = logits(config, params, tokens[:1], reference_tokens=references[:1])
+    close(lone, forward[:1])
+
+
+def test_memory_attention_is_what_the_softmax_gave_to_memories() -> None:
+    config = oracle_config()
+    params = random_params(config)
+    tokens, references = _batch(config, 1)
+    memory = _written(config, params, references)
+    model = Model(config)
+    found = jax.jit(model.memory_attention, static_argnums=3)(params, tokens, memory, 2)
+    assert found.shape == (2, 2, 2, 2, 8, 3 * 3)
+    found = np.asarray(found).reshape(2, 2, 2, 2, 8, 3, 3)  # … T C P
+    assert (found.sum((-1, -2)) < 1).all() and found.max() > 0.05
+    for t in range(8):
+        for chunk in range(3):
+            seen = 0 <= t // 3 - chunk < 2
+            for row in range(2):
+                length = memory.length[row, chunk, 0]
+                assert (found[:, row, :, :, t, chunk, :length] > 0).all() == (seen or length == 0)
+                assert not found[:, row, :, :, t, chunk, length:].any()
+
+
+# -- precision
+
+
+def test_bfloat16_is_close_to_float32() -> None:
+    config, half = oracle_config(), oracle_config(model__compute_dtype="bfloat16")
+    params = random_params(config)
+    tokens, references = _batch(config, 1)
+    expected = np.asarray(logits(config, params, tokens, reference_tokens=references))
+    # The selection is discrete: give both the same memories.
+    memory = _written(config, params, references)
+    found = logits(half, params, tokens, memory)
+    assert found.dtype == jnp.float32
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert error < 2e-2, error
+    written, _ = encode(half, params, references.reshape(-1, 7))
+    assert written.keys.dtype == written.values.dtype == jnp.bfloat16
