@@ -3,6 +3,7 @@
 import importlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -16,6 +17,25 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("m3jax", "typechecking.check")
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a compilation cache for this session, which its processes may use too."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_compilation(compilation_cache: Path) -> None:
+    """One test's programs serve the others, and none is optimized for speed."""
+    settings = {
+        "jax_compilation_cache_dir": str(compilation_cache),
+        "jax_persistent_cache_min_compile_time_secs": 0.3,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_disable_most_optimizations": True,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="session")

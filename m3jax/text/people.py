@@ -33,6 +33,11 @@ class Person:
     facts: tuple[tuple[str, str], ...]
 
     @property
+    def reference(self) -> str:
+        """Key of the person's only reference in the knowledge base."""
+        return f"{self.key}#0"
+
+    @property
     def text(self) -> str:
         """The reference text of the person."""
         return "\n".join(statement(self.name, *fact) for fact in self.facts)
@@ -57,12 +62,15 @@ class World:
 
 @dataclass(frozen=True)
 class Question:
-    """`prompt` is continued by `answer`; `references` may fix which memories are read."""
+    """`prompt` is continued by `answer`, which stands in the reference `person`.
+
+    `references` are that one and others that state the same relation of other people.
+    """
 
     prompt: str
     answer: str
     person: str
-    references: tuple[str, ...] = ()
+    references: tuple[str, ...]
 
 
 def statement(name: str, relation: str, value: str) -> str:
@@ -126,7 +134,8 @@ def fact_documents(
     members = list(groups.values())
     for number in range(count):
         group = members[rng.integers(len(members))]
-        size = int(rng.integers(pool[0], pool[1] + 1))
+        most = len({person.name for person in group})
+        size = min(int(rng.integers(pool[0], pool[1] + 1)), most)
         by_name: dict[str, Person] = {}
         while len(by_name) < size:  # two people of one name would contradict each other
             person = group[rng.integers(len(group))]
@@ -141,7 +150,7 @@ def fact_documents(
         yield {
             "id": f"facts-{number}",
             "text": "\n".join(lines),
-            "references": [person.key for person in told],
+            "references": [person.reference for person in told],
         }
 
 
@@ -172,17 +181,17 @@ def questions(world: World, seed: int, distractors: int = 4) -> list[Question]:
     for person in world.unseen:
         for relation, value in person.facts:
             others = [
-                other.key
+                other.reference
                 for other in world.unseen
                 if other.key != person.key and relation in dict(other.facts)
             ]
             picked = [str(key) for key in rng.choice(others, distractors, replace=False)]
-            keys = rng.permutation([person.key, *picked])
+            keys = rng.permutation([person.reference, *picked])
             asked.append(
                 Question(
                     prompt=f"{relation} of {person.name}",
                     answer=f" {value}",
-                    person=person.key,
+                    person=person.reference,
                     references=tuple(str(key) for key in keys),
                 )
             )

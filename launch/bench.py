@@ -1,0 +1,36 @@
+"""Runs a benchmark and writes its ratios.
+
+    python launch/bench.py train --json=train.json
+    python launch/bench.py writer
+
+A ratio is the median over rounds of two things timed in turn in one process, so that it holds on a
+machine whose speed drifts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+_JSON = flags.DEFINE_string("json", None, "Write ratios, seconds and environment to this file.")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the benchmark named on the command line."""
+    from m3jax.evaluation.bench import BENCHMARKS, environment
+
+    if len(argv) != 2 or argv[1] not in BENCHMARKS:
+        print(f"usage: bench.py NAME; NAME is one of {', '.join(BENCHMARKS)}", file=sys.stderr)
+        raise SystemExit(2)
+    result = {**BENCHMARKS[argv[1]](), "environment": environment()}
+    text = json.dumps(result, indent=2)
+    print(text)
+    if _JSON.value:
+        Path(_JSON.value).write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    app.run(main)

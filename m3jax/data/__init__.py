@@ -1,0 +1,1 @@
+"""The input pipeline: rows, chunks, retrieved references, memories."""

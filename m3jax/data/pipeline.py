@@ -1,0 +1,228 @@
+"""Batches for training and evaluation: rows, their retrieved references, their memories.
+
+The batch of step s is a function of (seed, s) alone: `Pipeline.batch(s)` computes it from nothing
+else, each host asks for its rows of it, and `Pipeline.batches` runs it in threads ahead of
+training.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from ml_collections import ConfigDict
+
+from m3jax.data.rows import Row, Rows
+from m3jax.memory.bank import Bank, BankError
+from m3jax.retrieval.index import Index
+from m3jax.retrieval.retriever import Retriever
+from m3jax.text.corpus import Corpus
+from m3jax.text.documents import TextError
+from m3jax.text.references import References
+from m3jax.text.tokenizer import Tokenizer
+
+Batch = dict[str, Any]
+
+
+class Pipeline:
+    """Random access to batches.
+
+    Args:
+      config: a validated config; `memory.source` says what a batch carries.
+      rows: the rows of a split.
+      tokenizer: decodes chunks into query texts.
+      references: the knowledge base; None in stages without memory.
+      retriever: finds references for chunks; None when ids are stored or there is no memory.
+      bank: memories of the references; None unless the source is `precomputed`.
+      shift: whose text is a chunk's query: 0 its own, 1 the previous chunk's.
+      batch_rows: rows of a batch over all hosts.
+      dropout: share of chunks whose memories are hidden.
+
+    A batch is a dict of NumPy arrays: `tokens`, `targets` `(B, T)` int32, `weights` `(B, T)`
+      float32, `reference_ids` `(B, C, M)` int32 (−1 = none), and `memory` (an `ExplicitMemory`,
+      axes `(B, C, M, L, K, P, H)`) or `reference_tokens` `(B, C, M, W)` int32.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        rows: Rows,
+        tokenizer: Tokenizer,
+        references: References | None = None,
+        retriever: Retriever | None = None,
+        bank: Bank | None = None,
+        *,
+        shift: int,
+        batch_rows: int,
+        dropout: float = 0.0,
+    ):
+        self.config, self.rows, self.tokenizer = config, rows, tokenizer
+        self.references, self.retriever, self.bank = references, retriever, bank
+        self.shift, self.batch_rows, self.dropout = shift, batch_rows, dropout
+        # Rows repeat in another order each epoch; a batch may reach over the end of one.
+        order = grain.MapDataset.range(len(rows)).seed(config.seed).shuffle().repeat()
+        self._order = order.batch(batch_rows, drop_remainder=True)
+        self._counts = {"chunks": 0, "chunks_without_reference": 0}
+        self._lock = threading.Lock()
+
+    def batch(self, step: int, rows: slice | None = None) -> Batch:
+        """The batch of a step, or only some of its rows (those of one host)."""
+        ids = np.asarray(self._order[step])
+        selected = np.arange(self.batch_rows)[rows or slice(None)]
+        items = [self.rows[int(row)] for row in ids[selected]]
+        batch: Batch = {
+            "tokens": np.stack([item.tokens[:-1] for item in items]).astype(np.int32),
+            "targets": np.stack([item.tokens[1:] for item in items]).astype(np.int32),
+            "weights": np.stack([item.weights for item in items]).astype(np.float32),
+        }
+        if self.config.memory.source == "none":
+            return batch
+        reference_ids = self._reference_ids(items)
+        reference_ids = np.where(self._hidden(step)[selected][..., None], -1, reference_ids)
+        batch["reference_ids"] = reference_ids.astype(np.int32)
+        with self._lock:
+            self._counts["chunks"] += reference_ids[..., 0].size
+            self._counts["chunks_without_reference"] += int((reference_ids[..., 0] < 0).sum())
+        if self.config.memory.source == "precomputed":
+            assert self.bank is not None
+            batch["memory"] = self.bank.read(reference_ids)
+        else:
+            batch["reference_tokens"] = self._reference_tokens(reference_ids)
+        return batch
+
+    def batches(self, first_step: int = 0, rows: slice | None = None) -> Iterator[Batch]:
+        """Batches from a step on, loaded ahead in threads of this process."""
+        data = self.config.data
+        steps = grain.MapDataset.range(first_step, 2**40).map(lambda step: self.batch(step, rows))
+        options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.prefetch)
+        return iter(steps.to_iter_dataset(options))
+
+    def report(self) -> dict[str, int]:
+        """Counters since the start: chunks, chunks left without a reference, references dropped."""
+        with self._lock:
+            counts = dict(self._counts)
+        if self.retriever is not None:
+            counts.update(self.retriever.report())
+        return counts
+
+    def _reference_ids(self, items: list[Row]) -> np.ndarray:
+        """Retrieved references `(B, C, M)` of every chunk, −1 where there is none."""
+        memory = self.config.memory
+        C, M = self.config.data.row_length // memory.chunk_length, memory.per_chunk
+        ids = np.full((len(items), C, M), -1, np.int64)
+        if self.retriever is None:
+            assert self.references is not None
+            for row, item in enumerate(items):
+                for chunk, key in enumerate(item.references[:C]):
+                    if key:
+                        ids[row, chunk, 0] = self.references.find(key)
+            return ids
+        queries, against, places = [], [], []
+        for row, item in enumerate(items):
+            for chunk in range(self.shift, C):
+                low = (chunk - self.shift) * memory.chunk_length
+                queries.append(self.tokenizer.decode(item.tokens[low : low + memory.chunk_length]))
+                against.append(item.tokens)
+                places.append((row, chunk))
+        if places:
+            found = self.retriever.retrieve(queries, against, M)
+            ids[tuple(np.array(places).T)] = found
+        return ids
+
+    def _hidden(self, step: int) -> np.ndarray:
+        """Chunks `(B, C)` of the whole batch whose memories are hidden in this step."""
+        C = self.config.data.row_length // self.config.memory.chunk_length
+        generator = np.random.default_rng([self.config.seed, 0x6D33, step])
+        return generator.random((self.batch_rows, C)) < self.dropout
+
+    def _reference_tokens(self, ids: np.ndarray) -> np.ndarray:
+        assert self.references is not None
+        W = self.config.memory.reference_length
+        tokens = np.zeros((ids.size, W), np.int32)
+        real = ids.ravel() >= 0
+        if real.any():
+            found = self.references.tokens(ids.ravel()[real])
+            tokens[real, : found.shape[1]] = found
+        return tokens.reshape(*ids.shape, W)
+
+
+def open_pipeline(
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    split: str = "train",
+    bank: str | Path | None = None,
+) -> Pipeline:
+    """Opens what `launch/prepare.py` and `launch/write_bank.py` left in a workdir.
+
+    Args:
+      config: a validated config.
+      workdir: folder with `tokenizer`, `corpus`, `references`, `index` and, for precomputed
+        memories, `bank`.
+      split: `train`, or `validation` (batch rows, retrieval shift, overlap limit of `evaluation`;
+        no memory dropout).
+      bank: folder of the bank; default `workdir/bank`.
+
+    Raises:
+      TextError, RetrievalError, BankError: a part is missing, damaged or does not fit the others.
+    """
+    workdir = Path(workdir)
+    train = split == "train"
+    tokenizer = Tokenizer.load(workdir / "tokenizer")
+    corpus = Corpus.open(workdir / "corpus" / split)
+    if corpus.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise TextError(
+            f"{workdir / 'corpus' / split} was made with another tokenizer than"
+            f" {workdir / 'tokenizer'}; run launch/prepare.py again"
+        )
+    rows = Rows(corpus, config.data.row_length, config.memory.chunk_length, config.data.packing)
+    options = {
+        "shift": config.retrieval.shift if train else config.evaluation.shift,
+        "batch_rows": config.data.batch_rows if train else config.evaluation.batch_rows,
+        "dropout": config.memory.dropout if train else 0.0,
+    }
+    if config.memory.source == "none":
+        return Pipeline(config, rows, tokenizer, **options)
+    references = open_references(config, workdir / "references", tokenizer)
+    retriever = None
+    if config.retrieval.ids == "search":
+        index = Index.open(workdir / "index", references)
+        limit = config.retrieval.overlap_train if train else config.retrieval.overlap_evaluation
+        retriever = Retriever(index, references, config.retrieval.candidates, limit)
+    memories = None
+    if config.memory.source == "precomputed":
+        memories = Bank.open(bank or workdir / "bank")
+        check_bank(config, memories, references, tokenizer)
+    return Pipeline(config, rows, tokenizer, references, retriever, memories, **options)
+
+
+def open_references(config: ConfigDict, folder: Path, tokenizer: Tokenizer) -> References:
+    """The knowledge base, checked against tokenizer and config."""
+    references = References.open(folder)
+    if references.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise TextError(f"{folder} was cut with another tokenizer; run launch/prepare.py again")
+    if references.length > config.memory.reference_length:
+        raise TextError(
+            f"{folder} has references of up to {references.length} tokens, but"
+            f" config.memory.reference_length = {config.memory.reference_length}; prepare again"
+        )
+    return references
+
+
+def check_bank(
+    config: ConfigDict, bank: Bank, references: References, tokenizer: Tokenizer
+) -> None:
+    """Refuses a bank that was not written from these references with this tokenizer."""
+    for part, ours, theirs in (
+        ("references", references.fingerprint, bank.binding.references),
+        ("tokenizer", tokenizer.fingerprint, bank.binding.tokenizer),
+    ):
+        if ours != theirs:
+            raise BankError(
+                f"bank {bank.folder} was written with another {part} ({theirs[:12]}, here"
+                f" {ours[:12]}); run launch/write_bank.py for this workdir"
+            )

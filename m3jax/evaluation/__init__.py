@@ -1,0 +1,1 @@
+"""Losses, questions, reports and pictures."""

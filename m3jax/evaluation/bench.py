@@ -1,0 +1,187 @@
+"""Benchmarks whose results are ratios of two things timed in turn in one process (A B A B …)."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+import m3jax
+from m3jax import config as config_lib
+from m3jax.config import PREFIX_TOKENS, prefix_tokens
+from m3jax.data.pipeline import Pipeline, open_pipeline
+from m3jax.memory.write import write_bank
+from m3jax.mesh import make_mesh, to_global
+from m3jax.model.transformer import Model
+from m3jax.retrieval.embed import make_embedder
+from m3jax.retrieval.index import build_index
+from m3jax.text import people
+from m3jax.text.prepare import prepare_text
+from m3jax.text.references import References
+from m3jax.text.tokenizer import Tokenizer
+from m3jax.train.objective import inputs
+from m3jax.train.optimizer import make_optimizer
+from m3jax.train.state import abstract_state, init_state
+from m3jax.train.step import make_step
+
+Figures = dict[str, float]
+
+
+def environment() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "m3jax": m3jax.__version__,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+    }
+
+
+def paired(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> tuple[float, ...]:
+    """Median seconds of the first, of the second, and the median of their ratios round by round."""
+    first(), second()  # compile and warm caches
+    times: list[tuple[float, float]] = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        first()
+        middle = time.perf_counter()
+        second()
+        times.append((middle - begin, time.perf_counter() - middle))
+    ratio = statistics.median(a / b for a, b in times)
+    medians = (statistics.median(column) for column in zip(*times, strict=True))
+    return (*medians, ratio)
+
+
+def train(rounds: int = 12) -> dict[str, Figures]:
+    """Step time of precomputed and online memories over warmup; of the pipeline over a repeat.
+
+    Returns:
+      `ratios`: `precomputed_over_warmup`, `online_over_warmup`, `pipeline_over_repeat`; `seconds`:
+      the median step times behind them.
+    """
+    with _workdir(_shape("none")) as workdir:
+        stages = {source: _Stage(_shape(source), workdir) for source in _SOURCES}
+        seconds, ratios = {}, {}
+        for source, name in (("precomputed", "precomputed"), ("online", "online")):
+            seconds[name], seconds["warmup"], ratios[f"{name}_over_warmup"] = paired(
+                stages[source].repeat, stages["none"].repeat, rounds
+            )
+        fed = stages["precomputed"]
+        seconds["pipeline"], seconds["repeat"], ratios["pipeline_over_repeat"] = paired(
+            fed.from_pipeline, fed.repeat, rounds
+        )
+    return {"ratios": ratios, "seconds": seconds}
+
+
+def writer(rounds: int = 3) -> dict[str, Figures]:
+    """Share of the bank writer's time that it waits for the jitted encode (median of runs)."""
+    config = _shape("precomputed")
+    with _workdir(config, bank=False) as workdir:
+        reports = [_write(config, workdir, workdir / f"bank{i}") for i in range(rounds)]
+    median = {
+        name: statistics.median(report[name] for report in reports)
+        for name in ("encode_share", "memories_per_second", "seconds")
+    }
+    return {"ratios": {"encode_share": median.pop("encode_share")}, "seconds": median}
+
+
+BENCHMARKS: dict[str, Callable[[], dict[str, Figures]]] = {"train": train, "writer": writer}
+_SOURCES = ("none", "precomputed", "online")
+
+
+def _shape(source: str) -> ConfigDict:
+    """A shape small enough for a CPU whose proportions are those of a real one."""
+    config = config_lib.default()
+    config.memory.source = source
+    config.model.layers, config.memory.layers = 4, 2
+    config.model.query_heads, config.model.kv_heads, config.model.head_dim = 8, 2, 32
+    config.model.hidden, config.model.mlp_width = 256, 704
+    config.model.vocabulary = config.text.vocabulary = 2048
+    config.model.attention_block = 128
+    config.model.prefix = "always"
+    config.text.validation_share = 0.0
+    config.data.row_length, config.data.batch_rows = 512, 4
+    config.data.threads, config.data.prefetch = 2, 4
+    config.retrieval.shift = 1
+    config.writer.batch_references = 64
+    return config_lib.validate(config)
+
+
+@contextmanager
+def _workdir(config: ConfigDict, bank: bool = True) -> Iterator[Path]:
+    """A temporary prepared workdir with a bank of random weights."""
+    with tempfile.TemporaryDirectory() as name:
+        workdir = Path(name)
+        world = people.make_world(0, names=400, people=2000, unseen=10, values=64, facts=4)
+        documents = people.fact_documents(world, 0, 400, chunks=40)
+        people.write_jsonl(workdir / "documents.jsonl", documents)
+        groups = [world.people[i : i + 5] for i in range(0, len(world.people), 5)]
+        people.write_jsonl(
+            workdir / "knowledge.jsonl",
+            (
+                {"id": f"group-{i}", "text": "\n".join(person.text for person in group)}
+                for i, group in enumerate(groups * 4)
+            ),
+        )
+        sources = str(workdir / "documents.jsonl"), str(workdir / "knowledge.jsonl")
+        prepare_text(config, workdir, *sources, say=lambda line: None)
+        references = References.open(workdir / "references")
+        build_index(references, make_embedder(config), workdir / "index", config)
+        if bank:
+            _write(config, workdir, workdir / "bank")
+        yield workdir
+
+
+def _write(config: ConfigDict, workdir: Path, folder: Path) -> dict[str, Any]:
+    model = Model(config)
+    return write_bank(
+        config,
+        model,
+        model.init(jax.random.key(0)),
+        References.open(workdir / "references"),
+        folder,
+        tokenizer_fingerprint=Tokenizer.load(workdir / "tokenizer").fingerprint,
+        prefix_tokens=PREFIX_TOKENS,
+        progress=False,
+    )
+
+
+class _Stage:
+    """The train step of one memory source, fed by the pipeline or with the same batch again."""
+
+    def __init__(self, config: ConfigDict, workdir: Path):
+        self.mesh = make_mesh(config)
+        model = Model(config, prefix_tokens(config))
+        optimizer = make_optimizer(config)
+        abstract = abstract_state(model, optimizer, self.mesh)
+        self.state = init_state(config, model, optimizer, abstract, None)
+        self.step = make_step(config, model, self.mesh, optimizer, abstract)
+        self.pipeline: Pipeline = open_pipeline(config, workdir)
+        self.batches = self.pipeline.batches(0)
+        self.same = self._place(next(self.batches))
+
+    def _place(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return to_global(self.mesh, inputs(batch))
+
+    def _run(self, batch: dict[str, Any]) -> None:
+        self.state, metrics = self.step(self.state, batch)
+        np.asarray(metrics["loss"])
+
+    def repeat(self) -> None:
+        self._run(self.same)
+
+    def from_pipeline(self) -> None:
+        self._run(self._place(next(self.batches)))

@@ -1,0 +1,73 @@
+"""Validation loss and accuracy with memory, without, and with the wrong memories."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from m3jax.config import prefix_tokens
+from m3jax.data.pipeline import Batch, Pipeline, open_pipeline
+from m3jax.memory.sparsify import sparsifier
+from m3jax.model.transformer import Model, Params
+from m3jax.train.objective import Sums, inputs, sums
+
+MODES = ("memory", "none", "wrong")
+
+
+class LossEvaluator:
+    """Evaluates parameters on the same validation batches every time.
+
+    Args:
+      config: a validated config; without memory only the mode `none` is evaluated.
+      pipeline: of the validation split.
+
+    Calling it with parameters returns `loss_<mode>` (nats a token) and `accuracy_<mode>` for each
+    mode. `wrong` gives every row the memories of its neighbour in the batch.
+    """
+
+    def __init__(self, config: ConfigDict, pipeline: Pipeline):
+        self.config, self.pipeline = config, pipeline
+        self.model = Model(config, prefix_tokens(config))
+        self.modes = MODES if config.memory.source != "none" else ("none",)
+        self._sums = {mode: jax.jit(self._summed(mode)) for mode in self.modes}
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        totals = {mode: np.zeros(3) for mode in self.modes}
+        for batch in islice(self.pipeline.batches(0), self.config.evaluation.batches):
+            placed = jax.device_put(inputs(batch))
+            for mode in self.modes:
+                total = jax.device_get(self._sums[mode](params, placed))
+                totals[mode] += np.asarray(total, np.float64)
+        return {
+            f"{name}_{mode}": float(value)
+            for mode, (loss, weight, correct) in totals.items()
+            for name, value in (("loss", loss / weight), ("accuracy", correct / weight))
+        }
+
+    def _summed(self, mode: str) -> Callable[[Params, Batch], Sums]:
+        """The sums of a batch in one mode."""
+        sparsify = sparsifier(self.config)
+
+        def summed(params: Params, batch: Batch) -> Sums:
+            read = ("memory", "reference_tokens")
+            if mode == "none":
+                batch = {name: value for name, value in batch.items() if name not in read}
+            if mode == "wrong":
+                rolled = {name: batch[name] for name in read if name in batch}
+                batch = batch | jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), rolled)
+            return sums(self.model, params, batch, sparsify)
+
+        return summed
+
+
+def evaluator(
+    config: ConfigDict, workdir: str | Path, *, bank: str | Path | None = None
+) -> LossEvaluator:
+    """The validation evaluator of a prepared workdir."""
+    return LossEvaluator(config, open_pipeline(config, workdir, split="validation", bank=bank))

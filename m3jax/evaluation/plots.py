@@ -1,0 +1,120 @@
+"""Pictures of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+INK, MEMORY, PLAIN, GRID = "#22303c", "#0b7a75", "#b8c4cc", "#e6eaed"
+
+
+def accuracy_bars(
+    path: Path, accuracy: dict[str, float], labels: dict[str, str], chance: float, title: str
+) -> None:
+    """One bar per condition, those that read right memories in colour, chance as a line.
+
+    Args:
+      path: PNG to write.
+      accuracy: condition → share of right answers.
+      labels: condition → what to call it; also the order, first on top.
+      chance: accuracy of guessing.
+      title: of the picture.
+    """
+    names = [name for name in labels if name in accuracy]
+    figure, axes = plt.subplots(figsize=(8, 0.55 * len(names) + 1.6), constrained_layout=True)
+    for row, name in enumerate(names):
+        value = accuracy[name]
+        axes.barh(row, value, color=MEMORY if value > 0.5 else PLAIN, height=0.62)
+        axes.text(value + 0.012, row, f"{value:.3f}", va="center", color=INK, fontsize=10)
+    axes.axvline(chance, color=INK, linestyle=":", linewidth=1.2)
+    axes.text(chance + 0.006, -0.72, f"chance {chance:.3f}", color=INK, fontsize=9, va="center")
+    axes.set_yticks(range(len(names)), [labels[name] for name in names], fontsize=10)
+    axes.set_xlim(0, 1.09)
+    axes.set_ylim(len(names) - 0.5, -1)
+    axes.set_xlabel("share of right answers", color=INK)
+    _finish(figure, axes, title, path)
+
+
+@dataclass(frozen=True)
+class Read:
+    """How one answer read its memories."""
+
+    prompt: str
+    answer: str
+    predicted: str
+    references: Sequence[Sequence[str]]  # tokens of each reference
+    mass: Sequence[np.ndarray]  # attention on each of those tokens, mean over layers and heads
+    kept: Sequence[np.ndarray]  # how many layer-and-head slots kept it, as a share of all
+
+
+def attention_map(path: Path, reads: Sequence[Read], title: str) -> None:
+    """For each question, its references token by token, coloured by the answer's attention.
+
+    A token that no head kept is grey: the reader cannot see it.
+    """
+    rows = sum(len(read.references) + 1 for read in reads)
+    width = max(sum(len(t) + 1 for t in ref) for read in reads for ref in read.references)
+    figure, axes = plt.subplots(
+        figsize=(max(9, 0.135 * width + 2), 0.36 * rows + 1.2), constrained_layout=True
+    )
+    largest = max(float(np.max(m, initial=1e-9)) for read in reads for m in read.mass)
+    colours = plt.get_cmap("YlGnBu")
+    y = 0.0
+    for read in reads:
+        axes.text(0, y, f"{read.prompt} …", fontweight="bold", fontsize=10, color=INK, va="center")
+        verdict = f"answers “{read.predicted}”" + (
+            "" if read.predicted == read.answer else f", right would be “{read.answer}”"
+        )
+        axes.text(24, y, verdict, fontsize=10, color=INK, va="center")
+        y += 1
+        for tokens, mass, kept in zip(read.references, read.mass, read.kept, strict=True):
+            x = 1.0
+            for token, weight, share in zip(tokens, mass, kept, strict=True):
+                shown = token.replace("\n", "⏎").strip(" ")
+                box = plt.Rectangle(
+                    (x, y - 0.42),
+                    len(shown) + 1.2,
+                    0.84,
+                    facecolor=colours(float(weight) / largest) if share else GRID,
+                    edgecolor="white",
+                )
+                axes.add_patch(box)
+                dark = weight / largest > 0.55
+                colour = "white" if dark else (INK if share else "#9aa5ad")
+                axes.text(
+                    x + (len(shown) + 1.2) / 2,
+                    y,
+                    shown,
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    family="monospace",
+                    color=colour,
+                )
+                x += len(shown) + 1.4
+            y += 1
+    axes.set_xlim(0, width * 1.25 + 4)
+    axes.set_ylim(y - 0.3, -0.8)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    bar = figure.colorbar(
+        plt.cm.ScalarMappable(plt.Normalize(0, largest), colours), ax=axes, shrink=0.6, pad=0.01
+    )
+    bar.set_label("attention of the answer, mean over memory layers and heads", fontsize=8)
+    _finish(figure, axes, title, path)
+
+
+def _finish(figure, axes, title, path) -> None:
+    axes.set_title(title, loc="left", color=INK, fontsize=12)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(left=False, colors=INK)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

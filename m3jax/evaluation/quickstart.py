@@ -1,0 +1,351 @@
+"""The whole chain on invented facts, and the proof that the facts live in the bank.
+
+Every step is the one a real run takes; a finished step is skipped when the command is given again.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from m3jax import config as config_lib
+from m3jax.data.pipeline import open_pipeline
+from m3jax.evaluation.losses import evaluator
+from m3jax.evaluation.plots import Read, accuracy_bars, attention_map
+from m3jax.evaluation.questions import Answerer, Question
+from m3jax.memory.bank import Bank
+from m3jax.memory.sparsify import sparsifier
+from m3jax.memory.write import write_bank
+from m3jax.model.transformer import Model
+from m3jax.retrieval.embed import make_embedder
+from m3jax.retrieval.index import Index, build_index
+from m3jax.retrieval.retriever import Retriever
+from m3jax.text import people
+from m3jax.text.documents import read_documents
+from m3jax.text.files import write_atomically
+from m3jax.text.prepare import prepare_text
+from m3jax.text.references import References, write_references
+from m3jax.text.tokenizer import Tokenizer
+from m3jax.train.checkpoints import restore_params
+from m3jax.train.loop import train
+from m3jax.train.writer import restore_writer
+
+LABELS = {
+    "memory": "memories found by the retriever",
+    "distractors": "right memory among four of other people,\nsame relation",
+    "edited": "facts edited in the bank",
+    "in_context": "no memory, the facts in the prompt",
+    "none": "no memory",
+    "wrong": "memories of other people",
+    "deleted": "memories deleted",
+}
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """What the steps share.
+
+    Attributes:
+      get_config: options text → config, as in `configs/quickstart.py`.
+      workdir: folder for everything.
+      world: arguments of `people.make_world`.
+      seed: of the world, the parameters and the data order.
+    """
+
+    get_config: Callable[[str], ConfigDict]
+    workdir: Path
+    world: dict[str, int]
+    seed: int
+
+    def config(self, stage: str) -> ConfigDict:
+        config = self.get_config(f"stage={stage}")
+        with config.unlocked():
+            config.seed = self.seed
+        return config_lib.validate(config)
+
+
+def run(demonstration: Demonstration, *, compare_from_scratch: bool = False) -> dict[str, Any]:
+    """Runs all steps and writes `report/`; returns the content of `report/summary.json`."""
+    started, seconds = time.time(), {}
+    workdir = demonstration.workdir
+    world = people.make_world(demonstration.seed, **demonstration.world)
+
+    with _step("1/7 invented people, tokenizer, corpus, references, index", seconds, "prepare"):
+        _prepare(demonstration, world)
+    with _step("2/7 warmup: plain language modeling", seconds, "warmup"):
+        _train(demonstration.config("warmup"), workdir)
+    with _step("3/7 bank: the warmup checkpoint writes every memory", seconds, "bank"):
+        _write(demonstration, workdir, "warmup")
+    with _step("4/7 continual train: reading memories from the bank", seconds, "continual"):
+        _train(demonstration.config("continual"), workdir, init_from=workdir / "warmup")
+    with _step("5/7 edited bank: other facts, nothing trained", seconds, "edit"):
+        changed = people.edited(world, demonstration.seed)
+        _rewrite(demonstration, workdir / "edited", (*world.people, *changed.unseen))
+    with _step("6/7 deleted bank: the people of the questions are gone", seconds, "delete"):
+        _rewrite(demonstration, workdir / "deleted", world.people)
+    with _step("7/7 questions", seconds, "questions"):
+        accuracy = _ask(demonstration, world, changed)
+    losses = {}
+    if compare_from_scratch:
+        with _step("extra: memory from the start, at equal compute", seconds, "scratch"):
+            losses = _compare_from_scratch(demonstration)
+    summary = {
+        "accuracy": accuracy,
+        "chance": 1 / demonstration.world["values"],
+        "questions": sum(len(person.facts) for person in world.unseen),
+        "seconds": round(time.time() - started, 1),
+        "seconds_by_step": seconds,
+        "seed": demonstration.seed,
+        **({"from_scratch": losses} if losses else {}),
+    }
+    _report(demonstration, summary)
+    return summary
+
+
+@contextmanager
+def _step(title: str, seconds: dict[str, float], name: str) -> Iterator[None]:
+    print(f"[{title}]", flush=True)
+    started = time.time()
+    yield
+    seconds[name] = round(time.time() - started, 1)
+
+
+def _prepare(demonstration: Demonstration, world: people.World) -> None:
+    workdir, seed = demonstration.workdir, demonstration.seed
+    config = demonstration.config("warmup")
+    chunks = config.data.row_length // config.memory.chunk_length
+    facts = config.train.steps * config.data.batch_rows // 2
+    source = workdir / "text"
+    source.mkdir(parents=True, exist_ok=True)
+    if not (source / "knowledge.jsonl").exists():
+        documents = [
+            *people.fact_documents(world, seed, facts, chunks=chunks),
+            *people.echo_documents(world, seed, facts, words=config.data.row_length - 1),
+        ]
+        people.write_jsonl(source / "documents.jsonl", documents)
+        everyone = (*world.people, *world.unseen)
+        people.write_jsonl(source / "knowledge.jsonl", people.knowledge(everyone))
+    prepare_text(
+        config, workdir, str(source / "documents.jsonl"), str(source / "knowledge.jsonl"), None
+    )
+    _index(config, workdir)
+
+
+def _index(config: ConfigDict, folder: Path) -> None:
+    references = References.open(folder / "references")
+    build_index(references, make_embedder(config), folder / "index", config)
+
+
+def _train(config: ConfigDict, workdir: Path, init_from: Path | None = None) -> None:
+    pipeline = open_pipeline(config, workdir)
+    writer = None if pipeline.bank is None else pipeline.bank.writer
+    train(
+        config,
+        workdir,
+        pipeline=pipeline,
+        init_from=init_from,
+        evaluate=evaluator(config, workdir),
+        tokenizer_fingerprint=pipeline.tokenizer.fingerprint,
+        writer=writer,
+    )
+
+
+def _write(
+    demonstration: Demonstration, folder: Path, checkpoint: str, base: Bank | None = None
+) -> None:
+    """The bank of a folder, by the writer that the checkpoint of a stage records."""
+    model = Model(demonstration.config("continual"))
+    tokenizer = Tokenizer.load(demonstration.workdir / "tokenizer").fingerprint
+    params, path, step = restore_writer(demonstration.workdir / checkpoint, model, tokenizer)
+    write_bank(
+        model.config,
+        model,
+        params,
+        References.open(folder / "references"),
+        folder / "bank",
+        tokenizer_fingerprint=tokenizer,
+        prefix_tokens=model.prefix_tokens,
+        writer_path=str(path),
+        writer_step=step,
+        base=base,
+    )
+
+
+def _rewrite(demonstration: Demonstration, folder: Path, known: tuple[people.Person, ...]) -> None:
+    """References, index and bank of a changed knowledge base; unchanged memories are copied."""
+    folder.mkdir(exist_ok=True)
+    config = demonstration.config("continual")
+    source = folder / "knowledge.jsonl"
+    if not source.exists():
+        people.write_jsonl(source, people.knowledge(known))
+        tokenizer = Tokenizer.load(demonstration.workdir / "tokenizer")
+        length = config.memory.reference_length
+        write_references(read_documents(str(source)), tokenizer, folder / "references", length)
+    _index(config, folder)
+    _write(demonstration, folder, "continual", base=Bank.open(demonstration.workdir / "bank"))
+
+
+class _Knowledge:
+    """References, retriever and bank of one folder."""
+
+    def __init__(self, folder: Path, config: ConfigDict):
+        self.references = References.open(folder / "references")
+        index = Index.open(folder / "index", self.references)
+        retrieval = config.retrieval
+        self.retriever = Retriever(
+            index, self.references, retrieval.candidates, retrieval.overlap_evaluation
+        )
+        self.bank = Bank.open(folder / "bank")
+
+
+def _ask(demonstration, world: people.World, changed: people.World) -> dict[str, float]:
+    workdir, config = demonstration.workdir, demonstration.config("continual")
+    model = Model(config)
+    params, _ = restore_params(workdir / "continual", model)
+    answerer = Answerer(model, params, Tokenizer.load(workdir / "tokenizer"))
+    asked = people.questions(world, demonstration.seed)
+    questions = [Question(q.prompt, q.answer, q.references) for q in asked]
+    new_facts = {person.reference: dict(person.facts) for person in changed.unseen}
+    after_edit = [
+        Question(q.prompt, f" {new_facts[q.person][q.prompt.split(' ')[0]]}") for q in asked
+    ]
+    known = {name: _Knowledge(workdir / name, config) for name in (".", "edited", "deleted")}
+    base = known["."]
+    wrong = [
+        Question(q.prompt, q.answer, tuple(key for key in q.references if key != q.person))
+        for q in asked
+    ]
+
+    def correct(questions, ids=None, bank=None):
+        return answerer.correct(questions, ids, bank)
+
+    def found(name, questions):
+        knowledge = known[name]
+        return correct(questions, answerer.retrieve(questions, knowledge.retriever), knowledge.bank)
+
+    given = answerer.given(questions, base.references)
+    right = {
+        "memory": found(".", questions),
+        "distractors": correct(questions, given, base.bank),
+        "edited": found("edited", after_edit),
+        "in_context": correct(_in_context(world, asked)),
+        "none": correct(questions),
+        "wrong": correct(questions, answerer.given(wrong, base.references), base.bank),
+        "deleted": found("deleted", questions),
+    }
+    _attention_picture(demonstration, answerer, questions[:6], given[:6], base)
+    return {name: float(np.mean(hits)) for name, hits in right.items()}
+
+
+def _in_context(world: people.World, asked: list[people.Question]) -> list[Question]:
+    """The same questions with the facts of all five people stated in the prompt."""
+    by_key = {person.reference: person for person in world.unseen}
+    questions = []
+    for question in asked:
+        relation = question.prompt.split(" ")[0]
+        told = (by_key[key] for key in question.references)
+        lines = [people.statement(p.name, relation, dict(p.facts)[relation]) for p in told]
+        questions.append(Question("\n".join([*lines, question.prompt]), question.answer))
+    return questions
+
+
+def _attention_picture(demonstration, answerer, questions, ids, knowledge) -> None:
+    """Which stored token each answer attended to: slots are mapped back to their tokens."""
+    tokenizer, model = answerer.tokenizer, answerer.model
+    writer_params, _, _ = restore_writer(
+        demonstration.workdir / "continual", model, tokenizer.fingerprint
+    )
+    read_ids = ids[:, 0]  # (n, M): these prompts are one chunk
+    tokens = knowledge.references.tokens(read_ids.ravel())
+    encode = jax.jit(functools.partial(model.encode, sparsify=sparsifier(model.config)))
+    memory, indices = jax.device_get(encode(writer_params, tokens))
+    indices = indices.reshape(*read_ids.shape, *indices.shape[1:])  # (n, M, L, K, P)
+    real = np.arange(indices.shape[-1]) < memory.length.reshape(*read_ids.shape, 1)
+    predicted, attention = answerer.first_choices(questions, ids, knowledge.bank)
+    heads = attention.shape[2] // indices.shape[3]
+    indices = np.repeat(indices, heads, axis=3)  # every query head of a key-value head
+    reads = []
+    for n, question in enumerate(questions):
+        names, mass, kept = [], [], []
+        for m in range(read_ids.shape[1]):
+            line = [int(token) for token in tokens[n * read_ids.shape[1] + m] if token]
+            names.append([tokenizer.decode([token]) for token in line])
+            total, count = np.zeros((2, len(line)))
+            slots = indices[n, m][..., real[n, m]]
+            np.add.at(total, slots, attention[n, :, :, m][..., real[n, m]])
+            np.add.at(count, slots, 1)
+            share = slots.shape[0] * slots.shape[1]
+            mass.append(total / share)
+            kept.append(count / share)
+        answer = question.answer.strip(), predicted[n].strip()
+        reads.append(Read(question.prompt, *answer, names, mass, kept))
+    folder = demonstration.workdir / "report"
+    folder.mkdir(exist_ok=True)
+    attention_map(folder / "attention.png", reads, "Which stored token each answer attended to")
+
+
+def _compare_from_scratch(demonstration: Demonstration) -> dict[str, float]:
+    """Validation losses of memory from the start and of warmup-then-memory, at equal compute."""
+    from m3jax import flops
+
+    stages = {name: demonstration.config(name) for name in ("warmup", "continual", "scratch")}
+    budget = sum(
+        flops.train_step(stages[name]) * stages[name].train.steps
+        for name in ("warmup", "continual")
+    )
+    scratch = stages["scratch"]
+    with scratch.unlocked():
+        scratch.train.steps = int(budget / flops.train_step(scratch))
+    config_lib.validate(scratch)
+    _train(scratch, demonstration.workdir)
+    losses = {}
+    for name in ("continual", "scratch"):
+        config = stages[name]
+        params, _ = restore_params(demonstration.workdir / name, Model(config))
+        evaluated = evaluator(config, demonstration.workdir)(params)
+        losses.update({f"{name}_{key}": value for key, value in evaluated.items()})
+    return losses
+
+
+def _report(demonstration: Demonstration, summary: dict[str, Any]) -> None:
+    from m3jax.train.plots import plot_stages
+
+    folder = demonstration.workdir / "report"
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2).encode())
+    accuracy, chance = summary["accuracy"], summary["chance"]
+    title = "Facts about people never seen in training"
+    accuracy_bars(folder / "accuracy.png", accuracy, LABELS, chance, title)
+    stages = [demonstration.workdir / name for name in ("warmup", "continual")]
+    plot_stages(stages, folder / "loss.png")
+    rows = "\n".join(
+        f"| {label.replace(chr(10), ' ')} | {accuracy[name]:.3f} |"
+        for name, label in LABELS.items()
+    )
+    text = f"""# Quickstart report
+
+{summary["questions"]} questions about people who occur in no fact of the training text. Guessing
+among the values of a relation gives {chance:.3f}. Seed {summary["seed"]},
+{summary["seconds"]:.0f} s.
+
+| what the model reads | right answers |
+|---|---|
+{rows}
+
+![accuracy](accuracy.png)
+
+![which stored token each answer attended to](attention.png)
+
+![losses](loss.png)
+"""
+    write_atomically(folder / "README.md", text.encode())

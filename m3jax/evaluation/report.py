@@ -1,0 +1,124 @@
+"""The figures of one checkpoint, as data and as a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from m3jax.config import prefix_tokens
+from m3jax.data.pipeline import Pipeline, open_pipeline
+from m3jax.evaluation.losses import MODES, LossEvaluator
+from m3jax.evaluation.questions import Answerer, read_questions
+from m3jax.memory.storage import BankError
+from m3jax.model.transformer import Model, Params
+from m3jax.retrieval.index import Index
+from m3jax.retrieval.retriever import Retriever
+from m3jax.train.checkpoints import restore_params
+
+
+def evaluate(
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    checkpoint: str | Path | None = None,
+    bank: str | Path | None = None,
+    questions: str | Path | None = None,
+) -> dict[str, Any]:
+    """Losses on the validation corpus, and accuracy on questions if there are any.
+
+    Args:
+      config: a validated config, of the stage that made the checkpoint.
+      workdir: prepared folder.
+      checkpoint: stage folder or `checkpoints/<step>`; default `workdir/<stage>`.
+      bank: folder of the bank; default `workdir/bank`.
+      questions: JSON lines, see `evaluation.questions.read_questions`.
+
+    Raises:
+      CheckpointError, BankError, TextError, RetrievalError: a part is missing or does not fit.
+    """
+    checkpoint = Path(checkpoint or workdir / config.stage)
+    pipeline = open_pipeline(config, workdir, split="validation", bank=bank)
+    model = Model(config, prefix_tokens(config))
+    tokenizer = pipeline.tokenizer
+    params, meta = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer.fingerprint)
+    check_reader(pipeline, meta, checkpoint)
+    losses = LossEvaluator(config, pipeline)(params)
+    report: dict[str, Any] = {
+        "checkpoint": str(checkpoint),
+        "step": meta["step"],
+        "shift": config.evaluation.shift,
+        "rows": config.evaluation.batches * config.evaluation.batch_rows,
+        **losses,
+        "retrieval": pipeline.report(),
+    }
+    if questions is not None:
+        report["questions"] = _answer(config, workdir, pipeline, model, params, questions)
+    return report
+
+
+def check_reader(pipeline: Pipeline, meta: dict[str, Any], checkpoint: Path) -> None:
+    """Refuses a bank whose writer the checkpoint has not learned to read."""
+    if pipeline.bank is None or meta["writer"] is None:
+        return
+    written, read = pipeline.bank.binding.writer, meta["writer"]["hash"]
+    if written != read:
+        raise BankError(
+            f"bank {pipeline.bank.folder} was written by other weights ({written[:12]}) than those"
+            f" that {checkpoint} reads ({read[:12]}, step {meta['writer']['step']} of"
+            f" {meta['writer']['path']}); write it again: launch/write_bank.py"
+            f" --checkpoint={checkpoint}"
+        )
+
+
+def _answer(
+    config: ConfigDict,
+    workdir: Path,
+    pipeline: Pipeline,
+    model: Model,
+    params: Params,
+    path: str | Path,
+) -> dict[str, Any]:
+    asked = read_questions(path)
+    answerer = Answerer(model, params, pipeline.tokenizer)
+    figures: dict[str, Any] = {"count": len(asked)}
+    figures["accuracy_none"] = float(np.mean(answerer.correct(asked)))
+    if pipeline.bank is not None and pipeline.references is not None:
+        retrieval = config.retrieval
+        retriever = pipeline.retriever or Retriever(
+            Index.open(workdir / "index", pipeline.references),
+            pipeline.references,
+            retrieval.candidates,
+            retrieval.overlap_evaluation,
+        )
+        ids = answerer.retrieve(asked, retriever)
+        figures["accuracy_memory"] = float(np.mean(answerer.correct(asked, ids, pipeline.bank)))
+        wrong = np.roll(ids, len(asked) // 2, axis=0)
+        figures["accuracy_wrong"] = float(np.mean(answerer.correct(asked, wrong, pipeline.bank)))
+    return figures
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as a Markdown table."""
+    names = {"memory": "with memory", "none": "without", "wrong": "wrong memories"}
+    questions = report.get("questions", {})
+    lines = [
+        f"{report['checkpoint']} at step {report['step']}, {report['rows']} validation rows,"
+        f" retrieval shift {report['shift']}",
+        "",
+        "| memories | loss (nats a token) | accuracy |" + (" questions |" if questions else ""),
+        "|---|---|---|" + ("---|" if questions else ""),
+    ]
+    for mode in MODES:
+        if f"loss_{mode}" not in report:
+            continue
+        line = (
+            f"| {names[mode]} | {report[f'loss_{mode}']:.4f} | {report[f'accuracy_{mode}']:.4f} |"
+        )
+        if questions:
+            key = f"accuracy_{mode}"
+            line += f" {questions[key]:.4f} |" if key in questions else " – |"
+        lines.append(line)
+    return "\n".join(lines)

@@ -1,0 +1,64 @@
+"""Rows against the token stream they are cut from."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from m3jax.data.rows import Rows
+from m3jax.text.documents import TextError
+from m3jax.text.tokenizer import BOS, END
+
+
+class FakeCorpus(list):
+    """Token documents in memory."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(document.tokens) for document in self])
+
+
+def corpus(*lengths: int) -> FakeCorpus:
+    random = np.random.default_rng(0)
+    documents = FakeCorpus()
+    for number, length in enumerate(lengths):
+        inner = random.integers(4, 99, length - 2)
+        weights = random.integers(0, 2, length).astype(np.float32) if number % 2 else None
+        keys = tuple(f"{number}-{chunk}" for chunk in range(length // 4))
+        tokens = np.array([BOS, *inner, END], np.int32)
+        documents.append(SimpleNamespace(tokens=tokens, weights=weights, references=keys))
+    return documents
+
+
+def expected_weights(documents: FakeCorpus) -> np.ndarray:
+    weights = [np.ones(len(d.tokens)) if d.weights is None else d.weights for d in documents]
+    return np.concatenate(weights) * (np.concatenate([d.tokens for d in documents]) != BOS)
+
+
+@pytest.mark.parametrize("lengths", [(5, 3, 40, 2, 9), (41,), (10, 10, 10, 11)])
+def test_concatenated_rows_are_the_stream_cut_every_t_tokens(lengths):
+    documents = corpus(*lengths)
+    rows = Rows(documents, 8, 4, "concat")
+    stream = np.concatenate([d.tokens for d in documents])
+    weights = expected_weights(documents)
+    assert len(rows) == (len(stream) - 1) // 8
+    for r in range(len(rows)):
+        np.testing.assert_array_equal(rows[r].tokens, stream[8 * r : 8 * r + 9])
+        np.testing.assert_array_equal(rows[r].weights, weights[8 * r + 1 : 8 * r + 9])
+
+
+def test_document_rows_begin_with_their_document_and_are_padded():
+    documents = corpus(6, 9, 10, 18)
+    rows = Rows(documents, 8, 4, "document")
+    assert len(rows) == 1 + 1 + 2 + 3
+    np.testing.assert_array_equal(rows[0].tokens, [*documents[0].tokens, 0, 0, 0])
+    np.testing.assert_array_equal(rows[0].weights, [1, 1, 1, 1, 1, 0, 0, 0])
+    np.testing.assert_array_equal(rows[1].tokens, documents[1].tokens)
+    np.testing.assert_array_equal(rows[3].tokens[:2], documents[2].tokens[8:])
+    assert rows[3].tokens[2:].sum() == 0 and rows[3].weights[1:].sum() == 0
+    assert rows[4].references == ("3-0", "3-1") and rows[5].references == ("3-2", "3-3")
+
+
+def test_a_corpus_too_small_for_a_row_is_refused():
+    with pytest.raises(TextError, match="row_length"):
+        Rows(corpus(5), 8, 4, "concat")

@@ -1,0 +1,116 @@
+"""Validation losses against a plain computation, and questions against teacher forcing."""
+
+import jax
+import numpy as np
+import pytest
+from data.data_workdir import WORLD, make_workdir, tiny_config
+
+from m3jax.evaluation.losses import evaluator
+from m3jax.evaluation.questions import Answerer, Question, read_questions
+from m3jax.evaluation.report import check_reader, table
+from m3jax.memory.bank import BankError
+from m3jax.model.transformer import Model
+from m3jax.text import people
+from m3jax.text.documents import TextError
+
+CONFIG = tiny_config()
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return make_workdir(tmp_path_factory.mktemp("workdir"), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return Model(CONFIG).init(jax.random.key(1))
+
+
+def plain_loss(params, batches, memory_of):
+    total, weight = 0.0, 0.0
+    for batch in batches:
+        logits = np.asarray(
+            Model(CONFIG).logits(params, batch["tokens"], memory_of(batch)), np.float64
+        )
+        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+        chosen = np.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+        total -= (chosen * batch["weights"]).sum()
+        weight += batch["weights"].sum()
+    return total / weight
+
+
+def test_losses_equal_a_plain_computation(workdir, params):
+    evaluate_losses = evaluator(CONFIG, workdir)
+    batches = [evaluate_losses.pipeline.batch(s) for s in range(CONFIG.evaluation.batches)]
+    figures = evaluate_losses(params)
+    roll = lambda batch: jax.tree.map(lambda x: np.roll(x, 1, axis=0), batch["memory"])  # noqa: E731
+    ways = {"memory": lambda b: b["memory"], "none": lambda b: None, "wrong": roll}
+    for mode, memory_of in ways.items():
+        expected = plain_loss(params, batches, memory_of)
+        assert figures[f"loss_{mode}"] == pytest.approx(expected, rel=1e-5)
+    assert len({figures[f"loss_{mode}"] for mode in ways}) == 3
+    assert figures == evaluate_losses(params)
+
+
+def test_answers_are_those_of_teacher_forcing_with_the_memories(workdir, params):
+    pipeline = evaluator(CONFIG, workdir).pipeline
+    model, bank = Model(CONFIG), pipeline.bank
+    answerer = Answerer(model, params, pipeline.tokenizer, batch_rows=5)
+    asked = people.questions(WORLD, 0)
+    questions = [Question(q.prompt, q.answer, q.references) for q in asked]
+    ids = answerer.given(questions, pipeline.references)
+    correct = answerer.correct(questions, ids, bank)
+    for n, question in enumerate(questions[:7]):
+        tokens = np.array([[1, *pipeline.tokenizer.encode(question.prompt)]], np.int32)
+        memory = bank.read(ids[n : n + 1, :1])
+        logits = model.logits(params, tokens, memory, window=1)
+        answer = pipeline.tokenizer.encode(question.answer)
+        assert len(answer) == 1
+        assert correct[n] == (int(np.argmax(logits[0, -1])) == answer[0])
+    chosen, attention = answerer.first_choices(questions[:3], ids[:3], bank)
+    assert len(chosen) == 3 and attention.shape == (3, 1, 2, 5, 4)
+    assert (attention >= 0).all() and (attention.sum((-1, -2)) <= 1 + 1e-6).all()
+
+
+def test_each_prompt_chunk_retrieves_with_its_own_text_and_the_answer_inherits(workdir, params):
+    pipeline = evaluator(CONFIG, workdir).pipeline
+    answerer = Answerer(Model(CONFIG), params, pipeline.tokenizer)
+    first, second = WORLD.unseen[:2]
+    prompt = "\n".join((first.text, second.text, people.statement(second.name, "pet", "")[:-1]))
+    question = Question(prompt, " a very long answer of many more tokens than a chunk has room for")
+    ids = answerer.retrieve([question], pipeline.retriever)
+    tokens = np.array([1, *pipeline.tokenizer.encode(prompt)])
+    for chunk in range((len(tokens) - 1) // 10 + 1):
+        text = pipeline.tokenizer.decode(tokens[10 * chunk : 10 * chunk + 10])
+        expected = pipeline.retriever.retrieve([text], None, 5)
+        np.testing.assert_array_equal(ids[0, chunk], expected[0])
+    last = (len(tokens) - 1) // 10
+    assert ids.shape[1] > last + 1 and (ids[0, last:] == ids[0, last]).all()
+
+
+def test_a_bank_of_another_writer_is_refused(workdir):
+    pipeline = evaluator(CONFIG, workdir).pipeline
+    read = {"hash": pipeline.bank.binding.writer, "path": "w", "step": 3}
+    check_reader(pipeline, {"writer": read}, workdir)
+    check_reader(pipeline, {"writer": None}, workdir)
+    with pytest.raises(BankError, match="launch/write_bank.py --checkpoint"):
+        check_reader(pipeline, {"writer": {**read, "hash": "0" * 32}}, workdir)
+
+
+def test_questions_are_read_from_json_lines(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text(
+        '{"prompt": "a", "answer": " b"}\n{"prompt": "c", "answer": " d", "references": ["x"]}'
+    )
+    assert read_questions(path) == [Question("a", " b"), Question("c", " d", ("x",))]
+    path.write_text('{"prompt": "a"}')
+    with pytest.raises(TextError, match="q.jsonl:1"):
+        read_questions(path)
+
+
+def test_the_table_shows_every_mode():
+    report = {"checkpoint": "c", "step": 2, "rows": 8, "shift": 1}
+    for mode in ("memory", "none", "wrong"):
+        report |= {f"loss_{mode}": 2.0, f"accuracy_{mode}": 0.5}
+    text = table({**report, "questions": {"accuracy_none": 0.25, "accuracy_memory": 0.75}})
+    assert text.count("2.0000") == 3 and "0.7500" in text and "–" in text
