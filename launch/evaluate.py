@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
             config.evaluation.shift = int(_SHIFT.value)
     report = evaluate(
         validate(config),
-        Path(_WORKDIR.value),
+        Path(str(_WORKDIR.value)),
         checkpoint=_CHECKPOINT.value,
         bank=_BANK.value,
         questions=_QUESTIONS.value,

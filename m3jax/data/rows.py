@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -87,6 +87,6 @@ class Rows:
         return Row(tokens, weights[1:], item.references[number * chunks : (number + 1) * chunks])
 
 
-def _weights(item) -> np.ndarray:
+def _weights(item: Any) -> np.ndarray:
     weights = np.ones(len(item.tokens), np.float32) if item.weights is None else item.weights
     return np.where(item.tokens == BOS, np.float32(0), weights)

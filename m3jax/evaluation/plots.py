@@ -11,6 +11,8 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 INK, MEMORY, PLAIN, GRID = "#22303c", "#0b7a75", "#b8c4cc", "#e6eaed"
 
@@ -111,7 +113,7 @@ def attention_map(path: Path, reads: Sequence[Read], title: str) -> None:
     _finish(figure, axes, title, path)
 
 
-def _finish(figure, axes, title, path) -> None:
+def _finish(figure: Figure, axes: Axes, title: str, path: Path) -> None:
     axes.set_title(title, loc="left", color=INK, fontsize=12)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

@@ -23,6 +23,7 @@ from m3jax.model.attention import ExplicitMemory
 from m3jax.model.transformer import Model, Params
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.documents import TextError
+from m3jax.text.references import References
 from m3jax.text.tokenizer import BOS, PAD, Tokenizer
 
 
@@ -118,14 +119,14 @@ class Answerer:
         ids[tuple(np.array(places).T)] = found
         return self._inherit(ids, rows.last_chunk)
 
-    def given(self, questions: Sequence[Question], references) -> np.ndarray:
+    def given(self, questions: Sequence[Question], references: References) -> np.ndarray:
         """References `(n, C, M)` from the questions' own keys, read by every chunk of the row."""
         rows = self.rows(questions)
         C = rows.tokens.shape[1] // self.model.config.memory.chunk_length
         ids = np.array([[references.find(key) for key in q.references] for q in questions])
         return np.repeat(ids[:, None], C, axis=1)
 
-    def _inherit(self, ids, last_chunk):
+    def _inherit(self, ids: np.ndarray, last_chunk: np.ndarray) -> np.ndarray:
         """Chunks after the prompt read what its last chunk reads."""
         chunk = np.minimum(np.arange(ids.shape[1])[None], last_chunk[:, None])
         return np.take_along_axis(ids, chunk[..., None], axis=1)
@@ -171,10 +172,13 @@ class Answerer:
         names = [self.tokenizer.decode([int(token)]) for token in chosen]
         return names, np.moveaxis(weights, 0, 1)
 
-    def _memory(self, ids, bank, short) -> ExplicitMemory:
+    def _memory(self, ids: np.ndarray, bank: Bank | None, short: int) -> ExplicitMemory:
+        assert bank is not None
         padded = np.pad(ids, ((0, short), (0, 0), (0, 0)), constant_values=-1)
         return jax.tree.map(jnp.asarray, bank.read(padded))
 
 
-def _predict(model, params, tokens, memory):
+def _predict(
+    model: Model, params: Params, tokens: jax.Array, memory: ExplicitMemory | None
+) -> jax.Array:
     return jnp.argmax(model.logits(params, tokens, memory, window=1), axis=-1)

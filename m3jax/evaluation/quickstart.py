@@ -76,7 +76,8 @@ class Demonstration:
 
 def run(demonstration: Demonstration, *, compare_from_scratch: bool = False) -> dict[str, Any]:
     """Runs all steps and writes `report/`; returns the content of `report/summary.json`."""
-    started, seconds = time.time(), {}
+    seconds: dict[str, float] = {}
+    started = time.time()
     workdir = demonstration.workdir
     world = people.make_world(demonstration.seed, **demonstration.world)
 
@@ -208,7 +209,9 @@ class _Knowledge:
         self.bank = Bank.open(folder / "bank")
 
 
-def _ask(demonstration, world: people.World, changed: people.World) -> dict[str, float]:
+def _ask(
+    demonstration: Demonstration, world: people.World, changed: people.World
+) -> dict[str, float]:
     workdir, config = demonstration.workdir, demonstration.config("continual")
     model = Model(config)
     params, _ = restore_params(workdir / "continual", model)
@@ -226,10 +229,9 @@ def _ask(demonstration, world: people.World, changed: people.World) -> dict[str,
         for q in asked
     ]
 
-    def correct(questions, ids=None, bank=None):
-        return answerer.correct(questions, ids, bank)
+    correct = answerer.correct
 
-    def found(name, questions):
+    def found(name: str, questions: list[Question]) -> np.ndarray:
         knowledge = known[name]
         return correct(questions, answerer.retrieve(questions, knowledge.retriever), knowledge.bank)
 
@@ -259,7 +261,13 @@ def _in_context(world: people.World, asked: list[people.Question]) -> list[Quest
     return questions
 
 
-def _attention_picture(demonstration, answerer, questions, ids, knowledge) -> None:
+def _attention_picture(
+    demonstration: Demonstration,
+    answerer: Answerer,
+    questions: list[Question],
+    ids: np.ndarray,
+    knowledge: _Knowledge,
+) -> None:
     """Which stored token each answer attended to: slots are mapped back to their tokens."""
     tokenizer, model = answerer.tokenizer, answerer.model
     writer_params, _, _ = restore_writer(

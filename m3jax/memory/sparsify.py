@@ -104,7 +104,7 @@ def sparsify(
     indices_RKP, length_R = select(q_RWKGH, k_RWKH, usable_RW, kept=kept, selection=selection)
     real_RP = jnp.arange(kept)[None] < length_R[:, None]
 
-    def gather(x_RWKH):
+    def gather(x_RWKH: Array) -> Array:
         chosen = jnp.take_along_axis(jnp.swapaxes(x_RWKH, 1, 2), indices_RKP[..., None], axis=2)
         return jnp.where(real_RP[:, None, :, None], chosen, 0)
 

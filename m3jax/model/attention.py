@@ -77,7 +77,15 @@ def attend(
         high = (stop - 1) // chunk_length + 1
         part = None if memory is None else jax.tree.map(lambda x, a=low, b=high: x[:, a:b], memory)
 
-        def body(q, k, v, prefix, part, start=start, low=low):
+        def body(
+            q: Array,
+            k: Array,
+            v: Array,
+            prefix: KeyValues | None,
+            part: ExplicitMemory | None,
+            start: int = start,
+            low: int = low,
+        ) -> Array:
             return _attend_block(start, chunk_length, window, q, k, v, prefix, part, low)
 
         outputs.append(
@@ -88,7 +96,17 @@ def attend(
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 
-def _attend_block(start, chunk_length, window, q_BTKGH, k_BSKH, v_BSKH, prefix, memory, low=0):
+def _attend_block(
+    start: int,
+    chunk_length: int,
+    window: int,
+    q_BTKGH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    prefix: KeyValues | None,
+    memory: ExplicitMemory | None,
+    low: int = 0,
+) -> Array:
     """Attention of the queries `start …` over all keys given; `low` is the first chunk in
     `memory`."""
     weights_BKGTS = attention_weights(
@@ -154,7 +172,9 @@ def memory_mask(
     return visible.reshape(B, query_T.shape[0], C * M * P)
 
 
-def _concatenate(k_BSKH, v_BSKH, prefix, memory):
+def _concatenate(
+    k_BSKH: Array, v_BSKH: Array, prefix: KeyValues | None, memory: ExplicitMemory | None
+) -> tuple[Array, Array]:
     """Keys and values in the order [prefix ; memories ; context]."""
     B, _, K, H = k_BSKH.shape
     keys, values = [k_BSKH], [v_BSKH]

@@ -34,12 +34,14 @@ class Block(nnx.Module):
         dtype = jnp.dtype(model.param_dtype)
         residual = (2 * model.layers) ** -0.5  # keeps the sum of 2L residual branches at unit scale
 
-        def matrix(shape, fan_in, axes, factor=1.0):
+        def matrix(
+            shape: tuple[int, ...], fan_in: int, axes: tuple[str, ...], factor: float = 1.0
+        ) -> nnx.Param:
             deviation = factor * fan_in**model.init_exponent
             values = jax.random.normal(rngs.params(), shape, jnp.float32) * deviation
             return nnx.Param(values.astype(dtype), out_sharding=axes)
 
-        def constant(value, shape, axes):
+        def constant(value: int, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
             return nnx.Param(jnp.full(shape, value, dtype), out_sharding=axes)
 
         self.attention_norm = constant(1, (D,), ("norm",))

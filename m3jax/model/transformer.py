@@ -46,7 +46,7 @@ class Transformer(nnx.Module):
         dtype = jnp.dtype(model.param_dtype)
         D, V = model.hidden, model.vocabulary
 
-        def table(axes):
+        def table(axes: tuple[str, ...]) -> nnx.Param:
             values = jax.random.normal(rngs.params(), (V, D), jnp.float32) * D**model.init_exponent
             return nnx.Param(values.astype(dtype), out_sharding=axes)
 
@@ -167,7 +167,16 @@ class Model:
         )
         return ExplicitMemory(keys, values, written.length[0]), indices
 
-    def _run(self, params, tokens_BT, memory, reference_tokens, sparsify, window, observe=False):
+    def _run(
+        self,
+        params: Params,
+        tokens_BT: Array,
+        memory: ExplicitMemory | None,
+        reference_tokens: Array | None,
+        sparsify: Callable | None,
+        window: int | None,
+        observe: bool = False,
+    ) -> tuple[Array, Any]:
         window = self.config.memory.window if window is None else window
         layer = _Layer(self, window=window, observe=observe)
         references = None
@@ -180,28 +189,31 @@ class Model:
         streams = self._scan_plain(params, "lower", streams)
         streams, observed = self._scan_memory(params, streams, layer, memory)
         streams = self._scan_plain(params, "upper", streams._replace(references=None))
+        assert streams.context is not None
         return streams.context, observed
 
-    def _embed(self, params, tokens):
+    def _embed(self, params: Params, tokens: Array) -> Array:
         x = params["embedding"].astype(self.dtype)[tokens]
         return x * jnp.asarray(self.config.model.embedding_scale, self.dtype)
 
-    def _embed_prefix(self, params):
+    def _embed_prefix(self, params: Params) -> Array | None:
         if not self.prefix_tokens:
             return None
         return self._embed(params, jnp.asarray(self.prefix_tokens, jnp.int32)[None])
 
-    def _scan_plain(self, params, segment, streams):
+    def _scan_plain(self, params: Params, segment: str, streams: Streams) -> Streams:
         if not self.segments[segment]:
             return streams
 
-        def body(streams, stacked):
+        def body(streams: Streams, stacked: Params) -> tuple[Streams, None]:
             block = nnx.merge(self._block, stacked)
             return _Layer(self).plain(block, streams), None
 
         return jax.lax.scan(self._remat(body), streams, params[segment])[0]
 
-    def _scan_memory(self, params, streams, layer, memory):
+    def _scan_memory(
+        self, params: Params, streams: Streams, layer: _Layer, memory: ExplicitMemory | None
+    ) -> tuple[Streams, Any]:
         """All memory layers; returns the streams and what every layer wrote or observed, stacked.
 
         With references the last layer is peeled: it needs neither their attention output nor MLP.
@@ -212,9 +224,11 @@ class Model:
             sliced = (jnp.moveaxis(memory.keys, 3, 0), jnp.moveaxis(memory.values, 3, 0))
             length = memory.length
 
-        def body(streams, inputs, last=False):
+        def body(streams: Streams, inputs: Any, last: bool = False) -> tuple[Streams, Any]:
             block = nnx.merge(self._block, inputs[0])
-            memory = None if sliced is None else ExplicitMemory(*inputs[1], length)
+            memory = None
+            if length is not None:
+                memory = ExplicitMemory(inputs[1][0], inputs[1][1], length)
             return layer.memory(block, streams, memory, last)
 
         if streams.references is None:
@@ -232,7 +246,7 @@ class Model:
         outputs.append(jax.tree.map(lambda x: x[None], output))
         return streams, jax.tree.map(lambda *x: jnp.concatenate(x), *outputs)
 
-    def _remat(self, body):
+    def _remat(self, body: Callable) -> Callable:
         policy = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
         if self.config.model.remat == "none":
             return body
@@ -250,28 +264,31 @@ class _Layer:
     usable_RW: Array | None = None
     lead: Sequence[int] | None = None  # (B, C, M): the context reads the references
 
-    def plain(self, block, streams):
+    def plain(self, block: Block, streams: Streams) -> Streams:
         streams, prefix = self._prefix(block, streams)
         streams, _ = self._references(block, streams, prefix)
         return self._context(block, streams, prefix, None)[0]
 
-    def memory(self, block, streams, memory, last):
+    def memory(
+        self, block: Block, streams: Streams, memory: ExplicitMemory | None, last: bool
+    ) -> tuple[Streams, Any]:
         streams, prefix = self._prefix(block, streams)
         streams, written = self._references(block, streams, prefix, keep=True, output=not last)
         if streams.context is None:
             return streams, written
         if written is not None:
+            assert self.lead is not None
             memory = ExplicitMemory(*(x.reshape(*self.lead, *x.shape[1:]) for x in written[:3]))
         return self._context(block, streams, prefix, memory)
 
-    def _qkv(self, block, hidden, first_position):
+    def _qkv(self, block: Block, hidden: Array, first_position: int) -> tuple[Array, ...]:
         """Queries and keys after RoPE, values, and queries and keys before it."""
         q, k, v = block.qkv(hidden)
         positions = first_position + jnp.arange(hidden.shape[1])
         base = self.model.config.model.rope_base
         return rotate(q, positions, base), rotate(k, positions, base), v, q, k
 
-    def _prefix(self, block, streams):
+    def _prefix(self, block: Block, streams: Streams) -> tuple[Streams, KeyValues | None]:
         """The prefix attends to itself alone; its keys and values serve all other streams."""
         if streams.prefix is None:
             return streams, None
@@ -279,7 +296,14 @@ class _Layer:
         hidden = block.rest(streams.prefix, attend(q, k, v))
         return streams._replace(prefix=hidden), KeyValues(k[0], v[0])
 
-    def _references(self, block, streams, prefix, keep=False, output=True):
+    def _references(
+        self,
+        block: Block,
+        streams: Streams,
+        prefix: KeyValues | None,
+        keep: bool = False,
+        output: bool = True,
+    ) -> tuple[Streams, Any]:
         """References attend causally to the prefix and themselves; memory layers keep tokens."""
         if streams.references is None:
             return streams, None
@@ -288,6 +312,7 @@ class _Layer:
             block, streams.references, len(self.model.prefix_tokens)
         )
         if keep:
+            assert self.sparsify is not None
             written = self.sparsify(plain_q, plain_k, k, v, self.usable_RW)
         if output:
             options = {"implementation": config.attention, "block": config.attention_block}
@@ -295,7 +320,13 @@ class _Layer:
             streams = streams._replace(references=hidden)
         return streams, written
 
-    def _context(self, block, streams, prefix, memory):
+    def _context(
+        self,
+        block: Block,
+        streams: Streams,
+        prefix: KeyValues | None,
+        memory: ExplicitMemory | None,
+    ) -> tuple[Streams, Array | None]:
         if streams.context is None:
             return streams, None
         config = self.model.config

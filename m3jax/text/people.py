@@ -98,7 +98,7 @@ def make_world(
     capitals = tuple(name.capitalize() for name in name_words)
     subsets = list(itertools.combinations(RELATIONS, facts))
 
-    def person(key, name, number):
+    def person(key: str, name: str, number: int) -> Person:
         chosen = rng.permutation(subsets[number % len(subsets)])
         return Person(key, name, tuple((str(r), str(rng.choice(table[str(r)]))) for r in chosen))
 

@@ -80,7 +80,7 @@ def test_no_row_reads_a_reference_it_contains(workdir):
     whole = np.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1)
     for row, ids in zip(whole, batch["reference_ids"], strict=True):
         for found in ids[ids >= 0]:
-            tokens = pipeline.references.tokens([found])[0]
+            tokens = pipeline.references.tokens(np.array([found]))[0]
             assert overlap(row, tokens[tokens > 0]) <= 0.9
     assert pipeline.report()["dropped"] > 0
 
