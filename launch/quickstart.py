@@ -9,6 +9,7 @@ command goes on.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from absl import flags, logging
@@ -26,7 +27,8 @@ _FROM_SCRATCH = flags.DEFINE_bool(
 
 def main(argv: list[str]) -> None:
     """Runs the demonstration."""
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/, which is not installed
     from configs import quickstart as config
     from m3jax.evaluation.quickstart import Demonstration, run
 

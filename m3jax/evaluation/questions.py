@@ -169,7 +169,8 @@ class Answerer:
         C, M, P = *ids.shape[1:], self.model.config.memory.kept_tokens
         chunk = place[1] // self.model.config.memory.chunk_length
         weights = np.moveaxis(weights.reshape(L, n, K * G, C, M, P), 3, 1)[:, chunk, np.arange(n)]
-        names = [self.tokenizer.decode([int(token)]) for token in chosen]
+        size = self.tokenizer.size  # the model may have more rows than the tokenizer has entries
+        names = [self.tokenizer.decode([t]) if t < size else f"token {t}" for t in chosen.tolist()]
         return names, np.moveaxis(weights, 0, 1)
 
     def _memory(self, ids: np.ndarray, bank: Bank | None, short: int) -> ExplicitMemory:

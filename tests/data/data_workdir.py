@@ -16,7 +16,7 @@ from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 
-WORLD = people.make_world(3, names=12, people=60, unseen=8, values=4, facts=2)
+WORLD = people.make_world(3, names=12, people=60, unseen=20, values=4, facts=2)
 
 
 def tiny_config(**changes: Any) -> ConfigDict:

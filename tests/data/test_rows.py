@@ -6,28 +6,35 @@ import numpy as np
 import pytest
 
 from m3jax.data.rows import Rows
+from m3jax.text.corpus import Corpus
 from m3jax.text.documents import TextError
 from m3jax.text.tokenizer import BOS, END
 
 
-class FakeCorpus(list):
+class FakeCorpus(Corpus):
     """Token documents in memory."""
 
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([len(document.tokens) for document in self])
+    def __init__(self, documents):
+        self.documents = documents
+        self.lengths = np.array([len(document.tokens) for document in documents])
+
+    def __len__(self):
+        return len(self.documents)
+
+    def __getitem__(self, i):
+        return self.documents[i]
 
 
 def corpus(*lengths: int) -> FakeCorpus:
     random = np.random.default_rng(0)
-    documents = FakeCorpus()
+    documents = []
     for number, length in enumerate(lengths):
         inner = random.integers(4, 99, length - 2)
         weights = random.integers(0, 2, length).astype(np.float32) if number % 2 else None
         keys = tuple(f"{number}-{chunk}" for chunk in range(length // 4))
         tokens = np.array([BOS, *inner, END], np.int32)
         documents.append(SimpleNamespace(tokens=tokens, weights=weights, references=keys))
-    return documents
+    return FakeCorpus(documents)
 
 
 def expected_weights(documents: FakeCorpus) -> np.ndarray:

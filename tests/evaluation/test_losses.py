@@ -1,6 +1,7 @@
 """Validation losses against a plain computation, and questions against teacher forcing."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from data.data_workdir import WORLD, make_workdir, tiny_config
@@ -29,9 +30,8 @@ def params():
 def plain_loss(params, batches, memory_of):
     total, weight = 0.0, 0.0
     for batch in batches:
-        logits = np.asarray(
-            Model(CONFIG).logits(params, batch["tokens"], memory_of(batch)), np.float64
-        )
+        tokens, memory = jax.tree.map(jnp.asarray, (batch["tokens"], memory_of(batch)))
+        logits = np.asarray(Model(CONFIG).logits(params, tokens, memory), np.float64)
         logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
         chosen = np.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
         total -= (chosen * batch["weights"]).sum()
@@ -61,8 +61,8 @@ def test_answers_are_those_of_teacher_forcing_with_the_memories(workdir, params)
     ids = answerer.given(questions, pipeline.references)
     correct = answerer.correct(questions, ids, bank)
     for n, question in enumerate(questions[:7]):
-        tokens = np.array([[1, *pipeline.tokenizer.encode(question.prompt)]], np.int32)
-        memory = bank.read(ids[n : n + 1, :1])
+        tokens = jnp.array([[1, *pipeline.tokenizer.encode(question.prompt)]], jnp.int32)
+        memory = jax.tree.map(jnp.asarray, bank.read(ids[n : n + 1, :1]))
         logits = model.logits(params, tokens, memory, window=1)
         answer = pipeline.tokenizer.encode(question.answer)
         assert len(answer) == 1

@@ -4,7 +4,7 @@ import pytest
 
 from m3jax.text import people
 
-WORLD = people.make_world(1, names=20, people=100, unseen=12, values=6, facts=2)
+WORLD = people.make_world(1, names=20, people=100, unseen=30, values=6, facts=2)
 
 
 def facts_of(text):
@@ -42,7 +42,7 @@ def test_echo_documents_repeat_their_segment_and_mark_its_first_copy():
 def test_questions_ask_about_unseen_people_among_others_with_the_relation():
     by_key = {person.reference: person for person in WORLD.unseen}
     asked = people.questions(WORLD, 0)
-    assert len(asked) == 24
+    assert len(asked) == 60
     for question in asked:
         relation, name = question.prompt.split(" of ")
         person = by_key[question.person]
@@ -62,5 +62,5 @@ def test_every_edited_fact_changes_its_value_and_nothing_else():
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_seed_is_a_world(seed):
-    world = people.make_world(seed, names=20, people=100, unseen=12, values=6, facts=2)
+    world = people.make_world(seed, names=20, people=100, unseen=30, values=6, facts=2)
     assert (world == WORLD) == (seed == 1)

@@ -1,0 +1,110 @@
+"""The launch scripts as a user calls them: real processes, a whole small run, and its mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from data.data_workdir import write_text
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ("prepare", "train", "write_bank", "evaluate", "quickstart", "bench")
+SMALL = """
+from m3jax.config import default, parse_options, validate
+
+
+def get_config(options=""):
+    stage = parse_options(options, stage=("warmup", "continual"))["stage"]
+    config = default()
+    config.stage = stage
+    config.model.layers, config.memory.layers = 2, 1
+    config.model.hidden, config.model.head_dim, config.model.mlp_width = 16, 8, 24
+    config.model.query_heads = config.model.kv_heads = 2
+    config.model.vocabulary = config.text.vocabulary = 700
+    config.model.prefix = "always"
+    config.memory.source = "none" if stage == "warmup" else "precomputed"
+    config.memory.reference_length, config.memory.kept_tokens = 9, 4
+    config.memory.chunk_length, config.data.row_length = 10, 60
+    config.text.validation_share = 0.2
+    config.retrieval.shift, config.retrieval.candidates = 1, 8
+    config.data.batch_rows = config.evaluation.batch_rows = 4
+    config.evaluation.batches = 2
+    config.train.steps, config.train.checkpoint_every, config.train.evaluate_every = 6, 3, 3
+    config.train.log_every, config.optimizer.rise_steps = 2, 1
+    return validate(config)
+"""
+
+
+def call(script, *arguments, cache=None):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    if cache:
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def succeed(*arguments, cache):
+    done = call(*arguments, cache=cache)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_flag_with_a_sentence(script):
+    shown = call(script, "--help").stdout
+    text = (ROOT / "launch" / f"{script}.py").read_text()
+    flags = [part.split('"')[1] for part in text.split("flags.DEFINE_")[2:] if '"' in part]
+    assert flags or script == "bench"
+    for flag in flags:
+        assert f"--{flag}" in shown or f"--[no]{flag}" in shown
+    assert "python launch/" in shown
+
+
+@pytest.mark.slow
+def test_a_run_from_text_to_a_table(tmp_path, compilation_cache):
+    config = tmp_path / "small.py"
+    config.write_text(SMALL)
+    documents, knowledge = write_text(tmp_path)
+    workdir = tmp_path / "run"
+    run = (f"--workdir={workdir}",)
+    warmup, continual = f"--config={config}:warmup", f"--config={config}:continual"
+    texts = f"--documents={documents}", f"--knowledge={knowledge}"
+    cache = compilation_cache
+
+    missing = call("train", warmup, *run)
+    assert missing.returncode == 2 and "prepare.py" in missing.stderr
+    assert "Traceback" not in missing.stderr
+    succeed("prepare", warmup, *run, *texts, cache=cache)
+    succeed("train", warmup, *run, cache=cache)
+    no_bank = call("train", continual, *run, f"--init_from={workdir}/warmup")
+    assert no_bank.returncode == 2 and "write_bank.py" in no_bank.stderr
+    succeed("write_bank", continual, *run, cache=cache)
+    succeed("train", continual, *run, f"--init_from={workdir}/warmup", cache=cache)
+
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"prompt": "pet of Nobody", "answer": " otter"}) + "\n")
+    figures = tmp_path / "figures.json"
+    asked = f"--questions={questions}", f"--json={figures}"
+    shown = succeed("evaluate", continual, *run, *asked, cache=cache)
+    report = json.loads(figures.read_text())
+    assert report["shift"] == 1 and report["step"] == 6 and report["questions"]["count"] == 1
+    for mode in ("memory", "none", "wrong"):
+        assert f"{report[f'loss_{mode}']:.4f}" in shown
+    again = succeed("train", continual, *run, f"--init_from={workdir}/warmup", cache=cache)
+    assert "checkpoint" in again
+    assert (workdir / "continual" / "loss.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_mistakes_end_with_one_message(tmp_path):
+    workdir = f"--workdir={tmp_path}"
+    cases = {
+        ("prepare", "--config=configs/wiki_small.py", workdir, "--documents=/nowhere"): "/nowhere",
+        ("train", "--config=configs/wiki_small.py:stage=neither", workdir): "accepted",
+    }
+    for arguments, words in cases.items():
+        done = call(*arguments)
+        assert done.returncode != 0 and words in done.stderr, done.stderr[-2000:]
