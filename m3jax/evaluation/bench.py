@@ -125,7 +125,7 @@ def _workdir(config: ConfigDict, bank: bool = True) -> Iterator[Path]:
     """A temporary prepared workdir with a bank of random weights."""
     with tempfile.TemporaryDirectory() as name:
         workdir = Path(name)
-        world = people.make_world(0, names=400, people=2000, unseen=10, values=64, facts=4)
+        world = people.make_world(0, names=400, people=2000, unseen=10, values=32, facts=4)
         documents = people.fact_documents(world, 0, 400, chunks=40)
         people.write_jsonl(workdir / "documents.jsonl", documents)
         groups = [world.people[i : i + 5] for i in range(0, len(world.people), 5)]

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from m3jax.text.documents import TextError
 from m3jax.text.files import write_atomically
 
 RELATIONS = ("pet", "home", "food", "game", "craft")
 _ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z")
 _VOWELS = ("a", "e", "i", "o", "u")
-_CODAS = ("", "l", "n", "r", "s")
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,12 @@ def make_world(
       unseen: people of the evaluation, each with a name of its own.
       values: values of a relation; guessing among them is chance.
       facts: facts of a person, of different relations.
+
+    Raises:
+      TextError: more words than two syllables make.
     """
     rng = np.random.default_rng([seed, 1])
-    words = _invent(rng, names + unseen + values * len(RELATIONS))
-    value_words, name_words = words[: values * len(RELATIONS)], words[values * len(RELATIONS) :]
+    value_words, name_words = _invent(rng, values * len(RELATIONS), names + unseen)
     table = {r: value_words[i * values : (i + 1) * values] for i, r in enumerate(RELATIONS)}
     capitals = tuple(name.capitalize() for name in name_words)
     subsets = list(itertools.combinations(RELATIONS, facts))
@@ -113,11 +116,19 @@ def make_world(
     )
 
 
-def _invent(rng: np.random.Generator, count: int) -> tuple[str, ...]:
-    """Different pronounceable words of two syllables."""
-    syllables = [o + v for o in _ONSETS for v in _VOWELS]
-    every = [a + b + c for a in syllables for b in syllables for c in _CODAS]
-    return tuple(str(every[i]) for i in rng.choice(len(every), count, replace=False))
+def _invent(rng: np.random.Generator, *counts: int) -> list[tuple[str, ...]]:
+    """Groups of different two-syllable words; few syllables a group keep the tokenizer small."""
+    syllables = rng.permutation([onset + vowel for onset in _ONSETS for vowel in _VOWELS])
+    groups, used = [], 0
+    for count in counts:
+        side = math.ceil(math.sqrt(count))
+        if used + 2 * side > len(syllables):
+            raise TextError(f"a world of {counts} words needs more than {len(syllables)} syllables")
+        first, second = syllables[used : used + side], syllables[used + side : used + 2 * side]
+        words = [str(a + b) for a in first for b in second]
+        groups.append(tuple(words[k] for k in rng.permutation(len(words))[:count]))
+        used += 2 * side
+    return groups
 
 
 def fact_documents(

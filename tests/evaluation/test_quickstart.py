@@ -1,0 +1,53 @@
+"""The whole demonstration, too short to learn anything: every part is there and says what it is."""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs import quickstart
+from m3jax.evaluation.quickstart import LABELS, Demonstration, run
+from m3jax.memory.bank import Bank
+from m3jax.text.references import References
+
+WORLD = {"names": 12, "people": 60, "unseen": 24, "values": 4, "facts": 2}
+
+
+def short_config(options):
+    config = quickstart.get_config(options)
+    with config.unlocked():
+        config.train.steps, config.train.checkpoint_every, config.train.evaluate_every = 4, 2, 2
+        config.optimizer.rise_steps = 1
+        config.data.batch_rows = config.evaluation.batch_rows = 8
+        config.evaluation.batches = 1
+        config.mesh.fsdp = 1
+        config.text.validation_share = 0.4
+        config.model.layers, config.memory.layers = 2, 1
+        config.model.hidden, config.model.head_dim, config.model.mlp_width = 16, 4, 24
+    return config
+
+
+@pytest.mark.slow
+def test_the_demonstration_writes_its_report_and_edits_only_what_it_says(tmp_path):
+    demonstration = Demonstration(short_config, tmp_path, WORLD, seed=2)
+    summary = run(demonstration, compare_from_scratch=True)
+    assert summary == json.loads((tmp_path / "report" / "summary.json").read_text())
+    assert set(summary["accuracy"]) == set(LABELS)
+    assert {"memory", "none", "wrong", "edited", "deleted", "distractors"} <= set(LABELS)
+    assert summary["chance"] == 0.25 and summary["seed"] == 2 and summary["questions"] == 48
+    assert {"continual_loss_memory", "scratch_loss_memory"} <= set(summary["from_scratch"])
+    for name in ("accuracy", "attention", "loss"):
+        assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "report" / "README.md").read_text()
+    assert all(f"{value:.3f}" in text for value in summary["accuracy"].values())
+
+    old, new = Bank.open(tmp_path / "bank"), Bank.open(tmp_path / "edited" / "bank")
+    gone = References.open(tmp_path / "deleted" / "references")
+    assert len(gone) == 60 and not any(key.startswith("unseen") for key in gone.keys)
+    before, after = old.read(np.arange(84)).values, new.read(np.arange(84)).values
+    same = (before == after).all(axis=tuple(range(1, before.ndim)))
+    assert same[:60].all() and not same[60:].any()
+    assert old.binding.writer == new.binding.writer
+
+    again = run(demonstration)
+    assert again["accuracy"] == summary["accuracy"]
