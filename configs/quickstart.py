@@ -38,7 +38,7 @@ def get_config(options: str = "") -> m3jax.config.ConfigDict:
     config.model.prefix = "always"
 
     config.memory.layers = 2
-    config.memory.reference_length = 9
+    config.memory.reference_length = 32  # a gap between the 9 tokens and the context (RoPE)
     config.memory.kept_tokens = 8
     config.memory.chunk_length = 10
     config.memory.dtype = "float32"

@@ -40,8 +40,8 @@ def main(argv: list[str]) -> None:
     from m3jax.retrieval.index import build_index
 
     config = validate(_CONFIG.value)
-    workdir = Path(_WORKDIR.value)
-    prepare_text(config, workdir, _DOCUMENTS.value, _KNOWLEDGE.value, _LIMIT.value)
+    workdir = Path(str(_WORKDIR.value))
+    prepare_text(config, workdir, str(_DOCUMENTS.value), _KNOWLEDGE.value, _LIMIT.value)
 
     references = References.open(workdir / "references")
     build_index(references, make_embedder(config), workdir / "index", config)

@@ -16,8 +16,9 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
+from m3jax.config import PREFIX_TOKENS
 from m3jax.data.rows import Row, Rows
-from m3jax.memory.bank import Bank, BankError
+from m3jax.memory.bank import Bank, make_binding
 from m3jax.retrieval.index import Index
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
@@ -216,13 +217,13 @@ def open_references(config: ConfigDict, folder: Path, tokenizer: Tokenizer) -> R
 def check_bank(
     config: ConfigDict, bank: Bank, references: References, tokenizer: Tokenizer
 ) -> None:
-    """Refuses a bank that was not written from these references with this tokenizer."""
-    for part, ours, theirs in (
-        ("references", references.fingerprint, bank.binding.references),
-        ("tokenizer", tokenizer.fingerprint, bank.binding.tokenizer),
-    ):
-        if ours != theirs:
-            raise BankError(
-                f"bank {bank.folder} was written with another {part} ({theirs[:12]}, here"
-                f" {ours[:12]}); run launch/write_bank.py for this workdir"
-            )
+    """Refuses a bank that does not fit config, references or tokenizer, whoever wrote it."""
+    bank.require(
+        make_binding(
+            config,
+            writer=bank.binding.writer,
+            tokenizer=tokenizer.fingerprint,
+            references=references.fingerprint,
+            prefix_tokens=PREFIX_TOKENS,
+        )
+    )

@@ -31,9 +31,9 @@ from m3jax.retrieval.embed import make_embedder
 from m3jax.retrieval.index import Index, build_index
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text import people
-from m3jax.text.documents import read_documents
+from m3jax.text.documents import inputs_of, read_documents
 from m3jax.text.files import write_atomically
-from m3jax.text.prepare import prepare_text
+from m3jax.text.prepare import make_part, prepare_text
 from m3jax.text.references import References, write_references
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.checkpoints import restore_params
@@ -187,11 +187,14 @@ def _rewrite(demonstration: Demonstration, folder: Path, known: tuple[people.Per
     folder.mkdir(exist_ok=True)
     config = demonstration.config("continual")
     source = folder / "knowledge.jsonl"
-    if not source.exists():
-        people.write_jsonl(source, people.knowledge(known))
-        tokenizer = Tokenizer.load(demonstration.workdir / "tokenizer")
-        length = config.memory.reference_length
-        write_references(read_documents(str(source)), tokenizer, folder / "references", length)
+    people.write_jsonl(source, people.knowledge(known))
+    tokenizer = Tokenizer.load(demonstration.workdir / "tokenizer")
+    documents, length = read_documents(str(source)), config.memory.reference_length
+    make_part(
+        folder / "references",
+        {"knowledge": inputs_of(str(source)), "tokenizer": tokenizer.fingerprint},
+        lambda part: write_references(documents, tokenizer, part, length),
+    )
     _index(config, folder)
     _write(demonstration, folder, "continual", base=Bank.open(demonstration.workdir / "bank"))
 

@@ -164,14 +164,20 @@ class Bank:
                 f"{folder}/{MANIFEST} was changed after the bank was finished; restore it, or"
                 f" delete the folder and run {WRITE_AGAIN}"
             )
-        different = [] if expect is None else expect.differences(Binding(**manifest["binding"]))
+        bank = cls(folder, manifest, read_side_file(folder, manifest, LENGTHS))
+        if expect is not None:
+            bank.require(expect)
+        return bank
+
+    def require(self, expect: Binding) -> None:
+        """Raises `BankError`, naming every part that differs, unless `expect` wrote this bank."""
+        different = expect.differences(self.binding)
         if different:
             raise BankError(
-                f"bank {folder} does not fit: {'; '.join(different)}. Write one that fits with"
+                f"bank {self.folder} does not fit: {'; '.join(different)}. Write one that fits with"
                 f" {WRITE_AGAIN}, or use the checkpoint, tokenizer, references and config that"
                 " wrote it"
             )
-        return cls(folder, manifest, read_side_file(folder, manifest, LENGTHS))
 
     @property
     def size(self) -> int:

@@ -121,7 +121,7 @@ def test_dropout_hides_its_share_of_chunks_in_training_only(workdir):
 def test_parts_of_another_run_are_refused(workdir, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
-    config = tiny_config(text__vocabulary=400)
+    config = tiny_config(text__vocabulary=300)
     prepare_text(config, other, *write_text(other), say=lambda line: None)
     with pytest.raises(BankError, match="tokenizer|references"):
         mixed = tmp_path / "mixed"
@@ -130,6 +130,8 @@ def test_parts_of_another_run_are_refused(workdir, tmp_path):
             (mixed / name).symlink_to(other / name)
         stored = tiny_config(retrieval__ids="stored", data__packing="document")
         open_pipeline(stored, mixed, bank=workdir / "bank")
+    with pytest.raises(BankError, match="kept_tokens = 4, here 3"):
+        open_pipeline(tiny_config(memory__kept_tokens=3), workdir)
     with pytest.raises(TextError, match="another tokenizer"):
         wrong = tmp_path / "wrong"
         wrong.mkdir()
