@@ -62,9 +62,12 @@ def attention_map(path: Path, reads: Sequence[Read], title: str) -> None:
     A token that no head kept is grey: the reader cannot see it.
     """
     rows = sum(len(read.references) + 1 for read in reads)
-    width = max(sum(len(t) + 1 for t in ref) for read in reads for ref in read.references)
+    widest = max(
+        sum(len(t.strip(" ")) + 1.5 for t in ref) for read in reads for ref in read.references
+    )
+    widest = max(widest, 60.0)
     figure, axes = plt.subplots(
-        figsize=(max(9, 0.135 * width + 2), 0.36 * rows + 1.2), constrained_layout=True
+        figsize=(0.13 * widest + 2, 0.36 * rows + 1.2), constrained_layout=True
     )
     largest = max(float(np.max(m, initial=1e-9)) for read in reads for m in read.mass)
     colours = plt.get_cmap("YlGnBu")
@@ -102,7 +105,7 @@ def attention_map(path: Path, reads: Sequence[Read], title: str) -> None:
                 )
                 x += len(shown) + 1.4
             y += 1
-    axes.set_xlim(0, width * 1.25 + 4)
+    axes.set_xlim(0, 1.05 * widest)
     axes.set_ylim(y - 0.3, -0.8)
     axes.set_xticks([])
     axes.set_yticks([])

@@ -248,7 +248,7 @@ def _ask(
         "wrong": correct(questions, answerer.given(wrong, base.references), base.bank),
         "deleted": found("deleted", questions),
     }
-    _attention_picture(demonstration, answerer, questions[:6], given[:6], base)
+    _attention_picture(demonstration, answerer, questions[:4], given[:4], base)
     return {name: float(np.mean(hits)) for name, hits in right.items()}
 
 
