@@ -56,20 +56,22 @@ def get_config(options: str = "") -> m3jax.config.ConfigDict:
 
     config.optimizer.learning_rate = 3e-3
     config.optimizer.rise_steps = 50
-    config.optimizer.fall_share = 0.3
+    config.optimizer.fall_share = 0.4
     config.optimizer.beta2 = 0.98
     config.optimizer.weight_decay = 0.0
-    config.train.steps = 1600
-    config.train.checkpoint_every = 400
-    config.train.evaluate_every = 400
+    config.train.steps = 2000
+    config.train.checkpoint_every = 500
+    config.train.evaluate_every = 500
     if config.stage != "warmup":
         config.memory.source = "precomputed"
         config.memory.dropout = 0.15
-        config.optimizer.fall_share = 0.5
-        config.train.steps = 800
+        config.optimizer.learning_rate = 1.5e-3
+        config.optimizer.fall_share = 0.8
+        config.train.steps = 1000
         config.train.checkpoint_every = 200
         config.train.evaluate_every = 200
     if config.stage == "scratch":
         config.memory.source = "online"
+        config.optimizer.learning_rate = 3e-3
         config.optimizer.fall_share = 0.1
     return m3jax.config.validate(config)
