@@ -29,7 +29,15 @@ from m3jax.retrieval.search import (
     import_scann,
     scann_settings,
 )
-from m3jax.text.files import TEMPORARY, checksum, committing, digest, write_atomically
+from m3jax.text.files import (
+    TEMPORARY,
+    checksum,
+    committing,
+    digest,
+    read_sealed,
+    write_atomically,
+    write_sealed,
+)
 from m3jax.text.references import References
 
 __all__ = ["Index", "RetrievalError", "build_index"]
@@ -154,9 +162,7 @@ def _write_manifest(folder: Path, identity: dict[str, Any]) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())  # ScaNN does not
         files[path.relative_to(folder).as_posix()] = checksum(path)
-    manifest: dict[str, Any] = {"identity": identity, "files": files}
-    manifest["checksum"] = digest(json.dumps(manifest, sort_keys=True))
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+    write_sealed(folder / MANIFEST, {"identity": identity, "files": files})
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -166,13 +172,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"no finished index: {path} is missing; run launch/prepare.py, which goes on where a"
             " stopped build ended"
         )
-    try:
-        manifest = json.loads(path.read_bytes())
-        expected = manifest.pop("checksum")
-        intact = expected == digest(json.dumps(manifest, sort_keys=True))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        intact = False
-    if not intact:
+    manifest = read_sealed(path)
+    if manifest is None:
         raise _damaged(path, "is damaged")
     found = manifest["identity"]["format"]
     if found != _FORMAT:

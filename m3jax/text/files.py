@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 TEMPORARY = ".tmp"  # ending of files that are not committed yet
 
@@ -71,3 +73,20 @@ def checksum(path: str | os.PathLike[str]) -> str:
     """Hex BLAKE2b (32 characters) of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def write_sealed(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    """Writes JSON atomically, with a checksum of itself under the key `checksum`."""
+    sealed = {**content, "checksum": digest(json.dumps(content, sort_keys=True))}
+    write_atomically(path, json.dumps(sealed, indent=1, sort_keys=True).encode())
+
+
+def read_sealed(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What `write_sealed` wrote, without the checksum; None where the file is damaged."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+        expected = content.pop("checksum")
+        intact = expected == digest(json.dumps(content, sort_keys=True))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return content if intact else None

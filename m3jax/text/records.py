@@ -16,7 +16,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from m3jax.text.documents import TextError
-from m3jax.text.files import TEMPORARY, checksum, commit, digest, write_atomically
+from m3jax.text.files import TEMPORARY, checksum, commit, digest, read_sealed, write_sealed
 
 MANIFEST = "manifest.json"
 _WRITER = "group_size:1,zstd:3"  # one record a group: a random read decodes that record only
@@ -86,9 +86,7 @@ class RecordWriter:
             "fingerprint": digest(kind, self._records.hexdigest(), stable),
             "files": files,
         }
-        manifest["checksum"] = digest(json.dumps(manifest, sort_keys=True))
-        data = json.dumps(manifest, indent=1, ensure_ascii=False).encode()
-        write_atomically(self.folder / MANIFEST, data)
+        write_sealed(self.folder / MANIFEST, manifest)
 
     def close(self) -> None:
         """Closes all files; a full disk shows here at the latest."""
@@ -158,13 +156,8 @@ class Records:
         path = self.folder / MANIFEST
         if not path.is_file():
             raise TextError(f"no finished {kind}: {path} is missing; run launch/prepare.py")
-        try:
-            manifest = json.loads(path.read_bytes())
-            expected = manifest.pop("checksum")
-            intact = expected == digest(json.dumps(manifest, sort_keys=True))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            intact = False
-        if not intact:
+        manifest = read_sealed(path)
+        if manifest is None:
             raise self._damaged(path, "is damaged")
         if (manifest["kind"], manifest["format"]) != (kind, _FORMAT):
             held = f"holds a {manifest['kind']}, format {manifest['format']}"
