@@ -42,7 +42,7 @@ def get_config(options: str = "") -> ConfigDict:
     config.model.head_dim = 64
     config.model.hidden = 384
     config.model.mlp_width = 1024
-    config.model.vocabulary = 16_384
+    config.model.vocabulary = 8_192
     config.model.tied_embeddings = True
     config.model.prefix = "always"
 
@@ -55,17 +55,20 @@ def get_config(options: str = "") -> ConfigDict:
     config.memory.per_prompt_chunk = 5
 
     config.writer.batch_references = 64
-    config.text.vocabulary = 16_384
+    config.text.vocabulary = 8_192
+    config.text.validation_share = 0.05
+    config.retrieval.dimension = 1024
     config.retrieval.shift = chosen["shift"]
 
     config.data.row_length = 512
-    config.data.batch_rows = 8
+    config.data.batch_rows = 4
     config.data.threads = 2
     config.evaluation.batch_rows = 8
 
     config.optimizer.learning_rate = 1e-3
     config.optimizer.rise_steps = 50
-    config.train.steps = 500
+    config.optimizer.fall_share = 0.4
+    config.train.steps = 600
     config.train.checkpoint_every = 100
     config.train.evaluate_every = 100
 
@@ -73,7 +76,8 @@ def get_config(options: str = "") -> ConfigDict:
         config.memory.source = chosen["memories"]
         config.optimizer.learning_rate = 5e-4
         config.optimizer.rise_steps = 10
-        config.train.steps = 50
-        config.train.checkpoint_every = 25
-        config.train.evaluate_every = 25
+        config.optimizer.fall_share = 0.8
+        config.train.steps = 200
+        config.train.checkpoint_every = 50
+        config.train.evaluate_every = 50
     return m3jax.config.validate(config)

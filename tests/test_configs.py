@@ -122,7 +122,7 @@ def test_wiki_small_is_small_and_shares_its_embedding() -> None:
     assert config.model.tied_embeddings
     assert config.retrieval.shift == 1
     assert config.memory.source == "online"
-    assert build("wiki_small").train.steps == 10 * config.train.steps
+    assert build("wiki_small").train.steps > config.train.steps
 
 
 # -- ablations -------------------------------------------------------------------------------------

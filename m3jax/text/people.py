@@ -54,12 +54,6 @@ class World:
     people: tuple[Person, ...]
     unseen: tuple[Person, ...]
 
-    @property
-    def words(self) -> tuple[str, ...]:
-        """Every word, for rows of repeated random segments."""
-        values = itertools.chain(*self.values.values())
-        return (*RELATIONS, *values, *self.names, *self.unseen_names)
-
 
 @dataclass(frozen=True)
 class Question:
@@ -168,13 +162,17 @@ def fact_documents(
 def echo_documents(
     world: World, seed: int, count: int, *, words: int, segment: tuple[int, int] = (4, 16)
 ) -> Iterable[dict]:
-    """Documents that repeat one random segment of words; its first copy bears no loss."""
+    """Documents that repeat one random segment of words; its first copy bears no loss.
+
+    Half of the words are names, of training or unseen, the others are relations and values.
+    """
     rng = np.random.default_rng([seed, 3])
-    every, names = np.array(world.words), np.array((*world.names, *world.unseen_names))
+    names = np.array((*world.names, *world.unseen_names))
+    others = np.array((*RELATIONS, *itertools.chain(*world.values.values())))
     for number in range(count):
         length = int(rng.integers(segment[0], segment[1] + 1))
         part = np.where(
-            rng.random(length) < 0.5, rng.choice(every, length), rng.choice(names, length)
+            rng.random(length) < 0.5, rng.choice(others, length), rng.choice(names, length)
         )
         text = "".join(f" {word}" for word in itertools.islice(itertools.cycle(part), words))
         first = sum(len(word) + 1 for word in part)

@@ -4,7 +4,14 @@ import os
 
 import pytest
 
-from m3jax.text.files import checksum, committing, digest, write_atomically
+from m3jax.text.files import (
+    checksum,
+    committing,
+    digest,
+    read_sealed,
+    write_atomically,
+    write_sealed,
+)
 
 
 def test_write_atomically_replaces_and_makes_folders(tmp_path):
@@ -31,3 +38,15 @@ def test_hashes(tmp_path):
     before = checksum(tmp_path / "f")
     (tmp_path / "f").write_bytes(b"x" * 99_999 + b"y")
     assert checksum(tmp_path / "f") != before
+
+
+def test_a_sealed_file_is_read_back_and_any_flipped_byte_of_its_content_is_seen(tmp_path):
+    path = tmp_path / "file.json"
+    write_sealed(path, {"name": "ä", "count": 3})
+    assert read_sealed(path) == {"name": "ä", "count": 3}
+    whole = path.read_bytes()
+    for place in (whole.index(b"3"), whole.index(b"name"), whole.index(b"checksum") + 12):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert read_sealed(path) is None
+    path.write_bytes(b"[]")
+    assert read_sealed(path) is None

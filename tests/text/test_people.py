@@ -1,5 +1,6 @@
 """The invented world: nobody asked about is in the training facts; one right answer each."""
 
+import numpy as np
 import pytest
 
 from m3jax.text import people
@@ -64,3 +65,11 @@ def test_every_edited_fact_changes_its_value_and_nothing_else():
 def test_a_seed_is_a_world(seed):
     world = people.make_world(seed, names=20, people=100, unseen=30, values=6, facts=2)
     assert (world == WORLD) == (seed == 1)
+
+
+def test_half_of_the_echoed_words_are_names_and_no_name_is_left_out():
+    documents = list(people.echo_documents(WORLD, 0, 400, words=40))
+    words = [word for d in documents for word in d["text"][: d["no_loss"][0][1]].split()]
+    names = {*WORLD.names, *WORLD.unseen_names}
+    assert np.mean([word in names for word in words]) == pytest.approx(0.5, abs=0.03)
+    assert names <= set(words)
