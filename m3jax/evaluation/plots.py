@@ -107,8 +107,7 @@ def attention_map(path: Path, reads: Sequence[Read], title: str) -> None:
             y += 1
     axes.set_xlim(0, 1.05 * widest)
     axes.set_ylim(y - 0.3, -0.8)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set_axis_off()
     bar = figure.colorbar(
         plt.cm.ScalarMappable(plt.Normalize(0, largest), colours), ax=axes, shrink=0.6, pad=0.01
     )

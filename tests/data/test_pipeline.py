@@ -74,14 +74,19 @@ def test_chunks_read_what_the_retriever_finds_for_their_query(workdir, shift):
     assert_same(batch["memory"], bank.read(ids))
 
 
-def test_no_row_reads_a_reference_it_contains(workdir):
-    pipeline = open_pipeline(tiny_config(retrieval__shift=0), workdir)
+@pytest.mark.parametrize(("split", "limit"), [("train", 0.9), ("validation", 0.3)])
+def test_no_row_reads_a_reference_it_contains(workdir, split, limit):
+    options = {"retrieval__shift": 0, "evaluation__shift": 0, "retrieval__overlap_evaluation": 0.3}
+    pipeline = open_pipeline(tiny_config(**options), workdir, split=split)
     batch = pipeline.batch(0)
     whole = np.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1)
+    overlaps = []
     for row, ids in zip(whole, batch["reference_ids"], strict=True):
         for found in ids[ids >= 0]:
             tokens = pipeline.references.tokens(np.array([found]))[0]
-            assert overlap(row, tokens[tokens > 0]) <= 0.9
+            overlaps.append(overlap(row, tokens[tokens > 0]))
+    assert max(overlaps) <= limit
+    assert split == "validation" or max(overlaps) > 0.3  # or the limits could not be told apart
     assert pipeline.report()["dropped"] > 0
 
 
@@ -114,6 +119,7 @@ def test_dropout_hides_its_share_of_chunks_in_training_only(workdir):
     hidden = (ids < 0) & (all_ids >= 0)
     assert 0.4 < hidden.sum() / (all_ids >= 0).sum() < 0.6
     np.testing.assert_array_equal(ids[~hidden], all_ids[~hidden])
+    assert not np.array_equal(dropped._hidden(0), dropped._hidden(1))
     validation = open_pipeline(config, workdir, split="validation")
     assert validation.dropout == 0 and validation.shift == 1
 
