@@ -192,7 +192,11 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
     "train.evaluate_every": (500, "steps between two evaluations; 0 = never", "[0, inf)"),
     # -- evaluation -------------------------------------------------------------------------------
     "evaluation.batches": (8, "validation batches of an evaluation", "[1, inf)"),
-    "evaluation.batch_rows": (16, "rows of an evaluation batch", "[1, inf)"),
+    "evaluation.batch_rows": (
+        16,
+        "rows of an evaluation batch; `wrong` memories are those of another row",
+        "[2, inf)",
+    ),
     "evaluation.shift": (1, "retrieval_shift of reported losses", (0, 1)),
     # -- mesh -------------------------------------------------------------------------------------
     "mesh.data": (1, "data-parallel replicas", "[1, inf)"),

@@ -29,17 +29,24 @@ class LossEvaluator:
 
     Calling it with parameters returns `loss_<mode>` (nats a token) and `accuracy_<mode>` for each
     mode. `wrong` gives every row the memories of its neighbour in the batch.
+
+    Attributes:
+      batches: how many it evaluates; fewer than `evaluation.batches` where the rows do not last.
+      rows: how many different rows these hold.
     """
 
     def __init__(self, config: ConfigDict, pipeline: Pipeline):
         self.config, self.pipeline = config, pipeline
+        whole = max(1, len(pipeline.rows) // pipeline.batch_rows)
+        self.batches = min(config.evaluation.batches, whole)
+        self.rows = min(self.batches * pipeline.batch_rows, len(pipeline.rows))
         self.model = Model(config, prefix_tokens(config))
         self.modes = MODES if config.memory.source != "none" else ("none",)
         self._sums = {mode: jax.jit(self._summed(mode)) for mode in self.modes}
 
     def __call__(self, params: Params) -> dict[str, float]:
         totals = {mode: np.zeros(3) for mode in self.modes}
-        for batch in islice(self.pipeline.batches(0), self.config.evaluation.batches):
+        for batch in islice(self.pipeline.batches(0), self.batches):
             placed = jax.device_put(inputs(batch))
             for mode in self.modes:
                 total = jax.device_get(self._sums[mode](params, placed))

@@ -45,12 +45,13 @@ def evaluate(
     tokenizer = pipeline.tokenizer
     params, meta = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer.fingerprint)
     check_reader(pipeline, meta, checkpoint)
-    losses = LossEvaluator(config, pipeline)(params)
+    evaluator = LossEvaluator(config, pipeline)
+    losses = evaluator(params)
     report: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "step": meta["step"],
         "shift": config.evaluation.shift,
-        "rows": config.evaluation.batches * config.evaluation.batch_rows,
+        "rows": evaluator.rows,
         **losses,
         "retrieval": pipeline.report(),
     }

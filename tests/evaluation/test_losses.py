@@ -52,6 +52,18 @@ def test_losses_equal_a_plain_computation(workdir, params):
     assert figures == evaluate_losses(params)
 
 
+def test_no_row_is_evaluated_twice(workdir, params):
+    config = tiny_config(evaluation__batches=1000)
+    evaluate_losses = evaluator(config, workdir)
+    rows = evaluate_losses.rows
+    assert len(evaluate_losses.pipeline.rows) - config.evaluation.batch_rows < rows
+    assert rows == evaluate_losses.batches * config.evaluation.batch_rows
+    batches = [evaluate_losses.pipeline.batch(s) for s in range(evaluate_losses.batches)]
+    assert len(np.unique(np.concatenate([b["tokens"] for b in batches]), axis=0)) == rows
+    expected = plain_loss(params, batches, lambda b: b["memory"])
+    assert evaluate_losses(params)["loss_memory"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_answers_are_those_of_teacher_forcing_with_the_memories(workdir, params):
     pipeline = evaluator(CONFIG, workdir).pipeline
     model, bank = Model(CONFIG), pipeline.bank
