@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 USER_ERROR = 2  # exit code
 
@@ -19,11 +19,16 @@ def is_user_error(error: BaseException) -> bool:
 
 
 def guarded(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
-    """`main` that ends with the message and exit code 2 on an error of the user."""
+    """`main` that ends with the message and exit code 2 on an error of the user.
+
+    Libraries log warnings only, which keeps the progress bar whole; `--verbosity=0` shows the rest.
+    """
 
     def run(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unknown argument {argv[1]!r}; every option begins with --")
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)
         try:
             main(argv)
         except ValueError as error:

@@ -16,13 +16,14 @@ from m3jax.train.metrics import read_metrics
 
 _INK, _SOFT, _GRID = "#22303c", "#7d8b99", "#e6eaee"
 _TRAIN, _RATE = "#2f6fb3", "#8a6fb0"
-_EVALUATION = ("#d9622b", "#2a9d76", "#b8336a", "#c79a1b", "#5b5f97")
+_OTHERS = ("#c79a1b", "#5b5f97")  # evaluated losses that have no colour of their own
 _SMOOTHED_SHARE = 1 / 40  # of the points of the longest stage that the drawn mean spans
 _MODES = {
     "loss_memory": "validation, with memory",
     "loss_none": "validation, no memory",
     "loss_wrong": "validation, wrong memories",
 }
+_COLOURS = {"loss_memory": "#2a9d76", "loss_none": "#d9622b", "loss_wrong": "#b8336a"}
 
 
 def plot_stages(stage_folders: Sequence[str | Path], path: str | Path, title: str = "") -> None:
@@ -56,7 +57,8 @@ def plot_stages(stage_folders: Sequence[str | Path], path: str | Path, title: st
 def _draw_stages(losses: Axes, rates: Axes, stages: Sequence[tuple[str, list]]) -> list[int]:
     """Draws the curves; returns the step at which every stage ends, over all stages."""
     ends: list[int] = []
-    colours: dict[str, str] = {}
+    colours: dict[str, str] = dict(_COLOURS)
+    labelled: set[str] = set()
     longest = max(sum("loss" in line for line in lines) for _, lines in stages)
     for _, lines in stages:
         offset = ends[-1] if ends else 0
@@ -81,8 +83,7 @@ def _draw_stages(losses: Axes, rates: Axes, stages: Sequence[tuple[str, list]]) 
             {name for line in evaluated for name in line["evaluation"] if "loss" in name}
         )
         for name in names:
-            new = name not in colours
-            colour = colours.setdefault(name, _EVALUATION[len(colours) % len(_EVALUATION)])
+            colour = colours.setdefault(name, _OTHERS[len(colours) % len(_OTHERS)])
             points = [
                 (offset + line["step"], line["evaluation"][name])
                 for line in evaluated
@@ -94,8 +95,9 @@ def _draw_stages(losses: Axes, rates: Axes, stages: Sequence[tuple[str, list]]) 
                 marker="o",
                 markersize=3.5,
                 linewidth=1.3,
-                label=_readable(name) if new else None,
+                label=None if name in labelled else _readable(name),
             )
+            labelled.add(name)
         ends.append(offset + max(line["step"] for line in lines))
     return ends
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,7 @@ def call(script, *arguments, cache=None):
 def succeed(*arguments, cache):
     done = call(*arguments, cache=cache)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert not re.search(r"^I\d{4} ", done.stderr, re.MULTILINE), "log lines of a library"
     return done.stdout
 
 
