@@ -359,4 +359,11 @@ among the values of a relation gives {chance:.3f}. Seed {summary["seed"]},
 
 ![losses](loss.png)
 """
+    if "from_scratch" in summary:
+        losses = summary["from_scratch"]
+        text += f"""
+At equal compute, memory from the start ends at a validation loss of
+{losses["scratch_loss_memory"]:.3f} with memory, warmup and then memory at
+{losses["continual_loss_memory"]:.3f} (nats a token).
+"""
     write_atomically(folder / "README.md", text.encode())

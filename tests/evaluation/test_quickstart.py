@@ -40,6 +40,8 @@ def test_the_demonstration_writes_its_report_and_edits_only_what_it_says(tmp_pat
         assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "report" / "README.md").read_text()
     assert all(f"{value:.3f}" in text for value in summary["accuracy"].values())
+    for name in ("scratch_loss_memory", "continual_loss_memory"):
+        assert f"{summary['from_scratch'][name]:.3f}" in text
 
     old, new = Bank.open(tmp_path / "bank"), Bank.open(tmp_path / "edited" / "bank")
     gone = References.open(tmp_path / "deleted" / "references")
