@@ -22,24 +22,6 @@ from ml_collections import ConfigDict
 
 PREFIX_TOKENS = 2  # `<s>` and `Reference:`, keys in front of every row and reference
 
-# Dense matrix products in bfloat16, FLOP/s of one device, from the vendors' data sheets. The first
-# entry whose key is part of the lower-case device kind counts.
-_PEAK_FLOPS: tuple[tuple[str, float], ...] = (
-    ("tpu v4 lite", 138e12),  # v4i; before "tpu v4"
-    ("tpu v4", 275e12),
-    ("tpu v5 lite", 197e12),
-    ("tpu v5e", 197e12),
-    ("tpu v5", 459e12),  # v5p reports "TPU v5"
-    ("tpu v6 lite", 918e12),
-    ("tpu v6e", 918e12),
-    ("a100", 312e12),
-    ("h100 pcie", 756e12),
-    ("h100 nvl", 835e12),
-    ("h100", 989.4e12),
-    ("h200 nvl", 835e12),
-    ("h200", 989.4e12),
-)
-
 
 # -- parameters ------------------------------------------------------------------------------------
 class Parameters(NamedTuple):
@@ -272,16 +254,10 @@ def _selection(config: ConfigDict, references: int) -> float:
 
 
 # -- speed of the machine --------------------------------------------------------------------------
-def peak_flops(device_kind: str) -> float | None:
-    """Peak bfloat16 FLOP/s of one device, by `jax.devices()[0].device_kind`; None where unknown."""
-    kind = device_kind.lower()
-    return next((peak for part, peak in _PEAK_FLOPS if part in kind), None)
-
-
 def measured_peak(dtype: str = "float32", size: int | None = None, repeats: int = 5) -> float:
     """FLOP/s that the first local device reaches in one large matrix product, the best of a few.
 
-    A stand-in for the peak where `peak_flops` knows none, such as CPUs: utilisation then reads as
+    A stand-in for the peak where `hardware.CHIPS` has none, such as CPUs: utilisation then reads as
     a share of what a plain matrix product gets there.
 
     Args:

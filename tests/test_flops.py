@@ -185,28 +185,6 @@ def test_parameters_with_biases_and_tied_embeddings() -> None:
     assert other.total - other.non_embedding == 300 * 16
 
 
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("TPU v4", 275e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5e", 197e12),
-        ("TPU v5", 459e12),
-        ("TPU v5p", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("TPU v6e", 918e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA H100 80GB HBM3", 989.4e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989.4e12),
-        ("cpu", None),
-        ("TPU v2", None),
-    ],
-)
-def test_peak_flops(kind: str, peak: float | None) -> None:
-    assert flops.peak_flops(kind) == peak
-
-
 def test_measured_peak_is_a_speed() -> None:
     assert 1e7 < flops.measured_peak("float32", size=256, repeats=2) < 1e15
     with pytest.raises(ValueError, match="repeats=0"):

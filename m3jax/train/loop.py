@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from m3jax import flops
 from m3jax.config import prefix_tokens, validate
+from m3jax.hardware import chip_of_kind
 from m3jax.mesh import host_rows, make_mesh, to_global
 from m3jax.model.transformer import Model, Params
 from m3jax.train.checkpoints import FOLDER, Checkpoints, check_owner, claim, restore_params
@@ -265,8 +266,8 @@ class _Speed:
         self.seconds_before = 0.0
         self.tokens_per_second: float | None = None
         self._flops = flops.train_step(config)
-        peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
-        self._peak = None if peak is None else peak * mesh.size
+        chip = chip_of_kind(mesh.devices.flat[0].device_kind)
+        self._peak = None if chip is None else chip.flops * mesh.size
         self._born = time.monotonic()
         self._since: float | None = None  # None until the first step, which compiles, is done
         self._steps, self._waited = 0, 0.0

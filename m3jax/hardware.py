@@ -1,0 +1,81 @@
+"""What accelerators can do: one table that MFU, compile reports and the planner read."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from m3jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Data-sheet figures of one accelerator, as one JAX device.
+
+    Attributes:
+      name: short name, `v5e`; of TPUs the part of a topology's name before the colon.
+      kinds: parts of the lower-case `device_kind` that JAX reports.
+      flops: dense matrix products in bfloat16, FLOP/s.
+      memory: high-bandwidth memory, bytes.
+      memory_bandwidth: of that memory, bytes/s.
+      link_bandwidth: one link of the interconnect in one direction, bytes/s; 0 where not used.
+      links: links of one chip: two for each dimension of the torus.
+      network: share of one chip in its host's network, bytes/s; 0 where the data sheet has none.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    flops: float
+    memory: float
+    memory_bandwidth: float
+    link_bandwidth: float = 0.0
+    links: int = 0
+    network: float = 0.0
+
+
+# Sources: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e) and NVIDIA's data sheets. The interconnect
+# there is given in both directions and over all links: v5e 400 GB/s = 4 links · 2 · 50 GB/s. The
+# network is that of a physical host of 8 chips: 2 × 100 Gbit/s (v5e), 4 × 200 Gbit/s (v6e).
+_GB = 1e9
+CHIPS = (
+    Chip("v4i", ("tpu v4 lite",), 138e12, 8 * _GB, 614 * _GB),
+    Chip("v4", ("tpu v4",), 275e12, 32 * _GB, 1228 * _GB, 50 * _GB, 6),
+    Chip("v5e", ("tpu v5 lite", "tpu v5e"), 197e12, 16 * _GB, 819 * _GB, 50 * _GB, 4, 25e9 / 8),
+    Chip("v5p", ("tpu v5",), 459e12, 95 * _GB, 2765 * _GB, 100 * _GB, 6),
+    Chip("v6e", ("tpu v6",), 918e12, 32 * _GB, 1638 * _GB, 100 * _GB, 4, 100e9 / 8),
+    Chip("a100", ("a100",), 312e12, 80 * _GB, 2039 * _GB),
+    Chip("h100-pcie", ("h100 pcie",), 756e12, 80 * _GB, 2000 * _GB),
+    Chip("h100-nvl", ("h100 nvl",), 835e12, 94 * _GB, 3900 * _GB),
+    Chip("h100", ("h100",), 989.4e12, 80 * _GB, 3350 * _GB),
+    Chip("h200-nvl", ("h200 nvl",), 835e12, 141 * _GB, 4800 * _GB),
+    Chip("h200", ("h200",), 989.4e12, 141 * _GB, 4800 * _GB),
+)
+
+
+def chip_of_kind(device_kind: str) -> Chip | None:
+    """The chip behind `jax.devices()[0].device_kind`, or None where it is not in the table."""
+    kind = device_kind.lower()
+    return next((chip for chip in CHIPS if any(part in kind for part in chip.kinds)), None)
+
+
+def chip_of_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
+    """Chip and shape of a TPU slice named as in `v5e:16x16`.
+
+    Raises:
+      ConfigError: not such a name; lists chips and examples.
+    """
+    name, _, shape = topology.partition(":")
+    chip = next((chip for chip in CHIPS if chip.name == name and chip.links), None)
+    sizes = shape.split("x")
+    if chip is None or not all(size.isdigit() and int(size) > 0 for size in sizes):
+        known = ", ".join(chip.name for chip in CHIPS if chip.links)
+        raise ConfigError(
+            f"topology {topology!r} is not CHIP:SHAPE; chips: {known}; shapes are chips along each"
+            " dimension of the slice, for example v5e:4x4, v5e:16x16, v6e:16x16 (two dimensions),"
+            " v4:2x2x1, v5p:4x4x8 (three)"
+        )
+    if len(sizes) != chip.links // 2:
+        raise ConfigError(
+            f"topology {topology!r}: a {chip.name} slice has {chip.links // 2} dimensions, as in"
+            f" {chip.name}:{'x'.join(['4'] * (chip.links // 2))}"
+        )
+    return chip, tuple(int(size) for size in sizes)

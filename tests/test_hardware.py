@@ -1,0 +1,48 @@
+"""The table of accelerators."""
+
+import pytest
+
+from m3jax.config import ConfigError
+from m3jax.hardware import chip_of_kind, chip_of_topology
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5e", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("TPU v6e", 918e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989.4e12),
+        ("cpu", None),
+        ("TPU v2", None),
+    ],
+)
+def test_peak_of_a_device_kind(kind, peak):
+    chip = chip_of_kind(kind)
+    assert (None if chip is None else chip.flops) == peak
+
+
+def test_topology():
+    chip, shape = chip_of_topology("v5e:16x16")
+    assert (chip.name, shape) == ("v5e", (16, 16))
+    assert chip.link_bandwidth * chip.links * 2 == 400e9  # as the data sheet states it
+    assert chip_of_topology("v5p:4x4x8")[1] == (4, 4, 8)
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9:4x4", "h100:2x2", "v5e:4xfour", "v5e:0x4", ""])
+def test_unknown_topology_lists_the_chips(name):
+    with pytest.raises(ConfigError, match=r"chips: v4, v5e, v5p, v6e; .* v5e:16x16"):
+        chip_of_topology(name)
+
+
+@pytest.mark.parametrize(("name", "example"), [("v5e:4x4x4", "v5e:4x4"), ("v5p:4x4", "v5p:4x4x4")])
+def test_topology_of_wrong_dimensions(name, example):
+    with pytest.raises(ConfigError, match=f"as in {example}$"):
+        chip_of_topology(name)
