@@ -1,0 +1,56 @@
+"""launch/plan.py as a user calls it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAPER = ("--config=configs/memory3_2b.py:stage=continual", "--topology=v5e:16x16")
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launch/plan.py", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_prints_a_table_and_writes_json(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    flags = "--references=1.12e8", "--price_per_chip_hour=1.20", "--mfu=0.5", f"--json={file}"
+    done = call(*PAPER, *flags)
+    assert done.returncode == 0, done.stderr
+    for words in ("45.9 TiB", "4.02 TiB", "7.17 PiB", "0.228 %", "13,388 uses", "MFU 0.5"):
+        assert words in done.stdout
+    report = json.loads(file.read_text(encoding="utf-8"))
+    training = report["quantities"]["training"]
+    hours = training["step_time"]["value"] * 28_610 / 3600 * 256
+    assert training["cost"]["value"] == pytest.approx(hours * 1.20)
+    assert report["assumptions"]["mfu"] == 0.5
+
+
+@pytest.mark.slow
+def test_mistakes_end_with_one_message(tmp_path: Path) -> None:
+    references = "--references=1e6"
+    cases = {
+        (*PAPER[:1], "--topology=v9:4x4", references): "chips: v4, v5e, v5p, v6e",
+        (*PAPER, "--references=0"): "--references=0.0",
+        (*PAPER, references, "--mfu=1.2"): "--mfu=1.2",
+        (*PAPER, references, f"--json={tmp_path}"): "could not be written",
+    }
+    for arguments, words in cases.items():
+        done = call(*arguments)
+        assert done.returncode == 2 and words in done.stderr, done.stderr[-2000:]
+        assert done.stderr.startswith("ConfigError: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_help_explains_every_flag() -> None:
+    shown = call("--help").stdout
+    flags = ["references", "topology", "mfu", "bytes_per_vector", "price_per_chip_hour", "json"]
+    for flag in [*flags, "chips_per_host", "host_bandwidth", "decode_batch", "decode_length"]:
+        assert f"--{flag}" in shown or f"--[no]{flag}" in shown
+    assert "an assumption, not a measurement" in " ".join(shown.split())
