@@ -31,6 +31,8 @@ home, args = Path(os.environ["FAKE"]), sys.argv[1:]
 node = home / "node"
 with open(home / "calls", "a") as calls:
     calls.write(json.dumps(args) + "\\n")
+if sys.stdin.read():
+    sys.exit("gcloud was given something to read")
 flags = dict(a[2:].split("=", 1) for a in args if a.startswith("--") and "=" in a)
 words = [a for a in args if not a.startswith("--")]
 
@@ -76,6 +78,12 @@ def ssh():
         sys.exit("ERROR: this TPU is terminated")
     code = 0
     for folder in workers():
+        away = home / f"away-{{folder.name}}"  # for how many commands it does not answer
+        if away.exists():
+            left = int(away.read_text()) - 1
+            away.write_text(str(left)) if left else away.unlink()
+            code = 255
+            continue
         environment = {{**os.environ, "HOME": str(folder), "HOSTNAME": folder.name}}
         done = subprocess.run(["bash", "-c", flags["command"]], cwd=folder, env=environment)
         code = code or done.returncode
@@ -125,7 +133,13 @@ def call(*arguments, path, cwd=ROOT, script=SCRIPT, **environment):
     base = {"PATH": str(path), "HOME": "/home/me", "LC_ALL": "C.UTF-8"}
     command = ["bash", str(script), *map(str, arguments)]
     return subprocess.run(
-        command, cwd=cwd, env={**base, **environment}, capture_output=True, text=True, timeout=100
+        command,
+        cwd=cwd,
+        env={**base, **environment},
+        input="y\n",  # nobody asks, nobody reads it
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
 
 
@@ -480,14 +494,23 @@ def test_the_code_of_a_failing_command_is_passed_on(cloud):
     assert "failed with code 7" in done.stderr and "still rented" in done.stderr
 
 
+def test_a_run_is_not_over_while_a_worker_does_not_answer(cloud):
+    command = cloud.command(
+        '[[ "$HOSTNAME" == w-0 ]] || { echo 5 >"$FAKE/away-w-1"; sleep 1; exit 8; }'
+    )
+    assert cloud.call("watch", *command).returncode == 8
+
+
 @pytest.mark.slow
 def test_restarts_are_bounded_and_not_for_mistakes_in_the_command(cloud):
     done = cloud.call("watch", "--restarts=1", *cloud.command("exit 9"))
     assert done.returncode == 9 and cloud.starts() == 2
     assert "starting it again, 1 of 1" in done.stderr
-    cloud.call("stop")
     assert cloud.call("watch", "--restarts=9", *cloud.command("exit 2")).returncode == 2
     assert cloud.starts() == 3
+    mended = cloud.command('[[ "$starts" != 4 ]] || exit 9; sleep 1')
+    assert cloud.call("watch", "--restarts=1", *mended).returncode == 0
+    assert cloud.starts() == 5
 
 
 def test_a_machine_that_started_again_gets_its_run_again(cloud):
@@ -514,6 +537,8 @@ def test_watching_goes_on_where_it_was_left(cloud):
     assert busy.returncode == 2 and "before another version is installed" in busy.stderr
     other = cloud.call("watch", "--", "echo", "other")
     assert other.returncode == 2 and "is another command" in other.stderr
+    blocked = cloud.call("watch", "--run=b", "--", "echo")
+    assert blocked.returncode == 2 and "trying again" not in blocked.stderr
     (cloud.folder / "end").touch()
     assert cloud.call("logs", "--worker=all").returncode == 0  # ends with the run
     assert cloud.starts() == 1
