@@ -181,6 +181,18 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
     # -- train ------------------------------------------------------------------------------------
     "train.steps": (1000, "optimizer steps of the stage", "[1, inf)"),
     "train.microbatches": (1, "parts a batch is split into, gradients added up", "[1, inf)"),
+    "train.reduce_dtype": (
+        "float32",
+        "dtype in which devices add up gradients: bfloat16 halves their traffic, but sums of many"
+        " devices lose their low bits (8 bits of mantissa; small gradients vanish beside large)",
+        ("float32", "bfloat16"),
+    ),
+    "train.loss_block": (
+        256,
+        "tokens of a row whose logits exist at a time; the loss and its gradient are computed"
+        " block by block",
+        "[1, inf)",
+    ),
     "train.log_every": (10, "steps between two lines of metrics", "[1, inf)"),
     "train.checkpoint_every": (500, "steps between two checkpoints", "[1, inf)"),
     "train.keep_last": (2, "newest checkpoints kept", "[1, inf)"),
@@ -199,7 +211,8 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
     ),
     "evaluation.shift": (1, "retrieval_shift of reported losses", (0, 1)),
     # -- mesh -------------------------------------------------------------------------------------
-    "mesh.data": (1, "data-parallel replicas", "[1, inf)"),
+    "mesh.slice": (1, "slices of a multi-slice run; replicas over the slow network", "[1, inf)"),
+    "mesh.data": (1, "data-parallel replicas in a slice", "[1, inf)"),
     "mesh.fsdp": (
         -1,
         "devices over which parameters are sharded; -1 = all that are left",

@@ -66,7 +66,7 @@ def chip_of_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
     name, _, shape = topology.partition(":")
     chip = next((chip for chip in CHIPS if chip.name == name and chip.links), None)
     sizes = shape.split("x")
-    if chip is None or not all(size.isdigit() and int(size) > 0 for size in sizes):
+    if chip is None or not all(size.isdecimal() and int(size) > 0 for size in sizes):
         known = ", ".join(chip.name for chip in CHIPS if chip.links)
         raise ConfigError(
             f"topology {topology!r} is not CHIP:SHAPE; chips: {known}; shapes are chips along each"

@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from absl import logging
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
 from m3jax.config import ConfigError
 
-AXES = ("data", "fsdp", "tensor")
+# Slowest network first: `slice` is the data-center network between slices of a multi-slice run.
+AXES = ("slice", "data", "fsdp", "tensor")
+BATCH_AXES = ("slice", "data", "fsdp")
 
 MeshAxes = str | tuple[str, ...] | None
 
@@ -71,10 +76,13 @@ PARAMETERS = Rules(
     },
 )
 
+# Where a layer computes, its weights are whole but for the tensor axis.
+GATHERED = Rules("gathered parameter", {**PARAMETERS.mesh_axes, "embed": None})
+
 ACTIVATIONS = Rules(
     "activation",
     {
-        "batch": ("data", "fsdp"),
+        "batch": BATCH_AXES,
         "length": None,
         "embed": None,
         "kv_heads": "tensor",
@@ -86,28 +94,31 @@ ACTIVATIONS = Rules(
 )
 
 
-def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh ('data', 'fsdp', 'tensor') of a config; `mesh.fsdp = -1` takes all devices left.
+def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a config, with the axes `AXES`; `mesh.fsdp = -1` takes all devices left.
 
     Axes are of type Auto: the compiler places what the rules leave open. A single process may use
-    fewer devices than there are; several processes must use all of them.
+    fewer devices than there are; several processes must use all of them. Devices are ordered so
+    that the later axes lie on neighbouring chips, and only `slice` crosses between slices.
 
     Args:
       config: a validated config.
       devices: devices to use; default all devices of all processes.
 
     Raises:
-      ConfigError: the sizes do not fit the devices, or the rows of a step cannot be split evenly.
+      ConfigError: the sizes do not fit the devices, or do not divide heads, widths or rows.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {axis: int(config.mesh[axis]) for axis in AXES}
-    rest = sizes["data"] * sizes["tensor"]
     if sizes["fsdp"] == -1:
+        rest = math.prod(size for axis, size in sizes.items() if axis != "fsdp")
         sizes["fsdp"] = len(devices) // rest
         if sizes["fsdp"] * rest != len(devices):
+            others = " × ".join(f"mesh.{axis}" for axis in AXES if axis != "fsdp")
+            values = " × ".join(str(sizes[axis]) for axis in AXES if axis != "fsdp")
             raise ConfigError(
-                f"config.mesh.fsdp = -1: mesh.data × mesh.tensor = {sizes['data']} ×"
-                f" {sizes['tensor']} does not divide the {len(devices)} available devices"
+                f"config.mesh.fsdp = -1: {others} = {values} does not divide the {len(devices)}"
+                f" available devices; sizes that would: {_divisors(len(devices))}"
             )
     used = math.prod(sizes.values())
     shown = ", ".join(f"{axis} = {size}" for axis, size in sizes.items())
@@ -118,20 +129,58 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
         )
     if used < len(devices):
         logging.warning("the mesh (%s) uses %d of %d devices", shown, used, len(devices))
+    _check_shape(config, sizes)
     _check_rows(config, sizes)
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:used]
+    return Mesh(_arrange(sizes, devices[:used]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arrange(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices in the shape of the mesh, along the links of the machine."""
+    shape = tuple(sizes[axis] for axis in AXES)
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if sizes["slice"] != len(slices):
+        raise ConfigError(
+            f"config.mesh.slice = {sizes['slice']}: the devices form {len(slices)} slices; set"
+            f" mesh.slice = {len(slices)}, so that only gradients cross the network between them"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (1, *shape[1:]), (shape[0], 1, 1, 1), devices, allow_split_physical_axes=True
     )
 
 
+def _divisors(number: int, below: int = 1 << 30) -> str:
+    found = [size for size in range(1, min(number, below) + 1) if number % size == 0]
+    return ", ".join(map(str, found))
+
+
+def _check_shape(config: ConfigDict, sizes: Mapping[str, int]) -> None:
+    """Refuses axes that do not divide what they split."""
+    model = config.model
+    split = (
+        ("tensor", "model.kv_heads", model.kv_heads),
+        ("tensor", "model.mlp_width", model.mlp_width),
+        ("tensor", "model.vocabulary", model.vocabulary),
+        ("fsdp", "model.hidden", model.hidden),
+    )
+    for axis, field, value in split:
+        if value % sizes[axis]:
+            raise ConfigError(
+                f"config.mesh.{axis} = {sizes[axis]} does not divide {field} = {value}; sizes of"
+                f" mesh.{axis} that do: {_divisors(value, 1024)}"
+            )
+
+
 def _check_rows(config: ConfigDict, sizes: Mapping[str, int]) -> None:
-    ways = sizes["data"] * sizes["fsdp"]
+    ways = math.prod(sizes[axis] for axis in BATCH_AXES)
     rows, parts = config.data.batch_rows, config.train.microbatches
     if (rows // parts) % ways:
+        shown = " × ".join(str(sizes[axis]) for axis in BATCH_AXES)
         raise ConfigError(
             f"config.data.batch_rows = {rows}: {rows // parts} rows (train.microbatches = {parts})"
-            f" cannot be split over mesh.data × mesh.fsdp = {sizes['data']} × {sizes['fsdp']} ="
-            f" {ways} devices; use a multiple of {parts * ways} rows, or a smaller mesh"
+            f" cannot be split over mesh.slice × mesh.data × mesh.fsdp = {shown} = {ways} devices;"
+            f" use a multiple of {parts * ways} rows, or a smaller mesh"
         )
 
 
@@ -179,37 +228,89 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def to_global(mesh: Mesh, batch: Any) -> Any:
-    """Global arrays from the rows that this process loaded (`host_rows`).
+def constrain(mesh: Mesh | None, x: Array, axes: Sequence[str | None]) -> Array:
+    """`x` split by the activation rules; as it is where there is no mesh."""
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, ACTIVATIONS.spec(axes)))
+
+
+def gather(mesh: Mesh | None, params: Any, axes_tree: Any, dtype: Any, reduce_dtype: Any) -> Any:
+    """Parameters as a layer computes with them: whole over `fsdp`, matrices in the compute dtype.
+
+    The gradient comes back in `reduce_dtype`, summed over the batch and split like the parameter in
+    one reduce-scatter. A plain sharding constraint would all-reduce the whole gradient instead,
+    since its transpose asks for the gathered layout again.
+
+    Args:
+      mesh: the mesh; None only casts.
+      params: parameters.
+      axes_tree: for every parameter the tuple of its logical axes.
+      dtype: of matrices where they are used. What has no `embed` axis (norms, biases) is left.
+      reduce_dtype: in which gradients of devices are added up.
+    """
+
+    def one(x: Array, axes: Sequence[str | None]) -> Array:
+        if "embed" not in axes:
+            return x
+        if mesh is None or mesh.size == 1:
+            return x.astype(dtype)
+        whole = NamedSharding(mesh, GATHERED.spec(axes))
+        parts = NamedSharding(mesh, PARAMETERS.spec(axes))
+        kind = x.dtype
+
+        @jax.custom_vjp
+        def unshard(x: Array) -> Array:
+            return jax.lax.with_sharding_constraint(x.astype(dtype), whole)
+
+        def backward(_: None, gradient: Array) -> tuple[Array]:
+            gradient = jax.lax.with_sharding_constraint(gradient.astype(reduce_dtype), parts)
+            return (gradient.astype(kind),)
+
+        unshard.defvjp(lambda x: (unshard(x), None), backward)
+        return unshard(x)
+
+    return jax.tree.map(one, params, axes_tree)
+
+
+class HostRows(NamedTuple):
+    """The rows of a global batch that this process loads, in the order it loads them."""
+
+    ids: Int[np.ndarray, " rows"]
+    total: int  # rows of the global batch
+
+    def find(self, low: int, high: int) -> slice:
+        """Where the global rows `low … high − 1` of a device lie among the loaded ones."""
+        first = int(np.searchsorted(self.ids, low))
+        return slice(first, first + high - low)
+
+
+def host_rows(mesh: Mesh, total: int) -> HostRows:
+    """The rows of a global batch of `total` rows that lie on devices of this process.
+
+    On a torus they need not be neighbours: hosts hold squares of chips, batches are split in lines.
+    """
+    indices = batch_sharding(mesh).addressable_devices_indices_map((total,)).values()
+    spans = {part[0].indices(total)[:2] for part in indices if part is not None}
+    return HostRows(np.unique(np.concatenate([np.arange(*span) for span in sorted(spans)])), total)
+
+
+def to_global(mesh: Mesh, batch: Any, rows: HostRows) -> Any:
+    """Global arrays from the rows that this process loaded.
 
     Args:
       mesh: the mesh.
-      batch: a tree of host arrays, first axis rows. They may be used without a copy: do not
-        write to them afterwards.
+      batch: a tree of host arrays, first axis the rows `rows.ids`. They may be used without a copy:
+        do not write to them afterwards.
+      rows: `host_rows` of the mesh.
     """
     sharding = batch_sharding(mesh)
+
+    def one(x: np.ndarray) -> Array:
+        def part(index: Any) -> np.ndarray:
+            return x[rows.find(*index[0].indices(rows.total)[:2])]
+
+        return jax.make_array_from_callback((rows.total, *x.shape[1:]), sharding, part)
+
     with jax.transfer_guard("allow"):  # this is the explicit transfer; JAX does not count it so
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
-
-
-def host_rows(config: ConfigDict, mesh: Mesh | None = None) -> slice:
-    """The rows of the global batch that this process loads.
-
-    Args:
-      config: a validated config.
-      mesh: its mesh, made anew when not given.
-
-    Raises:
-      ConfigError: the rows of this process are not contiguous on the mesh.
-    """
-    mesh = make_mesh(config) if mesh is None else mesh
-    rows = config.data.batch_rows
-    indices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
-    spans = sorted({part[0].indices(rows)[:2] for part in indices if part is not None})
-    gaps = [low for (_, high), (low, _) in zip(spans, spans[1:], strict=False) if low != high]
-    if gaps:
-        raise ConfigError(
-            f"the rows of process {jax.process_index()} have a gap before row {gaps[0]}:"
-            " order the mesh so that a process holds neighbouring rows (mesh.tensor within a host)"
-        )
-    return slice(spans[0][0], spans[-1][1])
+        return jax.tree.map(one, batch)

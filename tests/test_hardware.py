@@ -36,7 +36,7 @@ def test_topology():
     assert chip_of_topology("v5p:4x4x8")[1] == (4, 4, 8)
 
 
-@pytest.mark.parametrize("name", ["v5e", "v9:4x4", "h100:2x2", "v5e:4xfour", "v5e:0x4", ""])
+@pytest.mark.parametrize("name", ["v5e", "v9:4x4", "h100:2x2", "v5e:4xa", "v5e:0x4", "v5e:4x²", ""])
 def test_unknown_topology_lists_the_chips(name):
     with pytest.raises(ConfigError, match=r"chips: v4, v5e, v5p, v6e; .* v5e:16x16"):
         chip_of_topology(name)

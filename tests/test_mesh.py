@@ -7,7 +7,15 @@ from jax.sharding import PartitionSpec
 
 from m3jax import mesh as mesh_lib
 from m3jax.config import ConfigError, default
-from m3jax.mesh import Rules, batch_sharding, host_rows, make_mesh, parameter_shardings, to_global
+from m3jax.mesh import (
+    HostRows,
+    Rules,
+    batch_sharding,
+    host_rows,
+    make_mesh,
+    parameter_shardings,
+    to_global,
+)
 
 
 def config_with(**sizes):
@@ -20,7 +28,7 @@ def config_with(**sizes):
 
 def test_mesh_takes_all_devices_left():
     mesh = make_mesh(config_with(data=2, tensor=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(mesh.shape) == {"slice": 1, "data": 2, "fsdp": 2, "tensor": 2}
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
 
 
@@ -31,9 +39,16 @@ def test_mesh_may_use_fewer_devices():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"data": 3}, "mesh.fsdp = -1: mesh.data × mesh.tensor = 3 × 1 does not divide the 8"),
-        ({"data": 4, "fsdp": 4}, r"\(data = 4, fsdp = 4, tensor = 1\) has 16 devices; 8 are"),
-        ({"tensor": 16}, "mesh.fsdp = -1: .* = 1 × 16 does not divide the 8"),
+        (
+            {"data": 3},
+            "mesh.slice × mesh.data × mesh.tensor = 1 × 3 × 1 does not divide .*: 1, 2, 4, 8",
+        ),
+        (
+            {"data": 4, "fsdp": 4},
+            r"\(slice = 1, data = 4, fsdp = 4, tensor = 1\) has 16 devices; 8 are",
+        ),
+        ({"tensor": 8}, r"mesh.tensor = 8 does not divide model.kv_heads = 4; .* do: 1, 2, 4$"),
+        ({"tensor": 16}, "mesh.fsdp = -1: .* = 1 × 1 × 16 does not divide the 8"),
     ],
 )
 def test_mesh_that_does_not_fit_is_refused(sizes, message):
@@ -76,21 +91,25 @@ def test_parameter_shardings_name_what_cannot_be_split():
 def test_to_global_splits_rows_over_data_and_fsdp():
     mesh = make_mesh(config_with(data=2, fsdp=2, tensor=2))
     batch = {"tokens": np.arange(24).reshape(8, 3)}
-    array = to_global(mesh, batch)["tokens"]
+    array = to_global(mesh, batch, host_rows(mesh, 8))["tokens"]
     assert array.sharding == batch_sharding(mesh)
     assert {shard.data.shape for shard in array.addressable_shards} == {(2, 3)}
     np.testing.assert_array_equal(np.asarray(array), batch["tokens"])
 
 
 def test_one_process_loads_all_rows():
-    assert host_rows(config_with(data=2)) == slice(0, 8)
+    mesh = make_mesh(config_with(data=2))
+    np.testing.assert_array_equal(host_rows(mesh, 8).ids, np.arange(8))
 
 
-def test_rows_with_a_gap_are_refused(monkeypatch):
+def test_rows_of_a_host_need_not_be_neighbours(monkeypatch):
     class Sharding:
         def addressable_devices_indices_map(self, shape):
-            return {0: (slice(0, 2),), 1: (slice(4, 6),)}
+            return {0: (slice(4, 6),), 1: (slice(0, 2),), 2: (slice(4, 6),)}
 
-    monkeypatch.setattr(mesh_lib, "batch_sharding", lambda mesh: Sharding())
-    with pytest.raises(ConfigError, match="gap before row 4"):
-        host_rows(config_with())
+    with monkeypatch.context() as patch:
+        patch.setattr(mesh_lib, "batch_sharding", lambda mesh: Sharding())
+        rows = host_rows(make_mesh(config_with()), 8)
+    np.testing.assert_array_equal(rows.ids, [0, 1, 4, 5])
+    assert rows == HostRows(rows.ids, 8)
+    assert (rows.find(0, 2), rows.find(4, 6)) == (slice(0, 2), slice(2, 4))

@@ -70,10 +70,10 @@ class Pipeline:
         self._counts = {"chunks": 0, "chunks_without_reference": 0}
         self._lock = threading.Lock()
 
-    def batch(self, step: int, rows: slice | None = None) -> Batch:
+    def batch(self, step: int, rows: np.ndarray | slice | None = None) -> Batch:
         """The batch of a step, or only some of its rows (those of one host)."""
         ids = np.asarray(self._order[step])
-        selected = np.arange(self.batch_rows)[rows or slice(None)]
+        selected = np.arange(self.batch_rows)[slice(None) if rows is None else rows]
         items = [self.rows[int(row)] for row in ids[selected]]
         batch: Batch = {
             "tokens": np.stack([item.tokens[:-1] for item in items]).astype(np.int32),
@@ -95,7 +95,9 @@ class Pipeline:
             batch["reference_tokens"] = self._reference_tokens(reference_ids)
         return batch
 
-    def batches(self, first_step: int = 0, rows: slice | None = None) -> Iterator[Batch]:
+    def batches(
+        self, first_step: int = 0, rows: np.ndarray | slice | None = None
+    ) -> Iterator[Batch]:
         """Batches from a step on, loaded ahead in threads of this process."""
         data = self.config.data
         steps = grain.MapDataset.range(first_step, 2**40).map(lambda step: self.batch(step, rows))

@@ -21,7 +21,7 @@ from m3jax import config as config_lib
 from m3jax.config import PREFIX_TOKENS, prefix_tokens
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.memory.write import write_bank
-from m3jax.mesh import make_mesh, to_global
+from m3jax.mesh import host_rows, make_mesh, to_global
 from m3jax.model.transformer import Model
 from m3jax.retrieval.embed import make_embedder
 from m3jax.retrieval.index import build_index
@@ -165,7 +165,7 @@ class _Stage:
 
     def __init__(self, config: ConfigDict, workdir: Path):
         self.mesh = make_mesh(config)
-        model = Model(config, prefix_tokens(config))
+        model = Model(config, prefix_tokens(config), self.mesh)
         optimizer = make_optimizer(config)
         abstract = abstract_state(model, optimizer, self.mesh)
         self.state = init_state(config, model, optimizer, abstract, None)
@@ -175,7 +175,8 @@ class _Stage:
         self.same = self._place(next(self.batches))
 
     def _place(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return to_global(self.mesh, inputs(batch))
+        rows = host_rows(self.mesh, self.pipeline.batch_rows)
+        return to_global(self.mesh, inputs(batch), rows)
 
     def _run(self, batch: dict[str, Any]) -> None:
         self.state, metrics = self.step(self.state, batch)

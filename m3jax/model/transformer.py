@@ -17,13 +17,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from m3jax.config import PREFIX_TOKENS
+from m3jax.mesh import constrain, gather
 from m3jax.model.attention import ExplicitMemory, KeyValues, attend, attention_weights
 from m3jax.model.block import Block, rms_norm
 from m3jax.model.rope import rotate
+from m3jax.model.vocabulary import cross_entropy, lookup
 
 nnx.use_eager_sharding(False)  # parameters carry axis names; no mesh is needed to create them
 
@@ -62,6 +65,10 @@ class Transformer(nnx.Module):
             self.head = table(("vocabulary", "embed"))
 
 
+def _is_axes(node: Any) -> bool:
+    return isinstance(node, tuple)
+
+
 def segment_ranges(config: ConfigDict) -> dict[str, tuple[int, int]]:
     """First and last-plus-one layer of each segment, which may be empty."""
     first = config.memory.first_layer
@@ -75,14 +82,26 @@ class Model:
     Args:
       config: a validated config.
       prefix_tokens: tokens of the constant prefix, or () for none; see `config.prefix_tokens`.
+      mesh: where the functions will be traced for several devices: parameters split by the
+        parameter rules, rows of batches and references by the activation rules.
     """
 
-    def __init__(self, config: ConfigDict, prefix_tokens: tuple[int, ...] = PREFIX_TOKENS):
-        self.config = config
+    def __init__(
+        self,
+        config: ConfigDict,
+        prefix_tokens: tuple[int, ...] = PREFIX_TOKENS,
+        mesh: Mesh | None = None,
+    ):
+        self.config, self.mesh = config, mesh
         self.prefix_tokens = tuple(prefix_tokens)
         self.segments = {s: high - low for s, (low, high) in segment_ranges(config).items()}
         self.dtype = jnp.dtype(config.model.compute_dtype)
+        self.reduce_dtype = jnp.dtype(config.train.reduce_dtype)
         self._block, _ = nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))
+        # A layer's axes: those of its stack without the first, which is the layer.
+        self._axes = jax.tree.map(
+            lambda axes: axes[1:], self.abstract()[1]["memory"], is_leaf=_is_axes
+        )
 
     def abstract(self) -> tuple[Params, Params]:
         """Shapes and dtypes of the parameters, and their logical axis names."""
@@ -126,8 +145,21 @@ class Model:
           sparsify: `memory.sparsify.sparsifier(config)`; needed with `reference_tokens`.
           window: chunks whose memories a query reads; default from the config.
         """
-        hidden, _ = self._run(params, tokens_BT, memory, reference_tokens, sparsify, window)
-        return self.head(params, hidden)
+        return self.head(
+            params, self.hidden(params, tokens_BT, memory, reference_tokens, sparsify, window)
+        )
+
+    def hidden(
+        self,
+        params: Params,
+        tokens_BT: Int[Array, "B T"],
+        memory: ExplicitMemory | None = None,
+        reference_tokens: Int[Array, "B C M W"] | None = None,
+        sparsify: Callable | None = None,
+        window: int | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Hidden states after the last layer, before the final norm; arguments as in `logits`."""
+        return self._run(params, tokens_BT, memory, reference_tokens, sparsify, window)[0]
 
     def memory_attention(
         self, params: Params, tokens_BT: Int[Array, "B T"], memory: ExplicitMemory, window: int
@@ -137,11 +169,34 @@ class Model:
 
     def head(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Final norm and LM head; logits in float32."""
-        x = rms_norm(hidden, params["final_norm"], self.config.model.norm_epsilon)
-        table = params["embedding"] if self.config.model.tied_embeddings else params["head"]
+        x, table = self._head(params, hidden)
         return jnp.einsum(
             "BTD,VD->BTV", x, table.astype(x.dtype), preferred_element_type=jnp.float32
         )
+
+    def summed_loss(
+        self,
+        params: Params,
+        hidden: Float[Array, "B T D"],
+        targets_BT: Int[Array, "B T"],
+        weights_BT: Float[Array, "B T"],
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Weighted sums of cross-entropy and of right predictions, without keeping logits."""
+        x, table = self._head(params, hidden)
+        return cross_entropy(
+            x,
+            table,
+            targets_BT,
+            weights_BT,
+            mesh=self.mesh,
+            block=self.config.train.loss_block,
+            reduce_dtype=self.reduce_dtype,
+        )
+
+    def _head(self, params: Params, hidden: Array) -> tuple[Array, Array]:
+        """Normed hidden states and the table of the LM head."""
+        x = rms_norm(hidden, params["final_norm"], self.config.model.norm_epsilon)
+        return x, params["embedding"] if self.config.model.tied_embeddings else params["head"]
 
     def encode(
         self, params: Params, reference_tokens: Int[Array, "R W"], sparsify: Callable
@@ -157,7 +212,7 @@ class Model:
           The memories, keys and values `(R, L, K, P, H)` in the compute dtype and length `(R,)`;
           and the position inside the reference of every kept token.
         """
-        references = self._embed(params, reference_tokens)
+        references = self._embed(params, reference_tokens, self.mesh)
         streams = Streams(None, self._embed_prefix(params), references)
         streams = self._scan_plain(params, "lower", streams)
         layer = _Layer(self, sparsify=sparsify, usable_RW=reference_tokens != 0)
@@ -183,30 +238,45 @@ class Model:
         if reference_tokens is not None:
             *lead, W = reference_tokens.shape
             reference_tokens = reference_tokens.reshape(-1, W)
-            references = self._embed(params, reference_tokens)
+            references = self._embed(params, reference_tokens, self.mesh)
             layer.sparsify, layer.usable_RW, layer.lead = sparsify, reference_tokens != 0, lead
-        streams = Streams(self._embed(params, tokens_BT), self._embed_prefix(params), references)
+        streams = Streams(
+            self._embed(params, tokens_BT, self.mesh), self._embed_prefix(params), references
+        )
         streams = self._scan_plain(params, "lower", streams)
         streams, observed = self._scan_memory(params, streams, layer, memory)
         streams = self._scan_plain(params, "upper", streams._replace(references=None))
         assert streams.context is not None
         return streams.context, observed
 
-    def _embed(self, params: Params, tokens: Array) -> Array:
-        x = params["embedding"].astype(self.dtype)[tokens]
+    def _embed(self, params: Params, tokens: Array, mesh: Mesh | None) -> Array:
+        x = lookup(
+            params["embedding"],
+            tokens,
+            mesh=mesh,
+            dtype=self.dtype,
+            reduce_dtype=self.reduce_dtype,
+        )
         return x * jnp.asarray(self.config.model.embedding_scale, self.dtype)
+
+    def _merge(self, stacked: Params) -> Block:
+        """The block of one layer, its weights gathered."""
+        return nnx.merge(
+            self._block, gather(self.mesh, stacked, self._axes, self.dtype, self.reduce_dtype)
+        )
 
     def _embed_prefix(self, params: Params) -> Array | None:
         if not self.prefix_tokens:
             return None
-        return self._embed(params, jnp.asarray(self.prefix_tokens, jnp.int32)[None])
+        # The same on all devices: not a batch.
+        return self._embed(params, jnp.asarray(self.prefix_tokens, jnp.int32)[None], None)
 
     def _scan_plain(self, params: Params, segment: str, streams: Streams) -> Streams:
         if not self.segments[segment]:
             return streams
 
         def body(streams: Streams, stacked: Params) -> tuple[Streams, None]:
-            block = nnx.merge(self._block, stacked)
+            block = self._merge(stacked)
             return _Layer(self).plain(block, streams), None
 
         return jax.lax.scan(self._remat(body), streams, params[segment])[0]
@@ -225,7 +295,7 @@ class Model:
             length = memory.length
 
         def body(streams: Streams, inputs: Any, last: bool = False) -> tuple[Streams, Any]:
-            block = nnx.merge(self._block, inputs[0])
+            block = self._merge(inputs[0])
             memory = None
             if length is not None:
                 memory = ExplicitMemory(inputs[1][0], inputs[1][1], length)
@@ -284,9 +354,15 @@ class _Layer:
     def _qkv(self, block: Block, hidden: Array, first_position: int) -> tuple[Array, ...]:
         """Queries and keys after RoPE, values, and queries and keys before it."""
         q, k, v = block.qkv(hidden)
+        if hidden.shape[0] > 1:  # a batch, not the prefix
+            q = self._split(q, ("batch", "length", "kv_heads", "group", "head_dim"))
+            k, v = (self._split(x, ("batch", "length", "kv_heads", "head_dim")) for x in (k, v))
         positions = first_position + jnp.arange(hidden.shape[1])
         base = self.model.config.model.rope_base
         return rotate(q, positions, base), rotate(k, positions, base), v, q, k
+
+    def _split(self, x: Array, axes: Sequence[str | None]) -> Array:
+        return constrain(self.model.mesh, x, axes)
 
     def _prefix(self, block: Block, streams: Streams) -> tuple[Streams, KeyValues | None]:
         """The prefix attends to itself alone; its keys and values serve all other streams."""
@@ -317,6 +393,7 @@ class _Layer:
         if output:
             options = {"implementation": config.attention, "block": config.attention_block}
             hidden = block.rest(streams.references, attend(q, k, v, prefix, **options))
+            hidden = self._split(hidden, ("batch", "length", "embed"))
             streams = streams._replace(references=hidden)
         return streams, written
 
@@ -332,6 +409,10 @@ class _Layer:
         config = self.model.config
         first = len(self.model.prefix_tokens) + config.memory.reference_length
         q, k, v, _, _ = self._qkv(block, streams.context, first)
+        if memory is not None:
+            axes = ("batch", None, None, "kv_heads", None, "head_dim")
+            keys, values = (self._split(x, axes) for x in (memory.keys, memory.values))
+            memory = ExplicitMemory(keys, values, memory.length)
         observed = None
         chunks = {"chunk_length": config.memory.chunk_length, "window": self.window}
         if self.observe:
@@ -340,6 +421,7 @@ class _Layer:
         options = {"implementation": config.model.attention, "block": config.model.attention_block}
         attended = attend(q, k, v, prefix, memory, **chunks, **options)
         hidden = block.rest(streams.context, attended)
+        hidden = self._split(hidden, ("batch", "length", "embed"))
         return streams._replace(context=hidden), observed
 
 

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -38,7 +39,7 @@ Evaluate = Callable[[Params], Mapping[str, float]]
 class Batches(Protocol):
     """Where the loop gets its batches, `m3jax.data.pipeline.Pipeline`."""
 
-    def batches(self, first_step: int, rows: slice) -> Iterator[Mapping[str, Any]]:
+    def batches(self, first_step: int, rows: np.ndarray) -> Iterator[Mapping[str, Any]]:
         """Host batches of the steps `first_step` …; a batch is a function of (seed, step) alone."""
 
     def report(self) -> Mapping[str, float]:
@@ -88,7 +89,7 @@ def train(
     folder = Path(workdir).absolute() / config.stage
     check_owner(folder, config)
     mesh = make_mesh(config)
-    model = Model(config, prefix_tokens(config))
+    model = Model(config, prefix_tokens(config), mesh)
     optimizer = make_optimizer(config)
     abstract = abstract_state(model, optimizer, mesh)
     checkpoints = Checkpoints(folder, config, tokenizer_fingerprint, writer)
@@ -179,13 +180,13 @@ class _Loop:
             self.speed.seconds_before = self.metrics.seconds
         try:
             with _Termination(self.checkpoints) as termination:
-                rows = host_rows(self.config, self.mesh)
-                batches = iter(self.pipeline.batches(first, rows))
+                rows = host_rows(self.mesh, self.config.data.batch_rows)
+                batches = iter(self.pipeline.batches(first, rows.ids))
                 for step in range(first + 1, steps + 1):
                     with self.speed.waiting():
                         batch = inputs(next(batches))
                     with jax.transfer_guard("disallow"):
-                        state, metrics = step_function(state, to_global(self.mesh, batch))
+                        state, metrics = step_function(state, to_global(self.mesh, batch, rows))
                     self._settle()
                     self.pending = (step, metrics)
                     stop = termination.requested(step)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float
 
 from m3jax.model.transformer import Model, Params
@@ -40,17 +39,16 @@ def sums(model: Model, params: Params, batch: Batch, sparsify: Callable | None) 
         `(B, C, M, L, K, P, H)`) or `reference_tokens (B, C, M, W)` or neither.
       sparsify: `memory.sparsify.sparsifier(config)`; needed with `reference_tokens`.
     """
-    logits = model.logits(
+    hidden = model.hidden(
         params,
         batch["tokens"],
         memory=batch.get("memory"),
         reference_tokens=batch.get("reference_tokens"),
         sparsify=sparsify,
-    ).astype(jnp.float32)
+    )
     weights = batch["weights"].astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-    correct = (jnp.argmax(logits, axis=-1) == batch["targets"]).astype(jnp.float32)
-    return Sums(jnp.sum(losses * weights), jnp.sum(weights), jnp.sum(correct * weights))
+    loss, correct = model.summed_loss(params, hidden, batch["targets"], weights)
+    return Sums(loss, jnp.sum(weights), correct)
 
 
 def loss(

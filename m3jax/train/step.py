@@ -46,7 +46,7 @@ def make_step(
     optimizer = make_optimizer(config) if optimizer is None else optimizer
     abstract = abstract_state(model, optimizer, mesh) if abstract is None else abstract
     learning_rate, log_every = schedule(config), config.train.log_every
-    gradient = _make_gradient(config, model, mesh)
+    gradient = _make_gradient(config, model, mesh, abstract)
 
     def step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, dict[str, Array]]:
         gradients, total = gradient(state.params, batch)
@@ -77,7 +77,7 @@ def make_step(
     )
 
 
-def _make_gradient(config: ConfigDict, model: Model, mesh: Mesh) -> Callable:
+def _make_gradient(config: ConfigDict, model: Model, mesh: Mesh, abstract: TrainState) -> Callable:
     """`gradient(params, batch)`: float32 gradients of the mean loss, and the sums behind it."""
     parts = config.train.microbatches
     sparsify = sparsifier(config)
@@ -105,7 +105,13 @@ def _make_gradient(config: ConfigDict, model: Model, mesh: Mesh) -> Callable:
                 return jax.tree.map(jnp.add, carry, part(params, batch)), None
 
             zero = jnp.zeros((), jnp.float32)
-            start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+            start = jax.tree.map(
+                lambda x, like: jax.lax.with_sharding_constraint(
+                    jnp.zeros(x.shape, jnp.float32), like.sharding
+                ),
+                params,
+                abstract.params,
+            )
             (gradients, total), _ = jax.lax.scan(
                 body, (start, Sums(zero, zero, zero)), jax.tree.map(split, batch)
             )

@@ -1,5 +1,7 @@
 """The objective and the step: against NumPy, over microbatches, over meshes."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from train.tiny import SyntheticPipeline, tiny_config
 
 from m3jax.config import prefix_tokens
 from m3jax.memory.sparsify import sparsifier
-from m3jax.mesh import make_mesh, to_global
+from m3jax.mesh import host_rows, make_mesh, to_global
 from m3jax.model.transformer import Model
 from m3jax.train.objective import inputs, loss
 from m3jax.train.optimizer import make_optimizer
@@ -18,12 +20,13 @@ SOURCES = ("none", "precomputed", "online")
 
 
 def model_of(config):
-    return Model(config, prefix_tokens(config))
+    return Model(config, prefix_tokens(config), make_mesh(config))
 
 
 def run(config, steps, batches=None):
     """Metrics of some steps, and the state after them."""
     mesh, model, optimizer = make_mesh(config), model_of(config), make_optimizer(config)
+    rows = host_rows(mesh, config.data.batch_rows)
     abstract = abstract_state(model, optimizer, mesh)
     state = init_state(config, model, optimizer, abstract)
     step = make_step(config, model, mesh)
@@ -31,7 +34,7 @@ def run(config, steps, batches=None):
     for index in range(steps):
         batch = batches[index] if batches else pipeline.batch(index)
         with jax.transfer_guard("disallow"):
-            state, values = step(state, to_global(mesh, inputs(batch)))
+            state, values = step(state, to_global(mesh, inputs(batch), rows))
         metrics.append(jax.device_get(values))
     return metrics, jax.device_get(state)
 
@@ -86,12 +89,31 @@ def test_microbatches_equal_the_whole_batch():
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
 
 
+MESHES = {
+    "one": {"fsdp": 1},
+    "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "slices": {"slice": 2, "data": 2, "fsdp": 2},
+    "fsdp": {"fsdp": 8},
+    "tensor": {"fsdp": 1, "tensor": 8},
+}
+
+
+def run_on(mesh, source, **changes):
+    heads = {"model__query_heads": 16, "model__kv_heads": 8, "model__head_dim": 4}
+    axes = {f"mesh__{axis}": size for axis, size in MESHES[mesh].items()}
+    return run(tiny_config(source, **heads, **axes, **changes), 3)
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return functools.cache(lambda source: run_on("one", source))
+
+
+@pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
 @pytest.mark.parametrize("source", SOURCES)
-def test_eight_devices_equal_one(source):
-    one = run(tiny_config(source), 3)
-    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
-    parts = 2 if source == "none" else 1
-    eight = run(tiny_config(source, train__microbatches=parts, **mesh), 3)
+def test_eight_devices_equal_one(source, mesh, on_one_device):
+    one = on_one_device(source)
+    eight = run_on(mesh, source, train__microbatches=2 if mesh == "2x2x2" else 1)
     for name in one[0][0]:
         ours = [values[name] for values in eight[0]]
         np.testing.assert_allclose(ours, [v[name] for v in one[0]], rtol=1e-5, err_msg=name)
