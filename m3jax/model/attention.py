@@ -61,7 +61,7 @@ def attend(
     window: int = 1,
     implementation: str = "naive",
     block: int = 256,
-    kv_block: int = 512,
+    kv_block: int = 256,
     mesh: Mesh | AbstractMesh | None = None,
 ) -> Float[Array, "B T K G H"]:
     """Causal attention that also reads a prefix and explicit memories, in one softmax.

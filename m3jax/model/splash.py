@@ -37,6 +37,14 @@ from m3jax.model.keyvalues import ExplicitMemory, KeyValues, real_slots
 
 LANES = 128  # a block of keys, and of query rows, is a multiple of this
 
+# What the compiler gives the kernels of VMEM, and an estimate of what a block takes of it that
+# agrees with what compiled and what did not: for every row of queries and every key nine float32
+# numbers in each lane (running maximum, sum and output, codes, segments, log-sum-exp, the inputs
+# twice), and one for every score.
+VMEM = 2**24
+EDGE_BYTES = 9 * LANES * 4
+SCORE_BYTES = 4
+
 # Name of the kernel's output and log-sum-exp for `jax.checkpoint` policies: saving them spares the
 # forward kernel in the backward pass.
 RESIDUALS = "attention"
@@ -52,7 +60,7 @@ def splash_attend(
     chunk_length: int = 64,
     window: int = 1,
     block: int = 256,
-    kv_block: int = 512,
+    kv_block: int = 256,
     mesh: Mesh | AbstractMesh | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T K G H"]:
@@ -62,8 +70,9 @@ def splash_attend(
 
     Args:
       q_BTKGH, k_BTKH, v_BTKH, prefix, memory, chunk_length, window: as in `attend`.
-      block: tokens of a block of queries; raised to what the kernel needs, lowered to T.
-      kv_block: keys of a block, likewise.
+      block: tokens of a block of queries; raised to what the kernel needs, lowered to T and to
+        what the chip's VMEM holds.
+      kv_block: keys of a block; raised to a multiple of 128, lowered to what there is.
       mesh: devices over which rows ("batch") and key-value heads are split, each part by a kernel
         of its own; default the mesh of `jax.set_mesh`, and a single device where there is none.
       interpret: evaluate the kernel with plain operations, for any platform (slow).
@@ -155,26 +164,26 @@ def _attend_rows(
 def _lay_out(
     layout: Layout, x_BTKH: Array, prefix_SKH: Array | None, memory_BCMKPH: Array | None
 ) -> Array:
-    """Keys or values of a row `(B, K, layout.keys, H)`, zeros in the gaps."""
+    """Keys or values of a row `(B, K, layout.keys, H)`, zeros in the gap and at the end."""
     B, T, K, H = x_BTKH.shape
-    parts = []
+    parts = [jnp.zeros((B, K, layout.gap, H))]
+    if memory_BCMKPH is not None:
+        parts.append(jnp.moveaxis(memory_BCMKPH, 3, 1).reshape(B, K, -1, H))
     if prefix_SKH is not None:
         x_BKSH = jnp.moveaxis(prefix_SKH, 1, 0)[None]
         parts.append(jnp.broadcast_to(x_BKSH, (B, *x_BKSH.shape[1:])))
-    if memory_BCMKPH is not None:
-        parts.append(jnp.moveaxis(memory_BCMKPH, 3, 1).reshape(B, K, -1, H))
-    parts.append(jnp.zeros((B, K, layout.start - layout.prefix - layout.slots, H)))
     parts.append(jnp.moveaxis(x_BTKH, 2, 1))
     parts.append(jnp.zeros((B, K, layout.keys - layout.start - T, H)))
     return jnp.concatenate([part.astype(x_BTKH.dtype) for part in parts], axis=2)
 
 
 def _segments(layout: Layout, memory: ExplicitMemory) -> Array:
-    """1 for the memory slots that hold no token, 0 for every other key: `(B, layout.keys)`."""
+    """1 for the gap and the memory slots that hold no token, 0 for every other key: `(B, keys)`."""
     real = real_slots(memory)
-    empty_BS = 1 - real.reshape(real.shape[0], -1).astype(jnp.int32)
-    before = layout.prefix
-    return jnp.pad(empty_BS, ((0, 0), (before, layout.keys - before - layout.slots)))
+    real_BS = real.reshape(real.shape[0], -1).astype(jnp.int32)
+    after = layout.keys - layout.gap - layout.slots
+    real_BS = jnp.pad(real_BS, ((0, 0), (0, after)), constant_values=1)
+    return 1 - jnp.pad(real_BS, ((0, 0), (layout.gap, 0)))
 
 
 # -- where things lie ------------------------------------------------------------------------------
@@ -184,8 +193,9 @@ def _segments(layout: Layout, memory: ExplicitMemory) -> Array:
 class Layout:
     """Positions of queries and keys in the padded axes that the kernel works on.
 
-    Keys: `prefix`, then `slots` memory slots, a gap, and from `start` on the context. Rows of
-    queries: token 0 with its `group` heads, token 1 …
+    Keys: a gap, `slots` memory slots, the prefix, and from `start` on the context: prefix and
+    context are one run of keys, which costs the mask the fewest operations. (A softmax does not
+    mind the order.) Rows of queries: token 0 with its `group` heads, token 1 …
 
     Attributes:
       tokens: tokens T of a row.
@@ -223,7 +233,12 @@ class Layout:
     def keys(self) -> int:
         return _up(self.start + self.tokens, self.kv_block)
 
+    @property
+    def gap(self) -> int:
+        return self.start - self.prefix - self.slots
 
+
+@functools.lru_cache(maxsize=64)
 def plan(
     tokens: int,
     group: int,
@@ -245,9 +260,12 @@ def plan(
       ValueError: the row has too many tokens and memory slots.
     """
     unit = LANES // math.gcd(LANES, group)  # G · block has to be a multiple of the lanes
-    block = min(_up(block, unit), _up(tokens, unit))
     slots = chunks * chunk_slots
     kv_block = min(_up(kv_block, LANES), _up(prefix + slots + tokens, LANES))
+    block = min(_up(block, unit), _up(tokens, unit))
+    while block > unit and _vmem(block * group, kv_block) > VMEM:
+        block = _up(block // 2, unit)
+    window = min(window, max(1, chunks))
     layouts = [
         Layout(
             *(tokens, group, prefix, slots, chunk_slots, chunk_length, window, block, kv_block),
@@ -255,10 +273,10 @@ def plan(
         )
         for start in dict.fromkeys((_up(prefix + slots, kv_block), prefix + slots))
     ]
-    if _code_bits(layouts[0]) > 31:
+    if any(_shift(layout) + (layout.gap + slots).bit_length() > 31 for layout in layouts):
         raise ValueError(
-            f"attention: {tokens} tokens and {slots} memory slots in one row are too many for the"
-            " splash kernel (tokens × slots < 2³⁰); use attention 'blocked'"
+            f"attention: a row of {tokens} tokens and {slots} memory slots is too long for the"
+            " splash kernel (tokens × slots < 2³⁰); set model.attention = 'blocked'"
         )
     return layouts[0] if len(layouts) == 1 else min(layouts, key=lambda x: pairs(x)[0])
 
@@ -273,8 +291,12 @@ def pairs(layout: Layout) -> tuple[int, int]:
         for column in range(0, layout.keys, layout.kv_block):
             part = mask[row : row + layout.block, column : column + layout.kv_block]
             visited += bool(part.any())
-            useful += int(part[: max(0, layout.tokens - row)].sum())
+            useful += int(part[: max(0, layout.tokens - row), max(0, layout.gap - column) :].sum())
     return visited * layout.block * layout.kv_block, useful
+
+
+def _vmem(rows: int, keys: int) -> int:
+    return EDGE_BYTES * (rows + keys) + SCORE_BYTES * rows * keys
 
 
 def _up(size: int, multiple: int) -> int:
@@ -284,34 +306,28 @@ def _up(size: int, multiple: int) -> int:
 # -- the mask --------------------------------------------------------------------------------------
 
 
-def _code_bits(layout: Layout) -> int:
-    return layout.tokens.bit_length() + (layout.prefix + layout.slots).bit_length()
+def _shift(layout: Layout) -> int:
+    return (layout.prefix + layout.tokens).bit_length()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Visible:
     """Whether a key is seen, from the code of the query and the position of the key.
 
-    The code is the token and, `shift` bits up, the end of the memories that the token reads: no
-    division by the chunk length is left for the kernel, in which every operation counts.
+    The code is the token's place in the run of prefix and context and, `shift` bits up, the first
+    slot that it reads. The kernel evaluates this for every pair, beside the softmax: no division by
+    the chunk length is left, and unsigned numbers test both ends of a run at once.
     """
 
-    prefix: int
-    start: int
+    first: int  # key position of the run of prefix and context
     shift: int
     reach: int  # memory slots in the window
 
     def __call__(self, code: Any, key: Any) -> Any:
-        token = code & ((1 << self.shift) - 1)
-        seen = key <= token + self.start
-        if self.start:
-            seen = seen & (key >= self.start)
-        if self.prefix:
-            seen = seen | (key < self.prefix)
+        place = (code & ((1 << self.shift) - 1)).astype(np.uint32)
+        seen = (key - self.first).astype(np.uint32) <= place
         if self.reach:
-            end = code >> self.shift
-            # Before the first chunk the window reaches into the prefix, which is seen anyway.
-            seen = seen | ((key < end) & (key >= end - self.reach))
+            seen = seen | ((key - (code >> self.shift)).astype(np.uint32) < np.uint32(self.reach))
         return seen
 
 
@@ -319,19 +335,19 @@ class RowMask(mask_lib._ComputableMask):
     """Mask of one row: `mask[rows, keys]` in the layout, computed when asked for.
 
     The kernel gets `q_sequence`, the code of every row of queries, and `mask_function`. Rows that
-    only pad have the code of the last token, so that no block is visited for them alone.
+    only pad have the code of the last token, so that no block is visited for them alone. The
+    window of the first chunks reaches into the gap, which is of another segment.
     """
 
     def __init__(self, layout: Layout):
-        shift = layout.tokens.bit_length()
-        reach = layout.window * layout.chunk_slots if layout.slots else 0
-        function = _Visible(layout.prefix, layout.start, shift, reach)
+        reach = layout.window * layout.chunk_slots
+        function = _Visible(layout.start - layout.prefix, _shift(layout), reach)
         super().__init__((layout.rows, layout.keys), function)
         self.layout = layout
         token = np.minimum(np.arange(layout.rows) // layout.group, layout.tokens - 1)
-        ends = (token // layout.chunk_length + 1) * layout.chunk_slots
-        end = layout.prefix + np.minimum(ends, layout.slots)
-        self.q_sequence = (token | end << shift).astype(np.int32)
+        chunk = token // layout.chunk_length - layout.window + 1
+        slot = layout.gap + chunk * layout.chunk_slots  # negative before the first chunk
+        self.q_sequence = ((token + layout.prefix) | slot << _shift(layout)).astype(np.int32)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         rows, keys = index
