@@ -48,10 +48,22 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
     ),
     "model.param_dtype": ("float32", "dtype of parameters", ("float32", "bfloat16")),
     "model.compute_dtype": ("float32", "dtype of activations", ("float32", "bfloat16")),
-    "model.attention": ("blocked", "attention implementation", ("naive", "blocked")),
+    "model.attention": (
+        "blocked",
+        "attention implementation: naive holds all scores; blocked runs anywhere; splash is the TPU"
+        " kernel, splash_interpret the same in plain operations (for tests); cudnn the kernel for"
+        " NVIDIA GPUs, xla the same call without it; auto takes splash on TPU, cudnn on GPU in"
+        " bfloat16, else blocked",
+        ("naive", "blocked", "splash", "splash_interpret", "cudnn", "xla", "auto"),
+    ),
     "model.attention_block": (
         256,
-        "queries per block of the blocked attention, tokens",
+        "queries per block of the blocked and the splash attention, tokens",
+        "[1, inf)",
+    ),
+    "model.attention_kv_block": (
+        256,
+        "keys per block of the splash attention, tokens",
         "[1, inf)",
     ),
     "model.remat": (

@@ -7,34 +7,47 @@ prompt whose chunks have five memories of their own is window 1 and M = 5.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import AbstractMesh, Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from m3jax.model.fused import fused_attend
+from m3jax.model.keyvalues import ExplicitMemory as ExplicitMemory
+from m3jax.model.keyvalues import KeyValues as KeyValues
+from m3jax.model.keyvalues import concatenate, visible_mask
+from m3jax.model.keyvalues import memory_mask as memory_mask
+from m3jax.model.splash import splash_attend
 
 MASKED = -1e30  # a finite score: rows are never empty, since a token always sees itself
 
-
-class KeyValues(NamedTuple):
-    """Keys (positions applied) and values of one layer, without batch: the constant prefix."""
-
-    keys: Float[Array, "S K H"]
-    values: Float[Array, "S K H"]
+IMPLEMENTATIONS = ("naive", "blocked", "splash", "splash_interpret", "cudnn", "xla")
 
 
-class ExplicitMemory(NamedTuple):
-    """Sparse attention key-values of references.
+def resolve(name: str, platform: str, dtype: DTypeLike, head_dim: int) -> str:
+    """The implementation that `auto` stands for; any other name is returned as it is.
 
-    keys, values: `(…, L, K, P, H)`, or `(…, K, P, H)` once a layer is chosen. In a batch the
-      leading axes are `(B, C, M)`: row, chunk, memory of the chunk.
-    length: `(…)` int32, how many of the P slots are real. Real slots come first, in reference
-      order; the others take no attention.
+    Asked once, while a step is built: `splash` on TPU, `cudnn` on an NVIDIA GPU where its kernel
+    takes the dtype and the head dim, else `blocked`.
+
+    Args:
+      name: `config.model.attention`.
+      platform: `platform` of the devices that will run the step: tpu, gpu, cuda, rocm, cpu.
+      dtype: dtype of queries, keys and values, `config.model.compute_dtype`.
+      head_dim: `config.model.head_dim`.
     """
-
-    keys: Float[Array, ...]
-    values: Float[Array, ...]
-    length: Int[Array, ...]
+    if name != "auto":
+        return name
+    if platform == "tpu":
+        return "splash"
+    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    if platform in ("gpu", "cuda") and half and head_dim % 8 == 0 and head_dim <= 128:
+        return "cudnn"
+    return "blocked"
 
 
 def attend(
@@ -48,6 +61,8 @@ def attend(
     window: int = 1,
     implementation: str = "naive",
     block: int = 256,
+    kv_block: int = 256,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> Float[Array, "B T K G H"]:
     """Causal attention that also reads a prefix and explicit memories, in one softmax.
 
@@ -59,17 +74,49 @@ def attend(
       chunk_length: tokens Q of a chunk.
       window: chunks whose memories a query reads, its own included.
       implementation: `naive` holds all scores; `blocked` works on `block` queries at a time, never
-        computes scores that the mask hides behind them, and recomputes them for the gradient.
-      block: queries a block, tokens.
+        computes scores that the mask hides behind them, and recomputes them for the gradient;
+        `splash` is the TPU kernel (`splash_attend`), `splash_interpret` the same anywhere, slowly;
+        `cudnn` is the kernel for NVIDIA GPUs, `xla` the same call without it (`fused_attend`).
+      block: queries a block, tokens; of `blocked` and `splash`.
+      kv_block: keys a block of `splash`.
+      mesh: devices that `splash` is split over; default the mesh of `jax.set_mesh`.
 
     Returns:
       Attention output, before the output projection, dtype of the values.
+
+    Raises:
+      ValueError: the implementation is unknown, or cannot take these arrays.
     """
-    T = q_BTKGH.shape[1]
     if implementation == "naive":
         return _attend_block(0, chunk_length, window, q_BTKGH, k_BTKH, v_BTKH, prefix, memory)
-    if implementation != "blocked":
-        raise ValueError(f"attention implementation {implementation!r}; known: naive, blocked")
+    function: Callable[..., Array]
+    options: dict[str, Any] = {"chunk_length": chunk_length, "window": window}
+    if implementation == "blocked":
+        function, options = _blocked_attend, {**options, "block": block}
+    elif implementation in ("splash", "splash_interpret"):
+        interpret = implementation == "splash_interpret"
+        blocks = {"block": block, "kv_block": kv_block, "mesh": mesh, "interpret": interpret}
+        function, options = splash_attend, {**options, **blocks}
+    elif implementation in ("cudnn", "xla"):
+        function, options = fused_attend, {**options, "implementation": implementation}
+    else:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"attention implementation {implementation!r}; known: {known}")
+    return function(q_BTKGH, k_BTKH, v_BTKH, prefix, memory, **options)
+
+
+def _blocked_attend(
+    q_BTKGH: Array,
+    k_BTKH: Array,
+    v_BTKH: Array,
+    prefix: KeyValues | None,
+    memory: ExplicitMemory | None,
+    *,
+    chunk_length: int,
+    window: int,
+    block: int,
+) -> Array:
+    T = q_BTKGH.shape[1]
     outputs = []
     for start in range(0, T, block):
         stop = min(start + block, T)
@@ -112,7 +159,7 @@ def _attend_block(
     weights_BKGTS = attention_weights(
         q_BTKGH, k_BSKH, prefix, memory, start, chunk_length, window, low
     )
-    _, values = _concatenate(k_BSKH, v_BSKH, prefix, memory)
+    _, values = concatenate(k_BSKH, v_BSKH, prefix, memory)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), values)
 
 
@@ -136,53 +183,11 @@ def attention_weights(
       low: chunk of the row that is the first in `memory`.
     """
     T, H, S = q_BTKGH.shape[1], q_BTKGH.shape[-1], k_BSKH.shape[1]
-    keys, _ = _concatenate(k_BSKH, k_BSKH, prefix, memory)
+    keys, _ = concatenate(k_BSKH, k_BSKH, prefix, memory)
     scores_BKGTS = jnp.einsum(
         "BTKGH,BSKH->BKGTS", q_BTKGH, keys, preferred_element_type=jnp.float32
     ) * (H**-0.5)
     query_T = start + jnp.arange(T)
-    masks = [(query_T[:, None] >= jnp.arange(S)[None])[None]]
-    if memory is not None:
-        visible = memory_mask(query_T, memory, chunk_length, window, low)
-        masks.insert(0, visible)
-    if prefix is not None:
-        masks.insert(0, jnp.ones((1, T, prefix.keys.shape[0]), bool))
-    batch = max(mask.shape[0] for mask in masks)
-    mask_BTS = jnp.concatenate(
-        [jnp.broadcast_to(mask, (batch, *mask.shape[1:])) for mask in masks], axis=-1
-    )
+    mask_BTS = visible_mask(query_T, S, prefix, memory, chunk_length, window, low)
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
     return jax.nn.softmax(scores_BKGTS, axis=-1)
-
-
-def memory_mask(
-    query_T: Int[Array, T],
-    memory: ExplicitMemory,
-    chunk_length: int,
-    window: int,
-    low: int = 0,
-) -> Bool[Array, "B T slots"]:
-    """Which memory slots (C·M·P, chunk-major) each query of the row reads."""
-    B, C, M = memory.length.shape
-    P = memory.keys.shape[-2]
-    distance_TC = query_T[:, None] // chunk_length - (low + jnp.arange(C))[None]
-    in_window_TC = (distance_TC >= 0) & (distance_TC < window)
-    real_BCMP = jnp.arange(P)[None, None, None] < memory.length[..., None]
-    visible = in_window_TC[None, :, :, None, None] & real_BCMP[:, None]
-    return visible.reshape(B, query_T.shape[0], C * M * P)
-
-
-def _concatenate(
-    k_BSKH: Array, v_BSKH: Array, prefix: KeyValues | None, memory: ExplicitMemory | None
-) -> tuple[Array, Array]:
-    """Keys and values in the order [prefix ; memories ; context]."""
-    B, _, K, H = k_BSKH.shape
-    keys, values = [k_BSKH], [v_BSKH]
-    if memory is not None:
-        for parts, x_BCMKPH in ((keys, memory.keys), (values, memory.values)):
-            slots = jnp.moveaxis(x_BCMKPH, 3, 4).reshape(B, -1, K, H)
-            parts.insert(0, slots.astype(k_BSKH.dtype))
-    if prefix is not None:
-        for parts, x_SKH in ((keys, prefix.keys), (values, prefix.values)):
-            parts.insert(0, jnp.broadcast_to(x_SKH[None], (B, *x_SKH.shape)).astype(k_BSKH.dtype))
-    return jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)

@@ -14,6 +14,7 @@ from m3jax.model.attention import (
     attend,
     attention_weights,
     memory_mask,
+    resolve,
 )
 
 B, T, K, G, H, P = 2, 7, 2, 2, 4, 3
@@ -94,10 +95,10 @@ def value_and_gradients(function: Any, inputs: Inputs, length: np.ndarray) -> tu
 
 @pytest.mark.parametrize(("window", "M", "prefix"), [(1, 5, 2), (2, 1, 0), (5, 1, 2)])
 def test_equals_explicit_concatenation(window: int, M: int, prefix: int) -> None:
-    """Values and gradients: the oracle, naive, and blocks that do not divide the row."""
+    """Values and gradients: the oracle, the call behind cuDNN, and blocks that do not divide T."""
     inputs, length = make_inputs(M, prefix)
     expected, wanted = value_and_gradients(partial(concatenated, window=window), inputs, length)
-    cases: list[dict[str, Any]] = [{"implementation": "naive"}]
+    cases: list[dict[str, Any]] = [{"implementation": "naive"}, {"implementation": "xla"}]
     cases += [
         {"implementation": "blocked", "block": block} for block in (3, 8)
     ]  # 8 spans two chunks
@@ -125,10 +126,50 @@ def test_blocked_equals_naive_without_prefix_and_memory(block: int) -> None:
     )
 
 
-def test_an_unknown_implementation_is_named() -> None:
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_fused_equals_naive_without_memory(prefix: int) -> None:
+    """The causal mask of the kernel serves, with queries to throw away in front."""
+    inputs, length = make_inputs(1, prefix)
+
+    def attention(inputs: Inputs, length: Any, implementation: str) -> Any:
+        return attend(*inputs[:4], implementation=implementation)
+
+    expected = value_and_gradients(partial(attention, implementation="naive"), inputs, length)
+    fused = partial(attention, implementation="xla")
+    found = value_and_gradients(fused, inputs, length)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    program = str(jax.make_jaxpr(fused)(inputs, length))
+    assert f"{T + prefix},{T + prefix}]" in program  # square: causal from corner to corner
+
+
+def test_what_an_implementation_cannot_take_is_named() -> None:
     inputs, length = make_inputs(1)
-    with pytest.raises(ValueError, match="implementation 'fused'; known: naive, blocked"):
+    with pytest.raises(ValueError, match="implementation 'fused'; known: naive, blocked, splash"):
         attended(inputs, length, 1, implementation="fused")
+    with pytest.raises(ValueError, match="takes bfloat16 or float16, not float32; set model.comp"):
+        attended(inputs, length, 1, implementation="cudnn")
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), inputs)
+    with pytest.raises(ValueError, match="multiple of 8 up to 128, not 4; set model.attention"):
+        attended(half, length, 1, implementation="cudnn")
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "head_dim", "expected"),
+    [
+        ("tpu", "float32", 80, "splash"),
+        ("gpu", "bfloat16", 80, "cudnn"),
+        ("cuda", "float16", 128, "cudnn"),
+        ("gpu", "float32", 80, "blocked"),
+        ("gpu", "bfloat16", 136, "blocked"),
+        ("gpu", "bfloat16", 20, "blocked"),
+        ("rocm", "bfloat16", 80, "blocked"),
+        ("cpu", "bfloat16", 80, "blocked"),
+    ],
+)
+def test_auto_takes_the_fastest(platform: str, dtype: str, head_dim: int, expected: str) -> None:
+    assert resolve("auto", platform, dtype, head_dim) == expected
+    assert resolve("naive", platform, dtype, head_dim) == "naive"
 
 
 # -- the mask
@@ -190,7 +231,7 @@ def test_mask_tables(window: int, M: int) -> None:
     np.testing.assert_array_equal(part[0], table[2:, 2 * M :])
 
 
-@pytest.mark.parametrize("implementation", ["naive", "blocked"])
+@pytest.mark.parametrize("implementation", ["naive", "blocked", "xla"])
 def test_invalid_slots_take_no_attention(implementation: str) -> None:
     """Whatever lies in the slots past the length, even where a finite mask could be outweighed."""
     inputs, length = make_inputs(2)
@@ -251,7 +292,7 @@ def test_rows_do_not_meet() -> None:
     np.testing.assert_array_equal(found[::-1], jitted(inputs, length, window=2))
 
 
-@pytest.mark.parametrize("implementation", ["naive", "blocked"])
+@pytest.mark.parametrize("implementation", ["naive", "blocked", "xla"])
 def test_bfloat16(implementation: str) -> None:
     inputs, length = make_inputs(1)
     options: dict[str, Any] = {"implementation": implementation, "block": 5}

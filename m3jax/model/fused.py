@@ -1,0 +1,82 @@
+"""Attention on GPU: the kernel of cuDNN through `jax.nn.dot_product_attention`.
+
+Written to the kernel's documented limits and equal to the oracle through the same call without the
+kernel (`xla`); the kernel itself is unmeasured here.
+
+cuDNN takes a causal mask for free, and any other mask as a bias of the size of all scores of one
+head, which it reads for every head, without skipping what is hidden, and whose gradient it writes
+even though nobody asks. So the free mask serves wherever there is no memory: a prefix of p keys is
+seen by everyone exactly when p queries that are thrown away stand in front of the row.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from m3jax.model.keyvalues import ExplicitMemory, KeyValues, concatenate, visible_mask
+
+
+def fused_attend(
+    q_BTKGH: Float[Array, "B T K G H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    prefix: KeyValues | None = None,
+    memory: ExplicitMemory | None = None,
+    *,
+    chunk_length: int = 64,
+    window: int = 1,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "B T K G H"]:
+    """`attend` by one call of `jax.nn.dot_product_attention`: the same arguments and result.
+
+    Args:
+      q_BTKGH, k_BTKH, v_BTKH, prefix, memory, chunk_length, window: as in `attend`.
+      implementation: `cudnn`, or `xla` for the same call on any platform, which holds all scores.
+
+    Raises:
+      ValueError: cuDNN does not take the dtype or the head dim.
+    """
+    B, T, K, G, H = q_BTKGH.shape
+    if implementation == "cudnn":
+        _check_cudnn(q_BTKGH)
+    keys, values = concatenate(k_BTKH, v_BTKH, prefix, memory)
+    q_BTNH = q_BTKGH.reshape(B, T, K * G, H)
+    if memory is None:
+        front = keys.shape[1] - T
+        q_BTNH = jnp.pad(q_BTNH, ((0, 0), (front, 0), (0, 0), (0, 0)))
+        out = jax.nn.dot_product_attention(
+            q_BTNH, keys, values, is_causal=True, implementation=implementation
+        )[:, front:]
+    else:
+        mask = visible_mask(jnp.arange(T), T, prefix, memory, chunk_length, window)[:, None]
+        # With a mask, cuDNN's gradient takes even lengths only: a query and a key to throw away.
+        q_BTNH, (keys, values) = _even(q_BTNH), (_even(keys), _even(values))
+        rows, columns = (x.shape[1] - n for x, n in ((q_BTNH, T), (keys, mask.shape[-1])))
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, rows), (0, columns)))
+        mask = mask.at[:, :, T:, 0].set(True)  # a query that sees nothing has no softmax
+        out = jax.nn.dot_product_attention(
+            q_BTNH, keys, values, mask=mask, implementation=implementation
+        )[:, :T]
+    return out.reshape(B, T, K, G, H)
+
+
+def _even(x_BSKH: Array) -> Array:
+    return jnp.pad(x_BSKH, ((0, 0), (0, x_BSKH.shape[1] % 2), (0, 0), (0, 0)))
+
+
+def _check_cudnn(q_BTKGH: Array) -> None:
+    H, dtype = q_BTKGH.shape[-1], q_BTKGH.dtype
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(
+            f"attention 'cudnn' takes bfloat16 or float16, not {dtype}; set"
+            " model.compute_dtype = 'bfloat16', or model.attention = 'blocked'"
+        )
+    if H % 8 or H > 128:
+        raise ValueError(
+            f"attention 'cudnn' takes a head dim that is a multiple of 8 up to 128, not {H};"
+            " set model.attention = 'blocked'"
+        )

@@ -1,0 +1,98 @@
+"""What a query can attend to, and which of it each query sees: prefix, memories, context."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class KeyValues(NamedTuple):
+    """Keys (positions applied) and values of one layer, without batch: the constant prefix."""
+
+    keys: Float[Array, "S K H"]
+    values: Float[Array, "S K H"]
+
+
+class ExplicitMemory(NamedTuple):
+    """Sparse attention key-values of references.
+
+    keys, values: `(…, L, K, P, H)`, or `(…, K, P, H)` once a layer is chosen. In a batch the
+      leading axes are `(B, C, M)`: row, chunk, memory of the chunk.
+    length: `(…)` int32, how many of the P slots are real. Real slots come first, in reference
+      order; the others take no attention.
+    """
+
+    keys: Float[Array, ...]
+    values: Float[Array, ...]
+    length: Int[Array, ...]
+
+
+def visible_mask(
+    query_T: Int[Array, T],
+    context: int,
+    prefix: KeyValues | None,
+    memory: ExplicitMemory | None,
+    chunk_length: int,
+    window: int,
+    low: int = 0,
+) -> Bool[Array, "rows T keys"]:
+    """Which keys, in the order [prefix ; memories ; context], each query sees.
+
+    Args:
+      query_T: positions in the row of the queries.
+      context: keys of the context, the tokens 0 ….
+      prefix, memory, chunk_length, window: as in `attend`.
+      low: chunk of the row that is the first in `memory`.
+
+    Returns:
+      One mask for every row; without memory one for all rows, since only the lengths differ.
+    """
+    masks = [(query_T[:, None] >= jnp.arange(context)[None])[None]]
+    if memory is not None:
+        masks.insert(0, memory_mask(query_T, memory, chunk_length, window, low))
+    if prefix is not None:
+        masks.insert(0, jnp.ones((1, query_T.shape[0], prefix.keys.shape[0]), bool))
+    rows = max(mask.shape[0] for mask in masks)
+    return jnp.concatenate(
+        [jnp.broadcast_to(mask, (rows, *mask.shape[1:])) for mask in masks], axis=-1
+    )
+
+
+def memory_mask(
+    query_T: Int[Array, T],
+    memory: ExplicitMemory,
+    chunk_length: int,
+    window: int,
+    low: int = 0,
+) -> Bool[Array, "B T slots"]:
+    """Which memory slots (C·M·P, chunk-major) each query of the row reads."""
+    B, C, M = memory.length.shape
+    P = memory.keys.shape[-2]
+    distance_TC = query_T[:, None] // chunk_length - (low + jnp.arange(C))[None]
+    in_window_TC = (distance_TC >= 0) & (distance_TC < window)
+    visible = in_window_TC[None, :, :, None, None] & real_slots(memory)[:, None]
+    return visible.reshape(B, query_T.shape[0], C * M * P)
+
+
+def real_slots(memory: ExplicitMemory) -> Bool[Array, "B C M P"]:
+    """Which slots of the memories hold a token."""
+    P = memory.keys.shape[-2]
+    return jnp.arange(P)[None, None, None] < memory.length[..., None]
+
+
+def concatenate(
+    k_BSKH: Array, v_BSKH: Array, prefix: KeyValues | None, memory: ExplicitMemory | None
+) -> tuple[Array, Array]:
+    """Keys and values in the order [prefix ; memories ; context]."""
+    B, _, K, H = k_BSKH.shape
+    keys, values = [k_BSKH], [v_BSKH]
+    if memory is not None:
+        for parts, x_BCMKPH in ((keys, memory.keys), (values, memory.values)):
+            slots = jnp.moveaxis(x_BCMKPH, 3, 4).reshape(B, -1, K, H)
+            parts.insert(0, slots.astype(k_BSKH.dtype))
+    if prefix is not None:
+        for parts, x_SKH in ((keys, prefix.keys), (values, prefix.values)):
+            parts.insert(0, jnp.broadcast_to(x_SKH[None], (B, *x_SKH.shape)).astype(k_BSKH.dtype))
+    return jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)

@@ -1,0 +1,348 @@
+"""The TPU kernel in plain operations: equal to the oracle, whole and split over eight devices."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+
+from m3jax.mesh import ACTIVATIONS, AXES
+from m3jax.model.attention import ExplicitMemory, KeyValues, attend, memory_mask
+from m3jax.model.splash import (
+    EDGE_BYTES,
+    SCORE_BYTES,
+    VMEM,
+    RowMask,
+    _segments,
+    make_kernel,
+    pairs,
+    plan,
+)
+
+
+class Case(NamedTuple):
+    """Shapes of a call; M = 0 is no memory, prefix = 0 none."""
+
+    H: int
+    T: int = 150
+    B: int = 1
+    K: int = 1
+    G: int = 3
+    M: int = 1
+    P: int = 4
+    prefix: int = 2
+    chunk: int = 16
+    window: int = 5
+    block: int = 128
+    kv_block: int = 128
+
+
+CASES = [
+    Case(H=80, B=2),  # one token block and a bit, of three heads
+    Case(H=64, K=2, G=1, M=3, window=1, T=128, prefix=0),
+    Case(H=128, K=2, G=2, T=100, window=100, block=64, kv_block=256),
+    Case(H=80, M=0, G=5, T=129),
+    Case(H=64, M=0, prefix=0, T=5, G=4),
+]
+
+
+class Inputs(NamedTuple):
+    q: Any
+    k: Any
+    v: Any
+    prefix: KeyValues | None
+    keys: Any
+    values: Any
+
+
+def make_inputs(case: Case, dtype: Any = jnp.float32) -> tuple[Inputs, np.ndarray]:
+    """Random arrays, and lengths from 0 to P, empty first and last chunks among them."""
+    random = np.random.default_rng(case.H + case.T)
+    C = -(-case.T // case.chunk)
+
+    def array(*shape: int) -> jax.Array:
+        return jnp.asarray(random.normal(size=shape), dtype)
+
+    context = (case.B, case.T, case.K)
+    slots = (case.B, C, case.M, case.K, case.P, case.H)
+    length = random.integers(0, case.P + 1, (case.B, C, case.M)).astype(np.int32)
+    length[0, [0, -1]] = 0
+    prefix = KeyValues(*(array(case.prefix, case.K, case.H) for _ in range(2)))
+    return Inputs(
+        array(*context, case.G, case.H),
+        array(*context, case.H),
+        array(*context, case.H),
+        prefix if case.prefix else None,
+        array(*slots) if case.M else None,
+        array(*slots) if case.M else None,
+    ), length
+
+
+def attended(inputs: Inputs, length: Any, case: Case, **options: Any) -> Any:
+    memory = None if inputs.keys is None else ExplicitMemory(inputs.keys, inputs.values, length)
+    options = {"block": case.block, "kv_block": case.kv_block, **options}
+    return attend(*inputs[:4], memory, chunk_length=case.chunk, window=case.window, **options)
+
+
+@partial(jax.jit, static_argnames=("case", "implementation", "mesh"))
+def value_and_gradients(
+    inputs: Inputs, length: Any, weights: Any, case: Case, **options: Any
+) -> Any:
+    def loss(inputs: Inputs) -> tuple[Any, Any]:
+        out = attended(inputs, length, case, **options)
+        return jnp.sum(out.astype(jnp.float32) * weights), out
+
+    gradients, out = jax.grad(loss, has_aux=True)(inputs)
+    return out, gradients
+
+
+def weights(inputs: Inputs) -> Any:
+    return np.random.default_rng(9).normal(size=inputs.q.shape).astype(np.float32)
+
+
+def assert_equal(found: Any, expected: Any, atol: float) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, ours), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
+        message = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol, err_msg=message)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_oracle(case: Case) -> None:
+    inputs, length = make_inputs(case)
+    expected = value_and_gradients(inputs, length, weights(inputs), case, implementation="naive")
+    found = value_and_gradients(
+        inputs, length, weights(inputs), case, implementation="splash_interpret"
+    )
+    assert_equal(found, expected, 1e-5)
+
+
+def test_invalid_slots_take_no_attention_and_bfloat16() -> None:
+    """Whatever lies in the slots past the length, even scores that would outweigh all others."""
+    case = CASES[0]
+    inputs, length = make_inputs(case)
+    expected = value_and_gradients(inputs, length, weights(inputs), case, implementation="naive")
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), inputs)
+    invalid = (np.arange(case.P) >= length[..., None])[:, :, :, None, :, None]
+    poisoned = half._replace(
+        keys=jnp.where(invalid, jnp.bfloat16(1e4), half.keys),
+        values=jnp.where(invalid, jnp.bfloat16(1e6), half.values),
+    )
+    options = {"implementation": "splash_interpret"}
+    found = value_and_gradients(poisoned, length, weights(inputs), case, **options)
+    assert found[0].dtype == jnp.bfloat16
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        error = np.linalg.norm(np.asarray(ours, np.float32) - theirs) / np.linalg.norm(theirs)
+        assert error < 2e-2
+    for gradient in found[1][4:]:
+        assert not np.where(invalid, gradient, 0).any()
+
+
+# -- over a mesh
+
+
+def make_mesh(*sizes: int) -> Any:
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 8)])
+def test_split_over_a_mesh(sizes: tuple[int, int, int]) -> None:
+    """Rows over data and fsdp, key-value heads over tensor; the prefix's gradient is the sum."""
+    mesh = make_mesh(*sizes)
+    case = Case(H=64, T=20, B=4 if sizes[0] > 1 else 1, K=8 if sizes[2] == 8 else 2, G=2)
+    inputs, length = make_inputs(case)
+    expected = value_and_gradients(inputs, length, weights(inputs), case, implementation="naive")
+
+    def put(x: Any, *axes: str | None) -> Any:
+        return jax.device_put(x, NamedSharding(mesh, ACTIVATIONS.spec(axes)))
+
+    heads, slots = ("batch", None, "kv_heads"), ("batch", None, None, "kv_heads")
+    split = Inputs(
+        *(put(x, *heads) for x in inputs[:3]),
+        KeyValues(*(put(x, None, "kv_heads") for x in inputs.prefix or ())),
+        *(put(x, *slots) for x in inputs[4:]),
+    )
+    arguments = (split, put(length, "batch"), put(weights(inputs), *heads), case)
+    options = {"implementation": "splash_interpret"}
+    found = value_and_gradients(*arguments, **options, mesh=mesh)
+    assert_equal(found, expected, 1e-5)
+    assert found[0].sharding.is_equivalent_to(split.q.sharding, 5)
+    # Nothing crosses the devices but the prefix's gradient, which is summed.
+    program = value_and_gradients.lower(*arguments, **options, mesh=mesh).compile().as_text()
+    assert "all-reduce" in program
+    assert not any(name in program for name in ("all-gather", "all-to-all", "permute"))
+    # The mesh in use serves where none is given.
+    with jax.set_mesh(mesh):
+        inside = jax.jit(partial(attended, case=case, **options))
+        assert "shard_map" in str(jax.make_jaxpr(inside)(split, length))
+
+
+def test_what_cannot_be_split_is_named() -> None:
+    inputs, length = make_inputs(Case(H=8, T=4, B=2, K=3))
+    options = {"implementation": "splash_interpret"}
+    with pytest.raises(ValueError, match=r"'batch' of size 2 .* mesh.data·fsdp = 4"):
+        attended(inputs, length, CASES[0], **options, mesh=make_mesh(2, 2, 2))
+    with pytest.raises(ValueError, match=r"'kv_heads' of size 3 .* mesh.tensor = 8"):
+        attended(inputs, length, CASES[0], **options, mesh=make_mesh(1, 1, 8))
+
+
+# -- the mask and what it skips
+
+# 6 tokens in chunks of 2, one memory of 2 slots a chunk, window 2: memories, prefix, context.
+TABLE = [
+    [1, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0],
+    [1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0, 0],
+    [1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 0, 0],
+    [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0],
+    [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+]
+
+
+def make_plan(tokens: int, group: int = 1, **changes: int) -> Any:
+    options = {"prefix": 1, "chunks": 3, "chunk_slots": 2, "chunk_length": 2, "window": 2}
+    return plan(tokens, group, **{**options, "block": 128, "kv_block": 128, **changes})
+
+
+def test_mask_table() -> None:
+    layout = make_plan(6, group=2)
+    assert (layout.gap, layout.start, layout.keys, layout.rows) == (0, 7, 128, 128)
+    mask = RowMask(layout)
+    table = np.array(TABLE, bool)
+    np.testing.assert_array_equal(mask[0:12, 0:13], table.repeat(2, axis=0))
+    assert not mask[0:12, 13:128].any()
+    np.testing.assert_array_equal(mask[12:128, :], mask[11:12, :].repeat(116, axis=0))
+    # The memory columns are those of the oracle, row by row of a batch through the segments.
+    length = np.array([[[2], [1], [0]], [[0], [2], [2]]], np.int32)
+    empty = np.zeros((2, 3, 1, 1, 2, 1), np.float32)
+    memory = ExplicitMemory(empty, empty, length)
+    wanted = memory_mask(jnp.arange(6), memory, chunk_length=2, window=2)
+    segments = np.asarray(_segments(layout, memory))
+    np.testing.assert_array_equal(segments[:, :6], [[0, 0, 0, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
+    assert not segments[:, 6:].any()
+    found = mask[0:12:2, 0:6][None] & (segments[:, None, :6] == 0)
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_the_gap_is_hidden() -> None:
+    """Where the context is aligned to blocks, the gap before the memories is seen by nobody."""
+    layout = make_plan(512, chunks=8, chunk_slots=8, chunk_length=64, window=3)
+    assert (layout.gap, layout.start) == (63, 128)
+    memory = ExplicitMemory(*(np.zeros((1, 8, 1, 1, 8, 1), np.float32),) * 2, np.full((1, 8, 1), 8))
+    seen = RowMask(layout)[0:512, 0:640] & (np.asarray(_segments(layout, memory)) == 0)
+    assert not seen[:, :63].any() and seen[:, 127].all()
+    token, key = np.arange(512)[:, None], np.arange(640)[None]
+    np.testing.assert_array_equal(seen[:, 128:], token >= key[:, :512])
+    distance = token // 64 - np.arange(64)[None] // 8
+    np.testing.assert_array_equal(seen[:, 63:127], (distance >= 0) & (distance < 3))
+
+
+BLOCKS = [  # of 128 tokens × 128 keys: two blocks of memories, window 1, and four of context
+    [1, 0, 1, 0, 0, 0],
+    [1, 0, 1, 1, 0, 0],
+    [0, 1, 1, 1, 1, 0],
+    [0, 1, 1, 1, 1, 1],
+]
+
+
+def test_hidden_blocks_are_skipped() -> None:
+    layout = make_plan(512, prefix=0, chunks=8, chunk_slots=32, chunk_length=64, window=1)
+    assert layout.start == 256
+    mask, found = RowMask(layout), np.zeros((4, 6), int)
+    for i, j in np.ndindex(4, 6):
+        found[i, j] = mask[128 * i : 128 * (i + 1), 128 * j : 128 * (j + 1)].any()
+    np.testing.assert_array_equal(found, BLOCKS)
+    # What the kernels run: forward, gradient of the queries, gradient of keys and values.
+    kernel = make_kernel(layout, kv_heads=2)
+    for tables in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info):
+        assert int((tables.block_mask > 0).sum()) == np.sum(BLOCKS)
+        assert tables.partial_mask_blocks is None  # no mask is stored
+    assert pairs(layout) == (14 * 128 * 128, 512 * 513 // 2 + 512 * 32)
+
+
+def test_the_waste_at_the_shape_of_memory3_2b() -> None:
+    """T = 2048, 32 chunks of 8 slots, window 5, prefix 2: needed pairs of a row, and executed."""
+    options = {"chunks": 32, "chunk_slots": 8, "chunk_length": 64, "window": 5, "prefix": 2}
+    needed = 2048 * 2049 // 2 + 2048 * 2 + 64 * 8 * (1 + 2 + 3 + 4 + 28 * 5)
+    for blocks, visited in {
+        (128, 128): 166,
+        (256, 256): 46,
+        (512, 256): 25,
+        (256, 512): 28,
+    }.items():
+        layout = make_plan(2048, 5, **options, block=blocks[0], kv_block=blocks[1])
+        assert pairs(layout) == (visited * blocks[0] * blocks[1], needed)
+
+
+def test_blocks_fit_the_chip() -> None:
+    for group in (1, 5, 8, 16, 48):
+        layout = make_plan(4096, group, block=512, kv_block=512)
+        rows = layout.block * group
+        assert rows % 128 == 0 and layout.rows % rows == 0 and layout.keys % 512 == 0
+        assert EDGE_BYTES * (rows + 512) + SCORE_BYTES * rows * 512 <= VMEM
+    assert make_plan(4096, 5, block=512).block == 512
+    with pytest.raises(ValueError, match="tokens and 2097152 memory slots is too long"):
+        make_plan(2**20, chunks=2**14, chunk_slots=128, chunk_length=64)
+
+
+# -- for the chip
+
+COMPILE = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from m3jax.mesh import ACTIVATIONS, AXES
+from m3jax.model.attention import ExplicitMemory, KeyValues, attend
+
+devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices)
+mesh = Mesh(devices.reshape(2, 4, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+
+def array(axes, *shape, dtype=jnp.bfloat16):
+    sharding = NamedSharding(mesh, ACTIVATIONS.spec(axes))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+B, T, K, G, H, C, P = 8, 512, 2, 5, 80, 8, 8
+heads, slots = ("batch", None, "kv_heads"), ("batch", None, None, "kv_heads")
+arguments = (
+    array(heads, B, T, K, G, H), array(heads, B, T, K, H), array(heads, B, T, K, H),
+    KeyValues(*[array((None, "kv_heads"), 2, K, H)] * 2),
+    *[array(slots, B, C, 1, K, P, H)] * 2,
+)
+length = array(("batch",), B, C, 1, dtype=jnp.int32)
+
+def loss(q, k, v, prefix, keys, values, length):
+    memory = ExplicitMemory(keys, values, length)
+    options = {"window": 5, "implementation": "splash", "mesh": mesh}
+    return jnp.sum(attend(q, k, v, prefix, memory, **options).astype(jnp.float32))
+
+gradient = jax.jit(jax.grad(loss, argnums=range(6))).trace(*arguments, length)
+print(gradient.lower(lowering_platforms=("tpu",)).compile().as_text().count('"tpu_custom_call"'))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_compiles_for_tpu(require: Callable) -> None:
+    """The compiler of the chip takes the three kernels, split over 16 chips."""
+    require("libtpu")
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["3"]
