@@ -41,6 +41,7 @@ def get_config(options: str = "") -> ConfigDict:
     config.model.param_dtype = "bfloat16"
     config.model.compute_dtype = "bfloat16"
     config.model.remat = "full"
+    config.model.attention = "auto"
 
     config.memory.first_layer = 0
     config.memory.layers = 20

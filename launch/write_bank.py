@@ -44,7 +44,8 @@ def main(argv: list[str]) -> None:
     config, workdir = validate(_CONFIG.value), Path(str(_WORKDIR.value))
     references = References.open(_REFERENCES.value or workdir / "references")
     tokenizer = references.tokenizer_fingerprint
-    model = Model(config, PREFIX_TOKENS)
+    mesh = make_mesh(config) if jax.device_count() > 1 else None
+    model = Model(config, PREFIX_TOKENS, mesh)
     checkpoint = Path(_CHECKPOINT.value or workdir / "warmup")
     params, path, step = restore_writer(checkpoint, model, tokenizer)
     folder = _BANK.value or workdir / "bank"
@@ -59,7 +60,6 @@ def main(argv: list[str]) -> None:
         writer_path=str(path),
         writer_step=step,
         base=None if _BASE.value is None else Bank.open(_BASE.value),
-        mesh=make_mesh(config) if jax.device_count() > 1 else None,
     )
     print(
         f"bank {folder}: {report['references']} memories by {path} step {step};"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from m3jax.config import ConfigError
@@ -65,7 +65,9 @@ class Rules:
 PARAMETERS = Rules(
     "parameter",
     {
-        "vocabulary": "tensor",
+        # Tables are split by rows, which need no padding: a part of their columns would.
+        "vocabulary": ("tensor", "fsdp"),
+        "features": None,
         "embed": "fsdp",
         "kv_heads": "tensor",
         "group": None,
@@ -76,22 +78,7 @@ PARAMETERS = Rules(
     },
 )
 
-# Where a layer computes, its weights are whole but for the tensor axis.
-GATHERED = Rules("gathered parameter", {**PARAMETERS.mesh_axes, "embed": None})
-
-ACTIVATIONS = Rules(
-    "activation",
-    {
-        "batch": BATCH_AXES,
-        "length": None,
-        "embed": None,
-        "kv_heads": "tensor",
-        "group": None,
-        "head_dim": None,
-        "mlp": "tensor",
-        "vocabulary": "tensor",
-    },
-)
+ACTIVATIONS = Rules("activation", {"batch": BATCH_AXES, "kv_heads": "tensor"})
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
@@ -161,7 +148,6 @@ def _check_shape(config: ConfigDict, sizes: Mapping[str, int]) -> None:
     split = (
         ("tensor", "model.kv_heads", model.kv_heads),
         ("tensor", "model.mlp_width", model.mlp_width),
-        ("tensor", "model.vocabulary", model.vocabulary),
         ("fsdp", "model.hidden", model.hidden),
     )
     for axis, field, value in split:
@@ -170,6 +156,13 @@ def _check_shape(config: ConfigDict, sizes: Mapping[str, int]) -> None:
                 f"config.mesh.{axis} = {sizes[axis]} does not divide {field} = {value}; sizes of"
                 f" mesh.{axis} that do: {_divisors(value, 1024)}"
             )
+    ways = sizes["tensor"] * sizes["fsdp"]
+    if model.vocabulary % ways:
+        raise ConfigError(
+            f"config.model.vocabulary = {model.vocabulary} cannot be split over mesh.tensor ×"
+            f" mesh.fsdp = {sizes['tensor']} × {sizes['fsdp']} devices; use a multiple of {ways}"
+            " (it may be larger than the tokenizer's) or other axes"
+        )
 
 
 def _check_rows(config: ConfigDict, sizes: Mapping[str, int]) -> None:
@@ -218,6 +211,18 @@ def parameter_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """Options of the compiler for programs on this mesh.
+
+    On TPUs products next to a gather or scatter are by default unrolled into a ring of small ones:
+    gradients would be added up in the dtype of the product, whatever the config says, and the
+    program takes twice as long to compile.
+    """
+    if mesh.devices.flat[0].platform != "tpu":
+        return None
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of anything whose first axis is the rows of a batch."""
     return NamedSharding(mesh, ACTIVATIONS.spec(("batch",)))
@@ -228,49 +233,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def constrain(mesh: Mesh | None, x: Array, axes: Sequence[str | None]) -> Array:
-    """`x` split by the activation rules; as it is where there is no mesh."""
-    if mesh is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, ACTIVATIONS.spec(axes)))
-
-
-def gather(mesh: Mesh | None, params: Any, axes_tree: Any, dtype: Any, reduce_dtype: Any) -> Any:
-    """Parameters as a layer computes with them: whole over `fsdp`, matrices in the compute dtype.
-
-    The gradient comes back in `reduce_dtype`, summed over the batch and split like the parameter in
-    one reduce-scatter. A plain sharding constraint would all-reduce the whole gradient instead,
-    since its transpose asks for the gathered layout again.
+def on_devices(mesh: Mesh | None, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`function` of one device's parts as a function of global arrays (`jax.shard_map`).
 
     Args:
-      mesh: the mesh; None only casts.
-      params: parameters.
-      axes_tree: for every parameter the tuple of its logical axes.
-      dtype: of matrices where they are used. What has no `embed` axis (norms, biases) is left.
-      reduce_dtype: in which gradients of devices are added up.
+      mesh: the mesh; None, or one device: the function itself.
+      function: uses collectives where it needs them.
+      in_specs, out_specs: partitions of arguments and results.
     """
-
-    def one(x: Array, axes: Sequence[str | None]) -> Array:
-        if "embed" not in axes:
-            return x
-        if mesh is None or mesh.size == 1:
-            return x.astype(dtype)
-        whole = NamedSharding(mesh, GATHERED.spec(axes))
-        parts = NamedSharding(mesh, PARAMETERS.spec(axes))
-        kind = x.dtype
-
-        @jax.custom_vjp
-        def unshard(x: Array) -> Array:
-            return jax.lax.with_sharding_constraint(x.astype(dtype), whole)
-
-        def backward(_: None, gradient: Array) -> tuple[Array]:
-            gradient = jax.lax.with_sharding_constraint(gradient.astype(reduce_dtype), parts)
-            return (gradient.astype(kind),)
-
-        unshard.defvjp(lambda x: (unshard(x), None), backward)
-        return unshard(x)
-
-    return jax.tree.map(one, params, axes_tree)
+    if mesh is None or mesh.size == 1:
+        return function
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
 
 
 class HostRows(NamedTuple):
@@ -306,7 +281,7 @@ def to_global(mesh: Mesh, batch: Any, rows: HostRows) -> Any:
     """
     sharding = batch_sharding(mesh)
 
-    def one(x: np.ndarray) -> Array:
+    def one(x: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:
             return x[rows.find(*index[0].indices(rows.total)[:2])]
 

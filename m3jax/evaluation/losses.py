@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -9,13 +10,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import Batch, Pipeline, open_pipeline
 from m3jax.memory.sparsify import sparsifier
+from m3jax.mesh import host_rows, to_global
 from m3jax.model.transformer import Model, Params
-from m3jax.train.objective import Sums, inputs, sums
+from m3jax.train.objective import Sums, global_sums, inputs
 
 MODES = ("memory", "none", "wrong")
 
@@ -26,6 +29,7 @@ class LossEvaluator:
     Args:
       config: a validated config; without memory only the mode `none` is evaluated.
       pipeline: of the validation split.
+      mesh: where the parameters lie, over which the rows are split; None: one device.
 
     Calling it with parameters returns `loss_<mode>` (nats a token) and `accuracy_<mode>` for each
     mode. `wrong` gives every row the memories of its neighbour in the batch.
@@ -35,19 +39,23 @@ class LossEvaluator:
       rows: how many different rows these hold.
     """
 
-    def __init__(self, config: ConfigDict, pipeline: Pipeline):
+    def __init__(self, config: ConfigDict, pipeline: Pipeline, mesh: Mesh | None = None):
         self.config, self.pipeline = config, pipeline
         whole = max(1, len(pipeline.rows) // pipeline.batch_rows)
         self.batches = min(config.evaluation.batches, whole)
         self.rows = min(self.batches * pipeline.batch_rows, len(pipeline.rows))
-        self.model = Model(config, prefix_tokens(config))
+        self.model, self.mesh = Model(config, prefix_tokens(config), mesh), mesh
         self.modes = MODES if config.memory.source != "none" else ("none",)
         self._sums = {mode: jax.jit(self._summed(mode)) for mode in self.modes}
 
     def __call__(self, params: Params) -> dict[str, float]:
         totals = {mode: np.zeros(3) for mode in self.modes}
-        for batch in islice(self.pipeline.batches(0), self.batches):
-            placed = jax.device_put(inputs(batch))
+        ids, place = None, jax.device_put
+        if self.mesh is not None:
+            rows = host_rows(self.mesh, self.pipeline.batch_rows)
+            ids, place = rows.ids, functools.partial(to_global, self.mesh, rows=rows)
+        for batch in islice(self.pipeline.batches(0, ids), self.batches):
+            placed = place(inputs(batch))
             for mode in self.modes:
                 total = jax.device_get(self._sums[mode](params, placed))
                 totals[mode] += np.asarray(total, np.float64)
@@ -59,7 +67,7 @@ class LossEvaluator:
 
     def _summed(self, mode: str) -> Callable[[Params, Batch], Sums]:
         """The sums of a batch in one mode."""
-        sparsify = sparsifier(self.config)
+        total = global_sums(self.model, sparsifier(self.config))
 
         def summed(params: Params, batch: Batch) -> Sums:
             read = ("memory", "reference_tokens")
@@ -68,13 +76,18 @@ class LossEvaluator:
             if mode == "wrong":
                 rolled = {name: batch[name] for name in read if name in batch}
                 batch = batch | jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), rolled)
-            return sums(self.model, params, batch, sparsify)
+            return total(params, batch)
 
         return summed
 
 
 def evaluator(
-    config: ConfigDict, workdir: str | Path, *, bank: str | Path | None = None
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    bank: str | Path | None = None,
+    mesh: Mesh | None = None,
 ) -> LossEvaluator:
     """The validation evaluator of a prepared workdir."""
-    return LossEvaluator(config, open_pipeline(config, workdir, split="validation", bank=bank))
+    pipeline = open_pipeline(config, workdir, split="validation", bank=bank)
+    return LossEvaluator(config, pipeline, mesh)

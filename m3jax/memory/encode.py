@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -16,7 +17,14 @@ from ml_collections import ConfigDict
 from m3jax.memory.bank import writer_params
 from m3jax.memory.sparsify import sparsifier
 from m3jax.memory.storage import BankError
-from m3jax.mesh import batch_sharding, parameter_shardings
+from m3jax.mesh import (
+    ACTIVATIONS,
+    BATCH_AXES,
+    batch_sharding,
+    compiler_options,
+    on_devices,
+    parameter_shardings,
+)
 from m3jax.model.transformer import Model, Params
 
 
@@ -59,6 +67,25 @@ class Clock:
         return result
 
 
+def encode_program(config: ConfigDict, model: Model) -> Any:
+    """The jitted writer: `(writer_params, tokens (R, W)) → memories (R, 2, L, K, P, H), length`."""
+    keep, dtype = sparsifier(config), jnp.dtype(config.memory.dtype)
+
+    def encode(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        memory, _ = model.encode(params, tokens, keep)
+        return jnp.stack([memory.keys, memory.values], axis=1).astype(dtype), memory.length
+
+    def program(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        specs = model.specs()
+        rows = ACTIVATIONS.spec(("batch",))
+        memories = ACTIVATIONS.spec(("batch", None, None, "kv_heads"))
+        parameters = {name: specs[name] for name in params}
+        return on_devices(model.mesh, encode, (parameters, rows), (memories, rows))(params, tokens)
+
+    options = None if model.mesh is None else compiler_options(model.mesh)
+    return jax.jit(program, compiler_options=options)
+
+
 class Encoder:
     """The jitted encode at one fixed shape, compiled once."""
 
@@ -68,34 +95,28 @@ class Encoder:
         model: Model,
         params: Params,
         references: ReferenceSet,
-        mesh: jax.sharding.Mesh | None,
     ):
         self.references = references
         self.batch, self.width = config.writer.batch_references, config.memory.reference_length
         self.kept = config.memory.kept_tokens
         self.params, self.sharding = writer_params(params), None
-        if mesh is not None:
-            self.sharding = batch_sharding(mesh)
-            ways = self.sharding.num_devices // mesh.shape["tensor"]
+        if model.mesh is not None:
+            self.sharding = batch_sharding(model.mesh)
+            ways = math.prod(model.mesh.shape[axis] for axis in BATCH_AXES)
             if self.batch % ways:
                 raise BankError(
                     f"config.writer.batch_references = {self.batch} cannot be split over the"
-                    f" {ways} devices of mesh.data × mesh.fsdp; use a multiple of {ways}"
+                    f" {ways} devices of mesh.slice × mesh.data × mesh.fsdp; use a multiple of"
+                    f" {ways}"
                 )
             shapes, axes = model.abstract()
-            shardings = parameter_shardings(mesh, axes, shapes)
+            shardings = parameter_shardings(model.mesh, axes, shapes)
             self.params = jax.device_put(
                 self.params, {name: shardings[name] for name in self.params}
             )
-        keep, dtype = sparsifier(config), jnp.dtype(config.memory.dtype)
-
-        def encode(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-            memory, _ = model.encode(params, tokens, keep)
-            return jnp.stack([memory.keys, memory.values], axis=1).astype(dtype), memory.length
-
         shape = jax.ShapeDtypeStruct((self.batch, self.width), jnp.int32, sharding=self.sharding)
         self.params = jax.device_put(self.params)
-        self.encode = jax.jit(encode).lower(self.params, shape).compile()
+        self.encode = encode_program(config, model).lower(self.params, shape).compile()
 
     def batches(self, ids: Int[np.ndarray, " n"], clock: Clock) -> Iterator[np.ndarray]:
         """Memories of references, a batch at a time; the next batch is already being encoded."""

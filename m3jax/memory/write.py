@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
@@ -42,7 +41,6 @@ def write_bank(
     writer_step: int = 0,
     progress: bool = True,
     base: Bank | None = None,
-    mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, Any]:
     """Writes the memories of all references, or what is missing of them.
 
@@ -60,7 +58,6 @@ def write_bank(
       progress: show a progress bar.
       base: an older bank of the same writer, tokenizer and layout: memories of references with the
         same tokens are copied from it instead of encoded.
-      mesh: encode on this mesh, references split over its data and fsdp axes.
 
     Returns:
       `references` in the set; `kept` (there before), `encoded` and `copied` memories; `seconds`
@@ -93,7 +90,7 @@ def write_bank(
     missing = _prepare(folder, manifest, lengths, references.record_hashes)
     sources = _copies(base, binding, lengths, references.record_hashes)
     build = _Build(folder, storage.read_manifest(folder) or manifest, missing, sources, base)
-    report = build.run(config, model, params, references, mesh, progress)
+    report = build.run(config, model, params, references, progress)
     storage.remove_locks(folder)
     stamp = storage.read_file(folder, storage.MANIFEST) or b""
     storage.write_file(folder, storage.COMPLETE, storage.complete_stamp(stamp))
@@ -128,13 +125,12 @@ class _Build:
         model: Model,
         params: Params,
         references: ReferenceSet,
-        mesh: jax.sharding.Mesh | None,
         progress: bool,
     ) -> dict[str, Any]:
         """Encodes, copies and writes; returns the report of `write_bank`."""
         self.check_space(progress)
         compiling = time.perf_counter()
-        encoder = Encoder(config, model, params, references, mesh) if self.encoded.size else None
+        encoder = Encoder(config, model, params, references) if self.encoded.size else None
         compile_seconds = time.perf_counter() - compiling
         clock = Clock()
         batches = iter(()) if encoder is None else encoder.batches(self.encoded, clock)

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -62,7 +61,6 @@ def attend(
     implementation: str = "naive",
     block: int = 256,
     kv_block: int = 256,
-    mesh: Mesh | AbstractMesh | None = None,
 ) -> Float[Array, "B T K G H"]:
     """Causal attention that also reads a prefix and explicit memories, in one softmax.
 
@@ -79,7 +77,6 @@ def attend(
         `cudnn` is the kernel for NVIDIA GPUs, `xla` the same call without it (`fused_attend`).
       block: queries a block, tokens; of `blocked` and `splash`.
       kv_block: keys a block of `splash`.
-      mesh: devices that `splash` is split over; default the mesh of `jax.set_mesh`.
 
     Returns:
       Attention output, before the output projection, dtype of the values.
@@ -95,7 +92,7 @@ def attend(
         function, options = _blocked_attend, {**options, "block": block}
     elif implementation in ("splash", "splash_interpret"):
         interpret = implementation == "splash_interpret"
-        blocks = {"block": block, "kv_block": kv_block, "mesh": mesh, "interpret": interpret}
+        blocks = {"block": block, "kv_block": kv_block, "interpret": interpret}
         function, options = splash_attend, {**options, **blocks}
     elif implementation in ("cudnn", "xla"):
         function, options = fused_attend, {**options, "implementation": implementation}

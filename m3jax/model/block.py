@@ -8,6 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from m3jax.model.parallel import Parallel
+
 
 def rms_norm(
     x: Float[Array, "*batch D"], scale: Float[Array, D], epsilon: float
@@ -27,7 +29,7 @@ def _product(x: Array, matrix: Array) -> Array:
 class Block(nnx.Module):
     """Pre-norm block: grouped-query attention and a gated MLP, no biases unless configured."""
 
-    def __init__(self, config: ConfigDict, rngs: nnx.Rngs):
+    def __init__(self, config: ConfigDict, rngs: nnx.Rngs, parallel: Parallel | None = None):
         model = config.model
         D, F, K, H = model.hidden, model.mlp_width, model.kv_heads, model.head_dim
         G = model.query_heads // K
@@ -61,10 +63,11 @@ class Block(nnx.Module):
         self.down = matrix((F, D), F, ("mlp", "embed"), residual)
         self.epsilon = model.norm_epsilon
         self.bias = model.attention_bias
+        self.parallel = parallel or Parallel()
 
     def qkv(self, hidden: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
         """Queries `(B, T, K, G, H)`, keys and values `(B, T, K, H)`, before RoPE."""
-        x = rms_norm(hidden, self.attention_norm[...], self.epsilon)
+        x = self.parallel.enter(rms_norm(hidden, self.attention_norm[...], self.epsilon))
         q = jnp.einsum("BTD,DKGH->BTKGH", x, self.query[...].astype(x.dtype))
         k = jnp.einsum("BTD,DKH->BTKH", x, self.key[...].astype(x.dtype))
         v = jnp.einsum("BTD,DKH->BTKH", x, self.value[...].astype(x.dtype))
@@ -79,7 +82,9 @@ class Block(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Output projection and MLP, each added to the residual stream."""
         dtype = hidden.dtype
-        hidden = hidden + jnp.einsum("BTKGH,KGHD->BTD", attended, self.output[...].astype(dtype))
-        x = rms_norm(hidden, self.mlp_norm[...], self.epsilon)
+        projected = jnp.einsum("BTKGH,KGHD->BTD", attended, self.output[...].astype(dtype))
+        hidden = hidden + self.parallel.leave(projected)
+        x = self.parallel.enter(rms_norm(hidden, self.mlp_norm[...], self.epsilon))
         gate = jax.nn.silu(_product(x, self.gate[...]))
-        return hidden + _product(gate * _product(x, self.up[...]), self.down[...])
+        product = _product(gate * _product(x, self.up[...]), self.down[...])
+        return hidden + self.parallel.leave(product)

@@ -29,10 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
-from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
-from m3jax.mesh import ACTIVATIONS
 from m3jax.model.keyvalues import ExplicitMemory, KeyValues, real_slots
 
 LANES = 128  # a block of keys, and of query rows, is a multiple of this
@@ -61,7 +59,6 @@ def splash_attend(
     window: int = 1,
     block: int = 256,
     kv_block: int = 256,
-    mesh: Mesh | AbstractMesh | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T K G H"]:
     """`attend` by the splash kernel: the same arguments and result.
@@ -73,66 +70,11 @@ def splash_attend(
       block: tokens of a block of queries; raised to what the kernel needs, lowered to T and to
         what the chip's VMEM holds.
       kv_block: keys of a block; raised to a multiple of 128, lowered to what there is.
-      mesh: devices over which rows ("batch") and key-value heads are split, each part by a kernel
-        of its own; default the mesh of `jax.set_mesh`, and a single device where there is none.
       interpret: evaluate the kernel with plain operations, for any platform (slow).
 
     Raises:
-      ValueError: rows or heads cannot be split over the mesh, or the row is too long.
+      ValueError: the row is too long.
     """
-    rows = functools.partial(
-        _attend_rows,
-        chunk_length=chunk_length,
-        window=window,
-        block=block,
-        kv_block=kv_block,
-        interpret=interpret,
-    )
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    arguments = (q_BTKGH, k_BTKH, v_BTKH, prefix, memory)
-    if mesh.empty or mesh.size == 1:
-        return rows(*arguments)
-    _check_split(mesh, q_BTKGH.shape)
-    context: Any = ACTIVATIONS.spec(("batch", "length", "kv_heads"))
-    slots: Any = ACTIVATIONS.spec(("batch", None, None, "kv_heads"))
-    length: Any = ACTIVATIONS.spec(("batch",))
-    constant: Any = ACTIVATIONS.spec((None, "kv_heads"))
-    specs = (
-        *(context, context, context),
-        None if prefix is None else KeyValues(constant, constant),
-        None if memory is None else ExplicitMemory(slots, slots, length),
-    )
-    # The kernel's outputs carry no statement of what varies over the mesh: nothing to check.
-    split = jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=context, check_vma=False)
-    return split(*arguments)
-
-
-def _check_split(mesh: Mesh | AbstractMesh, shape: tuple[int, ...]) -> None:
-    for axis, size in (("batch", shape[0]), ("kv_heads", shape[2])):
-        (part,) = ACTIVATIONS.spec((axis,))
-        names = (part,) if isinstance(part, str) else part or ()
-        ways = math.prod(mesh.shape[name] for name in names)
-        if size % ways:
-            raise ValueError(
-                f"attention: axis {axis!r} of size {size} cannot be split over"
-                f" mesh.{'·'.join(names)} = {ways}; use a multiple, or a smaller mesh"
-            )
-
-
-def _attend_rows(
-    q_BTKGH: Array,
-    k_BTKH: Array,
-    v_BTKH: Array,
-    prefix: KeyValues | None,
-    memory: ExplicitMemory | None,
-    *,
-    chunk_length: int,
-    window: int,
-    block: int,
-    kv_block: int,
-    interpret: bool,
-) -> Array:
-    """Attention of the rows and heads that one device holds."""
     B, T, K, G, H = q_BTKGH.shape
     layout = plan(
         T,

@@ -22,9 +22,10 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from m3jax.config import PREFIX_TOKENS
-from m3jax.mesh import constrain, gather
-from m3jax.model.attention import ExplicitMemory, KeyValues, attend, attention_weights
+from m3jax.mesh import PARAMETERS
+from m3jax.model.attention import ExplicitMemory, KeyValues, attend, attention_weights, resolve
 from m3jax.model.block import Block, rms_norm
+from m3jax.model.parallel import Parallel
 from m3jax.model.rope import rotate
 from m3jax.model.vocabulary import cross_entropy, lookup
 
@@ -53,7 +54,7 @@ class Transformer(nnx.Module):
             values = jax.random.normal(rngs.params(), (V, D), jnp.float32) * D**model.init_exponent
             return nnx.Param(values.astype(dtype), out_sharding=axes)
 
-        self.embedding = table(("vocabulary", "embed"))
+        self.embedding = table(("vocabulary", "features"))
         for segment, (low, high) in segment_ranges(config).items():
             if high > low:
                 stack = nnx.vmap(
@@ -62,7 +63,7 @@ class Transformer(nnx.Module):
                 setattr(self, segment, stack(rngs.split(high - low)))
         self.final_norm = nnx.Param(jnp.ones((D,), dtype), out_sharding=("norm",))
         if not model.tied_embeddings:
-            self.head = table(("vocabulary", "embed"))
+            self.head = table(("vocabulary", "features"))
 
 
 def _is_axes(node: Any) -> bool:
@@ -82,8 +83,8 @@ class Model:
     Args:
       config: a validated config.
       prefix_tokens: tokens of the constant prefix, or () for none; see `config.prefix_tokens`.
-      mesh: where the functions will be traced for several devices: parameters split by the
-        parameter rules, rows of batches and references by the activation rules.
+      mesh: of several devices, each of which runs the functions on its own part, under
+        `mesh.on_devices` with parameters split by `specs()` and rows by the activation rules.
     """
 
     def __init__(
@@ -96,8 +97,19 @@ class Model:
         self.prefix_tokens = tuple(prefix_tokens)
         self.segments = {s: high - low for s, (low, high) in segment_ranges(config).items()}
         self.dtype = jnp.dtype(config.model.compute_dtype)
-        self.reduce_dtype = jnp.dtype(config.train.reduce_dtype)
-        self._block, _ = nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))
+        model = config.model
+        several = mesh is not None and mesh.size > 1
+        self.parallel = Parallel(
+            mesh if several else None, str(self.dtype), config.train.reduce_dtype
+        )
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        self.attention = {
+            "implementation": resolve(model.attention, platform, self.dtype, model.head_dim),
+            "block": model.attention_block,
+            "kv_block": model.attention_kv_block,
+        }
+        block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(0), self.parallel))
+        self._block, _ = nnx.split(block)
         # A layer's axes: those of its stack without the first, which is the layer.
         self._axes = jax.tree.map(
             lambda axes: axes[1:], self.abstract()[1]["memory"], is_leaf=_is_axes
@@ -115,6 +127,10 @@ class Model:
             shapes,
             is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec),
         )
+
+    def specs(self) -> Params:
+        """Partition of every parameter."""
+        return jax.tree.map(PARAMETERS.spec, self.abstract()[1], is_leaf=_is_axes)
 
     def init(self, key: Array) -> Params:
         """Random parameters (pure: may be jitted with output shardings)."""
@@ -181,21 +197,16 @@ class Model:
         targets_BT: Int[Array, "B T"],
         weights_BT: Float[Array, "B T"],
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Weighted sums of cross-entropy and of right predictions, without keeping logits."""
+        """Weighted sums over this device's tokens of cross-entropy and of right predictions."""
         x, table = self._head(params, hidden)
         return cross_entropy(
-            x,
-            table,
-            targets_BT,
-            weights_BT,
-            mesh=self.mesh,
-            block=self.config.train.loss_block,
-            reduce_dtype=self.reduce_dtype,
+            self.parallel, x, table, targets_BT, weights_BT, self.config.train.loss_block
         )
 
     def _head(self, params: Params, hidden: Array) -> tuple[Array, Array]:
         """Normed hidden states and the table of the LM head."""
-        x = rms_norm(hidden, params["final_norm"], self.config.model.norm_epsilon)
+        scale = self.parallel.gather(params["final_norm"], ("norm",))
+        x = rms_norm(hidden, scale, self.config.model.norm_epsilon)
         return x, params["embedding"] if self.config.model.tied_embeddings else params["head"]
 
     def encode(
@@ -212,8 +223,7 @@ class Model:
           The memories, keys and values `(R, L, K, P, H)` in the compute dtype and length `(R,)`;
           and the position inside the reference of every kept token.
         """
-        references = self._embed(params, reference_tokens, self.mesh)
-        streams = Streams(None, self._embed_prefix(params), references)
+        streams = self._embed(params, None, reference_tokens)
         streams = self._scan_plain(params, "lower", streams)
         layer = _Layer(self, sparsify=sparsify, usable_RW=reference_tokens != 0)
         _, written = self._scan_memory(params, streams, layer, None)
@@ -234,42 +244,37 @@ class Model:
     ) -> tuple[Array, Any]:
         window = self.config.memory.window if window is None else window
         layer = _Layer(self, window=window, observe=observe)
-        references = None
         if reference_tokens is not None:
             *lead, W = reference_tokens.shape
             reference_tokens = reference_tokens.reshape(-1, W)
-            references = self._embed(params, reference_tokens, self.mesh)
             layer.sparsify, layer.usable_RW, layer.lead = sparsify, reference_tokens != 0, lead
-        streams = Streams(
-            self._embed(params, tokens_BT, self.mesh), self._embed_prefix(params), references
-        )
+        streams = self._embed(params, tokens_BT, reference_tokens)
         streams = self._scan_plain(params, "lower", streams)
         streams, observed = self._scan_memory(params, streams, layer, memory)
         streams = self._scan_plain(params, "upper", streams._replace(references=None))
         assert streams.context is not None
         return streams.context, observed
 
-    def _embed(self, params: Params, tokens: Array, mesh: Mesh | None) -> Array:
-        x = lookup(
-            params["embedding"],
-            tokens,
-            mesh=mesh,
-            dtype=self.dtype,
-            reduce_dtype=self.reduce_dtype,
-        )
-        return x * jnp.asarray(self.config.model.embedding_scale, self.dtype)
+    def _embed(
+        self, params: Params, tokens_BT: Array | None, reference_tokens: Array | None
+    ) -> Streams:
+        """The streams before the first layer, by one look-up: the table is gathered once."""
+        prefix = jnp.asarray([self.prefix_tokens], jnp.int32) if self.prefix_tokens else None
+        parts = Streams(tokens_BT, prefix, reference_tokens)
+        tokens = jnp.concatenate([part.ravel() for part in parts if part is not None])
+        x = lookup(self.parallel, params["embedding"], tokens)
+        x = x * jnp.asarray(self.config.model.embedding_scale, self.dtype)
+        streams, start = [], 0
+        for part in parts:
+            size = 0 if part is None else part.size
+            found = x[start : start + size]
+            streams.append(None if part is None else found.reshape(*part.shape, x.shape[-1]))
+            start += size
+        return Streams(*streams)
 
     def _merge(self, stacked: Params) -> Block:
         """The block of one layer, its weights gathered."""
-        return nnx.merge(
-            self._block, gather(self.mesh, stacked, self._axes, self.dtype, self.reduce_dtype)
-        )
-
-    def _embed_prefix(self, params: Params) -> Array | None:
-        if not self.prefix_tokens:
-            return None
-        # The same on all devices: not a batch.
-        return self._embed(params, jnp.asarray(self.prefix_tokens, jnp.int32)[None], None)
+        return nnx.merge(self._block, self.parallel.gather(stacked, self._axes))
 
     def _scan_plain(self, params: Params, segment: str, streams: Streams) -> Streams:
         if not self.segments[segment]:
@@ -354,15 +359,9 @@ class _Layer:
     def _qkv(self, block: Block, hidden: Array, first_position: int) -> tuple[Array, ...]:
         """Queries and keys after RoPE, values, and queries and keys before it."""
         q, k, v = block.qkv(hidden)
-        if hidden.shape[0] > 1:  # a batch, not the prefix
-            q = self._split(q, ("batch", "length", "kv_heads", "group", "head_dim"))
-            k, v = (self._split(x, ("batch", "length", "kv_heads", "head_dim")) for x in (k, v))
         positions = first_position + jnp.arange(hidden.shape[1])
         base = self.model.config.model.rope_base
         return rotate(q, positions, base), rotate(k, positions, base), v, q, k
-
-    def _split(self, x: Array, axes: Sequence[str | None]) -> Array:
-        return constrain(self.model.mesh, x, axes)
 
     def _prefix(self, block: Block, streams: Streams) -> tuple[Streams, KeyValues | None]:
         """The prefix attends to itself alone; its keys and values serve all other streams."""
@@ -383,7 +382,7 @@ class _Layer:
         """References attend causally to the prefix and themselves; memory layers keep tokens."""
         if streams.references is None:
             return streams, None
-        config, written = self.model.config.model, None
+        written = None
         q, k, v, plain_q, plain_k = self._qkv(
             block, streams.references, len(self.model.prefix_tokens)
         )
@@ -391,9 +390,8 @@ class _Layer:
             assert self.sparsify is not None
             written = self.sparsify(plain_q, plain_k, k, v, self.usable_RW)
         if output:
-            options = {"implementation": config.attention, "block": config.attention_block}
-            hidden = block.rest(streams.references, attend(q, k, v, prefix, **options))
-            hidden = self._split(hidden, ("batch", "length", "embed"))
+            attended = attend(q, k, v, prefix, **self.model.attention)
+            hidden = block.rest(streams.references, attended)
             streams = streams._replace(references=hidden)
         return streams, written
 
@@ -409,19 +407,13 @@ class _Layer:
         config = self.model.config
         first = len(self.model.prefix_tokens) + config.memory.reference_length
         q, k, v, _, _ = self._qkv(block, streams.context, first)
-        if memory is not None:
-            axes = ("batch", None, None, "kv_heads", None, "head_dim")
-            keys, values = (self._split(x, axes) for x in (memory.keys, memory.values))
-            memory = ExplicitMemory(keys, values, memory.length)
         observed = None
         chunks = {"chunk_length": config.memory.chunk_length, "window": self.window}
         if self.observe:
             weights = attention_weights(q, k, prefix, memory, **chunks)
             observed = weights[..., len(self.model.prefix_tokens) : weights.shape[-1] - k.shape[1]]
-        options = {"implementation": config.model.attention, "block": config.model.attention_block}
-        attended = attend(q, k, v, prefix, memory, **chunks, **options)
+        attended = attend(q, k, v, prefix, memory, **chunks, **self.model.attention)
         hidden = block.rest(streams.context, attended)
-        hidden = self._split(hidden, ("batch", "length", "embed"))
         return streams._replace(context=hidden), observed
 
 

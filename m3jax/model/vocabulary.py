@@ -1,136 +1,101 @@
 """Both ends of the model at the vocabulary: the embedding look-up, and the loss of the LM head.
 
-The tables are the largest matrices of the model, and logits its largest activation. On a mesh both
-ends run under `shard_map`: the table of a device is gathered once, its gradient is added up on the
-device and leaves it in one reduce-scatter. Gradients of the loss are computed together with it,
-block by block, so that no logits are kept and none are computed twice.
+The tables are the largest matrices of the model, and logits its largest activation. The table is
+gathered once; its gradient is added up on the device and leaves it in one reduce-scatter. Gradients
+of the loss are computed together with it, block by block, so that no logits are kept and none are
+computed twice. All functions see one device's part (`parallel.py`).
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from m3jax.mesh import ACTIVATIONS, BATCH_AXES, PARAMETERS
-
-_REPLICAS = tuple(axis for axis in BATCH_AXES if axis != "fsdp")
+from m3jax.model.parallel import Parallel
 
 
 def lookup(
-    table_VD: Float[Array, "V D"],
-    tokens: Int[Array, "rows length"],
-    *,
-    mesh: Mesh | None,
-    dtype: Any,
-    reduce_dtype: Any,
-) -> Float[Array, "rows length D"]:
-    """Rows of the embedding, `dtype`.
+    parallel: Parallel, table_VD: Float[Array, "V D"], tokens: Int[Array, " n"]
+) -> Float[Array, "n D"]:
+    """Rows of the embedding in the compute dtype.
 
     Args:
-      table_VD: the embedding, split like a parameter.
-      tokens: rows split like a batch.
-      mesh: the mesh, or None.
-      dtype: of the result.
-      reduce_dtype: in which devices add up the table's gradient.
+      parallel: of the mesh.
+      table_VD: this device's rows of the table.
+      tokens: of this device's rows of the batch, and whatever else it needs.
     """
-    if mesh is None or mesh.size == 1:
-        return table_VD.astype(dtype)[tokens]
-    table, batch = PARAMETERS.spec(("vocabulary", "embed")), ACTIVATIONS.spec(("batch", None))
-    over = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-
-    @functools.partial(over, in_specs=(table, batch), out_specs=batch)
-    def forward(part: Array, tokens: Array) -> Array:
-        rows, here = _own_rows(tokens, part.shape[0])
-        found = _whole(part, dtype)[rows]
-        return jax.lax.psum(jnp.where(here[..., None], found, 0), "tensor")
-
-    @functools.partial(over, in_specs=(table, batch, batch), out_specs=table)
-    def backward(part: Array, tokens: Array, gradient: Array) -> Array:
-        rows, here = _own_rows(tokens, part.shape[0])
-        gradient = jnp.where(here[..., None], gradient.astype(jnp.float32), 0)
-        whole = jnp.zeros((part.shape[0], gradient.shape[-1]), jnp.float32)
-        return _reduced(whole.at[rows].add(gradient), reduce_dtype, part.dtype)
+    part, dtype = table_VD.shape, table_VD.dtype
 
     @jax.custom_vjp
     def find(table: Array, tokens: Array) -> Array:
-        return forward(table, tokens)
+        table = parallel.whole(table, 0)
+        rows, here = _own_rows(parallel, tokens, table.shape[0])
+        found = table[rows]
+        if here is None:
+            return found
+        return parallel.sum(jnp.where(here[:, None], found, 0), "tensor")
 
-    find.defvjp(
-        lambda table, tokens: (forward(table, tokens), (table, tokens)),
-        lambda kept, gradient: (backward(*kept, gradient), None),
-    )
+    def backward(tokens: Array, gradient: Array) -> tuple[Array, None]:
+        ways = parallel.mesh.shape["fsdp"] if parallel.mesh is not None else 1
+        whole = jnp.zeros((part[0] * ways, part[1]), jnp.float32)
+        rows, here = _own_rows(parallel, tokens, whole.shape[0])
+        gradient = gradient.astype(jnp.float32)
+        if here is not None:
+            gradient = jnp.where(here[:, None], gradient, 0)
+        return parallel.reduce(whole.at[rows].add(gradient), 0).astype(dtype), None
+
+    find.defvjp(lambda table, tokens: (find(table, tokens), tokens), backward)
     return find(table_VD, tokens)
 
 
 def cross_entropy(
+    parallel: Parallel,
     x_BTD: Float[Array, "B T D"],
     table_VD: Float[Array, "V D"],
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
-    *,
-    mesh: Mesh | None,
     block: int,
-    reduce_dtype: Any,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sums over tokens of weight · cross-entropy (nats), and of the weights of right predictions.
+    """Sums over this device's tokens of weight · cross-entropy (nats), and of the weights of right
+    predictions.
 
     Args:
+      parallel: of the mesh.
       x_BTD: normed hidden states; products are made in their dtype, with float32 results.
-      table_VD: the LM head.
+      table_VD: this device's rows of the LM head.
       targets_BT, weights_BT: next tokens and their weights (float32).
-      mesh: the mesh, or None.
       block: tokens of a row whose logits exist at a time; the largest divisor of T up to it is
         used.
-      reduce_dtype: in which devices add up the table's gradient.
     """
     T = x_BTD.shape[1]
     block = next(size for size in range(min(block, T), 0, -1) if T % size == 0)
-    run = functools.partial(_on_device, block=block, reduce_dtype=reduce_dtype)
-    batch = ACTIVATIONS.spec(("batch",))
-    table, scalar = PARAMETERS.spec(("vocabulary", "embed")), PartitionSpec()
-
-    def sums(*arguments: Array, gradient: bool) -> Any:
-        if mesh is None or mesh.size == 1:
-            return run(*arguments, sharded=False, gradient=gradient)
-        return jax.shard_map(
-            functools.partial(run, sharded=True, gradient=gradient),
-            mesh=mesh,
-            in_specs=(batch, table, batch, batch),
-            out_specs=((scalar, scalar), (batch, table) if gradient else None),
-            check_vma=False,
-        )(*arguments)
 
     @jax.custom_vjp
-    def total(x: Array, table: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
-        return sums(x, table, targets, weights, gradient=False)[0]
+    def total(*arguments: Array) -> tuple[Array, Array]:
+        return _sums(parallel, block, False, *arguments)[0]
 
     def backward(kept: tuple[Array, Array], cotangent: tuple[Array, Array]) -> tuple:
         scaled = (gradient * cotangent[0].astype(gradient.dtype) for gradient in kept)
         return (*scaled, None, None)
 
-    total.defvjp(lambda *arguments: sums(*arguments, gradient=True), backward)
+    total.defvjp(lambda *arguments: _sums(parallel, block, True, *arguments), backward)
     return total(x_BTD, table_VD, targets_BT, weights_BT)
 
 
-def _on_device(
+def _sums(
+    parallel: Parallel,
+    block: int,
+    gradient: bool,
     x: Array,
     part: Array,
     targets: Array,
     weights: Array,
-    *,
-    block: int,
-    reduce_dtype: Any,
-    sharded: bool,
-    gradient: bool,
 ) -> Any:
-    """Sums over all devices, and (with `gradient`) gradients of the loss for `x` and `part`."""
-    table = _whole(part, x.dtype) if sharded else part.astype(x.dtype)
-    over = functools.partial(_over, sharded=sharded)
+    """The two sums, and (with `gradient`) gradients of the loss for `x` and `part`, else None."""
+    table = parallel.whole(part, 0)
     V, length = table.shape[0], x.shape[1]
     blocks = jax.tree.map(
         lambda a: jnp.moveaxis(a.reshape(a.shape[0], length // block, block, *a.shape[2:]), 1, 0),
@@ -140,61 +105,52 @@ def _on_device(
     def one(carry: Any, inputs: tuple[Array, Array, Array]) -> tuple[Any, Any]:
         x, targets, weights = inputs
         logits = jnp.einsum("BQD,VD->BQV", x, table, preferred_element_type=jnp.float32)
-        rows, here = _own_rows(targets, V) if sharded else (targets, jnp.ones_like(targets, bool))
-        largest = over(jax.lax.pmax, jnp.max(logits, axis=-1))
-        total = over(jax.lax.psum, jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
-        normalizer = largest + jnp.log(total)
+        rows, here = _own_rows(parallel, targets, V)
+        predicted, largest = _most_probable(parallel, logits)
+        total = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
+        normalizer = largest + jnp.log(parallel.sum(total, "tensor"))
         scored = jnp.take_along_axis(logits, rows[..., None], axis=-1)[..., 0]
-        scored = over(jax.lax.psum, jnp.where(here, scored, 0.0))
-        # The first of equal logits is the prediction; on no device before it may be an equal one.
-        first = jnp.argmax(logits, axis=-1) + (jax.lax.axis_index("tensor") * V if sharded else 0)
-        best = jnp.max(logits, axis=-1) == largest
-        first = over(jax.lax.pmin, jnp.where(best, first, jnp.iinfo(jnp.int32).max))
+        hit = jnp.arange(V)[None, None] == rows[..., None]
+        if here is not None:
+            scored = parallel.sum(jnp.where(here, scored, 0.0), "tensor")
+            hit = hit & here[..., None]
         loss = carry[0] + jnp.sum(weights * (normalizer - scored))
-        correct = carry[1] + jnp.sum(weights * (first == targets))
+        correct = carry[1] + jnp.sum(weights * (predicted == targets))
         if not gradient:
             return (loss, correct), None
         share = jnp.exp(logits - normalizer[..., None])
-        hit = (jnp.arange(V)[None, None] == rows[..., None]) & here[..., None]
         error = ((share - hit) * weights[..., None]).astype(x.dtype)
         table_gradient = carry[2] + jnp.einsum(
             "BQV,BQD->VD", error, x, preferred_element_type=jnp.float32
         )
         back = jnp.einsum("BQV,VD->BQD", error, table, preferred_element_type=jnp.float32)
-        return (loss, correct, table_gradient), over(jax.lax.psum, back).astype(x.dtype)
+        return (loss, correct, table_gradient), parallel.sum(back, "tensor").astype(x.dtype)
 
     zero = jnp.zeros((), jnp.float32)
     start: Any = (zero, zero, jnp.zeros(table.shape, jnp.float32)) if gradient else (zero, zero)
     carry, x_gradient = jax.lax.scan(one, start, blocks)
-    loss, correct = (jax.lax.psum(x, BATCH_AXES) if sharded else x for x in carry[:2])
-    sums = (loss, correct)
     if not gradient:
-        return sums, None
+        return carry, None
     x_gradient = jnp.moveaxis(x_gradient, 0, 1).reshape(x.shape)
-    if sharded:
-        return sums, (x_gradient, _reduced(carry[2], reduce_dtype, part.dtype))
-    return sums, (x_gradient, carry[2].astype(part.dtype))
+    return carry[:2], (x_gradient, parallel.reduce(carry[2], 0).astype(part.dtype))
 
 
-def _over(collective: Any, value: Array, sharded: bool) -> Array:
-    """A collective over the devices that share the vocabulary."""
-    return collective(value, "tensor") if sharded else value
+def _most_probable(parallel: Parallel, logits: Array) -> tuple[Array, Array]:
+    """Token of the largest logit, the first of equal ones, and that logit."""
+    token, largest = jnp.argmax(logits, axis=-1), jnp.max(logits, axis=-1)
+    if not parallel.axes("tensor"):
+        return token, largest
+    overall = jax.lax.pmax(largest, "tensor")
+    token = token + jax.lax.axis_index("tensor") * logits.shape[-1]
+    token = jnp.where(largest == overall, token, jnp.iinfo(jnp.int32).max)
+    return jax.lax.pmin(token, "tensor"), overall
 
 
-def _whole(part: Array, dtype: Any) -> Array:
-    """A device's rows of the table at full width."""
-    return jax.lax.all_gather(part.astype(dtype), "fsdp", axis=1, tiled=True)
-
-
-def _own_rows(tokens: Array, rows: int) -> tuple[Array, Array]:
-    """Row of this device's part of the table for every token, and whether it is there at all."""
+def _own_rows(parallel: Parallel, tokens: Array, rows: int) -> tuple[Array, Array | None]:
+    """Row of every token in the `rows` that this device holds, and whether it holds the token;
+    None where it holds all."""
+    if not parallel.axes("tensor"):
+        return tokens, None
     local = tokens - jax.lax.axis_index("tensor") * rows
     here = (local >= 0) & (local < rows)
     return jnp.where(here, local, 0), here
-
-
-def _reduced(gradient: Array, reduce_dtype: Any, dtype: Any) -> Array:
-    """A table's gradient, summed over all batch shards and split over `fsdp`."""
-    gradient = gradient.astype(reduce_dtype)
-    gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=1, tiled=True)
-    return jax.lax.psum(gradient, _REPLICAS).astype(dtype)

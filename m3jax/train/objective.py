@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from m3jax.mesh import ACTIVATIONS, BATCH_AXES, on_devices
+from m3jax.model.attention import ExplicitMemory
 from m3jax.model.transformer import Model, Params
 
 Batch = Mapping[str, Any]
@@ -30,7 +34,7 @@ def inputs(batch: Batch) -> dict[str, Any]:
 
 
 def sums(model: Model, params: Params, batch: Batch, sparsify: Callable | None) -> Sums:
-    """Summed loss, weight and correct predictions of a batch.
+    """Summed loss, weight and correct predictions of a batch (on a mesh, of a device's rows).
 
     Args:
       model: the model.
@@ -49,6 +53,32 @@ def sums(model: Model, params: Params, batch: Batch, sparsify: Callable | None) 
     weights = batch["weights"].astype(jnp.float32)
     loss, correct = model.summed_loss(params, hidden, batch["targets"], weights)
     return Sums(loss, jnp.sum(weights), correct)
+
+
+def batch_specs(batch: Batch) -> dict[str, Any]:
+    """Partition of what `inputs` leaves of a batch: rows, and the heads of memories."""
+    rows: Any = ACTIVATIONS.spec(("batch",))
+    slots: Any = ACTIVATIONS.spec(("batch", None, None, None, "kv_heads"))
+    memory = ExplicitMemory(slots, slots, rows)
+    return {name: memory if name == "memory" else rows for name in batch}
+
+
+def global_sums(model: Model, sparsify: Callable | None) -> Callable[[Params, Batch], Sums]:
+    """`sums` of a global batch, on the mesh of the model."""
+
+    def total(params: Params, batch: Batch) -> Sums:
+        def local(params: Params, batch: Batch) -> Sums:
+            return over_rows(model, sums(model, params, batch, sparsify))
+
+        specs = (model.specs(), batch_specs(batch))
+        return on_devices(model.mesh, local, specs, PartitionSpec())(params, batch)
+
+    return total
+
+
+def over_rows(model: Model, total: Sums) -> Sums:
+    """Sums over the rows of all devices."""
+    return jax.tree.map(lambda x: model.parallel.sum(x, *BATCH_AXES), total)
 
 
 def loss(

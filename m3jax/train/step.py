@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from m3jax.memory.sparsify import sparsifier
-from m3jax.mesh import batch_sharding, replicated
+from m3jax.mesh import batch_sharding, compiler_options, on_devices, replicated
 from m3jax.model.transformer import Model
-from m3jax.train.objective import Sums, mean, sums
+from m3jax.train.objective import Sums, batch_specs, mean, over_rows, sums
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.schedule import schedule
 from m3jax.train.state import TrainState, abstract_state, state_shardings
@@ -38,7 +38,7 @@ def make_step(
 
     Args:
       config: a validated config.
-      model: its model.
+      model: its model, made for the mesh.
       mesh: its mesh.
       optimizer: default `make_optimizer(config)`.
       abstract: default `abstract_state(model, optimizer, mesh)`.
@@ -46,7 +46,7 @@ def make_step(
     optimizer = make_optimizer(config) if optimizer is None else optimizer
     abstract = abstract_state(model, optimizer, mesh) if abstract is None else abstract
     learning_rate, log_every = schedule(config), config.train.log_every
-    gradient = _make_gradient(config, model, mesh, abstract)
+    gradient = _make_gradient(config, model)
 
     def step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, dict[str, Array]]:
         gradients, total = gradient(state.params, batch)
@@ -74,10 +74,11 @@ def make_step(
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=(0,),
+        compiler_options=compiler_options(mesh),
     )
 
 
-def _make_gradient(config: ConfigDict, model: Model, mesh: Mesh, abstract: TrainState) -> Callable:
+def _make_gradient(config: ConfigDict, model: Model) -> Callable:
     """`gradient(params, batch)`: float32 gradients of the mean loss, and the sums behind it."""
     parts = config.train.microbatches
     sparsify = sparsifier(config)
@@ -91,12 +92,10 @@ def _make_gradient(config: ConfigDict, model: Model, mesh: Mesh, abstract: Train
         return jax.tree.map(lambda x: x.astype(jnp.float32), gradients), total
 
     def split(x: Array) -> Array:
-        # Part i is the rows i, i + parts, …: every device keeps the rows that it has.
-        x = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
-        spec = PartitionSpec(None, *batch_sharding(mesh).spec)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 
-    def gradient(params: Any, batch: Any) -> tuple[Any, Sums]:
+    def local(params: Any, batch: Any) -> tuple[Any, Sums]:
+        """On one device: gradients of its parts of the parameters, summed over all rows."""
         if parts == 1:
             gradients, total = part(params, batch)
         else:
@@ -105,18 +104,18 @@ def _make_gradient(config: ConfigDict, model: Model, mesh: Mesh, abstract: Train
                 return jax.tree.map(jnp.add, carry, part(params, batch)), None
 
             zero = jnp.zeros((), jnp.float32)
-            start = jax.tree.map(
-                lambda x, like: jax.lax.with_sharding_constraint(
-                    jnp.zeros(x.shape, jnp.float32), like.sharding
-                ),
-                params,
-                abstract.params,
-            )
+            start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
             (gradients, total), _ = jax.lax.scan(
                 body, (start, Sums(zero, zero, zero)), jax.tree.map(split, batch)
             )
+        total = over_rows(model, total)
         # The loss is a mean over the whole batch: divide once, by the whole weight.
         scale = mean(jnp.ones((), jnp.float32), total.weight)
         return jax.tree.map(lambda x: x * scale, gradients), total
+
+    def gradient(params: Any, batch: Any) -> tuple[Any, Sums]:
+        specs = (model.specs(), batch_specs(batch))
+        results = (model.specs(), PartitionSpec())
+        return on_devices(model.mesh, local, specs, results)(params, batch)
 
     return gradient

@@ -83,7 +83,7 @@ def tiny_params(config: ConfigDict, seed: int = 0) -> Any:
 def build(folder: Path, config: ConfigDict | None = None, **options: Any) -> dict[str, Any]:
     """Writes a bank of 37 references (or those given) by random weights of one seed."""
     config = tiny_config() if config is None else config
-    model = Model(config)
+    model = Model(config, mesh=options.pop("mesh", None))
     arguments = {
         "params": tiny_params(config, options.pop("weights", 0)),
         "references": TinyReferences(37),

@@ -30,10 +30,10 @@ def compile_once() -> Iterator[None]:
     """Encoders of one config share a compiled function: compiling is most of a tiny build."""
     original, compiled = encode.Encoder.__init__, {}
 
-    def cached(self, config, model, params, references, mesh):
-        key = (config.to_json(), model.prefix_tokens, mesh)
+    def cached(self, config, model, params, references):
+        key = (config.to_json(), model.prefix_tokens, model.mesh)
         if key not in compiled:
-            original(self, config, model, params, references, mesh)
+            original(self, config, model, params, references)
             compiled[key] = dict(vars(self))
         vars(self).update(compiled[key])
         self.references = references

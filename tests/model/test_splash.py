@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
 
-from m3jax.mesh import ACTIVATIONS, AXES
 from m3jax.model.attention import ExplicitMemory, KeyValues, attend, memory_mask
 from m3jax.model.splash import (
     EDGE_BYTES,
@@ -91,7 +89,7 @@ def attended(inputs: Inputs, length: Any, case: Case, **options: Any) -> Any:
     return attend(*inputs[:4], memory, chunk_length=case.chunk, window=case.window, **options)
 
 
-@partial(jax.jit, static_argnames=("case", "implementation", "mesh"))
+@partial(jax.jit, static_argnames=("case", "implementation"))
 def value_and_gradients(
     inputs: Inputs, length: Any, weights: Any, case: Case, **options: Any
 ) -> Any:
@@ -145,54 +143,6 @@ def test_invalid_slots_take_no_attention_and_bfloat16() -> None:
         assert error < 2e-2
     for gradient in found[1][4:]:
         assert not np.where(invalid, gradient, 0).any()
-
-
-# -- over a mesh
-
-
-def make_mesh(*sizes: int) -> Any:
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 8)])
-def test_split_over_a_mesh(sizes: tuple[int, int, int]) -> None:
-    """Rows over data and fsdp, key-value heads over tensor; the prefix's gradient is the sum."""
-    mesh = make_mesh(*sizes)
-    case = Case(H=64, T=20, B=4 if sizes[0] > 1 else 1, K=8 if sizes[2] == 8 else 2, G=2)
-    inputs, length = make_inputs(case)
-    expected = value_and_gradients(inputs, length, weights(inputs), case, implementation="naive")
-
-    def put(x: Any, *axes: str | None) -> Any:
-        return jax.device_put(x, NamedSharding(mesh, ACTIVATIONS.spec(axes)))
-
-    heads, slots = ("batch", None, "kv_heads"), ("batch", None, None, "kv_heads")
-    split = Inputs(
-        *(put(x, *heads) for x in inputs[:3]),
-        KeyValues(*(put(x, None, "kv_heads") for x in inputs.prefix or ())),
-        *(put(x, *slots) for x in inputs[4:]),
-    )
-    arguments = (split, put(length, "batch"), put(weights(inputs), *heads), case)
-    options = {"implementation": "splash_interpret"}
-    found = value_and_gradients(*arguments, **options, mesh=mesh)
-    assert_equal(found, expected, 1e-5)
-    assert found[0].sharding.is_equivalent_to(split.q.sharding, 5)
-    # Nothing crosses the devices but the prefix's gradient, which is summed.
-    program = value_and_gradients.lower(*arguments, **options, mesh=mesh).compile().as_text()
-    assert "all-reduce" in program
-    assert not any(name in program for name in ("all-gather", "all-to-all", "permute"))
-    # The mesh in use serves where none is given.
-    with jax.set_mesh(mesh):
-        inside = jax.jit(partial(attended, case=case, **options))
-        assert "shard_map" in str(jax.make_jaxpr(inside)(split, length))
-
-
-def test_what_cannot_be_split_is_named() -> None:
-    inputs, length = make_inputs(Case(H=8, T=4, B=2, K=3))
-    options = {"implementation": "splash_interpret"}
-    with pytest.raises(ValueError, match=r"'batch' of size 2 .* mesh.data·fsdp = 4"):
-        attended(inputs, length, CASES[0], **options, mesh=make_mesh(2, 2, 2))
-    with pytest.raises(ValueError, match=r"'kv_heads' of size 3 .* mesh.tensor = 8"):
-        attended(inputs, length, CASES[0], **options, mesh=make_mesh(1, 1, 8))
 
 
 # -- the mask and what it skips
@@ -299,33 +249,36 @@ def test_blocks_fit_the_chip() -> None:
 COMPILE = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
-from m3jax.mesh import ACTIVATIONS, AXES
+from jax.sharding import Mesh, PartitionSpec
 from m3jax.model.attention import ExplicitMemory, KeyValues, attend
 
 devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices)
-mesh = Mesh(devices.reshape(2, 4, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+mesh = Mesh(devices.reshape(8, 2), ("rows", "heads"))
 
-def array(axes, *shape, dtype=jnp.bfloat16):
-    sharding = NamedSharding(mesh, ACTIVATIONS.spec(axes))
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+def array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
 
-B, T, K, G, H, C, P = 8, 512, 2, 5, 80, 8, 8
-heads, slots = ("batch", None, "kv_heads"), ("batch", None, None, "kv_heads")
-arguments = (
-    array(heads, B, T, K, G, H), array(heads, B, T, K, H), array(heads, B, T, K, H),
-    KeyValues(*[array((None, "kv_heads"), 2, K, H)] * 2),
-    *[array(slots, B, C, 1, K, P, H)] * 2,
-)
-length = array(("batch",), B, C, 1, dtype=jnp.int32)
+B, T, K, G, H, C, P = 8, 512, 4, 5, 80, 8, 8
+context, slots = PartitionSpec("rows", None, "heads"), PartitionSpec("rows", None, None, "heads")
+constant = PartitionSpec(None, "heads")
 
 def loss(q, k, v, prefix, keys, values, length):
     memory = ExplicitMemory(keys, values, length)
-    options = {"window": 5, "implementation": "splash", "mesh": mesh}
+    options = {"window": 5, "implementation": "splash"}
     return jnp.sum(attend(q, k, v, prefix, memory, **options).astype(jnp.float32))
 
-gradient = jax.jit(jax.grad(loss, argnums=range(6))).trace(*arguments, length)
-print(gradient.lower(lowering_platforms=("tpu",)).compile().as_text().count('"tpu_custom_call"'))
+specs = (context, context, context, KeyValues(constant, constant), slots, slots)
+gradient = jax.shard_map(
+    jax.grad(loss, argnums=range(6)), mesh=mesh, in_specs=(*specs, PartitionSpec("rows")),
+    out_specs=specs, check_vma=False,
+)
+arguments = (
+    array(B, T, K, G, H), array(B, T, K, H), array(B, T, K, H),
+    KeyValues(*[array(2, K, H)] * 2), *[array(B, C, 1, K, P, H)] * 2,
+    array(B, C, 1, dtype=jnp.int32),
+)
+lowered = jax.jit(gradient).trace(*arguments).lower(lowering_platforms=("tpu",))
+print(lowered.compile().as_text().count('"tpu_custom_call"'))
 """
 
 

@@ -131,8 +131,8 @@ def test_state_is_sharded_from_the_start():
         name = jax.tree_util.keystr(path[-2:], simple=True, separator="/")
         sharded.setdefault(name, []).append(leaf.addressable_shards[0].data.shape)
     assert sharded["memory/query"] == [(1, 8, 1, 2, 8)] * 2  # the parameter and Muon's moment
-    assert sharded["params/embedding"] == [(132, 8)]
-    assert sharded["mu/embedding"] == sharded["nu/embedding"] == [(132, 8)]
+    assert sharded["params/embedding"] == [(66, 16)]
+    assert sharded["mu/embedding"] == sharded["nu/embedding"] == [(66, 16)]
 
 
 def test_metrics_average_since_the_last_line():

@@ -1,0 +1,109 @@
+"""The collectives of one device's program.
+
+On a mesh the model runs under `shard_map`: every function sees the rows, heads and parameters of
+one device, and what crosses between devices is written here and in `vocabulary.py`, nowhere else.
+So the program has exactly these collectives: weights are gathered over `fsdp` layer by layer,
+their gradients leave the device in one reduce-scatter, and a layer adds up its two outputs over
+`tensor`. (Left to the compiler's partitioner, gradients became all-reduces of whole weights.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from m3jax.mesh import BATCH_AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """What a device exchanges with the others of its mesh; nothing where there is one device.
+
+    Attributes:
+      mesh: the mesh, or None.
+      dtype: name of the dtype that matrices have where they are used.
+      reduce_dtype: name of the dtype in which gradients of devices are added up.
+    """
+
+    mesh: Mesh | None = None
+    dtype: str = "float32"
+    reduce_dtype: str = "float32"
+
+    def axes(self, *names: str) -> tuple[str, ...]:
+        """Those of the mesh axes that have more than one device."""
+        if self.mesh is None:
+            return ()
+        return tuple(name for name in names if self.mesh.shape[name] > 1)
+
+    def sum(self, x: Array, *names: str) -> Array:
+        """The sum over devices along mesh axes."""
+        axes = self.axes(*names)
+        return jax.lax.psum(x, axes) if axes else x
+
+    def reduce(self, gradient: Array, axis: int | None) -> Array:
+        """A parameter's gradient, summed over all rows, and split along `axis` over `fsdp`."""
+        gradient = gradient.astype(self.reduce_dtype)
+        scatter = axis is not None and self.axes("fsdp")
+        if scatter:
+            gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True)
+        rest = [name for name in BATCH_AXES if name != "fsdp" or not scatter]
+        gradient = self.sum(gradient, *rest)
+        # Without the barrier the compiler adds up in the dtype that the sum is rounded to.
+        return jax.lax.optimization_barrier(gradient) if self.axes(*BATCH_AXES) else gradient
+
+    def whole(self, x: Array, axis: int) -> Array:
+        """A matrix that is split along `axis` over `fsdp`, whole and in the compute dtype."""
+        x = x.astype(self.dtype)
+        return jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True) if self.axes("fsdp") else x
+
+    def gather(self, params: Any, axes_tree: Any) -> Any:
+        """Parameters of a layer as it computes with them; their gradients come back reduced.
+
+        Args:
+          params: this device's parts.
+          axes_tree: logical axes of every parameter. What has no `embed` axis (norms, biases) is
+            whole on every device and keeps its dtype.
+        """
+
+        def one(x: Array, axes: Sequence[str | None]) -> Array:
+            axis = axes.index("embed") if "embed" in axes else None
+            if axis is None and not self.axes(*BATCH_AXES):
+                return x
+
+            def forward(x: Array) -> Array:
+                return x if axis is None else self.whole(x, axis)
+
+            def backward(_: None, gradient: Array) -> tuple[Array]:
+                return (self.reduce(gradient, axis).astype(x.dtype),)
+
+            return with_gradient(forward, backward)(x)
+
+        return jax.tree.map(one, params, axes_tree)
+
+    def enter(self, x: Array) -> Array:
+        """The input of matrices that are split over `tensor`: its gradients are added up."""
+        if not self.axes("tensor"):
+            return x
+        return with_gradient(lambda x: x, lambda _, g: (jax.lax.psum(g, "tensor"),))(x)
+
+    def leave(self, x: Array) -> Array:
+        """The output of matrices that are split over `tensor`, added up."""
+        if not self.axes("tensor"):
+            return x
+        return with_gradient(lambda x: jax.lax.psum(x, "tensor"), lambda _, g: (g,))(x)
+
+
+def with_gradient(forward: Callable, backward: Callable) -> Callable:
+    """`forward` of one array, whose derivative is `backward(None, cotangent) -> (gradient,)`."""
+
+    @jax.custom_vjp
+    def function(x: Array) -> Array:
+        return forward(x)
+
+    function.defvjp(lambda x: (forward(x), None), backward)
+    return function
