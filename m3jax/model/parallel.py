@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -45,16 +46,36 @@ class Parallel:
         axes = self.axes(*names)
         return jax.lax.psum(x, axes) if axes else x
 
-    def reduce(self, gradient: Array, axis: int | None) -> Array:
-        """A parameter's gradient, summed over all rows, and split along `axis` over `fsdp`."""
+    def reduce(self, gradient: Array, axis: int | None, dtype: Any) -> Array:
+        """A parameter's gradient, summed over all rows, and split along `axis` over `fsdp`.
+
+        Args:
+          gradient: of this device's rows, whole.
+          axis: None for what every device holds whole.
+          dtype: of the result; the sums are made in `reduce_dtype`.
+        """
+        if not self.axes(*BATCH_AXES):
+            return gradient.astype(dtype)
         gradient = gradient.astype(self.reduce_dtype)
-        scatter = axis is not None and self.axes("fsdp")
-        if scatter:
-            gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True)
+        scatter = axis is not None and bool(self.axes("fsdp"))
+        if scatter and axis is not None:
+            # Parts along an axis of their own, which no tile of the chip's memory covers: along
+            # another the TPU compiler pads, exchanges halos, or falls back to an all-reduce.
+            shape, ways = gradient.shape, self.size("fsdp")
+            parts = (*shape[:axis], ways, shape[axis] // ways, *shape[axis + 1 :])
+            gradient = jnp.moveaxis(gradient.reshape(parts), axis, 0)
+            gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=0)
         rest = [name for name in BATCH_AXES if name != "fsdp" or not scatter]
         gradient = self.sum(gradient, *rest)
-        # Without the barrier the compiler adds up in the dtype that the sum is rounded to.
-        return jax.lax.optimization_barrier(gradient) if self.axes(*BATCH_AXES) else gradient
+        kept = jnp.finfo(dtype)
+        if kept.bits < jnp.finfo(gradient.dtype).bits:
+            # Rounds by itself: a plain cast would be moved in front of the sums.
+            gradient = jax.lax.reduce_precision(gradient, kept.nexp, kept.nmant)
+        return gradient.astype(dtype)
+
+    def size(self, name: str) -> int:
+        """Devices along a mesh axis."""
+        return 1 if self.mesh is None else self.mesh.shape[name]
 
     def whole(self, x: Array, axis: int) -> Array:
         """A matrix that is split along `axis` over `fsdp`, whole and in the compute dtype."""
@@ -79,7 +100,7 @@ class Parallel:
                 return x if axis is None else self.whole(x, axis)
 
             def backward(_: None, gradient: Array) -> tuple[Array]:
-                return (self.reduce(gradient, axis).astype(x.dtype),)
+                return (self.reduce(gradient, axis, x.dtype),)
 
             return with_gradient(forward, backward)(x)
 

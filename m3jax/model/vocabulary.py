@@ -39,13 +39,12 @@ def lookup(
         return parallel.sum(jnp.where(here[:, None], found, 0), "tensor")
 
     def backward(tokens: Array, gradient: Array) -> tuple[Array, None]:
-        ways = parallel.mesh.shape["fsdp"] if parallel.mesh is not None else 1
-        whole = jnp.zeros((part[0] * ways, part[1]), jnp.float32)
+        whole = jnp.zeros((part[0] * parallel.size("fsdp"), part[1]), jnp.float32)
         rows, here = _own_rows(parallel, tokens, whole.shape[0])
         gradient = gradient.astype(jnp.float32)
         if here is not None:
             gradient = jnp.where(here[:, None], gradient, 0)
-        return parallel.reduce(whole.at[rows].add(gradient), 0).astype(dtype), None
+        return parallel.reduce(whole.at[rows].add(gradient), 0, dtype), None
 
     find.defvjp(lambda table, tokens: (find(table, tokens), tokens), backward)
     return find(table_VD, tokens)
@@ -132,7 +131,7 @@ def _sums(
     if not gradient:
         return carry, None
     x_gradient = jnp.moveaxis(x_gradient, 0, 1).reshape(x.shape)
-    return carry[:2], (x_gradient, parallel.reduce(carry[2], 0).astype(part.dtype))
+    return carry[:2], (x_gradient, parallel.reduce(carry[2], 0, part.dtype))
 
 
 def _most_probable(parallel: Parallel, logits: Array) -> tuple[Array, Array]:
