@@ -1,62 +1,107 @@
 """Counts the matrix products of a traced program: what the devices execute, recomputation included.
 
 XLA's own count takes a loop once and a custom kernel not at all. Here scans count as often as they
-run, kernels by what they state, and the bodies of `shard_map` once for every device.
+run, attention kernels by the blocks that their mask leaves, and the bodies of `shard_map` once for
+every device.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from jax.extend import core
+from ml_collections import ConfigDict
+
+from m3jax.config import prefix_tokens
+from m3jax.flops import PREFIX_TOKENS
+from m3jax.model import splash
+
+Blocks = Mapping[tuple[int, int], int]
 
 
-def executed_flops(jaxpr: Any) -> float:
+def executed_flops(jaxpr: Any, blocks: Blocks | None = None) -> float:
     """FLOP of all products in a jaxpr, over all devices; a multiplication and an addition are two.
 
     A `while` loop whose length is not known counts once; a `cond` as its dearest branch.
 
     Args:
       jaxpr: `jax.jit(f).trace(…).jaxpr`.
+      blocks: for the rows of queries and the keys of an attention kernel how many of its blocks it
+        computes (`attention_blocks`); others compute all.
     """
-    return sum(_equation(equation) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+    blocks = blocks or {}
+    return sum(_equation(one, blocks) for one in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
 
-def _equation(equation: Any) -> float:
+def attention_blocks(config: ConfigDict, *, tokens: int, references: bool) -> Blocks:
+    """The blocks that the splash kernels of a config compute, by rows of queries and keys.
+
+    Args:
+      config: a validated config.
+      tokens: tokens of a row.
+      references: whether references are encoded too.
+    """
+    model, memory = config.model, config.memory
+    group = model.query_heads // model.kv_heads
+    prefix = len(prefix_tokens(config))
+    common = {"block": model.attention_block, "kv_block": model.attention_kv_block}
+    nothing = {"chunks": 0, "chunk_slots": 0, "chunk_length": memory.chunk_length}
+    layouts = [splash.plan(tokens, group, prefix=prefix, window=memory.window, **nothing, **common)]
+    if memory.source != "none":
+        slots = {
+            "chunks": tokens // memory.chunk_length,
+            "chunk_slots": memory.per_chunk * memory.kept_tokens,
+            "chunk_length": memory.chunk_length,
+        }
+        layouts.append(
+            splash.plan(tokens, group, prefix=prefix, window=memory.window, **slots, **common)
+        )
+    if references:
+        layouts.append(
+            splash.plan(
+                memory.reference_length, group, prefix=PREFIX_TOKENS, window=1, **nothing, **common
+            )
+        )
+    return {
+        (layout.rows, layout.keys): splash.pairs(layout)[0] // (layout.block * layout.kv_block)
+        for layout in layouts
+    }
+
+
+def _equation(equation: Any, blocks: Blocks) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         left = equation.invars[0].aval.shape
         depth = math.prod(left[axis] for axis in contracted)
         return 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
-    if name == "pallas_call":
-        return _kernel(equation)
     if name == "cond":
-        return max(executed_flops(branch) for branch in params["branches"])
-    inside = sum(executed_flops(jaxpr) for jaxpr in _jaxprs(params))
+        return max(executed_flops(branch, blocks) for branch in params["branches"])
+    inside = sum(executed_flops(jaxpr, blocks) for jaxpr in _jaxprs(params))
     if name == "scan":
         return params["length"] * inside
     if name == "shard_map":
         return params["mesh"].size * inside
+    if name == "pallas_call":
+        return inside * _runs(equation, blocks)
     return inside
 
 
-def _kernel(equation: Any) -> float:
-    """A kernel's stated cost; without one, its body once for every point of the grid."""
-    stated = equation.params.get("cost_estimate")
-    if stated is not None:
-        return float(stated.flops)
-    points = math.prod(equation.params["grid_mapping"].grid)
-    return points * sum(executed_flops(jaxpr) for jaxpr in _jaxprs(equation.params))
+def _runs(equation: Any, blocks: Blocks) -> int:
+    """How often a kernel computes its body."""
+    grid = equation.params["grid_mapping"].grid
+    wide = [x.aval.shape for x in equation.invars if x.aval.ndim > 2 and x.aval.dtype.itemsize > 1]
+    if len(wide) > 1 and (wide[0][-2], wide[1][-2]) in blocks:  # queries, keys
+        return math.prod(grid[:-2]) * blocks[wide[0][-2], wide[1][-2]]
+    return math.prod(grid)
 
 
 def _jaxprs(params: dict[str, Any]) -> list[Any]:
-    """Programs among the parameters of an operation, each once."""
+    """Programs among the parameters of an operation."""
     found = []
-    for name, value in params.items():
-        if name in ("fwd_jaxpr_thunk", "bwd", "jvp_jaxpr_fun"):  # derivatives, not run here
-            continue
+    for value in params.values():
         values = value if isinstance(value, (tuple, list)) else (value,)
         found += [x for x in values if isinstance(x, (core.Jaxpr, core.ClosedJaxpr))]
     return found

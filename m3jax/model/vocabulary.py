@@ -131,7 +131,10 @@ def _sums(
     if not gradient:
         return carry, None
     x_gradient = jnp.moveaxis(x_gradient, 0, 1).reshape(x.shape)
-    return carry[:2], (x_gradient, parallel.reduce(carry[2], 0, part.dtype))
+    # Together: the whole table's gradient must not wait while the layers run backward.
+    return carry[:2], jax.lax.optimization_barrier(
+        (x_gradient, parallel.reduce(carry[2], 0, part.dtype))
+    )
 
 
 def _most_probable(parallel: Parallel, logits: Array) -> tuple[Array, Array]:

@@ -1,0 +1,296 @@
+"""Compiles programs of a config for TPU slices that are not there, and says what they would take.
+
+The compiler of libtpu runs anywhere. What it reports of memory is what the chip would need; times
+are lower bounds from counted work and data sheets, never measurements.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from m3jax import flops
+from m3jax.config import PREFIX_TOKENS, ConfigError, prefix_tokens, validate
+from m3jax.evaluation.executed import attention_blocks, executed_flops
+from m3jax.evaluation.hlo import by_kind, collectives
+from m3jax.hardware import Chip, chip_of_topology
+from m3jax.memory.bank import writer_params
+from m3jax.memory.encode import encode_program
+from m3jax.mesh import AXES, batch_sharding, make_mesh, parameter_shardings
+from m3jax.model.attention import ExplicitMemory
+from m3jax.model.transformer import Model
+from m3jax.train.optimizer import make_optimizer
+from m3jax.train.state import abstract_state
+from m3jax.train.step import make_step
+
+# What libtpu asks for where there is no TPU; to be set before JAX is imported.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+PROGRAMS = ("train", "writer")
+
+
+class CompileError(ValueError):
+    """A program that cannot be compiled here. The message names the cause and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program.
+
+    Attributes:
+      jaxpr: what was traced.
+      text: the compiled program; empty where it did not fit.
+      memory: bytes of one chip: `arguments`, `temporaries`, `code`, `peak`; only `peak`, as far as
+        the compiler states it, where it did not fit.
+      fits: whether the compiler found room.
+      seconds: of compiling.
+    """
+
+    jaxpr: Any
+    text: str
+    memory: dict[str, float]
+    fits: bool
+    seconds: float
+
+
+def devices_of(topology: str) -> list[Any]:
+    """The devices of a TPU slice, good for compiling only.
+
+    Raises:
+      ConfigError: no such topology.
+      CompileError: libtpu is missing or refuses the name.
+    """
+    chip, shape = chip_of_topology(topology)
+    try:
+        from jax.experimental import topologies
+
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except Exception as error:  # libtpu raises whatever it likes
+        words = str(error).splitlines()[0] if str(error) else type(error).__name__
+        try:
+            import libtpu  # noqa: F401
+        except ImportError:
+            raise CompileError(
+                "libtpu is not installed: pip install -c constraints.txt -e '.[tpu]' (Linux on"
+                " x86-64; no TPU is needed)"
+            ) from error
+        raise CompileError(
+            f"the TPU compiler knows no slice {topology} of {shape} chips: {words}. Slices that"
+            f" exist are listed at cloud.google.com/tpu/docs/{chip.name}; names that work:"
+            " v5e:4x4, v5e:8x8, v5e:16x16, v6e:4x4, v6e:16x16, v5p:2x2x2, v5p:4x4x4, v4:2x2x1"
+        ) from error
+    return list(found.devices)
+
+
+def compile_train(config: ConfigDict, mesh: Mesh) -> Program:
+    """The train step, on abstract arrays."""
+    model, optimizer = Model(config, prefix_tokens(config), mesh), make_optimizer(config)
+    state = abstract_state(model, optimizer, mesh)
+    step = make_step(config, model, mesh, optimizer, state)
+    return _compile(step, state, abstract_batch(config, mesh))
+
+
+def compile_writer(config: ConfigDict, mesh: Mesh) -> Program:
+    """The encode of the memory writer, on abstract arrays."""
+    model = Model(config, PREFIX_TOKENS, mesh)
+    shapes, axes = model.abstract()
+    params = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        parameter_shardings(mesh, axes, shapes),
+    )
+    shape = (config.writer.batch_references, config.memory.reference_length)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+    return _compile(encode_program(config, model), writer_params(params), tokens)
+
+
+def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
+    """The inputs of a train step as shapes with shardings."""
+    model, memory, sharding = config.model, config.memory, batch_sharding(mesh)
+
+    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    B, T = config.data.batch_rows, config.data.row_length
+    C, M = T // memory.chunk_length, memory.per_chunk
+    batch = {"tokens": array(B, T), "targets": array(B, T)}
+    batch["weights"] = array(B, T, dtype=jnp.float32)
+    if memory.source == "precomputed":
+        slots = (B, C, M, memory.layers, model.kv_heads, memory.kept_tokens, model.head_dim)
+        stored = array(*slots, dtype=jnp.dtype(memory.dtype))
+        batch["memory"] = ExplicitMemory(stored, stored, array(B, C, M))
+    if memory.source == "online":
+        batch["reference_tokens"] = array(B, C, M, memory.reference_length)
+    return batch
+
+
+def _compile(function: Any, *arguments: Any) -> Program:
+    traced = function.trace(*arguments)
+    start = time.perf_counter()
+    try:
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed_bytes(str(error))
+        if needed is None:
+            raise
+        seconds = time.perf_counter() - start
+        return Program(traced.jaxpr, "", {"peak": needed}, False, seconds)
+    seconds = time.perf_counter() - start
+    stats = compiled.memory_analysis()
+    memory = {
+        "arguments": stats.argument_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+    }
+    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    memory["peak"] = sum(memory.values()) + results
+    return Program(traced.jaxpr, compiled.as_text(), memory, True, seconds)
+
+
+def _needed_bytes(message: str) -> float | None:
+    """Bytes that the compiler says it would need, where it ran out of a chip's memory."""
+    if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
+        return None
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    sizes = re.findall(r"([\d.]+)([KMGT])i?B?\b", message)
+    return max((float(size) * units[unit] for size, unit in sizes), default=float("nan"))
+
+
+def report(config: ConfigDict, topology: str, program: str = "train") -> dict[str, Any]:
+    """Compiles one program of a config for a slice.
+
+    Args:
+      config: a config.
+      topology: `v5e:16x16`.
+      program: `train`, or `writer` (the encode of a batch of references).
+
+    Returns:
+      What it takes of a chip, in bytes: `peak_bytes_per_chip`, `memory` (its parts),
+      `chip_bytes`, `fits`; `collectives` by kind (`count` of runs, `bytes` one chip sends);
+      `flops`: `useful` and `executed` of all chips and their quotient; `seconds`, lower bounds of a
+      step by `compute`, `memory` and `interconnect`; `mfu_ceiling`; `compile_seconds`; and what was
+      compiled.
+
+    Raises:
+      ConfigError, CompileError: it cannot be compiled for that slice.
+    """
+    validate(config)
+    chip, _ = chip_of_topology(topology)
+    mesh = make_mesh(config, devices_of(topology))
+    found = compile_train(config, mesh) if program == "train" else compile_writer(config, mesh)
+    tokens = config.data.row_length
+    online = program == "writer" or config.memory.source == "online"
+    blocks = attention_blocks(config, tokens=tokens, references=online)
+    references = config.writer.batch_references
+    useful = flops.train_step(config) if program == "train" else flops.writer(config, references)
+    executed = executed_flops(found.jaxpr, blocks)
+    table = by_kind(collectives(found.text)) if found.text else {}
+    sent = sum(row["bytes"] for row in table.values())
+    bounds = {
+        "compute": executed / (mesh.size * chip.flops),
+        "memory": _memory_bytes(config, found.memory, mesh, program) / chip.memory_bandwidth,
+        "interconnect": sent / (chip.links * chip.link_bandwidth),
+    }
+    return {
+        "name": config.name,
+        "program": program,
+        "source": config.memory.source,
+        "topology": topology,
+        "chips": mesh.size,
+        "mesh": {axis: mesh.shape[axis] for axis in AXES},
+        "microbatches": config.train.microbatches,
+        "remat": config.model.remat,
+        "peak_bytes_per_chip": found.memory["peak"],
+        "memory": found.memory,
+        "chip_bytes": chip.memory,
+        "fits": found.fits and found.memory["peak"] <= chip.memory,
+        "collectives": table,
+        "flops": {
+            "useful": useful,
+            "executed": executed,
+            "executed_over_useful": executed / useful,
+        },
+        "seconds": bounds,
+        "mfu_ceiling": useful / (mesh.size * chip.flops * max(bounds.values())),
+        "compile_seconds": found.seconds,
+    }
+
+
+def _memory_bytes(config: ConfigDict, memory: dict[str, float], mesh: Mesh, program: str) -> float:
+    """Least bytes that a chip moves to and from its memory in one run.
+
+    Training reads and writes the state once, reads the whole weights in each of three passes
+    (forward, recomputation, backward) of every microbatch, and writes and reads the saved input of
+    every layer; the writer reads weights once.
+    """
+    width = jnp.dtype(config.model.compute_dtype).itemsize
+    weights = flops.parameters(config).non_embedding * width / mesh.shape["tensor"]
+    state = memory.get("arguments", 0.0)
+    if program == "writer":
+        layers = config.memory.first_layer + config.memory.layers
+        return state + weights * layers / config.model.layers
+    ways = mesh.size // mesh.shape["tensor"]
+    rows = config.data.batch_rows / ways
+    saved = config.model.layers * rows * config.data.row_length * config.model.hidden * width
+    passes = 3 if config.model.remat != "none" else 2
+    return 2 * state + config.train.microbatches * passes * weights + 2 * saved
+
+
+def search(
+    config: ConfigDict,
+    topology: str,
+    fsdp: Sequence[int] = (8, 16, 32),
+    microbatches: Sequence[int] = (1, 2, 4),
+) -> Iterator[dict[str, Any]]:
+    """Reports of several meshes: for every size of `fsdp` the fewest microbatches that fit.
+
+    Sizes that cannot hold the config (heads, rows, chips) are passed over.
+    """
+    chips = len(devices_of(topology))
+    for size in fsdp:
+        for parts in microbatches:
+            tried = config.copy_and_resolve_references()
+            tried.mesh.data = max(1, chips // (size * tried.mesh.tensor * tried.mesh.slice))
+            tried.mesh.fsdp, tried.train.microbatches = size, parts
+            try:
+                found = report(tried, topology)
+            except ConfigError:
+                continue
+            yield found
+            if found["fits"]:
+                break
+
+
+def best(reports: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of the reports that fit the one with the least sent bytes among those of least compute."""
+    fitting = [found for found in reports if found["fits"]]
+    return min(
+        fitting,
+        key=lambda found: (found["microbatches"], found["seconds"]["interconnect"]),
+        default=None,
+    )
+
+
+def remedy(found: dict[str, Any], chip: Chip) -> str:
+    """What to change where a program does not fit."""
+    over = found["peak_bytes_per_chip"] / chip.memory
+    return (
+        f"does not fit: {found['peak_bytes_per_chip'] / 1e9:.1f} GB of {chip.memory / 1e9:.0f} GB"
+        f" ({over:.2f} of the chip). Double train.microbatches (now {found['microbatches']}), raise"
+        f" mesh.fsdp (now {found['mesh']['fsdp']}), set model.remat = 'full' (now"
+        f" {found['remat']!r}), lower train.loss_block, or take a larger slice; --search tries"
+        " meshes and microbatches"
+    )

@@ -1,0 +1,173 @@
+"""Reads the collectives of a compiled program: what crosses between devices, and how often."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
+
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_COLLECTIVE = re.compile(r"= (.*?) (" + "|".join(KINDS) + r")(-start)?\(")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|called_computations|async_execution_thread_call)=\{?%?([\w.-]+)"
+)
+_WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a program.
+
+    Attributes:
+      kind: one of `KINDS`.
+      dtype: of its largest array.
+      group: devices that take part together.
+      operand_bytes: of the whole array: what is gathered, or what is added up.
+      times: how often it runs.
+      depth: loops around it.
+    """
+
+    kind: str
+    dtype: str
+    group: int
+    operand_bytes: int
+    times: int
+    depth: int
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes that one device sends in all runs, by the usual ring algorithms."""
+        share = (self.group - 1) / self.group
+        factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+        return self.times * factor * self.operand_bytes
+
+
+def collectives(text: str) -> list[Collective]:
+    """All collectives with more than one device in a group.
+
+    Loops count as often as they run. The TPU compiler writes a reduce-scatter also as an
+    all-reduce in a kernel named `all-reduce-scatter`, and an all-gather that overlaps with products
+    as a chain of kernels: both count once, as what they are.
+
+    Args:
+      text: `compiled.as_text()`.
+    """
+    computations = _computations(text)
+    entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
+    found: list[Collective] = []
+    seen: set[tuple[str, str]] = set()
+    for name, line, times, depth in _walk(computations, entry, 1, 0):
+        collective = _parse(name, line, times, depth)
+        if collective is None or collective.group < 2:
+            continue
+        chain = re.search(r'chain_id="(\d+)"', line)
+        if chain is not None:
+            key = (collective.kind, chain.group(1))
+            if key in seen:
+                continue
+            seen.add(key)
+        found.append(collective)
+    return found
+
+
+def by_kind(found: list[Collective]) -> dict[str, dict[str, float]]:
+    """For every kind: `count` of runs, and `bytes` that one device sends."""
+    table: dict[str, dict[str, float]] = {}
+    for collective in found:
+        row = table.setdefault(collective.kind, {"count": 0, "bytes": 0.0})
+        row["count"] += collective.times
+        row["bytes"] += collective.sent_bytes
+    return dict(sorted(table.items(), key=lambda item: -item[1]["bytes"]))
+
+
+def _computations(text: str) -> dict[str, tuple[bool, list[str]]]:
+    found: dict[str, tuple[bool, list[str]]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        start = _COMPUTATION.match(line)
+        if start is not None:
+            lines = []
+            found[start.group(2)] = (start.group(1) is not None, lines)
+        elif line.startswith("  "):
+            lines.append(line)
+    return found
+
+
+def _walk(
+    computations: dict[str, tuple[bool, list[str]]], name: str, times: int, depth: int
+) -> Iterator[tuple[str, str, int, int]]:
+    """(computation, instruction, runs, loops around it) of everything that a computation runs."""
+    for line in computations.get(name, (False, []))[1]:
+        yield name, line, times, depth
+        loop = _WHILE.search(line)
+        if loop is not None:
+            trips = _trips(computations, line, loop.group(1))
+            yield from _walk(computations, loop.group(2), times * trips, depth + 1)
+            continue
+        if _COLLECTIVE.search(line):
+            continue  # its `to_apply` is the sum of two numbers
+        for called in _CALLED.findall(line):
+            yield from _walk(computations, called, times, depth)
+        for branches in _BRANCHES.findall(line):
+            for called in branches.replace("%", "").split(", "):
+                yield from _walk(computations, called, times, depth)
+
+
+def _trips(computations: dict[str, tuple[bool, list[str]]], line: str, condition: str) -> int:
+    """Runs of a loop: stated with it, or the one constant that its counter is compared with."""
+    stated = re.search(r"known_trip_count[^\d]*(\d+)", line)
+    if stated is not None:
+        return int(stated.group(1))
+    constants = {
+        int(value)
+        for text in computations.get(condition, (False, []))[1]
+        for value in re.findall(r"s32\[\][^ ]* constant\((\d+)\)", text)
+    }
+    return constants.pop() if len(constants) == 1 else 1
+
+
+def _parse(computation: str, line: str, times: int, depth: int) -> Collective | None:
+    match = _COLLECTIVE.search(line)
+    if match is None:
+        return None
+    result, kind, start = match.group(1), match.group(2), match.group(3)
+    sizes = [(_bytes(dtype, dims), dtype) for dtype, dims in _SHAPE.findall(result)]
+    arrays = [(size, dtype) for size, dtype in sizes if dtype not in ("u32", "s32")] or sizes
+    # The start of a pair lists operands and results; only an all-reduce's are all data.
+    whole = sum(size for size, _ in arrays)
+    size = max(arrays)[0] if start and kind != "all-reduce" else whole
+    group = _group(line)
+    if kind == "reduce-scatter":
+        size = size if start else size * group  # the result is one part
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"
+    return Collective(kind, max(arrays)[1], group, size, times, depth)
+
+
+def _bytes(dtype: str, dims: str) -> int:
+    bits = _BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 8)
+    return math.prod(int(size) for size in dims.split(",") if size) * bits // 8
+
+
+def _group(line: str) -> int:
+    """Devices of a group, in any of the ways that programs state groups."""
+    pairs = re.search(r"source_target_pairs=\{\{", line)
+    if pairs is not None:
+        return 2
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+    if listed is not None:
+        return listed.group(1).count(",") + 1
+    iota = re.search(r"replica_groups=\[\d+,(\d+)\]<=", line)
+    if iota is not None:
+        return int(iota.group(1))
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
+    if named is not None:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", named.group(2)))
+    return 1
