@@ -30,7 +30,7 @@ import m3jax
 PROCESS_LOST = 3  # exit code of a process whose run lost another process
 _ROOT = "m3jax"  # of our keys in the store of JAX's coordination service
 _MARGIN = 5.0  # seconds that a failed process stays, so that the others can read why
-_LAST = 600  # seconds that the first process to finish waits for the last
+_LONGEST_WAIT = 3600  # seconds that the first process at a meeting waits for the last
 _AGAIN = "The same command, on all processes, continues from the newest checkpoint"
 
 Report = Callable[[BaseException], int]
@@ -128,10 +128,15 @@ def joined(processes: Processes | None, config: ConfigDict, report: Report) -> I
     if processes is None:
         yield
         return
+    end = time.monotonic() + processes.join_timeout
     processes = _detected(processes)
-    last_words = _LastWords()
-    with contextlib.closing(last_words):
-        _connect(processes, last_words)
+    # What would make JAX crash is tried before; what makes it abort is explained by last words.
+    if processes.index == 0:
+        _check_port(processes)
+    else:
+        _wait_for_port(processes, end)
+    with contextlib.closing(_LastWords()) as last_words:
+        _connect(processes, end, last_words)
         watch = _Watch(processes)
         last_words.speak = watch.last_words
         try:
@@ -143,6 +148,19 @@ def joined(processes: Processes | None, config: ConfigDict, report: Report) -> I
             _leave(watch)
             raise
         _leave(watch)
+
+
+def meet(name: str) -> None:
+    """Returns when all processes have called this; uses no device.
+
+    Before a first collective, because those of CPUs give up when a process comes 30 s late.
+
+    Args:
+      name: the same on all processes, and used once.
+    """
+    client = _client()
+    if client is not None and jax.process_count() > 1:
+        client.wait_at_barrier(f"{_ROOT}/meet/{name}", 1000 * _LONGEST_WAIT)
 
 
 def _leave(watch: _Watch) -> None:
@@ -187,15 +205,9 @@ def _address(coordinator: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _connect(processes: Processes, last_words: _LastWords) -> None:
-    """JAX's connection; whatever would abort is tried before, or explained by the last words."""
+def _connect(processes: Processes, end: float, last_words: _LastWords) -> None:
+    """JAX's connection of all processes."""
     address, index, timeout = processes.coordinator, processes.index, processes.join_timeout
-    assert address is not None
-    end = time.monotonic() + timeout
-    if index == 0:
-        _check_port(address)
-    else:
-        _wait_for_port(processes, end)
     last_words.speak = lambda: (
         f"process {index} of {processes.count}: {address} answers, but not all processes met there"
         f" within {timeout} seconds. Start all {processes.count} of them, each with its own"
@@ -212,8 +224,10 @@ def _connect(processes: Processes, last_words: _LastWords) -> None:
     )
 
 
-def _check_port(address: str) -> None:
-    """Refuses a port that cannot be opened: JAX would crash."""
+def _check_port(processes: Processes) -> None:
+    """Refuses a port that cannot be opened."""
+    address = processes.coordinator
+    assert address is not None
     _, port = _address(address)
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     with socket.socket(family) as probe:
@@ -400,7 +414,7 @@ class _Watch:
     def wait_for_all(self) -> None:
         """Returns when all processes are here; `_run` or JAX ends the wait when one dies."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            _client().wait_at_barrier(f"{_ROOT}/end", 1000 * _LAST)
+            _client().wait_at_barrier(f"{_ROOT}/end", 1000 * _LONGEST_WAIT)
 
     def close(self) -> None:
         self._stop.set()
@@ -424,16 +438,16 @@ class _LastWords:
 
     def __init__(self) -> None:
         self.speak: Callable[[], str | None] = lambda: None
-        kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
         # Not `signal.signal`: its handlers wait for the main thread, which an abort does not.
         self._signal = ctypes.CDLL(None).signal
-        self._signal.argtypes, self._signal.restype = (ctypes.c_int, kind), ctypes.c_void_p
-        self._handler = kind(self._handle)
-        self._signal(signal.SIGABRT, self._handler)
-        self._default = kind(0)
+        self._signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+        self._signal.restype = ctypes.c_void_p
+        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._handle)  # kept alive here
+        pointer = ctypes.cast(self._handler, ctypes.c_void_p)
+        self._previous = self._signal(signal.SIGABRT, pointer)
 
     def _handle(self, number: int) -> None:
-        self._signal(signal.SIGABRT, self._default)
+        self.close()
         try:
             words = self.speak()
         except Exception as error:
@@ -443,7 +457,7 @@ class _LastWords:
             os._exit(PROCESS_LOST)
 
     def close(self) -> None:
-        self._signal(signal.SIGABRT, self._default)
+        self._signal(signal.SIGABRT, self._previous)
 
 
 def _say(text: str) -> None:

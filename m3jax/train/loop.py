@@ -13,11 +13,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from m3jax.config import prefix_tokens, validate
+from m3jax.distributed import meet
 from m3jax.mesh import host_rows, make_mesh, to_global
 from m3jax.model.transformer import Model, Params
 from m3jax.train.checkpoints import FOLDER, Checkpoints, check_owner, claim, restore_params
@@ -115,7 +115,7 @@ def train(
                 loop.run(step, state, first or 0, profile)
     if shown and not (folder / "loss.png").exists():
         plot_stages([folder], folder / "loss.png")
-    multihost_utils.sync_global_devices(f"m3jax finished {folder}")  # the first process has written
+    meet(f"{folder} finished")  # the first process has written
     return _summary(config, folder)
 
 
@@ -181,7 +181,7 @@ class _Loop:
         self.clock, self.device = clock, Device()
         self.speed = Speed(config, mesh, clock)
 
-    def run(self, step_function: Callable, state: TrainState, first: int, profile: Profile) -> None:
+    def run(self, step_function: Any, state: TrainState, first: int, profile: Profile) -> None:
         steps = self.config.train.steps
         if jax.process_index() == 0:
             (self.folder / "loss.png").unlink(missing_ok=True)
@@ -197,9 +197,13 @@ class _Loop:
             for step in range(first + 1, steps + 1):
                 with self.clock.waiting(self.device.idle_since):
                     batch = inputs(next(batches))
+                placed = to_global(self.mesh, batch)
+                if step == first + 1 and jax.process_count() > 1:
+                    step_function.lower(state, placed).compile()
+                    meet(f"{self.folder} compiled")
                 profile.before(step)
                 with jax.transfer_guard("disallow"):
-                    state, metrics = step_function(state, to_global(self.mesh, batch))
+                    state, metrics = step_function(state, placed)
                 self.device.give(metrics)
                 self._settle()
                 self.pending = (step, metrics)

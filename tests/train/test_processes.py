@@ -1,0 +1,175 @@
+"""Two processes of four devices train as one process of eight, also when one of them dies."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from data.data_workdir import make_workdir
+from train.process_run import STAGES, run_stage, stage_config
+
+from m3jax.config import prefix_tokens
+from m3jax.distributed import PROCESS_LOST
+from m3jax.model.transformer import Model
+from m3jax.train.checkpoints import restore_params
+from m3jax.train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+DEADLINE = 200.0  # seconds
+
+
+class Pair:
+    """Two processes that train `stages` in `runs`; what they print, and the rows, are files there.
+
+    Args:
+      tag: part of the names of these files.
+      pause: seconds before each step.
+    """
+
+    def __init__(self, tag, workdir, runs, stages, cache, pause=0.0):
+        self.tag, self.runs = tag, runs
+        runs.mkdir(exist_ok=True)
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            address = f"localhost:{probe.getsockname()[1]}"
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+        }
+        script = str(Path(__file__).with_name("process_run.py"))
+        self.processes = []
+        for index in range(2):
+            command = [sys.executable, script, workdir, runs, tag, address, index, stages, pause]
+            with open(runs / f"output-{tag}-{index}", "w") as output:
+                self.processes.append(
+                    subprocess.Popen(
+                        list(map(str, command)), env=environment, stdout=output, stderr=output
+                    )
+                )
+
+    def output(self, index):
+        return (self.runs / f"output-{self.tag}-{index}").read_text(errors="replace")
+
+    def wait(self):
+        """Exit codes; processes that do not end are a failure."""
+        try:
+            return [process.wait(timeout=DEADLINE) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    def wait_for_step(self, stage, step):
+        """Returns when both processes have handed out the batch of `step`."""
+        end = time.monotonic() + DEADLINE
+        while not all(step in order(self.runs, f"{stage}-{self.tag}-{i}") for i in range(2)):
+            ended = any(process.poll() is not None for process in self.processes)
+            assert not ended and time.monotonic() < end, self.output(0) + self.output(1)
+            time.sleep(0.05)
+
+
+def order(runs, names):
+    """Row hashes by step and row, from the files `names`; all of them when a step came twice."""
+    steps = {}
+    for path in runs.glob(f"{names}.jsonl"):
+        for text in path.read_text().splitlines():
+            if text.endswith("}}"):  # not cut off by a kill
+                line = json.loads(text)
+                for row, value in line["rows"].items():
+                    steps.setdefault(line["step"], {}).setdefault(int(row), set()).add(value)
+    return steps
+
+
+def losses(runs, stage):
+    lines = [line for line in read_metrics(runs / stage) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    return np.array([[line["loss"], line["gradient_norm"]] for line in lines])
+
+
+def evaluation(runs, stage):
+    found = [line["evaluation"] for line in read_metrics(runs / stage) if "evaluation" in line]
+    assert len(found) == 1
+    return found[0]
+
+
+def parameters(runs, stage):
+    config = stage_config(stage)
+    return restore_params(runs / stage, Model(config, prefix_tokens(config)))[0]
+
+
+def assert_same_parameters(ours, theirs):
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workdir")
+    return make_workdir(folder, stage_config("precomputed"))
+
+
+@pytest.fixture(scope="module")
+def alone(workdir, tmp_path_factory):
+    """The runs of this one process with its eight devices."""
+    runs = tmp_path_factory.mktemp("alone")
+    for stage in STAGES:
+        run_stage(stage_config(stage), workdir, runs, runs / f"{stage}-alone.jsonl")
+    return runs
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(workdir, alone, tmp_path, compilation_cache):
+    pair = Pair("a", workdir, tmp_path / "runs", ",".join(STAGES), compilation_cache)
+    assert pair.wait() == [0, 0], pair.output(0) + pair.output(1)
+    for stage in STAGES:
+        np.testing.assert_allclose(losses(pair.runs, stage), losses(alone, stage), rtol=1e-5)
+        assert_same_parameters(parameters(pair.runs, stage), parameters(alone, stage))
+        halves = [order(pair.runs, f"{stage}-a-{index}") for index in range(2)]
+        assert {tuple(rows) for rows in halves[0].values()} == {(0, 1, 2, 3)}
+        assert {tuple(rows) for rows in halves[1].values()} == {(4, 5, 6, 7)}
+        both, expected = order(pair.runs, f"{stage}-a-*"), order(alone, f"{stage}-alone")
+        assert all(both[step] == expected[step] for step in range(1, 10))
+        assert (pair.runs / stage / "loss.png").exists()
+    theirs = evaluation(alone, "warmup")
+    assert evaluation(pair.runs, "warmup") == pytest.approx(theirs, rel=1e-5)
+    assert "step 9/9" in pair.output(0) and "step 9/9" not in pair.output(1)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other_and_the_run_goes_on(
+    workdir, alone, tmp_path, compilation_cache
+):
+    stage, runs, one = "online", tmp_path / "runs", tmp_path / "one"
+    pair = Pair("killed", workdir, runs, stage, compilation_cache, pause=0.3)
+    pair.wait_for_step(stage, 6)
+    pair.processes[1].kill()
+    assert pair.wait() == [PROCESS_LOST, -signal.SIGKILL], pair.output(0)
+    words = "no sign of life from process 1 for 8 seconds"
+    assert words in pair.output(0) and "The same command" in pair.output(0)
+    shutil.copytree(runs, one)
+    run_stage(stage_config(stage), workdir, one, one / f"{stage}-alone.jsonl")
+
+    pair = Pair("stopped", workdir, runs, stage, compilation_cache, pause=0.3)
+    pair.wait_for_step(stage, 6)
+    pair.processes[1].send_signal(signal.SIGTERM)
+    assert pair.wait() == [0, 0], pair.output(0) + pair.output(1)
+    assert "told to stop; saved at step" in pair.output(0)
+    pair = Pair("last", workdir, runs, stage, compilation_cache)
+    assert pair.wait() == [0, 0], pair.output(0) + pair.output(1)
+    assert "continuing from step" in pair.output(0)
+
+    expected = order(alone, f"{stage}-alone")
+    for folder in (one, runs):
+        assert_same_parameters(parameters(folder, stage), parameters(alone, stage))
+        np.testing.assert_allclose(losses(folder, stage), losses(alone, stage), rtol=1e-5)
+        found = order(folder, f"{stage}-*")
+        assert all(found[step] == expected[step] for step in range(1, 10))
