@@ -46,6 +46,7 @@ _PROFILE = flags.DEFINE_string(
 )
 launching.define_process_flags()
 launching.define_cache_flag()
+flags.adopt_module_key_flags(launching)  # --help shows them
 
 
 def main(argv: list[str]) -> None:

@@ -28,6 +28,7 @@ _BASE = flags.DEFINE_string(
     "base", None, "Older bank of the same writer: memories of unchanged references are copied."
 )
 launching.define_cache_flag()
+flags.adopt_module_key_flags(launching)  # --help shows them
 
 
 def main(argv: list[str]) -> None:

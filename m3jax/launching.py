@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import sys
 import traceback
@@ -102,7 +103,7 @@ def define_cache_flag() -> None:
     flags.DEFINE_string(
         "compilation_cache",
         None,
-        "Folder (or gs://…) where compiled programs are kept for the next start.",
+        "Folder where compiled programs are kept for the next start; gs://… needs gcsfs.",
     )
 
 
@@ -110,7 +111,7 @@ def use_compilation_cache() -> None:
     """Lets JAX keep and find compiled programs in the folder of the flag, if it is given.
 
     Raises:
-      ConfigError: the folder cannot be made or written to.
+      ConfigError: the folder cannot be made or written to, or is a bucket and gcsfs is missing.
     """
     folder = flags.FLAGS.compilation_cache
     if folder is None:
@@ -119,7 +120,10 @@ def use_compilation_cache() -> None:
 
     from m3jax.config import ConfigError
 
-    if "://" not in folder:
+    if folder.startswith("gs://"):
+        if importlib.util.find_spec("gcsfs") is None:
+            raise ConfigError(f"--compilation_cache={folder}: pip install gcsfs, which reads gs://")
+    else:
         try:
             os.makedirs(folder, exist_ok=True)
             writable = os.access(folder, os.W_OK)
