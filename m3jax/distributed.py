@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -32,6 +33,8 @@ _ROOT = "m3jax"  # of our keys in the store of JAX's coordination service
 _MARGIN = 5.0  # seconds that a failed process stays, so that the others can read why
 _LONGEST_WAIT = 3600  # seconds that the first process at a meeting waits for the last
 _AGAIN = "The same command, on all processes, continues from the newest checkpoint"
+
+_meetings = itertools.count()
 
 Report = Callable[[BaseException], int]
 
@@ -156,11 +159,11 @@ def meet(name: str) -> None:
     Before a first collective, because those of CPUs give up when a process comes 30 s late.
 
     Args:
-      name: the same on all processes, and used once.
+      name: the same on all processes; all of them meet in the same order.
     """
     client = _client()
     if client is not None and jax.process_count() > 1:
-        client.wait_at_barrier(f"{_ROOT}/meet/{name}", 1000 * _LONGEST_WAIT)
+        client.wait_at_barrier(f"{_ROOT}/meet/{next(_meetings)}/{name}", 1000 * _LONGEST_WAIT)
 
 
 def _leave(watch: _Watch) -> None:

@@ -20,7 +20,15 @@ from m3jax.config import prefix_tokens, validate
 from m3jax.distributed import meet
 from m3jax.mesh import host_rows, make_mesh, to_global
 from m3jax.model.transformer import Model, Params
-from m3jax.train.checkpoints import FOLDER, Checkpoints, check_owner, claim, restore_params
+from m3jax.text.files import write_atomically
+from m3jax.train.checkpoints import (
+    FOLDER,
+    CheckpointError,
+    Checkpoints,
+    check_owner,
+    claim,
+    restore_params,
+)
 from m3jax.train.clock import Clock, Device, Speed
 from m3jax.train.metrics import Metrics, read_metrics, time_spent
 from m3jax.train.objective import inputs
@@ -91,6 +99,7 @@ def train(
     """
     validate(config)
     folder = Path(workdir).absolute() / config.stage
+    _check_shared(folder)
     check_owner(folder, config)
     mesh = make_mesh(config)
     clock, profile = Clock(), Profile(profile_steps, config.train.steps, folder)
@@ -115,8 +124,24 @@ def train(
                 loop.run(step, state, first or 0, profile)
     if shown and not (folder / "loss.png").exists():
         plot_stages([folder], folder / "loss.png")
-    meet(f"{folder} finished")  # the first process has written
+    meet("finished")  # the first process has written
     return _summary(config, folder)
+
+
+def _check_shared(folder: Path) -> None:
+    """Refuses a folder that not all processes see as the first one does: checkpoints need that."""
+    probe = folder / "seen_by_all.tmp"
+    if jax.process_index() == 0 and jax.process_count() > 1:
+        write_atomically(probe, b"")
+    meet("probe written")
+    if jax.process_count() > 1 and not probe.exists():
+        raise CheckpointError(
+            f"process {jax.process_index()} does not see what process 0 writes in {folder}; put"
+            " --workdir on a disk that all processes share"
+        )
+    meet("probe seen")
+    if jax.process_index() == 0:
+        probe.unlink(missing_ok=True)
 
 
 def _start(
@@ -200,7 +225,7 @@ class _Loop:
                 placed = to_global(self.mesh, batch)
                 if step == first + 1 and jax.process_count() > 1:
                     step_function.lower(state, placed).compile()
-                    meet(f"{self.folder} compiled")
+                    meet("compiled")
                 profile.before(step)
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_function(state, placed)

@@ -39,9 +39,10 @@ class Pair:
     Args:
       tag: part of the names of these files.
       pause: seconds before each step.
+      sees: what a process has for `runs`, given its index.
     """
 
-    def __init__(self, tag, workdir, runs, stages, cache, pause=0.0):
+    def __init__(self, tag, workdir, runs, stages, cache, pause=0.0, sees=None):
         self.tag, self.runs = tag, runs
         runs.mkdir(exist_ok=True)
         address = f"localhost:{free_port()}"
@@ -54,7 +55,8 @@ class Pair:
         script = str(Path(__file__).with_name("process_run.py"))
         self.processes = []
         for index in range(2):
-            command = [sys.executable, script, workdir, runs, tag, address, index, stages, pause]
+            seen = runs if sees is None else sees(index)
+            command = [sys.executable, script, workdir, seen, tag, address, index, stages, pause]
             with open(runs / f"output-{tag}-{index}", "w") as output:
                 self.processes.append(
                     subprocess.Popen(
@@ -180,6 +182,18 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(
         np.testing.assert_allclose(losses(folder, stage), losses(alone, stage), rtol=1e-5)
         found = order(folder, f"{stage}-*")
         assert all(found[step] == expected[step] for step in range(1, 10))
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_not_shared_is_refused(workdir, tmp_path, compilation_cache):
+    def elsewhere(index):
+        return tmp_path / "here" if index == 0 else tmp_path / "there"
+
+    elsewhere(1).mkdir()
+    pair = Pair("a", workdir, tmp_path / "here", "warmup", compilation_cache, sees=elsewhere)
+    assert pair.wait() == [PROCESS_LOST, USER_ERROR], pair.output(0) + pair.output(1)
+    assert "process 1 does not see what process 0 writes" in pair.output(0)
+    assert "CheckpointError: process 1 does not see" in pair.output(1)
 
 
 @pytest.mark.slow
