@@ -72,7 +72,7 @@ def get_config(options: str = "") -> ConfigDict:
     config.train.checkpoint_every = 1000
     config.train.keep_every = 10_000  # a divergence is answered by going back
     config.train.evaluate_every = 1000
-    # Eight shards: with them no gradient of a layer is padded when it is scattered (launch/compile.py).
+    # Eight shards: no gradient of a layer is padded when it is scattered (launch/compile.py).
     config.mesh.data = 32
     config.mesh.fsdp = -1
 

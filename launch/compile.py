@@ -55,17 +55,18 @@ def main(argv: list[str]) -> None:
     from m3jax.evaluation.compile_report import show, show_search
     from m3jax.hardware import chip_of_topology
 
-    chip, _ = chip_of_topology(_TOPOLOGY.value)
+    topology = str(_TOPOLOGY.value)
+    chip, _ = chip_of_topology(topology)
     if _SEARCH.value:
         reports = []
         sizes = [[int(size) for size in flag.value] for flag in (_FSDP, _MICROBATCHES)]
-        for found in compiled.search(config, _TOPOLOGY.value, *sizes):
+        for found in compiled.search(config, topology, *sizes):
             reports.append(found)
             print(show(found), flush=True)
         print(show_search(reports))
         chosen = compiled.best(reports)
     else:
-        chosen = compiled.report(config, _TOPOLOGY.value, _PROGRAM.value)
+        chosen = compiled.report(config, topology, _PROGRAM.value)
         reports = [chosen]
         print(show(chosen))
     if _JSON.value:

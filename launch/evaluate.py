@@ -33,10 +33,13 @@ _SHIFT = flags.DEFINE_enum(
 )
 _QUESTIONS = flags.DEFINE_string("questions", None, "Also answer these questions (JSON lines).")
 _JSON = flags.DEFINE_string("json", None, "Write the figures to this file.")
+launching.define_cache_flag()
+flags.adopt_module_key_flags(launching)  # --help shows them
 
 
 def main(argv: list[str]) -> None:
     """Prints a table and writes JSON."""
+    launching.use_compilation_cache()
     from m3jax.config import validate
     from m3jax.evaluation.report import evaluate, table
     from m3jax.text.files import write_atomically

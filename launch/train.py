@@ -6,12 +6,21 @@
 
 Checkpoints, metrics.jsonl, TensorBoard events and loss.png go to <workdir>/<stage>. SIGTERM saves
 and ends with code 0.
+
+Several processes run the same command on one workdir that all of them see: with --distributed on
+every host of a TPU pod, elsewhere with the address of process 0:
+
+    python launch/train.py … --coordinator=10.0.0.1:8476 --processes=2 --process_id=0
+    python launch/train.py … --coordinator=10.0.0.1:8476 --processes=2 --process_id=1
+
+A process that dies ends the others with code 3 and a message; the same command continues, with any
+number of processes.
 """
 
 from __future__ import annotations
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from m3jax import launching
 from m3jax.config import validate
@@ -29,15 +38,36 @@ _INIT_FROM = flags.DEFINE_string(
 _BANK = flags.DEFINE_string(
     "bank", None, "Bank of explicit memories for memory.source = precomputed; default WORKDIR/bank."
 )
+_PROFILE = flags.DEFINE_string(
+    "profile_steps",
+    None,
+    "START:STOP, the first and last step of a trace for TensorBoard or XProf, in"
+    " WORKDIR/<stage>/profile.",
+)
+launching.define_process_flags()
+launching.define_cache_flag()
+flags.adopt_module_key_flags(launching)  # --help shows them
 
 
 def main(argv: list[str]) -> None:
-    """Opens the data and trains."""
+    """Joins the other processes, opens the data and trains."""
     config = validate(_CONFIG.value)  # before the slow imports
+    launching.use_compilation_cache()
+    from m3jax.train.profile import parse_steps
+
+    profile_steps = None if _PROFILE.value is None else parse_steps(_PROFILE.value)
+    with launching.processes(config):
+        _train(config, profile_steps)
+
+
+def _train(config: ConfigDict, profile_steps: tuple[int, int] | None) -> None:
+    import jax
 
     from m3jax.data.pipeline import open_pipeline
     from m3jax.evaluation.losses import evaluator
+    from m3jax.mesh import make_mesh
     from m3jax.train.loop import train
+    from m3jax.train.metrics import describe_time
 
     pipeline = open_pipeline(config, _WORKDIR.value, split="train", bank=_BANK.value)
     summary = train(
@@ -46,13 +76,17 @@ def main(argv: list[str]) -> None:
         pipeline=pipeline,
         tokenizer_fingerprint=pipeline.tokenizer.fingerprint,
         init_from=_INIT_FROM.value,
-        evaluate=evaluator(config, _WORKDIR.value, bank=_BANK.value),
+        evaluate=evaluator(config, _WORKDIR.value, bank=_BANK.value, mesh=make_mesh(config)),
         writer=None if pipeline.bank is None else pipeline.bank.writer,
+        profile_steps=profile_steps,
     )
+    if jax.process_index() != 0:
+        return
     print(f"{summary['stage']}: loss {summary['loss']:.4f} after {summary['step']} steps")
     for name, value in summary["evaluation"].items():
         print(f"  {name}: {value:.4f}")
     print(f"checkpoint: {summary['checkpoint']}")
+    print(f"time: {describe_time(summary['time'])}")
 
 
 if __name__ == "__main__":

@@ -27,10 +27,13 @@ _BANK = flags.DEFINE_string("bank", None, "Folder to write; default WORKDIR/bank
 _BASE = flags.DEFINE_string(
     "base", None, "Older bank of the same writer: memories of unchanged references are copied."
 )
+launching.define_cache_flag()
+flags.adopt_module_key_flags(launching)  # --help shows them
 
 
 def main(argv: list[str]) -> None:
     """Restores the writer and writes what is missing."""
+    launching.use_compilation_cache()
     import jax
 
     from m3jax.config import PREFIX_TOKENS, validate

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 
 USER_ERROR = 2  # exit code
 
@@ -16,6 +21,17 @@ def is_user_error(error: BaseException) -> bool:
     Plain `ValueError`s of libraries are not: they may be defects, and keep their traceback.
     """
     return isinstance(error, ValueError) and type(error).__module__.split(".")[0] == "m3jax"
+
+
+def show_error(error: BaseException) -> int:
+    """Prints the message, for a defect the traceback too; returns the exit code."""
+    if is_user_error(error):
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    traceback.print_exception(error)
+    return 1
 
 
 def guarded(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
@@ -34,10 +50,89 @@ def guarded(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
         except ValueError as error:
             if not is_user_error(error):
                 raise
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(USER_ERROR) from None
+            raise SystemExit(show_error(error)) from None
 
     return run
+
+
+def define_process_flags() -> None:
+    """Flags of scripts that can run as several processes; `processes` reads them."""
+    flags.DEFINE_boolean(
+        "distributed",
+        False,
+        "Run as one of several processes, which the cluster knows: TPU pod, Slurm, Open MPI,"
+        " Kubernetes. Start the same command on every host.",
+    )
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0; with --processes and --process_id."
+    )
+    flags.DEFINE_integer("processes", None, "Number of processes.")
+    flags.DEFINE_integer("process_id", None, "Which of the processes this is, from 0.")
+    flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for the other processes at start.")
+    flags.DEFINE_integer(
+        "heartbeat_timeout",
+        100,
+        "Seconds without a sign of life after which a process counts as dead and the others end.",
+    )
+
+
+def processes(config: ConfigDict) -> contextlib.AbstractContextManager[None]:
+    """Joins the other processes of `define_process_flags` while the block runs.
+
+    Nothing may have used a device before.
+
+    Raises:
+      ProcessError: the flags do not fit together, or the processes do not meet.
+    """
+    from m3jax.distributed import Processes, joined
+
+    given = flags.FLAGS
+    found = Processes.of_flags(
+        given.distributed,
+        given.coordinator,
+        given.processes,
+        given.process_id,
+        join_timeout=given.join_timeout,
+        heartbeat_timeout=given.heartbeat_timeout,
+    )
+    return joined(found, config, show_error)
+
+
+def define_cache_flag() -> None:
+    """The flag of scripts that compile; `use_compilation_cache` reads it."""
+    flags.DEFINE_string(
+        "compilation_cache",
+        None,
+        "Folder where compiled programs are kept for the next start; gs://… needs gcsfs.",
+    )
+
+
+def use_compilation_cache() -> None:
+    """Lets JAX keep and find compiled programs in the folder of the flag, if it is given.
+
+    Raises:
+      ConfigError: the folder cannot be made or written to, or is a bucket and gcsfs is missing.
+    """
+    folder = flags.FLAGS.compilation_cache
+    if folder is None:
+        return
+    import jax
+
+    from m3jax.config import ConfigError
+
+    if folder.startswith("gs://"):
+        if importlib.util.find_spec("gcsfs") is None:
+            raise ConfigError(f"--compilation_cache={folder}: pip install gcsfs, which reads gs://")
+    else:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            writable = os.access(folder, os.W_OK)
+        except OSError as error:
+            raise ConfigError(f"--compilation_cache={folder}: {error.strerror}") from error
+        if not writable:
+            raise ConfigError(f"--compilation_cache={folder}: cannot be written to")
+        folder = os.path.abspath(folder)
+    jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def run(main: Callable[[list[str]], None], required: Sequence[str] = ()) -> None:

@@ -264,7 +264,17 @@ def host_rows(mesh: Mesh, total: int) -> HostRows:
     """The rows of a global batch of `total` rows that lie on devices of this process.
 
     On a torus they need not be neighbours: hosts hold squares of chips, batches are split in lines.
+
+    Raises:
+      ConfigError: the rows cannot be split evenly.
     """
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if total % ways:
+        raise ConfigError(
+            f"batches of {total} rows cannot be split over the {ways} devices of mesh.slice ×"
+            f" mesh.data × mesh.fsdp; set data.batch_rows and evaluation.batch_rows to multiples of"
+            f" {ways}"
+        )
     indices = batch_sharding(mesh).addressable_devices_indices_map((total,)).values()
     spans = {part[0].indices(total)[:2] for part in indices if part is not None}
     return HostRows(np.unique(np.concatenate([np.arange(*span) for span in sorted(spans)])), total)

@@ -1,10 +1,13 @@
 """Errors of the user end with the message alone."""
 
+import importlib.util
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import jax
 import pytest
 
 from m3jax import launching
@@ -30,6 +33,38 @@ def test_user_error_ends_with_its_message(capsys):
 def test_defects_keep_their_traceback():
     with pytest.raises(ValueError, match="from a library"):
         failing(ValueError("from a library"))(["script"])
+
+
+@pytest.fixture
+def cache_flag(monkeypatch):
+    """Sets --compilation_cache, and puts JAX's folder back in the end."""
+    before = jax.config.jax_compilation_cache_dir
+    flags = types.SimpleNamespace(compilation_cache=None)
+    monkeypatch.setattr(launching.flags, "FLAGS", flags)
+    yield lambda folder: setattr(flags, "compilation_cache", str(folder))
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_compilation_cache_is_made_and_used(cache_flag, tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    launching.use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == before
+    monkeypatch.chdir(tmp_path)
+    cache_flag("some/cache")
+    launching.use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "some" / "cache")
+    assert (tmp_path / "some" / "cache").is_dir()
+
+
+def test_compilation_cache_that_cannot_be_used_is_refused(cache_flag, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    cache_flag(tmp_path / "file")
+    with pytest.raises(ConfigError, match=r"--compilation_cache=.*/file: File exists"):
+        launching.use_compilation_cache()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    cache_flag("gs://bucket/cache")
+    with pytest.raises(ConfigError, match="gs://bucket/cache: pip install gcsfs"):
+        launching.use_compilation_cache()
 
 
 def test_train_script_refuses_a_bad_config(tmp_path):

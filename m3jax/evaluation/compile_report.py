@@ -62,13 +62,14 @@ def markdown(reports: Sequence[dict[str, Any]]) -> str:
     for found in reports:
         sent = sum(row["bytes"] for row in found["collectives"].values())
         bounds = ", ".join(f"{value:.2f}" for value in found["seconds"].values())
+        work = found["flops"]["executed_over_useful"]
         mesh = f"{found['mesh']['data']} × {found['mesh']['fsdp']}"
         peak = f"{found['peak_bytes_per_chip'] / 1e9:.1f} of {found['chip_bytes'] / 1e9:.0f}"
         if not found["fits"]:
             peak += " (does not fit)"
         lines.append(
-            f"| {path_of(found)} | {found['topology']} | {mesh} | {found['microbatches']} | {peak} |"
-            f" {found['flops']['executed_over_useful']:.2f} | {sent / 1e9:.1f} | {bounds} |"
+            f"| {path_of(found)} | {found['topology']} | {mesh} | {found['microbatches']} |"
+            f" {peak} | {work:.2f} | {sent / 1e9:.1f} | {bounds} |"
             f" {found['mfu_ceiling']:.0%} | {found['compile_seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"

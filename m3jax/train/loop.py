@@ -6,7 +6,6 @@ import contextlib
 import math
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -18,16 +17,25 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from m3jax import flops
 from m3jax.config import prefix_tokens, validate
-from m3jax.hardware import chip_of_kind
+from m3jax.distributed import meet
 from m3jax.mesh import host_rows, make_mesh, to_global
 from m3jax.model.transformer import Model, Params
-from m3jax.train.checkpoints import FOLDER, Checkpoints, check_owner, claim, restore_params
-from m3jax.train.metrics import Metrics, read_metrics
+from m3jax.text.files import write_atomically
+from m3jax.train.checkpoints import (
+    FOLDER,
+    CheckpointError,
+    Checkpoints,
+    check_owner,
+    claim,
+    restore_params,
+)
+from m3jax.train.clock import Clock, Device, Speed
+from m3jax.train.metrics import Metrics, read_metrics, time_spent
 from m3jax.train.objective import inputs
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.plots import plot_stages
+from m3jax.train.profile import Profile
 from m3jax.train.progress import Progress
 from m3jax.train.state import TrainState, abstract_state, init_state
 from m3jax.train.step import make_step
@@ -59,6 +67,7 @@ def train(
     init_from: str | Path | None = None,
     evaluate: Evaluate | None = None,
     writer: Mapping[str, Any] | None = None,
+    profile_steps: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Trains the stage `config.stage` in `<workdir>/<stage>`, or continues it.
 
@@ -76,10 +85,14 @@ def train(
         at the end.
       writer: `{"hash", "path", "step"}` of the checkpoint that wrote the memories that the batches
         carry; recorded in every checkpoint.
+      profile_steps: first and last step of a trace in `<workdir>/<stage>/profile`.
+
+    With several processes all call this alike, and `workdir` is on a disk that all of them see.
 
     Returns:
       `stage`, `step`, `checkpoint` (its folder), `seconds` of the run, `loss` and `accuracy` of the
-      last logged line, and `evaluation`, the last one's numbers ({} if there was none).
+      last logged line, `evaluation`, the last one's numbers ({} if there was none), and `time`
+      (`m3jax.train.metrics.time_spent`).
 
     Raises:
       ConfigError, CheckpointError: the config, workdir or checkpoint does not fit.
@@ -87,8 +100,10 @@ def train(
     """
     validate(config)
     folder = Path(workdir).absolute() / config.stage
+    _check_shared(folder)
     check_owner(folder, config)
     mesh = make_mesh(config)
+    clock, profile = Clock(), Profile(profile_steps, config.train.steps, folder)
     model = Model(config, prefix_tokens(config), mesh)
     optimizer = make_optimizer(config)
     abstract = abstract_state(model, optimizer, mesh)
@@ -106,11 +121,28 @@ def train(
                 )
                 claim(folder, config)
                 step = make_step(config, model, mesh, optimizer, abstract)
-                loop = _Loop(config, folder, mesh, pipeline, evaluate, checkpoints, progress)
-                loop.run(step, state, first or 0)
+                loop = _Loop(config, folder, mesh, pipeline, evaluate, checkpoints, progress, clock)
+                loop.run(step, state, first or 0, profile)
     if shown and not (folder / "loss.png").exists():
         plot_stages([folder], folder / "loss.png")
+    meet("finished")  # the first process has written
     return _summary(config, folder)
+
+
+def _check_shared(folder: Path) -> None:
+    """Refuses a folder that not all processes see as the first one does: checkpoints need that."""
+    probe = folder / "seen_by_all.tmp"
+    if jax.process_index() == 0 and jax.process_count() > 1:
+        write_atomically(probe, b"")
+    meet("probe written")
+    if jax.process_count() > 1 and not probe.exists():
+        raise CheckpointError(
+            f"process {jax.process_index()} does not see what process 0 writes in {folder}; put"
+            " --workdir on a disk that all processes share"
+        )
+    meet("probe seen")
+    if jax.process_index() == 0:
+        probe.unlink(missing_ok=True)
 
 
 def _start(
@@ -149,6 +181,7 @@ def _summary(config: ConfigDict, folder: Path) -> dict[str, Any]:
         "loss": trained[0]["loss"] if trained else math.nan,
         "accuracy": trained[0]["accuracy"] if trained else math.nan,
         "evaluation": evaluated[0] if evaluated else {},
+        "time": time_spent(lines),
     }
 
 
@@ -164,44 +197,66 @@ class _Loop:
         evaluate: Evaluate | None,
         checkpoints: Checkpoints,
         progress: Progress,
+        clock: Clock,
     ):
         self.config, self.folder, self.mesh = config, folder, mesh
         self.pipeline, self.evaluate = pipeline, evaluate
         self.checkpoints, self.progress = checkpoints, progress
         self.metrics: Metrics | None = None  # on the first process only
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
-        self.speed = _Speed(config, mesh)
+        self.clock, self.device = clock, Device()
+        self.speed = Speed(config, mesh, clock)
 
-    def run(self, step_function: Callable, state: TrainState, first: int) -> None:
+    def run(self, step_function: Any, state: TrainState, first: int, profile: Profile) -> None:
         steps = self.config.train.steps
         if jax.process_index() == 0:
             (self.folder / "loss.png").unlink(missing_ok=True)
-            self.metrics = Metrics(self.folder, first)
+            self.metrics = Metrics(self.folder, first, self.clock.now() - self.clock.born)
             self.speed.seconds_before = self.metrics.seconds
-        try:
-            with _Termination(self.checkpoints) as termination:
-                rows = host_rows(self.mesh, self.config.data.batch_rows)
-                batches = iter(self.pipeline.batches(first, rows.ids))
-                for step in range(first + 1, steps + 1):
-                    with self.speed.waiting():
-                        batch = inputs(next(batches))
-                    with jax.transfer_guard("disallow"):
-                        state, metrics = step_function(state, to_global(self.mesh, batch, rows))
-                    self._settle()
-                    self.pending = (step, metrics)
-                    stop = termination.requested(step)
-                    self._at(step, state, stop)
-                    if stop and step < steps:
-                        self.checkpoints.wait()
-                        self.progress.message(
-                            f"{self.config.stage}: told to stop; saved at step {step} of {steps}."
-                            " The same command continues"
-                        )
-                        raise SystemExit(0)
+        with (
+            contextlib.closing(self),
+            contextlib.closing(profile),
+            _Termination(self.checkpoints) as termination,
+        ):
+            rows = host_rows(self.mesh, self.config.data.batch_rows)
+            batches = iter(self.pipeline.batches(first, rows.ids))
+            for step in range(first + 1, steps + 1):
+                with self.clock.waiting(self.device.idle_since):
+                    batch = inputs(next(batches))
+                placed = to_global(self.mesh, batch, rows)
+                if step == first + 1 and jax.process_count() > 1:
+                    step_function.lower(state, placed).compile()
+                    meet("compiled")
+                profile.before(step)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = step_function(state, placed)
+                self.device.give(metrics)
+                self._settle()
+                self.pending = (step, metrics)
+                if profile.after(step, metrics):
+                    self.progress.message(f"{self.config.stage}: trace in {profile.folder}")
+                stop = termination.requested(step)
+                self._at(step, state, stop)
+                if stop and step < steps:
+                    self._end()
+                    self.progress.message(
+                        f"{self.config.stage}: told to stop; saved at step {step} of {steps}."
+                        " The same command continues"
+                    )
+                    raise SystemExit(0)
+            self._end()
+            self._write({"step": steps, "time": self.clock.take()})
+
+    def close(self) -> None:
+        """Closes what is open, however the run ended."""
+        self.device.close()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def _end(self) -> None:
+        """Waits for the last checkpoint."""
+        with self.clock.spent_on("checkpoint"):
             self.checkpoints.wait()
-        finally:
-            if self.metrics is not None:
-                self.metrics.close()
 
     def _at(self, step: int, state: TrainState, stop: bool) -> None:
         """Evaluates and saves when due. All lines up to a checkpoint are written before it."""
@@ -210,14 +265,15 @@ class _Loop:
         evaluating = last or (train.evaluate_every and step % train.evaluate_every == 0)
         if self.evaluate is not None and evaluating:
             self._settle()
-            with self.speed.paused():
+            with self.clock.spent_on("evaluation"):
                 values = {name: float(x) for name, x in self.evaluate(state.params).items()}
             self._write({"step": step, "evaluation": values})
         if last or stop or step % train.checkpoint_every == 0:
             self._settle()
-            if self.metrics is not None:
-                self.metrics.sync()
-            self.checkpoints.save(state, step)
+            with self.clock.spent_on("checkpoint"):
+                if self.metrics is not None:
+                    self.metrics.sync()
+                self.checkpoints.save(state, step)
 
     def _settle(self) -> None:
         """Fetches and logs the metrics of the step before, while the present one computes."""
@@ -257,62 +313,6 @@ class _Loop:
     def _write(self, line: dict[str, Any]) -> None:
         if self.metrics is not None:
             self.metrics.write(line)
-
-
-class _Speed:
-    """Speed since the last logged line; compiling and evaluations are not counted."""
-
-    def __init__(self, config: ConfigDict, mesh: Mesh):
-        self.tokens_per_step = config.data.batch_rows * config.data.row_length
-        self.seconds_before = 0.0
-        self.tokens_per_second: float | None = None
-        self._flops = flops.train_step(config)
-        chip = chip_of_kind(mesh.devices.flat[0].device_kind)
-        self._peak = None if chip is None else chip.flops * mesh.size
-        self._born = time.monotonic()
-        self._since: float | None = None  # None until the first step, which compiles, is done
-        self._steps, self._waited = 0, 0.0
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time in here is waiting for data."""
-        start = time.monotonic()
-        yield
-        self._waited += time.monotonic() - start
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time in here is not training."""
-        start = time.monotonic()
-        yield
-        if self._since is not None:
-            self._since += time.monotonic() - start
-
-    def step(self) -> None:
-        """Counts a step that is done."""
-        if self._since is None:
-            self._since, self._steps, self._waited = time.monotonic(), 0, 0.0
-            return
-        self._steps += 1
-        elapsed = time.monotonic() - self._since
-        self.tokens_per_second = self._steps * self.tokens_per_step / elapsed
-
-    def report(self) -> dict[str, float]:
-        """Speed since the last report; without a peak FLOP/s the FLOP/s reached instead of MFU."""
-        now = time.monotonic()
-        report = {}
-        if self._since is not None and self._steps:
-            elapsed = now - self._since
-            reached = self._steps * self._flops / elapsed
-            report["tokens_per_second"] = self._steps * self.tokens_per_step / elapsed
-            if self._peak is None:
-                report["flops_per_second"] = reached
-            else:
-                report["mfu"] = reached / self._peak
-            report["data_wait_share"] = min(1.0, self._waited / elapsed)
-            self._since, self._steps, self._waited = now, 0, 0.0
-        report["seconds"] = self.seconds_before + now - self._born
-        return report
 
 
 class _Termination:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +29,77 @@ def read_metrics(stage_folder: str | Path) -> list[dict[str, Any]]:
     return lines
 
 
+def time_spent(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Where the time of a run went, over all its starts.
+
+    Args:
+      lines: of `read_metrics`.
+
+    Returns:
+      `goodput`, the share of the time since the first start that went into steps whose result was
+      kept; `seconds` since the first start; of these the `step`, `data_wait`, `checkpoint`,
+      `evaluation` and `start` seconds of the kept lines; and `lost`, the rest: steps that were
+      repeated, and the time between the end of a process and the next start. {} before a line.
+    """
+    timed = [line for line in lines if "time" in line]
+    if not timed:
+        return {}
+    spent: dict[str, float] = {}
+    for line in timed:
+        for part, seconds in line["time"].items():
+            spent[part] = spent.get(part, 0.0) + seconds
+    elapsed = timed[-1]["since_first_start"]
+    lost = max(0.0, elapsed - sum(spent.values()))
+    return {"goodput": timed[-1]["goodput"], "seconds": elapsed, **spent, "lost": lost}
+
+
+def describe_time(spent: Mapping[str, float]) -> str:
+    """The result of `time_spent` as a sentence."""
+    if not spent:
+        return "not measured"
+    total = max(1e-9, spent["seconds"])
+    names = {
+        "data_wait": "waiting for data",
+        "checkpoint": "checkpoints",
+        "evaluation": "evaluations",
+        "start": "starts and compiling",
+        "lost": "lost between starts",
+    }
+    parts = ", ".join(f"{spent[part] / total:.0%} {name}" for part, name in names.items())
+    duration = datetime.timedelta(seconds=round(spent["seconds"]))
+    return f"{duration} since the first start: {spent['goodput']:.0%} steps (goodput), {parts}"
+
+
 class Metrics:
     """Writes the metrics of one run.
 
     Opening drops what an earlier process logged after the checkpoint that the run goes on from, so
-    that no step is there twice.
+    that no step is there twice. The first line says when the run was first started.
 
     Args:
       stage_folder: folder of the stage.
       step: step of that checkpoint, 0 for a new run.
+      running: seconds that this process has spent on the run before.
+      now: the time, seconds since 1970.
 
     Attributes:
       seconds: run time up to that step, summed over all processes of the run.
     """
 
-    def __init__(self, stage_folder: str | Path, step: int):
+    def __init__(
+        self,
+        stage_folder: str | Path,
+        step: int,
+        running: float = 0.0,
+        now: Callable[[], float] = time.time,
+    ):
         folder = Path(stage_folder)
         kept = [line for line in read_metrics(folder) if line["step"] <= step]
+        if not any("started" in line for line in kept):
+            kept.insert(0, {"step": 0, "started": now() - running})
+        self._now = now
+        self._started = next(line["started"] for line in kept if "started" in line)
+        self._stepping = sum(line["time"]["step"] for line in kept if "time" in line)
         text = "".join(_to_line(line) for line in kept)
         write_atomically(folder / FILE, text.encode())
         self.seconds: float = max((line.get("seconds", 0.0) for line in kept), default=0.0)
@@ -51,7 +107,14 @@ class Metrics:
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Appends a line; `step` is among its keys. Numbers in it become TensorBoard scalars."""
+        """Appends a line; `step` is among its keys. Numbers in it become TensorBoard scalars.
+
+        A line with `time`, seconds by part, gets `goodput` and `since_first_start` (`time_spent`).
+        """
+        if "time" in line:
+            self._stepping += line["time"]["step"]
+            elapsed = max(1e-9, self._now() - self._started)
+            line = {**line, "goodput": self._stepping / elapsed, "since_first_start": elapsed}
         self._file.write(_to_line(line))
         self._file.flush()
         for name, value in _flatten("", line):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import jax
 import numpy as np
@@ -16,11 +17,12 @@ from train.tiny import (
     tiny_config,
 )
 
-from m3jax.config import prefix_tokens
+from m3jax.config import ConfigError, prefix_tokens
 from m3jax.model.transformer import Model
 from m3jax.train.checkpoints import CheckpointError, restore_params
 from m3jax.train.loop import DivergenceError, train
 from m3jax.train.metrics import Metrics, read_metrics
+from m3jax.train.profile import parse_steps
 from m3jax.train.progress import Progress
 
 
@@ -79,7 +81,50 @@ def test_run_leaves_metrics_checkpoints_and_a_picture(undisturbed):
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "tensorboard").iterdir())
     assert summary["step"] == 12 and summary["loss"] == last["loss"]
-    assert summary["evaluation"] == lines[-1]["evaluation"]
+    assert summary["evaluation"] == lines[-2]["evaluation"]
+
+
+def test_a_run_says_where_its_time_went(undisturbed):
+    config, workdir, summary = undisturbed
+    lines = [line for line in read_metrics(workdir / config.stage) if "time" in line]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12, 12]
+    assert lines[0]["time"]["start"] > 0 and lines[1]["time"]["start"] == 0
+    assert lines[2]["time"]["evaluation"] > 0 and lines[3]["time"]["evaluation"] == 0
+    assert lines[3]["time"]["checkpoint"] == 0 and lines[-1]["time"]["checkpoint"] > 0
+    spent = summary["time"]
+    assert sum(line["time"]["step"] for line in lines) == pytest.approx(spent["step"])
+    assert spent["goodput"] == pytest.approx(spent["step"] / spent["seconds"])
+    parts = ("step", "data_wait", "checkpoint", "evaluation", "start", "lost")
+    assert sum(spent[part] for part in parts) == pytest.approx(spent["seconds"], abs=0.5)
+
+
+def test_a_slow_pipeline_shows_as_waiting_and_a_trace_is_written(undisturbed, tmp_path, capsys):
+    config, _, quick = undisturbed
+    seconds = 0.3
+
+    def before(step):
+        time.sleep(seconds)
+
+    slow = run(config, tmp_path, before, profile_steps=(5, 99))
+    # Of the twelve waits the first is part of the start.
+    assert slow["time"]["data_wait"] > seconds
+    shares = [
+        summary["time"]["data_wait"] / summary["time"]["seconds"] for summary in (slow, quick)
+    ]
+    assert shares[0] > 2 * shares[1]
+    assert slow["loss"] == quick["loss"]
+    assert list((tmp_path / "warmup" / "profile").glob("plugins/profile/*/*.xplane.pb"))
+    assert "warmup: trace in" in capsys.readouterr().err
+
+
+def test_profiled_steps_are_checked(tmp_path):
+    assert parse_steps("3:3") == (3, 3) and parse_steps("10:12") == (10, 12)
+    for text in ("3", "0:2", "5:4", "a:b", "1:2:3", "-1:4", ""):
+        with pytest.raises(ConfigError, match="not START:STOP"):
+            parse_steps(text)
+    with pytest.raises(ConfigError, match="13:14 begins after the last step, config.train.steps"):
+        run(tiny_config(), tmp_path, profile_steps=(13, 14))
+    assert not (tmp_path / "warmup" / "checkpoints").exists()
 
 
 def test_finished_run_returns_at_once(undisturbed, capsys):
@@ -193,7 +238,8 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path):
     assert metrics.seconds == 3.0
     metrics.write({"step": 4, "loss": 2.0})
     metrics.close()
-    steps = [(line["step"], line["loss"]) for line in read_metrics(tmp_path)]
+    lines = [line for line in read_metrics(tmp_path) if "loss" in line]
+    steps = [(line["step"], line["loss"]) for line in lines]
     assert steps == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
 
 

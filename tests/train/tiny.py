@@ -11,7 +11,18 @@ from m3jax import config as config_lib
 from m3jax.model.attention import ExplicitMemory
 
 FINGERPRINT = "0123456789abcdef"
-TIMES = ("tokens_per_second", "flops_per_second", "mfu", "data_wait_share", "seconds", "retrieval")
+TIMES = (
+    "tokens_per_second",
+    "flops_per_second",
+    "mfu",
+    "data_wait_share",
+    "seconds",
+    "time",
+    "goodput",
+    "since_first_start",
+    "started",
+    "retrieval",
+)
 
 
 def tiny_config(source="none", **changes):

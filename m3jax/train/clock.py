@@ -1,0 +1,172 @@
+"""Where the time of a run goes (steps, data, checkpoints, evaluations, starts), and its speed."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from m3jax import flops
+from m3jax.hardware import chip_of_kind
+
+# `start` is all until the first step is done: opening, restoring, compiling.
+PARTS = ("step", "data_wait", "checkpoint", "evaluation", "start")
+
+Now = Callable[[], float]
+
+
+class Clock:
+    """Gives every second of a process to one of `PARTS`.
+
+    Args:
+      now: the time, seconds.
+
+    What is not inside `spent_on` is `start` until `begin` is called, and `step` from then on.
+    """
+
+    def __init__(self, now: Now = time.monotonic):
+        self.now = now
+        self.born = self._since = now()
+        self._part = "start"
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+
+    def begin(self) -> None:
+        """The first step is done."""
+        self._switch("step")
+
+    @contextlib.contextmanager
+    def spent_on(self, part: str) -> Iterator[None]:
+        """The time in here, but for blocks inside, goes to `part`."""
+        before = self._part
+        self._switch(part)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    @contextlib.contextmanager
+    def waiting(self, idle_since: Callable[[], float | None]) -> Iterator[None]:
+        """Time in here waits for data: lost only where the device has nothing left to compute.
+
+        Args:
+          idle_since: when the device became idle, on this clock; None while it computes.
+        """
+        start = self.now()
+        yield
+        end, idle = self.now(), idle_since()
+        if self._part == "step" and idle is not None:
+            self._switch("step")
+            lost = max(0.0, end - max(start, idle))
+            self._seconds["step"] -= lost
+            self._seconds["data_wait"] += lost
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of every part since the last `take`."""
+        self._switch(self._part)
+        return dict(self._seconds)
+
+    def take(self) -> dict[str, float]:
+        """The same, and starts anew."""
+        seconds = self.seconds()
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        return seconds
+
+    def _switch(self, part: str) -> None:
+        now = self.now()
+        self._seconds[self._part] += now - self._since
+        self._since, self._part = now, part
+
+
+class Device:
+    """Notes when the device has done what it was given last."""
+
+    def __init__(self, now: Now = time.monotonic):
+        self._now = now
+        self._given: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
+        self._count = 0
+        self._done = (0, now())  # a count of work and when all of that was done
+        self._thread = threading.Thread(target=self._run, name="m3jax-device", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (work := self._given.get()) is not None:
+            count, arrays = work
+            # The loop meets a failed step itself, when it fetches the metrics.
+            with contextlib.suppress(Exception):
+                jax.block_until_ready(arrays)
+            self._done = (count, self._now())
+
+    def give(self, arrays: Any) -> None:
+        """Results of work that has been started."""
+        self._count += 1
+        self._given.put((self._count, arrays))
+
+    def idle_since(self) -> float | None:
+        """When the last work was done, None while it is not."""
+        count, when = self._done
+        return when if count == self._count else None
+
+    def close(self) -> None:
+        self._given.put(None)
+
+
+class Speed:
+    """Speed since the last report; compiling and evaluations are not counted.
+
+    Attributes:
+      tokens_per_step: of the whole batch.
+      tokens_per_second: since the last report, None before the second step.
+      seconds_before: run time of earlier processes of the run.
+    """
+
+    def __init__(self, config: ConfigDict, mesh: Mesh, clock: Clock):
+        self.clock = clock
+        self.tokens_per_step = config.data.batch_rows * config.data.row_length
+        self.seconds_before = 0.0
+        self.tokens_per_second: float | None = None
+        self._flops = flops.train_step(config)
+        chip = chip_of_kind(mesh.devices.flat[0].device_kind)
+        self._peak = None if chip is None else chip.flops * mesh.size
+        self._steps: int | None = None  # None until the first step, which compiles, is done
+
+    def step(self) -> None:
+        """Counts a step that is done."""
+        if self._steps is None:
+            self._steps = 0
+            self.clock.begin()
+            return
+        self._steps += 1
+        elapsed = _training(self.clock.seconds())
+        self.tokens_per_second = self._steps * self.tokens_per_step / elapsed
+
+    def report(self) -> dict[str, Any]:
+        """Since the last one: speed, seconds of every part (`time`), and the run time so far.
+
+        Without a peak FLOP/s it holds the FLOP/s reached instead of MFU.
+        """
+        spent = self.clock.take()
+        report: dict[str, Any] = {}
+        if self._steps:
+            elapsed = _training(spent)
+            reached = self._steps * self._flops / elapsed
+            report["tokens_per_second"] = self._steps * self.tokens_per_step / elapsed
+            if self._peak is None:
+                report["flops_per_second"] = reached
+            else:
+                report["mfu"] = reached / self._peak
+            report["data_wait_share"] = spent["data_wait"] / elapsed
+            self._steps = 0
+        report["seconds"] = self.seconds_before + self.clock.now() - self.clock.born
+        report["time"] = spent
+        return report
+
+
+def _training(spent: dict[str, float]) -> float:
+    return max(1e-9, spent["step"] + spent["data_wait"] + spent["checkpoint"])

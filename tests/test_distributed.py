@@ -1,0 +1,173 @@
+"""Several processes: flags, how they meet, and what they say when they do not."""
+
+import faulthandler
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from jax._src import clusters
+
+from m3jax import launching
+from m3jax.config import default
+from m3jax.distributed import PROCESS_LOST, ProcessError, Processes, joined
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+import sys, time
+from m3jax import launching
+from m3jax.config import default
+from m3jax.distributed import Processes, joined
+
+address, count, index, task = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+config = default()
+config.seed = index if task == "seeds" else 0
+join = 2 if task == "lonely" else 60
+processes = Processes(address, count, index, join_timeout=join, heartbeat_timeout=8)
+with joined(processes, config, launching.show_error):
+    if task == "fail" and index == 1:
+        raise OSError("no such disk")
+    if task == "abort" and index == 1:
+        import os
+        os.abort()
+    if task == "fail":
+        time.sleep(60)
+    print("ended well", flush=True)
+"""
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def start(task, count, indices):
+    """Processes of SCRIPT; for each its exit code and what it printed."""
+    address = f"localhost:{free_port()}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, address, str(count), str(index), task],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in indices
+    ]
+    try:
+        outputs = [process.communicate(timeout=150)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(started, outputs, strict=True)]
+
+
+def of_flags(distributed=False, coordinator=None, count=None, index=None, **timeouts):
+    timeouts = {"join_timeout": 7, "heartbeat_timeout": 9} | timeouts
+    return Processes.of_flags(distributed, coordinator, count, index, **timeouts)
+
+
+def test_flags_name_the_processes():
+    assert of_flags() is None
+    assert of_flags(True) == Processes(None, None, None, 7, 9)
+    assert of_flags(False, "[::1]:80", 4, 3) == Processes("[::1]:80", 4, 3, 7, 9)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"coordinator": "a:1"}, "--coordinator given, but not --processes, --process_id"),
+        ({"count": 2, "index": 0}, "--processes, --process_id given, but not --coordinator"),
+        ({"distributed": True, "index": 0}, "leave out --process_id"),
+        ({"coordinator": "a", "count": 2, "index": 0}, "--coordinator=a: not HOST:PORT"),
+        ({"coordinator": "a:70000", "count": 2, "index": 0}, "a:70000: not HOST:PORT"),
+        ({"coordinator": "a:1", "count": 0, "index": 0}, "--processes=0"),
+        ({"coordinator": "a:1", "count": 2, "index": 2}, "--process_id=2: must be in 0…1"),
+        ({"coordinator": "a:1", "count": 2, "index": -1}, "--process_id=-1: must be in 0…1"),
+        ({"distributed": True, "heartbeat_timeout": 0}, "--heartbeat_timeout=0"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(flags, message):
+    with pytest.raises(ProcessError, match=message):
+        of_flags(**flags)
+
+
+def enter(processes):
+    with joined(processes, default(), launching.show_error):
+        raise AssertionError("joined nobody")
+
+
+def test_a_coordinator_that_does_not_answer_ends_the_wait():
+    address, began = f"localhost:{free_port()}", time.monotonic()
+    with pytest.raises(ProcessError, match=f"coordinator {address} does not answer within 1 sec"):
+        enter(Processes(address, 2, 1, join_timeout=1))
+    assert 1 <= time.monotonic() - began < 20
+    with pytest.raises(ProcessError, match=r"nowhere.invalid:80 .*Check that process 0 runs"):
+        enter(Processes("nowhere.invalid:80", 2, 1, join_timeout=1))
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ProcessError, match=f"cannot listen at port {port} of localhost:{port}"):
+            enter(Processes(f"localhost:{port}", 2, 0))
+
+
+def test_no_cluster_is_an_error(monkeypatch):
+    nothing = (None, None, None, None)
+    monkeypatch.setattr(
+        clusters.ClusterEnv, "auto_detect_unset_distributed_params", lambda *_: nothing
+    )
+    with pytest.raises(ProcessError, match="no TPU pod, Slurm, Open MPI or Kubernetes job found"):
+        enter(Processes())
+
+
+def test_one_process_needs_nobody():
+    ran = []
+    with joined(None, default(), launching.show_error):
+        ran.append(faulthandler.is_enabled())
+    assert ran
+
+
+@pytest.mark.slow
+def test_processes_that_agree_end_together():
+    for code, text in start("agree", 2, [0, 1]):
+        assert code == 0 and "ended well" in text, text
+
+
+@pytest.mark.slow
+def test_another_config_is_refused_by_name():
+    ended = start("seeds", 2, [0, 1])
+    assert {code for code, _ in ended} <= {launching.USER_ERROR, PROCESS_LOST}
+    for _, text in ended:
+        assert "process 1 has config.seed = 1, but process 0 has 0" in text
+        assert "Traceback" not in text and "ended well" not in text
+
+
+@pytest.mark.slow
+def test_the_others_hear_why_a_process_failed():
+    (lost, text), (failed, trace) = start("fail", 2, [0, 1])
+    assert (lost, failed) == (PROCESS_LOST, 1), text + trace
+    assert "process 1 failed, so this one ends: OSError: no such disk" in text
+    assert "Traceback" in trace and "OSError: no such disk" in trace
+
+
+@pytest.mark.slow
+def test_an_abort_of_another_kind_stays_one():
+    _, (code, text) = start("abort", 2, [0, 1])
+    assert code == -signal.SIGABRT and "ProcessError" not in text, text
+
+
+@pytest.mark.slow
+def test_a_process_whose_others_do_not_come_ends():
+    [(code, text)] = start("lonely", 2, [0])
+    assert code == PROCESS_LOST, text
+    assert "not all processes met there within 2 seconds. Start all 2 of them" in text

@@ -1,0 +1,107 @@
+"""One of several processes that train on a prepared workdir; the process tests start it."""
+
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+from data.data_workdir import tiny_config
+
+STAGES = {
+    "warmup": {"memory__source": "none", "memory__dropout": 0.0},
+    "precomputed": {"memory__source": "precomputed", "mesh__data": 2, "memory__dropout": 0.25},
+    "online": {"memory__source": "online"},
+}
+
+
+def stage_config(stage, **changes):
+    """Eight devices, each step logged; `precomputed` on a mesh of 2 × 4, the others of 1 × 8.
+
+    One layer is enough here, and compiles soonest.
+    """
+    return tiny_config(
+        stage=stage,
+        model__layers=1,
+        data__batch_rows=8,
+        train__steps=9,
+        train__log_every=1,
+        train__checkpoint_every=3,
+        train__evaluate_every=9,
+        **STAGES[stage],
+        **changes,
+    )
+
+
+class Recorded:
+    """A pipeline that writes down a hash of every row that it hands out."""
+
+    def __init__(self, pipeline, path, pause=0.0):
+        self.pipeline, self.path, self.pause = pipeline, path, pause
+
+    def batches(self, first_step, rows):
+        with open(self.path, "a") as file:
+            for step, batch in enumerate(self.pipeline.batches(first_step, rows), first_step + 1):
+                numbers = range(rows.start, rows.stop)
+                file.write(
+                    json.dumps(
+                        {"step": step, "rows": dict(zip(numbers, hashes(batch), strict=True))}
+                    )
+                )
+                file.write("\n")
+                file.flush()
+                time.sleep(self.pause)
+                yield batch
+
+    def report(self):
+        return self.pipeline.report()
+
+
+def hashes(batch):
+    """One for each row: of its tokens, targets, weights and references."""
+    names = sorted(batch.keys() & {"tokens", "targets", "weights", "reference_ids"})
+    for row in range(len(batch["tokens"])):
+        yield hashlib.sha256(b"".join(batch[name][row].tobytes() for name in names)).hexdigest()
+
+
+def run_stage(config, workdir, runs, order, pause=0.0):
+    """Trains `config.stage` in `runs` on the data of `workdir`."""
+    from m3jax.data.pipeline import open_pipeline
+    from m3jax.evaluation.losses import evaluator
+    from m3jax.mesh import make_mesh
+    from m3jax.train.loop import train
+
+    pipeline = open_pipeline(config, workdir)
+    return train(
+        config,
+        runs,
+        pipeline=Recorded(pipeline, order, pause),
+        tokenizer_fingerprint=pipeline.tokenizer.fingerprint,
+        # One stage shows that evaluations agree.
+        evaluate=evaluator(config, workdir, mesh=make_mesh(config))
+        if config.stage == "warmup"
+        else None,
+        writer=None if pipeline.bank is None else pipeline.bank.writer,
+    )
+
+
+def main(argv):
+    import jax
+
+    from m3jax import launching
+    from m3jax.distributed import Processes, joined
+
+    workdir, runs, tag, address, index, stages, pause = argv[1:]
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    jax.config.update("jax_disable_most_optimizations", True)
+    configs = [stage_config(stage) for stage in stages.split(",")]
+    processes = Processes(address, 2, int(index), join_timeout=60, heartbeat_timeout=8)
+    with joined(processes, configs[0], launching.show_error):
+        for config in configs:
+            order = Path(runs) / f"{config.stage}-{tag}-{index}.jsonl"
+            run_stage(config, workdir, runs, order, float(pause))
+            print(f"{config.stage} finished", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv)

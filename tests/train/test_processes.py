@@ -1,0 +1,218 @@
+"""Two processes of four devices train as one process of eight, also when one of them dies."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from data.data_workdir import make_workdir
+from train.process_run import STAGES, run_stage, stage_config
+
+from m3jax.config import prefix_tokens
+from m3jax.distributed import PROCESS_LOST
+from m3jax.launching import USER_ERROR
+from m3jax.model.transformer import Model
+from m3jax.train.checkpoints import restore_params
+from m3jax.train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+DEADLINE = 200.0  # seconds
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+class Pair:
+    """Two processes that train `stages` in `runs`; what they print, and the rows, are files there.
+
+    Args:
+      tag: part of the names of these files.
+      pause: seconds before each step.
+      sees: what a process has for `runs`, given its index.
+    """
+
+    def __init__(self, tag, workdir, runs, stages, cache, pause=0.0, sees=None):
+        self.tag, self.runs = tag, runs
+        runs.mkdir(exist_ok=True)
+        address = f"localhost:{free_port()}"
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+        }
+        script = str(Path(__file__).with_name("process_run.py"))
+        self.processes = []
+        for index in range(2):
+            seen = runs if sees is None else sees(index)
+            command = [sys.executable, script, workdir, seen, tag, address, index, stages, pause]
+            with open(runs / f"output-{tag}-{index}", "w") as output:
+                self.processes.append(
+                    subprocess.Popen(
+                        list(map(str, command)), env=environment, stdout=output, stderr=output
+                    )
+                )
+
+    def output(self, index):
+        return (self.runs / f"output-{self.tag}-{index}").read_text(errors="replace")
+
+    def wait(self):
+        """Exit codes; processes that do not end are a failure."""
+        try:
+            return [process.wait(timeout=DEADLINE) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    def wait_for_step(self, stage, step):
+        """Returns when both processes have handed out the batch of `step`."""
+        end = time.monotonic() + DEADLINE
+        while not all(step in order(self.runs, f"{stage}-{self.tag}-{i}") for i in range(2)):
+            ended = any(process.poll() is not None for process in self.processes)
+            if ended or time.monotonic() > end:
+                self.wait()
+                pytest.fail(self.output(0) + self.output(1))
+            time.sleep(0.05)
+
+
+def order(runs, names):
+    """Row hashes by step and row, from the files `names`; all of them when a step came twice."""
+    steps = {}
+    for path in runs.glob(f"{names}.jsonl"):
+        for text in path.read_text().splitlines():
+            if text.endswith("}}"):  # not cut off by a kill
+                line = json.loads(text)
+                for row, value in line["rows"].items():
+                    steps.setdefault(line["step"], {}).setdefault(int(row), set()).add(value)
+    return steps
+
+
+def losses(runs, stage):
+    lines = [line for line in read_metrics(runs / stage) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    return np.array([[line["loss"], line["gradient_norm"]] for line in lines])
+
+
+def evaluation(runs, stage):
+    found = [line["evaluation"] for line in read_metrics(runs / stage) if "evaluation" in line]
+    assert len(found) == 1
+    return found[0]
+
+
+def parameters(runs, stage):
+    config = stage_config(stage)
+    return restore_params(runs / stage, Model(config, prefix_tokens(config)))[0]
+
+
+def assert_same_parameters(ours, theirs):
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workdir")
+    return make_workdir(folder, stage_config("precomputed"))
+
+
+@pytest.fixture(scope="module")
+def alone(workdir, tmp_path_factory):
+    """The runs of this one process with its eight devices."""
+    runs = tmp_path_factory.mktemp("alone")
+    for stage in STAGES:
+        run_stage(stage_config(stage), workdir, runs, runs / f"{stage}-alone.jsonl")
+    return runs
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(workdir, alone, tmp_path, compilation_cache):
+    pair = Pair("a", workdir, tmp_path / "runs", ",".join(STAGES), compilation_cache)
+    assert pair.wait() == [0, 0], pair.output(0) + pair.output(1)
+    for stage in STAGES:
+        np.testing.assert_allclose(losses(pair.runs, stage), losses(alone, stage), rtol=1e-5)
+        assert_same_parameters(parameters(pair.runs, stage), parameters(alone, stage))
+        halves = [order(pair.runs, f"{stage}-a-{index}") for index in range(2)]
+        assert {tuple(rows) for rows in halves[0].values()} == {(0, 1, 2, 3)}
+        assert {tuple(rows) for rows in halves[1].values()} == {(4, 5, 6, 7)}
+        both, expected = order(pair.runs, f"{stage}-a-*"), order(alone, f"{stage}-alone")
+        assert all(both[step] == expected[step] for step in range(1, 10))
+        assert (pair.runs / stage / "loss.png").exists()
+    theirs = evaluation(alone, "warmup")
+    assert evaluation(pair.runs, "warmup") == pytest.approx(theirs, rel=1e-5)
+    assert "step 9/9" in pair.output(0) and "step 9/9" not in pair.output(1)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other_and_the_run_goes_on(
+    workdir, alone, tmp_path, compilation_cache
+):
+    stage, runs, one = "online", tmp_path / "runs", tmp_path / "one"
+    pair = Pair("killed", workdir, runs, stage, compilation_cache, pause=0.3)
+    pair.wait_for_step(stage, 6)
+    pair.processes[1].kill()
+    assert pair.wait() == [PROCESS_LOST, -signal.SIGKILL], pair.output(0)
+    words = "no sign of life from process 1 for 8 seconds"
+    assert words in pair.output(0) and "The same command" in pair.output(0)
+    shutil.copytree(runs, one)
+    run_stage(stage_config(stage), workdir, one, one / f"{stage}-alone.jsonl")
+
+    pair = Pair("stopped", workdir, runs, stage, compilation_cache, pause=0.3)
+    pair.wait_for_step(stage, 6)
+    pair.processes[1].send_signal(signal.SIGTERM)
+    assert pair.wait() == [0, 0], pair.output(0) + pair.output(1)
+    assert "told to stop; saved at step" in pair.output(0)
+    pair = Pair("last", workdir, runs, stage, compilation_cache)
+    assert pair.wait() == [0, 0], pair.output(0) + pair.output(1)
+    assert "continuing from step" in pair.output(0)
+
+    expected = order(alone, f"{stage}-alone")
+    for folder in (one, runs):
+        assert_same_parameters(parameters(folder, stage), parameters(alone, stage))
+        np.testing.assert_allclose(losses(folder, stage), losses(alone, stage), rtol=1e-5)
+        found = order(folder, f"{stage}-*")
+        assert all(found[step] == expected[step] for step in range(1, 10))
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_not_shared_is_refused(workdir, tmp_path, compilation_cache):
+    def elsewhere(index):
+        return tmp_path / "here" if index == 0 else tmp_path / "there"
+
+    elsewhere(1).mkdir()
+    pair = Pair("a", workdir, tmp_path / "here", "warmup", compilation_cache, sees=elsewhere)
+    assert pair.wait() == [PROCESS_LOST, USER_ERROR], pair.output(0) + pair.output(1)
+    assert "process 1 does not see what process 0 writes" in pair.output(0)
+    assert "CheckpointError: process 1 does not see" in pair.output(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--coordinator=localhost:PORT", "--processes=2", "--process_id=1"], "does not answer"),
+        (["--coordinator=localhost:PORT", "--processes=2"], "but not --process_id"),
+        (["--profile_steps=7"], "--profile_steps=7: not START:STOP"),
+        (["--compilation_cache=/dev/null/x"], "--compilation_cache=/dev/null/x"),
+    ],
+)
+def test_train_script_refuses_what_cannot_work(tmp_path, flags, words):
+    flags = [flag.replace("PORT", str(free_port())) for flag in flags]
+    command = [sys.executable, "launch/train.py", "--config=configs/wiki_small.py"]
+    command += [f"--workdir={tmp_path}", "--join_timeout=1", *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=DEADLINE
+    )
+    assert done.returncode == USER_ERROR, done.stderr
+    assert words in done.stderr and "Traceback" not in done.stderr
