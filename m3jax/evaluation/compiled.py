@@ -150,13 +150,15 @@ def _compile(function: Any, *arguments: Any) -> Program:
         return Program(traced.jaxpr, "", {"peak": needed}, False, seconds)
     seconds = time.perf_counter() - start
     stats = compiled.memory_analysis()
+    # The compiler's own peak, of arguments and temporaries at the worst moment. Its sum of
+    # temporaries counts buffers twice that are never there together (by 4.6 of 12 GB in one case).
+    peak = stats.peak_memory_in_bytes + stats.generated_code_size_in_bytes
     memory = {
         "arguments": stats.argument_size_in_bytes,
-        "temporaries": stats.temp_size_in_bytes,
+        "temporaries": stats.peak_memory_in_bytes - stats.argument_size_in_bytes,
         "code": stats.generated_code_size_in_bytes,
+        "peak": peak,
     }
-    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    memory["peak"] = sum(memory.values()) + results
     return Program(traced.jaxpr, compiled.as_text(), memory, True, seconds)
 
 
