@@ -68,8 +68,9 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
     ),
     "model.remat": (
         "none",
-        "what the backward pass recomputes: nothing, all but matrix products, or everything",
-        ("none", "dots", "full"),
+        "what the backward pass recomputes: nothing, all but matrix products (dots), all but the"
+        " attention kernel's output (attention), or everything (full)",
+        ("none", "dots", "attention", "full"),
     ),
     "model.prefix": (
         "with_memory",

@@ -94,7 +94,7 @@ def _runs(equation: Any, blocks: Blocks) -> int:
     grid = equation.params["grid_mapping"].grid
     wide = [x.aval.shape for x in equation.invars if x.aval.ndim > 2 and x.aval.dtype.itemsize > 1]
     if len(wide) > 1 and (wide[0][-2], wide[1][-2]) in blocks:  # queries, keys
-        return math.prod(grid[:-2]) * blocks[wide[0][-2], wide[1][-2]]
+        return math.prod(wide[0][:-2]) * blocks[wide[0][-2], wide[1][-2]]
     return math.prod(grid)
 
 

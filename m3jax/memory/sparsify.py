@@ -8,8 +8,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
+
+from m3jax.model.transformer import KEPT_TOKENS
 
 
 class Written(NamedTuple):
@@ -102,6 +105,7 @@ def sparsify(
       usable_RW, kept, selection: as in `select`.
     """
     indices_RKP, length_R = select(q_RWKGH, k_RWKH, usable_RW, kept=kept, selection=selection)
+    indices_RKP = checkpoint_name(indices_RKP, KEPT_TOKENS)
     real_RP = jnp.arange(kept)[None] < length_R[:, None]
 
     def gather(x_RWKH: Array) -> Array:

@@ -27,11 +27,14 @@ from m3jax.model.attention import ExplicitMemory, KeyValues, attend, attention_w
 from m3jax.model.block import Block, rms_norm
 from m3jax.model.parallel import Parallel
 from m3jax.model.rope import rotate
+from m3jax.model.splash import RESIDUALS as ATTENTION
 from m3jax.model.vocabulary import cross_entropy, lookup
 
 nnx.use_eager_sharding(False)  # parameters carry axis names; no mesh is needed to create them
 
 Params = dict[str, Any]
+
+KEPT_TOKENS = "kept_tokens"  # name under which `sparsify` marks the indices that it chose
 
 
 class Streams(NamedTuple):
@@ -322,7 +325,19 @@ class Model:
         return streams, jax.tree.map(lambda *x: jnp.concatenate(x), *outputs)
 
     def _remat(self, body: Callable) -> Callable:
-        policy = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+        """`body` with what the config says kept for the backward pass, and the rest recomputed.
+
+        Which tokens a reference keeps is always saved: a few integers that spare all their scores.
+        """
+        policies = jax.checkpoint_policies
+        chosen = policies.save_only_these_names(KEPT_TOKENS)
+        policy = {
+            "full": chosen,
+            "attention": policies.save_only_these_names(KEPT_TOKENS, ATTENTION),
+            "dots": policies.save_from_both_policies(
+                chosen, policies.dots_with_no_batch_dims_saveable
+            ),
+        }
         if self.config.model.remat == "none":
             return body
         return jax.checkpoint(body, prevent_cse=False, policy=policy[self.config.model.remat])

@@ -1,0 +1,98 @@
+"""Executed products, against counts made in another way."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from train.tiny import tiny_config
+
+from m3jax import flops
+from m3jax.config import prefix_tokens
+from m3jax.evaluation.compiled import abstract_batch
+from m3jax.evaluation.executed import attention_blocks, executed_flops
+from m3jax.mesh import make_mesh
+from m3jax.model.attention import ExplicitMemory, KeyValues, attend
+from m3jax.model.transformer import Model
+from m3jax.train.optimizer import make_optimizer
+from m3jax.train.state import abstract_state
+from m3jax.train.step import make_step
+
+
+def count(function, *shapes, **options):
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return executed_flops(jax.jit(function).trace(*arrays).jaxpr, **options)
+
+
+def test_products_loops_and_branches():
+    assert count(lambda a, b: a @ b, (3, 5), (5, 7)) == 2 * 3 * 5 * 7
+    assert count(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (4, 3, 5), (4, 5, 7)) == 840
+
+    def loop(a, stack):
+        return jax.lax.scan(lambda x, m: (x @ m, None), a, stack)[0]
+
+    assert count(loop, (3, 5), (11, 5, 5)) == 11 * 2 * 3 * 5 * 5
+    # Backward: twice the forward. Recomputation: the forward once more, without its last product.
+    assert count(jax.grad(lambda a, s: loop(a, s).sum(), (0, 1)), (3, 5), (11, 5, 5)) == 3 * 1650
+
+    def branches(a, b):
+        return jax.lax.cond(a[0, 0] > 0, lambda: a @ b, lambda: a @ b @ b.T @ b)
+
+    assert count(branches, (3, 5), (5, 5)) == 3 * 2 * 3 * 5 * 5
+
+
+def test_every_device_counts():
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec("rows")
+    split = jax.shard_map(
+        lambda a, b: a @ b, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec
+    )
+    assert count(split, (16, 5), (5, 7)) == 2 * 16 * 5 * 7
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_warmup_step_is_useful_work_and_known_waste(remat):
+    config = tiny_config(model__remat=remat, model__attention="naive", data__row_length=16)
+    mesh = make_mesh(config)
+    model, optimizer = Model(config, prefix_tokens(config), mesh), make_optimizer(config)
+    state = abstract_state(model, optimizer, mesh)
+    step = make_step(config, model, mesh, optimizer, state)
+    found = executed_flops(step.trace(state, abstract_batch(config, mesh)).jaxpr)
+    useful = flops.train_step(config)
+    # Naive attention computes the whole square instead of the causal half.
+    B, T = config.data.batch_rows, config.data.row_length
+    width = config.model.query_heads * config.model.head_dim
+    half = 2 * 2 * config.model.layers * B * (T * T - T * (T + 1) // 2) * width
+    head = 2 * B * T * config.model.hidden * config.model.vocabulary
+    forward = useful / 3 - head + half  # of the layers
+    # Recomputing a layer spares its last product, down, which nothing in the backward pass reads.
+    last = 2 * B * T * config.model.hidden * config.model.mlp_width * config.model.layers
+    expected = useful + 3 * half + (forward - last if remat == "full" else 0)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_attention_kernels_count_the_blocks_that_are_left():
+    config = tiny_config("precomputed")
+    config.model.query_heads, config.model.kv_heads, config.model.head_dim = 16, 2, 64
+    config.model.attention_block = config.model.attention_kv_block = 128
+    config.memory.chunk_length, config.memory.kept_tokens, config.memory.window = 64, 8, 2
+    B, T, K, G, H, C = 2, 512, 2, 8, 64, 8
+    blocks = attention_blocks(config, tokens=T, references=False)
+
+    def loss(q, k, v, prefix, slots):
+        memory = ExplicitMemory(slots, slots, jnp.full((B, C, 1), 8, jnp.int32))
+        options = {"window": 2, "implementation": "splash", "block": 128, "kv_block": 128}
+        out = attend(q, k, v, KeyValues(prefix, prefix), memory, chunk_length=64, **options)
+        return jnp.sum(out)
+
+    shapes = ((B, T, K, G, H), (B, T, K, H), (B, T, K, H), (2, K, H), (B, C, 1, K, 8, H))
+    forward = count(loss, *shapes, blocks=blocks)
+    whole = count(loss, *shapes)
+    pairs = T * (T + 1) // 2 + T * 2 + 64 * 8 * (2 * C - 1)
+    useful = 2 * 2 * B * K * G * pairs * H
+    assert useful < forward < whole
+    assert forward % (2 * 2 * B * K * G * H * 128 * 128) == 0  # whole blocks
+    # The gradient makes three and four products of the same size in its two passes, and one of
+    # outputs with their cotangents.
+    gradient = count(jax.grad(loss, (0, 1, 2)), *shapes, blocks=blocks)
+    assert gradient == forward + forward / 2 * 7 + 2 * B * T * K * G * H
