@@ -63,7 +63,12 @@ setup(
         "eval": ["lm-eval>=0.4.13,<0.5"],
         "test": TEST,
         "dev": [*TEST, "mypy>=2.4,<3", "pre-commit>=4,<5", "ruff>=0.17.5,<0.18"],
-        # Foreign implementations that tests compare with.
-        "parity": ["faiss-cpu>=1.14,<2", "torch>=2.13,<2.14", "transformers>=5.23,<6"],
+        # Foreign implementations that tests compare with, and the TPU compiler (no TPU needed).
+        "parity": [
+            "faiss-cpu>=1.14,<2",
+            "libtpu>=0.0.42,<0.0.43; sys_platform == 'linux' and platform_machine == 'x86_64'",
+            "torch>=2.13,<2.14",
+            "transformers>=5.23,<6",
+        ],
     },
 )

@@ -181,7 +181,8 @@ def report(config: ConfigDict, topology: str, program: str = "train") -> dict[st
 
     Returns:
       What it takes of a chip, in bytes: `peak_bytes_per_chip`, `memory` (its parts),
-      `chip_bytes`, `fits`; `collectives` by kind (`count` of runs, `bytes` one chip sends);
+      `chip_bytes`, `fits`; `collectives` by kind (`count` of runs, `bytes` one chip sends), and
+      every one of them in `exchanges` (the fields of `hlo.Collective`);
       `flops`: `useful` and `executed` of all chips and their quotient; `seconds`, lower bounds of a
       step by `compute`, `memory` and `interconnect`; `mfu_ceiling`; `compile_seconds`; and what was
       compiled.
@@ -199,7 +200,8 @@ def report(config: ConfigDict, topology: str, program: str = "train") -> dict[st
     references = config.writer.batch_references
     useful = flops.train_step(config) if program == "train" else flops.writer(config, references)
     executed = executed_flops(found.jaxpr, blocks)
-    table = by_kind(collectives(found.text)) if found.text else {}
+    exchanges = collectives(found.text) if found.text else []
+    table = by_kind(exchanges)
     sent = sum(row["bytes"] for row in table.values())
     bounds = {
         "compute": executed / (mesh.size * chip.flops),
@@ -220,6 +222,7 @@ def report(config: ConfigDict, topology: str, program: str = "train") -> dict[st
         "chip_bytes": chip.memory,
         "fits": found.fits and found.memory["peak"] <= chip.memory,
         "collectives": table,
+        "exchanges": [dataclasses.asdict(one) for one in exchanges],
         "flops": {
             "useful": useful,
             "executed": executed,

@@ -24,11 +24,11 @@ HloModule step
 }
 
 %overlap.1 (p: bf16[1,400,3200]) -> bf16[1,3200,3200] {
-  ROOT %all-gather.1 = bf16[1,3200,3200] all-gather(%p), replica_groups=[2,8]<=[16], f={chain_id="7"}
+  ROOT %gather.1 = bf16[1,3200,3200] all-gather(%p), replica_groups=[2,8]<=[16], f={chain_id="7"}
 }
 
 %overlap.2 (p: bf16[1,400,3200]) -> bf16[1,3200,3200] {
-  ROOT %all-gather.2 = bf16[1,3200,3200] all-gather(%p), replica_groups=[2,8]<=[16], f={chain_id="7"}
+  ROOT %gather.2 = bf16[1,3200,3200] all-gather(%p), replica_groups=[2,8]<=[16], f={chain_id="7"}
 }
 
 %body.1 (arg: (s32[], bf16[8])) -> (s32[], bf16[8]) {

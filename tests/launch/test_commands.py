@@ -11,7 +11,16 @@ import pytest
 from data.data_workdir import write_text
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ("prepare", "train", "write_bank", "evaluate", "quickstart", "bench")
+SCRIPTS = (
+    "prepare",
+    "train",
+    "write_bank",
+    "evaluate",
+    "quickstart",
+    "bench",
+    "compile",
+    "plan",
+)
 SMALL = """
 from m3jax.config import default, parse_options, validate
 
