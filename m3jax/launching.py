@@ -46,6 +46,7 @@ def guarded(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         try:
+            _refuse_buckets()
             main(argv)
         except ValueError as error:
             if not is_user_error(error):
@@ -53,6 +54,19 @@ def guarded(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
             raise SystemExit(show_error(error)) from None
 
     return run
+
+
+def _refuse_buckets() -> None:
+    """A path library would turn `gs://b/x` into the local folder `gs:/b/x`."""
+    from m3jax.config import ConfigError
+
+    for name in ("workdir", "init_from"):
+        value = flags.FLAGS[name].value if name in flags.FLAGS else None
+        if value and "://" in value:
+            raise ConfigError(
+                f"--{name}={value}: workdirs in buckets are not supported yet; mount the bucket"
+                " (Cloud Storage FUSE) and name the folder"
+            )
 
 
 def define_process_flags() -> None:

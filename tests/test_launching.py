@@ -74,3 +74,11 @@ def test_train_script_refuses_a_bad_config(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == launching.USER_ERROR, done.stderr
     assert done.stderr.strip() == "ConfigError: config.mesh.fsdp = 0: must be -1 or at least 1"
+
+
+def test_a_workdir_in_a_bucket_is_refused():
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--workdir=gs://bucket/run"]
+    command.append(f"--config={ROOT / 'configs' / 'quickstart.py'}")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == launching.USER_ERROR
+    assert "--workdir=gs://bucket/run: workdirs in buckets are not supported yet" in done.stderr

@@ -42,7 +42,7 @@ class Recorded:
     def batches(self, first_step, rows):
         with open(self.path, "a") as file:
             for step, batch in enumerate(self.pipeline.batches(first_step, rows), first_step + 1):
-                numbers = range(rows.start, rows.stop)
+                numbers = [int(row) for row in rows]
                 file.write(
                     json.dumps(
                         {"step": step, "rows": dict(zip(numbers, hashes(batch), strict=True))}
