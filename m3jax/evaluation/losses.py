@@ -44,18 +44,18 @@ class LossEvaluator:
         whole = max(1, len(pipeline.rows) // pipeline.batch_rows)
         self.batches = min(config.evaluation.batches, whole)
         self.rows = min(self.batches * pipeline.batch_rows, len(pipeline.rows))
-        self.model, self.mesh = Model(config, prefix_tokens(config), mesh), mesh
+        self.model = Model(config, prefix_tokens(config), mesh)
+        self._ids, self._place = None, jax.device_put
+        if mesh is not None:
+            here = host_rows(mesh, pipeline.batch_rows)
+            self._ids, self._place = here.ids, functools.partial(to_global, mesh, rows=here)
         self.modes = MODES if config.memory.source != "none" else ("none",)
         self._sums = {mode: jax.jit(self._summed(mode)) for mode in self.modes}
 
     def __call__(self, params: Params) -> dict[str, float]:
         totals = {mode: np.zeros(3) for mode in self.modes}
-        ids, place = None, jax.device_put
-        if self.mesh is not None:
-            rows = host_rows(self.mesh, self.pipeline.batch_rows)
-            ids, place = rows.ids, functools.partial(to_global, self.mesh, rows=rows)
-        for batch in islice(self.pipeline.batches(0, ids), self.batches):
-            placed = place(inputs(batch))
+        for batch in islice(self.pipeline.batches(0, self._ids), self.batches):
+            placed = self._place(inputs(batch))
             for mode in self.modes:
                 total = jax.device_get(self._sums[mode](params, placed))
                 totals[mode] += np.asarray(total, np.float64)

@@ -2,9 +2,9 @@
 
 Parameters are a nested dict of arrays. Layers are stacked per segment: `lower` (plain, before the
 memory layers), `memory`, `upper` (plain, after them); a segment without layers is absent. Besides
-the
-context, the scan over layers carries up to two more streams: the constant prefix, and references
-  that are encoded in the step (online memories).
+the context, the scan over layers carries up to two more streams: the constant prefix, and
+references that are encoded in the step (online memories). On a mesh all of it is the program of one
+device (`parallel.py`).
 """
 
 from __future__ import annotations

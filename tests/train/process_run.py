@@ -24,6 +24,7 @@ def stage_config(stage, **changes):
         stage=stage,
         model__layers=1,
         data__batch_rows=8,
+        evaluation__batch_rows=8,
         train__steps=9,
         train__log_every=1,
         train__checkpoint_every=3,
