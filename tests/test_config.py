@@ -123,7 +123,7 @@ def test_ends_that_belong_to_the_interval() -> None:
     ("field", "value", "accepted"),
     [
         ("memory__source", "bank", "'none', 'precomputed', 'online'"),
-        ("model__remat", "all", "'none', 'dots', 'full'"),
+        ("model__remat", "all", "'none', 'dots', 'attention', 'full'"),
         ("retrieval__shift", 2, "0, 1"),
     ],
 )
