@@ -51,29 +51,5 @@ def show_search(reports: Sequence[dict[str, Any]]) -> str:
     return f"best of {len(reports)}: {flags}"
 
 
-def markdown(reports: Sequence[dict[str, Any]]) -> str:
-    """Reports as rows of a table."""
-    lines = [
-        "| path | slice | mesh (data × fsdp) | microbatches | GB a chip | executed/useful |"
-        " sent a chip, GB | lower bounds: compute, memory, interconnect (s) | MFU at most |"
-        " compile (s) |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for found in reports:
-        sent = sum(row["bytes"] for row in found["collectives"].values())
-        bounds = ", ".join(f"{value:.2f}" for value in found["seconds"].values())
-        work = found["flops"]["executed_over_useful"]
-        mesh = f"{found['mesh']['data']} × {found['mesh']['fsdp']}"
-        peak = f"{found['peak_bytes_per_chip'] / 1e9:.1f} of {found['chip_bytes'] / 1e9:.0f}"
-        if not found["fits"]:
-            peak += " (does not fit)"
-        lines.append(
-            f"| {path_of(found)} | {found['topology']} | {mesh} | {found['microbatches']} |"
-            f" {peak} | {work:.2f} | {sent / 1e9:.1f} | {bounds} |"
-            f" {found['mfu_ceiling']:.0%} | {found['compile_seconds']:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def _gb(size: float) -> str:
     return f"{size / 1e9:.2f} GB"

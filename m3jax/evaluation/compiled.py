@@ -263,8 +263,13 @@ def search(
     """Reports of several meshes: for every size of `fsdp` the fewest microbatches that fit.
 
     Sizes that cannot hold the config (heads, rows, chips) are passed over.
+
+    Raises:
+      ConfigError: none of them can; it is that of the last one.
     """
     chips = len(devices_of(topology))
+    refused: ConfigError | None = None
+    some = False
     for size in fsdp:
         for parts in microbatches:
             tried = config.copy_and_resolve_references()
@@ -272,15 +277,19 @@ def search(
             tried.mesh.fsdp, tried.train.microbatches = size, parts
             try:
                 found = report(tried, topology)
-            except ConfigError:
+            except ConfigError as error:
+                refused = error
                 continue
+            some = True
             yield found
             if found["fits"]:
                 break
+    if refused is not None and not some:
+        raise refused
 
 
 def best(reports: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Of the reports that fit the one with the least sent bytes among those of least compute."""
+    """Of the reports that fit the one with the fewest microbatches, then the least sent bytes."""
     fitting = [found for found in reports if found["fits"]]
     return min(
         fitting,
