@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ import m3jax
 from m3jax import config as config_lib
 from m3jax.config import PREFIX_TOKENS, prefix_tokens
 from m3jax.data.pipeline import Pipeline, open_pipeline
+from m3jax.evaluation.llama import MissingLlama, llama_step
 from m3jax.memory.write import write_bank
 from m3jax.mesh import host_rows, make_mesh, to_global
 from m3jax.model.transformer import Model
@@ -69,8 +71,9 @@ def train(rounds: int = 12) -> dict[str, Figures]:
     """Step time of precomputed and online memories over warmup; of the pipeline over a repeat.
 
     Returns:
-      `ratios`: `precomputed_over_warmup`, `online_over_warmup`, `pipeline_over_repeat`; `seconds`:
-      the median step times behind them.
+      `ratios`: `precomputed_over_warmup`, `online_over_warmup`, `pipeline_over_repeat`, and where
+      the extra `parity` is installed `warmup_over_hf_llama`, against Hugging Face's Llama in torch
+      at the same shape, dtype and cores; `seconds`: the median step times behind them.
     """
     with _workdir(_shape("none")) as workdir:
         stages = {source: _Stage(_shape(source), workdir) for source in _SOURCES}
@@ -84,6 +87,17 @@ def train(rounds: int = 12) -> dict[str, Figures]:
         seconds["pipeline"], seconds["repeat"], ratios["pipeline_over_repeat"] = paired(
             fed.from_pipeline, fed.repeat, rounds
         )
+        tokens = np.asarray(stages["none"].same["tokens"])
+        try:
+            llama = llama_step(_shape("none"), tokens)
+        except MissingLlama as error:
+            print(f"without warmup_over_hf_llama: {error}", file=sys.stderr)
+        else:
+            (
+                seconds["warmup_beside_hf_llama"],
+                seconds["hf_llama"],
+                ratios["warmup_over_hf_llama"],
+            ) = paired(stages["none"].repeat, llama, rounds)
     return {"ratios": ratios, "seconds": seconds}
 
 

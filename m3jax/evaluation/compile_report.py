@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from m3jax.evaluation.compiled import best
+
 _PATHS = {"none": "warmup", "precomputed": "precomputed memories", "online": "online memories"}
 
 
@@ -40,15 +42,50 @@ def show(found: dict[str, Any]) -> str:
 
 def show_search(reports: Sequence[dict[str, Any]]) -> str:
     """The best of several meshes, with the flags that choose it."""
-    from m3jax.evaluation.compiled import best
-
     chosen = best(reports)
     if chosen is None:
         return "none of the meshes fits"
     fields = {f"mesh.{axis}": size for axis, size in chosen["mesh"].items()}
     fields["train.microbatches"] = chosen["microbatches"]
+    fields["model.remat"] = chosen["remat"]
     flags = " ".join(f"--config.{name}={value}" for name, value in fields.items())
     return f"best of {len(reports)}: {flags}"
+
+
+def markdown(reports: Sequence[dict[str, Any]]) -> str:
+    """A table of docs/performance.md: a row for every report, compared with the slice's warmup."""
+    lines = [
+        "| slice | path | data × fsdp × tensor | microbatches | remat | GB of a chip's |"
+        " executed / useful FLOP | executed / warmup's | a chip sends, GB |"
+        " lower bounds: compute, memory, interconnect (s) | MFU at most | compiled in (s) |",
+        "|---" * 12 + "|",
+    ]
+    warmup = {
+        found["topology"]: found["flops"]["executed"]
+        for found in reports
+        if found["program"] == "train" and found["source"] == "none"
+    }
+    for found in reports:
+        executed, mesh = found["flops"]["executed"], found["mesh"]
+        base = warmup.get(found["topology"])
+        held = f"{found['peak_bytes_per_chip'] / 1e9:.1f} of {found['chip_bytes'] / 1e9:.0f}"
+        sent = sum(row["bytes"] for row in found["collectives"].values())
+        cells = [
+            found["topology"],
+            path_of(found),
+            " × ".join(str(mesh[axis]) for axis in ("data", "fsdp", "tensor")),
+            str(found["microbatches"]),
+            found["remat"],
+            held if found["fits"] else f"{held}: does not fit",
+            f"{found['flops']['executed_over_useful']:.3f}",
+            f"{executed / base:.3f}" if base else "",
+            f"{sent / 1e9:.1f}" if found["collectives"] else "",
+            ", ".join(f"{value:.2f}" for value in found["seconds"].values()),
+            f"{found['mfu_ceiling']:.0%}",
+            f"{found['compile_seconds']:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _gb(size: float) -> str:

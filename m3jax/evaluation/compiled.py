@@ -7,6 +7,7 @@ are lower bounds from counted work and data sheets, never measurements.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,7 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 PROGRAMS = ("train", "writer")
+PATHS = ("warmup", "precomputed", "online")  # what a train step reads
 
 
 class CompileError(ValueError):
@@ -254,15 +256,29 @@ def _memory_bytes(config: ConfigDict, memory: dict[str, float], mesh: Mesh, prog
     return 2 * state + config.train.microbatches * passes * weights + 2 * saved
 
 
+def on_path(config: ConfigDict, path: str) -> ConfigDict:
+    """A copy of the config that reads memories as a path says.
+
+    Args:
+      config: a config of any stage.
+      path: one of `PATHS`.
+    """
+    changed = config.copy_and_resolve_references()
+    changed.memory.source = "none" if path == "warmup" else path
+    changed.stage = "warmup" if path == "warmup" else "continual"
+    return changed
+
+
 def search(
     config: ConfigDict,
     topology: str,
     fsdp: Sequence[int] = (8, 16, 32),
     microbatches: Sequence[int] = (1, 2, 4),
+    remat: Sequence[str] = ("full",),
 ) -> Iterator[dict[str, Any]]:
-    """Reports of several meshes: for every size of `fsdp` the fewest microbatches that fit.
+    """Reports of several meshes and remat policies: of each the fewest microbatches that fit.
 
-    Sizes that cannot hold the config (heads, rows, chips) are passed over.
+    What cannot hold the config (heads, rows) or would leave chips idle is passed over.
 
     Raises:
       ConfigError: none of them can; it is that of the last one.
@@ -270,12 +286,18 @@ def search(
     chips = len(devices_of(topology))
     refused: ConfigError | None = None
     some = False
-    for size in fsdp:
+    for size, policy in itertools.product(fsdp, remat):
         for parts in microbatches:
             tried = config.copy_and_resolve_references()
-            tried.mesh.data = max(1, chips // (size * tried.mesh.tensor * tried.mesh.slice))
-            tried.mesh.fsdp, tried.train.microbatches = size, parts
+            others = size * tried.mesh.tensor * tried.mesh.slice
+            tried.mesh.data, tried.mesh.fsdp = max(1, chips // others), size
+            tried.train.microbatches, tried.model.remat = parts, policy
             try:
+                if chips % others:
+                    raise ConfigError(
+                        f"{others} shards (mesh.fsdp × mesh.tensor × mesh.slice) do not divide the"
+                        f" {chips} chips of {topology}; use a power of two"
+                    )
                 found = report(tried, topology)
             except ConfigError as error:
                 refused = error
@@ -289,13 +311,13 @@ def search(
 
 
 def best(reports: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Of the reports that fit the one with the fewest microbatches, then the least sent bytes."""
+    """Of the reports that fit the one whose lower bounds have the least sum.
+
+    The sum is the time of a step of which nothing overlaps; so a mesh that sends less wins among
+    those of equal work, and recomputing less wins as far as more microbatches do not eat it up.
+    """
     fitting = [found for found in reports if found["fits"]]
-    return min(
-        fitting,
-        key=lambda found: (found["microbatches"], found["seconds"]["interconnect"]),
-        default=None,
-    )
+    return min(fitting, key=lambda found: sum(found["seconds"].values()), default=None)
 
 
 def remedy(found: dict[str, Any], chip: Chip) -> str:

@@ -67,6 +67,9 @@ def select(
 ) -> tuple[Int[Array, "R K P"], Int[Array, R]]:
     """The `kept` heaviest tokens of each key-value head, in reference order.
 
+    A token's rank is counted by comparing it with all others, W² comparisons and no sort: sorts
+    and gathers of many short rows are what TPUs compile and run slowest.
+
     Args:
       q_RWKGH, k_RWKH, usable_RW, selection: as in `token_weights`.
       kept: tokens P to keep; of equal weights the earlier token wins.
@@ -78,12 +81,17 @@ def select(
     weights_RKW = token_weights(
         jax.lax.stop_gradient(q_RWKGH), jax.lax.stop_gradient(k_RWKH), usable_RW, selection
     )
-    W = weights_RKW.shape[-1]
-    _, top = jax.lax.top_k(weights_RKW, kept)
-    length_R = jnp.minimum(kept, jnp.sum(usable_RW, axis=-1)).astype(jnp.int32)
-    real = (jnp.arange(kept)[None] < length_R[:, None])[:, None]
-    top = jnp.sort(jnp.where(real, top, W), axis=-1)
-    return jnp.where(real, top, 0).astype(jnp.int32), length_R
+    token_W = jnp.arange(weights_RKW.shape[-1])
+    earlier_WW = (token_W[:, None] < token_W[None, :])[None, None]
+    other, own = weights_RKW[..., :, None], weights_RKW[..., None, :]
+    rank_RKW = jnp.sum((other > own) | ((other == own) & earlier_WW), axis=-2)
+    chosen_RKW = (rank_RKW < kept) & usable_RW[:, None, :]
+    slot_RKW = jnp.sum(chosen_RKW[..., :, None] & earlier_WW, axis=-2)
+    slots = jnp.arange(kept)[None, None, :, None]
+    at_RKPW = chosen_RKW[..., None, :] & (slot_RKW[..., None, :] == slots)
+    indices_RKP = jnp.sum(jnp.where(at_RKPW, token_W[None, None, None], 0), axis=-1)
+    length_R = jnp.minimum(kept, jnp.sum(usable_RW, axis=-1))
+    return indices_RKP.astype(jnp.int32), length_R.astype(jnp.int32)
 
 
 def sparsify(
@@ -108,9 +116,14 @@ def sparsify(
     indices_RKP = checkpoint_name(indices_RKP, KEPT_TOKENS)
     real_RP = jnp.arange(kept)[None] < length_R[:, None]
 
+    token_W = jnp.arange(k_RWKH.shape[1])[None, None, None]
+    at_RKPW = (indices_RKP[..., None] == token_W) & real_RP[:, None, :, None]
+
     def gather(x_RWKH: Array) -> Array:
-        chosen = jnp.take_along_axis(jnp.swapaxes(x_RWKH, 1, 2), indices_RKP[..., None], axis=2)
-        return jnp.where(real_RP[:, None, :, None], chosen, 0)
+        # A product with zeros and a single one is exact, and so is its transpose in the gradient.
+        return jnp.einsum(
+            "RKPW,RWKH->RKPH", at_RKPW.astype(x_RWKH.dtype), x_RWKH, precision="highest"
+        )
 
     return Written(gather(rotated_RWKH), gather(v_RWKH), length_R, indices_RKP)
 
