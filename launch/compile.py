@@ -62,7 +62,7 @@ _MARKDOWN = flags.DEFINE_string(
 for _name in ("fsdp", "microbatches"):
     flags.register_validator(
         _name,
-        lambda sizes: all(size.isdigit() and int(size) for size in sizes),
+        lambda sizes: bool(sizes) and all(size.isdigit() and int(size) for size in sizes),
         "a list of numbers of at least 1, for example 8,16",
     )
 flags.register_validator(

@@ -3,14 +3,16 @@
 Parameters are a nested dict of arrays. Layers are stacked per segment: `lower` (plain, before the
 memory layers), `memory`, `upper` (plain, after them); a segment without layers is absent. Besides
 the context, the scan over layers carries up to two more streams: the constant prefix, and
-references that are encoded in the step (online memories). On a mesh all of it is the program of one
-device (`parallel.py`).
+references that are encoded in the step (online memories). Their tokens lie in one long row, so that
+every matrix meets all of them at once, and only attention tells them apart. On a mesh all of it is
+the program of one device (`parallel.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -38,11 +40,33 @@ KEPT_TOKENS = "kept_tokens"  # name under which `sparsify` marks the indices tha
 
 
 class Streams(NamedTuple):
-    """Hidden states that one layer transforms together."""
+    """Rows and tokens of each stream; (0, 0) where there is none.
 
-    context: Array | None  # (B, T, D)
-    prefix: Array | None  # (1, S, D): `<s>Reference:`, the same for every row
-    references: Array | None  # (R, W, D)
+    In the long row they follow one another in this order: what ends earlier, references, comes
+    first, and the odd few tokens of the prefix last, so that the others start at multiples of
+    their row length.
+    """
+
+    references: tuple[int, int] = (0, 0)  # (R, W)
+    context: tuple[int, int] = (0, 0)  # (B, T)
+    prefix: tuple[int, int] = (0, 0)  # (1, S): `<s>Reference:`, the same for every row
+
+    def split(self, long: Array) -> tuple[Array | None, Array | None, Array | None]:
+        """The streams `(rows, tokens, …)` of a long row `(1, N, …)`."""
+        parts: list[Array | None] = []
+        start = 0
+        for rows, tokens in self:
+            found = jax.lax.slice_in_dim(long, start, start + rows * tokens, axis=1)
+            parts.append(found.reshape(rows, tokens, *long.shape[2:]) if rows else None)
+            start += rows * tokens
+        references, context, prefix = parts
+        return references, context, prefix
+
+
+def _join(parts: Sequence[Array | None]) -> Array:
+    """The long row of streams."""
+    rows = [part.reshape(1, -1, *part.shape[2:]) for part in parts if part is not None]
+    return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
 
 
 class Transformer(nnx.Module):
@@ -226,10 +250,10 @@ class Model:
           The memories, keys and values `(R, L, K, P, H)` in the compute dtype and length `(R,)`;
           and the position inside the reference of every kept token.
         """
-        streams = self._embed(params, None, reference_tokens)
-        streams = self._scan_plain(params, "lower", streams)
-        layer = _Layer(self, sparsify=sparsify, usable_RW=reference_tokens != 0)
-        _, written = self._scan_memory(params, streams, layer, None)
+        streams, hidden = self._embed(params, None, reference_tokens)
+        layer = _Layer(self, streams, sparsify=sparsify, usable_RW=reference_tokens != 0)
+        hidden = self._scan_plain(params, "lower", layer, hidden)
+        _, written = self._scan_memory(params, layer, hidden, None)
         keys, values, indices = (
             jnp.moveaxis(x, 0, 1) for x in (written.keys, written.values, written.indices)
         )
@@ -246,55 +270,52 @@ class Model:
         observe: bool = False,
     ) -> tuple[Array, Any]:
         window = self.config.memory.window if window is None else window
-        layer = _Layer(self, window=window, observe=observe)
+        lead, usable_RW = None, None
         if reference_tokens is not None:
             *lead, W = reference_tokens.shape
             reference_tokens = reference_tokens.reshape(-1, W)
-            layer.sparsify, layer.usable_RW, layer.lead = sparsify, reference_tokens != 0, lead
-        streams = self._embed(params, tokens_BT, reference_tokens)
-        streams = self._scan_plain(params, "lower", streams)
-        streams, observed = self._scan_memory(params, streams, layer, memory)
-        streams = self._scan_plain(params, "upper", streams._replace(references=None))
-        assert streams.context is not None
-        return streams.context, observed
+            usable_RW = reference_tokens != 0
+        streams, hidden = self._embed(params, tokens_BT, reference_tokens)
+        layer = _Layer(self, streams, window, observe, sparsify, usable_RW, lead)
+        hidden = self._scan_plain(params, "lower", layer, hidden)
+        hidden, observed = self._scan_memory(params, layer, hidden, memory)
+        layer = dataclasses.replace(layer, streams=streams._replace(references=(0, 0)))
+        hidden = self._scan_plain(params, "upper", layer, hidden)
+        context = layer.streams.split(hidden)[1]
+        assert context is not None
+        return context, observed
 
     def _embed(
         self, params: Params, tokens_BT: Array | None, reference_tokens: Array | None
-    ) -> Streams:
-        """The streams before the first layer, by one look-up: the table is gathered once."""
+    ) -> tuple[Streams, Array]:
+        """The streams and their long row before the first layer, by one look-up."""
         prefix = jnp.asarray([self.prefix_tokens], jnp.int32) if self.prefix_tokens else None
-        parts = Streams(tokens_BT, prefix, reference_tokens)
+        parts = (reference_tokens, tokens_BT, prefix)
+        streams = Streams(*((0, 0) if x is None else (x.shape[0], x.shape[1]) for x in parts))
         tokens = jnp.concatenate([part.ravel() for part in parts if part is not None])
         x = lookup(self.parallel, params["embedding"], tokens)
-        x = x * jnp.asarray(self.config.model.embedding_scale, self.dtype)
-        streams, start = [], 0
-        for part in parts:
-            size = 0 if part is None else part.size
-            found = x[start : start + size]
-            streams.append(None if part is None else found.reshape(*part.shape, x.shape[-1]))
-            start += size
-        return Streams(*streams)
+        return streams, (x * jnp.asarray(self.config.model.embedding_scale, self.dtype))[None]
 
     def _merge(self, stacked: Params) -> Block:
         """The block of one layer, its weights gathered."""
         return nnx.merge(self._block, self.parallel.gather(stacked, self._axes))
 
-    def _scan_plain(self, params: Params, segment: str, streams: Streams) -> Streams:
+    def _scan_plain(self, params: Params, segment: str, layer: _Layer, hidden: Array) -> Array:
         if not self.segments[segment]:
-            return streams
+            return hidden
 
-        def body(streams: Streams, stacked: Params) -> tuple[Streams, None]:
-            block = self._merge(stacked)
-            return _Layer(self).plain(block, streams), None
+        def body(hidden: Array, stacked: Params) -> tuple[Array, None]:
+            return layer.plain(self._merge(stacked), hidden), None
 
-        return jax.lax.scan(self._remat(body), streams, params[segment])[0]
+        return jax.lax.scan(self._remat(body), hidden, params[segment])[0]
 
     def _scan_memory(
-        self, params: Params, streams: Streams, layer: _Layer, memory: ExplicitMemory | None
-    ) -> tuple[Streams, Any]:
-        """All memory layers; returns the streams and what every layer wrote or observed, stacked.
+        self, params: Params, layer: _Layer, hidden: Array, memory: ExplicitMemory | None
+    ) -> tuple[Array, Any]:
+        """All memory layers; returns the long row and what each wrote or observed, stacked.
 
-        With references the last layer is peeled: it needs neither their attention output nor MLP.
+        With references the last layer is peeled: it needs neither their attention output nor MLP,
+        and leaves the row without them.
         """
         stacked, L = params["memory"], self.segments["memory"]
         sliced, length = None, None
@@ -302,27 +323,25 @@ class Model:
             sliced = (jnp.moveaxis(memory.keys, 3, 0), jnp.moveaxis(memory.values, 3, 0))
             length = memory.length
 
-        def body(streams: Streams, inputs: Any, last: bool = False) -> tuple[Streams, Any]:
+        def body(hidden: Array, inputs: Any, last: bool = False) -> tuple[Array, Any]:
             block = self._merge(inputs[0])
             memory = None
             if length is not None:
                 memory = ExplicitMemory(inputs[1][0], inputs[1][1], length)
-            return layer.memory(block, streams, memory, last)
+            return layer.memory(block, hidden, memory, last)
 
-        if streams.references is None:
-            return jax.lax.scan(self._remat(body), streams, (stacked, sliced))
+        if layer.usable_RW is None:  # no references
+            return jax.lax.scan(self._remat(body), hidden, (stacked, sliced))
         outputs = []
         if L > 1:
-            streams, output = jax.lax.scan(
-                self._remat(body), streams, (jax.tree.map(lambda x: x[:-1], stacked), None)
+            hidden, output = jax.lax.scan(
+                self._remat(body), hidden, (jax.tree.map(lambda x: x[:-1], stacked), None)
             )
             outputs.append(output)
         final = functools.partial(body, last=True)
-        streams, output = self._remat(final)(
-            streams, (jax.tree.map(lambda x: x[-1], stacked), None)
-        )
+        hidden, output = self._remat(final)(hidden, (jax.tree.map(lambda x: x[-1], stacked), None))
         outputs.append(jax.tree.map(lambda x: x[None], output))
-        return streams, jax.tree.map(lambda *x: jnp.concatenate(x), *outputs)
+        return hidden, jax.tree.map(lambda *x: jnp.concatenate(x), *outputs)
 
     def _remat(self, body: Callable) -> Callable:
         """`body` with what the config says kept for the backward pass, and the rest recomputed.
@@ -343,93 +362,104 @@ class Model:
         return jax.checkpoint(body, prevent_cse=False, policy=policy[self.config.model.remat])
 
 
-@dataclasses.dataclass
+class _Heads(NamedTuple):
+    """Queries and keys after RoPE, values, and queries and keys before it, of one stream."""
+
+    q: Array
+    k: Array
+    v: Array
+    plain_q: Array
+    plain_k: Array
+
+
+@dataclasses.dataclass(frozen=True)
 class _Layer:
     """One layer on all streams; holds what is the same in every layer of a pass."""
 
     model: Model
+    streams: Streams
     window: int = 1
     observe: bool = False  # return the attention on memories
     sparsify: Callable | None = None
     usable_RW: Array | None = None
     lead: Sequence[int] | None = None  # (B, C, M): the context reads the references
 
-    def plain(self, block: Block, streams: Streams) -> Streams:
-        streams, prefix = self._prefix(block, streams)
-        streams, _ = self._references(block, streams, prefix)
-        return self._context(block, streams, prefix, None)[0]
+    def plain(self, block: Block, hidden: Array) -> Array:
+        references, context, prefix = self._heads(block, hidden)
+        attended, shared = self._prefix(prefix)
+        parts = (
+            self._references(references, shared),
+            self._context(context, shared, None)[0],
+            attended,
+        )
+        return block.rest(hidden, _join(parts))
 
     def memory(
-        self, block: Block, streams: Streams, memory: ExplicitMemory | None, last: bool
-    ) -> tuple[Streams, Any]:
-        streams, prefix = self._prefix(block, streams)
-        streams, written = self._references(block, streams, prefix, keep=True, output=not last)
-        if streams.context is None:
-            return streams, written
-        if written is not None:
-            assert self.lead is not None
-            memory = ExplicitMemory(*(x.reshape(*self.lead, *x.shape[1:]) for x in written[:3]))
-        return self._context(block, streams, prefix, memory)
-
-    def _qkv(self, block: Block, hidden: Array, first_position: int) -> tuple[Array, ...]:
-        """Queries and keys after RoPE, values, and queries and keys before it."""
-        q, k, v = block.qkv(hidden)
-        positions = first_position + jnp.arange(hidden.shape[1])
-        base = self.model.config.model.rope_base
-        return rotate(q, positions, base), rotate(k, positions, base), v, q, k
-
-    def _prefix(self, block: Block, streams: Streams) -> tuple[Streams, KeyValues | None]:
-        """The prefix attends to itself alone; its keys and values serve all other streams."""
-        if streams.prefix is None:
-            return streams, None
-        q, k, v, _, _ = self._qkv(block, streams.prefix, 0)
-        hidden = block.rest(streams.prefix, attend(q, k, v))
-        return streams._replace(prefix=hidden), KeyValues(k[0], v[0])
-
-    def _references(
-        self,
-        block: Block,
-        streams: Streams,
-        prefix: KeyValues | None,
-        keep: bool = False,
-        output: bool = True,
-    ) -> tuple[Streams, Any]:
-        """References attend causally to the prefix and themselves; memory layers keep tokens."""
-        if streams.references is None:
-            return streams, None
-        written = None
-        q, k, v, plain_q, plain_k = self._qkv(
-            block, streams.references, len(self.model.prefix_tokens)
-        )
-        if keep:
+        self, block: Block, hidden: Array, memory: ExplicitMemory | None, last: bool
+    ) -> tuple[Array, Any]:
+        references, context, prefix = self._heads(block, hidden)
+        attended, shared = self._prefix(prefix)
+        written, read_by_references = None, None
+        if references is not None:
             assert self.sparsify is not None
+            _, k, v, plain_q, plain_k = references
             written = self.sparsify(plain_q, plain_k, k, v, self.usable_RW)
-        if output:
-            attended = attend(q, k, v, prefix, **self.model.attention)
-            hidden = block.rest(streams.references, attended)
-            streams = streams._replace(references=hidden)
-        return streams, written
+            if last and context is None:
+                return hidden, written
+            if last:
+                hidden = hidden[:, math.prod(self.streams.references) :]
+            else:
+                read_by_references = self._references(references, shared)
+            if context is not None:
+                assert self.lead is not None
+                memory = ExplicitMemory(*(x.reshape(*self.lead, *x.shape[1:]) for x in written[:3]))
+        read_by_context, observed = self._context(context, shared, memory)
+        hidden = block.rest(hidden, _join((read_by_references, read_by_context, attended)))
+        return hidden, observed if context is not None else written
+
+    def _heads(self, block: Block, hidden: Array) -> list[_Heads | None]:
+        """What each stream attends with, in the order of `Streams`."""
+        config, prefix = self.model.config, len(self.model.prefix_tokens)
+        first_positions = (prefix, prefix + config.memory.reference_length, 0)
+        by_stream = zip(*(self.streams.split(x) for x in block.qkv(hidden)), strict=True)
+        found: list[_Heads | None] = []
+        for first, (q, k, v) in zip(first_positions, by_stream, strict=True):
+            if q is None:
+                found.append(None)
+                continue
+            positions, base = first + jnp.arange(q.shape[1]), config.model.rope_base
+            found.append(_Heads(rotate(q, positions, base), rotate(k, positions, base), v, q, k))
+        return found
+
+    def _prefix(self, heads: _Heads | None) -> tuple[Array | None, KeyValues | None]:
+        """The prefix attends to itself alone; its keys and values serve all other streams."""
+        if heads is None:
+            return None, None
+        return attend(heads.q, heads.k, heads.v), KeyValues(heads.k[0], heads.v[0])
+
+    def _references(self, heads: _Heads | None, prefix: KeyValues | None) -> Array | None:
+        """References attend causally to the prefix and themselves."""
+        if heads is None:
+            return None
+        return attend(heads.q, heads.k, heads.v, prefix, **self.model.attention)
 
     def _context(
-        self,
-        block: Block,
-        streams: Streams,
-        prefix: KeyValues | None,
-        memory: ExplicitMemory | None,
-    ) -> tuple[Streams, Array | None]:
-        if streams.context is None:
-            return streams, None
-        config = self.model.config
-        first = len(self.model.prefix_tokens) + config.memory.reference_length
-        q, k, v, _, _ = self._qkv(block, streams.context, first)
+        self, heads: _Heads | None, prefix: KeyValues | None, memory: ExplicitMemory | None
+    ) -> tuple[Array | None, Array | None]:
+        """The context also reads memories; their attention weights too, where observed."""
+        if heads is None:
+            return None, None
         observed = None
-        chunks = {"chunk_length": config.memory.chunk_length, "window": self.window}
+        chunks = {"chunk_length": self.model.config.memory.chunk_length, "window": self.window}
         if self.observe:
-            weights = attention_weights(q, k, prefix, memory, **chunks)
-            observed = weights[..., len(self.model.prefix_tokens) : weights.shape[-1] - k.shape[1]]
-        attended = attend(q, k, v, prefix, memory, **chunks, **self.model.attention)
-        hidden = block.rest(streams.context, attended)
-        return streams._replace(context=hidden), observed
+            weights = attention_weights(heads.q, heads.k, prefix, memory, **chunks)
+            observed = weights[
+                ..., len(self.model.prefix_tokens) : weights.shape[-1] - heads.k.shape[1]
+            ]
+        attended = attend(
+            heads.q, heads.k, heads.v, prefix, memory, **chunks, **self.model.attention
+        )
+        return attended, observed
 
 
 def _with_previous_token_head(config: ConfigDict, params: Params) -> Params:
