@@ -116,6 +116,19 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
     # -- writer -----------------------------------------------------------------------------------
     "writer.batch_references": (256, "references encoded by one call of the writer", "[1, inf)"),
     "writer.shard_memories": (256, "memories per shard file of the bank", "[1, inf)"),
+    "writer.compression": (
+        "none",
+        "how the bank stores keys and values: as memory.dtype, in int8 with a scale a vector, or by"
+        " the vector quantizer (Memory³ §3.3)",
+        ("none", "int8", "vector"),
+    ),
+    "writer.coarse_bits": (14, "bits of the quantizer's index of half a vector", "[1, 16]"),
+    "writer.fine_bits": (10, "bits of its index of an eighth of what is left", "[1, 16]"),
+    "writer.codebook_vectors": (
+        640_000,
+        "keys, and as many values, that the quantizer is trained on, if there are as many",
+        "[1, inf)",
+    ),
     # -- text -------------------------------------------------------------------------------------
     "text.vocabulary": (
         1024,

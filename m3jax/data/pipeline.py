@@ -8,7 +8,7 @@ training.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from m3jax.config import PREFIX_TOKENS
 from m3jax.data.rows import Row, Rows
 from m3jax.memory.bank import Bank, make_binding
+from m3jax.model.attention import ExplicitMemory
 from m3jax.retrieval.index import Index
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
@@ -45,7 +46,8 @@ class Pipeline:
 
     A batch is a dict of NumPy arrays: `tokens`, `targets` `(B, T)` int32, `weights` `(B, T)`
       float32, `reference_ids` `(B, C, M)` int32 (−1 = none), and `memory` (an `ExplicitMemory`,
-      axes `(B, C, M, L, K, P, H)`) or `reference_tokens` `(B, C, M, W)` int32.
+      axes `(B, C, M, L, K, P, H)`, or as the bank stores it, see `decode`) or `reference_tokens`
+      `(B, C, M, W)` int32.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class Pipeline:
             self._counts["chunks_without_reference"] += int((reference_ids[..., 0] < 0).sum())
         if self.config.memory.source == "precomputed":
             assert self.bank is not None
-            batch["memory"] = self.bank.read(reference_ids)
+            batch["memory"] = self.bank.read_stored(reference_ids)
         else:
             batch["reference_tokens"] = self._reference_tokens(reference_ids)
         return batch
@@ -103,6 +105,11 @@ class Pipeline:
         steps = grain.MapDataset.range(first_step, 2**40).map(lambda step: self.batch(step, rows))
         options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.prefetch)
         return iter(steps.to_iter_dataset(options))
+
+    @property
+    def decode(self) -> Callable[[ExplicitMemory], ExplicitMemory] | None:
+        """Makes memories of what batches hold; None where they hold memories."""
+        return None if self.bank is None or self.bank.codec.plain else self.bank.codec.decode
 
     def report(self) -> dict[str, int]:
         """Counters since the start: chunks, chunks left without a reference, references dropped."""

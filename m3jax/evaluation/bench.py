@@ -183,8 +183,9 @@ class _Stage:
         optimizer = make_optimizer(config)
         abstract = abstract_state(model, optimizer, self.mesh)
         self.state = init_state(config, model, optimizer, abstract, None)
-        self.step = make_step(config, model, self.mesh, optimizer, abstract)
         self.pipeline: Pipeline = open_pipeline(config, workdir)
+        decode = self.pipeline.decode
+        self.step = make_step(config, model, self.mesh, optimizer, abstract, decode)
         self.batches = self.pipeline.batches(0)
         self.same = self._place(next(self.batches))
 

@@ -24,6 +24,7 @@ from m3jax.evaluation.executed import attention_blocks, executed_flops
 from m3jax.evaluation.hlo import by_kind, collectives
 from m3jax.hardware import Chip, chip_of_topology
 from m3jax.memory.bank import writer_params
+from m3jax.memory.codec import plain
 from m3jax.memory.encode import encode_program
 from m3jax.mesh import AXES, batch_sharding, make_mesh, parameter_shardings
 from m3jax.model.attention import ExplicitMemory
@@ -116,7 +117,8 @@ def compile_writer(config: ConfigDict, mesh: Mesh) -> Program:
     )
     shape = (config.writer.batch_references, config.memory.reference_length)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
-    return _compile(encode_program(config, model), writer_params(params), tokens)
+    stored = plain(config.model.head_dim, config.memory.dtype)
+    return _compile(encode_program(config, model, stored), writer_params(params), tokens)
 
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class LossEvaluator:
 
     def _summed(self, mode: str) -> Callable[[Params, Batch], Sums]:
         """The sums of a batch in one mode."""
-        total = global_sums(self.model, sparsifier(self.config))
+        total = global_sums(self.model, sparsifier(self.config), self.pipeline.decode)
 
         def summed(params: Params, batch: Batch) -> Sums:
             read = ("memory", "reference_tokens")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import tensorstore as ts
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
+from m3jax.memory import codec as codecs
+from m3jax.memory.codec import Codec
 from m3jax.memory.storage import (
+    CODEBOOK,
     COMPLETE,
     HASHES,
     LENGTHS,
@@ -22,6 +26,7 @@ from m3jax.memory.storage import (
     BankError,
     checksum,
     open_array,
+    read_checked,
     read_file,
     read_manifest,
     read_side_file,
@@ -48,6 +53,11 @@ class Binding:
     tokenizer: str
     references: str
     layout: dict[str, Any]
+
+    @property
+    def owner(self) -> str:
+        """What codebooks belong to: weights and layout, whatever the references."""
+        return checksum(json.dumps([self.writer, self.layout], sort_keys=True).encode())
 
     def differences(self, bank: Binding) -> list[str]:
         """Each part in which a bank's binding differs from this, the expected one, in words."""
@@ -133,6 +143,8 @@ class Bank:
       folder: where it is.
       manifest: the parsed manifest.
       binding: what wrote it.
+      codec: how keys and values are stored.
+      dtype: of what is stored.
       lengths: real slots of every memory; uint16 or int32 (R,).
     """
 
@@ -140,6 +152,7 @@ class Bank:
         self.folder, self.manifest, self.lengths = folder, manifest, lengths
         self.binding = Binding(**manifest["binding"])
         self.dtype = np.dtype(jax.numpy.dtype(manifest["dtype"]))
+        self.codec = _read_codec(folder, manifest, self.binding)
         self._array = open_array(folder, manifest, cached=True)
 
     @classmethod
@@ -186,7 +199,7 @@ class Bank:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all keys and values."""
+        """Bytes of all keys and values, as they are stored."""
         return int(np.prod(self.manifest["shape"], dtype=np.int64)) * self.dtype.itemsize
 
     @property
@@ -202,14 +215,24 @@ class Bank:
         return read_side_file(self.folder, self.manifest, HASHES)
 
     def read(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
-        """Memories of references, as fresh NumPy arrays.
+        """Memories of references, decoded: keys and values `(*shape, L, K, P, H)`.
+
+        Arguments and errors as in `read_stored`, which is what a step reads that decodes itself.
+        """
+        stored = self.read_stored(ids)
+        if self.codec.plain:
+            return stored
+        return jax.tree.map(np.asarray, jax.jit(self.codec.decode)(stored))
+
+    def read_stored(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
+        """Memories of references as they are stored, as fresh NumPy arrays.
 
         Args:
           ids: reference ids of any shape; −1 is no memory: zeros, length 0. One that occurs more
             than once is read once.
 
         Returns:
-          Keys and values `(*shape, L, K, P, H)` in the bank's dtype, length `shape` int32.
+          Keys and values `(*shape, L, K, P, width)`, for `codec.decode`, length `shape` int32.
 
         Raises:
           BankError: an id outside −1 … R − 1; a damaged or missing shard, naming its file.
@@ -266,3 +289,16 @@ class Bank:
             reason = "checksum differs" if "igest" in str(error) else str(error)
             return f"{name} is damaged ({reason})"
         return None
+
+
+def _read_codec(folder: str | Path, manifest: dict[str, Any], binding: Binding) -> Codec:
+    head_dim, dtype = binding.layout["head_dim"], binding.layout["dtype"]
+    if manifest["codec"] != codecs.VECTOR:
+        return Codec(manifest["codec"], head_dim, dtype)
+    codec, owner = codecs.from_bytes(read_checked(folder, manifest, CODEBOOK), dtype)
+    if owner != binding.owner or codec.width != manifest["shape"][-1]:
+        raise BankError(
+            f"{folder}/{CODEBOOK} belongs to memories of another model; delete the folder and run"
+            f" {WRITE_AGAIN}"
+        )
+    return codec

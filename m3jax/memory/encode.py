@@ -15,6 +15,7 @@ from jaxtyping import Int, UInt64
 from ml_collections import ConfigDict
 
 from m3jax.memory.bank import writer_params
+from m3jax.memory.codec import Codec
 from m3jax.memory.sparsify import sparsifier
 from m3jax.memory.storage import BankError
 from m3jax.mesh import (
@@ -67,20 +68,28 @@ class Clock:
         return result
 
 
-def encode_program(config: ConfigDict, model: Model) -> Any:
-    """The jitted writer: `(writer_params, tokens (R, W)) → memories (R, 2, L, K, P, H), length`."""
+def encode_program(config: ConfigDict, model: Model, codec: Codec) -> Any:
+    """The jitted writer.
+
+    `(writer_params, tokens (R, W)) → stored (R, 2, L, K, P, width), length (R,), finite (R,)`.
+    """
     keep, dtype = sparsifier(config), jnp.dtype(config.memory.dtype)
 
-    def encode(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def encode(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         memory, _ = model.encode(params, tokens, keep)
-        return jnp.stack([memory.keys, memory.values], axis=1).astype(dtype), memory.length
+        memories = jnp.stack([memory.keys, memory.values], axis=1).astype(dtype)
+        finite = jnp.isfinite(memories).all(axis=range(1, memories.ndim))
+        if model.mesh is not None:  # a device has a part of the heads
+            finite = model.parallel.sum(1 - finite.astype(jnp.int32), "tensor") == 0
+        return codec.encode(memories), memory.length, finite
 
-    def program(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def program(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         specs = model.specs()
         rows = ACTIVATIONS.spec(("batch",))
         memories = ACTIVATIONS.spec(("batch", None, None, "kv_heads"))
         parameters = {name: specs[name] for name in params}
-        return on_devices(model.mesh, encode, (parameters, rows), (memories, rows))(params, tokens)
+        results = (memories, rows, rows)
+        return on_devices(model.mesh, encode, (parameters, rows), results)(params, tokens)
 
     options = None if model.mesh is None else compiler_options(model.mesh)
     return jax.jit(program, compiler_options=options)
@@ -95,6 +104,7 @@ class Encoder:
         model: Model,
         params: Params,
         references: ReferenceSet,
+        codec: Codec,
     ):
         self.references = references
         self.batch, self.width = config.writer.batch_references, config.memory.reference_length
@@ -116,10 +126,10 @@ class Encoder:
             )
         shape = jax.ShapeDtypeStruct((self.batch, self.width), jnp.int32, sharding=self.sharding)
         self.params = jax.device_put(self.params)
-        self.encode = encode_program(config, model).lower(self.params, shape).compile()
+        self.encode = encode_program(config, model, codec).lower(self.params, shape).compile()
 
     def batches(self, ids: Int[np.ndarray, " n"], clock: Clock) -> Iterator[np.ndarray]:
-        """Memories of references, a batch at a time; the next batch is already being encoded."""
+        """Memories as they are stored, a batch at a time; the next is already being encoded."""
         waiting: collections.deque[tuple[np.ndarray, Any]] = collections.deque()
         for start in range(0, len(ids), self.batch):
             part = ids[start : start + self.batch]
@@ -134,8 +144,15 @@ class Encoder:
             yield self.collect(*waiting.popleft(), clock)
 
     def collect(self, ids: np.ndarray, result: Any, clock: Clock) -> np.ndarray:
-        """Waits for a batch; checks that every memory has the length the bank states."""
-        memories, length = (np.asarray(x) for x in clock.timed(jax.block_until_ready, result))
+        """Waits for a batch; checks that its memories are finite and as long as the bank states."""
+        waited = clock.timed(jax.block_until_ready, result)
+        memories, length, finite = (np.asarray(x) for x in waited)
+        broken = np.flatnonzero(~finite[: len(ids)])
+        if broken.size:
+            raise BankError(
+                f"the memory of reference {ids[broken[0]]} holds NaN or infinity: the writer's"
+                " weights have diverged; use an earlier checkpoint (--checkpoint)"
+            )
         expected = np.minimum(self.references.lengths[ids], self.kept)
         wrong = np.flatnonzero(length[: len(ids)] != expected)
         if wrong.size:

@@ -22,13 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from m3jax.memory.storage import BankError
+
 HALVES = 2
 COARSE_BITS, FINE_PARTS, FINE_BITS = 14, 8, 10
-_BLOCK = 128  # vectors compared at a time: their 2¹⁴ distances, 8 MB, stay near the processor
+# Vectors compared at a time: on a CPU their 2¹⁴ distances, 8 MB, stay near the processor.
+_BLOCK, _BLOCK_OF_ACCELERATOR = 128, 4096
 _GROUP = 128  # entries whose best is found first; see `_largest`
 
 
-class QuantizerError(ValueError):
+class QuantizerError(BankError):
     """Vectors or codes that do not fit a quantizer. The message names the thing and the remedy."""
 
 
@@ -67,6 +70,7 @@ def encode(
       vectors: any float dtype; computed in float32.
       candidates: coarse entries tried for each half; 1 is FAISS's code.
     """
+    codebook = jax.tree.map(jnp.asarray, codebook)
     coarse, fine = _indices(codebook, _rotated(codebook, vectors), candidates)
     coarse_bits, fine_bits = codebook.bits
     return jnp.concatenate([_pack(coarse, coarse_bits), _pack(fine, fine_bits)], axis=-1)
@@ -79,6 +83,7 @@ def decode(
 
     Two look-ups, one for each part, and a product with the rotation; may be traced into a step.
     """
+    codebook = jax.tree.map(jnp.asarray, codebook)
     coarse, fine = _unpack_code(codebook, codes)
     return _decoded(codebook, coarse, fine) @ codebook.rotation
 
@@ -193,7 +198,8 @@ def _with_one(x: Array) -> Array:
 def _by_block(f: Callable[[Array], Any], x: Array) -> Any:
     """`f` of vectors `(n, d)`, a block at a time."""
     n = len(x)
-    block = min(_BLOCK, n)
+    on_cpu = jax.default_backend() == "cpu"
+    block = min(_BLOCK if on_cpu else _BLOCK_OF_ACCELERATOR, n)
     padded = jnp.pad(x, ((0, -n % block), (0, 0))).reshape(-1, block, x.shape[1])
     found = jax.lax.map(f, padded)
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], found)

@@ -5,7 +5,9 @@ A folder, or a bucket given by its URL:
     manifest.json         binding, info, shapes, checksums; written before the first shard
     lengths.npy           real slots of every memory (R,), a function of the references alone
     record_hashes.npy     hash of every reference's tokens (R,)
-    memories.zarr/        zarr3 (R, 2, L, K, P, H): keys, values; an inner chunk is one memory
+    codebook.npz          tables of the vector quantizer, where it compressed the bank
+    memories.zarr/        zarr3 (R, 2, L, K, P, H), or bytes of a code in the place of H: keys,
+                          values; an inner chunk is one memory
     COMPLETE              checksum of the manifest; written last
 
 Every file is written whole by TensorStore: beside its place, synced, renamed. So a shard that
@@ -24,9 +26,10 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
 LENGTHS, HASHES = "lengths.npy", "record_hashes.npy"
+CODEBOOK = "codebook.npz"
 ARRAY = "memories.zarr/"
 WRITE_AGAIN = "launch/write_bank.py"
 # Holds the shard indexes (16 bytes a memory) and the memories read last.
@@ -88,9 +91,20 @@ def npy_bytes(values: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def side_file_checksum(values: np.ndarray) -> str:
-    """What the manifest holds of `lengths.npy` and `record_hashes.npy`."""
-    return checksum(npy_bytes(values))
+def read_checked(folder: str | Path, manifest: dict[str, Any], name: str) -> bytes:
+    """A side file of the bank, compared with its checksum in the manifest.
+
+    Raises:
+      BankError: it is missing or damaged.
+    """
+    data = read_file(folder, name)
+    if data is None or checksum(data) != manifest["checksums"][name]:
+        what = "is missing" if data is None else "is damaged (its checksum differs)"
+        remedy = f"delete the file and run {WRITE_AGAIN} again, which makes it from the references"
+        if name == CODEBOOK:
+            remedy = f"restore it, or delete the folder and run {WRITE_AGAIN}"
+        raise BankError(f"{folder}/{name} {what}; {remedy}")
+    return data
 
 
 def read_side_file(folder: str | Path, manifest: dict[str, Any], name: str) -> np.ndarray:
@@ -99,14 +113,7 @@ def read_side_file(folder: str | Path, manifest: dict[str, Any], name: str) -> n
     Raises:
       BankError: it is missing or damaged.
     """
-    data = read_file(folder, name)
-    if data is None or checksum(data) != manifest["checksums"][name]:
-        what = "is missing" if data is None else "is damaged (its checksum differs)"
-        raise BankError(
-            f"{folder}/{name} {what}; delete the file and run {WRITE_AGAIN} again, which makes it"
-            " from the references"
-        )
-    return np.load(io.BytesIO(data), allow_pickle=False)
+    return np.load(io.BytesIO(read_checked(folder, manifest, name)), allow_pickle=False)
 
 
 def complete_stamp(manifest: bytes) -> bytes:
@@ -117,7 +124,7 @@ def complete_stamp(manifest: bytes) -> bytes:
 def open_array(
     folder: str | Path, manifest: dict[str, Any], *, cached: bool, create: bool = False
 ) -> ts.TensorStore:
-    """The TensorStore array of all memories, `(R, 2, L, K, P, H)`.
+    """The TensorStore array of all memories as they are stored, `(R, 2, L, K, P, width)`.
 
     Args:
       folder: the bank.

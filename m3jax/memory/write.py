@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
@@ -18,8 +20,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import m3jax
+from m3jax.memory import codec as codecs
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank, Binding, make_binding, writer_fingerprint
+from m3jax.memory.codec import Codec
 from m3jax.memory.encode import Clock, Encoder, ReferenceSet, memory_lengths
 from m3jax.memory.storage import WRITE_AGAIN, BankError
 from m3jax.model.transformer import Model, Params
@@ -86,10 +90,16 @@ def write_bank(
         "writer_step": int(writer_step),
         "m3jax": m3jax.__version__,
     }
-    manifest = _manifest(config, binding, info, lengths, references.record_hashes)
-    missing = _prepare(folder, manifest, lengths, references.record_hashes)
-    sources = _copies(base, binding, lengths, references.record_hashes)
-    build = _Build(folder, storage.read_manifest(folder) or manifest, missing, sources, base)
+    hashes = references.record_hashes
+    sources = _copies(base, binding, lengths, hashes)
+    codec = _make_codec(config, model, params, references, folder, binding, base)
+    sides = {storage.LENGTHS: storage.npy_bytes(lengths), storage.HASHES: storage.npy_bytes(hashes)}
+    if codec.codebooks is not None:
+        sides[storage.CODEBOOK] = codecs.to_bytes(codec, binding.owner)
+    manifest = _manifest(config, binding, info, len(lengths), codec, sides)
+    missing = _prepare(folder, manifest, sides)
+    there = storage.read_manifest(folder) or manifest
+    build = _Build(folder, there, missing, sources, base, codec)
     report = build.run(config, model, params, references, progress)
     storage.remove_locks(folder)
     stamp = storage.read_file(folder, storage.MANIFEST) or b""
@@ -107,13 +117,15 @@ class _Build:
         missing: list[int],
         sources: Int[np.ndarray, " R"],
         base: Bank | None,
+        codec: Codec,
     ):
         self.folder, self.manifest, self.missing = folder, manifest, missing
-        self.sources, self.base = sources, base
+        self.sources, self.base, self.codec = sources, base, codec
         self.size, self.shard = manifest["shape"][0], manifest["shard_memories"]
         ids = [np.arange(*self.span(shard)) for shard in missing]
         self.ids = np.concatenate(ids) if ids else np.zeros(0, np.int64)
         self.encoded = self.ids[sources[self.ids] < 0]
+        self.recode = jax.jit(codec.encode)
 
     def span(self, shard: int) -> tuple[int, int]:
         """First and last-plus-one memory of a shard."""
@@ -130,7 +142,9 @@ class _Build:
         """Encodes, copies and writes; returns the report of `write_bank`."""
         self.check_space(progress)
         compiling = time.perf_counter()
-        encoder = Encoder(config, model, params, references) if self.encoded.size else None
+        encoder = None
+        if self.encoded.size:
+            encoder = Encoder(config, model, params, references, self.codec)
         compile_seconds = time.perf_counter() - compiling
         clock = Clock()
         batches = iter(()) if encoder is None else encoder.batches(self.encoded, clock)
@@ -155,7 +169,7 @@ class _Build:
         }
 
     def shards(self, batches: Iterator[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-        """Every missing shard with its memories `(n, 2, L, K, P, H)`, copied or encoded."""
+        """Every missing shard with its memories as they are stored, copied or encoded."""
         dtype = np.dtype(jnp.dtype(self.manifest["dtype"]))
         batch = np.zeros((0, *self.manifest["shape"][1:]), dtype)
         for shard in self.missing:
@@ -164,15 +178,24 @@ class _Build:
             memories = np.empty((high - low, *batch.shape[1:]), dtype)
             copied, rows = np.flatnonzero(sources >= 0), np.flatnonzero(sources < 0)
             if copied.size:
-                assert self.base is not None
-                found = self.base.read(sources[copied])
-                memories[copied, 0], memories[copied, 1] = found.keys, found.values
+                memories[copied] = self.copy(sources[copied])
             while rows.size:
                 if not len(batch):
                     batch = next(batches)
                 memories[rows[: len(batch)]] = batch[: len(rows)]
                 rows, batch = rows[len(batch) :], batch[len(rows) :]
             yield shard, memories
+
+    def copy(self, ids: np.ndarray) -> np.ndarray:
+        """Memories of the base as this bank stores them, `(n, 2, L, K, P, width)`."""
+        assert self.base is not None
+        if codecs.same(self.base.codec, self.codec):
+            found = self.base.read_stored(ids)
+            return np.stack([found.keys, found.values], axis=1)
+        padded = np.pad(ids, (0, self.shard - len(ids)), constant_values=-1)  # one shape, one jit
+        found = self.base.read(padded)
+        both = np.stack([found.keys, found.values], axis=1)
+        return np.asarray(self.recode(both))[: len(ids)]
 
     def write(self, shards: Iterator[tuple[int, np.ndarray]], bar: tqdm) -> None:
         """Writes shards in parallel, each whole and in one call."""
@@ -254,28 +277,73 @@ def _manifest(
     config: ConfigDict,
     binding: Binding,
     info: dict[str, Any],
-    lengths: np.ndarray,
-    hashes: np.ndarray,
+    references: int,
+    codec: Codec,
+    sides: dict[str, bytes],
 ) -> dict[str, Any]:
-    layout = binding.layout
-    item = [layout[name] for name in ("layers", "kv_heads", "kept_tokens", "head_dim")]
+    item = [binding.layout[name] for name in ("layers", "kv_heads", "kept_tokens")]
     return {
         "format": storage.FORMAT,
         "binding": vars(binding),
         "info": info,
-        "shape": [len(lengths), 2, *item],
-        "dtype": config.memory.dtype,
-        "shard_memories": min(config.writer.shard_memories, len(lengths)),
-        "checksums": {
-            storage.LENGTHS: storage.side_file_checksum(lengths),
-            storage.HASHES: storage.side_file_checksum(hashes),
-        },
+        "codec": codec.name,
+        "shape": [references, 2, *item, codec.width],
+        "dtype": codec.stored_dtype,
+        "shard_memories": min(config.writer.shard_memories, references),
+        "checksums": {name: storage.checksum(data) for name, data in sides.items()},
     }
 
 
-def _prepare(
-    folder: str | Path, manifest: dict[str, Any], lengths: np.ndarray, hashes: np.ndarray
-) -> list[int]:
+def _make_codec(
+    config: ConfigDict,
+    model: Model,
+    params: Params,
+    references: ReferenceSet,
+    folder: str | Path,
+    binding: Binding,
+    base: Bank | None,
+) -> Codec:
+    """The codec of `writer.compression`: this folder's or the base's, else a new one."""
+    writer, dtype = config.writer, config.memory.dtype
+    if writer.compression != codecs.VECTOR:
+        return Codec(writer.compression, config.model.head_dim, dtype)
+    written = storage.read_file(folder, storage.CODEBOOK)
+    if written is not None:  # of a killed build, or of a finished bank
+        with contextlib.suppress(codecs.QuantizerError):
+            codec, owner = codecs.from_bytes(written, dtype)
+            if owner == binding.owner:
+                return codec
+    if base is not None and base.codec.codebooks is not None:
+        return base.codec
+    ids = _sample(config, references)
+    print(f"bank {folder}: training codebooks on {len(ids)} references", flush=True)
+    encoder = Encoder(config, model, params, references, codecs.plain(config.model.head_dim, dtype))
+    memories = np.concatenate(list(encoder.batches(ids, Clock())))
+    lengths = np.minimum(references.lengths[ids], config.memory.kept_tokens)
+    codec = codecs.train_codec(
+        codecs.VECTOR,
+        memories,
+        lengths,
+        dtype,
+        coarse_bits=writer.coarse_bits,
+        fine_bits=writer.fine_bits,
+    )
+    if "://" not in str(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    storage.write_file(folder, storage.CODEBOOK, codecs.to_bytes(codec, binding.owner))
+    return codec
+
+
+def _sample(config: ConfigDict, references: ReferenceSet) -> Int[np.ndarray, " n"]:
+    """References, uniformly sampled, with `writer.codebook_vectors` keys, or all there are."""
+    order = np.random.default_rng(0).permutation(len(references))
+    slots = np.minimum(references.lengths[order], config.memory.kept_tokens)
+    vectors = np.cumsum(slots) * (config.memory.layers * config.model.kv_heads)
+    enough = int(np.searchsorted(vectors, config.writer.codebook_vectors)) + 1
+    return np.sort(order[:enough])
+
+
+def _prepare(folder: str | Path, manifest: dict[str, Any], sides: dict[str, bytes]) -> list[int]:
     """Makes the folder ready for shards, or checks that it is; returns the missing shards."""
     if "://" not in str(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -283,9 +351,7 @@ def _prepare(
     there = storage.read_manifest(folder)
     if there is not None:
         _check_same(folder, manifest, there)
-    sides = {storage.LENGTHS: lengths, storage.HASHES: hashes}
-    for name, values in sides.items():
-        data = storage.npy_bytes(values)
+    for name, data in sides.items():
         if storage.read_file(folder, name) != data:
             storage.write_file(folder, name, data)
     if there is None:
@@ -304,9 +370,10 @@ def _check_same(folder: str | Path, ours: dict[str, Any], there: dict[str, Any])
         different = [
             f"written with {words} = {there[name]!r}, here {ours[name]!r}"
             for name, words in (
+                ("codec", "config.writer.compression"),
                 ("shape", "shape"),
                 ("shard_memories", "config.writer.shard_memories"),
-                ("checksums", "lengths and record hashes"),
+                ("checksums", "lengths, record hashes and codebooks"),
             )
             if there[name] != ours[name]
         ]

@@ -32,7 +32,7 @@ from m3jax.train.checkpoints import (
 )
 from m3jax.train.clock import Clock, Device, Speed
 from m3jax.train.metrics import Metrics, read_metrics, time_spent
-from m3jax.train.objective import inputs
+from m3jax.train.objective import Decode, inputs
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.plots import plot_stages
 from m3jax.train.profile import Profile
@@ -52,6 +52,10 @@ class Batches(Protocol):
 
     def report(self) -> Mapping[str, float]:
         """Counters for the metrics."""
+
+    @property
+    def decode(self) -> Decode | None:
+        """Makes memories of what the bank stores, inside the step; None: batches hold them."""
 
 
 class DivergenceError(ValueError):
@@ -120,7 +124,7 @@ def train(
                     config, model, optimizer, abstract, checkpoints, progress, mesh, init_from
                 )
                 claim(folder, config)
-                step = make_step(config, model, mesh, optimizer, abstract)
+                step = make_step(config, model, mesh, optimizer, abstract, pipeline.decode)
                 loop = _Loop(config, folder, mesh, pipeline, evaluate, checkpoints, progress, clock)
                 loop.run(step, state, first or 0, profile)
     if shown and not (folder / "loss.png").exists():

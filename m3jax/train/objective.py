@@ -15,6 +15,7 @@ from m3jax.model.attention import ExplicitMemory
 from m3jax.model.transformer import Model, Params
 
 Batch = Mapping[str, Any]
+Decode = Callable[[ExplicitMemory], ExplicitMemory]
 
 # What the model reads of a batch; `reference_ids` are for people and logs.
 INPUTS = ("tokens", "targets", "weights", "memory", "reference_tokens")
@@ -33,7 +34,13 @@ def inputs(batch: Batch) -> dict[str, Any]:
     return {key: batch[key] for key in INPUTS if batch.get(key) is not None}
 
 
-def sums(model: Model, params: Params, batch: Batch, sparsify: Callable | None) -> Sums:
+def sums(
+    model: Model,
+    params: Params,
+    batch: Batch,
+    sparsify: Callable | None,
+    decode: Decode | None = None,
+) -> Sums:
     """Summed loss, weight and correct predictions of a batch (on a mesh, of a device's rows).
 
     Args:
@@ -42,11 +49,15 @@ def sums(model: Model, params: Params, batch: Batch, sparsify: Callable | None) 
       batch: `tokens (B, T)`, `targets (B, T)`, `weights (B, T)`, and `memory` (ExplicitMemory of
         `(B, C, M, L, K, P, H)`) or `reference_tokens (B, C, M, W)` or neither.
       sparsify: `memory.sparsify.sparsifier(config)`; needed with `reference_tokens`.
+      decode: makes memories of what the bank stores (`Codec.decode`); None: they are.
     """
+    memory = batch.get("memory")
+    if memory is not None and decode is not None:
+        memory = decode(memory)
     hidden = model.hidden(
         params,
         batch["tokens"],
-        memory=batch.get("memory"),
+        memory=memory,
         reference_tokens=batch.get("reference_tokens"),
         sparsify=sparsify,
     )
@@ -63,12 +74,14 @@ def batch_specs(batch: Batch) -> dict[str, Any]:
     return {name: memory if name == "memory" else rows for name in batch}
 
 
-def global_sums(model: Model, sparsify: Callable | None) -> Callable[[Params, Batch], Sums]:
+def global_sums(
+    model: Model, sparsify: Callable | None, decode: Decode | None = None
+) -> Callable[[Params, Batch], Sums]:
     """`sums` of a global batch, on the mesh of the model."""
 
     def total(params: Params, batch: Batch) -> Sums:
         def local(params: Params, batch: Batch) -> Sums:
-            return over_rows(model, sums(model, params, batch, sparsify))
+            return over_rows(model, sums(model, params, batch, sparsify, decode))
 
         specs = (model.specs(), batch_specs(batch))
         return on_devices(model.mesh, local, specs, PartitionSpec())(params, batch)

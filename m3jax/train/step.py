@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from m3jax.memory.sparsify import sparsifier
 from m3jax.mesh import batch_sharding, compiler_options, on_devices, replicated
 from m3jax.model.transformer import Model
-from m3jax.train.objective import Sums, batch_specs, mean, over_rows, sums
+from m3jax.train.objective import Decode, Sums, batch_specs, mean, over_rows, sums
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.schedule import schedule
 from m3jax.train.state import TrainState, abstract_state, state_shardings
@@ -29,6 +29,7 @@ def make_step(
     mesh: Mesh,
     optimizer: optax.GradientTransformation | None = None,
     abstract: TrainState | None = None,
+    decode: Decode | None = None,
 ) -> Step:
     """The step of a config: `step(state, batch) -> (state, metrics)`, the state donated.
 
@@ -42,11 +43,12 @@ def make_step(
       mesh: its mesh.
       optimizer: default `make_optimizer(config)`.
       abstract: default `abstract_state(model, optimizer, mesh)`.
+      decode: makes memories of what the bank stores (`Codec.decode`); None: they are.
     """
     optimizer = make_optimizer(config) if optimizer is None else optimizer
     abstract = abstract_state(model, optimizer, mesh) if abstract is None else abstract
     learning_rate, log_every = schedule(config), config.train.log_every
-    gradient = _make_gradient(config, model)
+    gradient = _make_gradient(config, model, decode)
 
     def step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, dict[str, Array]]:
         gradients, total = gradient(state.params, batch)
@@ -78,13 +80,13 @@ def make_step(
     )
 
 
-def _make_gradient(config: ConfigDict, model: Model) -> Callable:
+def _make_gradient(config: ConfigDict, model: Model, decode: Decode | None) -> Callable:
     """`gradient(params, batch)`: float32 gradients of the mean loss, and the sums behind it."""
     parts = config.train.microbatches
     sparsify = sparsifier(config)
 
     def summed(params: Any, batch: Any) -> tuple[Array, Sums]:
-        total = sums(model, params, batch, sparsify)
+        total = sums(model, params, batch, sparsify, decode)
         return total.loss, total
 
     def part(params: Any, batch: Any) -> tuple[Any, Sums]:

@@ -254,7 +254,7 @@ def test_a_damaged_side_file_is_named(own: Path, name: str, words: str) -> None:
 def test_another_format_is_refused(own: Path) -> None:
     manifest = json.loads((own / "manifest.json").read_text())
     (own / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(BankError, match="has format 99, this version of m3jax reads 1"):
+    with pytest.raises(BankError, match="has format 99, this version of m3jax reads 2"):
         Bank.open(own)
     (own / "manifest.json").write_text("{")
     with pytest.raises(BankError, match="is no manifest"):

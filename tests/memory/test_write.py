@@ -20,6 +20,7 @@ from memory.memory_tiny import (
 
 from m3jax.memory import encode, storage, write
 from m3jax.memory.bank import Bank, BankError
+from m3jax.memory.codec import plain
 from m3jax.memory.sparsify import sparsifier
 from m3jax.mesh import make_mesh
 from m3jax.model.transformer import Model
@@ -28,12 +29,12 @@ from m3jax.model.transformer import Model
 @pytest.fixture(autouse=True, scope="module")
 def compile_once() -> Iterator[None]:
     """Encoders of one config share a compiled function: compiling is most of a tiny build."""
-    original, compiled = encode.Encoder.__init__, {}
+    original, compiled = encode.Encoder.__init__, {}  # all without compression
 
-    def cached(self, config, model, params, references):
+    def cached(self, config, model, params, references, codec):
         key = (config.to_json(), model.prefix_tokens, model.mesh)
         if key not in compiled:
-            original(self, config, model, params, references)
+            original(self, config, model, params, references, codec)
             compiled[key] = dict(vars(self))
         vars(self).update(compiled[key])
         self.references = references
@@ -365,7 +366,8 @@ def test_another_failure_of_a_write_is_passed_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failure = OSError("input/output error")
-    found = write._Build(tmp_path, {"shape": [3], "shard_memories": 2}, [], np.zeros(3, int), None)
+    manifest, codec = {"shape": [3], "shard_memories": 2}, plain(8, "float32")
+    found = write._Build(tmp_path, manifest, [], np.zeros(3, int), None, codec)
     error = found.failure(1, failure)
     assert "c/1/0/0/0/0/0 could not be written: input/output error" in str(error)
 

@@ -54,6 +54,8 @@ class Recorded:
                 time.sleep(self.pause)
                 yield batch
 
+    decode = None  # batches hold memories
+
     def report(self):
         return self.pipeline.report()
 

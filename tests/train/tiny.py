@@ -100,6 +100,8 @@ class SyntheticPipeline:
                 for name, value in batch.items()
             }
 
+    decode = None  # batches hold memories
+
     def report(self):
         return {"chunks": 1}
 

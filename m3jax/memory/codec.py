@@ -1,0 +1,199 @@
+"""How a bank stores keys and values: as they are, as int8, or by the vector quantizer.
+
+A stored number of a memory is a code, bytes on the last axis in the place of the head dim. Codes
+cross to the device and are decoded there, inside the step (`Codec.decode` may be traced).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import zipfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from m3jax.memory import quantizer
+from m3jax.memory.quantizer import Codebook, QuantizerError
+from m3jax.model.attention import ExplicitMemory
+
+NONE, INT8, VECTOR = "none", "int8", "vector"
+_SCALE_BYTES = 2  # bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """One way of storing the keys and values of a bank.
+
+    Attributes:
+      name: `none`, `int8` (a number a byte, and a scale a vector) or `vector` (14 bytes for a head
+        dim of 80).
+      head_dim: numbers of a key or value.
+      dtype: of decoded memories; of stored ones, if the name is `none`.
+      codebooks: of keys and of values; None unless the name is `vector`.
+    """
+
+    name: str
+    head_dim: int
+    dtype: str
+    codebooks: tuple[Codebook, Codebook] | None = None
+
+    @property
+    def width(self) -> int:
+        """Stored items of one key or value."""
+        if self.codebooks is not None:
+            return self.codebooks[0].code_bytes
+        return self.head_dim + (_SCALE_BYTES if self.name == INT8 else 0)
+
+    @property
+    def stored_dtype(self) -> str:
+        """Dtype of the stored items."""
+        return self.dtype if self.name == NONE else "uint8"
+
+    @property
+    def plain(self) -> bool:
+        """Whether memories are stored as they are."""
+        return self.name == NONE
+
+    def encode(self, memories: Float[Array, "R 2 L K P H"]) -> Array:
+        """Keys and values as they are stored, `(R, 2, L, K, P, width)`."""
+        if self.name == NONE:
+            return memories.astype(self.dtype)
+        if self.name == INT8:
+            return _to_int8(memories)
+        assert self.codebooks is not None
+        parts = [
+            quantizer.encode(book, memories[:, i].reshape(-1, self.head_dim))
+            for i, book in enumerate(self.codebooks)
+        ]
+        shape = (*memories.shape[:1], *memories.shape[2:-1], self.width)
+        return jnp.stack([part.reshape(shape) for part in parts], axis=1)
+
+    def decode(self, memory: ExplicitMemory) -> ExplicitMemory:
+        """Memories of stored ones: `keys` and `values` `(…, width)` → `(…, H)`."""
+        if self.name == NONE:
+            return memory
+        return ExplicitMemory(
+            self._decode_part(0, memory.keys), self._decode_part(1, memory.values), memory.length
+        )
+
+    def _decode_part(self, part: int, codes: Any) -> Array:
+        codes = jnp.asarray(codes)
+        if self.name == INT8:
+            return _from_int8(codes).astype(self.dtype)
+        assert self.codebooks is not None
+        return quantizer.decode(self.codebooks[part], codes).astype(self.dtype)
+
+
+def plain(head_dim: int, dtype: str) -> Codec:
+    """Memories as they are."""
+    return Codec(NONE, head_dim, dtype)
+
+
+def train_codec(
+    name: str,
+    memories: Float[np.ndarray, "R 2 L K P H"],
+    lengths: np.ndarray,
+    dtype: str,
+    *,
+    coarse_bits: int,
+    fine_bits: int,
+    seed: int = 0,
+    **options: Any,
+) -> Codec:
+    """The codec of a name, fitted to the real slots of some memories.
+
+    Args:
+      name: `none`, `int8` or `vector`.
+      memories: of uniformly sampled references; only `vector` looks at them.
+      lengths: real slots of each.
+      dtype: of the bank's memories.
+      coarse_bits, fine_bits, options: see `quantizer.train`.
+      seed: of the training.
+
+    Raises:
+      QuantizerError: too few vectors, numbers that are not finite, a head dim that does not split.
+    """
+    head_dim = memories.shape[-1]
+    if name != VECTOR:
+        return Codec(name, head_dim, dtype)
+    real = np.arange(memories.shape[4]) < np.asarray(lengths)[:, None]
+    books = []
+    for part in range(2):
+        vectors = memories[:, part].transpose(0, 3, 1, 2, 4)[real].reshape(-1, head_dim)
+        books.append(
+            quantizer.train(
+                vectors.astype(np.float32),
+                seed=seed + part,
+                coarse_bits=coarse_bits,
+                fine_bits=fine_bits,
+                **options,
+            )
+        )
+    return Codec(VECTOR, head_dim, dtype, (books[0], books[1]))
+
+
+def same(one: Codec, other: Codec) -> bool:
+    """Whether what one stores, the other reads."""
+    if one.codebooks is None or other.codebooks is None:
+        return one == other
+    tables = zip(jax.tree.leaves(one.codebooks), jax.tree.leaves(other.codebooks), strict=True)
+    return one.dtype == other.dtype and all(np.array_equal(a, b) for a, b in tables)
+
+
+def to_bytes(codec: Codec, owner: str) -> bytes:
+    """The codebooks as the bytes of an `.npz` file, a function of codebooks and owner alone.
+
+    Args:
+      codec: of the name `vector`.
+      owner: whose memories they were trained on, see `m3jax.memory.bank.Binding.owner`.
+    """
+    assert codec.codebooks is not None
+    buffer = io.BytesIO()
+    tables: dict[str, Any] = {
+        f"{part}_{name}": table
+        for part, book in zip(("keys", "values"), codec.codebooks, strict=True)
+        for name, table in quantizer.as_numpy(book).items()
+    }
+    np.savez(buffer, owner=np.frombuffer(owner.encode(), np.uint8), **tables)
+    return buffer.getvalue()
+
+
+def from_bytes(data: bytes, dtype: str) -> tuple[Codec, str]:
+    """The inverse of `to_bytes`.
+
+    Raises:
+      QuantizerError: the bytes are no codebooks.
+    """
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as tables:
+            books = [
+                Codebook(*(tables[f"{part}_{name}"] for name in Codebook._fields))
+                for part in ("keys", "values")
+            ]
+            owner = tables["owner"].tobytes().decode()
+    except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+        raise QuantizerError(f"these are no codebooks: {error}") from error
+    head_dim = books[0].rotation.shape[0]
+    return Codec(VECTOR, head_dim, dtype, (books[0], books[1])), owner
+
+
+def _to_int8(x: Float[Array, "*n H"]) -> UInt8[Array, "*n H+2"]:
+    """Numbers as multiples of a bfloat16 scale, which is in the last two bytes."""
+    x = x.astype(jnp.float32)
+    # A little above the largest over 127, so that the scale may be rounded down.
+    scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) * ((1 + 2.0**-8) / 127)
+    scale = scale.astype(jnp.bfloat16)
+    divisor = scale.astype(jnp.float32)
+    numbers = jnp.round(x / jnp.where(divisor == 0, 1.0, divisor)).astype(jnp.int8)
+    stored = jax.lax.bitcast_convert_type(scale[..., 0], jnp.uint8)
+    return jnp.concatenate([jax.lax.bitcast_convert_type(numbers, jnp.uint8), stored], axis=-1)
+
+
+def _from_int8(codes: UInt8[Array, "*n width"]) -> Float[Array, "*n H"]:
+    numbers = jax.lax.bitcast_convert_type(codes[..., :-_SCALE_BYTES], jnp.int8)
+    scale = jax.lax.bitcast_convert_type(codes[..., -_SCALE_BYTES:], jnp.bfloat16)
+    return numbers.astype(jnp.float32) * scale.astype(jnp.float32)[..., None]
