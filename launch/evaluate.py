@@ -24,6 +24,11 @@ _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Stage folder, or checkpoints/STEP in it; default WORKDIR/<config.stage>."
 )
 _BANK = flags.DEFINE_string("bank", None, "Bank of explicit memories; default WORKDIR/bank.")
+_VERSION = flags.DEFINE_integer(
+    "bank_version",
+    None,
+    "Version of the knowledge, of launch/edit_bank.py list; default current.",
+)
 _SHIFT = flags.DEFINE_enum(
     "shift",
     None,
@@ -54,6 +59,7 @@ def main(argv: list[str]) -> None:
         checkpoint=_CHECKPOINT.value,
         bank=_BANK.value,
         questions=_QUESTIONS.value,
+        version=_VERSION.value,
     )
     print(table(report))
     if _JSON.value:

@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
     import jax
 
     from m3jax.config import PREFIX_TOKENS, validate
+    from m3jax.data.knowledge import require_unedited
     from m3jax.memory.bank import Bank
     from m3jax.memory.write import write_bank
     from m3jax.mesh import make_mesh
@@ -45,6 +46,8 @@ def main(argv: list[str]) -> None:
     from m3jax.train.writer import restore_writer
 
     config, workdir = validate(_CONFIG.value), Path(str(_WORKDIR.value))
+    if _BANK.value is None:
+        require_unedited(workdir)
     references = References.open(_REFERENCES.value or workdir / "references")
     tokenizer = references.tokenizer_fingerprint
     mesh = make_mesh(config) if jax.device_count() > 1 else None

@@ -34,14 +34,20 @@ def show_error(error: BaseException) -> int:
     return 1
 
 
-def guarded(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+def guarded(
+    main: Callable[[list[str]], None], commands: Sequence[str] = ()
+) -> Callable[[list[str]], None]:
     """`main` that ends with the message and exit code 2 on an error of the user.
 
+    The script takes one of `commands` before its flags, or none.
     Libraries log warnings only, which keeps the progress bar whole; `--verbosity=0` shows the rest.
     """
 
     def run(argv: list[str]) -> None:
-        if len(argv) > 1:
+        if commands and (len(argv) != 2 or argv[1] not in commands):
+            given = " ".join(argv[1:]) or "nothing"
+            raise app.UsageError(f"give one command, of {', '.join(commands)}; found {given}")
+        if not commands and len(argv) > 1:
             raise app.UsageError(f"unknown argument {argv[1]!r}; every option begins with --")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
@@ -149,12 +155,15 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
 
 
-def run(main: Callable[[list[str]], None], required: Sequence[str] = ()) -> None:
+def run(
+    main: Callable[[list[str]], None], required: Sequence[str] = (), commands: Sequence[str] = ()
+) -> None:
     """Runs the `main` of a launch script with absl flags.
 
     Args:
       main: takes the command line without flags.
       required: names of flags that must be given.
+      commands: the words of which one must be given.
     """
     flags.mark_flags_as_required(list(required))
-    app.run(guarded(main))
+    app.run(guarded(main, commands))

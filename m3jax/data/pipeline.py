@@ -17,13 +17,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.config import PREFIX_TOKENS
+from m3jax.data.knowledge import Version, open_bank, open_index, open_references, open_version
 from m3jax.data.rows import Row, Rows
 from m3jax.memory.bank import Bank, make_binding
+from m3jax.memory.layers import LayeredBank
 from m3jax.model.attention import ExplicitMemory
-from m3jax.retrieval.index import Index
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
 from m3jax.text.documents import TextError
+from m3jax.text.layers import LayeredReferences
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 
@@ -55,9 +57,9 @@ class Pipeline:
         config: ConfigDict,
         rows: Rows,
         tokenizer: Tokenizer,
-        references: References | None = None,
+        references: References | LayeredReferences | None = None,
         retriever: Retriever | None = None,
-        bank: Bank | None = None,
+        bank: Bank | LayeredBank | None = None,
         *,
         shift: int,
         batch_rows: int,
@@ -69,6 +71,7 @@ class Pipeline:
         # Rows repeat in another order each epoch; a batch may reach over the end of one.
         order = grain.MapDataset.range(len(rows)).seed(config.seed).shuffle().repeat()
         self._order = order.batch(batch_rows, drop_remainder=True)
+        self.version: Version | None = None
         self._counts = {"chunks": 0, "chunks_without_reference": 0}
         self._lock = threading.Lock()
 
@@ -166,6 +169,7 @@ def open_pipeline(
     *,
     split: str = "train",
     bank: str | Path | None = None,
+    version: int | None = None,
 ) -> Pipeline:
     """Opens what `launch/prepare.py` and `launch/write_bank.py` left in a workdir.
 
@@ -175,10 +179,13 @@ def open_pipeline(
         memories, `bank`.
       split: `train`, or `validation` (batch rows, retrieval shift, overlap limit of `evaluation`;
         no memory dropout).
-      bank: folder of the bank; default `workdir/bank`.
+      bank: folder of the bank; default that of the version.
+      version: of the knowledge (`m3jax.data.knowledge`); None = the current one. It is not
+        collected while the pipeline is in use.
 
     Raises:
-      TextError, RetrievalError, BankError: a part is missing, damaged or does not fit the others.
+      TextError, RetrievalError, BankError, VersionError: a part is missing, damaged or does not fit
+        the others.
     """
     workdir = Path(workdir)
     train = split == "train"
@@ -197,34 +204,27 @@ def open_pipeline(
     }
     if config.memory.source == "none":
         return Pipeline(config, rows, tokenizer, **options)
-    references = open_references(config, workdir / "references", tokenizer)
+    opened = open_version(workdir, version)
+    references = open_references(config, opened, tokenizer)
     retriever = None
     if config.retrieval.ids == "search":
-        index = Index.open(workdir / "index", references)
+        index = open_index(opened, references)
         limit = config.retrieval.overlap_train if train else config.retrieval.overlap_evaluation
         retriever = Retriever(index, references, config.retrieval.candidates, limit)
     memories = None
     if config.memory.source == "precomputed":
-        memories = Bank.open(bank or workdir / "bank")
+        memories = Bank.open(bank) if bank else open_bank(opened, references)
         check_bank(config, memories, references, tokenizer)
-    return Pipeline(config, rows, tokenizer, references, retriever, memories, **options)
-
-
-def open_references(config: ConfigDict, folder: Path, tokenizer: Tokenizer) -> References:
-    """The knowledge base, checked against tokenizer and config."""
-    references = References.open(folder)
-    if references.tokenizer_fingerprint != tokenizer.fingerprint:
-        raise TextError(f"{folder} was cut with another tokenizer; run launch/prepare.py again")
-    if references.length > config.memory.reference_length:
-        raise TextError(
-            f"{folder} has references of up to {references.length} tokens, but"
-            f" config.memory.reference_length = {config.memory.reference_length}; prepare again"
-        )
-    return references
+    pipeline = Pipeline(config, rows, tokenizer, references, retriever, memories, **options)
+    pipeline.version = opened
+    return pipeline
 
 
 def check_bank(
-    config: ConfigDict, bank: Bank, references: References, tokenizer: Tokenizer
+    config: ConfigDict,
+    bank: Bank | LayeredBank,
+    references: References | LayeredReferences,
+    tokenizer: Tokenizer,
 ) -> None:
     """Refuses a bank that does not fit config, references or tokenizer, whoever wrote it."""
     bank.require(

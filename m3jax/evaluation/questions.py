@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3jax.memory.bank import Bank
+from m3jax.memory.layers import LayeredBank
 from m3jax.model.attention import ExplicitMemory
 from m3jax.model.transformer import Model, Params
 from m3jax.retrieval.retriever import Retriever
@@ -132,7 +133,10 @@ class Answerer:
         return np.take_along_axis(ids, chunk[..., None], axis=1)
 
     def correct(
-        self, questions: Sequence[Question], ids: np.ndarray | None = None, bank: Bank | None = None
+        self,
+        questions: Sequence[Question],
+        ids: np.ndarray | None = None,
+        bank: Bank | LayeredBank | None = None,
     ) -> np.ndarray:
         """Whether every token of the answer is the model's first choice, `(n,)` bool.
 
@@ -173,7 +177,9 @@ class Answerer:
         names = [self.tokenizer.decode([t]) if t < size else f"token {t}" for t in chosen.tolist()]
         return names, np.moveaxis(weights, 0, 1)
 
-    def _memory(self, ids: np.ndarray, bank: Bank | None, short: int) -> ExplicitMemory:
+    def _memory(
+        self, ids: np.ndarray, bank: Bank | LayeredBank | None, short: int
+    ) -> ExplicitMemory:
         assert bank is not None
         padded = np.pad(ids, ((0, short), (0, 0), (0, 0)), constant_values=-1)
         return jax.tree.map(jnp.asarray, bank.read(padded))

@@ -9,12 +9,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.config import prefix_tokens
+from m3jax.data.knowledge import open_index
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.evaluation.losses import MODES, LossEvaluator
 from m3jax.evaluation.questions import Answerer, read_questions
 from m3jax.memory.storage import BankError
 from m3jax.model.transformer import Model, Params
-from m3jax.retrieval.index import Index
 from m3jax.retrieval.retriever import Retriever
 from m3jax.train.checkpoints import restore_params
 
@@ -26,6 +26,7 @@ def evaluate(
     checkpoint: str | Path | None = None,
     bank: str | Path | None = None,
     questions: str | Path | None = None,
+    version: int | None = None,
 ) -> dict[str, Any]:
     """Losses on the validation corpus, and accuracy on questions if there are any.
 
@@ -33,14 +34,15 @@ def evaluate(
       config: a validated config, of the stage that made the checkpoint.
       workdir: prepared folder.
       checkpoint: stage folder or `checkpoints/<step>`; default `workdir/<stage>`.
-      bank: folder of the bank; default `workdir/bank`.
+      bank: folder of the bank; default that of the version.
+      version: of the knowledge; default the current one.
       questions: JSON lines, see `evaluation.questions.read_questions`.
 
     Raises:
       CheckpointError, BankError, TextError, RetrievalError: a part is missing or does not fit.
     """
     checkpoint = Path(checkpoint or workdir / config.stage)
-    pipeline = open_pipeline(config, workdir, split="validation", bank=bank)
+    pipeline = open_pipeline(config, workdir, split="validation", bank=bank, version=version)
     model = Model(config, prefix_tokens(config))
     tokenizer = pipeline.tokenizer
     params, meta = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer.fingerprint)
@@ -52,11 +54,12 @@ def evaluate(
         "step": meta["step"],
         "shift": config.evaluation.shift,
         "rows": evaluator.rows,
+        "bank_version": None if pipeline.version is None else pipeline.version.number,
         **losses,
         "retrieval": pipeline.report(),
     }
     if questions is not None:
-        report["questions"] = _answer(config, workdir, pipeline, model, params, questions)
+        report["questions"] = _answer(config, pipeline, model, params, questions)
     return report
 
 
@@ -76,7 +79,6 @@ def check_reader(pipeline: Pipeline, meta: dict[str, Any], checkpoint: Path) -> 
 
 def _answer(
     config: ConfigDict,
-    workdir: Path,
     pipeline: Pipeline,
     model: Model,
     params: Params,
@@ -86,11 +88,12 @@ def _answer(
     answerer = Answerer(model, params, pipeline.tokenizer)
     figures: dict[str, Any] = {"count": len(asked)}
     figures["accuracy_none"] = float(np.mean(answerer.correct(asked)))
-    if pipeline.bank is not None and pipeline.references is not None:
+    references, version = pipeline.references, pipeline.version
+    if pipeline.bank is not None and references is not None and version is not None:
         retrieval = config.retrieval
         retriever = pipeline.retriever or Retriever(
-            Index.open(workdir / "index", pipeline.references),
-            pipeline.references,
+            open_index(version, references),
+            references,
             retrieval.candidates,
             retrieval.overlap_evaluation,
         )

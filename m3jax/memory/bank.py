@@ -258,9 +258,14 @@ class Bank:
 
     def verify(self) -> list[str]:
         """Reads everything; returns files of damaged or missing shards, each with the reason."""
+        return [problem for _, problem in self.damaged_shards()]
+
+    def damaged_shards(self) -> list[tuple[str, str]]:
+        """Reads everything; returns files of damaged or missing shards, and the reasons."""
         array = open_array(self.folder, self.manifest, cached=False)
-        problems = (self._problem(array, shard) for shard in range(shards_of(self.manifest)))
-        return [problem for problem in problems if problem]
+        shards = range(shards_of(self.manifest))
+        found = ((shard_key(shard), self._problem(array, shard)) for shard in shards)
+        return [(name, problem) for name, problem in found if problem]
 
     def _transfer(self, ids: np.ndarray, target: ts.TensorStore) -> None:
         """Reads memories into a TensorStore view of a buffer."""

@@ -25,6 +25,7 @@ from m3jax.memory import storage
 from m3jax.memory.bank import Bank, Binding, make_binding, writer_fingerprint
 from m3jax.memory.codec import Codec
 from m3jax.memory.encode import Clock, Encoder, ReferenceSet, memory_lengths
+from m3jax.memory.layers import LayeredBank
 from m3jax.memory.storage import WRITE_AGAIN, BankError
 from m3jax.model.transformer import Model, Params
 
@@ -44,7 +45,7 @@ def write_bank(
     writer_path: str = "",
     writer_step: int = 0,
     progress: bool = True,
-    base: Bank | None = None,
+    base: Bank | LayeredBank | None = None,
 ) -> dict[str, Any]:
     """Writes the memories of all references, or what is missing of them.
 
@@ -116,7 +117,7 @@ class _Build:
         manifest: dict[str, Any],
         missing: list[int],
         sources: Int[np.ndarray, " R"],
-        base: Bank | None,
+        base: Bank | LayeredBank | None,
         codec: Codec,
     ):
         self.folder, self.manifest, self.missing = folder, manifest, missing
@@ -301,7 +302,7 @@ def _make_codec(
     references: ReferenceSet,
     folder: str | Path,
     binding: Binding,
-    base: Bank | None,
+    base: Bank | LayeredBank | None,
 ) -> Codec:
     """The codec of `writer.compression`: this folder's or the base's, else a new one."""
     writer, dtype = config.writer, config.memory.dtype
@@ -385,7 +386,7 @@ def _check_same(folder: str | Path, ours: dict[str, Any], there: dict[str, Any])
 
 
 def _copies(
-    base: Bank | None, binding: Binding, lengths: np.ndarray, hashes: np.ndarray
+    base: Bank | LayeredBank | None, binding: Binding, lengths: np.ndarray, hashes: np.ndarray
 ) -> Int[np.ndarray, " R"]:
     """For every reference the memory of `base` with the same tokens, −1 where there is none."""
     if base is None:

@@ -44,6 +44,13 @@ class Embedder(Protocol):
     def fit(self, texts: Iterable[str]) -> None:
         """Learns from the texts of the knowledge base; replaces what was learnt before."""
 
+    @property
+    def family(self) -> str:
+        """Embedders of one family make vectors that can be compared."""
+
+    def extended(self, texts: Sequence[str]) -> Embedder:
+        """One of the same family that knows the words of more texts, too."""
+
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
         """One unit row per text, or zeros where there is nothing to search with."""
 
@@ -204,6 +211,26 @@ class LexicalEmbedder:
 
     def fit(self, texts: Iterable[str]) -> None:
         """Counts in how many of the texts each hashed word and prefix occurs."""
+        self._learnt(*self._counted(texts))
+
+    @property
+    def family(self) -> str:
+        """The hashing scheme and the dimension, whatever the frequencies."""
+        return json.dumps([self.name, self.dimension, *_SCHEME])
+
+    def extended(self, texts: Sequence[str]) -> LexicalEmbedder:
+        """One that has counted these texts, too, so that their new words are found.
+
+        Vectors of the older texts weigh words by the older counts; a little less is found than by
+        an embedder fitted to all texts at once.
+        """
+        frequencies, documents = self._counted(texts)
+        embedder = LexicalEmbedder(self.dimension)
+        known = self._frequencies().astype(np.int64)
+        embedder._learnt(known + frequencies, self.documents + documents)
+        return embedder
+
+    def _counted(self, texts: Iterable[str]) -> tuple[np.ndarray, int]:
         frequencies, documents, cache = np.zeros(_SLOTS, np.int64), 0, _Cache(self.dimension)
         remaining = iter(texts)
         while block := list(itertools.islice(remaining, _BLOCK)):
@@ -214,7 +241,7 @@ class LexicalEmbedder:
             documents += len(block)
             if len(cache.rows) > _CACHED_WORDS:
                 cache = _Cache(self.dimension)
-        self._learnt(frequencies, documents)
+        return frequencies, documents
 
     def _learnt(self, frequencies: np.ndarray, documents: int) -> None:
         ratio = (documents + 1) / np.maximum(frequencies, 1)

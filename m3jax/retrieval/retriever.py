@@ -10,6 +10,8 @@ from jaxtyping import Int64
 
 from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.index import Index
+from m3jax.retrieval.layers import LayeredIndex
+from m3jax.text.layers import LayeredReferences
 from m3jax.text.overlap import which_exceed
 from m3jax.text.references import References
 
@@ -24,7 +26,11 @@ class Retriever:
     """
 
     def __init__(
-        self, index: Index, references: References, candidates: int, overlap_limit: float
+        self,
+        index: Index | LayeredIndex,
+        references: References | LayeredReferences,
+        candidates: int,
+        overlap_limit: float,
     ) -> None:
         """Makes a retriever.
 

@@ -104,6 +104,37 @@ def write_references(
         return writer.count
 
 
+def copy_references(source: Any, ids: Sequence[int] | np.ndarray, folder: str | Path) -> None:
+    """Writes some references of a set, in the order of `ids`, as a set of its own.
+
+    Args:
+      source: `References`, or several in layers.
+      ids: which; at least one.
+      folder: where to write, replacing what is there.
+    """
+    dtype, documents = source.dtype, set()
+    with writing(folder, 1, ["tokens.bin", "table.bin"]) as writer:
+        for i in np.asarray(ids).tolist():
+            item = source[i]
+            record = {
+                name: getattr(item, name)
+                for name in ("key", "title", "source", "start", "end", "text")
+            }
+            documents.add(item.key.rpartition("#")[0])
+            row = np.array(
+                (_hash(item.key.encode()), source.record_hashes[i], len(item.tokens)), _ROW
+            )
+            data = item.tokens.astype(dtype).tobytes()
+            writer.write(record, tokens=data, table=row.tobytes())
+        content = {
+            "tokenizer": source.tokenizer_fingerprint,
+            "dtype": dtype.str,
+            "length": source.length,
+            "documents": len(documents),
+        }
+        writer.finish(_KIND, content)
+
+
 def _cut_all(
     documents: Iterable[Document], tokenizer: Tokenizer, length: int
 ) -> Iterator[tuple[Document, list[Piece]]]:
@@ -128,6 +159,7 @@ class References:
         sets made with one tokenizer, the reference's memory must be written again.
       fingerprint: hex hash of all references, the length and the tokenizer.
       tokenizer_fingerprint: the tokenizer the references were made with.
+      dtype: of the stored tokens.
     """
 
     def __init__(self, records: Records) -> None:
@@ -140,7 +172,8 @@ class References:
         self.lengths: Int32[np.ndarray, " R"] = table["length"].astype(np.int32)
         self.record_hashes: UInt64[np.ndarray, " R"] = table["content"].copy()
         self._ends = np.cumsum(self.lengths, dtype=np.int64)
-        self._tokens = np.memmap(records.folder / "tokens.bin", manifest["dtype"], "r")
+        self.dtype = np.dtype(manifest["dtype"])
+        self._tokens = np.memmap(records.folder / "tokens.bin", self.dtype, "r")
         self._order = np.argsort(table["key"], kind="stable")
         self._sorted_keys = table["key"][self._order]
 
@@ -200,19 +233,26 @@ class References:
         places = (self._ends[ids] - self.lengths[ids])[:, None] + offsets
         return np.where(real, self._tokens[np.where(real, places, 0)], PAD).astype(np.int32)
 
-    def find(self, key: str) -> int:
-        """Id of the reference with this key.
-
-        Raises:
-          TextError: no reference has it.
-        """
+    def lookup(self, key: str) -> int | None:
+        """Id of the reference with this key; None where there is none."""
         wanted = np.uint64(_hash(key.encode()))
         first = np.searchsorted(self._sorted_keys, wanted, "left")
         last = np.searchsorted(self._sorted_keys, wanted, "right")
         for i in self._order[first:last].tolist():
             if self._record(i)["key"] == key:
                 return i
-        raise TextError(
-            f"no reference has the key {key!r} in {self.folder} ({len(self)} references; the first"
-            f" is {self._record(0)['key']!r})"
-        )
+        return None
+
+    def find(self, key: str) -> int:
+        """Id of the reference with this key.
+
+        Raises:
+          TextError: no reference has it.
+        """
+        found = self.lookup(key)
+        if found is None:
+            raise TextError(
+                f"no reference has the key {key!r} in {self.folder} ({len(self)} references; the"
+                f" first is {self._record(0)['key']!r})"
+            )
+        return found

@@ -19,6 +19,7 @@ SCRIPTS = (
     "quickstart",
     "bench",
     "compile",
+    "edit_bank",
     "plan",
 )
 SMALL = """

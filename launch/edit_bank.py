@@ -1,0 +1,161 @@
+"""Adds, replaces and deletes references of a prepared workdir; nothing is trained.
+
+    python launch/edit_bank.py add      --config=… --workdir=runs/wiki --documents=new.jsonl
+    python launch/edit_bank.py replace  --config=… --workdir=runs/wiki --documents=changed.jsonl
+    python launch/edit_bank.py delete   --config=… --workdir=runs/wiki --keys=12#0,Paris
+    python launch/edit_bank.py merge    --config=… --workdir=runs/wiki --other=runs/more
+    python launch/edit_bank.py list     --config=… --workdir=runs/wiki
+    python launch/edit_bank.py rollback --config=… --workdir=runs/wiki --to=0
+    python launch/edit_bank.py collect  --config=… --workdir=runs/wiki
+    python launch/edit_bank.py verify   --config=… --workdir=runs/wiki
+    python launch/edit_bank.py repair   --config=… --workdir=runs/wiki
+
+Each of the first three and merge makes a version: references, index and bank together, or nothing
+where it is stopped. Older versions stay readable until collect, which writes what is in use as one
+layer and deletes all others; after that nothing that was deleted can be read. A key names a
+reference (DOCUMENT#N) or all references of a document. Memories are written by the writer of the
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from m3jax import launching
+
+COMMANDS = ("add", "replace", "delete", "merge", "list", "rollback", "collect", "verify", "repair")
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, made by launch/prepare.py.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Whose writer writes: stage folder; default WORKDIR/warmup."
+)
+_DOCUMENTS = flags.DEFINE_string(
+    "documents", None, "add, replace: documents as launch/prepare.py reads them."
+)
+_KEYS = flags.DEFINE_list("keys", [], "delete: keys of references (ID#N) or ids of documents.")
+_OTHER = flags.DEFINE_string("other", None, "merge: workdir whose knowledge is added.")
+_REPLACE = flags.DEFINE_bool("replace", False, "merge: documents in both are those of --other.")
+_TO = flags.DEFINE_integer("to", None, "rollback: the version to go back to.")
+_VERSION = flags.DEFINE_integer("bank_version", None, "verify, repair: which; default the current.")
+_NOTE = flags.DEFINE_string("note", "", "Kept with the version.")
+launching.define_cache_flag()
+flags.adopt_module_key_flags(launching)  # --help shows them
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command."""
+    command = argv[1]
+    _check_flags(command)
+    launching.use_compilation_cache()
+    from m3jax.config import validate
+    from m3jax.data import edit, knowledge
+    from m3jax.text.documents import read_documents
+
+    config, workdir = validate(_CONFIG.value), Path(str(_WORKDIR.value))
+    if command in ("add", "replace"):
+        documents = read_documents(str(_DOCUMENTS.value))
+        _say(
+            edit.edit(
+                config,
+                workdir,
+                documents=documents,
+                replace=command == "replace",
+                write=_write,
+                note=_NOTE.value,
+            )
+        )
+    elif command == "delete":
+        _say(edit.edit(config, workdir, delete=_KEYS.value or [], write=_write, note=_NOTE.value))
+    elif command == "merge":
+        replace = bool(_REPLACE.value)
+        _say(edit.merge(config, workdir, str(_OTHER.value), write=_write, replace=replace))
+    elif command == "rollback":
+        _say(edit.rollback(workdir, int(_TO.value or 0)))
+    elif command == "collect":
+        version, busy = edit.collect(config, workdir, write=_write, note=_NOTE.value)
+        _say(version)
+        for folder in busy:
+            print(f"{folder} is being read by another process; collect again when it has ended")
+    elif command == "list":
+        current = knowledge.read_current(workdir)["version"]
+        for number in knowledge.versions(workdir):
+            version = knowledge.open_version(workdir, number)
+            mark = "*" if number == current else " "
+            print(f"{mark} {number:6d}  from {version.parent:4d}  {version.note}")
+    else:
+        _check(command, config, workdir)
+
+
+def _check(command: str, config: Any, workdir: Path) -> None:
+    """verify and repair."""
+    from m3jax.data import edit
+
+    number = _VERSION.value
+    if command == "repair":
+        for problem in edit.repair(config, workdir, write=_write, number=number):
+            print(f"rewritten: {problem}")
+    problems = edit.verify(config, workdir, number)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        raise SystemExit(1)
+    print(f"{workdir}: every file is as it was written")
+
+
+def _say(version: Any) -> None:
+    print(f"{version.workdir}: version {version.number} is current ({version.note})")
+
+
+def _write(references: Any, folder: Path, base: Any) -> None:
+    """Memories of references, by the writer of the checkpoint."""
+    import jax
+
+    from m3jax.config import PREFIX_TOKENS
+    from m3jax.memory.write import write_bank
+    from m3jax.mesh import make_mesh
+    from m3jax.model.transformer import Model
+    from m3jax.train.writer import restore_writer
+
+    config = _CONFIG.value
+    mesh = make_mesh(config) if jax.device_count() > 1 else None
+    model = Model(config, PREFIX_TOKENS, mesh)
+    checkpoint = _CHECKPOINT.value or Path(str(_WORKDIR.value)) / "warmup"
+    tokenizer = references.tokenizer_fingerprint
+    params, path, step = restore_writer(checkpoint, model, tokenizer)
+    with config.unlocked():
+        config.writer.compression = base.codec.name
+    write_bank(
+        config,
+        model,
+        params,
+        references,
+        folder,
+        tokenizer_fingerprint=tokenizer,
+        prefix_tokens=PREFIX_TOKENS,
+        writer_path=str(path),
+        writer_step=step,
+        base=base,
+    )
+
+
+def _check_flags(command: str) -> None:
+    needs = {
+        "add": ("documents", _DOCUMENTS.value),
+        "replace": ("documents", _DOCUMENTS.value),
+        "delete": ("keys", _KEYS.value),
+        "merge": ("other", _OTHER.value),
+        "rollback": ("to", _TO.value is not None),
+    }
+    name, given = needs.get(command, ("", True))
+    if not given:
+        raise app.UsageError(f"{command} needs --{name}")
+
+
+if __name__ == "__main__":
+    launching.run(main, required=["config", "workdir"], commands=COMMANDS)

@@ -1,0 +1,253 @@
+"""The versions of a workdir's knowledge: references, index and bank that belong together.
+
+Version 0 is `references/ index/ bank/` of the workdir. An edit (`m3jax.data.edit`) makes another:
+
+    versions/000003/version.json   the folders it reads, one a layer; sealed, written last
+    versions/000003/removed.npy    ids that were deleted or replaced
+    versions/000003/references/ index/ bank/   the layer it added, if any
+    versions/current.json          which version readers open, and the oldest one that is kept
+
+A version is whole from the moment its folder has its name, and never changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from m3jax.memory.bank import Bank
+from m3jax.memory.layers import LayeredBank
+from m3jax.retrieval.index import Index
+from m3jax.retrieval.layers import LayeredIndex
+from m3jax.text.documents import TextError
+from m3jax.text.files import checksum, read_sealed, write_sealed
+from m3jax.text.layers import LayeredReferences
+from m3jax.text.references import References
+from m3jax.text.tokenizer import Tokenizer
+
+VERSIONS, CURRENT, VERSION, REMOVED = "versions", "current.json", "version.json", "removed.npy"
+
+
+class VersionError(ValueError):
+    """A version that cannot be opened or made. The message names the thing and the remedy."""
+
+
+class _Lock:
+    """A shared lock on a file, until it is closed, forgotten, or the process ends."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor: int | None = os.open(path, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+
+    def close(self) -> None:
+        """Releases it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __del__(self) -> None:
+        self.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Version:
+    """One version. While it is in use, its layers are not collected.
+
+    Attributes:
+      number: 0 is the unedited one.
+      parent: the version it was made from; −1 for version 0.
+      note: what made it, in words.
+      layers: folders with `references/ index/ bank/`.
+      removed: ids that were deleted or replaced.
+    """
+
+    workdir: Path
+    number: int
+    parent: int
+    note: str
+    layers: tuple[Path, ...]
+    removed: np.ndarray
+    locks: tuple[_Lock, ...] = ()
+
+    def close(self) -> None:
+        """Lets its layers be collected."""
+        for lock in self.locks:
+            lock.close()
+
+
+def folder_of(workdir: Path, number: int) -> Path:
+    """Folder of a version; the workdir itself for version 0."""
+    return workdir if number == 0 else workdir / VERSIONS / f"{number:06d}"
+
+
+def read_current(workdir: Path) -> dict[str, int]:
+    """`version`, which readers open, and `oldest`, the first one that is kept.
+
+    Raises:
+      VersionError: `current.json` is damaged.
+    """
+    path = workdir / VERSIONS / CURRENT
+    if not path.exists():
+        return {"version": 0, "oldest": 0}
+    found = read_sealed(path)
+    if found is None:
+        raise VersionError(
+            f"{path} is damaged; write it anew with launch/edit_bank.py rollback --to=VERSION"
+        )
+    return found
+
+
+def write_current(workdir: Path, version: int, oldest: int) -> None:
+    """Makes a version the one that readers open; atomic."""
+    write_sealed(workdir / VERSIONS / CURRENT, {"version": version, "oldest": oldest})
+
+
+def versions(workdir: str | Path) -> list[int]:
+    """Numbers of the versions that can be opened, ascending."""
+    workdir = Path(workdir)
+    oldest = read_current(workdir)["oldest"]
+    found = [int(path.parent.name) for path in (workdir / VERSIONS).glob(f"[0-9]*/{VERSION}")]
+    return sorted(number for number in [0, *found] if number >= oldest)
+
+
+def open_version(workdir: str | Path, number: int | None = None) -> Version:
+    """Opens a version for reading.
+
+    Args:
+      workdir: a prepared workdir.
+      number: which; None = the current one.
+
+    Raises:
+      VersionError: no such version, a collected one, or a damaged file.
+    """
+    workdir = Path(workdir)
+    for _ in range(3):  # the current one may be collected between two lines
+        current = read_current(workdir)
+        wanted = current["version"] if number is None else number
+        if wanted >= current["oldest"]:
+            with contextlib.suppress(FileNotFoundError):
+                return _lock(_read_version(workdir, wanted))
+        if number is not None:
+            break
+    kept = ", ".join(map(str, versions(workdir)))
+    if wanted < current["oldest"]:
+        raise VersionError(f"version {wanted} of {workdir} was collected; there are {kept}")
+    raise VersionError(f"{workdir} has no version {wanted}; there are {kept}")
+
+
+def _read_version(workdir: Path, number: int) -> Version:
+    if number == 0:
+        return Version(workdir, 0, -1, "as prepared", (workdir,), np.zeros(0, np.int64))
+    folder = folder_of(workdir, number)
+    (folder / VERSION).stat()  # FileNotFoundError: no such version
+    content = read_sealed(folder / VERSION)
+    if content is None or checksum(folder / REMOVED) != content["removed"]:
+        name = VERSION if content is None else REMOVED
+        raise VersionError(
+            f"{folder / name} is damaged; go back with launch/edit_bank.py rollback"
+            f" --to={number - 1} and edit again"
+        )
+    removed = np.load(io.BytesIO((folder / REMOVED).read_bytes()), allow_pickle=False)
+    layers = tuple(folder_of(workdir, layer) for layer in content["layers"])
+    return Version(workdir, number, content["parent"], content["note"], layers, removed)
+
+
+def _lock(version: Version) -> Version:
+    """Holds a shared lock on every layer, until the version is forgotten or the process ends."""
+    paths = [layer / "references" / "manifest.json" for layer in version.layers]
+    locks = tuple(_Lock(path) for path in paths if path.exists())
+    return dataclasses.replace(version, locks=locks)
+
+
+def in_use(layer: Path) -> bool:
+    """Whether another process has opened a version with this layer."""
+    path = layer / "references" / "manifest.json"
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
+@contextlib.contextmanager
+def only_writer(workdir: Path) -> Iterator[None]:
+    """Keeps other editors of the workdir out.
+
+    Raises:
+      VersionError: another process is editing.
+    """
+    (workdir / VERSIONS).mkdir(parents=True, exist_ok=True)
+    with (workdir / VERSIONS / "lock").open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise VersionError(
+                f"another process is editing {workdir}; wait until it has ended, or stop it: its"
+                " edit can be repeated"
+            ) from None
+        yield
+
+
+def require_unedited(workdir: Path) -> None:
+    """Refuses to write version 0 anew under later versions that read it."""
+    if (workdir / VERSIONS / CURRENT).exists():
+        number = read_current(workdir)["version"]
+        raise VersionError(
+            f"{workdir} was edited (version {number}): its references, index and bank are changed"
+            f" with launch/edit_bank.py. To begin anew, delete {workdir / VERSIONS}"
+        )
+
+
+def open_references(
+    config: ConfigDict, version: Version, tokenizer: Tokenizer
+) -> References | LayeredReferences:
+    """The knowledge base of a version, checked against tokenizer and config."""
+    layers = []
+    for layer in version.layers:
+        folder = layer / "references"
+        references = References.open(folder)
+        if references.tokenizer_fingerprint != tokenizer.fingerprint:
+            raise TextError(f"{folder} was cut with another tokenizer; run launch/prepare.py again")
+        if references.length > config.memory.reference_length:
+            raise TextError(
+                f"{folder} has references of up to {references.length} tokens, but"
+                f" config.memory.reference_length = {config.memory.reference_length}; prepare again"
+            )
+        layers.append(references)
+    if version.number == 0:
+        return layers[0]
+    return LayeredReferences(layers, version.removed)
+
+
+def open_index(version: Version, references: References | LayeredReferences) -> Any:
+    """The index of a version: an `Index`, or a `LayeredIndex` with the same methods."""
+    if isinstance(references, References):
+        return Index.open(version.layers[0] / "index", references)
+    layers = [
+        Index.open(folder / "index", layer)
+        for folder, layer in zip(version.layers, references.layers, strict=True)
+    ]
+    return LayeredIndex(layers, version.removed, references.fingerprint)
+
+
+def open_bank(version: Version, references: References | LayeredReferences) -> Any:
+    """The bank of a version: a `Bank`, or a `LayeredBank` with the same methods."""
+    layers = [Bank.open(folder / "bank") for folder in version.layers]
+    if isinstance(references, References):
+        return layers[0]
+    return LayeredBank(layers, version.removed, references.fingerprint)

@@ -1,0 +1,393 @@
+"""Edits of a workdir's knowledge, against a workdir prepared with the edited text."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from data.data_workdir import make_workdir, tiny_config
+
+from m3jax.config import PREFIX_TOKENS
+from m3jax.data import edit as edits
+from m3jax.data.edit import collect, edit, merge, repair, rollback, verify
+from m3jax.data.knowledge import (
+    VERSIONS,
+    VersionError,
+    only_writer,
+    open_bank,
+    open_index,
+    open_references,
+    open_version,
+    read_current,
+    require_unedited,
+    versions,
+)
+from m3jax.data.pipeline import open_pipeline
+from m3jax.memory.bank import BankError
+from m3jax.memory.write import write_bank
+from m3jax.model.transformer import Model
+from m3jax.retrieval.retriever import Retriever
+from m3jax.text.documents import Document
+from m3jax.text.references import References
+from m3jax.text.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+CONFIG = tiny_config(memory__reference_length=20)
+WEIGHTS: dict[int, Any] = {}
+
+
+def write(references: References, folder: Path, base: Any, weights: int = 0) -> None:
+    model = Model(CONFIG)
+    if weights not in WEIGHTS:
+        WEIGHTS[weights] = model.init(jax.random.key(weights))
+    write_bank(
+        CONFIG,
+        model,
+        WEIGHTS[weights],
+        references,
+        folder,
+        tokenizer_fingerprint=references.tokenizer_fingerprint,
+        prefix_tokens=PREFIX_TOKENS,
+        progress=False,
+        base=base,
+    )
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workdir(tmp_path_factory.mktemp("prepared"), CONFIG)
+
+
+@pytest.fixture
+def workdir(prepared: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "run"))
+
+
+def opened(workdir: Path, number: int | None = None) -> tuple[Any, Any, Any]:
+    """References, index and bank of a version."""
+    version = open_version(workdir, number)
+    references = open_references(CONFIG, version, Tokenizer.load(workdir / "tokenizer"))
+    return references, open_index(version, references), open_bank(version, references)
+
+
+def documents(*names: str, word: str = "otter") -> list[Document]:
+    return [Document(name, f"{name} {word}", name, "made up") for name in names]
+
+
+def found(workdir: Path, query: str, k: int = 3, number: int | None = None) -> list[str]:
+    """Texts that a query finds."""
+    references, index, _ = opened(workdir, number)
+    ids = Retriever(index, references, 8, 1.0).retrieve([query], None, k)[0]
+    return references.texts(ids[ids >= 0])
+
+
+def test_what_is_added_is_found_and_read(workdir: Path) -> None:
+    before, _, old_bank = opened(workdir)
+    version = edit(CONFIG, workdir, documents=documents("Zork", "Quux"), write=write)
+    assert (version.number, versions(workdir)) == (1, [0, 1])
+    references, _, bank = opened(workdir)
+    assert found(workdir, "Zork")[0] == "Zork otter"
+    assert not any("Zork" in text for text in found(workdir, "Zork", number=0))
+    assert len(references) == len(before) + 2 == bank.size
+    new, old = references.find("Zork#0"), np.array([0, 5])
+    assert new >= len(before)
+    write(References.open(version.layers[1] / "references"), workdir / "again", None)
+    again = edits.Bank.open(workdir / "again").read(np.array([0, 1]))
+    memory = bank.read(np.array([new, -1, 5]))
+    row = new - len(before)
+    np.testing.assert_array_equal(memory.keys[0], again.keys[row])
+    np.testing.assert_array_equal(memory.values[2], old_bank.read(old).values[1])
+    assert memory.length[1] == 0 and not memory.keys[1].any()
+
+
+def test_a_replaced_document_is_read_in_its_new_form_only(workdir: Path) -> None:
+    edit(CONFIG, workdir, documents=documents("Zork"), write=write)
+    first, _, _ = opened(workdir)
+    old = first.find("Zork#0")
+    version = edit(
+        CONFIG, workdir, documents=documents("Zork", word="lynx"), replace=True, write=write
+    )
+    references, index, bank = opened(workdir)
+    assert found(workdir, "Zork")[0] == "Zork lynx"
+    assert "Zork otter" not in found(workdir, "Zork otter", k=5)
+    assert version.removed.tolist() == [old] and references.find("Zork#0") == old + 1
+    ids, _ = index.search(index.embedder.embed(["Zork otter"] * 2), len(references))
+    assert (ids >= 0).sum() == 2 * (len(references) - 1) and old not in ids
+    with pytest.raises(BankError, match=f"reference id {old} is not in this version"):
+        bank.read(np.array([old]))
+    with pytest.raises(IndexError, match="removed"):
+        references.texts([old])
+    assert found(workdir, "Zork", number=1)[0] == "Zork otter"
+
+
+def test_deleting_finds_what_is_next(workdir: Path) -> None:
+    """As if the deleted ones had never been there, whatever number of them is in the way."""
+    references, index, _ = opened(workdir)
+    query = index.embedder.embed(["pet"])
+    order = [int(i) for i in index.search(query, len(references))[0][0]]
+    keys = references.keys
+    gone = order[:20]
+    edit(CONFIG, workdir, delete=[keys[i] for i in gone], write=write)
+    _, layered, _ = opened(workdir)
+    for k in (1, 3, 50):
+        assert layered.search(query, k)[0][0].tolist() == order[20 : 20 + k]
+
+
+def test_a_version_equals_one_prepared_anew(workdir: Path, prepared: Path) -> None:
+    references, _, _ = opened(workdir)
+    document = references.keys[3].rpartition("#")[0]
+    edit(CONFIG, workdir, documents=documents("Zork", "Quux"), write=write)
+    edit(CONFIG, workdir, delete=[document], write=write)
+    edit(CONFIG, workdir, documents=documents("Quux", word="lynx"), replace=True, write=write)
+    layered, _, bank = opened(workdir)
+    expected = {key: layered[layered.find(key)].text for key in layered.keys}
+    memories = {key: bank.read(np.array(layered.find(key))) for key in layered.keys}
+    version, busy = collect(CONFIG, workdir, write=write)
+    assert (version.number, versions(workdir), busy) == (4, [4], [])
+    references, _, bank = opened(workdir)
+    assert {key: references[references.find(key)].text for key in references.keys} == expected
+    for key, memory in memories.items():
+        now = bank.read(np.array(references.find(key)))
+        jax.tree.map(np.testing.assert_array_equal, now, memory)
+    assert found(workdir, "Zork")[0] == "Zork otter"
+    assert verify(CONFIG, workdir) == []
+    assert not (workdir / "bank").exists() and not (workdir / "references").exists()
+    assert sorted(p.name for p in (workdir / VERSIONS).iterdir() if p.is_dir()) == ["000004"]
+    for number in range(4):
+        with pytest.raises(VersionError, match=f"version {number} of .* was collected"):
+            open_version(workdir, number)
+    assert edit(CONFIG, workdir, documents=documents("Next"), write=write).number == 5
+
+
+def test_nothing_of_a_deleted_reference_is_left_after_collection(workdir: Path) -> None:
+    """Not in a file, as its tokens, its memory or its embedding."""
+    references, index, bank = opened(workdir)
+    everything = bank.read(np.arange(bank.size)).keys
+    alike = (everything[:, None] == everything[None]).all(axis=(2, 3, 4, 5)).sum(axis=0)
+    gone = int(np.flatnonzero(alike == 1)[3])  # kept tokens may stand in others, too
+    key = references[gone].key
+    tokens = references.tokens([gone])[0, : references.lengths[gone]]
+    memory = bank.read(np.array([gone]))
+    traces = [
+        tokens.astype(references.dtype).tobytes(),
+        memory.keys.tobytes(),
+        index.embedder.embed(references.texts([gone]))[0].tobytes(),
+    ]
+
+    def places(trace: bytes) -> list[Path]:
+        files = (path for path in workdir.rglob("*") if path.is_file())
+        return [p for p in files if "corpus" not in p.parts and trace in p.read_bytes()]
+
+    del references, index, bank
+    assert all(places(trace) for trace in traces)
+    edit(CONFIG, workdir, delete=[key], write=write)
+    collect(CONFIG, workdir, write=write)
+    assert [places(trace) for trace in traces] == [[], [], []]
+
+
+def test_rollback_and_forward(workdir: Path) -> None:
+    edit(CONFIG, workdir, documents=documents("Zork"), write=write)
+    rollback(workdir, 0)
+    assert not any("Zork" in text for text in found(workdir, "Zork"))
+    assert edit(CONFIG, workdir, documents=documents("Quux"), write=write).number == 2
+    assert not any("Zork" in text for text in found(workdir, "Zork"))
+    rollback(workdir, 1)
+    assert found(workdir, "Zork")[0] == "Zork otter"
+    with pytest.raises(VersionError, match="no version 9; there are 0, 1, 2"):
+        rollback(workdir, 9)
+
+
+def test_merge_copies_the_memories_of_the_other(workdir: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(workdir, tmp_path / "other"))
+    edit(CONFIG, other, documents=documents("Zork"), write=write)
+    edit(CONFIG, workdir, documents=documents("Quux"), write=write)
+    with pytest.raises(VersionError, match="documents are in both"):
+        merge(CONFIG, workdir, other, write=write)
+
+    def copied(references: References, folder: Path, base: Any) -> None:
+        write(references, folder, base, weights=1)  # of no use: its fingerprint differs
+
+    with pytest.raises(BankError, match="written by other weights"):
+        merge(CONFIG, workdir, other, write=copied, replace=True)
+    merge(CONFIG, workdir, other, write=write, replace=True)
+    assert found(workdir, "Zork")[0] == "Zork otter"
+    assert found(workdir, "Quux")[0] == "Quux otter"
+    references, _, bank = opened(workdir)
+    theirs, _, their_bank = opened(other)
+    ours = bank.read(np.array([references.find("Zork#0")]))
+    expected = their_bank.read(np.array([theirs.find("Zork#0")]))
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
+    assert len(references.keys) == len(theirs.keys) + 1
+
+
+def test_a_pipeline_reads_the_version_it_was_opened_with(workdir: Path) -> None:
+    pipeline = open_pipeline(CONFIG, workdir)
+    batch = pipeline.batch(0)
+    edit(CONFIG, workdir, delete=[pipeline.references.keys[0]], write=write)
+    again = pipeline.batch(0)
+    jax.tree.map(np.testing.assert_array_equal, batch, again)
+    newer = open_pipeline(CONFIG, workdir)
+    assert newer.version.number == 1 and pipeline.version.number == 0
+    assert newer.batch(0)["memory"].keys.shape == batch["memory"].keys.shape
+    assert 0 not in newer.batch(0)["reference_ids"]
+
+
+def test_verify_names_damage_and_repair_mends_it(workdir: Path) -> None:
+    edit(CONFIG, workdir, documents=documents("Zork"), write=write)
+    assert verify(CONFIG, workdir) == []
+    layer = open_version(workdir).layers[1]
+    shard = next(path for path in (layer / "bank").rglob("c/**/0") if path.is_file())
+    kept = shard.read_bytes()
+    for file in (shard, next((workdir / "index").glob("embeddings-*"))):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 3] ^= 1
+        file.write_bytes(data)
+    problems = verify(CONFIG, workdir)
+    assert len(problems) == 2
+    assert "embeddings" in problems[0] and "checksum differs" in problems[1]
+    assert len(repair(CONFIG, workdir, write=write)) == 2
+    assert verify(CONFIG, workdir) == [] and shard.read_bytes() == kept
+    table = layer / "references" / "tokens.bin"
+    table.write_bytes(bytes([table.read_bytes()[0] ^ 1]) + table.read_bytes()[1:])
+    with pytest.raises(ValueError, match="tokens.bin"):
+        repair(CONFIG, workdir, write=write)
+
+
+def test_what_cannot_be_edited_is_refused(workdir: Path) -> None:
+    references, _, _ = opened(workdir)
+    there = references.keys[0].rpartition("#")[0]
+    with pytest.raises(VersionError, match="nothing to edit"):
+        edit(CONFIG, workdir, write=write)
+    with pytest.raises(VersionError, match=f"document '{there}' is in .*replace"):
+        edit(CONFIG, workdir, documents=documents(there), write=write)
+    with pytest.raises(VersionError, match="no reference in use has the key 'nobody#0'"):
+        edit(CONFIG, workdir, delete=["nobody#0"], write=write)
+    with only_writer(workdir), pytest.raises(VersionError, match="another process is editing"):
+        edit(CONFIG, workdir, delete=[there], write=write)
+    with pytest.raises(BankError, match="written by other weights"):
+        edit(
+            CONFIG,
+            workdir,
+            documents=documents("Zork"),
+            write=lambda references, folder, base: write(references, folder, base, weights=1),
+        )
+    assert versions(workdir) == [0] and verify(CONFIG, workdir) == []
+    edit(CONFIG, workdir, delete=[there], write=write)
+    with pytest.raises(VersionError, match="was edited"):
+        require_unedited(workdir)
+    with pytest.raises(VersionError, match="no reference in use"):
+        edit(CONFIG, workdir, delete=[there], write=write)
+    everyone = list(dict.fromkeys(key.rpartition("#")[0] for key in opened(workdir)[0].keys))
+    edit(CONFIG, workdir, delete=everyone, write=write)
+    with pytest.raises(VersionError, match="nothing is left"):
+        collect(CONFIG, workdir, write=write)
+    rollback(workdir, 1)
+    file = workdir / VERSIONS / "000002" / "removed.npy"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(VersionError, match="removed.npy is damaged.*rollback --to=1"):
+        rollback(workdir, 2)
+    (workdir / VERSIONS / "current.json").write_text("{")
+    with pytest.raises(VersionError, match="rollback --to=VERSION"):
+        open_version(workdir)
+    assert rollback(workdir, 1).number == 1 and read_current(workdir)["version"] == 1
+
+
+def start(*arguments: Any, cache: str = "") -> subprocess.Popen[str]:
+    """This file as a process of its own."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    quick = "--xla_backend_optimization_level=0"
+    process = subprocess.Popen(
+        [sys.executable, __file__, *map(str, arguments)],
+        env={
+            **os.environ,
+            "PYTHONPATH": path,
+            "XLA_FLAGS": quick,
+            "JAX_COMPILATION_CACHE_DIR": cache,
+        },
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    return process
+
+
+@pytest.mark.slow
+def test_a_version_that_another_process_reads_is_kept(workdir: Path) -> None:
+    reader = start("read", workdir)
+    assert reader.stdout.readline() == "0\n"
+    edit(CONFIG, workdir, documents=documents("Zork"), write=write)
+    version, busy = collect(CONFIG, workdir, write=write)
+    assert busy == [str(workdir)] and (workdir / "bank").exists()
+    assert not (workdir / VERSIONS / "000001").exists()
+    reader.communicate("\n")
+    assert reader.returncode == 0
+    again, busy = collect(CONFIG, workdir, write=write)
+    assert again.number == version.number and busy == [] and not (workdir / "bank").exists()
+
+
+def _loop(workdir: Path, seed: int) -> None:
+    """Edits at random for ever; acknowledges each version in a file."""
+    chosen = random.Random(seed)
+    while True:
+        references, _, _ = opened(workdir)
+        name = f"N{chosen.randrange(30)}"
+        there = references.lookup(f"{name}#0") is not None
+        kind = chosen.choice(["edit", "edit", "delete", "collect"])
+        if kind == "delete" and there:
+            edit(CONFIG, workdir, delete=[name], write=write)
+        elif kind == "collect":
+            collect(CONFIG, workdir, write=write)
+        else:
+            word = chosen.choice(["otter", "lynx"])
+            edit(CONFIG, workdir, documents=documents(name, word=word), replace=there, write=write)
+        print(read_current(workdir)["version"], flush=True)
+
+
+@pytest.mark.slow
+def test_twenty_kills(workdir: Path, compilation_cache: Path) -> None:
+    """Whenever an editor dies, readers open a whole version, no older than the acknowledged."""
+    moments = random.Random(3)
+    last, kills = 0, 0
+    while kills < 20:
+        process = start("edit", workdir, kills, cache=str(compilation_cache))
+        last = max(last, int(process.stdout.readline()))  # its compilation is behind it
+        for _ in range(2):
+            time.sleep(moments.uniform(0, 0.2))
+            process.send_signal(signal.SIGSTOP)
+            number = read_current(workdir)["version"]
+            references, index, bank = opened(workdir, number)  # in the midst of an edit
+            assert len(references) == index.size == bank.size
+            assert verify(CONFIG, workdir, number) == []
+            process.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGKILL)
+        acknowledged = [int(line) for line in process.communicate()[0].split()]
+        last, kills = max([last, *acknowledged]), kills + 1
+        number = read_current(workdir)["version"]
+        assert number >= last
+        assert verify(CONFIG, workdir) == []
+    assert last > 20
+    assert json.loads((workdir / VERSIONS / "current.json").read_text())["version"] >= last
+
+
+def _read(workdir: Path) -> None:
+    """Holds the current version until a line is entered."""
+    version = open_version(workdir)
+    print(version.number, flush=True)
+    sys.stdin.readline()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "read":
+        _read(Path(sys.argv[2]))
+    else:
+        _loop(Path(sys.argv[2]), int(sys.argv[3]))
