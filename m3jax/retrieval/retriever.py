@@ -81,13 +81,15 @@ class Retriever:
         embeddings = self.index.embedder.embed(queries)
         searched = np.flatnonzero(embeddings.any(axis=1))
         found, scores = self.index.search(embeddings[searched], max(self.candidates, k))
+        found = np.where(scores > 0, found, -1)
         dropped = 0
-        for query, candidates, score in zip(searched.tolist(), found, scores, strict=True):
-            candidates = candidates[(candidates >= 0) & (score > 0)]
-            if against is not None:
-                candidates, leaking = self._survivors(candidates, against[query], k)
+        if against is None:
+            ids[searched] = found[:, :k]
+        else:
+            for places in _by_text([against[query] for query in searched.tolist()]):
+                text = against[int(searched[places[0]])]
+                ids[searched[places]], leaking = self._survivors(found[places], text, k)
                 dropped += leaking
-            ids[query, : len(candidates)] = candidates[:k]
         with self._lock:
             self.searched += len(searched)
             self.dropped += dropped
@@ -95,21 +97,42 @@ class Retriever:
         return ids
 
     def _survivors(
-        self, candidates: np.ndarray, text: np.ndarray, k: int
-    ) -> tuple[np.ndarray, int]:
-        """The first k candidates that do not leak, and how many leaking ones came before them."""
-        kept, dropped, start = np.empty(0, np.int64), 0, 0
-        while start < len(candidates) and len(kept) < k:
-            part = candidates[start : start + k - len(kept)]
-            lengths = np.asarray(self.references.lengths)[part]
-            tokens = self.references.tokens(part)
-            leaks = which_exceed(text, tokens, lengths, self.overlap_limit)
-            kept = np.concatenate([kept, part[~leaks]])
-            dropped += int(leaks.sum())
-            start += len(part)
-        return kept, dropped
+        self, candidates: Int64[np.ndarray, "n c"], text: np.ndarray, k: int
+    ) -> tuple[Int64[np.ndarray, "n k"], int]:
+        """The first k candidates of each query that do not leak; how many leaking came before them.
+
+        Every round compares what the queries need next, each reference once: neighbouring chunks
+        of a text find the same ones.
+        """
+        leaks: dict[int, bool] = {}
+        waiting = [row[row >= 0].tolist() for row in candidates]  # best first
+        kept: list[list[int]] = [[] for _ in waiting]
+        dropped = 0
+        while any(asked := [row[: k - len(have)] for row, have in zip(waiting, kept, strict=True)]):
+            new = np.array(sorted(set().union(*asked) - leaks.keys()), np.int64)
+            if len(new):
+                lengths = np.asarray(self.references.lengths)[new]
+                tokens = self.references.tokens(new)
+                leaking = which_exceed(text, tokens, lengths, self.overlap_limit)
+                leaks.update(zip(new.tolist(), leaking.tolist(), strict=True))
+            for part, row, have in zip(asked, waiting, kept, strict=True):
+                del row[: len(part)]
+                have += [i for i in part if not leaks[i]]
+                dropped += sum(leaks[i] for i in part)
+        filled = np.full((len(kept), k), -1, np.int64)
+        for row, have in zip(filled, kept, strict=True):
+            row[: len(have)] = have
+        return filled, dropped
 
     def report(self) -> dict[str, int]:
         """The counters since this retriever was made."""
         with self._lock:
             return {"searched": self.searched, "dropped": self.dropped, "unfilled": self.unfilled}
+
+
+def _by_text(texts: Sequence[np.ndarray]) -> list[list[int]]:
+    """Places of the same array: the chunks of a row have one text, which is then prepared once."""
+    places: dict[int, list[int]] = {}
+    for place, text in enumerate(texts):
+        places.setdefault(id(text), []).append(place)
+    return list(places.values())

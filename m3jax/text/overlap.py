@@ -29,8 +29,10 @@ def overlap(text_tokens: Tokens, reference_tokens: Tokens) -> float:
     """
     if not len(text_tokens) or not len(reference_tokens):
         return 0.0
-    text, reference = _as_strings(text_tokens, reference_tokens)
-    return _longest(text, reference, above=0, stop=len(reference)) / len(reference)
+    text = np.asarray(text_tokens, np.int64)
+    reference = np.asarray(reference_tokens, np.int64)
+    numbers = _no_numbers(max(int(text.max()), int(reference.max())) + 1, len(reference))
+    return _longest(text, reference, numbers, above=0, stop=len(reference)) / len(reference)
 
 
 def exceeds(text_tokens: Tokens, reference_tokens: Tokens, threshold: float) -> bool:
@@ -46,10 +48,12 @@ def which_exceed(
     lengths: Integer[np.ndarray, " n"],
     threshold: float,
 ) -> Bool[np.ndarray, " n"]:
-    """`exceeds` of many references against one text.
+    """`exceeds` of many references against one text; the more at once, the less each costs.
 
-    Three bounds from cheap to exact: how many of the reference's tokens occur in the text at all
-    (all references at once), the common subsequence without a window, the windowed one.
+    Four measures, each tighter and dearer than the one before and taken only of what that left:
+    how many of the reference's tokens occur in the text, how many occur as often as in the
+    reference (both of all references at once), the common subsequence without a window, the
+    windowed one.
 
     Args:
       text_tokens: tokens of the text.
@@ -65,48 +69,98 @@ def which_exceed(
     found = np.zeros(len(lengths), bool)
     if not text.size or not references.size:
         return found
-    occurs = np.zeros(max(int(text.max()), int(references.max())) + 1, bool)
-    occurs[text] = True
-    real = np.arange(references.shape[1]) < lengths[:, None]
-    shared = (occurs[references] & real).sum(axis=1)
-    # The same division as in `overlap`, so that both agree in every rounding.
-    for i in np.flatnonzero(shared / np.maximum(lengths, 1) > threshold).tolist():
-        size = int(lengths[i])
-        needed = next(n for n in range(int(threshold * size), size + 1) if n / size > threshold)
-        whole, reference = _as_strings(text, references[i, :size])
-        found[i] = _longest(whole, reference, above=needed - 1, stop=needed) >= needed
+    size = max(int(text.max()), int(references.max())) + 1
+    counts = np.bincount(text, minlength=size)
+    left = np.arange(len(lengths))
+    for shared in (_occurring, _occurring_as_often):
+        # The same division as in `overlap`, so that both agree in every rounding.
+        bound = shared(counts, references[left], lengths[left]) / np.maximum(lengths[left], 1)
+        left = left[bound > threshold]
+    numbers = _no_numbers(size, references.shape[1])
+    for i in left.tolist():
+        length = int(lengths[i])
+        needed = next(
+            n for n in range(int(threshold * length), length + 1) if n / length > threshold
+        )
+        longest = _longest(text, references[i, :length], numbers, needed - 1, needed)
+        found[i] = longest >= needed
     return found
 
 
-def _as_strings(*sequences: Tokens) -> list[str]:
-    """Tokens as strings, one character each: rapidfuzz compares those without boxing integers."""
-    arrays = [np.asarray(tokens) for tokens in sequences]
-    if max(int(tokens.max()) for tokens in arrays) > 0x10FFFF:
-        inverse = np.unique(np.concatenate(arrays), return_inverse=True)[1]
-        arrays = np.split(inverse, np.cumsum([len(tokens) for tokens in arrays])[:-1])
-    return [a.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass") for a in arrays]
+def _occurring(
+    counts: Integer[np.ndarray, " V"],
+    references: Integer[np.ndarray, "n W"],
+    lengths: Integer[np.ndarray, " n"],
+) -> Integer[np.ndarray, " n"]:
+    """Tokens of each reference that the text has, given how often it has each."""
+    real = np.arange(references.shape[1]) < lengths[:, None]
+    return np.count_nonzero((counts > 0).take(references) & real, axis=1)
 
 
-def _longest(text: str, reference: str, above: int, stop: int) -> int:
+def _occurring_as_often(
+    counts: Integer[np.ndarray, " V"],
+    references: Integer[np.ndarray, "n W"],
+    lengths: Integer[np.ndarray, " n"],
+) -> Integer[np.ndarray, " n"]:
+    """Size of the intersection of text and each reference as multisets."""
+    offsets = np.arange(references.shape[1])
+    padded = np.where(offsets < lengths[:, None], references, len(counts))
+    padded.sort(axis=1)
+    begins = np.ones(padded.shape, bool)  # of a run of equal tokens
+    begins[:, 1:] = padded[:, 1:] != padded[:, :-1]
+    before = offsets - np.maximum.accumulate(np.where(begins, offsets, 0), axis=1)
+    return np.count_nonzero(np.append(counts, 0).take(padded) > before, axis=1)
+
+
+def _no_numbers(size: int, width: int) -> Integer[np.ndarray, " V"]:
+    """The table that `_longest` uses, for `size` tokens and references of up to `width`."""
+    return np.zeros(size, np.uint8 if width <= 0xFF else np.uint32)
+
+
+def _longest(
+    text: Integer[np.ndarray, " T"],
+    reference: Integer[np.ndarray, " W"],
+    numbers: Integer[np.ndarray, " V"],
+    above: int,
+    stop: int,
+) -> int:
     """Longest common subsequence within any window, if more than `above`, else `above`.
 
-    Branch and bound over the first position of the window: the subsequence with the union of many
+    The tokens of the reference are numbered from 1 (in the table `numbers`, zero before and after),
+    and all others taken out of the text: what is left is short, and fits in bytes.
+
+    First the window with most tokens of the reference, which decides for nearly all copies. Then
+    branch and bound over the first position of the window: the subsequence with the union of many
     windows bounds that with each of them. Ends early when `stop` is reached.
     """
+    numbers[reference] = np.arange(1, len(reference) + 1)
+    numbered, pattern = numbers.take(text), _as_sequence(numbers.take(reference))
+    numbers[reference] = 0
+    inside = _as_sequence(numbered)
+    if LCSseq.similarity(inside, pattern, score_cutoff=above + 1) <= above:
+        return above
+    places = np.flatnonzero(numbered > 0)  # in the text, of what is inside
     span = 2 * len(reference)  # a window from i holds i … i + span
-    members = set(reference)
-    starts = [i for i, token in enumerate(text) if token in members]
-    best = above
-    ranges = [(0, len(starts) - 1)] if starts else []
+    ends = np.searchsorted(places, places + span, side="right")
+    fullest = int(np.argmax(ends - np.arange(len(ends))))
+    window = inside[fullest : ends[fullest]]
+    best = max(above, LCSseq.similarity(window, pattern, score_cutoff=above + 1))
+    ranges = [(0, len(places) - 1)]
     while ranges and best < stop:
         low, high = ranges.pop()
-        first, end = starts[low], min(starts[high] + span + 1, len(text))
-        bound = LCSseq.similarity(text[first:end], reference, score_cutoff=best + 1)
+        bound = LCSseq.similarity(inside[low : ends[high]], pattern, score_cutoff=best + 1)
         if bound <= best:
             continue
-        if end - first <= span + 1:  # the union is itself a window
+        if ends[high] == ends[low]:  # the union is itself a window
             best = bound
         else:
             middle = (low + high) // 2
             ranges += [(middle + 1, high), (low, middle)]
     return best
+
+
+def _as_sequence(numbers: Integer[np.ndarray, " n"]) -> bytes | str:
+    """Numbers without zeros, one item each: rapidfuzz compares those without boxing integers."""
+    if numbers.dtype == np.uint8:
+        return numbers.tobytes().translate(None, b"\0")
+    return numbers[numbers > 0].astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")

@@ -10,7 +10,7 @@ from m3jax.retrieval.embed import LexicalEmbedder
 from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.index import Index, build_index
 from m3jax.retrieval.retriever import Retriever
-from m3jax.text.overlap import overlap
+from m3jax.text.overlap import overlap, which_exceed
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,29 @@ def test_the_filter_stops_when_it_has_enough(index, references, queries, rows, m
     monkeypatch.setattr(retriever_module, "which_exceed", counting)
     Retriever(index, references, 12, 0.9).retrieve(queries, rows, 3)
     assert compared == [3] * len(queries)
+
+
+def test_queries_of_one_text_share_its_comparisons(index, references, queries, rows, monkeypatch):
+    """The chunks of a row: same result and counts as alone, every reference compared once."""
+    near = [queries[0], queries[1], queries[0], f"{queries[0]} {queries[2]}"]
+    compared = []
+
+    def recording(text, tokens, lengths, threshold):
+        compared.append(tokens)
+        return which_exceed(text, tokens, lengths, threshold)
+
+    monkeypatch.setattr(retriever_module, "which_exceed", recording)
+    for against in ([rows[0]] * 4, [rows[0], rows[1], rows[0], rows[1]]):
+        together, alone = (Retriever(index, references, 12, 0.5) for _ in range(2))
+        compared.clear()
+        ids = together.retrieve(near, against, 3)
+        once = np.concatenate(compared)
+        for i in range(4):
+            found = alone.retrieve(near[i : i + 1], against[i : i + 1], 3)
+            np.testing.assert_array_equal(found[0], ids[i])
+        assert together.report() == alone.report() and together.dropped > 0
+        if against[1] is rows[0]:
+            assert len(np.unique(once, axis=0)) == len(once)
 
 
 def test_more_wanted_than_candidates(index, references, queries):

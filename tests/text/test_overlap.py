@@ -82,3 +82,69 @@ def test_many_references_with_padding():
     assert 5 < sum(expected) < 55
     np.testing.assert_array_equal(which_exceed(t, references, lengths, 0.8), expected)
     assert which_exceed(t, references[:0], lengths[:0], 0.8).shape == (0,)
+
+
+def _adversarial(rng):
+    """A text and a reference with repeats, decoys and stretched copies."""
+    alphabet = int(rng.integers(1, 9))
+    r = rng.integers(0, alphabet, rng.integers(1, 8))
+    parts = []
+    for kind in rng.choice(["copy", "stretched", "scrambled", "one", "noise"], rng.integers(1, 6)):
+        if kind == "copy":
+            parts.append(r[rng.integers(0, len(r)) :])
+        elif kind == "stretched":  # around the edge of the window
+            gap = int(rng.integers(0, 5))
+            parts.append(np.stack([r, *[np.full(len(r), 99)] * gap], axis=1).ravel())
+        elif kind == "scrambled":  # fills a window with the right tokens in the wrong order
+            parts.append(rng.permutation(np.tile(r, 2)))
+        elif kind == "one":
+            parts.append(np.full(rng.integers(1, 6), r[0]))
+        else:
+            parts.append(rng.integers(0, alphabet + 3, rng.integers(1, 9)))
+    return np.concatenate(parts), r
+
+
+def test_property_every_threshold_on_and_beside_the_edge():
+    rng = np.random.default_rng(11)
+    for _ in range(100):
+        t, r = _adversarial(rng)
+        expected = _slow_overlap(t, r)
+        assert overlap(t, r) == expected
+        edges = np.arange(len(r) + 1) / len(r)
+        for threshold in {*edges, *np.nextafter(edges[1:], 0), *np.nextafter(edges[:-1], 1)}:
+            assert exceeds(t, r, threshold) == (expected > threshold), (t, r, threshold)
+
+
+def test_property_many_references_as_each_alone():
+    rng = np.random.default_rng(12)
+    for _ in range(10):
+        texts, rs = zip(*(_adversarial(rng) for _ in range(7)), strict=True)
+        t = np.concatenate(texts)[rng.integers(0, 5) :]
+        lengths = np.array([len(r) for r in rs])
+        references = rng.integers(0, 9, (7, 9))  # padding that looks like tokens
+        for row, r in zip(references, rs, strict=True):
+            row[: len(r)] = r
+        expected = np.array([_slow_overlap(t, r) for r in rs])
+        for threshold in (0.0, 0.5, 2 / 3, 0.9, 1.0):
+            found = which_exceed(t, references, lengths, threshold)
+            np.testing.assert_array_equal(found, expected > threshold)
+
+
+def test_the_fullest_window_need_not_be_the_best():
+    r = np.arange(20)
+    decoy = np.tile(r[::-1], 3)  # every window is full of r's tokens, in the wrong order
+    t = np.concatenate([decoy, np.full(60, 99), r[:15], np.full(60, 99), decoy])
+    assert overlap(t, r) == 15 / 20
+    assert exceeds(t, r, 0.74) and not exceeds(t, r, 0.75)
+
+
+@pytest.mark.parametrize("width", [254, 255, 256, 300, 1000])
+def test_references_with_more_tokens_than_a_byte_numbers(width):
+    rng = np.random.default_rng(width)
+    r = rng.permutation(width) + 10
+    t = np.concatenate([rng.permutation(r), np.full(3 * width, 5), r, r[::-1]])
+    t[-2 * width : -width : 4] = 5  # a copy without every fourth token
+    shared = width - len(range(0, width, 4))
+    # The reversed copy behind it adds at most one token.
+    assert shared <= overlap(t, r) * width <= shared + 1
+    assert exceeds(t, r, 0.7) and not exceeds(t, r, 0.8)
