@@ -21,6 +21,7 @@ import m3jax
 from m3jax import config as config_lib
 from m3jax.config import PREFIX_TOKENS, prefix_tokens
 from m3jax.data.pipeline import Pipeline, open_pipeline
+from m3jax.evaluation.bench_overlap import overlap
 from m3jax.evaluation.llama import MissingLlama, llama_step
 from m3jax.memory.write import write_bank
 from m3jax.mesh import host_rows, make_mesh, to_global
@@ -113,7 +114,11 @@ def writer(rounds: int = 3) -> dict[str, Figures]:
     return {"ratios": {"encode_share": median.pop("encode_share")}, "seconds": median}
 
 
-BENCHMARKS: dict[str, Callable[[], dict[str, Figures]]] = {"train": train, "writer": writer}
+BENCHMARKS: dict[str, Callable[..., dict[str, Figures]]] = {
+    "train": train,
+    "writer": writer,
+    "overlap": overlap,
+}
 _SOURCES = ("none", "precomputed", "online")
 
 

@@ -1,0 +1,168 @@
+"""Benchmark of the overlap filter: pairs of a text row and a retrieved reference a second a core.
+
+A row of T tokens has T/64 chunks, each of which found 16 references, as in training; all of them
+are compared with the row at once. Seconds are CPU seconds of all threads of the process, so that a
+second is one of one core however many threads a library starts, and other programs do not count.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from m3jax.data.rows import Rows
+from m3jax.retrieval.index import Index
+from m3jax.text.corpus import Corpus
+from m3jax.text.overlap import overlap as windowed
+from m3jax.text.overlap import which_exceed
+from m3jax.text.references import References
+from m3jax.text.tokenizer import Tokenizer
+
+ROW_LENGTHS = (512, 2048)
+THRESHOLDS = {"train": 0.9, "evaluation": 2 / 3}
+CHUNK, CANDIDATES = 64, 16
+
+
+class Pairs(NamedTuple):
+    """A row and the references that its chunks found; a reference is there once per finder."""
+
+    text: np.ndarray  # tokens of the row
+    references: np.ndarray  # (n, W), padded behind `lengths`
+    lengths: np.ndarray  # (n,)
+
+
+def overlap(
+    rounds: int = 5, rows: int = 8, workdir: str | Path | None = None
+) -> dict[str, dict[str, float]]:
+    """The filter, and its time over that of the measure itself for every pair.
+
+    Args:
+      rounds: how often both are timed, in turn.
+      rows: rows of each length.
+      workdir: folder of `launch/prepare.py` whose rows and index are used; default: made text.
+
+    Returns:
+      For rows of 512 and 2048 tokens and the thresholds of training and evaluation `ratios`:
+      `filter_over_windowed…`; `pairs_per_second`; `shares` of pairs above the thresholds, and
+      the median overlap, by which made text can be compared with real text.
+
+    Raises:
+      TextError, RetrievalError: the workdir is not prepared or has too few tokens.
+    """
+    ratios, speed, shares = {}, {}, {}
+    for length in ROW_LENGTHS:
+        pairs = made_pairs(length, rows) if workdir is None else _found_pairs(workdir, length, rows)
+        measured = np.concatenate([_windowed(item) for item in pairs])
+        shares[f"median_overlap_row_{length}"] = float(np.median(measured))
+        for name, threshold in THRESHOLDS.items():
+            case = f"row_{length}_{name}"
+            seconds, ratios[f"filter_over_windowed_{case}"] = _timed(pairs, threshold, rounds)
+            speed[case] = len(measured) / seconds
+            shares[f"above_{name}_row_{length}"] = float(np.mean(measured > threshold))
+    return {"ratios": ratios, "pairs_per_second": speed, "shares": shares}
+
+
+def _timed(pairs: list[Pairs], threshold: float, rounds: int) -> tuple[float, float]:
+    """Median CPU seconds of the filter, and median ratio to the measure, round by round."""
+
+    def seconds(work: Callable[[Pairs], np.ndarray]) -> float:
+        begin = time.process_time()
+        for item in pairs:
+            work(item)
+        return time.process_time() - begin
+
+    def filtered(item: Pairs) -> np.ndarray:
+        return which_exceed(item.text, item.references, item.lengths, threshold)
+
+    filtered(pairs[0])
+    times = [(seconds(filtered), seconds(_windowed)) for _ in range(rounds)]
+    ratio = statistics.median(one / other for one, other in times)
+    return statistics.median(one for one, _ in times), ratio
+
+
+def _windowed(item: Pairs) -> np.ndarray:
+    """The measure of every pair, `(n,)`."""
+    both = zip(item.references, item.lengths, strict=True)
+    return np.array([windowed(item.text, tokens[:length]) for tokens, length in both])
+
+
+def _found_pairs(workdir: str | Path, length: int, rows: int) -> list[Pairs]:
+    """Rows of a prepared corpus with what the index finds for their chunks."""
+    workdir = Path(workdir)
+    tokenizer = Tokenizer.load(workdir / "tokenizer")
+    references = References.open(workdir / "references")
+    index = Index.open(workdir / "index", references)
+    corpus = Rows(Corpus.open(workdir / "corpus" / "train"), length, CHUNK, "concat")
+    chosen = np.random.default_rng(0).permutation(len(corpus))[:rows]
+    pairs = []
+    for row in chosen.tolist():
+        text = corpus[row].tokens
+        queries = [tokenizer.decode(text[low : low + CHUNK]) for low in range(0, length, CHUNK)]
+        found, scores = index.search(index.embedder.embed(queries), CANDIDATES)
+        ids = found[(found >= 0) & (scores > 0)]
+        pairs.append(Pairs(text, references.tokens(ids), np.asarray(references.lengths)[ids]))
+    return pairs
+
+
+# Made text. The constants are fitted to English Wikipedia with a vocabulary of 8192, of which
+# docs/performance.md has the figures: tokens by the law of Zipf and Mandelbrot, mixed with those of
+# a topic; every article is also cut into references, so that a chunk finds its own text.
+_VOCABULARY, _WIDTH, _ARTICLE = 8192, 128, 4096
+_TOPIC_TOKENS, _TOPIC_SHARES, _RARE_SHARES = 400, (0.0, 0.4), (0.0, 0.4)
+_FROM_ARTICLE, _EDITED = 0.38, 0.04  # shares of a chunk's candidates
+
+
+def made_pairs(length: int, rows: int, seed: int = 0) -> list[Pairs]:
+    """Invented rows with references as retrieval finds them: copies, edited copies, same topic.
+
+    Args:
+      length: tokens T of a row, at most 4096.
+      rows: how many.
+      seed: of all draws.
+    """
+    rng = np.random.default_rng([seed, length])
+    return [_made_row(rng, length) for _ in range(rows)]
+
+
+def _made_row(rng: np.random.Generator, length: int) -> Pairs:
+    topic = rng.choice(_VOCABULARY, _TOPIC_TOKENS, replace=False)
+    article = _draw(rng, topic, _ARTICLE)
+    begin = int(rng.integers(0, _ARTICLE - length + 1))
+    cuts = np.cumsum(np.clip(rng.normal(106, 28, _ARTICLE // 60), 40, _WIDTH).astype(int))
+    own = [piece[:_WIDTH] for piece in np.split(article, cuts[cuts < _ARTICLE])]
+    pieces = []
+    for first in range(begin, begin + length, CHUNK):
+        edges = np.searchsorted(cuts, (first, first + CHUNK - 1), side="right")
+        pieces += [own[at] for at in edges.tolist()]  # the text of the chunk itself
+        for draw in rng.random(CANDIDATES - len(edges)):
+            piece = own[rng.integers(len(own))]
+            if draw >= _FROM_ARTICLE:
+                piece = _draw(rng, topic, len(piece))
+            if draw < _EDITED:
+                changed = rng.random(len(piece)) < rng.uniform(0.02, 0.4)
+                piece = np.where(changed, _draw(rng, topic, len(piece)), piece)
+            pieces.append(piece)
+    references = np.zeros((len(pieces), _WIDTH), np.int32)
+    for row, piece in zip(references, pieces, strict=True):
+        row[: len(piece)] = piece
+    lengths = np.array([len(piece) for piece in pieces], np.int32)
+    return Pairs(article[begin : begin + length], references, lengths)
+
+
+def _draw(rng: np.random.Generator, topic: np.ndarray, count: int) -> np.ndarray:
+    """Tokens of the whole vocabulary by frequency, some of the topic, some seldom ones (names)."""
+    tokens = rng.choice(_VOCABULARY, count, p=_zipf(_VOCABULARY))
+    special = topic[rng.choice(len(topic), count, p=_zipf(len(topic)))]
+    tokens = np.where(rng.random(count) < rng.uniform(*_TOPIC_SHARES), special, tokens)
+    rare = rng.random(count) < rng.uniform(*_RARE_SHARES)
+    return np.where(rare, rng.integers(0, _VOCABULARY, count), tokens)
+
+
+def _zipf(count: int) -> np.ndarray:
+    weights = (np.arange(count) + 2.0) ** -1.1
+    return weights / weights.sum()
