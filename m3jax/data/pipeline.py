@@ -115,7 +115,7 @@ class Pipeline:
         return None if self.bank is None or self.bank.codec.plain else self.bank.codec.decode
 
     def report(self) -> dict[str, int]:
-        """Counters since the start: chunks, chunks left without a reference, references dropped."""
+        """Counters since the start: chunks, chunks without a reference, those of the retriever."""
         with self._lock:
             counts = dict(self._counts)
         if self.retriever is not None:

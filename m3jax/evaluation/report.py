@@ -17,6 +17,7 @@ from m3jax.memory.storage import BankError
 from m3jax.model.transformer import Model, Params
 from m3jax.retrieval.retriever import Retriever
 from m3jax.train.checkpoints import restore_params
+from m3jax.train.metrics import dropped_share
 
 
 def evaluate(
@@ -49,6 +50,7 @@ def evaluate(
     check_reader(pipeline, meta, checkpoint)
     evaluator = LossEvaluator(config, pipeline)
     losses = evaluator(params)
+    counts = pipeline.report()
     report: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "step": meta["step"],
@@ -56,7 +58,7 @@ def evaluate(
         "rows": evaluator.rows,
         "bank_version": None if pipeline.version is None else pipeline.version.number,
         **losses,
-        "retrieval": pipeline.report(),
+        "retrieval": {**counts, **dropped_share({}, counts)},
     }
     if questions is not None:
         report["questions"] = _answer(config, pipeline, model, params, questions)
@@ -125,4 +127,14 @@ def table(report: dict[str, Any]) -> str:
             key = f"accuracy_{mode}"
             line += f" {questions[key]:.4f} |" if key in questions else " – |"
         lines.append(line)
+    if "dropped_share" in report["retrieval"]:
+        lines += ["", _retrieved(report["retrieval"])]
     return "\n".join(lines)
+
+
+def _retrieved(counts: dict[str, Any]) -> str:
+    return (
+        f"retrieval: {counts['searched']} chunks searched; {counts['dropped_share']:.1%} of the"
+        f" references found dropped for their overlap with the row; {counts['unfilled']} places"
+        " left empty"
+    )

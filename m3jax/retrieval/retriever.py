@@ -21,7 +21,8 @@ class Retriever:
 
     Attributes:
       searched: queries that were searched: those with a word that the knowledge base knows.
-      dropped: references that were found and dropped for their overlap.
+      returned: references that were found and given.
+      dropped: references that were found before the last of these and dropped for their overlap.
       unfilled: places of the results that stayed −1.
     """
 
@@ -50,7 +51,7 @@ class Retriever:
             )
         self.index, self.references = index, references
         self.candidates, self.overlap_limit = candidates, overlap_limit
-        self.searched = self.dropped = self.unfilled = 0
+        self.searched = self.returned = self.dropped = self.unfilled = 0
         self._lock = threading.Lock()
 
     def retrieve(
@@ -92,6 +93,7 @@ class Retriever:
                 dropped += leaking
         with self._lock:
             self.searched += len(searched)
+            self.returned += int((ids >= 0).sum())
             self.dropped += dropped
             self.unfilled += int((ids < 0).sum())
         return ids
@@ -127,7 +129,8 @@ class Retriever:
     def report(self) -> dict[str, int]:
         """The counters since this retriever was made."""
         with self._lock:
-            return {"searched": self.searched, "dropped": self.dropped, "unfilled": self.unfilled}
+            names = ("searched", "returned", "dropped", "unfilled")
+            return {name: getattr(self, name) for name in names}
 
 
 def _by_text(texts: Sequence[np.ndarray]) -> list[list[int]]:

@@ -31,7 +31,7 @@ from m3jax.train.checkpoints import (
     restore_params,
 )
 from m3jax.train.clock import Clock, Device, Speed
-from m3jax.train.metrics import Metrics, read_metrics, time_spent
+from m3jax.train.metrics import Metrics, dropped_share, read_metrics, time_spent
 from m3jax.train.objective import Decode, inputs
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.plots import plot_stages
@@ -207,6 +207,7 @@ class _Loop:
         self.pipeline, self.evaluate = pipeline, evaluate
         self.checkpoints, self.progress = checkpoints, progress
         self.metrics: Metrics | None = None  # on the first process only
+        self.retrieval: Mapping[str, float] = {}  # counters of the line before
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.clock, self.device = clock, Device()
         self.speed = Speed(config, mesh, clock)
@@ -300,6 +301,7 @@ class _Loop:
         train = self.config.train
         self.progress.update(step, values["loss"], self.speed.tokens_per_second)
         if step % train.log_every == 0 or step == train.steps:
+            before, self.retrieval = self.retrieval, dict(self.pipeline.report())
             self._write(
                 {
                     "step": step,
@@ -310,7 +312,10 @@ class _Loop:
                     "parameter_norm": values["parameter_norm"],
                     "learning_rate": values["learning_rate"],
                     **self.speed.report(),
-                    "retrieval": dict(self.pipeline.report()),
+                    "retrieval": {
+                        **self.retrieval,
+                        **dropped_share(before, self.retrieval),
+                    },
                 }
             )
 

@@ -70,6 +70,16 @@ def describe_time(spent: Mapping[str, float]) -> str:
     return f"{duration} since the first start: {spent['goodput']:.0%} steps (goodput), {parts}"
 
 
+def dropped_share(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
+    """Of the references found between two reports of a retriever, the share that leaked.
+
+    Returns:
+      `dropped_share`, or {} where nothing was found in between.
+    """
+    dropped, returned = (now.get(n, 0) - before.get(n, 0) for n in ("dropped", "returned"))
+    return {"dropped_share": dropped / (dropped + returned)} if dropped + returned > 0 else {}
+
+
 class Metrics:
     """Writes the metrics of one run.
 

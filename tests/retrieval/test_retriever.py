@@ -70,6 +70,7 @@ def test_drops_exactly_what_the_slow_measure_says(index, references, queries, ro
     assert dropped > 10
     assert retriever.report() == {
         "searched": len(queries),
+        "returned": int((ids >= 0).sum()),
         "dropped": dropped,
         "unfilled": int((ids < 0).sum()),
     }
@@ -97,7 +98,12 @@ def test_queries_without_words_find_nothing(index, references, queries, rows):
     retriever = Retriever(index, references, 12, 0.9)
     ids = retriever.retrieve(["", queries[0], " …!", "unheardof"], rows[:4], 2)
     assert (ids[[0, 2, 3]] == -1).all() and (ids[1] >= 0).all()
-    assert retriever.report() == {"searched": 1, "dropped": retriever.dropped, "unfilled": 6}
+    assert retriever.report() == {
+        "searched": 1,
+        "returned": 2,
+        "dropped": retriever.dropped,
+        "unfilled": 6,
+    }
     assert retriever.retrieve([], [], 2).shape == (0, 2)
     assert retriever.retrieve(["", ""], None, 2).tolist() == [[-1, -1]] * 2
 

@@ -227,6 +227,23 @@ def test_diverged_run_stops_and_names_the_last_checkpoint(tmp_path):
     assert not (tmp_path / "warmup" / "checkpoints" / "9").exists()
 
 
+def test_every_line_has_the_share_of_references_dropped_since_the_line_before(tmp_path):
+    class Counting(SyntheticPipeline):
+        lines = iter([(0, 0), (30, 10), (30, 10), (40, 40), (40, 50), (140, 50)])
+
+        def report(self):
+            returned, dropped = next(self.lines)
+            return {"returned": returned, "dropped": dropped}
+
+    config = tiny_config()
+    pipeline = Counting(config, lambda step: None)
+    train(config, tmp_path, pipeline=pipeline, tokenizer_fingerprint=FINGERPRINT)
+    lines = [line["retrieval"] for line in read_metrics(tmp_path / config.stage) if "loss" in line]
+    shares = [line.get("dropped_share") for line in lines]
+    assert shares == [None, 0.25, None, 0.75, 1.0, 0.0]
+    assert lines[-1]["dropped"] == 50
+
+
 def test_metrics_after_the_checkpoint_are_dropped(tmp_path):
     metrics = Metrics(tmp_path, 0)
     for step in range(1, 6):
