@@ -16,6 +16,7 @@ SCRIPTS = (
     "train",
     "write_bank",
     "evaluate",
+    "leakage",
     "quickstart",
     "bench",
     "compile",
@@ -105,6 +106,10 @@ def test_a_run_from_text_to_a_table(tmp_path, compilation_cache):
     assert report["shift"] == 1 and report["step"] == 6 and report["questions"]["count"] == 1
     for mode in ("memory", "none", "wrong"):
         assert f"{report[f'loss_{mode}']:.4f}" in shown
+    assert "references found dropped" in shown
+    leaks = succeed("leakage", continual, *run, "--against=validation", cache=cache)
+    assert "| overlap |" in leaks
+    assert (workdir / "report" / "leakage.png").read_bytes().startswith(b"\x89PNG")
     again = succeed("train", continual, *run, f"--init_from={workdir}/warmup", cache=cache)
     assert "checkpoint" in again
     assert (workdir / "continual" / "loss.png").stat().st_size > 10_000
@@ -116,6 +121,9 @@ def test_mistakes_end_with_one_message(tmp_path):
     cases = {
         ("prepare", "--config=configs/wiki_small.py", workdir, "--documents=/nowhere"): "/nowhere",
         ("train", "--config=configs/wiki_small.py:stage=neither", workdir): "accepted",
+        ("leakage", "--config=configs/wiki_small.py", workdir): "prepare.py",
+        ("leakage", "--config=configs/wiki_small.py", workdir, "--threshold=2"): "between 0 and 1",
+        ("bench", "train", workdir): "leave it out",
     }
     for arguments, words in cases.items():
         done = call(*arguments)

@@ -1,0 +1,191 @@
+"""How much of what retrieval finds stands in the text already: the leakage report.
+
+Rows of a corpus, or questions, retrieve without the overlap filter, each chunk with its own text;
+every reference found is compared with the whole row (Memory³ §6.1).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from m3jax.data.pipeline import open_references
+from m3jax.data.rows import Rows
+from m3jax.retrieval.index import Index
+from m3jax.retrieval.retriever import Retriever
+from m3jax.text.corpus import Corpus
+from m3jax.text.overlap import overlap
+from m3jax.text.references import References
+from m3jax.text.tokenizer import PAD, Tokenizer
+
+SPLITS = ("train", "validation")
+BINS = 30  # of the histogram over 0 … 1; 2/3 and 0.9 are edges
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+_EXAMPLES = 4  # of each kind
+
+
+class LeakageError(ValueError):
+    """Something that no report can be made of. The message names the remedy."""
+
+
+class Text(NamedTuple):
+    """What must not leak: a row of a corpus, or a question."""
+
+    name: str
+    tokens: np.ndarray
+
+
+class Pair(NamedTuple):
+    """A text, a reference that it found, and their overlap."""
+
+    overlap: float
+    text: Text
+    reference: int
+
+
+def leakage(
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    against: str = "train",
+    sample: int = 1000,
+    threshold: float = 0.9,
+) -> dict[str, Any]:
+    """Retrieves for a sample of texts and measures the overlap of all that is found.
+
+    Args:
+      config: a validated config.
+      workdir: folder of `launch/prepare.py`.
+      against: `train`, `validation`, or a .jsonl file of questions (`prompt` or `question`). For a
+        question, often shorter than a reference, the overlap is that of the reference with the
+        question or of the question with the reference, whichever is larger.
+      sample: most texts, drawn at random with the config's seed.
+      threshold: overlap above which a reference is dropped.
+
+    Returns:
+      `texts`, `queries`, `pairs`: counts; `quantiles` of the overlap; `histogram` (counts of BINS
+      equal bins over 0 … 1); `above`, share of pairs above the threshold, 0.9 and 2/3;
+      `queries_leaking`, share of queries whose best find is above the threshold, `queries_emptied`,
+      share of queries all of whose finds are; `dropped`, the pairs with most overlap, and
+      `kept`, those with most that the threshold lets through: `overlap`, `key`, `title`, `text`,
+      `reference`, `name` of the text, no title twice. And the arguments.
+
+    Raises:
+      LeakageError: arguments out of range, unusable questions, or nothing found.
+      TextError, RetrievalError: the workdir is not prepared.
+    """
+    if not 0 <= threshold <= 1:
+        raise LeakageError(f"threshold = {threshold}: an overlap is between 0 and 1")
+    if sample < 1:
+        raise LeakageError(f"sample = {sample}: an empty sample says nothing; take at least 1 text")
+    workdir = Path(workdir)
+    tokenizer = Tokenizer.load(workdir / "tokenizer")
+    rng = np.random.default_rng(config.seed)
+    if against in SPLITS:
+        texts = _rows(config, workdir / "corpus" / against, sample, rng)
+    else:
+        texts = _questions(Path(against), tokenizer, sample, rng)
+    references = open_references(config, workdir / "references", tokenizer)
+    index = Index.open(workdir / "index", references)
+    retriever = Retriever(index, references, config.retrieval.candidates, 1.0)
+    pairs, of_queries = [], []
+    for text in tqdm(texts, desc="leakage", unit="text", disable=None, dynamic_ncols=True):
+        ids = _found(text, tokenizer, retriever, config.memory.chunk_length)
+        found = np.unique(ids[ids >= 0]).tolist()
+        measured = {i: _overlap(text, references, i, against) for i in found}
+        pairs += [Pair(value, text, i) for i, value in measured.items()]
+        of_queries += [[measured[i] for i in row if i >= 0] for row in ids.tolist()]
+    values = np.array([value for query in of_queries for value in query])
+    if not len(values):
+        raise LeakageError(
+            f"no reference was found for any of {len(texts)} texts of {against}: they share no word"
+            " with the knowledge base; look at the text, or prepare again with other --knowledge"
+        )
+    queries = [query for query in of_queries if query]
+    limits = {f"{limit:.3g}": limit for limit in sorted({2 / 3, 0.9, threshold})}
+    return {
+        "against": against,
+        "threshold": threshold,
+        "texts": len(texts),
+        "queries": len(queries),
+        "pairs": len(values),
+        "quantiles": {str(q): float(np.quantile(values, q)) for q in _QUANTILES},
+        "histogram": np.histogram(values, BINS, (0, 1))[0].tolist(),
+        "above": {name: float(np.mean(values > limit)) for name, limit in limits.items()},
+        "queries_leaking": float(np.mean([query[0] > threshold for query in queries])),
+        "queries_emptied": float(np.mean([min(query) > threshold for query in queries])),
+        "dropped": _examples([p for p in pairs if p.overlap > threshold], references, tokenizer),
+        "kept": _examples([p for p in pairs if p.overlap <= threshold], references, tokenizer),
+    }
+
+
+def _rows(config: ConfigDict, folder: Path, sample: int, rng: np.random.Generator) -> list[Text]:
+    data = config.data
+    rows = Rows(Corpus.open(folder), data.row_length, config.memory.chunk_length, data.packing)
+    chosen = np.sort(rng.permutation(len(rows))[:sample]).tolist()
+    return [Text(f"row {row} of {folder.name}", rows[row].tokens) for row in chosen]
+
+
+def _questions(
+    path: Path, tokenizer: Tokenizer, sample: int, rng: np.random.Generator
+) -> list[Text]:
+    if not path.is_file():
+        raise LeakageError(f"{path}: no such file; give train, validation or a .jsonl of questions")
+    texts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            prompt = record["prompt"] if "prompt" in record else record["question"]
+            tokens = np.asarray(tokenizer.encode(prompt))
+        except (ValueError, KeyError, TypeError) as error:
+            raise LeakageError(
+                f"{path}:{number}: expected a JSON object with a text in `prompt` or `question`"
+                f" ({error!r})"
+            ) from error
+        texts.append(Text(f"{path.name}:{number}", tokens))
+    if not any(len(text.tokens) for text in texts):
+        raise LeakageError(f"{path} holds no question; give a JSON object with `prompt` on a line")
+    return [texts[i] for i in np.sort(rng.permutation(len(texts))[:sample]).tolist()]
+
+
+def _found(text: Text, tokenizer: Tokenizer, retriever: Retriever, chunk: int) -> np.ndarray:
+    """Ids `(chunks, candidates)` of what every chunk finds, best first, −1 = nothing more."""
+    starts = range(0, max(1, len(text.tokens) - 1), chunk)  # the last token of a row is a target
+    queries = [tokenizer.decode(text.tokens[low : low + chunk]) for low in starts]
+    return retriever.retrieve(queries, None, retriever.candidates)
+
+
+def _overlap(text: Text, references: References, i: int, against: str) -> float:
+    reference = references.tokens([i])[0, : references.lengths[i]]
+    found = overlap(text.tokens, reference)
+    return found if against in SPLITS else max(found, overlap(reference, text.tokens))
+
+
+def _examples(
+    pairs: list[Pair], references: References, tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    """The pairs with most overlap; of the pairs of one title only the first."""
+    chosen: dict[str, dict[str, Any]] = {}
+    for value, text, i in sorted(pairs, key=lambda pair: -pair.overlap):
+        reference = references[i]
+        title = reference.title or reference.key
+        if title not in chosen:
+            shown = tokenizer.decode(_densest(text.tokens, reference.tokens))
+            names = {"overlap": value, "key": reference.key, "title": title, "name": text.name}
+            chosen[title] = {**names, "text": shown, "reference": reference.text}
+        if len(chosen) == _EXAMPLES:
+            break
+    return list(chosen.values())
+
+
+def _densest(text: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """The part of the text, as long as the reference, with most tokens of the reference."""
+    shared = np.concatenate([[0], np.cumsum(np.isin(text, reference) & (text != PAD))])
+    length = min(len(reference), len(text))
+    begin = int(np.argmax(shared[length:] - shared[:-length]))
+    return text[begin : begin + length]
