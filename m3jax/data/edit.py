@@ -41,13 +41,12 @@ from m3jax.retrieval.embed import load_embedder, make_embedder
 from m3jax.retrieval.index import build_index
 from m3jax.text.documents import Document
 from m3jax.text.files import checksum, digest, sync_folder, write_atomically, write_sealed
-from m3jax.text.layers import LayeredReferences
+from m3jax.text.layers import AnyReferences, LayeredReferences
 from m3jax.text.references import References, copy_references, write_references
 from m3jax.text.tokenizer import Tokenizer
 
 # Writes the memories of references: (references, folder, a bank whose codebooks and memories serve)
 WriteMemories = Callable[[References, Path, Bank], Any]
-AnyReferences = References | LayeredReferences
 
 
 def edit(

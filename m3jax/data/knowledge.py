@@ -30,7 +30,7 @@ from m3jax.retrieval.index import Index
 from m3jax.retrieval.layers import LayeredIndex
 from m3jax.text.documents import TextError
 from m3jax.text.files import checksum, read_sealed, write_sealed
-from m3jax.text.layers import LayeredReferences
+from m3jax.text.layers import AnyReferences, LayeredReferences
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 
@@ -213,9 +213,7 @@ def require_unedited(workdir: Path) -> None:
         )
 
 
-def open_references(
-    config: ConfigDict, version: Version, tokenizer: Tokenizer
-) -> References | LayeredReferences:
+def open_references(config: ConfigDict, version: Version, tokenizer: Tokenizer) -> AnyReferences:
     """The knowledge base of a version, checked against tokenizer and config."""
     layers = []
     for layer in version.layers:
@@ -234,7 +232,7 @@ def open_references(
     return LayeredReferences(layers, version.removed)
 
 
-def open_index(version: Version, references: References | LayeredReferences) -> Any:
+def open_index(version: Version, references: AnyReferences) -> Any:
     """The index of a version: an `Index`, or a `LayeredIndex` with the same methods."""
     if isinstance(references, References):
         return Index.open(version.layers[0] / "index", references)
@@ -245,7 +243,7 @@ def open_index(version: Version, references: References | LayeredReferences) -> 
     return LayeredIndex(layers, version.removed, references.fingerprint)
 
 
-def open_bank(version: Version, references: References | LayeredReferences) -> Any:
+def open_bank(version: Version, references: AnyReferences) -> Any:
     """The bank of a version: a `Bank`, or a `LayeredBank` with the same methods."""
     layers = [Bank.open(folder / "bank") for folder in version.layers]
     if isinstance(references, References):

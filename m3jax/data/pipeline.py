@@ -25,8 +25,7 @@ from m3jax.model.attention import ExplicitMemory
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
 from m3jax.text.documents import TextError
-from m3jax.text.layers import LayeredReferences
-from m3jax.text.references import References
+from m3jax.text.layers import AnyReferences
 from m3jax.text.tokenizer import Tokenizer
 
 Batch = dict[str, Any]
@@ -57,7 +56,7 @@ class Pipeline:
         config: ConfigDict,
         rows: Rows,
         tokenizer: Tokenizer,
-        references: References | LayeredReferences | None = None,
+        references: AnyReferences | None = None,
         retriever: Retriever | None = None,
         bank: Bank | LayeredBank | None = None,
         *,
@@ -223,7 +222,7 @@ def open_pipeline(
 def check_bank(
     config: ConfigDict,
     bank: Bank | LayeredBank,
-    references: References | LayeredReferences,
+    references: AnyReferences,
     tokenizer: Tokenizer,
 ) -> None:
     """Refuses a bank that does not fit config, references or tokenizer, whoever wrote it."""

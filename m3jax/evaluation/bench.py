@@ -7,7 +7,6 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +20,12 @@ import m3jax
 from m3jax import config as config_lib
 from m3jax.config import PREFIX_TOKENS, prefix_tokens
 from m3jax.data.pipeline import Pipeline, open_pipeline
+from m3jax.evaluation.bench_bank import bank
 from m3jax.evaluation.bench_overlap import overlap
+from m3jax.evaluation.bench_quantizer import quantizer
 from m3jax.evaluation.llama import MissingLlama, llama_step
+from m3jax.evaluation.timing import Figures, paired
+from m3jax.memory.bank import Bank
 from m3jax.memory.write import write_bank
 from m3jax.mesh import host_rows, make_mesh, to_global
 from m3jax.model.transformer import Model
@@ -36,8 +39,6 @@ from m3jax.train.objective import inputs
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import abstract_state, init_state
 from m3jax.train.step import make_step
-
-Figures = dict[str, float]
 
 
 def environment() -> dict[str, Any]:
@@ -53,26 +54,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def paired(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> tuple[float, ...]:
-    """Median seconds of the first, of the second, and the median of their ratios round by round."""
-    first(), second()  # compile and warm caches
-    times: list[tuple[float, float]] = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        first()
-        middle = time.perf_counter()
-        second()
-        times.append((middle - begin, time.perf_counter() - middle))
-    ratio = statistics.median(a / b for a, b in times)
-    medians = (statistics.median(column) for column in zip(*times, strict=True))
-    return (*medians, ratio)
-
-
 def train(rounds: int = 12) -> dict[str, Figures]:
     """Step time of precomputed and online memories over warmup; of the pipeline over a repeat.
 
     Returns:
-      `ratios`: `precomputed_over_warmup`, `online_over_warmup`, `pipeline_over_repeat`, and where
+      `ratios`: `precomputed_over_warmup`, `online_over_warmup`, `pipeline_over_repeat`,
+      `decoding_over_precomputed` (memories decoded in the step from 14 bytes each), and where
       the extra `parity` is installed `warmup_over_hf_llama`, against Hugging Face's Llama in torch
       at the same shape, dtype and cores; `seconds`: the median step times behind them.
     """
@@ -88,6 +75,14 @@ def train(rounds: int = 12) -> dict[str, Figures]:
         seconds["pipeline"], seconds["repeat"], ratios["pipeline_over_repeat"] = paired(
             fed.from_pipeline, fed.repeat, rounds
         )
+        coded = _shape("precomputed", compression="vector")
+        _write(coded, workdir, workdir / "coded", Bank.open(workdir / "bank"))
+        decoding = _Stage(coded, workdir, workdir / "coded")
+        (
+            seconds["decoding"],
+            seconds["precomputed_beside_decoding"],
+            ratios["decoding_over_precomputed"],
+        ) = paired(decoding.repeat, fed.repeat, rounds)
         tokens = np.asarray(stages["none"].same["tokens"])
         try:
             llama = llama_step(_shape("none"), tokens)
@@ -118,11 +113,13 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Figures]]] = {
     "train": train,
     "writer": writer,
     "overlap": overlap,
+    "bank": bank,
+    "quantizer": quantizer,
 }
 _SOURCES = ("none", "precomputed", "online")
 
 
-def _shape(source: str) -> ConfigDict:
+def _shape(source: str, compression: str = "none") -> ConfigDict:
     """A shape small enough for a CPU whose proportions are those of a real one."""
     config = config_lib.default()
     config.memory.source = source
@@ -136,7 +133,7 @@ def _shape(source: str) -> ConfigDict:
     config.data.row_length, config.data.batch_rows = 512, 4
     config.data.threads, config.data.prefetch = 2, 4
     config.retrieval.shift = 1
-    config.writer.batch_references = 64
+    config.writer.batch_references, config.writer.compression = 64, compression
     return config_lib.validate(config)
 
 
@@ -165,7 +162,9 @@ def _workdir(config: ConfigDict, bank: bool = True) -> Iterator[Path]:
         yield workdir
 
 
-def _write(config: ConfigDict, workdir: Path, folder: Path) -> dict[str, Any]:
+def _write(
+    config: ConfigDict, workdir: Path, folder: Path, base: Bank | None = None
+) -> dict[str, Any]:
     model = Model(config)
     return write_bank(
         config,
@@ -176,19 +175,20 @@ def _write(config: ConfigDict, workdir: Path, folder: Path) -> dict[str, Any]:
         tokenizer_fingerprint=Tokenizer.load(workdir / "tokenizer").fingerprint,
         prefix_tokens=PREFIX_TOKENS,
         progress=False,
+        base=base,
     )
 
 
 class _Stage:
     """The train step of one memory source, fed by the pipeline or with the same batch again."""
 
-    def __init__(self, config: ConfigDict, workdir: Path):
+    def __init__(self, config: ConfigDict, workdir: Path, bank: Path | None = None):
         self.mesh = make_mesh(config)
         model = Model(config, prefix_tokens(config), self.mesh)
         optimizer = make_optimizer(config)
         abstract = abstract_state(model, optimizer, self.mesh)
         self.state = init_state(config, model, optimizer, abstract, None)
-        self.pipeline: Pipeline = open_pipeline(config, workdir)
+        self.pipeline: Pipeline = open_pipeline(config, workdir, bank=bank)
         decode = self.pipeline.decode
         self.step = make_step(config, model, self.mesh, optimizer, abstract, decode)
         self.batches = self.pipeline.batches(0)

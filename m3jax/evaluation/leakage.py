@@ -14,13 +14,12 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from m3jax.data.pipeline import open_references
+from m3jax.data.knowledge import open_index, open_references, open_version
 from m3jax.data.rows import Rows
-from m3jax.retrieval.index import Index
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
+from m3jax.text.layers import AnyReferences
 from m3jax.text.overlap import overlap
-from m3jax.text.references import References
 from m3jax.text.tokenizer import PAD, Tokenizer
 
 SPLITS = ("train", "validation")
@@ -90,8 +89,9 @@ def leakage(
         texts = _rows(config, workdir / "corpus" / against, sample, rng)
     else:
         texts = _questions(Path(against), tokenizer, sample, rng)
-    references = open_references(config, workdir / "references", tokenizer)
-    index = Index.open(workdir / "index", references)
+    version = open_version(workdir)
+    references = open_references(config, version, tokenizer)
+    index = open_index(version, references)
     retriever = Retriever(index, references, config.retrieval.candidates, 1.0)
     pairs, of_queries = [], []
     for text in tqdm(texts, desc="leakage", unit="text", disable=None, dynamic_ncols=True):
@@ -160,14 +160,14 @@ def _found(text: Text, tokenizer: Tokenizer, retriever: Retriever, chunk: int) -
     return retriever.retrieve(queries, None, retriever.candidates)
 
 
-def _overlap(text: Text, references: References, i: int, against: str) -> float:
+def _overlap(text: Text, references: AnyReferences, i: int, against: str) -> float:
     reference = references.tokens([i])[0, : references.lengths[i]]
     found = overlap(text.tokens, reference)
     return found if against in SPLITS else max(found, overlap(reference, text.tokens))
 
 
 def _examples(
-    pairs: list[Pair], references: References, tokenizer: Tokenizer
+    pairs: list[Pair], references: AnyReferences, tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
     """The pairs with most overlap; of the pairs of one title only the first."""
     chosen: dict[str, dict[str, Any]] = {}

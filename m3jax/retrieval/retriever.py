@@ -11,9 +11,8 @@ from jaxtyping import Int64
 from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.index import Index
 from m3jax.retrieval.layers import LayeredIndex
-from m3jax.text.layers import LayeredReferences
+from m3jax.text.layers import AnyReferences
 from m3jax.text.overlap import which_exceed
-from m3jax.text.references import References
 
 
 class Retriever:
@@ -29,7 +28,7 @@ class Retriever:
     def __init__(
         self,
         index: Index | LayeredIndex,
-        references: References | LayeredReferences,
+        references: AnyReferences,
         candidates: int,
         overlap_limit: float,
     ) -> None:

@@ -103,3 +103,6 @@ class LayeredReferences:
                 f"reference {ids[wrong][0]} is removed, or none of 0 … {len(self) - 1}"
             )
         return ids
+
+
+AnyReferences = References | LayeredReferences

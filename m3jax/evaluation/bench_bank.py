@@ -1,0 +1,167 @@
+"""Benchmark `bank`: random reads of memories of the 2.4B model, against reading the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m3jax.evaluation.timing import Figures, paired
+from m3jax.memory import codec as codecs
+from m3jax.memory import storage
+from m3jax.memory.bank import Bank, Binding
+from m3jax.memory.codec import Codec
+from m3jax.memory.quantizer import Codebook
+
+# An explicit memory of Memory³'s 2.4B model: L layers, K heads, P tokens, H numbers, bfloat16.
+_SHAPE = {"layers": 22, "kv_heads": 8, "kept_tokens": 8, "head_dim": 80}
+_READ = 160  # memories a read: 32 rows of a prompt chunk, five each
+_THREADS = 16  # of the plain reads
+
+
+def bank(rounds: int = 9, memories: int = 2048) -> dict[str, Figures]:
+    """Throughput of `Bank.read_stored` over that of 16 threads of `pread` of the same bytes.
+
+    A read is of 160 random memories of 450 560 bytes. Cold: the files are dropped from the page
+    cache before every read. Warm: they are in it, but not in the bank's own cache.
+
+    Returns:
+      `ratios`: `cold_over_pread`, `warm_over_pread` (above 1: the bank is faster) and
+      `compressed_over_bf16`, memories a second of a bank by the vector quantizer over those of
+      bfloat16, both cold. `seconds`: medians of single reads. `rates`: MB and memories a second.
+    """
+    random = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as name:
+        plain = _make(Path(name) / "plain", codecs.plain(80, "bfloat16"), memories)
+        vector = _make(Path(name) / "vector", _codec(random), memories)
+        ids = [np.arange(_READ)]
+
+        def warm() -> None:
+            ids[0] = random.choice(memories, _READ, replace=False)
+
+        def cold() -> None:
+            warm()
+            _drop(Path(name))
+
+        def read(folder: Path) -> None:
+            _open(folder).read_stored(ids[0])  # a new bank has an empty cache
+
+        seconds, ratios = {}, {}
+        with _preader(plain) as pread:
+            for kind, before in (("cold", cold), ("warm", warm)):
+                seconds[f"{kind}_pread"], seconds[kind], ratios[f"{kind}_over_pread"] = paired(
+                    lambda: pread(ids[0]), lambda: read(plain), rounds, before
+                )
+        seconds["cold_bf16"], seconds["cold_compressed"], ratios["compressed_over_bf16"] = paired(
+            lambda: read(plain), lambda: read(vector), rounds, cold
+        )
+        item = _item_bytes(_open(plain))
+    rates = {f"{kind}_MB": _READ * item / seconds[kind] / 1e6 for kind in ("cold", "warm")}
+    rates |= {
+        f"{kind}_memories": _READ / seconds[kind] for kind in ("cold_bf16", "cold_compressed")
+    }
+    return {"ratios": ratios, "seconds": seconds, "rates": rates}
+
+
+def _codec(random: np.random.Generator) -> Codec:
+    """The paper's code with random tables: what is read does not depend on them."""
+
+    def table(*shape: int) -> jax.Array:
+        return jnp.asarray(random.normal(size=shape), jnp.float32)
+
+    rotation = jnp.linalg.qr(table(80, 80))[0]
+    books = [Codebook(rotation, table(2, 2**14, 40), table(8, 2**10, 10)) for _ in range(2)]
+    return Codec(codecs.VECTOR, 80, "bfloat16", (books[0], books[1]))
+
+
+def _make(folder: Path, codec: Codec, memories: int) -> Path:
+    """A bank of random bytes."""
+    binding = Binding("weights", "tokenizer", "references", {**_SHAPE, "dtype": "bfloat16"})
+    item = [_SHAPE[name] for name in ("layers", "kv_heads", "kept_tokens")]
+    sides: dict[str, bytes] = {}
+    if codec.codebooks is not None:
+        sides[storage.CODEBOOK] = codecs.to_bytes(codec, binding.owner)
+    manifest: dict[str, Any] = {
+        "format": storage.FORMAT,
+        "binding": vars(binding),
+        "info": {"writer_step": 0, "writer_path": ""},
+        "codec": codec.name,
+        "shape": [memories, 2, *item, codec.width],
+        "dtype": codec.stored_dtype,
+        "shard_memories": 256,
+        "checksums": {name: storage.checksum(data) for name, data in sides.items()},
+    }
+    folder.mkdir()
+    for file, data in sides.items():
+        storage.write_file(folder, file, data)
+    array = storage.open_array(folder, manifest, cached=False, create=True)
+    dtype = np.dtype(jnp.dtype(codec.stored_dtype))
+    random = np.random.default_rng(1)
+    for low in range(0, memories, 256):
+        count = min(256, memories - low)
+        data = random.bytes(count * int(np.prod(manifest["shape"][1:])) * dtype.itemsize)
+        block = np.frombuffer(data, dtype).reshape(count, *manifest["shape"][1:])
+        array[low : low + count].write(block).result()
+    _MANIFESTS[folder] = manifest
+    return folder
+
+
+_MANIFESTS: dict[Path, dict[str, Any]] = {}
+
+
+def _open(folder: Path) -> Bank:
+    manifest = _MANIFESTS[folder]
+    return Bank(folder, manifest, np.full(manifest["shape"][0], _SHAPE["kept_tokens"], np.uint16))
+
+
+def _item_bytes(bank: Bank) -> int:
+    return bank.bytes // bank.size
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def _drop(folder: Path) -> None:
+    """Drops files from the page cache."""
+    for path in _files(folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _preader(folder: Path) -> Iterator[Any]:
+    """Reads memories with plain `pread`, knowing where each lies."""
+    bank, shard = _open(folder), 256
+    item = _item_bytes(bank)
+    descriptors, offsets = [], []
+    for i in range(storage.shards_of(bank.manifest)):
+        path = folder / storage.shard_key(i)
+        descriptors.append(os.open(path, os.O_RDONLY))
+        index = path.read_bytes()[-(16 * shard + 4) : -4]
+        offsets.append(np.frombuffer(index, "<u8").reshape(shard, 2)[:, 0])
+    pool = ThreadPoolExecutor(_THREADS)
+
+    def one(i: int) -> bytes:
+        return os.pread(descriptors[i // shard], item, int(offsets[i // shard][i % shard]))
+
+    def pread(ids: np.ndarray) -> None:
+        found = list(pool.map(one, ids.tolist()))
+        assert all(len(data) == item for data in found)
+
+    try:
+        yield pread
+    finally:
+        pool.shutdown()
+        for descriptor in descriptors:
+            os.close(descriptor)
