@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from m3jax.memory import codec as codecs
 from m3jax.memory.codec import Codec
 from m3jax.memory.storage import (
+    CACHE_BYTES,
     CODEBOOK,
     COMPLETE,
     HASHES,
@@ -148,20 +149,33 @@ class Bank:
       lengths: real slots of every memory; uint16 or int32 (R,).
     """
 
-    def __init__(self, folder: str | Path, manifest: dict[str, Any], lengths: np.ndarray):
+    def __init__(
+        self,
+        folder: str | Path,
+        manifest: dict[str, Any],
+        lengths: np.ndarray,
+        cache_bytes: int = CACHE_BYTES,
+    ):
         self.folder, self.manifest, self.lengths = folder, manifest, lengths
         self.binding = Binding(**manifest["binding"])
         self.dtype = np.dtype(jax.numpy.dtype(manifest["dtype"]))
         self.codec = _read_codec(folder, manifest, self.binding)
-        self._array = open_array(folder, manifest, cached=True)
+        self._array = open_array(folder, manifest, cache_bytes=cache_bytes)
 
     @classmethod
-    def open(cls, folder: str | Path, expect: Binding | None = None) -> Bank:
+    def open(
+        cls,
+        folder: str | Path,
+        expect: Binding | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> Bank:
         """Opens a finished bank.
 
         Args:
           folder: folder, or URL of a bucket (`gs://…/`).
           expect: what must have written it; None accepts anything.
+          cache_bytes: of what was read last, kept in RAM and shared by threads; least recently used
+            leaves first.
 
         Raises:
           BankError: no bank, an unfinished or damaged one, or one that something else wrote, naming
@@ -177,7 +191,7 @@ class Bank:
                 f"{folder}/{MANIFEST} was changed after the bank was finished; restore it, or"
                 f" delete the folder and run {WRITE_AGAIN}"
             )
-        bank = cls(folder, manifest, read_side_file(folder, manifest, LENGTHS))
+        bank = cls(folder, manifest, read_side_file(folder, manifest, LENGTHS), cache_bytes)
         if expect is not None:
             bank.require(expect)
         return bank
@@ -262,7 +276,7 @@ class Bank:
 
     def damaged_shards(self) -> list[tuple[str, str]]:
         """Reads everything; returns files of damaged or missing shards, and the reasons."""
-        array = open_array(self.folder, self.manifest, cached=False)
+        array = open_array(self.folder, self.manifest)
         shards = range(shards_of(self.manifest))
         found = ((shard_key(shard), self._problem(array, shard)) for shard in shards)
         return [(name, problem) for name, problem in found if problem]
@@ -273,7 +287,7 @@ class Bank:
             target.write(self._array[ids]).result()
         except ValueError as error:
             # The slow way to the name of the file: it does not depend on how messages are worded.
-            array = open_array(self.folder, self.manifest, cached=False)
+            array = open_array(self.folder, self.manifest)
             shards = np.unique(ids // self.manifest["shard_memories"]).tolist()
             problems = [problem for shard in shards if (problem := self._problem(array, shard))]
             found = "; ".join(problems) or f"unreadable: {error}"

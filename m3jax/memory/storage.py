@@ -32,8 +32,7 @@ LENGTHS, HASHES = "lengths.npy", "record_hashes.npy"
 CODEBOOK = "codebook.npz"
 ARRAY = "memories.zarr/"
 WRITE_AGAIN = "launch/write_bank.py"
-# Holds the shard indexes (16 bytes a memory) and the memories read last.
-_CACHE_BYTES = 256 << 20
+CACHE_BYTES = 256 << 20  # default of readers
 _IO_THREADS = 32
 
 
@@ -122,14 +121,14 @@ def complete_stamp(manifest: bytes) -> bytes:
 
 
 def open_array(
-    folder: str | Path, manifest: dict[str, Any], *, cached: bool, create: bool = False
+    folder: str | Path, manifest: dict[str, Any], *, cache_bytes: int = 0, create: bool = False
 ) -> ts.TensorStore:
     """The TensorStore array of all memories as they are stored, `(R, 2, L, K, P, width)`.
 
     Args:
       folder: the bank.
       manifest: its manifest: shape, dtype, memories a shard.
-      cached: keep shard indexes and memories read last in memory.
+      cache_bytes: of shard indexes (16 bytes a memory) and memories, those read last, kept in RAM.
       create: replace what is there by an empty array.
 
     Raises:
@@ -154,7 +153,7 @@ def open_array(
     }
     context = ts.Context(
         {
-            "cache_pool": {"total_bytes_limit": _CACHE_BYTES if cached else 0},
+            "cache_pool": {"total_bytes_limit": cache_bytes},
             "file_io_concurrency": {"limit": _IO_THREADS},
         }
     )

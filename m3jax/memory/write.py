@@ -200,7 +200,7 @@ class _Build:
 
     def write(self, shards: Iterator[tuple[int, np.ndarray]], bar: tqdm) -> None:
         """Writes shards in parallel, each whole and in one call."""
-        array = storage.open_array(self.folder, self.manifest, cached=False)
+        array = storage.open_array(self.folder, self.manifest)
         running: collections.deque[tuple[int, Future[None]]] = collections.deque()
         pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="bank")
 
@@ -356,7 +356,7 @@ def _prepare(folder: str | Path, manifest: dict[str, Any], sides: dict[str, byte
         if storage.read_file(folder, name) != data:
             storage.write_file(folder, name, data)
     if there is None:
-        storage.open_array(folder, manifest, cached=False, create=True)
+        storage.open_array(folder, manifest, create=True)
         text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
         storage.write_file(folder, storage.MANIFEST, text.encode())
     missing = storage.missing_shards(folder, manifest)
