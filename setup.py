@@ -33,6 +33,7 @@ CORE = [
     "optax>=0.2.6,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "rapidfuzz>=3.10,<4",
+    "safetensors>=0.8,<0.9",
     f"scann>=1.4.2,<1.5; {SCANN_WHEELS}",
     "tensorboardX>=2.6.2,<3",
     "tensorflow-datasets>=4.9.7,<5",  # its data sources and metadata; TensorFlow stays out

@@ -43,10 +43,11 @@ def main(argv: list[str]) -> None:
     config = validate(_CONFIG.value)
     workdir = Path(str(_WORKDIR.value))
     require_unedited(workdir)
+    embedder = make_embedder(config)  # first: what is wrong with an encoder is known at once
     prepare_text(config, workdir, str(_DOCUMENTS.value), _KNOWLEDGE.value, _LIMIT.value)
 
     references = References.open(workdir / "references")
-    build_index(references, make_embedder(config), workdir / "index", config)
+    build_index(references, embedder, workdir / "index", config)
     print(f"index: {len(references)} references in {workdir / 'index'}")
 
 

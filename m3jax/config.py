@@ -2,7 +2,8 @@
 
 A file in `configs/` calls `default()`, changes fields and returns the result; `validate` refuses
 what cannot work before anything is allocated. Paths are never part of a config: they are flags of
-the launch scripts.
+the launch scripts. The one exception is `retrieval.encoder`, which is a choice of what to compute
+as the embedder's name is.
 """
 
 from __future__ import annotations
@@ -155,8 +156,41 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
         "whose text is a chunk's query in training: 0 its own, 1 the previous chunk's (causal)",
         (0, 1),
     ),
-    "retrieval.embedder": ("lexical", "embedder of queries and references", ("lexical",)),
-    "retrieval.dimension": (512, "width of the lexical embedding", "[8, inf)"),
+    "retrieval.embedder": (
+        "lexical",
+        "embedder of queries and references: lexical (words, no model) or bert (a pretrained"
+        " encoder of the BERT family)",
+        ("lexical", "bert"),
+    ),
+    "retrieval.dimension": (
+        512,
+        "width of the lexical embedding; with bert the index has the encoder's own width, and only"
+        " launch/plan.py reads this field",
+        "[8, inf)",
+    ),
+    "retrieval.encoder": (
+        "",
+        "folder of the encoder (config.json, model.safetensors, tokenizer.json); empty with"
+        " lexical",
+        None,
+    ),
+    "retrieval.pooling": (
+        "auto",
+        "how the encoder's tokens become one vector: their mean, the first one (cls), or what its"
+        " folder says in 1_Pooling/config.json (auto)",
+        ("auto", "mean", "cls"),
+    ),
+    "retrieval.encoder_batch": (
+        16,
+        "texts that one device encodes at a time; fewer above 512 tokens. A single query costs as"
+        " much as a whole batch, so that its embedding never depends on company",
+        "[1, inf)",
+    ),
+    "retrieval.encoder_dtype": (
+        "float32",
+        "dtype of the encoder's weights and products",
+        ("float32", "bfloat16"),
+    ),
     "retrieval.candidates": (16, "references fetched before the overlap filter", "[1, inf)"),
     "retrieval.overlap_train": (
         0.9,
@@ -384,6 +418,13 @@ def validate(config: ConfigDict) -> ConfigDict:
         "retrieval.candidates",
         config.retrieval.candidates,
         "must be at least memory.per_chunk and memory.per_prompt_chunk",
+    )
+    _require(
+        (config.retrieval.embedder == "bert") == bool(config.retrieval.encoder),
+        "retrieval.encoder",
+        config.retrieval.encoder,
+        "names the encoder's folder with retrieval.embedder = 'bert' and is empty with 'lexical';"
+        f" it is {config.retrieval.embedder!r}",
     )
     _require(
         config.optimizer.rise_steps <= train.steps,

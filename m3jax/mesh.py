@@ -121,6 +121,17 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(_arrange(sizes, devices[:used]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def local_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh for what every process computes alone: rows are split over all of its devices.
+
+    Args:
+      devices: devices of this process; default all.
+    """
+    devices = jax.local_devices() if devices is None else devices
+    shape = tuple(len(devices) if axis == "data" else 1 for axis in AXES)
+    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def _arrange(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
     """Devices in the shape of the mesh, along the links of the machine."""
     shape = tuple(sizes[axis] for axis in AXES)

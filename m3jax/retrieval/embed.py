@@ -2,7 +2,8 @@
 
 `LexicalEmbedder` needs no model: TF-IDF of words, hashed into a dense vector (feature hashing,
 Weinberger et al., arXiv 0902.2206). Every sum in it is exact, so that the same text has the same
-bytes in any batch, thread, process and order of texts.
+bytes in any batch, thread, process and order of texts. `neural.NeuralEmbedder` runs a pretrained
+encoder.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ import threading
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
 from ml_collections import ConfigDict
 
 from m3jax.retrieval.errors import RetrievalError
+from m3jax.retrieval.spec import read_spec, write_spec
 from m3jax.text.files import digest, write_atomically
+
+if TYPE_CHECKING:
+    from m3jax.retrieval.neural import NeuralEmbedder
 
 
 @runtime_checkable
@@ -40,6 +45,10 @@ class Embedder(Protocol):
     @property
     def fingerprint(self) -> str:
         """Hex digest of everything the embedding of a text depends on."""
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What `save` writes to `embedder.json`: JSON that `load` needs."""
 
     def fit(self, texts: Iterable[str]) -> None:
         """Learns from the texts of the knowledge base; replaces what was learnt before."""
@@ -62,7 +71,6 @@ class Embedder(Protocol):
         """The embedder that `save` wrote."""
 
 
-_SPEC = "embedder.json"
 _DF = "document_frequency.npy"
 _WORD = re.compile(r"\w+")
 # The same for ASCII, three times faster: what is no word character becomes a space.
@@ -201,6 +209,16 @@ class LexicalEmbedder:
         """Hex digest of the hashing scheme, the dimension and the document frequencies."""
         return self._fingerprint
 
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What `save` writes beside the word frequencies."""
+        return {
+            "name": self.name,
+            "dimension": self.dimension,
+            "documents": self.documents,
+            "fingerprint": self.fingerprint,
+        }
+
     def _frequencies(self) -> np.ndarray:
         if self._df is None:
             raise RetrievalError(
@@ -295,13 +313,7 @@ class LexicalEmbedder:
         buffer = io.BytesIO()
         np.save(buffer, self._frequencies())
         write_atomically(folder / _DF, buffer.getvalue())
-        spec = {
-            "name": self.name,
-            "dimension": self.dimension,
-            "documents": self.documents,
-            "fingerprint": self.fingerprint,
-        }
-        write_atomically(folder / _SPEC, json.dumps(spec, indent=2, sort_keys=True).encode())
+        write_spec(folder, self.spec)
 
     @classmethod
     def load(cls, folder: str | Path) -> LexicalEmbedder:
@@ -310,7 +322,7 @@ class LexicalEmbedder:
         Raises:
           RetrievalError: files are missing, damaged, or of another hashing scheme.
         """
-        spec = _read_spec(folder)
+        spec = read_spec(folder)
         try:
             embedder = cls(int(spec["dimension"]))
             frequencies = np.load(Path(folder) / _DF, allow_pickle=False).astype(np.int64)
@@ -328,34 +340,41 @@ class LexicalEmbedder:
         return embedder
 
 
-_EMBEDDERS: dict[str, type[LexicalEmbedder]] = {LexicalEmbedder.name: LexicalEmbedder}
-
-
-def _read_spec(folder: str | Path) -> dict:
-    try:
-        return json.loads((Path(folder) / _SPEC).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise RetrievalError(
-            f"{folder} holds no readable {_SPEC} ({error}); build the index again"
-        ) from error
+_EMBEDDERS = (LexicalEmbedder.name, "bert")
 
 
 def make_embedder(config: ConfigDict) -> Embedder:
-    """The unfitted embedder that `config.retrieval.embedder` names."""
-    name = config.retrieval.embedder
-    if name not in _EMBEDDERS:
+    """The embedder that `config.retrieval.embedder` names; the lexical one is not fitted yet.
+
+    Raises:
+      RetrievalError: an unknown name, or an encoder that cannot be used.
+    """
+    retrieval = config.retrieval
+    if retrieval.embedder not in _EMBEDDERS:
         raise RetrievalError(
-            f"config.retrieval.embedder = {name!r} is unknown; one of {', '.join(_EMBEDDERS)}"
+            f"config.retrieval.embedder = {retrieval.embedder!r} is unknown; one of"
+            f" {', '.join(_EMBEDDERS)}"
         )
-    return _EMBEDDERS[name](config.retrieval.dimension)
+    if retrieval.embedder == LexicalEmbedder.name:
+        return LexicalEmbedder(retrieval.dimension)
+    return _neural()(
+        retrieval.encoder, retrieval.pooling, retrieval.encoder_batch, retrieval.encoder_dtype
+    )
 
 
 def load_embedder(folder: str | Path) -> Embedder:
     """The embedder saved in a folder, of whatever kind its `embedder.json` names."""
-    name = _read_spec(folder).get("name")
+    name = read_spec(folder).get("name")
     if name not in _EMBEDDERS:
         raise RetrievalError(
             f"{folder} was written by the embedder {name!r}, which this version does not have; it"
             f" has {', '.join(_EMBEDDERS)}"
         )
-    return _EMBEDDERS[name].load(folder)
+    return LexicalEmbedder.load(folder) if name == LexicalEmbedder.name else _neural().load(folder)
+
+
+def _neural() -> type[NeuralEmbedder]:
+    """Imported where it is used: it brings JAX, which the lexical embedder does without."""
+    from m3jax.retrieval.neural import NeuralEmbedder
+
+    return NeuralEmbedder

@@ -29,6 +29,7 @@ from m3jax.retrieval.search import (
     import_scann,
     scann_settings,
 )
+from m3jax.retrieval.spec import read_spec
 from m3jax.text.files import (
     TEMPORARY,
     checksum,
@@ -55,7 +56,8 @@ def build_index(
     """Embeds all references and writes a searchable index; replaces another index in `folder`.
 
     A build that was killed leaves no manifest; the next call keeps the embeddings it finished.
-    Where `folder` holds the very index asked for, nothing is done.
+    Where `folder` holds the very index asked for, nothing is done; but if its embedder is now kept
+    at another place, the index learns that place.
 
     Args:
       references: the knowledge base.
@@ -87,6 +89,10 @@ def build_index(
         "settings": settings,
     }
     if _holds(folder, identity):
+        if read_spec(folder / _EMBEDDER) != embedder.spec:
+            (folder / MANIFEST).unlink()  # a build killed now keeps the embeddings
+            embedder.save(folder / _EMBEDDER)
+            _write_manifest(folder, identity)
         return
     _clear(folder, identity)
     embedder.save(folder / _EMBEDDER)
@@ -215,6 +221,12 @@ class Index:
         self.fingerprint: str = digest(json.dumps(identity, sort_keys=True))
         self.references_fingerprint: str = identity["references"]
         self.embedder: Embedder = load_embedder(folder / _EMBEDDER)
+        if self.embedder.dimension != self.dimension:
+            raise _damaged(
+                folder / _EMBEDDER,
+                f"makes embeddings of width {self.embedder.dimension}, but the index has"
+                f" {self.dimension}",
+            )
         shards = [np.load(path, mmap_mode="r") for path in _shards(folder, self.size)]
         scann = import_scann() if self.kind == "scann" else None
         if self.kind == "scann" and scann is None:

@@ -1,0 +1,176 @@
+"""The BERT encoder (Devlin et al., arXiv 1810.04805): a pure function of a pytree of parameters.
+
+Post-norm blocks, learnt positions, exact GELU. RoBERTa (arXiv 1907.11692) differs in how tokens are
+numbered: from the one after the padding token's id.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+Params = dict[str, Any]
+Pooling = Literal["mean", "cls"]
+
+QUERY_BLOCK = 256  # queries whose scores exist at a time where a row is longer than twice this
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Sizes of an encoder.
+
+    Attributes:
+      layers, heads, hidden, mlp_width, vocabulary: L, N, D, F, V.
+      positions: rows of the table of positions.
+      types: rows of the table of token types, of which only the first is used.
+      padding: None: positions count from 0 (BERT). Else the padding token's id, from which they
+        count, padding left out (RoBERTa).
+      norm_epsilon: of LayerNorm.
+    """
+
+    layers: int
+    heads: int
+    hidden: int
+    mlp_width: int
+    vocabulary: int
+    positions: int
+    types: int
+    padding: int | None
+    norm_epsilon: float
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a row that have positions."""
+        return self.positions - (0 if self.padding is None else self.padding + 1)
+
+
+def encode(
+    architecture: Architecture,
+    pooling: Pooling,
+    params: Params,
+    tokens: Int32[Array, "B T"],
+    lengths: Int32[Array, " B"],
+) -> Float32[Array, "B D"]:
+    """Embeds rows of tokens.
+
+    Args:
+      architecture: sizes of the encoder.
+      pooling: `mean` of a row's tokens, or its first (`cls`).
+      params: a pytree. `embedding`: `words` (V, D), `positions`, `types`, `norm_scale` and
+        `norm_bias` (D,). `layers`, each with L in front: `qkv` (D, 3·D), `output` (D, D), `up`
+        (D, F), `down` (F, D), their `…_bias`, and scale and bias of `attention_norm` and
+        `mlp_norm`. Their dtype is that of the products; norms, softmax and pooling are in float32.
+      tokens: padded on the right, with the padding token where `architecture.padding` says so.
+      lengths: tokens of each row that are real; a row of length 0 gives what has no meaning.
+
+    Returns:
+      Rows of length 1.
+    """
+    h_BTD = hidden_states(architecture, params, tokens, lengths).astype(jnp.float32)
+    if pooling == "cls":
+        pooled_BD = h_BTD[:, 0]
+    else:
+        real_BT = _real(tokens, lengths).astype(jnp.float32)
+        pooled_BD = (h_BTD * real_BT[:, :, None]).sum(1) / jnp.maximum(real_BT.sum(1), 1)[:, None]
+    norm_B = jnp.sqrt(jnp.square(pooled_BD).sum(-1))
+    return pooled_BD / jnp.maximum(norm_B, 1e-12)[:, None]
+
+
+def hidden_states(
+    architecture: Architecture,
+    params: Params,
+    tokens: Int32[Array, "B T"],
+    lengths: Int32[Array, " B"],
+) -> Float[Array, "B T D"]:
+    """The last layer's output, for the arguments of `encode`."""
+    real_BT = _real(tokens, lengths)
+    table = params["embedding"]
+    h_BTD = table["words"][tokens] + table["types"][:1, None]
+    h_BTD = h_BTD + table["positions"][_positions(architecture, tokens)]
+    h_BTD = _norm(architecture, h_BTD, table["norm_scale"], table["norm_bias"])
+
+    def block(h_BTD: jax.Array, layer: Params) -> tuple[jax.Array, None]:
+        attended = _attention(architecture, layer, h_BTD, real_BT)
+        attended = _dense(attended, layer["output"], layer["output_bias"])
+        h_BTD = _norm(
+            architecture,
+            h_BTD + attended,
+            layer["attention_norm_scale"],
+            layer["attention_norm_bias"],
+        )
+        up_BTF = _dense(h_BTD, layer["up"], layer["up_bias"])
+        up_BTF = jax.nn.gelu(up_BTF, approximate=False)
+        down_BTD = _dense(up_BTF, layer["down"], layer["down_bias"])
+        scale, bias = layer["mlp_norm_scale"], layer["mlp_norm_bias"]
+        return _norm(architecture, h_BTD + down_BTD, scale, bias), None
+
+    return jax.lax.scan(block, h_BTD, params["layers"])[0]
+
+
+def _real(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    """(B, T): which tokens are not padding."""
+    return jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
+
+
+def _positions(architecture: Architecture, tokens: jax.Array) -> jax.Array:
+    """(1 or B, T): rows of the table of positions."""
+    if architecture.padding is None:
+        # The length of a row may be padded beyond the table.
+        return jnp.minimum(jnp.arange(tokens.shape[1]), architecture.positions - 1)[None, :]
+    counted = tokens != architecture.padding
+    return jnp.where(counted, jnp.cumsum(counted, axis=1), 0) + architecture.padding
+
+
+def _precision(x: jax.Array) -> jax.lax.Precision:
+    """Accelerators would round float32 factors to fewer bits by default."""
+    exact = x.dtype == jnp.float32
+    return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+
+
+def _dense(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+    return jnp.matmul(x, weight, precision=_precision(x)) + bias[None, None]
+
+
+def _norm(architecture: Architecture, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    wide = wide - wide.mean(-1, keepdims=True)
+    variance = jnp.square(wide).mean(-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(variance + architecture.norm_epsilon)
+    scale, bias = scale.astype(jnp.float32), bias.astype(jnp.float32)
+    return (wide * scale[None, None] + bias[None, None]).astype(x.dtype)
+
+
+def _attention(
+    architecture: Architecture, layer: Params, h_BTD: jax.Array, real_BT: jax.Array
+) -> jax.Array:
+    """Every token attends to all real ones: (B, T, D)."""
+    B, T, D = h_BTD.shape
+    N, H = architecture.heads, architecture.hidden // architecture.heads
+    qkv = _dense(h_BTD, layer["qkv"], layer["qkv_bias"]).reshape(B, T, 3, N, H)
+    q_BNTH, k_BNSH, v_BNSH = qkv.transpose(2, 0, 3, 1, 4)  # heads first is faster on CPUs
+    precision = _precision(h_BTD)
+    # Not −inf: a row without a real token would be NaN.
+    hidden = jnp.where(real_BT, 0.0, jnp.finfo(jnp.float32).min)[:, None, None, :]
+
+    def attend(q_BNTH: jax.Array) -> jax.Array:
+        scores_BNTS = jnp.einsum(
+            "BNTH,BNSH->BNTS",
+            q_BNTH,
+            k_BNSH,
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+        weights_BNTS = jax.nn.softmax(scores_BNTS * H**-0.5 + hidden, axis=-1).astype(h_BTD.dtype)
+        return jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH, precision=precision)
+
+    if T <= 2 * QUERY_BLOCK or T % QUERY_BLOCK:
+        attended_BNTH = attend(q_BNTH)
+    else:
+        blocks = q_BNTH.reshape(B, N, T // QUERY_BLOCK, QUERY_BLOCK, H)
+        attended = jax.lax.map(attend, jnp.moveaxis(blocks, 2, 0))
+        attended_BNTH = jnp.moveaxis(attended, 0, 2).reshape(B, N, T, H)
+    return attended_BNTH.swapaxes(1, 2).reshape(B, T, D)

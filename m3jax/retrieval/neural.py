@@ -1,0 +1,186 @@
+"""`NeuralEmbedder`: a BERT-family encoder as an `Embedder`, on all devices of this process.
+
+A text is padded to a length that depends on its own tokens alone, in calls whose shape depends on
+that length alone; and within a call no row sees another. So a text embeds to the same bits with any
+other texts, in any order and on any number of devices of one kind; other kinds of devices, versions
+of XLA or `rows` may change the last bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float32
+
+from m3jax.mesh import ACTIVATIONS, batch_sharding, local_mesh, on_devices, replicated
+from m3jax.retrieval.bert import Architecture, Pooling, encode
+from m3jax.retrieval.errors import RetrievalError
+from m3jax.retrieval.pretrained import read_pretrained
+from m3jax.retrieval.spec import read_spec, write_spec
+from m3jax.text.files import digest
+
+# Tokens that a text is padded to: at most a half more than it has. Beyond twice the query block of
+# the attention these are multiples of it.
+_BUCKETS = tuple(size for i in range(4, 18) for size in (2**i, 3 * 2 ** (i - 1)))
+_FULL = 512  # tokens up to which a call has all its rows; longer texts come in fewer
+_BLOCK = 4096  # texts tokenized at a time
+
+
+@functools.lru_cache(maxsize=8)
+def _program(architecture: Architecture, pooling: Pooling, mesh: Mesh) -> Any:
+    """The jitted `encode` of a mesh: every device encodes its rows."""
+    rows = ACTIVATIONS.spec(("batch",))
+    function = functools.partial(encode, architecture, pooling)
+    return jax.jit(on_devices(mesh, function, (replicated(mesh).spec, rows, rows), rows))
+
+
+class NeuralEmbedder:
+    """A pretrained encoder: mean or first token of the last layer, normalised.
+
+    Needs no fitting. The index stores the path and the fingerprint of the encoder's folder, not its
+    weights.
+    """
+
+    name = "bert"
+    fitted = True
+
+    def __init__(
+        self,
+        folder: str | Path,
+        pooling: Literal["auto", "mean", "cls"] = "auto",
+        rows: int = 16,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        """Reads an encoder and places it on the devices.
+
+        Args:
+          folder: a Hugging Face folder, see `read_pretrained`.
+          pooling: `auto` takes what the folder says.
+          rows: texts one device encodes at a time; fewer above 512 tokens.
+          dtype: of weights and products.
+          devices: default all of this process.
+
+        Raises:
+          RetrievalError: something in the folder is missing or unfit.
+        """
+        self.folder = Path(folder).expanduser().resolve()
+        found = read_pretrained(self.folder, pooling)
+        self.dimension = found.architecture.hidden
+        self.pooling, self.max_length = found.pooling, found.max_length
+        self.rows, self.dtype = rows, dtype
+        self._fingerprint = digest(self.name, found.fingerprint, dtype)
+        self._tokenizer, self._lower = found.tokenizer, found.lower
+        self._special = found.tokenizer.num_special_tokens_to_add(False)
+        self._padding = found.architecture.padding or 0
+        self._mesh = local_mesh(devices)
+        self._sharding = batch_sharding(self._mesh)
+        cast = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), found.params)
+        self._params = jax.device_put(cast, replicated(self._mesh))
+        self._encode = _program(found.architecture, found.pooling, self._mesh)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of weights, sizes, tokenizer, pooling, longest text and dtype."""
+        return self._fingerprint
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What `save` writes."""
+        return {
+            "name": self.name,
+            "dimension": self.dimension,
+            "folder": str(self.folder),
+            "pooling": self.pooling,
+            "rows": self.rows,
+            "dtype": self.dtype,
+            "fingerprint": self.fingerprint,
+        }
+
+    def fit(self, texts: Iterable[str]) -> None:
+        """Does nothing: the encoder has learnt already."""
+
+    def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
+        """Embeds texts; longer ones than `max_length` tokens are cut.
+
+        Returns:
+          (n, dimension) float32; rows of length 1, or of zeros for a text without a token.
+        """
+        embeddings = np.zeros((len(texts), self.dimension), np.float32)
+        for start in range(0, len(texts), _BLOCK):
+            part = embeddings[start : start + _BLOCK]
+            running = [
+                (rows, self._encode(self._params, *jax.device_put(batch, self._sharding)))
+                for rows, batch in self._batches(texts[start : start + _BLOCK])
+            ]
+            for rows, found in running:
+                part[rows] = jax.device_get(found)[: len(rows)]
+        return embeddings
+
+    def _batches(
+        self, texts: Sequence[str]
+    ) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]]:
+        """Positions of texts, and the tokens (rows, bucket) and lengths (rows,) of a call."""
+        cleaned = [text.strip() for text in texts]  # as sentence-transformers does
+        if self._lower:
+            cleaned = [text.lower() for text in cleaned]
+        ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(cleaned)]
+        lengths = np.array([len(found) for found in ids], np.int32)
+        buckets = np.array(_BUCKETS)[np.searchsorted(_BUCKETS, lengths)]
+        embedded = lengths > self._special
+        for bucket in np.unique(buckets[embedded]).tolist():
+            size = self._rows(bucket) * self._mesh.size
+            chosen = np.flatnonzero(embedded & (buckets == bucket))
+            for start in range(0, len(chosen), size):
+                rows = chosen[start : start + size]
+                tokens = np.full((size, bucket), self._padding, np.int32)
+                real = np.zeros(size, np.int32)
+                real[: len(rows)] = lengths[rows]
+                for row, i in enumerate(rows.tolist()):
+                    tokens[row, : len(ids[i])] = ids[i]
+                yield rows, (tokens, real)
+
+    def _rows(self, bucket: int) -> int:
+        """Rows of one device in a call with texts of this length."""
+        return max(1, min(self.rows, self.rows * _FULL // bucket))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `embedder.json`, which names the encoder's folder and its fingerprint."""
+        write_spec(folder, self.spec)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> NeuralEmbedder:
+        """Reads what `save` wrote, and the encoder's folder.
+
+        Raises:
+          RetrievalError: the encoder's folder is gone, or holds another encoder than then.
+        """
+        spec = read_spec(folder)
+        remedy = (
+            "put the encoder back there, or run launch/prepare.py with config.retrieval.encoder ="
+            " its folder now; the same encoder at another place costs no new embeddings"
+        )
+        try:
+            path = Path(spec["folder"])
+            arguments = spec["pooling"], spec["rows"], spec["dtype"]
+            expected = spec["fingerprint"]
+        except KeyError as error:
+            raise RetrievalError(
+                f"the embedder in {folder} is damaged (no {error}); build the index again"
+            ) from error
+        if not path.is_dir():
+            raise RetrievalError(f"{folder} needs the encoder {path}, which is missing; {remedy}")
+        embedder = cls(path, *arguments)
+        if embedder.fingerprint != expected:
+            raise RetrievalError(
+                f"{folder} was written with another encoder than {path} holds now (fingerprint"
+                f" {expected}; now {embedder.fingerprint}); {remedy}"
+            )
+        return embedder

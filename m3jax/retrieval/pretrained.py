@@ -1,0 +1,297 @@
+"""Folders of encoders as Hugging Face and sentence-transformers write them: read and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+import tokenizers
+from safetensors import SafetensorError, safe_open
+
+from m3jax.retrieval.bert import Architecture, Params, Pooling
+from m3jax.retrieval.errors import RetrievalError
+from m3jax.text.files import checksum, digest
+
+_FAMILIES = {"bert": False, "roberta": True, "xlm-roberta": True}  # positions count from padding?
+_MODULES = ("Transformer", "Pooling", "Normalize")  # of sentence-transformers
+_POOLING = "1_Pooling/config.json"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = ("F32", "F16", "BF16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """An encoder read from a folder.
+
+    Attributes:
+      architecture: its sizes.
+      params: float32 arrays on the host, as `bert.encode` takes them.
+      pooling: how tokens become one vector.
+      tokenizer: adds the special tokens, cuts at `max_length`, does not pad.
+      max_length: most tokens of a text, special ones included.
+      lower: texts are lower-cased before the tokenizer sees them.
+      fingerprint: hex digest of weights, tokenizer and all of the above.
+    """
+
+    architecture: Architecture
+    params: Params
+    pooling: Pooling
+    tokenizer: tokenizers.Tokenizer
+    max_length: int
+    lower: bool
+    fingerprint: str
+
+
+def read_pretrained(folder: Path, pooling: Literal["auto", "mean", "cls"]) -> Pretrained:
+    """Reads an encoder: `config.json`, `model.safetensors` (or its parts), `tokenizer.json`.
+
+    Args:
+      folder: what `save_pretrained` writes or a model's page offers for download.
+      pooling: `auto` takes what `1_Pooling/config.json` says.
+
+    Raises:
+      RetrievalError: the folder or a file is missing, damaged, or of a model that is not a BERT,
+        RoBERTa or XLM-RoBERTa encoder; a tensor is missing or has another shape.
+    """
+    if not folder.is_dir():
+        raise RetrievalError(
+            f"there is no folder {folder}; set config.retrieval.encoder to the folder of a"
+            " downloaded encoder, with config.json, model.safetensors and tokenizer.json"
+        )
+    architecture = _architecture(folder)
+    _check_modules(folder)
+    chosen = pooling if pooling != "auto" else _pooling(folder)
+    max_length, lower = _limits(folder, architecture)
+    tokenizer, text = _tokenizer(folder, architecture, max_length)
+    files = _weight_files(folder)
+    settings = [1, dataclasses.asdict(architecture), chosen, max_length, lower]
+    fingerprint = digest(json.dumps(settings), text, *map(checksum, files))
+    params = _params(files, architecture)
+    return Pretrained(architecture, params, chosen, tokenizer, max_length, lower, fingerprint)
+
+
+def _json(path: Path, remedy: str, required: bool = True) -> Any:
+    """Content of a JSON file; {} where one that is not required is missing."""
+    if not path.is_file() and not required:
+        return {}
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise RetrievalError(f"{path} is missing or damaged ({error}); {remedy}") from error
+
+
+def _architecture(folder: Path) -> Architecture:
+    path = folder / "config.json"
+    config = _json(path, "an encoder's folder needs the config.json it was published with")
+    family = config.get("model_type")
+    if family not in _FAMILIES:
+        raise RetrievalError(
+            f"{path}: model_type = {family!r} is not supported; config.retrieval.encoder takes"
+            f" {', '.join(_FAMILIES)}"
+        )
+    fixed = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
+    for key, expected in fixed.items():
+        if config.get(key, expected) != expected:
+            raise RetrievalError(
+                f"{path}: {key} = {config[key]!r} is not supported, only {expected!r}; choose"
+                " another encoder"
+            )
+    try:
+        found = Architecture(
+            layers=int(config["num_hidden_layers"]),
+            heads=int(config["num_attention_heads"]),
+            hidden=int(config["hidden_size"]),
+            mlp_width=int(config["intermediate_size"]),
+            vocabulary=int(config["vocab_size"]),
+            positions=int(config["max_position_embeddings"]),
+            types=int(config.get("type_vocab_size", 2)),
+            padding=int(config.get("pad_token_id", 1)) if _FAMILIES[family] else None,
+            norm_epsilon=float(config.get("layer_norm_eps", 1e-12)),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RetrievalError(
+            f"{path} lacks a size, or one is no number ({error!r}); use the config.json that"
+            " the encoder was published with"
+        ) from error
+    if min(found.layers, found.heads, found.types) < 1 or found.hidden % found.heads:
+        raise RetrievalError(
+            f"{path}: {found.heads} heads do not divide hidden_size = {found.hidden}, or a size is"
+            " 0; use the config.json that the encoder was published with"
+        )
+    return found
+
+
+def _check_modules(folder: Path) -> None:
+    """Refuses what sentence-transformers would put after the encoder and the pooling."""
+    path = folder / "modules.json"
+    kinds = [entry["type"].rpartition(".")[2] for entry in _json(path, "download it again", False)]
+    for kind in kinds:
+        if kind not in _MODULES:
+            raise RetrievalError(
+                f"{path} names a module {kind!r} after the encoder, which is not supported; choose"
+                f" an encoder with {', '.join(_MODULES)} only"
+            )
+
+
+def _pooling(folder: Path) -> Pooling:
+    """What the folder says of pooling."""
+    path = folder / _POOLING
+    if not path.is_file():
+        raise RetrievalError(
+            f"{path} is missing, which would say how tokens become one vector; set"
+            " config.retrieval.pooling to 'mean' (MiniLM) or 'cls' (BGE)"
+        )
+    config = _json(path, "set config.retrieval.pooling to 'mean' or 'cls'")
+    names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    chosen = [names.get(key, key) for key, on in config.items() if "mode" in key and on is True]
+    if isinstance(config.get("pooling_mode"), str):  # as newer versions write it
+        chosen = [config["pooling_mode"]]
+    match chosen:
+        case ["mean"]:
+            return "mean"
+        case ["cls"]:
+            return "cls"
+    raise RetrievalError(
+        f"{path} asks for {' and '.join(chosen) or 'nothing'}; supported is one of mean and cls:"
+        " choose another encoder, or set config.retrieval.pooling"
+    )
+
+
+def _limits(folder: Path, architecture: Architecture) -> tuple[int, bool]:
+    """Most tokens of a text, and whether texts are lower-cased first."""
+    sentence = _json(folder / "sentence_bert_config.json", "download it again", False)
+    tokenizer = _json(folder / "tokenizer_config.json", "download it again", False)
+    longest = sentence.get("max_seq_length") or tokenizer.get("model_max_length")
+    if not isinstance(longest, (int, float)):
+        longest = architecture.longest
+    max_length = int(min(longest, architecture.longest))
+    if max_length < 3:
+        raise RetrievalError(
+            f"{folder} allows texts of {max_length} tokens, too few for one word between two"
+            " special ones; correct max_seq_length in sentence_bert_config.json"
+        )
+    return max_length, bool(sentence.get("do_lower_case"))
+
+
+def _tokenizer(
+    folder: Path, architecture: Architecture, max_length: int
+) -> tuple[tokenizers.Tokenizer, str]:
+    """The tokenizer, set up, and the text of its file."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise RetrievalError(
+            f"{path} is missing; download it, or write it with"
+            " AutoTokenizer.from_pretrained(…).save_pretrained(…) of transformers"
+        )
+    try:
+        text = path.read_text("utf-8")
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise RetrievalError(f"{path} is damaged ({error}); download it again") from error
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= architecture.vocabulary:
+        raise RetrievalError(
+            f"{path} has tokens up to {largest}, but the encoder has only"
+            f" {architecture.vocabulary}; take both from one download"
+        )
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length)
+    return tokenizer, text
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / _WEIGHTS).is_file():
+        return [folder / _WEIGHTS]
+    if not (folder / _INDEX).is_file():
+        raise RetrievalError(
+            f"{folder} has no {_WEIGHTS}; download it, or convert other weights with"
+            " AutoModel.from_pretrained(…).save_pretrained(…) of transformers"
+        )
+    index = _json(folder / _INDEX, "download it again")
+    return [folder / name for name in sorted(set(index["weight_map"].values()))]
+
+
+def _params(files: list[Path], architecture: Architecture) -> Params:
+    """The parameters, matrices turned to (in, out), layers stacked."""
+    D, F = architecture.hidden, architecture.mlp_width
+    read = _reader(files)
+
+    def linear(name: str, source: str, width: int, out: int) -> Params:
+        weight = read(f"{source}.weight", (out, width)).T
+        return {name: weight, f"{name}_bias": read(f"{source}.bias", (out,))}
+
+    def norm(name: str, source: str) -> Params:
+        scale, bias = read(f"{source}.weight", (D,)), read(f"{source}.bias", (D,))
+        return {f"{name}_scale": scale, f"{name}_bias": bias}
+
+    def layer(i: int) -> Params:
+        start = f"encoder.layer.{i}."
+        parts = [linear("qkv", f"{start}attention.self.{n}", D, D) for n in _QKV]
+        return {
+            **{key: np.concatenate([p[key] for p in parts], axis=-1) for key in parts[0]},
+            **linear("output", f"{start}attention.output.dense", D, D),
+            **norm("attention_norm", f"{start}attention.output.LayerNorm"),
+            **linear("up", f"{start}intermediate.dense", D, F),
+            **linear("down", f"{start}output.dense", F, D),
+            **norm("mlp_norm", f"{start}output.LayerNorm"),
+        }
+
+    rows = {
+        "words": ("word", architecture.vocabulary),
+        "positions": ("position", architecture.positions),
+        "types": ("token_type", architecture.types),
+    }
+    tables = {
+        name: read(f"embeddings.{source}_embeddings.weight", (size, D))
+        for name, (source, size) in rows.items()
+    }
+    layers = [layer(i) for i in range(architecture.layers)]
+    return {
+        "embedding": {**tables, **norm("norm", "embeddings.LayerNorm")},
+        "layers": {key: np.stack([each[key] for each in layers]) for key in layers[0]},
+    }
+
+
+_QKV = ("query", "key", "value")
+_LAST = "embeddings.word_embeddings.weight"  # what precedes it in a name precedes all
+
+
+def _reader(files: list[Path]) -> Callable[[str, tuple[int, ...]], np.ndarray]:
+    """`read(name, shape)`: a tensor of the files in float32."""
+    handles, where = [], {}
+    for path in files:
+        try:
+            handle = safe_open(path, "np")
+        except (OSError, SafetensorError) as error:
+            raise RetrievalError(
+                f"{path} is missing or damaged ({error}); download it again"
+            ) from error
+        handles.append(handle)
+        where.update({name: (handle, path) for name in handle.keys()})  # noqa: SIM118
+    shown = " and ".join(map(str, files))
+    prefix = next((name.removesuffix(_LAST) for name in where if name.endswith(_LAST)), "")
+
+    def refuse(what: str) -> NoReturn:
+        raise RetrievalError(f"{shown}: {what}; take config.json and the weights from one download")
+
+    def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        # Weights converted from TensorFlow have the older names.
+        older = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        older = older.replace("LayerNorm.bias", "LayerNorm.beta")
+        full = next((n for n in (prefix + name, prefix + older) if n in where), None)
+        if full is None:
+            refuse(f"the tensor {prefix + name} is missing")
+        handle, path = where[full]
+        part = handle.get_slice(full)
+        if tuple(part.get_shape()) != shape or part.get_dtype() not in _DTYPES:
+            refuse(
+                f"the tensor {full} is {part.get_dtype()} of shape {tuple(part.get_shape())};"
+                f" config.json needs shape {shape} and one of {', '.join(_DTYPES)}"
+            )
+        return handle.get_tensor(full).astype(np.float32)
+
+    return read
