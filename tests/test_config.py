@@ -103,6 +103,7 @@ def test_a_whole_number_serves_as_float() -> None:
         ("memory__dropout", 1.0, "[0, 1)"),
         ("retrieval__overlap_train", 0.0, "(0, 1]"),
         ("retrieval__overlap_train", 1.1, "(0, 1]"),
+        ("retrieval__encoder_batch", 0, "[1, inf)"),
         ("seed", -1, "[0, inf)"),
         ("optimizer__learning_rate", float("nan"), "(0, inf)"),
         ("optimizer__learning_rate", float("inf"), "(0, inf)"),
@@ -125,6 +126,9 @@ def test_ends_that_belong_to_the_interval() -> None:
         ("memory__source", "bank", "'none', 'precomputed', 'online'"),
         ("model__remat", "all", "'none', 'dots', 'attention', 'full'"),
         ("retrieval__shift", 2, "0, 1"),
+        ("retrieval__embedder", "gpt", "'lexical', 'bert'"),
+        ("retrieval__pooling", "max", "'auto', 'mean', 'cls'"),
+        ("retrieval__encoder_dtype", "float16", "'float32', 'bfloat16'"),
     ],
 )
 def test_not_among_the_choices(field: str, value: Any, accepted: str) -> None:
@@ -156,6 +160,11 @@ def test_not_among_the_choices(field: str, value: Any, accepted: str) -> None:
             {"retrieval__candidates": 4},
             ("retrieval.candidates = 4", "memory.per_prompt_chunk"),
         ),
+        (
+            {"retrieval__embedder": "bert"},
+            ("retrieval.encoder = ''", "the encoder's folder with retrieval.embedder = 'bert'"),
+        ),
+        ({"retrieval__encoder": "minilm"}, ("retrieval.encoder = 'minilm'", "it is 'lexical'")),
         ({"optimizer__rise_steps": 1001}, ("optimizer.rise_steps", "train.steps = 1000")),
         ({"mesh__fsdp": 0}, ("mesh.fsdp = 0", "-1 or at least 1")),
         ({"stage": ""}, ("config.stage", "not empty")),
@@ -164,6 +173,10 @@ def test_not_among_the_choices(field: str, value: Any, accepted: str) -> None:
 )
 def test_combinations_that_cannot_work(values: dict[str, Any], parts: tuple[str, ...]) -> None:
     refused(*parts, **values)
+
+
+def test_an_encoder_with_its_embedder() -> None:
+    m3config.validate(changed(retrieval__embedder="bert", retrieval__encoder="models/minilm"))
 
 
 def test_json_round_trip() -> None:

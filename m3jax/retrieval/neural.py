@@ -104,8 +104,17 @@ class NeuralEmbedder:
             "fingerprint": self.fingerprint,
         }
 
+    @property
+    def family(self) -> str:
+        """The fingerprint: only vectors of one encoder can be compared."""
+        return self.fingerprint
+
     def fit(self, texts: Iterable[str]) -> None:
         """Does nothing: the encoder has learnt already."""
+
+    def extended(self, texts: Sequence[str]) -> NeuralEmbedder:
+        """Itself: it knows all words."""
+        return self
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
         """Embeds texts; longer ones than `max_length` tokens are cut.

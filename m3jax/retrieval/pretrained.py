@@ -74,14 +74,17 @@ def read_pretrained(folder: Path, pooling: Literal["auto", "mean", "cls"]) -> Pr
     return Pretrained(architecture, params, chosen, tokenizer, max_length, lower, fingerprint)
 
 
-def _json(path: Path, remedy: str, required: bool = True) -> Any:
+def _json(path: Path, remedy: str, required: bool = True) -> dict[str, Any]:
     """Content of a JSON file; {} where one that is not required is missing."""
     if not path.is_file() and not required:
         return {}
     try:
-        return json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
         raise RetrievalError(f"{path} is missing or damaged ({error}); {remedy}") from error
+    return content
 
 
 def _architecture(folder: Path) -> Architecture:
@@ -128,7 +131,13 @@ def _architecture(folder: Path) -> Architecture:
 def _check_modules(folder: Path) -> None:
     """Refuses what sentence-transformers would put after the encoder and the pooling."""
     path = folder / "modules.json"
-    kinds = [entry["type"].rpartition(".")[2] for entry in _json(path, "download it again", False)]
+    if not path.is_file():
+        return
+    try:
+        modules = json.loads(path.read_text("utf-8"))
+        kinds = [module["type"].rpartition(".")[2] for module in modules]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RetrievalError(f"{path} is damaged ({error!r}); download it again") from error
     for kind in kinds:
         if kind not in _MODULES:
             raise RetrievalError(
@@ -211,8 +220,16 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder} has no {_WEIGHTS}; download it, or convert other weights with"
             " AutoModel.from_pretrained(…).save_pretrained(…) of transformers"
         )
-    index = _json(folder / _INDEX, "download it again")
-    return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    places = _json(folder / _INDEX, "download it again").get("weight_map")
+    names = sorted(set(places.values())) if isinstance(places, dict) else []
+    if not names:
+        raise RetrievalError(f"{folder / _INDEX} names no files; download it again")
+    for name in names:
+        if not (folder / name).is_file():
+            raise RetrievalError(
+                f"{folder / name} is missing, which {_INDEX} names; download it again"
+            )
+    return [folder / name for name in names]
 
 
 def _params(files: list[Path], architecture: Architecture) -> Params:

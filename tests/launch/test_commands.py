@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 from data.data_workdir import write_text
+from retrieval.encoders import write_encoder
+
+from m3jax.retrieval.index import Index
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = (
@@ -113,6 +116,28 @@ def test_a_run_from_text_to_a_table(tmp_path, compilation_cache):
     again = succeed("train", continual, *run, f"--init_from={workdir}/warmup", cache=cache)
     assert "checkpoint" in again
     assert (workdir / "continual" / "loss.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_an_index_with_a_pretrained_encoder(tmp_path, compilation_cache):
+    (tmp_path / "small.py").write_text(SMALL)
+    documents, _ = write_text(tmp_path)
+    workdir, encoder = tmp_path / "run", tmp_path / "encoder"
+    command = (
+        "prepare",
+        f"--config={tmp_path}/small.py",
+        f"--workdir={workdir}",
+        f"--documents={documents}",
+        "--config.retrieval.embedder=bert",
+        f"--config.retrieval.encoder={encoder}",
+    )
+    missing = call(*command)
+    assert missing.returncode == 2 and not workdir.exists()  # before the text is prepared
+    assert f"there is no folder {encoder}" in missing.stderr and "Traceback" not in missing.stderr
+    write_encoder(encoder)
+    succeed(*command, cache=compilation_cache)
+    index = Index.open(workdir / "index")
+    assert (index.embedder.name, index.dimension) == ("bert", 32)
 
 
 @pytest.mark.slow
