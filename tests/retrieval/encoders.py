@@ -16,6 +16,7 @@ SPECIALS = {
     "xlm-roberta": {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3},
 }
 LAYERS, HEADS, D, F, POSITIONS = 3, 4, 32, 48, 72
+EPSILON = 0.01  # of the norms: so large that it is seen
 
 
 def make_tokenizer(family: str) -> tokenizers.Tokenizer:
@@ -119,7 +120,7 @@ def write_encoder(folder: Path, family: str = "bert", seed: int = 0) -> dict[str
         "vocab_size": vocabulary,
         "max_position_embeddings": POSITIONS,
         "type_vocab_size": 2 if family == "bert" else 1,
-        "layer_norm_eps": 1e-5,
+        "layer_norm_eps": EPSILON,
         "hidden_act": "gelu",
         "pad_token_id": 0 if family == "bert" else 1,
     }

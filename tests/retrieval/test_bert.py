@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from retrieval.encoders import (
+    EPSILON,
     HEADS,
     LAYERS,
     POSITIONS,
@@ -43,7 +44,7 @@ def _slow_norm(x, tensors, name):
     mean = sum(x) / len(x)
     variance = sum((v - mean) ** 2 for v in x) / len(x)
     scale, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
-    root = math.sqrt(variance + 1e-5)
+    root = math.sqrt(variance + EPSILON)
     return np.array([(v - mean) / root * s + b for v, s, b in zip(x, scale, bias, strict=True)])
 
 
@@ -175,6 +176,7 @@ def _save_theirs(folder: Path, family: str, torch: ModuleType, transformers: Mod
         max_position_embeddings=POSITIONS,
         type_vocab_size=2 if family == "bert" else 1,
         pad_token_id=0 if family == "bert" else 1,
+        layer_norm_eps=EPSILON,
         initializer_range=0.3,
         attn_implementation="eager",
     )

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 import pytest
-from retrieval.encoders import D, change_json, write_encoder
+from retrieval.encoders import EPSILON, D, change_json, write_encoder
 
 from m3jax import config as configs
 from m3jax.retrieval import index as index_module
@@ -131,7 +131,7 @@ def test_fingerprint_depends_on_all_that_matters(folder, embedder, tmp_path):
     }
     change_json(copy / "config.json", layer_norm_eps=1e-6)
     found.add(NeuralEmbedder(copy).fingerprint)
-    change_json(copy / "config.json", layer_norm_eps=1e-5)
+    change_json(copy / "config.json", layer_norm_eps=EPSILON)
     change_json(copy / "sentence_bert_config.json", max_seq_length=50)
     found.add(NeuralEmbedder(copy).fingerprint)
     change_json(copy / "sentence_bert_config.json", max_seq_length=60)
