@@ -20,6 +20,7 @@ SCANN_WHEELS = (
 CORE = [
     "absl-py>=2.1,<3",
     "array_record>=0.8.1,<0.9",
+    "crc32c>=2.7,<3",
     "flax>=0.12.8,<0.13",
     "grain>=0.2.18,<0.3",
     "importlib_resources>=6.4,<8",  # tfds.data_source needs it where TensorFlow is not installed

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from m3jax.memory import codec as codecs
 from m3jax.memory.codec import Codec
+from m3jax.memory.direct import DirectReader
 from m3jax.memory.storage import (
     CACHE_BYTES,
     CODEBOOK,
@@ -161,6 +162,7 @@ class Bank:
         self.dtype = np.dtype(jax.numpy.dtype(manifest["dtype"]))
         self.codec = _read_codec(folder, manifest, self.binding)
         self._array = open_array(folder, manifest, cache_bytes=cache_bytes)
+        self._direct = DirectReader(folder, manifest) if DirectReader.usable(folder) else None
 
     @classmethod
     def open(
@@ -259,9 +261,9 @@ class Bank:
                 f"reference id {wrong} is not in bank {self.folder}, which holds 0 …"
                 f" {self.size - 1}: index, references and bank were made from different sets"
             )
-        # Fresh zeros cost nothing: pages that TensorStore does not write are never touched.
+        # Fresh zeros cost nothing: pages that are not written are never touched.
         both = np.zeros((2, flat.size, *self.manifest["shape"][2:]), self.dtype)
-        if real.any():
+        if real.any() and not self._read_direct(flat, real, both):
             target = ts.array(both)[ts.d[0, 1].transpose[1, 0]]
             if not real.all():
                 target = target[np.flatnonzero(real)]
@@ -280,6 +282,10 @@ class Bank:
         shards = range(shards_of(self.manifest))
         found = ((shard_key(shard), self._problem(array, shard)) for shard in shards)
         return [(name, problem) for name, problem in found if problem]
+
+    def _read_direct(self, flat: np.ndarray, real: np.ndarray, both: np.ndarray) -> bool:
+        """Reads into `both` without TensorStore; False where that does not work."""
+        return self._direct is not None and self._direct.read(flat, real, both[0], both[1])
 
     def _transfer(self, ids: np.ndarray, target: ts.TensorStore) -> None:
         """Reads memories into a TensorStore view of a buffer."""

@@ -55,6 +55,32 @@ def test_reads_own_their_arrays(folder: Path) -> None:
     np.testing.assert_array_equal(bank.read(np.array([3, 4])).keys, copy)
 
 
+def test_direct_reads_equal_those_of_tensorstore(folder: Path) -> None:
+    direct, slow = Bank.open(folder), Bank.open(folder)
+    slow._direct = None
+    ids = np.random.default_rng(0).integers(-1, 37, (6, 9))
+    assert (np.bincount(ids[ids >= 0]) > 1).any() and (ids == -1).any()
+    for expected, found in zip(slow.read(ids), direct.read(ids), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    direct._array = None  # not needed
+    direct.read(ids)
+
+
+def test_a_rewritten_shard_is_read_by_an_open_bank(tmp_path: Path) -> None:
+    """As by the repair of a bank in use: the place of a memory in its file may change."""
+    build(tmp_path)
+    bank = Bank.open(tmp_path)
+    before = bank.read(np.arange(37))
+    shard = tmp_path / "memories.zarr" / "c" / "1" / "0" / "0" / "0" / "0" / "0"
+    kept = shard.read_bytes()
+    flip(shard, 5)
+    with pytest.raises(BankError, match="checksum differs"):
+        bank.read(np.arange(37))
+    shard.write_bytes(kept)
+    for one, other in zip(before, Bank.open(tmp_path).read(np.arange(37)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_threads_read_the_same(folder: Path) -> None:
     bank = Bank.open(folder)
     everything = bank.read(np.arange(37))
