@@ -19,6 +19,7 @@ SCRIPTS = (
     "train",
     "write_bank",
     "evaluate",
+    "evaluate_retrieval",
     "leakage",
     "quickstart",
     "bench",

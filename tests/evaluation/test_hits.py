@@ -1,0 +1,54 @@
+"""Hit rates on references whose answers are known."""
+
+import json
+from pathlib import Path
+
+import pytest
+from data.data_workdir import WORLD, make_workdir, tiny_config
+
+from m3jax.evaluation.hits import AnswerFinder, hit_rates, read_open_questions, table, words
+from m3jax.text.documents import TextError
+
+CONFIG = tiny_config()
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workdir(tmp_path_factory.mktemp("hits"), CONFIG)
+
+
+def write(path: Path, records: list) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_answers_are_runs_of_whole_words() -> None:
+    finder = AnswerFinder(["The Dalaï Lama", "art", "New York"])
+    assert finder.found("He met a dalai-lama in new Yorkshire.") == {("dalai", "lama")}
+    assert finder.found("New new york, the art of it") == {("new", "york"), ("art",)}
+    assert finder.found("party") == set() == AnswerFinder(["the", "?"]).found("the ? the")
+    assert words("L’été, a 3rd!") == ["l", "ete", "3rd"]
+
+
+def test_hits_are_counted_among_answerable_questions(workdir: Path, tmp_path: Path) -> None:
+    person = WORLD.people[0]
+    name, line = person.name, person.text.splitlines()[0]
+    relation, value = line.split()[0], line.split()[-1]
+    asked = [
+        {"question": f"{relation} of {name}", "answer": [value, "nothing"]},  # found first
+        {"context": f"Question: {relation} of {name}\nAnswer:", "answer": "x", "aliases": [value]},
+        {"question": name, "answer": "not in any reference"},
+        {"question": "word that nobody knows", "answer": value},  # answerable, never found
+    ]
+    report = hit_rates(CONFIG, workdir, write(tmp_path / "asked.jsonl", asked), at=(1, 3))
+    assert (report["questions"], report["answerable"]) == (4, 3)
+    assert report["hits@1"] == report["hits@3"] == pytest.approx(2 / 3)
+    assert report["hits@3_of_all"] == 0.5
+    assert "| 0.667 |" in table(report) and "lexical" in table(report)
+
+
+def test_unusable_questions_are_refused(tmp_path: Path) -> None:
+    for text, message in (("", "holds no questions"), ('{"answer": "a"}\n', "asked:1: expected")):
+        (tmp_path / "asked").write_text(text)
+        with pytest.raises(TextError, match=message):
+            read_open_questions(tmp_path / "asked")
