@@ -110,7 +110,7 @@ def hit_rates(
       version: of the knowledge; default the current one.
 
     Returns:
-      `questions`, `references`, `embedder`; `answerable`: questions with an answer in any reference,
+      `questions`, `references`, `embedder`; `answerable`: questions with an answer in a reference,
       which is what retrieval could find; `hits@k` for every k, of those, and `hits@k_of_all`.
     """
     opened = open_version(workdir, version)
