@@ -37,7 +37,7 @@ from m3jax.data.knowledge import (
 )
 from m3jax.layers import Numbering
 from m3jax.memory.bank import Bank
-from m3jax.retrieval.embed import load_embedder, make_embedder
+from m3jax.retrieval.embed import Embedder, load_embedder, make_embedder
 from m3jax.retrieval.index import build_index
 from m3jax.text.documents import Document
 from m3jax.text.files import checksum, digest, sync_folder, write_atomically, write_sealed
@@ -235,7 +235,8 @@ def repair(
             try:
                 open_index(_alone(version, folder), references)
             except ValueError as error:
-                build_index(references, _embedder(config, version), folder / "index", config)
+                embedder = _embedder(config, version, folder, references)
+                build_index(references, embedder, folder / "index", config)
                 done.append(str(error))
             bank = folder / "bank"
             if not (bank / "manifest.json").exists():
@@ -254,13 +255,17 @@ def _alone(version: Version, folder: Path) -> Version:
     return Version(version.workdir, 0, -1, "", (folder,), np.zeros(0, np.int64))
 
 
-def _embedder(config: ConfigDict, version: Version) -> Any:
-    """The embedder of a version's first layer, from whichever layer it can be read."""
-    for folder in version.layers:
+def _embedder(
+    config: ConfigDict, version: Version, folder: Path, references: References
+) -> Embedder:
+    """The embedder of a layer; where it is lost, that of another which knows these texts, too."""
+    for layer in (folder, *version.layers):
         try:
-            return load_embedder(folder / "index" / "embedder")
+            found = load_embedder(layer / "index" / "embedder")
         except ValueError:
             continue
+        same = layer == folder
+        return found if same else found.extended(references.texts(range(len(references))))
     return make_embedder(config)
 
 

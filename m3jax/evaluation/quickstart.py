@@ -5,6 +5,7 @@ Every step is the one a real run takes; a finished step is skipped when the comm
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import time
@@ -221,6 +222,7 @@ def _ask(
     answerer = Answerer(model, params, Tokenizer.load(workdir / "tokenizer"))
     asked = people.questions(world, demonstration.seed)
     questions = [Question(q.prompt, q.answer, q.references) for q in asked]
+    people.write_jsonl(workdir / "text" / "questions.jsonl", map(dataclasses.asdict, questions))
     new_facts = {person.reference: dict(person.facts) for person in changed.unseen}
     after_edit = [
         Question(q.prompt, f" {new_facts[q.person][q.prompt.split(' ')[0]]}") for q in asked
