@@ -121,7 +121,7 @@ def test_questions_are_read_from_json_lines(tmp_path):
 
 
 def test_the_table_shows_every_mode():
-    report = {"checkpoint": "c", "step": 2, "rows": 8, "shift": 1}
+    report = {"checkpoint": "c", "step": 2, "rows": 8, "shift": 1, "retrieval": {}}
     for mode in ("memory", "none", "wrong"):
         report |= {f"loss_{mode}": 2.0, f"accuracy_{mode}": 0.5}
     text = table({**report, "questions": {"accuracy_none": 0.25, "accuracy_memory": 0.75}})
