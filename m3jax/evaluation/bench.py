@@ -20,12 +20,14 @@ import m3jax
 from m3jax import config as config_lib
 from m3jax.config import PREFIX_TOKENS, prefix_tokens
 from m3jax.data.pipeline import Pipeline, open_pipeline
-from m3jax.evaluation.bench_bank import bank
+from m3jax.evaluation.bench_bank import bank, random_codec
 from m3jax.evaluation.bench_overlap import overlap
 from m3jax.evaluation.bench_quantizer import quantizer
 from m3jax.evaluation.llama import MissingLlama, llama_step
 from m3jax.evaluation.timing import Figures, paired
+from m3jax.memory import codec as codecs
 from m3jax.memory.bank import Bank
+from m3jax.memory.storage import CODEBOOK
 from m3jax.memory.write import write_bank
 from m3jax.mesh import host_rows, make_mesh, to_global
 from m3jax.model.transformer import Model
@@ -75,8 +77,12 @@ def train(rounds: int = 12) -> dict[str, Figures]:
         seconds["pipeline"], seconds["repeat"], ratios["pipeline_over_repeat"] = paired(
             fed.from_pipeline, fed.repeat, rounds
         )
-        coded = _shape("precomputed", compression="vector")
-        _write(coded, workdir, workdir / "coded", Bank.open(workdir / "bank"))
+        coded, base = _shape("precomputed", compression="vector"), Bank.open(workdir / "bank")
+        codec = random_codec(coded.model.head_dim, coded.memory.dtype)
+        (workdir / "coded").mkdir()
+        tables = codecs.to_bytes(codec, base.binding.owner)
+        (workdir / "coded" / CODEBOOK).write_bytes(tables)  # the writer trains none then
+        _write(coded, workdir, workdir / "coded", base)
         decoding = _Stage(coded, workdir, workdir / "coded")
         (
             seconds["decoding"],

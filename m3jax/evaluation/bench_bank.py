@@ -41,7 +41,7 @@ def bank(rounds: int = 9, memories: int = 2048) -> dict[str, Figures]:
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
         plain = _make(Path(name) / "plain", codecs.plain(80, "bfloat16"), memories)
-        vector = _make(Path(name) / "vector", _codec(random), memories)
+        vector = _make(Path(name) / "vector", random_codec(80, "bfloat16"), memories)
         banks = _open(plain), _open(vector)
         ids = [np.arange(_READ)]
 
@@ -72,15 +72,17 @@ def bank(rounds: int = 9, memories: int = 2048) -> dict[str, Figures]:
     return {"ratios": ratios, "seconds": seconds, "rates": rates}
 
 
-def _codec(random: np.random.Generator) -> Codec:
-    """The paper's code with random tables: what is read does not depend on them."""
+def random_codec(head_dim: int, dtype: str) -> Codec:
+    """The paper's code with random tables: the time of reading does not depend on them."""
+    random = np.random.default_rng(0)
 
     def table(*shape: int) -> jax.Array:
         return jnp.asarray(random.normal(size=shape), jnp.float32)
 
-    rotation = jnp.linalg.qr(table(80, 80))[0]
-    books = [Codebook(rotation, table(2, 2**14, 40), table(8, 2**10, 10)) for _ in range(2)]
-    return Codec(codecs.VECTOR, 80, "bfloat16", (books[0], books[1]))
+    rotation = jnp.linalg.qr(table(head_dim, head_dim))[0]
+    coarse, fine = (2, 2**14, head_dim // 2), (8, 2**10, head_dim // 8)
+    books = [Codebook(rotation, table(*coarse), table(*fine)) for _ in range(2)]
+    return Codec(codecs.VECTOR, head_dim, dtype, (books[0], books[1]))
 
 
 def _make(folder: Path, codec: Codec, memories: int) -> Path:
