@@ -3,6 +3,7 @@
     python launch/bench.py train --json=train.json
     python launch/bench.py writer
     python launch/bench.py overlap --workdir=runs/wiki
+    python launch/bench.py retrieval
 
 A ratio is the median over rounds of two things timed in turn in one process, so that it holds on a
 machine whose speed drifts.

@@ -199,6 +199,17 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
     ),
     "retrieval.overlap_evaluation": (2 / 3, "the same against an evaluation question", "(0, 1]"),
     "retrieval.exact_below": (1000, "references up to which search is exact", "[0, inf)"),
+    "retrieval.index_parts": (
+        1,
+        "parts of the index, each a range of references, which hosts can open separately",
+        "[1, 100000)",
+    ),
+    "retrieval.keep_embeddings": (
+        True,
+        "whether an approximate index keeps the float32 embeddings that exact scores need; without"
+        " them it has 8 bits a number, and scores and order are ScaNN's",
+        None,
+    ),
     # -- data -------------------------------------------------------------------------------------
     "data.row_length": (2048, "tokens T of a row", "[1, inf)"),
     "data.batch_rows": (16, "rows B of a step, over all hosts", "[1, inf)"),

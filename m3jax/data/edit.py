@@ -236,7 +236,7 @@ def repair(
                 open_index(_alone(version, folder), references)
             except ValueError as error:
                 embedder = _embedder(config, version, folder, references)
-                build_index(references, embedder, folder / "index", config)
+                build_index(references, embedder, folder / "index", _in_one_part(config))
                 done.append(str(error))
             bank = folder / "bank"
             if not (bank / "manifest.json").exists():
@@ -339,11 +339,19 @@ def _add_layer(
     """Index and memories of the references in `building`."""
     added = References.open(building / "references")
     embedder = open_index(parent, references).embedder.extended(added.texts(range(len(added))))
-    build_index(added, embedder, building / "index", config)
+    build_index(added, embedder, building / "index", _in_one_part(config))
     if _has_bank(parent):
         if write is None:
             raise VersionError("the workdir has a bank; an edit needs a writer of memories")
         write(added, building / "bank", base or Bank.open(parent.layers[0] / "bank"))
+
+
+def _in_one_part(config: ConfigDict) -> ConfigDict:
+    """A layer may have fewer references than the index has parts."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.retrieval.index_parts = 1
+    return config
 
 
 def _commit(

@@ -23,6 +23,7 @@ from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.evaluation.bench_bank import bank, random_codec
 from m3jax.evaluation.bench_overlap import overlap
 from m3jax.evaluation.bench_quantizer import quantizer
+from m3jax.evaluation.bench_retrieval import retrieval
 from m3jax.evaluation.llama import MissingLlama, llama_step
 from m3jax.evaluation.timing import Figures, paired
 from m3jax.memory import codec as codecs
@@ -121,6 +122,7 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Figures]]] = {
     "overlap": overlap,
     "bank": bank,
     "quantizer": quantizer,
+    "retrieval": retrieval,
 }
 _SOURCES = ("none", "precomputed", "online")
 

@@ -17,12 +17,13 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 SHARD_ROWS = 2**14  # embeddings per file, and per block of the exact search
-_QUERIES = 64  # queries per block of the exact search
-_PAIRS = 4096  # pairs scored at a time in float64
+SPARE = 16  # candidates beyond k, so that ties at the edge go to the lower id
+_QUERIES = 64  # queries per block
+_PAIRS = 128  # pairs scored at a time in float64: they fit a cache
 _MARGIN = 1e-5  # above the error of a float32 dot product of unit vectors
-_SPARE = 16  # candidates beyond k that ScaNN returns, so that ties at the edge go to the lower id
 _SCORE_ALL = 20_000  # references up to which ScaNN computes every score
-_SCAN_ALL = 2**20  # references up to which it scans the code of every reference
+
+Found = tuple[Int64[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]  # ids and scores of n queries
 
 
 def import_scann() -> ModuleType | None:
@@ -34,21 +35,22 @@ def import_scann() -> ModuleType | None:
 
 
 def scann_settings(references: int) -> dict[str, int]:
-    """How ScaNN searches that many references; stored in the manifest.
+    """What ScaNN trains for that many references, before `tune.fit` has measured anything.
 
-    Up to 20 000 it computes every score. Beyond, it compares codes (asymmetric hashing, two
-    dimensions a block) and computes the scores of the best `reordered`. Beyond 2²⁰ only codes in
-    the `searched` nearest of `leaves` = √R clusters are compared. Lexical embeddings hardly
-    cluster: of 50 000 pieces of Wikipedia, half the leaves held 0.97 of the five best, all codes
-    0.995 in less time.
+    Up to 20 000 it computes every score. Beyond, references lie in `leaves` = √R clusters, each in
+    two of them, and the codes (asymmetric hashing, `block` dimensions to one of 16 centres) of a
+    few clusters are compared with the query. Trained on `sample` references at most: of 100 000
+    vectors like those of a sentence encoder, a sample of 30 000 lost 5 % recall.
     """
-    settings = {"leaves": 0, "searched": 0, "reordered": 0, "sample": 100_000}
-    if references > _SCORE_ALL:
-        settings["reordered"] = 256
-    if references > _SCAN_ALL:
-        settings["leaves"] = round(math.sqrt(references))
-        settings["searched"] = math.ceil(settings["leaves"] / 2)
-    return settings
+    if references <= _SCORE_ALL:
+        return {"leaves": 0, "block": 0, "sample": 0}
+    leaves = round(math.sqrt(references))
+    return {"leaves": leaves, "block": 4, "sample": max(100_000, 200 * leaves)}
+
+
+def all_codes() -> dict[str, int]:
+    """Settings for embeddings that do not cluster: codes of two dimensions, all compared."""
+    return {"leaves": 0, "block": 2, "sample": 100_000}
 
 
 def build_scann(
@@ -56,85 +58,155 @@ def build_scann(
     embeddings: Float32[np.ndarray, "R E"],
     settings: dict[str, int],
     folder: Path,
+    standalone: bool = False,
 ) -> None:
     """Trains a ScaNN searcher and writes it; the same bytes for the same embeddings.
 
     With random initial centres, ScaNN's default, two trainings differ; with k-means++ they do not,
     whatever the number of threads.
+
+    Args:
+      scann: `import_scann()`.
+      embeddings: what is searched.
+      settings: of `scann_settings` or `all_codes`.
+      folder: a new folder.
+      standalone: stores the embeddings in 8 bits a number, so that the searcher can score its
+        candidates itself; otherwise `Searcher` does, and codes alone are written.
     """
     builder, sample = scann.builder(embeddings, 1, "dot_product"), settings["sample"]
     if settings["leaves"]:
         builder = builder.tree(
             settings["leaves"],
-            settings["searched"],
+            1,
             training_sample_size=sample,
             random_init=False,
-            soar_lambda=1.5,
+            soar_lambda=1.0,
+            avq=2.5,
         )
-    if settings["reordered"]:
-        builder = builder.score_ah(2, training_sample_size=sample).reorder(settings["reordered"])
+    if settings["block"]:
+        builder = builder.score_ah(settings["block"], training_sample_size=sample)
+        if standalone:
+            builder = builder.reorder(SPARE, quantize=True)
     else:
-        builder = builder.score_brute_force()
+        builder = builder.score_brute_force(quantize=standalone)
     folder.mkdir(parents=True)
     builder.build().serialize(str(folder), relative_path=True)
 
 
+def _within(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where a row's scores are among its k best, or too close to them for float32 to tell."""
+    best = min(k, scores.shape[1])
+    kth = np.partition(scores, scores.shape[1] - best, axis=1)[:, scores.shape[1] - best]
+    row, column = np.nonzero((scores >= kth[:, None] - _MARGIN) & (scores > -np.inf))
+    return row, column
+
+
+def merge(results: Sequence[Found]) -> Found:
+    """The best of what several parts of an index found for the same queries.
+
+    Ranks as `Index.search` does; −1 and −inf, where a part found fewer, come last.
+    """
+    width = results[0][0].shape[1]
+    ids, scores = (np.concatenate(columns, axis=1) for columns in zip(*results, strict=True))
+    order = np.lexsort((ids, -scores), axis=1)[:, :width]
+    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+
+
 class Searcher:
-    """Search over stored embeddings. Safe to use from several threads; cannot be pickled."""
+    """Search over stored embeddings. Safe to use from several threads; cannot be pickled.
+
+    Attributes:
+      effort: `leaves` to search and least number of `candidates` to score, of an approximate
+        search; both 0 where ScaNN computes every score.
+    """
 
     def __init__(
         self,
         shards: Sequence[Float32[np.ndarray, "_ E"]],
         scann: Any = None,
-        batched: bool = False,
+        effort: dict[str, int] | None = None,
     ):
         """Makes a searcher.
 
         Args:
-          shards: all embeddings in order, every shard but the last of `SHARD_ROWS` rows.
-          scann: a loaded ScaNN searcher over them, or None for exact search.
-          batched: the ScaNN searcher computes every score.
+          shards: all embeddings in order, every shard but the last of `SHARD_ROWS` rows. Empty:
+            the ScaNN searcher was built `standalone`, and its scores are final.
+          scann: a loaded ScaNN searcher over them, or None for exact search. The embeddings then
+            are held in memory, as one array that candidates are gathered from.
+          effort: see the attribute.
         """
-        self._shards, self._scann, self._batched = shards, scann, batched
+        self._scann, self.effort = scann, effort or {"leaves": 0, "candidates": 0}
+        self._size = sum(map(len, shards)) if shards else scann.size()
+        self._shards, self._whole = shards, None
+        if scann is not None and shards:
+            self._whole = np.concatenate(shards)
+            starts = range(0, self._size, SHARD_ROWS)
+            self._shards = [self._whole[start : start + SHARD_ROWS] for start in starts]
 
-    def search(
-        self, queries: Float32[np.ndarray, "n E"], k: int
-    ) -> tuple[Int64[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
+    def exact(self) -> Searcher | None:
+        """An exact search of the same embeddings; None without them."""
+        return Searcher(self._shards) if self._shards else None
+
+    def search(self, queries: Float32[np.ndarray, "n E"], k: int) -> Found:
         """The k best rows of every query, best first, ties by lower id; see `Index.search`."""
         ids = np.full((len(queries), k), -1, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
-        find = self._candidates_exact if self._scann is None else self._candidates_scann
         for start in range(0, len(queries), _QUERIES):
             block = slice(start, start + _QUERIES)
-            self._rank(queries[block], *find(queries[block], k), ids[block], scores[block])
+            if self._scann is None:
+                query, row = self._pairs_exact(queries[block], k)
+            else:
+                candidates = self._candidates(queries[block], k)
+                if self._whole is None:
+                    best = [part[:, :k] for part in merge([candidates])]
+                    width = best[0].shape[1]
+                    ids[block, :width], scores[block, :width] = best
+                    continue
+                query, row = self._pairs_scann(queries[block], k, *candidates)
+            self._rank(queries[block], query, row, ids[block], scores[block])
         return ids, scores
 
-    def _candidates_exact(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _pairs_exact(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Pairs (query, id) that hold the k best of every query, whatever the rounding."""
         pairs = []
         for shard, rows in enumerate(self._shards):
-            scores = queries @ rows.T
-            best = min(k, len(rows))
-            kth = np.partition(scores, len(rows) - best, axis=1)[:, len(rows) - best]
-            query, row = np.nonzero(scores >= kth[:, None] - _MARGIN)
+            query, row = _within(queries @ rows.T, k)
             pairs.append((query, row + shard * SHARD_ROWS))
         query, row = (np.concatenate(part) for part in zip(*pairs, strict=True))
         return query, row
 
-    def _candidates_scann(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same from ScaNN, as far as it finds them.
+    def _pairs_scann(
+        self, queries: np.ndarray, k: int, ids: np.ndarray, scores: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The same among ScaNN's candidates: scored in float32, of which the best are pairs."""
+        assert self._whole is not None
+        # One query at a time: its rows stay in the cache between the gathering and the product.
+        rows = np.empty((ids.shape[1], queries.shape[1]), np.float32)
+        for query, row, score in zip(queries, ids, scores, strict=True):
+            self._whole.take(row, axis=0, out=rows, mode="wrap")  # −1, where none was found, too
+            np.matmul(rows, query, out=score)
+        scores[ids < 0] = -np.inf
+        query, column = _within(scores, k)
+        return query, ids[query, column]
 
-        One query a call: its batched search may round differently with other queries beside, and
-        then choose other clusters. Only where it computes every score does that not matter.
+    def _candidates(self, queries: np.ndarray, k: int) -> Found:
+        """Candidates of ScaNN with its scores; −1 and −inf where it found no more.
+
+        ScaNN searches a block of queries in one call, where each has its own leaves, in an order
+        that does not depend on the others. What does depend on the call is the rounding of the
+        product of queries and cluster centres, by the shape of the block; so all blocks have the
+        same number of queries, filled up with the last.
         """
-        # Asked for more than there are, the batched search fills up with repeated ids.
-        wanted = min(k + _SPARE, sum(len(rows) for rows in self._shards))
-        if self._batched:
-            found = list(self._scann.search_batched(queries, wanted)[0])
-        else:
-            found = [self._scann.search(query, wanted)[0] for query in queries]
-        query = np.repeat(np.arange(len(queries)), [len(ids) for ids in found])
-        return query, np.concatenate(found).astype(np.int64)
+        n, leaves, candidates = len(queries), self.effort["leaves"], self.effort["candidates"]
+        # Asked for more than there are, it fills up with zeros whose score is not a number.
+        wanted = min(max(k + SPARE, candidates, 4 * k if candidates else 0), self._size)
+        if n < _QUERIES and (candidates or self._whole is None):
+            queries = np.concatenate([queries, np.repeat(queries[-1:], _QUERIES - n, axis=0)])
+        limits = (wanted, leaves or None) if candidates else ()
+        ids, scores = self._scann.search_batched(queries, wanted, *limits)
+        ids, scores = ids[:n].astype(np.int64), scores[:n]
+        missing = np.isnan(scores)
+        return np.where(missing, -1, ids), np.where(missing, np.float32(-np.inf), scores)
 
     def _rank(
         self,
@@ -158,6 +230,8 @@ class Searcher:
         scores[query[kept], rank[kept]] = score[kept]
 
     def _rows(self, ids: np.ndarray) -> np.ndarray:
+        if self._whole is not None:
+            return self._whole[ids]
         rows = np.empty((len(ids), self._shards[0].shape[1]), np.float32)
         shards = ids // SHARD_ROWS
         for shard in np.unique(shards):

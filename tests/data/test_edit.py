@@ -247,7 +247,7 @@ def test_verify_names_damage_and_repair_mends_it(workdir: Path) -> None:
     layer = open_version(workdir).layers[1]
     shard = next(path for path in (layer / "bank").rglob("c/**/0") if path.is_file())
     kept = shard.read_bytes()
-    for file in (shard, next((workdir / "index").glob("embeddings-*"))):
+    for file in (shard, next((workdir / "index").rglob("embeddings-*"))):
         data = bytearray(file.read_bytes())
         data[len(data) // 3] ^= 1
         file.write_bytes(data)

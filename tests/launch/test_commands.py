@@ -26,6 +26,7 @@ SCRIPTS = (
     "compile",
     "edit_bank",
     "plan",
+    "check_index",
 )
 SMALL = """
 from m3jax.config import default, parse_options, validate

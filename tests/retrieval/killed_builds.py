@@ -1,7 +1,8 @@
 """Builds an index again and again, killed at every moment of its life; run by test_index.py.
 
 Every build runs in a forked child, so that SIGKILL is real and ScaNN's threads never meet a fork.
-Arguments: folder of the references, folder for the indexes `undisturbed`, `0`, `1`, …
+Arguments: folder of the references, folder for the indexes `undisturbed`, `0`, `1`, …, and whether
+they keep their embeddings (`keep` or `drop`).
 """
 
 import os
@@ -13,17 +14,20 @@ from unittest import mock
 import numpy as np
 
 from m3jax import config as configs
-from m3jax.retrieval import index, search
+from m3jax.retrieval import build as building
+from m3jax.retrieval import folder as folders
+from m3jax.retrieval import search, tune
 from m3jax.retrieval.embed import LexicalEmbedder
 from m3jax.text.references import References
 
 ROWS = 64  # per shard of embeddings
 CONFIG = configs.default()
 CONFIG.retrieval.exact_below = 0
+CONFIG.retrieval.index_parts = 2
 
 
 def build(references, folder):
-    index.build_index(References.open(references), LexicalEmbedder(64), folder, CONFIG)
+    building.build_index(References.open(references), LexicalEmbedder(64), folder, CONFIG)
 
 
 def killer(call, after):
@@ -33,10 +37,10 @@ def killer(call, after):
     def wrapped(*args, **kwargs):
         calls.append(args)
         if len(calls) == after:
-            if call is index.build_scann:  # half of its files, one of them half
+            if call is tune.fit:  # half of its files, one of them half
                 call(*args, **kwargs)
-                (args[-1] / "scann_assets.pbtxt").unlink()
-                os.truncate(args[-1] / "dataset.npy", 100)
+                (args[-2] / "scann_assets.pbtxt").unlink()
+                os.truncate(next(args[-2].glob("*dataset.npy")), 100)
             os.kill(os.getpid(), signal.SIGKILL)
         return call(*args, **kwargs)
 
@@ -47,9 +51,10 @@ def killer(call, after):
 MOMENTS = [
     ("m3jax.text.references.References.texts", References.texts, 2),  # in the fit
     ("m3jax.text.references.References.texts", References.texts, 9),  # in a shard
-    *(("m3jax.text.files.os.replace", os.replace, n) for n in range(1, 10)),  # before each commit
-    ("m3jax.retrieval.index.build_scann", index.build_scann, 1),
-    ("m3jax.retrieval.index.checksum", index.checksum, 3),
+    *(("m3jax.text.files.os.replace", os.replace, n) for n in range(1, 11)),  # before each commit
+    ("m3jax.retrieval.tune.fit", tune.fit, 1),
+    ("m3jax.retrieval.tune.fit", tune.fit, 2),
+    ("m3jax.retrieval.folder.checksum", folders.checksum, 3),
 ]
 
 
@@ -70,10 +75,11 @@ def forked(*args, moment=None):
     os._exit(0)
 
 
-def main(references, folder):
-    for module in (index, search):
+def main(references, folder, keep):
+    CONFIG.retrieval.keep_embeddings = keep == "keep"
+    for module in (building, folders, search, tune):
         module.SHARD_ROWS = ROWS
-    index._BATCH = ROWS // 2
+    building._BATCH = ROWS // 2
     folder = Path(folder)
     assert forked(references, folder / "undisturbed") == 0
     for i, moment in enumerate(MOMENTS):
@@ -81,10 +87,11 @@ def main(references, folder):
         status = forked(references, target, moment=moment)
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, moment
         assert not (target / "manifest.json").exists(), moment
-        kept = {path: path.stat().st_mtime_ns for path in target.glob("embeddings-*.npy")}
+        kept = {path: path.stat().st_mtime_ns for path in target.rglob("embeddings-*.npy")}
         assert forked(references, target) == 0, moment
         # Finished shards were not made again.
-        assert all(path.stat().st_mtime_ns == time for path, time in kept.items()), moment
+        left = {path: path.stat().st_mtime_ns for path in target.rglob("embeddings-*.npy")}
+        assert kept.items() <= left.items() if keep == "keep" else not left, moment
         assert not list(target.rglob("*.tmp")), moment
         print(moment[0], moment[2], len(kept), "shards kept")
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m3jax.retrieval import index as index_module
-from m3jax.retrieval import search
+from m3jax.retrieval import build as build_module
+from m3jax.retrieval import folder as folder_module
+from m3jax.retrieval import search, tune
 from m3jax.retrieval.embed import LexicalEmbedder
 from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.index import Index, build_index
@@ -96,11 +97,29 @@ def test_scann_equals_exact_search_where_it_computes_every_score(build, texts):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.fixture
+def train(monkeypatch):
+    """Makes small indices train and search as large ones do: "codes" or "leaves"."""
+
+    def train(kind):
+        settings = {"leaves": 20, "block": 4, "sample": 1000}
+        settings = search.all_codes() if kind == "codes" else settings
+        monkeypatch.setattr(build_module, "scann_settings", lambda references: settings)
+        monkeypatch.setattr(tune, "TARGET", 0.5)
+
+    return train
+
+
+KINDS = ["exact", "every score", "codes", "leaves"]
+
+
 @needs_scann
-@pytest.mark.parametrize("kind", ["exact", "every score", "codes", "leaves"])
-def test_a_query_finds_the_same_in_any_batch(kind, build, texts, monkeypatch):
-    monkeypatch.setattr(search, "_SCORE_ALL", 1000 if kind in ("exact", "every score") else 0)
-    monkeypatch.setattr(search, "_SCAN_ALL", 0 if kind == "leaves" else 1000)
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_query_finds_the_same_in_any_batch(kind, keep, build, texts, train, config):
+    if kind in ("codes", "leaves"):
+        train(kind)
+    config.retrieval.keep_embeddings = keep
     index = Index.open(build(exact_below=1000 if kind == "exact" else 0))
     queries = index.embedder.embed([text[:50] for text in texts])
     ids, scores = index.search(queries, 6)
@@ -113,38 +132,37 @@ def test_a_query_finds_the_same_in_any_batch(kind, build, texts, monkeypatch):
 
 @needs_scann
 @pytest.mark.slow
-@pytest.mark.parametrize("leaves", [False, True])
-def test_recall_of_the_approximate_search(leaves, sentences, tmp_path, monkeypatch):
+def test_recall_of_the_approximate_search(sentences, tmp_path, monkeypatch):
     texts = sentences(22_000, length=60)
     embedder = LexicalEmbedder(128)
     embedder.fit(texts)
     rows = embedder.embed(texts)
-    # A question shares a stretch of 30 words with its reference, and 15 with another.
-    pairs = zip(texts[:400], texts[1000:1400], strict=True)
-    queries = embedder.embed([f"{a[-150:]} {b[:75]}" for a, b in pairs])
-    if leaves:
-        monkeypatch.setattr(search, "_SCAN_ALL", 1000)
-    settings = search.scann_settings(len(rows))
-    assert settings["reordered"] and bool(settings["leaves"]) == leaves
-    scann = import_scann()
-    search.build_scann(scann, rows, settings, tmp_path / "scann")
-    found = Searcher(
-        _shard(rows, 22_000, monkeypatch), scann.load_searcher(str(tmp_path / "scann"))
-    ).search(queries, 5)[0]
-    exact = Searcher([rows]).search(queries, 5)[0]
-    recall = np.mean([len(set(a) & set(b)) / 5 for a, b in zip(found, exact, strict=True)])
-    assert recall >= 0.95
+
+    def questions(first):
+        # Each shares a stretch of 30 words with its reference, and 15 with another.
+        pairs = zip(texts[first : first + 400], texts[first + 1000 : first + 1400], strict=True)
+        return embedder.embed([f"{a[-150:]} {b[:75]}" for a, b in pairs])
+
+    scann, settings = import_scann(), search.scann_settings(len(rows))
+    assert settings["leaves"] == 148
+    fitted = tune.fit(scann, rows, questions(5000), settings, tmp_path / "scann")
+    searcher = scann.load_searcher(str(tmp_path / "scann"))
+    approximate = Searcher(_shard(rows, 22_000, monkeypatch), searcher, fitted["effort"])
+    exact = Searcher([rows]).search(questions(0), 5 + search.SPARE)
+    assert tune.recall(approximate, questions(0), 5, exact) >= 0.95
 
 
 @needs_scann
+@pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("kind", ["every score", "codes", "leaves"])
-def test_two_builds_have_the_same_bytes(kind, build, monkeypatch):
-    monkeypatch.setattr(search, "_SCORE_ALL", 1000 if kind == "every score" else 0)
-    monkeypatch.setattr(search, "_SCAN_ALL", 0 if kind == "leaves" else 1000)
+def test_two_builds_have_the_same_bytes(kind, keep, build, train, config):
+    if kind != "every score":
+        train(kind)
+    config.retrieval.keep_embeddings = keep
     a, b = build("a", exact_below=0), build("b", exact_below=0)
     names = sorted(p.relative_to(a) for p in a.rglob("*") if p.is_file())
     assert names == sorted(p.relative_to(b) for p in b.rglob("*") if p.is_file())
-    assert Path("scann/scann_assets.pbtxt") in names
+    assert Path("part-00000/scann/scann_assets.pbtxt") in names
     for name in names:
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
@@ -157,7 +175,8 @@ def test_a_finished_build_is_left_alone_and_another_replaces_it(build, reference
     other = write(tmp_path / "other", ["some other text", "and one more"])
     first = Index.open(folder).fingerprint
     build(references=other)
-    assert (Index.open(folder, other).size, len(list(folder.glob("embeddings-*")))) == (2, 1)
+    assert Index.open(folder, other).size == 2
+    assert len(list(folder.rglob("embeddings-*"))) == 1
     build()
     assert Index.open(folder, references).fingerprint == first
 
@@ -188,10 +207,16 @@ def test_without_scann_its_index_is_searched_exactly(build, texts, references, m
 
 
 @needs_scann
-def test_a_flipped_byte_or_missing_file_is_named(build, references):
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_flipped_byte_or_missing_file_is_named(keep, build, references, train, config):
+    train("leaves")
+    config.retrieval.index_parts, config.retrieval.keep_embeddings = 2, keep
     folder = build(exact_below=0)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    assert len(files) >= 8
+    names = {path.name for path in files if path.parts[-2] == "scann" or "emb" in path.name}
+    # Codes of both copies, clusters and their members; embeddings in 32 bits or in 8, not both.
+    assert {"hashed_dataset.npy", "hashed_dataset_soar.npy", "serialized_partitioner.pb"} < names
+    assert ("embeddings-00000.npy" in names) == keep == ("int8_dataset.npy" not in names)
     for path in files:
         data = path.read_bytes()
         flipped = bytearray(data)
@@ -204,7 +229,7 @@ def test_a_flipped_byte_or_missing_file_is_named(build, references):
             Index.open(folder, references)
         path.write_bytes(data)
     Index.open(folder, references)
-    next(folder.glob("embeddings-*")).write_bytes(b"no array")
+    next(folder.glob("part-00001/scann/*.npy")).write_bytes(b"no array")
     build(exact_below=0)  # the remedy
     Index.open(folder, references)
 
@@ -244,18 +269,19 @@ def test_wrong_queries_are_refused(build):
 
 @needs_scann
 @pytest.mark.slow
-def test_a_build_killed_at_any_moment_ends_as_an_undisturbed_one(references, texts, tmp_path):
+@pytest.mark.parametrize("keep", ["keep", "drop"])
+def test_a_build_killed_at_any_moment_ends_as_an_undisturbed_one(keep, references, tmp_path):
     script = Path(__file__).with_name("killed_builds.py")
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, script, references.folder, tmp_path],
+        [sys.executable, script, references.folder, tmp_path, keep],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(root)},
     )
     assert done.returncode == 0, done.stderr
     kept = [int(line.split()[2]) for line in done.stdout.splitlines()]
-    assert len(kept) == 13 and min(kept) == 0 and max(kept) == 5
+    assert len(kept) == 15 and min(kept) == 0 and max(kept) == 6
     undisturbed = tmp_path / "undisturbed"
     names = sorted(p.relative_to(undisturbed) for p in undisturbed.rglob("*") if p.is_file())
     for i in range(len(kept)):
@@ -265,10 +291,10 @@ def test_a_build_killed_at_any_moment_ends_as_an_undisturbed_one(references, tex
 
 
 def test_shards_hold_all_rows_in_order(build, texts, monkeypatch):
-    monkeypatch.setattr(search, "SHARD_ROWS", 128)
-    monkeypatch.setattr(index_module, "SHARD_ROWS", 128)
+    for module in (search, build_module, folder_module):
+        monkeypatch.setattr(module, "SHARD_ROWS", 128)
     folder = build()
-    assert len(list(folder.glob("embeddings-*.npy"))) == 3
+    assert len(list(folder.rglob("embeddings-*.npy"))) == 3
     index = Index.open(folder)
     ids, _ = index.search(index.embedder.embed(texts), 1)
     np.testing.assert_array_equal(ids[:299, 0], np.arange(299))

@@ -193,7 +193,7 @@ def test_an_index_follows_its_encoder_to_another_place(references, folder, confi
     config.retrieval.encoder = str(here)
     build_index(references, make_embedder(config), tmp_path / "index", config)
     fingerprint = Index.open(tmp_path / "index").fingerprint
-    embeddings = tmp_path / "index" / "embeddings-00000.npy"
+    embeddings = tmp_path / "index" / "part-00000" / "embeddings-00000.npy"
     written = embeddings.stat().st_mtime_ns
 
     shutil.move(here, tmp_path / "there")
@@ -220,5 +220,5 @@ def test_an_embedder_of_another_width_is_refused(references, config, embedder, t
         index.search(lexical.embed(["a"]), 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_module, "load_embedder", lambda folder: lexical)
-        with pytest.raises(RetrievalError, match=f"width 64, but the index has {D}; run launch"):
+        with pytest.raises(RetrievalError, match=f"dimension 64, the index has {D}"):
             Index.open(tmp_path)

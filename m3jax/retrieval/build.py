@@ -1,0 +1,189 @@
+"""Builds an index: embeds the references, then trains and tunes the searcher of every part."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from m3jax.retrieval import tune
+from m3jax.retrieval.embed import Embedder
+from m3jax.retrieval.errors import RetrievalError
+from m3jax.retrieval.folder import (
+    BUILD,
+    EMBEDDER,
+    FORMAT,
+    MANIFEST,
+    SCANN,
+    embedding_files,
+    part_folder,
+    part_ranges,
+    read_manifest,
+    shards,
+    verify,
+    write_manifest,
+)
+from m3jax.retrieval.search import SHARD_ROWS, import_scann, scann_settings
+from m3jax.retrieval.spec import read_spec
+from m3jax.text.files import TEMPORARY, committing, write_atomically
+from m3jax.text.references import References
+
+_BATCH = 1024  # references embedded at a time
+
+
+def build_index(
+    references: References, embedder: Embedder, folder: str | Path, config: ConfigDict
+) -> None:
+    """Embeds all references and writes a searchable index; replaces another index in `folder`.
+
+    A build that was killed leaves no manifest; the next call keeps the embeddings it finished.
+    Where `folder` holds the very index asked for, nothing is done; but if its embedder is now kept
+    at another place, the index learns that place. The same arguments make the same bytes.
+
+    Args:
+      references: the knowledge base.
+      embedder: fitted on the references first if it is not `fitted`.
+      folder: where to write.
+      config: `retrieval.exact_below`, `index_parts` and `keep_embeddings` are read.
+
+    Raises:
+      RetrievalError: the knowledge base is empty or has fewer references than parts, or the
+        embedder makes vectors of another width than it says.
+      OSError: from the file system, for example when the disk is full.
+    """
+    folder, size, parts = Path(folder), len(references), config.retrieval.index_parts
+    if not size:
+        raise RetrievalError(
+            "the knowledge base is empty: an index needs at least one reference; run"
+            " launch/prepare.py with documents"
+        )
+    if parts > size:
+        raise RetrievalError(
+            f"config.retrieval.index_parts = {parts}, but there are only {size} references; set it"
+            f" to {size} or less"
+        )
+    if not embedder.fitted:
+        embedder.fit(_texts(references, "fit embedder", range(size)))
+    scann = import_scann() if size > config.retrieval.exact_below else None
+    ranges = part_ranges(size, parts)
+    identity: dict[str, Any] = {
+        "format": FORMAT,
+        "kind": "exact" if scann is None else "scann",
+        "references": references.fingerprint,
+        "count": size,
+        "embedder": embedder.fingerprint,
+        "dimension": embedder.dimension,
+        "parts": parts,
+        "keep_embeddings": scann is None or config.retrieval.keep_embeddings,
+        "settings": [{} if scann is None else scann_settings(len(ids)) for ids in ranges],
+    }
+    if _holds(folder, identity):
+        if read_spec(folder / EMBEDDER) != embedder.spec:
+            tuned = read_manifest(folder)["parts"]
+            (folder / MANIFEST).unlink()  # a build killed now keeps the embeddings
+            embedder.save(folder / EMBEDDER)
+            write_manifest(folder, identity, tuned)
+    else:
+        _clear(folder, identity)
+        embedder.save(folder / EMBEDDER)
+        tuned = [
+            _build_part(references, embedder, part_folder(folder, part), ids, scann, identity)
+            for part, ids in enumerate(ranges)
+        ]
+        write_manifest(folder, identity, tuned)
+    if not identity["keep_embeddings"]:
+        for path in embedding_files(folder):  # only now: a killed build still needs them
+            path.unlink()
+
+
+def _texts(references: References, description: str, ids: range) -> Iterator[str]:
+    """Texts of these references, with a progress bar."""
+    size = len(references)
+    with tqdm(total=size, initial=ids.start, desc=description, unit="ref") as bar:
+        for first in range(ids.start, ids.stop, _BATCH):
+            block = np.arange(first, min(first + _BATCH, ids.stop))
+            yield from references.texts(block)
+            bar.update(len(block))
+
+
+def _holds(folder: Path, identity: dict[str, Any]) -> bool:
+    """Whether the folder has a whole index of this identity."""
+    try:
+        manifest = read_manifest(folder)
+        if manifest["identity"] != identity:
+            return False
+        verify(folder, manifest, range(identity["parts"]))
+    except RetrievalError:
+        return False
+    return True
+
+
+def _clear(folder: Path, identity: dict[str, Any]) -> None:
+    """Makes room for a build; keeps embeddings of an unfinished build of the same identity."""
+    folder.mkdir(parents=True, exist_ok=True)
+    build = json.dumps(identity, indent=1, sort_keys=True).encode()
+    path = folder / BUILD
+    finished = (folder / MANIFEST).exists()  # of another identity, or damaged
+    (folder / MANIFEST).unlink(missing_ok=True)
+    if finished or not path.exists() or path.read_bytes() != build:
+        path.unlink(missing_ok=True)
+        for old in embedding_files(folder):
+            old.unlink()
+    for old in folder.rglob("*" + TEMPORARY):
+        old.unlink()
+    parts = {part_folder(folder, part) for part in range(identity["parts"])}
+    for old in {*folder.glob("part-*"), *folder.glob(SCANN)} - parts:
+        shutil.rmtree(old)
+    for part in parts:
+        shutil.rmtree(part / SCANN, ignore_errors=True)
+    shutil.rmtree(folder / EMBEDDER, ignore_errors=True)
+    write_atomically(path, build)
+
+
+def _build_part(
+    references: References,
+    embedder: Embedder,
+    folder: Path,
+    ids: range,
+    scann: ModuleType | None,
+    identity: dict[str, Any],
+) -> dict[str, Any]:
+    """Embeds these references and trains their searcher; returns what the manifest says of it."""
+    _embed(references, embedder, folder, ids)
+    if scann is None:
+        return {"settings": {}, "effort": {}, "recall": None}
+    embeddings = np.concatenate([np.load(path) for path in shards(folder, len(ids))])
+    queries = tune.sample_queries(references, embedder, tune.QUERIES, ids)
+    settings, standalone = scann_settings(len(ids)), not identity["keep_embeddings"]
+    return tune.fit(scann, embeddings, queries, settings, folder / SCANN, standalone)
+
+
+def _embed(references: References, embedder: Embedder, folder: Path, ids: range) -> None:
+    """Writes the shards of embeddings that are missing, each whole or not at all."""
+    folder.mkdir(exist_ok=True)
+    paths = shards(folder, len(ids))
+    done = next((i for i, path in enumerate(paths) if not path.exists()), len(paths))
+    texts = _texts(references, "embed references", ids[done * SHARD_ROWS :])
+    for i in range(done, len(paths)):
+        rows = min(SHARD_ROWS, len(ids) - i * SHARD_ROWS)
+        embeddings = np.empty((rows, embedder.dimension), np.float32)
+        for start in range(0, rows, _BATCH):
+            part = embeddings[start : start + _BATCH]
+            made = embedder.embed([next(texts) for _ in range(len(part))])
+            if made.shape != part.shape:
+                raise RetrievalError(
+                    f"the embedder {embedder.name!r} has dimension {embedder.dimension}, but"
+                    f" {len(part)} texts became an array of shape {made.shape}; mend its dimension"
+                )
+            part[:] = made
+        with committing(paths[i]) as temporary, temporary.open("wb") as file:
+            np.save(file, embeddings)
+    for _ in texts:  # ends the progress bar
+        pass

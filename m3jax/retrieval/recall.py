@@ -1,0 +1,106 @@
+"""The report that compares an index with exact search."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from m3jax.retrieval.errors import RetrievalError
+from m3jax.retrieval.index import Index
+from m3jax.retrieval.search import SPARE, Found
+from m3jax.retrieval.tune import share_found
+
+
+def read_queries(path: str | Path, most: int) -> list[str]:
+    """The first texts of a file of JSON lines with `question` or `text`.
+
+    Raises:
+      RetrievalError: no file, no lines, or a line without either.
+    """
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            lines = list(islice(filter(str.strip, file), most))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RetrievalError(f"{path} cannot be read ({error}); give a text file") from error
+    found = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+            found.append(str(record["question"] if "question" in record else record["text"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise RetrievalError(
+                f'{path}: {line.strip()[:60]!r} is no JSON object with "question" or "text"; mend'
+                " the line"
+            ) from error
+    if not found:
+        raise RetrievalError(f'{path} has no lines; give JSON lines with "question" or "text"')
+    return found
+
+
+def recall_report(index: Index, queries: Float32[np.ndarray, "n E"], k: int = 5) -> dict[str, Any]:
+    """Compares `index.search` with exact search over the same embeddings.
+
+    Args:
+      index: an index that keeps its embeddings.
+      queries: (n, E) float32, from its embedder; see `tune.sample_queries`.
+      k: references per query.
+
+    Returns:
+      `queries`, `k`, `references`, `kind`, `recall` (share of the exact k best found, ties counted
+      right), `seconds` and `exact_seconds` a query, `time_over_exact`, and `built_recall`, what was
+      measured when the index was built (None for exact search).
+
+    Raises:
+      RetrievalError: no queries, k below 1, queries of another width, or an index without
+        embeddings to compare with.
+    """
+    queries = queries[queries.any(axis=1)]  # the rest finds nothing, exactly or not
+    if not len(queries):
+        raise RetrievalError("no query has a word that the knowledge base knows; give others")
+    exact = index.search_exactly(queries, k + SPARE)
+    found, seconds = _timed(lambda: index.search(queries, k))
+    _, exact_seconds = _timed(lambda: index.search_exactly(queries, k))
+    return {
+        "queries": len(queries),
+        "k": k,
+        "references": index.size,
+        "kind": index.kind,
+        "recall": share_found(found[0], exact),
+        "seconds": seconds / len(queries),
+        "exact_seconds": exact_seconds / len(queries),
+        "time_over_exact": seconds / exact_seconds,
+        "built_recall": index.recall,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as lines of text."""
+    built = report["built_recall"]
+    rows = {
+        "references": str(report["references"]),
+        "search": report["kind"],
+        "queries": str(report["queries"]),
+        f"recall at {report['k']}": f"{report['recall']:.4f}",
+        "recall at 5 when built": "–" if built is None else f"{built:.4f}",
+        "milliseconds a query": f"{report['seconds'] * 1e3:.3f}",
+        "exact": f"{report['exact_seconds'] * 1e3:.3f}",
+        "time over exact": f"{report['time_over_exact']:.3f}",
+    }
+    return "\n".join(f"{name:24}{value:>12}" for name, value in rows.items())
+
+
+def _timed(search: Callable[[], Found]) -> tuple[Found, float]:
+    """What a search found and the least seconds of three runs."""
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        found = search()
+        times.append(time.perf_counter() - begin)
+    return found, min(times)

@@ -1,0 +1,148 @@
+"""ScaNN trained and tuned: the cheapest search that finds enough of the exact result.
+
+How many clusters to search depends on how the embeddings cluster, which their number does not tell:
+of sentence embeddings 4 % of the clusters hold what a query wants, of lexical ones half do not.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from m3jax.retrieval.embed import Embedder
+from m3jax.retrieval.search import SHARD_ROWS, SPARE, Found, Searcher, all_codes, build_scann
+from m3jax.text.references import References
+
+QUERIES = 512  # held-out queries that recall is measured with
+TARGET = 0.95  # recall at 5 to reach on them
+_K = 5
+_CANDIDATES = (512, 384, 256, 192, 128, 96, 64, 48, 32, 24)
+
+
+def sample_queries(
+    references: References, embedder: Embedder, count: int, ids: range | None = None
+) -> Float32[np.ndarray, "n E"]:
+    """Embeddings of the second halves of up to `count` texts, evenly spread over the references.
+
+    They find their own reference and its neighbours, as the text beside it in a corpus would.
+    Halves without anything to search with are left out.
+
+    Args:
+      references: the knowledge base.
+      embedder: the index's.
+      count: most queries.
+      ids: references to take texts of; all by default.
+    """
+    ids = range(len(references)) if ids is None else ids
+    places = np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(np.int64)
+    texts = references.texts(ids.start + places)
+    embeddings = embedder.embed([text[len(text) // 2 :] for text in texts])
+    return embeddings[embeddings.any(axis=1)]
+
+
+def share_found(found: Int64[np.ndarray, "n wanted"], exact: Found) -> float:
+    """Share of the exact k best that were found, over all queries.
+
+    Args:
+      found: ids of the approximate search, −1 for none.
+      exact: of the exact search for `k + SPARE`: an id whose score equals the k-th counts as found
+        like the one that the tie went to.
+    """
+    k, (ids, scores) = found.shape[1], exact
+    there = min(k, ids.shape[1])
+    kth = scores[:, there - 1 : there]
+    hits = ((found[:, :, None] == ids[:, None, :]) & (ids >= 0)[:, None, :]).any(axis=1)
+    better, tied = scores > kth, scores == kth
+    places = there - better.sum(axis=1)  # that the tied ones share
+    shared = np.minimum((hits & tied).sum(axis=1), places)
+    wanted = (ids[:, :there] >= 0).sum()
+    return float(((hits & better).sum() + shared.sum()) / max(wanted, 1))
+
+
+def recall(searcher: Searcher, queries: Float32[np.ndarray, "n E"], k: int, exact: Found) -> float:
+    """`share_found` of a searcher; `exact` as there, made once for several."""
+    return share_found(searcher.search(queries, k)[0], exact)
+
+
+def fit(
+    scann: ModuleType,
+    embeddings: Float32[np.ndarray, "R E"],
+    queries: Float32[np.ndarray, "n E"],
+    settings: dict[str, int],
+    folder: Path,
+    standalone: bool = False,
+) -> dict[str, Any]:
+    """Trains, writes and tunes a ScaNN searcher; the same for the same arguments.
+
+    Where half of the leaves or more would have to be searched, as with embeddings that do not
+    cluster, comparing all codes is faster: then it is trained again without leaves.
+
+    Args:
+      scann: `import_scann()`.
+      embeddings: what is searched.
+      queries: held-out queries, like those to come.
+      settings: of `scann_settings`.
+      folder: where the searcher goes; must not exist.
+      standalone: see `build_scann`.
+
+    Returns:
+      `settings` as trained, `effort` for `Searcher` and `recall` at 5 of the queries.
+    """
+    shards = [embeddings[i : i + SHARD_ROWS] for i in range(0, len(embeddings), SHARD_ROWS)]
+    exact = Searcher(shards).search(queries, _K + SPARE)
+    while True:
+        build_scann(scann, embeddings, settings, folder, standalone)
+        loaded = scann.load_searcher(str(folder))
+        searcher = Searcher([] if standalone else shards, loaded)
+        effort = searcher.effort
+        if settings["block"]:
+            best = _least_effort(searcher, settings, embeddings.shape, queries, exact)
+            if best is None and settings["leaves"]:
+                shutil.rmtree(folder)
+                settings = all_codes()
+                continue
+            effort = best or {"leaves": 0, "candidates": _CANDIDATES[0]}
+        searcher.effort = effort
+        found = recall(searcher, queries, _K, exact)
+        return {"settings": settings, "effort": effort, "recall": found}
+
+
+def _least_effort(
+    searcher: Searcher,
+    settings: dict[str, int],
+    shape: tuple[int, ...],
+    queries: np.ndarray,
+    exact: Found,
+) -> dict[str, int] | None:
+    """The cheapest leaves and candidates that reach the target; None if half the leaves do not.
+
+    Fewer candidates need more leaves: so it walks along the border of what reaches the target.
+    """
+    steps, step = [0], 4
+    if settings["leaves"]:
+        steps = []
+        while 2 * step < settings["leaves"]:
+            steps.append(step)
+            step = max(step + 1, round(1.2 * step))
+    remaining, leaves, best = list(_CANDIDATES), 0, {}
+    while remaining and leaves < len(steps):
+        searcher.effort = {"leaves": steps[leaves], "candidates": remaining[0]}
+        if recall(searcher, queries, _K, exact) >= TARGET:
+            best[_cost(searcher.effort, settings, shape)] = searcher.effort
+            remaining.pop(0)
+        else:
+            leaves += 1
+    return best[min(best)] if best else None
+
+
+def _cost(effort: dict[str, int], settings: dict[str, int], shape: tuple[int, ...]) -> float:
+    """Time of a query up to a constant: in nanoseconds on the machine where it was measured."""
+    rows, dimension = shape
+    compared = 2 * rows * effort["leaves"] / max(settings["leaves"], 1)  # each row is in two leaves
+    codes = compared * dimension / settings["block"]
+    return 0.05 * codes + 1.6 * dimension * effort["candidates"]
