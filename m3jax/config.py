@@ -204,6 +204,12 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
         "parts of the index, each a range of references, which hosts can open separately",
         "[1, 100000)",
     ),
+    "retrieval.recall": (
+        0.97,
+        "share of the five best that an approximate index is tuned to find when it is built; less"
+        " is faster",
+        "(0, 1)",
+    ),
     "retrieval.keep_embeddings": (
         True,
         "whether an approximate index keeps the float32 embeddings that exact scores need; without"

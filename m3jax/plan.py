@@ -23,8 +23,8 @@ from m3jax.hardware import Chip, chip_of_topology
 _HOUR, _DAY = 3600.0, 86_400.0
 _BFLOAT16 = 2  # bytes of a number in decoding
 # Bytes that ScaNN 1.4.2 holds for one dimension of one embedding, beside the embeddings that it
-# computes final scores from: codes of 4 bits for every two dimensions, kept one to a byte and once
-# more packed. Its process grew by 0.69–0.80 for 60 000 embeddings, with clusters and without.
+# computes final scores from: codes of 4 bits, kept one to a byte and once more packed, for every two
+# dimensions, or for every four in two clusters. Its process grew by 0.69–0.80 for 60 000 embeddings, with clusters and without.
 _CODE_BYTES = 0.75
 _MOST_REFERENCES = 1e15
 
@@ -262,12 +262,13 @@ def reading(config: ConfigDict, assumptions: Assumptions, slice_: Machine) -> Se
 
 
 def index(config: ConfigDict, assumptions: Assumptions) -> Section:
-    """Host memory of the search index, which every host that searches holds whole.
+    """Host memory of the search index, of which a host holds the parts that it searches.
 
     * embeddings: references · `retrieval.dimension` · 4 bytes: all that the exact search needs;
     * ScaNN: references · dimension · (b + 0.75), b = 4 bytes for final scores from float32
-      embeddings or 1 from int8. An estimate: 0.75 for its codes of 4 bits for two dimensions, one
-      to a byte and once more packed. Clusters add less than a hundredth on large sets.
+      embeddings or 1 from int8. An estimate: 0.75 for its codes of 4 bits for four dimensions,
+      one to a byte and once more packed, of both clusters that a reference is in. Without clusters
+      codes are of two dimensions, once. The clusters add less than a hundredth on large sets.
     """
     numbers = assumptions.references * config.retrieval.dimension
     sizes = {"float32": 4, "int8": 1}

@@ -19,6 +19,7 @@ from m3jax.retrieval.search import SHARD_ROWS, SPARE, Searcher, import_scann, sc
 from m3jax.retrieval.tune import QUERIES, fit, share_found
 
 _ROWS, _DIMENSION, _K = 100_000, 384, 5
+_TARGET = 0.95  # recall that the search is tuned to
 _SEARCHED = 640  # queries of a round: ten blocks of the exact search
 # Variables that libraries of linear algebra read when they are loaded.
 _THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -107,7 +108,7 @@ def compare(rows: int, dimension: int, rounds: int) -> dict[str, dict[str, float
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "scann"
         begin = time.perf_counter()
-        fitted = fit(scann, embeddings, held_out, scann_settings(rows), folder)
+        fitted = fit(scann, embeddings, held_out, scann_settings(rows), folder, _TARGET)
         built = time.perf_counter() - begin
         loaded = scann.load_searcher(str(folder))
     shards = [embeddings[i : i + SHARD_ROWS] for i in range(0, rows, SHARD_ROWS)]

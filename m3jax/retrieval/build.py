@@ -51,7 +51,7 @@ def build_index(
       references: the knowledge base.
       embedder: fitted on the references first if it is not `fitted`.
       folder: where to write.
-      config: `retrieval.exact_below`, `index_parts` and `keep_embeddings` are read.
+      config: `retrieval.exact_below`, `index_parts`, `keep_embeddings` and `recall` are read.
 
     Raises:
       RetrievalError: the knowledge base is empty or has fewer references than parts, or the
@@ -82,6 +82,7 @@ def build_index(
         "dimension": embedder.dimension,
         "parts": parts,
         "keep_embeddings": scann is None or config.retrieval.keep_embeddings,
+        "recall": None if scann is None else config.retrieval.recall,
         "settings": [{} if scann is None else scann_settings(len(ids)) for ids in ranges],
     }
     if _holds(folder, identity):
@@ -162,7 +163,8 @@ def _build_part(
     embeddings = np.concatenate([np.load(path) for path in shards(folder, len(ids))])
     queries = tune.sample_queries(references, embedder, tune.QUERIES, ids)
     settings, standalone = scann_settings(len(ids)), not identity["keep_embeddings"]
-    return tune.fit(scann, embeddings, queries, settings, folder / SCANN, standalone)
+    target = identity["recall"]
+    return tune.fit(scann, embeddings, queries, settings, folder / SCANN, target, standalone)
 
 
 def _embed(references: References, embedder: Embedder, folder: Path, ids: range) -> None:

@@ -19,7 +19,6 @@ from m3jax.retrieval.search import SHARD_ROWS, SPARE, Found, Searcher, all_codes
 from m3jax.text.references import References
 
 QUERIES = 512  # held-out queries that recall is measured with
-TARGET = 0.95  # recall at 5 to reach on them
 _K = 5
 _CANDIDATES = (512, 384, 256, 192, 128, 96, 64, 48, 32, 24)
 
@@ -75,6 +74,7 @@ def fit(
     queries: Float32[np.ndarray, "n E"],
     settings: dict[str, int],
     folder: Path,
+    target: float,
     standalone: bool = False,
 ) -> dict[str, Any]:
     """Trains, writes and tunes a ScaNN searcher; the same for the same arguments.
@@ -88,6 +88,7 @@ def fit(
       queries: held-out queries, like those to come.
       settings: of `scann_settings`.
       folder: where the searcher goes; must not exist.
+      target: recall at 5 of the queries to reach, if the most that is tried reaches it.
       standalone: see `build_scann`.
 
     Returns:
@@ -101,7 +102,7 @@ def fit(
         searcher = Searcher([] if standalone else shards, loaded)
         effort = searcher.effort
         if settings["block"]:
-            best = _least_effort(searcher, settings, embeddings.shape, queries, exact)
+            best = _least_effort(searcher, settings, embeddings.shape, queries, exact, target)
             if best is None and settings["leaves"]:
                 shutil.rmtree(folder)
                 settings = all_codes()
@@ -118,6 +119,7 @@ def _least_effort(
     shape: tuple[int, ...],
     queries: np.ndarray,
     exact: Found,
+    target: float,
 ) -> dict[str, int] | None:
     """The cheapest leaves and candidates that reach the target; None if half the leaves do not.
 
@@ -132,7 +134,7 @@ def _least_effort(
     remaining, leaves, best = list(_CANDIDATES), 0, {}
     while remaining and leaves < len(steps):
         searcher.effort = {"leaves": steps[leaves], "candidates": remaining[0]}
-        if recall(searcher, queries, _K, exact) >= TARGET:
+        if recall(searcher, queries, _K, exact) >= target:
             best[_cost(searcher.effort, settings, shape)] = searcher.effort
             remaining.pop(0)
         else:

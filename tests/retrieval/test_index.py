@@ -98,14 +98,14 @@ def test_scann_equals_exact_search_where_it_computes_every_score(build, texts):
 
 
 @pytest.fixture
-def train(monkeypatch):
+def train(monkeypatch, config):
     """Makes small indices train and search as large ones do: "codes" or "leaves"."""
 
     def train(kind):
         settings = {"leaves": 20, "block": 4, "sample": 1000}
         settings = search.all_codes() if kind == "codes" else settings
         monkeypatch.setattr(build_module, "scann_settings", lambda references: settings)
-        monkeypatch.setattr(tune, "TARGET", 0.5)
+        config.retrieval.recall = 0.5
 
     return train
 
@@ -145,7 +145,7 @@ def test_recall_of_the_approximate_search(sentences, tmp_path, monkeypatch):
 
     scann, settings = import_scann(), search.scann_settings(len(rows))
     assert settings["leaves"] == 148
-    fitted = tune.fit(scann, rows, questions(5000), settings, tmp_path / "scann")
+    fitted = tune.fit(scann, rows, questions(5000), settings, tmp_path / "scann", 0.97)
     searcher = scann.load_searcher(str(tmp_path / "scann"))
     approximate = Searcher(_shard(rows, 22_000, monkeypatch), searcher, fitted["effort"])
     exact = Searcher([rows]).search(questions(0), 5 + search.SPARE)

@@ -105,10 +105,10 @@ def test_wrong_parts_are_refused(build, references, config, tmp_path):
 
 
 @needs_scann
-def test_parts_of_scann_find_at_least_what_the_whole_does(build, texts, monkeypatch):
+def test_parts_of_scann_find_at_least_what_the_whole_does(build, texts, config, monkeypatch):
     settings = {"leaves": 16, "block": 4, "sample": 1000}
     monkeypatch.setattr(build_module, "scann_settings", lambda references: settings)
-    monkeypatch.setattr(tune, "TARGET", 0.7)
+    config.retrieval.recall = 0.7
     whole, split = (Index.open(build(f"index{n}", n, exact_below=0)) for n in (1, 3))
     queries = whole.embedder.embed([text[:50] for text in texts])
     exact = whole.search_exactly(queries, 5 + SPARE)
@@ -119,11 +119,11 @@ def test_parts_of_scann_find_at_least_what_the_whole_does(build, texts, monkeypa
 
 @needs_scann
 @pytest.mark.parametrize("leaves", [0, 16])
-def test_an_index_without_embeddings(leaves, build, texts, monkeypatch):
+def test_an_index_without_embeddings(leaves, build, texts, config, monkeypatch):
     if leaves:
         settings = {"leaves": leaves, "block": 2, "sample": 1000}
         monkeypatch.setattr(build_module, "scann_settings", lambda references: settings)
-        monkeypatch.setattr(tune, "TARGET", 0.6)
+        config.retrieval.recall = 0.6
     folder = build("without", 2, keep=False, exact_below=0)
     assert not list(folder.rglob("embeddings-*")) and not list(folder.rglob("dataset.npy"))
     index, kept = Index.open(folder), Index.open(build("with", 2, exact_below=0))

@@ -48,17 +48,17 @@ def test_embeddings_of_the_benchmark_are_distributed_as_it_says():
 @needs_scann
 @pytest.mark.slow
 @pytest.mark.parametrize("standalone", [False, True])
-def test_tuning_finds_a_cheap_search_of_clustered_embeddings(standalone, tmp_path, monkeypatch):
-    monkeypatch.setattr(tune, "QUERIES", 256)
+def test_tuning_finds_a_cheap_search_of_clustered_embeddings(standalone, tmp_path):
     rows, queries = sentence_like(25_000, 512, 64)
     held_out, queries = queries[:256], queries[256:]
     settings = {"leaves": 100, "block": 4, "sample": 25_000}
     scann = import_scann()
     fits = [
-        tune.fit(scann, rows, held_out, settings, tmp_path / str(i), standalone) for i in (0, 1)
+        tune.fit(scann, rows, held_out, settings, tmp_path / str(i), 0.95, standalone)
+        for i in (0, 1)
     ]
     assert fits[0] == fits[1] and fits[0]["settings"] == settings
-    assert fits[0]["recall"] >= tune.TARGET and fits[0]["effort"]["leaves"] < 50
+    assert fits[0]["recall"] >= 0.95 and fits[0]["effort"]["leaves"] < 50
     shards = [rows[i : i + 2**14] for i in range(0, len(rows), 2**14)]
     searcher = Searcher(
         [] if standalone else shards,
@@ -71,7 +71,7 @@ def test_tuning_finds_a_cheap_search_of_clustered_embeddings(standalone, tmp_pat
     exact = Searcher(shards).search(held_out, 5 + SPARE)
     effort = fits[0]["effort"]
     searcher.effort = {**effort, "leaves": effort["leaves"] // 2}
-    assert tune.recall(searcher, held_out, 5, exact) < tune.TARGET
+    assert tune.recall(searcher, held_out, 5, exact) < 0.95
 
 
 @needs_scann
@@ -81,9 +81,9 @@ def test_embeddings_that_do_not_cluster_are_searched_without_leaves(tmp_path):
     rows, queries = (rng.standard_normal((n, 256), np.float32) for n in (5000, 200))
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     settings = {"leaves": 70, "block": 4, "sample": 5000}
-    fitted = tune.fit(import_scann(), rows, queries, settings, tmp_path / "scann")
+    fitted = tune.fit(import_scann(), rows, queries, settings, tmp_path / "scann", 0.95)
     assert fitted["settings"] == all_codes() and fitted["effort"]["leaves"] == 0
-    assert fitted["recall"] >= tune.TARGET
+    assert fitted["recall"] >= 0.95
 
 
 @needs_scann
@@ -91,7 +91,7 @@ def test_embeddings_that_do_not_cluster_are_searched_without_leaves(tmp_path):
 def test_searching_in_leaves_does_not_depend_on_other_queries(tmp_path):
     rows, queries = sentence_like(25_000, 600, 128)
     scann, settings = import_scann(), {"leaves": 158, "block": 4, "sample": 25_000}
-    tune.fit(scann, rows, queries[:100], settings, tmp_path / "scann")
+    tune.fit(scann, rows, queries[:100], settings, tmp_path / "scann", 0.95)
     loaded = scann.load_searcher(str(tmp_path / "scann"))
     shards = [rows[i : i + 2**14] for i in range(0, len(rows), 2**14)]
     rng = np.random.default_rng(0)
