@@ -23,8 +23,9 @@ from m3jax.hardware import Chip, chip_of_topology
 _HOUR, _DAY = 3600.0, 86_400.0
 _BFLOAT16 = 2  # bytes of a number in decoding
 # Bytes that ScaNN 1.4.2 holds for one dimension of one embedding, beside the embeddings that it
-# computes final scores from: codes of 4 bits, kept one to a byte and once more packed, for every two
-# dimensions, or for every four in two clusters. Its process grew by 0.69–0.80 for 60 000 embeddings, with clusters and without.
+# computes final scores from: codes of 4 bits for every two dimensions, or for every four in two
+# clusters, kept one to a byte and once more packed. Its process grew by 0.69–0.80 for 60 000
+# embeddings, with clusters and without.
 _CODE_BYTES = 0.75
 _MOST_REFERENCES = 1e15
 

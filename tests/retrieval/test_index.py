@@ -123,6 +123,9 @@ def test_a_query_finds_the_same_in_any_batch(kind, keep, build, texts, train, co
     index = Index.open(build(exact_below=1000 if kind == "exact" else 0))
     queries = index.embedder.embed([text[:50] for text in texts])
     ids, scores = index.search(queries, 6)
+    more = index.search(queries[:5], 310)  # than there are, or than are in the leaves searched
+    np.testing.assert_array_equal(np.isneginf(more[1]), more[0] < 0)
+    assert (more[0][:, -1] < 0).all()
     order = np.random.default_rng(0).permutation(len(texts))
     parts = np.split(order, [1, 2, 5, 70, 71, 200])
     shuffled = [index.search(queries[part], 6) for part in parts]

@@ -78,6 +78,9 @@ def test_hosts_with_some_parts_find_together_what_one_finds(build, texts, tmp_pa
     assert hosts[0].fingerprint == whole.fingerprint
     queries = whole.embedder.embed(texts[::3])
     found = [host.search(queries, 20) for host in hosts]
+    ids, scores = hosts[1].search(queries, 400)
+    np.testing.assert_array_equal(np.isneginf(scores), ids < 0)
+    assert (ids[:, -1] == -1).all()
     assert not set(found[0][0].ravel()) & set(found[1][0].ravel()) - {-1}
     equal(merge(found), whole.search(queries, 20))
     equal(merge(found[::-1]), whole.search(queries, 20))

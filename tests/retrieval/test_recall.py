@@ -98,6 +98,12 @@ def test_searching_in_leaves_does_not_depend_on_other_queries(tmp_path):
     for leaves, candidates in itertools.product([1, 3, 12], [24, 64]):
         searcher = Searcher(shards, loaded, {"leaves": leaves, "candidates": candidates})
         expected = searcher.search(queries, 9)
+        # ScaNN's own scores too: another rounding could choose other leaves for another batch.
+        together = searcher._candidates(queries[:64], 9)
+        for one in (0, 1, 40, 63):
+            alone = searcher._candidates(queries[one : one + 1], 9)
+            for got, wanted in zip(alone, together, strict=True):
+                np.testing.assert_array_equal(got[0], wanted[one])
         for _ in range(4):
             order = rng.permutation(len(queries))
             cuts = np.sort(rng.choice(len(queries), 9, replace=False))
