@@ -178,7 +178,7 @@ def of_faiss(faiss: ModuleType, index: Any) -> Codebook:
 def test_faiss(require: Callable[[str], ModuleType], dim: int) -> None:
     """Its codebooks: our codes are its codes, our decode is its decode. Ours: no larger error."""
     faiss = require("faiss")
-    x, held_out = vectors(8000, dim), vectors(2000, dim, seed=7)
+    x, held_out = vectors(5000, dim), vectors(2000, dim, seed=7)
     index = faiss.index_factory(dim, f"OPQ{dim // 4}_{dim},Residual2x6,PQ8x5")
     rotation = faiss.downcast_VectorTransform(index.chain.at(0))
     rotation.niter = rotation.niter_pq_0 = 10  # FAISS's own 50 and 40 take a minute
