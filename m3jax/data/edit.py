@@ -37,6 +37,7 @@ from m3jax.data.knowledge import (
 )
 from m3jax.layers import Numbering
 from m3jax.memory.bank import Bank
+from m3jax.memory.codec import same
 from m3jax.retrieval.embed import Embedder, load_embedder, make_embedder
 from m3jax.retrieval.index import build_index
 from m3jax.text.documents import Document
@@ -125,6 +126,8 @@ def merge(
         tokenizer = Tokenizer.load(workdir / "tokenizer")
         references = open_references(config, parent, tokenizer)
         added = open_references(config, theirs, tokenizer)
+        base = open_bank(theirs, added)
+        _check_writer(parent, base)
         keys = added.keys
         ids = list(dict.fromkeys(_document(key) for key in keys))
         there = {i: found for i in ids if (found := _of_document(references, i))}
@@ -137,8 +140,6 @@ def merge(
         what = json.dumps(["merge", added.fingerprint, gone.tolist()])
         building = _building(workdir, parent, what)
         copy_references(added, _live(added), building / "references")
-        base = open_bank(theirs, added)
-        _check_writer(parent, base)
         _add_layer(config, parent, building, references, write, base)
         return _commit(workdir, parent, building, gone, True, f"merged with {other}")
 
@@ -264,8 +265,8 @@ def _embedder(
             found = load_embedder(layer / "index" / "embedder")
         except ValueError:
             continue
-        same = layer == folder
-        return found if same else found.extended(references.texts(range(len(references))))
+        own = layer == folder
+        return found if own else found.extended(references.texts(range(len(references))))
     return make_embedder(config)
 
 
@@ -312,8 +313,14 @@ def _has_bank(version: Version) -> bool:
 
 
 def _check_writer(parent: Version, base: Any) -> None:
-    first = Bank.open(parent.layers[0] / "bank").binding
+    bank = Bank.open(parent.layers[0] / "bank")
+    first = bank.binding
     base.require(type(first)(first.writer, first.tokenizer, base.binding.references, first.layout))
+    if not same(bank.codec, base.codec):
+        raise VersionError(
+            f"the banks {bank.folder} ({bank.codec.name}) and {base.folder} ({base.codec.name}) are"
+            " stored differently; write the other one with --base of the first, then merge"
+        )
 
 
 def _building(workdir: Path, parent: Version, what: str) -> Path:

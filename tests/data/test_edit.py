@@ -229,6 +229,21 @@ def test_merge_copies_the_memories_of_the_other(workdir: Path, tmp_path: Path) -
     assert len(references.keys) == len(theirs.keys) + 1
 
 
+def test_banks_stored_differently_are_not_merged(workdir: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(workdir, tmp_path / "other"))
+    manifest = json.loads((other / "bank" / "manifest.json").read_text())
+    shutil.rmtree(other / "bank")
+    with CONFIG.unlocked():
+        CONFIG.writer.compression = "int8"
+    try:
+        write(References.open(other / "references"), other / "bank", None)
+    finally:
+        CONFIG.writer.compression = manifest["codec"]
+    with pytest.raises(VersionError, match=r"\(none\) and .* \(int8\) are stored differently"):
+        merge(CONFIG, workdir, other, write=write, replace=True)
+    assert versions(workdir) == [0]
+
+
 def test_a_pipeline_reads_the_version_it_was_opened_with(workdir: Path) -> None:
     pipeline = open_pipeline(CONFIG, workdir)
     batch = pipeline.batch(0)
