@@ -189,8 +189,10 @@ def only_writer(workdir: Path) -> Iterator[None]:
     """Keeps other editors of the workdir out.
 
     Raises:
-      VersionError: another process is editing.
+      VersionError: another process is editing, or there is no such workdir.
     """
+    if not workdir.is_dir():
+        raise VersionError(f"there is no workdir {workdir}; make it with launch/prepare.py")
     (workdir / VERSIONS).mkdir(parents=True, exist_ok=True)
     with (workdir / VERSIONS / "lock").open("wb") as file:
         try:

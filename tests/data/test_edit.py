@@ -277,6 +277,12 @@ def test_verify_names_damage_and_repair_mends_it(workdir: Path) -> None:
         repair(CONFIG, workdir, write=write)
 
 
+def test_a_mistyped_workdir_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(VersionError, match="there is no workdir .*nowhere; make it with"):
+        edit(CONFIG, tmp_path / "nowhere", delete=["a"], write=write)
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_what_cannot_be_edited_is_refused(workdir: Path) -> None:
     references, _, _ = opened(workdir)
     there = references.keys[0].rpartition("#")[0]
