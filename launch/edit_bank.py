@@ -14,7 +14,7 @@ Each of the first three and merge makes a version: references, index and bank to
 where it is stopped. Older versions stay readable until collect, which writes what is in use as one
 layer and deletes all others; after that nothing that was deleted can be read. A key names a
 reference (DOCUMENT#N) or all references of a document. Memories are written by the writer of the
-checkpoint.
+bank.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COMMANDS = ("add", "replace", "delete", "merge", "list", "rollback", "collect", 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, made by launch/prepare.py.")
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Whose writer writes: stage folder; default WORKDIR/warmup."
+    "checkpoint", None, "Whose writer writes: stage folder; default that of the bank."
 )
 _DOCUMENTS = flags.DEFINE_string(
     "documents", None, "add, replace: documents as launch/prepare.py reads them."
@@ -54,10 +54,10 @@ def main(argv: list[str]) -> None:
     _check_flags(command)
     launching.use_compilation_cache()
     from m3jax.config import validate
-    from m3jax.data import edit, knowledge
+    from m3jax.data import edit, knowledge, upkeep
     from m3jax.text.documents import read_documents
 
-    config, workdir = validate(_CONFIG.value), Path(str(_WORKDIR.value))
+    config, workdir, note = validate(_CONFIG.value), Path(str(_WORKDIR.value)), _NOTE.value
     if command in ("add", "replace"):
         documents = read_documents(str(_DOCUMENTS.value))
         _say(
@@ -66,19 +66,19 @@ def main(argv: list[str]) -> None:
                 workdir,
                 documents=documents,
                 replace=command == "replace",
-                write=_write,
-                note=_NOTE.value,
+                write=_writer(),
+                note=note,
             )
         )
     elif command == "delete":
-        _say(edit.edit(config, workdir, delete=_KEYS.value or [], write=_write, note=_NOTE.value))
+        _say(edit.edit(config, workdir, delete=_KEYS.value or [], write=_writer(), note=note))
     elif command == "merge":
         replace = bool(_REPLACE.value)
-        _say(edit.merge(config, workdir, str(_OTHER.value), write=_write, replace=replace))
+        _say(edit.merge(config, workdir, str(_OTHER.value), write=_writer(), replace=replace))
     elif command == "rollback":
         _say(edit.rollback(workdir, int(_TO.value or 0)))
     elif command == "collect":
-        version, busy = edit.collect(config, workdir, write=_write, note=_NOTE.value)
+        version, busy = upkeep.collect(config, workdir, write=_writer(), note=note)
         _say(version)
         for folder in busy:
             print(f"{folder} is being read by another process; collect again when it has ended")
@@ -94,13 +94,13 @@ def main(argv: list[str]) -> None:
 
 def _check(command: str, config: Any, workdir: Path) -> None:
     """verify and repair."""
-    from m3jax.data import edit
+    from m3jax.data import upkeep
 
     number = _VERSION.value
     if command == "repair":
-        for problem in edit.repair(config, workdir, write=_write, number=number):
+        for problem in upkeep.repair(config, workdir, write=_writer(), number=number):
             print(f"rewritten: {problem}")
-    problems = edit.verify(config, workdir, number)
+    problems = upkeep.verify(config, workdir, number)
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
@@ -112,36 +112,11 @@ def _say(version: Any) -> None:
     print(f"{version.workdir}: version {version.number} is current ({version.note})")
 
 
-def _write(references: Any, folder: Path, base: Any) -> None:
-    """Memories of references, by the writer of the checkpoint."""
-    import jax
+def _writer() -> Any:
+    from m3jax.train.writer import MemoryWriter
 
-    from m3jax.config import PREFIX_TOKENS
-    from m3jax.memory.write import write_bank
-    from m3jax.mesh import make_mesh
-    from m3jax.model.transformer import Model
-    from m3jax.train.writer import restore_writer
-
-    config = _CONFIG.value
-    mesh = make_mesh(config) if jax.device_count() > 1 else None
-    model = Model(config, PREFIX_TOKENS, mesh)
-    checkpoint = _CHECKPOINT.value or Path(str(_WORKDIR.value)) / "warmup"
-    tokenizer = references.tokenizer_fingerprint
-    params, path, step = restore_writer(checkpoint, model, tokenizer)
-    with config.unlocked():
-        config.writer.compression = base.codec.name
-    write_bank(
-        config,
-        model,
-        params,
-        references,
-        folder,
-        tokenizer_fingerprint=tokenizer,
-        prefix_tokens=PREFIX_TOKENS,
-        writer_path=str(path),
-        writer_step=step,
-        base=base,
-    )
+    workdir = str(_WORKDIR.value)
+    return MemoryWriter(_CONFIG.value, workdir, _CHECKPOINT.value, like_base=True)
 
 
 def _check_flags(command: str) -> None:

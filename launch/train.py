@@ -19,11 +19,17 @@ number of processes.
 
 from __future__ import annotations
 
-from absl import flags
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from m3jax import launching
 from m3jax.config import validate
+
+if TYPE_CHECKING:
+    from m3jax.train.loop import Source
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
 _WORKDIR = flags.DEFINE_string(
@@ -37,6 +43,12 @@ _INIT_FROM = flags.DEFINE_string(
 )
 _BANK = flags.DEFINE_string(
     "bank", None, "Bank of explicit memories for memory.source = precomputed; default WORKDIR/bank."
+)
+_VERSION = flags.DEFINE_integer(
+    "bank_version",
+    None,
+    "Version of the knowledge, of launch/edit_bank.py list; default the one that the run has read"
+    " before, for a new run the current one.",
 )
 _PROFILE = flags.DEFINE_string(
     "profile_steps",
@@ -63,22 +75,32 @@ def main(argv: list[str]) -> None:
 def _train(config: ConfigDict, profile_steps: tuple[int, int] | None) -> None:
     import jax
 
-    from m3jax.data.pipeline import open_pipeline
-    from m3jax.evaluation.losses import evaluator
-    from m3jax.mesh import make_mesh
+    from m3jax.evaluation.staleness import rewrite
+    from m3jax.text.tokenizer import Tokenizer
+    from m3jax.train.checkpoints import FOLDER, knowledge_version
     from m3jax.train.loop import train
     from m3jax.train.metrics import describe_time
 
-    pipeline = open_pipeline(config, _WORKDIR.value, split="train", bank=_BANK.value)
+    workdir = Path(str(_WORKDIR.value))
+    stage = workdir / config.stage
+    version = _VERSION.value
+    if version is None:  # a run goes on with what it has read
+        version = knowledge_version(stage)
+    if config.train.refresh_every and _BANK.value is not None:
+        raise app.UsageError("train.refresh_every refreshes the workdir's bank; leave out --bank")
+
+    def refresh(step: int) -> Source:
+        return _source(config, rewrite(config, workdir, stage / FOLDER / str(step)).number)
+
+    source = _source(config, version)
     summary = train(
         config,
-        _WORKDIR.value,
-        pipeline=pipeline,
-        tokenizer_fingerprint=pipeline.tokenizer.fingerprint,
+        workdir,
+        tokenizer_fingerprint=Tokenizer.load(workdir / "tokenizer").fingerprint,
         init_from=_INIT_FROM.value,
-        evaluate=evaluator(config, _WORKDIR.value, bank=_BANK.value, mesh=make_mesh(config)),
-        writer=None if pipeline.bank is None else pipeline.bank.writer,
+        refresh=refresh,
         profile_steps=profile_steps,
+        **source._asdict(),
     )
     if jax.process_index() != 0:
         return
@@ -87,6 +109,23 @@ def _train(config: ConfigDict, profile_steps: tuple[int, int] | None) -> None:
         print(f"  {name}: {value:.4f}")
     print(f"checkpoint: {summary['checkpoint']}")
     print(f"time: {describe_time(summary['time'])}")
+
+
+def _source(config: ConfigDict, version: int | None) -> Source:
+    """What a version of the knowledge (None: the current one) gives to read."""
+    from m3jax.data.pipeline import open_pipeline
+    from m3jax.evaluation.losses import evaluator
+    from m3jax.mesh import make_mesh
+    from m3jax.train.loop import Source
+
+    workdir, bank = str(_WORKDIR.value), _BANK.value
+    pipeline = open_pipeline(config, workdir, split="train", bank=bank, version=version)
+    return Source(
+        pipeline,
+        evaluator(config, workdir, bank=bank, version=version, mesh=make_mesh(config)),
+        None if pipeline.bank is None else pipeline.bank.writer,
+        None if pipeline.version is None else pipeline.version.number,
+    )
 
 
 if __name__ == "__main__":

@@ -4,14 +4,26 @@
 
 The checkpoint's writer encodes: the checkpoint itself, or, for one that was trained on memories of
 another checkpoint, that one. Killed at any moment, the same command goes on with what is missing.
+
+After more training the memories are not what the checkpoint would write now:
+
+    python launch/write_bank.py --refresh=measure --config=… --workdir=runs/wiki
+    python launch/write_bank.py --refresh=all     --config=… --workdir=runs/wiki
+    python launch/write_bank.py --refresh=worst   --config=… --workdir=runs/wiki --share=0.25
+
+The first says how far they are from those and whether a rewrite pays; the others make a version
+(launch/edit_bank.py list, rollback) written by the checkpoint itself, or in which it has written
+those that the first memory layer alone finds most changed.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
-from absl import flags
-from ml_collections import config_flags
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
 
 from m3jax import launching
 
@@ -27,6 +39,18 @@ _BANK = flags.DEFINE_string("bank", None, "Folder to write; default WORKDIR/bank
 _BASE = flags.DEFINE_string(
     "base", None, "Older bank of the same writer: memories of unchanged references are copied."
 )
+_REFRESH = flags.DEFINE_enum(
+    "refresh",
+    None,
+    ["measure", "all", "worst"],
+    "Compare the current version's bank with what --checkpoint (default WORKDIR/<config.stage>)"
+    " writes, or make a version that it has written.",
+)
+_SHARE = flags.DEFINE_float(
+    "share", 0.25, "--refresh=worst: share of the references to write anew.", 0.0, 1.0
+)
+_SAMPLE = flags.DEFINE_integer("sample", 512, "--refresh=measure: references to compare.", 1)
+_JSON = flags.DEFINE_string("json", None, "--refresh=measure: write the figures to this file.")
 launching.define_cache_flag()
 flags.adopt_module_key_flags(launching)  # --help shows them
 
@@ -34,45 +58,55 @@ flags.adopt_module_key_flags(launching)  # --help shows them
 def main(argv: list[str]) -> None:
     """Restores the writer and writes what is missing."""
     launching.use_compilation_cache()
-    import jax
-
-    from m3jax.config import PREFIX_TOKENS, validate
-    from m3jax.data.knowledge import require_unedited
-    from m3jax.memory.bank import Bank
-    from m3jax.memory.write import write_bank
-    from m3jax.mesh import make_mesh
-    from m3jax.model.transformer import Model
-    from m3jax.text.references import References
-    from m3jax.train.writer import restore_writer
+    from m3jax.config import validate
 
     config, workdir = validate(_CONFIG.value), Path(str(_WORKDIR.value))
+    if _REFRESH.value is not None:
+        _refresh(config, workdir)
+    else:
+        _write(config, workdir)
+
+
+def _write(config: ConfigDict, workdir: Path) -> None:
+    from m3jax.data.knowledge import require_unedited
+    from m3jax.memory.bank import Bank
+    from m3jax.text.references import References
+    from m3jax.train.writer import MemoryWriter
+
     if _BANK.value is None:
         require_unedited(workdir)
     references = References.open(_REFERENCES.value or workdir / "references")
-    tokenizer = references.tokenizer_fingerprint
-    mesh = make_mesh(config) if jax.device_count() > 1 else None
-    model = Model(config, PREFIX_TOKENS, mesh)
-    checkpoint = Path(_CHECKPOINT.value or workdir / "warmup")
-    params, path, step = restore_writer(checkpoint, model, tokenizer)
+    base = None if _BASE.value is None else Bank.open(_BASE.value)
+    write = MemoryWriter(config, workdir, _CHECKPOINT.value or workdir / "warmup")
     folder = _BANK.value or workdir / "bank"
-    report = write_bank(
-        config,
-        model,
-        params,
-        references,
-        folder,
-        tokenizer_fingerprint=tokenizer,
-        prefix_tokens=PREFIX_TOKENS,
-        writer_path=str(path),
-        writer_step=step,
-        base=None if _BASE.value is None else Bank.open(_BASE.value),
-    )
+    report = write(references, Path(folder), base)
+    _, path, step = write.restore(references.tokenizer_fingerprint)
     print(
         f"bank {folder}: {report['references']} memories by {path} step {step};"
         f" {report['encoded']} encoded, {report['copied']} copied, {report['kept']} there before;"
         f" {report['seconds']:.1f} s, {report['memories_per_second']:.0f} memories a second,"
         f" {report['encode_share']:.0%} of the time encoding"
     )
+
+
+def _refresh(config: ConfigDict, workdir: Path) -> None:
+    from m3jax.evaluation import staleness
+    from m3jax.text.files import write_atomically
+
+    for flag in (_REFERENCES, _BANK, _BASE):
+        if flag.value is not None:
+            raise app.UsageError(f"--refresh reads the workdir's version; leave out --{flag.name}")
+    checkpoint = Path(_CHECKPOINT.value or workdir / config.stage)
+    if _REFRESH.value == "measure":
+        found = staleness.measure(config, workdir, checkpoint, sample=int(_SAMPLE.value or 1))
+        print(staleness.table(found))
+        if _JSON.value:
+            figures = {**dataclasses.asdict(found), "verdict": found.verdict}
+            write_atomically(_JSON.value, (json.dumps(figures, indent=2) + "\n").encode())
+        return
+    share = 1.0 if _REFRESH.value == "all" else float(_SHARE.value or 0.0)
+    version = staleness.rewrite(config, workdir, checkpoint, share=share)
+    print(f"{workdir}: version {version.number} is current ({version.note})")
 
 
 if __name__ == "__main__":

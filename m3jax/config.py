@@ -278,6 +278,12 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
         "checkpoints at multiples of this step are kept forever; 0 = none",
         "[0, inf)",
     ),
+    "train.refresh_every": (
+        0,
+        "steps after which the run writes the memories of the bank anew with its own weights, as a"
+        " version of the knowledge; 0 = never",
+        "[0, inf)",
+    ),
     "train.evaluate_every": (500, "steps between two evaluations; 0 = never", "[0, inf)"),
     # -- evaluation -------------------------------------------------------------------------------
     "evaluation.batches": (8, "validation batches of an evaluation", "[1, inf)"),
@@ -449,6 +455,8 @@ def validate(config: ConfigDict) -> ConfigDict:
         config.optimizer.rise_steps,
         f"is longer than train.steps = {train.steps}",
     )
+    if train.refresh_every:
+        _check_refresh(config)
     _require(config.mesh.fsdp != 0, "mesh.fsdp", config.mesh.fsdp, "must be -1 or at least 1")
     _require(
         config.stage != "" and "/" not in config.stage,
@@ -457,6 +465,24 @@ def validate(config: ConfigDict) -> ConfigDict:
         "names a folder of the workdir: not empty, no slash",
     )
     return config
+
+
+def _check_refresh(config: ConfigDict) -> None:
+    name, every, train = "train.refresh_every", config.train.refresh_every, config.train
+    _require(
+        config.memory.source == "precomputed",
+        name,
+        every,
+        f"refreshes a bank; memory.source = {config.memory.source!r} reads none",
+    )
+    for other in ("checkpoint_every", "keep_every"):  # the checkpoint that wrote must stay
+        steps = train[other]
+        _require(
+            steps > 0 and every % steps == 0,
+            name,
+            every,
+            f"must be a multiple of train.{other} = {steps}: a checkpoint that stays writes",
+        )
 
 
 # The constant prefix `<s>Reference:` as tokens; m3jax.text.tokenizer reserves these entries.

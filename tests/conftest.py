@@ -3,7 +3,6 @@
 import importlib
 import os
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -19,23 +18,23 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("m3jax", "typechecking.check")
 
 
-@pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a compilation cache for this session, which its processes may use too."""
-    return tmp_path_factory.mktemp("compiled")
-
-
 @pytest.fixture(scope="session", autouse=True)
-def quick_compilation(compilation_cache: Path) -> None:
-    """One test's programs serve the others, and none is optimized for speed."""
+def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One test's programs serve the others, and none is optimized for speed.
+
+    So with the processes that tests start; their programs are kept apart, because a killed one may
+    leave half a file. What a TPU would run is compiled with `JAX_DISABLE_MOST_OPTIMIZATIONS=0`.
+    """
     settings = {
-        "jax_compilation_cache_dir": str(compilation_cache),
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.3,
         "jax_persistent_cache_min_entry_size_bytes": -1,
         "jax_disable_most_optimizations": True,
     }
     for name, value in settings.items():
         jax.config.update(name, value)
+    settings["jax_compilation_cache_dir"] = str(tmp_path_factory.mktemp("compiled_by_processes"))
+    os.environ.update({name.upper(): str(value) for name, value in settings.items()})
 
 
 @pytest.fixture(scope="session")

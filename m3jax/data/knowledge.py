@@ -5,6 +5,7 @@ Version 0 is `references/ index/ bank/` of the workdir. An edit (`m3jax.data.edi
     versions/000003/version.json   the folders it reads, one a layer; sealed, written last
     versions/000003/removed.npy    ids that were deleted or replaced
     versions/000003/references/ index/ bank/   the layer it added, if any
+    versions/000003/banks/0/ 1/ …  the layers' banks, where the version is a refresh
     versions/current.json          which version readers open, and the oldest one that is kept
 
 A version is whole from the moment its folder has its name, and never changes.
@@ -35,6 +36,8 @@ from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 
 VERSIONS, CURRENT, VERSION, REMOVED = "versions", "current.json", "version.json", "removed.npy"
+BANKS = "banks"  # of a refresh: one folder a layer
+MANIFEST = "manifest.json"  # of references and of a bank; readers lock it
 
 
 class VersionError(ValueError):
@@ -67,7 +70,8 @@ class Version:
       number: 0 is the unedited one.
       parent: the version it was made from; −1 for version 0.
       note: what made it, in words.
-      layers: folders with `references/ index/ bank/`.
+      layers: folders with `references/ index/`.
+      banks: folder of each layer's bank.
       removed: ids that were deleted or replaced.
     """
 
@@ -76,8 +80,14 @@ class Version:
     parent: int
     note: str
     layers: tuple[Path, ...]
+    banks: tuple[Path, ...]
     removed: np.ndarray
     locks: tuple[_Lock, ...] = ()
+
+    @property
+    def has_bank(self) -> bool:
+        """Whether its memories were written."""
+        return (self.banks[0] / MANIFEST).exists()
 
     def close(self) -> None:
         """Lets its layers be collected."""
@@ -105,6 +115,12 @@ def read_current(workdir: Path) -> dict[str, int]:
             f"{path} is damaged; write it anew with launch/edit_bank.py rollback --to=VERSION"
         )
     return found
+
+
+def recorded_oldest(workdir: Path) -> int:
+    """The oldest version that was kept when the newest one was made."""
+    contents = (read_sealed(path) for path in (workdir / VERSIONS).glob(f"[0-9]*/{VERSION}"))
+    return max((content["oldest"] for content in contents if content is not None), default=0)
 
 
 def write_current(workdir: Path, version: int, oldest: int) -> None:
@@ -147,7 +163,8 @@ def open_version(workdir: str | Path, number: int | None = None) -> Version:
 
 def _read_version(workdir: Path, number: int) -> Version:
     if number == 0:
-        return Version(workdir, 0, -1, "as prepared", (workdir,), np.zeros(0, np.int64))
+        nothing = np.zeros(0, np.int64)
+        return Version(workdir, 0, -1, "as prepared", (workdir,), (workdir / "bank",), nothing)
     folder = folder_of(workdir, number)
     (folder / VERSION).stat()  # FileNotFoundError: no such version
     content = read_sealed(folder / VERSION)
@@ -159,19 +176,20 @@ def _read_version(workdir: Path, number: int) -> Version:
         )
     removed = np.load(io.BytesIO((folder / REMOVED).read_bytes()), allow_pickle=False)
     layers = tuple(folder_of(workdir, layer) for layer in content["layers"])
-    return Version(workdir, number, content["parent"], content["note"], layers, removed)
+    banks = tuple(workdir / path for path in content["banks"])
+    return Version(workdir, number, content["parent"], content["note"], layers, banks, removed)
 
 
 def _lock(version: Version) -> Version:
-    """Holds a shared lock on every layer, until the version is forgotten or the process ends."""
-    paths = [layer / "references" / "manifest.json" for layer in version.layers]
-    locks = tuple(_Lock(path) for path in paths if path.exists())
+    """Holds a shared lock on all it reads, until the version is forgotten or the process ends."""
+    folders = [*(layer / "references" for layer in version.layers), *version.banks]
+    locks = tuple(_Lock(folder / MANIFEST) for folder in folders if (folder / MANIFEST).exists())
     return dataclasses.replace(version, locks=locks)
 
 
-def in_use(layer: Path) -> bool:
-    """Whether another process has opened a version with this layer."""
-    path = layer / "references" / "manifest.json"
+def in_use(folder: Path) -> bool:
+    """Whether another process has opened a version with these references, or this bank."""
+    path = folder / MANIFEST
     if not path.exists():
         return False
     with path.open("rb") as file:
@@ -247,7 +265,7 @@ def open_index(version: Version, references: AnyReferences) -> Any:
 
 def open_bank(version: Version, references: AnyReferences) -> Any:
     """The bank of a version: a `Bank`, or a `LayeredBank` with the same methods."""
-    layers = [Bank.open(folder / "bank") for folder in version.layers]
+    layers = [Bank.open(folder) for folder in version.banks]
     if isinstance(references, References):
         return layers[0]
     return LayeredBank(layers, version.removed, references.fingerprint)

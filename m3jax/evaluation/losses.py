@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from m3jax.config import prefix_tokens
@@ -54,16 +55,26 @@ class LossEvaluator:
 
     def __call__(self, params: Params) -> dict[str, float]:
         totals = {mode: np.zeros(3) for mode in self.modes}
-        for batch in islice(self.pipeline.batches(0, self._ids), self.batches):
+        for batch in self.each():
             placed = self._place(inputs(batch))
             for mode in self.modes:
-                total = jax.device_get(self._sums[mode](params, placed))
-                totals[mode] += np.asarray(total, np.float64)
+                totals[mode] += self._summed_up(params, placed, mode)
         return {
             f"{name}_{mode}": float(value)
             for mode, (loss, weight, correct) in totals.items()
             for name, value in (("loss", loss / weight), ("accuracy", correct / weight))
         }
+
+    def each(self) -> Iterator[Batch]:
+        """The validation batches."""
+        return islice(self.pipeline.batches(0, self._ids), self.batches)
+
+    def sums(self, params: Params, batch: Batch, mode: str) -> Float[np.ndarray, " 3"]:
+        """Summed loss, weight and correct tokens of a batch, in one of `modes`."""
+        return self._summed_up(params, self._place(inputs(batch)), mode)
+
+    def _summed_up(self, params: Params, placed: Batch, mode: str) -> np.ndarray:
+        return np.asarray(jax.device_get(self._sums[mode](params, placed)), np.float64)
 
     def _summed(self, mode: str) -> Callable[[Params, Batch], Sums]:
         """The sums of a batch in one mode."""
@@ -86,8 +97,9 @@ def evaluator(
     workdir: str | Path,
     *,
     bank: str | Path | None = None,
+    version: int | None = None,
     mesh: Mesh | None = None,
 ) -> LossEvaluator:
-    """The validation evaluator of a prepared workdir."""
-    pipeline = open_pipeline(config, workdir, split="validation", bank=bank)
+    """The validation evaluator of a prepared workdir; arguments as of `open_pipeline`."""
+    pipeline = open_pipeline(config, workdir, split="validation", bank=bank, version=version)
     return LossEvaluator(config, pipeline, mesh)

@@ -26,7 +26,6 @@ from m3jax.evaluation.plots import Read, accuracy_bars, attention_map
 from m3jax.evaluation.questions import Answerer, Question
 from m3jax.memory.bank import Bank
 from m3jax.memory.sparsify import sparsifier
-from m3jax.memory.write import write_bank
 from m3jax.model.transformer import Model
 from m3jax.retrieval.embed import make_embedder
 from m3jax.retrieval.index import Index, build_index
@@ -39,7 +38,7 @@ from m3jax.text.references import References, write_references
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.checkpoints import restore_params
 from m3jax.train.loop import train
-from m3jax.train.writer import restore_writer
+from m3jax.train.writer import MemoryWriter, restore_writer
 
 LABELS = {
     "memory": "memories found by the retriever",
@@ -166,21 +165,9 @@ def _write(
     demonstration: Demonstration, folder: Path, checkpoint: str, base: Bank | None = None
 ) -> None:
     """The bank of a folder, by the writer that the checkpoint of a stage records."""
-    model = Model(demonstration.config("continual"))
-    tokenizer = Tokenizer.load(demonstration.workdir / "tokenizer").fingerprint
-    params, path, step = restore_writer(demonstration.workdir / checkpoint, model, tokenizer)
-    write_bank(
-        model.config,
-        model,
-        params,
-        References.open(folder / "references"),
-        folder / "bank",
-        tokenizer_fingerprint=tokenizer,
-        prefix_tokens=model.prefix_tokens,
-        writer_path=str(path),
-        writer_step=step,
-        base=base,
-    )
+    workdir = demonstration.workdir
+    write = MemoryWriter(demonstration.config("continual"), workdir, workdir / checkpoint)
+    write(References.open(folder / "references"), folder / "bank", base)
 
 
 def _rewrite(demonstration: Demonstration, folder: Path, known: tuple[people.Person, ...]) -> None:

@@ -16,7 +16,7 @@ from m3jax.evaluation.questions import Answerer, read_questions
 from m3jax.memory.storage import BankError
 from m3jax.model.transformer import Model, Params
 from m3jax.retrieval.retriever import Retriever
-from m3jax.train.checkpoints import restore_params
+from m3jax.train.checkpoints import reads, restore_params
 from m3jax.train.metrics import dropped_share
 
 
@@ -67,10 +67,8 @@ def evaluate(
 
 def check_reader(pipeline: Pipeline, meta: dict[str, Any], checkpoint: Path) -> None:
     """Refuses a bank whose writer the checkpoint has not learned to read."""
-    if pipeline.bank is None or meta["writer"] is None:
-        return
-    written, read = pipeline.bank.binding.writer, meta["writer"]["hash"]
-    if written != read:
+    if pipeline.bank is not None and not reads(meta, checkpoint, pipeline.bank.writer):
+        written, read = pipeline.bank.binding.writer, meta["writer"]["hash"]
         raise BankError(
             f"bank {pipeline.bank.folder} was written by other weights ({written[:12]}) than those"
             f" that {checkpoint} reads ({read[:12]}, step {meta['writer']['step']} of"

@@ -46,6 +46,7 @@ def write_bank(
     writer_step: int = 0,
     progress: bool = True,
     base: Bank | LayeredBank | None = None,
+    keep: Int[np.ndarray, " n"] | None = None,
 ) -> dict[str, Any]:
     """Writes the memories of all references, or what is missing of them.
 
@@ -63,6 +64,8 @@ def write_bank(
       progress: show a progress bar.
       base: an older bank of the same writer, tokenizer and layout: memories of references with the
         same tokens are copied from it instead of encoded.
+      keep: the base is a bank of the same references by another writer: memories that are copied
+        all the same; all others are encoded.
 
     Returns:
       `references` in the set; `kept` (there before), `encoded` and `copied` memories; `seconds`
@@ -90,9 +93,13 @@ def write_bank(
         "writer_path": str(writer_path),
         "writer_step": int(writer_step),
         "m3jax": m3jax.__version__,
+        "foreign": 0 if keep is None else len(keep),  # memories by another writer
     }
     hashes = references.record_hashes
-    sources = _copies(base, binding, lengths, hashes)
+    if keep is None:
+        sources = _copies(base, binding, lengths, hashes)
+    else:
+        sources = _kept(base, binding, len(lengths), keep)
     codec = _make_codec(config, model, params, references, folder, binding, base)
     sides = {storage.LENGTHS: storage.npy_bytes(lengths), storage.HASHES: storage.npy_bytes(hashes)}
     if codec.codebooks is not None:
@@ -314,8 +321,9 @@ def _make_codec(
             codec, owner = codecs.from_bytes(written, dtype)
             if owner == binding.owner:
                 return codec
-    if base is not None and base.codec.codebooks is not None:
-        return base.codec
+    theirs = None if base is None or base.codec.codebooks is None else base
+    if theirs is not None and theirs.binding.writer == binding.writer:
+        return theirs.codec
     ids = _sample(config, references)
     print(f"bank {folder}: training codebooks on {len(ids)} references", flush=True)
     encoder = Encoder(config, model, params, references, codecs.plain(config.model.head_dim, dtype))
@@ -404,3 +412,15 @@ def _copies(
     found = order[place]
     same = (old[found] == hashes) & (base.lengths[found] == lengths)
     return np.where(same, found, -1).astype(np.int64)
+
+
+def _kept(
+    base: Bank | LayeredBank | None, binding: Binding, size: int, keep: Int[np.ndarray, " n"]
+) -> Int[np.ndarray, " R"]:
+    """As `_copies`, of memories that another writer wrote."""
+    assert base is not None
+    anyone = Binding(base.binding.writer, binding.tokenizer, binding.references, binding.layout)
+    base.require(anyone)
+    sources = np.full(size, -1, np.int64)
+    sources[keep] = keep
+    return sources

@@ -106,3 +106,10 @@ class LayeredReferences:
 
 
 AnyReferences = References | LayeredReferences
+
+
+def live_ids(references: AnyReferences) -> np.ndarray:
+    """Ids of the references in use, ascending."""
+    if isinstance(references, LayeredReferences):
+        return references.numbering.live
+    return np.arange(len(references))

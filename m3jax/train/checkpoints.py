@@ -54,6 +54,7 @@ class Checkpoints:
       config: the run's config.
       tokenizer_fingerprint: of the tokenizer the run reads.
       writer: `{"hash", "path", "step"}` of whose memories the run reads, or None.
+      version: of the knowledge that it reads, or None.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Checkpoints:
         config: ConfigDict,
         tokenizer_fingerprint: str,
         writer: Mapping[str, Any] | None = None,
+        version: int | None = None,
     ):
         self.folder = Path(stage_folder).absolute() / FOLDER
         self.tokenizer_fingerprint = tokenizer_fingerprint
@@ -70,8 +72,8 @@ class Checkpoints:
             "version": m3jax.__version__,
             "config": json.loads(to_json(config)),
             "tokenizer": tokenizer_fingerprint,
-            "writer": None if writer is None else dict(writer),
         }
+        self.reads(writer, version)
         kept: list[Any] = [policies.LatestN(config.train.keep_last)]
         if config.train.keep_every:
             kept.append(policies.EveryNSteps(config.train.keep_every))
@@ -83,6 +85,11 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
             ),
         )
+
+    def reads(self, writer: Mapping[str, Any] | None, version: int | None) -> None:
+        """From now on the run reads memories of this writer, in this version of the knowledge."""
+        self._meta["writer"] = None if writer is None else dict(writer)
+        self._meta["knowledge"] = version
 
     def save(self, state: TrainState, step: int) -> None:
         """Copies the state and writes it in the background; does nothing when `step` is saved."""
@@ -110,7 +117,7 @@ class Checkpoints:
         meta = read_meta(folder)
         _check_tokenizer(folder, meta, self.tokenizer_fingerprint)
         ours, theirs = self._meta["writer"], meta["writer"]
-        if (ours or {}).get("hash") != (theirs or {}).get("hash"):
+        if (ours is None) != (theirs is None) or not reads(meta, folder, ours):
             raise CheckpointError(
                 f"checkpoint {folder} was trained on memories of the writer {theirs}, but this run"
                 f" reads memories of {ours}; use the bank of the run's own writer"
@@ -244,6 +251,43 @@ def restack(params: Params, stacks: Mapping[str, int]) -> Params:
         result[name] = jax.tree.map(lambda x, a=start, b=start + count: x[a:b], layers)
         start += count
     return result
+
+
+def stage_of(checkpoint: str | Path) -> Path:
+    """The stage folder of a checkpoint, which may be named by its `checkpoints/<step>`."""
+    path = Path(checkpoint).absolute()
+    return path.parents[1] if path.parent.name == FOLDER else path
+
+
+def reads(
+    meta: Mapping[str, Any], checkpoint: str | Path, writer: Mapping[str, Any] | None
+) -> bool:
+    """Whether a checkpoint reads memories of a writer.
+
+    It does where it was trained on them, and where a refresh wrote them for it: with weights of its
+    own stage. One that has read none reads all.
+
+    Args:
+      meta: of the checkpoint.
+      checkpoint: its stage folder, or its own.
+      writer: `{"hash", "path", "step"}` of a bank.
+    """
+    recorded = meta["writer"]
+    if recorded is None or writer is None or recorded["hash"] == writer["hash"]:
+        return True
+    return bool(writer["path"]) and Path(writer["path"]) == stage_of(checkpoint)
+
+
+def knowledge_version(stage_folder: str | Path) -> int | None:
+    """The version of the knowledge that the newest checkpoint of a stage has read.
+
+    None: there is no checkpoint, or it has read none.
+    """
+    try:
+        folder = checkpoint_folder(stage_folder)
+    except CheckpointError:
+        return None
+    return read_meta(folder).get("knowledge")
 
 
 def check_owner(stage_folder: str | Path, config: ConfigDict) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from m3jax.config import prefix_tokens, validate
+from m3jax.config import ConfigError, prefix_tokens, validate
 from m3jax.distributed import meet
 from m3jax.mesh import host_rows, make_mesh, to_global
 from m3jax.model.transformer import Model, Params
@@ -58,6 +59,25 @@ class Batches(Protocol):
         """Makes memories of what the bank stores, inside the step; None: batches hold them."""
 
 
+class Source(NamedTuple):
+    """What a run reads, for `train`.
+
+    Attributes:
+      pipeline: batches.
+      evaluate: returns named numbers of parameters, or None.
+      writer: `{"hash", "path", "step"}` of the checkpoint that wrote the memories, or None.
+      version: of the knowledge, or None.
+    """
+
+    pipeline: Batches
+    evaluate: Evaluate | None = None
+    writer: Mapping[str, Any] | None = None
+    version: int | None = None
+
+
+Refresh = Callable[[int], Source]
+
+
 class DivergenceError(ValueError):
     """The loss or the gradient is not a finite number any more."""
 
@@ -71,6 +91,8 @@ def train(
     init_from: str | Path | None = None,
     evaluate: Evaluate | None = None,
     writer: Mapping[str, Any] | None = None,
+    version: int | None = None,
+    refresh: Refresh | None = None,
     profile_steps: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Trains the stage `config.stage` in `<workdir>/<stage>`, or continues it.
@@ -89,6 +111,9 @@ def train(
         at the end.
       writer: `{"hash", "path", "step"}` of the checkpoint that wrote the memories that the batches
         carry; recorded in every checkpoint.
+      version: of the knowledge that the batches are made of; recorded, too.
+      refresh: writes the memories anew with the checkpoint of a step, and returns what to read from
+        then on; called every `train.refresh_every` steps, and again after a kill.
       profile_steps: first and last step of a trace in `<workdir>/<stage>/profile`.
 
     With several processes all call this alike, and `workdir` is on a disk that all of them see.
@@ -104,6 +129,12 @@ def train(
     """
     validate(config)
     folder = Path(workdir).absolute() / config.stage
+    if config.train.refresh_every and jax.process_count() > 1:
+        raise ConfigError(
+            f"config.train.refresh_every = {config.train.refresh_every}: only a run of one process"
+            " refreshes its bank. Set it to 0; launch/write_bank.py --refresh=all does it between"
+            " two calls"
+        )
     _check_shared(folder)
     check_owner(folder, config)
     mesh = make_mesh(config)
@@ -111,7 +142,7 @@ def train(
     model = Model(config, prefix_tokens(config), mesh)
     optimizer = make_optimizer(config)
     abstract = abstract_state(model, optimizer, mesh)
-    checkpoints = Checkpoints(folder, config, tokenizer_fingerprint, writer)
+    checkpoints = Checkpoints(folder, config, tokenizer_fingerprint, writer, version)
     with contextlib.closing(checkpoints):
         first = checkpoints.latest_step()
         shown = jax.process_index() == 0
@@ -124,9 +155,11 @@ def train(
                     config, model, optimizer, abstract, checkpoints, progress, mesh, init_from
                 )
                 claim(folder, config)
-                step = make_step(config, model, mesh, optimizer, abstract, pipeline.decode)
-                loop = _Loop(config, folder, mesh, pipeline, evaluate, checkpoints, progress, clock)
-                loop.run(step, state, first or 0, profile)
+                make = functools.partial(make_step, config, model, mesh, optimizer, abstract)
+                source = Source(pipeline, evaluate, writer, version)
+                loop = _Loop(config, folder, mesh, source, checkpoints, progress, clock)
+                loop.refresh = refresh
+                loop.run(make, state, first or 0, profile)
     if shown and not (folder / "loss.png").exists():
         plot_stages([folder], folder / "loss.png")
     meet("finished")  # the first process has written
@@ -197,14 +230,14 @@ class _Loop:
         config: ConfigDict,
         folder: Path,
         mesh: Mesh,
-        pipeline: Batches,
-        evaluate: Evaluate | None,
+        source: Source,
         checkpoints: Checkpoints,
         progress: Progress,
         clock: Clock,
     ):
         self.config, self.folder, self.mesh = config, folder, mesh
-        self.pipeline, self.evaluate = pipeline, evaluate
+        self.source = source
+        self.refresh: Refresh | None = None
         self.checkpoints, self.progress = checkpoints, progress
         self.metrics: Metrics | None = None  # on the first process only
         self.retrieval: Mapping[str, float] = {}  # counters of the line before
@@ -212,8 +245,16 @@ class _Loop:
         self.clock, self.device = clock, Device()
         self.speed = Speed(config, mesh, clock)
 
-    def run(self, step_function: Any, state: TrainState, first: int, profile: Profile) -> None:
-        steps = self.config.train.steps
+    def run(
+        self,
+        make: Callable[[Decode | None], Any],
+        state: TrainState,
+        first: int,
+        profile: Profile,
+    ) -> None:
+        """Trains from step `first` on with the step function that `make` makes."""
+        steps, every = self.config.train.steps, self.config.train.refresh_every
+        step_function = make(self.source.pipeline.decode)
         if jax.process_index() == 0:
             (self.folder / "loss.png").unlink(missing_ok=True)
             self.metrics = Metrics(self.folder, first, self.clock.now() - self.clock.born)
@@ -224,8 +265,13 @@ class _Loop:
             _Termination(self.checkpoints) as termination,
         ):
             rows = host_rows(self.mesh, self.config.data.batch_rows)
-            batches = iter(self.pipeline.batches(first, rows.ids))
+            batches = iter(self.source.pipeline.batches(first, rows.ids))
             for step in range(first + 1, steps + 1):
+                if every and step > 1 and (step - 1) % every == 0:
+                    self._refresh(step - 1)
+                    batches = iter(self.source.pipeline.batches(step - 1, rows.ids))
+                    if self.source.pipeline.decode is not None:  # its tables are another bank's
+                        step_function = make(self.source.pipeline.decode)
                 with self.clock.waiting(self.device.idle_since):
                     batch = inputs(next(batches))
                 placed = to_global(self.mesh, batch, rows)
@@ -263,15 +309,27 @@ class _Loop:
         with self.clock.spent_on("checkpoint"):
             self.checkpoints.wait()
 
+    def _refresh(self, step: int) -> None:
+        """Reads memories that the checkpoint of a step has written."""
+        assert self.refresh is not None
+        self._settle()
+        self._end()
+        self.progress.message(f"{self.config.stage}: refreshing the bank at step {step}")
+        with self.clock.spent_on("checkpoint"):
+            self.source = self.refresh(step)
+        self.checkpoints.reads(self.source.writer, self.source.version)
+        self.retrieval = {}
+
     def _at(self, step: int, state: TrainState, stop: bool) -> None:
         """Evaluates and saves when due. All lines up to a checkpoint are written before it."""
         train = self.config.train
         last = step == train.steps
         evaluating = last or (train.evaluate_every and step % train.evaluate_every == 0)
-        if self.evaluate is not None and evaluating:
+        evaluate = self.source.evaluate
+        if evaluate is not None and evaluating:
             self._settle()
             with self.clock.spent_on("evaluation"):
-                values = {name: float(x) for name, x in self.evaluate(state.params).items()}
+                values = {name: float(x) for name, x in evaluate(state.params).items()}
             self._write({"step": step, "evaluation": values})
         if last or stop or step % train.checkpoint_every == 0:
             self._settle()
@@ -301,7 +359,7 @@ class _Loop:
         train = self.config.train
         self.progress.update(step, values["loss"], self.speed.tokens_per_second)
         if step % train.log_every == 0 or step == train.steps:
-            before, self.retrieval = self.retrieval, dict(self.pipeline.report())
+            before, self.retrieval = self.retrieval, dict(self.source.pipeline.report())
             self._write(
                 {
                     "step": step,

@@ -6,12 +6,24 @@ and records it; every later write uses that writer. Other checkpoints write thei
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from m3jax.memory.bank import writer_fingerprint
+import jax
+import numpy as np
+from jaxtyping import Int
+from ml_collections import ConfigDict
+
+from m3jax.config import PREFIX_TOKENS
+from m3jax.memory.bank import Bank, writer_fingerprint
+from m3jax.memory.layers import LayeredBank
 from m3jax.memory.storage import BankError
+from m3jax.memory.write import write_bank
+from m3jax.mesh import make_mesh
 from m3jax.model.transformer import Model, Params
-from m3jax.train.checkpoints import CheckpointError, restore_params
+from m3jax.text.references import References
+from m3jax.train.checkpoints import CheckpointError, restore_params, stage_of
 
 
 def restore_writer(
@@ -33,19 +45,103 @@ def restore_writer(
     writer = meta["writer"]
     if writer is None:
         return params, checkpoint.absolute(), meta["step"]
+    found = _recorded(writer, stage_of(checkpoint).parent, model)
+    if found is None:
+        raise BankError(
+            f"checkpoint {checkpoint} reads memories of {_named(writer)}, but that is not there"
+            " now. Put it back, or train again from the checkpoint that is to write"
+        )
+    return found
+
+
+class MemoryWriter:
+    """Writes memories of references with the weights of one writer, which are restored once.
+
+    Args:
+      config: a validated config.
+      workdir: folder of the run.
+      checkpoint: whose writer writes; None: that of the base bank, where it is still there, else of
+        `workdir/warmup`.
+      itself: the checkpoint itself writes, whosever memories it reads.
+      like_base: stores memories as the base bank does, whatever `writer.compression` says.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: str | Path,
+        checkpoint: str | Path | None = None,
+        *,
+        itself: bool = False,
+        like_base: bool = False,
+    ) -> None:
+        self.config, self.workdir, self.checkpoint = config, Path(workdir), checkpoint
+        self.itself, self.like_base = itself, like_base
+        mesh = make_mesh(config) if jax.device_count() > 1 else None
+        self.model = Model(config, PREFIX_TOKENS, mesh)
+        self.writer: tuple[Params, Path, int] | None = None
+
+    def restore(
+        self, tokenizer: str, base: Bank | LayeredBank | None = None
+    ) -> tuple[Params, Path, int]:
+        """Parameters, stage folder and step of the writer; errors as of `restore_writer`."""
+        if self.writer is None:
+            self.writer = self._restore(tokenizer, base)
+        return self.writer
+
+    def __call__(
+        self,
+        references: References,
+        folder: Path,
+        base: Bank | LayeredBank | None = None,
+        keep: Int[np.ndarray, " n"] | None = None,
+    ) -> dict[str, Any]:
+        """`m3jax.memory.write.write_bank` with this writer."""
+        params, path, step = self.restore(references.tokenizer_fingerprint, base)
+        config = self.config.copy_and_resolve_references()
+        if self.like_base and base is not None:
+            with config.unlocked():
+                config.writer.compression = base.codec.name
+        return write_bank(
+            config,
+            self.model,
+            params,
+            references,
+            folder,
+            tokenizer_fingerprint=references.tokenizer_fingerprint,
+            prefix_tokens=PREFIX_TOKENS,
+            writer_path=str(path),
+            writer_step=step,
+            base=base,
+            keep=keep,
+        )
+
+    def _restore(self, tokenizer: str, base: Bank | LayeredBank | None) -> tuple[Params, Path, int]:
+        if self.checkpoint is None and base is not None:
+            found = _recorded(base.writer, self.workdir, self.model)
+            if found is not None:
+                return found
+        checkpoint = Path(self.checkpoint or self.workdir / "warmup")
+        if not self.itself:
+            return restore_writer(checkpoint, self.model, tokenizer)
+        params, meta = restore_params(checkpoint, self.model, tokenizer_fingerprint=tokenizer)
+        return params, stage_of(checkpoint), meta["step"]
+
+
+def _recorded(
+    writer: Mapping[str, Any], workdir: Path, model: Model
+) -> tuple[Params, Path, int] | None:
+    """The weights that a checkpoint or bank records, at their place or in the workdir."""
     recorded = Path(writer["path"])
-    # A workdir that was moved or copied has the writer beside the checkpoint's stage.
-    stage = checkpoint.absolute()
-    stage = stage.parents[1] if stage.parent.name == "checkpoints" else stage
-    for folder in (recorded, stage.with_name(recorded.name)):
+    for folder in (recorded, workdir / recorded.name):
         try:
             params, meta = restore_params(folder, model, writer["step"])
         except CheckpointError:
             continue
         if writer_fingerprint(params, model.config) == writer["hash"]:
             return params, folder, meta["step"]
-    raise BankError(
-        f"checkpoint {checkpoint} reads memories of the writer {writer['hash'][:12]}, which was"
-        f" step {writer['step']} of {recorded}, but is not there now. Put it back, or train again"
-        " from the checkpoint that is to write"
-    )
+    return None
+
+
+def _named(writer: Mapping[str, Any]) -> str:
+    return f"the writer {writer['hash'][:12]}, which was step {writer['step']} of {writer['path']}"

@@ -17,8 +17,7 @@ import pytest
 from data.data_workdir import make_workdir, tiny_config
 
 from m3jax.config import PREFIX_TOKENS
-from m3jax.data import edit as edits
-from m3jax.data.edit import collect, edit, merge, repair, rollback, verify
+from m3jax.data.edit import edit, merge, rollback
 from m3jax.data.knowledge import (
     VERSIONS,
     VersionError,
@@ -32,7 +31,8 @@ from m3jax.data.knowledge import (
     versions,
 )
 from m3jax.data.pipeline import open_pipeline
-from m3jax.memory.bank import BankError
+from m3jax.data.upkeep import collect, repair, verify
+from m3jax.memory.bank import Bank, BankError
 from m3jax.memory.write import write_bank
 from m3jax.model.transformer import Model
 from m3jax.retrieval.retriever import Retriever
@@ -101,7 +101,7 @@ def test_what_is_added_is_found_and_read(workdir: Path) -> None:
     new, old = references.find("Zork#0"), np.array([0, 5])
     assert new >= len(before)
     write(References.open(version.layers[1] / "references"), workdir / "again", None)
-    again = edits.Bank.open(workdir / "again").read(np.array([0, 1]))
+    again = Bank.open(workdir / "again").read(np.array([0, 1]))
     memory = bank.read(np.array([new, -1, 5]))
     row = new - len(before)
     np.testing.assert_array_equal(memory.keys[0], again.keys[row])
@@ -322,12 +322,10 @@ def test_what_cannot_be_edited_is_refused(workdir: Path) -> None:
     assert rollback(workdir, 1).number == 1 and read_current(workdir)["version"] == 1
 
 
-def start(*arguments: Any, cache: str = "") -> subprocess.Popen[str]:
+def start(*arguments: Any) -> subprocess.Popen[str]:
     """This file as a process of its own."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {"PYTHONPATH": path, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    if cache:
-        environment["JAX_COMPILATION_CACHE_DIR"] = cache
+    environment = {"PYTHONPATH": path, "XLA_FLAGS": ""}
     process = subprocess.Popen(
         [sys.executable, __file__, *map(str, arguments)],
         env={**os.environ, **environment},
@@ -372,12 +370,12 @@ def _loop(workdir: Path, seed: int) -> None:
 
 
 @pytest.mark.slow
-def test_eight_kills(workdir: Path, compilation_cache: Path) -> None:
+def test_eight_kills(workdir: Path) -> None:
     """Whenever an editor dies, readers open a whole version, no older than the acknowledged."""
     moments = random.Random(3)
     last, kills = 0, 0
     while kills < 8:
-        process = start("edit", workdir, kills, cache=str(compilation_cache))
+        process = start("edit", workdir, kills)
         last = max(last, int(process.stdout.readline()))  # its compilation is behind it
         for _ in range(2):
             time.sleep(moments.uniform(0, 0.2))

@@ -54,16 +54,14 @@ def get_config(options=""):
 """
 
 
-def call(script, *arguments, cache=None):
+def call(script, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    if cache:
-        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def succeed(*arguments, cache):
-    done = call(*arguments, cache=cache)
+def succeed(*arguments):
+    done = call(*arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not re.search(r"^I\d{4} ", done.stderr, re.MULTILINE), "log lines of a library"
     return done.stdout
@@ -82,7 +80,7 @@ def test_help_names_every_flag_with_a_sentence(script):
 
 
 @pytest.mark.slow
-def test_a_run_from_text_to_a_table(tmp_path, compilation_cache):
+def test_a_run_from_text_to_a_table(tmp_path):
     config = tmp_path / "small.py"
     config.write_text(SMALL)
     documents, knowledge = write_text(tmp_path)
@@ -90,38 +88,37 @@ def test_a_run_from_text_to_a_table(tmp_path, compilation_cache):
     run = (f"--workdir={workdir}",)
     warmup, continual = f"--config={config}:warmup", f"--config={config}:continual"
     texts = f"--documents={documents}", f"--knowledge={knowledge}"
-    cache = compilation_cache
 
     missing = call("train", warmup, *run)
     assert missing.returncode == 2 and "prepare.py" in missing.stderr
     assert "Traceback" not in missing.stderr
-    succeed("prepare", warmup, *run, *texts, cache=cache)
-    succeed("train", warmup, *run, cache=cache)
+    succeed("prepare", warmup, *run, *texts)
+    succeed("train", warmup, *run)
     no_bank = call("train", continual, *run, f"--init_from={workdir}/warmup")
     assert no_bank.returncode == 2 and "write_bank.py" in no_bank.stderr
-    succeed("write_bank", continual, *run, cache=cache)
-    succeed("train", continual, *run, f"--init_from={workdir}/warmup", cache=cache)
+    succeed("write_bank", continual, *run)
+    succeed("train", continual, *run, f"--init_from={workdir}/warmup")
 
     questions = tmp_path / "questions.jsonl"
     questions.write_text(json.dumps({"prompt": "pet of Nobody", "answer": " otter"}) + "\n")
     figures = tmp_path / "figures.json"
     asked = f"--questions={questions}", f"--json={figures}"
-    shown = succeed("evaluate", continual, *run, *asked, cache=cache)
+    shown = succeed("evaluate", continual, *run, *asked)
     report = json.loads(figures.read_text())
     assert report["shift"] == 1 and report["step"] == 6 and report["questions"]["count"] == 1
     for mode in ("memory", "none", "wrong"):
         assert f"{report[f'loss_{mode}']:.4f}" in shown
     assert "references found dropped" in shown
-    leaks = succeed("leakage", continual, *run, "--against=validation", cache=cache)
+    leaks = succeed("leakage", continual, *run, "--against=validation")
     assert "| overlap |" in leaks
     assert (workdir / "report" / "leakage.png").read_bytes().startswith(b"\x89PNG")
-    again = succeed("train", continual, *run, f"--init_from={workdir}/warmup", cache=cache)
+    again = succeed("train", continual, *run, f"--init_from={workdir}/warmup")
     assert "checkpoint" in again
     assert (workdir / "continual" / "loss.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
-def test_an_index_with_a_pretrained_encoder(tmp_path, compilation_cache):
+def test_an_index_with_a_pretrained_encoder(tmp_path):
     (tmp_path / "small.py").write_text(SMALL)
     documents, _ = write_text(tmp_path)
     workdir, encoder = tmp_path / "run", tmp_path / "encoder"
@@ -137,7 +134,7 @@ def test_an_index_with_a_pretrained_encoder(tmp_path, compilation_cache):
     assert missing.returncode == 2 and not workdir.exists()  # before the text is prepared
     assert f"there is no folder {encoder}" in missing.stderr and "Traceback" not in missing.stderr
     write_encoder(encoder)
-    succeed(*command, cache=compilation_cache)
+    succeed(*command)
     index = Index.open(workdir / "index")
     assert (index.embedder.name, index.dimension) == ("bert", 32)
 

@@ -28,6 +28,7 @@ def compile_for(tmp_path, options, topology, *changes, program="train"):
         *(f"--config.{change}" for change in changes),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     return done, json.loads(path.read_text()) if path.exists() else None
 

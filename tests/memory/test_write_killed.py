@@ -21,7 +21,7 @@ def _start(folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "memory.memory_tiny", str(folder)],
         # Without optimization a process compiles in a fraction of the time.
-        env={**os.environ, "PYTHONPATH": path, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        env={**os.environ, "PYTHONPATH": path, "XLA_FLAGS": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

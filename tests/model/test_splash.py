@@ -286,6 +286,7 @@ def test_compiles_for_tpu(require: Callable) -> None:
     require("libtpu")
     environment = {
         **os.environ,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",

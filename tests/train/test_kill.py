@@ -14,9 +14,10 @@ ROOT = Path(__file__).parents[2]
 DEADLINE = 300.0  # seconds
 
 
-def start(workdir, pause, compiled):
+def start(workdir, pause, compiled=None):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
+    if compiled is not None:
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
     command = [sys.executable, str(Path(__file__).with_name("tiny.py")), str(workdir), str(pause)]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -50,7 +51,7 @@ def saving(workdir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0])
-def test_killed_run_ends_bitwise_equal(tmp_path, compilation_cache, seed):
+def test_killed_run_ends_bitwise_equal(tmp_path, seed):
     # The undisturbed run compiles for itself, the others load what the first of them compiled.
     expected = finish(start(tmp_path / "undisturbed", 0.0, tmp_path / "compiled"))
     workdir, chance = tmp_path / "killed", random.Random(seed)
@@ -58,7 +59,7 @@ def test_killed_run_ends_bitwise_equal(tmp_path, compilation_cache, seed):
     moments = ["running", "saving", "running", "saving", "starting"]
     for moment in moments:
         before = changed(metrics)
-        process = start(workdir, 0.03, compilation_cache)
+        process = start(workdir, 0.03)
         if moment == "starting":
             time.sleep(chance.uniform(0.5, 4.0))
         else:
@@ -69,7 +70,7 @@ def test_killed_run_ends_bitwise_equal(tmp_path, compilation_cache, seed):
                 time.sleep(chance.uniform(0.0, 0.05))
         process.kill()
         process.communicate()
-    assert finish(start(workdir, 0.0, compilation_cache)) == expected
+    assert finish(start(workdir, 0.0)) == expected
     config = process_config()
     assert deterministic_lines(config, workdir) == deterministic_lines(
         config, tmp_path / "undisturbed"

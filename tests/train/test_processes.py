@@ -42,7 +42,7 @@ class Pair:
       sees: what a process has for `runs`, given its index.
     """
 
-    def __init__(self, tag, workdir, runs, stages, cache, pause=0.0, sees=None):
+    def __init__(self, tag, workdir, runs, stages, pause=0.0, sees=None):
         self.tag, self.runs = tag, runs
         runs.mkdir(exist_ok=True)
         address = f"localhost:{free_port()}"
@@ -50,7 +50,6 @@ class Pair:
             **os.environ,
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
             "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
         }
         script = str(Path(__file__).with_name("process_run.py"))
         self.processes = []
@@ -136,8 +135,8 @@ def alone(workdir, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(workdir, alone, tmp_path, compilation_cache):
-    pair = Pair("a", workdir, tmp_path / "runs", ",".join(STAGES), compilation_cache)
+def test_two_processes_train_as_one(workdir, alone, tmp_path):
+    pair = Pair("a", workdir, tmp_path / "runs", ",".join(STAGES))
     assert pair.wait() == [0, 0], pair.output(0) + pair.output(1)
     for stage in STAGES:
         np.testing.assert_allclose(losses(pair.runs, stage), losses(alone, stage), rtol=1e-5)
@@ -154,11 +153,9 @@ def test_two_processes_train_as_one(workdir, alone, tmp_path, compilation_cache)
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_other_and_the_run_goes_on(
-    workdir, alone, tmp_path, compilation_cache
-):
+def test_a_killed_process_ends_the_other_and_the_run_goes_on(workdir, alone, tmp_path):
     stage, runs, one = "online", tmp_path / "runs", tmp_path / "one"
-    pair = Pair("killed", workdir, runs, stage, compilation_cache, pause=0.3)
+    pair = Pair("killed", workdir, runs, stage, pause=0.3)
     pair.wait_for_step(stage, 6)
     pair.processes[1].kill()
     assert pair.wait() == [PROCESS_LOST, -signal.SIGKILL], pair.output(0)
@@ -167,12 +164,12 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(
     shutil.copytree(runs, one)
     run_stage(stage_config(stage), workdir, one, one / f"{stage}-alone.jsonl")
 
-    pair = Pair("stopped", workdir, runs, stage, compilation_cache, pause=0.3)
+    pair = Pair("stopped", workdir, runs, stage, pause=0.3)
     pair.wait_for_step(stage, 6)
     pair.processes[1].send_signal(signal.SIGTERM)
     assert pair.wait() == [0, 0], pair.output(0) + pair.output(1)
     assert "told to stop; saved at step" in pair.output(0)
-    pair = Pair("last", workdir, runs, stage, compilation_cache)
+    pair = Pair("last", workdir, runs, stage)
     assert pair.wait() == [0, 0], pair.output(0) + pair.output(1)
     assert "continuing from step" in pair.output(0)
 
@@ -185,12 +182,12 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_not_shared_is_refused(workdir, tmp_path, compilation_cache):
+def test_a_folder_that_is_not_shared_is_refused(workdir, tmp_path):
     def elsewhere(index):
         return tmp_path / "here" if index == 0 else tmp_path / "there"
 
     elsewhere(1).mkdir()
-    pair = Pair("a", workdir, tmp_path / "here", "warmup", compilation_cache, sees=elsewhere)
+    pair = Pair("a", workdir, tmp_path / "here", "warmup", sees=elsewhere)
     assert pair.wait() == [PROCESS_LOST, USER_ERROR], pair.output(0) + pair.output(1)
     assert "process 1 does not see what process 0 writes" in pair.output(0)
     assert "CheckpointError: process 1 does not see" in pair.output(1)

@@ -1,0 +1,125 @@
+"""The folder in which an edit is built, and the rename that makes a version of it.
+
+Before it, readers and other versions see nothing of the edit; after it, it is whole. A killed edit,
+repeated, goes on with what it had built.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from m3jax.data.knowledge import (
+    BANKS,
+    REMOVED,
+    VERSION,
+    VERSIONS,
+    Version,
+    VersionError,
+    folder_of,
+    open_index,
+    open_version,
+    read_current,
+    versions,
+    write_current,
+)
+from m3jax.memory.bank import Bank
+from m3jax.retrieval.index import build_index
+from m3jax.text.files import checksum, digest, sync_folder, write_atomically, write_sealed
+from m3jax.text.layers import AnyReferences
+from m3jax.text.references import References
+
+# Writes the memories of references: (references, folder, a bank whose codebooks and memories serve)
+WriteMemories = Callable[[References, Path, Bank], Any]
+
+
+def building_folder(workdir: Path, parent: Version, what: str) -> Path:
+    """The folder of the edit under way; what another edit left there is deleted."""
+    folder = workdir / VERSIONS / "building"
+    identity = digest(str(parent.number), what)
+    path = folder / "edit"
+    if not path.exists() or path.read_text("utf-8") != identity:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_atomically(path, identity.encode())
+    return folder
+
+
+def add_layer(
+    config: ConfigDict,
+    parent: Version,
+    building: Path,
+    references: AnyReferences,
+    write: WriteMemories | None,
+    base: Any = None,
+) -> None:
+    """Index and memories of the references in `building`."""
+    added = References.open(building / "references")
+    embedder = open_index(parent, references).embedder.extended(added.texts(range(len(added))))
+    build_index(added, embedder, building / "index", in_one_part(config))
+    if parent.has_bank:
+        if write is None:
+            raise VersionError("the workdir has a bank; an edit needs a writer of memories")
+        write(added, building / "bank", base or Bank.open(parent.banks[0]))
+
+
+def in_one_part(config: ConfigDict) -> ConfigDict:
+    """A layer may have fewer references than the index has parts."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.retrieval.index_parts = 1
+    return config
+
+
+def commit(
+    workdir: Path,
+    parent: Version,
+    building: Path,
+    gone: np.ndarray,
+    note: str,
+    *,
+    alone: bool = False,
+) -> Version:
+    """Names the built version, makes it current and opens it.
+
+    Args:
+      workdir, parent: what was edited.
+      building: its folder: a layer or banks, or neither.
+      gone: ids that it removes.
+      note: kept with it.
+      alone: it reads its own layer and nothing else.
+    """
+    number = max([*versions(workdir), parent.number]) + 1
+    own = folder_of(workdir, number).relative_to(workdir)
+    layers = [] if alone else [0 if path == workdir else int(path.name) for path in parent.layers]
+    banks = [] if alone else [str(path.relative_to(workdir)) for path in parent.banks]
+    removed = np.zeros(0, np.int64) if alone else np.union1d(parent.removed, gone)
+    if (building / "references").exists():
+        layers, banks = [*layers, number], [*banks, str(own / "bank")]
+    if (building / BANKS).exists():
+        banks = [str(own / BANKS / str(layer)) for layer in range(len(layers))]
+    buffer = io.BytesIO()
+    np.save(buffer, removed.astype(np.int64))
+    write_atomically(building / REMOVED, buffer.getvalue())
+    content = {
+        "version": number,
+        "parent": parent.number,
+        "layers": layers,
+        "banks": banks,
+        "removed": checksum(building / REMOVED),
+        "oldest": number if alone else read_current(workdir)["oldest"],
+        "note": note,
+    }
+    write_sealed(building / VERSION, content)
+    (building / "edit").unlink()
+    os.replace(building, folder_of(workdir, number))
+    sync_folder(workdir / VERSIONS)
+    write_current(workdir, number, read_current(workdir)["oldest"])
+    return open_version(workdir, number)

@@ -1,0 +1,172 @@
+"""Looking after a workdir's knowledge: collecting its versions into one, checking, mending."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from m3jax.data.building import WriteMemories, building_folder, commit, in_one_part
+from m3jax.data.knowledge import (
+    BANKS,
+    MANIFEST,
+    VERSION,
+    VERSIONS,
+    Version,
+    VersionError,
+    folder_of,
+    in_use,
+    only_writer,
+    open_bank,
+    open_index,
+    open_references,
+    open_version,
+    write_current,
+)
+from m3jax.memory.bank import Bank
+from m3jax.retrieval.embed import Embedder, load_embedder, make_embedder
+from m3jax.retrieval.index import build_index
+from m3jax.text.layers import AnyReferences, live_ids
+from m3jax.text.references import References, copy_references
+from m3jax.text.tokenizer import Tokenizer
+
+
+def collect(
+    config: ConfigDict, workdir: str | Path, *, write: WriteMemories, note: str = ""
+) -> tuple[Version, list[str]]:
+    """Writes the current version as one layer, without what was removed, and deletes all others.
+
+    Returns:
+      The new version, in which ids are new, and folders that stay until the next collection because
+      another process reads them.
+
+    Raises:
+      As `edit`; older versions are deleted only when the new one is current.
+    """
+    workdir = Path(workdir)
+    with only_writer(workdir):
+        parent = open_version(workdir)
+        single = len(parent.layers) == 1 and not parent.removed.size
+        if not single:
+            tokenizer = Tokenizer.load(workdir / "tokenizer")
+            references = open_references(config, parent, tokenizer)
+            if not len(live_ids(references)):
+                raise VersionError(f"nothing is left in version {parent.number} of {workdir}")
+            building = building_folder(
+                workdir, parent, json.dumps(["collect", references.fingerprint])
+            )
+            copy_references(references, live_ids(references), building / "references")
+            whole = References.open(building / "references")
+            build_index(whole, make_embedder(config), building / "index", config)
+            if parent.has_bank:
+                write(whole, building / "bank", open_bank(parent, references))
+            said = f"collected {len(whole)} references of {len(parent.layers)} layers"
+            parent.close()
+            nothing = np.zeros(0, np.int64)
+            parent = commit(workdir, parent, building, nothing, note or said, alone=True)
+        write_current(workdir, parent.number, parent.number)
+        parent.close()
+        return parent, _delete_older(workdir, parent)
+
+
+def verify(config: ConfigDict, workdir: str | Path, number: int | None = None) -> list[str]:
+    """Reads everything of a version; returns what is damaged or missing, each with its file."""
+    version = open_version(workdir, number)
+    tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
+    problems = []
+    references: AnyReferences | None = None
+    try:
+        references = open_references(config, version, tokenizer)
+        for layer in getattr(references, "layers", [references]):
+            layer.verify()
+    except ValueError as error:
+        problems.append(str(error))
+    if references is None:
+        return problems
+    for opened in (open_index, open_bank):
+        if opened is open_bank and not version.has_bank:
+            continue
+        try:
+            found = opened(version, references)
+            problems += found.verify() if opened is open_bank else []
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+def repair(
+    config: ConfigDict, workdir: str | Path, *, write: WriteMemories, number: int | None = None
+) -> list[str]:
+    """Rewrites damaged or missing shards and indices of a version; returns what it rewrote.
+
+    Raises:
+      TextError: references are damaged: they are the source of all else.
+    """
+    version = open_version(workdir, number)
+    tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
+    done = []
+    with only_writer(Path(workdir)):
+        for folder, bank in zip(version.layers, version.banks, strict=True):
+            references = References.open(folder / "references")
+            references.verify()
+            try:
+                open_index(_alone(version, folder), references)
+            except ValueError as error:
+                embedder = _embedder(config, version, folder, references)
+                build_index(references, embedder, folder / "index", in_one_part(config))
+                done.append(str(error))
+            if not (bank / MANIFEST).exists():
+                continue
+            broken = Bank.open(bank).damaged_shards()
+            for path, problem in broken:
+                (bank / path).unlink(missing_ok=True)
+                done.append(problem)
+            if broken:
+                write(references, bank, Bank.open(version.banks[0]))
+    open_references(config, version, tokenizer)
+    return done
+
+
+def _alone(version: Version, folder: Path) -> Version:
+    nothing = np.zeros(0, np.int64)
+    return Version(version.workdir, 0, -1, "", (folder,), (folder / "bank",), nothing)
+
+
+def _embedder(
+    config: ConfigDict, version: Version, folder: Path, references: References
+) -> Embedder:
+    """The embedder of a layer; where it is lost, that of another which knows these texts, too."""
+    for layer in (folder, *version.layers):
+        try:
+            found = load_embedder(layer / "index" / "embedder")
+        except ValueError:
+            continue
+        own = layer == folder
+        return found if own else found.extended(references.texts(range(len(references))))
+    return make_embedder(config)
+
+
+def _delete_older(workdir: Path, kept: Version) -> list[str]:
+    """Deletes what no version from `kept` on reads; returns folders that other processes read."""
+    busy = []
+    needed = {*(layer / "references" for layer in kept.layers), *kept.banks}
+    own = folder_of(workdir, kept.number)
+    older = (path for path in sorted((workdir / VERSIONS).glob("[0-9]*")) if path.is_dir())
+    for folder in [workdir, *(path for path in older if path != own)]:
+        parts = [folder / "references", folder / "bank", *sorted((folder / BANKS).glob("[0-9]*"))]
+        unneeded = [part for part in parts if part not in needed and part.exists()]
+        if any(in_use(part) for part in unneeded):
+            busy.append(str(folder))
+            continue
+        if len(unneeded) == len([part for part in parts if part.exists()]) and folder != workdir:
+            (folder / VERSION).unlink(missing_ok=True)  # from here on it cannot be opened
+            shutil.rmtree(folder, ignore_errors=True)
+            continue
+        for part in unneeded:
+            shutil.rmtree(part, ignore_errors=True)
+            if part.name == "references":
+                shutil.rmtree(folder / "index", ignore_errors=True)
+    return busy

@@ -1,0 +1,347 @@
+"""How far the memories of a bank are from those that a checkpoint would write now."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from m3jax.config import prefix_tokens
+from m3jax.data.edit import refresh
+from m3jax.data.knowledge import Version, open_version
+from m3jax.data.pipeline import Pipeline, open_pipeline
+from m3jax.evaluation.losses import LossEvaluator
+from m3jax.memory import codec as codecs
+from m3jax.memory.bank import Bank, writer_fingerprint
+from m3jax.memory.encode import Clock, Encoder, ReferenceSet
+from m3jax.memory.layers import LayeredBank
+from m3jax.model.attention import ExplicitMemory
+from m3jax.model.transformer import Model
+from m3jax.text.references import References
+from m3jax.text.tokenizer import Tokenizer
+from m3jax.train.checkpoints import restore_params
+from m3jax.train.writer import MemoryWriter
+
+AnyBank = Bank | LayeredBank
+
+
+@dataclasses.dataclass(frozen=True)
+class Staleness:
+    """What a refresh would change.
+
+    Attributes:
+      references: how many were compared.
+      keys, values: relative error of the stored ones in every memory layer: root of the summed
+        squared distances over that of the summed squared norms of the fresh ones.
+      key_floor, value_floor: the same of fresh memories stored as the bank stores them, mean of the
+        layers; 0 without compression.
+      first_layer: share of the squared error that the worst quarter of the references holds, when
+        the first memory layer alone says which are worst.
+      losses: nats a token on the validation rows, with `stored` and `fresh` memories, and `none`.
+      gain: loss with stored memories less loss with fresh ones.
+      gain_error: its standard error over the batches; NaN for one batch.
+    """
+
+    references: int
+    keys: list[float]
+    values: list[float]
+    key_floor: float
+    value_floor: float
+    first_layer: float
+    losses: dict[str, float]
+    gain: float
+    gain_error: float
+
+    @property
+    def verdict(self) -> str:
+        """Whether a rewrite pays, in words."""
+        worth = f"memories are worth {self.losses['none'] - self.losses['stored']:.4f}"
+        said = f"{abs(self.gain):.4f} ± {self.gain_error:.4f} nats a token; {worth}"
+        if not np.isfinite(self.gain_error):
+            return f"too few validation rows to say whether a rewrite pays ({worth})"
+        if self.gain > 2 * self.gain_error:
+            return f"a rewrite pays: the loss falls by {said}"
+        if self.gain < -2 * self.gain_error:
+            return f"a rewrite does harm: the loss rises by {said}. The checkpoint reads its writer"
+        return f"a rewrite does not pay: it changes the loss by {said}"
+
+
+def measure(
+    config: ConfigDict,
+    workdir: str | Path,
+    checkpoint: str | Path,
+    *,
+    sample: int = 512,
+    version: int | None = None,
+    progress: bool = True,
+) -> Staleness:
+    """Compares the bank of a version with what a checkpoint writes and reads.
+
+    Args:
+      config: a validated config of the checkpoint's stage.
+      workdir: a prepared workdir with a bank.
+      checkpoint: stage folder or `checkpoints/<step>`: the reader, and the writer of the fresh
+        memories.
+      sample: references to compare, drawn uniformly.
+      version: whose bank; default the current one's.
+      progress: show a progress bar.
+
+    Raises:
+      CheckpointError, BankError, TextError, RetrievalError: a part is missing or does not fit.
+    """
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.memory.source = "precomputed"
+    pipeline = open_pipeline(config, workdir, split="validation", version=version)
+    model = Model(config, prefix_tokens(config))
+    tokenizer = pipeline.tokenizer.fingerprint
+    params, _ = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer)
+    bank, references = pipeline.bank, pipeline.references
+    assert bank is not None and references is not None
+    live = bank.numbering.live if isinstance(bank, LayeredBank) else np.arange(bank.size)
+    drawn = np.random.default_rng(0).permutation(live)[:sample]
+    squares, floor = _compare(config, model, params, references, bank, np.sort(drawn), progress)
+    fresh = _Fresh(config, model, params, references, bank)
+    losses = _losses(config, pipeline, fresh, params)
+    gains = losses["stored"] - losses["fresh"]
+    many = len(gains) > 1
+    per_reference = squares.relative
+    return Staleness(
+        references=len(drawn),
+        keys=squares.error("keys"),
+        values=squares.error("values"),
+        key_floor=0.0 if floor is None else float(np.mean(floor.error("keys"))),
+        value_floor=0.0 if floor is None else float(np.mean(floor.error("values"))),
+        first_layer=_held(per_reference[:, 0], per_reference.mean(axis=1), 0.25),
+        losses={name: float(values.mean()) for name, values in losses.items()},
+        gain=float(gains.mean()),
+        gain_error=float(gains.std(ddof=1) / np.sqrt(len(gains))) if many else float("nan"),
+    )
+
+
+def table(found: Staleness) -> str:
+    """The figures as Markdown."""
+    lines = [
+        f"{found.references} references; relative error of stored keys and values",
+        "",
+        "| memory layer | keys | values |",
+        "|---|---|---|",
+    ]
+    for layer, (key, value) in enumerate(zip(found.keys, found.values, strict=True)):
+        lines.append(f"| {layer} | {key:.3f} | {value:.3f} |")
+    if found.key_floor or found.value_floor:
+        lines.append(f"| of compression alone | {found.key_floor:.3f} | {found.value_floor:.3f} |")
+    lines += ["", "| memories | loss (nats a token) |", "|---|---|"]
+    lines += [f"| {name} | {loss:.4f} |" for name, loss in found.losses.items()]
+    lines += [
+        "",
+        f"The quarter that the first memory layer calls worst holds {found.first_layer:.0%} of the"
+        " error.",
+        found.verdict,
+    ]
+    return "\n".join(lines)
+
+
+def rewrite(
+    config: ConfigDict, workdir: str | Path, checkpoint: str | Path, *, share: float = 1.0
+) -> Version:
+    """Makes a version whose memories a checkpoint has written itself.
+
+    Args:
+      config: a validated config of the checkpoint's stage.
+      workdir: a prepared workdir with a bank.
+      checkpoint: stage folder or `checkpoints/<step>`.
+      share: of the references, those most changed in the first memory layer; the other memories
+        are copied.
+
+    Returns:
+      The new version, or the current one where the checkpoint has written that.
+
+    Raises:
+      CheckpointError, BankError, VersionError, TextError: a part is missing or does not fit.
+    """
+    write = MemoryWriter(config, workdir, checkpoint, itself=True, like_base=True)
+    tokenizer = Tokenizer.load(Path(workdir) / "tokenizer").fingerprint
+    params, path, step = write.restore(tokenizer)
+    fingerprint, current = writer_fingerprint(params, config), open_version(workdir)
+    if current.has_bank:
+        bank = Bank.open(current.banks[0])
+        whole = not bank.manifest["info"]["foreign"]
+        if bank.binding.writer == fingerprint and (whole or share < 1):
+            return current
+
+    def write_layer(references: References, folder: Path, bank: Bank) -> None:
+        keep = np.zeros(0, np.int64)
+        if share < 1:
+            errors = _first_layer_errors(config, checkpoint, references, bank, tokenizer)
+            keep = np.sort(np.argsort(-errors, kind="stable")[round(share * len(errors)) :])
+        write(references, folder, bank, keep)
+
+    what = f"{fingerprint} {share}"
+    said = f"memories by {path.name} step {step}" + ("" if share == 1 else f", {share:.0%} of them")
+    return refresh(workdir, what, write=write_layer, note=said)
+
+
+def _first_layer_errors(
+    config: ConfigDict,
+    checkpoint: str | Path,
+    references: ReferenceSet,
+    bank: Bank,
+    tokenizer: str,
+) -> Float[np.ndarray, " R"]:
+    """Relative squared error of every stored memory in the first memory layer alone.
+
+    Encodes up to that layer only, at a fraction of the price of a rewrite; reads the whole bank.
+    """
+    probe = config.copy_and_resolve_references()
+    with probe.unlocked():
+        probe.memory.layers = 1
+    model = Model(probe, prefix_tokens(probe))
+    params, _ = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer)
+    ids = np.arange(bank.size)
+    squares, _ = _compare(probe, model, params, references, bank, ids, True)
+    return squares.relative[:, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Squares:
+    """Summed squares `(n, L)` of every reference and layer: distances, and norms."""
+
+    keys: np.ndarray
+    values: np.ndarray
+    key_norms: np.ndarray
+    value_norms: np.ndarray
+
+    def error(self, part: str) -> list[float]:
+        """Relative error of every layer."""
+        norms = self.key_norms if part == "keys" else self.value_norms
+        return np.sqrt(getattr(self, part).sum(0) / norms.sum(0)).tolist()
+
+    @property
+    def relative(self) -> Float[np.ndarray, "n L"]:
+        """Squared error of keys and values, each over its norm."""
+        tiny = np.finfo(np.float32).tiny
+        keys = self.keys / np.maximum(self.key_norms, tiny)
+        return keys + self.values / np.maximum(self.value_norms, tiny)
+
+
+@jax.jit
+def _squares(stored: ExplicitMemory, fresh: ExplicitMemory) -> tuple[jax.Array, ...]:
+    """Of every reference and layer: distances of keys and values, norms of the fresh ones.
+
+    A memory is a set: a stored slot is compared with the fresh one whose key is nearest. So a
+    weight that moved another token into the memory counts, the order of the slots does not.
+    """
+    keys, values, fresh_keys, fresh_values = (
+        x.astype(jnp.float32) for x in (stored.keys, stored.values, fresh.keys, fresh.values)
+    )
+    P = keys.shape[-2]
+    real = jnp.arange(P)[None] < fresh.length[:, None]  # (n, P)
+    pairs = jnp.einsum("nlkph,nlkqh->nlkpq", keys, fresh_keys, precision="highest")
+    norms = jnp.square(fresh_keys).sum(-1)
+    apart = jnp.square(keys).sum(-1)[..., None] + norms[..., None, :] - 2 * pairs
+    apart = jnp.where(real[:, None, None, None, :], apart, jnp.inf)
+    nearest = apart.argmin(-1)[..., None]
+    sides = (keys, fresh_keys), (values, fresh_values)
+    weight = real[:, None, None, :, None]
+
+    def total(x: jax.Array) -> jax.Array:
+        return jnp.where(weight, jnp.square(x), 0).sum((2, 3, 4))
+
+    distances = [total(a - jnp.take_along_axis(b, nearest, axis=3)) for a, b in sides]
+    return (*distances, total(fresh_keys), total(fresh_values))
+
+
+def _compare(
+    config: ConfigDict,
+    model: Model,
+    params: Any,
+    references: ReferenceSet,
+    bank: AnyBank,
+    ids: Int[np.ndarray, " n"],
+    progress: bool,
+) -> tuple[_Squares, _Squares | None]:
+    """Stored against fresh memories, and what compression alone does to the fresh ones."""
+    plain = codecs.plain(config.model.head_dim, config.memory.dtype)
+    encoder = Encoder(config, model, params, references, plain)
+    L = config.memory.layers
+    found, floors = [], []
+    done = 0
+    bar = tqdm(total=len(ids), unit=" memories", desc="compared", disable=not progress)
+    with bar:
+        for both in encoder.batches(ids, Clock()):
+            part = ids[done : done + len(both)]
+            done += len(part)
+            bar.update(len(part))
+            stored = bank.read(part)
+            pair: Any = both[:, 0], both[:, 1]
+            fresh = ExplicitMemory(*pair, stored.length)
+            first = stored._replace(keys=stored.keys[:, :L], values=stored.values[:, :L])
+            found.append(jax.device_get(_squares(first, fresh)))
+            if not bank.codec.plain:
+                coded = jax.jit(bank.codec.encode)(both)
+                again = stored._replace(keys=coded[:, 0], values=coded[:, 1])
+                again = bank.codec.decode(again)
+                floors.append(jax.device_get(_squares(again, fresh)))
+
+    def joined(parts: list[Any]) -> _Squares:
+        return _Squares(*(np.concatenate(side) for side in zip(*parts, strict=True)))
+
+    return joined(found), joined(floors) if floors else None
+
+
+class _Fresh:
+    """A bank whose memories are written when they are read, and stored like those of another."""
+
+    def __init__(
+        self, config: ConfigDict, model: Model, params: Any, references: ReferenceSet, bank: AnyBank
+    ) -> None:
+        self.codec, self.kept = bank.codec, config.memory.kept_tokens
+        self.references = references
+        self.encoder = Encoder(config, model, params, references, bank.codec)
+
+    def read_stored(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
+        """As `Bank.read_stored`."""
+        flat = ids.reshape(-1)
+        unique, place = np.unique(flat[flat >= 0], return_inverse=True)
+        if not unique.size:
+            unique, place = np.zeros(1, np.int64), np.zeros(0, np.int64)
+        both = np.concatenate(list(self.encoder.batches(unique, Clock())))
+        memories = np.zeros((flat.size, *both.shape[1:]), both.dtype)
+        memories[flat >= 0] = both[place]
+        length = np.zeros(flat.size, np.int32)
+        lengths = np.asarray(self.references.lengths)[flat[flat >= 0]]
+        length[flat >= 0] = np.minimum(lengths, self.kept)
+        parts: list[Any] = [memories[:, 0], memories[:, 1], length]
+        return ExplicitMemory(*(x.reshape(*ids.shape, *x.shape[1:]) for x in parts))
+
+
+def _losses(
+    config: ConfigDict, pipeline: Pipeline, fresh: _Fresh, params: Any
+) -> dict[str, Float[np.ndarray, " batches"]]:
+    """Loss of every validation batch with stored, fresh and no memories."""
+    evaluator = LossEvaluator(config, pipeline)
+    losses: dict[str, list[float]] = {"stored": [], "fresh": [], "none": []}
+    for batch in evaluator.each():
+        again = {**batch, "memory": fresh.read_stored(batch["reference_ids"])}
+        for name, mode, read in (
+            ("stored", "memory", batch),
+            ("fresh", "memory", again),
+            ("none", "none", batch),
+        ):
+            loss, weight, _ = evaluator.sums(params, read, mode)
+            losses[name].append(loss / weight)
+    return {name: np.array(values) for name, values in losses.items()}
+
+
+def _held(chosen_by: np.ndarray, error: np.ndarray, share: float) -> float:
+    """Share of the error of the worst references."""
+    worst = np.argsort(-chosen_by, kind="stable")[: max(1, round(share * len(error)))]
+    return float(error[worst].sum() / max(error.sum(), np.finfo(np.float64).tiny))
