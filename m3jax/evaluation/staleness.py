@@ -281,8 +281,8 @@ def _compare(
             done += len(part)
             bar.update(len(part))
             stored = bank.read(part)
-            pair: Any = both[:, 0], both[:, 1]
-            fresh = ExplicitMemory(*pair, stored.length)
+            parts: list[Any] = [both[:, 0], both[:, 1], stored.length]
+            fresh = ExplicitMemory(*parts)
             first = stored._replace(keys=stored.keys[:, :L], values=stored.values[:, :L])
             found.append(jax.device_get(_squares(first, fresh)))
             if not bank.codec.plain:
