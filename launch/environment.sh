@@ -46,3 +46,6 @@ prepare_environment() {
     echo "$wanted" >"$stamp"
   fi
 }
+
+# Large arrays in large pages, where glibc knows this: half of the time in the kernel, about a tenth.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
