@@ -121,10 +121,9 @@ _MANIFESTS: dict[Path, dict[str, Any]] = {}
 
 
 def _open(folder: Path) -> Bank:
-    """With a cache that holds the shard indexes and few memories."""
     manifest = _MANIFESTS[folder]
     lengths = np.full(manifest["shape"][0], _SHAPE["kept_tokens"], np.uint16)
-    return Bank(folder, manifest, lengths, cache_bytes=8 << 20)
+    return Bank(folder, manifest, lengths)
 
 
 def _item_bytes(bank: Bank) -> int:
