@@ -4,6 +4,10 @@
 
 The checkpoint's writer encodes: the checkpoint itself, or, for one that was trained on memories of
 another checkpoint, that one. Killed at any moment, the same command goes on with what is missing.
+
+Several processes run the same command on a workdir and bank that all of them see, started as those
+of launch/train.py: with --distributed on every host of a TPU pod, elsewhere with --coordinator,
+--processes and --process_id. Each encodes on its own devices and writes its share of the shards.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from m3jax import launching
 
@@ -23,35 +27,44 @@ _CHECKPOINT = flags.DEFINE_string(
 _REFERENCES = flags.DEFINE_string(
     "references", None, "Folder of the references; default WORKDIR/references."
 )
-_BANK = flags.DEFINE_string("bank", None, "Folder to write; default WORKDIR/bank.")
+_BANK = flags.DEFINE_string("bank", None, "Folder or bucket to write; default WORKDIR/bank.")
 _BASE = flags.DEFINE_string(
     "base", None, "Older bank of the same writer: memories of unchanged references are copied."
 )
+launching.define_process_flags()
 launching.define_cache_flag()
 flags.adopt_module_key_flags(launching)  # --help shows them
 
 
 def main(argv: list[str]) -> None:
-    """Restores the writer and writes what is missing."""
+    """Joins the other processes, restores the writer and writes what is missing."""
+    from m3jax.config import validate
+    from m3jax.memory.storage import require_writable
+
+    config = validate(_CONFIG.value)
+    require_writable(_BANK.value or "")
     launching.use_compilation_cache()
+    with launching.processes(config):
+        _write(config, Path(str(_WORKDIR.value)))
+
+
+def _write(config: ConfigDict, workdir: Path) -> None:
     import jax
 
-    from m3jax.config import PREFIX_TOKENS, validate
+    from m3jax.config import PREFIX_TOKENS
     from m3jax.data.knowledge import require_unedited
     from m3jax.memory.bank import Bank
     from m3jax.memory.write import write_bank
-    from m3jax.mesh import make_mesh
+    from m3jax.mesh import writer_mesh
     from m3jax.model.transformer import Model
     from m3jax.text.references import References
     from m3jax.train.writer import restore_writer
 
-    config, workdir = validate(_CONFIG.value), Path(str(_WORKDIR.value))
     if _BANK.value is None:
         require_unedited(workdir)
     references = References.open(_REFERENCES.value or workdir / "references")
     tokenizer = references.tokenizer_fingerprint
-    mesh = make_mesh(config) if jax.device_count() > 1 else None
-    model = Model(config, PREFIX_TOKENS, mesh)
+    model = Model(config, PREFIX_TOKENS, writer_mesh(config))
     checkpoint = Path(_CHECKPOINT.value or workdir / "warmup")
     params, path, step = restore_writer(checkpoint, model, tokenizer)
     folder = _BANK.value or workdir / "bank"
@@ -67,6 +80,8 @@ def main(argv: list[str]) -> None:
         writer_step=step,
         base=None if _BASE.value is None else Bank.open(_BASE.value),
     )
+    if jax.process_index() != 0:
+        return
     print(
         f"bank {folder}: {report['references']} memories by {path} step {step};"
         f" {report['encoded']} encoded, {report['copied']} copied, {report['kept']} there before;"

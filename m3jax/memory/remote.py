@@ -55,6 +55,8 @@ def _ask(folder: str) -> int:
             time.sleep(_PAUSE)
         try:
             with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
+                if answer.status == 206:
+                    answer.read()  # raises where it ends too soon
                 return int(answer.status)
         except urllib.error.HTTPError as error:
             if error.code == 404:

@@ -12,7 +12,14 @@ from jaxtyping import Bool, Int
 from m3jax.memory.cache import MemoryCache
 from m3jax.memory.direct import open_reader
 from m3jax.memory.remote import require_served
-from m3jax.memory.storage import BankError, open_array, shard_key, shards_of, write_again
+from m3jax.memory.storage import (
+    WRITE_AGAIN,
+    BankError,
+    is_http,
+    open_array,
+    shard_key,
+    shards_of,
+)
 
 
 class Shards:
@@ -86,9 +93,13 @@ class Shards:
             of = ids // self._manifest["shard_memories"]
             found = [self._problem(array, i, ids[of == i]) for i in np.unique(of).tolist()]
             problems = "; ".join(filter(None, found)) or f"unreadable: {error}"
+            remedy = f"Delete the damaged file and run {WRITE_AGAIN} again"
+            if is_http(self._folder):
+                remedy = (
+                    f"If it is so on the server, too, delete the file there and run {WRITE_AGAIN}"
+                )
             raise BankError(
-                f"bank {self._folder}: {problems}. Delete the damaged file and run"
-                f" {write_again(self._folder)} again: it writes only shards that are missing"
+                f"bank {self._folder}: {problems}. {remedy}: it writes only shards that are missing"
             ) from error
 
     def damaged(self) -> list[tuple[str, str]]:
@@ -110,6 +121,8 @@ class Shards:
         except ValueError as error:
             if "NOT_FOUND" in str(error):
                 return f"{name} is missing"
-            reason = "checksum differs" if "igest" in str(error) else str(error)
-            return f"{name} is damaged ({reason})"
+            if "igest" in str(error):
+                return f"{name} is damaged (checksum differs)"
+            what = "cannot be read" if is_http(self._folder) else "is damaged"
+            return f"{name} {what} ({str(error).partition(' [')[0]})"
         return None

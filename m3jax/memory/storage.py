@@ -107,7 +107,11 @@ def read_file(folder: str | Path, name: str) -> bytes | None:
     try:
         result = store(folder).read(name).result()
     except ValueError as error:
-        raise BankError(f"{folder}/{name} cannot be read: {error}") from error
+        reason = str(error).partition(" [")[0]
+        raise BankError(
+            f"{folder}/{name} cannot be read: {reason}. Check the drive, or server and network, and"
+            " run the same command again"
+        ) from error
     return bytes(result.value) if result.state == "value" else None
 
 
