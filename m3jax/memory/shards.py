@@ -95,9 +95,7 @@ class Shards:
             problems = "; ".join(filter(None, found)) or f"unreadable: {error}"
             remedy = f"Delete the damaged file and run {WRITE_AGAIN} again"
             if is_http(self._folder):
-                remedy = (
-                    f"If it is so on the server, too, delete the file there and run {WRITE_AGAIN}"
-                )
+                remedy = f"If it is so on the server, delete the file and run {WRITE_AGAIN} there"
             raise BankError(
                 f"bank {self._folder}: {problems}. {remedy}: it writes only shards that are missing"
             ) from error

@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from memory.memory_tiny import shard_files
 from memory.script_workdir import CONFIG, make_workdir, script_config, start
@@ -15,6 +16,7 @@ from m3jax.config import PREFIX_TOKENS
 from m3jax.distributed import PROCESS_LOST
 from m3jax.memory.bank import Bank
 from m3jax.memory.write import write_bank
+from m3jax.mesh import make_mesh
 from m3jax.model.transformer import Model
 from m3jax.text.references import References
 from m3jax.train.writer import restore_writer
@@ -68,7 +70,7 @@ def test_two_processes_write_the_bank_of_one(tmp_path: Path) -> None:
     workdir, alone = tmp_path / "run", tmp_path / "alone"
     make_workdir(workdir, documents=300, config_file=SLOW)
     config, references = script_config(), References.open(workdir / "references")
-    model = Model(config, PREFIX_TOKENS)
+    model = Model(config, PREFIX_TOKENS, make_mesh(config, jax.devices()[:2]))
     tokenizer = references.tokenizer_fingerprint
     params, path, step = restore_writer(workdir / "warmup", model, tokenizer)
 
