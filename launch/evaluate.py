@@ -23,7 +23,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, made by laun
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Stage folder, or checkpoints/STEP in it; default WORKDIR/<config.stage>."
 )
-_BANK = flags.DEFINE_string("bank", None, "Bank of explicit memories; default WORKDIR/bank.")
+_BANK = flags.DEFINE_string(
+    "bank", None, "Folder or URL of a bank of explicit memories; default WORKDIR/bank."
+)
 _VERSION = flags.DEFINE_integer(
     "bank_version",
     None,

@@ -42,7 +42,9 @@ _INIT_FROM = flags.DEFINE_string(
     " has a checkpoint of its own continues from that.",
 )
 _BANK = flags.DEFINE_string(
-    "bank", None, "Bank of explicit memories for memory.source = precomputed; default WORKDIR/bank."
+    "bank",
+    None,
+    "Folder or URL of a bank for memory.source = precomputed; default WORKDIR/bank.",
 )
 _VERSION = flags.DEFINE_integer(
     "bank_version",

@@ -5,6 +5,10 @@
 The checkpoint's writer encodes: the checkpoint itself, or, for one that was trained on memories of
 another checkpoint, that one. Killed at any moment, the same command goes on with what is missing.
 
+Several processes run the same command on a workdir and bank that all of them see, started as those
+of launch/train.py: with --distributed on every host of a TPU pod, elsewhere with --coordinator,
+--processes and --process_id. Each encodes on its own devices and writes its share of the shards.
+
 After more training the memories are not what the checkpoint would write now:
 
     python launch/write_bank.py --refresh=measure --config=… --workdir=runs/wiki
@@ -35,7 +39,7 @@ _CHECKPOINT = flags.DEFINE_string(
 _REFERENCES = flags.DEFINE_string(
     "references", None, "Folder of the references; default WORKDIR/references."
 )
-_BANK = flags.DEFINE_string("bank", None, "Folder to write; default WORKDIR/bank.")
+_BANK = flags.DEFINE_string("bank", None, "Folder or bucket to write; default WORKDIR/bank.")
 _BASE = flags.DEFINE_string(
     "base", None, "Older bank of the same writer: memories of unchanged references are copied."
 )
@@ -51,23 +55,26 @@ _SHARE = flags.DEFINE_float(
 )
 _SAMPLE = flags.DEFINE_integer("sample", 512, "--refresh=measure: references to compare.", 1)
 _JSON = flags.DEFINE_string("json", None, "--refresh=measure: write the figures to this file.")
+launching.define_process_flags()
 launching.define_cache_flag()
 flags.adopt_module_key_flags(launching)  # --help shows them
 
 
 def main(argv: list[str]) -> None:
-    """Restores the writer and writes what is missing."""
-    launching.use_compilation_cache()
+    """Joins the other processes, restores the writer and writes what is missing."""
     from m3jax.config import validate
+    from m3jax.memory.storage import require_writable
 
-    config, workdir = validate(_CONFIG.value), Path(str(_WORKDIR.value))
-    if _REFRESH.value is not None:
-        _refresh(config, workdir)
-    else:
-        _write(config, workdir)
+    config = validate(_CONFIG.value)
+    require_writable(_BANK.value or "")
+    launching.use_compilation_cache()
+    with launching.processes(config):
+        (_write if _REFRESH.value is None else _refresh)(config, Path(str(_WORKDIR.value)))
 
 
 def _write(config: ConfigDict, workdir: Path) -> None:
+    import jax
+
     from m3jax.data.knowledge import require_unedited
     from m3jax.memory.bank import Bank
     from m3jax.text.references import References
@@ -79,7 +86,9 @@ def _write(config: ConfigDict, workdir: Path) -> None:
     base = None if _BASE.value is None else Bank.open(_BASE.value)
     write = MemoryWriter(config, workdir, _CHECKPOINT.value or workdir / "warmup")
     folder = _BANK.value or workdir / "bank"
-    report = write(references, Path(folder), base)
+    report = write(references, folder, base)
+    if jax.process_index() != 0:
+        return
     _, path, step = write.restore(references.tokenizer_fingerprint)
     print(
         f"bank {folder}: {report['references']} memories by {path} step {step};"
@@ -90,9 +99,13 @@ def _write(config: ConfigDict, workdir: Path) -> None:
 
 
 def _refresh(config: ConfigDict, workdir: Path) -> None:
+    import jax
+
     from m3jax.evaluation import staleness
     from m3jax.text.files import write_atomically
 
+    if jax.process_count() > 1:
+        raise app.UsageError("--refresh is the work of one process, with all devices of its host")
     for flag in (_REFERENCES, _BANK, _BASE):
         if flag.value is not None:
             raise app.UsageError(f"--refresh reads the workdir's version; leave out --{flag.name}")

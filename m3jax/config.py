@@ -114,6 +114,13 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
         "[0, 1)",
     ),
     "memory.dtype": ("bfloat16", "dtype of memories in the bank", ("float32", "bfloat16")),
+    "memory.cache_bytes": (
+        0,
+        "RAM in which each process keeps the memories of the bank that it read last, bytes; 0 ="
+        " none. For banks on servers, in buckets and on slow drives: the system itself keeps local"
+        " files that were read",
+        "[0, inf)",
+    ),
     # -- writer -----------------------------------------------------------------------------------
     "writer.batch_references": (256, "references encoded by one call of the writer", "[1, inf)"),
     "writer.shard_memories": (256, "memories per shard file of the bank", "[1, inf)"),

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax._src import clusters
@@ -32,11 +32,12 @@ PROCESS_LOST = 3  # exit code of a process whose run lost another process
 _ROOT = "m3jax"  # of our keys in the store of JAX's coordination service
 _MARGIN = 5.0  # seconds that a failed process stays, so that the others can read why
 _LONGEST_WAIT = 3600  # seconds that the first process at a meeting waits for the last
-_AGAIN = "The same command, on all processes, continues from the newest checkpoint"
+_AGAIN = "The same command, on all processes, continues from what was saved"
 
 _meetings = itertools.count()
 
 Report = Callable[[BaseException], int]
+Result = TypeVar("Result")
 
 
 class ProcessError(ValueError):
@@ -164,6 +165,24 @@ def meet(name: str) -> None:
     client = _client()
     if client is not None and jax.process_count() > 1:
         client.wait_at_barrier(f"{_ROOT}/meet/{next(_meetings)}/{name}", 1000 * _LONGEST_WAIT)
+
+
+def first_alone(work: Callable[[], Result], seen: Callable[[], object]) -> Result:
+    """Calls `work` in process 0, then in the others, which find done what needs doing once.
+
+    Args:
+      work: the same on all processes. Nobody goes on before all have done it.
+      seen: called by the others before; raises where they do not see what process 0 did.
+    """
+    if jax.process_index() == 0:
+        result = work()
+        meet("first done")
+    else:
+        meet("first done")
+        seen()
+        result = work()
+    meet("others done")
+    return result
 
 
 def _leave(watch: _Watch) -> None:
@@ -350,7 +369,7 @@ class _Watch:
         index, reason = min(failed.items())
         _say(
             f"{self._name}: process {index} failed, so this one ends: {reason}. When that is"
-            " solved, the same command continues from the newest checkpoint"
+            " solved, the same command continues from what was saved"
         )
         self._mark("ended", "")
         os._exit(PROCESS_LOST)

@@ -132,6 +132,23 @@ def local_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def writer_mesh(config: ConfigDict) -> Mesh | None:
+    """The mesh on which this process alone encodes references: all of its devices, or None for one.
+
+    Of the config's sizes only `mesh.tensor` counts, so that one config serves hosts and pods.
+
+    Raises:
+      ConfigError: as `make_mesh`.
+    """
+    devices = jax.local_devices()
+    if len(devices) == 1:
+        return None
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.mesh.update(slice=1, data=1, fsdp=-1)
+    return make_mesh(config, devices)
+
+
 def _arrange(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
     """Devices in the shape of the mesh, along the links of the machine."""
     shape = tuple(sizes[axis] for axis in AXES)

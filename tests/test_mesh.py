@@ -15,6 +15,7 @@ from m3jax.mesh import (
     make_mesh,
     parameter_shardings,
     to_global,
+    writer_mesh,
 )
 
 
@@ -30,6 +31,15 @@ def test_mesh_takes_all_devices_left():
     mesh = make_mesh(config_with(data=2, tensor=2))
     assert dict(mesh.shape) == {"slice": 1, "data": 2, "fsdp": 2, "tensor": 2}
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+
+
+def test_a_process_writes_on_its_own_devices_whatever_the_size_of_the_pod(monkeypatch):
+    mesh = writer_mesh(config_with(slice=2, data=32, tensor=2))
+    assert dict(mesh.shape) == {"slice": 1, "data": 1, "fsdp": 4, "tensor": 2}
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[4:6])
+    assert writer_mesh(config_with(fsdp=16)).devices.ravel().tolist() == jax.devices()[4:6]
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    assert writer_mesh(config_with(fsdp=16)) is None
 
 
 def test_mesh_may_use_fewer_devices():

@@ -263,9 +263,9 @@ def open_index(version: Version, references: AnyReferences) -> Any:
     return LayeredIndex(layers, version.removed, references.fingerprint)
 
 
-def open_bank(version: Version, references: AnyReferences) -> Any:
+def open_bank(version: Version, references: AnyReferences, cache_bytes: int = 0) -> Any:
     """The bank of a version: a `Bank`, or a `LayeredBank` with the same methods."""
-    layers = [Bank.open(folder) for folder in version.banks]
+    layers = [Bank.open(folder, None, cache_bytes) for folder in version.banks]
     if isinstance(references, References):
         return layers[0]
     return LayeredBank(layers, version.removed, references.fingerprint)

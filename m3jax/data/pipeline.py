@@ -114,11 +114,13 @@ class Pipeline:
         return None if self.bank is None or self.bank.codec.plain else self.bank.codec.decode
 
     def report(self) -> dict[str, int]:
-        """Counters since the start: chunks, chunks without a reference, those of the retriever."""
+        """Counters since the start: chunks, those without a reference, of retriever and bank."""
         with self._lock:
             counts = dict(self._counts)
         if self.retriever is not None:
             counts.update(self.retriever.report())
+        if self.bank is not None:
+            counts.update(self.bank.report())
         return counts
 
     def _reference_ids(self, items: list[Row]) -> np.ndarray:
@@ -178,7 +180,7 @@ def open_pipeline(
         memories, `bank`.
       split: `train`, or `validation` (batch rows, retrieval shift, overlap limit of `evaluation`;
         no memory dropout).
-      bank: folder of the bank; default that of the version.
+      bank: folder or URL of the bank; default that of the version.
       version: of the knowledge (`m3jax.data.knowledge`); None = the current one. It is not
         collected while the pipeline is in use.
 
@@ -212,7 +214,11 @@ def open_pipeline(
         retriever = Retriever(index, references, config.retrieval.candidates, limit)
     memories = None
     if config.memory.source == "precomputed":
-        memories = Bank.open(bank) if bank else open_bank(opened, references)
+        cache = config.memory.cache_bytes
+        if bank:
+            memories = Bank.open(bank, cache_bytes=cache)
+        else:
+            memories = open_bank(opened, references, cache)
         check_bank(config, memories, references, tokenizer)
     pipeline = Pipeline(config, rows, tokenizer, references, retriever, memories, **options)
     pipeline.version = opened

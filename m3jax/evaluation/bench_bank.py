@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ from m3jax.memory.quantizer import Codebook
 
 # An explicit memory of Memory³'s 2.4B model: L layers, K heads, P tokens, H numbers, bfloat16.
 _SHAPE = {"layers": 22, "kv_heads": 8, "kept_tokens": 8, "head_dim": 80}
+_TINY = {"layers": 1, "kv_heads": 1, "kept_tokens": 2, "head_dim": 8}
+_MANY = 1_000_000
 _READ = 160  # memories a read: 32 rows of a prompt chunk, five each
 _THREADS = 16  # of the plain reads
 
@@ -37,12 +42,14 @@ def bank(rounds: int = 9, memories: int = 2048) -> dict[str, Figures]:
       `ratios`: `cold_over_pread`, `warm_over_pread` (above 1: the bank is faster) and
       `compressed_over_bf16`, memories a second of a bank by the vector quantizer over those of
       bfloat16, both cold. `seconds`: medians of single reads. `rates`: MB and memories a second.
+      `million`: of a bank of 1e6 memories of 64 bytes: `seconds` to open it, and the largest
+      resident `MB` of a process that reads it, with those `MB_before` it was opened.
     """
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
         plain = _make(Path(name) / "plain", codecs.plain(80, "bfloat16"), memories)
         vector = _make(Path(name) / "vector", random_codec(80, "bfloat16"), memories)
-        banks = _open(plain), _open(vector)
+        banks = Bank.open(plain), Bank.open(vector)
         ids = [np.arange(_READ)]
 
         def warm() -> None:
@@ -65,11 +72,12 @@ def bank(rounds: int = 9, memories: int = 2048) -> dict[str, Figures]:
             cold,
         )
         item = _item_bytes(banks[0])
+        many = _open_many(Path(name) / "many")
     rates = {f"{kind}_MB": _READ * item / seconds[kind] / 1e6 for kind in ("cold", "warm")}
     rates |= {
         f"{kind}_memories": _READ / seconds[kind] for kind in ("cold_bf16", "cold_compressed")
     }
-    return {"ratios": ratios, "seconds": seconds, "rates": rates}
+    return {"ratios": ratios, "seconds": seconds, "rates": rates, "million": many}
 
 
 def random_codec(head_dim: int, dtype: str) -> Codec:
@@ -85,13 +93,18 @@ def random_codec(head_dim: int, dtype: str) -> Codec:
     return Codec(codecs.VECTOR, head_dim, dtype, (books[0], books[1]))
 
 
-def _make(folder: Path, codec: Codec, memories: int) -> Path:
-    """A bank of random bytes."""
-    binding = Binding("weights", "tokenizer", "references", {**_SHAPE, "dtype": "bfloat16"})
-    item = [_SHAPE[name] for name in ("layers", "kv_heads", "kept_tokens")]
-    sides: dict[str, bytes] = {}
+def _make(folder: Path, codec: Codec, memories: int, shape: Mapping[str, int] = _SHAPE) -> Path:
+    """A bank of random bytes, in shards of 256 memories (of 4096 where they are tiny)."""
+    layout = {**shape, "dtype": "bfloat16"}
+    binding = Binding("weights", "tokenizer", "references", layout)
+    item = [shape[name] for name in ("layers", "kv_heads", "kept_tokens")]
+    sides = {
+        storage.LENGTHS: storage.npy_bytes(np.full(memories, shape["kept_tokens"], np.uint16)),
+        storage.HASHES: storage.npy_bytes(np.arange(memories, dtype=np.uint64)),
+    }
     if codec.codebooks is not None:
         sides[storage.CODEBOOK] = codecs.to_bytes(codec, binding.owner)
+    shard = 256 if memories < 2**16 else 4096
     manifest: dict[str, Any] = {
         "format": storage.FORMAT,
         "binding": vars(binding),
@@ -99,32 +112,52 @@ def _make(folder: Path, codec: Codec, memories: int) -> Path:
         "codec": codec.name,
         "shape": [memories, 2, *item, codec.width],
         "dtype": codec.stored_dtype,
-        "shard_memories": 256,
+        "shard_memories": shard,
         "checksums": {name: storage.checksum(data) for name, data in sides.items()},
     }
+    text = json.dumps(manifest).encode()
     folder.mkdir()
-    for file, data in sides.items():
-        storage.write_file(folder, file, data)
     array = storage.open_array(folder, manifest, create=True)
     dtype = np.dtype(jnp.dtype(codec.stored_dtype))
     random = np.random.default_rng(1)
-    for low in range(0, memories, 256):
-        count = min(256, memories - low)
+    for low in range(0, memories, shard):
+        count = min(shard, memories - low)
         data = random.bytes(count * int(np.prod(manifest["shape"][1:])) * dtype.itemsize)
         block = np.frombuffer(data, dtype).reshape(count, *manifest["shape"][1:])
         array[low : low + count].write(block).result()
-    _MANIFESTS[folder] = manifest
+    sides |= {storage.MANIFEST: text, storage.COMPLETE: storage.complete_stamp(text)}
+    for file, data in sides.items():
+        storage.write_file(folder, file, data)
     return folder
 
 
-_MANIFESTS: dict[Path, dict[str, Any]] = {}
+def _open_many(folder: Path, rounds: int = 5) -> dict[str, float]:
+    """Opens a bank of a million tiny memories in new processes, and reads 100 batches of it."""
+    _make(folder, codecs.plain(_TINY["head_dim"], "bfloat16"), _MANY, _TINY)
+    command = [sys.executable, "-c", _READER, str(folder)]
+    found = []
+    for _ in range(rounds):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found.append([float(word) for word in done.stdout.split()])
+    seconds, idle, used = np.median(np.array(found), axis=0).tolist()
+    return {"seconds": seconds, "MB": used, "MB_before": idle}
 
 
-def _open(folder: Path) -> Bank:
-    """With a cache that holds the shard indexes and few memories."""
-    manifest = _MANIFESTS[folder]
-    lengths = np.full(manifest["shape"][0], _SHAPE["kept_tokens"], np.uint16)
-    return Bank(folder, manifest, lengths, cache_bytes=8 << 20)
+# Prints the seconds to open the bank, and the largest resident size before and after reading, MB.
+_READER = """
+import resource, sys, time
+import numpy as np
+from m3jax.memory.bank import Bank
+def used():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+before, begin = used(), time.perf_counter()
+bank = Bank.open(sys.argv[1])
+seconds = time.perf_counter() - begin
+random = np.random.default_rng(0)
+for _ in range(100):
+    bank.read_stored(random.integers(bank.size, size=160))
+print(seconds, before, used())
+"""
 
 
 def _item_bytes(bank: Bank) -> int:
@@ -147,7 +180,7 @@ def _drop(folder: Path) -> None:
 @contextlib.contextmanager
 def _preader(folder: Path) -> Iterator[Any]:
     """Reads memories with plain `pread`, knowing where each lies."""
-    bank, shard = _open(folder), 256
+    bank, shard = Bank.open(folder), 256
     item = _item_bytes(bank)
     descriptors, offsets = [], []
     for i in range(storage.shards_of(bank.manifest)):

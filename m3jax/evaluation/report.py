@@ -17,7 +17,7 @@ from m3jax.memory.storage import BankError
 from m3jax.model.transformer import Model, Params
 from m3jax.retrieval.retriever import Retriever
 from m3jax.train.checkpoints import reads, restore_params
-from m3jax.train.metrics import dropped_share
+from m3jax.train.metrics import dropped_share, hit_share
 
 
 def evaluate(
@@ -58,7 +58,7 @@ def evaluate(
         "rows": evaluator.rows,
         "bank_version": None if pipeline.version is None else pipeline.version.number,
         **losses,
-        "retrieval": {**counts, **dropped_share({}, counts)},
+        "retrieval": {**counts, **dropped_share({}, counts), **hit_share({}, counts)},
     }
     if questions is not None:
         report["questions"] = _answer(config, pipeline, model, params, questions)

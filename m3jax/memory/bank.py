@@ -10,30 +10,26 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorstore as ts
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from m3jax.memory import codec as codecs
 from m3jax.memory.codec import Codec
-from m3jax.memory.direct import DirectReader
+from m3jax.memory.remote import require_served
+from m3jax.memory.shards import Shards
 from m3jax.memory.storage import (
-    CACHE_BYTES,
     CODEBOOK,
     COMPLETE,
     HASHES,
     LENGTHS,
     MANIFEST,
-    WRITE_AGAIN,
     BankError,
     checksum,
-    open_array,
     read_checked,
     read_file,
     read_manifest,
     read_side_file,
-    shard_key,
-    shards_of,
+    write_again,
 )
 from m3jax.model.attention import ExplicitMemory
 
@@ -148,6 +144,7 @@ class Bank:
       codec: how keys and values are stored.
       dtype: of what is stored.
       lengths: real slots of every memory; uint16 or int32 (R,).
+      shards: their memories, and the cache.
     """
 
     def __init__(
@@ -155,43 +152,46 @@ class Bank:
         folder: str | Path,
         manifest: dict[str, Any],
         lengths: np.ndarray,
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int = 0,
     ):
         self.folder, self.manifest, self.lengths = folder, manifest, lengths
         self.binding = Binding(**manifest["binding"])
         self.dtype = np.dtype(jax.numpy.dtype(manifest["dtype"]))
         self.codec = _read_codec(folder, manifest, self.binding)
-        self._array = open_array(folder, manifest, cache_bytes=cache_bytes)
-        self._direct = DirectReader(folder, manifest) if DirectReader.usable(folder) else None
+        self.shards = Shards(folder, manifest, cache_bytes)
 
     @classmethod
     def open(
         cls,
         folder: str | Path,
         expect: Binding | None = None,
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int = 0,
     ) -> Bank:
         """Opens a finished bank.
 
         Args:
-          folder: folder, or URL of a bucket (`gs://…/`).
+          folder: folder, or URL of a bucket (`gs://…/`) or of a folder on an HTTP server that gives
+            ranges of bytes (`http://…`, `https://…`).
           expect: what must have written it; None accepts anything.
-          cache_bytes: of what was read last, kept in RAM and shared by threads; least recently used
-            leaves first.
+          cache_bytes: of memories that were read last, kept in RAM and shared by threads; least
+            recently used leaves first; 0 keeps none.
 
         Raises:
-          BankError: no bank, an unfinished or damaged one, or one that something else wrote, naming
-            every part that differs.
+          BankError: no bank, an unfinished or damaged one, one that something else wrote, naming
+            every part that differs, or a server that does not give it.
         """
+        require_served(folder)
         manifest = read_manifest(folder)
         stamp = read_file(folder, COMPLETE)
         if manifest is None or stamp is None:
             what = "holds no bank" if manifest is None else "is not finished: COMPLETE is missing"
-            raise BankError(f"{folder} {what}; run {WRITE_AGAIN}, which resumes where it stopped")
+            raise BankError(
+                f"{folder} {what}; run {write_again(folder)}, which resumes where it stopped"
+            )
         if stamp.decode().strip() != checksum(read_file(folder, MANIFEST) or b""):
             raise BankError(
                 f"{folder}/{MANIFEST} was changed after the bank was finished; restore it, or"
-                f" delete the folder and run {WRITE_AGAIN}"
+                f" delete the folder and run {write_again(folder)}"
             )
         bank = cls(folder, manifest, read_side_file(folder, manifest, LENGTHS), cache_bytes)
         if expect is not None:
@@ -204,8 +204,8 @@ class Bank:
         if different:
             raise BankError(
                 f"bank {self.folder} does not fit: {'; '.join(different)}. Write one that fits with"
-                f" {WRITE_AGAIN}, or use the checkpoint, tokenizer, references and config that"
-                " wrote it"
+                f" {write_again(self.folder)}, or use the checkpoint, tokenizer, references and"
+                " config that wrote it"
             )
 
     @property
@@ -263,11 +263,8 @@ class Bank:
             )
         # Fresh zeros cost nothing: pages that are not written are never touched.
         both = np.zeros((2, flat.size, *self.manifest["shape"][2:]), self.dtype)
-        if real.any() and not self._read_direct(flat, real, both):
-            target = ts.array(both)[ts.d[0, 1].transpose[1, 0]]
-            if not real.all():
-                target = target[np.flatnonzero(real)]
-            self._transfer(flat[real], target)
+        if real.any():
+            self.shards.read(flat, real, both)
         length: Any = np.where(real, self.lengths[np.where(real, flat, 0)], 0).astype(np.int32)
         keys, values = both.reshape(2, *ids.shape, *both.shape[2:])
         return ExplicitMemory(keys, values, length.reshape(ids.shape))
@@ -278,42 +275,11 @@ class Bank:
 
     def damaged_shards(self) -> list[tuple[str, str]]:
         """Reads everything; returns files of damaged or missing shards, and the reasons."""
-        array = open_array(self.folder, self.manifest)
-        shards = range(shards_of(self.manifest))
-        found = ((shard_key(shard), self._problem(array, shard)) for shard in shards)
-        return [(name, problem) for name, problem in found if problem]
+        return self.shards.damaged()
 
-    def _read_direct(self, flat: np.ndarray, real: np.ndarray, both: np.ndarray) -> bool:
-        """Reads into `both` without TensorStore; False where that does not work."""
-        return self._direct is not None and self._direct.read(flat, real, both[0], both[1])
-
-    def _transfer(self, ids: np.ndarray, target: ts.TensorStore) -> None:
-        """Reads memories into a TensorStore view of a buffer."""
-        try:
-            target.write(self._array[ids]).result()
-        except ValueError as error:
-            # The slow way to the name of the file: it does not depend on how messages are worded.
-            array = open_array(self.folder, self.manifest)
-            shards = np.unique(ids // self.manifest["shard_memories"]).tolist()
-            problems = [problem for shard in shards if (problem := self._problem(array, shard))]
-            found = "; ".join(problems) or f"unreadable: {error}"
-            raise BankError(
-                f"bank {self.folder}: {found}. Delete the damaged file and run {WRITE_AGAIN} again:"
-                " it writes only shards that are missing"
-            ) from error
-
-    def _problem(self, array: ts.TensorStore, shard: int) -> str | None:
-        low = shard * self.manifest["shard_memories"]
-        high = min(low + self.manifest["shard_memories"], self.size)
-        name = f"shard file {self.folder}/{shard_key(shard)} (memories {low} … {high - 1})"
-        try:
-            array[low:high].read().result()
-        except ValueError as error:
-            if "NOT_FOUND" in str(error):
-                return f"{name} is missing"
-            reason = "checksum differs" if "igest" in str(error) else str(error)
-            return f"{name} is damaged ({reason})"
-        return None
+    def report(self) -> dict[str, int]:
+        """Counters of the cache: `cache_hits`, `cache_misses`, and `cache_bytes` it holds now."""
+        return self.shards.cache.report()
 
 
 def _read_codec(folder: str | Path, manifest: dict[str, Any], binding: Binding) -> Codec:
@@ -324,6 +290,6 @@ def _read_codec(folder: str | Path, manifest: dict[str, Any], binding: Binding) 
     if owner != binding.owner or codec.width != manifest["shape"][-1]:
         raise BankError(
             f"{folder}/{CODEBOOK} belongs to memories of another model; delete the folder and run"
-            f" {WRITE_AGAIN}"
+            f" {write_again(folder)}"
         )
     return codec

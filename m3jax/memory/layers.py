@@ -48,6 +48,7 @@ class LayeredBank:
                     f"bank {layer.folder} is stored with {layer.codec.name!r} or other codebooks"
                     f" than {first.folder} ({first.codec.name!r}); write it with --base of that one"
                 )
+            layer.shards.cache = first.shards.cache  # one limit for all
         self.layers, self.folder, self.codec = list(layers), first.folder, first.codec
         self.numbering = Numbering([layer.size for layer in layers], removed)
         self.binding = Binding(
@@ -107,6 +108,10 @@ class LayeredBank:
         if self.codec.plain:
             return stored
         return jax.tree.map(np.asarray, jax.jit(self.codec.decode)(stored))
+
+    def report(self) -> dict[str, int]:
+        """As `Bank.report`, of the cache that the layers share."""
+        return self.layers[0].report()
 
     def verify(self) -> list[str]:
         """Files of damaged or missing shards of all layers, each with the reason."""

@@ -1,6 +1,6 @@
 """The files of a bank: how they are named, read, checked and opened.
 
-A folder, or a bucket given by its URL:
+A folder, or a bucket or (to read only) an HTTP server's folder, given by its URL:
 
     manifest.json         binding, info, shapes, checksums; written before the first shard
     lengths.npy           real slots of every memory (R,), a function of the references alone
@@ -19,9 +19,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import tensorstore as ts
@@ -32,20 +34,72 @@ LENGTHS, HASHES = "lengths.npy", "record_hashes.npy"
 CODEBOOK = "codebook.npz"
 ARRAY = "memories.zarr/"
 WRITE_AGAIN = "launch/write_bank.py"
-CACHE_BYTES = 256 << 20  # default of readers
-_IO_THREADS = 32
+IO_THREADS = 32  # requests at a time
+SECONDS = 60  # that a server may take for one memory
+# Of TensorStore, whose own 32 attempts take a quarter of an hour.
+_RETRIES = {"max_retries": 4, "initial_delay": "200ms", "max_delay": "2s"}
+# Of TensorStore's HTTP client, which waits for a silent server for ever.
+_SILENCE = {
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "30",
+    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
+}
 
 
 class BankError(ValueError):
     """A bank that cannot be read or written. The message names the thing and the remedy."""
 
 
+def is_url(folder: str | Path) -> bool:
+    """Whether a bank is not a local folder."""
+    return "://" in str(folder)
+
+
+def is_http(folder: str | Path) -> bool:
+    """Whether a bank is on an HTTP server: it can be read, but not listed or written to."""
+    return str(folder).startswith(("http://", "https://"))
+
+
+def require_writable(folder: str | Path) -> None:
+    """Raises `BankError` where nothing can be written."""
+    if is_http(folder):
+        raise BankError(
+            f"bank {folder} is read-only: an HTTP server takes no files. Write it with"
+            f" {WRITE_AGAIN} to the folder that the server serves, or to a bucket"
+        )
+
+
+def write_again(folder: str | Path) -> str:
+    """The script that writes what is missing, and where to run it."""
+    return f"{WRITE_AGAIN} on the server" if is_http(folder) else WRITE_AGAIN
+
+
+def file_url(folder: str | Path, name: str) -> str:
+    """URL of a file of a bank that is given by its URL, which may end in `?` and a query."""
+    parts = urlsplit(str(folder))
+    return parts._replace(path=f"{parts.path.rstrip('/')}/{name}").geturl()
+
+
 def store(folder: str | Path) -> ts.KvStore:
     """The key-value store of a bank's files: a folder, or a URL that TensorStore knows."""
-    if "://" in str(folder):
-        return ts.KvStore.open(str(folder).rstrip("/") + "/").result()
+    if is_url(folder):
+        if is_http(folder):
+            for name, value in _SILENCE.items():
+                os.environ.setdefault(name, value)
+        return ts.KvStore.open(file_url(folder, ""), context=_context()).result()
     path = str(Path(folder).resolve()) + "/"
     return ts.KvStore.open({"driver": "file", "path": path}).result()
+
+
+def _context() -> ts.Context:
+    """No cache of TensorStore's: `m3jax.memory.cache` counts what it holds."""
+    return ts.Context(
+        {
+            "cache_pool": {"total_bytes_limit": 0},
+            "file_io_concurrency": {"limit": IO_THREADS},
+            "http_request_concurrency": {"limit": IO_THREADS},
+            "http_request_retries": _RETRIES,
+        }
+    )
 
 
 def read_file(folder: str | Path, name: str) -> bytes | None:
@@ -53,7 +107,11 @@ def read_file(folder: str | Path, name: str) -> bytes | None:
     try:
         result = store(folder).read(name).result()
     except ValueError as error:
-        raise BankError(f"{folder}/{name} cannot be read: {error}") from error
+        reason = str(error).partition(" [")[0]
+        raise BankError(
+            f"{folder}/{name} cannot be read: {reason}. Check the drive, or server and network, and"
+            " run the same command again"
+        ) from error
     return bytes(result.value) if result.state == "value" else None
 
 
@@ -72,13 +130,13 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     except (ValueError, TypeError, KeyError) as error:
         raise BankError(
             f"{folder}/{MANIFEST} is no manifest of a bank ({error}); delete the folder and run"
-            f" {WRITE_AGAIN}"
+            f" {write_again(folder)}"
         ) from error
     if found != FORMAT:
         writer = manifest.get("info", {}).get("m3jax")
         raise BankError(
             f"bank {folder} has format {found}, this version of m3jax reads {FORMAT}; write it"
-            f" again with {WRITE_AGAIN}, or read it with m3jax {writer}"
+            f" again with {write_again(folder)}, or read it with m3jax {writer}"
         )
     return manifest
 
@@ -99,9 +157,10 @@ def read_checked(folder: str | Path, manifest: dict[str, Any], name: str) -> byt
     data = read_file(folder, name)
     if data is None or checksum(data) != manifest["checksums"][name]:
         what = "is missing" if data is None else "is damaged (its checksum differs)"
-        remedy = f"delete the file and run {WRITE_AGAIN} again, which makes it from the references"
+        again = write_again(folder)
+        remedy = f"delete the file and run {again} again, which makes it from the references"
         if name == CODEBOOK:
-            remedy = f"restore it, or delete the folder and run {WRITE_AGAIN}"
+            remedy = f"restore it, or delete the folder and run {again}"
         raise BankError(f"{folder}/{name} {what}; {remedy}")
     return data
 
@@ -121,14 +180,13 @@ def complete_stamp(manifest: bytes) -> bytes:
 
 
 def open_array(
-    folder: str | Path, manifest: dict[str, Any], *, cache_bytes: int = 0, create: bool = False
+    folder: str | Path, manifest: dict[str, Any], *, create: bool = False
 ) -> ts.TensorStore:
     """The TensorStore array of all memories as they are stored, `(R, 2, L, K, P, width)`.
 
     Args:
       folder: the bank.
       manifest: its manifest: shape, dtype, memories a shard.
-      cache_bytes: of shard indexes (16 bytes a memory) and memories, those read last, kept in RAM.
       create: replace what is there by an empty array.
 
     Raises:
@@ -151,22 +209,16 @@ def open_array(
         "store_data_equal_to_fill_value": True,  # else a memory of zeros is not stored
         "recheck_cached_data": False,  # a finished bank does not change
     }
-    context = ts.Context(
-        {
-            "cache_pool": {"total_bytes_limit": cache_bytes},
-            "file_io_concurrency": {"limit": _IO_THREADS},
-        }
-    )
     try:
         return ts.open(
-            spec, open=not create, create=create, delete_existing=create, context=context
+            spec, open=not create, create=create, delete_existing=create, context=_context()
         ).result()
     except ValueError as error:
         if create:
             raise BankError(f"{folder}/{ARRAY}zarr.json could not be written: {error}") from error
         raise BankError(
             f"{folder}/{ARRAY}zarr.json is missing or does not fit {MANIFEST} ({error}); delete the"
-            f" folder and run {WRITE_AGAIN}"
+            f" folder and run {write_again(folder)}"
         ) from error
 
 
@@ -191,6 +243,7 @@ def write_file(folder: str | Path, name: str, data: bytes) -> None:
     Raises:
       BankError: it cannot be written; names the file.
     """
+    require_writable(folder)
     try:
         store(folder).write(name, data).result()
     except (OSError, ValueError) as error:
@@ -206,14 +259,14 @@ def missing_shards(folder: str | Path, manifest: dict[str, Any]) -> list[int]:
 
 def remove_locks(folder: str | Path) -> None:
     """Removes what a killed or failed write left beside its shard."""
-    if "://" not in str(folder):
+    if not is_url(folder):
         for leftover in Path(folder).rglob("*__lock"):
             leftover.unlink(missing_ok=True)
 
 
 def free_bytes(folder: str | Path) -> int | None:
     """Free bytes of the disk; None for a bucket."""
-    return None if "://" in str(folder) else shutil.disk_usage(folder).free
+    return None if is_url(folder) else shutil.disk_usage(folder).free
 
 
 def readable_size(count: int) -> str:

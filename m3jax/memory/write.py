@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import m3jax
+from m3jax.distributed import first_alone, meet
 from m3jax.memory import codec as codecs
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank, Binding, make_binding, writer_fingerprint
@@ -51,6 +52,8 @@ def write_bank(
     """Writes the memories of all references, or what is missing of them.
 
     A killed build goes on where it stopped; a finished bank gets back the shards that were deleted.
+    Several processes (`m3jax.distributed`) call this together, each with a model on its own devices
+    and a folder that all of them see; each encodes and writes its share of the missing shards.
 
     Args:
       config: a validated config; `writer` and `memory` say how.
@@ -68,14 +71,16 @@ def write_bank(
         all the same; all others are encoded.
 
     Returns:
-      `references` in the set; `kept` (there before), `encoded` and `copied` memories; `seconds`
-      without compiling, `compile_seconds`, `memories_per_second`, `encode_share` (share of the
-      seconds in which the writer did nothing but wait for the encode), `bytes` of all memories.
+      `references` in the set; `kept` (there before), `encoded` and `copied` memories, by all
+      processes; `seconds` without compiling, until all have written; `compile_seconds`,
+      `memories_per_second`, `encode_share` (share of the seconds in which this writer did nothing
+      but wait for the encode), `bytes` of all memories.
 
     Raises:
       BankError: no usable tokens, an unfinished bank of something else in the folder, a base of
-        another writer, a full disk.
+        another writer, a full disk, a folder on an HTTP server or one that not all processes see.
     """
+    storage.require_writable(folder)
     if tuple(prefix_tokens) != model.prefix_tokens:
         raise BankError(
             f"prefix_tokens {tuple(prefix_tokens)} are not the model's {model.prefix_tokens}"
@@ -100,23 +105,53 @@ def write_bank(
         sources = _copies(base, binding, lengths, hashes)
     else:
         sources = _kept(base, binding, len(lengths), keep)
-    codec = _make_codec(config, model, params, references, folder, binding, base)
-    sides = {storage.LENGTHS: storage.npy_bytes(lengths), storage.HASHES: storage.npy_bytes(hashes)}
-    if codec.codebooks is not None:
-        sides[storage.CODEBOOK] = codecs.to_bytes(codec, binding.owner)
-    manifest = _manifest(config, binding, info, len(lengths), codec, sides)
-    missing = _prepare(folder, manifest, sides)
-    there = storage.read_manifest(folder) or manifest
+
+    def prepare() -> tuple[Codec, list[int]]:
+        codec = _make_codec(config, model, params, references, folder, binding, base)
+        sides = {
+            storage.LENGTHS: storage.npy_bytes(lengths),
+            storage.HASHES: storage.npy_bytes(hashes),
+        }
+        if codec.codebooks is not None:
+            sides[storage.CODEBOOK] = codecs.to_bytes(codec, binding.owner)
+        manifest = _manifest(config, binding, info, len(lengths), codec, sides)
+        return codec, _prepare(folder, manifest, sides)
+
+    codec, missing = first_alone(prepare, lambda: _check_seen(folder))
+    there = storage.read_manifest(folder)
+    assert there is not None
     build = _Build(folder, there, missing, sources, base, codec)
     report = build.run(config, model, params, references, progress)
-    storage.remove_locks(folder)
-    stamp = storage.read_file(folder, storage.MANIFEST) or b""
-    storage.write_file(folder, storage.COMPLETE, storage.complete_stamp(stamp))
+    if jax.process_index() == 0:
+        _finish(folder, there)
+    meet("bank complete")
     return report
 
 
+def _check_seen(folder: str | Path) -> None:
+    if storage.read_manifest(folder) is None:
+        raise BankError(
+            f"process {jax.process_index()} does not see what process 0 writes in {folder}; put the"
+            " bank in a bucket or on a disk that all processes share"
+        )
+
+
+def _finish(folder: str | Path, manifest: dict[str, Any]) -> None:
+    """Marks a bank as complete; no process writes any more."""
+    missing = storage.missing_shards(folder, manifest) if jax.process_count() > 1 else []
+    if missing:
+        raise BankError(
+            f"{len(missing)} shards of bank {folder} are not there, the first is"
+            f" {storage.shard_key(missing[0])}, though all processes have written: run the same"
+            " command again, which writes them"
+        )
+    storage.remove_locks(folder)
+    stamp = storage.read_file(folder, storage.MANIFEST) or b""
+    storage.write_file(folder, storage.COMPLETE, storage.complete_stamp(stamp))
+
+
 class _Build:
-    """One run over the missing shards of a bank."""
+    """One run over the missing shards of a bank, of which each process writes some."""
 
     def __init__(
         self,
@@ -130,14 +165,19 @@ class _Build:
         self.folder, self.manifest, self.missing = folder, manifest, missing
         self.sources, self.base, self.codec = sources, base, codec
         self.size, self.shard = manifest["shape"][0], manifest["shard_memories"]
-        ids = [np.arange(*self.span(shard)) for shard in missing]
-        self.ids = np.concatenate(ids) if ids else np.zeros(0, np.int64)
-        self.encoded = self.ids[sources[self.ids] < 0]
+        self.part = missing[jax.process_index() :: jax.process_count()]
+        self.ids = self.members(missing)
+        own = self.members(self.part)
+        self.encoded = own[sources[own] < 0]
         self.recode = jax.jit(codec.encode)
 
     def span(self, shard: int) -> tuple[int, int]:
         """First and last-plus-one memory of a shard."""
         return shard * self.shard, min((shard + 1) * self.shard, self.size)
+
+    def members(self, shards: list[int]) -> Int[np.ndarray, " n"]:
+        """Ids of the memories of shards."""
+        return np.concatenate([np.zeros(0, np.int64), *(np.arange(*self.span(i)) for i in shards)])
 
     def run(
         self,
@@ -148,6 +188,7 @@ class _Build:
         progress: bool,
     ) -> dict[str, Any]:
         """Encodes, copies and writes; returns the report of `write_bank`."""
+        progress = progress and jax.process_index() == 0
         self.check_space(progress)
         compiling = time.perf_counter()
         encoder = None
@@ -158,17 +199,23 @@ class _Build:
         batches = iter(()) if encoder is None else encoder.batches(self.encoded, clock)
         done = self.size - self.ids.size
         bar = tqdm(
-            total=self.size, initial=done, unit=" memories", desc="bank", disable=not progress
+            total=done + len(self.members(self.part)),
+            initial=done,
+            unit=" memories",
+            desc="bank" if jax.process_count() == 1 else "bank, share of process 0",
+            disable=not progress,
         )
         with bar:
             self.write(self.shards(batches), bar)
+        meet("bank written")
         seconds = clock.seconds()
+        encoded = int((self.sources[self.ids] < 0).sum())
         item = np.dtype(jnp.dtype(self.manifest["dtype"])).itemsize
         return {
             "references": self.size,
             "kept": done,
-            "encoded": int(self.encoded.size),
-            "copied": int(self.ids.size - self.encoded.size),
+            "encoded": encoded,
+            "copied": self.ids.size - encoded,
             "seconds": seconds,
             "compile_seconds": compile_seconds,
             "memories_per_second": self.ids.size / seconds,
@@ -177,10 +224,10 @@ class _Build:
         }
 
     def shards(self, batches: Iterator[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-        """Every missing shard with its memories as they are stored, copied or encoded."""
+        """Every shard of this process with its memories as they are stored, copied or encoded."""
         dtype = np.dtype(jnp.dtype(self.manifest["dtype"]))
         batch = np.zeros((0, *self.manifest["shape"][1:]), dtype)
-        for shard in self.missing:
+        for shard in self.part:
             low, high = self.span(shard)
             sources = self.sources[low:high]
             memories = np.empty((high - low, *batch.shape[1:]), dtype)
@@ -254,8 +301,9 @@ class _Build:
             )
 
     def failure(self, shard: int, error: Exception) -> BankError:
-        """What a failed write of a shard means. No other write is under way."""
-        storage.remove_locks(self.folder)
+        """What a failed write of a shard means. This process writes nothing else."""
+        if jax.process_count() == 1:
+            storage.remove_locks(self.folder)
         name = f"{self.folder}/{storage.shard_key(shard)}"
         if "No space left" in str(error) or "quota exceeded" in str(error):
             self.missing = storage.missing_shards(self.folder, self.manifest)
@@ -337,7 +385,7 @@ def _make_codec(
         coarse_bits=writer.coarse_bits,
         fine_bits=writer.fine_bits,
     )
-    if "://" not in str(folder):
+    if not storage.is_url(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
     storage.write_file(folder, storage.CODEBOOK, codecs.to_bytes(codec, binding.owner))
     return codec
@@ -354,7 +402,7 @@ def _sample(config: ConfigDict, references: ReferenceSet) -> Int[np.ndarray, " n
 
 def _prepare(folder: str | Path, manifest: dict[str, Any], sides: dict[str, bytes]) -> list[int]:
     """Makes the folder ready for shards, or checks that it is; returns the missing shards."""
-    if "://" not in str(folder):
+    if not storage.is_url(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
     storage.remove_locks(folder)
     there = storage.read_manifest(folder)

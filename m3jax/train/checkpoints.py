@@ -39,6 +39,7 @@ _FREE = (
     "train.evaluate_every",
     "data.threads",
     "data.prefetch",
+    "memory.cache_bytes",
 )
 
 

@@ -32,7 +32,7 @@ from m3jax.train.checkpoints import (
     restore_params,
 )
 from m3jax.train.clock import Clock, Device, Speed
-from m3jax.train.metrics import Metrics, dropped_share, read_metrics, time_spent
+from m3jax.train.metrics import Metrics, dropped_share, hit_share, read_metrics, time_spent
 from m3jax.train.objective import Decode, inputs
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.plots import plot_stages
@@ -373,6 +373,7 @@ class _Loop:
                     "retrieval": {
                         **self.retrieval,
                         **dropped_share(before, self.retrieval),
+                        **hit_share(before, self.retrieval),
                     },
                 }
             )

@@ -80,6 +80,16 @@ def dropped_share(before: Mapping[str, float], now: Mapping[str, float]) -> dict
     return {"dropped_share": dropped / (dropped + returned)} if dropped + returned > 0 else {}
 
 
+def hit_share(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
+    """Of the memories asked for between two reports of a bank, the share that was in its cache.
+
+    Returns:
+      `cache_hit_share`, or {} where there is no cache or nothing was asked for.
+    """
+    hits, misses = (now.get(n, 0) - before.get(n, 0) for n in ("cache_hits", "cache_misses"))
+    return {"cache_hit_share": hits / (hits + misses)} if hits + misses > 0 else {}
+
+
 class Metrics:
     """Writes the metrics of one run.
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
@@ -20,7 +19,7 @@ from m3jax.memory.bank import Bank, writer_fingerprint
 from m3jax.memory.layers import LayeredBank
 from m3jax.memory.storage import BankError
 from m3jax.memory.write import write_bank
-from m3jax.mesh import make_mesh
+from m3jax.mesh import writer_mesh
 from m3jax.model.transformer import Model, Params
 from m3jax.text.references import References
 from m3jax.train.checkpoints import CheckpointError, restore_params, stage_of
@@ -77,8 +76,7 @@ class MemoryWriter:
     ) -> None:
         self.config, self.workdir, self.checkpoint = config, Path(workdir), checkpoint
         self.itself, self.like_base = itself, like_base
-        mesh = make_mesh(config) if jax.device_count() > 1 else None
-        self.model = Model(config, PREFIX_TOKENS, mesh)
+        self.model = Model(config, PREFIX_TOKENS, writer_mesh(config))
         self.writer: tuple[Params, Path, int] | None = None
 
     def restore(
@@ -92,7 +90,7 @@ class MemoryWriter:
     def __call__(
         self,
         references: References,
-        folder: Path,
+        folder: str | Path,
         base: Bank | LayeredBank | None = None,
         keep: Int[np.ndarray, " n"] | None = None,
     ) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from data.data_workdir import make_workdir, tiny_config, write_text
+from memory.served import serving
 
 from m3jax.data.pipeline import open_pipeline
 from m3jax.memory.bank import Bank, BankError
@@ -72,6 +73,24 @@ def test_chunks_read_what_the_retriever_finds_for_their_query(workdir, shift):
         assert ids[row, chunk] == pipeline.retriever.retrieve([text], [whole], 1)[0]
     bank = Bank.open(workdir / "bank")
     assert_same(batch["memory"], bank.read(ids))
+
+
+def test_a_served_bank_gives_the_same_batches_and_its_cache_is_counted(workdir):
+    config = tiny_config(memory__cache_bytes=1 << 24)
+    with serving(workdir / "bank") as server:
+        pipeline = open_pipeline(config, workdir, bank=server.url)
+        batch = pipeline.batch(2)
+        assert_same(batch, open_pipeline(tiny_config(), workdir).batch(2))
+        asked = len(np.unique(batch["reference_ids"])) - (-1 in batch["reference_ids"])
+        assert asked > 3 and pipeline.report()["cache_misses"] == asked
+        sent = len(server.sent)
+        pipeline.batch(2)
+        assert len(server.sent) == sent and pipeline.report()["cache_hits"] == asked
+    opened = open_pipeline(config, workdir)
+    for _ in range(2):
+        opened.batch(2)
+    assert opened.report()["cache_hits"] == asked
+    assert open_pipeline(tiny_config(), workdir).report()["cache_misses"] == 0
 
 
 @pytest.mark.parametrize(("split", "limit"), [("train", 0.9), ("validation", 0.3)])

@@ -227,13 +227,15 @@ def test_diverged_run_stops_and_names_the_last_checkpoint(tmp_path):
     assert not (tmp_path / "warmup" / "checkpoints" / "9").exists()
 
 
-def test_every_line_has_the_share_of_references_dropped_since_the_line_before(tmp_path):
+def test_every_line_has_the_shares_of_references_dropped_and_cached_since_the_line_before(tmp_path):
     class Counting(SyntheticPipeline):
         lines = iter([(0, 0), (30, 10), (30, 10), (40, 40), (40, 50), (140, 50)])
 
         def report(self):
             returned, dropped = next(self.lines)
-            return {"returned": returned, "dropped": dropped}
+            # As many memories are asked for, and found in the bank's cache or not.
+            cached = {"cache_hits": returned, "cache_misses": dropped}
+            return {"returned": returned, "dropped": dropped, **cached}
 
     config = tiny_config()
     pipeline = Counting(config, lambda step: None)
@@ -242,6 +244,7 @@ def test_every_line_has_the_share_of_references_dropped_since_the_line_before(tm
     shares = [line.get("dropped_share") for line in lines]
     assert shares == [None, 0.25, None, 0.75, 1.0, 0.0]
     assert lines[-1]["dropped"] == 50
+    assert [line.get("cache_hit_share") for line in lines] == [None, 0.75, None, 0.25, 0.0, 1.0]
 
 
 def test_metrics_after_the_checkpoint_are_dropped(tmp_path):

@@ -1,0 +1,57 @@
+"""The memories that were read last, in RAM (Memory³ §3.2: neighbouring chunks share references)."""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+
+class MemoryCache:
+    """A least-recently-used cache of memories as they are stored. Safe to use from several threads.
+
+    Attributes:
+      limit: most bytes of memories that it holds; 0 holds none.
+      hits, misses: memories that were asked for and found, or not.
+      bytes: of the memories in it.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """Makes an empty one."""
+        self.limit = limit
+        self.hits = self.misses = self.bytes = 0
+        self._kept: collections.OrderedDict[Hashable, np.ndarray] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, names: Sequence[Hashable]) -> list[np.ndarray | None]:
+        """What is there of memories, as arrays that are not to be written to."""
+        with self._lock:
+            found = [self._kept.get(name) for name in names]
+            for name, memory in zip(names, found, strict=True):
+                if memory is not None:
+                    self._kept.move_to_end(name)
+            here = sum(memory is not None for memory in found)
+            self.hits, self.misses = self.hits + here, self.misses + len(found) - here
+        return found
+
+    def keep(self, name: Hashable, memory: np.ndarray) -> None:
+        """Takes a memory, which nobody writes to any more; those used longest ago leave for it."""
+        if memory.nbytes > self.limit:
+            return
+        with self._lock:
+            before = self._kept.pop(name, None)
+            self._kept[name] = memory
+            self.bytes += memory.nbytes - (0 if before is None else before.nbytes)
+            while self.bytes > self.limit:
+                self.bytes -= self._kept.popitem(last=False)[1].nbytes
+
+    def report(self) -> dict[str, int]:
+        """`cache_hits` and `cache_misses` since the start, `cache_bytes` now."""
+        with self._lock:
+            return {
+                "cache_hits": self.hits,
+                "cache_misses": self.misses,
+                "cache_bytes": self.bytes,
+            }

@@ -1,0 +1,126 @@
+"""The memories in a bank's shards: each read once, out of RAM where it is, and damage by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Bool, Int
+
+from m3jax.memory.cache import MemoryCache
+from m3jax.memory.direct import open_reader
+from m3jax.memory.remote import require_served
+from m3jax.memory.storage import (
+    WRITE_AGAIN,
+    BankError,
+    is_http,
+    open_array,
+    shard_key,
+    shards_of,
+)
+
+
+class Shards:
+    """Random access to memories as they are stored. Safe to use from several threads.
+
+    Attributes:
+      cache: memories read last, in RAM; the banks of a `LayeredBank` share one.
+    """
+
+    def __init__(self, folder: str | Path, manifest: dict[str, Any], cache_bytes: int):
+        """Opens the array; raises `BankError` where it is missing or is not the manifest's."""
+        self._folder, self._manifest = folder, manifest
+        self.cache = MemoryCache(cache_bytes)
+        self._array = open_array(folder, manifest)
+        self._reader = open_reader(folder, manifest)
+
+    def read(
+        self, ids: Int[np.ndarray, " n"], wanted: Bool[np.ndarray, " n"], both: np.ndarray
+    ) -> None:
+        """Reads memories; one that occurs more than once is read once.
+
+        Args:
+          ids: which; those wanted are in the bank.
+          wanted: which of them; the others' places are not touched.
+          both: keys and values `(2, n, …)` of the stored dtype, filled here.
+
+        Raises:
+          BankError: a damaged or missing shard, naming its file, or a server that is gone.
+        """
+        _, first, copies = np.unique(ids, return_index=True, return_inverse=True)
+        once = np.zeros_like(wanted)
+        once[first] = wanted[first]
+        if self.cache.limit:
+            self._read_cached(ids, once, both)
+        else:
+            self._read_files(ids, once, both)
+        again = np.flatnonzero(wanted & ~once)
+        if again.size:
+            both[:, again] = both[:, first[copies[again]]]
+
+    def _read_cached(self, ids: np.ndarray, wanted: np.ndarray, both: np.ndarray) -> None:
+        places = np.flatnonzero(wanted)
+        names = [(self._folder, int(i)) for i in ids[places]]
+        missing = np.zeros_like(wanted)
+        for place, memory in zip(places, self.cache.find(names), strict=True):
+            if memory is None:
+                missing[place] = True
+            else:
+                both[:, place] = memory
+        if not missing.any():
+            return
+        self._read_files(ids, missing, both)
+        for place, name in zip(places, names, strict=True):
+            if missing[place]:
+                self.cache.keep(name, both[:, place].copy())
+
+    def _read_files(self, ids: np.ndarray, wanted: np.ndarray, both: np.ndarray) -> None:
+        if self._reader.read(ids, wanted, both[0], both[1]):
+            return
+        require_served(self._folder)
+        target = ts.array(both)[ts.d[0, 1].transpose[1, 0]]
+        self._read_slowly(ids[wanted], target[np.flatnonzero(wanted)])
+
+    def _read_slowly(self, ids: np.ndarray, target: ts.TensorStore) -> None:
+        """Reads memories into a TensorStore view of a buffer, or names what is damaged."""
+        try:
+            target.write(self._array[ids]).result()
+        except ValueError as error:
+            # The slow way to the name of the file: it does not depend on how messages are worded.
+            array = open_array(self._folder, self._manifest)
+            of = ids // self._manifest["shard_memories"]
+            found = [self._problem(array, i, ids[of == i]) for i in np.unique(of).tolist()]
+            problems = "; ".join(filter(None, found)) or f"unreadable: {error}"
+            remedy = f"Delete the damaged file and run {WRITE_AGAIN} again"
+            if is_http(self._folder):
+                remedy = f"If it is so on the server, delete the file and run {WRITE_AGAIN} there"
+            raise BankError(
+                f"bank {self._folder}: {problems}. {remedy}: it writes only shards that are missing"
+            ) from error
+
+    def damaged(self) -> list[tuple[str, str]]:
+        """Reads everything; returns files of damaged or missing shards, and the reasons."""
+        array = open_array(self._folder, self._manifest)
+        shards = range(shards_of(self._manifest))
+        found = ((shard_key(shard), self._problem(array, shard)) for shard in shards)
+        return [(name, problem) for name, problem in found if problem]
+
+    def _problem(
+        self, array: ts.TensorStore, shard: int, ids: np.ndarray | None = None
+    ) -> str | None:
+        """What is wrong with a shard, or with some of its memories."""
+        low = shard * self._manifest["shard_memories"]
+        high = min(low + self._manifest["shard_memories"], self._manifest["shape"][0])
+        name = f"shard file {self._folder}/{shard_key(shard)} (memories {low} … {high - 1})"
+        try:
+            (array[low:high] if ids is None else array[ids]).read().result()
+        except ValueError as error:
+            if "NOT_FOUND" in str(error):
+                return f"{name} is missing"
+            if "igest" in str(error):
+                return f"{name} is damaged (checksum differs)"
+            what = "cannot be read" if is_http(self._folder) else "is damaged"
+            return f"{name} {what} ({str(error).partition(' [')[0]})"
+        return None
