@@ -117,6 +117,7 @@ def _write(references: Any, folder: Path, base: Any) -> None:
     import jax
 
     from m3jax.config import PREFIX_TOKENS
+    from m3jax.memory.context import writer_settings
     from m3jax.memory.write import write_bank
     from m3jax.mesh import make_mesh
     from m3jax.model.transformer import Model
@@ -130,6 +131,7 @@ def _write(references: Any, folder: Path, base: Any) -> None:
     params, path, step = restore_writer(checkpoint, model, tokenizer)
     with config.unlocked():
         config.writer.compression = base.codec.name
+        config.writer.update(writer_settings(base.binding.layout))
     write_bank(
         config,
         model,

@@ -24,7 +24,7 @@ from m3jax.memory import codec as codecs
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank, Binding, make_binding, writer_fingerprint
 from m3jax.memory.codec import Codec
-from m3jax.memory.encode import Clock, Encoder, ReferenceSet, memory_lengths
+from m3jax.memory.encode import Clock, Encoder, ReferenceSet, memory_hashes, memory_lengths
 from m3jax.memory.layers import LayeredBank
 from m3jax.memory.storage import WRITE_AGAIN, BankError
 from m3jax.model.transformer import Model, Params
@@ -62,7 +62,7 @@ def write_bank(
       writer_path, writer_step: where the parameters come from; recorded, not compared.
       progress: show a progress bar.
       base: an older bank of the same writer, tokenizer and layout: memories of references with the
-        same tokens are copied from it instead of encoded.
+        same tokens (and, with `writer.context`, the same before them) are copied, not encoded.
 
     Returns:
       `references` in the set; `kept` (there before), `encoded` and `copied` memories; `seconds`
@@ -91,7 +91,7 @@ def write_bank(
         "writer_step": int(writer_step),
         "m3jax": m3jax.__version__,
     }
-    hashes = references.record_hashes
+    hashes = memory_hashes(config, references)
     sources = _copies(base, binding, lengths, hashes)
     codec = _make_codec(config, model, params, references, folder, binding, base)
     sides = {storage.LENGTHS: storage.npy_bytes(lengths), storage.HASHES: storage.npy_bytes(hashes)}
@@ -388,7 +388,7 @@ def _check_same(folder: str | Path, ours: dict[str, Any], there: dict[str, Any])
 def _copies(
     base: Bank | LayeredBank | None, binding: Binding, lengths: np.ndarray, hashes: np.ndarray
 ) -> Int[np.ndarray, " R"]:
-    """For every reference the memory of `base` with the same tokens, −1 where there is none."""
+    """For every reference the memory of `base` from the same tokens, −1 where there is none."""
     if base is None:
         return np.full(len(lengths), -1, np.int64)
     anything = Binding(binding.writer, binding.tokenizer, base.binding.references, binding.layout)
