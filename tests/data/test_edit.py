@@ -199,19 +199,20 @@ def test_nothing_of_a_deleted_reference_is_left_after_collection(workdir: Path) 
 
 def test_an_edit_follows_a_bank_with_context(workdir: Path) -> None:
     """Added documents are encoded with their context, and what is deleted leaves the others."""
+    two_layers = tiny_config(memory__reference_length=20, memory__layers=2)
 
     def in_context(references: References, folder: Path, base: Any, context: str = "") -> None:
-        config = CONFIG.copy_and_resolve_references()
+        config = two_layers.copy_and_resolve_references()
         layout = {"context": context} if context else base.binding.layout
         config.writer.update(writer_settings({"reference_length": 20} | layout))
-        write(references, folder, base, config=config)
+        write(references, folder, base, 2, config)
 
     long = Document("Long", "\n".join(f"{name} " * 15 for name in ("otter", "lynx", "ibis")))
     shutil.rmtree(workdir / "bank")
     first = References.open(workdir / "references")
-    with_context = CONFIG.copy_and_resolve_references()
+    with_context = two_layers.copy_and_resolve_references()
     with_context.writer.context, with_context.writer.context_tokens = "document", 60
-    write(first, workdir / "bank", None, config=with_context)
+    write(first, workdir / "bank", None, 2, with_context)
     version = edit(CONFIG, workdir, documents=[long], write=in_context)
     added = References.open(version.layers[1] / "references")
     assert len(added) > 2
