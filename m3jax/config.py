@@ -124,6 +124,18 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
     # -- writer -----------------------------------------------------------------------------------
     "writer.batch_references": (256, "references encoded by one call of the writer", "[1, inf)"),
     "writer.shard_memories": (256, "memories per shard file of the bank", "[1, inf)"),
+    "writer.context": (
+        "reference",
+        "what a reference attends to while its memory is written: itself alone (Memory³ §3.3), or"
+        " what stands before it in its document, too (§10); not for online memories",
+        ("reference", "document"),
+    ),
+    "writer.context_tokens": (
+        1024,
+        "tokens of a document that are encoded together, in whole references; each further part of"
+        " a longer document is encoded behind the document's first reference",
+        "[1, inf)",
+    ),
     "writer.compression": (
         "none",
         "how the bank stores keys and values: as memory.dtype, in int8 with a scale a vector, or by"
@@ -430,6 +442,21 @@ def validate(config: ConfigDict) -> ConfigDict:
         "train.microbatches",
         train.microbatches,
         f"must divide data.batch_rows = {data.batch_rows}",
+    )
+    _require(
+        config.writer.context == "reference" or memory.source != "online",
+        "writer.context",
+        config.writer.context,
+        "online memories are encoded without their document; use memory.source = 'precomputed', or"
+        " writer.context = 'reference'",
+    )
+    _require(
+        config.writer.context == "reference"
+        or config.writer.context_tokens >= 2 * memory.reference_length,
+        "writer.context_tokens",
+        config.writer.context_tokens,
+        f"holds less than two references of memory.reference_length = {memory.reference_length}"
+        " tokens; raise it, or set writer.context = 'reference'",
     )
     _require(
         config.text.vocabulary <= model.vocabulary,

@@ -165,6 +165,14 @@ def test_not_among_the_choices(field: str, value: Any, accepted: str) -> None:
             ("retrieval.encoder = ''", "the encoder's folder with retrieval.embedder = 'bert'"),
         ),
         ({"retrieval__encoder": "minilm"}, ("retrieval.encoder = 'minilm'", "it is 'lexical'")),
+        (
+            {"writer__context": "document", "memory__source": "online"},
+            ("writer.context = 'document'", "memory.source = 'precomputed'"),
+        ),
+        (
+            {"writer__context": "document", "writer__context_tokens": 255},
+            ("writer.context_tokens = 255", "memory.reference_length = 128"),
+        ),
         ({"optimizer__rise_steps": 1001}, ("optimizer.rise_steps", "train.steps = 1000")),
         ({"mesh__fsdp": 0}, ("mesh.fsdp = 0", "-1 or at least 1")),
         ({"stage": ""}, ("config.stage", "not empty")),

@@ -25,7 +25,7 @@ from m3jax.evaluation.hlo import by_kind, collectives
 from m3jax.hardware import Chip, chip_of_topology
 from m3jax.memory.bank import writer_params
 from m3jax.memory.codec import plain
-from m3jax.memory.encode import encode_program
+from m3jax.memory.encode import encode_program, input_shapes
 from m3jax.mesh import AXES, batch_sharding, make_mesh, parameter_shardings
 from m3jax.model.attention import ExplicitMemory
 from m3jax.model.transformer import Model
@@ -115,10 +115,10 @@ def compile_writer(config: ConfigDict, mesh: Mesh) -> Program:
         shapes,
         parameter_shardings(mesh, axes, shapes),
     )
-    shape = (config.writer.batch_references, config.memory.reference_length)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+    sharding = batch_sharding(mesh)
+    inputs = [jax.ShapeDtypeStruct(s, jnp.int32, sharding=sharding) for s in input_shapes(config)]
     stored = plain(config.model.head_dim, config.memory.dtype)
-    return _compile(encode_program(config, model, stored), writer_params(params), tokens)
+    return _compile(encode_program(config, model, stored), writer_params(params), *inputs)
 
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:

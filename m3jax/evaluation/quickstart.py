@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from m3jax import config as config_lib
 from m3jax.data.pipeline import open_pipeline
+from m3jax.evaluation import quickstart_context as context
 from m3jax.evaluation.losses import evaluator
 from m3jax.evaluation.plots import Read, accuracy_bars, attention_map
 from m3jax.evaluation.questions import Answerer, Question
@@ -74,7 +75,12 @@ class Demonstration:
         return config_lib.validate(config)
 
 
-def run(demonstration: Demonstration, *, compare_from_scratch: bool = False) -> dict[str, Any]:
+def run(
+    demonstration: Demonstration,
+    *,
+    compare_from_scratch: bool = False,
+    compare_context: bool = False,
+) -> dict[str, Any]:
     """Runs all steps and writes `report/`; returns the content of `report/summary.json`."""
     seconds: dict[str, float] = {}
     started = time.time()
@@ -96,10 +102,14 @@ def run(demonstration: Demonstration, *, compare_from_scratch: bool = False) -> 
         _rewrite(demonstration, workdir / "deleted", world.people)
     with _step("7/7 questions", seconds, "questions"):
         accuracy = _ask(demonstration, world, changed)
-    losses = {}
+    extra = {}
     if compare_from_scratch:
         with _step("extra: memory from the start, at equal compute", seconds, "scratch"):
-            losses = _compare_from_scratch(demonstration)
+            extra["from_scratch"] = _compare_from_scratch(demonstration)
+    if compare_context:
+        with _step("extra: memories with their document's context", seconds, "context"):
+            config = demonstration.config("continual")
+            extra["context"] = context.compare_context(config, workdir, demonstration.world)
     summary = {
         "accuracy": accuracy,
         "chance": 1 / demonstration.world["values"],
@@ -107,7 +117,7 @@ def run(demonstration: Demonstration, *, compare_from_scratch: bool = False) -> 
         "seconds": round(time.time() - started, 1),
         "seconds_by_step": seconds,
         "seed": demonstration.seed,
-        **({"from_scratch": losses} if losses else {}),
+        **extra,
     }
     _report(demonstration, summary)
     return summary
@@ -355,4 +365,6 @@ At equal compute, memory from the start ends at a validation loss of
 {losses["scratch_loss_memory"]:.3f} with memory, warmup and then memory at
 {losses["continual_loss_memory"]:.3f} (nats a token).
 """
+    if "context" in summary:
+        text += context.table(summary["context"])
     write_atomically(folder / "README.md", text.encode())

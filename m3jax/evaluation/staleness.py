@@ -20,6 +20,7 @@ from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.evaluation.losses import LossEvaluator
 from m3jax.memory import codec as codecs
 from m3jax.memory.bank import Bank, writer_fingerprint
+from m3jax.memory.context import writer_settings
 from m3jax.memory.encode import Clock, Encoder, ReferenceSet
 from m3jax.memory.layers import LayeredBank
 from m3jax.model.attention import ExplicitMemory
@@ -105,6 +106,8 @@ def measure(
     params, _ = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer)
     bank, references = pipeline.bank, pipeline.references
     assert bank is not None and references is not None
+    with config.unlocked():
+        config.writer.update(writer_settings(bank.binding.layout))
     live = bank.numbering.live if isinstance(bank, LayeredBank) else np.arange(bank.size)
     drawn = np.random.default_rng(0).permutation(live)[:sample]
     squares, floor = _compare(config, model, params, references, bank, np.sort(drawn), progress)
@@ -203,6 +206,7 @@ def _first_layer_errors(
     probe = config.copy_and_resolve_references()
     with probe.unlocked():
         probe.memory.layers = 1
+        probe.writer.update(writer_settings(bank.binding.layout))
     model = Model(probe, prefix_tokens(probe))
     params, _ = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer)
     ids = np.arange(bank.size)

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from m3jax.memory import codec as codecs
 from m3jax.memory.codec import Codec
+from m3jax.memory.context import UNSTATED, layout_entries
 from m3jax.memory.remote import require_served
 from m3jax.memory.shards import Shards
 from m3jax.memory.storage import (
@@ -69,7 +70,8 @@ class Binding:
             if ours != theirs:
                 found.append(f"{words}: bank {theirs[:12]}, here {ours[:12]}")
         for name in sorted({*self.layout, *bank.layout}):
-            ours, theirs = self.layout.get(name), bank.layout.get(name)
+            default = UNSTATED.get(name)
+            ours, theirs = self.layout.get(name, default), bank.layout.get(name, default)
             if ours != theirs:
                 found.append(f"written with {name} = {theirs!r}, here {ours!r}")
         return found
@@ -119,6 +121,7 @@ def layout_of(config: ConfigDict, prefix_tokens: tuple[int, ...]) -> dict[str, A
         "embedding_scale": float(model.embedding_scale),
         "compute_dtype": model.compute_dtype,
         "dtype": memory.dtype,
+        **layout_entries(config),
     }
 
 
@@ -227,7 +230,7 @@ class Bank:
 
     @property
     def record_hashes(self) -> np.ndarray:
-        """Hash of every reference's tokens, uint64 (R,); read from disk at every call."""
+        """Hash of all tokens that shaped each memory, uint64 (R,); read from disk at every call."""
         return read_side_file(self.folder, self.manifest, HASHES)
 
     def read(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 
 from m3jax.memory.bank import writer_params
 from m3jax.memory.codec import Codec
+from m3jax.memory.context import Row, identities, in_order, packed_rows, window_references
 from m3jax.memory.sparsify import sparsifier
 from m3jax.memory.storage import BankError
 from m3jax.mesh import (
@@ -45,6 +47,9 @@ class ReferenceSet(Protocol):
     def record_hashes(self) -> UInt64[np.ndarray, " R"]:
         """Hash of every reference's tokens."""
 
+    def documents(self) -> Int[np.ndarray, " R"]:
+        """Number of every reference's document, whose references are consecutive."""
+
     def __len__(self) -> int: ...
 
     def tokens(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n W"]:
@@ -71,28 +76,51 @@ class Clock:
 def encode_program(config: ConfigDict, model: Model, codec: Codec) -> Any:
     """The jitted writer.
 
-    `(writer_params, tokens (R, W)) → stored (R, 2, L, K, P, width), length (R,), finite (R,)`.
+    `(writer_params, tokens (R, W)) → stored (R, 2, L, K, P, width), length (R,), finite (R,)`;
+    with windows of a document `(writer_params, tokens (B, slots, W), first (B, slots)) → …`, where
+    R = B · slots and `first` is that of `Model.encode`.
     """
     keep, dtype = sparsifier(config), jnp.dtype(config.memory.dtype)
 
-    def encode(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        memory, _ = model.encode(params, tokens, keep)
+    def encode(
+        params: Params, tokens: jax.Array, first: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        memory, _ = model.encode(params, tokens.reshape(-1, tokens.shape[-1]), keep, first)
         memories = jnp.stack([memory.keys, memory.values], axis=1).astype(dtype)
         finite = jnp.isfinite(memories).all(axis=range(1, memories.ndim))
         if model.mesh is not None:  # a device has a part of the heads
             finite = model.parallel.sum(1 - finite.astype(jnp.int32), "tensor") == 0
         return codec.encode(memories), memory.length, finite
 
-    def program(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def program(params: Params, *inputs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         specs = model.specs()
         rows = ACTIVATIONS.spec(("batch",))
         memories = ACTIVATIONS.spec(("batch", None, None, "kv_heads"))
         parameters = {name: specs[name] for name in params}
         results = (memories, rows, rows)
-        return on_devices(model.mesh, encode, (parameters, rows), results)(params, tokens)
+        arguments = (parameters, *(rows for _ in inputs))
+        return on_devices(model.mesh, encode, arguments, results)(params, *inputs)
 
     options = None if model.mesh is None else compiler_options(model.mesh)
     return jax.jit(program, compiler_options=options)
+
+
+def input_shapes(config: ConfigDict) -> list[tuple[int, ...]]:
+    """Shapes of what `encode_program` takes besides the parameters."""
+    batch, width = config.writer.batch_references, config.memory.reference_length
+    slots = window_references(config)
+    if slots == 1:
+        return [(batch, width)]
+    rows = max(1, batch // slots)
+    return [(rows, slots, width), (rows, slots)]
+
+
+class _Batch(NamedTuple):
+    """What one call encodes."""
+
+    ids: np.ndarray  # references whose memories are asked for
+    places: slice | np.ndarray  # where those are in the result
+    inputs: list[np.ndarray]
 
 
 class Encoder:
@@ -107,60 +135,104 @@ class Encoder:
         codec: Codec,
     ):
         self.references = references
-        self.batch, self.width = config.writer.batch_references, config.memory.reference_length
+        shapes = input_shapes(config)
+        self.slots, self.rows, self.width = window_references(config), shapes[0][0], shapes[0][-1]
         self.kept = config.memory.kept_tokens
         self.params, self.sharding = writer_params(params), None
         if model.mesh is not None:
             self.sharding = batch_sharding(model.mesh)
             ways = math.prod(model.mesh.shape[axis] for axis in BATCH_AXES)
-            if self.batch % ways:
+            if self.rows % ways:
+                whole = f", in rows of {self.slots} references," if self.slots > 1 else ""
                 raise BankError(
-                    f"config.writer.batch_references = {self.batch} cannot be split over the"
-                    f" {ways} devices of mesh.slice × mesh.data × mesh.fsdp; use a multiple of"
-                    f" {ways}"
+                    f"config.writer.batch_references = {config.writer.batch_references}{whole}"
+                    f" cannot be split over the {ways} devices of mesh.slice × mesh.data ×"
+                    f" mesh.fsdp; use a multiple of {ways * self.slots}"
                 )
-            shapes, axes = model.abstract()
-            shardings = parameter_shardings(model.mesh, axes, shapes)
+            abstract, axes = model.abstract()
+            shardings = parameter_shardings(model.mesh, axes, abstract)
             self.params = jax.device_put(
                 self.params, {name: shardings[name] for name in self.params}
             )
-        shape = jax.ShapeDtypeStruct((self.batch, self.width), jnp.int32, sharding=self.sharding)
+        inputs = [jax.ShapeDtypeStruct(s, jnp.int32, sharding=self.sharding) for s in shapes]
         self.params = jax.device_put(self.params)
-        self.encode = encode_program(config, model, codec).lower(self.params, shape).compile()
+        self.encode = encode_program(config, model, codec).lower(self.params, *inputs).compile()
 
     def batches(self, ids: Int[np.ndarray, " n"], clock: Clock) -> Iterator[np.ndarray]:
-        """Memories as they are stored, a batch at a time; the next is already being encoded."""
-        waiting: collections.deque[tuple[np.ndarray, Any]] = collections.deque()
-        for start in range(0, len(ids), self.batch):
-            part = ids[start : start + self.batch]
-            tokens = np.zeros((self.batch, self.width), np.int32)
-            found = self.references.tokens(part)
-            tokens[: len(part), : found.shape[1]] = found
-            placed = jax.device_put(tokens, self.sharding)
-            waiting.append((part, clock.timed(self.encode, self.params, placed)))
+        """Memories as they are stored, a batch at a time; the next is already being encoded.
+
+        Args:
+          ids: references, ascending.
+          clock: counts the time.
+        """
+        if self.slots == 1:
+            return (memories for _, memories in self._encoded(self._alone(ids), clock))
+        return in_order(ids, self._encoded(self._in_windows(ids), clock))
+
+    def _encoded(
+        self, batches: Iterator[_Batch], clock: Clock
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        waiting: collections.deque[tuple[_Batch, Any]] = collections.deque()
+        for batch in batches:
+            placed = (jax.device_put(array, self.sharding) for array in batch.inputs)
+            waiting.append((batch, clock.timed(self.encode, self.params, *placed)))
             if len(waiting) > 1:
                 yield self.collect(*waiting.popleft(), clock)
         while waiting:
             yield self.collect(*waiting.popleft(), clock)
 
-    def collect(self, ids: np.ndarray, result: Any, clock: Clock) -> np.ndarray:
+    def _tokens(self, ids: np.ndarray, places: slice | np.ndarray, size: int) -> np.ndarray:
+        tokens = np.zeros((size, self.width), np.int32)
+        found = self.references.tokens(ids)
+        tokens[places, : found.shape[1]] = found
+        return tokens
+
+    def _alone(self, ids: np.ndarray) -> Iterator[_Batch]:
+        for start in range(0, len(ids), self.rows):
+            part = ids[start : start + self.rows]
+            places = slice(len(part))
+            yield _Batch(part, places, [self._tokens(part, places, self.rows)])
+
+    def _in_windows(self, ids: np.ndarray) -> Iterator[_Batch]:
+        wanted = np.zeros(len(self.references), bool)
+        wanted[ids] = True
+        rows = packed_rows(self.references.documents(), self.slots, wanted)
+        while part := list(itertools.islice(rows, self.rows)):
+            filled = Row(*(np.concatenate(x) for x in zip(*part, strict=True)))
+            used, own = np.flatnonzero(filled.ids >= 0), np.flatnonzero(filled.own)
+            tokens = self._tokens(filled.ids[used], used, self.rows * self.slots)
+            first = np.tile(np.arange(self.slots, dtype=np.int32), (self.rows, 1))
+            first[: len(part)] = filled.first.reshape(-1, self.slots)
+            inputs = [tokens.reshape(self.rows, self.slots, -1), first]
+            yield _Batch(filled.ids[own], own, inputs)
+
+    def collect(self, batch: _Batch, result: Any, clock: Clock) -> tuple[np.ndarray, np.ndarray]:
         """Waits for a batch; checks that its memories are finite and as long as the bank states."""
         waited = clock.timed(jax.block_until_ready, result)
-        memories, length, finite = (np.asarray(x) for x in waited)
-        broken = np.flatnonzero(~finite[: len(ids)])
+        ids = batch.ids
+        memories, length, finite = (np.asarray(x)[batch.places] for x in waited)
+        broken = np.flatnonzero(~finite)
         if broken.size:
             raise BankError(
                 f"the memory of reference {ids[broken[0]]} holds NaN or infinity: the writer's"
                 " weights have diverged; use an earlier checkpoint (--checkpoint)"
             )
         expected = np.minimum(self.references.lengths[ids], self.kept)
-        wrong = np.flatnonzero(length[: len(ids)] != expected)
+        wrong = np.flatnonzero(length != expected)
         if wrong.size:
             raise BankError(
                 f"reference {ids[wrong[0]]} has tokens that are 0, the padding; make the references"
                 " again with launch/prepare.py"
             )
-        return memories[: len(ids)]
+        return ids, memories
+
+
+def memory_hashes(config: ConfigDict, references: ReferenceSet) -> UInt64[np.ndarray, " R"]:
+    """Hash of all tokens that shape each memory: the reference's and those it attends to."""
+    slots = window_references(config)
+    if slots == 1:
+        return references.record_hashes
+    return identities(references.documents(), references.record_hashes, slots)
 
 
 def memory_lengths(config: ConfigDict, references: ReferenceSet) -> np.ndarray:

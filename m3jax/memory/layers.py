@@ -69,7 +69,7 @@ class LayeredBank:
 
     @property
     def record_hashes(self) -> np.ndarray:
-        """Hash of every reference's tokens; of removed ones a number that fits nothing."""
+        """Hash of all tokens that shaped each memory; of removed ones, one that fits nothing."""
         hashes = np.concatenate([layer.record_hashes for layer in self.layers])
         for i in self.numbering.removed:
             digest = hashlib.blake2b(f"removed {i}".encode(), digest_size=8).digest()

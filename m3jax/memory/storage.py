@@ -4,7 +4,7 @@ A folder, or a bucket or (to read only) an HTTP server's folder, given by its UR
 
     manifest.json         binding, info, shapes, checksums; written before the first shard
     lengths.npy           real slots of every memory (R,), a function of the references alone
-    record_hashes.npy     hash of every reference's tokens (R,)
+    record_hashes.npy     hash of all tokens that shaped each memory (R,)
     codebook.npz          tables of the vector quantizer, where it compressed the bank
     memories.zarr/        zarr3 (R, 2, L, K, P, H), or bytes of a code in the place of H: keys,
                           values; an inner chunk is one memory

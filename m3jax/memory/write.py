@@ -25,7 +25,7 @@ from m3jax.memory import codec as codecs
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank, Binding, make_binding, writer_fingerprint
 from m3jax.memory.codec import Codec
-from m3jax.memory.encode import Clock, Encoder, ReferenceSet, memory_lengths
+from m3jax.memory.encode import Clock, Encoder, ReferenceSet, memory_hashes, memory_lengths
 from m3jax.memory.layers import LayeredBank
 from m3jax.memory.storage import WRITE_AGAIN, BankError
 from m3jax.model.transformer import Model, Params
@@ -66,7 +66,7 @@ def write_bank(
       writer_path, writer_step: where the parameters come from; recorded, not compared.
       progress: show a progress bar.
       base: an older bank of the same writer, tokenizer and layout: memories of references with the
-        same tokens are copied from it instead of encoded.
+        same tokens (and, with `writer.context`, the same before them) are copied, not encoded.
       keep: the base is a bank of the same references by another writer: memories that are copied
         all the same; all others are encoded.
 
@@ -100,7 +100,7 @@ def write_bank(
         "m3jax": m3jax.__version__,
         "foreign": 0 if keep is None else len(keep),  # memories by another writer
     }
-    hashes = references.record_hashes
+    hashes = memory_hashes(config, references)
     if keep is None:
         sources = _copies(base, binding, lengths, hashes)
     else:
@@ -444,7 +444,7 @@ def _check_same(folder: str | Path, ours: dict[str, Any], there: dict[str, Any])
 def _copies(
     base: Bank | LayeredBank | None, binding: Binding, lengths: np.ndarray, hashes: np.ndarray
 ) -> Int[np.ndarray, " R"]:
-    """For every reference the memory of `base` with the same tokens, −1 where there is none."""
+    """For every reference the memory of `base` from the same tokens, −1 where there is none."""
     if base is None:
         return np.full(len(lengths), -1, np.int64)
     anything = Binding(binding.writer, binding.tokenizer, base.binding.references, binding.layout)

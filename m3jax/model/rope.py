@@ -5,13 +5,15 @@ from jaxtyping import Array, Float, Int
 
 
 def rotate(
-    x: Float[Array, "B T *heads H"], positions_T: Int[Array, "T"], base: float
+    x: Float[Array, "B T *heads H"],
+    positions: Int[Array, "T"] | Int[Array, "B T"],
+    base: float,
 ) -> Float[Array, "B T *heads H"]:
     """Rotates the pairs (i, i + H/2) of every head by position · base^(−2i/H).
 
     Args:
       x: queries `(B, T, K, G, H)` or keys `(B, T, K, H)`.
-      positions_T: integer position of every token.
+      positions: integer position of every token, the same in all rows or of each row.
       base: RoPE base.
 
     Returns:
@@ -19,8 +21,9 @@ def rotate(
     """
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions_T.astype(jnp.float32)[:, None] * frequency[None]
-    angle = angle.reshape((1, angle.shape[0]) + (1,) * (x.ndim - 3) + (half,))
+    rows_BT = positions.astype(jnp.float32).reshape(-1, positions.shape[-1])
+    rows_BT = rows_BT.reshape(*rows_BT.shape, *(1,) * (x.ndim - 2))
+    angle = rows_BT * frequency.reshape((1,) * (x.ndim - 1) + (half,))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -31,6 +31,7 @@ from m3jax.model.parallel import Parallel
 from m3jax.model.rope import rotate
 from m3jax.model.splash import RESIDUALS as ATTENTION
 from m3jax.model.vocabulary import cross_entropy, lookup
+from m3jax.model.windows import attend_in_windows
 
 nnx.use_eager_sharding(False)  # parameters carry axis names; no mesh is needed to create them
 
@@ -237,21 +238,30 @@ class Model:
         return x, params["embedding"] if self.config.model.tied_embeddings else params["head"]
 
     def encode(
-        self, params: Params, reference_tokens: Int[Array, "R W"], sparsify: Callable
+        self,
+        params: Params,
+        reference_tokens: Int[Array, "R W"],
+        sparsify: Callable,
+        windows: Int[Array, "B slots"] | None = None,
     ) -> tuple[ExplicitMemory, Int[Array, "R L K P"]]:
-        """Writes memories: each reference alone through the layers up to the last memory layer.
+        """Writes memories: each reference through the layers up to the last memory layer.
+
+        Keys are stored at the positions they have in a reference that is encoded alone.
 
         Args:
           params: the writer's parameters; layers above the memory layers are not read.
           reference_tokens: 0-padded references without prefix.
           sparsify: `memory.sparsify.sparsifier(config)`.
+          windows: what a reference sees besides itself: references lie in B rows of slots, and this
+            is the slot of the row from which on each attends (`attend_in_windows`). None: nothing.
 
         Returns:
           The memories, keys and values `(R, L, K, P, H)` in the compute dtype and length `(R,)`;
           and the position inside the reference of every kept token.
         """
         streams, hidden = self._embed(params, None, reference_tokens)
-        layer = _Layer(self, streams, sparsify=sparsify, usable_RW=reference_tokens != 0)
+        usable_RW = reference_tokens != 0
+        layer = _Layer(self, streams, sparsify=sparsify, usable_RW=usable_RW, windows=windows)
         hidden = self._scan_plain(params, "lower", layer, hidden)
         _, written = self._scan_memory(params, layer, hidden, None)
         keys, values, indices = (
@@ -383,6 +393,7 @@ class _Layer:
     sparsify: Callable | None = None
     usable_RW: Array | None = None
     lead: Sequence[int] | None = None  # (B, C, M): the context reads the references
+    windows: Array | None = None  # (B, slots): references attend to others, too
 
     def plain(self, block: Block, hidden: Array) -> Array:
         references, context, prefix = self._heads(block, hidden)
@@ -438,9 +449,16 @@ class _Layer:
         return attend(heads.q, heads.k, heads.v), KeyValues(heads.k[0], heads.v[0])
 
     def _references(self, heads: _Heads | None, prefix: KeyValues | None) -> Array | None:
-        """References attend causally to the prefix and themselves."""
+        """References attend causally to the prefix and themselves, or to their window."""
         if heads is None:
             return None
+        if self.windows is not None:
+            assert self.usable_RW is not None
+            return attend_in_windows(
+                *(heads.plain_q, heads.plain_k, heads.v, self.usable_RW, self.windows, prefix),
+                position=len(self.model.prefix_tokens),
+                rope_base=self.model.config.model.rope_base,
+            )
         return attend(heads.q, heads.k, heads.v, prefix, **self.model.attention)
 
     def _context(

@@ -176,6 +176,7 @@ class References:
         self._tokens = np.memmap(records.folder / "tokens.bin", self.dtype, "r")
         self._order = np.argsort(table["key"], kind="stable")
         self._sorted_keys = table["key"][self._order]
+        self._documents: Int32[np.ndarray, " R"] | None = None
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> References:
@@ -200,6 +201,19 @@ class References:
         """All keys in order; reads every record."""
         blocks = (range(i, min(i + 4096, len(self))) for i in range(0, len(self), 4096))
         return [record["key"] for block in blocks for record in self._records.read(block)]
+
+    def documents(self) -> Int32[np.ndarray, " R"]:
+        """Number of every reference's document, in order; reads every record at the first call."""
+        if self._documents is None:
+            begins = np.zeros(len(self), np.int32)
+            last = None
+            for low in range(0, len(self), 4096):
+                ids = range(low, min(low + 4096, len(self)))
+                for i, record in zip(ids, self._records.read(ids), strict=True):
+                    name = record["key"].rpartition("#")[0]
+                    begins[i], last = i > 0 and name != last, name
+            self._documents = np.cumsum(begins, dtype=np.int32)
+        return self._documents
 
     def info(self) -> str:
         """Counts, in words."""

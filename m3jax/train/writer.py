@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.memory.bank import Bank, writer_fingerprint
+from m3jax.memory.context import writer_settings
 from m3jax.memory.layers import LayeredBank
 from m3jax.memory.storage import BankError
 from m3jax.memory.write import write_bank
@@ -62,7 +63,7 @@ class MemoryWriter:
       checkpoint: whose writer writes; None: that of the base bank, where it is still there, else of
         `workdir/warmup`.
       itself: the checkpoint itself writes, whosever memories it reads.
-      like_base: stores memories as the base bank does, whatever `writer.compression` says.
+      like_base: encodes and stores memories as the base bank does, whatever `config.writer` says.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class MemoryWriter:
         if self.like_base and base is not None:
             with config.unlocked():
                 config.writer.compression = base.codec.name
+                config.writer.update(writer_settings(base.binding.layout))
         return write_bank(
             config,
             self.model,

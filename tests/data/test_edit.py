@@ -33,6 +33,7 @@ from m3jax.data.knowledge import (
 from m3jax.data.pipeline import open_pipeline
 from m3jax.data.upkeep import collect, repair, verify
 from m3jax.memory.bank import Bank, BankError
+from m3jax.memory.context import writer_settings
 from m3jax.memory.write import write_bank
 from m3jax.model.transformer import Model
 from m3jax.retrieval.retriever import Retriever
@@ -45,12 +46,14 @@ CONFIG = tiny_config(memory__reference_length=20)
 WEIGHTS: dict[int, Any] = {}
 
 
-def write(references: References, folder: Path, base: Any, weights: int = 0) -> None:
-    model = Model(CONFIG)
+def write(
+    references: References, folder: Path, base: Any, weights: int = 0, config: Any = CONFIG
+) -> None:
+    model = Model(config)
     if weights not in WEIGHTS:
         WEIGHTS[weights] = model.init(jax.random.key(weights))
     write_bank(
-        CONFIG,
+        config,
         model,
         WEIGHTS[weights],
         references,
@@ -192,6 +195,45 @@ def test_nothing_of_a_deleted_reference_is_left_after_collection(workdir: Path) 
     edit(CONFIG, workdir, delete=[key], write=write)
     collect(CONFIG, workdir, write=write)
     assert [places(trace) for trace in traces] == [[], [], []]
+
+
+def test_an_edit_follows_a_bank_with_context(workdir: Path) -> None:
+    """Added documents are encoded with their context, and what is deleted leaves the others."""
+    two_layers = tiny_config(memory__reference_length=20, memory__layers=2)
+
+    def in_context(references: References, folder: Path, base: Any, context: str = "") -> None:
+        config = two_layers.copy_and_resolve_references()
+        layout = {"context": context} if context else base.binding.layout
+        config.writer.update(writer_settings({"reference_length": 20} | layout))
+        write(references, folder, base, 2, config)
+
+    long = Document("Long", "\n".join(f"{name} " * 15 for name in ("otter", "lynx", "ibis")))
+    shutil.rmtree(workdir / "bank")
+    first = References.open(workdir / "references")
+    with_context = two_layers.copy_and_resolve_references()
+    with_context.writer.context, with_context.writer.context_tokens = "document", 60
+    write(first, workdir / "bank", None, 2, with_context)
+    version = edit(CONFIG, workdir, documents=[long], write=in_context)
+    added = References.open(version.layers[1] / "references")
+    assert len(added) > 2
+    in_context(added, workdir / "alone", None, context="reference")
+    alone = edits.Bank.open(workdir / "alone").read(np.arange(2)).values
+    references, _, bank = opened(workdir)
+    keys = [f"Long#{n}" for n in range(2)]
+    before = bank.read(np.array([references.find(key) for key in keys])).values
+    np.testing.assert_allclose(before[0], alone[0], atol=1e-5)
+    assert not np.allclose(before[1], alone[1], atol=1e-3)
+
+    edit(CONFIG, workdir, delete=["Long#0"], write=in_context)
+    references, _, bank = opened(workdir)
+    after = bank.read(np.array(references.find("Long#1"))).values
+    np.testing.assert_array_equal(after, before[1])
+    # Collection leaves nothing of what was deleted, in the memories behind it either.
+    collect(CONFIG, workdir, write=in_context)
+    references, _, bank = opened(workdir)
+    after = bank.read(np.array(references.find("Long#1"))).values
+    np.testing.assert_allclose(after, alone[1], atol=1e-5)
+    assert bank.binding.layout["context_references"] == 3
 
 
 def test_rollback_and_forward(workdir: Path) -> None:

@@ -1,6 +1,7 @@
 """A tiny writer and reference sets for the tests of this folder, and a build to be killed."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,20 @@ LENGTH = 12
 
 
 class TinyReferences:
-    """Random references with the interface of `text.references.References`."""
+    """Random references with the interface of `text.references.References`.
 
-    def __init__(self, count: int, seed: int = 0, length: int = LENGTH):
+    Each is a document of its own, unless `sizes` says how many references every document has.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        seed: int = 0,
+        length: int = LENGTH,
+        sizes: Sequence[int] | None = None,
+    ):
         random = np.random.default_rng(seed)
+        self.sizes = [1] * count if sizes is None else sizes
         self.lengths = random.integers(1, length + 1, count).astype(np.int32)
         tokens = random.integers(5, 60, (count, length))
         self.table = np.where(np.arange(length) < self.lengths[:, None], tokens, 0).astype(np.int32)
@@ -33,6 +44,9 @@ class TinyReferences:
     @property
     def fingerprint(self) -> str:
         return f"{len(self)}-{self.record_hashes.sum()}"
+
+    def documents(self) -> np.ndarray:
+        return np.repeat(np.arange(len(self.sizes)), self.sizes)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -112,8 +126,8 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(bytes(data))
 
 
-def big() -> dict[str, Any]:
-    """What the killed build writes: many shards, none the size of a batch."""
+def big(context: str) -> dict[str, Any]:
+    """What the killed build writes: many shards, none the size of a batch or of a document."""
     config = tiny_config(
         memory__first_layer=0,
         memory__layers=1,
@@ -122,10 +136,13 @@ def big() -> dict[str, Any]:
         model__head_dim=64,
         writer__shard_memories=48,
         writer__batch_references=64,
+        writer__context=context,
+        writer__context_tokens=192,
     )
-    return {"config": config, "references": TinyReferences(4000, length=64)}
+    sizes = [1, 5, 2, 3, 9] * 200
+    return {"config": config, "references": TinyReferences(4000, length=64, sizes=sizes)}
 
 
 if __name__ == "__main__":  # a build in a process of its own
-    print(build(Path(sys.argv[1]), **big())["encoded"], flush=True)
+    print(build(Path(sys.argv[1]), **big(sys.argv[2]))["encoded"], flush=True)
     Bank.open(Path(sys.argv[1]))

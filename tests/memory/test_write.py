@@ -18,31 +18,14 @@ from memory.memory_tiny import (
     tiny_params,
 )
 
-from m3jax.memory import encode, storage, write
+from m3jax.memory import storage, write
 from m3jax.memory.bank import Bank, BankError
 from m3jax.memory.codec import plain
 from m3jax.memory.sparsify import sparsifier
 from m3jax.mesh import make_mesh
 from m3jax.model.transformer import Model
 
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_once() -> Iterator[None]:
-    """Encoders of one config share a compiled function: compiling is most of a tiny build."""
-    original, compiled = encode.Encoder.__init__, {}  # all without compression
-
-    def cached(self, config, model, params, references, codec):
-        key = (config.to_json(), model.prefix_tokens, model.mesh)
-        if key not in compiled:
-            original(self, config, model, params, references, codec)
-            compiled[key] = dict(vars(self))
-        vars(self).update(compiled[key])
-        self.references = references
-        self.params = jax.device_put({name: params[name] for name in self.params})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode.Encoder, "__init__", cached)
-        yield
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from m3jax.memory.bank import Bank
 ROOT = Path(__file__).parents[2]
 
 
-def _start(folder: Path) -> subprocess.Popen[str]:
+def _start(folder: Path, context: str) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.Popen(
-        [sys.executable, "-m", "memory.memory_tiny", str(folder)],
+        [sys.executable, "-m", "memory.memory_tiny", str(folder), context],
         # Without optimization a process compiles in a fraction of the time.
         env={**os.environ, "PYTHONPATH": path, "XLA_FLAGS": ""},
         stdout=subprocess.PIPE,
@@ -33,12 +33,13 @@ def _shards(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_five_kills_and_a_resume(tmp_path: Path) -> None:
+@pytest.mark.parametrize("context", ["reference", "document"])
+def test_five_kills_and_a_resume(tmp_path: Path, context: str) -> None:
     moments = random.Random(7)
     folder = tmp_path / "killed"
     reached = [0]
     for _ in range(5):
-        process = _start(folder)
+        process = _start(folder, context)
         # Compiling takes most of a short run: wait for a shard, then for a random moment.
         while _shards(folder) == reached[-1] and process.poll() is None:
             time.sleep(0.002)
@@ -48,11 +49,11 @@ def test_five_kills_and_a_resume(tmp_path: Path) -> None:
         reached.append(_shards(folder))
         assert not (folder / "COMPLETE").exists()
     assert reached == sorted(reached) and reached[-1] > 0
-    process = _start(folder)
+    process = _start(folder, context)
     out, error = process.communicate()
     assert process.returncode == 0, error
-    assert 0 < int(out) < len(big()["references"])
-    undisturbed = _start(tmp_path / "undisturbed")
+    assert 0 < int(out) < len(big(context)["references"])
+    undisturbed = _start(tmp_path / "undisturbed", context)
     undisturbed.communicate()
     assert undisturbed.returncode == 0
     assert shard_files(folder) == shard_files(tmp_path / "undisturbed")

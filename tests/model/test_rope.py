@@ -26,6 +26,15 @@ def test_pairs_are_rotated_complex_numbers(heads: tuple[int, ...]) -> None:
     )
 
 
+def test_rows_may_have_their_own_positions() -> None:
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(2, 3, 4, 8)).astype(np.float32))
+    positions = jnp.array([[0, 1, 2], [7, 3, 3]])
+    found = rotate(x, positions, 100.0)
+    for row in range(2):
+        alone = rotate(x[row : row + 1], positions[row], 100.0)
+        np.testing.assert_array_equal(found[row : row + 1], alone)
+
+
 def test_scores_depend_on_the_distance_alone() -> None:
     random = np.random.default_rng(1)
     q, k = random.normal(size=(2, 1, 1, 1, 16)).astype(np.float32)

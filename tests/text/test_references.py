@@ -163,6 +163,17 @@ def test_hashes_tell_which_references_changed(tokenizer, references, tmp_path):
     np.testing.assert_array_equal(other.record_hashes, references.record_hashes)
 
 
+def test_documents_are_numbered(tokenizer, references, tmp_path):
+    names = [key.rpartition("#")[0] for key in references.keys]
+    assert len(set(names)) == 3 < len(names)
+    numbers = references.documents()
+    assert numbers.tolist() == [list(dict.fromkeys(names)).index(name) for name in names]
+    # Ids that contain the sign, one of them the beginning of another.
+    alike = [Document(name, " ".join(["the cat"] * 20)) for name in ("a", "a#0", "a#0#1")]
+    write_references(alike, tokenizer, tmp_path, 16)
+    assert References.open(tmp_path).documents().tolist() == [0] * 3 + [1] * 3 + [2] * 3
+
+
 def test_nothing_to_know(tokenizer, tmp_path):
     with pytest.raises(TextError, match="knowledge base is empty"):
         write_references([], tokenizer, tmp_path, 16)

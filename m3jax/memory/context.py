@@ -1,0 +1,179 @@
+"""Memories with their document's context: which references are encoded together (Memory³ §10).
+
+A window is one document's references, one after the other. A reference attends to those before it,
+and its memory is the keys and values of its own tokens, at the positions that it would have alone.
+A document that is longer than a window is encoded in several: each but the first begins with the
+document's first reference, where subject and title stand, and goes on where the last one ended.
+What is kept of a reference is decided by its own tokens' queries, as for one that is encoded alone:
+a memory never depends on text behind it.
+
+Windows are packed into rows of slots, a reference a slot. The packing depends on the reference set
+alone, so that a build which was interrupted puts every reference into the slot it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt64
+from ml_collections import ConfigDict
+
+DOCUMENT = "document"
+# What a bank's layout means that does not state it: references encoded alone.
+UNSTATED = {"context": "reference", "context_references": 1}
+
+_BLOCK = 64  # rows into which windows are packed before the next rows are begun
+
+
+def window_references(config: ConfigDict) -> int:
+    """References of a window: the slots of a row; 1 where each is encoded alone."""
+    if config.writer.context != DOCUMENT:
+        return 1
+    return config.writer.context_tokens // config.memory.reference_length
+
+
+def layout_entries(config: ConfigDict) -> dict[str, Any]:
+    """What the layout of a bank states of context: nothing where there is none."""
+    if config.writer.context != DOCUMENT:
+        return {}
+    return {"context": DOCUMENT, "context_references": window_references(config)}
+
+
+def writer_settings(layout: dict[str, Any]) -> dict[str, Any]:
+    """The `config.writer` fields with which references are encoded as in a bank of this layout."""
+    stated = {**UNSTATED, **layout}
+    if stated["context"] != DOCUMENT:
+        return {"context": stated["context"]}
+    tokens = stated["context_references"] * stated["reference_length"]
+    return {"context": DOCUMENT, "context_tokens": tokens}
+
+
+def identities(
+    documents: Int[np.ndarray, " R"], hashes: UInt64[np.ndarray, " R"], slots: int
+) -> UInt64[np.ndarray, " R"]:
+    """Hash of every reference's tokens and of those before it in its window.
+
+    Args:
+      documents: number of every reference's document; a document's references are consecutive.
+      hashes: of every reference's own tokens; the result for one that has nothing before it.
+      slots: references of a window.
+    """
+    place, previous = _places(documents, slots)
+    found = hashes.astype(np.uint64)
+    for number in range(1, slots):
+        here = np.flatnonzero(place == number)
+        if not here.size:
+            break
+        mixed = _mix(found[previous[here]] ^ np.uint64(0x9E3779B97F4A7C15))
+        found[here] = _mix(mixed + hashes[here])
+    return found
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """A bijection of 64 bits in which every bit depends on every other (MurmurHash3's)."""
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        x = (x ^ (x >> np.uint64(33))) * np.uint64(factor)
+    return x ^ (x >> np.uint64(33))
+
+
+def _places(
+    documents: Int[np.ndarray, " R"], slots: int
+) -> tuple[Int[np.ndarray, " R"], Int[np.ndarray, " R"]]:
+    """Every reference's place in its window, and the reference before it there, −1 at place 0."""
+    ids = np.arange(len(documents))
+    begins = np.flatnonzero(np.diff(documents, prepend=documents[:1] - 1))
+    lead = np.repeat(begins, np.diff(begins, append=len(documents)))
+    number = ids - lead
+    later = number >= slots
+    place = np.where(later, 1 + (number - slots) % (slots - 1), number)
+    previous = np.where(later & (place == 1), lead, ids - 1)
+    return place, np.where(place == 0, -1, previous)
+
+
+class Row(NamedTuple):
+    """References that are encoded in one row, a slot each."""
+
+    ids: Int[np.ndarray, " slots"]  # −1 in an empty slot
+    first: Int[np.ndarray, " slots"]  # slot in which the window of each begins
+    own: Bool[np.ndarray, " slots"]  # its memory is taken from here, and not only read
+
+
+def packed_rows(
+    documents: Int[np.ndarray, " R"], slots: int, wanted: Bool[np.ndarray, " R"]
+) -> Iterator[Row]:
+    """Rows that hold all windows of wanted references, in an order close to that of the ids.
+
+    Args:
+      documents: number of every reference's document; a document's references are consecutive.
+      slots: references of a row, and of a window.
+      wanted: references whose memories are asked for; rows without any are left out.
+    """
+    rows: list[list[tuple[int, int, int]]] = []
+    spare: list[list[int]] = [[] for _ in range(slots + 1)]  # rows by the slots left in them
+    for window in _windows(documents, slots):
+        low, high, lead = window
+        size = high - low + (lead >= 0)
+        left = next((left for left in range(size, slots) if spare[left]), slots)
+        if left < slots:
+            number = spare[left].pop()
+        else:
+            if len(rows) == _BLOCK:
+                yield from _wanted_rows(rows, slots, wanted)
+                rows, spare = [], [[] for _ in range(slots + 1)]
+            number = len(rows)
+            rows.append([])
+        rows[number].append(window)
+        spare[left - size].append(number)
+    yield from _wanted_rows(rows, slots, wanted)
+
+
+def _windows(documents: Int[np.ndarray, " R"], slots: int) -> Iterator[tuple[int, int, int]]:
+    """First and last-plus-one reference of every window, and the one kept before them, or −1."""
+    place, previous = _places(documents, slots)
+    low = np.flatnonzero((place == 0) | (previous != np.arange(len(documents)) - 1))
+    high = np.append(low[1:], len(documents))
+    return zip(low.tolist(), high.tolist(), previous[low].tolist(), strict=True)
+
+
+def _wanted_rows(
+    rows: list[list[tuple[int, int, int]]], slots: int, wanted: np.ndarray
+) -> Iterator[Row]:
+    for windows in rows:
+        if not any(wanted[low:high].any() for low, high, _ in windows):
+            continue
+        ids, first = np.full(slots, -1, np.int64), np.arange(slots, dtype=np.int32)
+        own, slot = np.zeros(slots, bool), 0
+        for low, high, lead in windows:
+            begin = slot
+            if lead >= 0:
+                ids[slot], slot = lead, slot + 1
+            stop = slot + high - low
+            ids[slot:stop], own[slot:stop] = np.arange(low, high), wanted[low:high]
+            first[begin:stop], slot = begin, stop
+        yield Row(ids, first, own)
+
+
+def in_order(
+    ids: Int[np.ndarray, " n"], found: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> Iterator[np.ndarray]:
+    """Memories in the order of `ids`, as soon as they and all before them are there.
+
+    Args:
+      ids: what is asked for, ascending.
+      found: ids and their memories, in an order close to that of `ids`.
+    """
+    ready: dict[int, np.ndarray] = {}
+    done = 0
+    for part, memories in found:
+        ready.update(zip(part.tolist(), memories, strict=True))
+        here: list[np.ndarray] = []
+        while done + len(here) < len(ids):
+            memory = ready.pop(int(ids[done + len(here)]), None)
+            if memory is None:
+                break
+            here.append(memory)
+        if here:
+            done += len(here)
+            yield np.stack(here)
