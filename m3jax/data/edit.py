@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from m3jax.data.embedders import load_embedder, make_embedder
 from m3jax.data.knowledge import (
     REMOVED,
     VERSION,
@@ -38,7 +39,7 @@ from m3jax.data.knowledge import (
 from m3jax.layers import Numbering
 from m3jax.memory.bank import Bank
 from m3jax.memory.codec import same
-from m3jax.retrieval.embed import Embedder, load_embedder, make_embedder
+from m3jax.retrieval.embed import Embedder
 from m3jax.retrieval.index import build_index
 from m3jax.text.documents import Document
 from m3jax.text.files import checksum, digest, sync_folder, write_atomically, write_sealed
@@ -182,7 +183,7 @@ def collect(
             building = _building(workdir, parent, json.dumps(["collect", references.fingerprint]))
             copy_references(references, _live(references), building / "references")
             whole = References.open(building / "references")
-            build_index(whole, make_embedder(config), building / "index", config)
+            build_index(whole, make_embedder(config, workdir), building / "index", config)
             if _has_bank(parent):
                 write(whole, building / "bank", open_bank(parent, references))
             said = f"collected {len(whole)} references of {len(parent.layers)} layers"
@@ -267,7 +268,7 @@ def _embedder(
             continue
         own = layer == folder
         return found if own else found.extended(references.texts(range(len(references))))
-    return make_embedder(config)
+    return make_embedder(config, version.workdir)
 
 
 def _document(key: str) -> str:
