@@ -37,6 +37,7 @@ _JSON = flags.DEFINE_string("json", None, "Write the figures to this file.")
 def main(argv: list[str]) -> None:
     """Prints a table and writes JSON."""
     from m3jax.config import validate
+    from m3jax.data.embedders import load_embedder
     from m3jax.retrieval.index import Index
     from m3jax.retrieval.recall import read_queries, recall_report, table
     from m3jax.retrieval.tune import sample_queries
@@ -46,11 +47,11 @@ def main(argv: list[str]) -> None:
     validate(_CONFIG.value)
     workdir = Path(str(_WORKDIR.value))
     references = References.open(workdir / "references")
-    index = Index.open(workdir / "index", references)
+    index = Index.open(workdir / "index", references, load=load_embedder)
     if _QUERIES.value is None:
         queries = sample_queries(references, index.embedder, _SAMPLE.value)
     else:
-        queries = index.embedder.embed(read_queries(_QUERIES.value, _SAMPLE.value))
+        queries = index.embedder.embed_queries(read_queries(_QUERIES.value, _SAMPLE.value))
     report = recall_report(index, queries, _K.value)
     print(table(report))
     if _JSON.value:

@@ -36,14 +36,15 @@ _LIMIT = flags.DEFINE_integer(
 
 def main(argv: list[str]) -> None:
     """Prepares the text, then the index over its references."""
+    from m3jax.data.embedders import make_embedder
     from m3jax.data.knowledge import require_unedited
-    from m3jax.retrieval.embed import make_embedder
     from m3jax.retrieval.index import build_index
 
     config = validate(_CONFIG.value)
     workdir = Path(str(_WORKDIR.value))
     require_unedited(workdir)
-    embedder = make_embedder(config)  # first: what is wrong with an encoder is known at once
+    # First: what is wrong with an encoder or a checkpoint is known at once.
+    embedder = make_embedder(config, workdir)
     prepare_text(config, workdir, str(_DOCUMENTS.value), _KNOWLEDGE.value, _LIMIT.value)
 
     references = References.open(workdir / "references")

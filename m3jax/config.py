@@ -2,8 +2,8 @@
 
 A file in `configs/` calls `default()`, changes fields and returns the result; `validate` refuses
 what cannot work before anything is allocated. Paths are never part of a config: they are flags of
-the launch scripts. The one exception is `retrieval.encoder`, which is a choice of what to compute
-as the embedder's name is.
+the launch scripts. The exceptions are `retrieval.encoder` and `retrieval.checkpoint`, which are a
+choice of what to compute as the embedder's name is.
 """
 
 from __future__ import annotations
@@ -177,20 +177,37 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
     ),
     "retrieval.embedder": (
         "lexical",
-        "embedder of queries and references: lexical (words, no model) or bert (a pretrained"
-        " encoder of the BERT family)",
-        ("lexical", "bert"),
+        "embedder of queries and references: lexical (words, no model), bert (a pretrained encoder"
+        " of the BERT family), model (hidden states of a checkpoint of our own) or attention (its"
+        " queries search the keys that its memories keep)",
+        ("lexical", "bert", "model", "attention"),
     ),
     "retrieval.dimension": (
         512,
-        "width of the lexical embedding; with bert the index has the encoder's own width, and only"
-        " launch/plan.py reads this field",
+        "width of the lexical embedding, and the most that model and attention have; with bert the"
+        " index has the encoder's own width, and only launch/plan.py reads this field",
         "[8, inf)",
     ),
     "retrieval.encoder": (
         "",
-        "folder of the encoder (config.json, model.safetensors, tokenizer.json); empty with"
-        " lexical",
+        "folder of the encoder (config.json, model.safetensors, tokenizer.json); empty with others",
+        None,
+    ),
+    "retrieval.checkpoint": (
+        "",
+        "with model and attention: stage folder, or checkpoints/STEP in it; empty is"
+        " WORKDIR/warmup",
+        None,
+    ),
+    "retrieval.layer": (
+        0,
+        "with model: the layer, counted from 1, whose output is taken; 0 = the last memory layer",
+        "[0, inf)",
+    ),
+    "retrieval.rerank": (
+        False,
+        "with attention: whether candidates are put in order by the queries' scores with all keys"
+        " that the bank keeps of them",
         None,
     ),
     "retrieval.pooling": (
@@ -480,8 +497,27 @@ def validate(config: ConfigDict) -> ConfigDict:
         (config.retrieval.embedder == "bert") == bool(config.retrieval.encoder),
         "retrieval.encoder",
         config.retrieval.encoder,
-        "names the encoder's folder with retrieval.embedder = 'bert' and is empty with 'lexical';"
+        "names the encoder's folder with retrieval.embedder = 'bert' and is empty with others;"
         f" it is {config.retrieval.embedder!r}",
+    )
+    _require(
+        config.retrieval.embedder in ("model", "attention") or not config.retrieval.checkpoint,
+        "retrieval.checkpoint",
+        config.retrieval.checkpoint,
+        "is read by retrieval.embedder = 'model' and 'attention' only; it is"
+        f" {config.retrieval.embedder!r}",
+    )
+    _require(
+        config.retrieval.embedder == "attention" or not config.retrieval.rerank,
+        "retrieval.rerank",
+        config.retrieval.rerank,
+        f"needs retrieval.embedder = 'attention'; it is {config.retrieval.embedder!r}",
+    )
+    _require(
+        config.retrieval.layer <= model.layers,
+        "retrieval.layer",
+        config.retrieval.layer,
+        f"is above model.layers = {model.layers}",
     )
     _require(
         config.optimizer.rise_steps <= train.steps,

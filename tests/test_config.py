@@ -173,6 +173,19 @@ def test_not_among_the_choices(field: str, value: Any, accepted: str) -> None:
             {"writer__context": "document", "writer__context_tokens": 255},
             ("writer.context_tokens = 255", "memory.reference_length = 128"),
         ),
+        (
+            {
+                "retrieval__embedder": "bert",
+                "retrieval__encoder": "e",
+                "retrieval__checkpoint": "c",
+            },
+            ("retrieval.checkpoint = 'c'", "'model' and 'attention' only; it is 'bert'"),
+        ),
+        (
+            {"retrieval__embedder": "model", "retrieval__rerank": True},
+            ("retrieval.rerank = True", "needs retrieval.embedder = 'attention'; it is 'model'"),
+        ),
+        ({"retrieval__layer": 5}, ("retrieval.layer = 5", "above model.layers = 4")),
         ({"optimizer__rise_steps": 1001}, ("optimizer.rise_steps", "train.steps = 1000")),
         ({"mesh__fsdp": 0}, ("mesh.fsdp = 0", "-1 or at least 1")),
         ({"stage": ""}, ("config.stage", "not empty")),
@@ -183,7 +196,9 @@ def test_combinations_that_cannot_work(values: dict[str, Any], parts: tuple[str,
     refused(*parts, **values)
 
 
-def test_an_encoder_with_its_embedder() -> None:
+def test_an_encoder_and_a_checkpoint_with_their_embedders() -> None:
+    m3config.validate(changed(retrieval__embedder="model", retrieval__checkpoint="run/warmup"))
+    m3config.validate(changed(retrieval__embedder="attention", retrieval__rerank=True))
     m3config.validate(changed(retrieval__embedder="bert", retrieval__encoder="models/minilm"))
 
 

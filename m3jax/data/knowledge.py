@@ -25,10 +25,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from m3jax.data.embedders import Ranking, load_embedder
 from m3jax.memory.bank import Bank
 from m3jax.memory.layers import LayeredBank
 from m3jax.retrieval.index import Index
 from m3jax.retrieval.layers import LayeredIndex
+from m3jax.retrieval.retriever import Retriever
 from m3jax.text.documents import TextError
 from m3jax.text.files import checksum, read_sealed, write_sealed
 from m3jax.text.layers import AnyReferences, LayeredReferences
@@ -255,9 +257,9 @@ def open_references(config: ConfigDict, version: Version, tokenizer: Tokenizer) 
 def open_index(version: Version, references: AnyReferences) -> Any:
     """The index of a version: an `Index`, or a `LayeredIndex` with the same methods."""
     if isinstance(references, References):
-        return Index.open(version.layers[0] / "index", references)
+        return Index.open(version.layers[0] / "index", references, load=load_embedder)
     layers = [
-        Index.open(folder / "index", layer)
+        Index.open(folder / "index", layer, load=load_embedder)
         for folder, layer in zip(version.layers, references.layers, strict=True)
     ]
     return LayeredIndex(layers, version.removed, references.fingerprint)
@@ -269,3 +271,30 @@ def open_bank(version: Version, references: AnyReferences, cache_bytes: int = 0)
     if isinstance(references, References):
         return layers[0]
     return LayeredBank(layers, version.removed, references.fingerprint)
+
+
+def open_retriever(
+    config: ConfigDict,
+    version: Version,
+    references: AnyReferences,
+    overlap_limit: float,
+    candidates: int | None = None,
+    bank: Any = None,
+) -> Retriever:
+    """The retriever of a version.
+
+    Args:
+      config: a validated config; `retrieval` is read.
+      version, references: of `open_version` and `open_references`.
+      overlap_limit: see `Retriever`.
+      candidates: default `config.retrieval.candidates`.
+      bank: what candidates are ranked by with `config.retrieval.rerank`; default the version's.
+
+    Raises:
+      RetrievalError: the index, or a bank to rank by, is missing or does not fit.
+    """
+    index, rank = open_index(version, references), None
+    if config.retrieval.rerank:
+        rank = Ranking(index.embedder, bank or open_bank(version, references))
+    wanted = candidates or config.retrieval.candidates
+    return Retriever(index, references, wanted, overlap_limit, rank)

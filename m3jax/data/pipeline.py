@@ -17,7 +17,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.config import PREFIX_TOKENS
-from m3jax.data.knowledge import Version, open_bank, open_index, open_references, open_version
+from m3jax.data.knowledge import (
+    Version,
+    open_bank,
+    open_references,
+    open_retriever,
+    open_version,
+)
 from m3jax.data.rows import Row, Rows
 from m3jax.memory.bank import Bank, make_binding
 from m3jax.memory.layers import LayeredBank
@@ -207,11 +213,6 @@ def open_pipeline(
         return Pipeline(config, rows, tokenizer, **options)
     opened = open_version(workdir, version)
     references = open_references(config, opened, tokenizer)
-    retriever = None
-    if config.retrieval.ids == "search":
-        index = open_index(opened, references)
-        limit = config.retrieval.overlap_train if train else config.retrieval.overlap_evaluation
-        retriever = Retriever(index, references, config.retrieval.candidates, limit)
     memories = None
     if config.memory.source == "precomputed":
         cache = config.memory.cache_bytes
@@ -220,6 +221,10 @@ def open_pipeline(
         else:
             memories = open_bank(opened, references, cache)
         check_bank(config, memories, references, tokenizer)
+    retriever = None
+    if config.retrieval.ids == "search":
+        limit = config.retrieval.overlap_train if train else config.retrieval.overlap_evaluation
+        retriever = open_retriever(config, opened, references, limit, bank=memories)
     pipeline = Pipeline(config, rows, tokenizer, references, retriever, memories, **options)
     pipeline.version = opened
     return pipeline

@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.data.building import WriteMemories, building_folder, commit, in_one_part
+from m3jax.data.embedders import load_embedder, make_embedder
 from m3jax.data.knowledge import (
     BANKS,
     MANIFEST,
@@ -27,7 +28,7 @@ from m3jax.data.knowledge import (
     write_current,
 )
 from m3jax.memory.bank import Bank
-from m3jax.retrieval.embed import Embedder, load_embedder, make_embedder
+from m3jax.retrieval.embed import Embedder
 from m3jax.retrieval.index import build_index
 from m3jax.text.layers import AnyReferences, live_ids
 from m3jax.text.references import References, copy_references
@@ -60,7 +61,7 @@ def collect(
             )
             copy_references(references, live_ids(references), building / "references")
             whole = References.open(building / "references")
-            build_index(whole, make_embedder(config), building / "index", config)
+            build_index(whole, make_embedder(config, workdir), building / "index", config)
             if parent.has_bank:
                 write(whole, building / "bank", open_bank(parent, references))
             said = f"collected {len(whole)} references of {len(parent.layers)} layers"
@@ -146,7 +147,7 @@ def _embedder(
             continue
         own = layer == folder
         return found if own else found.extended(references.texts(range(len(references))))
-    return make_embedder(config)
+    return make_embedder(config, version.workdir)
 
 
 def _delete_older(workdir: Path, kept: Version) -> list[str]:

@@ -103,7 +103,7 @@ def _found_pairs(workdir: str | Path, length: int, rows: int) -> list[Pairs]:
     for row in chosen.tolist():
         text = corpus[row].tokens
         queries = [tokenizer.decode(text[low : low + CHUNK]) for low in range(0, length, CHUNK)]
-        found, scores = index.search(index.embedder.embed(queries), CANDIDATES)
+        found, scores = index.search(index.embedder.embed_queries(queries), CANDIDATES)
         ids = found[(found >= 0) & (scores > 0)]
         pairs.append(Pairs(text, references.tokens(ids), np.asarray(references.lengths)[ids]))
     return pairs

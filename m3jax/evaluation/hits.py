@@ -15,9 +15,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from m3jax.data.knowledge import open_index, open_references, open_version
-from m3jax.retrieval.retriever import Retriever
+from m3jax.data.knowledge import open_references, open_retriever, open_version
 from m3jax.text.documents import TextError
+from m3jax.text.files import lines
 from m3jax.text.layers import AnyReferences
 from m3jax.text.tokenizer import Tokenizer
 
@@ -46,7 +46,7 @@ def read_open_questions(path: str | Path) -> list[OpenQuestion]:
       TextError: a line is something else, or there is none.
     """
     found = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines(path), 1):
         try:
             record = json.loads(line)
             name = next(field for field in ("question", "context", "prompt") if field in record)
@@ -116,13 +116,14 @@ def hit_rates(
     opened = open_version(workdir, version)
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
     references = open_references(config, opened, tokenizer)
-    index = open_index(opened, references)
+    candidates = max(*at, config.retrieval.candidates if config.retrieval.rerank else 1)
+    retriever = open_retriever(config, opened, references, 1.0, candidates)
+    embedder = retriever.index.embedder
     asked = read_open_questions(questions)
     runs = [{tuple(words(answer)) for answer in one.answers} for one in asked]
     present = _present(references, AnswerFinder([a for one in asked for a in one.answers]))
     answerable = np.array([bool(one & present) for one in runs])
     rank = np.full(len(asked), np.inf)
-    retriever = Retriever(index, references, max(at), 1.0)
     for start in tqdm(range(0, len(asked), _QUERIES), desc="questions", unit="block"):
         part = asked[start : start + _QUERIES]
         ids = retriever.retrieve([one.question for one in part], None, max(at))
@@ -131,10 +132,11 @@ def hit_rates(
             hits = [bool(finder.found(text)) for text in references.texts(found)]
             if any(hits):
                 rank[start + row] = hits.index(True)
+    ranked = f", best of {candidates} by its bank" if config.retrieval.rerank else ""
     report: dict[str, Any] = {
         "questions": len(asked),
         "references": len(references),
-        "embedder": f"{index.embedder.name}, {index.dimension}",
+        "embedder": f"{embedder.name}, {embedder.dimension}{ranked}",
         "answerable": int(answerable.sum()),
     }
     for k in at:

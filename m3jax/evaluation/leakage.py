@@ -18,6 +18,7 @@ from m3jax.data.knowledge import open_index, open_references, open_version
 from m3jax.data.rows import Rows
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
+from m3jax.text.files import lines
 from m3jax.text.layers import AnyReferences
 from m3jax.text.overlap import overlap
 from m3jax.text.tokenizer import PAD, Tokenizer
@@ -137,7 +138,7 @@ def _questions(
     if not path.is_file():
         raise LeakageError(f"{path}: no such file; give train, validation or a .jsonl of questions")
     texts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines(path), 1):
         try:
             record = json.loads(line)
             prompt = record["prompt"] if "prompt" in record else record["question"]

@@ -24,6 +24,7 @@ from m3jax.model.attention import ExplicitMemory
 from m3jax.model.transformer import Model, Params
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.documents import TextError
+from m3jax.text.files import lines
 from m3jax.text.references import References
 from m3jax.text.tokenizer import BOS, PAD, Tokenizer
 
@@ -52,7 +53,7 @@ class Rows(NamedTuple):
 def read_questions(path: str | Path) -> list[Question]:
     """Questions from JSON lines with `prompt`, `answer` and optional `references`."""
     questions = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines(path), 1):
         try:
             record = json.loads(line)
             keys = tuple(record["references"]) if "references" in record else ()

@@ -9,13 +9,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.config import prefix_tokens
-from m3jax.data.knowledge import open_index
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.evaluation.losses import MODES, LossEvaluator
 from m3jax.evaluation.questions import Answerer, read_questions
 from m3jax.memory.storage import BankError
 from m3jax.model.transformer import Model, Params
-from m3jax.retrieval.retriever import Retriever
 from m3jax.train.checkpoints import reads, restore_params
 from m3jax.train.metrics import dropped_share, hit_share
 
@@ -90,12 +88,9 @@ def _answer(
     figures["accuracy_none"] = float(np.mean(answerer.correct(asked)))
     references, version = pipeline.references, pipeline.version
     if pipeline.bank is not None and references is not None and version is not None:
-        retrieval = config.retrieval
-        retriever = pipeline.retriever or Retriever(
-            open_index(version, references),
-            references,
-            retrieval.candidates,
-            retrieval.overlap_evaluation,
+        limit = config.retrieval.overlap_evaluation
+        retriever = pipeline.retriever or open_retriever(
+            config, version, references, limit, bank=pipeline.bank
         )
         ids = answerer.retrieve(asked, retriever)
         figures["accuracy_memory"] = float(np.mean(answerer.correct(asked, ids, pipeline.bank)))

@@ -63,6 +63,9 @@ class Embedder(Protocol):
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
         """One unit row per text, or zeros where there is nothing to search with."""
 
+    def embed_queries(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
+        """The same for texts to search with, which some embedders read in another way."""
+
     def save(self, folder: str | Path) -> None:
         """Writes `embedder.json` and what it names into the folder; `load` is the inverse."""
 
@@ -287,6 +290,10 @@ class LexicalEmbedder:
             block = texts[start : start + _BLOCK]
             embeddings[start : start + len(block)] = self._embed_block(block)
         return embeddings
+
+    def embed_queries(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
+        """The same: queries and references are texts alike."""
+        return self.embed(texts)
 
     def _embed_block(self, texts: Sequence[str]) -> np.ndarray:
         cache = self._cache

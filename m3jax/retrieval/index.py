@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,13 @@ class Index:
       embedder: embeds queries as the references were embedded.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], parts: Sequence[int]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        parts: Sequence[int],
+        load: Callable[[Path], Embedder],
+    ) -> None:
         """Loads verified parts; call `open` instead."""
         identity = manifest["identity"]
         self.size: int = identity["count"]
@@ -59,7 +65,7 @@ class Index:
         described = json.dumps([identity, manifest["parts"]], sort_keys=True)
         self.fingerprint: str = digest(described)
         self.references_fingerprint: str = identity["references"]
-        self.embedder: Embedder = load_embedder(folder / EMBEDDER)
+        self.embedder: Embedder = load(folder / EMBEDDER)
         if self.embedder.dimension != self.dimension:
             raise damaged(
                 folder / EMBEDDER,
@@ -87,6 +93,7 @@ class Index:
         folder: str | Path,
         references: References | None = None,
         parts: Sequence[int] | None = None,
+        load: Callable[[Path], Embedder] | None = None,
     ) -> Index:
         """Opens what `build_index` wrote, after comparing every file with its checksum.
 
@@ -94,6 +101,8 @@ class Index:
           folder: the index.
           references: if given, the index must be of these.
           parts: the parts to open, all by default; files of others need not be here.
+          load: loads the embedder; default `embed.load_embedder`, which knows all that need no
+            checkpoint (`data.embedders` has the others).
 
         Raises:
           RetrievalError: an unfinished index, a missing or damaged file, parts that it does not
@@ -121,7 +130,7 @@ class Index:
                 " launch/prepare.py again to rebuild the index, or open the right references"
             )
         verify(folder, manifest, parts)
-        return cls(folder, manifest, parts)
+        return cls(folder, manifest, parts, load or load_embedder)
 
     def search(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> Found:
         """Finds the references whose embeddings have the largest dot products with the queries'.

@@ -1,10 +1,4 @@
-"""`NeuralEmbedder`: a BERT-family encoder as an `Embedder`, on all devices of this process.
-
-A text is padded to a length that depends on its own tokens alone, in calls whose shape depends on
-that length alone; and within a call no row sees another. So a text embeds to the same bits with any
-other texts, in any order and on any number of devices of one kind; other kinds of devices, versions
-of XLA or `rows` may change the last bits.
-"""
+"""`NeuralEmbedder`: a BERT-family encoder as an `Embedder`, on all devices of this process."""
 
 from __future__ import annotations
 
@@ -20,16 +14,13 @@ from jax.sharding import Mesh
 from jaxtyping import Float32
 
 from m3jax.mesh import ACTIVATIONS, batch_sharding, local_mesh, on_devices, replicated
+from m3jax.retrieval.batches import Call, calls
 from m3jax.retrieval.bert import Architecture, Pooling, encode
 from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.pretrained import read_pretrained
 from m3jax.retrieval.spec import read_spec, write_spec
 from m3jax.text.files import digest
 
-# Tokens that a text is padded to: at most a half more than it has. Beyond twice the query block of
-# the attention these are multiples of it.
-_BUCKETS = tuple(size for i in range(4, 18) for size in (2**i, 3 * 2 ** (i - 1)))
-_FULL = 512  # tokens up to which a call has all its rows; longer texts come in fewer
 _BLOCK = 4096  # texts tokenized at a time
 
 
@@ -126,39 +117,23 @@ class NeuralEmbedder:
         for start in range(0, len(texts), _BLOCK):
             part = embeddings[start : start + _BLOCK]
             running = [
-                (rows, self._encode(self._params, *jax.device_put(batch, self._sharding)))
-                for rows, batch in self._batches(texts[start : start + _BLOCK])
+                (places, self._encode(self._params, *jax.device_put(call, self._sharding)))
+                for places, call in self._calls(texts[start : start + _BLOCK])
             ]
-            for rows, found in running:
-                part[rows] = jax.device_get(found)[: len(rows)]
+            for places, found in running:
+                part[places] = jax.device_get(found)[: len(places)]
         return embeddings
 
-    def _batches(
-        self, texts: Sequence[str]
-    ) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]]:
-        """Positions of texts, and the tokens (rows, bucket) and lengths (rows,) of a call."""
+    def _calls(self, texts: Sequence[str]) -> Iterator[Call]:
         cleaned = [text.strip() for text in texts]  # as sentence-transformers does
         if self._lower:
             cleaned = [text.lower() for text in cleaned]
         ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(cleaned)]
-        lengths = np.array([len(found) for found in ids], np.int32)
-        buckets = np.array(_BUCKETS)[np.searchsorted(_BUCKETS, lengths)]
-        embedded = lengths > self._special
-        for bucket in np.unique(buckets[embedded]).tolist():
-            size = self._rows(bucket) * self._mesh.size
-            chosen = np.flatnonzero(embedded & (buckets == bucket))
-            for start in range(0, len(chosen), size):
-                rows = chosen[start : start + size]
-                tokens = np.full((size, bucket), self._padding, np.int32)
-                real = np.zeros(size, np.int32)
-                real[: len(rows)] = lengths[rows]
-                for row, i in enumerate(rows.tolist()):
-                    tokens[row, : len(ids[i])] = ids[i]
-                yield rows, (tokens, real)
+        return calls(ids, self._special + 1, self.rows, self._mesh.size, self._padding)
 
-    def _rows(self, bucket: int) -> int:
-        """Rows of one device in a call with texts of this length."""
-        return max(1, min(self.rows, self.rows * _FULL // bucket))
+    def embed_queries(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
+        """The same: queries and references are texts alike."""
+        return self.embed(texts)
 
     def save(self, folder: str | Path) -> None:
         """Writes `embedder.json`, which names the encoder's folder and its fingerprint."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 
 from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.index import Index
 from m3jax.retrieval.layers import LayeredIndex
 from m3jax.text.layers import AnyReferences
 from m3jax.text.overlap import which_exceed
+
+# Scores (n, c) of the references `ids` (n, c) for n texts; −inf for the id −1.
+Rank = Callable[[Sequence[str], Int64[np.ndarray, "n c"]], Float32[np.ndarray, "n c"]]
 
 
 class Retriever:
@@ -31,6 +34,7 @@ class Retriever:
         references: AnyReferences,
         candidates: int,
         overlap_limit: float,
+        rank: Rank | None = None,
     ) -> None:
         """Makes a retriever.
 
@@ -39,6 +43,7 @@ class Retriever:
           references: their tokens are what the filter compares.
           candidates: references fetched per query, of which the filter leaves at most k.
           overlap_limit: a reference is dropped if its overlap with the text is above this.
+          rank: scores by which the candidates are put in order, instead of those of the index.
 
         Raises:
           RetrievalError: the index is of other references.
@@ -49,7 +54,7 @@ class Retriever:
                 " references) and rebuild it with launch/prepare.py"
             )
         self.index, self.references = index, references
-        self.candidates, self.overlap_limit = candidates, overlap_limit
+        self.candidates, self.overlap_limit, self.rank = candidates, overlap_limit, rank
         self.searched = self.returned = self.dropped = self.unfilled = 0
         self._lock = threading.Lock()
 
@@ -78,10 +83,14 @@ class Retriever:
                 f"{len(queries)} queries with {len(against)} texts to filter against; give one each"
             )
         ids = np.full((len(queries), k), -1, np.int64)
-        embeddings = self.index.embedder.embed(queries)
+        embeddings = self.index.embedder.embed_queries(queries)
         searched = np.flatnonzero(embeddings.any(axis=1))
         found, scores = self.index.search(embeddings[searched], max(self.candidates, k))
         found = np.where(scores > 0, found, -1)
+        if self.rank is not None:
+            scores = self.rank([queries[query] for query in searched.tolist()], found)
+            order = np.lexsort((np.where(found < 0, self.index.size, found), -scores), axis=1)
+            found = np.take_along_axis(found, order, axis=1)
         dropped = 0
         if against is None:
             ids[searched] = found[:, :k]

@@ -40,7 +40,7 @@ def sample_queries(
     ids = range(len(references)) if ids is None else ids
     places = np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(np.int64)
     texts = references.texts(ids.start + places)
-    embeddings = embedder.embed([text[len(text) // 2 :] for text in texts])
+    embeddings = embedder.embed_queries([text[len(text) // 2 :] for text in texts])
     return embeddings[embeddings.any(axis=1)]
 
 

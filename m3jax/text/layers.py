@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int32, UInt64
+from jaxtyping import Int32, Int64, UInt64
 
 from m3jax.layers import Numbering
 from m3jax.text.documents import TextError
@@ -43,6 +43,15 @@ class LayeredReferences:
         """Keys of the references in use, in the order of their ids."""
         found = [key for layer in self.layers for key in layer.keys]
         return [found[i] for i in self.numbering.live]
+
+    def documents(self) -> Int64[np.ndarray, " R"]:
+        """Number of every reference's document; its references of two layers count as two."""
+        numbers, first = [], 0
+        for layer in self.layers:
+            found = layer.documents()
+            numbers.append(first + found)
+            first += int(found.max(initial=-1)) + 1
+        return np.concatenate(numbers)
 
     def info(self) -> str:
         """Counts, in words."""

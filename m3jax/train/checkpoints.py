@@ -6,28 +6,43 @@ config, the step, the tokenizer's fingerprint and the writer, that is, whose mem
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, SingleDeviceSharding
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
 import m3jax
 from m3jax.config import to_json
-from m3jax.mesh import parameter_name, parameter_shardings
-from m3jax.model.transformer import Model, Params
+from m3jax.data.parameters import (
+    FOLDER,
+    CheckpointError,
+    check_shapes,
+    check_tokenizer,
+    checkpoint_folder,
+    read_meta,
+    restack,
+    restore_params,
+    saved_shapes,
+    unreadable,
+)
 from m3jax.text.files import write_atomically
 from m3jax.train.state import TrainState
 
-FOLDER = "checkpoints"
-SEGMENTS = ("lower", "memory", "upper")
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "check_owner",
+    "checkpoint_folder",
+    "claim",
+    "read_meta",
+    "restack",
+    "restore_params",
+]
 
 # Fields that may change when a run is continued: they change no result.
 _FREE_SECTIONS = ("mesh",)
@@ -41,10 +56,6 @@ _FREE = (
     "data.prefetch",
     "memory.cache_bytes",
 )
-
-
-class CheckpointError(ValueError):
-    """A checkpoint or workdir that does not fit. The message names both sides and the remedy."""
 
 
 class Checkpoints:
@@ -116,20 +127,20 @@ class Checkpoints:
         """
         folder = checkpoint_folder(self.folder.parent)
         meta = read_meta(folder)
-        _check_tokenizer(folder, meta, self.tokenizer_fingerprint)
+        check_tokenizer(folder, meta, self.tokenizer_fingerprint)
         ours, theirs = self._meta["writer"], meta["writer"]
         if (ours is None) != (theirs is None) or not reads(meta, folder, ours):
             raise CheckpointError(
                 f"checkpoint {folder} was trained on memories of the writer {theirs}, but this run"
                 f" reads memories of {ours}; use the bank of the run's own writer"
             )
-        _check_shapes(folder, _saved_shapes(folder), abstract.params)
+        check_shapes(folder, saved_shapes(folder), abstract.params)
         try:
             restored = self._manager.restore(
                 int(folder.name), args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             )
         except (ValueError, OSError, KeyError) as error:
-            raise _unreadable(folder, error) from error
+            raise unreadable(folder, error) from error
         return restored["state"]
 
     def reached_preemption(self, step: int) -> bool:
@@ -143,115 +154,6 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the last save and stops the background threads."""
         self._manager.close()
-
-
-def checkpoint_folder(path: str | Path, step: int | None = None) -> Path:
-    """The folder of one checkpoint.
-
-    Args:
-      path: a stage folder (its newest checkpoint, or that of `step`) or a folder `…/<step>`.
-      step: the step wanted; default the newest.
-
-    Raises:
-      CheckpointError: no checkpoint there; names those that exist.
-    """
-    path = Path(path).absolute()
-    if path.name.isdigit() and (path / "state").is_dir() and step in (None, int(path.name)):
-        return path
-    found = (path / FOLDER).iterdir() if (path / FOLDER).is_dir() else ()
-    steps = sorted(int(entry.name) for entry in found if entry.name.isdigit())
-    if not steps:
-        raise CheckpointError(
-            f"no checkpoint in {path}; name the folder of a stage that was trained, or its"
-            f" {FOLDER}/<step>"
-        )
-    if step is not None and step not in steps:
-        raise CheckpointError(f"no checkpoint of step {step} in {path}; there are {steps}")
-    return path / FOLDER / str(steps[-1] if step is None else step)
-
-
-def read_meta(folder: str | Path) -> dict[str, Any]:
-    """The `meta` of a checkpoint folder `…/<step>`."""
-    try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            return dict(reader.restore(Path(folder).absolute() / "meta"))
-    except (ValueError, OSError) as error:
-        raise _unreadable(Path(folder), error) from error
-
-
-def restore_params(
-    stage_folder: str | Path,
-    model: Model,
-    step: int | None = None,
-    *,
-    mesh: Mesh | None = None,
-    tokenizer_fingerprint: str | None = None,
-) -> tuple[Params, dict[str, Any]]:
-    """The parameters of a checkpoint, for another stage, the writer and evaluation.
-
-    Layers that lie in other segments (another range of memory layers) are restacked, and the dtype
-    becomes the model's; all other shapes must be the model's.
-
-    Args:
-      stage_folder: a stage folder or a folder `checkpoints/<step>` of it.
-      model: the model that will use the parameters.
-      step: step of the checkpoint; default the newest.
-      mesh: place the parameters by the sharding rules; default the first local device.
-      tokenizer_fingerprint: when given, must be the checkpoint's.
-
-    Returns:
-      The parameters and the checkpoint's `meta`.
-
-    Raises:
-      CheckpointError: no checkpoint; one of another shape (names the first parameter that differs
-        and both shapes) or of another tokenizer.
-    """
-    folder = checkpoint_folder(stage_folder, step)
-    meta = read_meta(folder)
-    if tokenizer_fingerprint is not None:
-        _check_tokenizer(folder, meta, tokenizer_fingerprint)
-    shapes, axes = model.abstract()
-    saved = _saved_shapes(folder)
-    stacks = {name: model.segments[name] for name in SEGMENTS if name in shapes}
-    if _layers(saved) == sum(stacks.values()):
-        _check_shapes(folder, jax.eval_shape(lambda p: restack(p, stacks), saved), shapes)
-    else:
-        _check_shapes(folder, saved, shapes)
-    if mesh is None:
-        device = SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: device, shapes)
-        placed = jax.tree.map(lambda _: device, saved)
-    else:
-        shardings = parameter_shardings(mesh, axes, shapes)
-        block = axes["memory"]
-        saved_axes = {k: block if k in SEGMENTS else axes[k] for k in saved}
-        placed = parameter_shardings(mesh, saved_axes, saved)
-    wanted = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), saved, placed
-    )
-    params = _read_params(folder, wanted)
-
-    def convert(params: Params) -> Params:
-        return jax.tree.map(lambda x, like: x.astype(like.dtype), restack(params, stacks), shapes)
-
-    return jax.jit(convert, out_shardings=shardings)(params), meta
-
-
-def restack(params: Params, stacks: Mapping[str, int]) -> Params:
-    """The same layers in other segments.
-
-    Args:
-      params: parameters with layers stacked in any of `lower`, `memory`, `upper`.
-      stacks: layers of every segment wanted; their sum is the number of layers.
-    """
-    present = [params[name] for name in SEGMENTS if name in params]
-    layers = jax.tree.map(lambda *x: jnp.concatenate(x), *present)
-    result = {name: value for name, value in params.items() if name not in SEGMENTS}
-    start = 0
-    for name, count in stacks.items():
-        result[name] = jax.tree.map(lambda x, a=start, b=start + count: x[a:b], layers)
-        start += count
-    return result
 
 
 def stage_of(checkpoint: str | Path) -> Path:
@@ -334,62 +236,3 @@ def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
-
-
-def _unreadable(folder: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"checkpoint {folder} cannot be read ({error}); delete it to use an earlier one"
-    )
-
-
-def _check_tokenizer(folder: Path, meta: Mapping[str, Any], fingerprint: str) -> None:
-    if meta["tokenizer"] != fingerprint:
-        raise CheckpointError(
-            f"checkpoint {folder} was trained with the tokenizer {meta['tokenizer'][:12]}, but the"
-            f" workdir has {fingerprint[:12]}; use the workdir it was trained in"
-        )
-
-
-def _saved_shapes(folder: Path) -> Params:
-    """Shapes and dtypes of the parameters in a checkpoint, from its metadata."""
-    try:
-        # The handler itself: a Checkpointer would warn that `state` is a part of a checkpoint.
-        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-            tree = handler.metadata(folder / "state").tree["params"]
-    except (ValueError, OSError, KeyError, AttributeError) as error:
-        raise _unreadable(folder, error) from error
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-
-
-def _read_params(folder: Path, wanted: Params) -> Params:
-    arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            options = ocp.args.PyTreeRestore(
-                {"params": wanted}, restore_args={"params": arguments}, partial_restore=True
-            )
-            return reader.restore(folder / "state", args=options)["params"]
-    except (ValueError, OSError, KeyError) as error:
-        raise _unreadable(folder, error) from error
-
-
-def _layers(shapes: Params) -> int:
-    """Layers in all segments."""
-    return sum(jax.tree.leaves(shapes[name])[0].shape[0] for name in SEGMENTS if name in shapes)
-
-
-def _check_shapes(folder: Path, saved: Params, wanted: Params) -> None:
-    sides = [
-        {
-            parameter_name(path): leaf.shape
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for tree in (saved, wanted)
-    ]
-    for name in sorted(sides[0].keys() | sides[1].keys()):
-        there, here = (side.get(name, "absent") for side in sides)
-        if there != here:
-            raise CheckpointError(
-                f"checkpoint {folder} has another shape: parameter {name} is {there} there and"
-                f" {here} in this config; use the config it was trained with"
-            )

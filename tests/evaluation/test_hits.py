@@ -47,6 +47,13 @@ def test_hits_are_counted_among_answerable_questions(workdir: Path, tmp_path: Pa
     assert "| 0.667 |" in table(report) and "lexical" in table(report)
 
 
+def test_a_line_ends_at_a_line_feed_only(tmp_path: Path) -> None:
+    question = "who sang \x85 and \u2028 ?"
+    record = json.dumps({"question": question, "answer": "x"}, ensure_ascii=False)
+    (tmp_path / "asked").write_text(f"{record}\n{record}\n", encoding="utf-8")
+    assert [one.question for one in read_open_questions(tmp_path / "asked")] == [question] * 2
+
+
 def test_unusable_questions_are_refused(tmp_path: Path) -> None:
     for text, message in (("", "holds no questions"), ('{"answer": "a"}\n', "asked:1: expected")):
         (tmp_path / "asked").write_text(text)

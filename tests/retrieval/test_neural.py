@@ -12,6 +12,7 @@ from retrieval.encoders import EPSILON, D, change_json, write_encoder
 from m3jax import config as configs
 from m3jax.retrieval import index as index_module
 from m3jax.retrieval import neural
+from m3jax.retrieval.batches import BUCKETS, rows_of
 from m3jax.retrieval.embed import Embedder, LexicalEmbedder, load_embedder, make_embedder
 from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.index import Index, build_index
@@ -70,7 +71,7 @@ def test_same_bits_in_any_order_batch_and_thread(embedder, texts, monkeypatch):
 
 def test_same_bits_on_one_device_and_on_eight(folder, embedder, texts):
     assert embedder._mesh.size == 8
-    batch = next(iter(embedder._batches(texts)))[1]
+    batch = next(iter(embedder._calls(texts)))[1]
     placed = jax.device_put(batch[0], embedder._sharding)
     assert {shard.data.shape[0] for shard in placed.addressable_shards} == {3}
     one = NeuralEmbedder(folder, rows=3, devices=jax.local_devices()[:1])
@@ -84,15 +85,15 @@ def test_same_bits_on_one_device_and_on_eight(folder, embedder, texts):
 def test_every_call_has_the_shape_of_its_length(embedder, texts):
     shapes = {}
     for found in (texts, texts[:1], texts[5:30]):
-        for rows, (tokens, lengths) in embedder._batches(found):
+        for rows, (tokens, lengths) in embedder._calls(found):
             size, bucket = tokens.shape
             assert size == 24 and len(lengths) == size and len(rows) <= size
             assert (lengths[: len(rows)] <= bucket).all() and not lengths[len(rows) :].any()
             shapes.setdefault(bucket, set()).add(tokens.shape)
     assert len(shapes) > 3 and all(len(found) == 1 for found in shapes.values())
-    assert [embedder._rows(bucket) for bucket in (16, 512, 768, 1024, 8192)] == [3, 3, 2, 1, 1]
-    assert all(bucket % 256 == 0 for bucket in neural._BUCKETS if bucket > 512)
-    assert list(neural._BUCKETS) == sorted(set(neural._BUCKETS))
+    assert [rows_of(bucket, 3) for bucket in (16, 512, 768, 1024, 8192)] == [3, 3, 2, 1, 1]
+    assert all(bucket % 256 == 0 for bucket in BUCKETS if bucket > 512)
+    assert list(BUCKETS) == sorted(set(BUCKETS))
 
 
 def test_long_texts_are_cut_and_lower_case_is_asked_for(folder, tmp_path):

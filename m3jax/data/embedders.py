@@ -1,0 +1,256 @@
+"""Embedders made of a checkpoint of our own model (Memory³ §7 names both as better than BGE-M3).
+
+`ModelEmbedder` compares hidden states. `AttentionEmbedder` lets the sparse attention queries search
+the keys that memories keep: its vectors find candidates, and `Ranking` scores these as attention
+would. Both need no other model than the one that reads the memories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int64
+from ml_collections import ConfigDict
+
+from m3jax.config import PREFIX_TOKENS, prefix_tokens
+from m3jax.data.parameters import restack
+from m3jax.data.pooling import centred, mean_of, unit, usable
+from m3jax.data.trained import TrainedEmbedder
+from m3jax.memory.bank import Bank, layout_of
+from m3jax.memory.layers import LayeredBank
+from m3jax.memory.sparsify import Written, sparsifier
+from m3jax.model.rope import rotate
+from m3jax.model.transformer import Model, Params
+from m3jax.retrieval import embed
+from m3jax.retrieval.embed import Embedder
+from m3jax.retrieval.errors import RetrievalError
+from m3jax.retrieval.spec import read_spec
+
+_SHRINK = 0.01  # share of the mean variance that whitening adds to every variance
+
+
+def make_embedder(config: ConfigDict, workdir: str | Path) -> Embedder:
+    """The embedder that `config.retrieval` names, not fitted yet if it learns from texts.
+
+    Args:
+      config: a validated config.
+      workdir: whose `warmup` is the checkpoint where `config.retrieval.checkpoint` is empty.
+
+    Raises:
+      RetrievalError: an unknown name, or an encoder or checkpoint that cannot be used.
+    """
+    retrieval = config.retrieval
+    if retrieval.embedder not in _TRAINED:
+        return embed.make_embedder(config)
+    checkpoint = retrieval.checkpoint or Path(workdir) / "warmup"
+    kind = _TRAINED[retrieval.embedder]
+    layer = retrieval.layer if kind is ModelEmbedder else 0
+    return kind(checkpoint, retrieval.dimension, layer, retrieval.encoder_batch)
+
+
+def load_embedder(folder: str | Path) -> Embedder:
+    """The embedder saved in a folder, of whatever kind."""
+    kind = _TRAINED.get(read_spec(folder).get("name", ""))
+    return embed.load_embedder(folder) if kind is None else kind.load(folder)
+
+
+class ModelEmbedder(TrainedEmbedder):
+    """Mean over the tokens of the hidden states after a layer, whitened.
+
+    Hidden states of all texts share a few directions of large variance, along which everything is
+    alike; whitening makes the variances equal. Smaller dimensions keep the largest ones.
+    """
+
+    name = "model"
+
+    def _part(self, params: Params) -> tuple[Model, Params]:
+        memory, layers = self.config.memory, self.config.model.layers
+        last = self.layer or memory.first_layer + memory.layers
+        if last > layers:
+            raise RetrievalError(
+                f"config.retrieval.layer = {last}, but the checkpoint {self.folder} has {layers}"
+                " layers"
+            )
+        config = self.config.copy_and_resolve_references()
+        config.model.layers = config.memory.layers = last
+        config.memory.first_layer = 0
+        return Model(config, prefix_tokens(config)), restack(params, {"memory": last})
+
+    def _width(self) -> int:
+        return self.config.model.hidden
+
+    def states(self, params: Params, tokens_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
+        """Hidden states `(B, T, D)`."""
+        return self.model.hidden(params, tokens_BT)
+
+    def pooled(
+        self, params: Params, means: jax.Array, tokens_BT: jax.Array, real_BT: jax.Array
+    ) -> jax.Array:
+        """Their mean `(B, D)`, each without the mean of its position."""
+        return mean_of(centred(self.states(params, tokens_BT, real_BT), means), real_BT)
+
+    def scales(self, variance: np.ndarray) -> np.ndarray:
+        """Whitens: directions that the knowledge base does not vary along keep a bounded weight."""
+        return (variance + _SHRINK * max(variance.mean(), 1e-12)) ** -0.5
+
+
+class AttentionEmbedder(TrainedEmbedder):
+    """Sparse attention as search: queries of head h against the keys of head h.
+
+    A reference is the mean of the keys that its memory keeps, head after head, minus the mean of
+    the knowledge base; a query is the mean of its tokens' queries, head after head, each without
+    the mean of its position, and of those that share a key-value head. So their dot product is a
+    mean of attention scores, less what every reference gets.
+
+    Positions: stored keys are turned to their place in the reference, which the bank does not
+    keep. All queries are turned to the middle of the interval of the references, so that no place
+    in the reference is farther than half a reference, and it does not matter where in the query a
+    token stands.
+    """
+
+    name = "attention"
+
+    def _part(self, params: Params) -> tuple[Model, Params]:
+        if self.meta["writer"] is not None:
+            raise RetrievalError(
+                f"the checkpoint {self.folder} reads memories of another writer,"
+                f" {self.meta['writer']['path']}, whose keys its own are not; set"
+                " config.retrieval.checkpoint to that writer"
+            )
+        return Model(self.config, PREFIX_TOKENS), params
+
+    def _width(self) -> int:
+        model = self.config.model
+        return self.config.memory.layers * model.kv_heads * model.head_dim
+
+    def states(self, params: Params, tokens_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
+        """Queries before RoPE `(B, T, L, K, G, H)` of texts read as references are."""
+        found, _ = self.model.encode(params, jnp.where(real_BT, tokens_BT, 0), _queries)
+        return jnp.moveaxis(found.keys, 1, 2)
+
+    def pooled(
+        self, params: Params, means: jax.Array, tokens_BT: jax.Array, real_BT: jax.Array
+    ) -> jax.Array:
+        """Mean kept key of every memory layer and head `(B, L·K·H)`."""
+        keep = sparsifier(self.config)
+        memory, _ = self.model.encode(params, jnp.where(real_BT, tokens_BT, 0), keep)
+        count_B = jnp.maximum(memory.length, 1).reshape(-1, 1, 1, 1)
+        sums_BLKH = memory.keys.astype(jnp.float32).sum(3)  # slots past the length are zero
+        return (sums_BLKH / count_B).reshape(len(tokens_BT), -1)
+
+    def scales(self, variance: np.ndarray) -> np.ndarray:
+        """None: the projection keeps dot products."""
+        return np.ones_like(variance)
+
+    def _embed_queries(
+        self, params: Params, learnt: Any, tokens_BT: jax.Array, lengths_B: jax.Array
+    ) -> jax.Array:
+        real_BT = usable(tokens_BT, lengths_B)
+        q_BTLKGH = self.searching(params, learnt["means"], tokens_BT, real_BT)
+        q_BLKH = mean_of(q_BTLKGH, real_BT).mean(3)
+        return unit(q_BLKH.reshape(len(tokens_BT), -1) @ learnt["projection"])
+
+    def searching(
+        self, params: Params, means: jax.Array, tokens_BT: jax.Array, real_BT: jax.Array
+    ) -> Float32[Array, "B T L K G H"]:
+        """Queries without the means of their positions, turned to the middle of the references."""
+        q_BTLKGH = centred(self.states(params, tokens_BT, real_BT), means)
+        middle = len(PREFIX_TOKENS) + self.longest // 2
+        position_T = jnp.full(q_BTLKGH.shape[1], middle)
+        return rotate(q_BTLKGH, position_T, self.config.model.rope_base)
+
+
+def _queries(
+    q_RWKGH: jax.Array, k: jax.Array, rotated: jax.Array, v: jax.Array, usable_RW: jax.Array
+) -> Written:
+    """Stands for `sparsify` where a layer's queries are wanted, not its memories."""
+    R, _, K, _, _ = q_RWKGH.shape
+    return Written(q_RWKGH, q_RWKGH[:, :0], usable_RW.sum(-1), jnp.zeros((R, K, 1), jnp.int32))
+
+
+class Ranking:
+    """Scores candidates by the keys that the bank keeps of them.
+
+    The score is the sum over memory layers and key-value heads of the largest q · k / √H, over the
+    query's tokens, the heads that share the key-value head, and the kept keys.
+    """
+
+    def __init__(self, embedder: Embedder, bank: Bank | LayeredBank) -> None:
+        """Checks that the embedder's checkpoint wrote the bank.
+
+        Raises:
+          RetrievalError: another one did.
+        """
+        if not isinstance(embedder, AttentionEmbedder):
+            raise RetrievalError(
+                f"config.retrieval.rerank needs an index of the embedder 'attention'; this one has"
+                f" {embedder.name!r}; run launch/prepare.py with config.retrieval.embedder ="
+                " 'attention'"
+            )
+        layout = layout_of(embedder.config, PREFIX_TOKENS)
+        differ = [
+            part
+            for part, ours, theirs in (
+                ("weights", embedder.weights, bank.binding.writer),
+                ("tokenizer", embedder.tokenizer.fingerprint, bank.binding.tokenizer),
+                ("layout", layout, {**bank.binding.layout, "dtype": layout["dtype"]}),
+            )
+            if ours != theirs
+        ]
+        if differ:
+            raise RetrievalError(
+                f"the bank {bank.folder} was not written by the checkpoint {embedder.folder} of the"
+                f" index ({', '.join(differ)} differ); write it again with launch/write_bank.py, or"
+                " run launch/prepare.py with config.retrieval.checkpoint = the bank's writer"
+            )
+        self.embedder, self.bank = embedder, bank
+        self._program = embedder.program(self._score)
+
+    def __call__(
+        self, queries: Sequence[str], ids: Int64[np.ndarray, "n c"]
+    ) -> Float32[np.ndarray, "n c"]:
+        """Scores of references for every query; −inf for the id −1."""
+        scores = np.full(ids.shape, -np.inf, np.float32)
+
+        def memories(places: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+            wanted = np.full((rows, ids.shape[1]), -1, np.int64)
+            wanted[: len(places)] = ids[places]
+            found = self.bank.read(wanted)
+            return np.asarray(found.keys), np.asarray(found.length)
+
+        for places, found in self.embedder.run(self._program, queries, memories):
+            scores[places] = np.where(ids[places] < 0, -np.inf, found[: len(places)])
+        return scores
+
+    def _score(
+        self,
+        params: Params,
+        learnt: Any,
+        tokens_BT: jax.Array,
+        lengths_B: jax.Array,
+        keys: Float[Array, "B M L K P H"],
+        slots_BM: jax.Array,
+    ) -> Float32[Array, "B M"]:
+        real_BT = usable(tokens_BT, lengths_B)
+        q_BTLKGH = self.embedder.searching(params, learnt["means"], tokens_BT, real_BT)
+        kept_BMP = jnp.arange(keys.shape[-2])[None, None] < slots_BM[..., None]
+        seen_BMTP = real_BT[:, None, :, None] & kept_BMP[:, :, None, :]
+
+        def layer(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+            q_BTKGH, k_BMKPH = inputs
+            scores = jnp.einsum("BTKGH,BMKPH->BMKTGP", q_BTKGH, k_BMKPH.astype(jnp.float32))
+            scores = jnp.where(seen_BMTP[:, :, None, :, None, :], scores, -jnp.inf)
+            return scores.max((3, 4, 5)).sum(2)
+
+        of_layers = jax.lax.map(layer, (jnp.moveaxis(q_BTLKGH, 2, 0), jnp.moveaxis(keys, 2, 0)))
+        return of_layers.sum(0) * keys.shape[-1] ** -0.5
+
+
+_TRAINED: dict[str, type[TrainedEmbedder]] = {
+    kind.name: kind for kind in (ModelEmbedder, AttentionEmbedder)
+}

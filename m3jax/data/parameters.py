@@ -1,0 +1,233 @@
+"""The parameters of a checkpoint, for whoever computes with them: `train.checkpoints` writes it.
+
+A checkpoint is a folder `<stage folder>/checkpoints/<step>` with `state` and `meta` (Orbax).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, SingleDeviceSharding
+from ml_collections import ConfigDict
+
+from m3jax.config import default
+from m3jax.mesh import parameter_name, parameter_shardings
+from m3jax.model.transformer import Model, Params
+from m3jax.text.tokenizer import Tokenizer
+
+FOLDER = "checkpoints"
+SEGMENTS = ("lower", "memory", "upper")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or workdir that does not fit. The message names both sides and the remedy."""
+
+
+def checkpoint_folder(path: str | Path, step: int | None = None) -> Path:
+    """The folder of one checkpoint.
+
+    Args:
+      path: a stage folder (its newest checkpoint, or that of `step`) or a folder `…/<step>`.
+      step: the step wanted; default the newest.
+
+    Raises:
+      CheckpointError: no checkpoint there; names those that exist.
+    """
+    path = Path(path).absolute()
+    if path.name.isdigit() and (path / "state").is_dir() and step in (None, int(path.name)):
+        return path
+    found = (path / FOLDER).iterdir() if (path / FOLDER).is_dir() else ()
+    steps = sorted(int(entry.name) for entry in found if entry.name.isdigit())
+    if not steps:
+        raise CheckpointError(
+            f"no checkpoint in {path}; name the folder of a stage that was trained, or its"
+            f" {FOLDER}/<step>"
+        )
+    if step is not None and step not in steps:
+        raise CheckpointError(f"no checkpoint of step {step} in {path}; there are {steps}")
+    return path / FOLDER / str(steps[-1] if step is None else step)
+
+
+def read_meta(folder: str | Path) -> dict[str, Any]:
+    """The `meta` of a checkpoint folder `…/<step>`."""
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            return dict(reader.restore(Path(folder).absolute() / "meta"))
+    except (ValueError, OSError) as error:
+        raise unreadable(Path(folder), error) from error
+
+
+def restore_params(
+    stage_folder: str | Path,
+    model: Model,
+    step: int | None = None,
+    *,
+    mesh: Mesh | None = None,
+    tokenizer_fingerprint: str | None = None,
+) -> tuple[Params, dict[str, Any]]:
+    """The parameters of a checkpoint, for another stage, the writer and evaluation.
+
+    Layers that lie in other segments (another range of memory layers) are restacked, and the dtype
+    becomes the model's; all other shapes must be the model's.
+
+    Args:
+      stage_folder: a stage folder or a folder `checkpoints/<step>` of it.
+      model: the model that will use the parameters.
+      step: step of the checkpoint; default the newest.
+      mesh: place the parameters by the sharding rules; default the first local device.
+      tokenizer_fingerprint: when given, must be the checkpoint's.
+
+    Returns:
+      The parameters and the checkpoint's `meta`.
+
+    Raises:
+      CheckpointError: no checkpoint; one of another shape (names the first parameter that differs
+        and both shapes) or of another tokenizer.
+    """
+    folder = checkpoint_folder(stage_folder, step)
+    meta = read_meta(folder)
+    if tokenizer_fingerprint is not None:
+        check_tokenizer(folder, meta, tokenizer_fingerprint)
+    shapes, axes = model.abstract()
+    saved = saved_shapes(folder)
+    stacks = {name: model.segments[name] for name in SEGMENTS if name in shapes}
+    if _layers(saved) == sum(stacks.values()):
+        check_shapes(folder, jax.eval_shape(lambda p: restack(p, stacks), saved), shapes)
+    else:
+        check_shapes(folder, saved, shapes)
+    if mesh is None:
+        device = SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: device, shapes)
+        placed = jax.tree.map(lambda _: device, saved)
+    else:
+        shardings = parameter_shardings(mesh, axes, shapes)
+        block = axes["memory"]
+        saved_axes = {k: block if k in SEGMENTS else axes[k] for k in saved}
+        placed = parameter_shardings(mesh, saved_axes, saved)
+    wanted = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), saved, placed
+    )
+    params = _read_params(folder, wanted)
+
+    def convert(params: Params) -> Params:
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), restack(params, stacks), shapes)
+
+    return jax.jit(convert, out_shardings=shardings)(params), meta
+
+
+def read_model(
+    checkpoint: str | Path,
+) -> tuple[Path, ConfigDict, Params, dict[str, Any], Tokenizer]:
+    """A checkpoint as it was trained, whatever the config at hand.
+
+    Args:
+      checkpoint: a stage folder, or a folder `checkpoints/<step>` of it, in its workdir.
+
+    Returns:
+      The folder `…/<step>`; a config with the sections `model` and `memory` of the checkpoint's,
+      and attention that runs anywhere; the parameters, on one device; `meta`; and the tokenizer.
+
+    Raises:
+      CheckpointError: no checkpoint, or one that this version cannot run.
+      TextError: the workdir has no tokenizer.
+    """
+    folder = checkpoint_folder(checkpoint)
+    meta = read_meta(folder)
+    tokenizer = Tokenizer.load(folder.parents[2] / "tokenizer")
+    config = default()
+    try:
+        for section in ("model", "memory"):
+            config[section].update(meta["config"][section])
+    except (KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"the config of checkpoint {folder} is of another version ({error}); train it again"
+        ) from error
+    config.model.attention = "blocked"
+    model, fingerprint = Model(config), tokenizer.fingerprint
+    params, meta = restore_params(folder, model, tokenizer_fingerprint=fingerprint)
+    return folder, config, params, meta, tokenizer
+
+
+def restack(params: Params, stacks: Mapping[str, int]) -> Params:
+    """The same layers in other segments.
+
+    Args:
+      params: parameters with layers stacked in any of `lower`, `memory`, `upper`.
+      stacks: layers of every segment wanted; their sum is the number of layers.
+    """
+    present = [params[name] for name in SEGMENTS if name in params]
+    layers = jax.tree.map(lambda *x: jnp.concatenate(x), *present)
+    result = {name: value for name, value in params.items() if name not in SEGMENTS}
+    start = 0
+    for name, count in stacks.items():
+        result[name] = jax.tree.map(lambda x, a=start, b=start + count: x[a:b], layers)
+        start += count
+    return result
+
+
+def unreadable(folder: Path, error: Exception) -> CheckpointError:
+    """The error of a damaged checkpoint."""
+    return CheckpointError(
+        f"checkpoint {folder} cannot be read ({error}); delete it to use an earlier one"
+    )
+
+
+def check_tokenizer(folder: Path, meta: Mapping[str, Any], fingerprint: str) -> None:
+    """Raises `CheckpointError` unless a checkpoint was trained with the tokenizer."""
+    if meta["tokenizer"] != fingerprint:
+        raise CheckpointError(
+            f"checkpoint {folder} was trained with the tokenizer {meta['tokenizer'][:12]}, but the"
+            f" workdir has {fingerprint[:12]}; use the workdir it was trained in"
+        )
+
+
+def saved_shapes(folder: Path) -> Params:
+    """Shapes and dtypes of the parameters in a checkpoint, from its metadata."""
+    try:
+        # The handler itself: a Checkpointer would warn that `state` is a part of a checkpoint.
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            tree = handler.metadata(folder / "state").tree["params"]
+    except (ValueError, OSError, KeyError, AttributeError) as error:
+        raise unreadable(folder, error) from error
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _read_params(folder: Path, wanted: Params) -> Params:
+    arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            options = ocp.args.PyTreeRestore(
+                {"params": wanted}, restore_args={"params": arguments}, partial_restore=True
+            )
+            return reader.restore(folder / "state", args=options)["params"]
+    except (ValueError, OSError, KeyError) as error:
+        raise unreadable(folder, error) from error
+
+
+def _layers(shapes: Params) -> int:
+    """Layers in all segments."""
+    return sum(jax.tree.leaves(shapes[name])[0].shape[0] for name in SEGMENTS if name in shapes)
+
+
+def check_shapes(folder: Path, saved: Params, wanted: Params) -> None:
+    """Raises `CheckpointError`, naming the first parameter whose shape is another."""
+    sides = [
+        {
+            parameter_name(path): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (saved, wanted)
+    ]
+    for name in sorted(sides[0].keys() | sides[1].keys()):
+        there, here = (side.get(name, "absent") for side in sides)
+        if there != here:
+            raise CheckpointError(
+                f"checkpoint {folder} has another shape: parameter {name} is {there} there and"
+                f" {here} in this config; use the config it was trained with"
+            )

@@ -1,0 +1,338 @@
+"""A checkpoint of our own model as what reads texts for an embedder, and what that embedder learns.
+
+The mean hidden state, or query, of a trained model depends more on its position in the text than on
+the text: short and long texts lie apart. So what is pooled is the difference from the mean, over
+the knowledge base, of the states at the same position.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+from zipfile import BadZipFile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from m3jax.data.parameters import CheckpointError, read_model
+from m3jax.data.pooling import directions, draw, like, position_means, unit, usable
+from m3jax.memory.bank import layout_of, writer_fingerprint, writer_params
+from m3jax.mesh import ACTIVATIONS, batch_sharding, local_mesh, on_devices, replicated
+from m3jax.model.transformer import Model, Params
+from m3jax.retrieval.batches import calls
+from m3jax.retrieval.errors import RetrievalError
+from m3jax.retrieval.spec import read_spec, write_spec
+from m3jax.text.documents import TextError
+from m3jax.text.files import digest, write_atomically
+from m3jax.text.tokenizer import PAD
+
+Statistics = dict[str, np.ndarray]
+
+SAMPLE = 8192  # texts of the knowledge base that `fit` learns from
+_STATISTICS = "statistics.npz"
+_BLOCK = 1024  # texts tokenized at a time
+_LOADED: WeakValueDictionary[str, TrainedEmbedder] = WeakValueDictionary()
+
+
+class TrainedEmbedder:
+    """What embedders made of a checkpoint have in common; an `Embedder` once it has the methods
+    that its subclasses define.
+
+    Attributes:
+      config: model and memory of the checkpoint; `model.layers` is what is run.
+      model, params: the layers that are run, on every device of the mesh.
+    """
+
+    name: str
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        dimension: int,
+        layer: int = 0,
+        rows: int = 16,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        """Reads the checkpoint.
+
+        Args:
+          checkpoint: a stage folder, or a folder `checkpoints/<step>` of it, in a workdir with the
+            tokenizer it was trained with.
+          dimension: most components of an embedding.
+          layer: the last layer that is run, counted from 1; 0 = the last memory layer.
+          rows: texts one device encodes at a time.
+          devices: default all of this process.
+
+        Raises:
+          RetrievalError: the checkpoint is missing or cannot be used.
+        """
+        remedy = (
+            "config.retrieval.checkpoint names the stage folder of a trained model (default"
+            " WORKDIR/warmup: prepare and train it with another embedder first)"
+        )
+        try:
+            self.folder, self.config, params, self.meta, self.tokenizer = read_model(checkpoint)
+        except (CheckpointError, TextError) as error:
+            raise RetrievalError(f"{error}; {remedy}") from error
+        self.asked, self.layer, self.rows = dimension, layer, rows
+        self.longest = self.config.memory.reference_length
+        self.model, params = self._part(params)
+        self.weights = writer_fingerprint(params, self.model.config)
+        self.mesh = local_mesh(devices)
+        self._sharding = batch_sharding(self.mesh)
+        self.params = jax.device_put(writer_params(params), replicated(self.mesh))
+        self.dimension = min(dimension, self._width())
+        self._programs = {
+            "embed": self.program(self._embed),
+            "embed_queries": self.program(self._embed_queries),
+        }
+        self._learnt: Statistics = {}
+        self._placed: Any = None
+
+    def _part(self, params: Params) -> tuple[Model, Params]:
+        """The model of the layers that are run, and its parameters."""
+        raise NotImplementedError
+
+    def _width(self) -> int:
+        """Numbers F of a pooled text."""
+        raise NotImplementedError
+
+    def states(
+        self, params: Params, tokens_BT: Int32[Array, "B T"], real_BT: Bool[Array, "B T"]
+    ) -> Float[Array, "B T *rest"]:
+        """What a query is made of, before the means of the positions are subtracted."""
+        raise NotImplementedError
+
+    def pooled(
+        self,
+        params: Params,
+        means: Float32[Array, "W ..."],
+        tokens_BT: Int32[Array, "B T"],
+        real_BT: Bool[Array, "B T"],
+    ) -> Float32[Array, "B F"]:
+        """One vector a reference, not yet centred."""
+        raise NotImplementedError
+
+    def scales(self, variance: Float[np.ndarray, " E"]) -> Float[np.ndarray, " E"]:
+        """Factors on the main directions of what is pooled, from the variances along them."""
+        raise NotImplementedError
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the knowledge base has been seen."""
+        return "projection" in self._learnt
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of weights, config, tokenizer and what was learnt from the knowledge base."""
+        layout = layout_of(self.model.config, self.model.prefix_tokens)
+        setting = [self.name, 1, self.weights, layout, self.tokenizer.fingerprint, self.dimension]
+        return digest(json.dumps(setting, sort_keys=True), *self._bytes())
+
+    def _bytes(self) -> Iterator[bytes]:
+        for name in sorted(self._learnt):
+            yield f"{name} {self._learnt[name].shape}".encode()
+            yield self._learnt[name].tobytes()
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What `save` writes beside the statistics."""
+        return {
+            "name": self.name,
+            "dimension": self.asked,
+            "checkpoint": str(self.folder),
+            "layer": self.layer,
+            "rows": self.rows,
+            "fingerprint": self.fingerprint,
+        }
+
+    @property
+    def family(self) -> str:
+        """The fingerprint: only vectors of one model and one centring can be compared."""
+        return self.fingerprint
+
+    def fit(self, texts: Iterable[str]) -> None:
+        """Learns means and main directions from up to 8192 texts, drawn uniformly."""
+        drawn, total = draw(texts, SAMPLE), None
+        for _, found in self.run(self.program(self._sums), drawn):
+            found = [np.pad(x.sum(0, dtype=np.float64), _up_to(self.longest, x)) for x in found]
+            total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
+        if total is None:
+            raise RetrievalError(
+                f"none of the {len(drawn)} references has a token that the embedder {self.name!r}"
+                " could learn from; give references with text"
+            )
+        means = position_means(*total)
+        self.set_statistics({"means": means})
+        pooled = self.run(self.program(self._pooled), drawn)
+        pooled_nF = np.concatenate([found[: len(places)] for places, found in pooled])
+        pooled_nF = pooled_nF.astype(np.float64)
+        centre_F = pooled_nF.mean(0)
+        variance_E, axes_FE = directions(pooled_nF - centre_F, self.dimension)
+        projection_FE = axes_FE * self.scales(variance_E)[None]
+        learnt = {"centre": centre_F, "projection": projection_FE}
+        learnt = {name: value.astype(np.float32) for name, value in learnt.items()}
+        self.set_statistics({"means": means, **learnt})
+
+    def _sums(
+        self, params: Params, _: Any, tokens_BT: jax.Array, lengths_B: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Sums of the states (1, T, …) and numbers of real tokens (1, T) over a device's rows."""
+        real_BT = usable(tokens_BT, lengths_B)
+        states = self.states(params, tokens_BT, real_BT).astype(jnp.float32)
+        sums = jnp.where(like(real_BT, states), states, 0).sum(0)
+        return sums[None], real_BT.sum(0)[None]
+
+    def _pooled(
+        self, params: Params, learnt: Any, tokens_BT: jax.Array, lengths_B: jax.Array
+    ) -> jax.Array:
+        return self.pooled(params, learnt["means"], tokens_BT, usable(tokens_BT, lengths_B))
+
+    def _embed(
+        self, params: Params, learnt: Any, tokens_BT: jax.Array, lengths_B: jax.Array
+    ) -> jax.Array:
+        pooled_BF = self._pooled(params, learnt, tokens_BT, lengths_B)
+        return unit((pooled_BF - learnt["centre"][None]) @ learnt["projection"])
+
+    def _embed_queries(
+        self, params: Params, learnt: Any, tokens_BT: jax.Array, lengths_B: jax.Array
+    ) -> jax.Array:
+        """Queries are read as references are, unless a subclass knows better."""
+        return self._embed(params, learnt, tokens_BT, lengths_B)
+
+    def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
+        """Embeds references; longer texts than `memory.reference_length` are cut.
+
+        Returns:
+          (n, dimension) float32; rows of length 1, or of zeros for a text without a token.
+
+        Raises:
+          RetrievalError: the embedder is not fitted.
+        """
+        return self.embedded(self._programs["embed"], texts)
+
+    def embed_queries(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
+        """Embeds texts to search with; as `embed`."""
+        return self.embedded(self._programs["embed_queries"], texts)
+
+    def extended(self, texts: Sequence[str]) -> TrainedEmbedder:
+        """Itself: it reads any text; means and directions stay those of the first ones."""
+        return self
+
+    def set_statistics(self, learnt: Statistics) -> None:
+        """Takes what `fit` learnt: `means` (W, …), `centre` (F,) and `projection` (F, E)."""
+        self._learnt = learnt
+        self._placed = jax.device_put(learnt, replicated(self.mesh))
+
+    def program(self, function: Callable[..., Any]) -> Any:
+        """A function of (params, statistics, tokens (B, T), lengths (B,), more…), jitted; every
+        device works on its rows."""
+        rows, whole = ACTIVATIONS.spec(("batch",)), replicated(self.mesh).spec
+
+        def run(*arguments: Any) -> Any:
+            specs = (whole, whole, *(rows for _ in arguments[2:]))
+            return on_devices(self.mesh, function, specs, rows)(*arguments)
+
+        return jax.jit(run)
+
+    def run(
+        self,
+        program: Any,
+        texts: Sequence[str],
+        more: Callable[[np.ndarray, int], tuple[np.ndarray, ...]] = lambda places, rows: (),
+    ) -> Iterator[tuple[np.ndarray, Any]]:
+        """Results of a program for all texts that have a token: n places, and arrays.
+
+        The first n rows of a result are theirs; others are of empty texts.
+
+        Args:
+          program: of `program`.
+          texts: longer ones than a reference are cut.
+          more: `(places, rows)` → further arguments with that many rows.
+        """
+        statistics = {} if self._placed is None else self._placed
+        for start in range(0, len(texts), _BLOCK):
+            tokens = self.tokenizer.encode_batch(texts[start : start + _BLOCK])
+            tokens = [found[: self.longest] for found in tokens]
+            waiting: list[tuple[np.ndarray, Any]] = []
+            for places, call in calls(tokens, 1, self.rows, self.mesh.size, PAD):
+                arguments = (*call, *more(start + places, len(call[1])))
+                placed = jax.device_put(arguments, self._sharding)
+                waiting.append((start + places, program(self.params, statistics, *placed)))
+                if len(waiting) > 2:
+                    yield jax.device_get(waiting.pop(0))
+            yield from map(jax.device_get, waiting)
+
+    def embedded(self, program: Any, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
+        """Rows of a program's results; zeros for a text without a token.
+
+        Raises:
+          RetrievalError: it is not fitted.
+        """
+        if not self.fitted:
+            raise RetrievalError(
+                f"the embedder {self.name!r} has no statistics yet; call fit on the texts of the"
+                " knowledge base, or load it from an index"
+            )
+        embeddings = np.zeros((len(texts), self.dimension), np.float32)
+        for places, found in self.run(program, texts):
+            embeddings[places] = found[: len(places)]
+        return embeddings
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `embedder.json`, which names the checkpoint, and the statistics."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **dict(sorted(self._learnt.items())))  # type: ignore[arg-type]
+        write_atomically(Path(folder) / _STATISTICS, buffer.getvalue())
+        write_spec(folder, self.spec)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> TrainedEmbedder:
+        """Reads what `save` wrote, and the checkpoint.
+
+        Raises:
+          RetrievalError: a file is missing or damaged, or the checkpoint is gone or another one.
+        """
+        spec = read_spec(folder)
+        remedy = (
+            "put the checkpoint back there, or build the index again (launch/prepare.py) with"
+            " config.retrieval.checkpoint"
+        )
+        try:
+            data = io.BytesIO((Path(folder) / _STATISTICS).read_bytes())
+            with np.load(data, allow_pickle=False) as found:
+                learnt = {name: found[name] for name in sorted(found.files)}
+            path, expected = Path(spec["checkpoint"]), spec["fingerprint"]
+            arguments = int(spec["dimension"]), int(spec["layer"]), int(spec["rows"])
+        except (OSError, KeyError, TypeError, ValueError, BadZipFile) as error:
+            raise RetrievalError(
+                f"cannot load the embedder in {folder} ({error!r}); build the index again"
+            ) from error
+        if not path.is_dir():
+            raise RetrievalError(
+                f"{folder} needs the checkpoint {path}, which is missing; {remedy}"
+            )
+        here = _LOADED.get(f"{path} {expected}")
+        if isinstance(here, cls):  # the layers of an edited index have one embedder
+            return here
+        embedder = cls(path, *arguments)
+        embedder.set_statistics(learnt)
+        if embedder.fingerprint != expected:
+            raise RetrievalError(
+                f"{folder} was written with another checkpoint than {path} holds now (fingerprint"
+                f" {expected}; now {embedder.fingerprint}); {remedy}"
+            )
+        _LOADED[f"{path} {expected}"] = embedder
+        return embedder
+
+
+def _up_to(longest: int, x: np.ndarray) -> list[tuple[int, int]]:
+    """Padding that gives sums (devices, T, …) the positions of all calls, whatever their T."""
+    most = 2 * max(longest, 16)  # a call is padded to at most a half more than that
+    return [(0, most - x.shape[1]), *((0, 0) for _ in x.shape[2:])]

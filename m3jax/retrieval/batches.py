@@ -1,0 +1,59 @@
+"""Tokens of texts as the calls of a jitted encoder, whose rows are split over devices.
+
+A text is padded to a length that depends on its own tokens alone, in calls whose shape depends on
+that length alone; and within a call no row sees another. So a text gives the same bits with any
+other texts, in any order and on any number of devices of one kind; other kinds of devices, versions
+of XLA or `rows` may change the last bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Int, Int32
+
+# Tokens that a text is padded to: at most a half more than it has. Beyond twice the query block of
+# the attention these are multiples of it.
+BUCKETS = tuple(size for i in range(4, 18) for size in (2**i, 3 * 2 ** (i - 1)))
+_FULL = 512  # tokens up to which a call has all its rows; longer texts come in fewer
+
+Call = tuple[
+    Int[np.ndarray, " n"], tuple[Int32[np.ndarray, "rows bucket"], Int32[np.ndarray, " rows"]]
+]
+
+
+def calls(
+    tokens: Sequence[Sequence[int] | np.ndarray],
+    least: int,
+    rows: int,
+    devices: int,
+    padding: int,
+) -> Iterator[Call]:
+    """Positions of texts in `tokens`, and the tokens and lengths of the call that encodes them.
+
+    Args:
+      tokens: of every text.
+      least: tokens below which a text is left out.
+      rows: texts one device encodes at a time; fewer above 512 tokens.
+      devices: over which the rows of a call are split.
+      padding: token that fills rows.
+    """
+    lengths = np.array([len(found) for found in tokens], np.int32)
+    buckets = np.array(BUCKETS)[np.searchsorted(BUCKETS, lengths)]
+    for bucket in np.unique(buckets[lengths >= least]).tolist():
+        size = rows_of(bucket, rows) * devices
+        chosen = np.flatnonzero((lengths >= least) & (buckets == bucket))
+        for start in range(0, len(chosen), size):
+            places = chosen[start : start + size]
+            filled = np.full((size, bucket), padding, np.int32)
+            real = np.zeros(size, np.int32)
+            real[: len(places)] = lengths[places]
+            for row, i in enumerate(places.tolist()):
+                filled[row, : lengths[i]] = tokens[i]
+            yield places, (filled, real)
+
+
+def rows_of(bucket: int, rows: int) -> int:
+    """Rows of one device in a call with texts of this length."""
+    return max(1, min(rows, rows * _FULL // bucket))
