@@ -250,10 +250,10 @@ def test_storage_of_the_paper_by_the_real_writer(tmp_path: Path) -> None:
         memory__layers=22,
         memory__kept_tokens=8,
         memory__dtype="bfloat16",
-        writer__batch_references=4,
-        writer__shard_memories=4,
+        writer__batch_references=2,
+        writer__shard_memories=2,
     )
-    references, tebi, count = TinyReferences(4), 2.0**40, 1.12e8
+    references, tebi, count = TinyReferences(2), 2.0**40, 1.12e8
     plain = _bytes_of_files(tmp_path / "plain", config, references)
     random = np.random.default_rng(0)
     tables = [random.normal(size=shape) for shape in ((80, 80), (2, 2**14, 40), (8, 2**10, 10))]
