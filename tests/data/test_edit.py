@@ -17,7 +17,7 @@ import pytest
 from data.data_workdir import make_workdir, tiny_config
 
 from m3jax.config import PREFIX_TOKENS
-from m3jax.data.edit import edit, merge, rollback
+from m3jax.data.edit import edit, merge, refresh, rollback
 from m3jax.data.knowledge import (
     VERSIONS,
     VersionError,
@@ -217,7 +217,7 @@ def test_an_edit_follows_a_bank_with_context(workdir: Path) -> None:
     added = References.open(version.layers[1] / "references")
     assert len(added) > 2
     in_context(added, workdir / "alone", None, context="reference")
-    alone = edits.Bank.open(workdir / "alone").read(np.arange(2)).values
+    alone = Bank.open(workdir / "alone").read(np.arange(2)).values
     references, _, bank = opened(workdir)
     keys = [f"Long#{n}" for n in range(2)]
     before = bank.read(np.array([references.find(key) for key in keys])).values
@@ -400,11 +400,14 @@ def _loop(workdir: Path, seed: int) -> None:
         references, _, _ = opened(workdir)
         name = f"N{chosen.randrange(30)}"
         there = references.lookup(f"{name}#0") is not None
-        kind = chosen.choice(["edit", "edit", "delete", "collect"])
+        kind = chosen.choice(["edit", "edit", "delete", "refresh", "collect"])
         if kind == "delete" and there:
             edit(CONFIG, workdir, delete=[name], write=write)
         elif kind == "collect":
             collect(CONFIG, workdir, write=write)
+        elif kind == "refresh":
+            what = str(chosen.random())
+            refresh(workdir, what, write=lambda r, folder, _: write(r, folder, None), note=what)
         else:
             word = chosen.choice(["otter", "lynx"])
             edit(CONFIG, workdir, documents=documents(name, word=word), replace=there, write=write)

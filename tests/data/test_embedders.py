@@ -18,7 +18,7 @@ from memory.memory_tiny import tiny_params
 
 from m3jax.config import PREFIX_TOKENS, to_json
 from m3jax.data import trained
-from m3jax.data.edit import collect, edit
+from m3jax.data.edit import edit
 from m3jax.data.embedders import (
     AttentionEmbedder,
     ModelEmbedder,
@@ -34,6 +34,7 @@ from m3jax.data.knowledge import (
     open_version,
 )
 from m3jax.data.pooling import draw, position_means
+from m3jax.data.upkeep import collect
 from m3jax.evaluation.hits import hit_rates
 from m3jax.memory.write import write_bank
 from m3jax.model.transformer import Model
