@@ -145,11 +145,13 @@ def _open_many(folder: Path, rounds: int = 5) -> dict[str, float]:
 
 # Prints the seconds to open the bank, and the largest resident size before and after reading, MB.
 _READER = """
-import resource, sys, time
+import sys, time
 import numpy as np
 from m3jax.memory.bank import Bank
-def used():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+def used():  # not of getrusage: that counts the process from which this one was forked
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1000
 before, begin = used(), time.perf_counter()
 bank = Bank.open(sys.argv[1])
 seconds = time.perf_counter() - begin
