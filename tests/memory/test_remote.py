@@ -48,7 +48,7 @@ def _assert_same(url: str, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _refused(url: str, *words: str, seconds: float = 15.0) -> Iterator[None]:
+def _refused(url: str, *words: str, seconds: float = 30.0) -> Iterator[None]:
     begin = time.monotonic()
     with pytest.raises(BankError) as caught:
         yield
