@@ -23,11 +23,6 @@ _FROM_SCRATCH = flags.DEFINE_bool(
     False,
     "Also train with memory from the start, at equal compute (Memory³ §6.1); doubles the time.",
 )
-_CONTEXT = flags.DEFINE_bool(
-    "compare_context",
-    False,
-    "Also read memories with and without their document's context (Memory³ §10); 7 minutes more.",
-)
 
 
 def main(argv: list[str]) -> None:
@@ -39,11 +34,7 @@ def main(argv: list[str]) -> None:
 
     workdir = Path(_WORKDIR.value).absolute()
     demonstration = Demonstration(config.get_config, workdir, dict(config.WORLD), _SEED.value)
-    run(
-        demonstration,
-        compare_from_scratch=_FROM_SCRATCH.value,
-        compare_context=_CONTEXT.value,
-    )
+    run(demonstration, compare_from_scratch=_FROM_SCRATCH.value)
     report = workdir / "report" / "README.md"
     print(report.read_text(encoding="utf-8"))
     print(f"report: {report}")

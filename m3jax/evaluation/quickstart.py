@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 
 from m3jax import config as config_lib
 from m3jax.data.pipeline import open_pipeline
-from m3jax.evaluation import quickstart_context as context
 from m3jax.evaluation.losses import evaluator
 from m3jax.evaluation.plots import Read, accuracy_bars, attention_map
 from m3jax.evaluation.questions import Answerer, Question
@@ -75,12 +74,7 @@ class Demonstration:
         return config_lib.validate(config)
 
 
-def run(
-    demonstration: Demonstration,
-    *,
-    compare_from_scratch: bool = False,
-    compare_context: bool = False,
-) -> dict[str, Any]:
+def run(demonstration: Demonstration, *, compare_from_scratch: bool = False) -> dict[str, Any]:
     """Runs all steps and writes `report/`; returns the content of `report/summary.json`."""
     seconds: dict[str, float] = {}
     started = time.time()
@@ -102,14 +96,10 @@ def run(
         _rewrite(demonstration, workdir / "deleted", world.people)
     with _step("7/7 questions", seconds, "questions"):
         accuracy = _ask(demonstration, world, changed)
-    extra = {}
+    losses = {}
     if compare_from_scratch:
         with _step("extra: memory from the start, at equal compute", seconds, "scratch"):
-            extra["from_scratch"] = _compare_from_scratch(demonstration)
-    if compare_context:
-        with _step("extra: memories with their document's context", seconds, "context"):
-            config = demonstration.config("continual")
-            extra["context"] = context.compare_context(config, workdir, demonstration.world)
+            losses = _compare_from_scratch(demonstration)
     summary = {
         "accuracy": accuracy,
         "chance": 1 / demonstration.world["values"],
@@ -117,7 +107,7 @@ def run(
         "seconds": round(time.time() - started, 1),
         "seconds_by_step": seconds,
         "seed": demonstration.seed,
-        **extra,
+        **({"from_scratch": losses} if losses else {}),
     }
     _report(demonstration, summary)
     return summary
@@ -365,6 +355,4 @@ At equal compute, memory from the start ends at a validation loss of
 {losses["scratch_loss_memory"]:.3f} with memory, warmup and then memory at
 {losses["continual_loss_memory"]:.3f} (nats a token).
 """
-    if "context" in summary:
-        text += context.table(summary["context"])
     write_atomically(folder / "README.md", text.encode())
