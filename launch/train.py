@@ -77,6 +77,7 @@ def main(argv: list[str]) -> None:
 def _train(config: ConfigDict, profile_steps: tuple[int, int] | None) -> None:
     import jax
 
+    from m3jax.data.knowledge import read_current
     from m3jax.evaluation.staleness import rewrite
     from m3jax.text.tokenizer import Tokenizer
     from m3jax.train.checkpoints import FOLDER, knowledge_version
@@ -88,6 +89,12 @@ def _train(config: ConfigDict, profile_steps: tuple[int, int] | None) -> None:
     version = _VERSION.value
     if version is None:  # a run goes on with what it has read
         version = knowledge_version(stage)
+        current = read_current(workdir)["version"]
+        if version not in (None, current) and jax.process_index() == 0:
+            print(
+                f"{config.stage} goes on with version {version} of the knowledge, which it has read"
+                f" before; the current one is {current} (--bank_version={current})"
+            )
     if config.train.refresh_every and _BANK.value is not None:
         raise app.UsageError("train.refresh_every refreshes the workdir's bank; leave out --bank")
 
