@@ -176,7 +176,7 @@ def rewrite(
     fingerprint, current = writer_fingerprint(params, config), open_version(workdir)
     if current.has_bank:
         bank = Bank.open(current.banks[0])
-        whole = not bank.manifest["info"]["foreign"]
+        whole = not bank.manifest["info"].get("foreign", 0)
         if bank.binding.writer == fingerprint and (whole or share < 1):
             return current
 
