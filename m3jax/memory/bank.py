@@ -14,6 +14,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from m3jax.memory import codec as codecs
+from m3jax.memory.buffers import Buffers
 from m3jax.memory.codec import Codec
 from m3jax.memory.context import UNSTATED, layout_entries
 from m3jax.memory.remote import require_served
@@ -162,6 +163,7 @@ class Bank:
         self.dtype = np.dtype(jax.numpy.dtype(manifest["dtype"]))
         self.codec = _read_codec(folder, manifest, self.binding)
         self.shards = Shards(folder, manifest, cache_bytes)
+        self._buffers = Buffers()
 
     @classmethod
     def open(
@@ -244,7 +246,7 @@ class Bank:
         return jax.tree.map(np.asarray, jax.jit(self.codec.decode)(stored))
 
     def read_stored(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
-        """Memories of references as they are stored, as fresh NumPy arrays.
+        """Memories of references as they are stored, as NumPy arrays.
 
         Args:
           ids: reference ids of any shape; −1 is no memory: zeros, length 0. One that occurs more
@@ -264,8 +266,8 @@ class Bank:
                 f"reference id {wrong} is not in bank {self.folder}, which holds 0 …"
                 f" {self.size - 1}: index, references and bank were made from different sets"
             )
-        # Fresh zeros cost nothing: pages that are not written are never touched.
-        both = np.zeros((2, flat.size, *self.manifest["shape"][2:]), self.dtype)
+        both = self._buffers.take((2, flat.size, *self.manifest["shape"][2:]), self.dtype)
+        both[:, ~real] = 0
         if real.any():
             self.shards.read(flat, real, both)
         length: Any = np.where(real, self.lengths[np.where(real, flat, 0)], 0).astype(np.int32)

@@ -8,11 +8,13 @@ damaged file) is left to TensorStore, which names it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import crc32c
 import numpy as np
@@ -24,11 +26,20 @@ _SHARDS = 8192  # shard indexes kept, 4 kB each at 256 memories a shard
 _CHECKSUM = 4  # bytes
 
 
+class Chunk(NamedTuple):
+    """A memory's place in the file of a shard, and where it is wanted."""
+
+    shard: int
+    offset: int
+    keys: memoryview
+    values: memoryview
+
+
 class DirectReader:
     """Random access to the chunks of a bank's zarr3 shards. Safe to use from several threads."""
 
     threads = 16
-    group = 4  # memories a task: fewer would cost more in Python, more would wait for each other
+    task = 1 << 21  # least bytes a task: threads that only wait for Python are slower than one
 
     def __init__(self, folder: str | Path, manifest: dict[str, Any]):
         """Reads nothing yet."""
@@ -55,21 +66,24 @@ class DirectReader:
         """
         order = np.argsort(ids, kind="stable")
         order = order[wanted[order]]
-        groups = [order[i : i + self.group] for i in range(0, len(order), self.group)]
+        keys, values = (part.reshape(len(ids), -1).view(np.uint8) for part in (keys, values))
 
         def read(group: np.ndarray) -> bool:
-            return all(self._one(int(ids[i]), keys[i], values[i]) for i in group)
+            try:
+                chunks = [self._chunk(int(ids[i]), keys[i].data, values[i].data) for i in group]
+                return self._load(chunks)
+            except (OSError, ValueError, IndexError):
+                return False
 
-        return all(self._pool.map(read, groups))
+        step = max(-(-len(order) // self.threads), -(-self.task // (2 * keys.shape[1])))
+        return all(self._pool.map(read, [order[i : i + step] for i in range(0, len(order), step)]))
 
-    def _one(self, memory: int, keys: np.ndarray, values: np.ndarray) -> bool:
+    def _chunk(self, memory: int, keys: memoryview, values: memoryview) -> Chunk:
         shard, row = divmod(memory, self._shard)
-        k, v = (array.reshape(-1).view(np.uint8).data for array in (keys, values))
-        try:
-            offset, size = self._index(shard)[row].tolist()
-            return size == len(k) + len(v) + _CHECKSUM and self._load(shard, offset, k, v)
-        except (OSError, ValueError, IndexError):
-            return False
+        offset, size = self._index(shard)[row].tolist()
+        if size != len(keys) + len(values) + _CHECKSUM:
+            raise ValueError(f"{size} bytes of another memory")
+        return Chunk(shard, offset, keys, values)
 
     def _read_index(self, shard: int) -> np.ndarray:
         """Place and size of every chunk of a shard, from the end of its file.
@@ -83,11 +97,11 @@ class DirectReader:
             raise ValueError("the shard's index is damaged")
         return np.frombuffer(data[:size], "<u8").reshape(-1, 2)
 
-    def _load(self, shard: int, offset: int, keys: memoryview, values: memoryview) -> bool:
-        """Copies a chunk of a shard's file, from `offset` on; whether it is there and intact.
+    def _load(self, chunks: list[Chunk]) -> bool:
+        """Fills the buffers of chunks; whether all were there and intact.
 
         Raises:
-          OSError, ValueError: it cannot be read.
+          OSError, ValueError: one cannot be read.
         """
         raise NotImplementedError
 
@@ -99,19 +113,19 @@ class DirectReader:
 class FileReader(DirectReader):
     """Of a local folder, on a system that reads into several buffers at once."""
 
-    def _load(self, shard: int, offset: int, keys: memoryview, values: memoryview) -> bool:
-        stored = bytearray(_CHECKSUM)
-        descriptor = os.open(Path(self._folder) / shard_key(shard), os.O_RDONLY)
-        try:
-            expected = len(keys) + len(values) + _CHECKSUM
-            if os.preadv(descriptor, [keys, values, stored], offset) != expected:
-                return False
-        finally:
-            os.close(descriptor)
-        return crc32c.crc32c(values, crc32c.crc32c(keys)) == int.from_bytes(stored, "little")
+    def _load(self, chunks: list[Chunk]) -> bool:
+        with contextlib.ExitStack() as files:
+            shards = {chunk.shard for chunk in chunks}
+            opened = {shard: files.enter_context(self._open(shard)).fileno() for shard in shards}
+            for chunk in chunks:
+                _announce(opened[chunk.shard], chunk)
+            return all(_load_from(opened[chunk.shard], chunk) for chunk in chunks)
+
+    def _open(self, shard: int) -> FileIO:
+        return FileIO(Path(self._folder) / shard_key(shard))
 
     def _end(self, shard: int, size: int) -> bytes:
-        with (Path(self._folder) / shard_key(shard)).open("rb") as file:
+        with self._open(shard) as file:
             file.seek(-size, os.SEEK_END)
             return file.read()
 
@@ -119,18 +133,21 @@ class FileReader(DirectReader):
 class RangeReader(DirectReader):
     """Of a server, a bucket or any store that TensorStore knows: as many requests as threads."""
 
-    threads, group = IO_THREADS, 1
+    threads, task = IO_THREADS, 1
 
     def __init__(self, folder: str | Path, manifest: dict[str, Any]):
         super().__init__(folder, manifest)
         self._store = store(folder)
 
-    def _load(self, shard: int, offset: int, keys: memoryview, values: memoryview) -> bool:
-        size = len(keys) + len(values)
-        data = self._range(shard, slice(offset, offset + size + _CHECKSUM))
+    def _load(self, chunks: list[Chunk]) -> bool:
+        return all(map(self._load_one, chunks))
+
+    def _load_one(self, chunk: Chunk) -> bool:
+        keys, size = len(chunk.keys), len(chunk.keys) + len(chunk.values)
+        data = self._range(chunk.shard, slice(chunk.offset, chunk.offset + size + _CHECKSUM))
         if crc32c.crc32c(data[:size]) != int.from_bytes(data[size:], "little"):
             return False
-        keys[:], values[:] = data[: len(keys)], data[len(keys) : size]
+        chunk.keys[:], chunk.values[:] = data[:keys], data[keys:size]
         return True
 
     def _end(self, shard: int, size: int) -> bytes:
@@ -142,6 +159,21 @@ class RangeReader(DirectReader):
         if found.state != "value":
             raise FileNotFoundError(shard_key(shard))
         return bytes(found.value)
+
+
+def _announce(descriptor: int, chunk: Chunk) -> None:
+    """Tells the disk what will be read: it looks for all of it at once, not for one at a time."""
+    if hasattr(os, "posix_fadvise"):
+        size = len(chunk.keys) + len(chunk.values) + _CHECKSUM
+        os.posix_fadvise(descriptor, chunk.offset, size, os.POSIX_FADV_WILLNEED)
+
+
+def _load_from(descriptor: int, chunk: Chunk) -> bool:
+    stored, (_, offset, keys, values) = bytearray(_CHECKSUM), chunk
+    found = os.preadv(descriptor, [keys, values, stored], offset)
+    if found != len(keys) + len(values) + _CHECKSUM:
+        return False
+    return crc32c.crc32c(values, crc32c.crc32c(keys)) == int.from_bytes(stored, "little")
 
 
 def open_reader(folder: str | Path, manifest: dict[str, Any]) -> DirectReader:
