@@ -42,7 +42,8 @@ def bank(rounds: int = 9, memories: int = 2048) -> dict[str, Figures]:
       `ratios`: `cold_over_pread`, `warm_over_pread` (above 1: the bank is faster);
       `compressed_over_bf16`, memories a second of a bank by the vector quantizer over those of
       bfloat16, both cold; `compressed_over_pread`, the former over the same bytes by `pread`, which
-      is what the disk gives for pieces so small. `seconds`: medians of single reads. `rates`: MB and memories a second.
+      is what the disk gives for pieces so small. `seconds`: medians of single reads. `rates`: MB
+      and memories a second.
       `million`: of a bank of 1e6 memories of 64 bytes: `seconds` to open it, and the largest
       resident `MB` of a process that reads it, with those `MB_before` it was opened.
     """

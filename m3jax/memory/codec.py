@@ -102,6 +102,7 @@ def train_codec(
     coarse_bits: int,
     fine_bits: int,
     seed: int = 0,
+    progress: bool = False,
     **options: Any,
 ) -> Codec:
     """The codec of a name, fitted to the real slots of some memories.
@@ -113,6 +114,7 @@ def train_codec(
       dtype: of the bank's memories.
       coarse_bits, fine_bits, options: see `quantizer.train`.
       seed: of the training.
+      progress: whether to show it.
 
     Raises:
       QuantizerError: too few vectors, numbers that are not finite, a head dim that does not split.
@@ -130,6 +132,7 @@ def train_codec(
                 seed=seed + part,
                 coarse_bits=coarse_bits,
                 fine_bits=fine_bits,
+                progress=f"codebook of {('keys', 'values')[part]}" if progress else None,
                 **options,
             )
         )

@@ -7,8 +7,13 @@ ours there.
 
 The halves do not meet, so a code is the best of its half. `candidates` > 1 tries several coarse
 entries with their fine ones and keeps the pair with the least error, where FAISS takes the nearest
-coarse entry first; the bytes and the decoder are the same. Training ends with rounds that fit
-rotation, coarse and fine entries to each other, each to what the others leave.
+coarse entry first; the bytes and the decoder are the same.
+
+Training takes the principal axes and deals them out to the parts, so that each has as much to
+store (the optimal rotation for a Gaussian, Ge et al. 2013), then k-means for each table, then
+rounds that fit rotation, coarse and fine entries to each other. A coarse entry is the mean of few
+vectors, and lies nearer to them than to vectors it has not seen: fine entries are fitted to what
+the mean of the *other* vectors of the entry would leave.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
+from tqdm import tqdm
 
 from m3jax.memory.storage import BankError
 
@@ -28,6 +34,8 @@ HALVES = 2
 COARSE_BITS, FINE_PARTS, FINE_BITS = 14, 8, 10
 # Vectors compared at a time: on a CPU their 2¹⁴ distances, 8 MB, stay near the processor.
 _BLOCK, _BLOCK_OF_ACCELERATOR = 128, 4096
+# Of k-means: vectors of the iterations before the last ones, for each entry and at least.
+_SAMPLED_OF_ENTRY, _SAMPLED, _LAST = 10, 2**16, 5
 _GROUP = 128  # entries whose best is found first; see `_largest`
 
 
@@ -105,10 +113,10 @@ def train(
     coarse_bits: int = COARSE_BITS,
     fine_parts: int = FINE_PARTS,
     fine_bits: int = FINE_BITS,
-    rotations: int = 30,
     iterations: int = 25,
     refinements: int = 6,
     candidates: int = 4,
+    progress: str | None = None,
 ) -> Codebook:
     """Fits a quantizer.
 
@@ -117,10 +125,10 @@ def train(
       seed: of initial entries.
       coarse_bits, fine_parts, fine_bits: the code's size: 2 · coarse_bits and
         fine_parts · fine_bits, each rounded up to bytes.
-      rotations: rounds that fit the rotation (OPQ), with a product quantizer in the code's place.
-      iterations: rounds of k-means for each table.
+      iterations: rounds of k-means for each table; all but the last five of ten vectors an entry.
       refinements: last rounds that fit rotation and both tables to each other.
       candidates: as in `encode`, in those rounds.
+      progress: what the progress bar says; None shows none.
 
     Raises:
       QuantizerError: too few vectors, numbers that are not finite, or a head dim that does not
@@ -128,17 +136,20 @@ def train(
     """
     x = jnp.asarray(vectors, jnp.float32)
     _check(x, coarse_bits, fine_parts, fine_bits)
-    H = x.shape[1]
-    keys = jax.random.split(jax.random.key(seed), 3)
-    parts = max(part for part in range(1, H // 4 + 1) if H % part == 0)
-    rotation = _fit_rotation(x, keys[0], parts, rotations)
-    y = x @ rotation.T
-    coarse, nearest = _kmeans_of_parts(_parts(y, HALVES), keys[1], 2**coarse_bits, iterations)
-    rest = y - jax.vmap(jnp.take, (0, 0, None))(coarse, nearest, 0).swapaxes(0, 1).reshape(-1, H)
-    fine, _ = _kmeans_of_parts(_parts(rest, fine_parts), keys[2], 2**fine_bits, iterations)
-    codebook = Codebook(rotation, coarse, fine)
-    for _ in range(refinements):
-        codebook = _refined(codebook, x, candidates)
+    keys = jax.random.split(jax.random.key(seed))
+    rotation = _balanced_axes(x, fine_parts)
+    total = (HALVES + fine_parts) * iterations + refinements
+    with tqdm(total=total, desc=progress, unit="round", disable=progress is None) as bar:
+        halves = _parts(x @ rotation.T, HALVES)
+        coarse = _kmeans_of_parts(halves, keys[0], 2**coarse_bits, iterations, bar)
+        rest = jnp.concatenate(
+            [_unseen_rest(*half) for half in zip(halves, coarse, strict=True)], axis=1
+        )
+        fine = _kmeans_of_parts(_parts(rest, fine_parts), keys[1], 2**fine_bits, iterations, bar)
+        codebook = Codebook(rotation, coarse, fine)
+        for _ in range(refinements):
+            codebook = jax.block_until_ready(_refined(codebook, x, candidates))
+            bar.update()
     return codebook
 
 
@@ -313,10 +324,15 @@ def _nearest(x: Array, entries: Array) -> Array:
     return _by_block(lambda block: _largest(_with_one(block) @ columns), x)
 
 
+def _numbers(nearest: Array, count: int) -> Array:
+    """How many vectors each entry has."""
+    return jnp.zeros(count).at[nearest].add(1.0)
+
+
 @functools.partial(jax.jit, static_argnames="count")
 def _means(x: Array, nearest: Array, count: int) -> tuple[Array, Array]:
     """Mean of the vectors of each entry, 0 where there are none; and how many there are."""
-    numbers = jnp.zeros(count).at[nearest].add(1.0)
+    numbers = _numbers(nearest, count)
     sums = jnp.zeros((count, x.shape[1])).at[nearest].add(x)
     return sums / jnp.maximum(numbers, 1.0)[:, None], numbers
 
@@ -333,42 +349,54 @@ def _split_large(means: Array, numbers: Array) -> Array:
     return jnp.where(empty[:, None], means[donor] * (1 + apart), kept)
 
 
-def _kmeans(x: Array, key: Array, count: int, iterations: int) -> tuple[Array, Array]:
-    """Lloyd's algorithm: entries `(count, d)`, and the nearest of each vector."""
-    entries = x[jax.random.choice(key, len(x), (count,), replace=False)]
-    for _ in range(iterations):
-        entries = _split_large(*_means(x, _nearest(x, entries), count))
-    return entries, _nearest(x, entries)
+def _kmeans(x: Array, key: Array, count: int, iterations: int, bar: tqdm | None = None) -> Array:
+    """Lloyd's algorithm: entries `(count, d)`. Most of the iterations take a sample of x."""
+    order = jax.random.permutation(key, len(x))
+    sample = x[order[: max(_SAMPLED_OF_ENTRY * count, _SAMPLED)]]
+    entries = sample[:count]
+    for i in range(iterations):
+        of = x if i >= iterations - _LAST else sample
+        entries = _split_large(*_means(of, _nearest(of, entries), count))
+        if bar is not None:
+            entries.block_until_ready()
+            bar.update()
+    return entries
 
 
-def _kmeans_of_parts(parts: Array, key: Array, count: int, iterations: int) -> tuple[Array, Array]:
+def _kmeans_of_parts(parts: Array, key: Array, count: int, iterations: int, bar: tqdm) -> Array:
     keys = jax.random.split(key, len(parts))
-    found = [_kmeans(x, k, count, iterations) for x, k in zip(parts, keys, strict=True)]
-    return jnp.stack([entries for entries, _ in found]), jnp.stack([near for _, near in found])
+    return jnp.stack(
+        [_kmeans(x, k, count, iterations, bar) for x, k in zip(parts, keys, strict=True)]
+    )
+
+
+@jax.jit
+def _unseen_rest(x: Array, entries: Array) -> Array:
+    """What entries leave of vectors, had each not been among those whose mean its entry is."""
+    columns = _comparable(entries)
+    two = _by_block(lambda block: _candidates(_with_one(block) @ columns, 2), x)
+    numbers = _numbers(two[:, 0], len(entries))[two[:, :1]]
+    rest = x - entries[two[:, 0]]
+    return jnp.where(numbers > 1, rest * numbers / (numbers - 1), x - entries[two[:, 1]])
+
+
+def _balanced_axes(x: Array, parts: int) -> Array:
+    """Principal axes as a rotation; the product of variances is about the same in every part."""
+    variances, axes = np.linalg.eigh(np.cov(np.asarray(x), rowvar=False))
+    sizes = np.log(np.maximum(variances, 1e-9 * variances[-1] + 1e-30))
+    room = len(axes) // parts
+    chosen: list[list[int]] = [[] for _ in range(parts)]
+    for axis in reversed(range(len(axes))):  # the widest first
+        open_parts = (part for part in chosen if len(part) < room)
+        least = min(open_parts, key=lambda part: sum(sizes[part] - sizes[0]))
+        least.append(axis)
+    return jnp.asarray(axes[:, np.concatenate(chosen)].T, jnp.float32)
 
 
 def _procrustes(x: Array, target: Array) -> Array:
     """The orthonormal matrix A that brings A x nearest to the target."""
     u, _, vt = jnp.linalg.svd(target.T @ x, full_matrices=False)
     return u @ vt
-
-
-def _fit_rotation(x: Array, key: Array, parts: int, rounds: int) -> Array:
-    """OPQ (Ge et al. 2013): rotation and product quantizer of 2⁸ entries a part, in turn."""
-    H = x.shape[1]
-    rotation = jnp.linalg.qr(jax.random.normal(key, (H, H)))[0]
-    sample = x[: 256 * 256]
-    count = min(256, len(sample))
-    first = jax.random.choice(key, len(sample), (count,), replace=False)
-    entries = list(_parts(sample[first] @ rotation.T, parts))
-    for round_ in range(rounds):
-        y = _parts(sample @ rotation.T, parts)
-        for i in range(parts):
-            for _ in range(10 if round_ == 0 else 2):
-                entries[i] = _split_large(*_means(y[i], _nearest(y[i], entries[i]), count))
-        found = [entries[i][_nearest(y[i], entries[i])] for i in range(parts)]
-        rotation = _procrustes(sample, jnp.concatenate(found, axis=1))
-    return rotation
 
 
 def _refined(codebook: Codebook, x: Array, candidates: int) -> Codebook:
@@ -387,8 +415,13 @@ def _refined(codebook: Codebook, x: Array, candidates: int) -> Codebook:
         found = [table[i][indices[:, i]] for i in range(len(table))]
         return jnp.concatenate(found, axis=1)
 
-    coarse = fitted(codebook.coarse, coarse_index, y - rows(codebook.fine, fine_index))
-    fine = fitted(codebook.fine, fine_index, y - rows(coarse, coarse_index))
+    fine_rows = rows(codebook.fine, fine_index)
+    coarse = fitted(codebook.coarse, coarse_index, y - fine_rows)
+    rest = y - rows(coarse, coarse_index)
+    numbers = [_numbers(index, coarse.shape[1])[index] for index in coarse_index.T]
+    others = jnp.repeat(jnp.stack(numbers, 1) - 1, coarse.shape[2], axis=1)
+    unseen_rest = rest + (rest - fine_rows) / jnp.maximum(others, 1)
+    fine = fitted(codebook.fine, fine_index, unseen_rest)
     decoded = rows(coarse, coarse_index) + rows(fine, fine_index)
     return Codebook(_procrustes(x, decoded), coarse, fine)
 

@@ -384,6 +384,7 @@ def _make_codec(
         dtype,
         coarse_bits=writer.coarse_bits,
         fine_bits=writer.fine_bits,
+        progress=True,
     )
     if not storage.is_url(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)

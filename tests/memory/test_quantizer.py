@@ -28,7 +28,7 @@ def vectors(n: int, dim: int = H, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def trained() -> Codebook:
-    return train(vectors(2000), **BITS, rotations=5, iterations=8, refinements=3)
+    return train(vectors(2000), **BITS, iterations=8, refinements=3)
 
 
 def loops(codebook: Codebook, x: np.ndarray) -> list[tuple[list[int], list[int]]]:
@@ -95,10 +95,57 @@ def test_more_candidates_and_refinement_lower_the_error(trained: Codebook) -> No
 
     errors = [error(trained, candidates) for candidates in (1, 2, 8)]
     assert errors[2] < errors[1] < errors[0] < 0.2
-    plain = train(vectors(2000), **BITS, rotations=5, iterations=8, refinements=0)
+    plain = train(vectors(2000), **BITS, iterations=8, refinements=0)
     assert error(trained, 8) < error(plain, 8)
-    unrotated = train(vectors(2000), **BITS, rotations=0, iterations=8, refinements=0)
-    assert error(plain, 1) < error(unrotated, 1)
+
+
+def test_axes_are_principal_and_balanced() -> None:
+    random = np.random.default_rng(0)
+    turn = np.linalg.qr(random.normal(size=(H, H)))[0]
+    x = (random.normal(size=(20_000, H)) * np.geomspace(1, 0.01, H)) @ turn
+    rotation = np.asarray(quantizer._balanced_axes(jnp.asarray(x), 8))
+    np.testing.assert_allclose(rotation @ rotation.T, np.eye(H), atol=1e-6)
+    covariance = np.cov((x @ rotation.T).T)
+    spread = np.sqrt(np.diag(covariance))
+    np.testing.assert_allclose(covariance / np.outer(spread, spread), np.eye(H), atol=0.01)
+    products = spread.reshape(8, -1).prod(1)
+    assert products.max() / products.min() < 1.2  # 4000 in the order of the axes
+
+
+def test_axes_of_vectors_that_do_not_fill_the_space() -> None:
+    flat = np.concatenate([vectors(200)[:, :10], np.zeros((200, 6))], axis=1)
+    for x in (flat, np.ones((200, H))):
+        rotation = np.asarray(quantizer._balanced_axes(jnp.asarray(x), 8))
+        np.testing.assert_allclose(rotation @ rotation.T, np.eye(H), atol=1e-6)
+
+
+def test_what_a_coarse_entry_leaves_of_a_vector_it_has_not_seen() -> None:
+    random = np.random.default_rng(0)
+    x = np.repeat(np.arange(5.0), [1, 2, 3, 4, 5])[:, None] * 100 + random.normal(size=(15, 4))
+    of = np.repeat(np.arange(5), [1, 2, 3, 4, 5])
+    means = np.array([x[of == i].mean(0) for i in range(5)])
+    expected = np.empty_like(x)
+    for i in range(15):
+        others = np.flatnonzero((of == of[i]) & (np.arange(15) != i))
+        mean = x[others].mean(0) if len(others) else means[1]  # the next one
+        expected[i] = x[i] - mean
+    found = quantizer._unseen_rest(jnp.asarray(x, jnp.float32), jnp.asarray(means, jnp.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_vectors_not_seen_have_less_error_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, held_out = vectors(1000, seed=5), jnp.asarray(vectors(3000, seed=6))
+    few = {"coarse_bits": 8, "fine_bits": 4, "iterations": 8, "refinements": 0}
+
+    def error() -> float:
+        codebook = train(x, **few)
+        return relative_error(codebook, held_out, encode(codebook, held_out))
+
+    found = error()
+    monkeypatch.setattr(
+        quantizer, "_unseen_rest", lambda x, entries: x - entries[quantizer._nearest(x, entries)]
+    )
+    assert found < 0.97 * error()
 
 
 def test_all_candidates_give_the_best_pair(trained: Codebook) -> None:
@@ -120,7 +167,7 @@ def test_all_candidates_give_the_best_pair(trained: Codebook) -> None:
 
 
 def test_training_is_a_function_of_vectors_and_seed(trained: Codebook) -> None:
-    again = train(vectors(2000), **BITS, rotations=5, iterations=8, refinements=3)
+    again = train(vectors(2000), **BITS, iterations=8, refinements=3)
     for one, other in zip(trained, again, strict=True):
         np.testing.assert_array_equal(one, other)
     np.testing.assert_allclose(trained.rotation @ trained.rotation.T, np.eye(H), atol=1e-5)
@@ -131,9 +178,9 @@ def test_no_entry_is_without_vectors_when_there_are_enough() -> None:
     places = np.random.default_rng(0).normal(size=(4, 8))
     noise = np.random.default_rng(1).normal(size=(2000, 8)) * 0.1
     x = jnp.asarray(places[np.arange(2000) % 4] + noise, jnp.float32)
-    entries, nearest = quantizer._kmeans(x, jax.random.key(0), 16, 10)
-    assert len(np.unique(nearest)) == 16
-    again, _ = quantizer._kmeans(jnp.repeat(x[:4], 500, axis=0), jax.random.key(0), 16, 10)
+    entries = quantizer._kmeans(x, jax.random.key(0), 16, 10)
+    assert len(np.unique(quantizer._nearest(x, entries))) == 16
+    again = quantizer._kmeans(jnp.repeat(x[:4], 500, axis=0), jax.random.key(0), 16, 10)
     assert np.isfinite(np.asarray(again)).all()
 
 
@@ -193,6 +240,6 @@ def test_faiss(require: Callable[[str], ModuleType], dim: int) -> None:
 
     # At 16 numbers a few of the 64 entries decide, and which of both is better is chance.
     if dim == 80:
-        trained = train(x, coarse_bits=6, fine_bits=5, rotations=10)
+        trained = train(x, coarse_bits=6, fine_bits=5)
         error = relative_error(trained, held_out, encode(trained, jnp.asarray(held_out)))
         assert error <= ((held_out - decoded) ** 2).sum() / (held_out**2).sum()
