@@ -60,7 +60,7 @@ def get_config(options: str = "") -> m3jax.config.ConfigDict:
     config.optimizer.fall_share = 0.4
     config.optimizer.beta2 = 0.98
     config.optimizer.weight_decay = 0.0
-    config.train.steps = 1800
+    config.train.steps = 1600
     config.train.checkpoint_every = 400
     config.train.evaluate_every = 400
     if config.stage != "warmup":
@@ -68,7 +68,7 @@ def get_config(options: str = "") -> m3jax.config.ConfigDict:
         config.memory.dropout = 0.15
         config.optimizer.learning_rate = 1.5e-3
         config.optimizer.fall_share = 0.8
-        config.train.steps = 1000
+        config.train.steps = 800
         config.train.checkpoint_every = 200
         config.train.evaluate_every = 200
     if config.stage == "scratch":
