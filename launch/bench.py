@@ -3,6 +3,7 @@
     python launch/bench.py train --json=train.json
     python launch/bench.py writer
     python launch/bench.py overlap --workdir=runs/wiki
+    python launch/bench.py quantizer --workdir=runs/wiki --vectors=640000
     python launch/bench.py retrieval
 
 A ratio is the median over rounds of two things timed in turn in one process, so that it holds on a
@@ -23,7 +24,10 @@ from m3jax import launching
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Prepared folder whose text is used instead of made text, by benchmarks that can: overlap.",
+    "Folder of a run whose text (overlap) or bank (quantizer) is used instead of made data.",
+)
+_VECTORS = flags.DEFINE_integer(
+    "vectors", None, "Vectors that quantizer trains on; default 65536.", lower_bound=1
 )
 _JSON = flags.DEFINE_string("json", None, "Write ratios, seconds and environment to this file.")
 
@@ -36,9 +40,10 @@ def main(argv: list[str]) -> None:
         print(f"usage: bench.py NAME; NAME is one of {', '.join(BENCHMARKS)}", file=sys.stderr)
         raise SystemExit(2)
     benchmark = BENCHMARKS[argv[1]]
-    options = {} if _WORKDIR.value is None else {"workdir": _WORKDIR.value}
-    if options and "workdir" not in inspect.signature(benchmark).parameters:
-        print(f"--workdir: {argv[1]} makes its own text; leave it out", file=sys.stderr)
+    given = {"workdir": _WORKDIR.value, "vectors": _VECTORS.value}
+    options = {name: value for name, value in given.items() if value is not None}
+    for name in options.keys() - inspect.signature(benchmark).parameters.keys():
+        print(f"--{name}: {argv[1]} does not take it; leave it out", file=sys.stderr)
         raise SystemExit(2)
     try:
         figures = benchmark(**options)

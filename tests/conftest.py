@@ -6,10 +6,11 @@ from collections.abc import Callable
 from types import ModuleType
 
 import pytest
+from quick import xla_flags
 
 # Before the first import of jax, which reads both only once.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = xla_flags(8)
 
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402

@@ -14,6 +14,7 @@ import numpy as np
 from m3jax.evaluation.timing import Figures, paired
 from m3jax.memory import quantizer as ours
 from m3jax.memory.bank import Bank
+from m3jax.memory.codebooks import train
 from m3jax.memory.quantizer import Codebook
 
 _TESTED = 16_384  # vectors encoded and decoded, none of them trained on
@@ -50,7 +51,7 @@ def quantizer(
     index.train(x)
     seconds = {"train_faiss": time.perf_counter() - begin}
     begin = time.perf_counter()
-    trained = jax.block_until_ready(ours.train(x))
+    trained = jax.block_until_ready(train(x))
     seconds["train"] = time.perf_counter() - begin
 
     book, placed = codebook_of_faiss(faiss, index), jnp.asarray(held_out)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from m3jax.memory import quantizer
+from m3jax.memory import codebooks, quantizer
 from m3jax.memory.quantizer import Codebook, QuantizerError
 from m3jax.model.attention import ExplicitMemory
 
@@ -112,7 +112,7 @@ def train_codec(
       memories: of uniformly sampled references; only `vector` looks at them.
       lengths: real slots of each.
       dtype: of the bank's memories.
-      coarse_bits, fine_bits, options: see `quantizer.train`.
+      coarse_bits, fine_bits, options: see `codebooks.train`.
       seed: of the training.
       progress: whether to show it.
 
@@ -127,7 +127,7 @@ def train_codec(
     for part in range(2):
         vectors = memories[:, part].transpose(0, 3, 1, 2, 4)[real].reshape(-1, head_dim)
         books.append(
-            quantizer.train(
+            codebooks.train(
                 vectors.astype(np.float32),
                 seed=seed + part,
                 coarse_bits=coarse_bits,

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from data.data_workdir import make_workdir, tiny_config
+from quick import xla_flags
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.data.edit import edit, merge, refresh, rollback
@@ -367,7 +368,7 @@ def test_what_cannot_be_edited_is_refused(workdir: Path) -> None:
 def start(*arguments: Any) -> subprocess.Popen[str]:
     """This file as a process of its own."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {"PYTHONPATH": path, "XLA_FLAGS": ""}
+    environment = {"PYTHONPATH": path, "XLA_FLAGS": xla_flags(1)}
     process = subprocess.Popen(
         [sys.executable, __file__, *map(str, arguments)],
         env={**os.environ, **environment},

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from data.data_workdir import write_text
+from quick import xla_flags
 from retrieval.encoders import write_encoder
 
 from m3jax.retrieval.index import Index
@@ -55,7 +56,7 @@ def get_config(options=""):
 
 
 def call(script, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(1)}
     command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from memory.memory_tiny import tiny_config, tiny_params
 from ml_collections import ConfigDict
+from quick import xla_flags
 
 from m3jax.memory.bank import writer_fingerprint
 from m3jax.mesh import make_mesh
@@ -78,7 +79,7 @@ def start(
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         **environment,
     }
     pipe = subprocess.PIPE

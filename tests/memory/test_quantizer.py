@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m3jax.memory import quantizer
-from m3jax.memory.quantizer import Codebook, QuantizerError, decode, encode, relative_error, train
+from m3jax.memory import codebooks, quantizer
+from m3jax.memory.codebooks import train
+from m3jax.memory.nearest import nearest_of
+from m3jax.memory.quantizer import Codebook, QuantizerError, decode, encode, relative_error
 
 H = 16
 BITS = {"coarse_bits": 5, "fine_bits": 4}
@@ -103,7 +105,7 @@ def test_axes_are_principal_and_balanced() -> None:
     random = np.random.default_rng(0)
     turn = np.linalg.qr(random.normal(size=(H, H)))[0]
     x = (random.normal(size=(20_000, H)) * np.geomspace(1, 0.01, H)) @ turn
-    rotation = np.asarray(quantizer._balanced_axes(jnp.asarray(x), 8))
+    rotation = np.asarray(codebooks._balanced_axes(jnp.asarray(x), 8))
     np.testing.assert_allclose(rotation @ rotation.T, np.eye(H), atol=1e-6)
     covariance = np.cov((x @ rotation.T).T)
     spread = np.sqrt(np.diag(covariance))
@@ -115,7 +117,7 @@ def test_axes_are_principal_and_balanced() -> None:
 def test_axes_of_vectors_that_do_not_fill_the_space() -> None:
     flat = np.concatenate([vectors(200)[:, :10], np.zeros((200, 6))], axis=1)
     for x in (flat, np.ones((200, H))):
-        rotation = np.asarray(quantizer._balanced_axes(jnp.asarray(x), 8))
+        rotation = np.asarray(codebooks._balanced_axes(jnp.asarray(x), 8))
         np.testing.assert_allclose(rotation @ rotation.T, np.eye(H), atol=1e-6)
 
 
@@ -129,7 +131,7 @@ def test_what_a_coarse_entry_leaves_of_a_vector_it_has_not_seen() -> None:
         others = np.flatnonzero((of == of[i]) & (np.arange(15) != i))
         mean = x[others].mean(0) if len(others) else means[1]  # the next one
         expected[i] = x[i] - mean
-    found = quantizer._unseen_rest(jnp.asarray(x, jnp.float32), jnp.asarray(means, jnp.float32))
+    found = codebooks._unseen_rest(jnp.asarray(x, jnp.float32), jnp.asarray(means, jnp.float32))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -143,7 +145,7 @@ def test_vectors_not_seen_have_less_error_for_it(monkeypatch: pytest.MonkeyPatch
 
     found = error()
     monkeypatch.setattr(
-        quantizer, "_unseen_rest", lambda x, entries: x - entries[quantizer._nearest(x, entries)]
+        codebooks, "_unseen_rest", lambda x, entries: x - entries[nearest_of(x, entries)]
     )
     assert found < 0.97 * error()
 
@@ -178,9 +180,9 @@ def test_no_entry_is_without_vectors_when_there_are_enough() -> None:
     places = np.random.default_rng(0).normal(size=(4, 8))
     noise = np.random.default_rng(1).normal(size=(2000, 8)) * 0.1
     x = jnp.asarray(places[np.arange(2000) % 4] + noise, jnp.float32)
-    entries = quantizer._kmeans(x, jax.random.key(0), 16, 10)
-    assert len(np.unique(quantizer._nearest(x, entries))) == 16
-    again = quantizer._kmeans(jnp.repeat(x[:4], 500, axis=0), jax.random.key(0), 16, 10)
+    entries = codebooks._kmeans(x, jax.random.key(0), 16, 10)
+    assert len(np.unique(nearest_of(x, entries))) == 16
+    again = codebooks._kmeans(jnp.repeat(x[:4], 500, axis=0), jax.random.key(0), 16, 10)
     assert np.isfinite(np.asarray(again)).all()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from memory.memory_tiny import big, shard_files
+from quick import xla_flags
 
 from m3jax.memory.bank import Bank
 
@@ -21,7 +22,7 @@ def _start(folder: Path, context: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "memory.memory_tiny", str(folder), context],
         # Without optimization a process compiles in a fraction of the time.
-        env={**os.environ, "PYTHONPATH": path, "XLA_FLAGS": ""},
+        env={**os.environ, "PYTHONPATH": path, "XLA_FLAGS": xla_flags(1)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from data.data_workdir import make_workdir
+from quick import xla_flags
 from train.process_run import STAGES, run_stage, stage_config
 
 from m3jax.config import prefix_tokens
@@ -49,7 +50,7 @@ class Pair:
         environment = {
             **os.environ,
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "XLA_FLAGS": xla_flags(4),
         }
         script = str(Path(__file__).with_name("process_run.py"))
         self.processes = []

@@ -1,0 +1,191 @@
+"""Training of the vector quantizer (`m3jax.memory.quantizer`).
+
+It takes the principal axes and deals them out to the parts, so that each has as much to
+store (the optimal rotation for a Gaussian, Ge et al. 2013), then k-means for each table, then
+rounds that fit rotation, coarse and fine entries to each other. A coarse entry is the mean of few
+vectors, and lies nearer to them than to vectors it has not seen: fine entries are fitted to what
+the mean of the *other* vectors of the entry would leave.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+from m3jax.memory.nearest import by_block, comparable, nearest_few, nearest_of, parts_of, with_one
+from m3jax.memory.quantizer import HALVES, Codebook, QuantizerError, indices_of, rotated
+
+COARSE_BITS, FINE_PARTS, FINE_BITS = 14, 8, 10  # of Memory³
+# Of k-means: vectors of the iterations before the last ones, for each entry and at least.
+_SAMPLED_OF_ENTRY, _SAMPLED, _LAST = 10, 2**16, 5
+
+
+def train(
+    vectors: Float[Array | np.ndarray, "n H"],
+    *,
+    seed: int = 0,
+    coarse_bits: int = COARSE_BITS,
+    fine_parts: int = FINE_PARTS,
+    fine_bits: int = FINE_BITS,
+    iterations: int = 25,
+    refinements: int = 6,
+    candidates: int = 4,
+    progress: str | None = None,
+) -> Codebook:
+    """Fits a quantizer.
+
+    Args:
+      vectors: n training vectors, at least one for every entry of a codebook.
+      seed: of initial entries.
+      coarse_bits, fine_parts, fine_bits: the code's size: 2 · coarse_bits and
+        fine_parts · fine_bits, each rounded up to bytes.
+      iterations: rounds of k-means for each table; all but the last five of ten vectors an entry.
+      refinements: last rounds that fit rotation and both tables to each other.
+      candidates: as in `encode`, in those rounds.
+      progress: what the progress bar says; None shows none.
+
+    Raises:
+      QuantizerError: too few vectors, numbers that are not finite, or a head dim that does not
+        split into the parts.
+    """
+    x = jnp.asarray(vectors, jnp.float32)
+    _check(x, coarse_bits, fine_parts, fine_bits)
+    keys = jax.random.split(jax.random.key(seed))
+    rotation = _balanced_axes(x, fine_parts)
+    total = (HALVES + fine_parts) * iterations + refinements
+    with tqdm(total=total, desc=progress, unit="round", disable=progress is None) as bar:
+        halves = parts_of(x @ rotation.T, HALVES)
+        coarse = _kmeans_of_parts(halves, keys[0], 2**coarse_bits, iterations, bar)
+        rest = jnp.concatenate(
+            [_unseen_rest(*half) for half in zip(halves, coarse, strict=True)], axis=1
+        )
+        fine = _kmeans_of_parts(parts_of(rest, fine_parts), keys[1], 2**fine_bits, iterations, bar)
+        codebook = Codebook(rotation, coarse, fine)
+        for _ in range(refinements):
+            codebook = jax.block_until_ready(_refined(codebook, x, candidates))
+            bar.update()
+    return codebook
+
+
+def _check(x: Array, coarse_bits: int, fine_parts: int, fine_bits: int) -> None:
+    n, H = x.shape
+    if H % fine_parts or fine_parts % HALVES or H < 4 * HALVES:
+        raise QuantizerError(
+            f"vectors of {H} numbers do not split into {HALVES} halves and {fine_parts} parts; the"
+            f" head dim must be a multiple of {fine_parts}, or store memories without compression"
+        )
+    least = 2 ** max(coarse_bits, fine_bits)
+    if n < least:
+        raise QuantizerError(
+            f"{n} training vectors for codebooks of {least} entries; take more references, or"
+            " fewer bits"
+        )
+    if not bool(jnp.isfinite(x).all()):
+        raise QuantizerError("training vectors hold NaN or infinity; the writer's weights diverged")
+
+
+def _numbers(nearest: Array, count: int) -> Array:
+    """How many vectors each entry has."""
+    return jnp.zeros(count).at[nearest].add(1.0)
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _means(x: Array, nearest: Array, count: int) -> tuple[Array, Array]:
+    """Mean of the vectors of each entry, 0 where there are none; and how many there are."""
+    numbers = _numbers(nearest, count)
+    sums = jnp.zeros((count, x.shape[1])).at[nearest].add(x)
+    return sums / jnp.maximum(numbers, 1.0)[:, None], numbers
+
+
+@jax.jit
+def _split_large(means: Array, numbers: Array) -> Array:
+    """Entries without vectors take a half of the largest ones."""
+    order = jnp.argsort(-numbers)
+    empty = numbers == 0
+    donor = order[jnp.cumsum(empty) - 1]  # the i-th empty one has the i-th largest
+    apart = 1e-3
+    moved = jnp.zeros_like(empty).at[jnp.where(empty, donor, len(numbers))].set(True, mode="drop")
+    kept = means * jnp.where(moved, 1 - apart, 1.0)[:, None]
+    return jnp.where(empty[:, None], means[donor] * (1 + apart), kept)
+
+
+def _kmeans(x: Array, key: Array, count: int, iterations: int, bar: tqdm | None = None) -> Array:
+    """Lloyd's algorithm: entries `(count, d)`. Most of the iterations take a sample of x."""
+    order = jax.random.permutation(key, len(x))
+    sample = x[order[: max(_SAMPLED_OF_ENTRY * count, _SAMPLED)]]
+    entries = sample[:count]
+    for i in range(iterations):
+        of = x if i >= iterations - _LAST else sample
+        entries = _split_large(*_means(of, nearest_of(of, entries), count))
+        if bar is not None:
+            entries.block_until_ready()
+            bar.update()
+    return entries
+
+
+def _kmeans_of_parts(parts: Array, key: Array, count: int, iterations: int, bar: tqdm) -> Array:
+    keys = jax.random.split(key, len(parts))
+    return jnp.stack(
+        [_kmeans(x, k, count, iterations, bar) for x, k in zip(parts, keys, strict=True)]
+    )
+
+
+@jax.jit
+def _unseen_rest(x: Array, entries: Array) -> Array:
+    """What entries leave of vectors, had each not been among those whose mean its entry is."""
+    columns = comparable(entries)
+    two = by_block(lambda block: nearest_few(with_one(block) @ columns, 2), x)
+    numbers = _numbers(two[:, 0], len(entries))[two[:, :1]]
+    rest = x - entries[two[:, 0]]
+    return jnp.where(numbers > 1, rest * numbers / (numbers - 1), x - entries[two[:, 1]])
+
+
+def _balanced_axes(x: Array, parts: int) -> Array:
+    """Principal axes as a rotation; the product of variances is about the same in every part."""
+    variances, axes = np.linalg.eigh(np.cov(np.asarray(x), rowvar=False))
+    sizes = np.log(np.maximum(variances, 1e-9 * variances[-1] + 1e-30))
+    room = len(axes) // parts
+    chosen: list[list[int]] = [[] for _ in range(parts)]
+    for axis in reversed(range(len(axes))):  # the widest first
+        open_parts = (part for part in chosen if len(part) < room)
+        least = min(open_parts, key=lambda part: sum(sizes[part] - sizes[0]))
+        least.append(axis)
+    return jnp.asarray(axes[:, np.concatenate(chosen)].T, jnp.float32)
+
+
+def _procrustes(x: Array, target: Array) -> Array:
+    """The orthonormal matrix A that brings A x nearest to the target."""
+    u, _, vt = jnp.linalg.svd(target.T @ x, full_matrices=False)
+    return u @ vt
+
+
+def _refined(codebook: Codebook, x: Array, candidates: int) -> Codebook:
+    """One round of fitting: codes of all vectors, then each table and the rotation by the rest."""
+    y = rotated(codebook, x)
+    coarse_index, fine_index = indices_of(codebook, y, candidates)
+
+    def fitted(table: Array, indices: Array, target: Array) -> Array:
+        entries = []
+        for i, part in enumerate(parts_of(target, len(table))):
+            means, numbers = _means(part, indices[:, i], table.shape[1])
+            entries.append(jnp.where((numbers > 0)[:, None], means, table[i]))
+        return jnp.stack(entries)
+
+    def rows(table: Array, indices: Array) -> Array:
+        found = [table[i][indices[:, i]] for i in range(len(table))]
+        return jnp.concatenate(found, axis=1)
+
+    fine_rows = rows(codebook.fine, fine_index)
+    coarse = fitted(codebook.coarse, coarse_index, y - fine_rows)
+    rest = y - rows(coarse, coarse_index)
+    numbers = [_numbers(index, coarse.shape[1])[index] for index in coarse_index.T]
+    others = jnp.repeat(jnp.stack(numbers, 1) - 1, coarse.shape[2], axis=1)
+    unseen_rest = rest + (rest - fine_rows) / jnp.maximum(others, 1)
+    fine = fitted(codebook.fine, fine_index, unseen_rest)
+    decoded = rows(coarse, coarse_index) + rows(fine, fine_index)
+    return Codebook(_procrustes(x, decoded), coarse, fine)
