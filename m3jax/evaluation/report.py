@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.config import prefix_tokens
+from m3jax.data.knowledge import open_retriever
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.evaluation.losses import MODES, LossEvaluator
 from m3jax.evaluation.questions import Answerer, read_questions
@@ -59,7 +60,7 @@ def evaluate(
         "retrieval": {**counts, **dropped_share({}, counts), **hit_share({}, counts)},
     }
     if questions is not None:
-        report["questions"] = _answer(config, pipeline, model, params, questions)
+        report["questions"] = answer_questions(config, pipeline, model, params, questions)
     return report
 
 
@@ -75,13 +76,20 @@ def check_reader(pipeline: Pipeline, meta: dict[str, Any], checkpoint: Path) -> 
         )
 
 
-def _answer(
+def answer_questions(
     config: ConfigDict,
     pipeline: Pipeline,
     model: Model,
     params: Params,
     path: str | Path,
 ) -> dict[str, Any]:
+    """Shares of right answers without memory, and with what a search finds if there is a bank.
+
+    Args:
+      config, model, params: of the checkpoint.
+      pipeline: its tokenizer, references and bank.
+      path: questions in JSON lines, see `read_questions`.
+    """
     asked = read_questions(path)
     answerer = Answerer(model, params, pipeline.tokenizer)
     figures: dict[str, Any] = {"count": len(asked)}

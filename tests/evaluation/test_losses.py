@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from data.data_workdir import WORLD, make_workdir, tiny_config
 
+from m3jax.data.pipeline import open_pipeline
 from m3jax.evaluation.losses import evaluator
 from m3jax.evaluation.questions import Answerer, Question, read_questions
-from m3jax.evaluation.report import check_reader, table
+from m3jax.evaluation.report import answer_questions, check_reader, table
 from m3jax.memory.bank import BankError
 from m3jax.model.transformer import Model
 from m3jax.text import people
@@ -98,6 +99,22 @@ def test_each_prompt_chunk_retrieves_with_its_own_text_and_the_answer_inherits(w
         np.testing.assert_array_equal(ids[0, chunk], expected[0])
     last = (len(tokens) - 1) // 10
     assert ids.shape[1] > last + 1 and (ids[0, last:] == ids[0, last]).all()
+
+
+def test_questions_are_searched_where_training_rows_carry_their_references(
+    workdir, params, tmp_path
+):
+    path = tmp_path / "questions.jsonl"
+    asked = people.questions(WORLD, 0)[:4]
+    people.write_jsonl(path, [{"prompt": q.prompt, "answer": q.answer} for q in asked])
+    figures = []
+    for ids, packing in (("search", "concat"), ("stored", "document")):
+        config = tiny_config(retrieval__ids=ids, data__packing=packing)
+        pipeline = open_pipeline(config, workdir)
+        assert (pipeline.retriever is None) == (ids == "stored")
+        figures.append(answer_questions(config, pipeline, Model(config), params, path))
+    assert figures[0] == figures[1] and figures[0]["count"] == 4
+    assert set(figures[0]) == {"count", "accuracy_none", "accuracy_memory", "accuracy_wrong"}
 
 
 def test_a_bank_of_another_writer_is_refused(workdir):
