@@ -76,7 +76,9 @@ class DirectReader:
                 return False
 
         step = max(-(-len(order) // self.threads), -(-self.task // (2 * keys.shape[1])))
-        return all(self._pool.map(read, [order[i : i + step] for i in range(0, len(order), step)]))
+        groups = [order[i : i + step] for i in range(0, len(order), step)]
+        # To the last one: a group still under way would write into arrays that others fill again.
+        return all(list(self._pool.map(read, groups)))
 
     def _chunk(self, memory: int, keys: memoryview, values: memoryview) -> Chunk:
         shard, row = divmod(memory, self._shard)

@@ -21,6 +21,8 @@ from m3jax.memory.storage import (
     shards_of,
 )
 
+_ATTEMPTS = 3  # at memories whose fault passes
+
 
 class Shards:
     """Random access to memories as they are stored. Safe to use from several threads.
@@ -84,21 +86,30 @@ class Shards:
         self._read_slowly(ids[wanted], target[np.flatnonzero(wanted)])
 
     def _read_slowly(self, ids: np.ndarray, target: ts.TensorStore) -> None:
-        """Reads memories into a TensorStore view of a buffer, or names what is damaged."""
-        try:
-            target.write(self._array[ids]).result()
-        except ValueError as error:
-            # The slow way to the name of the file: it does not depend on how messages are worded.
-            array = open_array(self._folder, self._manifest)
-            of = ids // self._manifest["shard_memories"]
-            found = [self._problem(array, i, ids[of == i]) for i in np.unique(of).tolist()]
-            problems = "; ".join(filter(None, found)) or f"unreadable: {error}"
-            remedy = f"Delete the damaged file and run {WRITE_AGAIN} again"
-            if is_http(self._folder):
-                remedy = f"If it is so on the server, delete the file and run {WRITE_AGAIN} there"
-            raise BankError(
-                f"bank {self._folder}: {problems}. {remedy}: it writes only shards that are missing"
-            ) from error
+        """Reads memories into a TensorStore view of a buffer, or names what is damaged.
+
+        A fault that a second look does not find has passed: the memories are read again.
+        """
+        of = ids // self._manifest["shard_memories"]
+        for _ in range(_ATTEMPTS):
+            try:
+                target.write(self._array[ids]).result()
+                return
+            except ValueError as error:
+                # The slow way to the file's name: it does not depend on how messages are worded.
+                array = open_array(self._folder, self._manifest)
+                found = [self._problem(array, i, ids[of == i]) for i in np.unique(of).tolist()]
+                problems = "; ".join(filter(None, found))
+                cause = error
+            if problems:
+                break
+        remedy = f"Delete the damaged file and run {WRITE_AGAIN} again"
+        if is_http(self._folder):
+            remedy = f"If it is so on the server, delete the file and run {WRITE_AGAIN} there"
+        raise BankError(
+            f"bank {self._folder}: {problems or f'unreadable: {cause}'}. {remedy}: it writes only"
+            " shards that are missing"
+        ) from cause
 
     def damaged(self) -> list[tuple[str, str]]:
         """Reads everything; returns files of damaged or missing shards, and the reasons."""
