@@ -339,7 +339,7 @@ class _Watch:
     def __init__(self, processes: Processes):
         assert processes.index is not None and processes.count is not None
         self.me, self.count, self.processes = processes.index, processes.count, processes
-        self.interval = min(2.0, processes.heartbeat_timeout / 5)
+        self.interval = min(2.0, processes.heartbeat_timeout / 20)
         self._beats: dict[int, tuple[str, float]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="m3jax-watch", daemon=True)
@@ -416,7 +416,9 @@ class _Watch:
         """Who is missing, at the moment in which JAX ends this process; None if nobody is."""
         address, timeout = self.processes.coordinator, self.processes.heartbeat_timeout
         assert address is not None
-        limit = time.monotonic() - max(2 * self.interval, timeout / 2)
+        # JAX hears of a process every half of the timeout: a dead one has been silent for nearly as
+        # long when its time is up, a living one was heard of in the last two intervals.
+        limit = time.monotonic() - timeout / 4
         beats = sorted(self._beats.items())
         silent = [index for index, (_, when) in beats if when < limit]
         # All others are heard of through process 0.

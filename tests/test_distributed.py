@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from jax._src import clusters
 
-from m3jax import launching
+from m3jax import distributed, launching
 from m3jax.config import default
 from m3jax.distributed import PROCESS_LOST, ProcessError, Processes, joined
 
@@ -171,3 +171,18 @@ def test_a_process_whose_others_do_not_come_ends():
     [(code, text)] = start("lonely", 2, [0])
     assert code == PROCESS_LOST, text
     assert "not all processes met there within 2 seconds. Start all 2 of them" in text
+
+
+@pytest.mark.parametrize("timeout", [8, 100])
+def test_who_was_silent_when_jax_gives_up(timeout: int) -> None:
+    """JAX may have heard of a dead process half a timeout before it died; the living beat on."""
+    watch = object.__new__(distributed._Watch)
+    watch.me, watch.count = 0, 2
+    watch.processes = distributed.Processes("localhost:1", 2, 0, heartbeat_timeout=timeout)
+    interval = min(2.0, timeout / 20)
+    now = time.monotonic()
+    watch._beats = {0: ("9", now), 1: ("7", now - (timeout / 2 - 2 * interval))}
+    words = watch.last_words()
+    assert words is not None and f"process 1 for {timeout} seconds" in words
+    watch._beats[1] = ("9", now - 2 * interval)
+    assert watch.last_words() is None
