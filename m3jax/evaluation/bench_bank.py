@@ -49,8 +49,8 @@ def bank(rounds: int = 9, memories: int = 2048) -> dict[str, Figures]:
     """
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
-        plain = _make(Path(name) / "plain", codecs.plain(80, "bfloat16"), memories)
-        vector = _make(Path(name) / "vector", random_codec(80, "bfloat16"), memories)
+        plain = made_bank(Path(name) / "plain", codecs.plain(80, "bfloat16"), memories)
+        vector = made_bank(Path(name) / "vector", random_codec(80, "bfloat16"), memories)
         banks = Bank.open(plain), Bank.open(vector)
         ids = [np.arange(_READ)]
 
@@ -99,9 +99,16 @@ def random_codec(head_dim: int, dtype: str) -> Codec:
     return Codec(codecs.VECTOR, head_dim, dtype, (books[0], books[1]))
 
 
-def _make(folder: Path, codec: Codec, memories: int, shape: Mapping[str, int] = _SHAPE) -> Path:
-    """A bank of random bytes, in shards of 256 memories (of 4096 where they are tiny)."""
-    layout = {**shape, "dtype": "bfloat16"}
+def made_bank(folder: Path, codec: Codec, memories: int, shape: Mapping[str, int] = _SHAPE) -> Path:
+    """A bank of random numbers or codes, in shards of 256 memories (of 4096 where they are tiny).
+
+    Args:
+      folder: where; it must not be there.
+      codec: how memories are stored; its head dim is that of the shape.
+      memories: how many; those of all shards are the same.
+      shape: layers, key-value heads, kept tokens and head dim.
+    """
+    layout = {**shape, "dtype": codec.dtype}
     binding = Binding("weights", "tokenizer", "references", layout)
     item = [shape[name] for name in ("layers", "kv_heads", "kept_tokens")]
     sides = {
@@ -126,11 +133,14 @@ def _make(folder: Path, codec: Codec, memories: int, shape: Mapping[str, int] = 
     array = storage.open_array(folder, manifest, create=True)
     dtype = np.dtype(jnp.dtype(codec.stored_dtype))
     random = np.random.default_rng(1)
+    size = (min(shard, memories), *manifest["shape"][1:])
+    if codec.plain:
+        block = random.standard_normal(size, np.float32).astype(dtype)
+    else:
+        block = random.integers(0, 256, size, dtype=np.uint8)
     for low in range(0, memories, shard):
-        count = min(shard, memories - low)
-        data = random.bytes(count * int(np.prod(manifest["shape"][1:])) * dtype.itemsize)
-        block = np.frombuffer(data, dtype).reshape(count, *manifest["shape"][1:])
-        array[low : low + count].write(block).result()
+        high = min(low + shard, memories)
+        array[low:high].write(block[: high - low]).result()
     sides |= {storage.MANIFEST: text, storage.COMPLETE: storage.complete_stamp(text)}
     for file, data in sides.items():
         storage.write_file(folder, file, data)
@@ -139,7 +149,7 @@ def _make(folder: Path, codec: Codec, memories: int, shape: Mapping[str, int] = 
 
 def _open_many(folder: Path, rounds: int = 5) -> dict[str, float]:
     """Opens a bank of a million tiny memories in new processes, and reads 100 batches of it."""
-    _make(folder, codecs.plain(_TINY["head_dim"], "bfloat16"), _MANY, _TINY)
+    made_bank(folder, codecs.plain(_TINY["head_dim"], "bfloat16"), _MANY, _TINY)
     command = [sys.executable, "-c", _READER, str(folder)]
     found = []
     for _ in range(rounds):

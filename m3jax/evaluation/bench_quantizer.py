@@ -57,7 +57,8 @@ def quantizer(
     book, placed = codebook_of_faiss(faiss, index), jnp.asarray(held_out)
     codes = index.sa_encode(held_out)
     encode = jax.jit(lambda x: ours.encode(book, x, candidates=1))
-    decode = jax.jit(lambda codes: ours.decode(book, codes))
+    known = jax.tree.map(np.asarray, book)  # as a bank's codec has it
+    decode = jax.jit(lambda codes: ours.decode(known, codes))
     ratios = {}
     seconds["encode_faiss"], seconds["encode"], ratios["encode_over_faiss"] = paired(
         lambda: index.sa_encode(held_out), lambda: encode(placed).block_until_ready(), rounds

@@ -222,6 +222,8 @@ def test_a_step_decodes_what_the_bank_stores(tmp_path: Path, compression: str) -
     found = evaluate(params)
     batches = [pipeline.batch(step) for step in range(evaluate.batches)]
     assert all(batch["memory"].keys.dtype == np.uint8 for batch in batches)
+    with jax.transfer_guard("disallow"):  # as in the training loop, where a step is compiled
+        jax.jit(pipeline.decode).lower(batches[0]["memory"])
     loss = weight = 0.0
     for batch in batches:
         memory = jax.tree.map(jnp.asarray, pipeline.bank.read(batch["reference_ids"]))
