@@ -205,6 +205,42 @@ def writer(config: ConfigDict, references: int) -> float:
     return _encode(config, references)
 
 
+def decode_step(config: ConfigDict, rows: int, context: int, memories: int | None = None) -> float:
+    """FLOP to decode one token of each row.
+
+    Args:
+      config: shape, and where memories are.
+      rows: rows B.
+      context: tokens that each attends to, itself included; the prefix is not counted.
+      memories: M; default `memory.per_prompt_chunk`.
+    """
+    model, memory = config.model, config.memory
+    weights = model.layers * (_projection_weights(config) + _mlp_weights(config))
+    slots = _memory_slots(config, memories)
+    keys = model.layers * context + memory.layers * slots
+    return (
+        2.0 * rows * (weights + model.hidden * model.vocabulary + 2 * keys * _query_width(config))
+    )
+
+
+def decode_bytes(config: ConfigDict, rows: int, context: int, memories: int | None = None) -> float:
+    """Bytes that decoding one token of each row reads: weights once, and keys and values.
+
+    Arguments as in `decode_step`; all numbers are in `model.compute_dtype`.
+    """
+    model, memory = config.model, config.memory
+    weights = model.layers * (_projection_weights(config) + _mlp_weights(config))
+    weights += model.hidden * model.vocabulary
+    keys = model.layers * context + memory.layers * _memory_slots(config, memories)
+    width = 2 if model.compute_dtype == "bfloat16" else 4
+    return float(width * (weights + rows * keys * 2 * _kv_width(config)))
+
+
+def _memory_slots(config: ConfigDict, memories: int | None) -> int:
+    count = config.memory.per_prompt_chunk if memories is None else memories
+    return count * config.memory.kept_tokens
+
+
 def _row_references(config: ConfigDict, rows: int, tokens: int) -> int:
     return rows * (tokens // config.memory.chunk_length) * config.memory.per_chunk
 

@@ -64,7 +64,7 @@ class Streams(NamedTuple):
         return references, context, prefix
 
 
-def _join(parts: Sequence[Array | None]) -> Array:
+def join(parts: Sequence[Array | None]) -> Array:
     """The long row of streams."""
     rows = [part.reshape(1, -1, *part.shape[2:]) for part in parts if part is not None]
     return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
@@ -259,9 +259,9 @@ class Model:
           The memories, keys and values `(R, L, K, P, H)` in the compute dtype and length `(R,)`;
           and the position inside the reference of every kept token.
         """
-        streams, hidden = self._embed(params, None, reference_tokens)
+        streams, hidden = self.embed(params, None, reference_tokens)
         usable_RW = reference_tokens != 0
-        layer = _Layer(self, streams, sparsify=sparsify, usable_RW=usable_RW, windows=windows)
+        layer = Layer(self, streams, sparsify=sparsify, usable_RW=usable_RW, windows=windows)
         hidden = self._scan_plain(params, "lower", layer, hidden)
         _, written = self._scan_memory(params, layer, hidden, None)
         keys, values, indices = (
@@ -285,8 +285,8 @@ class Model:
             *lead, W = reference_tokens.shape
             reference_tokens = reference_tokens.reshape(-1, W)
             usable_RW = reference_tokens != 0
-        streams, hidden = self._embed(params, tokens_BT, reference_tokens)
-        layer = _Layer(self, streams, window, observe, sparsify, usable_RW, lead)
+        streams, hidden = self.embed(params, tokens_BT, reference_tokens)
+        layer = Layer(self, streams, window, observe, sparsify, usable_RW, lead)
         hidden = self._scan_plain(params, "lower", layer, hidden)
         hidden, observed = self._scan_memory(params, layer, hidden, memory)
         layer = dataclasses.replace(layer, streams=streams._replace(references=(0, 0)))
@@ -295,7 +295,7 @@ class Model:
         assert context is not None
         return context, observed
 
-    def _embed(
+    def embed(
         self, params: Params, tokens_BT: Array | None, reference_tokens: Array | None
     ) -> tuple[Streams, Array]:
         """The streams and their long row before the first layer, by one look-up."""
@@ -303,24 +303,28 @@ class Model:
         parts = (reference_tokens, tokens_BT, prefix)
         streams = Streams(*((0, 0) if x is None else (x.shape[0], x.shape[1]) for x in parts))
         tokens = jnp.concatenate([part.ravel() for part in parts if part is not None])
-        x = lookup(self.parallel, params["embedding"], tokens)
-        return streams, (x * jnp.asarray(self.config.model.embedding_scale, self.dtype))[None]
+        return streams, self.look_up(params, tokens)[None]
 
-    def _merge(self, stacked: Params) -> Block:
+    def look_up(self, params: Params, tokens: Int[Array, " n"]) -> Float[Array, "n D"]:
+        """Tokens before the first layer."""
+        x = lookup(self.parallel, params["embedding"], tokens)
+        return x * jnp.asarray(self.config.model.embedding_scale, self.dtype)
+
+    def merge(self, stacked: Params) -> Block:
         """The block of one layer, its weights gathered."""
         return nnx.merge(self._block, self.parallel.gather(stacked, self._axes))
 
-    def _scan_plain(self, params: Params, segment: str, layer: _Layer, hidden: Array) -> Array:
+    def _scan_plain(self, params: Params, segment: str, layer: Layer, hidden: Array) -> Array:
         if not self.segments[segment]:
             return hidden
 
         def body(hidden: Array, stacked: Params) -> tuple[Array, None]:
-            return layer.plain(self._merge(stacked), hidden), None
+            return layer.plain(self.merge(stacked), hidden), None
 
         return jax.lax.scan(self._remat(body), hidden, params[segment])[0]
 
     def _scan_memory(
-        self, params: Params, layer: _Layer, hidden: Array, memory: ExplicitMemory | None
+        self, params: Params, layer: Layer, hidden: Array, memory: ExplicitMemory | None
     ) -> tuple[Array, Any]:
         """All memory layers; returns the long row and what each wrote or observed, stacked.
 
@@ -334,7 +338,7 @@ class Model:
             length = memory.length
 
         def body(hidden: Array, inputs: Any, last: bool = False) -> tuple[Array, Any]:
-            block = self._merge(inputs[0])
+            block = self.merge(inputs[0])
             memory = None
             if length is not None:
                 memory = ExplicitMemory(inputs[1][0], inputs[1][1], length)
@@ -383,7 +387,7 @@ class _Heads(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Layer:
+class Layer:
     """One layer on all streams; holds what is the same in every layer of a pass."""
 
     model: Model
@@ -396,20 +400,20 @@ class _Layer:
     windows: Array | None = None  # (B, slots): references attend to others, too
 
     def plain(self, block: Block, hidden: Array) -> Array:
-        references, context, prefix = self._heads(block, hidden)
-        attended, shared = self._prefix(prefix)
+        references, context, prefix = self.heads(block, hidden)
+        attended, shared = self.of_prefix(prefix)
         parts = (
-            self._references(references, shared),
-            self._context(context, shared, None)[0],
+            self.of_references(references, shared),
+            self.of_context(context, shared, None)[0],
             attended,
         )
-        return block.rest(hidden, _join(parts))
+        return block.rest(hidden, join(parts))
 
     def memory(
         self, block: Block, hidden: Array, memory: ExplicitMemory | None, last: bool
     ) -> tuple[Array, Any]:
-        references, context, prefix = self._heads(block, hidden)
-        attended, shared = self._prefix(prefix)
+        references, context, prefix = self.heads(block, hidden)
+        attended, shared = self.of_prefix(prefix)
         written, read_by_references = None, None
         if references is not None:
             assert self.sparsify is not None
@@ -420,15 +424,15 @@ class _Layer:
             if last:
                 hidden = hidden[:, math.prod(self.streams.references) :]
             else:
-                read_by_references = self._references(references, shared)
+                read_by_references = self.of_references(references, shared)
             if context is not None:
                 assert self.lead is not None
                 memory = ExplicitMemory(*(x.reshape(*self.lead, *x.shape[1:]) for x in written[:3]))
-        read_by_context, observed = self._context(context, shared, memory)
-        hidden = block.rest(hidden, _join((read_by_references, read_by_context, attended)))
+        read_by_context, observed = self.of_context(context, shared, memory)
+        hidden = block.rest(hidden, join((read_by_references, read_by_context, attended)))
         return hidden, observed if context is not None else written
 
-    def _heads(self, block: Block, hidden: Array) -> list[_Heads | None]:
+    def heads(self, block: Block, hidden: Array) -> list[_Heads | None]:
         """What each stream attends with, in the order of `Streams`."""
         config, prefix = self.model.config, len(self.model.prefix_tokens)
         first_positions = (prefix, prefix + config.memory.reference_length, 0)
@@ -442,13 +446,13 @@ class _Layer:
             found.append(_Heads(rotate(q, positions, base), rotate(k, positions, base), v, q, k))
         return found
 
-    def _prefix(self, heads: _Heads | None) -> tuple[Array | None, KeyValues | None]:
+    def of_prefix(self, heads: _Heads | None) -> tuple[Array | None, KeyValues | None]:
         """The prefix attends to itself alone; its keys and values serve all other streams."""
         if heads is None:
             return None, None
         return attend(heads.q, heads.k, heads.v), KeyValues(heads.k[0], heads.v[0])
 
-    def _references(self, heads: _Heads | None, prefix: KeyValues | None) -> Array | None:
+    def of_references(self, heads: _Heads | None, prefix: KeyValues | None) -> Array | None:
         """References attend causally to the prefix and themselves, or to their window."""
         if heads is None:
             return None
@@ -461,7 +465,7 @@ class _Layer:
             )
         return attend(heads.q, heads.k, heads.v, prefix, **self.model.attention)
 
-    def _context(
+    def of_context(
         self, heads: _Heads | None, prefix: KeyValues | None, memory: ExplicitMemory | None
     ) -> tuple[Array | None, Array | None]:
         """The context also reads memories; their attention weights too, where observed."""

@@ -1,0 +1,169 @@
+"""Generation on the device: equal to the training-time forward, whatever its memories are when."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m3jax import config as config_lib
+from m3jax.mesh import make_mesh
+from m3jax.model.decode import Decoder, unstack
+from m3jax.model.keyvalues import ExplicitMemory
+from m3jax.model.transformer import Model
+
+CHUNK, M, P = 4, 3, 2
+LENGTHS = (9, 4, 1, 12)  # of prompts; the last one is the longest
+
+
+def tiny(**changes):
+    """Three layers: one below the memory layer and one above it."""
+    config = config_lib.default()
+    settings = {
+        "model.layers": 4,
+        "model.query_heads": 4,
+        "model.kv_heads": 2,
+        "model.head_dim": 8,
+        "model.hidden": 16,
+        "model.mlp_width": 32,
+        "model.vocabulary": 64,
+        "memory.first_layer": 1,
+        "memory.layers": 2,
+        "memory.reference_length": 6,
+        "memory.kept_tokens": P,
+        "memory.chunk_length": CHUNK,
+        "data.row_length": 32,
+        "text.vocabulary": 260,
+        **{path.replace("__", "."): value for path, value in changes.items()},
+    }
+    for path, value in settings.items():
+        section, field = path.split(".")
+        config[section][field] = value
+    return config
+
+
+def memories(config, shape, seed=1):
+    """Random memories of some lengths, stored as `(*shape, L, K, P, H)`."""
+    rng, model = np.random.default_rng(seed), config.model
+    size = (*shape, config.memory.layers, model.kv_heads, P, model.head_dim)
+    keys, values = rng.standard_normal((2, *size), np.float32)
+    return ExplicitMemory(keys, values, rng.integers(0, P + 1, shape, dtype=np.int32))
+
+
+def greedy(logits, rows, number):
+    return jnp.argmax(logits, axis=-1)
+
+
+def expected(config, model, params, prompts, forced, prompt_memory, later):
+    """Logprobs of the forced tokens by the forward of training, one token a chunk; and attention on
+    memories `(B, n, L, K, G, M)`.
+
+    Its query at every place of a row has the memories that the row had there: those of its chunk in
+    the prompt; after it, from the query that generates token 4·g on, those recalled then.
+    """
+    one = config.copy_and_resolve_references()
+    one.memory.chunk_length = 1
+    oracle = Model(one, model.prefix_tokens)
+    B, n_forced = forced.shape
+    T = max(LENGTHS) + n_forced - 1
+    tokens, places = np.zeros((B, T), np.int32), np.zeros((B, n_forced), int)
+    chunk = np.zeros((B, T), int)
+    for row, n in enumerate(LENGTHS):
+        tokens[row, : n + n_forced - 1] = np.concatenate([prompts[row, :n], forced[row, :-1]])
+        chunk[row] = np.minimum(np.arange(T), n - 1) // CHUNK
+        places[row] = n - 1 + np.arange(n_forced)
+    memory, rows = None, np.arange(B)[:, None]
+    if prompt_memory is not None:
+        parts = [part[rows, chunk] for part in prompt_memory]
+        for row, n in enumerate(LENGTHS):
+            for g, recalled in enumerate(later, 1):
+                for part, new in zip(parts, recalled, strict=True):
+                    part[row, n - 1 + CHUNK * g :] = new[row]
+        memory = ExplicitMemory(*map(jnp.asarray, parts))
+    logits = oracle.logits(params, jnp.asarray(tokens), memory, window=1)
+    logprobs = np.asarray(jax.nn.log_softmax(logits))[rows, places, forced]
+    if memory is None:
+        return logprobs, None
+    weights = oracle.memory_attention(params, jnp.asarray(tokens), memory, 1)
+    L, _, K, G = weights.shape[:4]
+    weights = np.asarray(weights).reshape(L, B, K, G, T, T, M, P).sum(-1)
+    return logprobs, weights.transpose(1, 4, 5, 0, 2, 3, 6)[rows, places, places]
+
+
+def generated(config, model, params, prompts, forced, prompt_memory, later, **options):
+    decoder = Decoder(model, greedy, **options)
+    total = forced.shape[1]
+    state, first = decoder.prefill(
+        unstack(model, params),
+        prompts,
+        np.array(LENGTHS, np.int32),
+        np.arange(len(LENGTHS), dtype=np.int32),
+        prompt_memory,
+        forced[:, :1],
+        slots=total,
+    )
+    written, recalled, done = [first], None, 1
+    while done < total:
+        steps = min(CHUNK - done % CHUNK if done % CHUNK else CHUNK, total - done)
+        if done % CHUNK == 0 and prompt_memory is not None:
+            recalled = later[done // CHUNK - 1]
+        wanted = np.full((len(LENGTHS), CHUNK), -1, np.int32)
+        wanted[:, :steps] = forced[:, done : done + steps]
+        state, more = decoder.generate(
+            unstack(model, params), state, recalled, np.int32(steps), wanted
+        )
+        more = more._replace(
+            tokens=more.tokens[:, :steps],
+            logprobs=more.logprobs[:, :steps],
+            by_token=None if more.by_token is None else more.by_token[:, :steps],
+        )
+        written.append(more)
+        recalled, done = None, done + steps
+    return written
+
+
+@pytest.mark.parametrize(("with_memory", "prefix"), [(True, (1, 2)), (False, ())])
+def test_equals_the_forward_of_training(with_memory, prefix):
+    config = tiny()
+    model = Model(config, prefix)
+    params = model.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    B, C = len(LENGTHS), max(LENGTHS) // CHUNK
+    prompts = rng.integers(4, 64, (B, C * CHUNK), dtype=np.int32)
+    forced = rng.integers(4, 64, (B, 11), dtype=np.int32)
+    prompt_memory = memories(config, (B, C, M)) if with_memory else None
+    later = [memories(config, (B, M), seed) for seed in (2, 3)] if with_memory else []
+    wanted, attention = expected(config, model, params, prompts, forced, prompt_memory, later)
+    written = generated(
+        config, model, params, prompts, forced, prompt_memory, later, observe=with_memory
+    )
+    np.testing.assert_array_equal(np.concatenate([x.tokens for x in written], 1), forced)
+    found = np.concatenate([x.logprobs for x in written], 1)
+    np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=1e-5)
+    if attention is None:
+        assert written[0].reading is None
+        return
+    by_token = np.concatenate([x.by_token for x in written], 1)
+    np.testing.assert_allclose(by_token[..., :M], attention.mean((2, 3, 4)), atol=1e-5)
+    np.testing.assert_allclose(by_token.sum(-1), 1, atol=1e-5)
+    summed = sum(np.asarray(x.reading) for x in written)
+    np.testing.assert_allclose(summed[..., :M], attention.sum(1), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_mesh_generates_the_same():
+    config = tiny(mesh__data=2, mesh__tensor=2, mesh__fsdp=1, data__batch_rows=4)
+    mesh = make_mesh(config, jax.devices()[:4])
+    model, on_mesh = Model(config, (1, 2)), Model(config, (1, 2), mesh)
+    params = model.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    B, C = len(LENGTHS), max(LENGTHS) // CHUNK
+    prompts = rng.integers(4, 64, (B, C * CHUNK), dtype=np.int32)
+    free = np.full((B, 7), -1, np.int32)
+    prompt_memory, later = memories(config, (B, C, M)), [memories(config, (B, M), 2)]
+    arguments = (params, prompts, free, prompt_memory, later)
+    one = generated(config, model, *arguments, observe=True)
+    other = generated(config, on_mesh, *arguments, observe=True)
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        for x, y in zip(a[1:], b[1:], strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-5)
