@@ -21,6 +21,7 @@ from m3jax.text.references import References, write_references
 from m3jax.text.tokenizer import SMALLEST, Tokenizer
 
 INPUTS = "inputs.json"  # what a part was made from; written last, so it marks a finished part
+_TAKEN = "taken_from"  # the only input of a tokenizer that launch/convert.py took from a folder
 
 _Item = TypeVar("_Item")
 Say = Callable[[str], None]
@@ -38,9 +39,9 @@ def prepare_text(
 
     A part that is finished and was made from the same inputs is kept; an unfinished one is made
     again. The tokenizer learns from the training documents and, where it is another text, the
-    knowledge base, a document of each in turn, up to `config.text.tokenizer_bytes`. With
-    `config.text.validation_share` = 0 there is no `corpus/validation/`. Documents are streamed,
-    once for every part.
+    knowledge base, a document of each in turn, up to `config.text.tokenizer_bytes`; one that
+    launch/convert.py took from a folder stays. With `config.text.validation_share` = 0 there is no
+    `corpus/validation/`. Documents are streamed, once for every part.
 
     Args:
       config: its `text` section, `model.vocabulary` and `memory.reference_length` are used.
@@ -63,7 +64,8 @@ def prepare_text(
     of_knowledge = {"knowledge": listed, "limit": limit}
 
     fields = ("vocabulary", "min_frequency", "tokenizer_bytes", "validation_share")
-    kept = make_part(
+    _check_split(sources)
+    kept = _is_taken(workdir / "tokenizer") or make_part(
         workdir / "tokenizer",
         of_documents | of_knowledge | {f"text.{field}": text[field] for field in fields},
         lambda folder: _train_tokenizer(config, sources).save(folder),
@@ -116,7 +118,6 @@ class _Sources:
 
 
 def _train_tokenizer(config: ConfigDict, sources: _Sources) -> Tokenizer:
-    _check_split(sources)
     streams = [sources.split(False, "tokenizer")]
     if not sources.same:
         streams.append(sources.read(sources.knowledge, "tokenizer"))
@@ -155,6 +156,14 @@ def make_part(folder: Path, inputs: dict[str, Any], make: Callable[[Path], Any])
     make(folder)
     write_atomically(marker, wanted.encode())
     return False
+
+
+def _is_taken(folder: Path) -> bool:
+    """Whether the tokenizer came with the weights of a model, which no other one fits."""
+    try:
+        return _TAKEN in json.loads((folder / INPUTS).read_bytes())
+    except (OSError, ValueError):
+        return False
 
 
 def progress(items: Iterable[_Item], what: str) -> Iterator[_Item]:

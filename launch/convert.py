@@ -1,0 +1,178 @@
+"""Takes a Llama of Hugging Face as the first checkpoint of a stage, or writes a checkpoint as one.
+
+    python launch/convert.py --from_hf=FOLDER --config=configs/….py --workdir=runs/llama \\
+        '--special_tokens=<|pad|>,<|begin|>,<|reserved|>,<|end|>'
+    python launch/convert.py --to_hf=FOLDER --workdir=runs/wiki --checkpoint=runs/wiki/continual
+
+--from_hf reads config.json and model.safetensors (or its parts) of a Llama or Qwen2 and writes step
+0 of WORKDIR/<config.stage>, from which launch/write_bank.py and launch/train.py go on. The config
+must have the model's shape; where it has not, the message lists what to set. A tokenizer.json
+becomes WORKDIR/tokenizer; without one, the workdir must have the tokenizer that the model was
+trained with. A tokenizer of others must be a byte-level BPE; four of its special tokens become
+`<pad> <s> <reference> </s>`, and it is renumbered with the rows of the embedding. For `<reference>`
+take one that the model has never seen.
+
+--to_hf writes what transformers.LlamaForCausalLM and AutoTokenizer load. A Llama reads no memories;
+its logits are those of the checkpoint without memories. If that was trained with the prefix, begin
+with `<s><reference>` at the position_ids 0 and 1, and give the text those from
+2 + memory.reference_length on.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from m3jax import launching
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from m3jax.text.tokenizer import Tokenizer
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "--from_hf: the config of the stage.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_FROM = flags.DEFINE_string("from_hf", None, "Folder of a downloaded model to read.")
+_TO = flags.DEFINE_string("to_hf", None, "Folder to write; it must not hold a model.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint",
+    None,
+    "--to_hf: stage folder, or checkpoints/STEP in it; default WORKDIR/warmup.",
+)
+_SPECIAL = flags.DEFINE_list(
+    "special_tokens",
+    None,
+    "--from_hf: the tokens of its tokenizer that become padding, start of a text, mark of a"
+    " reference and end of a text; not needed for a folder written by --to_hf.",
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "--to_hf: of the weights; default model.param_dtype."
+)
+
+
+def main(argv: list[str]) -> None:
+    """Reads or writes a folder."""
+    from m3jax.config import validate
+
+    workdir = Path(str(_WORKDIR.value))
+    if (_FROM.value is None) == (_TO.value is None):
+        raise app.UsageError("give one of --from_hf and --to_hf")
+    used = (_CONFIG, _SPECIAL) if _FROM.value is None else (_CHECKPOINT, _DTYPE)
+    for flag in used:
+        if flag.value is not None:
+            raise app.UsageError(f"--{flag.name} has no use here; leave it out")
+    if _FROM.value is None:
+        _write(workdir, Path(str(_TO.value)))
+    elif _CONFIG.value is None:
+        raise app.UsageError("--from_hf needs --config, the config of the stage")
+    else:
+        _read(validate(_CONFIG.value), workdir, Path(_FROM.value))
+
+
+def _read(config: ConfigDict, workdir: Path, folder: Path) -> None:
+    import contextlib
+
+    import jax
+
+    from m3jax.config import prefix_tokens
+    from m3jax.mesh import make_mesh
+    from m3jax.model.hf import read_params
+    from m3jax.model.transformer import Model
+    from m3jax.train.checkpoints import Checkpoints, claim
+    from m3jax.train.optimizer import make_optimizer
+    from m3jax.train.state import abstract_state, init_state, state_shardings
+
+    stage = workdir / config.stage
+    _check_stage(config, stage)
+    tokenizer, order, ours = _tokenizer(workdir, folder)
+    params = read_params(folder, config, order)
+    model, optimizer = Model(config, prefix_tokens(config)), make_optimizer(config)
+    abstract = abstract_state(model, optimizer, make_mesh(config))
+    state = init_state(
+        *(config, model, optimizer, abstract),
+        jax.device_put(params, state_shardings(abstract).params),
+    )
+    if not ours:
+        _save_tokenizer(tokenizer, workdir, folder)
+    claim(stage, config)
+    with contextlib.closing(Checkpoints(stage, config, tokenizer.fingerprint)) as checkpoints:
+        checkpoints.save(state, 0)
+    count = sum(x.size for x in jax.tree.leaves(params))
+    print(f"{stage}: step 0 with {count} parameters of {folder}; {tokenizer.size} tokens")
+
+
+def _check_stage(config: ConfigDict, stage: Path) -> None:
+    """Refuses a stage that reads memories or has begun."""
+    from m3jax.config import ConfigError
+    from m3jax.train.checkpoints import CheckpointError, check_owner, checkpoint_folder
+
+    if config.memory.source != "none":
+        raise ConfigError(
+            f"config.memory.source = {config.memory.source!r}: a Llama has read no memories; use"
+            " the config of the warmup stage, then launch/train.py --init_from"
+        )
+    check_owner(stage, config)
+    try:
+        found = checkpoint_folder(stage)
+    except CheckpointError:
+        return
+    raise CheckpointError(f"{found} is there already; use another --workdir, or delete {stage}")
+
+
+def _tokenizer(workdir: Path, folder: Path) -> tuple[Tokenizer, np.ndarray | None, bool]:
+    """The tokenizer, which token of theirs each of its tokens is, whether the workdir has it."""
+    from m3jax.model.hf_config import HuggingFaceError
+    from m3jax.text.foreign import adopt_tokenizer
+    from m3jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+    path, own = folder / "tokenizer.json", workdir / "tokenizer"
+    there = (own / "manifest.json").is_file()
+    if not path.is_file():
+        if not there:
+            raise HuggingFaceError(
+                f"neither {folder} nor {workdir} has a tokenizer; download tokenizer.json with the"
+                " weights"
+            )
+        return Tokenizer.load(own), None, True
+    text, order = adopt_tokenizer(path.read_text("utf-8"), _SPECIAL.value, SPECIAL_TOKENS)
+    tokenizer = Tokenizer(text)
+    if there and Tokenizer.load(own).fingerprint != tokenizer.fingerprint:
+        raise HuggingFaceError(f"{own} is another tokenizer than {path}; use another --workdir")
+    return tokenizer, order, there
+
+
+def _save_tokenizer(tokenizer: Tokenizer, workdir: Path, folder: Path) -> None:
+    """With the mark of a finished part, so that launch/prepare.py trains no other in its place."""
+    from m3jax.text.files import write_atomically
+    from m3jax.text.prepare import INPUTS
+
+    tokenizer.save(workdir / "tokenizer")
+    mark = {"taken_from": str(folder.absolute())}
+    write_atomically(workdir / "tokenizer" / INPUTS, json.dumps(mark).encode())
+
+
+def _write(workdir: Path, folder: Path) -> None:
+    from m3jax.data.parameters import read_model
+    from m3jax.model.hf import write_folder
+    from m3jax.text.tokenizer import BOS, END, PAD, SPECIAL_TOKENS
+
+    checkpoint, config, params, meta, _ = read_model(_CHECKPOINT.value or workdir / "warmup")
+    roles = {"bos": BOS, "eos": END, "pad": PAD}
+    write_folder(
+        folder,
+        config,
+        params,
+        dtype=_DTYPE.value,
+        positions=meta["config"]["data"]["row_length"] + 2 + config.memory.reference_length,
+        tokenizer=(checkpoint.parents[2] / "tokenizer" / "tokenizer.json").read_text("utf-8"),
+        special={role: (SPECIAL_TOKENS[token], token) for role, token in roles.items()},
+    )
+    print(f"{folder}: step {meta['step']} of {checkpoint.parents[1]} as a Llama")
+
+
+if __name__ == "__main__":
+    launching.run(main, required=["workdir"])

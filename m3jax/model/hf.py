@@ -1,0 +1,317 @@
+"""Folders of Llama-like models as Hugging Face writes them: read, checked and written.
+
+A folder is `config.json` and `model.safetensors`, or parts of it named by
+`model.safetensors.index.json`. Its matrices are (out, in), ours (in, out) with heads as axes of
+their own; query head n of both belongs to key-value head n // G, and both turn the pairs
+(i, i + H/2) by RoPE, so that no weight changes place within a head.
+
+A Llama knows neither memories nor the prefix: its logits are those of `Model(config, ())` without
+memories, which is what `model.prefix = "with_memory"` gives in stages without memory. (Our context
+then begins at position W, theirs at 0: attention depends on distances only.) Its own token for the
+start of a text is a token of the row, as `<s>` is in `text/corpus.py`. With the prefix of p tokens,
+its `position_ids` are 0 … p−1 and then from p + W on, W being `memory.reference_length`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int
+from ml_collections import ConfigDict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from m3jax.model.hf_config import (
+    CONFIG,
+    HuggingFaceError,
+    check_fields,
+    read_json,
+    their_config,
+)
+from m3jax.model.transformer import Params, segment_ranges
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = ("F32", "F16", "BF16")
+_COMPUTED = "rotary_emb.inv_freq"  # a buffer that older versions saved
+
+
+def read_params(
+    folder: str | Path, config: ConfigDict, order: Int[np.ndarray, " n"] | None = None
+) -> Params:
+    """The weights of a folder as parameters of `Model(config)`.
+
+    Args:
+      folder: what `save_pretrained` writes or a model's page offers for download.
+      config: its `model` section has the fields of `read_fields`; `memory.first_layer` and
+        `memory.layers` say how layers are stacked.
+      order: token of theirs that each of our first n tokens is (`adopt_tokenizer`); all others are
+        the same.
+
+    Returns:
+      Arrays on the host in `config.model.param_dtype`.
+
+    Raises:
+      HuggingFaceError: as `read_fields`; the config has other fields; a file or tensor is missing,
+        damaged, of another shape or dtype, or has no place in `Model`.
+    """
+    folder = Path(folder)
+    check_fields(folder, config)
+    if order is not None and len(order) > config.model.vocabulary:
+        raise HuggingFaceError(
+            f"{folder}: the tokenizer has {len(order)} tokens, but the model only"
+            f" {config.model.vocabulary}; take both from one download"
+        )
+    read, names = _open(_weight_files(folder))
+    wanted = {tensor.name for tensor in _tensors(config)}
+    missing = sorted(wanted - names)
+    if missing:
+        raise HuggingFaceError(
+            f"{folder}: the tensor {missing[0]} is missing ({len(missing)} in all); take"
+            f" {CONFIG} and the weights of a model with LM head from one download"
+        )
+    _check_others(folder, config, read, names - wanted)
+    dtype = np.dtype(jax.numpy.dtype(config.model.param_dtype))
+    params: Params = {}
+    for tensor in _tensors(config):
+        values = read(tensor.name, tensor.theirs)
+        if order is not None and tensor.rows:
+            values = np.concatenate([values[order], values[len(order) :]])
+        ours = (values.T if tensor.inputs else values).reshape(tensor.shape)
+        if tensor.segment is None:
+            params[tensor.field] = ours.astype(dtype)
+            continue
+        stacks = params.setdefault(tensor.segment, {})
+        if tensor.field not in stacks:
+            low, high = segment_ranges(config)[tensor.segment]
+            stacks[tensor.field] = np.empty((high - low, *tensor.shape), dtype)
+        stacks[tensor.field][tensor.place] = ours
+    return params
+
+
+def write_folder(
+    folder: str | Path,
+    config: ConfigDict,
+    params: Params,
+    *,
+    dtype: str | None = None,
+    positions: int = 2048,
+    tokenizer: str | None = None,
+    special: Mapping[str, tuple[str, int]] | None = None,
+) -> None:
+    """Writes parameters as a folder that `transformers.LlamaForCausalLM` loads.
+
+    Biases on query, key and value come with an output bias of zeros, since a Llama has all four. An
+    `embedding_scale` becomes a part of the embedding, which is then not tied to the LM head.
+
+    Args:
+      folder: made if it is missing; `config.json` is written last.
+      config: of the parameters; `model` and `memory` are used.
+      params: as `Model(config)` takes them.
+      dtype: `float32` or `bfloat16`; default `config.model.param_dtype`.
+      positions: `max_position_embeddings`, the longest row that was trained.
+      tokenizer: content of `tokenizer.json`, if it is to be written.
+      special: text and id of the tokens `bos`, `eos` and `pad`.
+
+    Raises:
+      HuggingFaceError: the folder has a `config.json`; an unknown dtype; a shape that
+        transformers does not load; parameters of another config.
+    """
+    folder, dtype = Path(folder), dtype or config.model.param_dtype
+    if (folder / CONFIG).exists():
+        raise HuggingFaceError(f"{folder} holds a model already; name another folder or delete it")
+    model = config.model
+    if model.hidden % model.query_heads:
+        raise HuggingFaceError(
+            f"config.model.query_heads = {model.query_heads} does not divide config.model.hidden ="
+            f" {model.hidden}, and transformers loads no such Llama; keep the checkpoint as it is"
+        )
+    if dtype not in ("float32", "bfloat16"):
+        raise HuggingFaceError(f"dtype = {dtype!r}; weights are written in float32 or bfloat16")
+    folder.mkdir(parents=True, exist_ok=True)
+    tied = model.tied_embeddings and model.embedding_scale == 1
+    tensors = _their_tensors(config, params, tied, jax.numpy.dtype(dtype))
+    _commit(folder / _WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    named = dict(special or {})
+    if tokenizer is not None:
+        texts = {f"{role}_token": text for role, (text, _) in named.items()}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **texts}
+        _commit(folder / "tokenizer.json", lambda path: path.write_text(tokenizer, "utf-8"))
+        _commit(folder / "tokenizer_config.json", lambda path: _write_json(path, settings))
+    ids = {f"{role}_token_id": named[role][1] if role in named else None for role in _ROLES}
+    content = {**their_config(config, tied, dtype, positions), **ids}
+    _commit(folder / CONFIG, lambda path: _write_json(path, content))
+
+
+_ROLES = ("bos", "eos", "pad")
+
+
+# -- tensors ---------------------------------------------------------------------------------------
+class _Tensor(NamedTuple):
+    """Where a tensor of theirs lies in our parameters.
+
+    Attributes:
+      name: theirs.
+      segment, place: the stack of layers that it is in, and its layer there; or None, 0.
+      field: our name.
+      shape: ours, of one layer.
+      inputs: how many of our first axes are a matrix's inputs; 0 for what is not transposed.
+      rows: whether its rows are tokens.
+    """
+
+    name: str
+    segment: str | None
+    place: int
+    field: str
+    shape: tuple[int, ...]
+    inputs: int = 0
+    rows: bool = False
+
+    @property
+    def theirs(self) -> tuple[int, ...]:
+        """Their shape."""
+        if self.rows:
+            return self.shape
+        sides = (math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs]))
+        return sides if self.inputs else sides[:1]
+
+
+def _tensors(config: ConfigDict) -> Iterator[_Tensor]:
+    """Every tensor that the parameters of a config are made of, layer by layer."""
+    model = config.model
+    D, F, V, K, H = model.hidden, model.mlp_width, model.vocabulary, model.kv_heads, model.head_dim
+    G = model.query_heads // K
+    yield _Tensor("model.embed_tokens.weight", None, 0, "embedding", (V, D), rows=True)
+    parts: list[tuple[str, str, tuple[int, ...], int]] = [
+        ("input_layernorm.weight", "attention_norm", (D,), 0),
+        ("self_attn.q_proj.weight", "query", (D, K, G, H), 1),
+        ("self_attn.k_proj.weight", "key", (D, K, H), 1),
+        ("self_attn.v_proj.weight", "value", (D, K, H), 1),
+        ("self_attn.o_proj.weight", "output", (K, G, H, D), 3),
+        ("post_attention_layernorm.weight", "mlp_norm", (D,), 0),
+        ("mlp.gate_proj.weight", "gate", (D, F), 1),
+        ("mlp.up_proj.weight", "up", (D, F), 1),
+        ("mlp.down_proj.weight", "down", (F, D), 1),
+    ]
+    if model.attention_bias:
+        parts += [
+            ("self_attn.q_proj.bias", "query_bias", (K, G, H), 0),
+            ("self_attn.k_proj.bias", "key_bias", (K, H), 0),
+            ("self_attn.v_proj.bias", "value_bias", (K, H), 0),
+        ]
+    for segment, (low, high) in segment_ranges(config).items():
+        for i in range(low, high):
+            for name, field, shape, inputs in parts:
+                yield _Tensor(f"model.layers.{i}.{name}", segment, i - low, field, shape, inputs)
+    yield _Tensor("model.norm.weight", None, 0, "final_norm", (D,))
+    if not model.tied_embeddings:
+        yield _Tensor("lm_head.weight", None, 0, "head", (V, D), rows=True)
+
+
+def _their_tensors(
+    config: ConfigDict, params: Params, tied: bool, dtype: Any
+) -> dict[str, np.ndarray]:
+    """All tensors of `LlamaForCausalLM`, contiguous."""
+    model, tensors = config.model, {}
+    for tensor in _tensors(config):
+        stack = params if tensor.segment is None else params[tensor.segment]
+        values = (
+            stack[tensor.field] if tensor.segment is None else stack[tensor.field][tensor.place]
+        )
+        values = np.asarray(values)
+        if values.shape != tensor.shape:
+            raise HuggingFaceError(
+                f"parameter {tensor.field} is {values.shape}, in this config {tensor.shape}; use"
+                " the config it was trained with"
+            )
+        values = values.reshape(tensor.theirs[::-1]).T if tensor.inputs else values
+        values = values.reshape(tensor.theirs)
+        if tensor.field == "embedding" and not tied:
+            if model.tied_embeddings:
+                tensors["lm_head.weight"] = np.ascontiguousarray(values.astype(dtype))
+            values = values * np.float32(model.embedding_scale)
+        tensors[tensor.name] = np.ascontiguousarray(values.astype(dtype))
+    if model.attention_bias:
+        for i in range(model.layers):
+            tensors[f"model.layers.{i}.self_attn.o_proj.bias"] = np.zeros(model.hidden, dtype)
+    return tensors
+
+
+_Read = Callable[[str, tuple[int, ...] | None], np.ndarray]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / _WEIGHTS).is_file() or not (folder / _INDEX).is_file():
+        return [folder / _WEIGHTS]
+    places = read_json(folder / _INDEX).get("weight_map")
+    names = sorted(set(places.values())) if isinstance(places, dict) else []
+    if not names:
+        raise HuggingFaceError(f"{folder / _INDEX} names no files; download it again")
+    return [folder / name for name in names]
+
+
+def _open(files: list[Path]) -> tuple[_Read, set[str]]:
+    """`read(name, shape)`, which returns a tensor as it is stored, and the names of all tensors."""
+    where: dict[str, tuple[Any, Path]] = {}
+    for path in files:
+        try:
+            handle = safe_open(path, "np")
+        except (OSError, SafetensorError) as error:
+            raise HuggingFaceError(
+                f"{path} is missing or damaged ({error}); download it again, or convert other"
+                " weights with AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
+            ) from error
+        where.update({name: (handle, path) for name in handle.keys()})  # noqa: SIM118
+
+    def read(name: str, shape: tuple[int, ...] | None) -> np.ndarray:
+        handle, path = where[name]
+        part = handle.get_slice(name)
+        found, dtype = tuple(part.get_shape()), part.get_dtype()
+        if (shape is not None and found != shape) or dtype not in _DTYPES:
+            raise HuggingFaceError(
+                f"{path}: the tensor {name} is {dtype} of shape {found}; {CONFIG} needs shape"
+                f" {shape} and one of {', '.join(_DTYPES)}; take both from one download"
+            )
+        return handle.get_tensor(name)
+
+    return read, set(where)
+
+
+def _check_others(folder: Path, config: ConfigDict, read: _Read, names: set[str]) -> None:
+    """Refuses tensors that `Model` has no place for, unless leaving them out changes nothing."""
+    for name in sorted(names):
+        if name.endswith(_COMPUTED):
+            continue
+        if name.endswith("self_attn.o_proj.bias"):
+            if not read(name, (config.model.hidden,)).any():
+                continue
+            why = "the output projection here has no bias; choose another model"
+        elif name == "lm_head.weight" and config.model.tied_embeddings:
+            if np.array_equal(read(name, None), read("model.embed_tokens.weight", None)):
+                continue
+            why = f"it is not the embedding: set tie_word_embeddings to false in {CONFIG}"
+        else:
+            why = f"take {CONFIG} and the weights from one download, or choose another model"
+        raise HuggingFaceError(f"{folder}: the tensor {name} has no place here; {why}")
+
+
+def _commit(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes under a temporary name, flushes, renames: the file is whole or absent."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

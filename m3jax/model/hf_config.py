@@ -1,0 +1,170 @@
+"""`config.json` of Llama-like models as Hugging Face writes it, and the fields it stands for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ml_collections import ConfigDict
+
+CONFIG = "config.json"
+_FAMILIES = ("llama", "qwen2")  # qwen2 always has biases on query, key and value
+# What must have this value, where it is there; the last is why.
+_FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "hidden_act": (("silu", "swish"), "the MLP here is gated by silu"),
+    "mlp_bias": ((False, None), "the MLP here has no biases"),
+    "use_sliding_window": ((False, None), "all layers here attend to the whole row"),
+    "partial_rotary_factor": ((1, None), "RoPE here turns whole heads"),
+    "quantization_config": ((None,), "weights are read in float32, float16 or bfloat16"),
+}
+
+
+class HuggingFaceError(ValueError):
+    """A folder that cannot be read or written. The message names the thing and the remedy."""
+
+
+def read_fields(folder: str | Path) -> dict[str, Any]:
+    """The fields of `config.model` that a folder decides, for `config.model.update`.
+
+    Raises:
+      HuggingFaceError: `config.json` is missing or damaged, or describes what `Model` cannot
+        compute: another family, activation, kind of RoPE, or attention in a sliding window.
+    """
+    path = Path(folder) / CONFIG
+    found = read_json(path)
+    family = found.get("model_type")
+    if family not in _FAMILIES:
+        _refuse(path, "model_type", family, f"choose a model of {' or '.join(_FAMILIES)}")
+    for key, (accepted, why) in _FIXED.items():
+        if found.get(key) not in (*accepted, None):
+            _refuse(path, key, found[key], f"{why}; choose another model")
+    if family == "llama" and found.get("sliding_window") is not None:
+        _refuse(path, "sliding_window", found["sliding_window"], _FIXED["use_sliding_window"][1])
+    kinds = found.get("layer_types") or []
+    if set(kinds) - {"full_attention"}:
+        _refuse(path, "layer_types", kinds, _FIXED["use_sliding_window"][1])
+
+    def size(key: str, default: int | None = None) -> int:
+        value = default if found.get(key) is None else found[key]
+        if type(value) is not int or value < 1:
+            raise HuggingFaceError(
+                f"{path}: {key} = {found.get(key)!r} is not a size; use the config.json that the"
+                " model was published with"
+            )
+        return value
+
+    heads, hidden = size("num_attention_heads"), size("hidden_size")
+    kv_heads = size("num_key_value_heads", heads if family == "llama" else None)
+    head_dim = size("head_dim", hidden // heads)
+    if heads % kv_heads or head_dim % 2 or (found.get("head_dim") is None and hidden % heads):
+        raise HuggingFaceError(
+            f"{path}: {kv_heads} key-value heads, {heads} query heads of {head_dim} and hidden_size"
+            f" = {hidden} do not fit together; use the config.json that the model was published"
+            " with"
+        )
+    return {
+        "layers": size("num_hidden_layers"),
+        "query_heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "hidden": hidden,
+        "mlp_width": size("intermediate_size"),
+        "vocabulary": size("vocab_size"),
+        "rope_base": _rope_base(path, found),
+        "norm_epsilon": _number(path, "rms_norm_eps", found.get("rms_norm_eps"), 1e-6),
+        "tied_embeddings": bool(found.get("tie_word_embeddings")),
+        "embedding_scale": 1.0,
+        "attention_bias": family == "qwen2" or bool(found.get("attention_bias")),
+    }
+
+
+def check_fields(folder: str | Path, config: ConfigDict) -> None:
+    """Raises `HuggingFaceError`, naming all that differs, unless the config is the folder's."""
+    wanted = read_fields(folder)
+    different = [name for name, value in wanted.items() if config.model[name] != value]
+    if different:
+        raise HuggingFaceError(
+            f"{folder} is a model of another shape than the config; set"
+            f" {', '.join(f'config.model.{name} = {wanted[name]!r}' for name in different)}"
+        )
+
+
+def their_config(config: ConfigDict, tied: bool, dtype: str, positions: int) -> dict[str, Any]:
+    """Content of the `config.json` of a Llama of our shape.
+
+    Args:
+      config: its `model` section is read.
+      tied: whether the LM head is the embedding.
+      dtype: of the weights.
+      positions: tokens of the longest row.
+    """
+    model = config.model
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": model.attention_bias,
+        "attention_dropout": 0.0,
+        "dtype": dtype,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": model.hidden,
+        "intermediate_size": model.mlp_width,
+        "max_position_embeddings": positions,
+        "mlp_bias": False,
+        "num_attention_heads": model.query_heads,
+        "num_hidden_layers": model.layers,
+        "num_key_value_heads": model.kv_heads,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_parameters": {"rope_theta": model.rope_base, "rope_type": "default"},
+        "rope_theta": model.rope_base,  # versions before 5 read this, and torch_dtype
+        "tie_word_embeddings": tied,
+        "torch_dtype": dtype,
+        "vocab_size": model.vocabulary,
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object; raises `HuggingFaceError`."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+        raise HuggingFaceError(
+            f"{path} is missing or damaged ({error}); name the folder of a downloaded model, with"
+            f" {CONFIG} and model.safetensors"
+        ) from error
+    return content
+
+
+def _refuse(path: Path, key: str, value: Any, why: str) -> NoReturn:
+    raise HuggingFaceError(f"{path}: {key} = {value!r} is not supported; {why}")
+
+
+def _number(path: Path, key: str, value: Any, default: float) -> float:
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        _refuse(path, key, value, "it must be a number above 0")
+    return float(value)
+
+
+def _rope_base(path: Path, found: dict[str, Any]) -> float:
+    """The base of plain RoPE, from where newer versions keep it, or older ones."""
+    bases = {"rope_theta": found.get("rope_theta")}
+    for key in ("rope_parameters", "rope_scaling"):
+        part = found.get(key) or {}
+        if not isinstance(part, dict):
+            _refuse(path, key, part, "it must be an object")
+        kind = part.get("rope_type") or part.get("type") or "default"
+        if kind != "default" or any(isinstance(value, dict) for value in part.values()):
+            _refuse(path, key, part, "RoPE here is not scaled; choose a model without scaling")
+        if part.get("partial_rotary_factor") not in (1, None):
+            _refuse(path, key, part, _FIXED["partial_rotary_factor"][1])
+        bases[f"{key}.rope_theta"] = part.get("rope_theta")
+    given = {key: _number(path, key, base, 0) for key, base in bases.items() if base is not None}
+    if len(set(given.values())) > 1:
+        raise HuggingFaceError(
+            f"{path} has several RoPE bases: {given}; delete all but the one it was trained with"
+        )
+    return next(iter(given.values()), 10_000.0)

@@ -1,0 +1,134 @@
+"""Tokenizers of other models, renumbered so that they begin with our special tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int
+
+from m3jax.text.documents import TextError
+
+# Words, runs of white space, digits, letters in one and two code points, no letters at all.
+_PROBES = (
+    "Kelo's cat\n\n  sat on 12345 mats;\tno?\r\n",
+    "for (i = 0; i < 10; i++) { x[i] += 0.5e-3; }      # \u00e9 na\u00efve",
+    "\u0416\u0438\u0437\u043d\u044c \u6c34\u3068\u706b \u0639\u0631\u0628 \U0001f642\u200d\u2642",
+)
+
+
+def adopt_tokenizer(
+    text: str, named: Sequence[str] | None, special: Sequence[str]
+) -> tuple[str, Int[np.ndarray, " n"]]:
+    """A byte-level BPE tokenizer of another model, renumbered so that it begins with our tokens.
+
+    Each of the first places is exchanged with the token that takes it, which gets our name. NFC and
+    the template of special tokens are left out: any text comes back exactly, as it is.
+
+    Args:
+      text: content of their `tokenizer.json`.
+      named: texts of their tokens that take the first places; None: it begins with ours already.
+      special: our special tokens, whose places are 0, 1, ….
+
+    Returns:
+      Content of a `tokenizer.json`, and for each of its n tokens the token of theirs that it is,
+      as `read_params` takes it.
+
+    Raises:
+      TextError: it is damaged or no byte-level BPE tokenizer; the named tokens are not as
+        many different special tokens of it.
+    """
+    try:
+        content = json.loads(text)
+        model, added = content["model"], content.get("added_tokens") or []
+        ids = dict(model["vocab"]) | {token["content"]: token["id"] for token in added}
+        theirs = sorted(ids, key=lambda name: ids[name])
+        if [ids[name] for name in theirs] != list(range(len(ids))):
+            raise ValueError("its ids have gaps")
+    except (ValueError, KeyError, TypeError) as error:
+        raise TextError(
+            f"tokenizer.json is damaged or no BPE tokenizer ({error!r}); choose another model"
+        ) from error
+    if tuple(theirs[: len(special)]) == tuple(special) and named in (None, list(special)):
+        return text, np.arange(len(ids))
+    _check_named(named, special, ids, [token["content"] for token in added])
+    _check_byte_level(content, ids)
+    order = list(range(len(ids)))
+    for place, name in enumerate(named or ()):
+        there = order.index(ids[name])
+        order[place], order[there] = order[there], order[place]
+    renamed = dict(zip(named or (), special, strict=True))
+    places = {renamed.get(theirs[old], theirs[old]): new for new, old in enumerate(order)}
+    for token in added:
+        if token["content"] in renamed:
+            token.update(content=renamed[token["content"]], special=True)
+        token["id"] = places[token["content"]]
+    model.update(vocab=places, unk_token=None, dropout=None)
+    added.sort(key=lambda token: token["id"])
+    content.update(normalizer=None, post_processor=None, truncation=None, padding=None)
+    result = json.dumps(content, ensure_ascii=False)
+    _check_adopted(text, result, order)
+    return result, np.array(order)
+
+
+def _check_named(
+    named: Sequence[str] | None, special: Sequence[str], ids: Mapping[str, int], added: list[str]
+) -> None:
+    shown = ", ".join(added[:40]) or "none"
+    if named is None or len(set(named)) != len(special) or len(named) != len(special):
+        raise TextError(
+            f"the tokenizer does not begin with {', '.join(special)}; name {len(special)} different"
+            f" special tokens of it that are to be these, in this order (for {special[2]} one that"
+            f" the model has not been trained on). It has: {shown}"
+        )
+    for name, ours in zip(named, special, strict=True):
+        if name not in added:
+            raise TextError(f"{name!r} is not a special token of the tokenizer: {shown}")
+        if ours in ids and ours not in named:
+            raise TextError(f"the tokenizer has a token {ours} besides {name}; name {ours} itself")
+
+
+def _check_byte_level(content: dict[str, Any], ids: Mapping[str, int]) -> None:
+    """Refuses what loses something of a text."""
+
+    def refuse(what: str) -> NoReturn:
+        raise TextError(
+            f"tokenizer.json: {what}; only byte-level BPE tokenizers (as of GPT-2, Llama 3, Qwen2)"
+            " give back any text exactly. Choose another model"
+        )
+
+    if content["model"].get("type", "BPE") != "BPE":
+        refuse(f"its model is {content['model']['type']}")
+    if (content.get("normalizer") or {"type": "NFC"}).get("type") != "NFC":
+        refuse(f"it changes texts ({content['normalizer']['type']})")
+    splitter = content.get("pre_tokenizer") or {}
+    steps = splitter.get("pretokenizers", [splitter])
+    levels = [step for step in steps if step.get("type") == "ByteLevel"]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    if len(levels) != 1 or not ids.keys() >= set(alphabet):
+        refuse("it does not split texts into bytes")
+    if levels[0].get("add_prefix_space"):
+        refuse("it adds a space to texts")
+    for token in content.get("added_tokens") or []:
+        if not token.get("special") and (token.get("lstrip") or token.get("rstrip")):
+            refuse(f"its token {token['content']!r} takes the spaces around it")
+
+
+def _check_adopted(theirs: str, ours: str, order: list[int]) -> None:
+    """Tokens are theirs in the new order, and give back the text."""
+    try:
+        before, after = (tokenizers.Tokenizer.from_str(text) for text in (theirs, ours))
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise TextError(f"tokenizer.json is damaged ({error}); download it again") from error
+    before.encode_special_tokens = after.encode_special_tokens = True
+    for probe in _PROBES:
+        expected = before.encode(probe, add_special_tokens=False).ids
+        found = after.encode(probe, add_special_tokens=False).ids
+        if [order[i] for i in found] != expected or after.decode(found) != probe:
+            raise TextError(
+                f"tokenizer.json: {probe!r} does not come back from the renumbered tokenizer; only"
+                " byte-level BPE tokenizers can be taken. Choose another model"
+            )

@@ -1,0 +1,133 @@
+"""Tokenizers of other models: renumbered ones read as before, others are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from m3jax.text.documents import TextError
+from m3jax.text.foreign import adopt_tokenizer
+from m3jax.text.tokenizer import Tokenizer as OurTokenizer
+
+OURS = ("<pad>", "<s>", "<reference>", "</s>")
+NAMED = ["<|none|>", "<|begin|>", "<|extra|>", "<|end|>"]
+TEXTS = [
+    "the otter of Kelo\n\n  reads 12 naïve words",
+    "",
+    " <s> is <|begin|> no token",
+    "火🙂\x00",
+]
+
+
+def train_tokenizer(first: Sequence[str] = (), last: Sequence[str] = NAMED) -> Tokenizer:
+    """A byte-level BPE with special tokens in front (GPT-2, SmolLM) or at the end (Llama 3)."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=list(first),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the otter of Kelo reads the words"] * 3, trainer)
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in last])
+    tokenizer.add_tokens(["<tool>"])
+    begin = tokenizer.token_to_id("<|begin|>")
+    template = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", begin)]
+    )
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), template])
+    return tokenizer
+
+
+@pytest.mark.parametrize("front", [True, False])
+def test_a_tokenizer_is_renumbered(front: bool) -> None:
+    other = ["<|more|>", *NAMED[::-1]]
+    theirs = train_tokenizer(other, ()) if front else train_tokenizer((), other)
+    content, order = adopt_tokenizer(theirs.to_str(), NAMED, OURS)
+    ours = OurTokenizer(content)
+    size = theirs.get_vocab_size()
+    assert ours.size == size and sorted(order) == list(range(size))
+    assert [theirs.id_to_token(i) for i in order[:4]] == NAMED
+    theirs.encode_special_tokens = True
+    for text in TEXTS:
+        ids = ours.encode(text)
+        expected = theirs.encode(text, add_special_tokens=False).ids
+        np.testing.assert_array_equal(order[ids], np.array(expected, int))
+        assert ours.decode(ids) == text
+        spans = ours.encode_with_offsets(text)[1]
+        assert "".join(text[a:b] for a, b in np.unique(spans, axis=0)) == text
+    assert ours.decode(np.arange(4)) == ""
+    decomposed = "e\u0301"  # left as it is
+    assert ours.decode(ours.encode(decomposed)) == decomposed
+    again, same = adopt_tokenizer(content, None, OURS)
+    assert again == content and list(same) == list(range(size))
+
+
+def _change(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content.update(changes)
+
+
+def _change_model(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content["model"].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "named", "parts"),
+    [
+        (None, None, ("does not begin with <pad>, <s>", "for <reference> one that", "<|extra|>")),
+        (None, NAMED[:3], ("4 different special tokens",)),
+        (None, [*NAMED[:3], "<|none|>"], ("4 different special tokens",)),
+        (None, [*NAMED[:3], "the"], ("'the' is not a special token", "<|end|>")),
+        (_change(model={}), NAMED, ("damaged or no BPE tokenizer",)),
+        (_change_model(type="Unigram"), NAMED, ("its model is Unigram", "byte-level BPE")),
+        (_change(normalizer={"type": "Lowercase"}), NAMED, ("it changes texts (Lowercase)",)),
+        (_change(pre_tokenizer=None), NAMED, ("does not split texts into bytes",)),
+        (
+            _change(
+                pre_tokenizer={
+                    "type": "ByteLevel",
+                    "add_prefix_space": True,
+                    "trim_offsets": True,
+                    "use_regex": True,
+                }
+            ),
+            NAMED,
+            ("adds a space",),
+        ),
+        (_change(decoder=None), NAMED, ("does not come back",)),
+        (_change_model(merges=[["no", "merge"]]), NAMED, ("damaged",)),
+        (lambda c: c["model"]["vocab"].update(more=999), NAMED, ("gaps",)),
+        (lambda c: c["model"]["vocab"].pop("Z"), NAMED, ("gaps",)),
+        (lambda c: c["added_tokens"][-1].update(lstrip=True), NAMED, ("takes the spaces",)),
+        (lambda c: c["added_tokens"][-1].update(content="<s>"), NAMED, ("a token <s> besides",)),
+    ],
+)
+def test_tokenizers_that_cannot_be_taken_are_refused(
+    change: Callable[[dict[str, Any]], None] | None, named: list[str] | None, parts: tuple[str, ...]
+) -> None:
+    content = json.loads(train_tokenizer().to_str())
+    if change is not None:
+        change(content)
+    with pytest.raises(TextError) as caught:
+        adopt_tokenizer(json.dumps(content), named, OURS)
+    for part in parts:
+        assert part in str(caught.value), str(caught.value)
