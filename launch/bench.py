@@ -5,6 +5,7 @@
     python launch/bench.py overlap --workdir=runs/wiki
     python launch/bench.py quantizer --workdir=runs/wiki --vectors=640000
     python launch/bench.py retrieval
+    python launch/bench.py inference --batch=8 --picture=speed.png
 
 A ratio is the median over rounds of two things timed in turn in one process, so that it holds on a
 machine whose speed drifts.
@@ -29,6 +30,10 @@ _WORKDIR = flags.DEFINE_string(
 _VECTORS = flags.DEFINE_integer(
     "vectors", None, "Vectors that quantizer trains on; default 65536.", lower_bound=1
 )
+_BATCH = flags.DEFINE_integer(
+    "batch", None, "Rows that inference generates together; default 16.", lower_bound=1
+)
+_PICTURE = flags.DEFINE_string("picture", None, "PNG of the speeds that inference measured.")
 _JSON = flags.DEFINE_string("json", None, "Write ratios, seconds and environment to this file.")
 
 
@@ -40,7 +45,12 @@ def main(argv: list[str]) -> None:
         print(f"usage: bench.py NAME; NAME is one of {', '.join(BENCHMARKS)}", file=sys.stderr)
         raise SystemExit(2)
     benchmark = BENCHMARKS[argv[1]]
-    given = {"workdir": _WORKDIR.value, "vectors": _VECTORS.value}
+    given = {
+        "workdir": _WORKDIR.value,
+        "vectors": _VECTORS.value,
+        "batch": _BATCH.value,
+        "picture": _PICTURE.value,
+    }
     options = {name: value for name, value in given.items() if value is not None}
     for name in options.keys() - inspect.signature(benchmark).parameters.keys():
         print(f"--{name}: {argv[1]} does not take it; leave it out", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Compiles the real train step, or the memory writer, for a TPU slice that is not there.
+"""Compiles the real train step, the memory writer or the decode for a TPU slice that is not there.
 
     python launch/compile.py --config=configs/memory3_2b.py --topology=v5e:16x16
     python launch/compile.py --config=configs/memory3_2b.py:stage=continual,memories=online \\
@@ -8,6 +8,8 @@
         --topology=v5e:16x16,v6e:16x16 --search --fsdp=8 --markdown=table.md
     python launch/compile.py --config=configs/memory3_2b.py:stage=continual \\
         --topology=v5e:16x16 --program=writer
+    python launch/compile.py --config=configs/memory3_2b.py:stage=continual \\
+        --topology=v5e:2x4 --program=decode --rows=32 --context=128
 
 Prints what a chip would hold against its memory, what crosses between chips, counted work and lower
 bounds of a step's time. Of several slices and paths, each is compiled in turn. Needs libtpu
@@ -36,8 +38,14 @@ _TOPOLOGY = flags.DEFINE_list(
 _PROGRAM = flags.DEFINE_enum(
     "program",
     "train",
-    ["train", "writer"],
-    "The train step, or the encode of launch/write_bank.py.",
+    ["train", "writer", "decode"],
+    "The train step, the encode of launch/write_bank.py, or the decode of a chunk with memories.",
+)
+_ROWS = flags.DEFINE_integer(
+    "rows", 32, "Rows on a device of mesh.data, with --program=decode.", lower_bound=1
+)
+_CONTEXT = flags.DEFINE_integer(
+    "context", 128, "Tokens of a prompt, with --program=decode; whole chunks.", lower_bound=64
 )
 _PATHS = flags.DEFINE_list(
     "paths", [], "Train steps to compile, of warmup, precomputed, online; default: the config's."
@@ -96,7 +104,7 @@ def main(argv: list[str]) -> None:
             print(show_search(tried), flush=True)
             chosen = compiled.best(tried) or tried[-1]
         else:
-            chosen = compiled.report(path, topology, _PROGRAM.value)
+            chosen = compiled.report(path, topology, _PROGRAM.value, _ROWS.value, _CONTEXT.value)
             tried = [chosen]
             print(show(chosen), flush=True)
         reports += tried

@@ -21,6 +21,7 @@ from m3jax import config as config_lib
 from m3jax.config import PREFIX_TOKENS, prefix_tokens
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.evaluation.bench_bank import bank, random_codec
+from m3jax.evaluation.bench_inference import inference
 from m3jax.evaluation.bench_overlap import overlap
 from m3jax.evaluation.bench_quantizer import quantizer
 from m3jax.evaluation.bench_retrieval import retrieval
@@ -123,6 +124,7 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Figures]]] = {
     "bank": bank,
     "quantizer": quantizer,
     "retrieval": retrieval,
+    "inference": inference,
 }
 _SOURCES = ("none", "precomputed", "online")
 

@@ -12,7 +12,8 @@ _PATHS = {"none": "warmup", "precomputed": "precomputed memories", "online": "on
 
 def path_of(found: dict[str, Any]) -> str:
     """What was compiled, in words."""
-    return "memory writer" if found["program"] == "writer" else _PATHS[found["source"]]
+    names = {"writer": "memory writer", "decode": "decode"}
+    return names.get(found["program"]) or _PATHS[found["source"]]
 
 
 def show(found: dict[str, Any]) -> str:
@@ -34,7 +35,7 @@ def show(found: dict[str, Any]) -> str:
         f"  work            {work['useful']:.3e} FLOP useful, {work['executed']:.3e} executed"
         f" ({work['executed_over_useful']:.2f}×)"
     )
-    bounds = ", ".join(f"{name} {value:.3f} s" for name, value in found["seconds"].items())
+    bounds = ", ".join(f"{name} {value:.3g} s" for name, value in found["seconds"].items())
     lines.append(f"  lower bounds    {bounds}; MFU at most {found['mfu_ceiling']:.0%}")
     lines.append(f"  compiled in     {found['compile_seconds']:.0f} s")
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from m3jax import flops
 from m3jax.config import PREFIX_TOKENS, ConfigError, prefix_tokens, validate
+from m3jax.evaluation.compiled_decode import arguments, serving, serving_mesh
 from m3jax.evaluation.executed import attention_blocks, executed_flops
 from m3jax.evaluation.hlo import by_kind, collectives
 from m3jax.hardware import Chip, chip_of_topology
@@ -41,7 +42,7 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-PROGRAMS = ("train", "writer")
+PROGRAMS = ("train", "writer", "decode")
 PATHS = ("warmup", "precomputed", "online")  # what a train step reads
 
 
@@ -121,6 +122,12 @@ def compile_writer(config: ConfigDict, mesh: Mesh) -> Program:
     return _compile(encode_program(config, model, stored), writer_params(params), *inputs)
 
 
+def compile_decode(config: ConfigDict, mesh: Mesh, context: int) -> Program:
+    """The decode of a chunk after prompts of `context` tokens, on abstract arrays."""
+    decoder, given = arguments(config, mesh, context)
+    return _compile(decoder.generate, *given)
+
+
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
     """The inputs of a train step as shapes with shardings."""
     model, memory, sharding = config.model, config.memory, batch_sharding(mesh)
@@ -175,13 +182,18 @@ def _needed_bytes(message: str) -> float | None:
     return max((float(size) * units[unit] for size, unit in sizes), default=float("nan"))
 
 
-def report(config: ConfigDict, topology: str, program: str = "train") -> dict[str, Any]:
+def report(
+    config: ConfigDict, topology: str, program: str = "train", rows: int = 32, context: int = 128
+) -> dict[str, Any]:
     """Compiles one program of a config for a slice.
 
     Args:
       config: a config.
       topology: `v5e:16x16`.
-      program: `train`, or `writer` (the encode of a batch of references).
+      program: `train`, `writer` (the encode of a batch of references) or `decode` (a chunk of
+        tokens after the memories of a bank; work and bounds are those of one token a row, and
+        `mesh.fsdp` counts as `mesh.data`).
+      rows, context: of `decode`: rows on one device of `mesh.data`, tokens of a prompt.
 
     Returns:
       What it takes of a chip, in bytes: `peak_bytes_per_chip`, `memory` (its parts),
@@ -196,20 +208,31 @@ def report(config: ConfigDict, topology: str, program: str = "train") -> dict[st
     """
     validate(config)
     chip, _ = chip_of_topology(topology)
-    mesh = make_mesh(config, devices_of(topology))
-    found = compile_train(config, mesh) if program == "train" else compile_writer(config, mesh)
+    devices = devices_of(topology)
+    if program == "decode":
+        rows *= max(1, len(devices) // config.mesh.tensor)
+        config = serving(config, rows)
+        mesh = serving_mesh(config, devices)
+        found = compile_decode(config, mesh, context)
+    else:
+        mesh = make_mesh(config, devices)
+        found = compile_train(config, mesh) if program == "train" else compile_writer(config, mesh)
     tokens = config.data.row_length
     online = program == "writer" or config.memory.source == "online"
     blocks = attention_blocks(config, tokens=tokens, references=online)
-    references = config.writer.batch_references
-    useful = flops.train_step(config) if program == "train" else flops.writer(config, references)
+    useful = {
+        "train": lambda: flops.train_step(config),
+        "writer": lambda: flops.writer(config, config.writer.batch_references),
+        "decode": lambda: flops.decode_step(config, rows, context),
+    }[program]()
     executed = executed_flops(found.jaxpr, blocks)
     exchanges = collectives(found.text) if found.text else []
     table = by_kind(exchanges)
     sent = sum(row["bytes"] for row in table.values())
     bounds = {
         "compute": executed / (mesh.size * chip.flops),
-        "memory": _memory_bytes(config, found.memory, mesh, program) / chip.memory_bandwidth,
+        "memory": _memory_bytes(config, found.memory, mesh, program, context)
+        / chip.memory_bandwidth,
         "interconnect": sent / (chip.links * chip.link_bandwidth),
     }
     return {
@@ -238,13 +261,18 @@ def report(config: ConfigDict, topology: str, program: str = "train") -> dict[st
     }
 
 
-def _memory_bytes(config: ConfigDict, memory: dict[str, float], mesh: Mesh, program: str) -> float:
+def _memory_bytes(
+    config: ConfigDict, memory: dict[str, float], mesh: Mesh, program: str, context: int
+) -> float:
     """Least bytes that a chip moves to and from its memory in one run.
 
     Training reads and writes the state once, reads the whole weights in each of three passes
     (forward, recomputation, backward) of every microbatch, and writes and reads the saved input of
-    every layer; the writer reads weights once.
+    every layer; the writer reads weights once; decoding a token reads weights, keys and values.
     """
+    if program == "decode":
+        rows = config.data.batch_rows // (mesh.size // mesh.shape["tensor"])
+        return flops.decode_bytes(config, rows, context) / mesh.shape["tensor"]
     width = jnp.dtype(config.model.compute_dtype).itemsize
     weights = flops.parameters(config).non_embedding * width / mesh.shape["tensor"]
     state = memory.get("arguments", 0.0)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -120,9 +121,7 @@ def hit_rates(
     retriever = open_retriever(config, opened, references, 1.0, candidates)
     embedder = retriever.index.embedder
     asked = read_open_questions(questions)
-    runs = [{tuple(words(answer)) for answer in one.answers} for one in asked]
-    present = _present(references, AnswerFinder([a for one in asked for a in one.answers]))
-    answerable = np.array([bool(one & present) for one in runs])
+    answerable = answerable_questions(references, [one.answers for one in asked])
     rank = np.full(len(asked), np.inf)
     for start in tqdm(range(0, len(asked), _QUERIES), desc="questions", unit="block"):
         part = asked[start : start + _QUERIES]
@@ -144,6 +143,19 @@ def hit_rates(
         report[f"hits@{k}"] = float(inside[answerable].mean()) if answerable.any() else 0.0
         report[f"hits@{k}_of_all"] = float(inside.mean())
     return report
+
+
+def answerable_questions(
+    references: AnyReferences, answers: Sequence[Sequence[str]]
+) -> Bool[np.ndarray, " n"]:
+    """Whether one of a question's answers occurs in any reference in use.
+
+    Args:
+      references: the knowledge base; all of it is read.
+      answers: of each of n questions.
+    """
+    present = _present(references, AnswerFinder([one for every in answers for one in every]))
+    return np.array([any(tuple(words(one)) in present for one in every) for every in answers])
 
 
 def _present(references: AnyReferences, finder: AnswerFinder) -> set[tuple[str, ...]]:

@@ -29,32 +29,8 @@ def llama_step(config: ConfigDict, tokens: Int[np.ndarray, "B T"]) -> Callable[[
     Raises:
       MissingLlama: it is not installed.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import torch
-            import transformers
-    except ImportError as error:
-        raise MissingLlama(
-            f"{error.name} is not installed: pip install -c constraints.txt -e '.[parity]'"
-        ) from error
-    torch.set_num_threads(os.cpu_count() or 1)
-    torch.manual_seed(0)
-    model, optimizer = config.model, config.optimizer
-    shape = transformers.LlamaConfig(
-        vocab_size=model.vocabulary,
-        hidden_size=model.hidden,
-        intermediate_size=model.mlp_width,
-        num_hidden_layers=model.layers,
-        num_attention_heads=model.query_heads,
-        num_key_value_heads=model.kv_heads,
-        head_dim=model.head_dim,
-        rms_norm_eps=model.norm_epsilon,
-        tie_word_embeddings=model.tied_embeddings,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    llama: Any = transformers.LlamaForCausalLM(shape)
+    torch, llama = _llama(config)
+    optimizer = config.optimizer
     llama.train()
     adam = torch.optim.AdamW(
         llama.parameters(),
@@ -73,3 +49,68 @@ def llama_step(config: ConfigDict, tokens: Int[np.ndarray, "B T"]) -> Callable[[
         return float(loss.detach())
 
     return step
+
+
+def llama_generate(
+    config: ConfigDict, prompts: Int[np.ndarray, "B T"], new: int
+) -> Callable[[], Int[np.ndarray, "B n"]]:
+    """`LlamaForCausalLM.generate`, greedy, with its cache.
+
+    Args:
+      config: the shape; float32.
+      prompts: tokens of prompts of one length.
+      new: tokens generated for each; none ends a row.
+
+    Returns:
+      A call that generates, on all cores.
+
+    Raises:
+      MissingLlama: it is not installed.
+    """
+    torch, llama = _llama(config)
+    llama.eval()
+    batch = torch.from_numpy(np.asarray(prompts, np.int64))
+    options = {"do_sample": False, "use_cache": True, "pad_token_id": 0, "eos_token_id": None}
+
+    def generate() -> np.ndarray:
+        with torch.inference_mode():
+            found = llama.generate(
+                batch,
+                attention_mask=torch.ones_like(batch),
+                min_new_tokens=new,
+                max_new_tokens=new,
+                **options,
+            )
+        return found[:, batch.shape[1] :].numpy()
+
+    return generate
+
+
+def _llama(config: ConfigDict) -> tuple[Any, Any]:
+    """torch, and a Llama of the config's shape with random weights."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import torch
+            import transformers
+    except ImportError as error:
+        raise MissingLlama(
+            f"{error.name} is not installed: pip install -c constraints.txt -e '.[parity]'"
+        ) from error
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.manual_seed(0)
+    model = config.model
+    shape = transformers.LlamaConfig(
+        vocab_size=model.vocabulary,
+        hidden_size=model.hidden,
+        intermediate_size=model.mlp_width,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.query_heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        rms_norm_eps=model.norm_epsilon,
+        tie_word_embeddings=model.tied_embeddings,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    return torch, transformers.LlamaForCausalLM(shape)

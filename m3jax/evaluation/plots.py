@@ -44,6 +44,37 @@ def accuracy_bars(
     _finish(figure, axes, title, path)
 
 
+def speed_bars(
+    path: Path, tokens_per_second: dict[str, float], first_token: dict[str, float], title: str
+) -> None:
+    """Tokens a second of each mode, and beside each bar the time to the first token.
+
+    Args:
+      path: PNG to write.
+      tokens_per_second: mode → figure; `none` is drawn as a line to compare with.
+      first_token: mode → seconds, where there is one.
+      title: of the picture.
+    """
+    modes = list(tokens_per_second)
+    figure, axes = plt.subplots(figsize=(8, 0.55 * len(modes) + 1.6), constrained_layout=True)
+    most = max(tokens_per_second.values())
+    for row, mode in enumerate(modes):
+        value = tokens_per_second[mode]
+        reads = mode in ("explicit", "compressed", "cold")
+        axes.barh(row, value, color=MEMORY if reads else PLAIN, height=0.62)
+        text = f"{value:.1f}"
+        if mode in first_token:
+            text += f"   first token {first_token[mode]:.1f} s"
+        axes.text(value + 0.01 * most, row, text, va="center", color=INK, fontsize=10)
+    if "none" in tokens_per_second:
+        axes.axvline(tokens_per_second["none"], color=INK, linestyle=":", linewidth=1.2)
+    axes.set_yticks(range(len(modes)), modes, fontsize=10)
+    axes.set_xlim(0, 1.35 * most)
+    axes.set_ylim(len(modes) - 0.4, -0.6)
+    axes.set_xlabel("tokens a second, search and loading included", color=INK)
+    _finish(figure, axes, title, path)
+
+
 @dataclass(frozen=True)
 class Read:
     """How one answer read its memories."""

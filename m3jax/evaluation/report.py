@@ -13,6 +13,8 @@ from m3jax.data.knowledge import open_retriever
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.evaluation.losses import MODES, LossEvaluator
 from m3jax.evaluation.questions import Answerer, read_questions
+from m3jax.memory.bank import Bank
+from m3jax.memory.layers import LayeredBank
 from m3jax.memory.storage import BankError
 from m3jax.model.transformer import Model, Params
 from m3jax.train.checkpoints import reads, restore_params
@@ -46,7 +48,7 @@ def evaluate(
     model = Model(config, prefix_tokens(config))
     tokenizer = pipeline.tokenizer
     params, meta = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer.fingerprint)
-    check_reader(pipeline, meta, checkpoint)
+    check_reader(pipeline.bank, meta, checkpoint)
     evaluator = LossEvaluator(config, pipeline)
     losses = evaluator(params)
     counts = pipeline.report()
@@ -64,12 +66,12 @@ def evaluate(
     return report
 
 
-def check_reader(pipeline: Pipeline, meta: dict[str, Any], checkpoint: Path) -> None:
+def check_reader(bank: Bank | LayeredBank | None, meta: dict[str, Any], checkpoint: Path) -> None:
     """Refuses a bank whose writer the checkpoint has not learned to read."""
-    if pipeline.bank is not None and not reads(meta, checkpoint, pipeline.bank.writer):
-        written, read = pipeline.bank.binding.writer, meta["writer"]["hash"]
+    if bank is not None and not reads(meta, checkpoint, bank.writer):
+        written, read = bank.binding.writer, meta["writer"]["hash"]
         raise BankError(
-            f"bank {pipeline.bank.folder} was written by other weights ({written[:12]}) than those"
+            f"bank {bank.folder} was written by other weights ({written[:12]}) than those"
             f" that {checkpoint} reads ({read[:12]}, step {meta['writer']['step']} of"
             f" {meta['writer']['path']}); write it again: launch/write_bank.py"
             f" --checkpoint={checkpoint}"

@@ -120,10 +120,10 @@ def test_questions_are_searched_where_training_rows_carry_their_references(
 def test_a_bank_of_another_writer_is_refused(workdir):
     pipeline = evaluator(CONFIG, workdir).pipeline
     read = {"hash": pipeline.bank.binding.writer, "path": "w", "step": 3}
-    check_reader(pipeline, {"writer": read}, workdir)
-    check_reader(pipeline, {"writer": None}, workdir)
+    check_reader(pipeline.bank, {"writer": read}, workdir)
+    check_reader(pipeline.bank, {"writer": None}, workdir)
     with pytest.raises(BankError, match="launch/write_bank.py --checkpoint"):
-        check_reader(pipeline, {"writer": {**read, "hash": "0" * 32}}, workdir)
+        check_reader(pipeline.bank, {"writer": {**read, "hash": "0" * 32}}, workdir)
 
 
 def test_questions_are_read_from_json_lines(tmp_path):

@@ -1,5 +1,6 @@
 """The launch scripts as a user calls them: real processes, a whole small run, and its mistakes."""
 
+import functools
 import json
 import os
 import re
@@ -8,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from data.data_workdir import write_text
+from data.data_workdir import WORLD, write_text
 from quick import xla_flags
 from retrieval.encoders import write_encoder
 
+from m3jax.evaluation.answers import Request, run
+from m3jax.inference.errors import InferenceError
 from m3jax.retrieval.index import Index
+from m3jax.text import people
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = (
@@ -21,6 +25,7 @@ SCRIPTS = (
     "write_bank",
     "evaluate",
     "evaluate_retrieval",
+    "evaluate_tasks",
     "leakage",
     "quickstart",
     "bench",
@@ -28,6 +33,8 @@ SCRIPTS = (
     "edit_bank",
     "plan",
     "check_index",
+    "generate",
+    "convert",
 )
 SMALL = """
 from m3jax.config import default, parse_options, validate
@@ -86,36 +93,77 @@ def test_a_run_from_text_to_a_table(tmp_path):
     config.write_text(SMALL)
     documents, knowledge = write_text(tmp_path)
     workdir = tmp_path / "run"
-    run = (f"--workdir={workdir}",)
+    at = (f"--workdir={workdir}",)
     warmup, continual = f"--config={config}:warmup", f"--config={config}:continual"
     texts = f"--documents={documents}", f"--knowledge={knowledge}"
 
-    missing = call("train", warmup, *run)
+    missing = call("train", warmup, *at)
     assert missing.returncode == 2 and "prepare.py" in missing.stderr
     assert "Traceback" not in missing.stderr
-    succeed("prepare", warmup, *run, *texts)
-    succeed("train", warmup, *run)
-    no_bank = call("train", continual, *run, f"--init_from={workdir}/warmup")
+    succeed("prepare", warmup, *at, *texts)
+    succeed("train", warmup, *at)
+    no_bank = call("train", continual, *at, f"--init_from={workdir}/warmup")
     assert no_bank.returncode == 2 and "write_bank.py" in no_bank.stderr
-    succeed("write_bank", continual, *run)
-    succeed("train", continual, *run, f"--init_from={workdir}/warmup")
+    succeed("write_bank", continual, *at)
+    succeed("train", continual, *at, f"--init_from={workdir}/warmup")
 
     questions = tmp_path / "questions.jsonl"
     questions.write_text(json.dumps({"prompt": "pet of Nobody", "answer": " otter"}) + "\n")
     figures = tmp_path / "figures.json"
     asked = f"--questions={questions}", f"--json={figures}"
-    shown = succeed("evaluate", continual, *run, *asked)
+    shown = succeed("evaluate", continual, *at, *asked)
     report = json.loads(figures.read_text())
     assert report["shift"] == 1 and report["step"] == 6 and report["questions"]["count"] == 1
     for mode in ("memory", "none", "wrong"):
         assert f"{report[f'loss_{mode}']:.4f}" in shown
     assert "references found dropped" in shown
-    leaks = succeed("leakage", continual, *run, "--against=validation")
+    leaks = succeed("leakage", continual, *at, "--against=validation")
     assert "| overlap |" in leaks
     assert (workdir / "report" / "leakage.png").read_bytes().startswith(b"\x89PNG")
-    again = succeed("train", continual, *run, f"--init_from={workdir}/warmup")
+    _generates(tmp_path, continual, workdir)
+    again = succeed("train", continual, *at, f"--init_from={workdir}/warmup")
     assert "checkpoint" in again
     assert (workdir / "continual" / "loss.png").stat().st_size > 10_000
+
+
+def _generates(folder, config, workdir):
+    """Texts with their sources, from two versions of the knowledge and in every mode."""
+    name = WORLD.unseen[0].name
+    run_, written, page = f"--workdir={workdir}", folder / "texts.json", folder / "page.html"
+    key = next(person for person in people.knowledge(WORLD.unseen[:1]))["id"]
+    edited = succeed("edit_bank", "delete", config, run_, f"--keys={key}#0")
+    assert "version 1" in edited
+    flags = "--new_tokens=12", "--explain", "--by_head", f"--json={written}", f"--html={page}"
+    versions = "--bank_version=0", "--bank_version=1"
+    shown = succeed("generate", config, run_, f"--prompt=pet of {name}", *flags, *versions)
+    assert "== version 0" in shown and "== version 1" in shown
+    before, after = json.loads(written.read_text())
+    assert f"pet of {name}{before['text']}" in shown
+    own = next(source for source in before["sources"] if source["title"] == name)
+    assert own["key"] in shown and own["text"] in page.read_text() and own["effect"] != 0
+    assert own["key"] not in [source["key"] for source in after["sources"]]
+
+    loaded = load_small(folder)
+    asked = functools.partial(run, loaded("continual"), workdir, versions=[0])
+    for mode in ("none", "cold", "rag"):
+        (record,) = asked(Request([f"pet of {name}"], mode=mode, new=12, references=1))
+        assert len(record["tokens"]) == 12
+        assert bool(record["chunks"]) == (mode == "cold")
+    with pytest.raises(InferenceError, match="context of 60"):
+        asked(Request([f"pet of {name}"], mode="rag", new=40))
+    with pytest.raises(InferenceError, match="there are no prompts"):
+        asked(Request([]))
+    with pytest.raises(InferenceError, match="--explain takes memories away"):
+        asked(Request(["pet"], mode="none", explain=True))
+    with pytest.raises(InferenceError, match="has not learned to read"):
+        run(loaded("warmup"), workdir, Request(["pet"]), checkpoint=workdir / "warmup")
+
+
+def load_small(folder):
+    """`get_config` of the file."""
+    scope = {}
+    exec((folder / "small.py").read_text(), scope)
+    return scope["get_config"]
 
 
 @pytest.mark.slow

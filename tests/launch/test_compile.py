@@ -111,3 +111,19 @@ def test_meshes_that_cannot_work(tmp_path, changes, message, require):
     done, found = compile_for(tmp_path, "", "v5e:4x4", *changes)
     assert done.returncode == 2 and found is None
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_decode_exchanges_no_weights(tmp_path, require):
+    """On a mesh of key-value heads: sums of two outputs a layer, and the logits of a token."""
+    require("libtpu")
+    shape = (*SMALL, "mesh.tensor=8")
+    done, found = compile_for(tmp_path, ":stage=continual", "v5e:2x4", *shape, program="decode")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert found["fits"] and found["mesh"]["tensor"] == 8 and found["mesh"]["fsdp"] == 1
+    assert set(found["collectives"]) == {"all-reduce", "all-gather"}
+    rows, D, V = 32, 3200, 4096
+    for one in found["exchanges"]:
+        assert one["operand_bytes"] <= max(rows * D * 4, rows * V * 4)
+    assert found["flops"]["executed_over_useful"] == pytest.approx(1, abs=0.02)

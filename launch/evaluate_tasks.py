@@ -1,0 +1,119 @@
+"""Scores a checkpoint on tasks from local files, with and without memory, as one table.
+
+    python launch/evaluate_tasks.py --config=configs/wiki_small.py:stage=continual \\
+        --workdir=runs/wiki --tasks=arc_easy.jsonl,nq_open_dev.jsonl --limit=100
+    python launch/evaluate_tasks.py … --modes=none,memory --overlap=1,0.8,0.6667
+
+Needs `pip install 'm3jax[eval]'` (lm-evaluation-harness). What a file may hold is said in
+m3jax/evaluation/local_tasks.py: multiple choice, MMLU (.csv), schemas, continuations, open
+questions (JSON lines, or SQuAD's .json), questions with a number as the answer, and questions.jsonl
+of a quickstart.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from m3jax import launching
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, made by launch/prepare.py.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Stage folder, or checkpoints/STEP in it; default WORKDIR/<config.stage>."
+)
+_BANK = flags.DEFINE_string(
+    "bank", None, "Folder or URL of a bank of explicit memories; default WORKDIR/bank."
+)
+_COMPRESSED = flags.DEFINE_string(
+    "compressed_bank", None, "Bank of compressed memories; adds the mode `compressed`."
+)
+_VERSION = flags.DEFINE_integer(
+    "bank_version",
+    None,
+    "Version of the knowledge, of launch/edit_bank.py list; default current.",
+)
+_TASKS = flags.DEFINE_list("tasks", None, "Task files, or folders of them.")
+_MODES = flags.DEFINE_list(
+    "modes",
+    ["none", "memory", "rag", "wrong"],
+    "What the model reads: nothing, memories (also called explicit), references as text in the"
+    " prompt, memories of another question.",
+)
+_SHOTS = flags.DEFINE_integer("shots", 0, "Examples in front of every question.", lower_bound=0)
+_LIMIT = flags.DEFINE_integer(
+    "limit", None, "Most examples of a task, from its first; default all.", lower_bound=1
+)
+_OVERLAP = flags.DEFINE_list(
+    "overlap",
+    [],
+    "Drop references whose overlap with the question is above this; 1 drops none. Several make a"
+    " column each. Default config.retrieval.overlap_evaluation, 2/3.",
+)
+_REFERENCES = flags.DEFINE_integer(
+    "references", 5, "References in the prompt, in the mode rag.", lower_bound=1
+)
+_BATCH = flags.DEFINE_integer("batch", 16, "Rows that the device works on at once.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "Write the figures to this file.")
+launching.define_cache_flag()
+flags.adopt_module_key_flags(launching)  # --help shows them
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+flags.register_validator(
+    "overlap",
+    lambda limits: all(_is_number(limit) for limit in limits),
+    "a list of numbers above 0 and at most 1, for example 1,0.8,0.6667",
+)
+
+
+def main(argv: list[str]) -> None:
+    """Prints a table and writes JSON."""
+    launching.use_compilation_cache()
+    from m3jax.config import validate
+    from m3jax.evaluation.local_tasks import read_task, task_files
+    from m3jax.evaluation.session import Session
+    from m3jax.evaluation.tasks import columns, evaluate_tasks, table
+    from m3jax.text.files import write_atomically
+
+    modes = list(_MODES.value or [])
+    if _COMPRESSED.value and "compressed" not in modes:
+        place = modes.index("memory") + 1 if "memory" in modes else len(modes)
+        modes.insert(place, "compressed")
+    wanted = columns(modes, [float(limit) for limit in _OVERLAP.value or []])
+    tasks = [read_task(path) for path in task_files(_TASKS.value or [])]
+    session = Session(
+        validate(_CONFIG.value),
+        Path(str(_WORKDIR.value)),
+        checkpoint=_CHECKPOINT.value,
+        bank=_BANK.value,
+        version=_VERSION.value,
+    )
+    report = evaluate_tasks(
+        session,
+        tasks,
+        wanted,
+        shots=_SHOTS.value,
+        limit=_LIMIT.value,
+        references=_REFERENCES.value,
+        batch_rows=_BATCH.value,
+        compressed=_COMPRESSED.value,
+    )
+    print(table(report))
+    if _JSON.value:
+        report = {"checkpoint": str(session.checkpoint), "step": session.meta["step"], **report}
+        write_atomically(Path(_JSON.value), (json.dumps(report, indent=2) + "\n").encode())
+
+
+if __name__ == "__main__":
+    launching.run(main, required=["config", "workdir", "tasks"])

@@ -1,0 +1,159 @@
+"""What `launch/generate.py` does: texts of some prompts, with their sources, in several forms."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from m3jax.evaluation.session import Session
+from m3jax.inference.errors import InferenceError
+from m3jax.inference.generate import Generation, Generator
+from m3jax.inference.sampling import Sampling
+from m3jax.inference.sources import Source, as_dict, as_page, as_text, effects_of, sources
+from m3jax.text.documents import TextError
+from m3jax.text.files import lines, write_atomically
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Fields are the flags of `launch/generate.py`."""
+
+    prompts: Sequence[str]
+    mode: str = "memory"
+    new: int = 64
+    batch: int = 32
+    groups: int = 1
+    references: int = 5
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    stream: bool = False
+    sources: bool = True
+    explain: bool = False
+    by_head: bool = False
+    json: str | None = None
+    html: str | None = None
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Prompts of a file: JSON lines with `prompt`, or a line of text each; empty lines are skipped.
+
+    Raises:
+      TextError: no such file, or a line that is no prompt.
+    """
+    found = []
+    for number, line in enumerate(lines(path), 1):
+        if not line.strip():
+            continue
+        if not str(path).endswith(".jsonl"):
+            found.append(line.rstrip("\n"))
+            continue
+        try:
+            prompt = json.loads(line)["prompt"]
+            if not isinstance(prompt, str):
+                raise TypeError(f"prompt is {type(prompt).__name__}")
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise TextError(f"{path}:{number}: expected {{'prompt': text}} ({error!r})") from error
+        found.append(prompt)
+    return found
+
+
+def run(
+    config: ConfigDict,
+    workdir: Path,
+    request: Request,
+    *,
+    checkpoint: str | Path | None = None,
+    bank: str | Path | None = None,
+    versions: Sequence[int | None] = (None,),
+) -> list[dict[str, Any]]:
+    """Generates, prints, and writes what was asked for.
+
+    Args:
+      config: of the checkpoint's stage.
+      workdir: prepared folder.
+      request: what to do.
+      checkpoint, bank: see `Session`.
+      versions: of the knowledge; the texts are generated from each.
+
+    Returns:
+      A record for every version and prompt, as `as_dict` makes it, with `version`.
+    """
+    if not request.prompts:
+        raise InferenceError("there are no prompts; give --prompt=TEXT or --prompts=FILE")
+    if request.explain and request.mode not in ("memory", "cold"):
+        raise InferenceError(
+            f"--explain takes memories away, and --mode={request.mode} reads none; use"
+            " --mode=memory or cold"
+        )
+    records: list[dict[str, Any]] = []
+    shown: list[tuple[Generation, list[Source]]] = []
+    for version in versions:
+        session = Session(config, workdir, checkpoint=checkpoint, bank=bank, version=version)
+        observe = request.sources or bool(request.html or request.json)
+        generator = session.generator(request.mode, sampling=request.sampling, observe=observe)
+        if len(versions) > 1:
+            print(f"== version {session.version.number} of the knowledge ==")
+        for generation, found in _generated(session, generator, request):
+            record = as_dict(generation, found, request.by_head)
+            records.append({"version": version, "mode": request.mode, **record})
+            shown.append((generation, found))
+    if request.json:
+        data = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(Path(request.json), data.encode())
+    if request.html:
+        write_atomically(Path(request.html), as_page(shown, generator.pieces).encode())
+    return records
+
+
+def _generated(
+    session: Session, generator: Generator, request: Request
+) -> Iterator[tuple[Generation, list[Source]]]:
+    """Texts with their sources, printed as they come."""
+    prompts = list(request.prompts)
+    ids: np.ndarray | None = None
+    if request.mode == "rag":
+        prompts, ids = session.rag_prompts(prompts, request.references)
+    streams = request.stream and len(prompts) == 1
+    for low in range(0, len(prompts), request.batch):
+        part = prompts[low : low + request.batch]
+        if streams:
+            print(request.prompts[0], end="", flush=True)
+        found = generator.generate(
+            part,
+            request.new,
+            groups=request.groups,
+            piece=8 if streams else None,
+            listener=_say if streams else None,
+        )
+        for number, generation in enumerate(found):
+            print("" if streams else request.prompts[low + number] + generation.text)
+            read: list[Source] = []
+            if generation.chunks:
+                effects = effects_of(generator, generation) if request.explain else None
+                read = sources(generation, session.references, effects)
+            elif ids is not None:
+                read = _given(session, ids[low + number])
+            if request.sources and request.mode != "none":
+                print(as_text(read))
+            yield generation, read
+
+
+def _given(session: Session, ids: np.ndarray) -> list[Source]:
+    """References of a prompt, as sources without figures."""
+    found = []
+    for i in ids[ids >= 0].tolist():
+        one = session.references[i]
+        where = (one.key, one.title, one.source, one.start, one.end, one.text)
+        found.append(Source(i, *where, ()))
+    return found
+
+
+def _say(_: int, text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,264 @@
+"""Tasks from local files. What a file holds is seen from its first record.
+
+| fields of a record | kind | scored |
+|---|---|---|
+| `query`, `choices`, `gold` | choice | the likeliest choice |
+| columns of MMLU (.csv): question, four choices, answer | choice | the likeliest letter |
+| `context_options`, `continuation`, `gold` | schema | the context that makes the rest likeliest |
+| `context`, `continuation`; or `prompt`, `answer` | continuation | whether it is the first choice |
+| `context` or `question`, `answer`, `aliases`; SQuAD (.json) | open | exact match, F1 of a text |
+| `context`, `chain_of_thought`, `answer` | number | the number that a text ends with |
+
+Files are JSON lines, except where the table says otherwise. `gold` counts from 0. A file
+`NAME_test.csv` takes the examples of its shots from `NAME_dev.csv` beside it, others from
+themselves.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m3jax.text.documents import TextError
+from m3jax.text.files import lines
+
+LETTERS = "ABCD"
+_ANSWER = "\nAnswer:"
+_QUESTION = "Question: "
+_SUFFIXES = (".jsonl", ".csv", ".json")
+
+Doc = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """Examples of one kind.
+
+    Attributes:
+      name: the file's, without its ending.
+      kind: see the table above.
+      docs: examples. Of a choice `text`, `choices`, `gold`; of a schema `contexts`, `continuation`,
+        `gold`; of a continuation `text`, `continuation`; of an open question `question`, `text`,
+        `answers`; of a number `text`, `target`, `answers`.
+      shots: examples for the shots; None takes them from `docs`.
+    """
+
+    name: str
+    kind: str
+    docs: list[Doc]
+    shots: list[Doc] | None = None
+
+    @property
+    def chance(self) -> float | None:
+        """Accuracy of guessing, where there is something to guess from."""
+        name = {"choice": "choices", "schema": "contexts"}.get(self.kind)
+        if name is None:
+            return None
+        return float(np.mean([1 / len(doc[name]) for doc in self.docs]))
+
+
+def task_files(paths: Sequence[str | Path]) -> list[Path]:
+    """Files that are named, and those in folders that are; without those of examples for shots.
+
+    Raises:
+      TextError: nothing there.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES)
+            inside = [p for p in inside if not p.name.endswith("_dev.csv")]
+            if not inside:
+                raise TextError(f"{path} holds no task files ({', '.join(_SUFFIXES)})")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise TextError(f"there is no task file {path}")
+    names = [path.stem for path in found]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise TextError(f"two task files have the name {min(twice)}; rename one")
+    return found
+
+
+def read_task(path: str | Path) -> LocalTask:
+    """The examples of a file.
+
+    Raises:
+      TextError: a record of no known form, or of another one than the file's first.
+    """
+    path = Path(path)
+    if path.suffix == ".csv":
+        kind, docs = "choice", _read_mmlu(path)
+        dev = path.with_name(path.name.replace("_test.csv", "_dev.csv"))
+        shots = _read_mmlu(dev) if dev != path and dev.is_file() else None
+        return LocalTask(path.stem.removesuffix("_test"), kind, docs, shots)
+    if path.suffix == ".json":
+        return LocalTask(path.stem, "open", _read_squad(path))
+    records = []
+    for number, line in enumerate(lines(path), 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise TextError(f"{path}:{number}: not a line of JSON ({error})") from error
+    if not records:
+        raise TextError(f"{path} holds no examples")
+    kind, make = _form(records[0], path)
+    docs = []
+    for number, record in enumerate(records, 1):
+        try:
+            docs.append(make(record))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise TextError(
+                f"{path}:{number}: not an example of the form of the file's first, {kind}"
+                f" ({error!r})"
+            ) from error
+    return LocalTask(path.stem, kind, docs)
+
+
+def _form(record: Any, path: Path) -> tuple[str, Callable[[Any], Doc]]:
+    """The kind of the records, and what makes an example of one."""
+    fields = set(record) if isinstance(record, dict) else set()
+    for needed, kind, make in _FORMS:
+        if needed <= fields:
+            return kind, make
+    known = "; ".join(", ".join(sorted(needed)) for needed, _, _ in _FORMS)
+    raise TextError(
+        f"{path}:1: an example with the fields {', '.join(sorted(fields)) or 'none'} is of no known"
+        f" form; known: {known}"
+    )
+
+
+def _choice(record: Doc) -> Doc:
+    choices, gold = [str(choice) for choice in record["choices"]], _gold(record, "choices")
+    if not all(choice.strip() for choice in choices):
+        raise ValueError("an empty choice")
+    return {"text": record["query"].strip() + _ANSWER, "choices": choices, "gold": gold}
+
+
+def _schema(record: Doc) -> Doc:
+    contexts, gold = list(record["context_options"]), _gold(record, "context_options")
+    continuation = record["continuation"].strip()
+    if not continuation:
+        raise ValueError("an empty continuation")
+    return {
+        "contexts": [context.strip() for context in contexts],
+        "continuation": continuation,
+        "gold": gold,
+    }
+
+
+def _gold(record: Doc, name: str) -> int:
+    gold, count = int(record["gold"]), len(record[name])
+    if not 0 <= gold < count or count < 2:
+        raise ValueError(f"gold = {gold} of {count} {name}")
+    return gold
+
+
+def _continuation(text: str, continuation: str) -> Doc:
+    if not continuation.strip():
+        raise ValueError("an empty continuation")
+    return {"text": text.rstrip(), "continuation": " " + continuation.strip()}
+
+
+def _open(question: str, answers: Sequence[str]) -> Doc:
+    """An open question; `Question: … Answer:` around it is written anew."""
+    question = question.strip().removesuffix("Answer:").strip()
+    question = question.removeprefix(_QUESTION.strip()).strip()
+    right = [answer for answer in answers if answer.strip()]
+    if not right or not question:
+        raise ValueError("an empty question, or no answer")
+    return {"question": question, "text": _QUESTION + question + _ANSWER, "answers": right}
+
+
+def _answers(record: Doc) -> list[str]:
+    answer = record["answer"]
+    return [*([answer] if isinstance(answer, str) else answer), *record.get("aliases", [])]
+
+
+def _number(record: Doc) -> Doc:
+    return {
+        "text": _QUESTION + record["context"].strip() + _ANSWER,
+        "target": f"{record['chain_of_thought'].strip()}\n#### {record['answer']}",
+        "answers": [str(record["answer"])],
+    }
+
+
+def _prompted(record: Doc) -> Doc:
+    """One answer is a continuation as it stands (`evaluation.questions`)."""
+    if not record["answer"].strip():
+        raise ValueError("an empty answer")
+    return {"text": record["prompt"], "continuation": record["answer"]}
+
+
+# The first whose fields a record has.
+_FORMS: tuple[tuple[set[str], str, Callable[[Any], Doc]], ...] = (
+    ({"query", "choices", "gold"}, "choice", _choice),
+    ({"context_options", "continuation", "gold"}, "schema", _schema),
+    (
+        {"context", "continuation"},
+        "continuation",
+        lambda record: _continuation(record["context"], record["continuation"]),
+    ),
+    ({"context", "chain_of_thought", "answer"}, "number", _number),
+    ({"context", "answer"}, "open", lambda record: _open(record["context"], _answers(record))),
+    ({"question", "answer"}, "open", lambda record: _open(record["question"], _answers(record))),
+    ({"prompt", "answer"}, "continuation", _prompted),
+)
+
+
+def _read_mmlu(path: Path) -> list[Doc]:
+    """Questions of MMLU: the answer is a letter, or counts from 0; a header is skipped."""
+    docs = []
+    with path.open(encoding="utf-8", newline="") as file:
+        for number, row in enumerate(csv.reader(file), 1):
+            if number == 1 and row and row[-1] == "answer":
+                continue
+            gold = row[5].strip() if len(row) == 6 else ""
+            if gold not in tuple(LETTERS) and gold not in tuple("0123"):
+                raise TextError(
+                    f"{path}:{number}: expected a question, four choices and the answer, A–D or"
+                    f" 0–3; found {len(row)} columns" + (f", answer {gold!r}" if gold else "")
+                )
+            options = "".join(
+                f"\n{letter}. {text.strip()}"
+                for letter, text in zip(LETTERS, row[1:5], strict=True)
+            )
+            docs.append(
+                {
+                    "text": row[0].strip() + options + _ANSWER,
+                    "choices": list(LETTERS),
+                    "gold": LETTERS.index(gold) if gold in LETTERS else int(gold),
+                }
+            )
+    if not docs:
+        raise TextError(f"{path} holds no examples")
+    return docs
+
+
+def _read_squad(path: Path) -> list[Doc]:
+    """Questions of a file in the format of SQuAD, without their passages."""
+    try:
+        data = json.loads(path.read_text("utf-8"))["data"]
+        docs = [
+            _open(question["question"], [answer["text"] for answer in question["answers"]])
+            for article in data
+            for paragraph in article["paragraphs"]
+            for question in paragraph["qas"]
+            if question["answers"]
+        ]
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise TextError(
+            f"{path}: expected the format of SQuAD, data → paragraphs → qas with question and"
+            f" answers ({error!r})"
+        ) from error
+    if not docs:
+        raise TextError(f"{path} holds no examples")
+    return docs

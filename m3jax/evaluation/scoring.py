@@ -1,0 +1,202 @@
+"""Log-probabilities of continuations, in few programs; with memories that the contexts find.
+
+The context is cut into chunks; each retrieves `memory.per_prompt_chunk` references with its own
+text, and the continuation reads the memories of the last of them (Memory³ §3.5).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float64, Int
+from tqdm import tqdm
+
+from m3jax.memory.bank import Bank
+from m3jax.memory.layers import LayeredBank
+from m3jax.model.attention import ExplicitMemory
+from m3jax.model.transformer import Model, Params
+from m3jax.retrieval.retriever import Retriever
+from m3jax.text.tokenizer import PAD, Tokenizer
+
+_BLOCK = 32  # continuation tokens whose logits are held at once
+_QUERIES = 1024  # searched at once
+
+
+class Pair(NamedTuple):
+    """Tokens of a context, BOS first, and of what should follow; neither is empty."""
+
+    context: np.ndarray
+    continuation: np.ndarray
+
+
+class Rows(NamedTuple):
+    """Pairs as rows of tokens of one length."""
+
+    tokens: np.ndarray  # (n, T) context and continuation, the last token left out
+    place: np.ndarray  # (n, A) where a token of the continuation is predicted
+    target: np.ndarray  # (n, A) that token
+    real: np.ndarray  # (n, A) bool: there is one
+
+
+class Scores(NamedTuple):
+    """Of n continuations: log-probability in nats; whether every token is the first choice."""
+
+    logprob: Float64[np.ndarray, " n"]
+    greedy: Bool[np.ndarray, " n"]
+
+
+def as_rows(pairs: Sequence[Pair], chunk: int, most: int = 0) -> Rows:
+    """Pairs as rows.
+
+    Args:
+      pairs: what the rows hold.
+      chunk: T is a multiple of it, of 1, 2, 3, 4, 6, 8, 12, … chunks; so there are few lengths.
+      most: T does not grow beyond this, except for a pair that is longer.
+    """
+    longest = max(len(context) + len(continuation) - 1 for context, continuation in pairs)
+    chunks = -(-longest // chunk)
+    T = max(chunks, min(_few(chunks), most // chunk)) * chunk
+    A = _power(max(len(continuation) for _, continuation in pairs))
+    n = len(pairs)
+    tokens = np.full((n, T), PAD, np.int32)
+    place, target = np.zeros((2, n, A), np.int32)
+    real = np.zeros((n, A), bool)
+    for row, (context, continuation) in enumerate(pairs):
+        both, count = np.concatenate([context, continuation]), len(continuation)
+        tokens[row, : len(both) - 1] = both[:-1]
+        place[row, :count] = len(context) - 1 + np.arange(count)
+        target[row, :count], real[row, :count] = continuation, True
+    return Rows(tokens, place, target, real)
+
+
+def _power(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _few(number: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, …"""
+    above = _power(number)
+    return 3 * above // 4 if above >= 4 and number <= 3 * above // 4 else above
+
+
+class Scorer:
+    """Scores with one set of parameters.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      tokenizer: of the model.
+      batch_rows: rows scored at once.
+    """
+
+    def __init__(self, model: Model, params: Params, tokenizer: Tokenizer, batch_rows: int = 64):
+        self.model, self.params, self.tokenizer = model, params, tokenizer
+        self.batch_rows = batch_rows
+        self._program = jax.jit(functools.partial(_score, model))
+
+    def retrieve(
+        self,
+        contexts: Sequence[np.ndarray],
+        retriever: Retriever,
+        against: Sequence[np.ndarray] | None = None,
+        *,
+        shift: int = 0,
+    ) -> list[Int[np.ndarray, "_ M"]]:
+        """References that each chunk of each context reads, best first, −1 = none.
+
+        Args:
+          contexts: tokens of each.
+          retriever: finds them.
+          against: of each the tokens that no reference may contain; None lets all pass.
+          shift: whose text a chunk searches with: 0 its own, 1 that of the chunk before.
+        """
+        memory = self.model.config.memory
+        chunk, M = memory.chunk_length, memory.per_prompt_chunk
+        found = [np.full((-(-len(row) // chunk), M), -1, np.int64) for row in contexts]
+        asked = []
+        for number, row in enumerate(contexts):
+            for c in range(shift, len(found[number])):
+                low = (c - shift) * chunk
+                query = self.tokenizer.decode(row[low : low + chunk])
+                if query.strip():
+                    asked.append((number, c, query))
+        for low in range(0, len(asked), _QUERIES):
+            part = asked[low : low + _QUERIES]
+            texts = None if against is None else [against[number] for number, _, _ in part]
+            ids = retriever.retrieve([query for _, _, query in part], texts, M)
+            for (number, c, _), one in zip(part, ids, strict=True):
+                found[number][c] = one
+        return found
+
+    def score(
+        self,
+        pairs: Sequence[Pair],
+        ids: Sequence[Int[np.ndarray, "_ M"]] | None = None,
+        bank: Bank | LayeredBank | None = None,
+        *,
+        progress: bool = False,
+    ) -> Scores:
+        """Scores continuations; pairs of one length run together.
+
+        Args:
+          pairs: contexts and continuations.
+          ids: references that each pair's chunks read; those after the last one given read the
+            same as it. None = no memory.
+          bank: where their memories are.
+          progress: whether to show a bar.
+        """
+        logprob, greedy = np.zeros(len(pairs)), np.zeros(len(pairs), bool)
+        order = np.argsort([-len(c) - len(t) for c, t in pairs], kind="stable")
+        starts = range(0, len(pairs), self.batch_rows)
+        for low in tqdm(starts, desc="scoring", unit="batch", disable=not progress):
+            part = order[low : low + self.batch_rows].tolist()
+            part += part[-1:] * (self.batch_rows - len(part))
+            config = self.model.config
+            rows = as_rows(
+                [pairs[i] for i in part], config.memory.chunk_length, config.data.row_length
+            )
+            memory = None if ids is None else self._memory([ids[i] for i in part], bank, rows)
+            found = self._program(self.params, rows.tokens, rows.place, rows.target, memory)
+            tokens, first = (np.asarray(x) for x in found)
+            logprob[part] = np.where(rows.real, tokens, 0).sum(axis=1, dtype=np.float64)
+            greedy[part] = np.all(first | ~rows.real, axis=1)
+        return Scores(logprob, greedy)
+
+    def _memory(
+        self, ids: Sequence[np.ndarray], bank: Bank | LayeredBank | None, rows: Rows
+    ) -> ExplicitMemory:
+        assert bank is not None
+        chunks = np.arange(rows.tokens.shape[1] // self.model.config.memory.chunk_length)
+        stacked = np.stack([one[np.minimum(chunks, len(one) - 1)] for one in ids])
+        return jax.tree.map(jnp.asarray, bank.read(stacked))
+
+
+def _score(
+    model: Model,
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    place_BA: Int[Array, "B A"],
+    target_BA: Int[Array, "B A"],
+    memory: ExplicitMemory | None,
+) -> tuple[Array, Array]:
+    """Log-probability of each target, and whether it is the first choice, `(B, A)`."""
+    hidden = model.hidden(params, tokens_BT, memory, window=1)
+    hidden_BAD = jnp.take_along_axis(hidden, place_BA[..., None], axis=1)
+    B, A, _ = hidden_BAD.shape
+
+    def blocks(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(B, A // min(A, _BLOCK), min(A, _BLOCK), *x.shape[2:]), 1, 0)
+
+    def of(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        logits, target = model.head(params, inputs[0]), inputs[1]
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        chosen = jnp.take_along_axis(logprobs, target[..., None], axis=-1)[..., 0]
+        return chosen, jnp.argmax(logits, axis=-1) == target
+
+    found = jax.lax.map(of, (blocks(hidden_BAD), blocks(target_BA)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, A), found)

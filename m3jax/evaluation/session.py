@@ -1,0 +1,207 @@
+"""A checkpoint with its tokenizer, knowledge and bank, ready to generate in every mode.
+
+| mode | what the model reads |
+|---|---|
+| `none` | the prompt |
+| `memory` | memories of the bank, as it stores them (warm start) |
+| `cold` | memories written when their reference is first found |
+| `rag` | references as text in front of the prompt |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from m3jax.config import PREFIX_TOKENS, prefix_tokens
+from m3jax.data.knowledge import open_bank, open_references, open_retriever, open_version
+from m3jax.data.pipeline import check_bank
+from m3jax.evaluation.rag import retrieve, with_references
+from m3jax.evaluation.report import check_reader
+from m3jax.inference.cold import ColdMemories
+from m3jax.inference.errors import InferenceError
+from m3jax.inference.generate import Generation, Generator
+from m3jax.inference.recall import Recaller
+from m3jax.inference.sampling import Sampling
+from m3jax.memory.bank import Bank
+from m3jax.model.transformer import Model
+from m3jax.text.tokenizer import Tokenizer
+from m3jax.train.checkpoints import restore_params
+from m3jax.train.writer import restore_writer
+
+MODES = ("none", "memory", "cold", "rag")
+
+
+class Session:
+    """What generation needs, opened once.
+
+    Attributes:
+      config: of the checkpoint's stage.
+      meta: of the checkpoint.
+      references: of the version of the knowledge that is read; None in a stage without memory.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: str | Path,
+        *,
+        checkpoint: str | Path | None = None,
+        bank: str | Path | None = None,
+        version: int | None = None,
+    ) -> None:
+        """Opens checkpoint and tokenizer; the knowledge when a mode first needs it.
+
+        Args:
+          config: a validated config, of the stage that made the checkpoint.
+          workdir: prepared folder.
+          checkpoint: stage folder or `checkpoints/<step>`; default `workdir/<stage>`.
+          bank: folder or URL of the bank; default that of the version.
+          version: of the knowledge; default the current one.
+
+        Raises:
+          CheckpointError, TextError: a part is missing or does not fit.
+        """
+        self.config, self.workdir = config, Path(workdir)
+        self.checkpoint = Path(checkpoint or self.workdir / config.stage)
+        self.tokenizer = Tokenizer.load(self.workdir / "tokenizer")
+        self.model = Model(config, prefix_tokens(config))
+        self.params, self.meta = restore_params(
+            self.checkpoint, self.model, tokenizer_fingerprint=self.tokenizer.fingerprint
+        )
+        self._bank_folder, self._number = bank, version
+        self._opened: dict[str, Any] = {}
+
+    def _once(self, name: str, make: Any) -> Any:
+        if name not in self._opened:
+            self._opened[name] = make()
+        return self._opened[name]
+
+    @property
+    def version(self) -> Any:
+        """The version of the knowledge."""
+        return self._once("version", lambda: open_version(self.workdir, self._number))
+
+    @property
+    def references(self) -> Any:
+        """The knowledge base of the version."""
+        return self._once(
+            "references", lambda: open_references(self.config, self.version, self.tokenizer)
+        )
+
+    @property
+    def retriever(self) -> Any:
+        """The search over it; its filter is that of evaluation."""
+        limit = self.config.retrieval.overlap_evaluation
+        bank = self.bank if self.config.retrieval.rerank else None
+        return self._once(
+            "retriever",
+            lambda: open_retriever(self.config, self.version, self.references, limit, bank=bank),
+        )
+
+    @property
+    def bank(self) -> Any:
+        """The bank, which the checkpoint reads.
+
+        Raises:
+          BankError: there is none, or it was written by something else.
+        """
+        return self._once("bank", self._open_bank)
+
+    def _open_bank(self) -> Any:
+        return self.open_bank(self._bank_folder)
+
+    def open_bank(self, folder: str | Path | None) -> Any:
+        """A bank that the checkpoint reads, checked; None is that of the version.
+
+        Raises:
+          BankError: there is none, or it was written by something else.
+        """
+        cache = self.config.memory.cache_bytes
+        if folder:
+            bank: Any = Bank.open(folder, cache_bytes=cache)
+        else:
+            bank = open_bank(self.version, self.references, cache)
+        check_bank(self.config, bank, self.references, self.tokenizer)
+        check_reader(bank, self.meta, self.checkpoint)
+        return bank
+
+    def recaller(self, mode: str, *, cold_bytes: int = 2**30, batch: int = 16) -> Recaller | None:
+        """Finds and loads memories in a mode; None in modes without.
+
+        Args:
+          mode: of `MODES`.
+          cold_bytes: of memories that a cold start keeps.
+          batch: references that a cold start encodes by one call.
+        """
+        if mode not in MODES:
+            raise InferenceError(f"mode {mode!r}; known: {', '.join(MODES)}")
+        if mode in ("none", "rag"):
+            return None
+        self.require_memories(mode)
+        memories: Any = self.bank if mode == "memory" else self._cold(cold_bytes, batch)
+        count = self.config.memory.per_prompt_chunk
+        return Recaller(self.retriever, memories, self.tokenizer, count)
+
+    def require_memories(self, mode: str) -> None:
+        """Refuses a mode that reads memories in the warmup stage."""
+        if self.config.stage == "warmup":
+            raise InferenceError(
+                f"mode {mode!r} with a config of the stage 'warmup', which has not learned to read"
+                " memories; take the config of the continual stage, or the mode 'none' or 'rag'"
+            )
+
+    def _cold(self, limit: int, batch: int) -> ColdMemories:
+        """The writer that the checkpoint reads, and what it has written so far."""
+
+        def make() -> ColdMemories:
+            config = self.config.copy_and_resolve_references()
+            with config.unlocked():
+                config.writer.batch_references = batch
+            model = Model(config, PREFIX_TOKENS)
+            params, _, _ = restore_writer(self.checkpoint, model, self.tokenizer.fingerprint)
+            return ColdMemories(config, model, params, self.references, limit)
+
+        return self._once("cold", make)
+
+    def generator(
+        self,
+        mode: str,
+        *,
+        sampling: Sampling | None = None,
+        observe: bool = False,
+        longest: int | None = None,
+    ) -> Generator:
+        """Generates in a mode; see `Generator`."""
+        return Generator(
+            self.model,
+            self.params,
+            self.tokenizer,
+            self.recaller(mode),
+            sampling=sampling,
+            observe=observe,
+            longest=longest,
+        )
+
+    def rag_prompts(
+        self, prompts: Sequence[str], count: int, filtered: bool = False
+    ) -> tuple[list[str], np.ndarray]:
+        """Prompts behind their references as text, and which these are, `(n, count)`.
+
+        Args:
+          prompts: questions.
+          count: references of each.
+          filtered: whether references that overlap with the question are dropped.
+        """
+        against = self.tokenizer.encode_batch(list(prompts)) if filtered else None
+        ids = retrieve(prompts, self.retriever, count, against)
+        return with_references(prompts, ids, self.references), ids
+
+
+def total_logprob(generation: Generation) -> float:
+    """Log-probability of all that was generated, in nats."""
+    return float(np.sum(generation.logprobs, dtype=np.float64))

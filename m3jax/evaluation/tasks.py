@@ -1,0 +1,173 @@
+"""What `launch/evaluate_tasks.py` does: tasks from local files, in every mode, as one table.
+
+lm-evaluation-harness makes the prompts and scores them (the extra `eval`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from m3jax.evaluation.harness import MODES, HarnessModel
+from m3jax.evaluation.harness_tasks import measures_of, run_task
+from m3jax.evaluation.hits import answerable_questions
+from m3jax.evaluation.local_tasks import LocalTask
+from m3jax.evaluation.session import Session
+from m3jax.inference.errors import InferenceError
+from m3jax.train.metrics import dropped_share
+
+
+@dataclass(frozen=True)
+class Column:
+    """A mode with its filter; `overlap` None is that of the config."""
+
+    mode: str
+    overlap: float | None = None
+
+    @property
+    def title(self) -> str:
+        """Its name in the table."""
+        if self.overlap is None or self.mode == "none":
+            return self.mode
+        return f"{self.mode}, {'no filter' if self.overlap >= 1 else f'≤ {self.overlap:.3g}'}"
+
+
+def columns(modes: Sequence[str], overlaps: Sequence[float]) -> list[Column]:
+    """Every mode with every filter; a mode without references has none.
+
+    Raises:
+      InferenceError: no such mode, or a filter that cannot be.
+    """
+    found = []
+    for mode in modes:
+        if mode not in (*MODES, "explicit"):
+            raise InferenceError(f"mode {mode!r}; known: {', '.join(MODES)}, explicit")
+        for limit in (overlaps or (None,)) if mode != "none" else (None,):
+            if limit is not None and not 0 < limit <= 1:
+                raise InferenceError(f"overlap {limit}; above 0, and at most 1, which drops none")
+            found.append(Column(mode, limit))
+    return found
+
+
+def evaluate_tasks(
+    session: Session,
+    tasks: Sequence[LocalTask],
+    wanted: Sequence[Column],
+    *,
+    shots: int = 0,
+    limit: int | None = None,
+    references: int = 5,
+    batch_rows: int = 16,
+    compressed: str | None = None,
+) -> dict[str, Any]:
+    """Scores tasks.
+
+    Args:
+      session: checkpoint and knowledge.
+      tasks: of different names.
+      wanted: of `columns`.
+      shots: examples in front of every question.
+      limit: most examples of a task; None takes all.
+      references, batch_rows: see `HarnessModel`.
+      compressed: folder of compressed memories, for the mode `compressed`.
+
+    Returns:
+      `columns`; `tasks`: of each `kind`, `examples`, `chance`, of open questions `answerable`, and
+      `scores`, of every column the measures; `dropped` and `truncated`, shares of every column;
+      `shots`.
+
+    Raises:
+      InferenceError: fewer examples than shots, or a mode that does not fit.
+    """
+    for task in tasks:
+        pool = len(task.docs) - 1 if task.shots is None else len(task.shots)
+        if shots > pool:
+            raise InferenceError(
+                f"task {task.name} has {pool} examples for {shots} shots; give --shots={pool}"
+            )
+    kept = {task.name: task.docs[: limit or None] for task in tasks}
+    report: dict[str, Any] = {"shots": shots, "columns": [one.title for one in wanted]}
+    report["tasks"] = {
+        task.name: {
+            "kind": task.kind,
+            "examples": len(kept[task.name]),
+            "chance": task.chance,
+            "scores": {},
+        }
+        for task in tasks
+    }
+    answerable = {}
+    if any(column.mode != "none" for column in wanted):
+        for task in tasks:
+            if task.kind == "open":
+                answers = [doc["answers"] for doc in kept[task.name]]
+                answerable[task.name] = answerable_questions(session.references, answers)
+                report["tasks"][task.name]["answerable"] = int(answerable[task.name].sum())
+    report["dropped"], report["truncated"] = {}, {}
+    for column in wanted:
+        model = HarnessModel(
+            session,
+            column.mode,
+            overlap=column.overlap,
+            references=references,
+            batch_rows=batch_rows,
+            bank=compressed if column.mode == "compressed" else None,
+        )
+        for task in tasks:
+            samples = run_task(model, task, shots, limit)
+            scores = _scores(samples, task.kind, answerable.get(task.name))
+            report["tasks"][task.name]["scores"][column.title] = scores
+        if model.retriever is not None:
+            share = dropped_share({}, model.retriever.report())
+            report["dropped"][column.title] = share.get("dropped_share", 0.0)
+        cut = model.counts["truncated"] / max(model.counts["requests"], 1)
+        report["truncated"][column.title] = cut
+    return report
+
+
+def _scores(
+    samples: Sequence[dict[str, Any]], kind: str, answerable: np.ndarray | None
+) -> dict[str, float]:
+    """Means of the measures; of open questions also over those that the references can answer."""
+    found = {}
+    for name in measures_of(kind):
+        values = np.array([sample[name] for sample in samples], float)
+        found[name] = float(values.mean())
+        if answerable is not None and answerable.any():
+            found[f"{name}_answerable"] = float(values[answerable].mean())
+    return found
+
+
+_MEASURES = {"exact_match": "exact match", "f1": "F1", "acc": "accuracy"}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as a Markdown table; the average is that of each task's first measure."""
+    titles = report["columns"]
+    lines = [["task", "measure", "examples", "chance", *titles]]
+    lines.append(["---"] * len(lines[0]))
+    firsts: list[list[float]] = []
+    for name, task in report["tasks"].items():
+        measures = list(task["scores"][titles[0]])
+        chance = "–" if task["chance"] is None else f"{task['chance']:.3f}"
+        for measure in measures:
+            if measure == "acc_norm":
+                continue
+            base, _, part = measure.partition("_answerable")
+            answerable = measure != base
+            count = task["answerable"] if answerable else task["examples"]
+            named = _MEASURES[base] + (" of the answerable" if answerable else "")
+            figures = [task["scores"][title][measure] for title in titles]
+            lines.append([name, named, str(count), chance, *(f"{x:.3f}" for x in figures)])
+        firsts.append([task["scores"][title][measures[0]] for title in titles])
+    if len(firsts) > 1:
+        means = np.mean(firsts, axis=0)
+        lines.append(["**average**", "", "", "", *(f"{x:.3f}" for x in means)])
+    for name, shares in (("dropped", report["dropped"]), ("truncated", report["truncated"])):
+        named = {"dropped": "references dropped", "truncated": "contexts cut"}[name]
+        cells = [f"{shares[title]:.1%}" if title in shares else "–" for title in titles]
+        lines.append([named, "share", "", "", *cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -1,0 +1,84 @@
+"""Cold start: a memory is written when its reference is first found, and kept (Memory³ §3.5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+from ml_collections import ConfigDict
+
+from m3jax.memory.bank import BankError
+from m3jax.memory.cache import MemoryCache
+from m3jax.memory.codec import plain
+from m3jax.memory.encode import Clock, Encoder, ReferenceSet, memory_lengths
+from m3jax.model.attention import ExplicitMemory
+from m3jax.model.transformer import Model, Params
+
+
+class ColdMemories:
+    """Memories without a bank. Reads as `Bank` does.
+
+    Attributes:
+      codec: they are kept as they are.
+      written: memories that were written since the start.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        model: Model,
+        params: Params,
+        references: ReferenceSet,
+        limit: int,
+    ) -> None:
+        """Compiles the writer.
+
+        Args:
+          config: a validated config; `writer.batch_references` are encoded by one call.
+          model: of the writer.
+          params: the writer's parameters.
+          references: what is retrieved.
+          limit: bytes of memories that are kept; those read longest ago are written again.
+
+        Raises:
+          BankError: nothing to write, or memories that depend on more than their reference.
+        """
+        if config.writer.context != "reference":
+            raise BankError(
+                f"config.writer.context = {config.writer.context!r}: a cold start encodes"
+                " references alone; write a bank (launch/write_bank.py)"
+            )
+        model_, memory = config.model, config.memory
+        self.codec = plain(model_.head_dim, memory.dtype)
+        self._shape = (memory.layers, model_.kv_heads, memory.kept_tokens, model_.head_dim)
+        self._dtype = np.dtype(jnp.dtype(memory.dtype))
+        self._lengths = memory_lengths(config, references)
+        self._encoder = Encoder(config, model, params, references, self.codec)
+        self._cache, self._clock = MemoryCache(limit), Clock()
+        self.size, self.written = len(references), 0
+
+    def read_stored(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
+        """As `Bank.read_stored`; writes what is not kept."""
+        wanted, places = np.unique(ids, return_inverse=True)
+        if len(wanted) and not -1 <= wanted[0] <= wanted[-1] < self.size:
+            raise BankError(f"reference id {wanted[-1]} is not among the {self.size} references")
+        found = dict(zip(wanted.tolist(), self._cache.find(wanted.tolist()), strict=True))
+        missing = np.array([i for i, memory in found.items() if memory is None and i >= 0], int)
+        if len(missing):
+            batches = np.concatenate(list(self._encoder.batches(missing, self._clock)))
+            self.written += len(missing)
+            for i, memory in zip(missing.tolist(), batches, strict=True):
+                found[i] = memory
+                self._cache.keep(i, memory)
+        nothing = np.zeros((2, *self._shape), self._dtype)
+        stacked = np.stack([nothing if (m := found[i]) is None else m for i in wanted.tolist()])
+        both = stacked[places.reshape(-1)].reshape(*ids.shape, *stacked.shape[1:])
+        keys, values = np.moveaxis(both, ids.ndim, 0)
+        length: Any = np.where(ids >= 0, self._lengths[np.where(ids >= 0, ids, 0)], 0)
+        return ExplicitMemory(keys, values, length.astype(np.int32))
+
+    def report(self) -> dict[str, int]:
+        """Counters of what is kept, and `written`."""
+        return {**self._cache.report(), "written": self.written}

@@ -1,0 +1,110 @@
+"""From text to memories: search, then reading from the bank or writing anew; with figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int
+
+from m3jax.memory.codec import Codec
+from m3jax.model.attention import ExplicitMemory
+from m3jax.retrieval.retriever import Retriever
+from m3jax.text.tokenizer import Tokenizer
+
+
+@runtime_checkable
+class Memories(Protocol):
+    """Where memories come from: a `Bank`, a `LayeredBank`, or `ColdMemories`."""
+
+    codec: Codec
+
+    @property
+    def size(self) -> int:
+        """References."""
+
+    def read_stored(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
+        """Memories as they are stored; −1 is none."""
+
+    def report(self) -> dict[str, int]:
+        """Counters."""
+
+
+@dataclasses.dataclass
+class Figures:
+    """What recalls cost since the start.
+
+    Attributes:
+      queries: texts that were searched for.
+      memories: that were read, none (−1) not counted.
+      bytes: of these, as they are stored.
+      search_seconds, read_seconds: of the host.
+    """
+
+    queries: int = 0
+    memories: int = 0
+    bytes: int = 0
+    search_seconds: float = 0.0
+    read_seconds: float = 0.0
+
+
+class Recaller:
+    """Finds and loads the memories of chunks.
+
+    Attributes:
+      figures: what it has cost.
+    """
+
+    def __init__(
+        self, retriever: Retriever, memories: Memories, tokenizer: Tokenizer, count: int
+    ) -> None:
+        """Makes one.
+
+        Args:
+          retriever: finds references.
+          memories: of the same references.
+          tokenizer: of the model.
+          count: memories M of a chunk.
+        """
+        self.retriever, self.memories, self.tokenizer = retriever, memories, tokenizer
+        self.count, self.figures = count, Figures()
+
+    def text(self, tokens: np.ndarray) -> str:
+        """A chunk as a query; special tokens have no text."""
+        return self.tokenizer.decode(tokens.tolist())
+
+    def find(
+        self, chunks: Sequence[np.ndarray], against: Sequence[np.ndarray] | None = None
+    ) -> tuple[Int[np.ndarray, "n M"], list[str]]:
+        """References `(n, M)` of chunks of tokens, −1 where there is none; and the queries.
+
+        Args:
+          chunks: tokens of each; an empty one finds nothing.
+          against: for each the tokens that no reference may contain (the overlap filter); None lets
+            all pass.
+        """
+        begin = time.perf_counter()
+        queries = [self.text(chunk) for chunk in chunks]
+        ids = np.full((len(queries), self.count), -1, np.int64)
+        asked = [place for place, query in enumerate(queries) if query.strip()]
+        if asked:
+            texts = None if against is None else [against[place] for place in asked]
+            ids[asked] = self.retriever.retrieve([queries[i] for i in asked], texts, self.count)
+        self.figures.queries += len(asked)
+        self.figures.search_seconds += time.perf_counter() - begin
+        return ids, queries
+
+    def read(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
+        """Memories as they are stored, `(*shape, L, K, P, width)`."""
+        begin = time.perf_counter()
+        memory = self.memories.read_stored(ids)
+        number = int((ids >= 0).sum())
+        self.figures.memories += number
+        keys: Any = memory.keys
+        each = 2 * keys.nbytes // max(ids.size, 1)
+        self.figures.bytes += number * each
+        self.figures.read_seconds += time.perf_counter() - begin
+        return memory

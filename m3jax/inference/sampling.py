@@ -1,0 +1,68 @@
+"""How the next token is chosen from the logits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from m3jax.inference.errors import InferenceError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Greedy by default.
+
+    A row's tokens are a function of seed, its number and the logits, whatever its company.
+
+    Attributes:
+      temperature: logits are divided by it; 0 takes the likeliest token.
+      top_k: only so many of the likeliest tokens; 0 = all.
+      top_p: only the likeliest tokens that together have at least this probability.
+      seed: of the draws.
+
+    Raises:
+      InferenceError: a value that cannot work.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, good, wanted in (
+            ("temperature", self.temperature >= 0, "at least 0 (0 is greedy)"),
+            ("top_k", self.top_k >= 0, "at least 0 (0 is all tokens)"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+        ):
+            if not good:
+                raise InferenceError(f"{name} = {getattr(self, name)}; it must be {wanted}")
+
+    def __call__(
+        self, logits_BV: Float[Array, "B V"], rows_B: Int[Array, " B"], number: Int[Array, ""]
+    ) -> Int[Array, " B"]:
+        """Token number `number` of each row."""
+        if self.temperature == 0:
+            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        logits_BV = logits_BV / self.temperature
+        if self.top_k and self.top_k < logits_BV.shape[-1]:
+            least = jax.lax.top_k(logits_BV, self.top_k)[0][:, -1:]
+            logits_BV = jnp.where(logits_BV < least, -jnp.inf, logits_BV)
+        if self.top_p < 1:
+            logits_BV = _nucleus(logits_BV, self.top_p)
+        key = jax.random.fold_in(jax.random.key(self.seed), number)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows_B)
+        return jax.vmap(jax.random.categorical)(keys, logits_BV).astype(jnp.int32)
+
+
+def _nucleus(logits_BV: Array, top_p: float) -> Array:
+    """Logits of the fewest tokens whose probabilities sum up to `top_p`; −∞ for all others."""
+    ordered = jnp.sort(logits_BV, axis=-1, descending=True)
+    share = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(share, axis=-1) - share
+    kept = jnp.sum(before < top_p, axis=-1, keepdims=True)
+    least = jnp.take_along_axis(ordered, kept - 1, axis=-1)
+    return jnp.where(logits_BV < least, -jnp.inf, logits_BV)

@@ -1,0 +1,176 @@
+"""Every form of a task file, and what is refused."""
+
+import importlib
+import json
+import sys
+
+import pytest
+
+from m3jax.evaluation.local_tasks import read_task, task_files
+from m3jax.inference.errors import InferenceError
+from m3jax.text.documents import TextError
+
+SQUAD = {
+    "data": [
+        {
+            "paragraphs": [
+                {
+                    "context": "Ida lives in Oslo.",
+                    "qas": [
+                        {"question": "Where is Ida?", "answers": [{"text": "Oslo"}]},
+                        {"question": "Who is Bo?", "answers": []},
+                    ],
+                }
+            ]
+        }
+    ]
+}
+
+FORMS = [
+    (
+        {"query": "Question: Which?\n", "choices": ["x", "y"], "gold": 1},
+        "choice",
+        {"text": "Question: Which?\nAnswer:", "choices": ["x", "y"], "gold": 1},
+    ),
+    (
+        {"context_options": ["Ida ", "Bo"], "continuation": " won.", "gold": 0},
+        "schema",
+        {"contexts": ["Ida", "Bo"], "continuation": "won.", "gold": 0},
+    ),
+    (
+        {"context": "The sky is ", "continuation": "blue"},
+        "continuation",
+        {"text": "The sky is", "continuation": " blue"},
+    ),
+    (
+        {"prompt": "home of Ida", "answer": " Oslo", "references": ["a"]},
+        "continuation",
+        {"text": "home of Ida", "continuation": " Oslo"},
+    ),
+    (
+        {"context": "Question: Who?\nAnswer:", "answer": "Ida", "aliases": ["I.", " "]},
+        "open",
+        {"question": "Who?", "text": "Question: Who?\nAnswer:", "answers": ["Ida", "I."]},
+    ),
+    (
+        {"question": "who", "answer": ["Ida", "Bo"]},
+        "open",
+        {"question": "who", "text": "Question: who\nAnswer:", "answers": ["Ida", "Bo"]},
+    ),
+    (
+        {"context": "1 + 1?", "chain_of_thought": "It is two.", "answer": "2"},
+        "number",
+        {"text": "Question: 1 + 1?\nAnswer:", "target": "It is two.\n#### 2", "answers": ["2"]},
+    ),
+]
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.parametrize(("record", "kind", "doc"), FORMS)
+def test_a_form_is_seen_from_the_fields(tmp_path, record, kind, doc):
+    task = read_task(write(tmp_path / "one.jsonl", record, record))
+    assert (task.name, task.kind, task.shots) == ("one", kind, None)
+    assert task.docs == [doc, doc]
+
+
+def test_chance_is_that_of_guessing(tmp_path):
+    three = {"query": "q", "choices": ["x", "y", "z"], "gold": 1}
+    two = {"query": "q", "choices": ["x", "y"], "gold": 1}
+    assert read_task(write(tmp_path / "a.jsonl", two, three)).chance == pytest.approx(5 / 12)
+    pair = {"context_options": ["x", "y"], "continuation": "z", "gold": 1}
+    assert read_task(write(tmp_path / "b.jsonl", pair)).chance == 0.5
+    assert (
+        read_task(write(tmp_path / "c.jsonl", {"context": "a", "continuation": "b"})).chance is None
+    )
+
+
+def test_mmlu_with_header_or_letters_takes_shots_from_the_file_beside_it(tmp_path):
+    test = tmp_path / "law_test.csv"
+    test.write_text('question,choice0,choice1,choice2,choice3,answer\n"Who, then?",a,b,c,d,2\n')
+    (tmp_path / "law_dev.csv").write_text("Which?,p,q,r,s,B\n")
+    task = read_task(test)
+    assert task.name == "law" and task.chance == 0.25
+    text = "Who, then?\nA. a\nB. b\nC. c\nD. d\nAnswer:"
+    assert task.docs == [{"text": text, "choices": ["A", "B", "C", "D"], "gold": 2}]
+    assert task.shots is not None and [doc["gold"] for doc in task.shots] == [1]
+    assert task_files([tmp_path]) == [test]
+
+
+def test_squad_gives_its_questions_without_passages(tmp_path):
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps(SQUAD))
+    (doc,) = read_task(path).docs
+    assert doc["answers"] == ["Oslo"] and "lives" not in doc["text"]
+
+
+def test_a_folder_stands_for_its_files_and_names_are_different(tmp_path):
+    one = write(tmp_path / "nq_dev.jsonl", {})
+    (tmp_path / "notes.txt").write_text("no task")
+    assert task_files([tmp_path]) == [one]
+    with pytest.raises(TextError, match="two task files have the name nq_dev"):
+        task_files([tmp_path, one])
+    with pytest.raises(TextError, match=r"there is no task file .*gone\.jsonl"):
+        task_files([tmp_path / "gone.jsonl"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TextError, match="holds no task files"):
+        task_files([tmp_path / "empty"])
+
+
+CHOICE = {"query": "q", "choices": ["x", "y"], "gold": 1}
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([], "holds no examples"),
+        ([{"colour": 1}], "fields colour is of no known form"),
+        ([[1]], "fields none is of no known form"),
+        ([CHOICE, {"query": "q"}], r":2: not an example of the form of the file's first, choice"),
+        ([{**CHOICE, "gold": 2}], r":1: .*gold = 2 of 2 choices"),
+        ([{**CHOICE, "choices": ["x", " "]}], "an empty choice"),
+        ([{"context": "a", "continuation": " "}], "an empty continuation"),
+        ([{"prompt": "a", "answer": " "}], "an empty answer"),
+        ([{"question": "a", "answer": []}], "no answer"),
+        ([{"context_options": ["a", "b"], "continuation": "", "gold": 0}], "empty continuation"),
+    ],
+)
+def test_other_records_are_refused_by_line(tmp_path, records, message):
+    with pytest.raises(TextError, match=message):
+        read_task(write(tmp_path / "t.jsonl", *records))
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text("{")
+    with pytest.raises(TextError, match="t.jsonl:1: not a line of JSON"):
+        read_task(path)
+    path = tmp_path / "t.csv"
+    path.write_text("q,a,b,c,d\n")
+    with pytest.raises(TextError, match=r"t.csv:1: .*found 5 columns"):
+        read_task(path)
+    path.write_text("q,a,b,c,d,E\n")
+    with pytest.raises(TextError, match="found 6 columns, answer 'E'"):
+        read_task(path)
+    path.write_text("")
+    with pytest.raises(TextError, match="holds no examples"):
+        read_task(path)
+    path = tmp_path / "t.json"
+    for content in ("[", "[]", '{"data": [{"paragraphs": 3}]}'):
+        path.write_text(content)
+        with pytest.raises(TextError, match="expected the format of SQuAD"):
+            read_task(path)
+    path.write_text('{"data": []}')
+    with pytest.raises(TextError, match="holds no examples"):
+        read_task(path)
+
+
+def test_without_the_harness_the_adapter_says_what_to_install(monkeypatch):
+    for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "m3jax.evaluation.harness", raising=False)
+    with pytest.raises(InferenceError, match=r"pip install 'm3jax\[eval\]'"):
+        importlib.import_module("m3jax.evaluation.harness")

@@ -1,0 +1,237 @@
+"""Generation end to end on a tiny prepared folder: what is recalled, streamed and refused."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+
+from data_workdir import make_workdir, tiny_config  # noqa: E402
+
+from m3jax.config import PREFIX_TOKENS
+from m3jax.data.knowledge import open_bank, open_references, open_retriever, open_version
+from m3jax.inference.cold import ColdMemories
+from m3jax.inference.errors import InferenceError
+from m3jax.inference.generate import Generator
+from m3jax.inference.recall import Recaller
+from m3jax.inference.sampling import Sampling
+from m3jax.inference.schedule import schedule
+from m3jax.inference.sources import as_dict, as_page, as_text, effects_of, sources
+from m3jax.model.transformer import Model
+from m3jax.text.tokenizer import BOS, Tokenizer
+
+NEW = 24
+PROMPTS = [  # of as many chunks, so that each alone is the same program
+    "the pet of Livu and the home of Nivo",
+    "pet of Livu and the home of Nivo and pet",
+    "the food of Nivo of Livu and the home",
+]
+
+
+@dataclasses.dataclass
+class World:
+    config: object
+    model: Model
+    params: dict
+    tokenizer: Tokenizer
+    references: object
+    retriever: object
+    bank: object
+
+    def generator(self, memory=True, **options):
+        recaller = Recaller(self.retriever, self.bank, self.tokenizer, 3) if memory else None
+        return Generator(
+            self.model, self.params, self.tokenizer, recaller, stop=(), longest=100, **options
+        )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    config = tiny_config()
+    workdir = make_workdir(tmp_path_factory.mktemp("inference") / "run", config)
+    version, tokenizer = open_version(workdir), Tokenizer.load(workdir / "tokenizer")
+    references = open_references(config, version, tokenizer)
+    model = Model(config, PREFIX_TOKENS)
+    return World(
+        config,
+        model,
+        model.init(jax.random.key(5)),
+        tokenizer,
+        references,
+        open_retriever(config, version, references, 2 / 3),
+        open_bank(version, references),
+    )
+
+
+@pytest.fixture(scope="module")
+def found(world):
+    return world.generator(observe=True).generate(PROMPTS, NEW)
+
+
+def same(one, other):
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+        assert a.text == b.text
+
+
+def test_recalls_follow_the_schedule_and_search_their_own_text(world, found):
+    chunk = world.config.memory.chunk_length
+    for prompt, row in zip(PROMPTS, found, strict=True):
+        tokens = np.concatenate([[BOS], world.tokenizer.encode(prompt)])
+        np.testing.assert_array_equal(row.prompt_tokens, tokens)
+        everything = np.concatenate([tokens, row.tokens])
+        assert [one.recall for one in row.chunks] == schedule(len(tokens), NEW, chunk)
+        for one in row.chunks:
+            part = everything[slice(*one.recall.query)]
+            query = world.tokenizer.decode(t for t in part if t != BOS)
+            assert one.query == query
+            wanted = world.retriever.retrieve([query], None, 3)[0]
+            np.testing.assert_array_equal(one.ids, wanted)
+
+
+def test_memories_make_a_difference(world, found):
+    without = world.generator(memory=False).generate(PROMPTS, NEW)
+    assert without[0].chunks == []
+    pairs = zip(found, without, strict=True)
+    assert any(np.abs(a.logprobs[0] - b.logprobs[0]) > 1e-3 for a, b in pairs)
+
+
+def test_company_and_pieces_change_nothing_and_streamed_text_is_the_text(world, found):
+    told = {0: "", 1: "", 2: ""}
+
+    def listener(number, text):
+        told[number] += text
+
+    alone = world.generator().generate(PROMPTS, NEW, piece=4, groups=3, listener=listener)
+    same(alone, found)
+    assert [told[i] for i in range(3)] == [row.text for row in found]
+
+
+def test_draws_depend_on_seed_row_and_place_alone():
+    logits = jax.random.normal(jax.random.key(0), (1, 500)).repeat(4, axis=0)
+
+    def drawn(rows, number, seed=3):
+        sampling = Sampling(temperature=2.0, top_k=400, top_p=0.9, seed=seed)
+        return np.asarray(sampling(logits[: len(rows)], jnp.array(rows), jnp.int32(number)))
+
+    one = drawn([0, 1, 2, 3], 7)
+    np.testing.assert_array_equal(drawn([2, 1], 7), one[[2, 1]])
+    assert len({*one.tolist(), *drawn([0], 8).tolist(), *drawn([0], 7, seed=4).tolist()}) >= 4
+
+
+def test_a_stop_token_ends_a_row_and_its_recalls(world, found):
+    row = found[1]
+    stop = int(row.tokens[13])  # in the second generated chunk
+    first = int(np.flatnonzero(row.tokens == stop)[0])
+    recaller = Recaller(world.retriever, world.bank, world.tokenizer, 3)
+    generator = Generator(
+        world.model, world.params, world.tokenizer, recaller, stop=(stop,), longest=100
+    )
+    ended = generator.generate([PROMPTS[1]], NEW)[0]
+    assert ended.stopped
+    np.testing.assert_array_equal(ended.tokens, row.tokens[: first + 1])
+    assert all(one.recall.generates[0] <= len(ended.prompt_tokens) + first for one in ended.chunks)
+
+
+def test_cold_memories_are_those_of_the_bank(world):
+    """The bank of the folder was written by other weights: both are written here by the same."""
+    config = world.config
+    cold = ColdMemories(config, world.model, world.params, world.references, 10_000)
+    again = ColdMemories(config, world.model, world.params, world.references, 0)
+    ids = np.array([[3, -1, 5], [5, 5, 7]])
+    one, other = cold.read_stored(ids), again.read_stored(ids)
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert one.keys.shape == (2, 3, 1, 2, 4, 8)
+    assert one.length[0, 1] == 0 and not one.keys[0, 1].any() and one.keys[0, 0].any()
+    assert cold.written == again.written == 3
+    cold.read_stored(ids), again.read_stored(ids)
+    assert (cold.written, again.written) == (3, 6)
+    bank = world.bank.read_stored(ids)
+    np.testing.assert_array_equal(one.length, bank.length)
+
+
+def test_effects_are_what_a_text_loses_without_a_reference(world, found):
+    generator = world.generator()
+    effects = effects_of(generator, found[1])
+    chunks = [one.ids for one in found[1].chunks]
+    assert set(effects) == {i for row in chunks for i in row[row >= 0].tolist()}
+    taken = max(effects, key=lambda i: abs(effects[i]))
+    assert abs(effects[taken]) > 1e-4
+    without = [np.where(row == taken, -1, row) for row in chunks]
+    again = generator.generate([PROMPTS[1]], NEW, forced=[found[1].tokens], recalled=[without])[0]
+    np.testing.assert_array_equal(again.tokens, found[1].tokens)
+    lost = found[1].logprobs.sum() - again.logprobs.sum()
+    assert effects[taken] == pytest.approx(lost, abs=1e-3)
+
+
+def test_sources_name_what_was_read(world, found):
+    row = found[1]
+    read = sources(row, world.references, {int(row.chunks[0].ids[0]): 0.5})
+    assert {one.id for one in read} == {
+        i for chunk in row.chunks for i in chunk.ids[chunk.ids >= 0].tolist()
+    }
+    one = next(source for source in read if source.id == row.chunks[0].ids[0])
+    assert one.text == world.references[one.id].text and one.effect == 0.5
+    weights = [source.attention for source in read]
+    assert weights == sorted(weights, reverse=True)
+    assert 0 < sum(weights) < 1
+    assert sum(weights) == pytest.approx(row.by_token[:, :-1].sum() / NEW, abs=1e-5)
+    assert one.key in as_text(read) and one.title in as_text(read)
+    record = as_dict(row, read, by_head=True)
+    last = record["chunks"][-1]
+    heads = np.array(last["attention_by_layer_and_head"])  # (L, K, G, M)
+    assert heads.shape == (1, 2, 1, 3)
+    np.testing.assert_allclose(heads.mean((0, 1, 2)), last["attention"], atol=1e-6)
+
+
+def test_the_page_has_text_sources_and_no_raw_markup(world, found):
+    row = dataclasses.replace(found[1], prompt="<script>&")
+    pieces = world.generator().pieces
+    assert "".join(pieces(row.tokens)) == row.text
+    page = as_page([(row, sources(row, world.references))], pieces)
+    assert "<script>" not in page and "&lt;script&gt;&amp;" in page
+    readers = [one.recall.generates for one in row.chunks if (one.ids >= 0).any()]
+    assert page.count("of the attention") == sum(high - low for low, high in readers) > 0
+    for one in sources(row, world.references):
+        assert one.text in page
+
+
+@pytest.mark.parametrize(
+    ("prompts", "new", "words"),
+    [
+        ([], 4, "there are no prompts"),
+        (["fine", ""], 4, "prompt 1 is empty"),
+        (["of " * 95], 20, "does not fit the model's context of 100"),
+        (["fine"], 0, "0 new tokens"),
+    ],
+)
+def test_unusable_prompts_are_refused(world, prompts, new, words):
+    with pytest.raises(InferenceError, match=words):
+        world.generator().generate(prompts, new)
+
+
+@pytest.mark.parametrize("setting", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}])
+def test_unusable_sampling_is_refused(setting):
+    with pytest.raises(InferenceError, match=next(iter(setting))):
+        Sampling(**setting)
+
+
+def test_top_k_and_top_p_cut():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]])).repeat(400, axis=0)
+    rows, number = jnp.arange(400), jnp.int32(0)
+
+    def drawn(**setting):
+        return set(np.asarray(Sampling(temperature=1.0, **setting)(logits, rows, number)).tolist())
+
+    assert drawn() == {0, 1, 2, 3}
+    assert drawn(top_k=2) == {0, 1}
+    assert drawn(top_p=0.75) == {0, 1}
+    assert drawn(top_p=0.85) == {0, 1, 2}
+    assert set(np.asarray(Sampling()(logits, rows, number)).tolist()) == {0}
