@@ -42,6 +42,7 @@ CORE = [
     "tokenizers>=0.22,<0.24",
     "tqdm>=4.66,<5",
 ]
+EVAL = ["lm-eval>=0.4.13,<0.5"]  # without torch
 TEST = [
     "beartype>=0.20,<0.24",
     "psutil>=6,<8",
@@ -62,11 +63,13 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],
         "cuda": ["jax[cuda13]>=0.10.2,<0.11"],
-        "eval": ["lm-eval>=0.4.13,<0.5"],
+        "eval": EVAL,
         "test": TEST,
         "dev": [*TEST, "mypy>=2.4,<3", "pre-commit>=4,<5", "ruff>=0.17.5,<0.18"],
         # Foreign implementations that tests compare with, and the TPU compiler (no TPU needed).
         "parity": [
+            *EVAL,
+            "accelerate>=1.10,<2",  # lm-eval's Hugging Face model needs it
             "faiss-cpu>=1.14,<2",
             "libtpu>=0.0.42,<0.0.43; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "torch>=2.13,<2.14",
