@@ -3,7 +3,7 @@
     python launch/generate.py --config=configs/wiki_small.py:stage=continual --workdir=runs/wiki \\
         --prompt="Paris is"
     python launch/generate.py … --prompts=prompts.jsonl --html=sources.html --explain
-    python launch/generate.py … --mode=none          # or cold, or rag
+    python launch/generate.py … --mode=none          # or cold, rag, context
 
 Prompts are JSON lines with `prompt`, or a text file with one a line. The text goes to standard
 output; sources follow it.
@@ -35,9 +35,10 @@ _VERSION = flags.DEFINE_multi_integer(
 _MODE = flags.DEFINE_enum(
     "mode",
     "memory",
-    ["none", "memory", "cold", "rag"],
+    ["none", "memory", "cold", "rag", "context"],
     "What the model reads: nothing, memories of the bank, memories written when they are first"
-    " found, or references as text in the prompt.",
+    " found, references as text in the prompt, or, for texts longer than its context, memories of"
+    " their own older part.",
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "A prompt; may be given more than once.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, .jsonl or one a line.")
@@ -56,6 +57,20 @@ _TOP_P = flags.DEFINE_float("top_p", 1.0, "Only the likeliest tokens of this pro
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws, with a temperature.")
 _REFERENCES = flags.DEFINE_integer(
     "references", 5, "References in the prompt, with --mode=rag.", lower_bound=1
+)
+_WINDOW = flags.DEFINE_integer(
+    "window",
+    None,
+    "Tokens that stay as they are when a text outgrows the context, with --mode=context; default"
+    " half of the context.",
+    lower_bound=1,
+)
+_CUT = flags.DEFINE_integer(
+    "cut",
+    None,
+    "Most tokens of a memory of the older text, with --mode=context; default"
+    " config.memory.reference_length.",
+    lower_bound=1,
 )
 _STREAM = flags.DEFINE_bool(
     "stream", True, "Print text while it is generated, for a single prompt."
@@ -85,6 +100,8 @@ def main(argv: list[str]) -> None:
         batch=_BATCH.value,
         groups=_GROUPS.value,
         references=_REFERENCES.value,
+        window=_WINDOW.value,
+        cut=_CUT.value,
         sampling=Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _SEED.value),
         stream=_STREAM.value,
         sources=_SOURCES.value,

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.evaluation.session import Session
+from m3jax.inference.context import LongGenerator
 from m3jax.inference.errors import InferenceError
 from m3jax.inference.generate import Generation, Generator
 from m3jax.inference.sampling import Sampling
@@ -31,6 +32,8 @@ class Request:
     batch: int = 32
     groups: int = 1
     references: int = 5
+    window: int | None = None
+    cut: int | None = None
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     stream: bool = False
     sources: bool = True
@@ -96,7 +99,9 @@ def run(
     for version in versions:
         session = Session(config, workdir, checkpoint=checkpoint, bank=bank, version=version)
         observe = request.sources or bool(request.html or request.json)
-        generator = session.generator(request.mode, sampling=request.sampling, observe=observe)
+        generator = session.generator(
+            request.mode, sampling=request.sampling, observe=observe, length=request.cut
+        )
         if len(versions) > 1:
             print(f"== version {session.version.number} of the knowledge ==")
         for generation, found in _generated(session, generator, request):
@@ -119,12 +124,19 @@ def _generated(
     ids: np.ndarray | None = None
     if request.mode == "rag":
         prompts, ids = session.rag_prompts(prompts, request.references)
+    long: LongGenerator | None = None
+    references: Any = None
+    if request.mode == "context":
+        long = LongGenerator(generator, request.window)
+        references = long.references
+    elif request.mode != "none":
+        references = session.references
     streams = request.stream and len(prompts) == 1
     for low in range(0, len(prompts), request.batch):
         part = prompts[low : low + request.batch]
         if streams:
             print(request.prompts[0], end="", flush=True)
-        found = generator.generate(
+        found = (long or generator).generate(
             part,
             request.new,
             groups=request.groups,
@@ -136,19 +148,19 @@ def _generated(
             read: list[Source] = []
             if generation.chunks:
                 effects = effects_of(generator, generation) if request.explain else None
-                read = sources(generation, session.references, effects)
+                read = sources(generation, references, effects)
             elif ids is not None:
-                read = _given(session, ids[low + number])
+                read = _given(references, ids[low + number])
             if request.sources and request.mode != "none":
                 print(as_text(read))
             yield generation, read
 
 
-def _given(session: Session, ids: np.ndarray) -> list[Source]:
+def _given(references: Any, ids: np.ndarray) -> list[Source]:
     """References of a prompt, as sources without figures."""
     found = []
     for i in ids[ids >= 0].tolist():
-        one = session.references[i]
+        one = references[i]
         where = (one.key, one.title, one.source, one.start, one.end, one.text)
         found.append(Source(i, *where, ()))
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -73,6 +74,40 @@ def speed_bars(
     axes.set_ylim(len(modes) - 0.4, -0.6)
     axes.set_xlabel("tokens a second, search and loading included", color=INK)
     _finish(figure, axes, title, path)
+
+
+def needle_lines(path: Path, report: dict[str, Any]) -> None:
+    """Share of needles found over the length of the text, with and without memory.
+
+    Args:
+      path: PNG to write.
+      report: of `needle.needle_test`.
+    """
+    figure, axes = plt.subplots(figsize=(8, 4.2), constrained_layout=True)
+    lines = (("memory", "older text recalled", MEMORY), ("window", "older text forgotten", INK))
+    lengths = report["lengths"]
+    for name, label, colour in lines:
+        axes.plot(lengths, report[name], color=colour, marker="o", linewidth=1.8)
+        axes.annotate(
+            label,
+            (lengths[-1], report[name][-1]),
+            xytext=(8, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            fontsize=10,
+        )
+    axes.axvline(report["window_tokens"], color=INK, linestyle=":", linewidth=1.2)
+    axes.text(report["window_tokens"], 1.05, " window", color=INK, fontsize=9, va="center")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.set_xlim(report["window_tokens"] / 1.3, lengths[-1] * 2.6)
+    axes.set_ylim(-0.03, 1.1)
+    axes.set_xlabel("tokens of the text", color=INK)
+    axes.set_ylabel("share of needles found", color=INK)
+    axes.grid(axis="y", color=GRID)
+    axes.minorticks_off()
+    _finish(figure, axes, f"A fact in a long text, {report['count']} texts of each length", path)
 
 
 @dataclass(frozen=True)

@@ -210,6 +210,9 @@ def _ask(
     asked = people.questions(world, demonstration.seed)
     questions = [Question(q.prompt, q.answer, q.references) for q in asked]
     people.write_jsonl(workdir / "text" / "questions.jsonl", map(dataclasses.asdict, questions))
+    texts = {person.reference: person.text for person in world.unseen}
+    needles = [{"needle": texts[q.person], "prompt": q.prompt, "answer": q.answer} for q in asked]
+    people.write_jsonl(workdir / "text" / "needles.jsonl", needles)
     new_facts = {person.reference: dict(person.facts) for person in changed.unseen}
     after_edit = [
         Question(q.prompt, f" {new_facts[q.person][q.prompt.split(' ')[0]]}") for q in asked

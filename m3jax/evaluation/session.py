@@ -6,6 +6,7 @@
 | `memory` | memories of the bank, as it stores them (warm start) |
 | `cold` | memories written when their reference is first found |
 | `rag` | references as text in front of the prompt |
+| `context` | memories of its own older text, where it is longer than the model's context |
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from m3jax.data.pipeline import check_bank
 from m3jax.evaluation.rag import retrieve, with_references
 from m3jax.evaluation.report import check_reader
 from m3jax.inference.cold import ColdMemories
+from m3jax.inference.context import ContextRecaller, ContextReferences
 from m3jax.inference.errors import InferenceError
 from m3jax.inference.generate import Generation, Generator
 from m3jax.inference.recall import Recaller
@@ -33,7 +35,7 @@ from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.checkpoints import restore_params
 from m3jax.train.writer import restore_writer
 
-MODES = ("none", "memory", "cold", "rag")
+MODES = ("none", "memory", "cold", "rag", "context")
 
 
 class Session:
@@ -130,21 +132,33 @@ class Session:
         check_reader(bank, self.meta, self.checkpoint)
         return bank
 
-    def recaller(self, mode: str, *, cold_bytes: int = 2**30, batch: int = 16) -> Recaller | None:
+    def recaller(
+        self, mode: str, *, cold_bytes: int = 2**30, batch: int = 16, length: int | None = None
+    ) -> Recaller | None:
         """Finds and loads memories in a mode; None in modes without.
 
         Args:
           mode: of `MODES`.
           cold_bytes: of memories that a cold start keeps.
           batch: references that a cold start encodes by one call.
+          length: most tokens of a reference cut from the text, in the mode `context`; default
+            `memory.reference_length`.
         """
         if mode not in MODES:
             raise InferenceError(f"mode {mode!r}; known: {', '.join(MODES)}")
         if mode in ("none", "rag"):
             return None
         self.require_memories(mode)
-        memories: Any = self.bank if mode == "memory" else self._cold(cold_bytes, batch)
         count = self.config.memory.per_prompt_chunk
+        if mode == "context":
+            references = ContextReferences(
+                self.retriever.index.embedder, length or self.config.memory.reference_length
+            )
+            own = self._writing(references, cold_bytes, batch, grows=True)
+            return ContextRecaller(references, own, self.tokenizer, count)
+        memories: Any = self.bank
+        if mode == "cold":
+            memories = self._once("cold", lambda: self._writing(self.references, cold_bytes, batch))
         return Recaller(self.retriever, memories, self.tokenizer, count)
 
     def require_memories(self, mode: str) -> None:
@@ -155,18 +169,16 @@ class Session:
                 " memories; take the config of the continual stage, or the mode 'none' or 'rag'"
             )
 
-    def _cold(self, limit: int, batch: int) -> ColdMemories:
-        """The writer that the checkpoint reads, and what it has written so far."""
-
-        def make() -> ColdMemories:
-            config = self.config.copy_and_resolve_references()
-            with config.unlocked():
-                config.writer.batch_references = batch
-            model = Model(config, PREFIX_TOKENS)
-            params, _, _ = restore_writer(self.checkpoint, model, self.tokenizer.fingerprint)
-            return ColdMemories(config, model, params, self.references, limit)
-
-        return self._once("cold", make)
+    def _writing(
+        self, references: Any, limit: int, batch: int, grows: bool = False
+    ) -> ColdMemories:
+        """Memories of references by the writer that the checkpoint reads."""
+        config = self.config.copy_and_resolve_references()
+        with config.unlocked():
+            config.writer.batch_references = batch
+        model = Model(config, PREFIX_TOKENS)
+        params, _, _ = restore_writer(self.checkpoint, model, self.tokenizer.fingerprint)
+        return ColdMemories(config, model, params, references, limit, grows)
 
     def generator(
         self,
@@ -175,13 +187,14 @@ class Session:
         sampling: Sampling | None = None,
         observe: bool = False,
         longest: int | None = None,
+        length: int | None = None,
     ) -> Generator:
-        """Generates in a mode; see `Generator`."""
+        """Generates in a mode; see `Generator`, and `recaller` for `length`."""
         return Generator(
             self.model,
             self.params,
             self.tokenizer,
-            self.recaller(mode),
+            self.recaller(mode, length=length),
             sampling=sampling,
             observe=observe,
             longest=longest,

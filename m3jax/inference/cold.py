@@ -32,6 +32,7 @@ class ColdMemories:
         params: Params,
         references: ReferenceSet,
         limit: int,
+        grows: bool = False,
     ) -> None:
         """Compiles the writer.
 
@@ -41,6 +42,7 @@ class ColdMemories:
           params: the writer's parameters.
           references: what is retrieved.
           limit: bytes of memories that are kept; those read longest ago are written again.
+          grows: whether references may be added later; there may be none yet.
 
         Raises:
           BankError: nothing to write, or memories that depend on more than their reference.
@@ -54,10 +56,18 @@ class ColdMemories:
         self.codec = plain(model_.head_dim, memory.dtype)
         self._shape = (memory.layers, model_.kv_heads, memory.kept_tokens, model_.head_dim)
         self._dtype = np.dtype(jnp.dtype(memory.dtype))
-        self._lengths = memory_lengths(config, references)
+        self._config, self._references = config, references
+        self._lengths: Any = np.zeros(0, np.int32)
         self._encoder = Encoder(config, model, params, references, self.codec)
         self._cache, self._clock = MemoryCache(limit), Clock()
-        self.size, self.written = len(references), 0
+        self.written = 0
+        if not grows:
+            self._lengths = memory_lengths(config, references)
+
+    @property
+    def size(self) -> int:
+        """References; their set may grow."""
+        return len(self._references)
 
     def read_stored(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
         """As `Bank.read_stored`; writes what is not kept."""
@@ -72,11 +82,13 @@ class ColdMemories:
             for i, memory in zip(missing.tolist(), batches, strict=True):
                 found[i] = memory
                 self._cache.keep(i, memory)
+        if len(self._lengths) < self.size:
+            self._lengths = memory_lengths(self._config, self._references)
         nothing = np.zeros((2, *self._shape), self._dtype)
         stacked = np.stack([nothing if (m := found[i]) is None else m for i in wanted.tolist()])
         both = stacked[places.reshape(-1)].reshape(*ids.shape, *stacked.shape[1:])
         keys, values = np.moveaxis(both, ids.ndim, 0)
-        length: Any = np.where(ids >= 0, self._lengths[np.where(ids >= 0, ids, 0)], 0)
+        length: Any = np.append(self._lengths, 0)[ids]  # −1 is the last
         return ExplicitMemory(keys, values, length.astype(np.int32))
 
     def report(self) -> dict[str, int]:

@@ -140,7 +140,7 @@ class Generator:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | np.ndarray],
         new: int,
         *,
         groups: int = 1,
@@ -149,11 +149,12 @@ class Generator:
         forced: Sequence[np.ndarray] | None = None,
         recalled: Sequence[Sequence[np.ndarray]] | None = None,
         against: Sequence[np.ndarray] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> list[Generation]:
         """Continues prompts.
 
         Args:
-          prompts: texts.
+          prompts: texts, or their tokens without BOS.
           new: most tokens generated for each.
           groups: parts of the rows that take turns on the device.
           piece: tokens that the device generates at a time; default a chunk. Less streams sooner.
@@ -162,6 +163,7 @@ class Generator:
           recalled: for each prompt the references `(M,)` of each of its recalls, instead of those
             that a search finds.
           against: for each prompt tokens that no reference may contain; see `Recaller.find`.
+          numbers: of each prompt, of which its draws are a function; default counts from 0.
 
         Returns:
           One generation a prompt.
@@ -178,6 +180,8 @@ class Generator:
         ]
         for batch in batches:
             batch.forced, batch.given, batch.against = forced, recalled, against
+            if numbers is not None:
+                batch.drawn_as = [numbers[i] for i in batch.numbers]
         running = [batch.run() for batch in batches]
         while running:
             running = [one for one in running if next(one, None) is not None]
@@ -197,21 +201,25 @@ class Generator:
         """Text of tokens."""
         return self.tokenizer.decode(tokens.tolist())
 
-    def _encode(self, prompts: Sequence[str], new: int) -> list[np.ndarray]:
+    def _encode(self, prompts: Sequence[str | np.ndarray], new: int) -> list[np.ndarray]:
         """Tokens of prompts, with BOS."""
         if not prompts:
             raise InferenceError("there are no prompts; give at least one")
         if new < 1:
             raise InferenceError(f"{new} new tokens; ask for at least 1")
+        texts = [number for number, prompt in enumerate(prompts) if isinstance(prompt, str)]
+        encoded = self.tokenizer.encode_batch([str(prompts[number]) for number in texts])
+        found = {**dict(enumerate(prompts)), **dict(zip(texts, encoded, strict=True))}
         rows = []
-        for number, tokens in enumerate(self.tokenizer.encode_batch(list(prompts))):
+        for number, tokens in found.items():
             if not len(tokens):
                 raise InferenceError(f"prompt {number} is empty; give it some text")
             rows.append(np.concatenate([[BOS], tokens]).astype(np.int32))
             if len(rows[-1]) + new > self.longest:
                 raise InferenceError(
                     f"prompt {number} has {len(rows[-1])} tokens; with {new} new ones it does not"
-                    f" fit the model's context of {self.longest}: shorten it, or ask for fewer"
+                    f" fit the model's context of {self.longest}: shorten it, ask for fewer, or"
+                    " have its older text recalled (the mode `context`)"
                 )
         return rows
 
@@ -233,6 +241,7 @@ class _Batch:
         self.forced: Sequence[np.ndarray] | None = None
         self.given: Sequence[Sequence[np.ndarray]] | None = None
         self.against: Sequence[np.ndarray] | None = None
+        self.drawn_as = numbers
         self.first = 0.0
         self.tokens = np.full((len(rows := self.rows), new), PAD, np.int32)
         self.logprobs = np.zeros((len(rows), new), np.float32)
@@ -291,7 +300,7 @@ class _Batch:
                 self.chunks[place].append(Chunk(self.plans[place][c], query, one))
             memory = of.recaller.read(ids)
         slots = -(-self.new // chunk) * chunk
-        numbers = np.array(self.numbers, np.int32)
+        numbers = np.array(self.drawn_as, np.int32)
         return of.decoder.prefill(
             of.params, tokens, lengths, numbers, memory, self._forced(0, 1), slots=slots
         )
@@ -322,10 +331,9 @@ class _Batch:
         if self.given is not None:
             given = [self.given[self.numbers[row]][number] for row, number in places]
             return np.stack(given).astype(np.int64), [recaller.text(text) for text in texts]
-        against = self.against
-        if against is not None:
-            return recaller.find(texts, [against[self.numbers[row]] for row, _ in places])
-        return recaller.find(texts)
+        rows = [self.numbers[row] for row, _ in places]
+        against = None if self.against is None else [self.against[row] for row in rows]
+        return recaller.find(texts, rows, against)
 
     def _forced(self, done: int, count: int) -> np.ndarray:
         forced = np.full((len(self.rows), count), -1, np.int32)
@@ -371,13 +379,14 @@ class _Batch:
                 self.listener(number, text[len(before) :])
                 self._told[place] = text
 
-    def results(self, prompts: Sequence[str]) -> Iterator[Generation]:
+    def results(self, prompts: Sequence[str | np.ndarray]) -> Iterator[Generation]:
         """The generations, once `run` has ended."""
         for place, number in enumerate(self.numbers):
             length, stopped = self._length(place)
             tokens = self.tokens[place, :length]
+            prompt = prompts[number]
             yield Generation(
-                prompts[number],
+                prompt if isinstance(prompt, str) else self.of.text(prompt),
                 self.rows[place],
                 tokens,
                 self.logprobs[place, :length],

@@ -59,12 +59,12 @@ class Recaller:
     """
 
     def __init__(
-        self, retriever: Retriever, memories: Memories, tokenizer: Tokenizer, count: int
+        self, retriever: Retriever | None, memories: Memories, tokenizer: Tokenizer, count: int
     ) -> None:
         """Makes one.
 
         Args:
-          retriever: finds references.
+          retriever: finds references; None where a subclass searches by itself.
           memories: of the same references.
           tokenizer: of the model.
           count: memories M of a chunk.
@@ -77,12 +77,16 @@ class Recaller:
         return self.tokenizer.decode(tokens.tolist())
 
     def find(
-        self, chunks: Sequence[np.ndarray], against: Sequence[np.ndarray] | None = None
+        self,
+        chunks: Sequence[np.ndarray],
+        rows: Sequence[int],
+        against: Sequence[np.ndarray] | None = None,
     ) -> tuple[Int[np.ndarray, "n M"], list[str]]:
         """References `(n, M)` of chunks of tokens, −1 where there is none; and the queries.
 
         Args:
           chunks: tokens of each; an empty one finds nothing.
+          rows: number of the prompt that each belongs to.
           against: for each the tokens that no reference may contain (the overlap filter); None lets
             all pass.
         """
@@ -92,10 +96,17 @@ class Recaller:
         asked = [place for place, query in enumerate(queries) if query.strip()]
         if asked:
             texts = None if against is None else [against[place] for place in asked]
-            ids[asked] = self.retriever.retrieve([queries[i] for i in asked], texts, self.count)
+            ids[asked] = self._search([queries[i] for i in asked], [rows[i] for i in asked], texts)
         self.figures.queries += len(asked)
         self.figures.search_seconds += time.perf_counter() - begin
         return ids, queries
+
+    def _search(
+        self, queries: list[str], rows: list[int], against: list[np.ndarray] | None
+    ) -> Int[np.ndarray, "n M"]:
+        """References of texts; `rows` and `against` as in `find`."""
+        assert self.retriever is not None
+        return self.retriever.retrieve(queries, against, self.count)
 
     def read(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
         """Memories as they are stored, `(*shape, L, K, P, width)`."""

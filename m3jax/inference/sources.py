@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from m3jax.inference.context import ContextReferences
 from m3jax.inference.generate import Generation, Generator
 from m3jax.text.layers import AnyReferences
 
@@ -56,13 +57,15 @@ class Source:
 
 
 def sources(
-    generation: Generation, references: AnyReferences, effects: Mapping[int, float] | None = None
+    generation: Generation,
+    references: AnyReferences | ContextReferences,
+    effects: Mapping[int, float] | None = None,
 ) -> list[Source]:
     """The references that a row read, those of the most attention first, else in order.
 
     Args:
       generation: of `Generator.generate`.
-      references: of the version that was read.
+      references: of the version that was read, or of the text's own older part.
       effects: of `effects_of`.
     """
     places: dict[int, list[int]] = {}

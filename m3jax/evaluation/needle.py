@@ -1,0 +1,192 @@
+"""The needle test: is a fact found again in a text much longer than the model's context?
+
+A text of references, one of which is the needle, ends with a question about it. The model reads the
+last `window` tokens as they are; what is older is a memory that it may recall, or is forgotten.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from m3jax.evaluation.session import Session
+from m3jax.inference.context import LongGenerator
+from m3jax.text.documents import TextError
+from m3jax.text.files import lines
+from m3jax.text.layers import AnyReferences
+from m3jax.text.tokenizer import Tokenizer
+
+_TRIES = 64  # references drawn for a place before those left are said to be too few
+
+
+@dataclass(frozen=True)
+class Needle:
+    """`answer` should follow `prompt` where the text in front of it holds `text`."""
+
+    text: str
+    prompt: str
+    answer: str
+
+
+def read_needles(path: str | Path) -> list[Needle]:
+    """Needles from JSON lines with `needle`, `prompt` and `answer`.
+
+    Raises:
+      TextError: no such file, none in it, or a line that is no needle.
+    """
+    found = []
+    for number, line in enumerate(lines(path), 1):
+        try:
+            record = json.loads(line)
+            fields = [record[name] for name in ("needle", "prompt", "answer")]
+            if not all(isinstance(field, str) and field.strip() for field in fields):
+                raise TypeError("an empty field, or one that is no text")
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise TextError(
+                f"{path}:{number}: expected {{'needle': text, 'prompt': text, 'answer': text}}"
+                f" ({error!r})"
+            ) from error
+        found.append(Needle(*fields))
+    if not found:
+        raise TextError(f"{path} holds no needles")
+    return found
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """A prompt that holds a needle.
+
+    Attributes:
+      prompt: the text, with the question at its end.
+      answer: what should follow.
+      behind: tokens from the needle's end to the end of the prompt.
+    """
+
+    prompt: str
+    answer: str
+    behind: int
+
+
+def make_haystack(
+    needle: Needle,
+    references: AnyReferences,
+    tokenizer: Tokenizer,
+    length: int,
+    depth: float,
+    random: np.random.Generator,
+) -> Haystack:
+    """Random references, a line end between them, with the needle among them.
+
+    Args:
+      needle: what is hidden; references that hold it or the question are not drawn.
+      references: what it is hidden among.
+      tokenizer: of the model.
+      length: tokens of the whole, about; never more.
+      depth: where the needle is: 0 = at the begin, 1 = in front of the question.
+      random: draws.
+
+    Raises:
+      TextError: references that hold too little without the needle.
+    """
+    size = len(tokenizer.encode(f"{needle.text}\n{needle.prompt}"))
+    texts: list[str] = []
+    sizes = np.asarray(references.lengths) + 1  # and the line end
+    for _ in range(_TRIES * max(1, length // max(int(sizes.min()), 1))):
+        i = int(random.integers(len(sizes)))
+        if size + sizes[i] > length:
+            break
+        text = references.texts([i])[0]
+        if needle.text not in text and needle.prompt not in text:
+            texts.append(text)
+            size += int(sizes[i])
+    else:
+        raise TextError(
+            f"the references hold the needle {needle.text!r} or its question nearly everywhere;"
+            " give other ones (--haystack)"
+        )
+    place = round(depth * len(texts))
+    behind = "\n".join([*texts[place:], needle.prompt])
+    prompt = "\n".join([*texts[:place], needle.text, behind])
+    return Haystack(prompt, needle.answer, len(tokenizer.encode(behind)))
+
+
+def needle_test(
+    session: Session,
+    needles: Sequence[Needle],
+    references: AnyReferences,
+    lengths: Sequence[int],
+    *,
+    count: int = 64,
+    window: int | None = None,
+    cut: int | None = None,
+    batch: int = 16,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Share of needles whose answer the model gives, by length of the text.
+
+    Args:
+      session: checkpoint, tokenizer and embedder.
+      needles: in turn.
+      references: what they are hidden among.
+      lengths: tokens of the texts.
+      count: texts of each length; the needle's depth goes from begin to end in even steps.
+      window: see `LongGenerator`.
+      cut: most tokens of a memory; default `memory.reference_length`.
+      batch: texts generated together.
+      seed: of the draws.
+
+    Returns:
+      `lengths`, and for each `memory` (older text is recalled), `window` (it is forgotten),
+      `beyond` (share of needles that end before what is read as it is), and the shares by
+      quarters of the depth, from begin to end: `memory_by_depth` and `window_by_depth`.
+    """
+    new = max(len(session.tokenizer.encode(needle.answer)) for needle in needles)
+    readers = {
+        "memory": LongGenerator(session.generator("context", length=cut), window),
+        "window": LongGenerator(session.generator("none"), window),
+    }
+    report: dict[str, Any] = {"lengths": list(lengths), "count": count, "beyond": []}
+    report["window_tokens"] = readers["memory"].window
+    depths = np.linspace(0, 1, count)
+    quarters = np.minimum((4 * depths).astype(int), 3)
+    bar = tqdm(total=2 * count * len(lengths), desc="needles", unit="text")
+    for length in lengths:
+        random = np.random.default_rng([seed, length])
+        made = [
+            make_haystack(
+                needles[i % len(needles)], references, session.tokenizer, length, depth, random
+            )
+            for i, depth in enumerate(depths.tolist())
+        ]
+        reach = readers["memory"].window + readers["memory"].length
+        beyond = [one.behind >= reach for one in made]
+        report["beyond"].append(float(np.mean(beyond)))
+        for name, reader in readers.items():
+            right = np.zeros(count, bool)
+            for low in range(0, count, batch):
+                part = made[low : low + batch]
+                found = reader.generate([one.prompt for one in part], new)
+                for i, (one, text) in enumerate(zip(part, found, strict=True), low):
+                    right[i] = text.text.strip().startswith(one.answer.strip())
+                bar.update(len(part))
+            report.setdefault(name, []).append(float(right.mean()))
+            by_depth = [float(right[quarters == q].mean()) for q in range(4) if q in quarters]
+            report.setdefault(f"{name}_by_depth", []).append(by_depth)
+    bar.close()
+    return report
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as a Markdown table."""
+    rows = ["| tokens | needle beyond the window | older text recalled | older text forgotten |"]
+    rows.append("|---|---|---|---|")
+    names = ("lengths", "beyond", "memory", "window")
+    for length, beyond, memory, window in zip(*(report[name] for name in names), strict=True):
+        rows.append(f"| {length} | {beyond:.0%} | {memory:.3f} | {window:.3f} |")
+    return "\n".join(rows)

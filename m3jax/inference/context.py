@@ -1,0 +1,319 @@
+"""Text longer than the context: its older part becomes explicit memories (Memory³, discussion).
+
+When prompt and generated text outgrow the context, the oldest text is cut into references, the
+writer turns them into memories, and the chunks that stay recall them by search, as they do those
+of a bank. Work grows with the length of the text, not with its square.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int, Int32, UInt64
+
+from m3jax.inference.errors import InferenceError
+from m3jax.inference.generate import Generation, Generator, Listener
+from m3jax.inference.recall import Memories, Recaller
+from m3jax.inference.schedule import Recall
+from m3jax.retrieval.embed import Embedder
+from m3jax.text.cut import SHORTEST, Piece, cut_references
+from m3jax.text.documents import Document
+from m3jax.text.references import Reference
+from m3jax.text.tokenizer import BOS, PAD, Tokenizer
+
+
+@dataclasses.dataclass
+class _Search:
+    """Of one text: an embedder that knows its words, and its references."""
+
+    embedder: Embedder
+    ids: np.ndarray
+    embeddings: np.ndarray
+
+
+class ContextReferences:
+    """References cut from the older parts of some texts. A `ReferenceSet` that grows.
+
+    A text finds only what was cut from itself, whatever its company. The key of a reference is
+    `text <number>#<n>`.
+
+    Attributes:
+      length: most tokens W of a reference.
+    """
+
+    def __init__(self, embedder: Embedder, length: int) -> None:
+        """Starts with none.
+
+        Args:
+          embedder: of the search; words of a text that it does not know are learnt for that text.
+          length: most tokens W of a reference.
+        """
+        self.length, self._embedder = length, embedder
+        self._found: list[Reference] = []
+        self._text_of: list[int] = []
+        self._searches: dict[int, _Search] = {}
+
+    def add(self, text: int, pieces: Sequence[Piece]) -> None:
+        """Adds pieces of the text of this number, behind those that it has."""
+        if not pieces:
+            return
+        nothing = np.zeros((0, self._embedder.dimension), np.float32)
+        search = self._searches.get(text)
+        if search is None:
+            search = _Search(self._embedder, np.zeros(0, np.int64), nothing)
+        for n, piece in enumerate(pieces, len(search.ids)):
+            where = (piece.start, piece.end, piece.text, piece.tokens)
+            self._found.append(Reference(f"text {text}#{n}", "", "", *where))
+            self._text_of.append(text)
+        ids = np.arange(len(self) - len(pieces), len(self))
+        texts = [piece.text for piece in pieces]
+        embedder = search.embedder.extended(texts)
+        self._searches[text] = _Search(
+            embedder,
+            np.concatenate([search.ids, ids]),
+            np.concatenate([search.embeddings, embedder.embed(texts)]),
+        )
+
+    def search(self, query: str, text: int, k: int) -> Int[np.ndarray, " k"]:
+        """The k references of a text that are most like the query, best first, −1 = none."""
+        ids = np.full(k, -1, np.int64)
+        search = self._searches.get(text)
+        if search is not None:
+            scores = search.embeddings @ search.embedder.embed_queries([query])[0]
+            best = np.argsort(-scores, kind="stable")[:k]
+            best = best[scores[best] > 0]
+            ids[: len(best)] = search.ids[best]
+        return ids
+
+    def close(self, texts: Sequence[int]) -> None:
+        """Frees what is needed to search these texts; their references stay."""
+        for text in texts:
+            self._searches.pop(text, None)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __getitem__(self, i: int | np.integer) -> Reference:
+        return self._found[int(i)]
+
+    def texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """Texts of references, in the order of `ids`."""
+        return [self._found[int(i)].text for i in ids]
+
+    def tokens(self, ids: Sequence[int] | np.ndarray) -> Int32[np.ndarray, "n W"]:
+        """Tokens of references, one row each, filled up with PAD."""
+        rows = np.full((len(ids), self.length), PAD, np.int32)
+        for row, i in zip(rows, ids, strict=True):
+            tokens = self._found[int(i)].tokens
+            row[: len(tokens)] = tokens
+        return rows
+
+    @property
+    def lengths(self) -> Int32[np.ndarray, " R"]:
+        """Tokens of every reference."""
+        return np.array([len(one.tokens) for one in self._found], np.int32)
+
+    @property
+    def record_hashes(self) -> UInt64[np.ndarray, " R"]:
+        """Hash of every reference's tokens."""
+        hashes = [hashlib.blake2b(one.tokens.tobytes(), digest_size=8) for one in self._found]
+        return np.array([int.from_bytes(h.digest(), "little") for h in hashes], np.uint64)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the whole set."""
+        return hashlib.blake2b(self.record_hashes.tobytes(), digest_size=16).hexdigest()
+
+    def documents(self) -> Int32[np.ndarray, " R"]:
+        """Number of every reference's text; every addition begins a new one."""
+        begins = np.diff(np.array(self._text_of, np.int64), prepend=-1) != 0
+        return np.cumsum(begins, dtype=np.int32) - np.int32(1)
+
+
+class ContextRecaller(Recaller):
+    """Recalls what was cut from the text itself.
+
+    Attributes:
+      references: these.
+      texts: number of each prompt's text among them.
+    """
+
+    def __init__(
+        self, references: ContextReferences, memories: Memories, tokenizer: Tokenizer, count: int
+    ) -> None:
+        """Makes one; `memories` are of the same references."""
+        super().__init__(None, memories, tokenizer, count)
+        self.references = references
+        self.texts: Sequence[int] = ()
+
+    def _search(
+        self, queries: list[str], rows: list[int], against: list[np.ndarray] | None
+    ) -> Int[np.ndarray, "n M"]:
+        if against is not None:
+            raise InferenceError("a text's own older part is not filtered by overlap")
+        texts = [self.texts[row] for row in rows]
+        search = self.references.search
+        return np.stack([search(*one, self.count) for one in zip(queries, texts, strict=True)])
+
+
+@dataclasses.dataclass
+class _Text:
+    """A text while it grows. Of its tokens those from `first` on, its characters from `begin` on,
+    are still read as they are."""
+
+    number: int
+    tokens: np.ndarray
+    begin: int = 0
+    first: int = 0
+    stopped: bool = False
+    parts: list[Generation] = dataclasses.field(default_factory=list)
+
+
+class LongGenerator:
+    """Generates from texts of any length, and texts of any length.
+
+    Attributes:
+      generator: what it generates with.
+      window: tokens of a text that stay as they are when it outgrows the context.
+      length: most tokens of a memory.
+    """
+
+    def __init__(self, generator: Generator, window: int | None = None) -> None:
+        """Makes one.
+
+        Args:
+          generator: with a `ContextRecaller`, or without memory: then older text is forgotten.
+          window: default half of the context. A reference that begins before it and ends in it
+            stays as well.
+
+        Raises:
+          InferenceError: no room for a new token beside them, or references too short.
+        """
+        recaller, longest = generator.recaller, generator.longest
+        assert recaller is None or isinstance(recaller, ContextRecaller)
+        self.generator, self._recaller = generator, recaller
+        self.window = longest // 2 if window is None else window
+        memory = generator.model.config.memory
+        self.length = recaller.references.length if recaller else memory.reference_length
+        if not SHORTEST <= self.length <= memory.reference_length:
+            raise InferenceError(
+                f"references of {self.length} tokens; take {SHORTEST} to"
+                f" {memory.reference_length}, the model's memory.reference_length"
+            )
+        most = longest - self.length - 3
+        if not 1 <= self.window <= most:
+            raise InferenceError(
+                f"a window of {self.window} tokens, up to {self.length} of a reference that ends"
+                f" in it, BOS and a new token do not fit the context of {longest}; take a window"
+                f" from 1 to {most}, or shorter references"
+                if most > 0
+                else f"references of {self.length} tokens leave no room in a context of {longest};"
+                " take shorter ones"
+            )
+        self._texts = 0
+
+    @property
+    def references(self) -> ContextReferences | None:
+        """What was cut from the texts so far; None without memory."""
+        return None if self._recaller is None else self._recaller.references
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        new: int,
+        *,
+        groups: int = 1,
+        piece: int | None = None,
+        listener: Listener | None = None,
+    ) -> list[Generation]:
+        """Continues prompts; see `Generator.generate`.
+
+        Tokens of recalls are counted from the text's BOS, also where its older part is a memory.
+        """
+        encoded = self.generator.tokenizer.encode_batch(list(prompts))
+        texts = [_Text(self._texts + i, tokens) for i, tokens in enumerate(encoded)]
+        self._texts += len(texts)
+        done = rounds = 0
+        while done < new and (running := [i for i, text in enumerate(texts) if not text.stopped]):
+            parts = [texts[i] for i in running]
+            self._forget(parts, new - done)
+            if self._recaller is not None:
+                self._recaller.texts = [text.number for text in parts]
+            tails = [text.tokens[text.first :] for text in parts]
+            step = self.generator.longest - max(len(tail) for tail in tails) - 1
+            step = max(1, min(new - done, step))
+            found = self.generator.generate(
+                tails,
+                step,
+                groups=groups,
+                piece=piece,
+                listener=None if listener is None else _renumbered(listener, running),
+                numbers=[rounds * len(texts) + i for i in running],
+            )
+            for text, part in zip(parts, found, strict=True):
+                text.parts.append(_moved(part, text.first))
+                text.tokens = np.concatenate([text.tokens, part.tokens])
+                text.stopped = part.stopped
+            done, rounds = done + step, rounds + 1
+        if self.references is not None:
+            self.references.close([text.number for text in texts])
+        return [self._joined(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+
+    def _forget(self, texts: Sequence[_Text], new: int) -> None:
+        """Makes memories of what would not fit with so many new tokens."""
+        for text in texts:
+            if len(text.tokens) - text.first + 1 + new > self.generator.longest:
+                pieces = self._cut(text)
+                if self.references is not None:
+                    self.references.add(text.number, pieces)
+
+    def _cut(self, text: _Text) -> list[Piece]:
+        """References of a text that end before its window; the rest stays behind them."""
+        tokens, decode = text.tokens[text.first :], self.generator.text
+        border = len(decode(tokens[: max(len(tokens) - self.window, 0)]))
+        pieces = cut_references(Document("", decode(tokens)), self.generator.tokenizer, self.length)
+        count = sum(piece.end <= border for piece in pieces)
+        end = min([border, *(piece.start for piece in pieces[count : count + 1])])
+        # The token that `end` lies in, if it lies in one, stays.
+        numbers = range(len(tokens) + 1)
+        taken = bisect.bisect_right(numbers, end, key=lambda n: len(decode(tokens[:n]))) - 1
+        begin = text.begin
+        text.begin, text.first = begin + len(decode(tokens[:taken])), text.first + taken
+        return [
+            dataclasses.replace(piece, start=begin + piece.start, end=begin + piece.end)
+            for piece in pieces[:count]
+        ]
+
+    def _joined(self, prompt: str, text: _Text) -> Generation:
+        tokens = np.concatenate([part.tokens for part in text.parts])
+        observed = [part.by_token for part in text.parts if part.by_token is not None]
+        return Generation(
+            prompt,
+            np.concatenate([[BOS], text.tokens[: len(text.tokens) - len(tokens)]]).astype(np.int32),
+            tokens,
+            np.concatenate([part.logprobs for part in text.parts]),
+            self.generator.text(tokens),
+            text.stopped,
+            [chunk for part in text.parts for chunk in part.chunks],
+            np.concatenate(observed) if len(observed) == len(text.parts) else None,
+        )
+
+
+def _renumbered(listener: Listener, running: Sequence[int]) -> Listener:
+    return lambda number, text: listener(running[number], text)
+
+
+def _moved(part: Generation, first: int) -> Generation:
+    """A part of which tokens are counted from the BOS of the whole text."""
+
+    def move(span: tuple[int, int]) -> tuple[int, int]:
+        return span[0] + first, span[1] + first
+
+    chunks = [
+        dataclasses.replace(chunk, recall=Recall(*map(move, chunk.recall))) for chunk in part.chunks
+    ]
+    return dataclasses.replace(part, chunks=chunks)
