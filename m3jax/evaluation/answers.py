@@ -96,23 +96,27 @@ def run(
         )
     records: list[dict[str, Any]] = []
     shown: list[tuple[Generation, list[Source]]] = []
-    for version in versions:
-        session = Session(config, workdir, checkpoint=checkpoint, bank=bank, version=version)
-        observe = request.sources or bool(request.html or request.json)
-        generator = session.generator(
-            request.mode, sampling=request.sampling, observe=observe, length=request.cut
-        )
-        if len(versions) > 1:
-            print(f"== version {session.version.number} of the knowledge ==")
-        for generation, found in _generated(session, generator, request):
-            record = as_dict(generation, found, request.by_head)
-            records.append({"version": version, "mode": request.mode, **record})
-            shown.append((generation, found))
-    if request.json:
-        data = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
-        write_atomically(Path(request.json), data.encode())
-    if request.html:
-        write_atomically(Path(request.html), as_page(shown, generator.pieces).encode())
+    pieces: Any = None
+    try:
+        for version in versions:
+            session = Session(config, workdir, checkpoint=checkpoint, bank=bank, version=version)
+            observe = request.sources or bool(request.html or request.json)
+            generator = session.generator(
+                request.mode, sampling=request.sampling, observe=observe, length=request.cut
+            )
+            pieces = generator.pieces
+            if len(versions) > 1:
+                print(f"== version {session.version.number} of the knowledge ==")
+            for generation, found in _generated(session, generator, request):
+                record = as_dict(generation, found, request.by_head)
+                records.append({"version": version, "mode": request.mode, **record})
+                shown.append((generation, found))
+    finally:  # what was generated before a bank went away is not lost
+        if records and request.json:
+            data = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
+            write_atomically(Path(request.json), data.encode())
+        if shown and request.html:
+            write_atomically(Path(request.html), as_page(shown, pieces).encode())
     return records
 
 
