@@ -3,6 +3,7 @@
     python launch/evaluate_tasks.py --config=configs/wiki_small.py:stage=continual \\
         --workdir=runs/wiki --tasks=arc_easy.jsonl,nq_open_dev.jsonl --limit=100
     python launch/evaluate_tasks.py … --modes=none,memory --overlap=1,0.8,0.6667
+    python launch/evaluate_tasks.py … --warmup_config=configs/wiki_small.py:stage=warmup
 
 Needs `pip install 'm3jax[eval]'` (lm-evaluation-harness). What a file may hold is said in
 m3jax/evaluation/local_tasks.py: multiple choice, MMLU (.csv), schemas, continuations, open
@@ -21,6 +22,11 @@ from ml_collections import config_flags
 from m3jax import launching
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
+_WARMUP = config_flags.DEFINE_config_file(
+    "warmup_config",
+    None,
+    "Config of the stage before: its checkpoint, in WORKDIR/warmup, makes a first column.",
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, made by launch/prepare.py.")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Stage folder, or checkpoints/STEP in it; default WORKDIR/<config.stage>."
@@ -90,6 +96,8 @@ def main(argv: list[str]) -> None:
     if _COMPRESSED.value and "compressed" not in modes:
         place = modes.index("memory") + 1 if "memory" in modes else len(modes)
         modes.insert(place, "compressed")
+    if _WARMUP.value is not None:
+        modes.insert(0, "warmup")
     wanted = columns(modes, [float(limit) for limit in _OVERLAP.value or []])
     tasks = [read_task(path) for path in task_files(_TASKS.value or [])]
     session = Session(
@@ -99,6 +107,9 @@ def main(argv: list[str]) -> None:
         bank=_BANK.value,
         version=_VERSION.value,
     )
+    warmup = None
+    if _WARMUP.value is not None:
+        warmup = Session(validate(_WARMUP.value), Path(str(_WORKDIR.value)))
     report = evaluate_tasks(
         session,
         tasks,
@@ -108,6 +119,7 @@ def main(argv: list[str]) -> None:
         references=_REFERENCES.value,
         batch_rows=_BATCH.value,
         compressed=_COMPRESSED.value,
+        warmup=warmup,
     )
     print(table(report))
     if _JSON.value:

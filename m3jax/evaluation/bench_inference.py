@@ -7,12 +7,16 @@ does not depend on them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import http.server
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,7 @@ from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 
 _TOKENS, _NEW, _REFERENCES = 128, 128, 2048  # of a prompt, generated, in the knowledge base
+_ROUND_TRIP = 0.02  # seconds until a remote bank answers
 _SYLLABLES = [a + b for a in "bdfghjklmnprstvz" for b in "aeiou"]
 
 
@@ -62,15 +67,17 @@ def inference(
     Returns:
       `ratios`: of tokens a second, medians over rounds: `explicit_over_none`,
       `compressed_over_none`, `cold_over_none`, `explicit_over_rag` (end to end: search, loading,
-      prompt, text), `none_over_hf` where the extra `parity` is installed; and
-      `ttft_rag_over_explicit`, of the time to the first token. `tokens_per_second`,
-      `first_token_seconds`: medians by mode. `explicit`, `compressed`, `cold`: of one run, the
-      share of time of search and of reading, MB read, different references. `counted`: extra work
-      of a decoded token by own count.
+      prompt, text), `none_over_hf` where the extra `parity` is installed; of one row alone
+      `explicit_over_none_1` and `remote_over_none_1`, with the bank on an HTTP server that answers
+      after 20 ms; and `ttft_rag_over_explicit`, of the time to the first token.
+      `tokens_per_second`, `first_token_seconds`: medians by mode. `explicit`, `compressed`, `cold`,
+      `remote_1`: of one run, the share of time of search and of reading, MB read, different
+      references. `counted`: extra work of a decoded token by own count.
     """
     config = _shape()
-    with tempfile.TemporaryDirectory() as name:
-        modes, prompts = _modes(config, Path(name), batch)
+    with contextlib.ExitStack() as stack:
+        name = stack.enter_context(tempfile.TemporaryDirectory())
+        modes = _modes(config, Path(name), batch, stack)
         times: dict[str, list[tuple[float, float]]] = {mode: [] for mode in modes}
         for _ in range(rounds + 1):
             for mode, run in modes.items():
@@ -86,22 +93,26 @@ def inference(
         f"{mode}_over_none": ratio(seconds, mode, "none")
         for mode in ("explicit", "compressed", "cold")
     }
+    for mode in ("explicit", "remote"):
+        ratios[f"{mode}_over_none_1"] = ratio(seconds, f"{mode}_1", "none_1")
     ratios["explicit_over_rag"] = ratio(seconds, "explicit", "rag")
     ratios["ttft_rag_over_explicit"] = ratio(first, "explicit", "rag")
     if "hf" in seconds:
         ratios["none_over_hf"] = ratio(seconds, "none", "hf")
-    speed = {mode: batch * _NEW / statistics.median(found) for mode, found in seconds.items()}
+    speed = {
+        mode: (1 if mode.endswith("_1") else batch) * _NEW / statistics.median(found)
+        for mode, found in seconds.items()
+    }
     waited = {mode: statistics.median(found) for mode, found in first.items() if mode != "hf"}
     if picture is not None:
         title = f"{_TOKENS} tokens in, {_NEW} out, {batch} rows, three recalls a row"
-        speed_bars(Path(picture), speed, waited, title)
+        together = {mode: figure for mode, figure in speed.items() if not mode.endswith("_1")}
+        speed_bars(Path(picture), together, waited, title)
     return {
         "ratios": ratios,
         "tokens_per_second": speed,
         "first_token_seconds": waited,
-        "explicit": last["explicit"],
-        "compressed": last["compressed"],
-        "cold": last["cold"],
+        **{mode: last[mode] for mode in ("explicit", "compressed", "cold", "remote_1")},
         "counted": counted(config, batch, _TOKENS + _NEW // 2),
     }
 
@@ -175,8 +186,8 @@ class _Run:
 
 
 def _modes(
-    config: ConfigDict, folder: Path, batch: int
-) -> tuple[dict[str, Callable[[], tuple[float, float]]], list[str]]:
+    config: ConfigDict, folder: Path, batch: int, stack: contextlib.ExitStack
+) -> dict[str, Callable[[], tuple[float, float]]]:
     words = _words()
     references, tokenizer, retriever = _knowledge(config, folder, words)
     model = Model(config, PREFIX_TOKENS)
@@ -203,10 +214,15 @@ def _modes(
         "explicit": codecs.plain(head_dim, dtype),
         "compressed": random_codec(head_dim, dtype),
     }
-    modes: dict[str, Callable[[], tuple[float, float]]] = {"none": _Run(generator(), prompts)}
+    none = generator()
+    modes: dict[str, Callable[[], tuple[float, float]]] = {"none": _Run(none, prompts)}
     for name, codec in banks.items():
         made_bank(folder / name, codec, len(references), shape)
         modes[name] = _Run(generator(Bank.open(folder / name)), prompts)
+    served = Bank.open(stack.enter_context(_serving(folder / "explicit")))
+    alone = {"none": none, "explicit": generator(Bank.open(folder / "explicit"))}
+    for name, one in {**alone, "remote": generator(served)}.items():
+        modes[f"{name}_1"] = _Run(one, prompts[:1])
     cold = ColdMemories(config, model, params, references, limit=0)
     modes["cold"] = _Run(generator(cold), prompts)
 
@@ -227,7 +243,54 @@ def _modes(
             return time.perf_counter() - begin, 0.0
 
         modes["hf"] = hf
-    return modes, prompts
+    return modes
+
+
+@contextlib.contextmanager
+def _serving(folder: Path) -> Iterator[str]:
+    """URL of a server of the folder, in a process of its own."""
+    here, there = multiprocessing.get_context("spawn").Pipe()
+    serve = functools.partial(_serve, str(folder), _ROUND_TRIP)
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(there,), daemon=True)
+    process.start()
+    try:
+        yield f"http://127.0.0.1:{here.recv()}"
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _serve(folder: str, delay: float, ready: Any) -> None:
+    """Serves ranges of bytes until it is killed; sends its port."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            time.sleep(delay)
+            file = Path(folder) / self.path.lstrip("/").partition("?")[0]
+            if not file.is_file():
+                self.send_error(404)
+                return
+            size, span = file.stat().st_size, self.headers.get("Range", "")
+            first, _, last = span.removeprefix("bytes=").partition("-")
+            start = int(first) if first else max(size - int(last), 0) if last else 0
+            end = min(int(last) + 1, size) if first and last else size
+            self.send_response(206 if span else 200)
+            self.send_header("Content-Length", str(end - start))
+            if span:
+                self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
+            self.end_headers()
+            with file.open("rb") as content:
+                content.seek(start)
+                self.wfile.write(content.read(end - start))
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    ready.send(server.server_port)
+    server.serve_forever()
 
 
 def _words() -> list[str]:

@@ -30,7 +30,7 @@ class Column:
     @property
     def title(self) -> str:
         """Its name in the table."""
-        if self.overlap is None or self.mode == "none":
+        if self.overlap is None or self.mode in ("none", "warmup"):
             return self.mode
         return f"{self.mode}, {'no filter' if self.overlap >= 1 else f'≤ {self.overlap:.3g}'}"
 
@@ -43,9 +43,9 @@ def columns(modes: Sequence[str], overlaps: Sequence[float]) -> list[Column]:
     """
     found = []
     for mode in modes:
-        if mode not in (*MODES, "explicit"):
-            raise InferenceError(f"mode {mode!r}; known: {', '.join(MODES)}, explicit")
-        for limit in (overlaps or (None,)) if mode != "none" else (None,):
+        if mode not in (*MODES, "explicit", "warmup"):
+            raise InferenceError(f"mode {mode!r}; known: {', '.join(MODES)}, explicit, warmup")
+        for limit in (overlaps or (None,)) if mode not in ("none", "warmup") else (None,):
             if limit is not None and not 0 < limit <= 1:
                 raise InferenceError(f"overlap {limit}; above 0, and at most 1, which drops none")
             found.append(Column(mode, limit))
@@ -62,6 +62,7 @@ def evaluate_tasks(
     references: int = 5,
     batch_rows: int = 16,
     compressed: str | None = None,
+    warmup: Session | None = None,
 ) -> dict[str, Any]:
     """Scores tasks.
 
@@ -73,6 +74,7 @@ def evaluate_tasks(
       limit: most examples of a task; None takes all.
       references, batch_rows: see `HarnessModel`.
       compressed: folder of compressed memories, for the mode `compressed`.
+      warmup: checkpoint of the stage before, for the mode `warmup`, which reads no memory.
 
     Returns:
       `columns`; `tasks`: of each `kind`, `examples`, `chance`, of open questions `answerable`, and
@@ -100,7 +102,7 @@ def evaluate_tasks(
         for task in tasks
     }
     answerable = {}
-    if any(column.mode != "none" for column in wanted):
+    if any(column.mode not in ("none", "warmup") for column in wanted):
         for task in tasks:
             if task.kind == "open":
                 answers = [doc["answers"] for doc in kept[task.name]]
@@ -108,9 +110,11 @@ def evaluate_tasks(
                 report["tasks"][task.name]["answerable"] = int(answerable[task.name].sum())
     report["dropped"], report["truncated"] = {}, {}
     for column in wanted:
+        if column.mode == "warmup" and warmup is None:
+            raise InferenceError("the mode `warmup` needs --warmup_config")
         model = HarnessModel(
-            session,
-            column.mode,
+            warmup if warmup and column.mode == "warmup" else session,
+            "none" if column.mode == "warmup" else column.mode,
             overlap=column.overlap,
             references=references,
             batch_rows=batch_rows,

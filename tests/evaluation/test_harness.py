@@ -470,6 +470,16 @@ def test_the_table_has_every_mode_filter_and_the_answerable_subset(session, tmp_
     assert text[7].startswith(f"| **average** |  |  |  | {mean:.3f} |")
     assert text[8].startswith("| references dropped | share |  |  | – | 0.0% |")
     assert text[9].startswith("| contexts cut | share |  |  | 0.0% |")
+    other = copy.copy(session)
+    other.params = jax.tree.map(lambda x: -x, session.params)
+    by_stage = columns(["warmup", "none"], [0.8])
+    assert [one.title for one in by_stage] == ["warmup", "none"]
+    report = evaluate_tasks(session, tasks, by_stage, batch_rows=4, warmup=other)
+    alone = evaluate_tasks(other, tasks, columns(["none"], []), batch_rows=4)
+    for name, task in report["tasks"].items():
+        assert task["scores"]["warmup"] == alone["tasks"][name]["scores"]["none"]
+    with pytest.raises(InferenceError, match="--warmup_config"):
+        evaluate_tasks(session, tasks, by_stage)
     with pytest.raises(InferenceError, match="1 examples for 2 shots"):
         evaluate_tasks(session, tasks, wanted, shots=2)
     with pytest.raises(InferenceError, match="mode 'some'"):
