@@ -153,6 +153,7 @@ def needle_test(
     }
     report: dict[str, Any] = {"lengths": list(lengths), "count": count, "beyond": []}
     report["window_tokens"] = readers["memory"].window
+    report["context_tokens"] = readers["memory"].generator.longest
     depths = np.linspace(0, 1, count)
     quarters = np.minimum((4 * depths).astype(int), 3)
     bar = tqdm(total=2 * count * len(lengths), desc="needles", unit="text")

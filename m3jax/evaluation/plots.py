@@ -97,11 +97,12 @@ def needle_lines(path: Path, report: dict[str, Any]) -> None:
             va="center",
             fontsize=10,
         )
-    axes.axvline(report["window_tokens"], color=INK, linestyle=":", linewidth=1.2)
-    axes.text(report["window_tokens"], 1.05, " window", color=INK, fontsize=9, va="center")
+    context = report["context_tokens"]
+    axes.axvline(context, color=INK, linestyle=":", linewidth=1.2)
+    axes.text(context, 1.06, " the model's context", color=INK, fontsize=9, va="center")
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [str(length) for length in lengths])
-    axes.set_xlim(report["window_tokens"] / 1.3, lengths[-1] * 2.6)
+    axes.set_xlim(min(context, lengths[0]) / 1.3, lengths[-1] * 4)
     axes.set_ylim(-0.03, 1.1)
     axes.set_xlabel("tokens of the text", color=INK)
     axes.set_ylabel("share of needles found", color=INK)
