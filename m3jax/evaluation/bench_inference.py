@@ -70,18 +70,22 @@ def inference(
       prompt, text), `none_over_hf` where the extra `parity` is installed; of one row alone
       `explicit_over_none_1` and `remote_over_none_1`, with the bank on an HTTP server that answers
       after 20 ms; and `ttft_rag_over_explicit`, of the time to the first token.
-      `tokens_per_second`, `first_token_seconds`: medians by mode. `explicit`, `compressed`, `cold`,
-      `remote_1`: of one run, the share of time of search and of reading, MB read, different
-      references. `counted`: extra work of a decoded token by own count.
+      `tokens_per_second`, `first_token_seconds`, `state_MB` (keys and values on the device):
+      medians by mode. `explicit`, `compressed`, `cold`, `remote_1`: of one run, the share of time
+      of search and of reading, MB read, different references. `counted`: extra work of a decoded
+      token by own count.
     """
     config = _shape()
     with contextlib.ExitStack() as stack:
         name = stack.enter_context(tempfile.TemporaryDirectory())
         modes = _modes(config, Path(name), batch, stack)
         times: dict[str, list[tuple[float, float]]] = {mode: [] for mode in modes}
+        held: Figures = {}
         for _ in range(rounds + 1):
             for mode, run in modes.items():
                 times[mode].append(run())
+                if isinstance(run, _Run):
+                    held[mode] = run.generator.timing.state_bytes / 1e6
         last = {mode: run.last for mode, run in modes.items() if isinstance(run, _Run)}
     seconds = {mode: [one[0] for one in found[1:]] for mode, found in times.items()}
     first = {mode: [one[1] for one in found[1:]] for mode, found in times.items()}
@@ -112,6 +116,7 @@ def inference(
         "ratios": ratios,
         "tokens_per_second": speed,
         "first_token_seconds": waited,
+        "state_MB": held,
         **{mode: last[mode] for mode in ("explicit", "compressed", "cold", "remote_1")},
         "counted": counted(config, batch, _TOKENS + _NEW // 2),
     }

@@ -82,12 +82,14 @@ class Timing:
       first_token: until the first token of every row was there.
       waited: in which the host did nothing but wait for the device.
       tokens: generated, over all rows.
+      state_bytes: on the device, of keys and values of the context and of the memories in front.
     """
 
     seconds: float = 0.0
     first_token: float = 0.0
     waited: float = 0.0
     tokens: int = 0
+    state_bytes: int = 0
 
 
 class Generator:
@@ -256,6 +258,7 @@ class _Batch:
         """Generates; gives way whenever the device has work to do."""
         of, chunk = self.of, self.of.chunk
         state, written = self._prefill()
+        of.timing.state_bytes += sum(x.nbytes for x in jax.tree.leaves(state))
         waiting: list[tuple[int, int, Written]] = [(0, 1, written)]
         done = 1
         yield True

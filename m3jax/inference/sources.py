@@ -24,7 +24,7 @@ _STYLE = """
 body { font: 16px/1.6 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; }
 h2 { font-size: 1rem; margin: 2rem 0 .3rem; }
 .prompt { color: #555; white-space: pre-wrap; } .text { white-space: pre-wrap; }
-table { border-collapse: collapse; font-size: .85rem; width: 100%; }
+table { border-collapse: collapse; margin-top: 1rem; font-size: .85rem; width: 100%; }
 td, th { text-align: left; vertical-align: top; padding: .25rem .6rem; border-top: 1px solid #ddd; }
 td.number { text-align: right; white-space: nowrap; }
 .key { padding: 0 .3rem; border-radius: .2rem; }

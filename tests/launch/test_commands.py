@@ -25,7 +25,6 @@ SCRIPTS = (
     "write_bank",
     "evaluate",
     "evaluate_retrieval",
-    "evaluate_tasks",
     "leakage",
     "quickstart",
     "bench",
