@@ -19,22 +19,7 @@ from m3jax.retrieval.index import Index
 from m3jax.text import people
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = (
-    "prepare",
-    "train",
-    "write_bank",
-    "evaluate",
-    "evaluate_retrieval",
-    "leakage",
-    "quickstart",
-    "bench",
-    "compile",
-    "edit_bank",
-    "plan",
-    "check_index",
-    "generate",
-    "convert",
-)
+SCRIPTS = sorted(path.stem for path in (ROOT / "launch").glob("*.py"))
 SMALL = """
 from m3jax.config import default, parse_options, validate
 
@@ -148,6 +133,16 @@ def _generates(folder, config, workdir):
         (record,) = asked(Request([f"pet of {name}"], mode=mode, new=12, references=1))
         assert len(record["tokens"]) == 12
         assert bool(record["chunks"]) == (mode == "cold")
+    long = "\n".join(person.text for person in WORLD.people[:20]) + f"\npet of {name}"
+    (record,) = asked(Request([long], mode="context", new=12, window=20, cut=8))
+    assert {source["text"] in long for source in record["sources"]} == {True}
+    needles, figures = folder / "needles.jsonl", folder / "needle.json"
+    person = WORLD.unseen[1]
+    fields = {"needle": person.text, "prompt": f"pet of {person.name}", "answer": " otter"}
+    needles.write_text(json.dumps(fields) + "\n")
+    sizes = "--lengths=50,120", "--count=2", "--window=20", "--cut=8", f"--json={figures}"
+    assert "| 120 | " in succeed("needle", config, run_, f"--needles={needles}", *sizes)
+    assert json.loads(figures.read_text())["lengths"] == [50, 120]
     with pytest.raises(InferenceError, match="context of 60"):
         asked(Request([f"pet of {name}"], mode="rag", new=40))
     with pytest.raises(InferenceError, match="there are no prompts"):
