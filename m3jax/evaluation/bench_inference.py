@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from m3jax import config as config_lib
 from m3jax import flops
@@ -81,8 +82,10 @@ def inference(
         modes = _modes(config, Path(name), batch, stack)
         times: dict[str, list[tuple[float, float]]] = {mode: [] for mode in modes}
         held: Figures = {}
-        for _ in range(rounds + 1):
-            for mode, run in modes.items():
+        turns = [(mode, run) for _ in range(rounds + 1) for mode, run in modes.items()]
+        with tqdm(turns, desc="inference", unit="run") as bar:
+            for mode, run in bar:
+                bar.set_postfix_str(mode)
                 times[mode].append(run())
                 if isinstance(run, _Run):
                     held[mode] = run.generator.timing.state_bytes / 1e6
