@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 
 from m3jax.text.blocks import place_of
-from m3jax.text.clean import Cleaned
+from m3jax.text.cleaned import Cleaned
 from m3jax.text.files import committing, write_atomically
 from m3jax.text.tally import SAMPLES, SHOWN, Tally
 

@@ -140,7 +140,7 @@ def compare(
     return np.array(rows, DROP)
 
 
-def merged(parts: list[Shaped[np.ndarray, " k"]]) -> Shaped[np.ndarray, " k"]:
+def merged(parts: list[np.ndarray]) -> Shaped[np.ndarray, " k"]:
     """One row a dropped document, with its earliest witness, sorted by number."""
     drops = np.sort(np.concatenate([np.empty(0, DROP), *parts]), order=["number", "witness"])
     first = np.append(True, drops["number"][1:] != drops["number"][:-1])[: len(drops)]

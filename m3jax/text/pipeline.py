@@ -13,16 +13,8 @@ from typing import Any
 from m3jax.config import ConfigDict
 from m3jax.text import duplicates
 from m3jax.text.blocks import Block, Source, blocks_of, sources_of
-from m3jax.text.clean import (
-    Cleaned,
-    Cleaning,
-    clean_block,
-    compare_part,
-    decide,
-    is_clean,
-    names_of,
-    parts_to_compare,
-)
+from m3jax.text.clean import Cleaning, clean_block, is_clean, names_of
+from m3jax.text.cleaned import Cleaned, compare_part, decide, parts_to_compare
 from m3jax.text.corpus import CorpusInfo, write_encoded
 from m3jax.text.documents import TextError
 from m3jax.text.files import digest, write_atomically
@@ -119,7 +111,7 @@ class Pipeline:
             from m3jax.text.data_report import write_data_report  # draws: a slow import
 
             report = self._workdir / "report" / "data"
-            summary = write_data_report(cleaned, tally, report) + f", see {report / 'report.md'}"
+            summary = write_data_report(cleaned, tally, report) + ", see report/data/report.md"
         else:
             summary = f"{tally.counts['read/documents']} documents read"
         write_atomically(folder / _SUMMARY, summary.encode())
