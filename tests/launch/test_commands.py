@@ -35,6 +35,7 @@ SCRIPTS = (
     "check_index",
     "generate",
     "convert",
+    "quality",
 )
 SMALL = """
 from m3jax.config import default, parse_options, validate
