@@ -16,15 +16,18 @@ from m3jax.text.blocks import Block, Source, blocks_of, sources_of
 from m3jax.text.clean import Cleaning, clean_block, is_clean, names_of
 from m3jax.text.cleaned import Cleaned, compare_part, decide, parts_to_compare
 from m3jax.text.corpus import CorpusInfo, write_encoded
+from m3jax.text.cut_blocks import Cutting, cut_block, cut_documents
 from m3jax.text.documents import TextError
 from m3jax.text.files import digest, write_atomically
 from m3jax.text.parts import make_part
 from m3jax.text.quality import load_scorer
+from m3jax.text.references import write_pieces
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.text.tokens import Tokenizing, tokenize_block, tokenized
 from m3jax.text.workers import Runner, Stage
 
-_BEGUN, _SUMMARY, _TOKENS = "begun.json", "summary.txt", "tokens-"
+_BEGUN, _SUMMARY = "begun.json", "summary.txt"
+_TOKENS, _PIECES = "tokens-", "pieces-"
 
 
 class Pipeline:
@@ -140,10 +143,25 @@ class Pipeline:
         documents = tokenized(tokenizing, held_out)
         return write_encoded(documents, tokenizer, folder, text.shards)
 
+    def write_references(self, tokenizer: Tokenizer, folder: Path) -> int:
+        """Cuts what is not cut yet into references, and joins them."""
+        length = self._config.memory.reference_length
+        work = digest(tokenizer.fingerprint, str(length))
+        cutting = Cutting(
+            self._cleaning.folder / f"{_PIECES}{work[:12]}",
+            self._cleaning,
+            (self._workdir / "tokenizer").absolute(),
+            length,
+        )
+        names = partial(names_of, self._cleaning)
+        self._runner.run([Stage("cut", names, _alone, partial(cut_block, cutting))])
+        return write_pieces(cut_documents(cutting), tokenizer, folder, length)
+
     def tidy(self) -> None:
-        """Removes the tokenized blocks: their corpora are finished."""
-        for folder in self._folder.glob(f"{_TOKENS}*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        """Removes what corpora and references were joined from, when they are finished."""
+        for name in (_TOKENS, _PIECES):
+            for folder in self._folder.glob(f"{name}*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sources(spec: str, limit: int | None) -> list[tuple[Source, ...]]:

@@ -109,16 +109,17 @@ def prepare_text(
             make = partial(pipeline.write_corpus, held_out, tokenizer)
         kept = make_part(folder, inputs, make)
         say(_line(f"corpus/{name}", kept, str(Corpus.open(folder).info())))
-    if pipeline is not None:
-        pipeline.tidy()
 
     length = config.memory.reference_length
-    pieces = sources.read(sources.knowledge, "references")
-    kept = make_part(
-        workdir / "references",
-        of_knowledge | {"tokenizer": tokenizer.fingerprint, "memory.reference_length": length},
-        partial(write_references, pieces, tokenizer, length=length),
-    )
+    if pipeline is not None and sources.same:
+        cut = partial(pipeline.write_references, tokenizer)
+    else:
+        pieces = sources.read(sources.knowledge, "references")
+        cut = partial(write_references, pieces, tokenizer, length=length)
+    inputs = of_knowledge | {"tokenizer": tokenizer.fingerprint, "memory.reference_length": length}
+    kept = make_part(workdir / "references", inputs, cut)
+    if pipeline is not None:
+        pipeline.tidy()
     say(_line("references", kept, References.open(workdir / "references").info()))
 
 

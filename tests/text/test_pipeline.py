@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from m3jax import config as configs
-from m3jax.text import blocks, clean, cleaned, pipeline, tokens
+from m3jax.text import blocks, clean, cleaned, pipeline, rules, tokens
 from m3jax.text.corpus import Corpus
 from m3jax.text.documents import TextError, is_validation, read_documents
 from m3jax.text.prepare import prepare_text
@@ -91,7 +91,7 @@ def test_without_cleaning_the_same_as_the_plain_path(config, documents, tmp_path
     assert [line.split(":")[0] for line in said][0] == "clean" and len(said) == 5
     in_blocks = _snapshot(tmp_path / "blocks")
     assert len([name for name in in_blocks if name.endswith(".documents")]) > 4
-    assert not [name for name in in_blocks if "tokens-" in name]
+    assert not [name for name in in_blocks if "tokens-" in name or "pieces-" in name]
     kept = {k: v for k, v in in_blocks.items() if not k.startswith("clean/")}
     assert kept == _snapshot(tmp_path / "plain")
     prepare_text(config, tmp_path / "plain7", documents, limit=71, say=lambda _: None)
@@ -217,9 +217,10 @@ def test_bad_input_is_counted_and_left_out(config, tmp_path):
     assert sorted(found) == sorted([f"a{i}" for i in range(40)] + ["a3~a.jsonl:49"])
 
 
-def test_a_long_document_goes_through_all_steps(config, tmp_path):
+def test_a_long_document_goes_through_all_steps(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(rules, "_PIECE", 5000)
     rng = random.Random(0)
-    long = "".join(_sentence(rng) for _ in range(17_000))  # over a million characters: two pieces
+    long = "".join(_sentence(rng) for _ in range(1000))  # a dozen pieces
     documents = _write(tmp_path / "a.jsonl", [*_texts(20), long, "Other start. " + long])
     _prepare(config, tmp_path / "w", documents)
     assert _report(tmp_path / "w")["removed"]["similarity"]["documents"] == 1
@@ -263,6 +264,7 @@ def test_nothing_left_and_other_inputs_are_refused(config, documents, tmp_path):
         (cleaned, "write_array", 2),
         (pipeline, "decide", 1),
         (pipeline, "tokenize_block", 4),
+        (pipeline, "cut_block", 2),
         (clean, "write_array", 6),
     ],
 )
