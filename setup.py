@@ -43,7 +43,15 @@ CORE = [
     "tqdm>=4.66,<5",
 ]
 EVAL = ["lm-eval>=0.4.13,<0.5"]  # without torch
+CLEAN = [
+    "ftfy>=6.3,<7",
+    "py3langid>=0.4,<0.5",
+    "pyarrow>=19,<27",
+    "rensa>=0.5,<0.6",
+    "scikit-learn>=1.6,<2",
+]
 TEST = [
+    *CLEAN,
     "beartype>=0.20,<0.24",
     "psutil>=6,<8",
     "pytest>=8.3,<10",
@@ -64,6 +72,9 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],
         "cuda": ["jax[cuda13]>=0.10.2,<0.11"],
         "eval": EVAL,
+        "clean": CLEAN,
+        # Its dependencies exclude versions of constraints.txt: an environment of its own.
+        "prepare": [*CLEAN, "apache-beam>=2.70,<3"],
         "test": TEST,
         "dev": [*TEST, "mypy>=2.4,<3", "pre-commit>=4,<5", "ruff>=0.17.5,<0.18"],
         # Foreign implementations that tests compare with, and the TPU compiler (no TPU needed).

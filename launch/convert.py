@@ -148,7 +148,7 @@ def _tokenizer(workdir: Path, folder: Path) -> tuple[Tokenizer, np.ndarray | Non
 def _save_tokenizer(tokenizer: Tokenizer, workdir: Path, folder: Path) -> None:
     """With the mark of a finished part, so that launch/prepare.py trains no other in its place."""
     from m3jax.text.files import write_atomically
-    from m3jax.text.prepare import INPUTS
+    from m3jax.text.parts import INPUTS
 
     tokenizer.save(workdir / "tokenizer")
     mark = {"taken_from": str(folder.absolute())}

@@ -163,6 +163,67 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
         "[0, 1)",
     ),
     "text.shards": (4, "ArrayRecord shards of the token corpus", "[1, 100000)"),
+    "text.shuffle": (
+        0,
+        "order of the documents in the corpus: 0 = as they are read, else the seed of an order"
+        " that depends on ids and texts alone",
+        "[0, 1000000000]",
+    ),
+    # -- clean: rules of Memory³ §7; a word is a run of signs without white space, or one sign of
+    #    Chinese or Japanese ----------------------------------------------------------------------
+    "clean.enabled": (
+        False,
+        "whether documents are repaired, filtered and freed of near-duplicates before anything is"
+        " made of them; needs the extra `clean`",
+        None,
+    ),
+    "clean.unreadable_share": (
+        0.01,
+        "share of lines, rows and files that may be unreadable (not JSON, not UTF-8, without text);"
+        " they are counted and left out, and more of them are refused",
+        "[0, 1]",
+    ),
+    "clean.repair": (True, "whether damaged Unicode is repaired (ftfy)", None),
+    "clean.characters_max": (
+        10_000_000,
+        "documents of more characters are dropped, before their words are looked at",
+        "[1, inf)",
+    ),
+    "clean.words_min": (50, "documents of fewer words are dropped; 0 = none", "[0, inf)"),
+    "clean.word_length_max": (
+        10.0,
+        "documents whose words have more characters on average are dropped",
+        "(0, inf)",
+    ),
+    "clean.nonalphabetic_max": (
+        0.7,
+        "documents with a larger share of characters that are no letters, white space not counted,"
+        " are dropped; 1 = none",
+        "[0, 1]",
+    ),
+    "clean.unique_max": (
+        0.9,
+        "documents with a larger share of different words among all are dropped; 1 = none",
+        "(0, 1]",
+    ),
+    "clean.entropy_min": (
+        3.0,
+        "documents whose words have less unigram entropy, nats, are dropped; 0 = none",
+        "[0, inf)",
+    ),
+    "clean.quality_min": (
+        0.0,
+        "documents of a lower learned quality score, 0 … 5, are dropped; 0 = no score is computed",
+        "[0, 5]",
+    ),
+    "clean.similarity": (
+        0.8,
+        "near-duplicates: a document is dropped when its similarity (Jaccard, estimated by MinHash)"
+        " with an earlier one is at least this; 0 = none is dropped",
+        "[0, 1]",
+    ),
+    "clean.shingle_words": (5, "neighbouring words that are one item of the comparison", "[1, 64]"),
+    "clean.permutations": (128, "MinHash values of a document", "[16, 4096]"),
     # -- retrieval --------------------------------------------------------------------------------
     "retrieval.ids": (
         "search",

@@ -33,7 +33,8 @@ from m3jax.retrieval.retriever import Retriever
 from m3jax.text import people
 from m3jax.text.documents import inputs_of, read_documents
 from m3jax.text.files import write_atomically
-from m3jax.text.prepare import make_part, prepare_text
+from m3jax.text.parts import make_part
+from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References, write_references
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.checkpoints import restore_params

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -50,6 +51,16 @@ class TokenDocument:
     id: str = ""
 
 
+@dataclass(frozen=True)
+class EncodedDocument:
+    """A document as its record will be, and what is counted of it."""
+
+    record: dict[str, Any]
+    tokens: int
+    characters: int
+    bytes: int
+
+
 def write_corpus(
     documents: Iterable[Document],
     tokenizer: Tokenizer,
@@ -57,9 +68,6 @@ def write_corpus(
     shards: int,
 ) -> CorpusInfo:
     """Tokenizes documents into `folder`, replacing what is there.
-
-    Documents go round robin: document i is record i // S of shard i % S. `lengths.bin` holds the
-    tokens of every document (int64); `manifest.json` is written last.
 
     Args:
       documents: documents, read once, about a million characters held at a time.
@@ -70,32 +78,68 @@ def write_corpus(
     Raises:
       TextError: no documents, or a `no_loss` span outside its text.
     """
-    dtype = dtype_of_tokens(tokenizer.size)
+    return write_encoded(encode_documents(documents, tokenizer), tokenizer, folder, shards)
+
+
+def write_encoded(
+    documents: Iterable[EncodedDocument],
+    tokenizer: Tokenizer,
+    folder: str | os.PathLike[str],
+    shards: int,
+) -> CorpusInfo:
+    """Writes tokenized documents into `folder`, replacing what is there.
+
+    Documents go round robin: document i is record i // S of shard i % S. `lengths.bin` holds the
+    tokens of every document (int64); `manifest.json` is written last.
+
+    Args:
+      documents: what `encode_documents` yields, read once, one at a time.
+      tokenizer: the tokenizer they were encoded with.
+      folder: where to write.
+      shards: most shard files; there are no more than documents.
+
+    Raises:
+      TextError: no documents.
+    """
     tokens = characters = size = 0
     with writing(folder, shards, ["lengths.bin"]) as writer:
-        for batch in in_batches(documents):
-            for document, ids, weights in _encode(batch, tokenizer):
-                record = {"id": document.id, "tokens": ids.astype(dtype).tobytes()}
-                if weights is not None:
-                    record["weights"] = weights.astype(np.uint8).tobytes()
-                if document.references:
-                    record["references"] = list(document.references)
-                writer.write(record, lengths=len(ids).to_bytes(8, "little"))
-                tokens += len(ids)
-                characters += len(document.text)
-                size += len(document.text.encode())
+        for document in documents:
+            writer.write(document.record, lengths=document.tokens.to_bytes(8, "little"))
+            tokens += document.tokens
+            characters += document.characters
+            size += document.bytes
         if not writer.count:
             raise TextError(f"no documents for {folder}; give documents with text")
         info = CorpusInfo(writer.count, tokens, characters, size)
         content = {
             "tokenizer": tokenizer.fingerprint,
-            "dtype": dtype.str,
+            "dtype": dtype_of_tokens(tokenizer.size).str,
             "tokens": tokens,
             "characters": characters,
             "text_bytes": size,
         }
         writer.finish(_KIND, content)
     return info
+
+
+def encode_documents(
+    documents: Iterable[Document], tokenizer: Tokenizer
+) -> Iterator[EncodedDocument]:
+    """Tokenizes documents, about a million characters at a time.
+
+    Raises:
+      TextError: a `no_loss` span outside its text.
+    """
+    dtype = dtype_of_tokens(tokenizer.size)
+    for batch in in_batches(documents):
+        for document, ids, weights in _encode(batch, tokenizer):
+            record = {"id": document.id, "tokens": ids.astype(dtype).tobytes()}
+            if weights is not None:
+                record["weights"] = weights.astype(np.uint8).tobytes()
+            if document.references:
+                record["references"] = list(document.references)
+            size = len(document.text.encode())
+            yield EncodedDocument(record, len(ids), len(document.text), size)
 
 
 def _encode(

@@ -1,4 +1,4 @@
-"""Documents from JSON lines, text files, folders of them and TensorFlow Datasets, one at a time."""
+"""Documents from JSON lines, text and Parquet files, folders of them and TFDS, one at a time."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import glob
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from m3jax.text.files import checksum, digest
 
-ENDINGS = (".jsonl", ".jsonl.gz", ".txt")
+ENDINGS = (".jsonl", ".jsonl.gz", ".txt", ".parquet")
 
 
 class TextError(ValueError):
@@ -45,8 +46,9 @@ def find_files(spec: str) -> list[str]:
     """The parts of a spec, folders and globs expanded, in reading order.
 
     Args:
-      spec: comma-separated files, globs, folders (searched recursively for `.jsonl`, `.jsonl.gz`
-        and `.txt`, sorted by path) or `tfds:NAME[:SPLIT]`. A path must not contain a comma.
+      spec: comma-separated files, globs, folders (searched recursively for `.jsonl`, `.jsonl.gz`,
+        `.txt` and `.parquet`, sorted by path) or `tfds:NAME[:SPLIT]`. A path must not contain a
+        comma.
 
     Returns:
       Paths of files, and `tfds:…` parts as they are. A part named twice is read twice.
@@ -86,7 +88,8 @@ def read_documents(spec: str) -> Iterator[Document]:
 
     JSON lines have the field `text`, and may have `id` (default `<file stem>:<line>`), `title`,
     `source` (default `<file name>:<line>`), `no_loss` (pairs of character positions) and
-    `references`; other fields are ignored. A text file is one document whose id is its stem.
+    `references`; other fields are ignored. Rows of Parquet files and examples of TensorFlow
+    Datasets are read like JSON lines. A text file is one document whose id is its stem.
     Documents of white space only are skipped.
 
     Args:
@@ -97,11 +100,14 @@ def read_documents(spec: str) -> Iterator[Document]:
         mistyped field, a damaged gzip file, each with file and line or byte; no document at all.
     """
     empty = True
+    documents: Iterator[Document]
     for part in find_files(spec):
         if part.startswith("tfds:"):
-            documents = _read_tfds(part)
+            documents = (make() for make in tfds_examples(part))
         elif part.endswith(".txt"):
-            documents = iter([_read_text_file(Path(part))])
+            documents = iter([read_text_file(Path(part))])
+        elif part.endswith(".parquet"):
+            documents = _read_parquet(Path(part))
         else:
             documents = _read_json_lines(Path(part))
         for document in documents:
@@ -138,7 +144,7 @@ def in_batches(
         yield batch
 
 
-def _read_text_file(path: Path) -> Document:
+def read_text_file(path: Path) -> Document:
     return Document(id=path.stem, text=_decode(path.read_bytes(), str(path)), source=path.name)
 
 
@@ -152,35 +158,97 @@ def _decode(data: bytes, where: str) -> str:
         ) from error
 
 
-def _read_json_lines(path: Path) -> Iterator[Document]:
-    stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
+def json_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a `.jsonl` or `.jsonl.gz` file, as bytes.
+
+    Raises:
+      TextError: a damaged gzip file, when the damage is reached.
+    """
     line = 0
     try:
         with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as file:
             for line, data in enumerate(file, start=1):  # noqa: B007 (named in the error below)
-                if data.strip():
-                    yield _parse(data, path, stem, line)
+                yield data
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise TextError(
             f"{path} is truncated or damaged after line {line} ({error}); fetch it again"
         ) from error
 
 
-def _parse(data: bytes, path: Path, stem: str, line: int) -> Document:
+def _read_json_lines(path: Path) -> Iterator[Document]:
+    for line, data in enumerate(json_lines(path), start=1):
+        if data.strip():
+            yield parse_line(data, path, line)
+
+
+def parse_line(data: bytes, path: Path, line: int) -> Document:
+    """The document of one line of a JSON-lines file.
+
+    Raises:
+      TextError: with file and line.
+    """
     where = f"{path}, line {line}"
+    text = _decode(data, where)
     try:
-        fields = json.loads(_decode(data, where))
-    except (json.JSONDecodeError, RecursionError) as error:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also integers of 5000 digits
         raise TextError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise TextError(f"{where} is {type(fields).__name__}; expected an object with 'text'")
-    if "text" not in fields:
-        raise TextError(f"{where} has no field 'text'; it has: {', '.join(fields) or 'nothing'}")
+    stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
     return _from_fields(fields, where, f"{stem}:{line}", f"{path.name}:{line}")
+
+
+def _open_parquet(path: Path) -> Any:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise TextError(f"{path} needs pyarrow: pip install -e '.[clean]'") from error
+    try:
+        return parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise TextError(f"{path} is no Parquet file ({error}); fetch it again") from error
+
+
+def parquet_groups(path: Path) -> list[int]:
+    """The number of rows of every row group of a Parquet file."""
+    metadata = _open_parquet(path).metadata
+    return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+
+
+def parquet_rows(path: Path, group: int, first: int) -> Iterator[Callable[[], Document]]:
+    """For each row of a row group, what makes its document or raises `TextError`.
+
+    Args:
+      path: the file.
+      group: number of the row group.
+      first: number of its first row in the file, from 1.
+    """
+    file = _open_parquet(path)
+    names = set(file.schema_arrow.names)
+    columns = [name for name in Document.__dataclass_fields__ if name in names]
+    row = first
+    for batch in file.iter_batches(1024, row_groups=[group], columns=columns):
+        for fields in batch.to_pylist():
+            where = f"{path}, row {row}"
+            name, source = f"{path.stem}:{row}", f"{path.name}:{row}"
+            yield partial(_from_fields, fields, where, name, source)
+            row += 1
+
+
+def _read_parquet(path: Path) -> Iterator[Document]:
+    first = 1
+    for group, rows in enumerate(parquet_groups(path)):
+        for make in parquet_rows(path, group, first):
+            yield make()
+        first += rows
 
 
 def _from_fields(fields: dict[str, Any], where: str, name: str, source: str) -> Document:
     """A document from parsed fields; fields that are absent or null take their defaults."""
+    if "text" not in fields:
+        raise TextError(f"{where} has no field 'text'; it has: {', '.join(fields) or 'nothing'}")
     values = {key: value for key, value in fields.items() if value is not None}
     name = values.get("id", name)
     if isinstance(name, int) and not isinstance(name, bool):
@@ -224,8 +292,25 @@ def _spans(spans: Any, length: int, where: str) -> tuple[tuple[int, int], ...]:
     return tuple((start, end) for start, end in spans)
 
 
-def _read_tfds(part: str) -> Iterator[Document]:
-    """Documents of `tfds:NAME[:SPLIT]`, whose examples have a `text` and may have a `title`."""
+def tfds_examples(
+    part: str, low: int = 0, high: int | None = None
+) -> Iterator[Callable[[], Document]]:
+    """For examples low … high − 1 of `tfds:NAME[:SPLIT]`, what makes its document, or raises.
+
+    The examples have a `text` and may have a `title` and an `id`.
+    """
+    _, name, *_ = part.split(":", 2)
+    data = _open_tfds(part)
+    for position in range(low, len(data) if high is None else high):
+        yield partial(_from_example, data[position], part, name, position)
+
+
+def count_tfds(part: str) -> int:
+    """The number of examples of `tfds:NAME[:SPLIT]`."""
+    return len(_open_tfds(part))
+
+
+def _open_tfds(part: str) -> Any:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -234,18 +319,19 @@ def _read_tfds(part: str) -> Iterator[Document]:
             " pip install tensorflow-datasets importlib_resources array_record"
         ) from error
     _, name, *split = part.split(":", 2)
-    for position, example in enumerate(
-        tfds.data_source(name, split=split[0] if split else "train")
-    ):
-        where = f"{part}, example {position}"
-        if "text" not in example:
-            raise TextError(f"{where} has no feature 'text'; it has: {', '.join(example)}")
-        fields = {}
-        for key in ("text", "id", "title"):
-            value = example.get(key)
-            value = value.item() if hasattr(value, "item") else value
-            fields[key] = _decode(value, where) if isinstance(value, bytes) else value
-        yield _from_fields(fields, where, f"{name}:{position}", f"{part}:{position}")
+    return tfds.data_source(name, split=split[0] if split else "train")
+
+
+def _from_example(example: dict[str, Any], part: str, name: str, position: int) -> Document:
+    where = f"{part}, example {position}"
+    if "text" not in example:
+        raise TextError(f"{where} has no feature 'text'; it has: {', '.join(example)}")
+    fields = {}
+    for key in ("text", "id", "title"):
+        value: Any = example.get(key)
+        value = value.item() if hasattr(value, "item") else value
+        fields[key] = _decode(value, where) if isinstance(value, bytes) else value
+    return _from_fields(fields, where, f"{name}:{position}", f"{part}:{position}")
 
 
 def inputs_of(spec: str) -> list[str]:

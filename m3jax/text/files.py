@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 TEMPORARY = ".tmp"  # ending of files that are not committed yet
 
 
@@ -100,3 +102,9 @@ def read_sealed(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return content if intact else None
+
+
+def write_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
+    """Writes an array as `.npy`, atomically."""
+    with committing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)

@@ -9,18 +9,19 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tqdm import tqdm
 
 from m3jax.config import ConfigDict
 from m3jax.text.corpus import Corpus, write_corpus
 from m3jax.text.documents import Document, TextError, inputs_of, is_validation, read_documents
-from m3jax.text.files import write_atomically
+from m3jax.text.parts import INPUTS, make_part
+from m3jax.text.pipeline import Pipeline
 from m3jax.text.references import References, write_references
 from m3jax.text.tokenizer import SMALLEST, Tokenizer
+from m3jax.text.workers import LocalRunner, Runner
 
-INPUTS = "inputs.json"  # what a part was made from; written last, so it marks a finished part
 _TAKEN = "taken_from"  # the only input of a tokenizer that launch/convert.py took from a folder
 
 _Item = TypeVar("_Item")
@@ -34,6 +35,8 @@ def prepare_text(
     knowledge: str | None = None,
     limit: int | None = None,
     say: Say = print,
+    runner: Runner | None = None,
+    quality: str | None = None,
 ) -> None:
     """Writes `tokenizer/`, `corpus/validation/`, `corpus/train/` and `references/` of a workdir.
 
@@ -43,25 +46,44 @@ def prepare_text(
     launch/convert.py took from a folder stays. With `config.text.validation_share` = 0 there is no
     `corpus/validation/`. Documents are streamed, once for every part.
 
+    With a runner, `clean.enabled` or `text.shuffle` the documents go through blocks in `clean/`
+    first (`m3jax.text.pipeline`), where other processes can take part; blocks that are done are
+    kept. The output is the same for every runner and, without cleaning and shuffling, the same as
+    without one. A knowledge base of its own is not cleaned.
+
     Args:
-      config: its `text` section, `model.vocabulary` and `memory.reference_length` are used.
+      config: its sections `text` and `clean`, `model.vocabulary` and `memory.reference_length` are
+        used.
       workdir: folder of the run.
       documents: spec of the training and validation documents (`read_documents`).
       knowledge: spec of the knowledge base; None = the same as `documents`.
       limit: most documents to use of each spec; None = all.
       say: gets one line for every part: whether it was kept, and what is in it.
+      runner: who does the work on blocks; None = this process.
+      quality: spec of a scorer (`load_scorer`), needed by `clean.quality_min`.
 
     Raises:
       TextError: bad documents; a finished part that was made from other inputs; a tokenizer with
-        fewer than 260 entries or more than `model.vocabulary`.
+        fewer than 260 entries or more than `model.vocabulary`; a library is missing.
     """
     workdir, text = Path(workdir), config.text
     if limit is not None and limit < 1:
         raise TextError(f"limit = {limit}; expected at least 1 document")
-    sources = _Sources(documents, knowledge or documents, limit, text.validation_share)
+    knowledge = knowledge or documents
     of_documents = {"documents": inputs_of(documents), "limit": limit}
-    listed = of_documents["documents"] if sources.same else inputs_of(sources.knowledge)
+    listed = of_documents["documents"] if knowledge == documents else inputs_of(knowledge)
     of_knowledge = {"knowledge": listed, "limit": limit}
+
+    pipeline = None
+    if runner is not None or config.clean.enabled or text.shuffle:
+        pipeline = Pipeline(config, workdir, documents, limit, runner or LocalRunner(), quality)
+        added = pipeline.inputs()
+        of_documents |= added
+        of_knowledge |= added if knowledge == documents else {}
+        kept = pipeline.clean(of_documents)
+        say(_line("clean", kept, pipeline.summary))
+    cleaned = None if pipeline is None else pipeline.documents()
+    sources = _Sources(documents, knowledge, limit, text.validation_share, cleaned)
 
     fields = ("vocabulary", "min_frequency", "tokenizer_bytes", "validation_share")
     _check_split(sources)
@@ -76,21 +98,28 @@ def prepare_text(
 
     inputs = {"tokenizer": tokenizer.fingerprint, "text.shards": text.shards}
     inputs |= of_documents | {"text.validation_share": sources.share}
-    for name in ["validation"] * (sources.share > 0) + ["train"]:
-        folder = workdir / "corpus" / name
-        chosen = sources.split(name == "validation", name)
-        kept = make_part(
-            folder, inputs, partial(write_corpus, chosen, tokenizer, shards=text.shards)
-        )
+    inputs |= {"text.shuffle": text.shuffle} if text.shuffle else {}
+    names = ["validation"] * (sources.share > 0) + ["train"]
+    for name in names:
+        folder, held_out = workdir / "corpus" / name, name == "validation"
+        if pipeline is None:
+            chosen = sources.split(held_out, name)
+            make = partial(write_corpus, chosen, tokenizer, shards=text.shards)
+        else:
+            make = partial(pipeline.write_corpus, held_out, tokenizer)
+        kept = make_part(folder, inputs, make)
         say(_line(f"corpus/{name}", kept, str(Corpus.open(folder).info())))
 
     length = config.memory.reference_length
-    pieces = sources.read(sources.knowledge, "references")
-    kept = make_part(
-        workdir / "references",
-        of_knowledge | {"tokenizer": tokenizer.fingerprint, "memory.reference_length": length},
-        partial(write_references, pieces, tokenizer, length=length),
-    )
+    if pipeline is not None and sources.same:
+        cut = partial(pipeline.write_references, tokenizer)
+    else:
+        pieces = sources.read(sources.knowledge, "references")
+        cut = partial(write_references, pieces, tokenizer, length=length)
+    inputs = of_knowledge | {"tokenizer": tokenizer.fingerprint, "memory.reference_length": length}
+    kept = make_part(workdir / "references", inputs, cut)
+    if pipeline is not None:
+        pipeline.tidy()
     say(_line("references", kept, References.open(workdir / "references").info()))
 
 
@@ -102,6 +131,7 @@ class _Sources:
     knowledge: str
     limit: int | None
     share: float
+    cleaned: Iterable[Document] | None = None  # what is left of `documents`
 
     @property
     def same(self) -> bool:
@@ -109,7 +139,10 @@ class _Sources:
 
     def read(self, spec: str, what: str) -> Iterator[Document]:
         """The documents of a spec; nothing is opened before the first is asked for."""
-        yield from progress(itertools.islice(read_documents(spec), self.limit), what)
+        if self.cleaned is not None and spec == self.documents:
+            yield from progress(self.cleaned, what)
+        else:
+            yield from progress(itertools.islice(read_documents(spec), self.limit), what)
 
     def split(self, held_out: bool, what: str) -> Iterator[Document]:
         """The documents for validation, or the others."""
@@ -126,36 +159,6 @@ def _train_tokenizer(config: ConfigDict, sources: _Sources) -> Tokenizer:
     trained = Tokenizer.train(texts, text.vocabulary, text.min_frequency, text.tokenizer_bytes)
     _check_size(trained, config.model.vocabulary)
     return trained
-
-
-def make_part(folder: Path, inputs: dict[str, Any], make: Callable[[Path], Any]) -> bool:
-    """Calls `make(folder)` unless the folder is finished, then marks it with its inputs.
-
-    Returns:
-      Whether the finished part was kept.
-
-    Raises:
-      TextError: the part is finished, but was made from other inputs.
-    """
-    marker = folder / INPUTS
-    wanted = json.dumps(inputs, indent=1, sort_keys=True, ensure_ascii=False)
-    if marker.is_file():
-        try:
-            found = json.loads(marker.read_bytes())
-        except ValueError as error:
-            raise TextError(f"{marker} is damaged; delete {folder} and run again") from error
-        other = [key for key in sorted({*inputs, *found}) if inputs.get(key) != found.get(key)]
-        if other:
-            key = other[0]
-            raise TextError(
-                f"{folder} was made from other inputs: {', '.join(other)} ({key} was"
-                f" {str(found.get(key))[:200]}, is now {str(inputs.get(key))[:200]});"
-                " use another workdir, or delete this one"
-            )
-        return True
-    make(folder)
-    write_atomically(marker, wanted.encode())
-    return False
 
 
 def _is_taken(folder: Path) -> bool:

@@ -63,10 +63,21 @@ def write_references(
     Raises:
       TextError: no documents, no usable tokens in them, or an id that occurs twice.
     """
+    return write_pieces(_cut_all(documents, tokenizer, length), tokenizer, folder, length, shards)
+
+
+def write_pieces(
+    cut: Iterable[tuple[Document, list[Piece]]],
+    tokenizer: Tokenizer,
+    folder: str | os.PathLike[str],
+    length: int,
+    shards: int = 1,
+) -> int:
+    """`write_references` of documents that are cut already; their texts are not read."""
     dtype = dtype_of_tokens(tokenizer.size)
     seen: set[bytes] = set()
     with writing(folder, shards, ["tokens.bin", "table.bin"]) as writer:
-        for document, pieces in _cut_all(documents, tokenizer, length):
+        for document, pieces in cut:
             name = hashlib.blake2b(document.id.encode(), digest_size=12).digest()
             if name in seen:
                 raise TextError(

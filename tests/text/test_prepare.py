@@ -12,7 +12,8 @@ from m3jax import config as configs
 from m3jax.text import prepare
 from m3jax.text.corpus import Corpus
 from m3jax.text.documents import TextError, is_validation, read_documents
-from m3jax.text.prepare import make_part, prepare_text
+from m3jax.text.parts import INPUTS, make_part
+from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 
@@ -66,7 +67,7 @@ def test_finished_parts_are_kept_and_unfinished_ones_made_again(
     workdir = tmp_path / "w"
     prepare_text(config, workdir, documents, say=lambda _: None)
     whole = _snapshot(workdir)
-    (workdir / "corpus/train" / prepare.INPUTS).unlink()
+    (workdir / "corpus/train" / INPUTS).unlink()
     (workdir / "corpus/train/manifest.json").unlink()
     (workdir / "corpus/train/records-00001.array_record.tmp").write_bytes(b"torn")
     said = []
@@ -142,7 +143,7 @@ def test_tokenizer_larger_than_the_model(config, documents, tmp_path):
 def test_make_part_with_a_damaged_marker(tmp_path):
     assert not make_part(tmp_path / "p", {"a": 1}, lambda folder: None)
     assert make_part(tmp_path / "p", {"a": 1}, lambda folder: pytest.fail("made again"))
-    (tmp_path / "p" / prepare.INPUTS).write_text("{")
+    (tmp_path / "p" / INPUTS).write_text("{")
     with pytest.raises(TextError, match="inputs.json is damaged"):
         make_part(tmp_path / "p", {"a": 1}, lambda folder: None)
 

@@ -1,0 +1,93 @@
+"""The stages of the preparation as Apache Beam pipelines: in this process, Dataflow, Spark, Flink.
+
+Every worker must see the folder of the run, with the same path: the elements of the pipelines are
+small (or blocks of lines), what the stages make is files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from m3jax.text.documents import TextError
+from m3jax.text.workers import Stage
+
+
+class BeamRunner:
+    """Runs stages as one pipeline each time, with Beam's own options."""
+
+    def __init__(self, options: Sequence[str] = ()) -> None:
+        """Checks that Beam is there.
+
+        Args:
+          options: flags of Beam, such as `--runner=FlinkRunner`; without them the pipeline runs in
+            this process.
+
+        Raises:
+          TextError: Apache Beam is not installed.
+        """
+        try:
+            import apache_beam
+        except ImportError as error:
+            raise TextError(
+                "Apache Beam is not installed: pip install -c constraints-beam.txt -e '.[prepare]'"
+                " in an environment of its own"
+            ) from error
+        del apache_beam
+        self._options = list(options) or ["--runner=FnApiRunner"]
+
+    def run(self, stages: Sequence[Stage]) -> None:
+        """Builds the pipeline of the stages, each behind the one before, and waits for its end.
+
+        Raises:
+          TextError: from a task, where the runner hands out its error.
+        """
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+
+        options = PipelineOptions(self._options, save_main_session=False)
+        try:
+            with beam.Pipeline(options=options) as pipeline:
+                build(pipeline, stages)
+        except Exception as error:
+            found = _user_error(error)
+            if found is None:
+                raise
+            raise TextError(found) from error
+
+
+def build(pipeline: Any, stages: Sequence[Stage]) -> Any:
+    """Adds the stages to a pipeline; returns the collection of the last one's results.
+
+    A stage waits for the one before, whose results are its side input.
+    """
+    import apache_beam as beam
+
+    done = None
+    for stage in stages:
+        start = pipeline | f"{stage.name}: start" >> beam.Create([stage])
+        before = () if done is None else (beam.pvalue.AsIter(done),)
+        units = start | f"{stage.name}: units" >> beam.FlatMap(_units, *before)
+        tasks = (
+            units
+            | f"{stage.name}: share units" >> beam.Reshuffle()
+            | f"{stage.name}: split" >> beam.FlatMap(stage.split)
+            | f"{stage.name}: share tasks" >> beam.Reshuffle()
+        )
+        done = tasks | f"{stage.name}: work" >> beam.Map(stage.work)
+    return done
+
+
+def _units(stage: Stage, before: Iterable[Any] = ()) -> Iterable[Any]:
+    for _ in before:  # all of them: then the stage before has ended
+        pass
+    yield from stage.units()
+
+
+def _user_error(error: BaseException | None) -> str | None:
+    """The message of a `TextError` among an error and its causes, as Beam has changed it."""
+    while error is not None:
+        if isinstance(error, TextError):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,64 @@
+"""References of blocks on disk, each cut by whoever gets it: `<name>.pieces`, msgpack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgpack
+import numpy as np
+
+from m3jax.text.clean import Cleaning
+from m3jax.text.cleaned import Cleaned
+from m3jax.text.cut import Piece, cut_references
+from m3jax.text.documents import Document
+from m3jax.text.files import write_atomically
+from m3jax.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """What the functions here need to know.
+
+    Attributes:
+      folder: where the cut blocks are, seen by all processes.
+      cleaning: where the documents are.
+      tokenizer: folder of the tokenizer.
+      length: most tokens of a reference.
+    """
+
+    folder: Path
+    cleaning: Cleaning
+    tokenizer: Path
+    length: int
+
+
+def cut_block(cutting: Cutting, name: str) -> str:
+    """Cuts the documents of a block that are left; returns its name."""
+    target = cutting.folder / f"{name}.pieces"
+    if target.is_file():
+        return name
+    tokenizer = Tokenizer.load(cutting.tokenizer)
+    documents = []
+    for document in Cleaned(cutting.cleaning).block(name):
+        pieces = [
+            (piece.start, piece.end, piece.text, piece.tokens.astype("<i4").tobytes())
+            for piece in cut_references(document, tokenizer, cutting.length)
+        ]
+        documents.append((document.id, document.title, document.source, pieces))
+    write_atomically(target, msgpack.packb(documents))
+    return name
+
+
+def cut_documents(cutting: Cutting) -> Iterator[tuple[Document, list[Piece]]]:
+    """The documents of all blocks, without their texts, with their pieces; a block at a time."""
+    for path in sorted(cutting.folder.glob("*.pieces")):
+        for name, title, source, pieces in msgpack.unpackb(path.read_bytes()):
+            yield (
+                Document(name, "", title, source),
+                [
+                    Piece(start, end, text, np.frombuffer(tokens, "<i4"))
+                    for start, end, text, tokens in pieces
+                ],
+            )

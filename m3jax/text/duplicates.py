@@ -1,0 +1,147 @@
+"""Near-duplicates: MinHash signatures, bands of them that collide, and which documents go.
+
+A document is dropped when an *earlier* one, in reading order, is similar to it. The rule looks at
+pairs only, so the comparison can be cut into parts that know nothing of each other, and it does not
+depend on their number. The dropped document has a witness, the earliest document that is similar.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped, UInt32, UInt64
+
+from m3jax.text.documents import TextError
+from m3jax.text.rules import normal_words
+
+ENTRY = np.dtype([("key", "<u8"), ("number", "<u8")])  # of a band, or of an id
+DROP = np.dtype([("number", "<u8"), ("witness", "<u8"), ("similarity", "<f4")])
+_SEED = 1
+_RECALL = 0.97  # share of pairs at the threshold that share a band
+_NEIGHBOURS = 16  # members of a large group that each one is compared with, on both ends
+
+
+def bands_of(similarity: float, permutations: int) -> tuple[int, int]:
+    """Bands and rows of a band: the longest bands of which pairs at the threshold share one.
+
+    The probability that two documents of similarity s share one of b bands of r values is
+    1 − (1 − s^r)^b.
+    """
+    for rows in range(permutations, 1, -1):
+        bands = permutations // rows
+        if 1 - (1 - similarity**rows) ** bands >= _RECALL:
+            return bands, rows
+    return permutations, 1
+
+
+def algorithm() -> str:
+    """Names the library's algorithm, whose change would change what is found.
+
+    Raises:
+      TextError: the library is not installed.
+    """
+    return f"rensa {_rensa().RMinHash.ALGORITHM_VERSION}"
+
+
+def _rensa() -> Any:
+    try:
+        import rensa
+    except ImportError as error:
+        raise TextError("near-duplicates need rensa: pip install -e '.[clean]'") from error
+    return rensa
+
+
+def signature(text: str, permutations: int, shingle_words: int) -> UInt32[np.ndarray, " n"]:
+    """MinHash signature of the runs of `shingle_words` words of a text.
+
+    A text of fewer words is one item, one without words is compared as it is.
+    """
+    minhash = _rensa().RMinHash(num_perm=permutations, seed=_SEED)
+    short: list[str] = []
+    found = False
+    for words in normal_words(text):
+        if len(words) >= shingle_words:
+            runs = (itertools.islice(words, i, None) for i in range(shingle_words))
+            minhash.update([" ".join(run) for run in zip(*runs, strict=False)])
+            found = True
+        elif not found:
+            short += words
+    if not found:
+        minhash.update([" ".join(short) or text])
+    return np.array(minhash.digest(), np.uint32)
+
+
+def band_entries(
+    signatures: UInt32[np.ndarray, "d n"], numbers: UInt64[np.ndarray, " d"], similarity: float
+) -> Shaped[np.ndarray, " e"]:
+    """One entry a document and band, sorted by key; equal keys are equal bands."""
+    documents, permutations = signatures.shape
+    bands, rows = bands_of(similarity, permutations)
+    values = signatures[:, : bands * rows].reshape(documents, bands, rows).astype(np.uint64)
+    keys = np.broadcast_to(np.arange(1, bands + 1, dtype=np.uint64), (documents, bands))
+    for row in range(rows):
+        keys = _mixed(keys + values[:, :, row] * np.uint64(0x9E3779B97F4A7C15))
+    entries = np.empty(documents * bands, ENTRY)
+    entries["key"], entries["number"] = keys.ravel(), np.repeat(numbers, bands)
+    return np.sort(entries, order=["key", "number"])
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64 on uint64: a bijection in which every bit depends on all."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def groups(entries: Shaped[np.ndarray, " e"]) -> Iterable[UInt64[np.ndarray, " g"]]:
+    """Numbers of the entries with equal keys, ascending, for every key that occurs twice."""
+    entries = np.sort(entries, order=["key", "number"])
+    starts = np.flatnonzero(np.append(True, entries["key"][1:] != entries["key"][:-1]))
+    ends = np.append(starts[1:], len(entries))
+    for i in np.flatnonzero(ends - starts > 1).tolist():
+        yield np.unique(entries["number"][starts[i] : ends[i]])
+
+
+def compare(
+    entries: Shaped[np.ndarray, " e"],
+    signature_of: Callable[[int], UInt32[np.ndarray, " n"]],
+    similarity: float,
+) -> Shaped[np.ndarray, " k"]:
+    """The documents that an earlier one of the same band is similar to, sorted by number.
+
+    In a group of many each is compared with the 16 first and the 16 before it.
+
+    Args:
+      entries: of bands; all entries with a key that occurs at all.
+      signature_of: signature of a document by its number.
+      similarity: the least that counts.
+    """
+    witnesses: dict[int, tuple[int, float]] = {}
+    seen: set[tuple[int, int]] = set()
+    for members in groups(entries):
+        first: list[tuple[int, UInt32[np.ndarray, " n"]]] = []
+        last: deque[tuple[int, UInt32[np.ndarray, " n"]]] = deque(maxlen=_NEIGHBOURS)
+        for number in members.tolist():
+            own = signature_of(number)
+            for earlier, other in (*first, *last):
+                if (earlier, number) in seen:
+                    continue
+                seen.add((earlier, number))
+                share = float(np.mean(own == other))
+                known = witnesses.get(number)
+                if share >= similarity and (known is None or earlier < known[0]):
+                    witnesses[number] = earlier, share
+            (first if len(first) < _NEIGHBOURS else last).append((number, own))
+    rows = [(number, *witness) for number, witness in sorted(witnesses.items())]
+    return np.array(rows, DROP)
+
+
+def merged(parts: list[np.ndarray]) -> Shaped[np.ndarray, " k"]:
+    """One row a dropped document, with its earliest witness, sorted by number."""
+    drops = np.sort(np.concatenate([np.empty(0, DROP), *parts]), order=["number", "witness"])
+    first = np.append(True, drops["number"][1:] != drops["number"][:-1])[: len(drops)]
+    return drops[first]

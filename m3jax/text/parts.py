@@ -1,0 +1,43 @@
+"""Parts of a workdir: folders that are finished, and know what they were made from, or are not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from m3jax.text.documents import TextError
+from m3jax.text.files import write_atomically
+
+INPUTS = "inputs.json"  # what a part was made from; written last, so it marks a finished part
+
+
+def make_part(folder: Path, inputs: dict[str, Any], make: Callable[[Path], Any]) -> bool:
+    """Calls `make(folder)` unless the folder is finished, then marks it with its inputs.
+
+    Returns:
+      Whether the finished part was kept.
+
+    Raises:
+      TextError: the part is finished, but was made from other inputs.
+    """
+    marker = folder / INPUTS
+    wanted = json.dumps(inputs, indent=1, sort_keys=True, ensure_ascii=False)
+    if marker.is_file():
+        try:
+            found = json.loads(marker.read_bytes())
+        except ValueError as error:
+            raise TextError(f"{marker} is damaged; delete {folder} and run again") from error
+        other = [key for key in sorted({*inputs, *found}) if inputs.get(key) != found.get(key)]
+        if other:
+            key = other[0]
+            raise TextError(
+                f"{folder} was made from other inputs: {', '.join(other)} ({key} was"
+                f" {str(found.get(key))[:200]}, is now {str(inputs.get(key))[:200]});"
+                " use another workdir, or delete this one"
+            )
+        return True
+    make(folder)
+    write_atomically(marker, wanted.encode())
+    return False

@@ -1,0 +1,183 @@
+"""The learned quality score of a document, 0 … 5 (Memory³ §7): the interface, and one trained here.
+
+The paper scores with a model; ours is a linear regression on hashed words and pairs of words, cheap
+enough for a whole corpus. Anything with `fingerprint` and `score` can take its place.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32
+
+from m3jax.text.documents import TextError
+from m3jax.text.files import checksum, digest, lines, read_sealed, write_array, write_sealed
+from m3jax.text.rules import normal_words
+
+LOWEST, HIGHEST = 0.0, 5.0
+_WEIGHTS, _MANIFEST = "weights.npy", "manifest.json"
+_HEAD = 20_000  # characters of a document that are looked at
+_FEATURES = 1 << 18
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Gives documents a quality score.
+
+    Attributes:
+      fingerprint: changes whenever scores may change.
+    """
+
+    fingerprint: str
+
+    def score(self, texts: Sequence[str]) -> Float32[np.ndarray, " n"]:
+        """Scores from 0 (useless) to 5 (excellent), one a text, each independent of the others."""
+
+
+class LinearScorer:
+    """Linear regression on hashed words and word pairs of the first 20 000 characters."""
+
+    def __init__(self, weights: Float32[np.ndarray, " f"], bias: float) -> None:
+        self._weights, self._bias = weights, bias
+        self._vectorizer = _vectorizer()
+        self.fingerprint = digest("linear", weights.tobytes(), repr(bias))
+
+    def score(self, texts: Sequence[str]) -> Float32[np.ndarray, " n"]:
+        """Scores, 0 … 5."""
+        if not texts:
+            return np.empty(0, np.float32)
+        found = self._vectorizer.transform(texts) @ self._weights + self._bias
+        return np.clip(found, LOWEST, HIGHEST).astype(np.float32)
+
+    @classmethod
+    def train(
+        cls, texts: Sequence[str], scores: Sequence[float], penalty: float = 0.1
+    ) -> LinearScorer:
+        """Fits to labelled texts; the same examples in the same order give the same scorer.
+
+        Args:
+          texts: at least two.
+          scores: 0 … 5, one a text.
+          penalty: of squared weights (ridge regression).
+
+        Raises:
+          TextError: too few examples, all with one score, or a score outside 0 … 5.
+        """
+        if len(texts) < 2 or len(set(scores)) < 2:
+            raise TextError(
+                f"{len(texts)} labelled texts with {len(set(scores))} different scores; a scorer"
+                " needs at least two of each"
+            )
+        wrong = [s for s in scores if not LOWEST <= s <= HIGHEST]
+        if wrong:
+            raise TextError(f"score {wrong[0]} is outside {LOWEST:g} … {HIGHEST:g}")
+        from sklearn.linear_model import Ridge
+
+        model = Ridge(alpha=penalty, solver="lsqr", tol=1e-6)
+        model.fit(_vectorizer().transform(texts), np.asarray(scores, np.float64))
+        return cls(model.coef_.astype(np.float32), float(model.intercept_))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the weights, then a manifest with their checksum."""
+        write_array(Path(folder) / _WEIGHTS, self._weights)
+        content = {"kind": "quality", "bias": self._bias, "fingerprint": self.fingerprint}
+        content["weights"] = checksum(Path(folder) / _WEIGHTS)
+        write_sealed(Path(folder) / _MANIFEST, content)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> LinearScorer:
+        """Reads what `save` wrote.
+
+        Raises:
+          TextError: a file is missing or damaged.
+        """
+        manifest, weights = Path(folder) / _MANIFEST, Path(folder) / _WEIGHTS
+        if not manifest.is_file() or not weights.is_file():
+            raise TextError(f"no quality scorer in {folder}; train one with launch/quality.py")
+        content = read_sealed(manifest)
+        if content is None or content.get("weights") != checksum(weights):
+            raise TextError(f"the quality scorer in {folder} is damaged; train it again")
+        return cls(np.load(weights), content["bias"])
+
+
+def load_scorer(spec: str) -> Scorer:
+    """A scorer by the folder it was saved to, or by `MODULE:NAME` of a function that makes one.
+
+    Raises:
+      TextError: neither.
+    """
+    module, _, name = spec.rpartition(":")
+    if not module or Path(spec).exists():
+        return LinearScorer.load(spec)
+    try:
+        return getattr(importlib.import_module(module), name)()
+    except (ImportError, AttributeError) as error:
+        raise TextError(f"--quality={spec} names no function ({error})") from error
+
+
+def read_labelled(path: str | os.PathLike[str]) -> tuple[list[str], list[float]]:
+    """Texts and scores of JSON lines `{"text", "score"}`.
+
+    Raises:
+      TextError: a line that is not such an object.
+    """
+    texts, scores = [], []
+    for number, line in enumerate(lines(path), start=1):
+        try:
+            fields = json.loads(line)
+            text, score = fields["text"], fields["score"]
+            if not isinstance(text, str) or type(score) not in (int, float):
+                raise TypeError("text is a string and score a number")
+        except (ValueError, KeyError, TypeError) as error:
+            raise TextError(
+                f'{path}, line {number} is no labelled text ({error}); expected {{"text": "…",'
+                ' "score": 0 … 5}'
+            ) from error
+        texts.append(text)
+        scores.append(float(score))
+    return texts, scores
+
+
+def held_out_error(
+    texts: Sequence[str], scores: Sequence[float], penalty: float = 0.1
+) -> dict[str, float]:
+    """Trains on four fifths of the examples, by hash of the text, and scores the last fifth.
+
+    Returns:
+      `count`, mean absolute `error`, that of always guessing the mean (`error_of_mean`), and
+      Pearson's `correlation`; NaN where the fifth is too small.
+    """
+    held = np.array([int(digest(text)[:8], 16) % 5 == 0 for text in texts])
+    wanted = np.asarray(scores, np.float64)
+    if held.sum() < 2 or (~held).sum() < 2 or len(set(wanted[~held])) < 2:
+        return dict.fromkeys(("count", "error", "error_of_mean", "correlation"), float("nan"))
+    scorer = LinearScorer.train(
+        [t for t, h in zip(texts, held, strict=True) if not h], wanted[~held].tolist(), penalty
+    )
+    found = scorer.score([t for t, h in zip(texts, held, strict=True) if h])
+    varied = found.std() > 0 and wanted[held].std() > 0
+    return {
+        "count": float(held.sum()),
+        "error": float(np.abs(found - wanted[held]).mean()),
+        "error_of_mean": float(np.abs(wanted[~held].mean() - wanted[held]).mean()),
+        "correlation": float(np.corrcoef(found, wanted[held])[0, 1]) if varied else float("nan"),
+    }
+
+
+def _features(text: str) -> list[str]:
+    words = next(iter(normal_words(text[:_HEAD])))
+    return words + [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)]
+
+
+def _vectorizer() -> Any:
+    try:
+        from sklearn.feature_extraction.text import HashingVectorizer
+    except ImportError as error:
+        raise TextError("quality needs scikit-learn: pip install -e '.[clean]'") from error
+    return HashingVectorizer(analyzer=_features, n_features=_FEATURES, alternate_sign=False)

@@ -1,0 +1,99 @@
+"""Rule filters: what is measured of a document, and which rule it breaks (Memory³ §7).
+
+Ours, where the paper is silent: a *word* is a run of signs without white space, or one sign of
+Chinese or Japanese, so that the same thresholds serve texts without spaces; words are compared
+without case; the share of non-alphabetic characters leaves out white space.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+_EAST = "\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_EAST}]|[^\s{_EAST}]+")
+_NORMAL = re.compile(rf"[{_EAST}]|[^\W_{_EAST}]+")
+_PIECE = 1 << 20  # about how many characters are split into words at once, to bound memory
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What the rules look at.
+
+    Attributes:
+      characters: of the text.
+      words: number of words.
+      word_length: mean characters of a word; 0 without words.
+      nonalphabetic: share of the characters that are no letters, white space left out.
+      unique: share of different words among all.
+      entropy: of the distribution of words, nats.
+    """
+
+    characters: int
+    words: int
+    word_length: float
+    nonalphabetic: float
+    unique: float
+    entropy: float
+
+
+def measure(text: str) -> Measures:
+    """Measures a text, a million characters at a time."""
+    counts: Counter[str] = Counter()
+    signs = letters = 0
+    for piece in pieces(text):
+        counts.update(_WORD.findall(piece.lower()))
+        signs += len(piece) - sum(map(str.isspace, piece))
+        letters += sum(map(str.isalpha, piece))
+    words = counts.total()
+    if not words:
+        return Measures(len(text), 0, 0.0, 1.0, 1.0, 0.0)
+    # fsum is exact, so that the order in which words were met does not matter
+    entropy = math.log(words) - math.fsum(n * math.log(n) for n in counts.values()) / words
+    return Measures(
+        characters=len(text),
+        words=words,
+        word_length=signs / words,
+        nonalphabetic=1 - letters / signs,
+        unique=len(counts) / words,
+        entropy=entropy,
+    )
+
+
+def broken_rule(measures: Measures, clean: Any) -> tuple[str, float] | None:
+    """The first rule that a document breaks, and the value that breaks it; None = it passes.
+
+    Args:
+      measures: of the document.
+      clean: the section `clean` of a config.
+    """
+    m = measures
+    checks = (
+        ("words_min", m.words, m.words < clean.words_min),
+        ("word_length_max", m.word_length, m.word_length > clean.word_length_max),
+        ("nonalphabetic_max", m.nonalphabetic, m.nonalphabetic > clean.nonalphabetic_max),
+        ("unique_max", m.unique, m.unique > clean.unique_max),
+        ("entropy_min", m.entropy, m.entropy < clean.entropy_min),
+    )
+    return next(((name, float(value)) for name, value, broken in checks if broken), None)
+
+
+def normal_words(text: str) -> Iterator[list[str]]:
+    """Words without signs and case, as near-duplicates are compared; a list for each piece."""
+    for piece in pieces(text):
+        yield _NORMAL.findall(piece.casefold())
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A text in parts of about a million characters, cut at line feeds or spaces where it can."""
+    start = 0
+    while len(text) - start > _PIECE:
+        end = max(text.rfind(mark, start + 1, start + _PIECE) for mark in "\n ")
+        end = end + 1 if end > start else start + _PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:] if start else text
