@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -50,6 +51,65 @@ class TokenDocument:
     id: str = ""
 
 
+class CorpusWriter:
+    """Writes a corpus document by document; `finish` makes it one.
+
+    Args:
+      folder: where to write, replacing what is there.
+      tokenizer: of the documents; its fingerprint goes into the manifest.
+      shards: most shard files; there are no more than documents.
+
+    A context manager: an error leaves no temporary files.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], tokenizer: Tokenizer, shards: int) -> None:
+        self.folder, self._tokenizer = folder, tokenizer
+        self._dtype = dtype_of_tokens(tokenizer.size)
+        self._writing = writing(folder, shards, ["lengths.bin"])
+        self._tokens = self._characters = self._bytes = 0
+
+    def __enter__(self) -> CorpusWriter:
+        self._writer = self._writing.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._writing.__exit__(*error)
+
+    def write(self, document: TokenDocument, text: str) -> None:
+        """Appends a document; `text` is what its tokens say, for the counts."""
+        ids, weights = document.tokens, document.weights
+        record: dict[str, Any] = {
+            "id": document.id,
+            "tokens": ids.astype(self._dtype).tobytes(),
+        }
+        if weights is not None:
+            record["weights"] = weights.astype(np.uint8).tobytes()
+        if document.references:
+            record["references"] = list(document.references)
+        self._writer.write(record, lengths=len(ids).to_bytes(8, "little"))
+        self._tokens += len(ids)
+        self._characters += len(text)
+        self._bytes += len(text.encode())
+
+    def finish(self) -> CorpusInfo:
+        """Commits the corpus.
+
+        Raises:
+          TextError: it has no document.
+        """
+        if not self._writer.count:
+            raise TextError(f"no documents for {self.folder}; give documents with text")
+        content = {
+            "tokenizer": self._tokenizer.fingerprint,
+            "dtype": self._dtype.str,
+            "tokens": self._tokens,
+            "characters": self._characters,
+            "text_bytes": self._bytes,
+        }
+        self._writer.finish(_KIND, content)
+        return CorpusInfo(self._writer.count, self._tokens, self._characters, self._bytes)
+
+
 def write_corpus(
     documents: Iterable[Document],
     tokenizer: Tokenizer,
@@ -70,32 +130,12 @@ def write_corpus(
     Raises:
       TextError: no documents, or a `no_loss` span outside its text.
     """
-    dtype = dtype_of_tokens(tokenizer.size)
-    tokens = characters = size = 0
-    with writing(folder, shards, ["lengths.bin"]) as writer:
+    with CorpusWriter(folder, tokenizer, shards) as writer:
         for batch in in_batches(documents):
             for document, ids, weights in _encode(batch, tokenizer):
-                record = {"id": document.id, "tokens": ids.astype(dtype).tobytes()}
-                if weights is not None:
-                    record["weights"] = weights.astype(np.uint8).tobytes()
-                if document.references:
-                    record["references"] = list(document.references)
-                writer.write(record, lengths=len(ids).to_bytes(8, "little"))
-                tokens += len(ids)
-                characters += len(document.text)
-                size += len(document.text.encode())
-        if not writer.count:
-            raise TextError(f"no documents for {folder}; give documents with text")
-        info = CorpusInfo(writer.count, tokens, characters, size)
-        content = {
-            "tokenizer": tokenizer.fingerprint,
-            "dtype": dtype.str,
-            "tokens": tokens,
-            "characters": characters,
-            "text_bytes": size,
-        }
-        writer.finish(_KIND, content)
-    return info
+                encoded = TokenDocument(ids, weights, document.references, document.id)
+                writer.write(encoded, document.text)
+        return writer.finish()
 
 
 def _encode(
@@ -108,9 +148,10 @@ def _encode(
         if document.no_loss:
             ids, spans = tokenizer.encode_with_offsets(document.text)
             weights = np.concatenate([[1], _target_weights(document, spans), [1]])
+            weights = weights.astype(np.float32)
         else:
             ids = next(plain)
-        yield document, np.concatenate([[BOS], ids, [END]]), weights
+        yield document, np.concatenate([[BOS], ids, [END]]).astype(np.int32), weights
 
 
 def _target_weights(document: Document, spans: np.ndarray) -> np.ndarray:
@@ -135,10 +176,11 @@ class Corpus:
       total_tokens: their sum.
       fingerprint: hex hash of all documents and the tokenizer.
       tokenizer_fingerprint: the tokenizer the corpus was made with.
+      folder: where it is.
     """
 
     def __init__(self, records: Records) -> None:
-        self._records = records
+        self._records, self.folder = records, records.folder
         self._dtype = np.dtype(records.manifest["dtype"])
         self.lengths = np.fromfile(records.folder / "lengths.bin", "<i8")
         self.total_tokens: int = records.manifest["tokens"]
