@@ -34,6 +34,7 @@ from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
 from m3jax.text.documents import TextError
 from m3jax.text.layers import AnyReferences
+from m3jax.text.prepare import INPUTS
 from m3jax.text.tokenizer import Tokenizer
 
 Batch = dict[str, Any]
@@ -254,8 +255,10 @@ def _open_rows(
     packed = data.packing in PACKED
     folder = workdir / (data.packing if packed else "corpus") / split
     script = "launch/prepare_chats.py" if packed else "launch/prepare.py"
-    if packed and not folder.is_dir():
-        raise TextError(f"no {data.packing}: {folder} is missing; run {script} with this config")
+    if packed and not (folder.parent / INPUTS).is_file():
+        raise TextError(
+            f"no finished {data.packing} in {folder.parent}; run {script} with this config"
+        )
     corpus = Corpus.open(folder)
     if corpus.tokenizer_fingerprint != tokenizer.fingerprint:
         raise TextError(
