@@ -5,8 +5,9 @@
         --init_from=DIR/warmup
     python launch/train.py --config=configs/memory3_0p9b.py:stage=continual,memories=online ...
 
-Options: stage=warmup|continual, memories=precomputed|online (in continual train: from the bank, or
-encoded in the step with gradient, as the paper did).
+Options: stage=warmup|continual|sft|dpo, memories=precomputed|online (in all but warmup: from the
+bank, or encoded in the step with gradient, as the paper did). SFT and DPO have the settings of the
+paper (§7) in rows of several chats; DPO's batch and its one epoch are ours.
 
 0.923e9 parameters without embeddings. What to expect: trained with memories from the start, the
 loss is that of a model without; started from a warmup checkpoint it drops visibly below.
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 
 import m3jax.config
 
-OPTIONS = {"stage": ("warmup", "continual"), "memories": ("precomputed", "online")}
+OPTIONS = {"stage": ("warmup", "continual", "sft", "dpo"), "memories": ("precomputed", "online")}
 
 
 def get_config(options: str = "") -> ConfigDict:
@@ -78,4 +79,11 @@ def get_config(options: str = "") -> ConfigDict:
         config.optimizer.learning_rate = 2e-4
         config.optimizer.rise_steps = 100
         config.train.steps = 2400  # 10B tokens
+    if config.stage in ("sft", "dpo"):
+        m3jax.config.use_alignment_settings(config)
+        config.memory.source = chosen["memories"]
+        config.data.batch_rows = 512
+        config.train.checkpoint_every = 100
+        config.train.keep_every = 0
+        config.train.evaluate_every = 100
     return m3jax.config.validate(config)

@@ -5,11 +5,12 @@
 runs every step through the same code paths as a real run, with this config
 (`configs/quickstart.py:stage=warmup`, then `stage=continual`). `stage=scratch` trains with (online)
 memories from the start, for `launch/quickstart.py --compare_from_scratch` (Memory³ §6.1).
+`stage=sft` and `stage=dpo` make the result a chat model: `launch/quickstart_chat.py`.
 """
 
 import m3jax.config
 
-OPTIONS = {"stage": ("warmup", "continual", "scratch")}
+OPTIONS = {"stage": ("warmup", "continual", "scratch", "sft", "dpo")}
 
 # The invented world (m3jax/text/people.py). The more names training people have, the better names
 # of strangers are told apart: with half as many, one seed of three answered 0.92 instead of 0.98.
@@ -71,6 +72,17 @@ def get_config(options: str = "") -> m3jax.config.ConfigDict:
         config.train.steps = 800
         config.train.checkpoint_every = 200
         config.train.evaluate_every = 200
+    if config.stage in ("sft", "dpo"):
+        m3jax.config.use_alignment_settings(config)
+        config.chat.user, config.chat.assistant, config.chat.system = "\nQ", "\nA", "\nS"
+        config.data.batch_rows = 16
+        config.text.validation_share = 0.05
+        # A model of 0.6M parameters moves little at the paper's rates.
+        config.optimizer.weight_decay = 0.0
+        config.optimizer.learning_rate = 5e-4 if config.stage == "sft" else 5e-5
+        config.memory.dropout = 0.15 if config.stage == "sft" else 0.0
+        config.train.epochs = 1.0
+        config.train.checkpoint_every = config.train.evaluate_every = 100
     if config.stage == "scratch":
         config.memory.source = "online"
         config.optimizer.learning_rate = 3e-3

@@ -7,8 +7,9 @@
         --init_from=DIR/warmup
     python launch/evaluate.py --config=configs/wiki_small.py:stage=continual --workdir=DIR
 
-Options: stage=warmup|continual, memories=precomputed|online (in continual train), shift=0|1 (whose
-text retrieves a training chunk's reference: its own, or the previous chunk's).
+Options: stage=warmup|continual|sft|dpo, memories=precomputed|online (in all but warmup; sft and dpo
+after launch/prepare_chats.py, with the paper's settings at batches of 8), shift=0|1 (whose text
+retrieves a training chunk's reference: its own, or the previous chunk's).
 
 15.7M parameters, 12.6M without the embedding, at rows of 512 tokens. It reproduces no figure of the
 paper. The steps are a demonstration (1.6M tokens): on a GPU raise `--config.train.steps` and
@@ -24,7 +25,7 @@ from ml_collections import ConfigDict
 import m3jax.config
 
 OPTIONS = {
-    "stage": ("warmup", "continual"),
+    "stage": ("warmup", "continual", "sft", "dpo"),
     "memories": ("precomputed", "online"),
     "shift": (0, 1),
 }
@@ -81,4 +82,9 @@ def get_config(options: str = "") -> ConfigDict:
         config.train.steps = 200
         config.train.checkpoint_every = 50
         config.train.evaluate_every = 50
+    if config.stage in ("sft", "dpo"):
+        m3jax.config.use_alignment_settings(config)
+        config.memory.source = chosen["memories"]
+        config.data.batch_rows = 8
+        config.train.checkpoint_every = config.train.evaluate_every = 50
     return m3jax.config.validate(config)

@@ -5,12 +5,17 @@
     python launch/generate.py … --prompts=prompts.jsonl --html=sources.html --explain
     python launch/generate.py … --mode=none          # or cold, rag, context
 
-Prompts are JSON lines with `prompt`, or a text file with one a line. The text goes to standard
-output; sources follow it.
+    python launch/generate.py --config=configs/wiki_small.py:stage=sft --workdir=runs/wiki --chat \\
+        --prompt="What is the capital of France?"
+
+Prompts are JSON lines with `prompt`, or a text file with one a line. With --chat they are questions
+to a model after SFT, put into its chat template; JSON lines may then be chats that end with a
+question. The text goes to standard output; sources follow it.
 """
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from absl import flags
@@ -42,6 +47,12 @@ _MODE = flags.DEFINE_enum(
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "A prompt; may be given more than once.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, .jsonl or one a line.")
+_CHAT = flags.DEFINE_bool(
+    "chat",
+    False,
+    "Prompts are questions, or chats (messages or conversations in .jsonl) that end with one: they"
+    " are put into the template of config.chat, and the answer is printed.",
+)
 _NEW = flags.DEFINE_integer("new_tokens", 64, "Most tokens generated a prompt.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 32, "Prompts generated together.", lower_bound=1)
 _GROUPS = flags.DEFINE_integer(
@@ -90,11 +101,14 @@ def main(argv: list[str]) -> None:
     """Generates and prints."""
     launching.use_compilation_cache()
     from m3jax.config import validate
-    from m3jax.evaluation.answers import Request, read_prompts, run
+    from m3jax.evaluation.answers import Request, read_chat_prompts, read_prompts, run
     from m3jax.inference.sampling import Sampling
 
+    config = validate(_CONFIG.value)
+    read = functools.partial(read_chat_prompts, config) if _CHAT.value else read_prompts
     request = Request(
-        prompts=[*(_PROMPT.value or []), *(read_prompts(_PROMPTS.value) if _PROMPTS.value else [])],
+        prompts=[*(_PROMPT.value or []), *(read(_PROMPTS.value) if _PROMPTS.value else [])],
+        chat=_CHAT.value,
         mode=_MODE.value,
         new=_NEW.value,
         batch=_BATCH.value,
@@ -111,7 +125,7 @@ def main(argv: list[str]) -> None:
         html=_HTML.value,
     )
     run(
-        validate(_CONFIG.value),
+        config,
         Path(str(_WORKDIR.value)),
         request,
         checkpoint=_CHECKPOINT.value,

@@ -3,6 +3,13 @@
     python launch/train.py --config=configs/wiki_small.py --workdir=runs/wiki
     python launch/train.py --config=configs/wiki_small.py:stage=continual \
         --workdir=runs/wiki --init_from=runs/wiki/warmup
+    python launch/train.py --config=configs/wiki_small.py:stage=sft \
+        --workdir=runs/wiki --init_from=runs/wiki/continual
+    python launch/train.py --config=configs/wiki_small.py:stage=dpo \
+        --workdir=runs/wiki --init_from=runs/wiki/sft
+
+The stages sft and dpo read what launch/prepare_chats.py has prepared. DPO first computes the
+log-probabilities of the checkpoint that it starts from, once.
 
 Checkpoints, metrics.jsonl, TensorBoard events and loss.png go to <workdir>/<stage>. SIGTERM saves
 and ends with code 0.
@@ -26,7 +33,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from m3jax import launching
-from m3jax.config import validate
+from m3jax.config import validate, with_epochs
 
 if TYPE_CHECKING:
     from m3jax.train.loop import Source
@@ -99,9 +106,12 @@ def _train(config: ConfigDict, profile_steps: tuple[int, int] | None) -> None:
         raise app.UsageError("train.refresh_every refreshes the workdir's bank; leave out --bank")
 
     def refresh(step: int) -> Source:
-        return _source(config, rewrite(config, workdir, stage / FOLDER / str(step)).number)
+        return _source(config, rewrite(config, workdir, stage / FOLDER / str(step)).number)[0]
 
-    source = _source(config, version)
+    source, rows = _source(config, version)
+    config = with_epochs(config, rows)
+    if config.train.epochs and jax.process_index() == 0:
+        print(f"{config.stage}: {config.train.epochs:g} epochs are {config.train.steps} steps")
     summary = train(
         config,
         workdir,
@@ -120,21 +130,24 @@ def _train(config: ConfigDict, profile_steps: tuple[int, int] | None) -> None:
     print(f"time: {describe_time(summary['time'])}")
 
 
-def _source(config: ConfigDict, version: int | None) -> Source:
-    """What a version of the knowledge (None: the current one) gives to read."""
+def _source(config: ConfigDict, version: int | None) -> tuple[Source, int]:
+    """What a version of the knowledge (None: the current one) gives to read, and its rows."""
     from m3jax.data.pipeline import open_pipeline
     from m3jax.evaluation.losses import evaluator
     from m3jax.mesh import make_mesh
     from m3jax.train.loop import Source
+    from m3jax.train.reference import hold_reference
 
     workdir, bank = str(_WORKDIR.value), _BANK.value
     pipeline = open_pipeline(config, workdir, split="train", bank=bank, version=version)
-    return Source(
-        pipeline,
-        evaluator(config, workdir, bank=bank, version=version, mesh=make_mesh(config)),
-        None if pipeline.bank is None else pipeline.bank.writer,
-        None if pipeline.version is None else pipeline.version.number,
-    )
+    mesh = make_mesh(config)
+    evaluate = evaluator(config, workdir, bank=bank, version=version, mesh=mesh)
+    if config.data.packing == "pairs":
+        pipelines = {"train": pipeline, "validation": evaluate.pipeline}
+        hold_reference(config, Path(workdir) / config.stage, pipelines, _INIT_FROM.value, mesh)
+    writer = None if pipeline.bank is None else pipeline.bank.writer
+    number = None if pipeline.version is None else pipeline.version.number
+    return Source(pipeline, evaluate, writer, number), len(pipeline.rows)
 
 
 if __name__ == "__main__":

@@ -318,11 +318,38 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
     "data.batch_rows": (16, "rows B of a step, over all hosts", "[1, inf)"),
     "data.packing": (
         "concat",
-        "how documents fill rows: one after the other and cut, or each in rows of its own, padded",
-        ("concat", "document"),
+        "what rows hold: documents one after the other and cut (concat); each in rows of its own,"
+        " padded (document); several whole chats that do not see each other (chats, for SFT), or so"
+        " several preference pairs (pairs, for DPO)",
+        ("concat", "document", "chats", "pairs"),
     ),
     "data.threads": (4, "threads that load batches", "[1, 1024]"),
     "data.prefetch": (4, "batches loaded ahead", "[1, 1024]"),
+    # -- chat -------------------------------------------------------------------------------------
+    "chat.user": ("\nUser:", "marker in front of a user's turn; not empty", None),
+    "chat.assistant": (
+        "\nAssistant:",
+        "marker in front of an answer; not empty, unlike the other markers",
+        None,
+    ),
+    "chat.system": ("\nSystem:", "marker in front of a system turn", None),
+    "chat.most_rounds": (
+        8,
+        "rounds (question and answer) that a chat may have (Memory³ §6.3)",
+        "[1, inf)",
+    ),
+    "chat.bad_share": (
+        0.01,
+        "share of unusable chats or pairs up to which they are left out and reported; with more,"
+        " preparing is refused",
+        "[0, 1)",
+    ),
+    # -- preference -------------------------------------------------------------------------------
+    "preference.beta": (
+        0.01,
+        "weight β of the log-probability ratios in DPO (Memory³ §6.4)",
+        "(0, inf)",
+    ),
     # -- optimizer --------------------------------------------------------------------------------
     "optimizer.name": (
         "adamw",
@@ -337,6 +364,11 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
         ("wsd", "cosine"),
     ),
     "optimizer.rise_steps": (100, "steps of the linear rise", "[0, inf)"),
+    "optimizer.rise_share": (
+        0.0,
+        "the linear rise as a share of all steps, with train.epochs; 0 = optimizer.rise_steps",
+        "[0, 1]",
+    ),
     "optimizer.fall_share": (0.1, "share of all steps in which wsd falls", "[0, 1]"),
     "optimizer.final_share": (0.0, "last learning rate as a share of the peak", "[0, 1]"),
     "optimizer.beta1": (0.9, "decay of the first moment", "[0, 1)"),
@@ -354,6 +386,11 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
     ),
     # -- train ------------------------------------------------------------------------------------
     "train.steps": (1000, "optimizer steps of the stage", "[1, inf)"),
+    "train.epochs": (
+        0.0,
+        "passes over the rows, from which launch/train.py counts the steps; 0 = train.steps",
+        "[0, inf)",
+    ),
     "train.microbatches": (1, "parts a batch is split into, gradients added up", "[1, inf)"),
     "train.reduce_dtype": (
         "float32",
@@ -543,11 +580,13 @@ def validate(config: ConfigDict) -> ConfigDict:
         f"must be at least text.vocabulary = {config.text.vocabulary}",
     )
     _require(
-        config.retrieval.ids != "stored" or data.packing == "document",
+        config.retrieval.ids != "stored" or data.packing != "concat",
         "retrieval.ids",
         config.retrieval.ids,
-        "ids stored with documents need data.packing = 'document', whose rows begin with one",
+        "ids stored with documents need data.packing = 'document', whose rows begin with one, or"
+        " 'chats' or 'pairs'",
     )
+    _check_chats(config)
     _require(
         config.retrieval.candidates >= max(memory.per_chunk, memory.per_prompt_chunk),
         "retrieval.candidates",
@@ -598,6 +637,57 @@ def validate(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def _check_chats(config: ConfigDict) -> None:
+    chat, packing = config.chat, config.data.packing
+    for role in ("user", "assistant"):
+        others = [chat[name] for name in ("user", "assistant", "system") if name != role]
+        _require(
+            chat[role] != "" and chat[role] not in others,
+            f"chat.{role}",
+            chat[role],
+            "the markers of users and assistants must be there and differ from the others",
+        )
+    if packing in PACKED:
+        _require(
+            not config.model.attention.startswith("splash"),
+            "model.attention",
+            config.model.attention,
+            f"cannot keep the texts of a row apart, as data.packing = {packing!r} wants; use"
+            " 'auto' or 'blocked'",
+        )
+    if packing == "pairs":
+        _require(
+            config.memory.dropout == 0,
+            "memory.dropout",
+            config.memory.dropout,
+            "must be 0 with data.packing = 'pairs': the model and its reference read the same",
+        )
+        _require(
+            config.train.refresh_every == 0,
+            "train.refresh_every",
+            config.train.refresh_every,
+            "must be 0 with data.packing = 'pairs': the model and its reference read the same",
+        )
+    _require(
+        config.optimizer.rise_share == 0 or config.train.epochs > 0,
+        "optimizer.rise_share",
+        config.optimizer.rise_share,
+        "is a share of steps that train.epochs gives; without it set optimizer.rise_steps",
+    )
+
+
+def with_epochs(config: ConfigDict, rows: int) -> ConfigDict:
+    """The config with the steps, and the rise, of `train.epochs` passes over so many rows."""
+    if not config.train.epochs:
+        return config
+    resolved = ConfigDict(config.to_dict())
+    steps = max(1, round(config.train.epochs * rows / config.data.batch_rows))
+    share = config.optimizer.rise_share
+    rise = round(share * steps) if share else config.optimizer.rise_steps
+    resolved.train.steps, resolved.optimizer.rise_steps = steps, min(rise, steps)
+    return validate(resolved).lock()
+
+
 def _check_refresh(config: ConfigDict) -> None:
     name, every, train = "train.refresh_every", config.train.refresh_every, config.train
     _require(
@@ -615,6 +705,28 @@ def _check_refresh(config: ConfigDict) -> None:
             f"must be a multiple of train.{other} = {steps}: a checkpoint that stays writes",
         )
 
+
+def use_alignment_settings(config: ConfigDict) -> None:
+    """Sets what Memory³ says of SFT and DPO (method §6.3 and §6.4), by `config.stage`, sft or dpo.
+
+    Cosine with a linear rise over 10 %, weight decay 0.1, batches of 512 rows; SFT has a peak of
+    5e-5 and 3 epochs, DPO one of 4e-6 and β = 0.01. Of DPO the paper gives no more; its batch,
+    rise, decay and one epoch are ours.
+    """
+    sft = config.stage == "sft"
+    config.data.packing = "chats" if sft else "pairs"
+    config.data.batch_rows = 512
+    config.preference.beta = 0.01
+    config.optimizer.schedule = "cosine"
+    config.optimizer.learning_rate = 5e-5 if sft else 4e-6
+    config.optimizer.rise_share, config.optimizer.rise_steps = 0.1, 0
+    config.optimizer.weight_decay = 0.1
+    config.train.epochs = 3.0 if sft else 1.0
+    config.train.microbatches = 1
+
+
+# Values of data.packing with several texts in a row that do not see each other.
+PACKED = ("chats", "pairs")
 
 # The constant prefix `<s>Reference:` as tokens; m3jax.text.tokenizer reserves these entries.
 PREFIX_TOKENS = (1, 2)

@@ -155,6 +155,14 @@ def test_not_among_the_choices(field: str, value: Any, accepted: str) -> None:
         ),
         ({"train__microbatches": 3}, ("train.microbatches = 3", "data.batch_rows = 16")),
         ({"text__vocabulary": 2048}, ("model.vocabulary = 1024", "text.vocabulary = 2048")),
+        ({"chat__user": ""}, ("chat.user", "differ from the others")),
+        ({"chat__assistant": "\nUser:"}, ("chat.user", "differ from the others")),
+        (
+            {"data__packing": "chats", "model__attention": "splash"},
+            ("model.attention", "'auto' or 'blocked'"),
+        ),
+        ({"data__packing": "pairs", "memory__dropout": 0.1}, ("memory.dropout", "must be 0")),
+        ({"optimizer__rise_share": 0.1}, ("optimizer.rise_share", "optimizer.rise_steps")),
         ({"retrieval__ids": "stored"}, ("retrieval.ids", "data.packing = 'document'")),
         (
             {"retrieval__candidates": 4},

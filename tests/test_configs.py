@@ -116,6 +116,20 @@ def test_settings_of_the_paper(name: str) -> None:
     assert (config.retrieval.overlap_train, config.retrieval.shift) == (0.9, 0)
 
 
+@pytest.mark.parametrize("name", PAPER)
+def test_settings_of_the_paper_after_pretraining(name: str) -> None:
+    """SFT: 5e-5, 10 % rise, decay 0.1, batch 512 of 2048, 3 epochs, 8 rounds; DPO: 4e-6, 0.01."""
+    sft, dpo = build(name, stage="sft"), build(name, stage="dpo")
+    for config, peak in ((sft, 5e-5), (dpo, 4e-6)):
+        assert (config.optimizer.schedule, config.optimizer.learning_rate) == ("cosine", peak)
+        assert (config.data.batch_rows, config.data.row_length) == (512, 2048)
+        assert (config.optimizer.rise_share, config.optimizer.weight_decay) == (0.1, 0.1)
+    assert (sft.train.epochs, sft.chat.most_rounds, dpo.preference.beta) == (3, 8, 0.01)
+    resolved = m3jax.config.with_epochs(sft, rows=51_200)
+    assert (resolved.train.steps, resolved.optimizer.rise_steps) == (300, 30)
+    assert m3jax.config.with_epochs(build(name), rows=5).to_dict() == build(name).to_dict()
+
+
 def test_wiki_small_is_small_and_shares_its_embedding() -> None:
     config = build("wiki_small", stage="continual", memories="online", shift=1)
     assert 1e7 < flops.parameters(config).total < 3e7

@@ -8,15 +8,16 @@ training.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
+from jaxtyping import Bool, Int
 from ml_collections import ConfigDict
 
-from m3jax.config import PREFIX_TOKENS
+from m3jax.config import PACKED, PREFIX_TOKENS
 from m3jax.data.knowledge import (
     Version,
     open_bank,
@@ -24,6 +25,7 @@ from m3jax.data.knowledge import (
     open_retriever,
     open_version,
 )
+from m3jax.data.packed import PackedRow, PackedRows
 from m3jax.data.rows import Row, Rows
 from m3jax.memory.bank import Bank, make_binding
 from m3jax.memory.layers import LayeredBank
@@ -32,6 +34,7 @@ from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
 from m3jax.text.documents import TextError
 from m3jax.text.layers import AnyReferences
+from m3jax.text.prepare import INPUTS
 from m3jax.text.tokenizer import Tokenizer
 
 Batch = dict[str, Any]
@@ -54,13 +57,19 @@ class Pipeline:
     A batch is a dict of NumPy arrays: `tokens`, `targets` `(B, T)` int32, `weights` `(B, T)`
       float32, `reference_ids` `(B, C, M)` int32 (−1 = none), and `memory` (an `ExplicitMemory`,
       axes `(B, C, M, L, K, P, H)`, or as the bank stores it, see `decode`) or `reference_tokens`
-      `(B, C, M, W)` int32.
+      `(B, C, M, W)` int32. Packed rows have `starts` and `first_chunks` `(B, T)` too, and pairs
+      `answers` `(B, T)` and `reference_logprobs` `(B, slots)`; see `PackedRow`.
+
+    Attributes:
+      reference_logprobs: of the answers of every row, `(rows, slots)` float32, once they are known
+        (`m3jax.train.reference`); 0 before.
+      version: of the knowledge.
     """
 
     def __init__(
         self,
         config: ConfigDict,
-        rows: Rows,
+        rows: Rows | PackedRows,
         tokenizer: Tokenizer,
         references: AnyReferences | None = None,
         retriever: Retriever | None = None,
@@ -77,6 +86,7 @@ class Pipeline:
         order = grain.MapDataset.range(len(rows)).seed(config.seed).shuffle().repeat()
         self._order = order.batch(batch_rows, drop_remainder=True)
         self.version: Version | None = None
+        self.reference_logprobs: np.ndarray | None = None
         self._counts = {"chunks": 0, "chunks_without_reference": 0}
         self._lock = threading.Lock()
 
@@ -84,16 +94,33 @@ class Pipeline:
         """The batch of a step, or only some of its rows (those of one host)."""
         ids = np.asarray(self._order[step])
         selected = np.arange(self.batch_rows)[slice(None) if rows is None else rows]
-        items = [self.rows[int(row)] for row in ids[selected]]
+        return self.read(ids[selected], self._hidden(step)[selected])
+
+    def read(
+        self, ids: Int[np.ndarray, " n"], hidden: Bool[np.ndarray, "n C"] | None = None
+    ) -> Batch:
+        """A batch of these rows; the memories of `hidden` chunks are left out."""
+        items = [self.rows[int(row)] for row in ids]
         batch: Batch = {
-            "tokens": np.stack([item.tokens[:-1] for item in items]).astype(np.int32),
-            "targets": np.stack([item.tokens[1:] for item in items]).astype(np.int32),
+            "tokens": np.stack([item.inputs for item in items]).astype(np.int32),
+            "targets": np.stack([item.targets for item in items]).astype(np.int32),
             "weights": np.stack([item.weights for item in items]).astype(np.float32),
         }
+        packed = [item for item in items if isinstance(item, PackedRow)]
+        if packed:
+            batch["starts"] = np.stack([item.starts for item in packed])
+            batch["first_chunks"] = np.stack([item.first_chunks for item in packed])
+        if self.rows.slots:
+            batch["answers"] = np.stack([item.answers for item in packed])
+            logprobs = self.reference_logprobs
+            if logprobs is None:
+                logprobs = np.zeros((len(self.rows), self.rows.slots), np.float32)
+            batch["reference_logprobs"] = logprobs[ids]
         if self.config.memory.source == "none":
             return batch
         reference_ids = self._reference_ids(items)
-        reference_ids = np.where(self._hidden(step)[selected][..., None], -1, reference_ids)
+        if hidden is not None:
+            reference_ids = np.where(hidden[..., None], -1, reference_ids)
         batch["reference_ids"] = reference_ids.astype(np.int32)
         with self._lock:
             self._counts["chunks"] += reference_ids[..., 0].size
@@ -129,10 +156,9 @@ class Pipeline:
             counts.update(self.bank.report())
         return counts
 
-    def _reference_ids(self, items: list[Row]) -> np.ndarray:
+    def _reference_ids(self, items: Sequence[Row | PackedRow]) -> np.ndarray:
         """Retrieved references `(B, C, M)` of every chunk, −1 where there is none."""
-        memory = self.config.memory
-        C, M = self.config.data.row_length // memory.chunk_length, memory.per_chunk
+        C, M = self.rows.chunks, self.config.memory.per_chunk
         ids = np.full((len(items), C, M), -1, np.int64)
         if self.retriever is None:
             assert self.references is not None
@@ -143,10 +169,9 @@ class Pipeline:
             return ids
         queries, against, places = [], [], []
         for row, item in enumerate(items):
-            for chunk in range(self.shift, C):
-                low = (chunk - self.shift) * memory.chunk_length
-                queries.append(self.tokenizer.decode(item.tokens[low : low + memory.chunk_length]))
-                against.append(item.tokens)
+            for chunk, query, text in item.queries(self.shift):
+                queries.append(self.tokenizer.decode(query))
+                against.append(text)
                 places.append((row, chunk))
         if places:
             found = self.retriever.retrieve(queries, against, M)
@@ -155,9 +180,8 @@ class Pipeline:
 
     def _hidden(self, step: int) -> np.ndarray:
         """Chunks `(B, C)` of the whole batch whose memories are hidden in this step."""
-        C = self.config.data.row_length // self.config.memory.chunk_length
         generator = np.random.default_rng([self.config.seed, 0x6D33, step])
-        return generator.random((self.batch_rows, C)) < self.dropout
+        return generator.random((self.batch_rows, self.rows.chunks)) < self.dropout
 
     def _reference_tokens(self, ids: np.ndarray) -> np.ndarray:
         assert self.references is not None
@@ -197,13 +221,7 @@ def open_pipeline(
     workdir = Path(workdir)
     train = split == "train"
     tokenizer = Tokenizer.load(workdir / "tokenizer")
-    corpus = Corpus.open(workdir / "corpus" / split)
-    if corpus.tokenizer_fingerprint != tokenizer.fingerprint:
-        raise TextError(
-            f"{workdir / 'corpus' / split} was made with another tokenizer than"
-            f" {workdir / 'tokenizer'}; run launch/prepare.py again"
-        )
-    rows = Rows(corpus, config.data.row_length, config.memory.chunk_length, config.data.packing)
+    rows = _open_rows(config, workdir, split, tokenizer)
     options = {
         "shift": config.retrieval.shift if train else config.evaluation.shift,
         "batch_rows": config.data.batch_rows if train else config.evaluation.batch_rows,
@@ -228,6 +246,27 @@ def open_pipeline(
     pipeline = Pipeline(config, rows, tokenizer, references, retriever, memories, **options)
     pipeline.version = opened
     return pipeline
+
+
+def _open_rows(
+    config: ConfigDict, workdir: Path, split: str, tokenizer: Tokenizer
+) -> Rows | PackedRows:
+    data = config.data
+    packed = data.packing in PACKED
+    folder = workdir / (data.packing if packed else "corpus") / split
+    script = "launch/prepare_chats.py" if packed else "launch/prepare.py"
+    if packed and not (folder.parent / INPUTS).is_file():
+        raise TextError(
+            f"no finished {data.packing} in {folder.parent}; run {script} with this config"
+        )
+    corpus = Corpus.open(folder)
+    if corpus.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise TextError(
+            f"{folder} was made with another tokenizer than {workdir / 'tokenizer'}; run {script}"
+            " again"
+        )
+    make = PackedRows if packed else Rows
+    return make(corpus, data.row_length, config.memory.chunk_length, data.packing)
 
 
 def check_bank(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,24 @@ class Row(NamedTuple):
     tokens: Int[np.ndarray, T + 1]
     weights: Float[np.ndarray, T]  # of each target; 0 for padding, `<s>` and spans without loss
     references: tuple[str, ...]  # keys stored with the document, one per chunk of the row, or ()
+    chunk_length: int
+
+    @property
+    def inputs(self) -> np.ndarray:
+        """Tokens that are fed to the model."""
+        return self.tokens[:-1]
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Tokens that are predicted."""
+        return self.tokens[1:]
+
+    def queries(self, shift: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Chunks that search: number, tokens of the query, tokens of the whole row."""
+        Q = self.chunk_length
+        for chunk in range(shift, len(self.inputs) // Q):
+            low = (chunk - shift) * Q
+            yield chunk, self.tokens[low : low + Q], self.tokens
 
 
 class Rows:
@@ -31,13 +50,17 @@ class Rows:
         incomplete row is left out. `document` gives each document ⌈(n − 1)/T⌉ rows of its own,
         padded.
 
+    Attributes:
+      chunks: of a row.
+      slots: places for answers in a row: none.
+
     Raises:
       TextError: the corpus does not fill one row.
     """
 
     def __init__(self, corpus: Corpus, row_length: int, chunk_length: int, packing: str):
         self.corpus, self.row_length, self.chunk_length = corpus, row_length, chunk_length
-        self.packing = packing
+        self.packing, self.chunks, self.slots = packing, row_length // chunk_length, 0
         lengths = np.asarray(corpus.lengths, np.int64)
         if packing == "concat":
             self._starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -71,7 +94,8 @@ class Rows:
             need -= len(tokens[-1])
             document += 1
             start = int(self._starts[document])
-        return Row(np.concatenate(tokens), np.concatenate(weights)[1:], ())
+        joined = np.concatenate(tokens), np.concatenate(weights)[1:]
+        return Row(*joined, (), self.chunk_length)
 
     def _own(self, index: int) -> Row:
         document = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -83,8 +107,8 @@ class Rows:
         length = len(item.tokens[part])
         tokens[:length] = item.tokens[part]
         weights[:length] = _weights(item)[part]
-        chunks = self.row_length // self.chunk_length
-        return Row(tokens, weights[1:], item.references[number * chunks : (number + 1) * chunks])
+        keys = item.references[number * self.chunks : (number + 1) * self.chunks]
+        return Row(tokens, weights[1:], keys, self.chunk_length)
 
 
 def _weights(item: Any) -> np.ndarray:

@@ -18,15 +18,21 @@ from m3jax.inference.errors import InferenceError
 from m3jax.inference.generate import Generation, Generator
 from m3jax.inference.sampling import Sampling
 from m3jax.inference.sources import Source, as_dict, as_page, as_text, effects_of, sources
+from m3jax.text.chats import Chat, question, read_questions
 from m3jax.text.documents import TextError
 from m3jax.text.files import lines, write_atomically
+from m3jax.text.template import Template
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Fields are the flags of `launch/generate.py`."""
+    """Fields are the flags of `launch/generate.py`.
 
-    prompts: Sequence[str]
+    With `chat` a prompt is a question, or a chat that ends with one.
+    """
+
+    prompts: Sequence[str | Chat]
+    chat: bool = False
     mode: str = "memory"
     new: int = 64
     batch: int = 32
@@ -66,6 +72,17 @@ def read_prompts(path: str | Path) -> list[str]:
     return found
 
 
+def read_chat_prompts(config: ConfigDict, path: str | Path) -> list[str] | list[Chat]:
+    """Questions of a text file, one a line, or chats of JSON lines that end with a question.
+
+    Raises:
+      TextError: no such file, or a line that is none; names file and line.
+    """
+    if str(path).endswith((".jsonl", ".jsonl.gz")):
+        return read_questions(str(path), config.chat.most_rounds)
+    return read_prompts(path)
+
+
 def run(
     config: ConfigDict,
     workdir: Path,
@@ -93,6 +110,11 @@ def run(
         raise InferenceError(
             f"--explain takes memories away, and --mode={request.mode} reads none; use"
             " --mode=memory or cold"
+        )
+    if request.chat and request.mode == "context":
+        raise InferenceError(
+            "--mode=context cuts the older part of one text; chats have the modes none, memory,"
+            " cold and rag"
         )
     records: list[dict[str, Any]] = []
     shown: list[tuple[Generation, list[Source]]] = []
@@ -124,10 +146,7 @@ def _generated(
     session: Session, generator: Generator, request: Request
 ) -> Iterator[tuple[Generation, list[Source]]]:
     """Texts with their sources, printed as they come."""
-    prompts = list(request.prompts)
-    ids: np.ndarray | None = None
-    if request.mode == "rag":
-        prompts, ids = session.rag_prompts(prompts, request.references)
+    shown, prompts, ids = _asked(session, request)
     long: LongGenerator | None = None
     references: Any = None
     if request.mode == "context":
@@ -135,12 +154,13 @@ def _generated(
         references = long.references
     elif request.mode != "none":
         references = session.references
+    generate: Any = generator.generate if long is None else long.generate
     streams = request.stream and len(prompts) == 1
     for low in range(0, len(prompts), request.batch):
         part = prompts[low : low + request.batch]
         if streams:
-            print(request.prompts[0], end="", flush=True)
-        found = (long or generator).generate(
+            print(shown[0], end="", flush=True)
+        found = generate(
             part,
             request.new,
             groups=request.groups,
@@ -148,7 +168,7 @@ def _generated(
             listener=_say if streams else None,
         )
         for number, generation in enumerate(found):
-            print("" if streams else request.prompts[low + number] + generation.text)
+            print("" if streams else shown[low + number] + generation.text)
             read: list[Source] = []
             if generation.chunks:
                 effects = effects_of(generator, generation) if request.explain else None
@@ -158,6 +178,31 @@ def _generated(
             if request.sources and request.mode != "none":
                 print(as_text(read))
             yield generation, read
+
+
+def _asked(
+    session: Session, request: Request
+) -> tuple[list[str], list[str | np.ndarray], np.ndarray | None]:
+    """Prompts as they are printed and as they are fed; references in them, `(n, references)`."""
+    ids: np.ndarray | None = None
+    if not request.chat:
+        shown = [str(prompt) for prompt in request.prompts]
+        prompts = shown
+        if request.mode == "rag":
+            prompts, ids = session.rag_prompts(shown, request.references)
+        return shown, list(prompts), ids
+    chats = [one if isinstance(one, Chat) else question(one) for one in request.prompts]
+    shown = [f"{chat.turns[-1].text}\n\N{RIGHTWARDS ARROW}" for chat in chats]
+    if request.mode == "rag":
+        asked = [chat.turns[-1].text for chat in chats]
+        texts, ids = session.rag_prompts(asked, request.references)
+        chats = [
+            dataclasses.replace(
+                chat, turns=(*chat.turns[:-1], dataclasses.replace(chat.turns[-1], text=text))
+            )
+            for chat, text in zip(chats, texts, strict=True)
+        ]
+    return shown, list(Template(session.config.chat, session.tokenizer).prompts(chats)), ids
 
 
 def _given(references: Any, ids: np.ndarray) -> list[Source]:

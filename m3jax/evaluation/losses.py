@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import Batch, Pipeline, open_pipeline
+from m3jax.evaluation.preferences import PreferenceEvaluator
 from m3jax.memory.sparsify import sparsifier
 from m3jax.mesh import host_rows, to_global
 from m3jax.model.transformer import Model, Params
@@ -99,7 +100,9 @@ def evaluator(
     bank: str | Path | None = None,
     version: int | None = None,
     mesh: Mesh | None = None,
-) -> LossEvaluator:
+) -> LossEvaluator | PreferenceEvaluator:
     """The validation evaluator of a prepared workdir; arguments as of `open_pipeline`."""
     pipeline = open_pipeline(config, workdir, split="validation", bank=bank, version=version)
+    if config.data.packing == "pairs":
+        return PreferenceEvaluator(config, pipeline, mesh)
     return LossEvaluator(config, pipeline, mesh)

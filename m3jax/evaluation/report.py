@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3jax.config import prefix_tokens
+from m3jax.config import ConfigError, prefix_tokens
 from m3jax.data.knowledge import open_retriever
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.evaluation.losses import MODES, LossEvaluator
@@ -44,6 +44,12 @@ def evaluate(
       CheckpointError, BankError, TextError, RetrievalError: a part is missing or does not fit.
     """
     checkpoint = Path(checkpoint or workdir / config.stage)
+    if config.data.packing == "pairs":
+        raise ConfigError(
+            f"config.data.packing = 'pairs': pairs have no loss a token. Evaluate {checkpoint} with"
+            f" the config of another stage and --checkpoint={checkpoint}; metrics.jsonl has what it"
+            " gained"
+        )
     pipeline = open_pipeline(config, workdir, split="validation", bank=bank, version=version)
     model = Model(config, prefix_tokens(config))
     tokenizer = pipeline.tokenizer

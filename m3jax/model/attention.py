@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from m3jax.model.fused import fused_attend
 from m3jax.model.keyvalues import ExplicitMemory as ExplicitMemory
 from m3jax.model.keyvalues import KeyValues as KeyValues
+from m3jax.model.keyvalues import Packing as Packing
 from m3jax.model.keyvalues import concatenate, visible_mask
 from m3jax.model.keyvalues import memory_mask as memory_mask
 from m3jax.model.splash import splash_attend
@@ -27,7 +28,7 @@ MASKED = -1e30  # a finite score: rows are never empty, since a token always see
 IMPLEMENTATIONS = ("naive", "blocked", "splash", "splash_interpret", "cudnn", "xla")
 
 
-def resolve(name: str, platform: str, dtype: DTypeLike, head_dim: int) -> str:
+def resolve(name: str, platform: str, dtype: DTypeLike, head_dim: int, packed: bool = False) -> str:
     """The implementation that `auto` stands for; any other name is returned as it is.
 
     Asked once, while a step is built: `splash` on TPU, `cudnn` on an NVIDIA GPU where its kernel
@@ -38,11 +39,12 @@ def resolve(name: str, platform: str, dtype: DTypeLike, head_dim: int) -> str:
       platform: `platform` of the devices that will run the step: tpu, gpu, cuda, rocm, cpu.
       dtype: dtype of queries, keys and values, `config.model.compute_dtype`.
       head_dim: `config.model.head_dim`.
+      packed: whether rows hold several texts that do not see each other, which splash cannot do.
     """
     if name != "auto":
         return name
     if platform == "tpu":
-        return "splash"
+        return "blocked" if packed else "splash"
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     if platform in ("gpu", "cuda") and half and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
@@ -55,6 +57,7 @@ def attend(
     v_BTKH: Float[Array, "B T K H"],
     prefix: KeyValues | None = None,
     memory: ExplicitMemory | None = None,
+    packing: Packing | None = None,
     *,
     chunk_length: int = 64,
     window: int = 1,
@@ -68,7 +71,8 @@ def attend(
       q_BTKGH, k_BTKH, v_BTKH: queries, keys (RoPE applied) and values of the context.
       prefix: keys and values in front of every row.
       memory: memories of one layer, `(B, C, M, K, P, H)` and length `(B, C, M)`, C·chunk_length ≥
-        T.
+        T; with `packing` as many chunks as the texts of a row have.
+      packing: several texts in a row, each of which sees itself and its memories only; None: one.
       chunk_length: tokens Q of a chunk.
       window: chunks whose memories a query reads, its own included.
       implementation: `naive` holds all scores; `blocked` works on `block` queries at a time, never
@@ -85,17 +89,25 @@ def attend(
       ValueError: the implementation is unknown, or cannot take these arrays.
     """
     if implementation == "naive":
-        return _attend_block(0, chunk_length, window, q_BTKGH, k_BTKH, v_BTKH, prefix, memory)
+        return _attend_block(
+            *(0, chunk_length, window, q_BTKGH, k_BTKH, v_BTKH, prefix, memory), packing=packing
+        )
     function: Callable[..., Array]
     options: dict[str, Any] = {"chunk_length": chunk_length, "window": window}
     if implementation == "blocked":
-        function, options = _blocked_attend, {**options, "block": block}
+        function, options = _blocked_attend, {**options, "block": block, "packing": packing}
     elif implementation in ("splash", "splash_interpret"):
+        if packing is not None:
+            raise ValueError(
+                f"attention {implementation!r} cannot keep the texts of a packed row apart; set"
+                " model.attention = 'blocked'"
+            )
         interpret = implementation == "splash_interpret"
         blocks = {"block": block, "kv_block": kv_block, "interpret": interpret}
         function, options = splash_attend, {**options, **blocks}
     elif implementation in ("cudnn", "xla"):
-        function, options = fused_attend, {**options, "implementation": implementation}
+        options |= {"implementation": implementation, "packing": packing}
+        function = fused_attend
     else:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"attention implementation {implementation!r}; known: {known}")
@@ -112,13 +124,16 @@ def _blocked_attend(
     chunk_length: int,
     window: int,
     block: int,
+    packing: Packing | None,
 ) -> Array:
     T = q_BTKGH.shape[1]
     outputs = []
     for start in range(0, T, block):
         stop = min(start + block, T)
-        low = max(0, start // chunk_length - window + 1)
-        high = (stop - 1) // chunk_length + 1
+        low, high = 0, None  # a packed row's chunks are where its texts are
+        if packing is None:
+            low = max(0, start // chunk_length - window + 1)
+            high = (stop - 1) // chunk_length + 1
         part = None if memory is None else jax.tree.map(lambda x, a=low, b=high: x[:, a:b], memory)
 
         def body(
@@ -127,14 +142,15 @@ def _blocked_attend(
             v: Array,
             prefix: KeyValues | None,
             part: ExplicitMemory | None,
+            packing: Packing | None,
             start: int = start,
             low: int = low,
         ) -> Array:
-            return _attend_block(start, chunk_length, window, q, k, v, prefix, part, low)
+            return _attend_block(start, chunk_length, window, q, k, v, prefix, part, low, packing)
 
         outputs.append(
             jax.checkpoint(body)(
-                q_BTKGH[:, start:stop], k_BTKH[:, :stop], v_BTKH[:, :stop], prefix, part
+                q_BTKGH[:, start:stop], k_BTKH[:, :stop], v_BTKH[:, :stop], prefix, part, packing
             )
         )
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
@@ -150,11 +166,12 @@ def _attend_block(
     prefix: KeyValues | None,
     memory: ExplicitMemory | None,
     low: int = 0,
+    packing: Packing | None = None,
 ) -> Array:
     """Attention of the queries `start …` over all keys given; `low` is the first chunk in
     `memory`."""
     weights_BKGTS = attention_weights(
-        q_BTKGH, k_BSKH, prefix, memory, start, chunk_length, window, low
+        q_BTKGH, k_BSKH, prefix, memory, start, chunk_length, window, low, packing
     )
     _, values = concatenate(k_BSKH, v_BSKH, prefix, memory)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), values)
@@ -169,13 +186,14 @@ def attention_weights(
     chunk_length: int = 64,
     window: int = 1,
     low: int = 0,
+    packing: Packing | None = None,
 ) -> Float[Array, "B K G T keys"]:
     """Softmax weights in float32, keys in the order [prefix ; memories ; context].
 
     Args:
       q_BTKGH: queries of the tokens `start …`.
       k_BSKH: context keys of the tokens 0 ….
-      prefix, memory, chunk_length, window: as in `attend`.
+      prefix, memory, chunk_length, window, packing: as in `attend`.
       start: position in the row of the first query.
       low: chunk of the row that is the first in `memory`.
     """
@@ -185,6 +203,6 @@ def attention_weights(
         "BTKGH,BSKH->BKGTS", q_BTKGH, keys, preferred_element_type=jnp.float32
     ) * (H**-0.5)
     query_T = start + jnp.arange(T)
-    mask_BTS = visible_mask(query_T, S, prefix, memory, chunk_length, window, low)
+    mask_BTS = visible_mask(query_T, S, prefix, memory, chunk_length, window, low, packing)
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
     return jax.nn.softmax(scores_BKGTS, axis=-1)

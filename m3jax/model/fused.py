@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from m3jax.model.keyvalues import ExplicitMemory, KeyValues, concatenate, visible_mask
+from m3jax.model.keyvalues import ExplicitMemory, KeyValues, Packing, concatenate, visible_mask
 
 
 def fused_attend(
@@ -30,11 +30,12 @@ def fused_attend(
     chunk_length: int = 64,
     window: int = 1,
     implementation: Literal["cudnn", "xla"] = "cudnn",
+    packing: Packing | None = None,
 ) -> Float[Array, "B T K G H"]:
     """`attend` by one call of `jax.nn.dot_product_attention`: the same arguments and result.
 
     Args:
-      q_BTKGH, k_BTKH, v_BTKH, prefix, memory, chunk_length, window: as in `attend`.
+      q_BTKGH, k_BTKH, v_BTKH, prefix, memory, chunk_length, window, packing: as in `attend`.
       implementation: `cudnn`, or `xla` for the same call on any platform, which holds all scores.
 
     Raises:
@@ -45,14 +46,16 @@ def fused_attend(
         _check_cudnn(q_BTKGH)
     keys, values = concatenate(k_BTKH, v_BTKH, prefix, memory)
     q_BTNH = q_BTKGH.reshape(B, T, K * G, H)
-    if memory is None:
+    if memory is None and packing is None:
         front = keys.shape[1] - T
         q_BTNH = jnp.pad(q_BTNH, ((0, 0), (front, 0), (0, 0), (0, 0)))
         out = jax.nn.dot_product_attention(
             q_BTNH, keys, values, is_causal=True, implementation=implementation
         )[:, front:]
     else:
-        mask = visible_mask(jnp.arange(T), T, prefix, memory, chunk_length, window)[:, None]
+        mask = visible_mask(
+            jnp.arange(T), T, prefix, memory, chunk_length, window, packing=packing
+        )[:, None]
         # With a mask, cuDNN's gradient takes even lengths only: a query and a key to throw away.
         q_BTNH, (keys, values) = _even(q_BTNH), (_even(keys), _even(values))
         rows, columns = (x.shape[1] - n for x, n in ((q_BTNH, T), (keys, mask.shape[-1])))

@@ -29,6 +29,25 @@ class ExplicitMemory(NamedTuple):
     length: Int[Array, ...]
 
 
+class Packing(NamedTuple):
+    """Several texts in a row that do not see each other; each has chunks of its own.
+
+    Memories of a packed row are those of the chunks of its first text, then of its second, …; a
+    text of n tokens has ⌈n / chunk_length⌉ of them.
+
+    starts: index in the row of the first token of a token's text, `(B, T)` int32.
+    first_chunks: number in the row of the first chunk of its text, `(B, T)` int32.
+    """
+
+    starts: Int[Array, "B T"]
+    first_chunks: Int[Array, "B T"]
+
+    @property
+    def positions(self) -> Int[Array, "B T"]:
+        """Position of every token in its text, from 0."""
+        return jnp.arange(self.starts.shape[1])[None] - self.starts
+
+
 def visible_mask(
     query_T: Int[Array, T],
     context: int,
@@ -37,21 +56,26 @@ def visible_mask(
     chunk_length: int,
     window: int,
     low: int = 0,
+    packing: Packing | None = None,
 ) -> Bool[Array, "rows T keys"]:
     """Which keys, in the order [prefix ; memories ; context], each query sees.
 
     Args:
       query_T: positions in the row of the queries.
       context: keys of the context, the tokens 0 ….
-      prefix, memory, chunk_length, window: as in `attend`.
+      prefix, memory, chunk_length, window, packing: as in `attend`.
       low: chunk of the row that is the first in `memory`.
 
     Returns:
-      One mask for every row; without memory one for all rows, since only the lengths differ.
+      One mask for every row; one for all rows where they differ in nothing: without memory and
+      packing.
     """
     masks = [(query_T[:, None] >= jnp.arange(context)[None])[None]]
+    if packing is not None:
+        own_BTS = jnp.arange(context)[None, None] >= packing.starts[:, query_T][..., None]
+        masks = [masks[0] & own_BTS]
     if memory is not None:
-        masks.insert(0, memory_mask(query_T, memory, chunk_length, window, low))
+        masks.insert(0, memory_mask(query_T, memory, chunk_length, window, low, packing))
     if prefix is not None:
         masks.insert(0, jnp.ones((1, query_T.shape[0], prefix.keys.shape[0]), bool))
     rows = max(mask.shape[0] for mask in masks)
@@ -66,13 +90,21 @@ def memory_mask(
     chunk_length: int,
     window: int,
     low: int = 0,
+    packing: Packing | None = None,
 ) -> Bool[Array, "B T slots"]:
     """Which memory slots (C·M·P, chunk-major) each query of the row reads."""
     B, C, M = memory.length.shape
     P = memory.keys.shape[-2]
-    distance_TC = query_T[:, None] // chunk_length - (low + jnp.arange(C))[None]
-    in_window_TC = (distance_TC >= 0) & (distance_TC < window)
-    visible = in_window_TC[None, :, :, None, None] & real_slots(memory)[:, None]
+    chunk_C = (low + jnp.arange(C))[None, None]
+    query_chunk = query_T[None] // chunk_length  # one for all rows, (1, T)
+    if packing is not None:
+        first = packing.first_chunks[:, query_T]
+        query_chunk = first + packing.positions[:, query_T] // chunk_length
+    distance_BTC = query_chunk[..., None] - chunk_C
+    in_window_BTC = (distance_BTC >= 0) & (distance_BTC < window)
+    if packing is not None:
+        in_window_BTC = in_window_BTC & (chunk_C >= first[..., None])
+    visible = in_window_BTC[..., None, None] & real_slots(memory)[:, None]
     return visible.reshape(B, query_T.shape[0], C * M * P)
 
 

@@ -23,14 +23,21 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from m3jax.config import PREFIX_TOKENS
+from m3jax.config import PACKED, PREFIX_TOKENS
 from m3jax.mesh import PARAMETERS
-from m3jax.model.attention import ExplicitMemory, KeyValues, attend, attention_weights, resolve
+from m3jax.model.attention import (
+    ExplicitMemory,
+    KeyValues,
+    Packing,
+    attend,
+    attention_weights,
+    resolve,
+)
 from m3jax.model.block import Block, rms_norm
 from m3jax.model.parallel import Parallel
 from m3jax.model.rope import rotate
 from m3jax.model.splash import RESIDUALS as ATTENTION
-from m3jax.model.vocabulary import cross_entropy, lookup
+from m3jax.model.vocabulary import cross_entropy, lookup, token_losses
 from m3jax.model.windows import attend_in_windows
 
 nnx.use_eager_sharding(False)  # parameters carry axis names; no mesh is needed to create them
@@ -132,7 +139,10 @@ class Model:
         )
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         self.attention = {
-            "implementation": resolve(model.attention, platform, self.dtype, model.head_dim),
+            "implementation": resolve(
+                *(model.attention, platform, self.dtype, model.head_dim),
+                packed=config.data.packing in PACKED,
+            ),
             "block": model.attention_block,
             "kv_block": model.attention_kv_block,
         }
@@ -177,6 +187,7 @@ class Model:
         sparsify: Callable | None = None,
         *,
         window: int | None = None,
+        packing: Packing | None = None,
     ) -> Float[Array, "B T V"]:
         """Next-token logits in float32.
 
@@ -188,10 +199,11 @@ class Model:
             a row of zeros is no reference.
           sparsify: `memory.sparsify.sparsifier(config)`; needed with `reference_tokens`.
           window: chunks whose memories a query reads; default from the config.
+          packing: several texts in a row, which do not see each other; C is then the number of
+            their chunks. None: one text.
         """
-        return self.head(
-            params, self.hidden(params, tokens_BT, memory, reference_tokens, sparsify, window)
-        )
+        hidden = self.hidden(params, tokens_BT, memory, reference_tokens, sparsify, window, packing)
+        return self.head(params, hidden)
 
     def hidden(
         self,
@@ -201,9 +213,12 @@ class Model:
         reference_tokens: Int[Array, "B C M W"] | None = None,
         sparsify: Callable | None = None,
         window: int | None = None,
+        packing: Packing | None = None,
     ) -> Float[Array, "B T D"]:
         """Hidden states after the last layer, before the final norm; arguments as in `logits`."""
-        return self._run(params, tokens_BT, memory, reference_tokens, sparsify, window)[0]
+        return self._run(
+            params, tokens_BT, memory, reference_tokens, sparsify, window, packing=packing
+        )[0]
 
     def memory_attention(
         self, params: Params, tokens_BT: Int[Array, "B T"], memory: ExplicitMemory, window: int
@@ -230,6 +245,13 @@ class Model:
         return cross_entropy(
             self.parallel, x, table, targets_BT, weights_BT, self.config.train.loss_block
         )
+
+    def token_losses(
+        self, params: Params, hidden: Float[Array, "B T D"], targets_BT: Int[Array, "B T"]
+    ) -> Float[Array, "B T"]:
+        """Cross-entropy of every token in nats, without a gradient."""
+        x, table = self._head(params, hidden)
+        return token_losses(self.parallel, x, table, targets_BT, self.config.train.loss_block)
 
     def _head(self, params: Params, hidden: Array) -> tuple[Array, Array]:
         """Normed hidden states and the table of the LM head."""
@@ -278,6 +300,7 @@ class Model:
         sparsify: Callable | None,
         window: int | None,
         observe: bool = False,
+        packing: Packing | None = None,
     ) -> tuple[Array, Any]:
         window = self.config.memory.window if window is None else window
         lead, usable_RW = None, None
@@ -286,7 +309,7 @@ class Model:
             reference_tokens = reference_tokens.reshape(-1, W)
             usable_RW = reference_tokens != 0
         streams, hidden = self.embed(params, tokens_BT, reference_tokens)
-        layer = Layer(self, streams, window, observe, sparsify, usable_RW, lead)
+        layer = Layer(self, streams, window, observe, sparsify, usable_RW, lead, packing=packing)
         hidden = self._scan_plain(params, "lower", layer, hidden)
         hidden, observed = self._scan_memory(params, layer, hidden, memory)
         layer = dataclasses.replace(layer, streams=streams._replace(references=(0, 0)))
@@ -398,6 +421,7 @@ class Layer:
     usable_RW: Array | None = None
     lead: Sequence[int] | None = None  # (B, C, M): the context reads the references
     windows: Array | None = None  # (B, slots): references attend to others, too
+    packing: Packing | None = None  # the context is several texts a row
 
     def plain(self, block: Block, hidden: Array) -> Array:
         references, context, prefix = self.heads(block, hidden)
@@ -435,14 +459,16 @@ class Layer:
     def heads(self, block: Block, hidden: Array) -> list[_Heads | None]:
         """What each stream attends with, in the order of `Streams`."""
         config, prefix = self.model.config, len(self.model.prefix_tokens)
-        first_positions = (prefix, prefix + config.memory.reference_length, 0)
+        first_context = prefix + config.memory.reference_length
         by_stream = zip(*(self.streams.split(x) for x in block.qkv(hidden)), strict=True)
         found: list[_Heads | None] = []
-        for first, (q, k, v) in zip(first_positions, by_stream, strict=True):
+        for first, (q, k, v) in zip((prefix, first_context, 0), by_stream, strict=True):
             if q is None:
                 found.append(None)
                 continue
             positions, base = first + jnp.arange(q.shape[1]), config.model.rope_base
+            if self.packing is not None and len(found) == 1:  # the context
+                positions = first + self.packing.positions
             found.append(_Heads(rotate(q, positions, base), rotate(k, positions, base), v, q, k))
         return found
 
@@ -474,12 +500,21 @@ class Layer:
         observed = None
         chunks = {"chunk_length": self.model.config.memory.chunk_length, "window": self.window}
         if self.observe:
-            weights = attention_weights(heads.q, heads.k, prefix, memory, **chunks)
+            weights = attention_weights(
+                heads.q, heads.k, prefix, memory, **chunks, packing=self.packing
+            )
             observed = weights[
                 ..., len(self.model.prefix_tokens) : weights.shape[-1] - heads.k.shape[1]
             ]
         attended = attend(
-            heads.q, heads.k, heads.v, prefix, memory, **chunks, **self.model.attention
+            heads.q,
+            heads.k,
+            heads.v,
+            prefix,
+            memory,
+            self.packing,
+            **chunks,
+            **self.model.attention,
         )
         return attended, observed
 

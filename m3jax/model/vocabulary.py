@@ -84,6 +84,47 @@ def cross_entropy(
     return total(x_BTD, table_VD, targets_BT, weights_BT)
 
 
+def token_losses(
+    parallel: Parallel,
+    x_BTD: Float[Array, "B T D"],
+    table_VD: Float[Array, "V D"],
+    targets_BT: Int[Array, "B T"],
+    block: int,
+) -> Float[Array, "B T"]:
+    """Cross-entropy of every token in nats, without a gradient; arguments as in `cross_entropy`."""
+    T = x_BTD.shape[1]
+    block = next(size for size in range(min(block, T), 0, -1) if T % size == 0)
+    x_BTD, table_VD = jax.lax.stop_gradient((x_BTD, table_VD))
+    table = parallel.whole(table_VD, 0)
+
+    def one(inputs: tuple[Array, Array]) -> Array:
+        x, targets = inputs
+        logits = jnp.einsum("BQD,VD->BQV", x, table, preferred_element_type=jnp.float32)
+        normalizer, scored, _, _ = _scores(parallel, logits, targets)
+        return normalizer - scored
+
+    blocks = jax.tree.map(
+        lambda a: jnp.moveaxis(a.reshape(a.shape[0], T // block, block, *a.shape[2:]), 1, 0),
+        (x_BTD, targets_BT),
+    )
+    return jnp.moveaxis(jax.lax.map(one, blocks), 0, 1).reshape(targets_BT.shape)
+
+
+def _scores(parallel: Parallel, logits: Array, targets: Array) -> tuple[Array, Array, Array, Array]:
+    """Log-sum-exp, logit of the target, the most probable token, and where the target is."""
+    V = logits.shape[-1]
+    rows, here = _own_rows(parallel, targets, V)
+    predicted, largest = _most_probable(parallel, logits)
+    total = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
+    normalizer = largest + jnp.log(parallel.sum(total, "tensor"))
+    scored = jnp.take_along_axis(logits, rows[..., None], axis=-1)[..., 0]
+    hit = jnp.arange(V)[None, None] == rows[..., None]
+    if here is not None:
+        scored = parallel.sum(jnp.where(here, scored, 0.0), "tensor")
+        hit = hit & here[..., None]
+    return normalizer, scored, predicted, hit
+
+
 def _sums(
     parallel: Parallel,
     block: int,
@@ -95,7 +136,7 @@ def _sums(
 ) -> Any:
     """The two sums, and (with `gradient`) gradients of the loss for `x` and `part`, else None."""
     table = parallel.whole(part, 0)
-    V, length = table.shape[0], x.shape[1]
+    length = x.shape[1]
     blocks = jax.tree.map(
         lambda a: jnp.moveaxis(a.reshape(a.shape[0], length // block, block, *a.shape[2:]), 1, 0),
         (x, targets, weights.astype(jnp.float32)),
@@ -104,15 +145,7 @@ def _sums(
     def one(carry: Any, inputs: tuple[Array, Array, Array]) -> tuple[Any, Any]:
         x, targets, weights = inputs
         logits = jnp.einsum("BQD,VD->BQV", x, table, preferred_element_type=jnp.float32)
-        rows, here = _own_rows(parallel, targets, V)
-        predicted, largest = _most_probable(parallel, logits)
-        total = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
-        normalizer = largest + jnp.log(parallel.sum(total, "tensor"))
-        scored = jnp.take_along_axis(logits, rows[..., None], axis=-1)[..., 0]
-        hit = jnp.arange(V)[None, None] == rows[..., None]
-        if here is not None:
-            scored = parallel.sum(jnp.where(here, scored, 0.0), "tensor")
-            hit = hit & here[..., None]
+        normalizer, scored, predicted, hit = _scores(parallel, logits, targets)
         loss = carry[0] + jnp.sum(weights * (normalizer - scored))
         correct = carry[1] + jnp.sum(weights * (predicted == targets))
         if not gradient:

@@ -60,6 +60,74 @@ class EncodedDocument:
     characters: int
     bytes: int
 
+    @classmethod
+    def of(cls, document: TokenDocument, text: str, dtype: np.dtype) -> EncodedDocument:
+        """The record of a document; `text` is what its tokens say, for the counts."""
+        tokens, weights = document.tokens, document.weights
+        record: dict[str, Any] = {"id": document.id, "tokens": tokens.astype(dtype).tobytes()}
+        if weights is not None:
+            record["weights"] = weights.astype(np.uint8).tobytes()
+        if document.references:
+            record["references"] = list(document.references)
+        return cls(record, len(tokens), len(text), len(text.encode()))
+
+
+class CorpusWriter:
+    """Writes a corpus document by document; `finish` makes it one.
+
+    Documents go round robin: document i is record i // S of shard i % S. `lengths.bin` holds the
+    tokens of every document (int64); `manifest.json` is written last.
+
+    Args:
+      folder: where to write, replacing what is there.
+      tokenizer: of the documents; its fingerprint goes into the manifest.
+      shards: most shard files; there are no more than documents.
+
+    A context manager: an error leaves no temporary files.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], tokenizer: Tokenizer, shards: int) -> None:
+        self.folder, self._tokenizer = folder, tokenizer
+        self._dtype = dtype_of_tokens(tokenizer.size)
+        self._writing = writing(folder, shards, ["lengths.bin"])
+        self._tokens = self._characters = self._bytes = 0
+
+    def __enter__(self) -> CorpusWriter:
+        self._writer = self._writing.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._writing.__exit__(*error)
+
+    def write(self, document: TokenDocument, text: str) -> None:
+        """Appends a document; `text` is what its tokens say, for the counts."""
+        self.append(EncodedDocument.of(document, text, self._dtype))
+
+    def append(self, document: EncodedDocument) -> None:
+        """Appends a document."""
+        self._writer.write(document.record, lengths=document.tokens.to_bytes(8, "little"))
+        self._tokens += document.tokens
+        self._characters += document.characters
+        self._bytes += document.bytes
+
+    def finish(self) -> CorpusInfo:
+        """Commits the corpus.
+
+        Raises:
+          TextError: it has no document.
+        """
+        if not self._writer.count:
+            raise TextError(f"no documents for {self.folder}; give documents with text")
+        content = {
+            "tokenizer": self._tokenizer.fingerprint,
+            "dtype": self._dtype.str,
+            "tokens": self._tokens,
+            "characters": self._characters,
+            "text_bytes": self._bytes,
+        }
+        self._writer.finish(_KIND, content)
+        return CorpusInfo(self._writer.count, self._tokens, self._characters, self._bytes)
+
 
 def write_corpus(
     documents: Iterable[Document],
@@ -89,9 +157,6 @@ def write_encoded(
 ) -> CorpusInfo:
     """Writes tokenized documents into `folder`, replacing what is there.
 
-    Documents go round robin: document i is record i // S of shard i % S. `lengths.bin` holds the
-    tokens of every document (int64); `manifest.json` is written last.
-
     Args:
       documents: what `encode_documents` yields, read once, one at a time.
       tokenizer: the tokenizer they were encoded with.
@@ -101,25 +166,10 @@ def write_encoded(
     Raises:
       TextError: no documents.
     """
-    tokens = characters = size = 0
-    with writing(folder, shards, ["lengths.bin"]) as writer:
+    with CorpusWriter(folder, tokenizer, shards) as writer:
         for document in documents:
-            writer.write(document.record, lengths=document.tokens.to_bytes(8, "little"))
-            tokens += document.tokens
-            characters += document.characters
-            size += document.bytes
-        if not writer.count:
-            raise TextError(f"no documents for {folder}; give documents with text")
-        info = CorpusInfo(writer.count, tokens, characters, size)
-        content = {
-            "tokenizer": tokenizer.fingerprint,
-            "dtype": dtype_of_tokens(tokenizer.size).str,
-            "tokens": tokens,
-            "characters": characters,
-            "text_bytes": size,
-        }
-        writer.finish(_KIND, content)
-    return info
+            writer.append(document)
+        return writer.finish()
 
 
 def encode_documents(
@@ -133,13 +183,8 @@ def encode_documents(
     dtype = dtype_of_tokens(tokenizer.size)
     for batch in in_batches(documents):
         for document, ids, weights in _encode(batch, tokenizer):
-            record = {"id": document.id, "tokens": ids.astype(dtype).tobytes()}
-            if weights is not None:
-                record["weights"] = weights.astype(np.uint8).tobytes()
-            if document.references:
-                record["references"] = list(document.references)
-            size = len(document.text.encode())
-            yield EncodedDocument(record, len(ids), len(document.text), size)
+            encoded = TokenDocument(ids, weights, document.references, document.id)
+            yield EncodedDocument.of(encoded, document.text, dtype)
 
 
 def _encode(
@@ -152,9 +197,10 @@ def _encode(
         if document.no_loss:
             ids, spans = tokenizer.encode_with_offsets(document.text)
             weights = np.concatenate([[1], _target_weights(document, spans), [1]])
+            weights = weights.astype(np.float32)
         else:
             ids = next(plain)
-        yield document, np.concatenate([[BOS], ids, [END]]), weights
+        yield document, np.concatenate([[BOS], ids, [END]]).astype(np.int32), weights
 
 
 def _target_weights(document: Document, spans: np.ndarray) -> np.ndarray:
@@ -179,10 +225,11 @@ class Corpus:
       total_tokens: their sum.
       fingerprint: hex hash of all documents and the tokenizer.
       tokenizer_fingerprint: the tokenizer the corpus was made with.
+      folder: where it is.
     """
 
     def __init__(self, records: Records) -> None:
-        self._records = records
+        self._records, self.folder = records, records.folder
         self._dtype = np.dtype(records.manifest["dtype"])
         self.lengths = np.fromfile(records.folder / "lengths.bin", "<i8")
         self.total_tokens: int = records.manifest["tokens"]

@@ -103,6 +103,20 @@ class Checkpoints:
         self._meta["writer"] = None if writer is None else dict(writer)
         self._meta["knowledge"] = version
 
+    def check_reads(self, meta: Mapping[str, Any], checkpoint: str | Path) -> None:
+        """Refuses to start from a checkpoint that has learned to read another writer's memories.
+
+        Args:
+          meta: of the checkpoint.
+          checkpoint: its stage folder, or its own.
+        """
+        if not reads(meta, checkpoint, self._meta["writer"]):
+            raise CheckpointError(
+                f"checkpoint {checkpoint} was trained on memories of the writer {meta['writer']},"
+                f" but this run reads memories of {self._meta['writer']}; use the bank that the"
+                " checkpoint has read"
+            )
+
     def save(self, state: TrainState, step: int) -> None:
         """Copies the state and writes it in the background; does nothing when `step` is saved."""
         if self._manager.latest_step() == step:

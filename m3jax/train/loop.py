@@ -202,6 +202,7 @@ def _start(
         params, meta = restore_params(
             init_from, model, mesh=mesh, tokenizer_fingerprint=checkpoints.tokenizer_fingerprint
         )
+        checkpoints.check_reads(meta, init_from)
         progress.message(f"{config.stage}: starting from step {meta['step']} of {init_from}")
     return init_state(config, model, optimizer, abstract, params)
 

@@ -11,14 +11,24 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from m3jax.mesh import ACTIVATIONS, BATCH_AXES, on_devices
-from m3jax.model.attention import ExplicitMemory
+from m3jax.model.attention import ExplicitMemory, Packing
 from m3jax.model.transformer import Model, Params
 
 Batch = Mapping[str, Any]
 Decode = Callable[[ExplicitMemory], ExplicitMemory]
 
 # What the model reads of a batch; `reference_ids` are for people and logs.
-INPUTS = ("tokens", "targets", "weights", "memory", "reference_tokens")
+INPUTS = (
+    "tokens",
+    "targets",
+    "weights",
+    "memory",
+    "reference_tokens",
+    "starts",
+    "first_chunks",
+    "answers",
+    "reference_logprobs",
+)
 
 
 class Sums(NamedTuple):
@@ -47,23 +57,39 @@ def sums(
       model: the model.
       params: its parameters.
       batch: `tokens (B, T)`, `targets (B, T)`, `weights (B, T)`, and `memory` (ExplicitMemory of
-        `(B, C, M, L, K, P, H)`) or `reference_tokens (B, C, M, W)` or neither.
+        `(B, C, M, L, K, P, H)`) or `reference_tokens (B, C, M, W)` or neither; with several texts
+        in a row `starts (B, T)` and `first_chunks (B, T)`, see `Packing`.
       sparsify: `memory.sparsify.sparsifier(config)`; needed with `reference_tokens`.
       decode: makes memories of what the bank stores (`Codec.decode`); None: they are.
     """
+    hidden = hidden_of(model, params, batch, sparsify, decode)
+    weights = batch["weights"].astype(jnp.float32)
+    loss, correct = model.summed_loss(params, hidden, batch["targets"], weights)
+    return Sums(loss, jnp.sum(weights), correct)
+
+
+def hidden_of(
+    model: Model,
+    params: Params,
+    batch: Batch,
+    sparsify: Callable | None,
+    decode: Decode | None = None,
+) -> Float[Array, "B T D"]:
+    """Hidden states of a batch before the final norm; arguments as in `sums`."""
     memory = batch.get("memory")
     if memory is not None and decode is not None:
         memory = decode(memory)
-    hidden = model.hidden(
+    packing = None
+    if "starts" in batch:
+        packing = Packing(batch["starts"], batch["first_chunks"])
+    return model.hidden(
         params,
         batch["tokens"],
         memory=memory,
         reference_tokens=batch.get("reference_tokens"),
         sparsify=sparsify,
+        packing=packing,
     )
-    weights = batch["weights"].astype(jnp.float32)
-    loss, correct = model.summed_loss(params, hidden, batch["targets"], weights)
-    return Sums(loss, jnp.sum(weights), correct)
 
 
 def batch_specs(batch: Batch) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 from m3jax.memory.sparsify import sparsifier
 from m3jax.mesh import batch_sharding, compiler_options, on_devices, replicated
 from m3jax.model.transformer import Model
-from m3jax.train.objective import Decode, Sums, batch_specs, mean, over_rows, sums
+from m3jax.train.objective import Decode, Sums, batch_specs, mean, over_rows
 from m3jax.train.optimizer import make_optimizer
+from m3jax.train.preference import objective_of
 from m3jax.train.schedule import schedule
 from m3jax.train.state import TrainState, abstract_state, state_shardings
 
@@ -33,7 +34,8 @@ def make_step(
 ) -> Step:
     """The step of a config: `step(state, batch) -> (state, metrics)`, the state donated.
 
-    Metrics are float32 scalars: `loss` (nats a token) and `accuracy` of the batch, `mean_loss` and
+    Metrics are float32 scalars: `loss` (nats a token; of preference pairs: nats a pair, see
+    `preference_sums`) and `accuracy` of the batch, `mean_loss` and
     `mean_accuracy` over all tokens since the last multiple of `train.log_every`, `gradient_norm`
     before clipping, `learning_rate`, `parameter_norm` before the update.
 
@@ -83,7 +85,7 @@ def make_step(
 def _make_gradient(config: ConfigDict, model: Model, decode: Decode | None) -> Callable:
     """`gradient(params, batch)`: float32 gradients of the mean loss, and the sums behind it."""
     parts = config.train.microbatches
-    sparsify = sparsifier(config)
+    sparsify, sums = sparsifier(config), objective_of(config)
 
     def summed(params: Any, batch: Any) -> tuple[Array, Sums]:
         total = sums(model, params, batch, sparsify, decode)

@@ -16,7 +16,7 @@ from retrieval.encoders import write_encoder
 from m3jax.evaluation.answers import Request, run
 from m3jax.inference.errors import InferenceError
 from m3jax.retrieval.index import Index
-from m3jax.text import people
+from m3jax.text import people, people_chats
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.stem for path in (ROOT / "launch").glob("*.py"))
@@ -25,7 +25,7 @@ from m3jax.config import default, parse_options, validate
 
 
 def get_config(options=""):
-    stage = parse_options(options, stage=("warmup", "continual"))["stage"]
+    stage = parse_options(options, stage=("warmup", "continual", "sft", "dpo"))["stage"]
     config = default()
     config.stage = stage
     config.model.layers, config.memory.layers = 2, 1
@@ -42,6 +42,10 @@ def get_config(options=""):
     config.evaluation.batches = 2
     config.train.steps, config.train.checkpoint_every, config.train.evaluate_every = 6, 3, 3
     config.train.log_every, config.optimizer.rise_steps = 2, 1
+    if stage in ("sft", "dpo"):
+        config.data.packing = "chats" if stage == "sft" else "pairs"
+        config.train.epochs, config.optimizer.rise_share = 0.5, 0.1
+        config.chat.user, config.chat.assistant = "\\nQ", "\\nA"
     return validate(config)
 """
 
@@ -151,6 +155,46 @@ def _generates(folder, config, workdir):
         asked(Request(["pet"], mode="none", explain=True))
     with pytest.raises(InferenceError, match="has not learned to read"):
         run(loaded("warmup"), workdir, Request(["pet"]), checkpoint=workdir / "warmup")
+
+
+@pytest.mark.slow
+def test_from_chats_to_answers(tmp_path):
+    """SFT and DPO without memory, by their scripts, and a question to the result."""
+    (tmp_path / "small.py").write_text(SMALL)
+    documents, knowledge = write_text(tmp_path)
+    at = (f"--workdir={tmp_path}/run", "--config.memory.source=none")
+    config = f"--config={tmp_path}/small.py"
+    succeed("prepare", config, *at, f"--documents={documents}", f"--knowledge={knowledge}")
+    succeed("train", config, *at)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": [{"role": "user", "content": ""}]}\n')
+    refused = call("prepare_chats", f"{config}:sft", *at, f"--chats={bad}")
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert f"{bad}:1: turn 1 (user) is empty; give every turn some text" in refused.stderr
+    people.write_jsonl(tmp_path / "chats.jsonl", people_chats.chats(WORLD, 0, 60))
+    people.write_jsonl(tmp_path / "pairs.jsonl", people_chats.preferences(WORLD, 0, 60))
+    for stage, before, name in (("sft", "warmup", "chats"), ("dpo", "sft", "pairs")):
+        of = f"{config}:{stage}"
+        unprepared = call("train", of, *at)
+        assert unprepared.returncode == 2 and "prepare_chats.py" in unprepared.stderr
+        shown = succeed("prepare_chats", of, *at, f"--chats={tmp_path}/{name}.jsonl")
+        steps = re.search(r"0\.5 epochs at 4 rows: (\d+) steps", shown)[1]
+        assert "% padding" in shown
+        if stage == "dpo":
+            aimless = call("train", of, *at)
+            assert aimless.returncode == 2 and "--init_from=WORKDIR/sft" in aimless.stderr
+        trained = succeed("train", of, *at, f"--init_from={tmp_path}/run/{before}")
+        assert f"0.5 epochs are {steps} steps" in trained
+        assert f"{stage}/checkpoints/{steps}" in trained
+    assert "gain_chosen" in trained
+    asked = tmp_path / "asked.jsonl"
+    turns = [("user", "pet of Nobody"), ("assistant", "otter"), ("user", "food of Nobody")]
+    asked.write_text(json.dumps({"messages": [{"role": r, "content": t} for r, t in turns]}) + "\n")
+    flags = "--chat", "--mode=none", "--new_tokens=6"
+    shown = succeed("generate", f"{config}:dpo", *at, *flags, f"--prompts={asked}")
+    assert shown.startswith("food of Nobody\n→")
+    empty = call("generate", f"{config}:dpo", *at, *flags, "--prompt= ")
+    assert empty.returncode == 2 and "empty" in empty.stderr
 
 
 def load_small(folder):

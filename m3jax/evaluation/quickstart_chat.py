@@ -1,0 +1,170 @@
+"""From the quickstart's model to one that chats: SFT, then DPO, and what each of them changed.
+
+Every step is the one a real run takes; a finished step is skipped when the command is given again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m3jax.config import ConfigDict, with_epochs
+from m3jax.data.pipeline import open_pipeline
+from m3jax.evaluation.losses import evaluator
+from m3jax.evaluation.questions import Answerer, Question
+from m3jax.evaluation.quickstart import Demonstration
+from m3jax.evaluation.session import Session
+from m3jax.inference.generate import Generation
+from m3jax.mesh import make_mesh
+from m3jax.text import people, people_chats
+from m3jax.text.chat_corpus import prepare_chats
+from m3jax.text.chats import question
+from m3jax.text.files import write_atomically
+from m3jax.text.template import Template
+from m3jax.text.tokenizer import Tokenizer
+from m3jax.train.loop import train
+from m3jax.train.reference import hold_reference
+
+CHATS, PAIRS = 6000, 2400
+NEW_TOKENS = 8  # a statement has four, and the end
+
+LABELS = {
+    "format": "answers in one of the two forms",
+    "statement": "answers that are whole statements, the form that is preferred",
+    "memory": "right answers in chats about people never seen in training",
+    "none": "the same without memory",
+    "completion": "right completions without the chat template, as in the quickstart",
+}
+
+
+def run(demonstration: Demonstration, *, chats: int = CHATS, pairs: int = PAIRS) -> dict[str, Any]:
+    """Runs SFT and DPO in a finished quickstart; returns the content of `report/chat.json`.
+
+    Args:
+      demonstration: of the quickstart, whose workdir has `continual/` and `bank/`.
+      chats: chats of SFT.
+      pairs: preference pairs of DPO.
+    """
+    workdir, seed = demonstration.workdir, demonstration.seed
+    world = people.make_world(seed, **demonstration.world)
+    started = time.time()
+    source = workdir / "text"
+    made: dict[str, Any] = {}
+    for stage, before, records in (
+        ("sft", "continual", lambda: people_chats.chats(world, seed, chats)),
+        ("dpo", "sft", lambda: people_chats.preferences(world, seed, pairs)),
+    ):
+        config = demonstration.config(stage)
+        path = source / f"{config.data.packing}.jsonl"
+        if not path.exists():
+            people.write_jsonl(path, records())
+        print(f"[{stage}: {path.name}]", flush=True)
+        made[stage] = prepare_chats(config, workdir, str(path))[0]
+        made[stage]["evaluation"] = _train(config, workdir, workdir / before)
+    summary = {
+        "seed": seed,
+        "questions": sum(len(person.facts) for person in world.unseen),
+        "stages": {
+            stage: _measure(demonstration, world, stage) for stage in ("continual", "sft", "dpo")
+        },
+        "dpo": made["dpo"]["evaluation"],
+        "seconds": round(time.time() - started, 1),
+    }
+    _report(workdir, summary)
+    return summary
+
+
+def _train(config: ConfigDict, workdir: Path, init_from: Path) -> Mapping[str, float]:
+    """Trains a stage; returns its last evaluation."""
+    mesh = make_mesh(config)
+    pipeline, evaluate = open_pipeline(config, workdir), evaluator(config, workdir, mesh=mesh)
+    if config.data.packing == "pairs":
+        pipelines = {"train": pipeline, "validation": evaluate.pipeline}
+        hold_reference(config, workdir / config.stage, pipelines, init_from, mesh)
+    assert pipeline.bank is not None
+    summary = train(
+        with_epochs(config, len(pipeline.rows)),
+        workdir,
+        pipeline=pipeline,
+        init_from=init_from,
+        evaluate=evaluate,
+        tokenizer_fingerprint=pipeline.tokenizer.fingerprint,
+        writer=pipeline.bank.writer,
+    )
+    return summary["evaluation"]
+
+
+def _measure(demonstration: Demonstration, world: people.World, stage: str) -> dict[str, float]:
+    """Shares of the chat answers of a checkpoint about people it has never seen."""
+    config = demonstration.config("sft")  # the same model; the template of its chats
+    session = Session(config, demonstration.workdir, checkpoint=demonstration.workdir / stage)
+    asked = [(person, *fact) for person in world.unseen for fact in person.facts]
+    chats = [question(people_chats.question(p.name, relation)) for p, relation, _ in asked]
+    prompts = Template(config.chat, Tokenizer.load(demonstration.workdir / "tokenizer")).prompts(
+        chats
+    )
+    answers = {mode: _answers(session, mode, prompts) for mode in ("memory", "none")}
+    statements, forms = [], []
+    for (person, relation, _), answer in zip(asked, answers["memory"], strict=True):
+        values = world.values[relation]
+        whole = {people.statement(person.name, relation, value) for value in values}
+        statements.append(answer in whole)
+        forms.append(answer in whole or answer in values)
+    right = {
+        mode: [
+            answer in (value, people.statement(person.name, relation, value))
+            for (person, relation, value), answer in zip(asked, answers[mode], strict=True)
+        ]
+        for mode in answers
+    }
+    answerer = Answerer(session.model, session.params, session.tokenizer)
+    completions = [Question(f"{r} of {p.name}", f" {value}") for p, r, value in asked]
+    found = answerer.retrieve(completions, session.retriever)
+    shares: dict[str, Any] = {
+        "format": forms,
+        "statement": statements,
+        **right,
+        "completion": answerer.correct(completions, found, session.bank),
+    }
+    return {name: float(np.mean(hits)) for name, hits in shares.items()}
+
+
+def _answers(session: Session, mode: str, prompts: Sequence[np.ndarray]) -> list[str]:
+    """Whole answers, as text; one that does not end is marked as unfinished."""
+    generator = session.generator(mode)
+    found: list[Generation] = []
+    for low in range(0, len(prompts), 96):
+        found += generator.generate(prompts[low : low + 96], NEW_TOKENS)
+    return [g.text.strip() if g.stopped else f"{g.text} …" for g in found]
+
+
+def _report(workdir: Path, summary: dict[str, Any]) -> None:
+    folder = workdir / "report"
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / "chat.json", json.dumps(summary, indent=2).encode())
+    stages = summary["stages"]
+    rows = "\n".join(
+        f"| {label} | {' | '.join(f'{stages[stage][name]:.3f}' for stage in stages)} |"
+        for name, label in LABELS.items()
+    )
+    gains = summary["dpo"]
+    text = f"""# Chat report
+
+{summary["questions"]} questions about people who occur in no fact of the training text. Seed
+{summary["seed"]}, {summary["seconds"]:.0f} s.
+
+| share of the questions | {" | ".join(stages)} |
+|---|{"---|" * len(stages)}
+{rows}
+
+On validation pairs DPO changed the log-probability of preferred answers by
+{gains["gain_chosen"]:+.3f} nats and of the others by {gains["gain_rejected"]:+.3f};
+{gains["accuracy"]:.3f} of the pairs moved the right way, and in {gains["preferred"]:.3f} the
+preferred answer is the likelier one.
+"""
+    write_atomically(folder / "CHAT.md", text.encode())

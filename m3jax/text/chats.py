@@ -1,0 +1,277 @@
+"""Chats and preference pairs from JSON lines, in the usual forms; what is unusable is named.
+
+Chats (other fields are ignored):
+
+    {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]}
+    {"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}   (ShareGPT)
+    {"prompt": …, "response": …}
+
+Preference pairs have a prompt (`prompt`, a text or turns, or turns in `messages` or
+`conversations`) and the answers `chosen` and `rejected`: a text, a turn, or turns. Without a prompt
+both are whole chats that differ in the last answer only.
+
+A turn may name, as `reference`, the key of the reference that its chunks read (with
+retrieval.ids = "stored"); an answer without one has its question's.
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from m3jax.text.documents import TextError, find_files
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+}
+
+# Why a line cannot be used, and what to do about it.
+REMEDIES = {
+    "json": "write one JSON object a line, in UTF-8",
+    "form": "give messages, conversations, or prompt and response; pairs also chosen and rejected",
+    "role": f"use the roles {', '.join(ROLES)}",
+    "empty": "give every turn some text, or leave the chat out",
+    "order": "after an optional system turn users and assistants take turns, the user first, and an"
+    " answer ends the chat",
+    "rounds": "split the chat, or raise config.chat.most_rounds",
+    "length": "shorten it, or raise config.data.row_length",
+    "equal": "give two different answers, or leave the pair out",
+}
+
+
+class ChatError(TextError):
+    """A line that is no usable chat or pair.
+
+    Attributes:
+      reason: one of `REMEDIES`.
+    """
+
+    def __init__(self, reason: str, where: str, what: str) -> None:
+        super().__init__(f"{where}: {what}; {REMEDIES[reason]}")
+        self.reason, self.where, self.what = reason, where, what
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What somebody says.
+
+    Attributes:
+      role: `system`, `user` or `assistant`.
+      text: without white space at its ends.
+      reference: key of the reference that it is about, or "".
+    """
+
+    role: str
+    text: str
+    reference: str = ""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Turns with their name and place.
+
+    Attributes:
+      turns: of a whole chat, or up to a question.
+      id: name.
+      where: `file:line` it was read from.
+    """
+
+    turns: tuple[Turn, ...]
+    id: str = ""
+    where: str = ""
+
+    @property
+    def rounds(self) -> int:
+        """Questions."""
+        return sum(turn.role == "user" for turn in self.turns)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two chats that differ in the last answer only; `chosen` is preferred."""
+
+    chosen: Chat
+    rejected: Chat
+
+
+def read_chats(spec: str, most_rounds: int) -> Iterator[Chat | ChatError]:
+    """Chats of files, in order; a line that is none comes as the error that says why.
+
+    Args:
+      spec: see `find_files`; JSON lines only.
+      most_rounds: rounds that a chat may have.
+
+    Raises:
+      TextError: no such file, or a damaged one.
+    """
+    for fields, name, where in _records(spec):
+        try:
+            yield _chat(_object(fields, where), name, where, most_rounds)
+        except ChatError as error:
+            yield error
+
+
+def read_pairs(spec: str, most_rounds: int) -> Iterator[Pair | ChatError]:
+    """Preference pairs of files; arguments and errors as of `read_chats`."""
+    for fields, name, where in _records(spec):
+        try:
+            yield _pair(_object(fields, where), name, where, most_rounds)
+        except ChatError as error:
+            yield error
+
+
+def read_questions(spec: str, most_rounds: int) -> list[Chat]:
+    """Chats that end with a question, for inference; also `{"prompt": …}` alone.
+
+    Raises:
+      ChatError: a line that is none, with file and line.
+    """
+    found = []
+    for given, name, where in _records(spec):
+        fields = _object(given, where)
+        turns = _prompt(fields, where)
+        found.append(Chat(_checked(turns, where, most_rounds, asks=True), name, where))
+    return found
+
+
+def question(text: str) -> Chat:
+    """A chat of one question.
+
+    Raises:
+      ChatError: an empty one.
+    """
+    return Chat(_checked((Turn("user", text.strip()),), "the prompt", 1, asks=True))
+
+
+def _records(spec: str) -> Iterator[tuple[bytes, str, str]]:
+    """Lines with their default names and places; empty lines are skipped."""
+    for part in find_files(spec):
+        if not part.endswith((".jsonl", ".jsonl.gz")):
+            raise TextError(f"{part} is not JSON lines; give .jsonl or .jsonl.gz")
+        path, number = Path(part), 0
+        stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
+        try:
+            with gzip.open(path) if part.endswith(".gz") else open(path, "rb") as file:
+                for number, line in enumerate(file, 1):  # noqa: B007 (named in the error below)
+                    if line.strip():
+                        yield line, f"{stem}:{number}", f"{path}:{number}"
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise TextError(
+                f"{path} is truncated or damaged after line {number} ({error}); fetch it again"
+            ) from error
+
+
+def _object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(line.decode("utf-8").removeprefix("\ufeff"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ChatError("json", where, f"not valid JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise ChatError("json", where, f"a JSON {type(fields).__name__}, not an object")
+    return fields
+
+
+def _chat(fields: dict[str, Any], name: str, where: str, most_rounds: int) -> Chat:
+    turns = _prompt(fields, where)
+    if fields.get("response") is not None:
+        turns = (*turns, *_answer(fields["response"], where))
+    return Chat(_checked(turns, where, most_rounds), _name(fields, name), where)
+
+
+def _pair(fields: dict[str, Any], name: str, where: str, most_rounds: int) -> Pair:
+    for key in ("chosen", "rejected"):
+        if key not in fields:
+            raise ChatError("form", where, f"no field {key!r}; it has: {', '.join(fields)}")
+    shared: tuple[Turn, ...] = ()
+    if any(fields.get(key) is not None for key in ("prompt", "messages", "conversations")):
+        shared = _prompt(fields, where)
+    name = _name(fields, name)
+    sides = []
+    for key in ("chosen", "rejected"):
+        turns = _checked((*shared, *_answer(fields[key], where)), where, most_rounds)
+        sides.append(Chat(turns, f"{name}/{key}", where))
+    chosen, rejected = sides
+    if chosen.turns[:-1] != rejected.turns[:-1]:
+        raise ChatError("form", where, "the answers follow different prompts")
+    if chosen.turns[-1].text == rejected.turns[-1].text:
+        raise ChatError("equal", where, "the chosen and the rejected answer are equal")
+    return Pair(chosen, rejected)
+
+
+def _prompt(fields: dict[str, Any], where: str) -> tuple[Turn, ...]:
+    for key in ("messages", "conversations", "prompt"):
+        given = fields.get(key)
+        if given is None:
+            continue
+        if isinstance(given, str) and key == "prompt":
+            return (_turn({"role": "user", "content": given}, where),)
+        if isinstance(given, list):
+            return tuple(_turn(one, where) for one in given)
+        raise ChatError("form", where, f"{key!r} is {type(given).__name__}, not turns")
+    raise ChatError("form", where, f"no chat in the fields {', '.join(fields) or '(none)'}")
+
+
+def _answer(given: Any, where: str) -> tuple[Turn, ...]:
+    if isinstance(given, str):
+        return (_turn({"role": "assistant", "content": given}, where),)
+    if isinstance(given, dict):
+        return (_turn(given, where),)
+    if isinstance(given, list):
+        return tuple(_turn(one, where) for one in given)
+    raise ChatError("form", where, f"an answer is {type(given).__name__}, not text or turns")
+
+
+def _turn(given: Any, where: str) -> Turn:
+    if not isinstance(given, dict):
+        raise ChatError("form", where, f"a turn is {type(given).__name__}, not an object")
+    role = given.get("role", given.get("from"))
+    text = given.get("content", given.get("value"))
+    reference = given.get("reference") or ""
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        raise ChatError("role", where, f"a turn of the unknown role {role!r}")
+    if text is None:
+        raise ChatError("empty", where, f"a turn of {role!r} without text")
+    if not isinstance(text, str) or not isinstance(reference, str):
+        raise ChatError("form", where, f"a turn of {role!r} whose text or reference is no string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ChatError("form", where, f"lone surrogate at character {error.start}") from error
+    return Turn(ROLES[role.lower()], text.strip(), reference)
+
+
+def _name(fields: dict[str, Any], usual: str) -> str:
+    name = fields.get("id")
+    return str(name) if isinstance(name, str | int) and not isinstance(name, bool) else usual
+
+
+def _checked(
+    turns: tuple[Turn, ...], where: str, most_rounds: int, asks: bool = False
+) -> tuple[Turn, ...]:
+    """The turns, in order, none empty and not too many; `asks`: they end with a question."""
+    for number, turn in enumerate(turns, 1):
+        if not turn.text:
+            raise ChatError("empty", where, f"turn {number} ({turn.role}) is empty")
+    spoken = turns[1:] if turns and turns[0].role == "system" else turns
+    for turn, wanted in zip(spoken, itertools.cycle(("user", "assistant"))):
+        if turn.role != wanted:
+            raise ChatError("order", where, f"a turn of {turn.role} where {wanted} is to speak")
+    if len(spoken) % 2 != asks or not spoken:
+        ends = spoken[-1].role if spoken else "nobody"
+        raise ChatError("order", where, f"the last turn is of {ends}")
+    rounds = (len(spoken) + 1) // 2
+    if rounds > most_rounds:
+        raise ChatError("rounds", where, f"{rounds} rounds, more than {most_rounds}")
+    return turns

@@ -1,0 +1,88 @@
+"""Direct preference optimisation (DPO; Memory³ §6.4): the objective of preference pairs.
+
+    loss = −log σ( β · [ log π(chosen) − log π₀(chosen) − log π(rejected) + log π₀(rejected) ] )
+
+with log-probabilities of whole answers, π the model and π₀ the reference, whose log-probabilities
+are in the batch (`m3jax.data.reference`): no weights but the model's own are held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from m3jax.model.transformer import Model, Params
+from m3jax.train.objective import Batch, Decode, Sums, hidden_of, sums
+
+
+def objective_of(config: ConfigDict) -> Callable[..., Sums]:
+    """What a stage minimises: `preference_sums` of pairs, else `objective.sums`."""
+    return preference_sums if config.data.packing == "pairs" else sums
+
+
+def answer_logprobs(
+    model: Model,
+    params: Params,
+    batch: Batch,
+    sparsify: Callable | None,
+    decode: Decode | None = None,
+) -> Float[Array, "B slots"]:
+    """Log-probability of each answer of the rows, in nats, without a gradient; 0 in empty slots.
+
+    Arguments as of `preference_sums`; of `reference_logprobs` only the shape is read.
+    """
+    hidden = hidden_of(model, params, batch, sparsify, decode)
+    return _by_answer(model, params, hidden, batch)[0]
+
+
+def _by_answer(
+    model: Model, params: Params, hidden: Array, batch: Batch
+) -> tuple[Float[Array, "B slots"], Float[Array, "B T slots"]]:
+    """Log-probabilities of answers, and the share that every token has in each (0 or 1)."""
+    slots = batch["reference_logprobs"].shape[1]
+    share_BTS = jax.nn.one_hot(batch["answers"], slots, dtype=jnp.float32)  # −1 is in none
+    share_BTS = share_BTS * batch["weights"].astype(jnp.float32)[..., None]
+    losses = model.token_losses(params, jax.lax.stop_gradient(hidden), batch["targets"])
+    return -jnp.sum(share_BTS * losses[..., None], axis=1), share_BTS
+
+
+def preference_sums(
+    model: Model,
+    params: Params,
+    batch: Batch,
+    sparsify: Callable | None,
+    decode: Decode | None = None,
+) -> Sums:
+    """Summed loss of the pairs of a batch, their number, and how many the model now prefers right.
+
+    Right is a pair whose margin is above 0: the chosen answer has gained more log-probability over
+    the reference than the rejected one. The gradient is that of the loss; it is computed as one
+    weighted cross-entropy, since ∂loss/∂log π(answer) is the same for all tokens of the answer.
+
+    Args:
+      model: the model; β is its `config.preference.beta`.
+      params: its parameters.
+      batch: as of `objective.sums`, and `answers (B, T)` int32, the slot of the answer that a
+        target belongs to (−1: none), and `reference_logprobs (B, slots)`. Slots 2p and 2p + 1 are
+        the chosen and the rejected answer of pair p.
+      sparsify, decode: as of `objective.sums`.
+    """
+    hidden = hidden_of(model, params, batch, sparsify, decode)
+    logprobs_BS, share_BTS = _by_answer(model, params, hidden, batch)
+    gain_BS = logprobs_BS - batch["reference_logprobs"].astype(jnp.float32)
+    real = (jnp.sum(share_BTS, axis=1) > 0)[:, 0::2].astype(jnp.float32)
+    beta = model.config.preference.beta
+    margin = beta * (gain_BS[:, 0::2] - gain_BS[:, 1::2])
+    total = jnp.sum(real * jax.nn.softplus(-margin))
+    # −∂loss/∂log π: of the chosen answer, and with the other sign of the rejected one.
+    slope = real * beta * jax.nn.sigmoid(-margin)
+    slope_BS = jnp.stack([slope, -slope], axis=-1).reshape(gain_BS.shape)
+    weights_BT = jax.lax.stop_gradient(jnp.sum(share_BTS * slope_BS[:, None], axis=-1))
+    linear, _ = model.summed_loss(params, hidden, batch["targets"], weights_BT)
+    loss: Any = linear + jax.lax.stop_gradient(total - linear)
+    return Sums(loss, jnp.sum(real), jnp.sum(real * (margin > 0)))

@@ -1,0 +1,276 @@
+"""Log-probabilities of the reference model of DPO: computed once, stored, never loaded with it.
+
+They lie in `<stage folder>/reference/<split>`: `manifest.json`, which says what they belong to, and
+parts of some rows each. A part is whole or absent, so a killed run goes on with those missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from m3jax.config import prefix_tokens
+from m3jax.data.parameters import CheckpointError, restore_params
+from m3jax.data.pipeline import Pipeline
+from m3jax.distributed import meet
+from m3jax.memory.sparsify import sparsifier
+from m3jax.memory.storage import npy_bytes
+from m3jax.mesh import batch_sharding, host_rows, on_devices, replicated, to_global
+from m3jax.model.transformer import Model, Params
+from m3jax.text.files import read_sealed, write_atomically, write_sealed
+from m3jax.train.checkpoints import checkpoint_folder
+from m3jax.train.objective import Decode, batch_specs, inputs
+from m3jax.train.preference import answer_logprobs
+
+FOLDER = "reference"
+_MANIFEST = "manifest.json"
+_BATCHES = 8  # of a part
+_SECONDS_BETWEEN_LINES = 15.0
+# Fields that change no log-probability beyond rounding.
+_FREE = ("memory.cache_bytes", "model.attention", "model.attention_block", "model.remat")
+
+Logprobs = Callable[[Params, Mapping[str, Any]], Float[Array, "B slots"]]
+
+
+def hold_reference(
+    config: ConfigDict,
+    stage_folder: str | Path,
+    pipelines: Mapping[str, Pipeline],
+    init_from: str | Path | None,
+    mesh: Mesh,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Gives pipelines of pairs the log-probabilities of the reference, computing what is missing.
+
+    The reference is the checkpoint that the stage starts from; its parameters are freed before this
+    returns. A stage that has a checkpoint of its own and all log-probabilities does not load it.
+    Several processes call it alike.
+
+    Args:
+      config: a validated config with data.packing = "pairs".
+      stage_folder: of the stage that trains.
+      pipelines: by split.
+      init_from: stage folder, or `checkpoints/<step>` in it, of the reference.
+      mesh: to compute on.
+      say: gets a line for every split.
+
+    Raises:
+      CheckpointError: no checkpoint to start from; or what is stored belongs to another checkpoint,
+        other pairs, memories or settings; names the difference and the remedy.
+    """
+    folders = {split: Path(stage_folder) / FOLDER / split for split in pipelines}
+    found = {split: load(folders[split], _binding(config, of)) for split, of in pipelines.items()}
+    trained = _has_checkpoint(stage_folder)
+    if not trained or any(x is None for x in found.values()):
+        if init_from is None:
+            raise CheckpointError(
+                f"{stage_folder} has no reference log-probabilities; name the checkpoint that is"
+                " trained on preferences, usually that of SFT: --init_from=WORKDIR/sft"
+            )
+        model = Model(config, prefix_tokens(config), mesh)
+        tokenizer = next(iter(pipelines.values())).tokenizer.fingerprint
+        params, _ = restore_params(init_from, model, mesh=mesh, tokenizer_fingerprint=tokenizer)
+        name = params_fingerprint(params)
+        for split, pipeline in pipelines.items():
+            _compute(config, folders[split], pipeline, model, params, name, say)
+            found[split] = load(folders[split], {**_binding(config, pipeline), "reference": name})
+        for leaf in jax.tree.leaves(params):
+            leaf.delete()
+    for split, pipeline in pipelines.items():
+        pipeline.reference_logprobs = found[split]
+
+
+def load(folder: str | Path, binding: Mapping[str, Any]) -> Float[np.ndarray, "rows slots"] | None:
+    """All stored log-probabilities of a split, in nats; None where some are missing.
+
+    Raises:
+      CheckpointError: they belong to something else than `binding`, or are damaged.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder, binding)
+    if manifest is None:
+        return None
+    parts = []
+    for path in _parts(folder, manifest):
+        if not path.exists():
+            return None
+        try:
+            parts.append(np.load(path))
+        except (ValueError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error}); delete it, and run again"
+            ) from error
+    found = np.concatenate(parts)
+    if found.shape != (manifest["rows"], manifest["slots"]) or not np.isfinite(found).all():
+        raise CheckpointError(f"{folder} is damaged; delete it, and run again")
+    return found
+
+
+def params_fingerprint(params: Params) -> str:
+    """Hex digest of all parameters, the same however they are sharded.
+
+    Sums of mixed 32-bit words, modulo 2³²: exact in any order.
+    """
+    total = hashlib.blake2b(digest_size=16)
+    sums = jax.device_get(jax.jit(lambda p: jax.tree.map(_mixed, p))(params))
+    shapes = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), value in zip(shapes, jax.tree.leaves(sums), strict=True):
+        name = f"{jax.tree_util.keystr(path)} {leaf.dtype.name} {leaf.shape} {value.tolist()}\n"
+        total.update(name.encode())
+    return total.hexdigest()
+
+
+def _mixed(x: Array) -> Array:
+    """Two sums of all numbers of an array, each mixed with its place."""
+    word = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+    place = jnp.zeros((1,) * x.ndim, jnp.uint32)
+    for axis in range(x.ndim):
+        stride = np.uint32(math.prod(x.shape[axis + 1 :]) % 2**32)
+        place = place + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
+    sums = []
+    for seed in (0x9E3779B1, 0x85EBCA77):
+        mixed = bits ^ (place * np.uint32(seed))
+        for factor in (0x85EBCA6B, 0xC2B2AE35):  # the finaliser of MurmurHash3
+            mixed = (mixed ^ (mixed >> 16)) * np.uint32(factor)
+        sums.append(jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32))
+    return jnp.stack(sums)
+
+
+def row_logprobs(config: ConfigDict, model: Model, decode: Decode | None) -> Logprobs:
+    """`logprobs(params, batch)`: of every answer of a global batch, whole on every device."""
+    sparsify = sparsifier(config)
+
+    def local(params: Params, batch: Mapping[str, Any]) -> Array:
+        return answer_logprobs(model, params, batch, sparsify, decode)
+
+    def logprobs(params: Params, batch: Mapping[str, Any]) -> Array:
+        if model.mesh is None:
+            return local(params, batch)
+        rows = batch_sharding(model.mesh).spec
+        specs = (model.specs(), batch_specs(batch))
+        return on_devices(model.mesh, local, specs, rows)(params, batch)
+
+    whole = None if model.mesh is None else replicated(model.mesh)
+    return jax.jit(logprobs, out_shardings=whole)
+
+
+def each_batch(
+    pipeline: Pipeline, mesh: Mesh | None, first: int, last: int
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Batches of the rows `first … last − 1` in their order, on the mesh; the real rows of each."""
+    B = pipeline.batch_rows
+    here, place = np.arange(B), jax.device_put
+    if mesh is not None:
+        of_host = host_rows(mesh, B)
+        here, place = of_host.ids, functools.partial(to_global, mesh, rows=of_host)
+    for low in range(first, last, B):
+        rows = np.minimum(low + here, last - 1)
+        yield min(B, last - low), place(inputs(pipeline.read(rows)))
+
+
+def _compute(
+    config: ConfigDict,
+    folder: Path,
+    pipeline: Pipeline,
+    model: Model,
+    params: Params,
+    reference: str,
+    say: Callable[[str], None],
+) -> None:
+    """Writes the parts of a split that are missing."""
+    rows, slots = len(pipeline.rows), pipeline.rows.slots
+    binding = {**_binding(config, pipeline), "reference": reference}
+    manifest = _read_manifest(folder, binding)
+    first_process = jax.process_index() == 0
+    if manifest is None:
+        count = -(-rows // (_BATCHES * pipeline.batch_rows))
+        manifest = {**binding, "rows": rows, "slots": slots, "parts": count}
+        if first_process:
+            write_sealed(folder / _MANIFEST, manifest)
+    missing = [(n, path) for n, path in enumerate(_parts(folder, manifest)) if not path.exists()]
+    meet("reference parts listed")
+    logprobs = row_logprobs(config, model, pipeline.decode)
+    started = shown = time.monotonic()
+    each = _BATCHES * pipeline.batch_rows
+    for number, (part, path) in enumerate(missing, 1):
+        low, high = part * each, min((part + 1) * each, rows)
+        found = [
+            np.asarray(jax.device_get(logprobs(params, batch)))[:real]
+            for real, batch in each_batch(pipeline, model.mesh, low, high)
+        ]
+        if first_process:
+            write_atomically(path, npy_bytes(np.concatenate(found)))
+            now = time.monotonic()
+            if now - shown > _SECONDS_BETWEEN_LINES or number == len(missing):
+                shown = now
+                say(
+                    f"reference log-probabilities ({folder.name}): {high} of {rows} rows,"
+                    f" {now - started:.0f} s"
+                )
+    meet("reference parts written")
+
+
+def _parts(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
+    return [folder / f"part-{part:05d}.npy" for part in range(manifest["parts"])]
+
+
+def _read_manifest(folder: Path, binding: Mapping[str, Any]) -> dict[str, Any] | None:
+    path = folder / _MANIFEST
+    if not path.exists():
+        return None
+    manifest = read_sealed(path)
+    if manifest is None:
+        raise CheckpointError(f"{path} is damaged; delete {folder}, and run again")
+    for name, ours in binding.items():
+        theirs = manifest.get(name)
+        if theirs != ours:
+            raise CheckpointError(
+                f"{folder} holds log-probabilities that belong to another {name}:"
+                f" {_short(theirs)} there, {_short(ours)} here. Use the checkpoint, pairs and"
+                " config of before, or another --workdir, or delete the stage folder"
+            )
+    return manifest
+
+
+def _binding(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
+    """What log-probabilities depend on, but for the reference's parameters."""
+    settings = {}
+    for section in ("model", "memory", "retrieval"):
+        for field, value in config[section].items():
+            if f"{section}.{field}" not in _FREE:
+                settings[f"{section}.{field}"] = value
+    return {
+        "pairs": pipeline.rows.corpus.fingerprint,
+        "config": json.loads(json.dumps(settings, sort_keys=True)),
+        "row_length": config.data.row_length,
+        "shift": pipeline.shift,
+        "batch_rows": pipeline.batch_rows,
+        "bank": None if pipeline.bank is None else pipeline.bank.writer["hash"],
+        "knowledge": None if pipeline.version is None else pipeline.version.number,
+    }
+
+
+def _short(value: Any) -> str:
+    return str(value)[:100]
+
+
+def _has_checkpoint(stage_folder: str | Path) -> bool:
+    try:
+        checkpoint_folder(stage_folder)
+    except CheckpointError:
+        return False
+    return True

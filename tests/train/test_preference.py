@@ -1,0 +1,160 @@
+"""DPO: the loss and its gradient against the formula, and what a step does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from train.tiny import tiny_config
+
+from m3jax.mesh import make_mesh
+from m3jax.model.attention import Packing
+from m3jax.model.transformer import Model
+from m3jax.train.objective import sums
+from m3jax.train.optimizer import make_optimizer
+from m3jax.train.preference import answer_logprobs, objective_of, preference_sums
+from m3jax.train.state import abstract_state, init_state
+from m3jax.train.step import make_step
+
+BETA = 0.3
+ANSWERS = ((2, 5), (7, 8), (9, 11), (13, 14))  # chosen, rejected, chosen, rejected
+
+
+def config_of(**changes):
+    return tiny_config(data__packing="pairs", data__batch_rows=2, preference__beta=BETA, **changes)
+
+
+def as_arrays(batch):
+    return {name: jnp.asarray(value) for name, value in batch.items()}
+
+
+def batch_of(seed=0):
+    """Two rows of 16: two pairs in the first, one in the second."""
+    rng = np.random.default_rng(seed)
+    tokens, targets = rng.integers(4, 264, (2, 2, 16), dtype=np.int32)
+    starts = np.repeat([0, 6, 8, 12], [6, 2, 4, 4]).astype(np.int32)
+    first = np.repeat([0, 2, 3, 4], [6, 2, 4, 4]).astype(np.int32)
+    answers = np.full((2, 16), -1, np.int32)
+    for slot, span in enumerate(ANSWERS):
+        answers[0, slice(*span)] = slot
+    for slot, span in enumerate(ANSWERS[:2]):
+        answers[1, slice(*span)] = slot
+    logprobs = np.where([[1] * 4, [1, 1, 0, 0]], rng.normal(-9, 3, (2, 4)), 0)
+    return as_arrays(
+        {
+            "tokens": tokens,
+            "targets": targets,
+            "weights": (answers >= 0).astype(np.float32),
+            "starts": np.stack([starts] * 2),
+            "first_chunks": np.stack([first] * 2),
+            "answers": answers,
+            "reference_logprobs": logprobs.astype(np.float32),
+        }
+    )
+
+
+def by_hand(model, params, batch):
+    """Losses of the three pairs, from the logits, by the formula; differentiable."""
+    packing = Packing(batch["starts"], batch["first_chunks"])
+    logits = model.logits(params, batch["tokens"], packing=packing)
+    scores = jax.nn.log_softmax(logits)
+    losses = []
+    for row, pairs in ((0, 2), (1, 1)):
+        for pair in range(pairs):
+            ratio = []
+            for slot in (2 * pair, 2 * pair + 1):
+                span = range(*ANSWERS[slot])
+                own = sum(scores[row, t, batch["targets"][row, t]] for t in span)
+                ratio.append(own - batch["reference_logprobs"][row, slot])
+            losses.append(-jnp.log(1 / (1 + jnp.exp(-BETA * (ratio[0] - ratio[1])))))
+    return jnp.stack(losses)
+
+
+@pytest.fixture(scope="module")
+def made():
+    config = config_of(train__loss_block=4)
+    model = Model(config)
+    return config, model, model.init(jax.random.key(3)), batch_of()
+
+
+def test_loss_is_the_formula_in_numpy(made):
+    _, model, params, batch = made
+    packing = Packing(batch["starts"], batch["first_chunks"])
+    logits = np.asarray(model.logits(params, batch["tokens"], packing=packing), np.float64)
+    losses, correct = [], 0
+    logprobs = np.zeros((2, 4))
+    for row, slots in ((0, 4), (1, 2)):
+        for slot in range(slots):
+            for t in range(*ANSWERS[slot]):
+                z = logits[row, t]
+                own = z[batch["targets"][row, t]] - np.log(np.exp(z - z.max()).sum()) - z.max()
+                logprobs[row, slot] += own
+        for chosen in range(0, slots, 2):
+            gain = logprobs[row] - batch["reference_logprobs"][row]
+            h = gain[chosen] - gain[chosen + 1]
+            losses.append(-np.log(1 / (1 + np.exp(-BETA * h))))
+            correct += h > 0
+    total = preference_sums(model, params, batch, None)
+    np.testing.assert_allclose(total.loss, np.sum(losses), rtol=1e-5)
+    assert (float(total.weight), float(total.correct)) == (3, correct)
+    found = answer_logprobs(model, params, batch, None)
+    np.testing.assert_allclose(found, logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_is_that_of_the_formula(made):
+    _, model, params, batch = made
+    expected = jax.jit(jax.grad(lambda p: by_hand(model, p, batch).sum()))(params)
+    found = jax.jit(jax.grad(lambda p: preference_sums(model, p, batch, None).loss))(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+        want = expected
+        for key in path:
+            want = want[key.key]
+        np.testing.assert_allclose(leaf, want, atol=1e-5, rtol=1e-4, err_msg=str(path))
+
+
+def test_a_step_makes_the_chosen_answer_likelier_and_the_other_less(made):
+    """A toy: one pair that differs in one token."""
+    _, model, params, _ = made
+    batch = {name: np.array(value[1:]) for name, value in batch_of().items()}
+    batch["answers"] = np.full((1, 16), -1, np.int32)
+    batch["answers"][0, [5, 7]] = 0, 1
+    batch["weights"] = (batch["answers"] >= 0).astype(np.float32)
+    batch = as_arrays(batch)
+    logprobs = jax.jit(lambda p: answer_logprobs(model, p, batch, None))
+    before = logprobs(params)
+    batch["reference_logprobs"] = before
+    loss = jax.jit(lambda p: preference_sums(model, p, batch, None).loss)
+    np.testing.assert_allclose(loss(params), np.log(2), rtol=1e-5)  # nothing has changed yet
+    gradient = jax.jit(jax.grad(loss))(params)
+    moved = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+    gain = np.asarray(logprobs(moved) - before)[0]
+    assert gain[0] > 0 > gain[1]
+    assert float(loss(moved)) < np.log(2)
+
+
+def test_the_objective_follows_the_config(made):
+    assert objective_of(made[0]) is preference_sums
+    assert objective_of(tiny_config()) is sums
+
+
+def train_on(changes, params, batch):
+    config = config_of(train__steps=8, optimizer__learning_rate=3e-3, **changes)
+    mesh = make_mesh(config, jax.devices()[: config.mesh.fsdp * config.mesh.tensor])
+    model, optimizer = Model(config, mesh=mesh), make_optimizer(config)
+    abstract = abstract_state(model, optimizer, mesh)
+    placed = jax.device_put(params, jax.tree.map(lambda x: x.sharding, abstract.params))
+    state = init_state(config, model, optimizer, abstract, placed)
+    step, losses = make_step(config, model, mesh, optimizer, abstract), []
+    for _ in range(8):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    return losses, float(metrics["accuracy"])
+
+
+def test_training_lowers_the_loss_and_alike_on_every_mesh(made):
+    _, model, params, batch = made
+    batch = {**batch, "reference_logprobs": answer_logprobs(model, params, batch, None)}
+    losses, accuracy = train_on({"train__microbatches": 2}, params, batch)
+    assert losses[0] == pytest.approx(np.log(2), rel=1e-5)
+    assert losses[-1] < 0.6 and accuracy == 1
+    split = train_on({"mesh__fsdp": 2, "mesh__tensor": 2}, params, batch)
+    np.testing.assert_allclose(split[0], losses, rtol=1e-4)

@@ -1,0 +1,216 @@
+"""Reference log-probabilities: computed once, resumed after a kill, refused if they do not fit."""
+
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from data.data_workdir import WORLD, make_workdir, tiny_config
+from jax.sharding import NamedSharding, PartitionSpec
+
+from m3jax.config import prefix_tokens
+from m3jax.data.parameters import CheckpointError, restore_params
+from m3jax.data.pipeline import open_pipeline
+from m3jax.evaluation.losses import evaluator
+from m3jax.mesh import make_mesh
+from m3jax.model.transformer import Model
+from m3jax.text import people, people_chats
+from m3jax.text.chat_corpus import prepare_chats
+from m3jax.train import loop
+from m3jax.train.loop import train
+from m3jax.train.metrics import read_metrics
+from m3jax.train.reference import hold_reference, load, params_fingerprint
+
+SETTINGS = {
+    "data__batch_rows": 2,
+    "evaluation__batch_rows": 2,
+    "retrieval__ids": "stored",
+    "chat__user": "\nQ",
+    "chat__assistant": "\nA",
+    "train__steps": 6,
+    "train__log_every": 2,
+    "train__checkpoint_every": 3,
+    "train__evaluate_every": 3,
+    "mesh__fsdp": 1,
+    "preference__beta": 0.5,
+    "optimizer__learning_rate": 3e-3,
+}
+
+
+def config_of(kind, **changes):
+    packing = {"sft": "chats", "dpo": "pairs"}[kind]
+    return tiny_config(**{**SETTINGS, "stage": kind, "data__packing": packing} | changes)
+
+
+def run(config, workdir, init_from, **options):
+    """As launch/train.py does it."""
+    mesh = make_mesh(config, jax.devices()[:1])
+    pipeline, evaluate = open_pipeline(config, workdir), evaluator(config, workdir, mesh=mesh)
+    if config.data.packing == "pairs":
+        both = {"train": pipeline, "validation": evaluate.pipeline}
+        said = []
+        hold_reference(config, workdir / config.stage, both, init_from, mesh, said.append)
+        options["said"] = said
+    said = options.pop("said", [])
+    summary = train(
+        config,
+        workdir,
+        pipeline=pipeline,
+        init_from=init_from,
+        evaluate=evaluate,
+        writer=pipeline.bank.writer,
+        tokenizer_fingerprint=pipeline.tokenizer.fingerprint,
+        **options,
+    )
+    return summary, said
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A workdir whose stage `sft` is trained."""
+    folder = tmp_path_factory.mktemp("aligned")
+    sft, dpo = config_of("sft"), config_of("dpo")
+    make_workdir(folder, sft)
+    people.write_jsonl(folder / "chats.jsonl", people_chats.chats(WORLD, 0, 40))
+    people.write_jsonl(folder / "pairs.jsonl", people_chats.preferences(WORLD, 0, 60))
+    prepare_chats(sft, folder, str(folder / "chats.jsonl"))
+    prepare_chats(dpo, folder, str(folder / "pairs.jsonl"))
+    first, _ = run(sft, folder, None)
+    assert first["step"] == 6 and "loss_memory" in first["evaluation"]
+    return folder
+
+
+def hashes(folder):
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*/*")
+    } | {"parts": len(list(folder.glob("*/part-*")))}
+
+
+def hold(config, workdir, stage_folder, init_from="sft", say=lambda line: None):
+    mesh = make_mesh(config, jax.devices()[:1])
+    pipelines = {"train": open_pipeline(config, workdir)}
+    hold_reference(config, stage_folder, pipelines, workdir / init_from, mesh, say)
+    return pipelines["train"].reference_logprobs
+
+
+def test_a_killed_computation_goes_on_to_the_same_bytes(workdir, tmp_path, monkeypatch):
+    config = config_of("dpo")
+    whole = hold(config, workdir, tmp_path / "whole")
+    assert hashes(tmp_path / "whole" / "reference")["parts"] >= 2
+    written = []
+
+    def dying(path, data):
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        written.append(path)
+        path.write_bytes(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("m3jax.train.reference.write_atomically", dying)
+        with pytest.raises(KeyboardInterrupt):
+            hold(config, workdir, tmp_path / "cut")
+    kept = written[0].stat().st_mtime_ns
+    resumed = hold(config, workdir, tmp_path / "cut")
+    assert written[0].stat().st_mtime_ns == kept  # not computed again
+    assert hashes(tmp_path / "cut" / "reference") == hashes(tmp_path / "whole" / "reference")
+    np.testing.assert_array_equal(resumed, whole)
+    pairs = np.array([len(group) for group in open_pipeline(config, workdir).rows.plan])
+    assert ((whole < 0).sum(axis=1) == 2 * pairs).all()
+
+
+def test_another_checkpoint_or_other_data_are_refused_by_name(workdir, tmp_path):
+    config, folder = config_of("dpo"), tmp_path / "dpo"
+    hold(config, workdir, folder)
+    with pytest.raises(CheckpointError, match=r"belong to another reference: .* delete the stage"):
+        hold(config, workdir, folder, "sft/checkpoints/3")
+    with pytest.raises(CheckpointError, match=r"another config"):
+        hold(config_of("dpo", memory__window=2), workdir, folder)
+    no_memory = config_of("dpo", memory__source="none", retrieval__ids="search")
+    with pytest.raises(CheckpointError, match="another config"):
+        hold(no_memory, workdir, folder)
+    pipeline = open_pipeline(config, workdir)
+    with pytest.raises(CheckpointError, match="another pairs: "):
+        load(folder / "reference" / "train", {"pairs": "other"})
+    part = next((folder / "reference" / "train").glob("part-*"))
+    part.write_bytes(part.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=rf"{part.name} is damaged .* delete it"):
+        hold(config, workdir, folder)
+    mesh = make_mesh(config, jax.devices()[:1])
+    with pytest.raises(CheckpointError, match="--init_from"):
+        hold_reference(config, tmp_path / "new", {"train": pipeline}, None, mesh)
+
+
+def test_dpo_trains_resumes_and_keeps_one_copy_of_the_weights(workdir, monkeypatch):
+    """In every step: parameters and the two moments of Adam, and nothing else of their shape.
+
+    (While a checkpoint is written in the background, as in every stage, there are copies of all.)
+    """
+    config = config_of("dpo", train__checkpoint_every=10)
+    shape = Model(config).abstract()[0]["embedding"].shape
+    held = []
+    settle = loop._Loop._settle
+
+    def count(self):
+        held.append(sum(x.shape == shape for x in jax.live_arrays()))
+        return settle(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "_settle", count)
+        before = sum(x.shape == shape for x in jax.live_arrays())
+        summary, said = run(config, workdir, workdir / "sft")
+    assert held and max(held) - before == 3
+    assert [line.split("(")[1].split(")")[0] for line in said] == ["train", "validation"]
+    assert summary["evaluation"]["gain_chosen"] != 0
+    evaluate = evaluator(config, workdir)
+    folder = workdir / "dpo" / "reference" / "validation"
+    evaluate.pipeline.reference_logprobs = load(folder, {})
+    same = evaluate(restore_params(workdir / "sft", Model(config))[0])
+    assert same["loss"] == pytest.approx(np.log(2)) and abs(same["gain_chosen"]) < 1e-4
+    lines = [line for line in read_metrics(workdir / "dpo") if "loss" in line]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    # Again: finished, and neither the reference nor its log-probabilities are computed.
+    _, said = run(config, workdir, None)
+    assert said == []
+
+
+def test_a_stage_that_reads_another_writer_is_not_a_start(workdir):
+    config = config_of("sft", stage="other")
+    pipeline = open_pipeline(config, workdir)
+    other = {"hash": "0" * 32, "path": "/nowhere", "step": 1}
+    with pytest.raises(CheckpointError, match="use the bank that the checkpoint has read"):
+        train(
+            config,
+            workdir,
+            pipeline=pipeline,
+            init_from=workdir / "sft",
+            writer=other,
+            tokenizer_fingerprint=pipeline.tokenizer.fingerprint,
+        )
+
+
+def test_a_fingerprint_is_of_the_numbers_not_of_their_places():
+    config = config_of("dpo")
+    params = Model(config, prefix_tokens(config)).init(jax.random.key(0))
+    name = params_fingerprint(params)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = {
+        **params,
+        "embedding": jax.device_put(
+            params["embedding"], NamedSharding(mesh, PartitionSpec("x", None))
+        ),
+    }
+    split = jax.tree.map(
+        lambda x: (
+            x if len(x.devices()) > 1 else jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+        ),
+        split,
+    )
+    assert params_fingerprint(split) == name
+    for change in (
+        lambda x: x.at[3, 1].add(1e-6),
+        lambda x: x.at[jnp.array([0, 1])].set(x[jnp.array([1, 0])]),
+    ):
+        assert params_fingerprint({**params, "embedding": change(params["embedding"])}) != name
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    assert params_fingerprint(half) != name
