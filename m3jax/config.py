@@ -36,6 +36,13 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
     "model.tied_embeddings": (False, "LM head shares the embedding matrix", None),
     "model.embedding_scale": (1.0, "factor on embedding outputs", "(0, inf)"),
     "model.attention_bias": (False, "biases on query, key and value (as Qwen2 has)", None),
+    "model.qk_norm": (
+        False,
+        "whether queries and keys pass an RMSNorm of their own, with a scale over head_dim, before"
+        " RoPE (Henry et al., arXiv 2010.04245; as Qwen3 has): attention scores cannot grow without"
+        " bound. Memories keep normed keys",
+        None,
+    ),
     "model.previous_token_head": (
         0.0,
         "0, or the size of query/key biases that start one key-value head of the first layer as a"
@@ -44,7 +51,7 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
     ),
     "model.init_exponent": (
         -0.5,
-        "weights start with standard deviation fan_in ** this",
+        "weights start with standard deviation fan_in ** this; Memory³ §7 advises less than -0.5",
         "[-2, 0]",
     ),
     "model.param_dtype": ("float32", "dtype of parameters", ("float32", "bfloat16")),
@@ -305,6 +312,13 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
         "tokens of a row whose logits exist at a time; the loss and its gradient are computed"
         " block by block",
         "[1, inf)",
+    ),
+    "train.z_loss": (
+        0.0,
+        "factor of the squared logarithm of the softmax normaliser that is added to the loss that"
+        " is minimised (PaLM, arXiv 2204.02311, §5), so that logits do not drift; 1e-4 there. The"
+        " reported loss is without it",
+        "[0, inf)",
     ),
     "train.log_every": (10, "steps between two lines of metrics", "[1, inf)"),
     "train.checkpoint_every": (500, "steps between two checkpoints", "[1, inf)"),

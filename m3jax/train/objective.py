@@ -1,4 +1,4 @@
-"""The objective: weighted mean cross-entropy of the next token."""
+"""The objective: weighted mean cross-entropy of the next token, and z-loss where configured."""
 
 from __future__ import annotations
 
@@ -41,7 +41,22 @@ def sums(
     sparsify: Callable | None,
     decode: Decode | None = None,
 ) -> Sums:
-    """Summed loss, weight and correct predictions of a batch (on a mesh, of a device's rows).
+    """Summed loss, weight and correct predictions of a batch (on a mesh, of a device's rows);
+    see `objective`."""
+    return objective(model, params, batch, sparsify, decode)[1]
+
+
+def objective(
+    model: Model,
+    params: Params,
+    batch: Batch,
+    sparsify: Callable | None,
+    decode: Decode | None = None,
+) -> tuple[Float[Array, ""], Sums]:
+    """The sum that is minimised, and the sums that are reported, which have no gradient.
+
+    They are of a batch, on a mesh of a device's rows. What is minimised is the loss, and with
+    `train.z_loss` that term.
 
     Args:
       model: the model.
@@ -62,8 +77,8 @@ def sums(
         sparsify=sparsify,
     )
     weights = batch["weights"].astype(jnp.float32)
-    loss, correct = model.summed_loss(params, hidden, batch["targets"], weights)
-    return Sums(loss, jnp.sum(weights), correct)
+    total, loss, correct = model.summed_loss(params, hidden, batch["targets"], weights)
+    return total, Sums(loss, jnp.sum(weights), correct)
 
 
 def batch_specs(batch: Batch) -> dict[str, Any]:
@@ -97,12 +112,12 @@ def over_rows(model: Model, total: Sums) -> Sums:
 def loss(
     model: Model, params: Params, batch: Batch, sparsify: Callable | None = None
 ) -> tuple[Float[Array, ""], Sums]:
-    """Mean cross-entropy over the weights, in nats a token, and the sums behind it.
+    """What is minimised as a mean over the weights, in nats a token, and the sums to report.
 
-    Arguments as in `sums`. A batch without weight has loss 0.
+    Arguments as in `objective`. A batch without weight has loss 0.
     """
-    total = sums(model, params, batch, sparsify)
-    return mean(total.loss, total.weight), total
+    minimised, total = objective(model, params, batch, sparsify)
+    return mean(minimised, total.weight), total
 
 
 def mean(total: Float[Array, ""], weight: Float[Array, ""]) -> Float[Array, ""]:

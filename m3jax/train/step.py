@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from m3jax.memory.sparsify import sparsifier
 from m3jax.mesh import batch_sharding, compiler_options, on_devices, replicated
 from m3jax.model.transformer import Model
-from m3jax.train.objective import Decode, Sums, batch_specs, mean, over_rows, sums
+from m3jax.train.objective import Decode, Sums, batch_specs, mean, objective, over_rows
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.schedule import schedule
 from m3jax.train.state import TrainState, abstract_state, state_shardings
@@ -86,8 +86,7 @@ def _make_gradient(config: ConfigDict, model: Model, decode: Decode | None) -> C
     sparsify = sparsifier(config)
 
     def summed(params: Any, batch: Any) -> tuple[Array, Sums]:
-        total = sums(model, params, batch, sparsify, decode)
-        return total.loss, total
+        return objective(model, params, batch, sparsify, decode)
 
     def part(params: Any, batch: Any) -> tuple[Any, Sums]:
         gradients, total = jax.grad(summed, has_aux=True)(params, batch)
