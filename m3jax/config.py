@@ -335,6 +335,57 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
         "[0, inf)",
     ),
     "train.evaluate_every": (500, "steps between two evaluations; 0 = never", "[0, inf)"),
+    # -- guard ------------------------------------------------------------------------------------
+    "guard.on": (
+        False,
+        "whether training watches itself: where the loss is not a number any more, jumps or creeps"
+        " up, the run goes back to a checkpoint before that, lowers the learning rate, leaves out"
+        " the batches around it and goes on (docs/stability.md)",
+        None,
+    ),
+    "guard.window": (
+        128,
+        "last steps whose median and median absolute deviation (MAD) say what is normal",
+        "[16, 100000]",
+    ),
+    "guard.loss_deviations": (
+        6.0,
+        "a step is bad whose loss is this many deviations (1.4826 · MAD) above the median",
+        "(0, inf)",
+    ),
+    "guard.norm_deviations": (
+        8.0,
+        "the same of the logarithm of the gradient norm, where the loss is above its median, too",
+        "(0, inf)",
+    ),
+    "guard.least_deviation": (
+        0.02,
+        "what a deviation counts as at least; nats of loss, or of the norm's natural logarithm",
+        "(0, inf)",
+    ),
+    "guard.patience": (
+        3,
+        "bad steps, among twice as many in a row, that make a spike; 1 = the first one does",
+        "[1, 10000]",
+    ),
+    "guard.rise_deviations": (
+        5.0,
+        "slow divergence: the median loss of the last quarter of the window is this many deviations"
+        " above its lowest value of the run",
+        "(0, inf)",
+    ),
+    "guard.factor": (0.5, "factor on the learning rate, each time the run goes back", "(0, 1]"),
+    "guard.skip_before": (
+        2,
+        "batches before the first bad step that are left out, too",
+        "[0, inf)",
+    ),
+    "guard.skip_after": (8, "batches after the last bad step that are left out, too", "[0, inf)"),
+    "guard.tries": (
+        8,
+        "how often a run goes back; when it goes wrong once more it ends with an error",
+        "[0, 1000]",
+    ),
     # -- evaluation -------------------------------------------------------------------------------
     "evaluation.batches": (8, "validation batches of an evaluation", "[1, inf)"),
     "evaluation.batch_rows": (
@@ -541,6 +592,12 @@ def validate(config: ConfigDict) -> ConfigDict:
     )
     if train.refresh_every:
         _check_refresh(config)
+    _require(
+        2 * config.guard.patience <= config.guard.window,
+        "guard.patience",
+        config.guard.patience,
+        f"twice as many steps must fit into guard.window = {config.guard.window}",
+    )
     _require(config.mesh.fsdp != 0, "mesh.fsdp", config.mesh.fsdp, "must be -1 or at least 1")
     _require(
         config.stage != "" and "/" not in config.stage,
@@ -558,6 +615,13 @@ def _check_refresh(config: ConfigDict) -> None:
         name,
         every,
         f"refreshes a bank; memory.source = {config.memory.source!r} reads none",
+    )
+    _require(
+        not config.guard.on,
+        name,
+        every,
+        "a guarded run may go back to before a refresh, to memories that are gone; set guard.on ="
+        " False, or 0 here and run launch/write_bank.py --refresh=all between two calls",
     )
     for other in ("checkpoint_every", "keep_every"):  # the checkpoint that wrote must stay
         steps = train[other]
