@@ -12,8 +12,15 @@ Options; `as_base` leaves what the base config has:
     kept      4|8|16                    tokens kept per layer and key-value head
     weight    exact|approximate         token weight of the writer
     shift     0|1                       retrieval by a chunk's own text, or the previous chunk's
+    init      -0.6|-0.75                weights start with standard deviation fan_in ** this
+    decay     0.2|0.4                   weight decay
+    z_loss    0.0001|0.001              factor of the squared logarithm of the softmax normaliser
+    qk_norm   True|False                RMSNorm of queries and keys
     shape     LxNxH                     layers, query heads and head dim of memory3_2b, at 2.1–2.4B
                                         parameters; the first half of the layers has memories
+
+`init` and `decay` are what Memory³ §7 advises and did not try (smaller initial weights, larger
+weight decay), `z_loss` and `qk_norm` what others do against loss spikes (docs/stability.md).
 
 What to expect: of the shapes the paper found L:N near 1 to learn fastest, and head dims up to 64 to
 spike more often. For the others it gives no figures. Which shapes it compared, it does not say:
@@ -30,7 +37,21 @@ from ml_collections import ConfigDict
 import m3jax.config
 
 AS_BASE = "as_base"
-VARIED = ("memories", "layers", "kept", "weight", "shift", "shape")
+VARIED = (
+    *("memories", "layers", "kept", "weight", "shift", "init", "decay", "z_loss", "qk_norm"),
+    "shape",
+)
+
+# Options that are a config field.
+FIELDS = {
+    "kept": ("memory", "kept_tokens"),
+    "weight": ("memory", "selection"),
+    "shift": ("retrieval", "shift"),
+    "init": ("model", "init_exponent"),
+    "decay": ("optimizer", "weight_decay"),
+    "z_loss": ("train", "z_loss"),
+    "qk_norm": ("model", "qk_norm"),
+}
 
 # Layers x query heads x head dim: L:N from 0.6 to 2.0, head dims of 64 to 128.
 SHAPES = ("64x32x80", "64x40x64", "44x32x96", "42x24x128", "44x48x64", "30x48x80")
@@ -43,6 +64,10 @@ OPTIONS = {
     "kept": (AS_BASE, 4, 8, 16),
     "weight": (AS_BASE, "exact", "approximate"),
     "shift": (AS_BASE, 0, 1),
+    "init": (AS_BASE, -0.6, -0.75),
+    "decay": (AS_BASE, 0.2, 0.4),
+    "z_loss": (AS_BASE, 1e-4, 1e-3),
+    "qk_norm": (AS_BASE, True, False),
     "shape": (AS_BASE, *SHAPES),
 }
 
@@ -62,12 +87,9 @@ def get_config(options: str = "") -> ConfigDict:
     if chosen["layers"] != AS_BASE:
         spare = config.model.layers - config.memory.layers
         config.memory.first_layer = spare // 2 if chosen["layers"] == "middle" else 0
-    if chosen["kept"] != AS_BASE:
-        config.memory.kept_tokens = chosen["kept"]
-    if chosen["weight"] != AS_BASE:
-        config.memory.selection = chosen["weight"]
-    if chosen["shift"] != AS_BASE:
-        config.retrieval.shift = chosen["shift"]
+    for option, (section, field) in FIELDS.items():
+        if chosen[option] != AS_BASE:
+            config[section][field] = chosen[option]
     return m3jax.config.validate(config)
 
 

@@ -71,6 +71,8 @@ def get_config(options: str = "") -> ConfigDict:
     config.train.checkpoint_every = 500
     config.train.keep_every = 2000
     config.train.evaluate_every = 500
+    config.guard.on = True  # the paper's runs diverged, and were restarted by hand
+    config.guard.skip_after = 50  # of about 4M tokens each
     config.mesh.data = 8
     config.mesh.fsdp = -1
 

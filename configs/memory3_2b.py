@@ -72,8 +72,10 @@ def get_config(options: str = "") -> ConfigDict:
 
     config.train.steps = 953_674  # 4T tokens
     config.train.checkpoint_every = 1000
-    config.train.keep_every = 10_000  # a divergence is answered by going back
+    config.train.keep_every = 10_000  # the guard may have to go back further
     config.train.evaluate_every = 1000
+    config.guard.on = True  # the paper's runs diverged, and were restarted by hand
+    config.guard.skip_after = 50  # of about 4M tokens each
     # Eight shards: no gradient of a layer is padded when it is scattered (launch/compile.py).
     config.mesh.data = 32
     config.mesh.fsdp = -1

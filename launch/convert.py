@@ -4,18 +4,18 @@
         '--special_tokens=<|pad|>,<|begin|>,<|reserved|>,<|end|>'
     python launch/convert.py --to_hf=FOLDER --workdir=runs/wiki --checkpoint=runs/wiki/continual
 
---from_hf reads config.json and model.safetensors (or its parts) of a Llama or Qwen2 and writes step
-0 of WORKDIR/<config.stage>, from which launch/write_bank.py and launch/train.py go on. The config
-must have the model's shape; where it has not, the message lists what to set. A tokenizer.json
-becomes WORKDIR/tokenizer; without one, the workdir must have the tokenizer that the model was
-trained with. A tokenizer of others must be a byte-level BPE; four of its special tokens become
-`<pad> <s> <reference> </s>`, and it is renumbered with the rows of the embedding. For `<reference>`
-take one that the model has never seen.
+--from_hf reads config.json and model.safetensors (or its parts) of a Llama, Qwen2 or Qwen3 and
+writes step 0 of WORKDIR/<config.stage>, from which launch/write_bank.py and launch/train.py go on.
+The config must have the model's shape; where it has not, the message lists what to set. A
+tokenizer.json becomes WORKDIR/tokenizer; without one, the workdir must have the tokenizer that the
+model was trained with. A tokenizer of others must be a byte-level BPE; four of its special tokens
+become `<pad> <s> <reference> </s>`, and it is renumbered with the rows of the embedding. For
+`<reference>` take one that the model has never seen.
 
---to_hf writes what transformers.LlamaForCausalLM and AutoTokenizer load. A Llama reads no memories;
-its logits are those of the checkpoint without memories. If that was trained with the prefix, begin
-with `<s><reference>` at the position_ids 0 and 1, and give the text those from
-2 + memory.reference_length on.
+--to_hf writes what transformers.LlamaForCausalLM (Qwen3ForCausalLM where model.qk_norm is on) and
+AutoTokenizer load. A Llama reads no memories; its logits are those of the checkpoint without
+memories. If that was trained with the prefix, begin with `<s><reference>` at the position_ids 0 and
+1, and give the text those from 2 + memory.reference_length on.
 """
 
 from __future__ import annotations

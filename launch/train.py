@@ -12,7 +12,8 @@ The stages sft and dpo read what launch/prepare_chats.py has prepared. DPO first
 log-probabilities of the checkpoint that it starts from, once.
 
 Checkpoints, metrics.jsonl, TensorBoard events and loss.png go to <workdir>/<stage>. SIGTERM saves
-and ends with code 0.
+and ends with code 0. With --config.guard.on=True a run whose loss jumps, creeps up or is no number
+any more goes back to a checkpoint and on with less learning rate (docs/stability.md).
 
 Several processes run the same command on one workdir that all of them see: with --distributed on
 every host of a TPU pod, elsewhere with the address of process 0:
@@ -88,6 +89,7 @@ def _train(config: ConfigDict, profile_steps: tuple[int, int] | None) -> None:
     from m3jax.evaluation.staleness import rewrite
     from m3jax.text.tokenizer import Tokenizer
     from m3jax.train.checkpoints import FOLDER, knowledge_version
+    from m3jax.train.guard import describe
     from m3jax.train.loop import train
     from m3jax.train.metrics import describe_time
 
@@ -126,6 +128,8 @@ def _train(config: ConfigDict, profile_steps: tuple[int, int] | None) -> None:
     print(f"{summary['stage']}: loss {summary['loss']:.4f} after {summary['step']} steps")
     for name, value in summary["evaluation"].items():
         print(f"  {name}: {value:.4f}")
+    for rollback in summary["rollbacks"]:
+        print(f"  {describe(rollback)}")
     print(f"checkpoint: {summary['checkpoint']}")
     print(f"time: {describe_time(summary['time'])}")
 

@@ -36,6 +36,13 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
     "model.tied_embeddings": (False, "LM head shares the embedding matrix", None),
     "model.embedding_scale": (1.0, "factor on embedding outputs", "(0, inf)"),
     "model.attention_bias": (False, "biases on query, key and value (as Qwen2 has)", None),
+    "model.qk_norm": (
+        False,
+        "whether queries and keys pass an RMSNorm of their own, with a scale over head_dim, before"
+        " RoPE (Henry et al., arXiv 2010.04245; as Qwen3 has): attention scores cannot grow without"
+        " bound. Memories keep normed keys",
+        None,
+    ),
     "model.previous_token_head": (
         0.0,
         "0, or the size of query/key biases that start one key-value head of the first layer as a"
@@ -44,7 +51,7 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
     ),
     "model.init_exponent": (
         -0.5,
-        "weights start with standard deviation fan_in ** this",
+        "weights start with standard deviation fan_in ** this; Memory³ §7 advises less than -0.5",
         "[-2, 0]",
     ),
     "model.param_dtype": ("float32", "dtype of parameters", ("float32", "bfloat16")),
@@ -404,6 +411,13 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
         " block by block",
         "[1, inf)",
     ),
+    "train.z_loss": (
+        0.0,
+        "factor of the squared logarithm of the softmax normaliser that is added to the loss that"
+        " is minimised (PaLM, arXiv 2204.02311, §5), so that logits do not drift; 1e-4 there. The"
+        " reported loss is without it",
+        "[0, inf)",
+    ),
     "train.log_every": (10, "steps between two lines of metrics", "[1, inf)"),
     "train.checkpoint_every": (500, "steps between two checkpoints", "[1, inf)"),
     "train.keep_last": (2, "newest checkpoints kept", "[1, inf)"),
@@ -419,6 +433,57 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
         "[0, inf)",
     ),
     "train.evaluate_every": (500, "steps between two evaluations; 0 = never", "[0, inf)"),
+    # -- guard ------------------------------------------------------------------------------------
+    "guard.on": (
+        False,
+        "whether training watches itself: where the loss is not a number any more, jumps or creeps"
+        " up, the run goes back to a checkpoint before that, lowers the learning rate, leaves out"
+        " the batches around it and goes on (docs/stability.md)",
+        None,
+    ),
+    "guard.window": (
+        128,
+        "last steps whose median and median absolute deviation (MAD) say what is normal",
+        "[16, 100000]",
+    ),
+    "guard.loss_deviations": (
+        6.0,
+        "a step is bad whose loss is this many deviations (1.4826 · MAD) above the median",
+        "(0, inf)",
+    ),
+    "guard.norm_deviations": (
+        8.0,
+        "the same of the logarithm of the gradient norm, where the loss is above its median, too",
+        "(0, inf)",
+    ),
+    "guard.least_deviation": (
+        0.02,
+        "what a deviation counts as at least; nats of loss, or of the norm's natural logarithm",
+        "(0, inf)",
+    ),
+    "guard.patience": (
+        3,
+        "bad steps, among twice as many in a row, that make a spike; 1 = the first one does",
+        "[1, 10000]",
+    ),
+    "guard.rise_deviations": (
+        5.0,
+        "slow divergence: the median loss of the last quarter of the window is this many deviations"
+        " above its lowest value of the run",
+        "(0, inf)",
+    ),
+    "guard.factor": (0.5, "factor on the learning rate, each time the run goes back", "(0, 1]"),
+    "guard.skip_before": (
+        2,
+        "batches before the first bad step that are left out, too",
+        "[0, inf)",
+    ),
+    "guard.skip_after": (8, "batches after the last bad step that are left out, too", "[0, inf)"),
+    "guard.tries": (
+        8,
+        "how often a run goes back; when it goes wrong once more it ends with an error",
+        "[0, 1000]",
+    ),
     # -- evaluation -------------------------------------------------------------------------------
     "evaluation.batches": (8, "validation batches of an evaluation", "[1, inf)"),
     "evaluation.batch_rows": (
@@ -627,6 +692,12 @@ def validate(config: ConfigDict) -> ConfigDict:
     )
     if train.refresh_every:
         _check_refresh(config)
+    _require(
+        2 * config.guard.patience <= config.guard.window,
+        "guard.patience",
+        config.guard.patience,
+        f"twice as many steps must fit into guard.window = {config.guard.window}",
+    )
     _require(config.mesh.fsdp != 0, "mesh.fsdp", config.mesh.fsdp, "must be -1 or at least 1")
     _require(
         config.stage != "" and "/" not in config.stage,
@@ -663,6 +734,12 @@ def _check_chats(config: ConfigDict) -> None:
             "must be 0 with data.packing = 'pairs': the model and its reference read the same",
         )
         _require(
+            config.train.z_loss == 0,
+            "train.z_loss",
+            config.train.z_loss,
+            "must be 0 with data.packing = 'pairs', whose loss is of whole answers",
+        )
+        _require(
             config.train.refresh_every == 0,
             "train.refresh_every",
             config.train.refresh_every,
@@ -695,6 +772,13 @@ def _check_refresh(config: ConfigDict) -> None:
         name,
         every,
         f"refreshes a bank; memory.source = {config.memory.source!r} reads none",
+    )
+    _require(
+        not config.guard.on,
+        name,
+        every,
+        "a guarded run may go back to before a refresh, to memories that are gone; set guard.on ="
+        " False, or 0 here and run launch/write_bank.py --refresh=all between two calls",
     )
     for other in ("checkpoint_every", "keep_every"):  # the checkpoint that wrote must stay
         steps = train[other]

@@ -35,7 +35,7 @@ def parameters(config: ConfigDict) -> Parameters:
     """Parameters of the model, norms and biases included (method: L(2D² + 2·D·H·K + 3DF))."""
     model = config.model
     biases = _query_width(config) + 2 * _kv_width(config) if model.attention_bias else 0
-    norms = 2 * model.hidden
+    norms = 2 * model.hidden + (2 * model.head_dim if model.qk_norm else 0)
     layer = _projection_weights(config) + _mlp_weights(config) + biases + norms
     non_embedding = model.layers * layer + model.hidden
     tables = 1 if model.tied_embeddings else 2

@@ -166,6 +166,14 @@ def test_ablation_changes_only_what_it_says(base: str) -> None:
     assert varied.to_dict() == plain.to_dict()
 
 
+def test_ablation_of_what_keeps_training_stable() -> None:
+    chosen = {"init": -0.6, "decay": 0.4, "z_loss": 0.0001, "qk_norm": True}
+    config = build("ablation", base="memory3_2b", **chosen)
+    assert (config.model.init_exponent, config.optimizer.weight_decay) == (-0.6, 0.4)
+    assert (config.train.z_loss, config.model.qk_norm) == (1e-4, True)
+    assert config.name == "memory3_2b-init--0.6-decay-0.4-z_loss-0.0001-qk_norm-True"
+
+
 def test_ablation_of_warmup_has_no_memories() -> None:
     config = build("ablation", base="wiki_small", memories="online")
     assert (config.memory.source, config.name) == ("none", "wiki_small")

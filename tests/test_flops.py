@@ -200,6 +200,11 @@ def test_parameters_with_biases_and_tied_embeddings() -> None:
     assert other.total - other.non_embedding == 300 * 16
 
 
+def test_parameters_with_normed_queries_and_keys() -> None:
+    plain, normed = (flops.parameters(tiny(qk_norm=normed)) for normed in (False, True))
+    assert normed.non_embedding - plain.non_embedding == 3 * 2 * 4
+
+
 def test_measured_peak_is_a_speed() -> None:
     assert 1e7 < flops.measured_peak("float32", size=256, repeats=2) < 1e15
     with pytest.raises(ValueError, match="repeats=0"):

@@ -7,6 +7,7 @@ import platform
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,10 +40,11 @@ from m3jax.text import people
 from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
+from m3jax.train.monitor import Monitor
 from m3jax.train.objective import inputs
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import abstract_state, init_state
-from m3jax.train.step import make_step
+from m3jax.train.step import make_step, scale_on
 
 
 def environment() -> dict[str, Any]:
@@ -65,7 +67,9 @@ def train(rounds: int = 12) -> dict[str, Figures]:
       `ratios`: `precomputed_over_warmup`, `online_over_warmup`, `pipeline_over_repeat`,
       `decoding_over_precomputed` (memories decoded in the step from 14 bytes each), and where
       the extra `parity` is installed `warmup_over_hf_llama`, against Hugging Face's Llama in torch
-      at the same shape, dtype and cores; `seconds`: the median step times behind them.
+      at the same shape, dtype and cores; `guarded_over_plain`, a warmup step with the stability
+      guard over one without, and `monitor_over_step`, what its statistics take of that step;
+      `seconds`: the median step times behind them.
     """
     with _workdir(_shape("none")) as workdir:
         stages = {source: _Stage(_shape(source), workdir) for source in _SOURCES}
@@ -75,6 +79,12 @@ def train(rounds: int = 12) -> dict[str, Figures]:
             seconds[name], seconds[beside], ratios[f"{name}_over_warmup"] = paired(
                 stages[name].repeat, stages["none"].repeat, rounds
             )
+        guarded = _Guarded(_shape("none", guard=True), workdir)
+        seconds["guarded"], seconds["plain"], ratios["guarded_over_plain"] = paired(
+            guarded.repeat, stages["none"].repeat, 4 * rounds
+        )
+        seconds["monitor"] = guarded.monitor_seconds()
+        ratios["monitor_over_step"] = seconds["monitor"] / seconds["plain"]
         fed = stages["precomputed"]
         seconds["pipeline"], seconds["repeat"], ratios["pipeline_over_repeat"] = paired(
             fed.from_pipeline, fed.repeat, rounds
@@ -129,9 +139,10 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Figures]]] = {
 _SOURCES = ("none", "precomputed", "online")
 
 
-def _shape(source: str, compression: str = "none") -> ConfigDict:
+def _shape(source: str, compression: str = "none", guard: bool = False) -> ConfigDict:
     """A shape small enough for a CPU whose proportions are those of a real one."""
     config = config_lib.default()
+    config.guard.on = guard
     config.memory.source = source
     config.model.layers, config.memory.layers = 4, 2
     config.model.query_heads, config.model.kv_heads, config.model.head_dim = 8, 2, 32
@@ -210,10 +221,42 @@ class _Stage:
 
     def _run(self, batch: dict[str, Any]) -> None:
         self.state, metrics = self.step(self.state, batch)
-        np.asarray(metrics["loss"])
+        jax.device_get(metrics)
 
     def repeat(self) -> None:
         self._run(self.same)
 
     def from_pipeline(self) -> None:
         self._run(self._place(next(self.batches)))
+
+
+class _Guarded(_Stage):
+    """The same with what the loop does for the stability guard; no trouble ever comes."""
+
+    def __init__(self, config: ConfigDict, workdir: Path):
+        super().__init__(config, workdir)
+        self.scale, self.steps = scale_on(self.mesh, 1.0), 0
+        config = config.copy_and_resolve_references()
+        config.guard.loss_deviations = config.guard.norm_deviations = 1e9
+        config.guard.rise_deviations = 1e9
+        self.monitor = Monitor(config, {})
+        for value in np.random.default_rng(0).normal(3.0, 0.05, config.guard.window):
+            self._watch(value, value)  # a full window, as in all steps but the first
+
+    def _run(self, batch: dict[str, Any]) -> None:
+        self.state, metrics = self.step(self.state, batch, self.scale)
+        values = jax.device_get(metrics)
+        self._watch(float(values["loss"]), float(values["gradient_norm"]))
+
+    def _watch(self, loss: float, norm: float) -> None:
+        self.steps += 1
+        assert self.monitor.observe(self.steps, loss, norm) is None
+
+    def monitor_seconds(self, repeats: int = 200) -> float:
+        """Median seconds of the statistics of one step."""
+        times = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            self._watch(3.0, 3.0)
+            times.append(time.perf_counter() - begin)
+        return statistics.median(times)

@@ -27,7 +27,7 @@ from m3jax.hardware import Chip, chip_of_topology
 from m3jax.memory.bank import writer_params
 from m3jax.memory.codec import plain
 from m3jax.memory.encode import encode_program, input_shapes
-from m3jax.mesh import AXES, batch_sharding, make_mesh, parameter_shardings
+from m3jax.mesh import AXES, batch_sharding, make_mesh, parameter_shardings, replicated
 from m3jax.model.attention import ExplicitMemory
 from m3jax.model.transformer import Model
 from m3jax.train.optimizer import make_optimizer
@@ -104,7 +104,10 @@ def compile_train(config: ConfigDict, mesh: Mesh) -> Program:
     model, optimizer = Model(config, prefix_tokens(config), mesh), make_optimizer(config)
     state = abstract_state(model, optimizer, mesh)
     step = make_step(config, model, mesh, optimizer, state)
-    return _compile(step, state, abstract_batch(config, mesh))
+    arguments: list[Any] = [state, abstract_batch(config, mesh)]
+    if config.guard.on:  # the factor on the learning rate
+        arguments.append(jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh)))
+    return _compile(step, *arguments)
 
 
 def compile_writer(config: ConfigDict, mesh: Mesh) -> Program:

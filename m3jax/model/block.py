@@ -57,16 +57,23 @@ class Block(nnx.Module):
             self.query_bias = constant(0, (K, G, H), ("kv_heads", "group", "head_dim"))
             self.key_bias = constant(0, (K, H), ("kv_heads", "head_dim"))
             self.value_bias = constant(0, (K, H), ("kv_heads", "head_dim"))
+        if model.qk_norm:  # a scale for all heads
+            self.query_norm = constant(1, (H,), ("norm",))
+            self.key_norm = constant(1, (H,), ("norm",))
         self.mlp_norm = constant(1, (D,), ("norm",))
         self.gate = matrix((D, F), D, ("embed", "mlp"))
         self.up = matrix((D, F), D, ("embed", "mlp"))
         self.down = matrix((F, D), F, ("mlp", "embed"), residual)
         self.epsilon = model.norm_epsilon
-        self.bias = model.attention_bias
+        self.bias, self.normed = model.attention_bias, model.qk_norm
         self.parallel = parallel or Parallel()
 
     def qkv(self, hidden: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
-        """Queries `(B, T, K, G, H)`, keys and values `(B, T, K, H)`, before RoPE."""
+        """Queries `(B, T, K, G, H)`, keys and values `(B, T, K, H)`, before RoPE.
+
+        With `model.qk_norm` queries and keys are normed here, so that whatever reads, chooses or
+        stores keys has normed ones.
+        """
         x = self.parallel.enter(rms_norm(hidden, self.attention_norm[...], self.epsilon))
         q = jnp.einsum("BTD,DKGH->BTKGH", x, self.query[...].astype(x.dtype))
         k = jnp.einsum("BTD,DKH->BTKH", x, self.key[...].astype(x.dtype))
@@ -75,6 +82,9 @@ class Block(nnx.Module):
             q = q + self.query_bias[...].astype(x.dtype)[None, None]
             k = k + self.key_bias[...].astype(x.dtype)[None, None]
             v = v + self.value_bias[...].astype(x.dtype)[None, None]
+        if self.normed:  # over `tensor` each device has some heads, but all share the scales
+            q = rms_norm(q, self.parallel.enter(self.query_norm[...]), self.epsilon)
+            k = rms_norm(k, self.parallel.enter(self.key_norm[...]), self.epsilon)
         return q, k, v
 
     def rest(

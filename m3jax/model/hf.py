@@ -107,6 +107,8 @@ def write_folder(
 ) -> None:
     """Writes parameters as a folder that `transformers.LlamaForCausalLM` loads.
 
+    With `model.qk_norm`, which a Llama has not, it is one for `Qwen3ForCausalLM`.
+
     Biases on query, key and value come with an output bias of zeros, since a Llama has all four. An
     `embedding_scale` becomes a part of the embedding, which is then not tied to the LM head.
 
@@ -205,6 +207,11 @@ def _tensors(config: ConfigDict) -> Iterator[_Tensor]:
             ("self_attn.k_proj.bias", "key_bias", (K, H), 0),
             ("self_attn.v_proj.bias", "value_bias", (K, H), 0),
         ]
+    if model.qk_norm:
+        parts += [
+            ("self_attn.q_norm.weight", "query_norm", (H,), 0),
+            ("self_attn.k_norm.weight", "key_norm", (H,), 0),
+        ]
     for segment, (low, high) in segment_ranges(config).items():
         for i in range(low, high):
             for name, field, shape, inputs in parts:
@@ -217,7 +224,7 @@ def _tensors(config: ConfigDict) -> Iterator[_Tensor]:
 def _their_tensors(
     config: ConfigDict, params: Params, tied: bool, dtype: Any
 ) -> dict[str, np.ndarray]:
-    """All tensors of `LlamaForCausalLM`, contiguous."""
+    """All tensors of `LlamaForCausalLM` or `Qwen3ForCausalLM`, contiguous."""
     model, tensors = config.model, {}
     for tensor in _tensors(config):
         stack = params if tensor.segment is None else params[tensor.segment]

@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 from ml_collections import ConfigDict
 
 CONFIG = "config.json"
-_FAMILIES = ("llama", "qwen2")  # qwen2 always has biases on query, key and value
+# qwen2 always has biases on query, key and value; qwen3 always norms queries and keys.
+_FAMILIES = ("llama", "qwen2", "qwen3")
 # What must have this value, where it is there; the last is why.
 _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu", "swish"), "the MLP here is gated by silu"),
@@ -35,7 +36,7 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
     found = read_json(path)
     family = found.get("model_type")
     if family not in _FAMILIES:
-        _refuse(path, "model_type", family, f"choose a model of {' or '.join(_FAMILIES)}")
+        _refuse(path, "model_type", family, f"choose a model of {', '.join(_FAMILIES)}")
     for key, (accepted, why) in _FIXED.items():
         if found.get(key) not in (*accepted, None):
             _refuse(path, key, found[key], f"{why}; choose another model")
@@ -56,7 +57,7 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
 
     heads, hidden = size("num_attention_heads"), size("hidden_size")
     kv_heads = size("num_key_value_heads", heads if family == "llama" else None)
-    head_dim = size("head_dim", hidden // heads)
+    head_dim = size("head_dim", None if family == "qwen3" else hidden // heads)
     if heads % kv_heads or head_dim % 2 or (found.get("head_dim") is None and hidden % heads):
         raise HuggingFaceError(
             f"{path}: {kv_heads} key-value heads, {heads} query heads of {head_dim} and hidden_size"
@@ -76,6 +77,7 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
         "tied_embeddings": bool(found.get("tie_word_embeddings")),
         "embedding_scale": 1.0,
         "attention_bias": family == "qwen2" or bool(found.get("attention_bias")),
+        "qk_norm": family == "qwen3",
     }
 
 
@@ -91,7 +93,7 @@ def check_fields(folder: str | Path, config: ConfigDict) -> None:
 
 
 def their_config(config: ConfigDict, tied: bool, dtype: str, positions: int) -> dict[str, Any]:
-    """Content of the `config.json` of a Llama of our shape.
+    """Content of the `config.json` of a Llama of our shape; with `qk_norm` of a Qwen3.
 
     Args:
       config: its `model` section is read.
@@ -101,8 +103,8 @@ def their_config(config: ConfigDict, tied: bool, dtype: str, positions: int) -> 
     """
     model = config.model
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if model.qk_norm else "llama",
         "attention_bias": model.attention_bias,
         "attention_dropout": 0.0,
         "dtype": dtype,

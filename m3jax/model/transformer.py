@@ -239,11 +239,14 @@ class Model:
         hidden: Float[Array, "B T D"],
         targets_BT: Int[Array, "B T"],
         weights_BT: Float[Array, "B T"],
-    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Weighted sums over this device's tokens of cross-entropy and of right predictions."""
+    ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+        """Weighted sums over this device's tokens: what is minimised (cross-entropy, and z-loss
+        where the config has one), cross-entropy, and right predictions. Only the first has a
+        gradient."""
         x, table = self._head(params, hidden)
+        train = self.config.train
         return cross_entropy(
-            self.parallel, x, table, targets_BT, weights_BT, self.config.train.loss_block
+            self.parallel, x, table, targets_BT, weights_BT, train.loss_block, float(train.z_loss)
         )
 
     def token_losses(

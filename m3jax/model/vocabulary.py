@@ -57,9 +57,11 @@ def cross_entropy(
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
     block: int,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sums over this device's tokens of weight · cross-entropy (nats), and of the weights of right
-    predictions.
+    z_loss: float = 0.0,
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    """Sums over this device's tokens of weight · (cross-entropy + z_loss · log² Z), in nats, of
+    weight · cross-entropy, and of the weights of right predictions; Z is the softmax normaliser
+    (PaLM, arXiv 2204.02311, §5). Only the first has a gradient.
 
     Args:
       parallel: of the mesh.
@@ -68,19 +70,20 @@ def cross_entropy(
       targets_BT, weights_BT: next tokens and their weights (float32).
       block: tokens of a row whose logits exist at a time; the largest divisor of T up to it is
         used.
+      z_loss: factor of the squared logarithm of the normaliser.
     """
     T = x_BTD.shape[1]
     block = next(size for size in range(min(block, T), 0, -1) if T % size == 0)
 
     @jax.custom_vjp
-    def total(*arguments: Array) -> tuple[Array, Array]:
-        return _sums(parallel, block, False, *arguments)[0]
+    def total(*arguments: Array) -> tuple[Array, Array, Array]:
+        return _sums(parallel, block, z_loss, False, *arguments)[0]
 
-    def backward(kept: tuple[Array, Array], cotangent: tuple[Array, Array]) -> tuple:
+    def backward(kept: tuple[Array, Array], cotangent: tuple[Array, Array, Array]) -> tuple:
         scaled = (gradient * cotangent[0].astype(gradient.dtype) for gradient in kept)
         return (*scaled, None, None)
 
-    total.defvjp(lambda *arguments: _sums(parallel, block, True, *arguments), backward)
+    total.defvjp(lambda *arguments: _sums(parallel, block, z_loss, True, *arguments), backward)
     return total(x_BTD, table_VD, targets_BT, weights_BT)
 
 
@@ -128,13 +131,14 @@ def _scores(parallel: Parallel, logits: Array, targets: Array) -> tuple[Array, A
 def _sums(
     parallel: Parallel,
     block: int,
+    z_loss: float,
     gradient: bool,
     x: Array,
     part: Array,
     targets: Array,
     weights: Array,
 ) -> Any:
-    """The two sums, and (with `gradient`) gradients of the loss for `x` and `part`, else None."""
+    """The three sums, and (with `gradient`) gradients of the first for `x` and `part`, or None."""
     table = parallel.whole(part, 0)
     length = x.shape[1]
     blocks = jax.tree.map(
@@ -148,25 +152,34 @@ def _sums(
         normalizer, scored, predicted, hit = _scores(parallel, logits, targets)
         loss = carry[0] + jnp.sum(weights * (normalizer - scored))
         correct = carry[1] + jnp.sum(weights * (predicted == targets))
+        sums: tuple[Array, ...] = (loss, correct)
+        if z_loss:
+            sums += (carry[2] + jnp.sum(weights * jnp.square(normalizer)),)
         if not gradient:
-            return (loss, correct), None
+            return sums, None
         share = jnp.exp(logits - normalizer[..., None])
+        if z_loss:  # d log² Z / d logits = 2 · log Z · softmax
+            share = share * (1 + 2 * z_loss * normalizer)[..., None]
         error = ((share - hit) * weights[..., None]).astype(x.dtype)
-        table_gradient = carry[2] + jnp.einsum(
+        table_gradient = carry[-1] + jnp.einsum(
             "BQV,BQD->VD", error, x, preferred_element_type=jnp.float32
         )
         back = jnp.einsum("BQV,VD->BQD", error, table, preferred_element_type=jnp.float32)
-        return (loss, correct, table_gradient), parallel.sum(back, "tensor").astype(x.dtype)
+        return (*sums, table_gradient), parallel.sum(back, "tensor").astype(x.dtype)
 
     zero = jnp.zeros((), jnp.float32)
-    start: Any = (zero, zero, jnp.zeros(table.shape, jnp.float32)) if gradient else (zero, zero)
+    start: tuple[Array, ...] = (zero,) * (3 if z_loss else 2)
+    if gradient:
+        start += (jnp.zeros(table.shape, jnp.float32),)
     carry, x_gradient = jax.lax.scan(one, start, blocks)
+    loss, correct = carry[:2]
+    found = (loss + z_loss * carry[2] if z_loss else loss, loss, correct)
     if not gradient:
-        return carry, None
+        return found, None
     x_gradient = jnp.moveaxis(x_gradient, 0, 1).reshape(x.shape)
     # Together: the whole table's gradient must not wait while the layers run backward.
-    return carry[:2], jax.lax.optimization_barrier(
-        (x_gradient, parallel.reduce(carry[2], 0, part.dtype))
+    return found, jax.lax.optimization_barrier(
+        (x_gradient, parallel.reduce(carry[-1], 0, part.dtype))
     )
 
 

@@ -7,7 +7,9 @@ config, the step, the tokenizer's fingerprint and the writer, that is, whose mem
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from m3jax.data.parameters import (
     saved_shapes,
     unreadable,
 )
+from m3jax.distributed import meet
 from m3jax.text.files import write_atomically
 from m3jax.train.state import TrainState
 
@@ -44,8 +47,12 @@ __all__ = [
     "restore_params",
 ]
 
-# Fields that may change when a run is continued: they change no result.
-_FREE_SECTIONS = ("mesh",)
+_TEMPORARY = ".orbax-checkpoint-tmp"  # in names that Orbax clears away
+
+# Fields that may change when a run is continued: they change no result, but for the guard's, which
+# matter when a run goes wrong: then it may be switched on, or given another try. Where checkpoints
+# lie matters to it, too.
+_FREE_SECTIONS = ("mesh", "guard")
 _FREE = (
     "train.log_every",
     "train.checkpoint_every",
@@ -86,14 +93,11 @@ class Checkpoints:
             "tokenizer": tokenizer_fingerprint,
         }
         self.reads(writer, version)
-        kept: list[Any] = [policies.LatestN(config.train.keep_last)]
-        if config.train.keep_every:
-            kept.append(policies.EveryNSteps(config.train.keep_every))
         self.folder.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(kept),
+                preservation_policy=_policy(config),
                 cleanup_tmp_directories=True,
             ),
         )
@@ -117,21 +121,53 @@ class Checkpoints:
                 " checkpoint has read"
             )
 
-    def save(self, state: TrainState, step: int) -> None:
-        """Copies the state and writes it in the background; does nothing when `step` is saved."""
+    def save(self, state: TrainState, step: int, more: Mapping[str, Any] | None = None) -> None:
+        """Copies the state and writes it in the background; does nothing when `step` is saved.
+
+        Args:
+          state: what `restore` will return.
+          step: its step.
+          more: goes into `meta`.
+        """
         if self._manager.latest_step() == step:
             return
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                meta=ocp.args.JsonSave({**self._meta, "step": step}),
+                meta=ocp.args.JsonSave({**self._meta, **(more or {}), "step": step}),
             ),
         )
 
     def latest_step(self) -> int | None:
         """The newest step with a whole checkpoint, or None."""
         return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """The steps with a whole checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The `meta` of a checkpoint."""
+        return read_meta(self.folder / str(step))
+
+    def delete(self, steps: Iterable[int]) -> None:
+        """Deletes checkpoints; all processes call it alike.
+
+        Each is renamed to a temporary name first: a kill leaves none that looks whole. What stays
+        under such a name goes when the folder is opened next.
+        """
+        found = sorted(steps, reverse=True)
+        if not found:
+            return
+        if jax.process_index() == 0:
+            for step in found:
+                gone = self.folder / f"{step}{_TEMPORARY}-deleted"
+                shutil.rmtree(gone, ignore_errors=True)
+                os.rename(self.folder / str(step), gone)
+                shutil.rmtree(gone)
+        meet("checkpoints deleted")
+        self._manager.reload()
 
     def restore(self, abstract: TrainState) -> TrainState:
         """The newest state, on the shardings of `abstract` (which may be of another mesh).
@@ -168,6 +204,39 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the last save and stops the background threads."""
         self._manager.close()
+
+
+def kept(steps: Sequence[int], config: ConfigDict) -> set[int]:
+    """Which of the checkpoints of a guarded run stay.
+
+    The newest; the `train.keep_last` newest at multiples of `train.checkpoint_every`, so that one
+    written when a run was stopped takes nobody's place; and those of `train.keep_every`.
+    """
+    train = config.train
+    regular = sorted(step for step in steps if step % train.checkpoint_every == 0)
+    forever = {step for step in steps if train.keep_every and step % train.keep_every == 0}
+    return {max(steps, default=0), *regular[-train.keep_last :], *forever} & set(steps)
+
+
+class _Guarded:
+    """`kept` for Orbax."""
+
+    def __init__(self, config: ConfigDict):
+        self._config = config
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        stay = kept([one.step for one in checkpoints], self._config)
+        return [one.step in stay for one in checkpoints]
+
+
+def _policy(config: ConfigDict) -> Any:
+    """Which checkpoints stay."""
+    if config.guard.on:
+        return _Guarded(config)
+    found: list[Any] = [policies.LatestN(config.train.keep_last)]
+    if config.train.keep_every:
+        found.append(policies.EveryNSteps(config.train.keep_every))
+    return policies.AnyPreservationPolicy(found)
 
 
 def stage_of(checkpoint: str | Path) -> Path:

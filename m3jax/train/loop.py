@@ -32,6 +32,7 @@ from m3jax.train.checkpoints import (
     restore_params,
 )
 from m3jax.train.clock import Clock, Device, Speed
+from m3jax.train.guard import DivergenceError, Guard, describe
 from m3jax.train.metrics import Metrics, dropped_share, hit_share, read_metrics, time_spent
 from m3jax.train.objective import Decode, inputs
 from m3jax.train.optimizer import make_optimizer
@@ -39,7 +40,7 @@ from m3jax.train.plots import plot_stages
 from m3jax.train.profile import Profile
 from m3jax.train.progress import Progress
 from m3jax.train.state import TrainState, abstract_state, init_state
-from m3jax.train.step import make_step
+from m3jax.train.step import make_step, scale_on
 
 Evaluate = Callable[[Params], Mapping[str, float]]
 
@@ -78,10 +79,6 @@ class Source(NamedTuple):
 Refresh = Callable[[int], Source]
 
 
-class DivergenceError(ValueError):
-    """The loss or the gradient is not a finite number any more."""
-
-
 def train(
     config: ConfigDict,
     workdir: str | Path,
@@ -98,7 +95,8 @@ def train(
     """Trains the stage `config.stage` in `<workdir>/<stage>`, or continues it.
 
     The same call after a kill ends bitwise equal to an undisturbed run. On SIGTERM the run is
-    saved, and the process ends with code 0.
+    saved, and the process ends with code 0. With `guard.on` a run that goes wrong goes back to a
+    checkpoint and on from there (`m3jax.train.guard`).
 
     Args:
       config: a config.
@@ -120,12 +118,13 @@ def train(
 
     Returns:
       `stage`, `step`, `checkpoint` (its folder), `seconds` of the run, `loss` and `accuracy` of the
-      last logged line, `evaluation`, the last one's numbers ({} if there was none), and `time`
-      (`m3jax.train.metrics.time_spent`).
+      last logged line, `evaluation`, the last one's numbers ({} if there was none), `time`
+      (`m3jax.train.metrics.time_spent`) and `rollbacks` of the guard.
 
     Raises:
       ConfigError, CheckpointError: the config, workdir or checkpoint does not fit.
-      DivergenceError: the loss is not finite; names the step and the last checkpoint.
+      DivergenceError: the loss is not finite; names the step and the last checkpoint. With a guard:
+        it has gone back as often as it may.
     """
     validate(config)
     folder = Path(workdir).absolute() / config.stage
@@ -137,6 +136,7 @@ def train(
         )
     _check_shared(folder)
     check_owner(folder, config)
+    guard = Guard.of(config, folder)
     mesh = make_mesh(config)
     clock, profile = Clock(), Profile(profile_steps, config.train.steps, folder)
     model = Model(config, prefix_tokens(config), mesh)
@@ -144,22 +144,26 @@ def train(
     abstract = abstract_state(model, optimizer, mesh)
     checkpoints = Checkpoints(folder, config, tokenizer_fingerprint, writer, version)
     with contextlib.closing(checkpoints):
-        first = checkpoints.latest_step()
+        first = checkpoints.latest_step() or 0 if guard is None else guard.resume(checkpoints)
         shown = jax.process_index() == 0
-        progress = Progress(config.stage, config.train.steps, first or 0, shown)
+        progress = Progress(config.stage, config.train.steps, first, shown)
         with contextlib.closing(progress):
             if first == config.train.steps:
                 progress.message(f"{config.stage}: finished before, at step {first}; nothing to do")
             else:
-                state = _start(
-                    config, model, optimizer, abstract, checkpoints, progress, mesh, init_from
-                )
+
+                def start() -> TrainState:
+                    return _start(
+                        config, model, optimizer, abstract, checkpoints, progress, mesh, init_from
+                    )
+
+                state = start()
                 claim(folder, config)
                 make = functools.partial(make_step, config, model, mesh, optimizer, abstract)
                 source = Source(pipeline, evaluate, writer, version)
                 loop = _Loop(config, folder, mesh, source, checkpoints, progress, clock)
-                loop.refresh = refresh
-                loop.run(make, state, first or 0, profile)
+                loop.refresh, loop.guard, loop.start = refresh, guard, start
+                loop.run(make, state, first, profile)
     if shown and not (folder / "loss.png").exists():
         plot_stages([folder], folder / "loss.png")
     meet("finished")  # the first process has written
@@ -220,6 +224,7 @@ def _summary(config: ConfigDict, folder: Path) -> dict[str, Any]:
         "accuracy": trained[0]["accuracy"] if trained else math.nan,
         "evaluation": evaluated[0] if evaluated else {},
         "time": time_spent(lines),
+        "rollbacks": [line["guard"] for line in lines if "guard" in line],
     }
 
 
@@ -239,6 +244,9 @@ class _Loop:
         self.config, self.folder, self.mesh = config, folder, mesh
         self.source = source
         self.refresh: Refresh | None = None
+        self.guard: Guard | None = None
+        self.start: Callable[[], TrainState] | None = None  # from the newest checkpoint
+        self.compiled = False
         self.checkpoints, self.progress = checkpoints, progress
         self.metrics: Metrics | None = None  # on the first process only
         self.retrieval: Mapping[str, float] = {}  # counters of the line before
@@ -254,50 +262,96 @@ class _Loop:
         profile: Profile,
     ) -> None:
         """Trains from step `first` on with the step function that `make` makes."""
-        steps, every = self.config.train.steps, self.config.train.refresh_every
         step_function = make(self.source.pipeline.decode)
         if jax.process_index() == 0:
             (self.folder / "loss.png").unlink(missing_ok=True)
-            self.metrics = Metrics(self.folder, first, self.clock.now() - self.clock.born)
+            self._open_metrics(first)
+            assert self.metrics is not None
             self.speed.seconds_before = self.metrics.seconds
         with (
             contextlib.closing(self),
             contextlib.closing(profile),
             _Termination(self.checkpoints) as termination,
         ):
-            rows = host_rows(self.mesh, self.config.data.batch_rows)
-            batches = iter(self.source.pipeline.batches(first, rows.ids))
-            for step in range(first + 1, steps + 1):
-                if every and step > 1 and (step - 1) % every == 0:
-                    self._refresh(step - 1)
-                    batches = iter(self.source.pipeline.batches(step - 1, rows.ids))
-                    if self.source.pipeline.decode is not None:  # its tables are another bank's
-                        step_function = make(self.source.pipeline.decode)
-                with self.clock.waiting(self.device.idle_since):
-                    batch = inputs(next(batches))
-                placed = to_global(self.mesh, batch, rows)
-                if step == first + 1 and jax.process_count() > 1:
-                    step_function.lower(state, placed).compile()
-                    meet("compiled")
-                profile.before(step)
-                with jax.transfer_guard("disallow"):
-                    state, metrics = step_function(state, placed)
-                self.device.give(metrics)
-                self._settle()
-                self.pending = (step, metrics)
-                if profile.after(step, metrics):
-                    self.progress.message(f"{self.config.stage}: trace in {profile.folder}")
-                stop = termination.requested(step)
-                self._at(step, state, stop)
-                if stop and step < steps:
-                    self._end()
-                    self.progress.message(
-                        f"{self.config.stage}: told to stop; saved at step {step} of {steps}."
-                        " The same command continues"
-                    )
-                    raise SystemExit(0)
+            while not self._steps(make, step_function, state, first, profile, termination):
+                state, first = self._roll_back()
             self._end()
-            self._write({"step": steps, "time": self.clock.take()})
+            self._write({"step": self.config.train.steps, "time": self.clock.take()})
+
+    def _steps(
+        self,
+        make: Callable[[Decode | None], Any],
+        step_function: Any,
+        state: TrainState,
+        first: int,
+        profile: Profile,
+        termination: _Termination,
+    ) -> bool:
+        """Trains from a step on, to the end unless the guard notices trouble: whether it did."""
+        steps, every = self.config.train.steps, self.config.train.refresh_every
+        scale = () if self.guard is None else (scale_on(self.mesh, self.guard.scale),)
+        rows = host_rows(self.mesh, self.config.data.batch_rows)
+        batches = self._batches(first, rows.ids)
+        for step in range(first + 1, steps + 1):
+            if every and step > 1 and (step - 1) % every == 0:
+                self._refresh(step - 1)
+                batches = self._batches(step - 1, rows.ids)
+                if self.source.pipeline.decode is not None:  # its tables are another bank's
+                    step_function = make(self.source.pipeline.decode)
+            with self.clock.waiting(self.device.idle_since):
+                batch = inputs(next(batches))
+            placed = to_global(self.mesh, batch, rows)
+            if not self.compiled and jax.process_count() > 1:
+                step_function.lower(state, placed, *scale).compile()
+                meet("compiled")
+            self.compiled = True
+            profile.before(step)
+            with jax.transfer_guard("disallow"):
+                state, metrics = step_function(state, placed, *scale)
+            self.device.give(metrics)
+            if not self._settle():
+                return False
+            self.pending = (step, metrics)
+            if profile.after(step, metrics):
+                self.progress.message(f"{self.config.stage}: trace in {profile.folder}")
+            stop = termination.requested(step)
+            if not self._at(step, state, stop):
+                return False
+            if stop and step < steps:
+                self._end()
+                self.progress.message(
+                    f"{self.config.stage}: told to stop; saved at step {step} of {steps}."
+                    " The same command continues"
+                )
+                raise SystemExit(0)
+        return True
+
+    def _batches(self, done: int, rows: np.ndarray) -> Iterator[Mapping[str, Any]]:
+        """Batches of the steps after `done`."""
+        pipeline = self.source.pipeline
+        if self.guard is None:
+            return iter(pipeline.batches(done, rows))
+        first = self.guard.first_batch(done)
+        return self.guard.without_skipped(pipeline.batches(first, rows), first)
+
+    def _roll_back(self) -> tuple[TrainState, int]:
+        """The state that the guard goes back to, and its step."""
+        assert self.guard is not None and self.start is not None
+        with self.clock.spent_on("checkpoint"):
+            rollback = self.guard.roll_back(self.checkpoints)
+            self.progress.message(f"{self.config.stage}: {describe(rollback)}")
+            step = self.guard.resume(self.checkpoints)
+            if self.metrics is not None:
+                self.metrics.close()
+                self._open_metrics(step)
+            state = self.start()
+        self.speed.report()  # its seconds are lost, as after a kill
+        return state, step
+
+    def _open_metrics(self, step: int) -> None:
+        running = self.clock.now() - self.clock.born
+        rollbacks = [] if self.guard is None else self.guard.rollbacks
+        self.metrics = Metrics(self.folder, step, running, rollbacks=rollbacks)
 
     def close(self) -> None:
         """Closes what is open, however the run ended."""
@@ -321,32 +375,48 @@ class _Loop:
         self.checkpoints.reads(self.source.writer, self.source.version)
         self.retrieval = {}
 
-    def _at(self, step: int, state: TrainState, stop: bool) -> None:
-        """Evaluates and saves when due. All lines up to a checkpoint are written before it."""
+    def _at(self, step: int, state: TrainState, stop: bool) -> bool:
+        """Evaluates and saves when due. All lines up to a checkpoint are written before it.
+
+        Returns:
+          False: the guard has noticed trouble, and nothing was saved.
+        """
         train = self.config.train
         last = step == train.steps
         evaluating = last or (train.evaluate_every and step % train.evaluate_every == 0)
         evaluate = self.source.evaluate
         if evaluate is not None and evaluating:
-            self._settle()
+            if not self._settle():
+                return False
             with self.clock.spent_on("evaluation"):
                 values = {name: float(x) for name, x in evaluate(state.params).items()}
             self._write({"step": step, "evaluation": values})
         if last or stop or step % train.checkpoint_every == 0:
-            self._settle()
+            if not self._settle():
+                return False
             with self.clock.spent_on("checkpoint"):
                 if self.metrics is not None:
                     self.metrics.sync()
-                self.checkpoints.save(state, step)
+                more = None if self.guard is None else self.guard.meta()
+                self.checkpoints.save(state, step, more)
+        return True
 
-    def _settle(self) -> None:
-        """Fetches and logs the metrics of the step before, while the present one computes."""
+    def _settle(self) -> bool:
+        """Fetches and logs the metrics of the step before, while the present one computes.
+
+        Returns:
+          False: the guard has noticed trouble in them, and they are not logged.
+        """
         if self.pending is None:
-            return
+            return True
         step, metrics = self.pending
         self.pending = None
         values = {name: float(x) for name, x in jax.device_get(metrics).items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+        if self.guard is not None:
+            self.guard.observe(step, values["loss"], values["gradient_norm"])
+            if self.guard.trouble is not None:
+                return False
+        elif not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
             latest = self.checkpoints.latest_step()
             saved = (
                 "there is no checkpoint" if latest is None else f"last checkpoint: step {latest}"
@@ -354,7 +424,8 @@ class _Loop:
             raise DivergenceError(
                 f"{self.config.stage}: not finite at step {step} (loss {values['loss']}, gradient"
                 f" norm {values['gradient_norm']}); {saved} in {self.folder}. Lower"
-                " optimizer.learning_rate, lengthen optimizer.rise_steps, or look at the data"
+                " optimizer.learning_rate, lengthen optimizer.rise_steps, look at the data, or let"
+                " guard.on = True go back by itself"
             )
         self.speed.step()
         train = self.config.train
@@ -378,6 +449,7 @@ class _Loop:
                     },
                 }
             )
+        return True
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.metrics is not None:

@@ -93,14 +93,16 @@ def hit_share(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str
 class Metrics:
     """Writes the metrics of one run.
 
-    Opening drops what an earlier process logged after the checkpoint that the run goes on from, so
-    that no step is there twice. The first line says when the run was first started.
+    Opening drops what was logged after the checkpoint that the run goes on from, so that no step is
+    there twice. The first line says when the run was first started. Each rollback of a guarded run
+    has a line `{"step", "guard"}` behind those of the step that the run went back to.
 
     Args:
       stage_folder: folder of the stage.
       step: step of that checkpoint, 0 for a new run.
       running: seconds that this process has spent on the run before.
       now: the time, seconds since 1970.
+      rollbacks: of `m3jax.train.guard.read_rollbacks`.
 
     Attributes:
       seconds: run time up to that step, summed over all processes of the run.
@@ -112,9 +114,11 @@ class Metrics:
         step: int,
         running: float = 0.0,
         now: Callable[[], float] = time.time,
+        rollbacks: Sequence[Mapping[str, Any]] = (),
     ):
         folder = Path(stage_folder)
         kept = [line for line in read_metrics(folder) if line["step"] <= step]
+        kept = _with_rollbacks([line for line in kept if "guard" not in line], rollbacks)
         if not any("started" in line for line in kept):
             kept.insert(0, {"step": 0, "started": now() - running})
         self._now = now
@@ -148,6 +152,18 @@ class Metrics:
     def close(self) -> None:
         self._file.close()
         self._events.close()
+
+
+def _with_rollbacks(
+    lines: list[dict[str, Any]], rollbacks: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The lines and those of the rollbacks: a rollback's place depends on no kill in between."""
+    place = None
+    for rollback in reversed(rollbacks):  # a later one may have gone back further
+        place = rollback["to"] if place is None else min(place, rollback["to"])
+        number = sum(line["step"] <= place for line in lines if "guard" not in line)
+        lines = [*lines[:number], {"step": place, "guard": dict(rollback)}, *lines[number:]]
+    return lines
 
 
 def _to_line(line: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The objective: weighted mean cross-entropy of the next token."""
+"""The objective: weighted mean cross-entropy of the next token, and z-loss where configured."""
 
 from __future__ import annotations
 
@@ -51,7 +51,22 @@ def sums(
     sparsify: Callable | None,
     decode: Decode | None = None,
 ) -> Sums:
-    """Summed loss, weight and correct predictions of a batch (on a mesh, of a device's rows).
+    """Summed loss, weight and correct predictions of a batch (on a mesh, of a device's rows);
+    see `objective`."""
+    return objective(model, params, batch, sparsify, decode)[1]
+
+
+def objective(
+    model: Model,
+    params: Params,
+    batch: Batch,
+    sparsify: Callable | None,
+    decode: Decode | None = None,
+) -> tuple[Float[Array, ""], Sums]:
+    """The sum that is minimised, and the sums that are reported, which have no gradient.
+
+    They are of a batch, on a mesh of a device's rows. What is minimised is the loss, and with
+    `train.z_loss` that term.
 
     Args:
       model: the model.
@@ -64,8 +79,8 @@ def sums(
     """
     hidden = hidden_of(model, params, batch, sparsify, decode)
     weights = batch["weights"].astype(jnp.float32)
-    loss, correct = model.summed_loss(params, hidden, batch["targets"], weights)
-    return Sums(loss, jnp.sum(weights), correct)
+    total, loss, correct = model.summed_loss(params, hidden, batch["targets"], weights)
+    return total, Sums(loss, jnp.sum(weights), correct)
 
 
 def hidden_of(
@@ -75,7 +90,7 @@ def hidden_of(
     sparsify: Callable | None,
     decode: Decode | None = None,
 ) -> Float[Array, "B T D"]:
-    """Hidden states of a batch before the final norm; arguments as in `sums`."""
+    """Hidden states of a batch before the final norm; arguments as in `objective`."""
     memory = batch.get("memory")
     if memory is not None and decode is not None:
         memory = decode(memory)
@@ -123,12 +138,12 @@ def over_rows(model: Model, total: Sums) -> Sums:
 def loss(
     model: Model, params: Params, batch: Batch, sparsify: Callable | None = None
 ) -> tuple[Float[Array, ""], Sums]:
-    """Mean cross-entropy over the weights, in nats a token, and the sums behind it.
+    """What is minimised as a mean over the weights, in nats a token, and the sums to report.
 
-    Arguments as in `sums`. A batch without weight has loss 0.
+    Arguments as in `objective`. A batch without weight has loss 0.
     """
-    total = sums(model, params, batch, sparsify)
-    return mean(total.loss, total.weight), total
+    minimised, total = objective(model, params, batch, sparsify)
+    return mean(minimised, total.weight), total
 
 
 def mean(total: Float[Array, ""], weight: Float[Array, ""]) -> Float[Array, ""]:

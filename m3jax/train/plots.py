@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from m3jax.text.files import committing
 from m3jax.train.metrics import read_metrics
 
 _INK, _SOFT, _GRID = "#22303c", "#7d8b99", "#e6eaee"
-_TRAIN, _RATE = "#2f6fb3", "#8a6fb0"
+_TRAIN, _RATE, _LEFT = "#2f6fb3", "#8a6fb0", "#c0392b"
 _OTHERS = ("#c79a1b", "#5b5f97")  # evaluated losses that have no colour of their own
 _SMOOTHED_SHARE = 1 / 40  # of the points of the longest stage that the drawn mean spans
 _MODES = {
@@ -30,7 +30,8 @@ def plot_stages(stage_folders: Sequence[str | Path], path: str | Path, title: st
     """Draws one or more stages of a run, one after the other, into a PNG.
 
     Training loss (each logged value and a running mean), evaluated losses, and the learning rate
-    below, over optimizer steps and, along the top, tokens.
+    below, over optimizer steps and, along the top, tokens. Of branches that a guarded run has left
+    the losses, and a mark where it went on from.
 
     Args:
       stage_folders: folders with `metrics.jsonl`; those without lines are left out.
@@ -78,6 +79,9 @@ def _draw_stages(losses: Axes, rates: Axes, stages: Sequence[tuple[str, list]]) 
         rate = [line["learning_rate"] for line in trained]
         rates.plot(steps, rate, color=_RATE, linewidth=1.4)
         rates.fill_between(steps, rate, color=_RATE, alpha=0.15, linewidth=0)
+        for rollback in (line["guard"] for line in lines if "guard" in line):
+            _draw_left(losses, offset, rollback, "went back" not in labelled)
+            labelled.add("went back")
         evaluated = [line for line in lines if "evaluation" in line]
         names = sorted(
             {name for line in evaluated for name in line["evaluation"] if "loss" in name}
@@ -100,6 +104,24 @@ def _draw_stages(losses: Axes, rates: Axes, stages: Sequence[tuple[str, list]]) 
             labelled.add(name)
         ends.append(offset + max(line["step"] for line in lines))
     return ends
+
+
+def _draw_left(axes: Axes, offset: int, rollback: Mapping[str, Any], first: bool) -> None:
+    """The losses of a branch that was left, and the step that the run went back to."""
+    points = [(offset + step, loss) for step, loss in rollback["losses"] if loss is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), color=_LEFT, alpha=0.7, linewidth=1.0)
+    label = "left again; the run went back to ▲" if first else None
+    axes.plot(
+        [offset + rollback["to"]],
+        [0.02],
+        transform=axes.get_xaxis_transform(),
+        color=_LEFT,
+        marker="^",
+        markersize=5,
+        linewidth=1.0,
+        label=label,
+    )
 
 
 def _decorate(

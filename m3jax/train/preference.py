@@ -9,7 +9,6 @@ are in the batch (`m3jax.data.reference`): no weights but the model's own are he
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +16,12 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from m3jax.model.transformer import Model, Params
-from m3jax.train.objective import Batch, Decode, Sums, hidden_of, sums
+from m3jax.train.objective import Batch, Decode, Sums, hidden_of, objective
 
 
-def objective_of(config: ConfigDict) -> Callable[..., Sums]:
-    """What a stage minimises: `preference_sums` of pairs, else `objective.sums`."""
-    return preference_sums if config.data.packing == "pairs" else sums
+def objective_of(config: ConfigDict) -> Callable[..., tuple[Array, Sums]]:
+    """What a stage minimises: `preference_objective` of pairs, else `objective.objective`."""
+    return preference_objective if config.data.packing == "pairs" else objective
 
 
 def answer_logprobs(
@@ -34,7 +33,7 @@ def answer_logprobs(
 ) -> Float[Array, "B slots"]:
     """Log-probability of each answer of the rows, in nats, without a gradient; 0 in empty slots.
 
-    Arguments as of `preference_sums`; of `reference_logprobs` only the shape is read.
+    Arguments as of `preference_objective`; of `reference_logprobs` only the shape is read.
     """
     hidden = hidden_of(model, params, batch, sparsify, decode)
     return _by_answer(model, params, hidden, batch)[0]
@@ -51,14 +50,15 @@ def _by_answer(
     return -jnp.sum(share_BTS * losses[..., None], axis=1), share_BTS
 
 
-def preference_sums(
+def preference_objective(
     model: Model,
     params: Params,
     batch: Batch,
     sparsify: Callable | None,
     decode: Decode | None = None,
-) -> Sums:
-    """Summed loss of the pairs of a batch, their number, and how many the model now prefers right.
+) -> tuple[Float[Array, ""], Sums]:
+    """The sum that is minimised, of the pairs of a batch; and to report the summed loss, the number
+    of pairs, and how many the model now prefers right, which have no gradient.
 
     Right is a pair whose margin is above 0: the chosen answer has gained more log-probability over
     the reference than the rejected one. The gradient is that of the loss; it is computed as one
@@ -67,10 +67,10 @@ def preference_sums(
     Args:
       model: the model; β is its `config.preference.beta`.
       params: its parameters.
-      batch: as of `objective.sums`, and `answers (B, T)` int32, the slot of the answer that a
+      batch: as of `objective.objective`, and `answers (B, T)` int32, the slot of the answer that a
         target belongs to (−1: none), and `reference_logprobs (B, slots)`. Slots 2p and 2p + 1 are
         the chosen and the rejected answer of pair p.
-      sparsify, decode: as of `objective.sums`.
+      sparsify, decode: as of `objective.objective`.
     """
     hidden = hidden_of(model, params, batch, sparsify, decode)
     logprobs_BS, share_BTS = _by_answer(model, params, hidden, batch)
@@ -83,6 +83,6 @@ def preference_sums(
     slope = real * beta * jax.nn.sigmoid(-margin)
     slope_BS = jnp.stack([slope, -slope], axis=-1).reshape(gain_BS.shape)
     weights_BT = jax.lax.stop_gradient(jnp.sum(share_BTS * slope_BS[:, None], axis=-1))
-    linear, _ = model.summed_loss(params, hidden, batch["targets"], weights_BT)
-    loss: Any = linear + jax.lax.stop_gradient(total - linear)
-    return Sums(loss, jnp.sum(real), jnp.sum(real * (margin > 0)))
+    linear, _, _ = model.summed_loss(params, hidden, batch["targets"], weights_BT)
+    minimised = linear + jax.lax.stop_gradient(total - linear)
+    return minimised, Sums(total, jnp.sum(real), jnp.sum(real * (margin > 0)))

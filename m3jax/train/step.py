@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
@@ -21,7 +22,7 @@ from m3jax.train.preference import objective_of
 from m3jax.train.schedule import schedule
 from m3jax.train.state import TrainState, abstract_state, state_shardings
 
-Step = Callable[[TrainState, dict[str, Any]], tuple[TrainState, dict[str, Array]]]
+Step = Callable[..., tuple[TrainState, dict[str, Array]]]
 
 
 def make_step(
@@ -34,8 +35,11 @@ def make_step(
 ) -> Step:
     """The step of a config: `step(state, batch) -> (state, metrics)`, the state donated.
 
+    With `guard.on` it is `step(state, batch, scale)`, scale being a factor on the learning rate, a
+    float32 scalar that every device holds (`scale_on`): another one needs no other program.
+
     Metrics are float32 scalars: `loss` (nats a token; of preference pairs: nats a pair, see
-    `preference_sums`) and `accuracy` of the batch, `mean_loss` and
+    `preference_objective`) and `accuracy` of the batch, `mean_loss` and
     `mean_accuracy` over all tokens since the last multiple of `train.log_every`, `gradient_norm`
     before clipping, `learning_rate`, `parameter_norm` before the update.
 
@@ -50,11 +54,16 @@ def make_step(
     optimizer = make_optimizer(config) if optimizer is None else optimizer
     abstract = abstract_state(model, optimizer, mesh) if abstract is None else abstract
     learning_rate, log_every = schedule(config), config.train.log_every
-    gradient = _make_gradient(config, model, decode)
+    gradient, guarded = _make_gradient(config, model, decode), config.guard.on
 
-    def step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, dict[str, Array]]:
+    def step(
+        state: TrainState, batch: dict[str, Any], *scale: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
         gradients, total = gradient(state.params, batch)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        rate = jnp.asarray(learning_rate(state.step), jnp.float32)
+        if guarded:  # the learning rate is a factor of all updates, weight decay included
+            updates, rate = jax.tree.map(lambda x: x * scale[0], updates), rate * scale[0]
         # The first step after a logged line starts the sums anew.
         kept = (state.step % log_every != 0).astype(jnp.float32)
         window = jax.tree.map(lambda old, new: kept * old + new, state.window, total)
@@ -64,7 +73,7 @@ def make_step(
             "mean_loss": mean(window.loss, window.weight),
             "mean_accuracy": mean(window.correct, window.weight),
             "gradient_norm": optax.tree.norm(gradients),
-            "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
+            "learning_rate": rate,
             "parameter_norm": optax.tree.norm(
                 jax.tree.map(lambda x: x.astype(jnp.float32), state.params)
             ),
@@ -73,23 +82,31 @@ def make_step(
         return TrainState(params, optimizer_state, state.step + 1, window), metrics
 
     shardings = state_shardings(abstract)
+    scales = [replicated(mesh)] if guarded else []
     return jax.jit(
         step,
-        in_shardings=(shardings, batch_sharding(mesh)),
+        in_shardings=(shardings, batch_sharding(mesh), *scales),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=(0,),
         compiler_options=compiler_options(mesh),
     )
 
 
+def scale_on(mesh: Mesh, scale: float) -> Array:
+    """A factor on the learning rate, for the step."""
+    with jax.transfer_guard("allow"):
+        return jax.make_array_from_callback(
+            (), replicated(mesh), lambda _: np.asarray(scale, np.float32)
+        )
+
+
 def _make_gradient(config: ConfigDict, model: Model, decode: Decode | None) -> Callable:
     """`gradient(params, batch)`: float32 gradients of the mean loss, and the sums behind it."""
     parts = config.train.microbatches
-    sparsify, sums = sparsifier(config), objective_of(config)
+    sparsify, objective = sparsifier(config), objective_of(config)
 
     def summed(params: Any, batch: Any) -> tuple[Array, Sums]:
-        total = sums(model, params, batch, sparsify, decode)
-        return total.loss, total
+        return objective(model, params, batch, sparsify, decode)
 
     def part(params: Any, batch: Any) -> tuple[Any, Sums]:
         gradients, total = jax.grad(summed, has_aux=True)(params, batch)

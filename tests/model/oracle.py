@@ -107,6 +107,9 @@ class Oracle:
         q, k, v = (np.tensordot(x, layer[name], 1) for name in ("query", "key", "value"))
         if self.config.model.attention_bias:
             q, k, v = q + layer["query_bias"], k + layer["key_bias"], v + layer["value_bias"]
+        if self.config.model.qk_norm:
+            k = np.stack([self.norm(head, layer["key_norm"]) for head in k])
+            q = np.stack([[self.norm(h, layer["query_norm"]) for h in group] for group in q])
         return q, k, v
 
     def mlp(self, layer: dict, x: np.ndarray) -> np.ndarray:

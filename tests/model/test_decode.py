@@ -121,11 +121,19 @@ def generated(config, model, params, prompts, forced, prompt_memory, later, **op
     return written
 
 
-@pytest.mark.parametrize(("with_memory", "prefix"), [(True, (1, 2)), (False, ())])
-def test_equals_the_forward_of_training(with_memory, prefix):
-    config = tiny()
+@pytest.mark.parametrize(
+    ("with_memory", "prefix", "qk_norm"),
+    [(True, (1, 2), False), (False, (), False), (True, (1, 2), True)],
+)
+def test_equals_the_forward_of_training(with_memory, prefix, qk_norm):
+    config = tiny(model__qk_norm=qk_norm)
     model = Model(config, prefix)
     params = model.init(jax.random.key(0))
+    if qk_norm:  # scales of one would hide where they are left out
+        for segment in ("lower", "memory", "upper"):
+            for name in ("query_norm", "key_norm"):
+                shape = params[segment][name].shape
+                params[segment][name] = 1 + 0.5 * jax.random.normal(jax.random.key(1), shape)
     rng = np.random.default_rng(0)
     B, C = len(LENGTHS), max(LENGTHS) // CHUNK
     prompts = rng.integers(4, 64, (B, C * CHUNK), dtype=np.int32)

@@ -94,6 +94,7 @@ def folder(tmp_path: Path, written: Path) -> Path:
         FIVE_TO_ONE,
         {"model__tied_embeddings": True},
         {"model__attention_bias": True},
+        {"model__qk_norm": True, "model__attention_bias": True},
         {"model__param_dtype": "bfloat16"},
         {"model__layers": 4, "memory__first_layer": 1},
     ],
@@ -219,6 +220,7 @@ def test_harmless_tensors_are_left_out(tmp_path: Path) -> None:
             },
             {"attention_bias": True},
         ),
+        ({"model_type": "qwen3", "head_dim": 2}, {"qk_norm": True, "attention_bias": False}),
     ],
 )
 def test_old_and_new_keys(folder: Path, changes: dict[str, Any], fields: dict[str, Any]) -> None:
@@ -235,7 +237,7 @@ def test_old_and_new_keys(folder: Path, changes: dict[str, Any], fields: dict[st
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"model_type": "gpt2"}, ("model_type = 'gpt2'", "llama or qwen2")),
+        ({"model_type": "gpt2"}, ("model_type = 'gpt2'", "llama, qwen2, qwen3")),
         ({"model_type": ...}, ("model_type = None",)),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ("rope_scaling", "not scaled")),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ("rope_scaling", "not scaled")),
@@ -396,6 +398,7 @@ def _same(found: Any, expected: np.ndarray) -> None:
         ("Llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}, "float32"),
         ("Llama", {"rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}}, "bfloat16"),
         ("Qwen2", {"num_key_value_heads": 1}, "float32"),
+        ("Qwen3", {"num_key_value_heads": 2, "head_dim": 10}, "float32"),
     ],
 )
 def test_their_folders_give_their_logits(
@@ -442,6 +445,7 @@ def test_their_folders_give_their_logits(
         ({"model__tied_embeddings": True, "model__embedding_scale": 3.0}, "float32"),
         ({"model__attention_bias": True, "model__embedding_scale": 0.7}, "float32"),
         ({"model__norm_epsilon": 0.01}, "bfloat16"),
+        ({"model__qk_norm": True, "model__attention_bias": True}, "float32"),
     ],
 )
 def test_our_folders_give_our_logits(

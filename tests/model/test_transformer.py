@@ -52,6 +52,7 @@ WRITERS = {
         "model__embedding_scale": 3.0,
     },
     "middle": {"model__layers": 4, "memory__first_layer": 1, "memory__layers": 2},
+    "normed queries and keys": {"model__qk_norm": True},
     "last layer alone": {"memory__first_layer": 2, "memory__layers": 1},
     "all layers, one query head a group": {"memory__layers": 3, "model__kv_heads": 4},
 }
@@ -140,6 +141,10 @@ READERS = {
             "model__attention_bias": True,
             "model__embedding_scale": 0.5,
         },
+        1,
+    ),
+    "normed queries and keys, blocked": (
+        {"model__qk_norm": True, "model__attention": "blocked", "model__attention_block": 5},
         1,
     ),
     "one layer, window 1, two memories a chunk": (

@@ -8,17 +8,20 @@ import time
 from pathlib import Path
 
 import pytest
+from train.guarded import guarded_config
 from train.tiny import deterministic_lines, process_config
+
+from m3jax.train.guard import read_rollbacks
 
 ROOT = Path(__file__).parents[2]
 DEADLINE = 300.0  # seconds
 
 
-def start(workdir, pause, compiled=None):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+def start(workdir, pause, compiled=None, script="tiny.py"):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
     if compiled is not None:
         environment["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
-    command = [sys.executable, str(Path(__file__).with_name("tiny.py")), str(workdir), str(pause)]
+    command = [sys.executable, str(Path(__file__).with_name(script)), str(workdir), str(pause)]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -47,6 +50,27 @@ def saving(workdir):
     """Whether a checkpoint is being written."""
     folder = workdir / "warmup" / "checkpoints"
     return folder.is_dir() and any("tmp" in path.name for path in folder.iterdir())
+
+
+@pytest.mark.slow
+def test_killed_guarded_run_ends_bitwise_equal(tmp_path):
+    """Killed while it goes back (guard.json is new), at random moments after, and in between."""
+    expected = finish(start(tmp_path / "whole", 0.0, tmp_path / "compiled", "guarded.py"))
+    workdir, chance = tmp_path / "killed", random.Random(0)
+    decided, metrics = (workdir / "warmup" / name for name in ("guard.json", "metrics.jsonl"))
+    for watched, longest in ((decided, 0.02), (decided, 0.3), (metrics, 0.5), (metrics, 1.0)):
+        before = changed(watched)
+        process = start(workdir, 0.05, script="guarded.py")
+        wait_for(process, lambda watched=watched, before=before: changed(watched) > before)
+        time.sleep(chance.uniform(0.0, longest))
+        process.kill()
+        process.communicate()
+    assert finish(start(workdir, 0.0, script="guarded.py")) == expected
+    config = guarded_config("online")
+    assert len(read_rollbacks(workdir / "warmup")) == 2
+    assert read_rollbacks(workdir / "warmup") == read_rollbacks(tmp_path / "whole" / "warmup")
+    lines = [deterministic_lines(config, tmp_path / name) for name in ("killed", "whole")]
+    assert lines[0] == lines[1] and not saving(workdir)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import struct
 
 import pytest
 
+from m3jax.train import plots
 from m3jax.train.metrics import Metrics
 from m3jax.train.plots import plot_stages
 
@@ -25,6 +26,37 @@ def test_stages_are_drawn_into_one_png(tmp_path):
     width, height = struct.unpack(">II", path.read_bytes()[16:24])
     assert width >= 1200 and height >= 700
     assert [entry.name for entry in path.parent.iterdir()] == ["loss.png"]
+
+
+def test_branches_that_were_left_are_drawn(tmp_path, monkeypatch):
+    rollback = {"to": 10, "losses": [[11, 0.5], [12, 9.0], [13, None]]}
+    monkeypatch.setattr(plots, "_draw_left", drawn := Drawn(plots._draw_left))
+    write_stage(tmp_path / "warmup", 30, [])
+    Metrics(tmp_path / "warmup", 30, rollbacks=[rollback]).close()
+    write_stage(tmp_path / "continual", 20, [])
+    Metrics(tmp_path / "continual", 20, rollbacks=[rollback, {**rollback, "to": 4}]).close()
+    plot_stages([tmp_path / "warmup", tmp_path / "continual"], tmp_path / "loss.png")
+    assert [call[1:] for call in drawn.calls] == [
+        (0, rollback, True),
+        (30, rollback, False),
+        (30, {**rollback, "to": 4}, False),
+    ]
+    left, mark, *_ = drawn.lines
+    assert left.get_xdata().tolist() == [11, 12] and left.get_ydata().tolist() == [0.5, 9.0]
+    assert mark.get_xdata() == [10]
+
+
+class Drawn:
+    """Keeps the calls of a drawing function, and the lines that are new after the first."""
+
+    def __init__(self, function):
+        self.function, self.calls, self.lines = function, [], []
+
+    def __call__(self, axes, *arguments):
+        before = len(axes.lines)
+        self.function(axes, *arguments)
+        self.calls.append((axes, *arguments))
+        self.lines += axes.lines[before:]
 
 
 def test_nothing_to_draw_is_an_error(tmp_path):

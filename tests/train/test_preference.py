@@ -9,9 +9,9 @@ from train.tiny import tiny_config
 from m3jax.mesh import make_mesh
 from m3jax.model.attention import Packing
 from m3jax.model.transformer import Model
-from m3jax.train.objective import sums
+from m3jax.train.objective import objective
 from m3jax.train.optimizer import make_optimizer
-from m3jax.train.preference import answer_logprobs, objective_of, preference_sums
+from m3jax.train.preference import answer_logprobs, objective_of, preference_objective
 from m3jax.train.state import abstract_state, init_state
 from m3jax.train.step import make_step
 
@@ -93,7 +93,7 @@ def test_loss_is_the_formula_in_numpy(made):
             h = gain[chosen] - gain[chosen + 1]
             losses.append(-np.log(1 / (1 + np.exp(-BETA * h))))
             correct += h > 0
-    total = preference_sums(model, params, batch, None)
+    total = preference_objective(model, params, batch, None)[1]
     np.testing.assert_allclose(total.loss, np.sum(losses), rtol=1e-5)
     assert (float(total.weight), float(total.correct)) == (3, correct)
     found = answer_logprobs(model, params, batch, None)
@@ -103,7 +103,7 @@ def test_loss_is_the_formula_in_numpy(made):
 def test_gradient_is_that_of_the_formula(made):
     _, model, params, batch = made
     expected = jax.jit(jax.grad(lambda p: by_hand(model, p, batch).sum()))(params)
-    found = jax.jit(jax.grad(lambda p: preference_sums(model, p, batch, None).loss))(params)
+    found = jax.jit(jax.grad(lambda p: preference_objective(model, p, batch, None)[0]))(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(found):
         want = expected
         for key in path:
@@ -122,7 +122,7 @@ def test_a_step_makes_the_chosen_answer_likelier_and_the_other_less(made):
     logprobs = jax.jit(lambda p: answer_logprobs(model, p, batch, None))
     before = logprobs(params)
     batch["reference_logprobs"] = before
-    loss = jax.jit(lambda p: preference_sums(model, p, batch, None).loss)
+    loss = jax.jit(lambda p: preference_objective(model, p, batch, None)[0])
     np.testing.assert_allclose(loss(params), np.log(2), rtol=1e-5)  # nothing has changed yet
     gradient = jax.jit(jax.grad(loss))(params)
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
@@ -132,8 +132,8 @@ def test_a_step_makes_the_chosen_answer_likelier_and_the_other_less(made):
 
 
 def test_the_objective_follows_the_config(made):
-    assert objective_of(made[0]) is preference_sums
-    assert objective_of(tiny_config()) is sums
+    assert objective_of(made[0]) is preference_objective
+    assert objective_of(tiny_config()) is objective
 
 
 def train_on(changes, params, batch):

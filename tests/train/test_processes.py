@@ -22,6 +22,7 @@ from m3jax.distributed import PROCESS_LOST
 from m3jax.launching import USER_ERROR
 from m3jax.model.transformer import Model
 from m3jax.train.checkpoints import restore_params
+from m3jax.train.guard import read_rollbacks
 from m3jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -180,6 +181,27 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(workdir, alone, tmp
         np.testing.assert_allclose(losses(folder, stage), losses(alone, stage), rtol=1e-5)
         found = order(folder, f"{stage}-*")
         assert all(found[step] == expected[step] for step in range(1, 10))
+
+
+@pytest.mark.slow
+def test_two_processes_go_back_together_and_a_kill_changes_nothing(workdir, tmp_path):
+    """Rows of the first process alone go bad; both decide, and both go on."""
+    stage, alone, runs = "guarded", tmp_path / "alone", tmp_path / "runs"
+    alone.mkdir()
+    run_stage(stage_config(stage), workdir, alone, alone / f"{stage}-alone.jsonl")
+    expected = read_rollbacks(alone / stage)
+    assert [(one["seen"], one["to"]) for one in expected] == [(5, 3)]
+    pair = Pair("first", workdir, runs, stage, pause=0.3)
+    pair.wait_for_step(stage, 5)
+    pair.processes[0].kill()  # while, or just before, it goes back
+    assert pair.wait()[1] == PROCESS_LOST, pair.output(1)
+    pair = Pair("last", workdir, runs, stage)
+    assert pair.wait() == [0, 0], pair.output(0) + pair.output(1)
+    for ours, theirs in zip(read_rollbacks(runs / stage), expected, strict=True):
+        for name in ("reason", "first", "last", "seen", "to", "skipped", "learning_rate_scale"):
+            assert ours[name] == theirs[name]
+    np.testing.assert_allclose(losses(runs, stage), losses(alone, stage), rtol=1e-5)
+    assert_same_parameters(parameters(runs, stage), parameters(alone, stage))
 
 
 @pytest.mark.slow

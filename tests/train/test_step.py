@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from train.tiny import SyntheticPipeline, tiny_config
@@ -10,7 +11,9 @@ from train.tiny import SyntheticPipeline, tiny_config
 from m3jax.config import prefix_tokens
 from m3jax.memory.sparsify import sparsifier
 from m3jax.mesh import host_rows, make_mesh, to_global
+from m3jax.model.parallel import Parallel
 from m3jax.model.transformer import Model
+from m3jax.model.vocabulary import cross_entropy
 from m3jax.train.objective import inputs, loss
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import abstract_state, init_state
@@ -68,6 +71,64 @@ def test_loss_equals_numpy(source):
     weight = batch["weights"].sum()
     np.testing.assert_allclose(total, (summed, weight, correct), rtol=1e-5)
     np.testing.assert_allclose(ours, summed / weight, rtol=1e-5)
+
+
+def test_z_loss_equals_numpy_and_is_not_reported():
+    """The value against a loop over tokens, the gradient against differences of that loop."""
+    rng, factor, block = np.random.default_rng(0), 0.3, 2
+    x, table = rng.normal(size=(2, 4, 5)), rng.normal(size=(7, 5))
+    targets, weights = rng.integers(0, 7, (2, 4)), rng.random((2, 4))
+
+    def loops(x, table):
+        minimised = plain = 0.0
+        for row, position in np.ndindex(2, 4):
+            scores = [
+                sum(a * b for a, b in zip(x[row, position], line, strict=True)) for line in table
+            ]
+            normalizer = np.log(sum(np.exp(score) for score in scores))
+            entropy = normalizer - scores[targets[row, position]]
+            plain += weights[row, position] * entropy
+            minimised += weights[row, position] * (entropy + factor * normalizer**2)
+        return minimised, plain
+
+    def ours(x, table):
+        batch = jnp.asarray(targets), jnp.asarray(weights, jnp.float32)
+        minimised, *rest = cross_entropy(Parallel(), x, table, *batch, block, factor)
+        return minimised, rest
+
+    arguments = [jnp.asarray(value, jnp.float32) for value in (x, table)]
+    (minimised, (plain, _)), gradients = jax.value_and_grad(ours, (0, 1), has_aux=True)(*arguments)
+    np.testing.assert_allclose((minimised, plain), loops(x, table), rtol=1e-6)
+    for number, gradient in enumerate(gradients):
+        expected = np.empty(gradient.shape)
+        for place in np.ndindex(gradient.shape):
+            sides = []
+            for step in (1e-5, -1e-5):
+                moved = [x.copy(), table.copy()]
+                moved[number][place] += step
+                sides.append(loops(*moved)[0])
+            expected[place] = (sides[0] - sides[1]) / 2e-5
+        np.testing.assert_allclose(gradient, expected, atol=1e-5)
+
+
+def test_z_loss_changes_the_step_but_not_what_a_loss_means():
+    plain, other = run(tiny_config(), 2), run(tiny_config(train__z_loss=0.1), 2)
+    assert plain[0][0]["loss"] == other[0][0]["loss"]  # of the same parameters
+    assert plain[0][0]["gradient_norm"] != other[0][0]["gradient_norm"]
+    assert plain[0][1]["loss"] != other[0][1]["loss"]
+
+
+def test_normed_heads_and_z_loss_on_eight_devices_equal_one():
+    """Heads of different devices share the scales of their norms."""
+    changes = {"model__qk_norm": True, "train__z_loss": 0.1}
+    one, eight = (run_on(mesh, "none", **changes) for mesh in ("one", "2x2x2"))
+    for name in one[0][0]:
+        ours, theirs = ([values[name] for values in metrics] for metrics in (eight[0], one[0]))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, err_msg=name)
+    ours, expected = (first_moments(state) for state in (eight[1], one[1]))
+    assert np.abs(expected["memory"]["key_norm"]).max() > 1e-6
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
 
 
 def test_batch_without_weight_has_loss_zero_and_no_gradient():

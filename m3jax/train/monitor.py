@@ -1,0 +1,140 @@
+"""Says from loss and gradient norm, step by step, whether a run goes wrong.
+
+Losses of batches are noisy, and their noise has long tails: what is normal is the median of the
+last steps, and how far from it is still normal their median absolute deviation (MAD), which a few
+wild steps do not move. A normal distribution's standard deviation is 1.4826 · MAD.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+NOT_FINITE, SPIKE, DIVERGENCE = "not_finite", "spike", "divergence"
+_SCALE = 1.4826  # standard deviation over MAD of a normal distribution
+_LEAST_NORM = 1e-30  # a batch without weight has a gradient of 0, which has no logarithm
+
+
+class Trouble(NamedTuple):
+    """What went wrong.
+
+    Attributes:
+      reason: `not_finite`; `spike`, several bad steps close together; or `divergence`, a loss that
+        creeps up.
+      first: first bad step, from 1; of a divergence the last good one, plus 1.
+      last: last bad step; of a divergence as `first`, since no batch is to blame.
+      seen: step after which it was noticed.
+      words: what was seen, for people.
+    """
+
+    reason: str
+    first: int
+    last: int
+    seen: int
+    words: str
+
+
+class Monitor:
+    """Watches the steps of a run, one after the other.
+
+    What it says depends on the values alone, and all that it remembers is in `state`: a run that
+    was killed and goes on from a checkpoint hears the same.
+
+    Args:
+      config: its `guard` section.
+      state: of an earlier monitor's `state()`; {} for a new run.
+    """
+
+    def __init__(self, config: ConfigDict, state: Mapping[str, Any]):
+        self.options = options = config.guard
+        self._losses = deque[float](state.get("losses", ()), options.window)
+        self._norms = deque[float](state.get("norms", ()), options.window)
+        self._bad = list(state.get("bad", ()))  # among the last 2 · patience steps
+        self._best = float(state.get("best", math.inf))  # lowest level so far
+        self._calm = int(state.get("calm", 0))  # last step whose level was close to it
+        self._usual = float(state.get("usual", math.inf))  # deviation of losses then
+        self._recent = options.window // 4
+
+    def state(self) -> dict[str, Any]:
+        """All it remembers, for JSON."""
+        state: dict[str, Any] = {
+            "losses": list(self._losses),
+            "norms": list(self._norms),
+            "bad": list(self._bad),
+        }
+        if self._losses:
+            state |= {"best": self._best, "calm": self._calm, "usual": self._usual}
+        return state
+
+    def losses(self, step: int, after: int) -> list[tuple[int, float]]:
+        """Remembered losses of the steps after `after`, when `step` was the last one."""
+        first = step - len(self._losses) + 1
+        return [(i, x) for i, x in enumerate(self._losses, first) if i > after]
+
+    def observe(self, step: int, loss: float, gradient_norm: float) -> Trouble | None:
+        """What is wrong now that a step has this loss (nats a token) and gradient norm, or None."""
+        spike = None
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+            words = f"loss {loss}, gradient norm {gradient_norm}"
+            self._losses.append(loss)
+            return Trouble(NOT_FINITE, step, step, step, words)
+        norm = math.log(max(gradient_norm, _LEAST_NORM))
+        patience = self.options.patience
+        if len(self._losses) >= self._recent:
+            words = self._unusual(loss, norm)
+            self._bad = [bad for bad in self._bad if bad > step - 2 * patience]
+            if words:
+                self._bad.append(step)
+            if len(self._bad) >= patience:
+                spike = Trouble(SPIKE, self._bad[0], step, step, words)
+        self._losses.append(loss)
+        self._norms.append(norm)
+        return spike or self._risen(step)
+
+    def _unusual(self, loss: float, norm: float) -> str:
+        """Why a step is bad, or nothing."""
+        median, deviation = self._normal(self._losses)
+        if loss > median + self.options.loss_deviations * deviation:
+            return f"loss {loss:.4g}, median {median:.4g}, deviation {deviation:.2g}"
+        usual, spread = self._normal(self._norms)
+        if loss > median and norm > usual + self.options.norm_deviations * spread:
+            found, expected = math.exp(min(norm, 700.0)), math.exp(min(usual, 700.0))
+            return f"gradient norm {found:.4g}, median {expected:.4g}; loss {loss:.4g}"
+        return ""
+
+    def _risen(self, step: int) -> Trouble | None:
+        """Compares the level, the median of the last losses, with the lowest of the run."""
+        values = np.array(self._losses)
+        level = _median(values[-self._recent :])
+        self._best = min(self._best, level)
+        # A loss that rises has deviations of its own: those of calm steps count.
+        deviation = self._normal(self._losses)[1]
+        if len(values) >= self._recent:
+            deviation = min(deviation, self._usual)
+        allowed = self.options.rise_deviations * deviation
+        if level <= self._best + allowed / 4:
+            self._calm, self._usual = step, self._normal(self._losses)[1]
+        if len(values) < self._recent or level <= self._best + allowed:
+            return None
+        words = f"median loss of {self._recent} steps {level:.4g}, lowest before {self._best:.4g}"
+        return Trouble(DIVERGENCE, self._calm + 1, self._calm + 1, step, words)
+
+    def _normal(self, values: deque[float]) -> tuple[float, float]:
+        """Median and robust standard deviation."""
+        array = np.array(values)
+        median = _median(array)
+        spread = _SCALE * _median(np.abs(array - median))
+        return median, max(spread, self.options.least_deviation)
+
+
+def _median(values: np.ndarray) -> float:
+    """As `np.median`, which takes five times as long for so few."""
+    middle = len(values) // 2
+    if len(values) % 2:
+        return float(np.partition(values, middle)[middle])
+    return float(np.partition(values, (middle - 1, middle))[middle - 1 : middle + 1].mean())
