@@ -172,6 +172,7 @@ def test_shuffled_documents_are_the_same_in_another_order(config, documents, tmp
     _prepare(config, tmp_path / "1", documents)
     with monkeypatch.context() as patched:
         patched.setattr(tokens, "_BUCKET_BYTES", 2000)
+        patched.setattr(cleaned, "_PART_BYTES", 4000)
         patched.setattr(blocks, "BLOCK_BYTES", 20000)
         _prepare(config, tmp_path / "1b", documents)
     config.text.shuffle = 2
@@ -181,8 +182,10 @@ def test_shuffled_documents_are_the_same_in_another_order(config, documents, tmp
     assert first != in_order and second not in (first, in_order)
     places = [in_order.index(name) for name in first]
     assert abs(np.corrcoef(places, range(len(places)))[0, 1]) < 0.35
+    assert len(list((tmp_path / "1b/clean/compared").glob("*.drops.npy"))) > 5
+    assert _report(tmp_path / "1b")["removed"] == _report(tmp_path / "1")["removed"]
     corpus = _snapshot(tmp_path / "1/corpus")
-    assert corpus == _snapshot(tmp_path / "1b/corpus")  # other buckets and blocks
+    assert corpus == _snapshot(tmp_path / "1b/corpus")  # other buckets, blocks and parts
 
 
 def test_bad_input_is_counted_and_left_out(config, tmp_path):
