@@ -210,12 +210,13 @@ def kept(steps: Sequence[int], config: ConfigDict) -> set[int]:
     """Which of the checkpoints of a guarded run stay.
 
     The newest; the `train.keep_last` newest at multiples of `train.checkpoint_every`, so that one
-    written when a run was stopped takes nobody's place; and those of `train.keep_every`.
+    written when a run was stopped takes nobody's place; those of `train.keep_every`; and that of
+    step 0, which an imported model begins with.
     """
     train = config.train
-    regular = sorted(step for step in steps if step % train.checkpoint_every == 0)
+    regular = sorted(step for step in steps if step and step % train.checkpoint_every == 0)
     forever = {step for step in steps if train.keep_every and step % train.keep_every == 0}
-    return {max(steps, default=0), *regular[-train.keep_last :], *forever} & set(steps)
+    return {0, max(steps, default=0), *regular[-train.keep_last :], *forever} & set(steps)
 
 
 class _Guarded:

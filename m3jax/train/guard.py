@@ -184,7 +184,7 @@ class Guard:
         stopped in between or not.
         """
         every = self.config.train.checkpoint_every
-        regular = [step for step in steps if step % every == 0]
+        regular = [step for step in steps if step and step % every == 0]
         if not regular or regular[0] == every:  # the start is still the one before
             regular.insert(0, 0)
         before = [step for step in regular if step < trouble.first]
@@ -192,9 +192,9 @@ class Guard:
         if not self.rollbacks or target >= self.rollbacks[-1]["seen"]:
             return target
         tried = [one["to"] for one in self.rollbacks[-2:]]
-        if target >= tried[-1] == tried[0] and len(tried) == 2:
-            return max((step for step in regular if step < tried[-1]), default=tried[-1])
-        return min(target, tried[-1])
+        twice = len(tried) == 2 and tried[0] == tried[1]
+        latest = min(target, tried[-1] - twice)
+        return max((step for step in regular if step <= latest), default=regular[0])
 
     def _give_up(self, trouble: Trouble) -> None:
         tries, stage = self.config.guard.tries, self.config.stage

@@ -481,6 +481,6 @@ class _Termination:
 
     def requested(self, step: int) -> bool:
         """Whether to stop after this step; the same answer on all processes."""
-        if jax.process_count() > 1:
-            return self._checkpoints.reached_preemption(step)
+        if jax.process_count() > 1:  # said once; remembered where the guard goes back in between
+            self._noted = self._noted or self._checkpoints.reached_preemption(step)
         return self._noted

@@ -227,12 +227,15 @@ def test_where_a_run_goes_back_to():
     assert target([5, 10, 15], 10) == 5  # the step itself was bad
     assert target([5, 10], 4) == 0
     assert target([10, 15], 4) == 10  # the oldest that is left
+    assert target([0, 10, 15], 4) == 10  # not an imported model, which is far behind
+    assert target([0, 5], 4) == 0
     assert target([10, 12], 14) == 10  # 12 was saved when the run was stopped
     once, twice = [{"to": 10, "seen": 13}], [{"to": 10, "seen": 12}, {"to": 10, "seen": 13}]
     assert target([5, 10], 14, once) == 10
     assert target([5, 10], 14, twice) == 5
     assert target([5, 10], 14, [*twice, {"to": 5, "seen": 14}]) == 5
     assert target([10], 14, twice) == 10  # nothing before
+    assert target([10], 13, [{"to": 5, "seen": 14}]) == 10  # 5 is gone
     assert target([5, 10, 15], 7, twice) == 5  # bad before the last checkpoint
     assert target([5, 10, 15], 18, twice) == 15  # it came further
 
@@ -242,6 +245,7 @@ def test_which_checkpoints_stay():
     assert kept([5, 10, 15], config) == {10, 15}
     assert kept([10, 15, 17], config) == {10, 15, 17}
     assert kept([20, 25, 30, 35], config) == {20, 30, 35}
+    assert kept([0, 5, 10, 15], config) == {0, 10, 15}  # an imported model
     assert kept([], config) == set()
 
 
