@@ -1,6 +1,7 @@
 """Guarded runs: what they survive, and that kills in between change nothing."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,22 +154,22 @@ def test_killed_between_noticing_and_going_back(survived, tmp_path, monkeypatch,
 def test_killed_while_checkpoints_of_a_left_branch_are_deleted(tmp_path, monkeypatch):
     """A spike goes back over two checkpoints; one is renamed when the kill comes."""
     config = guarded_config(
-        train__steps=24,
+        train__steps=32,
         train__checkpoint_every=2,
         train__keep_last=5,
         guard__patience=4,
         guard__loss_deviations=1.5,
         guard__rise_deviations=1e6,
     )
-    bad = dict.fromkeys(range(13, 17), "noise")
+    bad = dict.fromkeys(range(21, 25), "noise")
     expected, killed = tmp_path / "expected", tmp_path / "killed"
     summary, _ = guarded_run(config, expected, bad)
-    assert [(one["to"], one["seen"]) for one in summary["rollbacks"]] == [(12, 17)]
+    assert [(one["to"], one["seen"]) for one in summary["rollbacks"]] == [(20, 25)]
 
     remove = shutil.rmtree
 
     def dies(path, *arguments, **named):
-        if path.name.startswith("14") and path.exists():
+        if Path(path).name.startswith("22") and Path(path).exists():
             raise Crash
         remove(path, *arguments, **named)
 
@@ -176,7 +177,7 @@ def test_killed_while_checkpoints_of_a_left_branch_are_deleted(tmp_path, monkeyp
         patch.setattr(checkpoints_module.shutil, "rmtree", dies)
         guarded_run(config, killed, bad)
     left = {path.name for path in (killed / "warmup" / "checkpoints").iterdir()}
-    assert left == {"8", "10", "12", "14.orbax-checkpoint-tmp-deleted"}
+    assert left == {"16", "18", "20", "22.orbax-checkpoint-tmp-deleted"}
     guarded_run(config, killed, bad)
     assert outcome(config, killed) == outcome(config, expected)
     assert steps_of(killed) == steps_of(expected)
