@@ -162,6 +162,7 @@ def test_not_among_the_choices(field: str, value: Any, accepted: str) -> None:
             ("model.attention", "'auto' or 'blocked'"),
         ),
         ({"data__packing": "pairs", "memory__dropout": 0.1}, ("memory.dropout", "must be 0")),
+        ({"data__packing": "pairs", "train__z_loss": 0.1}, ("train.z_loss", "must be 0")),
         ({"optimizer__rise_share": 0.1}, ("optimizer.rise_share", "optimizer.rise_steps")),
         ({"retrieval__ids": "stored"}, ("retrieval.ids", "data.packing = 'document'")),
         (
