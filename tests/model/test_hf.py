@@ -369,12 +369,12 @@ def _libraries(require: Callable[[str], ModuleType]) -> tuple[ModuleType, Module
 def _their_logits(
     libraries: tuple[ModuleType, ModuleType], folder: Path, tokens: np.ndarray, **options: Any
 ) -> np.ndarray:
-    """Logits of a folder, computed in float32."""
+    """Logits of a folder, computed in float64: in float32 theirs are as far from these as ours."""
     torch, transformers = libraries
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+            folder, dtype=torch.float64, attn_implementation="eager", output_loading_info=True
         )
         assert not info["missing_keys"] and not info["unexpected_keys"]
         options = {name: torch.from_numpy(values) for name, values in options.items()}
