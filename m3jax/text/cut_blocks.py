@@ -14,7 +14,7 @@ from m3jax.text.cleaned import Cleaned
 from m3jax.text.cut import Piece, cut_references
 from m3jax.text.documents import Document
 from m3jax.text.files import write_atomically
-from m3jax.text.tokenizer import Tokenizer
+from m3jax.text.tokens import tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def cut_block(cutting: Cutting, name: str) -> str:
     target = cutting.folder / f"{name}.pieces"
     if target.is_file():
         return name
-    tokenizer = Tokenizer.load(cutting.tokenizer)
+    tokenizer = tokenizer_of(cutting.tokenizer)
     documents = []
     for document in Cleaned(cutting.cleaning).block(name):
         pieces = [

@@ -66,7 +66,7 @@ def tokenize_block(tokenizing: Tokenizing, name: str) -> str:
         return name
     cleaned = Cleaned(tokenizing.cleaning)
     documents = list(cleaned.block(name))
-    encoded = encode_documents(documents, _tokenizer(tokenizing.tokenizer))
+    encoded = encode_documents(documents, tokenizer_of(tokenizing.tokenizer))
     rows = np.zeros(len(documents), _ROW)
     records = []
     for i, (document, one) in enumerate(zip(documents, encoded, strict=True)):
@@ -85,7 +85,8 @@ def tokenize_block(tokenizing: Tokenizing, name: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(folder: Path) -> Tokenizer:
+def tokenizer_of(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder, loaded once a process, not once a block."""
     return Tokenizer.load(folder)
 
 
