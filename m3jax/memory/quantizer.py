@@ -84,7 +84,8 @@ def decode(
     coarse, fine = _unpack_code(codebook, codes)
     tables = [_turned_back(codebook.rotation, table) for table in (codebook.coarse, codebook.fine)]
     rows = [
-        jnp.take(jnp.asarray(entries), indices[..., i], axis=0)
+        # A stored index has just the bits of its table, so none can lie outside.
+        jnp.asarray(entries).at[indices[..., i]].get(mode="promise_in_bounds")
         for table, indices in zip(tables, (coarse, fine), strict=True)
         for i, entries in enumerate(table)
     ]
