@@ -66,7 +66,9 @@ def speed_bars(
         text = f"{value:.1f}"
         if mode in first_token:
             text += f"   first token {first_token[mode]:.1f} s"
-        axes.text(value + 0.01 * most, row, text, va="center", color=INK, fontsize=10)
+        over_line = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        at = value + 0.01 * most
+        axes.text(at, row, text, va="center", color=INK, fontsize=10, bbox=over_line)
     if "none" in tokens_per_second:
         axes.axvline(tokens_per_second["none"], color=INK, linestyle=":", linewidth=1.2)
     axes.set_yticks(range(len(modes)), modes, fontsize=10)
