@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from m3jax.evaluation.session import Session
 from m3jax.inference.context import LongGenerator
 from m3jax.inference.errors import InferenceError
-from m3jax.inference.generate import Generation, Generator
+from m3jax.inference.generate import Generator
+from m3jax.inference.results import Generation
 from m3jax.inference.sampling import Sampling
 from m3jax.inference.sources import Source, as_dict, as_page, as_text, effects_of, sources
 from m3jax.text.chats import Chat, question, read_questions

@@ -26,8 +26,9 @@ from m3jax.evaluation.report import check_reader
 from m3jax.inference.cold import ColdMemories
 from m3jax.inference.context import ContextRecaller, ContextReferences
 from m3jax.inference.errors import InferenceError
-from m3jax.inference.generate import Generation, Generator
+from m3jax.inference.generate import Generator
 from m3jax.inference.recall import Recaller
+from m3jax.inference.results import Generation
 from m3jax.inference.sampling import Sampling
 from m3jax.memory.bank import Bank
 from m3jax.model.transformer import Model

@@ -15,9 +15,11 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int, Int32, UInt64
 
+from m3jax.inference.batch import Listener
 from m3jax.inference.errors import InferenceError
-from m3jax.inference.generate import Generation, Generator, Listener
+from m3jax.inference.generate import Generator
 from m3jax.inference.recall import Memories, Recaller
+from m3jax.inference.results import Generation
 from m3jax.inference.schedule import Recall
 from m3jax.retrieval.embed import Embedder
 from m3jax.text.cut import SHORTEST, Piece, cut_references

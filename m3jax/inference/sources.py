@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from m3jax.inference.context import ContextReferences
-from m3jax.inference.generate import Generation, Generator
+from m3jax.inference.generate import Generator
+from m3jax.inference.results import Generation
 from m3jax.text.layers import AnyReferences
 
 _COLOURS = 8  # of the page; further references begin anew
