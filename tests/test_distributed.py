@@ -14,7 +14,8 @@ from jax._src import clusters
 
 from m3jax import distributed, launching
 from m3jax.config import default
-from m3jax.distributed import PROCESS_LOST, ProcessError, Processes, joined
+from m3jax.distributed import Processes, joined
+from m3jax.watch import PROCESS_LOST, ProcessError, Watch
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -176,7 +177,7 @@ def test_a_process_whose_others_do_not_come_ends():
 @pytest.mark.parametrize("timeout", [8, 100])
 def test_who_was_silent_when_jax_gives_up(timeout: int) -> None:
     """JAX may have heard of a dead process half a timeout before it died; the living beat on."""
-    watch = object.__new__(distributed._Watch)
+    watch = object.__new__(Watch)
     watch.me, watch.count = 0, 2
     watch.processes = distributed.Processes("localhost:1", 2, 0, heartbeat_timeout=timeout)
     interval = min(2.0, timeout / 20)

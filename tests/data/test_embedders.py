@@ -38,9 +38,10 @@ from m3jax.data.upkeep import collect
 from m3jax.evaluation.hits import hit_rates
 from m3jax.memory.write import write_bank
 from m3jax.model.transformer import Model
-from m3jax.retrieval.embed import Embedder, LexicalEmbedder
+from m3jax.retrieval.embed import Embedder
 from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.index import build_index
+from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.text.documents import Document
 from m3jax.text.references import References, write_references
 from m3jax.text.tokenizer import Tokenizer

@@ -19,7 +19,7 @@ from m3jax.inference.generate import Generator
 from m3jax.inference.sampling import Sampling
 from m3jax.inference.sources import sources
 from m3jax.model.transformer import Model
-from m3jax.retrieval.embed import LexicalEmbedder
+from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.text.cut import Piece
 from m3jax.text.tokenizer import BOS, Tokenizer
 

@@ -17,7 +17,7 @@ from m3jax import config as configs
 from m3jax.retrieval import build as building
 from m3jax.retrieval import folder as folders
 from m3jax.retrieval import search, tune
-from m3jax.retrieval.embed import LexicalEmbedder
+from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.text.references import References
 
 ROWS = 64  # per shard of embeddings

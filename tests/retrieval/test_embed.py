@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from m3jax.retrieval import embed
-from m3jax.retrieval.embed import LexicalEmbedder, load_embedder, make_embedder, words
+from m3jax.retrieval import lexical
+from m3jax.retrieval.embed import load_embedder, make_embedder
 from m3jax.retrieval.errors import RetrievalError
+from m3jax.retrieval.lexical import LexicalEmbedder, words
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_same_bytes_in_any_order_batch_and_thread(embedder, texts, monkeypatch):
     np.testing.assert_array_equal(fresh.embed(texts[::-1])[::-1], rows)
     np.testing.assert_array_equal(np.concatenate([fresh.embed([t]) for t in texts[:20]]), rows[:20])
 
-    monkeypatch.setattr(embed, "_CACHED_WORDS", 100)  # the cache is emptied all the time
+    monkeypatch.setattr(lexical, "_CACHED_WORDS", 100)  # the cache is emptied all the time
     crowded = LexicalEmbedder(256)
     crowded.fit(texts)
     parts = [texts[i : i + 40] for i in range(0, 600, 40)]

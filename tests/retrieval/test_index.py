@@ -13,9 +13,9 @@ import pytest
 from m3jax.retrieval import build as build_module
 from m3jax.retrieval import folder as folder_module
 from m3jax.retrieval import search, tune
-from m3jax.retrieval.embed import LexicalEmbedder
 from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.index import Index, build_index
+from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.retrieval.search import Searcher, import_scann
 
 needs_scann = pytest.mark.skipif(import_scann() is None, reason="ScaNN has no wheel here")

@@ -9,10 +9,10 @@ import pytest
 
 from m3jax.retrieval import build as build_module
 from m3jax.retrieval import tune
-from m3jax.retrieval.embed import LexicalEmbedder
 from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.folder import part_ranges
 from m3jax.retrieval.index import Index, build_index, merge
+from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.retrieval.search import SPARE, import_scann
 from m3jax.text.files import read_sealed, write_sealed
 

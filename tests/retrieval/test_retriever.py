@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from m3jax.retrieval import retriever as retriever_module
-from m3jax.retrieval.embed import LexicalEmbedder
 from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.index import Index, build_index
+from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.overlap import overlap, which_exceed
 

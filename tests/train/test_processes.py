@@ -18,12 +18,12 @@ from quick import xla_flags
 from train.process_run import STAGES, run_stage, stage_config
 
 from m3jax.config import prefix_tokens
-from m3jax.distributed import PROCESS_LOST
 from m3jax.launching import USER_ERROR
 from m3jax.model.transformer import Model
 from m3jax.train.checkpoints import restore_params
 from m3jax.train.guard import read_rollbacks
 from m3jax.train.metrics import read_metrics
+from m3jax.watch import PROCESS_LOST
 
 ROOT = Path(__file__).parents[2]
 DEADLINE = 200.0  # seconds

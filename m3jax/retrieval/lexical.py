@@ -1,0 +1,297 @@
+"""The embedder that needs no model: TF-IDF of words, hashed into a dense vector.
+
+Feature hashing is that of Weinberger et al., arXiv 0902.2206. Every sum in it is exact, so that the
+same text has the same bytes in any batch, thread, process and order of texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import re
+import threading
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from m3jax.retrieval.errors import RetrievalError
+from m3jax.retrieval.spec import read_spec, write_spec
+from m3jax.text.files import digest, write_atomically
+
+_DF = "document_frequency.npy"
+_WORD = re.compile(r"\w+")
+# The same for ASCII, three times faster: what is no word character becomes a space.
+_ASCII_WORDS = "".join(
+    character.lower() if _WORD.match(character) else " " for character in map(chr, range(128))
+)
+# Scripts written without spaces: kana, Bopomofo, ideographs with their extensions, Hangul.
+_CJK = (
+    "\u3005-\u3007\u3040-\u30ff\u3100-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_CJK_RUN = re.compile(f"[{_CJK}]+|[^{_CJK}]+")
+_IS_CJK = re.compile(f"[{_CJK}]")
+
+
+def words(text: str) -> list[str]:
+    """The lower-cased words of a text; of CJK runs every character and every pair of neighbours."""
+    if text.isascii():
+        return text.translate(_ASCII_WORDS).split()
+    found = _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    if not _IS_CJK.search(text):
+        return found
+    split: list[str] = []
+    for run in _CJK_RUN.findall(" ".join(found)):
+        if _IS_CJK.match(run):
+            split.extend(run)
+            split.extend(map("".join, itertools.pairwise(run)))
+        else:
+            split.extend(run.split())
+    return split
+
+
+_WORD_BUCKETS = 4  # signed buckets of a word: so many that no other text has them all by chance
+_PREFIX_BUCKETS = 2  # signed buckets of its prefix, which so has half of the word's weight
+_BUCKETS = _WORD_BUCKETS + _PREFIX_BUCKETS
+_PREFIX = 5  # characters of the prefix: "photograph", "photography", "photographers" share one
+_SLOTS = 2**20  # rows of the document-frequency table: rare names keep a frequency of their own
+_SCHEME = (_WORD_BUCKETS, _PREFIX_BUCKETS, _PREFIX, _SLOTS)
+_CACHED_WORDS = 2**20  # the cache is emptied beyond this many words (about 200 MB)
+_BLOCK = 256  # texts embedded at a time
+_EXACT = 2.0**16  # weights are multiples of 1/65536: float64 adds them without rounding, any order
+
+
+def _hash(
+    strings: Iterable[str], buckets: int, kind: bytes
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Stable hashes: slot (n,), numbers for the buckets (n, buckets), their signs (n, buckets)."""
+    size = 4 * (buckets + 2)
+    data = b"".join(
+        hashlib.blake2b(s.encode("utf-8", "surrogatepass"), digest_size=size, person=kind).digest()
+        for s in strings
+    )
+    numbers = np.frombuffer(data, "<u4").reshape(-1, buckets + 2)
+    signs = 1.0 - 2.0 * (numbers[:, 1:2] >> np.arange(buckets, dtype=np.uint32) & 1)
+    return numbers[:, 0] % _SLOTS, numbers[:, 2:], signs
+
+
+class _Cache:
+    """Word → row of growing arrays (slots, buckets, signs), so that a word is hashed once.
+
+    Rows are filled before their word becomes visible and never change, so readers need no lock.
+    """
+
+    def __init__(self, dimension: int):
+        self.rows: dict[str, int] = {}
+        self.slots = np.zeros((1024, 2), np.int64)  # of the word and of its prefix
+        self.buckets = np.zeros((1024, _BUCKETS), np.int64)
+        self.signs = np.zeros((1024, _BUCKETS), np.float64)
+        self._segment = dimension // _BUCKETS
+        self._lock = threading.Lock()
+
+    def lookup(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Position of the text and row, of every word of every text: two int64 arrays."""
+        found = [words(text) for text in texts]
+        flat = list(itertools.chain.from_iterable(found))
+        unknown = set(flat).difference(self.rows)
+        if unknown:
+            self._add(sorted(unknown))
+        rows = np.fromiter(map(self.rows.__getitem__, flat), np.int64, len(flat))
+        return np.repeat(np.arange(len(texts)), [len(part) for part in found]), rows
+
+    def _add(self, unknown: list[str]) -> None:
+        with self._lock:
+            new = [word for word in unknown if word not in self.rows]
+            start, stop = len(self.rows), len(self.rows) + len(new)
+            while stop > len(self.slots):
+                for name in ("slots", "buckets", "signs"):
+                    old = getattr(self, name)
+                    setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
+            hashed = _hash(new, _WORD_BUCKETS, b"word")
+            prefixes = _hash([word[:_PREFIX] for word in new], _PREFIX_BUCKETS, b"prefix")
+            slots, numbers, signs = (
+                np.column_stack(pair) for pair in zip(hashed, prefixes, strict=True)
+            )
+            # One segment of the vector per bucket, so that the buckets of a word are distinct.
+            segments = np.arange(_BUCKETS) * self._segment
+            self.slots[start:stop] = slots
+            self.buckets[start:stop] = numbers % self._segment + segments
+            self.signs[start:stop] = signs
+            self.rows.update(zip(new, range(start, stop), strict=True))
+
+
+class LexicalEmbedder:
+    """Hashed TF-IDF with cosine similarity; deterministic and without a model.
+
+    A word with tf occurrences in a text, found in df of n fitted texts, adds
+    `(1 + ln tf) · ln((n + 1) / df)` with hashed signs to four hashed buckets; its prefix of five
+    characters, which inflected forms share, adds the same with a df of its own to two more. Then
+    the vector is normalised. What is in none of the fitted texts cannot match and weighs nothing:
+    a text without a word, or with none that the knowledge base knows, embeds to zeros.
+    """
+
+    name = "lexical"
+
+    def __init__(self, dimension: int):
+        """Makes an unfitted embedder of this width, at least 8."""
+        if dimension < 8:
+            raise RetrievalError(
+                f"embedding dimension {dimension} is too small; set config.retrieval.dimension to"
+                " 8 or more"
+            )
+        self.dimension = dimension
+        self.documents = 0
+        self._df: np.ndarray | None = None
+        self._idf = np.zeros(0)
+        self._fingerprint = self._digest()
+        self._cache = _Cache(dimension)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether document frequencies are known."""
+        return self._df is not None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the hashing scheme, the dimension and the document frequencies."""
+        return self._fingerprint
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What `save` writes beside the word frequencies."""
+        return {
+            "name": self.name,
+            "dimension": self.dimension,
+            "documents": self.documents,
+            "fingerprint": self.fingerprint,
+        }
+
+    def _frequencies(self) -> np.ndarray:
+        if self._df is None:
+            raise RetrievalError(
+                "the lexical embedder has no word frequencies yet; call fit on the texts of the"
+                " knowledge base, or load it from an index"
+            )
+        return self._df
+
+    def fit(self, texts: Iterable[str]) -> None:
+        """Counts in how many of the texts each hashed word and prefix occurs."""
+        self._learnt(*self._counted(texts))
+
+    @property
+    def family(self) -> str:
+        """The hashing scheme and the dimension, whatever the frequencies."""
+        return json.dumps([self.name, self.dimension, *_SCHEME])
+
+    def extended(self, texts: Sequence[str]) -> LexicalEmbedder:
+        """One that has counted these texts, too, so that their new words are found.
+
+        Vectors of the older texts weigh words by the older counts; a little less is found than by
+        an embedder fitted to all texts at once.
+        """
+        frequencies, documents = self._counted(texts)
+        embedder = LexicalEmbedder(self.dimension)
+        known = self._frequencies().astype(np.int64)
+        embedder._learnt(known + frequencies, self.documents + documents)
+        return embedder
+
+    def _counted(self, texts: Iterable[str]) -> tuple[np.ndarray, int]:
+        frequencies, documents, cache = np.zeros(_SLOTS, np.int64), 0, _Cache(self.dimension)
+        remaining = iter(texts)
+        while block := list(itertools.islice(remaining, _BLOCK)):
+            text_of, rows = cache.lookup(block)
+            found = np.unique(text_of[:, None] * _SLOTS + cache.slots[rows])
+            slots, counts = np.unique(found % _SLOTS, return_counts=True)
+            frequencies[slots] += counts
+            documents += len(block)
+            if len(cache.rows) > _CACHED_WORDS:
+                cache = _Cache(self.dimension)
+        return frequencies, documents
+
+    def _learnt(self, frequencies: np.ndarray, documents: int) -> None:
+        ratio = (documents + 1) / np.maximum(frequencies, 1)
+        self._idf = np.where(frequencies > 0, np.log(ratio), 0.0)
+        self._df, self.documents = frequencies.astype(np.uint32), documents
+        self._fingerprint = self._digest()
+
+    def _digest(self) -> str:
+        scheme = [self.name, 1, self.dimension, *_SCHEME, self.documents]
+        frequencies = b"" if self._df is None else self._df.tobytes()
+        return digest(json.dumps(scheme), frequencies)
+
+    def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
+        """Embeds texts.
+
+        Returns:
+          (n, dimension) float32; rows of length 1, or of zeros for a text without a known word.
+
+        Raises:
+          RetrievalError: the embedder is not fitted.
+        """
+        self._frequencies()
+        embeddings = np.zeros((len(texts), self.dimension), np.float32)
+        for start in range(0, len(texts), _BLOCK):
+            block = texts[start : start + _BLOCK]
+            embeddings[start : start + len(block)] = self._embed_block(block)
+        return embeddings
+
+    def embed_queries(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
+        """The same: queries and references are texts alike."""
+        return self.embed(texts)
+
+    def _embed_block(self, texts: Sequence[str]) -> np.ndarray:
+        cache = self._cache
+        if len(cache.rows) > _CACHED_WORDS:
+            cache = self._cache = _Cache(self.dimension)
+        text_of, rows = cache.lookup(texts)
+        capacity = len(cache.slots)
+        pairs, counts = np.unique(text_of * capacity + rows, return_counts=True)
+        text_of, rows = np.divmod(pairs, capacity)
+        idf = self._idf[cache.slots[rows]]
+        idf = np.repeat(idf, [_WORD_BUCKETS, _PREFIX_BUCKETS], axis=1)
+        weights = np.round((1.0 + np.log(counts))[:, None] * idf * _EXACT) / _EXACT
+        targets = text_of[:, None] * self.dimension + cache.buckets[rows]
+        values = weights * cache.signs[rows]
+        sums = np.bincount(targets.ravel(), values.ravel(), len(texts) * self.dimension)
+        sums = sums.reshape(len(texts), self.dimension)
+        norms = np.sqrt((sums * sums).sum(axis=1, keepdims=True))
+        return (sums / np.where(norms == 0, 1.0, norms)).astype(np.float32)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the word frequencies and `embedder.json`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        np.save(buffer, self._frequencies())
+        write_atomically(folder / _DF, buffer.getvalue())
+        write_spec(folder, self.spec)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> LexicalEmbedder:
+        """Reads what `save` wrote.
+
+        Raises:
+          RetrievalError: files are missing, damaged, or of another hashing scheme.
+        """
+        spec = read_spec(folder)
+        try:
+            embedder = cls(int(spec["dimension"]))
+            frequencies = np.load(Path(folder) / _DF, allow_pickle=False).astype(np.int64)
+            embedder._learnt(frequencies, int(spec["documents"]))
+            same = embedder.fingerprint == spec["fingerprint"]
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise RetrievalError(
+                f"cannot load the embedder in {folder} ({error}); build the index again"
+            ) from error
+        if not same:
+            raise RetrievalError(
+                f"the embedder in {folder} is damaged or of another version of the hashing scheme;"
+                " build the index again"
+            )
+        return embedder

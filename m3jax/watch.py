@@ -1,0 +1,211 @@
+"""A process among others: it says that it lives, hears who failed, and ends with words."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax._src import distributed as jax_distributed
+
+if TYPE_CHECKING:
+    from m3jax.distributed import Processes
+
+PROCESS_LOST = 3  # exit code of a process whose run lost another process
+ROOT = "m3jax"  # of our keys in the store of JAX's coordination service
+LONGEST_WAIT = 3600  # seconds that the first process at a meeting waits for the last
+_MARGIN = 5.0  # seconds that a failed process stays, so that the others can read why
+_AGAIN = "The same command, on all processes, continues from what was saved"
+
+Report = Callable[[BaseException], int]
+
+
+class ProcessError(ValueError):
+    """The processes cannot work together. The message names the process, the value, the remedy."""
+
+
+def address_of(coordinator: str) -> tuple[str, int]:
+    """Host and port of `HOST:PORT`; raises `ProcessError`."""
+    host, _, port = coordinator.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 65536):
+        raise ProcessError(
+            f"--coordinator={coordinator}: not HOST:PORT, for example 10.0.0.1:8476, the address of"
+            " process 0 and a free port there"
+        )
+    return host.strip("[]"), int(port)
+
+
+def client_of() -> Any:
+    """What JAX gives to talk to the other processes; None where there are none."""
+    return jax_distributed.global_state.client
+
+
+class Watch:
+    """Says every few seconds that this process lives, and hears of others that failed.
+
+    JAX's own heartbeats decide whether a process is dead; those here tell which one it was.
+    """
+
+    def __init__(self, processes: Processes):
+        assert processes.index is not None and processes.count is not None
+        self.me, self.count, self.processes = processes.index, processes.count, processes
+        self.interval = min(2.0, processes.heartbeat_timeout / 20)
+        self._beats: dict[int, tuple[str, float]] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="m3jax-watch", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        client, beat = client_of(), 0
+        while True:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # JAX ends what has no service
+                client.key_value_set(f"{ROOT}/beat/{self.me}", str(beat), allow_overwrite=True)
+                beat += 1
+                for index, text in self._read("beat").items():
+                    if self._beats.get(index, ("", 0.0))[0] != text:
+                        self._beats[index] = (text, time.monotonic())
+                failed = self._read("failed")
+                failed.pop(self.me, None)
+                if failed and not self._stop.is_set():
+                    self._end_because(failed)
+            if self._stop.wait(self.interval):
+                return
+
+    def _read(self, folder: str) -> dict[int, str]:
+        pairs = client_of().key_value_dir_get(f"{ROOT}/{folder}/")
+        return {int(key.rpartition("/")[2]): value for key, value in pairs}
+
+    def _end_because(self, failed: Mapping[int, str]) -> None:
+        index, reason = min(failed.items())
+        _say(
+            f"{self._name}: process {index} failed, so this one ends: {reason}. When that is"
+            " solved, the same command continues from what was saved"
+        )
+        self._mark("ended", "")
+        os._exit(PROCESS_LOST)
+
+    @property
+    def _name(self) -> str:
+        return f"process {self.me} of {self.count}"
+
+    def _mark(self, folder: str, text: str) -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client_of().key_value_set(f"{ROOT}/{folder}/{self.me}", text, allow_overwrite=True)
+
+    def fail(self, error: BaseException, report: Report) -> None:
+        """Tells the others why this process ends, and ends it."""
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            self._wait_for_cause()
+        self._stop.set()
+        code = report(error)
+        self._mark("failed", f"{type(error).__name__}: {_first_line(error)}")
+        end = time.monotonic() + _MARGIN
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            # Process 0 holds what the others read: it goes last.
+            while self.me == 0 and time.monotonic() < end:
+                if len(self._read("failed").keys() | self._read("ended").keys()) == self.count:
+                    break
+                time.sleep(0.1)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    def _wait_for_cause(self) -> None:
+        """Returns when the others live; else JAX, or `_run`, ends this process and names the cause.
+
+        An error of the runtime may be the echo of another process's death: collectives break first.
+        """
+        start = time.monotonic()
+        while time.monotonic() < start + self.processes.heartbeat_timeout + _MARGIN:
+            time.sleep(self.interval / 2)
+            beats = [when for _, when in list(self._beats.values())]
+            if len(beats) == self.count and min(beats) > start + self.interval:
+                return
+
+    def last_words(self) -> str | None:
+        """Who is missing, at the moment in which JAX ends this process; None if nobody is."""
+        address, timeout = self.processes.coordinator, self.processes.heartbeat_timeout
+        assert address is not None
+        # JAX hears of a process every half of the timeout: a dead one has been silent for nearly as
+        # long when its time is up, a living one was heard of in the last two intervals.
+        limit = time.monotonic() - timeout / 4
+        beats = sorted(self._beats.items())
+        silent = [index for index, (_, when) in beats if when < limit]
+        # All others are heard of through process 0.
+        if self.me != 0 and (0 in silent or not _answers(address)):
+            return (
+                f"{self._name}: process 0, at {address}, is gone: it died, or its host or network"
+                f" did. {_AGAIN}"
+            )
+        if not silent:
+            return None
+        names = " and ".join(f"process {index}" for index in silent)
+        return (
+            f"{self._name}: no sign of life from {names} for {timeout} seconds: it died, or its"
+            f" host or network did. {_AGAIN}"
+        )
+
+    def wait_for_all(self) -> None:
+        """Returns when all processes are here; `_run` or JAX ends the wait when one dies."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client_of().wait_at_barrier(f"{ROOT}/end", 1000 * LONGEST_WAIT)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def _answers(address: str) -> bool:
+    try:
+        socket.create_connection(address_of(address), timeout=2.0).close()
+    except OSError:
+        return False
+    return True
+
+
+class LastWords:
+    """Explains an `abort` of JAX and turns it into an exit code.
+
+    Attributes:
+      speak: returns what to say, or None when the abort has another cause: then it goes on.
+    """
+
+    def __init__(self) -> None:
+        self.speak: Callable[[], str | None] = lambda: None
+        # Not `signal.signal`: its handlers wait for the main thread, which an abort does not.
+        self._signal = ctypes.CDLL(None).signal
+        self._signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+        self._signal.restype = ctypes.c_void_p
+        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._handle)  # kept alive here
+        pointer = ctypes.cast(self._handler, ctypes.c_void_p)
+        self._previous = self._signal(signal.SIGABRT, pointer)
+
+    def _handle(self, number: int) -> None:
+        self.close()
+        try:
+            words = self.speak()
+        except Exception as error:
+            words = f"aborted ({error!r})"
+        if words is not None:
+            _say(words)
+            os._exit(PROCESS_LOST)
+
+    def close(self) -> None:
+        self._signal(signal.SIGABRT, self._previous)
+
+
+def _say(text: str) -> None:
+    """Past Python's buffers, which nobody may empty any more."""
+    os.write(2, f"\nProcessError: {text}\n".encode())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:500]
