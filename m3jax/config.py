@@ -718,14 +718,6 @@ def _check_chats(config: ConfigDict) -> None:
             chat[role],
             "the markers of users and assistants must be there and differ from the others",
         )
-    if packing in PACKED:
-        _require(
-            not config.model.attention.startswith("splash"),
-            "model.attention",
-            config.model.attention,
-            f"cannot keep the texts of a row apart, as data.packing = {packing!r} wants; use"
-            " 'auto' or 'blocked'",
-        )
     if packing == "pairs":
         _require(
             config.memory.dropout == 0,

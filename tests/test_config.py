@@ -157,10 +157,6 @@ def test_not_among_the_choices(field: str, value: Any, accepted: str) -> None:
         ({"text__vocabulary": 2048}, ("model.vocabulary = 1024", "text.vocabulary = 2048")),
         ({"chat__user": ""}, ("chat.user", "differ from the others")),
         ({"chat__assistant": "\nUser:"}, ("chat.user", "differ from the others")),
-        (
-            {"data__packing": "chats", "model__attention": "splash"},
-            ("model.attention", "'auto' or 'blocked'"),
-        ),
         ({"data__packing": "pairs", "memory__dropout": 0.1}, ("memory.dropout", "must be 0")),
         ({"data__packing": "pairs", "train__z_loss": 0.1}, ("train.z_loss", "must be 0")),
         ({"optimizer__rise_share": 0.1}, ("optimizer.rise_share", "optimizer.rise_steps")),

@@ -122,9 +122,14 @@ class Pipeline:
         if hidden is not None:
             reference_ids = np.where(hidden[..., None], -1, reference_ids)
         batch["reference_ids"] = reference_ids.astype(np.int32)
+        chunks = len(items) * self.rows.chunks
+        if packed:  # a row has places for as many chunks as the fullest
+            chunks = sum(len(item.references) for item in packed)
         with self._lock:
-            self._counts["chunks"] += reference_ids[..., 0].size
-            self._counts["chunks_without_reference"] += int((reference_ids[..., 0] < 0).sum())
+            self._counts["chunks"] += chunks
+            self._counts["chunks_without_reference"] += chunks - int(
+                (reference_ids[..., 0] >= 0).sum()
+            )
         if self.config.memory.source == "precomputed":
             assert self.bank is not None
             batch["memory"] = self.bank.read_stored(reference_ids)

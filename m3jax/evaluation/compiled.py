@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from m3jax import flops
-from m3jax.config import PREFIX_TOKENS, ConfigError, prefix_tokens, validate
+from m3jax.config import PACKED, PREFIX_TOKENS, ConfigError, prefix_tokens, validate
 from m3jax.evaluation.compiled_decode import arguments, serving, serving_mesh
-from m3jax.evaluation.executed import attention_blocks, executed_flops
+from m3jax.evaluation.executed import attention_blocks, chunks_of_row, executed_flops
 from m3jax.evaluation.hlo import by_kind, collectives
 from m3jax.hardware import Chip, chip_of_topology
 from m3jax.memory.bank import writer_params
@@ -132,16 +132,22 @@ def compile_decode(config: ConfigDict, mesh: Mesh, context: int) -> Program:
 
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
-    """The inputs of a train step as shapes with shardings."""
+    """The inputs of a train step as shapes with shardings; of preference pairs as many slots for
+    answers as a row of one text has chunks."""
     model, memory, sharding = config.model, config.memory, batch_sharding(mesh)
 
     def array(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     B, T = config.data.batch_rows, config.data.row_length
-    C, M = T // memory.chunk_length, memory.per_chunk
+    C, M = chunks_of_row(config, T), memory.per_chunk
     batch = {"tokens": array(B, T), "targets": array(B, T)}
     batch["weights"] = array(B, T, dtype=jnp.float32)
+    if config.data.packing in PACKED:
+        batch["starts"], batch["first_chunks"] = array(B, T), array(B, T)
+    if config.data.packing == "pairs":
+        batch["answers"] = array(B, T)
+        batch["reference_logprobs"] = array(B, 2 * max(1, C // 4), dtype=jnp.float32)
     if memory.source == "precomputed":
         slots = (B, C, M, memory.layers, model.kv_heads, memory.kept_tokens, model.head_dim)
         stored = array(*slots, dtype=jnp.dtype(memory.dtype))

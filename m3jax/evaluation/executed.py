@@ -14,9 +14,9 @@ from typing import Any
 from jax.extend import core
 from ml_collections import ConfigDict
 
-from m3jax.config import prefix_tokens
+from m3jax.config import PACKED, prefix_tokens
 from m3jax.flops import PREFIX_TOKENS
-from m3jax.model import splash
+from m3jax.model import splash_mask
 
 Blocks = Mapping[tuple[int, int], int]
 
@@ -35,6 +35,13 @@ def executed_flops(jaxpr: Any, blocks: Blocks | None = None) -> float:
     return sum(_equation(one, blocks) for one in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
 
+def chunks_of_row(config: ConfigDict, tokens: int) -> int:
+    """Chunks of a row; of several texts twice those of one, which is enough where texts are longer
+    than a chunk on average. (How many there are is known when the chats are packed.)"""
+    several = config.data.packing in PACKED
+    return tokens // config.memory.chunk_length * (2 if several else 1)
+
+
 def attention_blocks(config: ConfigDict, *, tokens: int, references: bool) -> Blocks:
     """The blocks that the splash kernels of a config compute, by rows of queries and keys.
 
@@ -48,24 +55,24 @@ def attention_blocks(config: ConfigDict, *, tokens: int, references: bool) -> Bl
     prefix = len(prefix_tokens(config))
     common = {"block": model.attention_block, "kv_block": model.attention_kv_block}
     nothing = {"chunks": 0, "chunk_slots": 0, "chunk_length": memory.chunk_length}
-    layouts = [splash.plan(tokens, group, prefix=prefix, window=memory.window, **nothing, **common)]
+    context = {"prefix": prefix, "window": memory.window, **common}
+    context["packed"] = config.data.packing in PACKED
+    layouts = [splash_mask.plan(tokens, group, **nothing, **context)]
     if memory.source != "none":
         slots = {
-            "chunks": tokens // memory.chunk_length,
+            "chunks": chunks_of_row(config, tokens),
             "chunk_slots": memory.per_chunk * memory.kept_tokens,
             "chunk_length": memory.chunk_length,
         }
-        layouts.append(
-            splash.plan(tokens, group, prefix=prefix, window=memory.window, **slots, **common)
-        )
+        layouts.append(splash_mask.plan(tokens, group, **slots, **context))
     if references:
         layouts.append(
-            splash.plan(
+            splash_mask.plan(
                 memory.reference_length, group, prefix=PREFIX_TOKENS, window=1, **nothing, **common
             )
         )
     return {
-        (layout.rows, layout.keys): splash.pairs(layout)[0] // (layout.block * layout.kv_block)
+        (layout.rows, layout.keys): splash_mask.pairs(layout)[0] // (layout.block * layout.kv_block)
         for layout in layouts
     }
 

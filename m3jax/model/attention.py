@@ -22,13 +22,14 @@ from m3jax.model.keyvalues import Packing as Packing
 from m3jax.model.keyvalues import concatenate, visible_mask
 from m3jax.model.keyvalues import memory_mask as memory_mask
 from m3jax.model.splash import splash_attend
+from m3jax.model.splash_mask import PACKED_TOKENS
 
 MASKED = -1e30  # a finite score: rows are never empty, since a token always sees itself
 
 IMPLEMENTATIONS = ("naive", "blocked", "splash", "splash_interpret", "cudnn", "xla")
 
 
-def resolve(name: str, platform: str, dtype: DTypeLike, head_dim: int, packed: bool = False) -> str:
+def resolve(name: str, platform: str, dtype: DTypeLike, head_dim: int, packed: int = 0) -> str:
     """The implementation that `auto` stands for; any other name is returned as it is.
 
     Asked once, while a step is built: `splash` on TPU, `cudnn` on an NVIDIA GPU where its kernel
@@ -39,12 +40,12 @@ def resolve(name: str, platform: str, dtype: DTypeLike, head_dim: int, packed: b
       platform: `platform` of the devices that will run the step: tpu, gpu, cuda, rocm, cpu.
       dtype: dtype of queries, keys and values, `config.model.compute_dtype`.
       head_dim: `config.model.head_dim`.
-      packed: whether rows hold several texts that do not see each other, which splash cannot do.
+      packed: tokens of a row that holds several texts; 0: rows of one text.
     """
     if name != "auto":
         return name
     if platform == "tpu":
-        return "blocked" if packed else "splash"
+        return "splash" if packed <= PACKED_TOKENS else "blocked"
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     if platform in ("gpu", "cuda") and half and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
@@ -97,13 +98,9 @@ def attend(
     if implementation == "blocked":
         function, options = _blocked_attend, {**options, "block": block, "packing": packing}
     elif implementation in ("splash", "splash_interpret"):
-        if packing is not None:
-            raise ValueError(
-                f"attention {implementation!r} cannot keep the texts of a packed row apart; set"
-                " model.attention = 'blocked'"
-            )
         interpret = implementation == "splash_interpret"
         blocks = {"block": block, "kv_block": kv_block, "interpret": interpret}
+        options["packing"] = packing
         function, options = splash_attend, {**options, **blocks}
     elif implementation in ("cudnn", "xla"):
         options |= {"implementation": implementation, "packing": packing}

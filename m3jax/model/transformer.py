@@ -141,7 +141,7 @@ class Model:
         self.attention = {
             "implementation": resolve(
                 *(model.attention, platform, self.dtype, model.head_dim),
-                packed=config.data.packing in PACKED,
+                packed=config.data.row_length if config.data.packing in PACKED else 0,
             ),
             "block": model.attention_block,
             "kv_block": model.attention_kv_block,

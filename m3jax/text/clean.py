@@ -193,10 +193,12 @@ def _write(
         arrays["signatures"] = signatures
         arrays["bands"] = duplicates.band_entries(signatures, numbers, clean.similarity)
     at = cleaning.blocks
-    write_atomically(at / f"{name}.documents", zlib.compress(msgpack.packb(documents), 1))
+    data = zlib.compress(msgpack.packb(documents), 1)
+    write_atomically(at / f"{name}.documents", data, shared=True)
     for key, array in arrays.items():
-        write_array(at / f"{name}.{key}.npy", array)
-    write_atomically(at / f"{name}.json", json.dumps(tally.to_json(), sort_keys=True).encode())
+        write_array(at / f"{name}.{key}.npy", array, shared=True)
+    counted = json.dumps(tally.to_json(), sort_keys=True).encode()
+    write_atomically(at / f"{name}.json", counted, shared=True)
 
 
 def _hash(text: str) -> int:

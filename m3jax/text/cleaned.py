@@ -47,8 +47,8 @@ def compare_part(cleaning: Cleaning, part: tuple[int, int]) -> int:
         members[1:] for members in duplicates.groups(_in_range(cleaning, names, "ids", part))
     ]
     renames = np.concatenate([np.empty(0, np.uint64), *repeated])
-    write_array(target.with_suffix(".drops.npy"), found)
-    write_array(target.with_suffix(".renames.npy"), renames)
+    write_array(target.with_suffix(".drops.npy"), found, shared=True)
+    write_array(target.with_suffix(".renames.npy"), renames, shared=True)
     return part[0]
 
 

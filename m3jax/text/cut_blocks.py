@@ -47,7 +47,7 @@ def cut_block(cutting: Cutting, name: str) -> str:
             for piece in cut_references(document, tokenizer, cutting.length)
         ]
         documents.append((document.id, document.title, document.source, pieces))
-    write_atomically(target, msgpack.packb(documents))
+    write_atomically(target, msgpack.packb(documents), shared=True)
     return name
 
 

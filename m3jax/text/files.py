@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,20 @@ def commit(temporary: str | os.PathLike[str], path: str | os.PathLike[str]) -> N
 
 
 @contextlib.contextmanager
-def committing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def committing(path: str | os.PathLike[str], shared: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside `path`; commits it on success, removes it on an error.
 
     The block must close what it writes. Folders above `path` are made.
+
+    Args:
+      path: the file.
+      shared: whether several processes may write the file, with the same bytes, at the same time.
+        Then each has a temporary file of its own; one that is killed leaves it behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + TEMPORARY)
+    own = f".{secrets.token_hex(6)}" if shared else ""
+    temporary = path.with_name(path.name + own + TEMPORARY)
     try:
         yield temporary
         commit(temporary, path)
@@ -51,13 +58,15 @@ def committing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+def write_atomically(path: str | os.PathLike[str], data: bytes, shared: bool = False) -> None:
     """Writes `data` to `path` so that a reader sees the old file or the new one, never a part.
+
+    `shared` as of `committing`.
 
     Raises:
       OSError: from the file system, for example when the disk is full; `path` is then untouched.
     """
-    with committing(path) as temporary:
+    with committing(path, shared) as temporary:
         temporary.write_bytes(data)
 
 
@@ -104,7 +113,7 @@ def read_sealed(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     return content if intact else None
 
 
-def write_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
-    """Writes an array as `.npy`, atomically."""
-    with committing(path) as temporary, temporary.open("wb") as file:
+def write_array(path: str | os.PathLike[str], array: np.ndarray, shared: bool = False) -> None:
+    """Writes an array as `.npy`, atomically; `shared` as of `committing`."""
+    with committing(path, shared) as temporary, temporary.open("wb") as file:
         np.save(file, array, allow_pickle=False)

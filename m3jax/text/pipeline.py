@@ -18,7 +18,7 @@ from m3jax.text.cleaned import Cleaned, compare_part, decide, parts_to_compare
 from m3jax.text.corpus import CorpusInfo, write_encoded
 from m3jax.text.cut_blocks import Cutting, cut_block, cut_documents
 from m3jax.text.documents import TextError
-from m3jax.text.files import digest, write_atomically
+from m3jax.text.files import TEMPORARY, digest, write_atomically
 from m3jax.text.parts import make_part
 from m3jax.text.quality import load_scorer
 from m3jax.text.references import write_pieces
@@ -106,6 +106,8 @@ class Pipeline:
             units = partial(parts_to_compare, cleaning)
             stages.append(Stage("compare", units, _alone, partial(compare_part, cleaning)))
         self._runner.run(stages)
+        for left in folder.rglob("*" + TEMPORARY):  # by processes that were killed
+            left.unlink(missing_ok=True)
         tally = decide(cleaning)
         cleaned = Cleaned(cleaning)
         if not any(True for _ in cleaned):

@@ -79,8 +79,8 @@ def tokenize_block(tokenizing: Tokenizing, name: str) -> str:
     rows = rows[places]
     rows["offset"] = np.cumsum(rows["size"]) - rows["size"]
     data = b"".join(records[i] for i in places.tolist())
-    write_atomically(tokenizing.folder / f"{name}.bin", data)
-    write_array(index, rows)
+    write_atomically(tokenizing.folder / f"{name}.bin", data, shared=True)
+    write_array(index, rows, shared=True)
     return name
 
 

@@ -22,7 +22,7 @@ class Stage:
     """Work that may be done in any order, once the stage before has ended.
 
     All three are sent to other processes: functions of modules, or `functools.partial` of those.
-    The work of a task may be done twice and must come to the same.
+    The work of a task may be done twice, also at the same time, and must come to the same.
 
     Attributes:
       name: for progress and messages.

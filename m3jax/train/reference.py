@@ -40,7 +40,13 @@ _MANIFEST = "manifest.json"
 _BATCHES = 8  # of a part
 _SECONDS_BETWEEN_LINES = 15.0
 # Fields that change no log-probability beyond rounding.
-_FREE = ("memory.cache_bytes", "model.attention", "model.attention_block", "model.remat")
+_FREE = (
+    "memory.cache_bytes",
+    "model.attention",
+    "model.attention_block",
+    "model.attention_kv_block",
+    "model.remat",
+)
 
 Logprobs = Callable[[Params, Mapping[str, Any]], Float[Array, "B slots"]]
 

@@ -131,6 +131,12 @@ def test_stored_keys_are_what_the_chunks_read(chats):
         assert all(key.startswith("person-") for key in keys)
         assert ids[: len(keys), 0].tolist() == [pipeline.references.find(key) for key in keys]
         assert (ids[len(keys) :] == -1).all()
+    rows = [pipeline.rows[int(row)] for row in np.asarray(pipeline._order[1])]
+    chunks = sum(len(row.references) for row in rows)
+    assert chunks < batch["reference_ids"].size  # some places are none
+    assert pipeline.report() == {"chunks": chunks, "chunks_without_reference": 0} | {
+        name: count for name, count in pipeline.report().items() if "chunks" not in name
+    }
 
 
 def test_a_missing_part_names_the_script(chats):

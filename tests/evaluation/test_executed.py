@@ -71,6 +71,23 @@ def test_a_warmup_step_is_useful_work_and_known_waste(remat):
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("packing", ["chats", "pairs"])
+def test_steps_of_packed_rows_are_traced_as_they_are(packing):
+    """The abstract batch has what such a step reads."""
+    config = tiny_config("precomputed", data__packing=packing, model__attention="naive")
+    mesh = make_mesh(config, jax.devices()[:1])
+    model, optimizer = Model(config, prefix_tokens(config), mesh), make_optimizer(config)
+    state = abstract_state(model, optimizer, mesh)
+    step, batch = make_step(config, model, mesh, optimizer, state), abstract_batch(config, mesh)
+    assert {"starts", "first_chunks"} <= batch.keys()
+    assert ("reference_logprobs" in batch) == (packing == "pairs")
+    B, T = config.data.batch_rows, config.data.row_length
+    C = 2 * T // config.memory.chunk_length
+    assert batch["memory"].length.shape == (B, C, 1)
+    found = executed_flops(step.trace(state, batch).jaxpr)
+    assert found > 0
+
+
 def test_attention_kernels_count_the_blocks_that_are_left():
     config = tiny_config("precomputed")
     config.model.query_heads, config.model.kv_heads, config.model.head_dim = 16, 2, 64

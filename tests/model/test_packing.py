@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from train.tiny import tiny_config
 
-from m3jax.model.attention import ExplicitMemory, Packing, attend, resolve
+from m3jax.model.attention import ExplicitMemory, Packing
 from m3jax.model.keyvalues import memory_mask, visible_mask
 from m3jax.model.transformer import Model
 
@@ -55,7 +55,7 @@ def test_the_mask_as_a_table() -> None:
     ]
 
 
-@pytest.mark.parametrize("implementation", ["naive", "blocked", "xla"])
+@pytest.mark.parametrize("implementation", ["naive", "blocked", "xla", "splash_interpret"])
 @pytest.mark.parametrize("with_memory", [False, True])
 def test_a_packed_text_is_predicted_as_it_is_alone(implementation: str, with_memory: bool) -> None:
     config = tiny_config(
@@ -97,11 +97,3 @@ def test_nothing_passes_between_texts() -> None:
     after = logits(params, jnp.asarray(changed), mixed, packing=packing())
     np.testing.assert_array_equal(after[:, 6:9], before[:, 6:9])
     assert (np.abs(after - before) > 1e-3)[:, :6].any()
-
-
-def test_the_tpu_kernel_does_not_take_packed_rows() -> None:
-    q, k = jnp.zeros((1, 16, 2, 2, 8)), jnp.zeros((1, 16, 2, 8))
-    with pytest.raises(ValueError, match=r"cannot keep the texts .* 'blocked'"):
-        attend(q, k, k, packing=packing(), implementation="splash_interpret")
-    assert resolve("auto", "tpu", jnp.bfloat16, 80, packed=True) == "blocked"
-    assert resolve("auto", "tpu", jnp.bfloat16, 80) == "splash"

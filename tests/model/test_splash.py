@@ -13,16 +13,8 @@ import numpy as np
 import pytest
 
 from m3jax.model.attention import ExplicitMemory, KeyValues, attend, memory_mask
-from m3jax.model.splash import (
-    EDGE_BYTES,
-    SCORE_BYTES,
-    VMEM,
-    RowMask,
-    _segments,
-    make_kernel,
-    pairs,
-    plan,
-)
+from m3jax.model.splash import _segments, make_kernel
+from m3jax.model.splash_mask import EDGE_BYTES, SCORE_BYTES, VMEM, RowMask, pairs, plan
 
 
 class Case(NamedTuple):
@@ -244,10 +236,11 @@ def test_blocks_fit_the_chip() -> None:
 # -- for the chip
 
 COMPILE = """
+import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, PartitionSpec
-from m3jax.model.attention import ExplicitMemory, KeyValues, attend
+from m3jax.model.attention import ExplicitMemory, KeyValues, Packing, attend
 
 devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices)
 mesh = Mesh(devices.reshape(8, 2), ("rows", "heads"))
@@ -259,20 +252,23 @@ B, T, K, G, H, C, P = 8, 512, 4, 5, 80, 8, 8
 context, slots = PartitionSpec("rows", None, "heads"), PartitionSpec("rows", None, None, "heads")
 constant = PartitionSpec(None, "heads")
 
-def loss(q, k, v, prefix, keys, values, length):
+def loss(q, k, v, prefix, keys, values, length, *packing):
     memory = ExplicitMemory(keys, values, length)
     options = {"window": 5, "implementation": "splash"}
-    return jnp.sum(attend(q, k, v, prefix, memory, **options).astype(jnp.float32))
+    packing = Packing(*packing) if packing else None
+    return jnp.sum(attend(q, k, v, prefix, memory, packing, **options).astype(jnp.float32))
 
 specs = (context, context, context, KeyValues(constant, constant), slots, slots)
+packing = [array(B, T, dtype=jnp.int32)] * (2 if sys.argv[1:] == ["packed"] else 0)
+rows = [PartitionSpec("rows")] * (1 + len(packing))
 gradient = jax.shard_map(
-    jax.grad(loss, argnums=range(6)), mesh=mesh, in_specs=(*specs, PartitionSpec("rows")),
+    jax.grad(loss, argnums=range(6)), mesh=mesh, in_specs=(*specs, *rows),
     out_specs=specs, check_vma=False,
 )
 arguments = (
     array(B, T, K, G, H), array(B, T, K, H), array(B, T, K, H),
     KeyValues(*[array(2, K, H)] * 2), *[array(B, C, 1, K, P, H)] * 2,
-    array(B, C, 1, dtype=jnp.int32),
+    array(B, C, 1, dtype=jnp.int32), *packing,
 )
 lowered = jax.jit(gradient).trace(*arguments).lower(lowering_platforms=("tpu",))
 print(lowered.compile().as_text().count('"tpu_custom_call"'))
@@ -281,7 +277,8 @@ print(lowered.compile().as_text().count('"tpu_custom_call"'))
 
 @pytest.mark.slow
 @pytest.mark.parity
-def test_compiles_for_tpu(require: Callable) -> None:
+@pytest.mark.parametrize("rows", ["whole", "packed"])
+def test_compiles_for_tpu(require: Callable, rows: str) -> None:
     """The compiler of the chip takes the three kernels, split over 16 chips."""
     require("libtpu")
     environment = {
@@ -293,7 +290,7 @@ def test_compiles_for_tpu(require: Callable) -> None:
         "TPU_ACCELERATOR_TYPE": "v5litepod-16",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
-    command = [sys.executable, "-c", COMPILE]
+    command = [sys.executable, "-c", COMPILE, rows]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["3"]

@@ -31,6 +31,18 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_bytes() == b"one" and os.listdir(tmp_path) == ["file"]
 
 
+def test_two_writers_of_the_same_file_do_not_cut_each_other(tmp_path):
+    path = tmp_path / "file"
+    with committing(path, shared=True) as first:
+        first.write_bytes(b"whole")
+        with committing(path, shared=True) as second:
+            second.write_bytes(b"who")  # begun when the first one had ended, and not at its end
+            assert first.read_bytes() == b"whole"
+            second.write_bytes(b"whole")
+        assert path.read_bytes() == b"whole"
+    assert path.read_bytes() == b"whole" and os.listdir(tmp_path) == ["file"]
+
+
 def test_hashes(tmp_path):
     assert digest("a", "b") != digest("ab") != digest("ab", "")
     assert digest("ä") == digest("ä".encode()) and len(digest()) == 32

@@ -277,11 +277,11 @@ def test_stopped_at_any_stage_and_run_again(
     _prepare(config, tmp_path / "whole", documents)
     usual, count = getattr(module, name), [0]
 
-    def stop(*arguments):
+    def stop(*arguments, **named):
         count[0] += 1
         if count[0] == calls:
             raise KeyboardInterrupt
-        return usual(*arguments)
+        return usual(*arguments, **named)
 
     with monkeypatch.context() as patched:
         patched.setattr(module, name, stop)

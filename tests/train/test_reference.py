@@ -122,6 +122,8 @@ def test_a_killed_computation_goes_on_to_the_same_bytes(workdir, tmp_path, monke
 def test_another_checkpoint_or_other_data_are_refused_by_name(workdir, tmp_path):
     config, folder = config_of("dpo"), tmp_path / "dpo"
     hold(config, workdir, folder)
+    other_blocks = config_of("dpo", model__attention_block=3, model__attention_kv_block=7)
+    hold(other_blocks, workdir, folder)  # the same attention
     with pytest.raises(CheckpointError, match=r"belong to another reference: .* delete the stage"):
         hold(config, workdir, folder, "sft/checkpoints/3")
     with pytest.raises(CheckpointError, match=r"another config"):

@@ -1,0 +1,355 @@
+"""Where queries and keys lie in the splash kernel, and which keys each query sees.
+
+A mask is a function of two numbers, the code of a query and the position of a key, that the kernel
+evaluates for every pair, beside the softmax; it is never written down as an array of T × S. What is
+the same for all rows also says which blocks are skipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
+from jaxtyping import Array, Int
+
+from m3jax.config import ConfigError
+from m3jax.model.keyvalues import Packing
+
+LANES = 128  # a block of keys, and of query rows, is a multiple of this
+
+# What the compiler gives the kernels of VMEM, and an estimate of what a block takes: for every row
+# of queries and every key eleven float32 numbers in each lane (running maximum, sum and output,
+# codes, segments, log-sum-exp, the inputs twice), and one for every score. For 2560 rows × 256 keys
+# it makes 17.6 MiB, as the compiler for v5p does; for v5e, which takes less, it is on the safe
+# side.
+VMEM = 2**24
+EDGE_BYTES = 11 * LANES * 4
+SCORE_BYTES = 4
+
+# Longest row of several texts whose codes leave 8 bits for the number of a chunk: `auto` takes this
+# kernel up to here.
+PACKED_TOKENS = 4096
+_CODE_BITS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Positions of queries and keys in the padded axes that the kernel works on.
+
+    Keys: a gap, `slots` memory slots, the prefix, and from `start` on the context: prefix and
+    context are one run of keys, which costs the mask the fewest operations. (A softmax does not
+    mind the order.) Rows of queries: token 0 with its `group` heads, token 1 …
+
+    Attributes:
+      tokens: tokens T of a row.
+      group: query heads G of a key-value head.
+      prefix: keys of the prefix.
+      slots: memory slots C·M·P of a row.
+      chunk_slots: memory slots M·P of a chunk.
+      chunk_length: tokens Q of a chunk.
+      window: chunks whose memories a query reads.
+      block: tokens of a block of queries.
+      kv_block: keys of a block.
+      start: key position of the first token.
+      packed: rows hold several texts, in other places in every row.
+    """
+
+    tokens: int
+    group: int
+    prefix: int
+    slots: int
+    chunk_slots: int
+    chunk_length: int
+    window: int
+    block: int
+    kv_block: int
+    start: int
+    packed: bool = False
+
+    @property
+    def padded_tokens(self) -> int:
+        return _up(self.tokens, self.block)
+
+    @property
+    def rows(self) -> int:
+        return self.padded_tokens * self.group
+
+    @property
+    def keys(self) -> int:
+        return _up(self.start + self.tokens, self.kv_block)
+
+    @property
+    def gap(self) -> int:
+        return self.start - self.prefix - self.slots
+
+    @property
+    def chunks(self) -> int:
+        return self.slots // self.chunk_slots if self.chunk_slots else 0
+
+
+@functools.lru_cache(maxsize=64)
+def plan(
+    tokens: int,
+    group: int,
+    *,
+    prefix: int,
+    chunks: int,
+    chunk_slots: int,
+    chunk_length: int,
+    window: int,
+    block: int,
+    kv_block: int,
+    packed: bool = False,
+) -> Layout:
+    """The layout of a row; the gap before the context is the one with the fewest visited blocks.
+
+    Aligned to blocks of keys, the context has the least waste on the diagonal; without a gap, the
+    memories share a block with the first tokens.
+
+    Raises:
+      ConfigError: the row has too many tokens and memory slots, or chunks.
+    """
+    unit = LANES // math.gcd(LANES, group)  # G · block has to be a multiple of the lanes
+    slots = chunks * chunk_slots
+    kv_block = min(_up(kv_block, LANES), _up(prefix + slots + tokens, LANES))
+    block = min(_up(block, unit), _up(tokens, unit))
+    while block > unit and _vmem(block * group, kv_block) > VMEM:
+        block = _up(block // 2, unit)
+    window = min(window, max(1, chunks))
+    layouts = [
+        Layout(
+            *(tokens, group, prefix, slots, chunk_slots, chunk_length, window, block, kv_block),
+            start=start,
+            packed=packed,
+        )
+        for start in dict.fromkeys((_up(prefix + slots, kv_block), prefix + slots))
+    ]
+    if packed and sum(_packed_bits(layouts[0])) > _CODE_BITS:
+        raise ConfigError(
+            f"attention: a row of {tokens} tokens in several texts with {chunks} chunks is too long"
+            " for the splash kernel (twice the bits of the one and the bits of the other are more"
+            f" than {_CODE_BITS}); set model.attention = 'blocked'"
+        )
+    if not packed and any(
+        _shift(layout) + (layout.gap + slots).bit_length() > 31 for layout in layouts
+    ):
+        raise ConfigError(
+            f"attention: a row of {tokens} tokens and {slots} memory slots is too long for the"
+            " splash kernel (tokens × slots < 2³⁰); set model.attention = 'blocked'"
+        )
+    return layouts[0] if len(layouts) == 1 else min(layouts, key=lambda x: pairs(x)[0])
+
+
+@functools.lru_cache(maxsize=64)
+def pairs(layout: Layout) -> tuple[int, int]:
+    """Pairs of query and key of one row and one head: in the blocks that the kernel visits, and
+    those that the mask shows, whose quotient is the waste; of rows of several texts, those that any
+    texts may show."""
+    mask = row_mask(dataclasses.replace(layout, group=1))
+    visited = useful = 0
+    for row in range(0, layout.padded_tokens, layout.block):
+        for column in range(0, layout.keys, layout.kv_block):
+            part = mask[row : row + layout.block, column : column + layout.kv_block]
+            visited += bool(part.any())
+            useful += int(part[: max(0, layout.tokens - row), max(0, layout.gap - column) :].sum())
+    return visited * layout.block * layout.kv_block, useful
+
+
+def _vmem(rows: int, keys: int) -> int:
+    return EDGE_BYTES * (rows + keys) + SCORE_BYTES * rows * keys
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+# -- rows of one text ------------------------------------------------------------------------------
+
+
+def _shift(layout: Layout) -> int:
+    return (layout.prefix + layout.tokens).bit_length()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Visible:
+    """Whether a key is seen, from the code of the query and the position of the key.
+
+    The code is the token's place in the run of prefix and context and, `shift` bits up, the first
+    slot that it reads. The kernel evaluates this for every pair, beside the softmax: no division by
+    the chunk length is left, and unsigned numbers test both ends of a run at once.
+    """
+
+    first: int  # key position of the run of prefix and context
+    shift: int
+    reach: int  # memory slots in the window
+
+    def __call__(self, code: Any, key: Any) -> Any:
+        place = (code & ((1 << self.shift) - 1)).astype(np.uint32)
+        seen = (key - self.first).astype(np.uint32) <= place
+        if self.reach:
+            seen = seen | ((key - (code >> self.shift)).astype(np.uint32) < np.uint32(self.reach))
+        return seen
+
+
+class RowMask(mask_lib._ComputableMask):
+    """Mask of one row: `mask[rows, keys]` in the layout, computed when asked for.
+
+    The kernel gets `q_sequence`, the code of every row of queries, and `mask_function`. Rows that
+    only pad have the code of the last token, so that no block is visited for them alone. The
+    window of the first chunks reaches into the gap, which is of another segment.
+    """
+
+    def __init__(self, layout: Layout):
+        reach = layout.window * layout.chunk_slots
+        function = _Visible(layout.start - layout.prefix, _shift(layout), reach)
+        super().__init__((layout.rows, layout.keys), function)
+        self.layout = layout
+        token = np.minimum(np.arange(layout.rows) // layout.group, layout.tokens - 1)
+        chunk = token // layout.chunk_length - layout.window + 1
+        slot = layout.gap + chunk * layout.chunk_slots  # negative before the first chunk
+        self.q_sequence = ((token + layout.prefix) | slot << _shift(layout)).astype(np.int32)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        rows, keys = index
+        columns = np.arange(self.shape[1], dtype=np.int32)[keys]
+        # The heads of a group see the same: their row is computed once.
+        codes, inverse = np.unique(self.q_sequence[rows], return_inverse=True)
+        return self.mask_function(codes[:, None], columns[None])[inverse]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RowMask) and self.layout == other.layout
+
+    def __hash__(self) -> int:
+        return hash(self.layout)
+
+
+# -- rows of several texts -------------------------------------------------------------------------
+
+
+def _packed_bits(layout: Layout) -> tuple[int, int, int]:
+    """Bits of the parts of a code: start of the text, place in it, first chunk that is read."""
+    place = (layout.tokens - 1).bit_length()
+    return place, place, layout.chunks.bit_length()
+
+
+@dataclasses.dataclass(frozen=True)
+class _PackedVisible:
+    """Whether a key is seen, from the code of a query in a row of several texts.
+
+    The code is, from its low bits up, the place of the text's first token in the row, the query's
+    place in its text, and the first chunk whose memories it reads; the second says how many follow.
+    All but three differences and comparisons of a pair depend on the query or on the key alone.
+    """
+
+    start: int  # key position of the first token
+    prefix: int
+    gap: int
+    slots: int
+    chunk_slots: int
+    chunk_length: int
+    window: int
+    bits: tuple[int, int, int]
+
+    def __call__(self, code: Any, key: Any) -> Any:
+        low, middle, _ = self.bits
+        first = code & ((1 << low) - 1)
+        place = jax.lax.shift_right_logical(code, _like(code, low)) & ((1 << middle) - 1)
+        seen = (key - first - self.start).astype(np.uint32) <= place.astype(np.uint32)
+        if self.prefix:
+            in_front = (key - (self.start - self.prefix)).astype(np.uint32)
+            seen = seen | (in_front < np.uint32(self.prefix))
+        if self.slots:
+            chunk = jax.lax.shift_right_logical(code, _like(code, low + middle))
+            slot = self.gap + chunk * self.chunk_slots
+            reach = jnp.minimum(self._whole_chunks(place) + 1, self.window) * self.chunk_slots
+            # Padding is a text behind all others, without chunks: for it nothing is left here.
+            reach = jnp.minimum(reach, self.gap + self.slots - slot)
+            seen = seen | ((key - slot).astype(np.uint32) < reach.astype(np.uint32))
+        return seen
+
+    def _whole_chunks(self, place: Any) -> Any:
+        """place // chunk_length, without a division, which the chip has none of."""
+        Q = self.chunk_length
+        if Q & (Q - 1) == 0:
+            return jax.lax.shift_right_logical(place, _like(place, Q.bit_length() - 1))
+        # Exact for places below 2**bits: the error of the factor stays under one part in Q.
+        shift = self.bits[1] + Q.bit_length()
+        product = place * ((1 << shift) // Q + 1)
+        return jax.lax.shift_right_logical(product, _like(product, shift))
+
+
+def _like(x: Any, value: int) -> Any:
+    return jnp.full(x.shape, value, x.dtype)
+
+
+class PackedMask(mask_lib._ComputableMask):
+    """What a query may see in a row of several texts, wherever they begin: `mask[rows, keys]`.
+
+    The kernel skips the blocks that this hides, which are the same for all rows of a batch. The
+    codes of a row (`packed_codes`) take the place of `q_sequence`.
+
+    Wherever texts begin, a token reads no chunk that lies before its window in a row of one text,
+    and no chunk of a higher number than the token's own: every chunk has a token at least.
+    """
+
+    def __init__(self, layout: Layout):
+        function = _PackedVisible(
+            start=layout.start,
+            prefix=layout.prefix,
+            gap=layout.gap,
+            slots=layout.slots,
+            chunk_slots=layout.chunk_slots,
+            chunk_length=layout.chunk_length,
+            window=layout.window,
+            bits=_packed_bits(layout),
+        )
+        super().__init__((layout.rows, layout.keys), function)
+        self.layout = layout
+        self.q_sequence = np.zeros(layout.rows, np.int32)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        rows, keys = index
+        layout = self.layout
+        key = np.arange(self.shape[1])[keys][None]
+        token = np.minimum(np.arange(self.shape[0])[rows] // layout.group, layout.tokens - 1)
+        token, inverse = np.unique(token, return_inverse=True)
+        token = token[:, None]
+        context = key - layout.start
+        seen = (context <= token) & (context >= -layout.prefix)
+        if layout.slots:
+            chunk = (key - layout.gap) // layout.chunk_slots
+            first = token // layout.chunk_length - layout.window + 1
+            inside = (chunk >= 0) & (chunk < layout.chunks)
+            seen = seen | inside & (chunk >= first) & (chunk <= token)
+        return seen[inverse]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PackedMask) and self.layout == other.layout
+
+    def __hash__(self) -> int:
+        return hash((PackedMask, self.layout))
+
+
+def packed_codes(layout: Layout, packing: Packing) -> Int[Array, "B rows"]:
+    """The codes of the rows of queries; rows that only pad have that of the last token."""
+    start_BT, place_BT = packing.starts, packing.positions
+    low, middle, _ = _packed_bits(layout)
+    code_BT = start_BT | place_BT << low
+    if layout.slots:
+        chunk_BT = packing.first_chunks + place_BT // layout.chunk_length
+        first_BT = jnp.maximum(packing.first_chunks, chunk_BT - layout.window + 1)
+        code_BT = code_BT | jnp.minimum(first_BT, layout.chunks) << (low + middle)
+    missing = layout.padded_tokens - layout.tokens
+    code_BT = jnp.pad(code_BT.astype(jnp.int32), ((0, 0), (0, missing)), mode="edge")
+    return jnp.repeat(code_BT, layout.group, axis=1)
+
+
+def row_mask(layout: Layout) -> RowMask | PackedMask:
+    """The mask of a layout, which says what blocks are visited."""
+    return PackedMask(layout) if layout.packed else RowMask(layout)
