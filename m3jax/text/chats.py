@@ -8,7 +8,8 @@ Chats (other fields are ignored):
 
 Preference pairs have a prompt (`prompt`, a text or turns, or turns in `messages` or
 `conversations`) and the answers `chosen` and `rejected`: a text, a turn, or turns. Without a prompt
-both are whole chats that differ in the last answer only.
+both are whole chats that differ in the last answer only; so they may be with one, which they then
+begin with.
 
 A turn may name, as `reference`, the key of the reference that its chunks read (with
 retrieval.ids = "stored"); an answer without one has its question's.
@@ -176,7 +177,7 @@ def _records(spec: str) -> Iterator[tuple[bytes, str, str]]:
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
         fields = json.loads(line.decode("utf-8").removeprefix("\ufeff"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also integers of 5000 digits
         raise ChatError("json", where, f"not valid JSON ({error})") from error
     if not isinstance(fields, dict):
         raise ChatError("json", where, f"a JSON {type(fields).__name__}, not an object")
@@ -200,7 +201,10 @@ def _pair(fields: dict[str, Any], name: str, where: str, most_rounds: int) -> Pa
     name = _name(fields, name)
     sides = []
     for key in ("chosen", "rejected"):
-        turns = _checked((*shared, *_answer(fields[key], where)), where, most_rounds)
+        given = _answer(fields[key], where)
+        if not shared or not _begins_with(given, shared):
+            given = (*shared, *given)
+        turns = _checked(given, where, most_rounds)
         sides.append(Chat(turns, f"{name}/{key}", where))
     chosen, rejected = sides
     if chosen.turns[:-1] != rejected.turns[:-1]:
@@ -208,6 +212,12 @@ def _pair(fields: dict[str, Any], name: str, where: str, most_rounds: int) -> Pa
     if chosen.turns[-1].text == rejected.turns[-1].text:
         raise ChatError("equal", where, "the chosen and the rejected answer are equal")
     return Pair(chosen, rejected)
+
+
+def _begins_with(turns: tuple[Turn, ...], prompt: tuple[Turn, ...]) -> bool:
+    """Whether the turns are a whole chat, the prompt included."""
+    said = [(turn.role, turn.text) for turn in turns]
+    return len(turns) > len(prompt) and said[: len(prompt)] == [(t.role, t.text) for t in prompt]
 
 
 def _prompt(fields: dict[str, Any], where: str) -> tuple[Turn, ...]:

@@ -36,6 +36,8 @@ from m3jax.text.tally import SHOWN, Tally
 
 _TABLE = np.dtype([("words", "<u8"), ("characters", "<u8"), ("language", "<U8")])
 _LANGUAGE_HEAD = 500  # characters by which a document's language is told
+# Written alike: of 5000 articles of the Mandarin Wikipedia 330 are told to be Wu or Cantonese.
+_VARIETIES = {"wuu": "zh", "yue": "zh"}
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,8 @@ def _language(text: str) -> str:
         import py3langid
     except ImportError as error:
         raise TextError("languages are told by py3langid: pip install -e '.[clean]'") from error
-    return py3langid.classify(text[:_LANGUAGE_HEAD])[0]
+    found = py3langid.classify(text[:_LANGUAGE_HEAD])[0]
+    return _VARIETIES.get(found, found)
 
 
 @lru_cache(maxsize=1)

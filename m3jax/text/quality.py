@@ -134,7 +134,7 @@ def read_labelled(path: str | os.PathLike[str]) -> tuple[list[str], list[float]]
             text, score = fields["text"], fields["score"]
             if not isinstance(text, str) or type(score) not in (int, float):
                 raise TypeError("text is a string and score a number")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise TextError(
                 f'{path}, line {number} is no labelled text ({error}); expected {{"text": "…",'
                 ' "score": 0 … 5}'

@@ -53,15 +53,23 @@ def test_all_forms_of_pairs_are_one(tmp_path):
             "chosen": {"from": "gpt", "value": "Hi"},
             "rejected": {"from": "gpt", "value": "No"},
         },
+        {  # as in UltraFeedback
+            "prompt": "Hello ",
+            "chosen": [user("Hello"), answer("Hi")],
+            "rejected": [user("Hello"), answer("No")],
+        },
     ]
     found = list(read_pairs(write(tmp_path / "a.jsonl", *forms), 8))
-    assert [pair.chosen.turns for pair in found] == [HELLO] * 4
-    assert [pair.rejected.turns[-1].text for pair in found] == ["No"] * 4
+    assert [pair.chosen.turns for pair in found] == [HELLO] * 5
+    assert [pair.rejected.turns[-1].text for pair in found] == ["No"] * 5
     assert found[0].chosen.id == "a:1/chosen"
 
 
 BAD_CHATS = {
-    "json": [b"{", b"[1]", b'"text"', b'{"messages": "\xff"}', b"\x00\x01"],
+    "json": [
+        *(b"{", b"[1]", b'"text"', b'{"messages": "\xff"}', b"\x00\x01"),
+        b'{"prompt": "Hello", "response": "Hi", "id": ' + b"1" * 5000 + b"}",
+    ],
     "form": [{"text": "Hello"}, {"messages": "Hello"}, {"messages": ["Hello"]}, {}],
     "role": [{"messages": [{"role": "cook", "content": "x"}]}, {"messages": [{"content": "x"}]}],
     "empty": [
@@ -109,7 +117,10 @@ BAD_PAIRS = {
         {"chosen": [user("a"), answer("b")], "rejected": [user("c"), answer("d")]},
     ],
     "empty": [{"prompt": "Hello", "chosen": "Hi", "rejected": ""}],
-    "order": [{"chosen": "Hi", "rejected": "No"}],
+    "order": [
+        {"chosen": "Hi", "rejected": "No"},
+        {"prompt": "a", "chosen": [user("b"), answer("c")], "rejected": [user("b"), answer("d")]},
+    ],
     "json": [b"no"],
 }
 

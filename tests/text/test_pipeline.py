@@ -163,6 +163,19 @@ def test_repairs_unicode_and_shows_it(config, tmp_path):
     assert _report(tmp_path / "v")["repaired"]["documents"] == 0
 
 
+def test_languages():
+    """The second one is Mandarin, which py3langid takes for Wu."""
+    assert clean._language(_ENGLISH) == "en"
+    assert clean._language(_MANDARIN) == "zh"
+
+
+_ENGLISH = "The harbour was frozen for most of the winter, and few ships came before the spring."
+_MANDARIN = (
+    "许栩（），字季阙，东汉时期人物，潁川郡郾县（今河南省漯河市郾城区）人。\n"
+    "许栩年轻时勤读好学，通儒学，官至卫尉、太守。延熹"
+)
+
+
 def test_shuffled_documents_are_the_same_in_another_order(config, documents, tmp_path, monkeypatch):
     def ids(folder):
         return [d.id for d in Corpus.open(folder / "corpus/train")]
