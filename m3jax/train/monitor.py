@@ -113,16 +113,27 @@ class Monitor:
         level = _median(values[-self._recent :])
         self._best = min(self._best, level)
         # A loss that rises has deviations of its own: those of calm steps count.
-        deviation = self._normal(self._losses)[1]
-        if len(values) >= self._recent:
-            deviation = min(deviation, self._usual)
+        noise = self._noise(values)
+        deviation = min(noise, self._usual) if len(values) >= self._recent else noise
         allowed = self.options.rise_deviations * deviation
         if level <= self._best + allowed / 4:
-            self._calm, self._usual = step, self._normal(self._losses)[1]
+            self._calm, self._usual = step, noise
         if len(values) < self._recent or level <= self._best + allowed:
             return None
         words = f"median loss of {self._recent} steps {level:.4g}, lowest before {self._best:.4g}"
         return Trouble(DIVERGENCE, self._calm + 1, self._calm + 1, step, words)
+
+    def _noise(self, values: np.ndarray) -> float:
+        """Robust standard deviation of the losses.
+
+        In the first window of a run there may be nothing calm that a rise would stand out from:
+        then neighbours say how much is noise, whose difference has no trend in it.
+        """
+        noise = self._normal(self._losses)[1]
+        if 1 < len(values) < self.options.window:
+            between = _SCALE * _median(np.abs(np.diff(values))) / math.sqrt(2)
+            noise = min(noise, max(between, self.options.least_deviation))
+        return noise
 
     def _normal(self, values: deque[float]) -> tuple[float, float]:
         """Median and robust standard deviation."""

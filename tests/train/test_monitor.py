@@ -85,6 +85,17 @@ def test_a_run_that_diverges_from_its_first_steps_is_seen():
     assert trouble.reason == DIVERGENCE and trouble.first <= 32 and trouble.seen <= 64
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_rise_in_the_first_window_is_no_noise(seed):
+    """A good checkpoint and a learning rate that rises to far too much, as a real run had it."""
+    rng, steps = np.random.default_rng(seed), np.arange(1, 201)
+    losses = 0.3 + np.clip(0.08 * (steps - 15), 0, 2.6) + 0.12 * rng.standard_normal(200)
+    trouble = watch(losses, np.full(200, 2.0), guard__window=128)
+    assert trouble.reason == DIVERGENCE and trouble.first <= 32 and trouble.seen <= 45
+    calm = 0.3 + 0.12 * rng.standard_normal(200)
+    assert watch(calm, np.full(200, 2.0), guard__window=128) is None
+
+
 def test_a_monitor_goes_on_where_another_was():
     losses, norms = healthy(1)
     losses[1300:] += 5
