@@ -9,6 +9,7 @@ choice of what to compute as the embedder's name is.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict as ConfigDict
@@ -95,6 +96,14 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
     ),
     "memory.first_layer": (0, "first memory layer", "[0, inf)"),
     "memory.layers": (2, "memory layers, counted from first_layer", "[1, inf)"),
+    "memory.heads": (
+        "",
+        "key-value heads that have memories: LAYER:HEAD+HEAD, or LAYER for all of its heads, with"
+        " commas between layers, all counted from 0 (0:1+3,2), as launch/select_heads.py prints"
+        " them (Memory³ §7). The bank stores these, and the others see no memories; empty = all"
+        " heads of the memory layers",
+        None,
+    ),
     "memory.reference_length": (
         128,
         "most tokens W of a reference, prefix not counted",
@@ -606,6 +615,13 @@ def validate(config: ConfigDict) -> ConfigDict:
         f" model.layers = {model.layers}",
     )
     _require(
+        memory_heads(config) is None or config.mesh.tensor == 1,
+        "mesh.tensor",
+        config.mesh.tensor,
+        f"must be 1 with memory.heads = {memory.heads!r}: a bank of some heads is not split by"
+        " heads; or store all (memory.heads = '')",
+    )
+    _require(
         data.row_length % memory.chunk_length == 0,
         "data.row_length",
         data.row_length,
@@ -706,6 +722,48 @@ def validate(config: ConfigDict) -> ConfigDict:
         "names a folder of the workdir: not empty, no slash",
     )
     return config
+
+
+def memory_heads(config: ConfigDict) -> tuple[tuple[int, int], ...] | None:
+    """Layer and key-value head of all that have memories, ascending; None: all of memory layers.
+
+    Raises:
+      ConfigError: `memory.heads` names others, or is no list of heads.
+    """
+    first, count = config.memory.first_layer, config.memory.layers
+    return parse_heads(config.memory.heads, range(first, first + count), config.model.kv_heads)
+
+
+def stored_heads(config: ConfigDict) -> int:
+    """How many key-value heads, over all layers, have memories."""
+    chosen = memory_heads(config)
+    return config.memory.layers * config.model.kv_heads if chosen is None else len(chosen)
+
+
+def parse_heads(text: str, layers: range, kv_heads: int) -> tuple[tuple[int, int], ...] | None:
+    """`memory_heads` of a text, of the heads in these layers; the inverse of `format_heads`."""
+    found = set()
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        name, colon, heads = part.partition(":")
+        numbers = heads.split("+") if colon else [str(head) for head in range(kv_heads)]
+        right = all(number.isdecimal() for number in (name, *numbers))
+        pairs = {(int(name), int(head)) for head in numbers} if right else {(-1, 0)}
+        _require(
+            all(layer in layers and head < kv_heads for layer, head in pairs),
+            "memory.heads",
+            text,
+            f"{part!r} is not LAYER:HEAD+HEAD or LAYER with memory layers {layers.start} …"
+            f" {layers.stop - 1} and heads 0 … {kv_heads - 1}",
+        )
+        found |= pairs
+    return None if len(found) in (0, len(layers) * kv_heads) else tuple(sorted(found))
+
+
+def format_heads(pairs: Iterable[tuple[int, int]]) -> str:
+    """Layers and key-value heads as `memory.heads` takes them."""
+    ordered = sorted(set(pairs))
+    layers = {layer: [str(h) for at, h in ordered if at == layer] for layer, _ in ordered}
+    return ",".join(f"{layer}:{'+'.join(heads)}" for layer, heads in layers.items())
 
 
 def _check_chats(config: ConfigDict) -> None:

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from m3jax.config import stored_heads
+
 PREFIX_TOKENS = 2  # `<s>` and `Reference:`, keys in front of every row and reference
 
 
@@ -48,6 +50,12 @@ def _query_width(config: ConfigDict) -> int:
 
 def _kv_width(config: ConfigDict) -> int:
     return config.model.kv_heads * config.model.head_dim
+
+
+def _reading_width(config: ConfigDict) -> int:
+    """Width of all query heads, over all layers, that read memories."""
+    groups = config.model.query_heads // config.model.kv_heads
+    return stored_heads(config) * groups * config.model.head_dim
 
 
 def _projection_weights(config: ConfigDict) -> int:
@@ -81,7 +89,7 @@ def explicit_read(config: ConfigDict) -> float:
     """FLOP for one chunk to attend to one explicit memory."""
     memory = config.memory
     pairs = memory.chunk_length * memory.kept_tokens
-    return 2.0 * memory.layers * 2 * pairs * _query_width(config)
+    return 2.0 * 2 * pairs * _reading_width(config)
 
 
 def text_read(config: ConfigDict) -> float:
@@ -127,7 +135,7 @@ def memory_bytes(config: ConfigDict, bytes_per_vector: float | None = None) -> f
     memory, model = config.memory, config.model
     if bytes_per_vector is None:
         bytes_per_vector = model.head_dim * jnp.dtype(memory.dtype).itemsize
-    return 2 * memory.layers * model.kv_heads * memory.kept_tokens * bytes_per_vector
+    return 2 * stored_heads(config) * memory.kept_tokens * bytes_per_vector
 
 
 def full_memory_bytes(config: ConfigDict) -> float:
@@ -150,7 +158,7 @@ def sparsity_factors(config: ConfigDict, bytes_per_vector: float | None = None) 
     vector = model.head_dim * jnp.dtype(memory.dtype).itemsize
     return {
         "layers": model.layers / memory.layers,
-        "heads": model.query_heads / model.kv_heads,
+        "heads": model.query_heads * memory.layers / stored_heads(config),
         "tokens": memory.reference_length / memory.kept_tokens,
         "vector": vector / (bytes_per_vector or vector),
         "total": full_memory_bytes(config) / memory_bytes(config, bytes_per_vector),
@@ -214,13 +222,11 @@ def decode_step(config: ConfigDict, rows: int, context: int, memories: int | Non
       context: tokens that each attends to, itself included; the prefix is not counted.
       memories: M; default `memory.per_prompt_chunk`.
     """
-    model, memory = config.model, config.memory
+    model = config.model
     weights = model.layers * (_projection_weights(config) + _mlp_weights(config))
     slots = _memory_slots(config, memories)
-    keys = model.layers * context + memory.layers * slots
-    return (
-        2.0 * rows * (weights + model.hidden * model.vocabulary + 2 * keys * _query_width(config))
-    )
+    attention = model.layers * context * _query_width(config) + slots * _reading_width(config)
+    return 2.0 * rows * (weights + model.hidden * model.vocabulary + 2 * attention)
 
 
 def decode_bytes(config: ConfigDict, rows: int, context: int, memories: int | None = None) -> float:
@@ -257,7 +263,7 @@ def _context_forward(
     products = tokens * (weights + model.hidden * model.vocabulary)
     attention = 2 * model.layers * pairs * _query_width(config)
     if with_memory:
-        attention += 2 * memory.layers * _memory_pairs(config, tokens) * _query_width(config)
+        attention += 2 * _memory_pairs(config, tokens) * _reading_width(config)
     return 2.0 * rows * (products + attention)
 
 

@@ -179,7 +179,8 @@ def bank(config: ConfigDict, assumptions: Assumptions) -> Section:
     full = flops.full_memory_bytes(config)
     raw_vector = raw / flops.memory_bytes(config, 1.0)
     files = math.ceil(references / config.writer.shard_memories)
-    kept = "2 · memory layers · kv heads · kept tokens ·"
+    heads = "memory heads" if config.memory.heads else "memory layers · kv heads"
+    kept = f"2 · {heads} · kept tokens ·"
     return {
         "references": Quantity(int(references), "count", "--references"),
         "memory_full": Quantity(

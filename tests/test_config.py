@@ -265,3 +265,31 @@ def test_unknown_or_ambiguous_options(word: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(repr(word))) as caught:
         m3config.parse_options(f"continual,{word}", **OPTIONS)
     assert "stage=warmup|continual; kept=8|4|16; other=8|2" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "pairs"),
+    [
+        ("", None),
+        ("1,2", None),  # all heads of all memory layers
+        ("2", ((2, 0), (2, 1), (2, 2))),
+        ("2:2+0, 1:1", ((1, 1), (2, 0), (2, 2))),
+    ],
+)
+def test_memory_heads(text: str, pairs: Any) -> None:
+    shape = {"model__layers": 4, "model__kv_heads": 3, "model__query_heads": 6}
+    memory = {"memory__first_layer": 1, "memory__layers": 2, "memory__heads": text}
+    config = m3config.validate(changed(**shape, **memory))
+    assert m3config.memory_heads(config) == pairs
+    assert m3config.stored_heads(config) == (6 if pairs is None else len(pairs))
+    if pairs is not None:
+        again = m3config.parse_heads(m3config.format_heads(pairs[::-1]), range(1, 3), 3)
+        assert again == pairs
+        refused("config.mesh.tensor = 3", "memory.heads", **shape, **memory, mesh__tensor=3)
+
+
+@pytest.mark.parametrize("text", ["0:1", "3", "1:3", "1:", "1:0-2", "a", "1:0;2:1"])
+def test_heads_that_are_not_there_are_refused(text: str) -> None:
+    shape = {"model__layers": 4, "model__kv_heads": 3, "model__query_heads": 6}
+    memory = {"memory__first_layer": 1, "memory__layers": 2, "memory__heads": text}
+    refused(f"config.memory.heads = {text!r}", "layers 1 … 2", "heads 0 … 2", **shape, **memory)

@@ -78,7 +78,7 @@ class ModelEmbedder(TrainedEmbedder):
             )
         config = self.config.copy_and_resolve_references()
         config.model.layers = config.memory.layers = last
-        config.memory.first_layer = 0
+        config.memory.first_layer, config.memory.heads = 0, ""
         return Model(config, prefix_tokens(config)), restack(params, {"memory": last})
 
     def _width(self) -> int:
@@ -193,12 +193,14 @@ class Ranking:
                 " 'attention'"
             )
         layout = layout_of(embedder.config, PREFIX_TOKENS)
+        for side in (layout, stored := dict(bank.binding.layout)):
+            side.pop("heads", None)  # keys that are not stored score 0 in all references
         differ = [
             part
             for part, ours, theirs in (
                 ("weights", embedder.weights, bank.binding.writer),
                 ("tokenizer", embedder.tokenizer.fingerprint, bank.binding.tokenizer),
-                ("layout", layout, {**bank.binding.layout, "dtype": layout["dtype"]}),
+                ("layout", layout, {**stored, "dtype": layout["dtype"]}),
             )
             if ours != theirs
         ]

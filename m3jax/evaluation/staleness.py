@@ -205,7 +205,7 @@ def _first_layer_errors(
     """
     probe = config.copy_and_resolve_references()
     with probe.unlocked():
-        probe.memory.layers = 1
+        probe.memory.layers, probe.memory.heads = 1, ""
         probe.writer.update(writer_settings(bank.binding.layout))
     model = Model(probe, prefix_tokens(probe))
     params, _ = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer)
@@ -226,7 +226,8 @@ class _Squares:
     def error(self, part: str) -> list[float]:
         """Relative error of every layer."""
         norms = self.key_norms if part == "keys" else self.value_norms
-        return np.sqrt(getattr(self, part).sum(0) / norms.sum(0)).tolist()
+        tiny = np.finfo(np.float32).tiny  # a layer may have no memories
+        return np.sqrt(getattr(self, part).sum(0) / np.maximum(norms.sum(0), tiny)).tolist()
 
     @property
     def relative(self) -> Float[np.ndarray, "n L"]:
@@ -285,11 +286,15 @@ def _compare(
             done += len(part)
             bar.update(len(part))
             stored = bank.read(part)
+            if bank.codec.heads is not None:  # what it has no memories of is not compared
+                both = both * bank.codec.heads.mask[None, None, :L, :, None, None].astype(
+                    both.dtype
+                )
             parts: list[Any] = [both[:, 0], both[:, 1], stored.length]
             fresh = ExplicitMemory(*parts)
             first = stored._replace(keys=stored.keys[:, :L], values=stored.values[:, :L])
             found.append(jax.device_get(_squares(first, fresh)))
-            if not bank.codec.plain:
+            if bank.codec.name != codecs.NONE and stored.keys.shape[1] == L:
                 coded = jax.jit(bank.codec.encode)(both)
                 again = stored._replace(keys=coded[:, 0], values=coded[:, 1])
                 again = bank.codec.decode(again)

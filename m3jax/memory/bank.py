@@ -14,6 +14,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from m3jax.memory import codec as codecs
+from m3jax.memory import heads
 from m3jax.memory.buffers import Buffers
 from m3jax.memory.codec import Codec
 from m3jax.memory.context import UNSTATED, layout_entries
@@ -123,6 +124,7 @@ def layout_of(config: ConfigDict, prefix_tokens: tuple[int, ...]) -> dict[str, A
         "compute_dtype": model.compute_dtype,
         "dtype": memory.dtype,
         **layout_entries(config),
+        **heads.layout_entries(config),
     }
 
 
@@ -253,7 +255,8 @@ class Bank:
             than once is read once.
 
         Returns:
-          Keys and values `(*shape, L, K, P, width)`, for `codec.decode`, length `shape` int32.
+          Keys and values `(*shape, L, K, P, width)`, in a bank of some heads `(*shape, 1, S, P,
+          width)`, for `codec.decode`; length `shape` int32.
 
         Raises:
           BankError: an id outside −1 … R − 1; a damaged or missing shard, naming its file.
@@ -289,12 +292,13 @@ class Bank:
 
 def _read_codec(folder: str | Path, manifest: dict[str, Any], binding: Binding) -> Codec:
     head_dim, dtype = binding.layout["head_dim"], binding.layout["dtype"]
+    chosen = heads.heads_of_layout(binding.layout)
     if manifest["codec"] != codecs.VECTOR:
-        return Codec(manifest["codec"], head_dim, dtype)
+        return Codec(manifest["codec"], head_dim, dtype, heads=chosen)
     codec, owner = codecs.from_bytes(read_checked(folder, manifest, CODEBOOK), dtype)
     if owner != binding.owner or codec.width != manifest["shape"][-1]:
         raise BankError(
             f"{folder}/{CODEBOOK} belongs to memories of another model; delete the folder and run"
             f" {write_again(folder)}"
         )
-    return codec
+    return dataclasses.replace(codec, heads=chosen)

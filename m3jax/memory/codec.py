@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from m3jax.memory import codebooks, quantizer
+from m3jax.memory.heads import Heads
 from m3jax.memory.quantizer import Codebook, QuantizerError
 from m3jax.model.attention import ExplicitMemory
 
@@ -34,12 +35,14 @@ class Codec:
       head_dim: numbers of a key or value.
       dtype: of decoded memories; of stored ones, if the name is `none`.
       codebooks: of keys and of values; None unless the name is `vector`.
+      heads: those that are stored, where it is not all.
     """
 
     name: str
     head_dim: int
     dtype: str
     codebooks: tuple[Codebook, Codebook] | None = None
+    heads: Heads | None = None
 
     @property
     def width(self) -> int:
@@ -56,10 +59,13 @@ class Codec:
     @property
     def plain(self) -> bool:
         """Whether memories are stored as they are."""
-        return self.name == NONE
+        return self.name == NONE and self.heads is None
 
     def encode(self, memories: Float[Array, "R 2 L K P H"]) -> Array:
-        """Keys and values as they are stored, `(R, 2, L, K, P, width)`."""
+        """Keys and values as they are stored, `(R, 2, L, K, P, width)`; with `heads`
+        `(R, 2, 1, S, P, width)`."""
+        if self.heads is not None:
+            memories = self.heads.take(memories)
         if self.name == NONE:
             return memories.astype(self.dtype)
         if self.name == INT8:
@@ -73,15 +79,19 @@ class Codec:
         return jnp.stack([part.reshape(shape) for part in parts], axis=1)
 
     def decode(self, memory: ExplicitMemory) -> ExplicitMemory:
-        """Memories of stored ones: `keys` and `values` `(…, width)` → `(…, H)`."""
-        if self.name == NONE:
+        """Memories of stored ones: `keys` and `values` `(…, width)` → `(…, H)`; with `heads`
+        `(…, 1, S, P, width)` → `(…, L, K, P, H)`."""
+        if self.plain:
             return memory
-        return ExplicitMemory(
-            self._decode_part(0, memory.keys), self._decode_part(1, memory.values), memory.length
-        )
+        keys, values = self._decode_part(0, memory.keys), self._decode_part(1, memory.values)
+        if self.heads is not None:
+            keys, values = self.heads.place(keys), self.heads.place(values)
+        return ExplicitMemory(keys, values, memory.length)
 
     def _decode_part(self, part: int, codes: Any) -> Array:
         codes = jnp.asarray(codes)
+        if self.name == NONE:
+            return codes
         if self.name == INT8:
             return _from_int8(codes).astype(self.dtype)
         assert self.codebooks is not None
@@ -144,7 +154,8 @@ def same(one: Codec, other: Codec) -> bool:
     if one.codebooks is None or other.codebooks is None:
         return one == other
     tables = zip(jax.tree.leaves(one.codebooks), jax.tree.leaves(other.codebooks), strict=True)
-    return one.dtype == other.dtype and all(np.array_equal(a, b) for a, b in tables)
+    alike = (one.dtype, one.heads) == (other.dtype, other.heads)
+    return alike and all(np.array_equal(a, b) for a, b in tables)
 
 
 def to_bytes(codec: Codec, owner: str) -> bytes:

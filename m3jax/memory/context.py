@@ -21,8 +21,8 @@ from jaxtyping import Bool, Int, UInt64
 from ml_collections import ConfigDict
 
 DOCUMENT = "document"
-# What a bank's layout means that does not state it: references encoded alone.
-UNSTATED = {"context": "reference", "context_references": 1}
+# What a bank's layout means that does not state it: references encoded alone, all heads stored.
+UNSTATED = {"context": "reference", "context_references": 1, "heads": ""}
 
 _BLOCK = 64  # rows into which windows are packed before the next rows are begun
 

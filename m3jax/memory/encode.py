@@ -76,7 +76,8 @@ class Clock:
 def encode_program(config: ConfigDict, model: Model, codec: Codec) -> Any:
     """The jitted writer.
 
-    `(writer_params, tokens (R, W)) → stored (R, 2, L, K, P, width), length (R,), finite (R,)`;
+    `(writer_params, tokens (R, W)) → stored (R, 2, L, K, P, width), length (R,), finite (R,)`
+    (stored as `codec.encode` makes them);
     with windows of a document `(writer_params, tokens (B, slots, W), first (B, slots)) → …`, where
     R = B · slots and `first` is that of `Model.encode`.
     """

@@ -7,7 +7,8 @@ A folder, or a bucket or (to read only) an HTTP server's folder, given by its UR
     record_hashes.npy     hash of all tokens that shaped each memory (R,)
     codebook.npz          tables of the vector quantizer, where it compressed the bank
     memories.zarr/        zarr3 (R, 2, L, K, P, H), or bytes of a code in the place of H: keys,
-                          values; an inner chunk is one memory
+                          values; an inner chunk is one memory. With some heads only, these are in
+                          the place of K, and there is 1 layer
     COMPLETE              checksum of the manifest; written last
 
 Every file is written whole by TensorStore: beside its place, synced, renamed. So a shard that
@@ -182,7 +183,8 @@ def complete_stamp(manifest: bytes) -> bytes:
 def open_array(
     folder: str | Path, manifest: dict[str, Any], *, create: bool = False
 ) -> ts.TensorStore:
-    """The TensorStore array of all memories as they are stored, `(R, 2, L, K, P, width)`.
+    """The TensorStore array of all memories as they are stored, `(R, 2, L, K, P, width)` or, with
+    some heads only, `(R, 2, 1, S, P, width)`.
 
     Args:
       folder: the bank.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -20,12 +21,14 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import m3jax
+from m3jax.config import stored_heads
 from m3jax.distributed import first_alone, meet
 from m3jax.memory import codec as codecs
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank, Binding, make_binding, writer_fingerprint
 from m3jax.memory.codec import Codec
 from m3jax.memory.encode import Clock, Encoder, ReferenceSet, memory_hashes, memory_lengths
+from m3jax.memory.heads import heads_of
 from m3jax.memory.layers import LayeredBank
 from m3jax.memory.storage import WRITE_AGAIN, BankError
 from m3jax.model.transformer import Model, Params
@@ -242,7 +245,7 @@ class _Build:
             yield shard, memories
 
     def copy(self, ids: np.ndarray) -> np.ndarray:
-        """Memories of the base as this bank stores them, `(n, 2, L, K, P, width)`."""
+        """Memories of the base as this bank stores them."""
         assert self.base is not None
         if codecs.same(self.base.codec, self.codec):
             found = self.base.read_stored(ids)
@@ -337,13 +340,15 @@ def _manifest(
     codec: Codec,
     sides: dict[str, bytes],
 ) -> dict[str, Any]:
-    item = [binding.layout[name] for name in ("layers", "kv_heads", "kept_tokens")]
+    item = [binding.layout[name] for name in ("layers", "kv_heads")]
+    if codec.heads is not None:
+        item = [1, len(codec.heads.chosen)]
     return {
         "format": storage.FORMAT,
         "binding": vars(binding),
         "info": info,
         "codec": codec.name,
-        "shape": [references, 2, *item, codec.width],
+        "shape": [references, 2, *item, binding.layout["kept_tokens"], codec.width],
         "dtype": codec.stored_dtype,
         "shard_memories": min(config.writer.shard_memories, references),
         "checksums": {name: storage.checksum(data) for name, data in sides.items()},
@@ -361,20 +366,22 @@ def _make_codec(
 ) -> Codec:
     """The codec of `writer.compression`: this folder's or the base's, else a new one."""
     writer, dtype = config.writer, config.memory.dtype
+    heads = heads_of(config)
     if writer.compression != codecs.VECTOR:
-        return Codec(writer.compression, config.model.head_dim, dtype)
+        return Codec(writer.compression, config.model.head_dim, dtype, heads=heads)
     written = storage.read_file(folder, storage.CODEBOOK)
     if written is not None:  # of a killed build, or of a finished bank
         with contextlib.suppress(codecs.QuantizerError):
             codec, owner = codecs.from_bytes(written, dtype)
             if owner == binding.owner:
-                return codec
+                return dataclasses.replace(codec, heads=heads)
     theirs = None if base is None or base.codec.codebooks is None else base
     if theirs is not None and theirs.binding.writer == binding.writer:
-        return theirs.codec
+        return dataclasses.replace(theirs.codec, heads=heads)
     ids = _sample(config, references)
     print(f"bank {folder}: training codebooks on {len(ids)} references", flush=True)
-    encoder = Encoder(config, model, params, references, codecs.plain(config.model.head_dim, dtype))
+    whole = dataclasses.replace(codecs.plain(config.model.head_dim, dtype), heads=heads)
+    encoder = Encoder(config, model, params, references, whole)
     memories = np.concatenate(list(encoder.batches(ids, Clock())))
     lengths = np.minimum(references.lengths[ids], config.memory.kept_tokens)
     codec = codecs.train_codec(
@@ -389,14 +396,14 @@ def _make_codec(
     if not storage.is_url(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
     storage.write_file(folder, storage.CODEBOOK, codecs.to_bytes(codec, binding.owner))
-    return codec
+    return dataclasses.replace(codec, heads=heads)
 
 
 def _sample(config: ConfigDict, references: ReferenceSet) -> Int[np.ndarray, " n"]:
     """References, uniformly sampled, with `writer.codebook_vectors` keys, or all there are."""
     order = np.random.default_rng(0).permutation(len(references))
     slots = np.minimum(references.lengths[order], config.memory.kept_tokens)
-    vectors = np.cumsum(slots) * (config.memory.layers * config.model.kv_heads)
+    vectors = np.cumsum(slots) * stored_heads(config)
     enough = int(np.searchsorted(vectors, config.writer.codebook_vectors)) + 1
     return np.sort(order[:enough])
 

@@ -13,13 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from m3jax.model.fused import fused_attend
 from m3jax.model.keyvalues import ExplicitMemory as ExplicitMemory
 from m3jax.model.keyvalues import KeyValues as KeyValues
 from m3jax.model.keyvalues import Packing as Packing
-from m3jax.model.keyvalues import concatenate, visible_mask
+from m3jax.model.keyvalues import concatenate, seen_by_heads, visible_mask
 from m3jax.model.keyvalues import memory_mask as memory_mask
 from m3jax.model.splash import splash_attend
 from m3jax.model.splash_mask import PACKED_TOKENS
@@ -65,6 +65,7 @@ def attend(
     implementation: str = "naive",
     block: int = 256,
     kv_block: int = 256,
+    heads: Bool[Array, " K"] | None = None,
 ) -> Float[Array, "B T K G H"]:
     """Causal attention that also reads a prefix and explicit memories, in one softmax.
 
@@ -82,6 +83,7 @@ def attend(
         `cudnn` is the kernel for NVIDIA GPUs, `xla` the same call without it (`fused_attend`).
       block: queries a block, tokens; of `blocked` and `splash`.
       kv_block: keys a block of `splash`.
+      heads: which key-value heads read memories (Memory³ §7); None: all.
 
     Returns:
       Attention output, before the output projection, dtype of the values.
@@ -91,10 +93,12 @@ def attend(
     """
     if implementation == "naive":
         return _attend_block(
-            *(0, chunk_length, window, q_BTKGH, k_BTKH, v_BTKH, prefix, memory), packing=packing
+            *(0, chunk_length, window, q_BTKGH, k_BTKH, v_BTKH, prefix, memory),
+            packing=packing,
+            heads=heads,
         )
     function: Callable[..., Array]
-    options: dict[str, Any] = {"chunk_length": chunk_length, "window": window}
+    options: dict[str, Any] = {"chunk_length": chunk_length, "window": window, "heads": heads}
     if implementation == "blocked":
         function, options = _blocked_attend, {**options, "block": block, "packing": packing}
     elif implementation in ("splash", "splash_interpret"):
@@ -122,6 +126,7 @@ def _blocked_attend(
     window: int,
     block: int,
     packing: Packing | None,
+    heads: Array | None,
 ) -> Array:
     T = q_BTKGH.shape[1]
     outputs = []
@@ -140,14 +145,17 @@ def _blocked_attend(
             prefix: KeyValues | None,
             part: ExplicitMemory | None,
             packing: Packing | None,
+            heads: Array | None,
             start: int = start,
             low: int = low,
         ) -> Array:
-            return _attend_block(start, chunk_length, window, q, k, v, prefix, part, low, packing)
+            chunks = (start, chunk_length, window)
+            return _attend_block(*chunks, q, k, v, prefix, part, low, packing, heads)
 
         outputs.append(
             jax.checkpoint(body)(
-                q_BTKGH[:, start:stop], k_BTKH[:, :stop], v_BTKH[:, :stop], prefix, part, packing
+                *(q_BTKGH[:, start:stop], k_BTKH[:, :stop], v_BTKH[:, :stop]),
+                *(prefix, part, packing, heads),
             )
         )
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
@@ -164,11 +172,12 @@ def _attend_block(
     memory: ExplicitMemory | None,
     low: int = 0,
     packing: Packing | None = None,
+    heads: Array | None = None,
 ) -> Array:
     """Attention of the queries `start …` over all keys given; `low` is the first chunk in
     `memory`."""
     weights_BKGTS = attention_weights(
-        q_BTKGH, k_BSKH, prefix, memory, start, chunk_length, window, low, packing
+        q_BTKGH, k_BSKH, prefix, memory, start, chunk_length, window, low, packing, heads
     )
     _, values = concatenate(k_BSKH, v_BSKH, prefix, memory)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), values)
@@ -184,13 +193,14 @@ def attention_weights(
     window: int = 1,
     low: int = 0,
     packing: Packing | None = None,
+    heads: Bool[Array, " K"] | None = None,
 ) -> Float[Array, "B K G T keys"]:
     """Softmax weights in float32, keys in the order [prefix ; memories ; context].
 
     Args:
       q_BTKGH: queries of the tokens `start …`.
       k_BSKH: context keys of the tokens 0 ….
-      prefix, memory, chunk_length, window, packing: as in `attend`.
+      prefix, memory, chunk_length, window, packing, heads: as in `attend`.
       start: position in the row of the first query.
       low: chunk of the row that is the first in `memory`.
     """
@@ -201,5 +211,6 @@ def attention_weights(
     ) * (H**-0.5)
     query_T = start + jnp.arange(T)
     mask_BTS = visible_mask(query_T, S, prefix, memory, chunk_length, window, low, packing)
-    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
+    mask_BKTS = seen_by_heads(mask_BTS, heads, prefix, memory)
+    scores_BKGTS = jnp.where(mask_BKTS[:, :, None], scores_BKGTS, MASKED)
     return jax.nn.softmax(scores_BKGTS, axis=-1)

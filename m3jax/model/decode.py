@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from m3jax.mesh import ACTIVATIONS, on_devices
 from m3jax.model.attention import MASKED
-from m3jax.model.keyvalues import ExplicitMemory, KeyValues
+from m3jax.model.keyvalues import ExplicitMemory, KeyValues, keys_of_heads
 from m3jax.model.rope import rotate
 from m3jax.model.transformer import Layer, Model, Params, join, segment_ranges
 
@@ -213,19 +213,21 @@ class Decoder:
         zero = jnp.zeros((), jnp.int32)
         nothing, done = jnp.zeros((B,), jnp.int32), jnp.zeros((B,), bool)
         state = State((), length, rows, prompt_length, zero + T, zero, nothing, done)
-        mask = self._masks(state, T + slots, zero - 1)[True]
+        masks = self._masks(state, T + slots, zero - 1)
         cache, readings, parts = [], [], iter(_by_layer(memory))
         for index, segment in enumerate(self._segments):
             part = next(parts, None) if segment == "memory" else None
+            reading_K = self._reading(index)
             block = model.merge(params["layers"][index])
             _, heads, prefix_heads = layer.heads(block, hidden)
             assert heads is not None
             attended, prefix = layer.of_prefix(prefix_heads)
-            read, _ = layer.of_context(heads, prefix, part)
+            read, _ = layer.of_context(heads, prefix, part, reading_K)
             chosen = None if part is None else jax.tree.map(lambda x: x[row, last_chunk], part)
             cache.append(_front(heads.k, heads.v, prefix, chosen, slots))
             if self.observe and segment == "memory":
-                weights = _weights(heads.q[row, prompt_length - 1], cache[-1].keys, mask)
+                seen = self._seen(index, masks, state)
+                weights = _weights(heads.q[row, prompt_length - 1], cache[-1].keys, seen)
                 readings.append(self._mass(weights, state))
             hidden = block.rest(hidden, join((None, read, attended)))
         context = streams.split(hidden)[1]
@@ -312,7 +314,7 @@ class Decoder:
                 jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(1, 2), place, 2)
                 for old, new in zip(here, (k, v), strict=True)
             )
-            weights_BKGS = _weights(q[:, 0], keys, masks[segment == "memory"])
+            weights_BKGS = _weights(q[:, 0], keys, self._seen(index, masks, state))
             attended = jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS.astype(values.dtype), values)
             hidden = block.rest(hidden, attended[:, None])
             cache.append(KeyValues(keys, values))
@@ -342,6 +344,22 @@ class Decoder:
             False: jnp.concatenate([constant, context], axis=1),
             True: jnp.concatenate([constant, real.reshape(B, self._slots(state)), context], axis=1),
         }
+
+    def _reading(self, index: int) -> Array | None:
+        """Which heads of a layer read memories; None: all."""
+        heads = self.model.memory_heads
+        if heads is None or self._segments[index] != "memory":
+            return None
+        return jnp.asarray(heads[index - self._segments.index("memory")])
+
+    def _seen(self, index: int, masks: dict[bool, Array], state: State) -> Array:
+        """Which slots of a layer each row sees, `(B, 1, S)`, or each of its heads, `(B, K, S)`."""
+        mask_BS, reading_K = masks[self._segments[index] == "memory"], self._reading(index)
+        if reading_K is None:
+            return mask_BS[:, None]
+        prefix = len(self.model.prefix_tokens)
+        allowed = keys_of_heads(reading_K, mask_BS.shape[1], prefix, self._slots(state))
+        return mask_BS[:, None] & allowed[None]
 
     def _chosen(
         self, params: Params, state: State, hidden: Array, forced: Array
@@ -468,8 +486,8 @@ def _front(
     return KeyValues(*cache)
 
 
-def _weights(q_BKGH: Array, k_BKSH: Array, mask_BS: Array) -> Array:
-    """Softmax weights of one query a row, float32 `(B, K, G, S)`."""
+def _weights(q_BKGH: Array, k_BKSH: Array, mask_BKS: Array) -> Array:
+    """Softmax weights of one query a row, float32 `(B, K, G, S)`; the mask may be of all heads."""
     scores = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask_BS[:, None, None], scores * q_BKGH.shape[-1] ** -0.5, MASKED)
+    scores = jnp.where(mask_BKS[:, :, None], scores * q_BKGH.shape[-1] ** -0.5, MASKED)
     return jax.nn.softmax(scores, axis=-1)

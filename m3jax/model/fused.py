@@ -15,9 +15,16 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from m3jax.model.keyvalues import ExplicitMemory, KeyValues, Packing, concatenate, visible_mask
+from m3jax.model.keyvalues import (
+    ExplicitMemory,
+    KeyValues,
+    Packing,
+    concatenate,
+    seen_by_heads,
+    visible_mask,
+)
 
 
 def fused_attend(
@@ -31,11 +38,13 @@ def fused_attend(
     window: int = 1,
     implementation: Literal["cudnn", "xla"] = "cudnn",
     packing: Packing | None = None,
+    heads: Bool[Array, " K"] | None = None,
 ) -> Float[Array, "B T K G H"]:
     """`attend` by one call of `jax.nn.dot_product_attention`: the same arguments and result.
 
     Args:
-      q_BTKGH, k_BTKH, v_BTKH, prefix, memory, chunk_length, window, packing: as in `attend`.
+      q_BTKGH, k_BTKH, v_BTKH, prefix, memory, chunk_length, window, packing, heads: as in
+        `attend`; with `heads` the mask is as large as all scores of all heads.
       implementation: `cudnn`, or `xla` for the same call on any platform, which holds all scores.
 
     Raises:
@@ -53,9 +62,10 @@ def fused_attend(
             q_BTNH, keys, values, is_causal=True, implementation=implementation
         )[:, front:]
     else:
-        mask = visible_mask(
-            jnp.arange(T), T, prefix, memory, chunk_length, window, packing=packing
-        )[:, None]
+        mask = visible_mask(jnp.arange(T), T, prefix, memory, chunk_length, window, packing=packing)
+        mask = seen_by_heads(mask, heads, prefix, memory)
+        if mask.shape[1] > 1:
+            mask = jnp.repeat(mask, G, axis=1)
         # With a mask, cuDNN's gradient takes even lengths only: a query and a key to throw away.
         q_BTNH, (keys, values) = _even(q_BTNH), (_even(keys), _even(values))
         rows, columns = (x.shape[1] - n for x, n in ((q_BTNH, T), (keys, mask.shape[-1])))

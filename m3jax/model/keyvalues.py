@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -106,6 +107,39 @@ def memory_mask(
         in_window_BTC = in_window_BTC & (chunk_C >= first[..., None])
     visible = in_window_BTC[..., None, None] & real_slots(memory)[:, None]
     return visible.reshape(B, query_T.shape[0], C * M * P)
+
+
+def seen_by_heads(
+    mask_BTS: Bool[Array, "rows T keys"],
+    heads_K: Bool[Array, " K"] | None,
+    prefix: KeyValues | None,
+    memory: ExplicitMemory | None,
+) -> Bool[Array, "rows heads T keys"]:
+    """`visible_mask` for every key-value head: those that have no memories see none.
+
+    Args:
+      mask_BTS: of `visible_mask`.
+      heads_K: which heads read memories; None: all.
+      prefix, memory: as in `attend`.
+
+    Returns:
+      One mask for all heads, `(rows, 1, T, keys)`, where all see the same.
+    """
+    if heads_K is None or memory is None:
+        return mask_BTS[:, None]
+    first = 0 if prefix is None else prefix.keys.shape[0]
+    slots = math.prod(memory.length.shape[1:]) * memory.keys.shape[-2]
+    return (
+        mask_BTS[:, None] & keys_of_heads(heads_K, mask_BTS.shape[-1], first, slots)[None, :, None]
+    )
+
+
+def keys_of_heads(
+    heads_K: Bool[Array, " K"], keys: int, first: int, slots: int
+) -> Bool[Array, "K keys"]:
+    """All keys for heads that read memories, for others all but the memory slots from `first`."""
+    key = jnp.arange(keys)[None]
+    return heads_K[:, None] | (key < first) | (key >= first + slots)
 
 
 def real_slots(memory: ExplicitMemory) -> Bool[Array, "B C M P"]:

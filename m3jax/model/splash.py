@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from m3jax.model.keyvalues import ExplicitMemory, KeyValues, Packing, real_slots
+from m3jax.model.keyvalues import ExplicitMemory, KeyValues, Packing, keys_of_heads, real_slots
 from m3jax.model.splash_mask import Layout, packed_codes, plan, row_mask
 
 # Name of the kernel's output and log-sum-exp for `jax.checkpoint` policies: saving them spares the
@@ -52,6 +52,7 @@ def splash_attend(
     block: int = 256,
     kv_block: int = 256,
     interpret: bool = False,
+    heads: Bool[Array, " K"] | None = None,
 ) -> Float[Array, "B T K G H"]:
     """`attend` by the splash kernel: the same arguments and result.
 
@@ -63,6 +64,8 @@ def splash_attend(
         what the chip's VMEM holds.
       kv_block: keys of a block; raised to a multiple of 128, lowered to what there is.
       interpret: evaluate the kernel with plain operations, for any platform (slow).
+      heads: which key-value heads read memories; None: all. Then each head has a kernel of its own,
+        since the segments, which say it, are those of a kernel.
 
     Raises:
       ConfigError: the row is too long.
@@ -84,7 +87,8 @@ def splash_attend(
     q_BKRH = jnp.moveaxis(padded, 2, 1).reshape(B, K, layout.rows, H)
     k_BKSH = _lay_out(layout, k_BTKH, prefix and prefix.keys, memory and memory.keys)
     v_BKSH = _lay_out(layout, v_BTKH, prefix and prefix.values, memory and memory.values)
-    kernel = make_kernel(layout, K, interpret)
+    head_by_head = memory is not None and heads is not None
+    kernel = make_kernel(layout, 1 if head_by_head else K, interpret)
     same = jnp.zeros((layout.rows,), jnp.int32)
 
     def row(q: Array, k: Array, v: Array, codes: Array | None, segments: Array | None) -> Array:
@@ -94,8 +98,15 @@ def splash_attend(
         return of_row(q, k, v, splash.SegmentIds(same, segments))
 
     codes = None if packing is None else packed_codes(layout, packing)
-    segments = None if memory is None else _segments(layout, memory)
-    out_BKRH = jax.vmap(row)(q_BKRH, k_BKSH, v_BKSH, codes, segments)
+    segments_BS = None if memory is None else _segments(layout, memory)
+    if segments_BS is None or heads is None:
+        out_BKRH = jax.vmap(row)(q_BKRH, k_BKSH, v_BKSH, codes, segments_BS)
+    else:
+        seen_KS = keys_of_heads(heads, layout.keys, layout.gap, layout.slots)
+        segments_BKS = jnp.maximum(segments_BS[:, None], 1 - seen_KS.astype(jnp.int32)[None])
+        q, k, v = (x[:, :, None] for x in (q_BKRH, k_BKSH, v_BKSH))
+        of_heads = jax.vmap(row, in_axes=(0, 0, 0, None, 0))
+        out_BKRH = jax.vmap(of_heads)(q, k, v, codes, segments_BKS)[:, :, 0]
     out_BKTGH = out_BKRH.reshape(B, K, layout.padded_tokens, G, H)[:, :, :T]
     return jnp.moveaxis(out_BKTGH, 1, 2).astype(v_BTKH.dtype)
 

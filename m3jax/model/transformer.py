@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from m3jax.config import PACKED, PREFIX_TOKENS
+from m3jax.config import PACKED, PREFIX_TOKENS, memory_heads
 from m3jax.mesh import PARAMETERS
 from m3jax.model.attention import (
     ExplicitMemory,
@@ -146,6 +147,7 @@ class Model:
             "block": model.attention_block,
             "kv_block": model.attention_kv_block,
         }
+        self.memory_heads = _heads_with_memories(config)
         block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(0), self.parallel))
         self._block, _ = nnx.split(block)
         # A layer's axes: those of its stack without the first, which is the layer.
@@ -368,18 +370,20 @@ class Model:
             memory = None
             if length is not None:
                 memory = ExplicitMemory(inputs[1][0], inputs[1][1], length)
-            return layer.memory(block, hidden, memory, last)
+            return layer.memory(block, hidden, memory, last, inputs[2])
 
+        heads_LK = None if self.memory_heads is None else jnp.asarray(self.memory_heads)
+        each = (stacked, sliced, heads_LK)
         if layer.usable_RW is None:  # no references
-            return jax.lax.scan(self._remat(body), hidden, (stacked, sliced))
+            return jax.lax.scan(self._remat(body), hidden, each)
         outputs = []
         if L > 1:
             hidden, output = jax.lax.scan(
-                self._remat(body), hidden, (jax.tree.map(lambda x: x[:-1], stacked), None)
+                self._remat(body), hidden, jax.tree.map(lambda x: x[:-1], each)
             )
             outputs.append(output)
         final = functools.partial(body, last=True)
-        hidden, output = self._remat(final)(hidden, (jax.tree.map(lambda x: x[-1], stacked), None))
+        hidden, output = self._remat(final)(hidden, jax.tree.map(lambda x: x[-1], each))
         outputs.append(jax.tree.map(lambda x: x[None], output))
         return hidden, jax.tree.map(lambda *x: jnp.concatenate(x), *outputs)
 
@@ -437,7 +441,12 @@ class Layer:
         return block.rest(hidden, join(parts))
 
     def memory(
-        self, block: Block, hidden: Array, memory: ExplicitMemory | None, last: bool
+        self,
+        block: Block,
+        hidden: Array,
+        memory: ExplicitMemory | None,
+        last: bool,
+        heads_K: Array | None,
     ) -> tuple[Array, Any]:
         references, context, prefix = self.heads(block, hidden)
         attended, shared = self.of_prefix(prefix)
@@ -455,7 +464,7 @@ class Layer:
             if context is not None:
                 assert self.lead is not None
                 memory = ExplicitMemory(*(x.reshape(*self.lead, *x.shape[1:]) for x in written[:3]))
-        read_by_context, observed = self.of_context(context, shared, memory)
+        read_by_context, observed = self.of_context(context, shared, memory, heads_K)
         hidden = block.rest(hidden, join((read_by_references, read_by_context, attended)))
         return hidden, observed if context is not None else written
 
@@ -495,16 +504,24 @@ class Layer:
         return attend(heads.q, heads.k, heads.v, prefix, **self.model.attention)
 
     def of_context(
-        self, heads: _Heads | None, prefix: KeyValues | None, memory: ExplicitMemory | None
+        self,
+        heads: _Heads | None,
+        prefix: KeyValues | None,
+        memory: ExplicitMemory | None,
+        reading_K: Array | None = None,
     ) -> tuple[Array | None, Array | None]:
-        """The context also reads memories; their attention weights too, where observed."""
+        """The context also reads memories, with some of its heads or (None) with all; their
+        attention weights too, where observed."""
         if heads is None:
             return None, None
         observed = None
         chunks = {"chunk_length": self.model.config.memory.chunk_length, "window": self.window}
         if self.observe:
             weights = attention_weights(
-                heads.q, heads.k, prefix, memory, **chunks, packing=self.packing
+                *(heads.q, heads.k, prefix, memory),
+                **chunks,
+                packing=self.packing,
+                heads=reading_K,
             )
             observed = weights[
                 ..., len(self.model.prefix_tokens) : weights.shape[-1] - heads.k.shape[1]
@@ -518,8 +535,20 @@ class Layer:
             self.packing,
             **chunks,
             **self.model.attention,
+            heads=reading_K,
         )
         return attended, observed
+
+
+def _heads_with_memories(config: ConfigDict) -> Bool[np.ndarray, "L K"] | None:
+    """Which key-value heads of the memory layers read memories; None: all."""
+    chosen = memory_heads(config)
+    if chosen is None:
+        return None
+    heads_LK = np.zeros((config.memory.layers, config.model.kv_heads), bool)
+    for layer, head in chosen:
+        heads_LK[layer - config.memory.first_layer, head] = True
+    return heads_LK
 
 
 def _with_previous_token_head(config: ConfigDict, params: Params) -> Params:

@@ -118,16 +118,20 @@ class Oracle:
         return x + (gate / (1 + np.exp(-gate)) * (normed @ layer["up"])) @ layer["down"]
 
     def attend_one(self, layer: dict, x: np.ndarray, q: np.ndarray, seen: list) -> np.ndarray:
-        """One token after attention to the (keys, values) it sees, each (K, H), and the MLP."""
+        """One token after attention to the (keys, values) it sees, each (K, H), and the MLP.
+
+        A head does not have what is NaN there.
+        """
         K, G, H = q.shape
         out = np.zeros((K, G, H))
         for k in range(K):
+            own = [(key[k], value[k]) for key, value in seen if not np.isnan(key[k]).any()]
             for g in range(G):
-                scores = np.array([q[k, g] @ key[k] / np.sqrt(H) for key, _ in seen])
+                scores = np.array([q[k, g] @ key / np.sqrt(H) for key, _ in own])
                 weights = np.exp(scores - scores.max())
                 weights /= weights.sum()
-                for weight, (_, value) in zip(weights, seen, strict=True):
-                    out[k, g] += weight * value[k]
+                for weight, (_, value) in zip(weights, own, strict=True):
+                    out[k, g] += weight * value
         return self.mlp(layer, x + np.einsum("kgh,kghd->d", out, layer["output"]))
 
     # -- writing
