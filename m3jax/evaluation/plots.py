@@ -13,6 +13,7 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 INK, MEMORY, PLAIN, GRID = "#22303c", "#0b7a75", "#b8c4cc", "#e6eaed"
@@ -111,6 +112,60 @@ def needle_lines(path: Path, report: dict[str, Any]) -> None:
     axes.grid(axis="y", color=GRID)
     axes.minorticks_off()
     _finish(figure, axes, f"A fact in a long text, {report['count']} texts of each length", path)
+
+
+def head_map(
+    path: Path,
+    increase: np.ndarray,
+    title: str,
+    *,
+    chosen: Sequence[tuple[int, int]] = (),
+    layers: range | None = None,
+    unit: str = "rise of the loss, nats a token",
+) -> None:
+    """A figure for every layer and head as colours; chosen heads have a frame.
+
+    Args:
+      path: PNG to write.
+      increase: `(layers, heads)`; what lowers the loss is drawn in the other colour.
+      title: of the picture.
+      chosen: layer and head of those with a frame.
+      layers: memory layers, marked at the side.
+      unit: of the figures.
+    """
+    L, N = increase.shape
+    small = L * N <= 160
+    figure, axes = plt.subplots(
+        figsize=(
+            max(5.0, 0.75 * N + 2.6) if small else max(5.0, 0.3 * N + 2.6),
+            max(2.6, (0.5 if small else 0.24) * L + 1.4),
+        ),
+        constrained_layout=True,
+    )
+    largest = max(float(np.abs(increase).max()), 1e-12)
+    colours = LinearSegmentedColormap.from_list("heads", ["#b8336a", "#ffffff", MEMORY])
+    image = axes.imshow(increase, cmap=colours, vmin=-largest, vmax=largest, aspect="auto")
+    if small:
+        for layer in range(L):
+            for head in range(N):
+                value = float(increase[layer, head])
+                colour = "white" if abs(value) > 0.6 * largest else INK
+                text = f"{value:+.4f}" if largest < 1 else f"{value:+.2f}"
+                axes.text(head, layer, text, ha="center", va="center", fontsize=8, color=colour)
+    for layer, head in chosen:
+        frame = plt.Rectangle(
+            (head - 0.47, layer - 0.47), 0.94, 0.94, fill=False, edgecolor=INK, linewidth=1.6
+        )
+        axes.add_patch(frame)
+    step = 1 if N <= 16 else 4
+    axes.set_xticks(range(0, N, step))
+    names = [f"{i} •" if layers is not None and i in layers else str(i) for i in range(L)]
+    axes.set_yticks(range(L), names)
+    axes.set_xlabel("head", color=INK)
+    axes.set_ylabel("layer (• memory layer)" if layers is not None else "layer", color=INK)
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_label(unit, fontsize=8, color=INK)
+    _finish(figure, axes, title, path)
 
 
 @dataclass(frozen=True)

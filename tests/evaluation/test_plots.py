@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from m3jax.evaluation.plots import speed_bars
+import numpy as np
+
+from m3jax.evaluation.plots import head_map, speed_bars
 
 
 def test_speeds_become_a_picture(tmp_path: Path) -> None:
@@ -13,3 +15,21 @@ def test_speeds_become_a_picture(tmp_path: Path) -> None:
     before = path.read_bytes()
     speed_bars(path, {"rag": 19.4}, {}, "128 in, 128 out")
     assert path.read_bytes() != before
+
+
+def test_heads_become_a_map(tmp_path: Path) -> None:
+    """Few with their figures, many without; frames and marks change the picture."""
+    path, random = tmp_path / "heads.png", np.random.default_rng(0)
+    pictures = []
+    for shape, chosen, layers in (
+        ((4, 4), [], None),
+        ((4, 4), [(1, 2)], None),
+        ((4, 4), [(1, 2)], range(2)),
+        ((44, 40), [(3, 39)], range(22)),
+    ):
+        increase = random.normal(size=shape) * 1e-3
+        head_map(path, increase, "One head at a time", chosen=chosen, layers=layers)
+        pictures.append(path.read_bytes())
+        assert pictures[-1].startswith(b"\x89PNG") and len(pictures[-1]) > 10_000
+        random = np.random.default_rng(0)
+    assert len(set(pictures)) == 4
