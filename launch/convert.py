@@ -10,7 +10,9 @@ The config must have the model's shape; where it has not, the message lists what
 tokenizer.json becomes WORKDIR/tokenizer; without one, the workdir must have the tokenizer that the
 model was trained with. A tokenizer of others must be a byte-level BPE; four of its special tokens
 become `<pad> <s> <reference> </s>`, and it is renumbered with the rows of the embedding. For
-`<reference>` take one that the model has never seen.
+`<reference>` take one that the model has never seen. --tokenizer names another folder that has it.
+Where it is lost, --tokenizer=numbers writes texts as numbers of tokens (`t403 t17`), and
+--special_tokens are four numbers; launch/make_texts.py has the model make up such texts.
 
 --to_hf writes what transformers.LlamaForCausalLM (Qwen3ForCausalLM where model.qk_norm is on) and
 AutoTokenizer load. A Llama reads no memories; its logits are those of the checkpoint without
@@ -49,6 +51,12 @@ _SPECIAL = flags.DEFINE_list(
     "--from_hf: the tokens of its tokenizer that become padding, start of a text, mark of a"
     " reference and end of a text; not needed for a folder written by --to_hf.",
 )
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer",
+    None,
+    "--from_hf: folder with the model's tokenizer.json, where its own has none; or `numbers`: texts"
+    " are numbers of tokens.",
+)
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "--to_hf: of the weights; default model.param_dtype."
 )
@@ -61,7 +69,7 @@ def main(argv: list[str]) -> None:
     workdir = Path(str(_WORKDIR.value))
     if (_FROM.value is None) == (_TO.value is None):
         raise app.UsageError("give one of --from_hf and --to_hf")
-    used = (_CONFIG, _SPECIAL) if _FROM.value is None else (_CHECKPOINT, _DTYPE)
+    used = (_CONFIG, _SPECIAL, _TOKENIZER) if _FROM.value is None else (_CHECKPOINT, _DTYPE)
     for flag in used:
         if flag.value is not None:
             raise app.UsageError(f"--{flag.name} has no use here; leave it out")
@@ -88,7 +96,7 @@ def _read(config: ConfigDict, workdir: Path, folder: Path) -> None:
 
     stage = workdir / config.stage
     _check_stage(config, stage)
-    tokenizer, order, ours = _tokenizer(workdir, folder)
+    tokenizer, order, ours = _tokenizer(workdir, folder, config.model.vocabulary)
     params = read_params(folder, config, order)
     model, optimizer = Model(config, prefix_tokens(config)), make_optimizer(config)
     abstract = abstract_state(model, optimizer, make_mesh(config))
@@ -123,25 +131,33 @@ def _check_stage(config: ConfigDict, stage: Path) -> None:
     raise CheckpointError(f"{found} is there already; use another --workdir, or delete {stage}")
 
 
-def _tokenizer(workdir: Path, folder: Path) -> tuple[Tokenizer, np.ndarray | None, bool]:
+def _tokenizer(workdir: Path, folder: Path, size: int) -> tuple[Tokenizer, np.ndarray | None, bool]:
     """The tokenizer, which token of theirs each of its tokens is, whether the workdir has it."""
     from m3jax.model.hf_config import HuggingFaceError
     from m3jax.text.foreign import adopt_tokenizer
+    from m3jax.text.numbered import numbered_tokenizer
     from m3jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-    path, own = folder / "tokenizer.json", workdir / "tokenizer"
+    given, own = _TOKENIZER.value, workdir / "tokenizer"
+    path = Path(given or folder) / "tokenizer.json"
     there = (own / "manifest.json").is_file()
-    if not path.is_file():
-        if not there:
-            raise HuggingFaceError(
-                f"neither {folder} nor {workdir} has a tokenizer; download tokenizer.json with the"
-                " weights"
-            )
+    if given == "numbers":
+        text, order = numbered_tokenizer(size, _SPECIAL.value, SPECIAL_TOKENS)
+    elif path.is_file():
+        text, order = adopt_tokenizer(path.read_text("utf-8"), _SPECIAL.value, SPECIAL_TOKENS)
+    elif given or not there:
+        places = f"{given} has no" if given else f"neither {folder} nor {workdir} has a"
+        raise HuggingFaceError(
+            f"{places} tokenizer; download tokenizer.json with the weights, and name its folder"
+            " (--tokenizer) where it is another; --tokenizer=numbers does without"
+        )
+    else:
         return Tokenizer.load(own), None, True
-    text, order = adopt_tokenizer(path.read_text("utf-8"), _SPECIAL.value, SPECIAL_TOKENS)
     tokenizer = Tokenizer(text)
     if there and Tokenizer.load(own).fingerprint != tokenizer.fingerprint:
-        raise HuggingFaceError(f"{own} is another tokenizer than {path}; use another --workdir")
+        raise HuggingFaceError(
+            f"{own} is another tokenizer than that of {given or folder}; use another --workdir"
+        )
     return tokenizer, order, there
 
 

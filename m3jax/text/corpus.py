@@ -196,7 +196,8 @@ def _encode(
         weights = None
         if document.no_loss:
             ids, spans = tokenizer.encode_with_offsets(document.text)
-            weights = np.concatenate([[1], _target_weights(document, spans), [1]])
+            goes_on = (len(document.text),) * 2 in document.no_loss
+            weights = np.concatenate([[1], _target_weights(document, spans), [not goes_on]])
             weights = weights.astype(np.float32)
         else:
             ids = next(plain)

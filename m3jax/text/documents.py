@@ -30,7 +30,8 @@ class Document:
       text: the text; valid Unicode without lone surrogates.
       title: title, or "".
       source: file name and line (or data set and position) it was read from, or "".
-      no_loss: character spans `(start, end)` of the text on which no loss is computed.
+      no_loss: character spans `(start, end)` of the text on which no loss is computed; an empty
+        one at its end says that the text was cut there, and its end is not to be learnt.
       references: keys of references known in advance, one per chunk of tokens; "" = none.
     """
 

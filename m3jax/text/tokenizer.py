@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -134,7 +135,8 @@ class Tokenizer:
         """`encode` of every text, in parallel over the cores."""
         blocks = [list(_blocks(text)) for text in texts]
         flat = [block for parts in blocks for block in parts]
-        encodings = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+        with _naming_unknown_words():
+            encodings = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
         ids = [[np.array(next(encodings).ids, np.int32) for _ in parts] for parts in blocks]
         return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in ids]
 
@@ -148,7 +150,8 @@ class Tokenizer:
         """
         ids, spans, start = [], [], 0
         for block in _blocks(text):
-            encoding = self._tokenizer.encode(block, add_special_tokens=False)
+            with _naming_unknown_words():
+                encoding = self._tokenizer.encode(block, add_special_tokens=False)
             ids.append(np.array(encoding.ids, np.int32))
             spans.append(np.array(encoding.offsets, np.int32).reshape(-1, 2) + np.int32(start))
             start += len(block)
@@ -165,6 +168,18 @@ class Tokenizer:
             if not 0 <= token < self.size:
                 raise TextError(f"token {token} is outside the tokenizer's {self.size} entries")
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+@contextlib.contextmanager
+def _naming_unknown_words() -> Iterator[None]:
+    """A text that is no text of the tokenizer: only one of numbers (`numbered.py`) refuses any."""
+    try:
+        yield
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise TextError(
+            f"a text cannot be written in this tokenizer's tokens ({error}); one of numbers takes"
+            " words like t17 only"
+        ) from error
 
 
 def _limited(texts: Iterable[str], most_bytes: int | None, seen: list[int]) -> Iterator[str]:

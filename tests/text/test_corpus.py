@@ -191,3 +191,16 @@ def test_several_threads_read_at_once(folder):
     with ThreadPoolExecutor(8) as pool:
         for i, item in zip(order, pool.map(fresh.__getitem__, order), strict=True):
             np.testing.assert_array_equal(item.tokens, expected[i])
+
+
+def test_the_end_of_a_text_that_was_cut_is_not_learnt(tokenizer, tmp_path):
+    text = "the cat sat on a mat"
+    documents = [
+        Document("whole", text, no_loss=((0, 3),)),
+        Document("cut", text, no_loss=((0, 3), (len(text), len(text)))),
+    ]
+    write_corpus(documents, tokenizer, tmp_path / "corpus", 1)
+    whole, cut = Corpus.open(tmp_path / "corpus")
+    np.testing.assert_array_equal(whole.tokens, cut.tokens)
+    assert whole.weights[-1] == 1 and cut.weights[-1] == 0
+    np.testing.assert_array_equal(whole.weights[:-1], cut.weights[:-1])

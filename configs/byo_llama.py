@@ -1,0 +1,92 @@
+"""Bring your own Llama: any downloaded model as a memory model, by continual train alone.
+
+    python launch/convert.py    --config=configs/byo_llama.py:folder=LLAMA --workdir=DIR \\
+        --from_hf=LLAMA --special_tokens=PAD,BOS,REFERENCE,END
+    python launch/prepare.py    --config=configs/byo_llama.py:folder=LLAMA --workdir=DIR \\
+        --documents=articles.jsonl.gz
+    python launch/write_bank.py --config=configs/byo_llama.py:folder=LLAMA --workdir=DIR
+    python launch/train.py      --config=configs/byo_llama.py:folder=LLAMA,stage=continual \\
+        --workdir=DIR --init_from=DIR/warmup
+    python launch/evaluate.py   --config=configs/byo_llama.py:folder=LLAMA,stage=continual \\
+        --workdir=DIR
+
+Options: folder=PATH takes the shape from the config.json of a Llama, Qwen2 or Qwen3 (without it the
+shape is that of a model of 260 000 parameters for children's stories: dim 64, 4 layers, 4 heads,
+512 tokens); stage=warmup (the imported model as it is) or continual; layers=first|middle|all, where
+the memory layers are: the first half, 25–75 % of the depth, or everywhere (`memory.heads` names
+single layers and heads); memories=precomputed|online; documents=own (files of yours) or made_up
+(launch/make_texts.py: each document with the reference that it goes on from).
+
+Sizes other than the shape are for the small model and a CPU, and fields as any other: for a large
+one raise `--config.data.row_length`, `data.batch_rows`, `memory.reference_length` and
+`train.steps`. docs/llama.md goes through it step by step, with what was measured.
+
+Reproduces Memory³ §7 "converting an existing pretrained transformer with a little finetuning",
+which the paper named and did not do. Hardware and time: the small model trains 2000 steps in
+minutes on one CPU core.
+"""
+
+from ml_collections import ConfigDict
+
+import m3jax.config
+from m3jax.model.hf_config import read_fields
+
+OPTIONS = {
+    "stage": ("warmup", "continual"),
+    "layers": ("first", "middle", "all"),
+    "memories": ("precomputed", "online"),
+    "documents": ("own", "made_up"),
+}
+SMALL = {
+    **{"layers": 4, "query_heads": 4, "kv_heads": 4, "head_dim": 16, "hidden": 64},
+    **{"mlp_width": 172, "vocabulary": 512, "tied_embeddings": True},
+}
+
+
+def get_config(options: str = "") -> ConfigDict:
+    """The config; `options` is the text after the colon of `--config=configs/byo_llama.py:…`."""
+    words = [word.strip() for word in options.split(",")]
+    folders = [word.removeprefix("folder=") for word in words if word.startswith("folder=")]
+    chosen = m3jax.config.parse_options(
+        ",".join(word for word in words if not word.startswith("folder=")), **OPTIONS
+    )
+    config = m3jax.config.default()
+    config.name = "byo_llama"
+    config.stage = chosen["stage"]
+
+    config.model.update(read_fields(folders[-1]) if folders else SMALL)
+    config.text.vocabulary = min(config.text.vocabulary, config.model.vocabulary)
+    layers = config.model.layers
+    config.memory.layers = layers if chosen["layers"] == "all" else max(1, layers // 2)
+    spare = layers - config.memory.layers
+    config.memory.first_layer = spare // 2 if chosen["layers"] == "middle" else 0
+
+    config.memory.reference_length = 64
+    config.memory.kept_tokens = 8
+    config.memory.chunk_length = 16
+    config.memory.window = 8
+    config.memory.dtype = config.model.compute_dtype
+    config.text.validation_share = 0.1
+    config.retrieval.shift = 1
+
+    config.data.row_length = 128
+    config.data.batch_rows = 32
+    config.data.threads = 2
+    config.evaluation.batch_rows = 32
+    config.evaluation.batches = 32
+
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.rise_steps = 50
+    config.optimizer.fall_share = 0.5
+    config.train.steps = 2000
+    config.train.checkpoint_every = 500
+    config.train.evaluate_every = 500
+    if config.stage == "continual":
+        config.memory.source = chosen["memories"]
+        config.memory.dropout = 0.15
+    if chosen["documents"] == "made_up":  # the reference of a document is that of its first chunk
+        config.retrieval.ids = "stored"
+        config.data.packing = "document"
+        if config.stage == "continual":
+            config.data.row_length = 80  # what follows a first part of 64 tokens, in one row
+    return m3jax.config.validate(config)

@@ -1,0 +1,151 @@
+"""Texts that a checkpoint makes up, as something to train and measure its memory model on.
+
+A text is drawn token by token from the model itself. Its first part becomes a reference, the rest a
+document that stores this reference as the one of its first chunk: what the document goes on to say
+is likelier to a reader who knows how it began. How much likelier at most, the drawing model says:
+at temperature 1 nobody predicts its texts better than itself, with all of a text in its context.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+from tqdm import tqdm
+
+from m3jax.evaluation.session import Session
+from m3jax.inference.errors import InferenceError
+from m3jax.inference.generate import Generator
+from m3jax.inference.sampling import Sampling
+from m3jax.text.documents import Document, is_validation
+from m3jax.text.files import write_atomically
+from m3jax.text.parts import make_part
+from m3jax.text.tokenizer import BOS, END, Tokenizer
+
+FILES, REPORT = ("documents", "knowledge"), "report.json"
+
+
+def make_texts(
+    session: Session,
+    folder: Path,
+    *,
+    count: int,
+    tokens: int,
+    split: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch: int = 256,
+) -> dict[str, Any]:
+    """Writes `documents.jsonl` and `knowledge.jsonl` to a folder.
+
+    * `knowledge`: the first `split` tokens of every text;
+    * `documents`: what follows, with the key of that reference for the first chunk of the row. Its
+      end is not to be learnt (`no_loss`): the model does not end texts as we do.
+
+    Texts that end within their first part are left out; so are tokens from a text's end on. The
+    same arguments write the same bytes, and finished files are kept.
+
+    Args:
+      session: the checkpoint, of a stage without memory.
+      folder: where to write.
+      count: texts to draw.
+      tokens: most tokens of a text, `<s>` not counted.
+      split: tokens of the first part.
+      temperature: of the draws; 1 draws from the model's own distribution.
+      seed: of the draws.
+      batch: texts drawn together; changes nothing but the time.
+
+    Returns:
+      `texts` drawn and `kept`; `loss_whole`: nats a token of the documents that
+      `text.validation_share` holds out, predicted by the model that has their first parts in its
+      context; `held_out` tokens in these.
+
+    Raises:
+      InferenceError: a first part that leaves no other, a text longer than a row, or none kept.
+    """
+    share, row = session.config.text.validation_share, session.config.data.row_length
+    if not 0 < split < tokens <= row:
+        raise InferenceError(
+            f"a first part of {split} of at most {tokens} tokens: both parts need some, and"
+            f" config.data.row_length = {row} is the longest text"
+        )
+    settings = {"count": count, "tokens": tokens, "split": split, "seed": seed, "share": share}
+    settings |= {"temperature": temperature, "checkpoint": str(session.checkpoint)}
+    settings |= {"step": session.meta["step"], "tokenizer": session.tokenizer.fingerprint}
+
+    def write(folder: Path) -> None:
+        lines: dict[str, list[str]] = {name: [] for name in FILES}
+        nats: list[np.ndarray] = []
+        drawn = draw(session, count, tokens, Sampling(temperature, seed=seed), batch)
+        for number, (text, logprobs) in enumerate(drawn):
+            if len(text) <= split:
+                continue
+            records = parts_of(text, session.tokenizer, f"text-{number}", split)
+            for name, record in zip(FILES, records, strict=True):
+                lines[name].append(json.dumps(record, ensure_ascii=False) + "\n")
+            if is_validation(Document(records[0]["id"], records[0]["text"]), share):
+                nats.append(-logprobs[split:])
+        if not lines["documents"]:
+            raise InferenceError(f"all of {count} texts end within {split} tokens; lower the split")
+        for name, content in lines.items():
+            write_atomically(folder / f"{name}.jsonl", "".join(content).encode())
+        held_out = np.concatenate([np.zeros(0), *nats])
+        report = {
+            "texts": count,
+            "kept": len(lines["documents"]),
+            "held_out": held_out.size,
+            "loss_whole": float(held_out.mean()) if held_out.size else None,
+        }
+        write_atomically(folder / REPORT, (json.dumps(report, indent=1) + "\n").encode())
+
+    make_part(folder, settings, write)
+    return json.loads((folder / REPORT).read_bytes())
+
+
+def draw(
+    session: Session, count: int, tokens: int, sampling: Sampling, batch: int
+) -> Iterator[tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]]:
+    """Texts of up to so many tokens, drawn from the model after `<s>`, and their logprobs.
+
+    A text ends at `</s>`, or where the model begins another one; the end is left out.
+    """
+    generator = Generator(
+        session.model,
+        session.params,
+        session.tokenizer,
+        sampling=sampling,
+        stop=(END, BOS),
+        longest=tokens + 1,
+    )
+    usable = session.tokenizer.size
+    begin_V = jax.jit(session.model.logits)(session.params, jnp.array([[BOS]]))[0, -1]
+    logprobs_V = np.asarray(jax.nn.log_softmax(begin_V))
+    for low in tqdm(range(0, count, batch), desc="texts", unit=" batches", disable=None):
+        numbers = np.arange(low, min(low + batch, count))
+        logits_BV = jnp.broadcast_to(begin_V[None, :usable], (len(numbers), usable))
+        rows, last = jnp.asarray(numbers, jnp.int32), jnp.int32(2**31 - 1)  # a draw of its own
+        first = np.asarray(sampling(logits_BV, rows, last))
+        prompts = [first[i : i + 1] for i in range(len(numbers))]
+        found = generator.generate(prompts, tokens - 1, numbers=numbers.tolist())
+        for token, one in zip(first, found, strict=True):
+            text = np.concatenate([[token], one.tokens]).astype(np.int32)
+            logprobs = np.concatenate([logprobs_V[[token]], one.logprobs])
+            ends = np.flatnonzero(np.isin(text, generator.stop))
+            stop = int(ends[0]) if ends.size else len(text)
+            yield text[:stop], logprobs[:stop]
+
+
+def parts_of(
+    text: Int[np.ndarray, " n"], tokenizer: Tokenizer, name: str, split: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The document and the reference of a text, as JSON lines have them."""
+    first = tokenizer.decode(text[:split]).rstrip("\N{REPLACEMENT CHARACTER}")
+    later = tokenizer.decode(text)[len(first) :].lstrip()
+    document = {"id": name, "text": later, "references": [f"{name}#0"]}
+    return document | {"no_loss": [[len(later)] * 2]}, {"id": name, "text": first}

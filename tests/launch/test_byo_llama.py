@@ -1,0 +1,96 @@
+"""Bring your own Llama, by its scripts: a folder without tokenizer becomes a memory model."""
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from launch.test_commands import ROOT, call, succeed
+from ml_collections import ConfigDict
+
+from m3jax import config as config_lib
+from m3jax.memory.bank import Bank
+from m3jax.memory.storage import MANIFEST
+from m3jax.model.hf import write_folder
+from m3jax.model.hf_config import HuggingFaceError
+from m3jax.model.transformer import Model
+
+CONFIG = ROOT / "configs" / "byo_llama.py"
+SMALL = (  # besides the shape
+    *("--config.evaluation.batches=2", "--config.evaluation.batch_rows=8"),
+    *("--config.train.steps=4", "--config.train.evaluate_every=0", "--config.data.batch_rows=8"),
+    *("--config.optimizer.rise_steps=1", "--config.writer.batch_references=32"),
+)
+
+
+def build(options: str) -> ConfigDict:
+    return runpy.run_path(str(CONFIG))["get_config"](options)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of three layers, without tokenizer."""
+    folder = tmp_path_factory.mktemp("llama") / "folder"
+    config = config_lib.default()
+    shape = {"layers": 3, "query_heads": 4, "kv_heads": 2, "head_dim": 4, "hidden": 16}
+    config.model.update({**shape, "mlp_width": 20, "vocabulary": 300, "tied_embeddings": True})
+    random = np.random.default_rng(0)
+    shapes = Model(config).abstract()[0]
+    params = jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32) * 0.3, shapes)
+    write_folder(folder, config, params)
+    return folder
+
+
+def test_the_shape_is_that_of_the_folder(llama: Path) -> None:
+    config = build(f"folder={llama},stage=continual,layers=middle")
+    model, memory = config.model, config.memory
+    assert (model.layers, model.kv_heads, model.hidden, model.vocabulary) == (3, 2, 16, 300)
+    assert (memory.first_layer, memory.layers, memory.source) == (1, 1, "precomputed")
+    assert str(llama) not in config_lib.to_json(config)
+    assert build(f"layers=all,folder={llama}").memory.layers == 3
+    with pytest.raises(HuggingFaceError, match=r"/nowhere/config.json"):
+        build("folder=/nowhere")
+
+
+@pytest.mark.slow
+def test_a_llama_without_tokenizer_becomes_a_memory_model(llama: Path, tmp_path: Path) -> None:
+    workdir, texts = tmp_path / "run", tmp_path / "texts"
+    at = f"--workdir={workdir}"
+    warmup, continual = (
+        f"--config={CONFIG}:folder={llama},documents=made_up,layers=all,stage={stage}"
+        for stage in ("warmup", "continual")
+    )
+    convert = ("convert", warmup, at, f"--from_hf={llama}")
+    lost = call(*convert)
+    assert lost.returncode == 2 and "--tokenizer=numbers does without" in lost.stderr
+    unnamed = call(*convert, "--tokenizer=numbers")
+    assert unnamed.returncode == 2 and "numbers of 4 different tokens" in unnamed.stderr
+    assert not workdir.exists()
+    succeed(*convert, "--tokenizer=numbers", "--special_tokens=0,1,3,2")
+    reads = call("make_texts", continual, at, f"--texts={texts}")
+    assert reads.returncode == 2 and "without memories" in reads.stderr.replace("\n", " ")
+    made = succeed("make_texts", warmup, at, f"--texts={texts}", "--count=300")
+    kept = int(re.search(r"(\d+) of 300 texts", made)[1])
+    assert kept > 100 and "nats a token" in made
+    documents, knowledge = (f"{texts}/{name}.jsonl" for name in ("documents", "knowledge"))
+    succeed("prepare", warmup, at, f"--documents={documents}", f"--knowledge={knowledge}")
+    succeed("write_bank", continual, at, *SMALL)
+    succeed("train", continual, at, f"--init_from={workdir}/warmup", *SMALL)
+
+    ranked = succeed("select_heads", continual, at, *SMALL, "--hide=memory", "--keep=0.5")
+    heads = re.search(r"--config.memory.heads=(\S+)", ranked)[1]
+    figures = json.loads((workdir / "report" / "heads-memory-kv.json").read_text())
+    assert figures["memory_heads"] == heads and len(figures["heads"]) == 6
+    assert (workdir / "report" / "heads-memory-kv.png").read_bytes().startswith(b"\x89PNG")
+    some = f"--config.memory.heads={heads}"
+    unfit = call("evaluate", continual, at, *SMALL, some)
+    assert unfit.returncode == 2 and f"here '{heads}'" in unfit.stderr
+    small = f"--bank={tmp_path}/some"
+    succeed("write_bank", continual, at, *SMALL, some, small)
+    assert 2 * Bank.open(tmp_path / "some").bytes == Bank.open(workdir / "bank").bytes
+    layout = json.loads((tmp_path / "some" / MANIFEST).read_bytes())["binding"]["layout"]
+    assert layout["heads"] == heads
+    assert "with memory" in succeed("evaluate", continual, at, *SMALL, some, small)
