@@ -7,7 +7,9 @@ Options; `as_base` leaves what the base config has:
 
     base      quickstart|wiki_small|memory3_0p9b|memory3_2b
     stage     warmup|continual
-    memories  precomputed|online        in continual train: from the bank, or encoded in the step
+    memories  precomputed|online|stop_gradient
+                                        in continual train: from the bank, or encoded in the step,
+                                        with gradient or without
     layers    first|middle              memory layers begin at layer 0, or are centred
     kept      4|8|16                    tokens kept per layer and key-value head
     weight    exact|approximate         token weight of the writer
@@ -59,7 +61,7 @@ SHAPES = ("64x32x80", "64x40x64", "44x32x96", "42x24x128", "44x48x64", "30x48x80
 OPTIONS = {
     "base": ("quickstart", "wiki_small", "memory3_0p9b", "memory3_2b"),
     "stage": ("warmup", "continual"),
-    "memories": (AS_BASE, "precomputed", "online"),
+    "memories": (AS_BASE, "precomputed", "online", "stop_gradient"),
     "layers": (AS_BASE, "first", "middle"),
     "kept": (AS_BASE, 4, 8, 16),
     "weight": (AS_BASE, "exact", "approximate"),

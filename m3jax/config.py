@@ -91,8 +91,8 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
     "memory.source": (
         "none",
         "where a batch gets memories: none (warmup), precomputed (the bank), online (encoded in"
-        " the step, with gradient)",
-        ("none", "precomputed", "online"),
+        " the step, with gradient), stop_gradient (encoded in the step, without)",
+        ("none", "precomputed", "online", "stop_gradient"),
     ),
     "memory.first_layer": (0, "first memory layer", "[0, inf)"),
     "memory.layers": (2, "memory layers, counted from first_layer", "[1, inf)"),
@@ -640,7 +640,7 @@ def validate(config: ConfigDict) -> ConfigDict:
         f"must divide data.batch_rows = {data.batch_rows}",
     )
     _require(
-        config.writer.context == "reference" or memory.source != "online",
+        config.writer.context == "reference" or memory.source not in IN_STEP,
         "writer.context",
         config.writer.context,
         "online memories are encoded without their document; use memory.source = 'precomputed', or"
@@ -858,6 +858,9 @@ def use_alignment_settings(config: ConfigDict) -> None:
     config.train.epochs = 3.0 if sft else 1.0
     config.train.microbatches = 1
 
+
+# Values of memory.source with which references are encoded in the step.
+IN_STEP = ("online", "stop_gradient")
 
 # Values of data.packing with several texts in a row that do not see each other.
 PACKED = ("chats", "pairs")

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from m3jax.config import stored_heads
+from m3jax.config import IN_STEP, stored_heads
 
 PREFIX_TOKENS = 2  # `<s>` and `Reference:`, keys in front of every row and reference
 
@@ -175,7 +175,7 @@ def forward(
 ) -> float:
     """FLOP of the logits of `rows` rows that read memories unless `memory.source` is none.
 
-    References encoded in the step (`memory.source = online`) are counted too. Hidden memories
+    References encoded in the step (`config.IN_STEP`) are counted too. Hidden memories
     (`memory.dropout`) count as read: the kernels compute them.
 
     Args:
@@ -188,7 +188,7 @@ def forward(
     rows = config.data.batch_rows if rows is None else rows
     tokens = config.data.row_length if row_length is None else row_length
     total = _context_forward(config, rows, tokens, prefix_tokens)
-    if config.memory.source == "online":
+    if config.memory.source in IN_STEP:
         total += _encode(config, _row_references(config, rows, tokens))
     return total
 
@@ -198,13 +198,16 @@ def train_step(config: ConfigDict) -> float:
 
     What recomputation (`model.remat`) and accumulation (`train.microbatches`) do costs time, not
     useful work. In online training the selection of tokens has no gradient: its scores, and the
-    last memory layer's reference queries, which serve nothing else, count in the forward only.
+    last memory layer's reference queries, which serve nothing else, count in the forward only. With
+    `memory.source = stop_gradient` all of the encoding does.
     """
     rows, tokens = config.data.batch_rows, config.data.row_length
     total = 3 * _context_forward(config, rows, tokens, None)
     if config.memory.source == "online":
         references = _row_references(config, rows, tokens)
         total += 3 * _encode(config, references) - 2 * _selection(config, references)
+    if config.memory.source == "stop_gradient":
+        total += _encode(config, _row_references(config, rows, tokens))
     return total
 
 

@@ -123,7 +123,7 @@ def test_ends_that_belong_to_the_interval() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "accepted"),
     [
-        ("memory__source", "bank", "'none', 'precomputed', 'online'"),
+        ("memory__source", "bank", "'none', 'precomputed', 'online', 'stop_gradient'"),
         ("model__remat", "all", "'none', 'dots', 'attention', 'full'"),
         ("retrieval__shift", 2, "0, 1"),
         ("retrieval__embedder", "gpt", "'lexical', 'bert'"),

@@ -161,6 +161,9 @@ def test_counts_equal_slow_counting() -> None:
     assert flops.forward(online) == flops.forward(precomputed) + encode
     expected = flops.train_step(precomputed) + references * (3 * trained + fixed)
     assert flops.train_step(online) == expected
+    stopped = tiny("stop_gradient")
+    assert flops.forward(stopped) == flops.forward(online)
+    assert flops.train_step(stopped) == flops.train_step(precomputed) + encode
 
 
 def test_prefix_always_counts_in_warmup() -> None:

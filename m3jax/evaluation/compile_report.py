@@ -7,7 +7,12 @@ from typing import Any
 
 from m3jax.evaluation.compiled import best
 
-_PATHS = {"none": "warmup", "precomputed": "precomputed memories", "online": "online memories"}
+_PATHS = {
+    "none": "warmup",
+    "precomputed": "precomputed memories",
+    "online": "online memories",
+    "stop_gradient": "online memories without gradient",
+}
 
 
 def path_of(found: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from m3jax import flops
-from m3jax.config import PACKED, PREFIX_TOKENS, ConfigError, prefix_tokens, validate
+from m3jax.config import IN_STEP, PACKED, PREFIX_TOKENS, ConfigError, prefix_tokens, validate
 from m3jax.evaluation.compiled_decode import arguments, serving, serving_mesh
 from m3jax.evaluation.executed import attention_blocks, chunks_of_row, executed_flops
 from m3jax.evaluation.hlo import by_kind, collectives
@@ -152,7 +152,7 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
         slots = (B, C, M, memory.layers, model.kv_heads, memory.kept_tokens, model.head_dim)
         stored = array(*slots, dtype=jnp.dtype(memory.dtype))
         batch["memory"] = ExplicitMemory(stored, stored, array(B, C, M))
-    if memory.source == "online":
+    if memory.source in IN_STEP:
         batch["reference_tokens"] = array(B, C, M, memory.reference_length)
     return batch
 
@@ -227,7 +227,7 @@ def report(
         mesh = make_mesh(config, devices)
         found = compile_train(config, mesh) if program == "train" else compile_writer(config, mesh)
     tokens = config.data.row_length
-    online = program == "writer" or config.memory.source == "online"
+    online = program == "writer" or config.memory.source in IN_STEP
     blocks = attention_blocks(config, tokens=tokens, references=online)
     useful = {
         "train": lambda: flops.train_step(config),

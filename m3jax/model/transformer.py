@@ -197,8 +197,8 @@ class Model:
           params: parameters.
           tokens_BT: context tokens.
           memory: precomputed memories, `(B, C, M, L, K, P, H)`, length `(B, C, M)`.
-          reference_tokens: instead of `memory`: references to encode here, with gradient, 0-padded;
-            a row of zeros is no reference.
+          reference_tokens: instead of `memory`: references to encode here, with gradient unless
+            `memory.source` is `stop_gradient`, 0-padded; a row of zeros is no reference.
           sparsify: `memory.sparsify.sparsifier(config)`; needed with `reference_tokens`.
           window: chunks whose memories a query reads; default from the config.
           packing: several texts in a row, which do not see each other; C is then the number of
@@ -309,6 +309,9 @@ class Model:
     ) -> tuple[Array, Any]:
         window = self.config.memory.window if window is None else window
         lead, usable_RW = None, None
+        if reference_tokens is not None and self.config.memory.source == "stop_gradient":
+            memory = self._encoded_without_gradient(params, reference_tokens, sparsify)
+            reference_tokens = None
         if reference_tokens is not None:
             *lead, W = reference_tokens.shape
             reference_tokens = reference_tokens.reshape(-1, W)
@@ -322,6 +325,16 @@ class Model:
         context = layer.streams.split(hidden)[1]
         assert context is not None
         return context, observed
+
+    def _encoded_without_gradient(
+        self, params: Params, reference_tokens: Array, sparsify: Callable | None
+    ) -> ExplicitMemory:
+        """Memories `(B, C, M, …)` of references `(B, C, M, W)`, constants to a gradient."""
+        assert sparsify is not None
+        *lead, W = reference_tokens.shape
+        fixed = jax.lax.stop_gradient(params)
+        memory, _ = self.encode(fixed, reference_tokens.reshape(-1, W), sparsify)
+        return ExplicitMemory(*(x.reshape(*lead, *x.shape[1:]) for x in memory))
 
     def embed(
         self, params: Params, tokens_BT: Array | None, reference_tokens: Array | None

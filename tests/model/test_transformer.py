@@ -246,6 +246,29 @@ def test_online_gradients_equal_differences_of_the_loops(name: str) -> None:
     _check_gradients(jax.jit(jax.grad(loss))(params), _directional(slow, params, 4))
 
 
+def test_without_gradient_memories_are_constants() -> None:
+    """Values are those of the online path; gradients those of memories that came precomputed."""
+    online = oracle_config()
+    config = oracle_config(memory__source="stop_gradient")
+    params = random_params(config)
+    tokens, references = random_tokens(5, 1, 5), random_references(6, np.array([[[7], [2]]]))
+    weights = np.random.default_rng(3).normal(size=(1, 5, 260)).astype(np.float32)
+    memory = jax.tree.map(np.asarray, _written(config, params, references))
+
+    def gradient(config: ConfigDict, *read: Any, **more: Any) -> Any:
+        def loss(params: Any) -> Any:
+            return jnp.sum(logits(config, params, tokens, *read, **more) * weights)
+
+        return jax.jit(jax.grad(loss))(params)
+
+    given = {"reference_tokens": references}
+    close(logits(config, params, tokens, **given), logits(online, params, tokens, **given))
+    found, expected = gradient(config, **given), gradient(config, memory)
+    jax.tree.map(close, found, expected)
+    apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), gradient(online, **given), found)
+    assert max(jax.tree.leaves(apart)) > 1e-2
+
+
 def test_memory_gradients_equal_differences_of_the_loops() -> None:
     """With respect to precomputed keys and values: how a reader's loss pulls at a memory."""
     config = oracle_config(model__attention="blocked", model__attention_block=2)

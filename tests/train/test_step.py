@@ -170,8 +170,13 @@ def on_one_device():
     return functools.cache(lambda source: run_on("one", source))
 
 
-@pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    ("source", "mesh"),
+    [
+        *((source, name) for source in SOURCES for name in MESHES if name != "one"),
+        ("stop_gradient", "2x2x2"),
+    ],
+)
 def test_eight_devices_equal_one(source, mesh, on_one_device):
     one = on_one_device(source)
     parts = 2 if mesh == "2x2x2" else 1

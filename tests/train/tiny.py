@@ -86,7 +86,7 @@ class SyntheticPipeline:
             keys, values = rng.standard_normal((2, *shape), np.float32)
             length = rng.integers(0, memory.kept_tokens + 1, (B, C, M), dtype=np.int32)
             batch["memory"] = ExplicitMemory(keys, values, length)
-        if memory.source == "online":
+        if memory.source in config_lib.IN_STEP:
             shape = (B, C, M, memory.reference_length)
             batch["reference_tokens"] = rng.integers(4, 44, shape, dtype=np.int32)
         return batch
