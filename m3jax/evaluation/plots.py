@@ -168,6 +168,44 @@ def head_map(
     _finish(figure, axes, title, path)
 
 
+def sweep_dots(
+    path: Path, lines: Sequence[tuple[str, str, Sequence[float], Sequence[float]]], axis: str
+) -> None:
+    """A line of dots for every entry of a sweep, a dot a seed; the first entry's mean as a line.
+
+    Args:
+      path: PNG to write.
+      lines: group, entry, values with memory, values without; first on top.
+      axis: what the values are.
+    """
+    groups = list(dict.fromkeys(group for group, *_ in lines))
+    rows = len(lines) + 0.6 * len(groups)
+    figure, axes = plt.subplots(figsize=(8, 0.27 * rows + 1.4), constrained_layout=True)
+    y, ticks, before = 0.0, [], None
+    heading: dict[str, Any] = {"va": "center", "fontsize": 9, "color": INK, "fontweight": "bold"}
+    for group, name, memory, none in lines:
+        if group != before:
+            y += 0.6
+            before = group
+            axes.text(0, y - 0.85, f" {group}", transform=axes.get_yaxis_transform(), **heading)
+            y += 0.35
+        axes.plot(none, [y] * len(none), "o", color=PLAIN, markersize=5, clip_on=False)
+        axes.plot(memory, [y] * len(memory), "o", color=MEMORY, markersize=6, clip_on=False)
+        ticks.append((y, name))
+        y += 1
+    if lines[0][2]:
+        axes.axvline(float(np.mean(lines[0][2])), color=INK, linestyle=":", linewidth=1.2)
+    axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks], fontsize=9)
+    axes.set_ylim(y - 0.3, -0.8)
+    axes.set_xlabel(f"{axis}; a dot a seed", color=INK)
+    axes.grid(axis="x", color=GRID)
+    axes.set_axisbelow(True)
+    for colour, label in ((MEMORY, "with memory"), (PLAIN, "without")):
+        axes.plot([], [], "o", color=colour, label=label)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
+    _finish(figure, axes, f"Sweep; dotted: mean of {lines[0][1]}, with memory", path)
+
+
 @dataclass(frozen=True)
 class Read:
     """How one answer read its memories."""

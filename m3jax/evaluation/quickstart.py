@@ -83,7 +83,7 @@ def run(demonstration: Demonstration, *, compare_from_scratch: bool = False) -> 
     world = people.make_world(demonstration.seed, **demonstration.world)
 
     with _step("1/7 invented people, tokenizer, corpus, references, index", seconds, "prepare"):
-        _prepare(demonstration, world)
+        prepare_people(demonstration.config("warmup"), workdir, world)
     with _step("2/7 warmup: plain language modeling", seconds, "warmup"):
         _train(demonstration.config("warmup"), workdir)
     with _step("3/7 bank: the warmup checkpoint writes every memory", seconds, "bank"):
@@ -122,28 +122,34 @@ def _step(title: str, seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = round(time.time() - started, 1)
 
 
-def _prepare(demonstration: Demonstration, world: people.World) -> None:
-    workdir, seed = demonstration.workdir, demonstration.seed
-    config = demonstration.config("warmup")
+def prepare_people(config: ConfigDict, folder: Path, world: people.World) -> None:
+    """Text, tokenizer, corpus, references and index; parts that are there are kept.
+
+    Args:
+      config: of warmup; its steps, rows and seed say how much text there is, and which.
+      folder: where.
+      world: the people.
+    """
     chunks = config.data.row_length // config.memory.chunk_length
     facts = config.train.steps * config.data.batch_rows // 2
-    source = workdir / "text"
+    source = folder / "text"
     source.mkdir(parents=True, exist_ok=True)
     if not (source / "knowledge.jsonl").exists():
         documents = [
-            *people.fact_documents(world, seed, facts, chunks=chunks),
-            *people.echo_documents(world, seed, facts, words=config.data.row_length - 1),
+            *people.fact_documents(world, config.seed, facts, chunks=chunks),
+            *people.echo_documents(world, config.seed, facts, words=config.data.row_length - 1),
         ]
         people.write_jsonl(source / "documents.jsonl", documents)
         everyone = (*world.people, *world.unseen)
         people.write_jsonl(source / "knowledge.jsonl", people.knowledge(everyone))
     prepare_text(
-        config, workdir, str(source / "documents.jsonl"), str(source / "knowledge.jsonl"), None
+        config, folder, str(source / "documents.jsonl"), str(source / "knowledge.jsonl"), None
     )
-    _index(config, workdir)
+    make_index(config, folder)
 
 
-def _index(config: ConfigDict, folder: Path) -> None:
+def make_index(config: ConfigDict, folder: Path) -> None:
+    """The index of the references of a folder."""
     references = References.open(folder / "references")
     build_index(references, make_embedder(config), folder / "index", config)
 
@@ -184,7 +190,7 @@ def _rewrite(demonstration: Demonstration, folder: Path, known: tuple[people.Per
         {"knowledge": inputs_of(str(source)), "tokenizer": tokenizer.fingerprint},
         lambda part: write_references(documents, tokenizer, part, length),
     )
-    _index(config, folder)
+    make_index(config, folder)
     _write(demonstration, folder, "continual", base=Bank.open(demonstration.workdir / "bank"))
 
 
@@ -236,7 +242,7 @@ def _ask(
         "memory": found(".", questions),
         "distractors": correct(questions, given, base.bank),
         "edited": found("edited", after_edit),
-        "in_context": correct(_in_context(world, asked)),
+        "in_context": correct(in_context(world, asked)),
         "none": correct(questions),
         "wrong": correct(questions, answerer.given(wrong, base.references), base.bank),
         "deleted": found("deleted", questions),
@@ -245,7 +251,7 @@ def _ask(
     return {name: float(np.mean(hits)) for name, hits in right.items()}
 
 
-def _in_context(world: people.World, asked: list[people.Question]) -> list[Question]:
+def in_context(world: people.World, asked: list[people.Question]) -> list[Question]:
     """The same questions with the facts of all five people stated in the prompt."""
     by_key = {person.reference: person for person in world.unseen}
     questions = []

@@ -1,0 +1,182 @@
+"""One entry of a sweep: data, stages, banks and figures, each made unless it is there.
+
+A stage is a workdir of its own, which the other scripts can read: its data, its bank and the stage
+before are links.
+
+    data/seed-0-HASH/             tokenizer corpus references index
+    stages/continual-HASH/        tokenizer corpus references index bank warmup -> …, continual/
+    banks/HASH/                   memories
+    results/ENTRY-seed-0.json     figures, or why there are none; log beside it
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from m3jax import flops
+from m3jax.config import ConfigDict, ConfigError, prefix_tokens, with_epochs
+from m3jax.data.knowledge import open_version
+from m3jax.data.pipeline import Pipeline, open_pipeline
+from m3jax.evaluation.losses import LossEvaluator, evaluator
+from m3jax.evaluation.questions import Answerer, read_questions
+from m3jax.evaluation.report import answer_questions, check_reader
+from m3jax.evaluation.staleness import rewrite
+from m3jax.evaluation.sweep import Data, Run, Stage, Sweep
+from m3jax.memory.bank import Bank
+from m3jax.model.transformer import Model
+from m3jax.text.files import write_sealed
+from m3jax.text.parts import make_part
+from m3jax.text.references import References
+from m3jax.train.checkpoints import FOLDER, knowledge_version, restore_params
+from m3jax.train.loop import Source, train
+from m3jax.train.writer import MemoryWriter
+
+FINISHED = "finished.json"
+_PARTS = ("tokenizer", "corpus", "references", "index")
+
+
+def prepare(sweep: Sweep, run: Run) -> None:
+    """Makes the data of a run and the folders of its stages."""
+    for stage in run.stages:
+        _make_data(sweep, stage.data)
+        _link(stage)
+
+
+def run_entry(sweep: Sweep, run: Run) -> None:
+    """Trains what is missing of a run, measures it, and writes its result.
+
+    Killed at any moment, the same call goes on.
+
+    Raises:
+      What any part raises: nothing is written then.
+    """
+    prepare(sweep, run)
+    for stage in run.stages:
+        _train(stage)
+    figures = _measure(sweep, run)
+    write_sealed(run.result, {"key": run.key, "name": run.name, "figures": figures})
+
+
+def _make_data(sweep: Sweep, data: Data) -> None:
+    if data.config is None:
+        return
+    config, make = data.config, sweep.prepare
+    assert make is not None
+
+    def fresh(folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)  # what a kill has left
+        folder.mkdir(parents=True)
+        make(config, folder, data.knowledge)
+
+    made_of = {"name": data.folder.name, "by": f"{make.__module__}.{make.__qualname__}"}
+    make_part(data.folder, made_of, fresh)
+
+
+def _link(stage: Stage) -> None:
+    """Makes the workdir of a stage, or what is missing of it."""
+    wanted = {name: stage.data.folder / name for name in _PARTS}
+    if stage.bank is not None:
+        wanted["bank"] = stage.bank
+    before = stage.before
+    while before is not None:  # whoever has written memories is found by this name
+        wanted[before.config.stage] = before.checkpoints
+        before = before.before
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    for name, target in wanted.items():
+        link = stage.folder / name
+        if not link.is_symlink():
+            link.symlink_to(os.path.relpath(target, stage.folder), target_is_directory=True)
+
+
+def _train(stage: Stage) -> None:
+    """Writes the bank of a stage and trains it."""
+    if (stage.folder / FINISHED).exists():
+        return
+    config, folder = stage.config, stage.folder
+    if stage.bank is not None:
+        assert stage.before is not None
+        _write_bank(config, stage.bank, stage, stage.before)
+    source, rows = _source(config, folder, knowledge_version(stage.checkpoints))
+    pipeline = source.pipeline
+    assert isinstance(pipeline, Pipeline)
+
+    def refresh(step: int) -> Source:
+        checkpoint = stage.checkpoints / FOLDER / str(step)
+        return _source(config, folder, rewrite(config, folder, checkpoint).number)[0]
+
+    summary = train(
+        with_epochs(config, rows),
+        folder,
+        tokenizer_fingerprint=pipeline.tokenizer.fingerprint,
+        init_from=None if stage.before is None else stage.before.checkpoints,
+        refresh=refresh,
+        **source._asdict(),
+    )
+    write_sealed(folder / FINISHED, {"step": summary["step"], "seconds": summary["seconds"]})
+
+
+def _source(config: ConfigDict, folder: Path, version: int | None) -> tuple[Source, int]:
+    """What a version of the knowledge gives to read, and its rows."""
+    pipeline = open_pipeline(config, folder, version=version)
+    if config.data.packing == "pairs":
+        raise ConfigError("config.data.packing = 'pairs': a sweep does not train on preferences")
+    writer = None if pipeline.bank is None else pipeline.bank.writer
+    number = None if pipeline.version is None else pipeline.version.number
+    evaluate = evaluator(config, folder, version=version)
+    return Source(pipeline, evaluate, writer, number), len(pipeline.rows)
+
+
+def _write_bank(config: ConfigDict, bank: Path, reader: Stage, writer: Stage) -> None:
+    """The memories of the reader's references by the writer of a checkpoint."""
+    write = MemoryWriter(config, writer.folder, writer.checkpoints)
+    write(References.open(reader.folder / "references"), bank)
+
+
+def _measure(sweep: Sweep, run: Run) -> dict[str, float]:
+    """The figures of a trained run.
+
+    Losses in nats a token and accuracies on the validation rows, shares of right answers, bytes of
+    a memory in the bank, counted work of training in FLOP, and steps of the last stage.
+    """
+    last, config = run.stages[-1], run.read
+    assert config is not None
+    if run.bank is not None:
+        _write_bank(config, run.bank, last, (last.before or last) if last.bank else last)
+    pipeline = open_pipeline(config, last.folder, split="validation", bank=run.bank)
+    model, tokenizer = Model(config, prefix_tokens(config)), pipeline.tokenizer
+    params, meta = restore_params(
+        last.checkpoints, model, tokenizer_fingerprint=tokenizer.fingerprint
+    )
+    check_reader(pipeline.bank, meta, last.checkpoints)
+    figures: dict[str, float] = dict(LossEvaluator(config, pipeline)(params))
+    if sweep.questions:
+        asked = answer_questions(
+            config, pipeline, model, params, last.data.folder / sweep.questions
+        )
+        figures["questions"] = asked.pop("count")
+        renamed = {name.replace("accuracy", "right"): value for name, value in asked.items()}
+        figures |= renamed
+    if sweep.in_context:
+        told = read_questions(last.data.folder / sweep.in_context)
+        figures["right_in_context"] = float(
+            np.mean(Answerer(model, params, tokenizer).correct(told))
+        )
+    if config.memory.source != "none":
+        figures["memory_bytes"] = _bytes_of_memory(run.bank or _bank_of(last))
+    figures["flops"] = sum(flops.train_step(s.config) * s.config.train.steps for s in run.stages)
+    return {**figures, "steps": meta["step"]}
+
+
+def _bank_of(stage: Stage) -> Path:
+    return open_version(stage.folder).banks[0]
+
+
+def _bytes_of_memory(bank: Path) -> int:
+    """Of one memory as the bank stores it, short references filled up."""
+    opened = Bank.open(bank)
+    return math.prod(opened.manifest["shape"][1:]) * opened.dtype.itemsize

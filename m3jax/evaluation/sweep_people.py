@@ -1,0 +1,102 @@
+"""The data of the quickstart's sweep: invented people, and the same people in documents of four."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from m3jax.config import ConfigDict
+from m3jax.evaluation.quickstart import in_context, make_index, prepare_people
+from m3jax.text import people
+from m3jax.text.corpus import write_corpus
+from m3jax.text.cut import Piece
+from m3jax.text.documents import Document, TextError, is_validation, read_documents
+from m3jax.text.files import lines
+from m3jax.text.references import write_pieces
+from m3jax.text.tokenizer import Tokenizer
+
+QUESTIONS, IN_CONTEXT = "text/questions.jsonl", "text/in_context.jsonl"
+IN_DOCUMENTS = "documents"  # name of the other knowledge base
+TOGETHER = 4  # people of one document of it
+
+
+def prepare(
+    config: ConfigDict, folder: Path, knowledge: str, world_options: Mapping[str, int]
+) -> None:
+    """Makes the quickstart's data, and its questions with and without the facts in the prompt.
+
+    Args:
+      config: of warmup.
+      folder: where.
+      knowledge: "": every person is a document of one reference. `documents`: four people are a
+        document of four references, which are the same, in the same order.
+      world_options: of `people.make_world`.
+
+    Raises:
+      TextError: an unknown knowledge base.
+    """
+    if knowledge not in ("", IN_DOCUMENTS):
+        raise TextError(f"knowledge = {knowledge!r}; there is {IN_DOCUMENTS!r}, and '' for none")
+    world = people.make_world(config.seed, **world_options)
+    prepare_people(config, folder, world)
+    asked = people.questions(world, config.seed)
+    keys = _keys(world) if knowledge else {}
+    people.write_jsonl(
+        folder / QUESTIONS,
+        (
+            {"prompt": q.prompt, "answer": q.answer, "references": _renamed(q.references, keys)}
+            for q in asked
+        ),
+    )
+    told = in_context(world, asked)
+    people.write_jsonl(folder / IN_CONTEXT, map(dataclasses.asdict, told))
+    if knowledge:
+        _join(config, folder, world, keys)
+
+
+def _keys(world: people.World) -> dict[str, str]:
+    """Key of every person's reference → what it is called in a document of several."""
+    everyone = (*world.people, *world.unseen)
+    return {
+        person.reference: f"group-{i // TOGETHER}#{i % TOGETHER}"
+        for i, person in enumerate(everyone)
+    }
+
+
+def _renamed(keys: tuple[str, ...] | list[str], names: Mapping[str, str]) -> list[str]:
+    return [names.get(key, key) for key in keys]
+
+
+def _join(config: ConfigDict, folder: Path, world: people.World, keys: Mapping[str, str]) -> None:
+    """Makes references, index and corpus anew, with people in documents of several."""
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    length = config.memory.reference_length
+    write_pieces(_documents(world, tokenizer), tokenizer, folder / "references", length)
+    shutil.rmtree(folder / "index")
+    make_index(config, folder)
+    source = folder / "text" / "documents.jsonl"
+    records = [json.loads(line) for line in lines(source)]
+    for record in records:
+        if "references" in record:
+            record["references"] = _renamed(record["references"], keys)
+    people.write_jsonl(source, records)
+    for name in ("validation", "train"):
+        documents = read_documents(str(source))
+        share, held_out = config.text.validation_share, name == "validation"
+        chosen = (d for d in documents if is_validation(d, share) == held_out)
+        write_corpus(chosen, tokenizer, folder / "corpus" / name, shards=config.text.shards)
+
+
+def _documents(world: people.World, tokenizer: Tokenizer) -> Iterator[tuple[Document, list[Piece]]]:
+    everyone = (*world.people, *world.unseen)
+    for low in range(0, len(everyone), TOGETHER):
+        members, pieces, start = everyone[low : low + TOGETHER], [], 0
+        for person in members:
+            text = person.text
+            pieces.append(Piece(start, start + len(text), text, tokenizer.encode(text)))
+            start += len(text) + 1
+        text = "\n".join(person.text for person in members)
+        yield Document(id=f"group-{low // TOGETHER}", text=text), pieces
