@@ -1,0 +1,220 @@
+"""Works out what the entries of a sweep train and what they share; makes and trains nothing."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from m3jax import config as config_lib
+from m3jax.config import ConfigDict, ConfigError
+from m3jax.evaluation.sweep import Data, Entry, Run, Stage, Sweep, SweepError
+from m3jax.text.files import digest
+
+# What a stage without memory does not read: entries that differ only here share it. The segments
+# that memory layers make are put together anew where another stage has others.
+_WITH_MEMORY = ("memory.", "writer.", "retrieval.", "evaluation.shift", "train.refresh_every")
+_ALWAYS = ("memory.reference_length", "memory.chunk_length")
+_SEGMENTS = ("memory.first_layer", "memory.layers")
+
+# What is decided when the data is prepared, which all entries share.
+_OF_DATA = (
+    *("text.", "clean.", "memory.reference_length", "retrieval.embedder", "retrieval.dimension"),
+    *("retrieval.encoder", "retrieval.checkpoint", "retrieval.layer", "retrieval.pooling"),
+    *("retrieval.exact_below", "retrieval.index_parts", "retrieval.recall"),
+)
+
+# What the memories of a bank depend on, besides writer and references.
+_OF_BANK = (
+    *("model.", "writer.", "memory.first_layer", "memory.layers", "memory.reference_length"),
+    *("memory.kept_tokens", "memory.selection", "memory.dtype"),
+)
+
+
+def plan(sweep: Sweep, workdir: str | Path, data: str | Path | None = None) -> list[Run]:
+    """All runs of a sweep in order, with what each shares; nothing is made or trained.
+
+    An entry whose config is refused has the reason in its run.
+
+    Args:
+      sweep: the sweep.
+      workdir: folder for all that it makes.
+      data: prepared workdir, where the sweep has no `prepare`.
+
+    Raises:
+      SweepError: there is no data, or twice.
+    """
+    if (sweep.prepare is None) == (data is None):
+        raise SweepError(
+            "this sweep prepares its data itself; leave out --data"
+            if data is not None
+            else "this sweep prepares no data; name a workdir of launch/prepare.py with --data"
+        )
+    if not Path(sweep.config).is_file():
+        raise SweepError(f"there is no config {sweep.config}; start in the folder above configs/")
+    get_config = runpy.run_path(sweep.config)["get_config"]
+    planner = _Planner(sweep, Path(workdir).absolute(), data, get_config)
+    return [planner.run(entry, seed) for seed in sweep.seeds for entry in sweep.entries]
+
+
+class _Planner:
+    """What the runs of a sweep have in common."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        workdir: Path,
+        data: str | Path | None,
+        get_config: Callable[[str], ConfigDict],
+    ):
+        self.sweep, self.workdir, self.given = sweep, workdir, data
+        self.get_config = get_config
+
+    def run(self, entry: Entry, seed: int) -> Run:
+        result = self.workdir / "results" / f"{entry.name}-seed-{seed}.json"
+        try:
+            _check_entry(entry)
+            before: Stage | None = None
+            stages = []
+            for name in entry.stages:
+                before = self.stage(entry, seed, name, before)
+                stages.append(before)
+            read = self.reading(entry, stages[-1])
+        except ConfigError as error:
+            return Run(entry, seed, result, refused=str(error), key=digest(str(error)))
+        bank = self.bank_to_read(stages[-1], read)
+        sweep = self.sweep
+        measured = [stages[-1].folder.name, _changed(read), bank.name if bank else None]
+        key = digest(json.dumps([*measured, sweep.questions, sweep.in_context], sort_keys=True))
+        return Run(entry, seed, result, tuple(stages), read, bank, key)
+
+    def stage(self, entry: Entry, seed: int, name: str, before: Stage | None) -> Stage:
+        """A stage of an entry."""
+        options = ",".join(part for part in (f"stage={name}", entry.options) if part)
+        base = self.get_config(options)
+        chosen = {**_of(self.sweep.changes, name), **_of(entry.changes, name)}
+        if base.memory.source == "none":
+            resized = any(path.startswith("model.") for path in chosen)
+            chosen = {p: v for p, v in chosen.items() if _matters_without_memory(p, resized)}
+        config = _with(base, {**chosen, "seed": seed})
+        reads = config.memory.source != "none"
+        data = self.data(seed, entry.knowledge if reads else "")
+        made_of = [_changed(config), data.key, before.folder.name if before else None]
+        bank = None
+        if config.memory.source == "precomputed":
+            if before is None:
+                raise ConfigError(
+                    "config.memory.source = 'precomputed': the first stage of an entry has no"
+                    " checkpoint that could write; use 'online', or begin with another stage"
+                )
+            bank = self.bank(config, before, data)
+        folder = self.workdir / "stages" / f"{name}-{_short(made_of)}"
+        return Stage(folder, config, data, before, bank)
+
+    def data(self, seed: int, knowledge: str) -> Data:
+        """What all entries of a seed share; made with the first stage of the first of them."""
+        if self.given is not None:
+            if knowledge:
+                raise ConfigError(
+                    f"knowledge = {knowledge!r}: --data is one knowledge base; leave it out"
+                )
+            return Data(Path(self.given).absolute(), None, "")
+        first = self.sweep.entries[0].stages[0]
+        changes = {**_of(self.sweep.changes, first), "seed": seed}
+        config = _with(self.get_config(f"stage={first}"), changes)
+        named = "-".join(part for part in ("seed", str(seed), knowledge) if part)
+        made = self.workdir / "data" / f"{named}-{_short([_changed(config), knowledge])}"
+        return Data(made, config, knowledge)
+
+    def reading(self, entry: Entry, last: Stage) -> ConfigDict:
+        """The config with which the last stage is measured: all memories come from a bank."""
+        changes = {**_of(self.sweep.read, last.config.stage), **_of(entry.read, last.config.stage)}
+        if last.config.memory.source in config_lib.IN_STEP:
+            changes = {"memory.source": "precomputed", **changes}
+        return _with(last.config, changes)
+
+    def bank_to_read(self, last: Stage, read: ConfigDict) -> Path | None:
+        """Where the memories are that the last stage is measured with, unless it has read them."""
+        if read.memory.source == "none":
+            return None
+        writer = last.before if last.bank else last
+        assert writer is not None
+        bank = self.bank(read, writer, last.data)
+        return None if bank == last.bank else bank
+
+    def bank(self, config: ConfigDict, writer: Stage, data: Data) -> Path:
+        fields = {p: v for p, v in flatten(config).items() if p.startswith(_OF_BANK)}
+        return self.workdir / "banks" / _short([fields, writer.folder.name, data.key])
+
+
+def _check_entry(entry: Entry) -> None:
+    """Refuses an entry without stages, and changes of what all entries share."""
+    if not entry.stages:
+        raise ConfigError("stages = (): an entry trains at least one stage")
+    for path in (*entry.changes, *entry.read):
+        name = path.rpartition(":")[2]
+        if name in ("seed", "stage"):
+            raise ConfigError(f"config.{name} is not an entry's to change; it has {name}s")
+        if name.startswith(_OF_DATA):
+            raise ConfigError(
+                f"config.{name} is decided when the data is prepared, which all entries share;"
+                " change it for the whole sweep, or make another one"
+            )
+    if len(set(entry.stages)) < len(entry.stages):
+        raise ConfigError(f"stages = {', '.join(entry.stages)}: each stage once")
+    stray = [path for path in entry.changes if ":" in path and _stage_of(path) not in entry.stages]
+    if stray:
+        raise ConfigError(
+            f"{stray[0]} is of a stage that the entry has not; it has {', '.join(entry.stages)}"
+        )
+
+
+def _stage_of(path: str) -> str:
+    return path.partition(":")[0]
+
+
+def _of(changes: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    """Changes that hold in a stage; those for it alone win."""
+    general = {path: value for path, value in changes.items() if ":" not in path}
+    own = {p.partition(":")[2]: v for p, v in changes.items() if p.startswith(f"{stage}:")}
+    return {**general, **own}
+
+
+def _matters_without_memory(path: str, resized: bool) -> bool:
+    if path in _SEGMENTS:
+        return resized  # the memory layers of the base may not exist in a model of another depth
+    return path in _ALWAYS or not path.startswith(_WITH_MEMORY)
+
+
+def _with(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A config with other values, validated; unknown fields and types raise `ConfigError`."""
+    values = config.to_dict()
+    for path, value in changes.items():
+        section, _, name = path.rpartition(".")
+        node = values.setdefault(section, {}) if section else values
+        if not isinstance(node, dict):
+            raise ConfigError(f"config.{path} is not a field")
+        node[name] = value
+    return config_lib.validate(ConfigDict(values)).lock()
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """Path of every field → its value."""
+    flat: dict[str, Any] = {}
+    for name, value in config.to_dict().items():
+        inner = value.items() if isinstance(value, dict) else ()
+        flat |= {f"{name}.{key}": leaf for key, leaf in inner} or {name: value}
+    return flat
+
+
+def _changed(config: ConfigDict) -> dict[str, Any]:
+    """Fields that differ from the defaults, so that a new field changes no hash; not the name."""
+    default = flatten(config_lib.default())
+    found = {path: value for path, value in flatten(config).items() if value != default[path]}
+    return {path: found[path] for path in sorted(found) if path != "name"}
+
+
+def _short(made_of: Any) -> str:
+    return digest(json.dumps(made_of, sort_keys=True))[:12]
