@@ -187,7 +187,7 @@ def sweep_dots(
         if group != before:
             y += 0.6
             before = group
-            axes.text(0, y - 0.85, f" {group}", transform=axes.get_yaxis_transform(), **heading)
+            axes.text(0, y - 0.3, f" {group}", transform=axes.get_yaxis_transform(), **heading)
             y += 0.35
         axes.plot(none, [y] * len(none), "o", color=PLAIN, markersize=5, clip_on=False)
         axes.plot(memory, [y] * len(memory), "o", color=MEMORY, markersize=6, clip_on=False)
@@ -196,7 +196,7 @@ def sweep_dots(
     if lines[0][2]:
         axes.axvline(float(np.mean(lines[0][2])), color=INK, linestyle=":", linewidth=1.2)
     axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks], fontsize=9)
-    axes.set_ylim(y - 0.3, -0.8)
+    axes.set_ylim(y - 0.3, -0.1)
     axes.set_xlabel(f"{axis}; a dot a seed", color=INK)
     axes.grid(axis="x", color=GRID)
     axes.set_axisbelow(True)
