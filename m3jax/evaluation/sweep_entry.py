@@ -37,7 +37,7 @@ from m3jax.train.loop import Source, train
 from m3jax.train.writer import MemoryWriter
 
 FINISHED = "finished.json"
-_PARTS = ("tokenizer", "corpus", "references", "index")
+_PARTS, _PACKED = ("tokenizer", "corpus", "references", "index"), ("chats",)
 
 
 def prepare(sweep: Sweep, run: Run) -> None:
@@ -79,7 +79,8 @@ def _make_data(sweep: Sweep, data: Data) -> None:
 
 def _link(stage: Stage) -> None:
     """Makes the workdir of a stage, or what is missing of it."""
-    wanted = {name: stage.data.folder / name for name in _PARTS}
+    parts = {name: stage.data.folder / name for name in (*_PARTS, *_PACKED)}
+    wanted = {name: path for name, path in parts.items() if name in _PARTS or path.exists()}
     if stage.bank is not None:
         wanted["bank"] = stage.bank
     before = stage.before

@@ -88,9 +88,11 @@ def _run(run: Run, command: Sequence[str], lock: int) -> str:
     run.result.unlink(missing_ok=True)  # of another config, or failed
     with log.open("ab") as file:
         begin = file.tell()
-        code = subprocess.call(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, pass_fds=(lock,)
-        )
+        # Nothing is ever written to its input, which ends when this process does.
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=file, stderr=file, pass_fds=(lock,)
+        ) as process:
+            code = process.wait()
     if outcome(run) is not None:
         return ""
     if code in _STOPPED:
@@ -136,11 +138,9 @@ def alone(workdir: Path) -> Iterator[int]:
 
 def end_with_parent() -> None:
     """Lets this process end when the one that started it has: saved, by SIGTERM, or hard later."""
-    parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.3)
+        os.read(0, 1)  # returns when the other end of the input is gone
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(_PATIENCE / 2)
         os._exit(1)
