@@ -47,10 +47,9 @@ _ONE = flags.DEFINE_string("one", None, "ENTRY@SEED: what the command calls itse
 def main(argv: list[str]) -> None:
     """Plans the sweep and does what the flags say."""
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/, which is not installed
-    from m3jax.evaluation.sweep_plan import plan
-
     from m3jax.evaluation import sweep_loop, sweep_pod, sweep_report
     from m3jax.evaluation.sweep import Run, chosen, load_sweep
+    from m3jax.evaluation.sweep_plan import plan
 
     sweep, workdir = load_sweep(str(_SWEEP.value)), Path(str(_WORKDIR.value)).absolute()
     runs = chosen(plan(sweep, workdir, _DATA.value), _ENTRIES.value, _SEEDS.value)

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from m3jax.evaluation.sweep_plan import plan
 
 from m3jax.evaluation.sweep import Entry, Run, Sweep, SweepError, chosen, load_sweep
 from m3jax.evaluation.sweep_loop import outcome
+from m3jax.evaluation.sweep_plan import plan
 from m3jax.evaluation.sweep_pod import launch_lines
 from m3jax.evaluation.sweep_report import BEGIN, END, as_json, finish, insert, table
 from m3jax.text.files import write_sealed
