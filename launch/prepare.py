@@ -11,6 +11,11 @@ bytes as one; the data report is then in DIR/report/data:
     python launch/prepare.py --config=configs/wiki_small.py --workdir=runs/wiki \
         --documents=articles.jsonl.gz --config.clean.enabled --workers=2
 
+References selected: rules, near-duplicates, and none that holds a question of an evaluation (fields
+`knowledge.`); the report is then in DIR/report/knowledge:
+
+    python launch/prepare.py … --config.knowledge.enabled --questions=nq.jsonl,boolq.jsonl
+
 With Apache Beam, on machines that all see the workdir:
 
     python launch/prepare.py … --beam=--runner=FlinkRunner --beam=--flink_master=HOST:8081
@@ -50,8 +55,9 @@ _LIMIT = flags.DEFINE_integer(
 _WORKERS = flags.DEFINE_integer(
     "workers",
     None,
-    "Processes that clean and tokenize blocks of documents. Default: without --config.clean.enabled"
-    " and --config.text.shuffle no blocks are made, else this process works on them.",
+    "Processes that clean and tokenize blocks of documents, and select references. Default: without"
+    " --config.clean.enabled and --config.text.shuffle no blocks are made, else this process works"
+    " on them.",
     lower_bound=1,
 )
 _BEAM = flags.DEFINE_multi_string(
@@ -68,16 +74,26 @@ _QUALITY = flags.DEFINE_string(
 )
 
 
+_QUESTIONS = flags.DEFINE_list(
+    "questions",
+    [],
+    "Files of evaluation questions that no reference may hold, in the forms of launch/evaluate.py"
+    " --tasks; with --config.knowledge.enabled.",
+)
+
+
 def main(argv: list[str]) -> None:
     """Prepares the text, then the index over its references."""
     from m3jax.data.embedders import make_embedder
     from m3jax.data.knowledge import require_unedited
+    from m3jax.evaluation.local_tasks import question_texts
     from m3jax.retrieval.index import build_index
 
     config = validate(_CONFIG.value)
     runner = _runner()
     workdir = Path(str(_WORKDIR.value))
     require_unedited(workdir)
+    questions = question_texts(_QUESTIONS.value) if _QUESTIONS.value else []
     # First: what is wrong with an encoder or a checkpoint is known at once.
     embedder = make_embedder(config, workdir)
     prepare_text(
@@ -88,6 +104,7 @@ def main(argv: list[str]) -> None:
         _LIMIT.value,
         runner=runner,
         quality=_QUALITY.value,
+        questions=questions,
     )
 
     references = References.open(workdir / "references")

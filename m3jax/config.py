@@ -240,6 +240,53 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
     ),
     "clean.shingle_words": (5, "neighbouring words that are one item of the comparison", "[1, 64]"),
     "clean.permutations": (128, "MinHash values of a document", "[16, 4096]"),
+    # -- knowledge: which references of the knowledge base are kept; words as of `clean` -----------
+    "knowledge.enabled": (
+        False,
+        "whether references are selected by the rules below, once they are cut and before they are"
+        " embedded; needs the extra `clean` where near-duplicates are looked for",
+        None,
+    ),
+    "knowledge.words_min": (8, "references of fewer words are dropped; 0 = none", "[0, inf)"),
+    "knowledge.nonalphabetic_max": (
+        0.5,
+        "references with a larger share of characters that are no letters, white space not counted,"
+        " are dropped; 1 = none",
+        "[0, 1]",
+    ),
+    "knowledge.listed_max": (
+        0.7,
+        "references with a larger share of their characters in lines of lists, tables and markup"
+        " (lines that begin with a mark of those, or are shorter than 80 bytes and do not end as a"
+        " sentence; not such that are longer and do) are dropped; 1 = none",
+        "[0, 1]",
+    ),
+    "knowledge.repeated_max": (
+        0.5,
+        "references are dropped of whose runs of three words a larger share occurs again in them;"
+        " 1 = none",
+        "[0, 1]",
+    ),
+    "knowledge.contamination": (
+        2 / 3,
+        "references whose overlap (Memory³ §6.1, of words) with a question of launch/prepare.py"
+        " --questions is above this, or of the question with them, are dropped, if the words in"
+        " common carry a larger share of the information, too; 1 = none",
+        "(0, 1]",
+    ),
+    "knowledge.question_words": (
+        8,
+        "questions of fewer words are not compared, and references of fewer are not looked for in"
+        " questions: too much text shares a few words",
+        "[1, inf)",
+    ),
+    "knowledge.similarity": (
+        0.8,
+        "near-duplicates: a reference is dropped when its similarity with an earlier one, as of"
+        " clean.similarity, is at least this; 0 = none is dropped. clean.shingle_words and"
+        " clean.permutations say how it is estimated",
+        "[0, 1]",
+    ),
     # -- retrieval --------------------------------------------------------------------------------
     "retrieval.ids": (
         "search",
@@ -666,6 +713,13 @@ def validate(config: ConfigDict) -> ConfigDict:
         config.retrieval.ids,
         "ids stored with documents need data.packing = 'document', whose rows begin with one, or"
         " 'chats' or 'pairs'",
+    )
+    _require(
+        not (config.knowledge.enabled and config.retrieval.ids == "stored"),
+        "knowledge.enabled",
+        True,
+        "documents name references (retrieval.ids = 'stored') that the selection may drop; set"
+        " retrieval.ids = 'search'",
     )
     _check_chats(config)
     _require(

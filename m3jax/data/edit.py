@@ -129,6 +129,38 @@ def merge(
         return commit(workdir, parent, building, gone, f"merged with {other}")
 
 
+def keep_only(config: ConfigDict, version: Version, ids: np.ndarray, *, note: str) -> Version:
+    """Removes all references but some, and makes the result the current version.
+
+    Args:
+      config: a validated config.
+      version: that the ids are of; still the current one.
+      ids: of references in use; at least one.
+      note: kept with the version.
+
+    Returns:
+      The new version; the same one where nothing is removed.
+
+    Raises:
+      VersionError: the knowledge was edited meanwhile, or another editor.
+    """
+    workdir = version.workdir
+    with only_writer(workdir):
+        parent = open_version(workdir)
+        if parent.number != version.number:
+            raise VersionError(
+                f"{workdir} was edited meanwhile (version {parent.number}, was {version.number});"
+                " select again"
+            )
+        references = open_references(config, parent, Tokenizer.load(workdir / "tokenizer"))
+        live = live_ids(references)
+        gone = np.setdiff1d(live, ids)
+        if not gone.size or gone.size == live.size:
+            return parent
+        building = building_folder(workdir, parent, json.dumps(["keep", gone.tolist()]))
+        return commit(workdir, parent, building, gone, note)
+
+
 def refresh(workdir: str | Path, what: str, *, write: WriteMemories, note: str) -> Version:
     """Writes the memories of the current version anew, as another one; ids and index stay.
 
@@ -195,10 +227,7 @@ def _of_document(references: AnyReferences, document: str) -> list[int]:
         numbering, layers = references.numbering, references.layers
     found = []
     for number, layer in enumerate(layers):
-        n = 0
-        while (row := layer.lookup(f"{document}#{n}")) is not None:
-            found.append(numbering.first(number) + row)
-            n += 1
+        found += [numbering.first(number) + row for row in layer.of_document(document)]
     return [i for i in found if not numbering.is_removed(np.array(i))]
 
 

@@ -123,6 +123,31 @@ def read_task(path: str | Path) -> LocalTask:
     return LocalTask(path.stem, kind, docs)
 
 
+def question_texts(paths: Sequence[str | Path]) -> list[str]:
+    """What the examples of some task files ask, without answers, choices and what stands around it.
+
+    A text that is asked twice is given once. Of a schema it is the sentence with the right context,
+    as it would stand somewhere.
+
+    Raises:
+      TextError: no such file, an empty one, or records of no known form.
+    """
+    found: dict[str, None] = {}
+    for path in task_files(paths):
+        for doc in read_task(path).docs:
+            found[_asked(doc)] = None
+    return list(found)
+
+
+def _asked(doc: Doc) -> str:
+    if "contexts" in doc:
+        return f"{doc['contexts'][doc['gold']]} {doc['continuation']}"
+    text = doc.get("question") or doc["text"]
+    if doc.get("choices") == list(LETTERS):
+        text = text.partition(f"\n{LETTERS[0]}. ")[0]
+    return text.removesuffix(_ANSWER).removeprefix(_QUESTION).strip()
+
+
 def _form(record: Any, path: Path) -> tuple[str, Callable[[Any], Doc]]:
     """The kind of the records, and what makes an example of one."""
     fields = set(record) if isinstance(record, dict) else set()

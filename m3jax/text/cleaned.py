@@ -56,15 +56,7 @@ def _in_range(
     cleaning: Cleaning, names: Iterable[str], kind: str, part: tuple[int, int]
 ) -> Shaped[np.ndarray, " e"]:
     """The entries of all blocks whose keys are in a part of all keys."""
-    low, high = (-(-(i << 64) // part[1]) for i in (part[0], part[0] + 1))
-    pieces = [np.empty(0, duplicates.ENTRY)]
-    for name in names:
-        entries = np.load(cleaning.blocks / f"{name}.{kind}.npy", mmap_mode="r")
-        keys = entries["key"]
-        first = np.searchsorted(keys, np.uint64(low))
-        last = np.searchsorted(keys, np.uint64(high)) if high < 1 << 64 else len(keys)
-        pieces.append(np.array(entries[first:last]))
-    return np.concatenate(pieces)
+    return duplicates.in_part((cleaning.blocks / f"{name}.{kind}.npy" for name in names), part)
 
 
 def _signatures_of(cleaning: Cleaning) -> Any:

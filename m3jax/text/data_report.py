@@ -20,7 +20,7 @@ from m3jax.text.tally import SAMPLES, SHOWN, Tally
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-_INK, _IN, _LEFT, _GRID = "#22303c", "#b8c4cc", "#0b7a75", "#e6eaed"
+INK, IN, LEFT, _GRID = "#22303c", "#b8c4cc", "#0b7a75", "#e6eaed"
 _LANGUAGES = 20  # shown in the picture
 # Steps that take documents out, in their order, with what the value of a sample is.
 _STEPS = {
@@ -153,12 +153,14 @@ def _markdown(content: dict[str, Any]) -> str:
         lines += ["", f"## {step}", "", f"{meanings[step]}.", ""]
         for sample in samples:
             named = " · ".join(f"{sample[key]}" for key in ("id", "source") if sample.get(key))
-            lines += [f"* {named} **{_line(sample['value'])}**", ""]
-            lines += [f"      {_line(line)}" for line in sample["text"].split("\n") if line] + [""]
+            lines += [f"* {named} **{one_line(sample['value'])}**", ""]
+            lines += [f"      {one_line(line)}" for line in sample["text"].split("\n") if line] + [
+                ""
+            ]
     return "\n".join(lines) + "\n"
 
 
-def _line(text: str) -> str:
+def one_line(text: str) -> str:
     """A text in one line, without signs that a terminal would obey."""
     return "".join(c if c.isprintable() else "·" for c in text)
 
@@ -168,13 +170,13 @@ def _draw_lengths(path: Path, read: Counter[str], left: Counter[str]) -> None:
     powers = sorted({int(power) for power in (*read, *left)}) or [0]
     places = range(powers[0], powers[-1] + 1)
     figure, axes = plt.subplots(figsize=(8, 4), constrained_layout=True)
-    axes.bar(places, [read[str(i)] for i in places], color=_IN, width=0.85, label="read")
-    axes.bar(places, [left[str(i)] for i in places], color=_LEFT, width=0.55, label="left")
+    axes.bar(places, [read[str(i)] for i in places], color=IN, width=0.85, label="read")
+    axes.bar(places, [left[str(i)] for i in places], color=LEFT, width=0.55, label="left")
     named = ["0" if i == 0 else f"{1 << (i - 1):,}–\n{(1 << i) - 1:,}" for i in places]
     axes.set_xticks(places, named, fontsize=8)
-    axes.set_xlabel("words of a document", color=_INK)
-    axes.set_ylabel("documents", color=_INK)
-    _finish(figure, axes, path)
+    axes.set_xlabel("words of a document", color=INK)
+    axes.set_ylabel("documents", color=INK)
+    finish_picture(figure, axes, path)
 
 
 def _draw_languages(path: Path, read: Counter[str], left: Counter[str]) -> None:
@@ -182,16 +184,17 @@ def _draw_languages(path: Path, read: Counter[str], left: Counter[str]) -> None:
     ranked = sorted(read, key=lambda name: (-read[name], name))[:_LANGUAGES] or ["–"]
     figure, axes = plt.subplots(figsize=(8, 0.32 * len(ranked) + 1.4), constrained_layout=True)
     rows = range(len(ranked))
-    axes.barh(rows, [read[name] for name in ranked], color=_IN, height=0.8, label="read")
-    axes.barh(rows, [left[name] for name in ranked], color=_LEFT, height=0.5, label="left")
+    axes.barh(rows, [read[name] for name in ranked], color=IN, height=0.8, label="read")
+    axes.barh(rows, [left[name] for name in ranked], color=LEFT, height=0.5, label="left")
     axes.set_yticks(rows, ranked, fontsize=9)
     axes.invert_yaxis()
     axes.set_xscale("symlog", linthresh=1)
-    axes.set_xlabel("documents", color=_INK)
-    _finish(figure, axes, path)
+    axes.set_xlabel("documents", color=INK)
+    finish_picture(figure, axes, path)
 
 
-def _finish(figure: Any, axes: Any, path: Path) -> None:
+def finish_picture(figure: Any, axes: Any, path: Path) -> None:
+    """Legend, grid and edges as in all pictures of these reports; writes the PNG."""
     axes.legend(frameon=False)
     axes.grid(color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,24 @@ def _mixed(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def in_part(files: Iterable[Path], part: tuple[int, int]) -> Shaped[np.ndarray, " e"]:
+    """Entries of all files whose keys are in one part of all keys.
+
+    Args:
+      files: `.npy` of entries sorted by key.
+      part: `(part, parts)`.
+    """
+    low, high = (-(-(i << 64) // part[1]) for i in (part[0], part[0] + 1))
+    pieces = [np.empty(0, ENTRY)]
+    for path in files:
+        entries = np.load(path, mmap_mode="r")
+        keys = entries["key"]
+        first = np.searchsorted(keys, np.uint64(low))
+        last = np.searchsorted(keys, np.uint64(high)) if high < 1 << 64 else len(keys)
+        pieces.append(np.array(entries[first:last]))
+    return np.concatenate(pieces)
 
 
 def groups(entries: Shaped[np.ndarray, " e"]) -> Iterable[UInt64[np.ndarray, " g"]]:

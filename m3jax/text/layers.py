@@ -62,8 +62,15 @@ class LayeredReferences:
         return self.numbering.size
 
     def __getitem__(self, i: int | np.integer) -> Reference:
-        layer, _, rows = next(self.numbering.split(self._check([int(i)])))
-        return self.layers[layer][int(rows[0])]
+        return self.read([int(i)])[0]
+
+    def read(self, ids: Sequence[int] | np.ndarray) -> list[Reference]:
+        """References, in the order of `ids`."""
+        ids = self._check(ids)
+        found: dict[int, Reference] = {}
+        for layer, places, rows in self.numbering.split(ids):
+            found.update(zip(places.tolist(), self.layers[layer].read(rows), strict=True))
+        return [found[place] for place in range(len(ids))]
 
     def texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """Texts of references, in the order of `ids`."""
@@ -122,3 +129,18 @@ def live_ids(references: AnyReferences) -> np.ndarray:
     if isinstance(references, LayeredReferences):
         return references.numbering.live
     return np.arange(len(references))
+
+
+def find_or_removed(references: AnyReferences, key: str) -> int:
+    """Id of the reference with this key; −1 where it was removed.
+
+    Raises:
+      TextError: no reference has had it.
+    """
+    found = references.lookup(key)
+    if found is not None:
+        return found
+    layers = references.layers if isinstance(references, LayeredReferences) else []
+    if any(layer.lookup(key) is not None for layer in layers):
+        return -1
+    return references.find(key)

@@ -87,6 +87,22 @@ def which_exceed(
     return found
 
 
+def shared(
+    text_tokens: Tokens,
+    references: Integer[np.ndarray, "n W"],
+    lengths: Integer[np.ndarray, " n"],
+) -> Integer[np.ndarray, " n"]:
+    """Tokens that a text and each reference have in common, as multisets; bounds both overlaps.
+
+    Arguments as of `which_exceed`.
+    """
+    text = np.asarray(text_tokens, np.int64)
+    if not text.size or not references.size:
+        return np.zeros(len(lengths), np.int64)
+    counts = np.bincount(text, minlength=max(int(text.max()), int(references.max())) + 1)
+    return _occurring_as_often(counts, references, np.asarray(lengths))
+
+
 def _occurring(
     counts: Integer[np.ndarray, " V"],
     references: Integer[np.ndarray, "n W"],

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -19,6 +19,7 @@ from m3jax.text.documents import Document, TextError, inputs_of, is_validation, 
 from m3jax.text.parts import INPUTS, make_part
 from m3jax.text.pipeline import Pipeline
 from m3jax.text.references import References, write_references
+from m3jax.text.selection import Selection
 from m3jax.text.tokenizer import SMALLEST, Tokenizer
 from m3jax.text.workers import LocalRunner, Runner
 
@@ -37,6 +38,7 @@ def prepare_text(
     say: Say = print,
     runner: Runner | None = None,
     quality: str | None = None,
+    questions: Sequence[str] = (),
 ) -> None:
     """Writes `tokenizer/`, `corpus/validation/`, `corpus/train/` and `references/` of a workdir.
 
@@ -51,9 +53,11 @@ def prepare_text(
     kept. The output is the same for every runner and, without cleaning and shuffling, the same as
     without one. A knowledge base of its own is not cleaned.
 
+    With `knowledge.enabled` references are selected (`m3jax.text.selection`), also by the runner.
+
     Args:
-      config: its sections `text` and `clean`, `model.vocabulary` and `memory.reference_length` are
-        used.
+      config: its sections `text`, `clean` and `knowledge`, `model.vocabulary` and
+        `memory.reference_length` are used.
       workdir: folder of the run.
       documents: spec of the training and validation documents (`read_documents`).
       knowledge: spec of the knowledge base; None = the same as `documents`.
@@ -61,12 +65,19 @@ def prepare_text(
       say: gets one line for every part: whether it was kept, and what is in it.
       runner: who does the work on blocks; None = this process.
       quality: spec of a scorer (`load_scorer`), needed by `clean.quality_min`.
+      questions: texts of evaluation questions, which no reference may hold; for
+        `knowledge.enabled`.
 
     Raises:
       TextError: bad documents; a finished part that was made from other inputs; a tokenizer with
         fewer than 260 entries or more than `model.vocabulary`; a library is missing.
     """
     workdir, text = Path(workdir), config.text
+    if questions and not config.knowledge.enabled:
+        raise TextError(
+            f"{len(questions)} questions are given that no reference may hold, but"
+            " config.knowledge.enabled = False; set it, or leave out --questions"
+        )
     if limit is not None and limit < 1:
         raise TextError(f"limit = {limit}; expected at least 1 document")
     knowledge = knowledge or documents
@@ -111,13 +122,21 @@ def prepare_text(
         say(_line(f"corpus/{name}", kept, str(Corpus.open(folder).info())))
 
     length = config.memory.reference_length
+    cut: Callable[[Path], Any]
     if pipeline is not None and sources.same:
         cut = partial(pipeline.write_references, tokenizer)
     else:
         pieces = sources.read(sources.knowledge, "references")
         cut = partial(write_references, pieces, tokenizer, length=length)
     inputs = of_knowledge | {"tokenizer": tokenizer.fingerprint, "memory.reference_length": length}
+    selection = None
+    if config.knowledge.enabled:
+        selection = Selection(config, workdir, runner or LocalRunner(), questions)
+        inputs |= selection.inputs()
+        cut = partial(selection.write, inputs, cut, say)
     kept = make_part(workdir / "references", inputs, cut)
+    if selection is not None:
+        selection.tidy()
     if pipeline is not None:
         pipeline.tidy()
     say(_line("references", kept, References.open(workdir / "references").info()))

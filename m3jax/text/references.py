@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from m3jax.text.records import Records, dtype_of_tokens, writing
 from m3jax.text.tokenizer import PAD, Tokenizer
 
 _KIND = "references"
+_BLOCK = 1024  # references read at a time
 # One row of table.bin a reference: hash of its key, hash of its tokens, number of tokens.
 _ROW = np.dtype([("key", "<u8"), ("content", "<u8"), ("length", "<i4")])
 
@@ -27,8 +29,8 @@ _ROW = np.dtype([("key", "<u8"), ("content", "<u8"), ("length", "<i4")])
 class Reference:
     """A piece of a document: `text` is characters `[start, end)` of the document's text.
 
-    `key` is `<document id>#<n>`, n counting the document's references from 0. `tokens` (≤ W) hold
-    neither prefix nor padding. `source` is the document's.
+    `key` is `<document id>#<n>`, n counting the document's references from 0, also those that were
+    left out since. `tokens` (≤ W) hold neither prefix nor padding. `source` is the document's.
     """
 
     key: str
@@ -123,26 +125,31 @@ def copy_references(source: Any, ids: Sequence[int] | np.ndarray, folder: str | 
       ids: which; at least one.
       folder: where to write, replacing what is there.
     """
-    dtype, documents = source.dtype, set()
+    ids, dtype, gaps = np.asarray(ids), source.dtype, False
+    next_numbers: dict[str, int] = {}  # of every document, as far as it was written
     with writing(folder, 1, ["tokens.bin", "table.bin"]) as writer:
-        for i in np.asarray(ids).tolist():
-            item = source[i]
-            record = {
-                name: getattr(item, name)
-                for name in ("key", "title", "source", "start", "end", "text")
-            }
-            documents.add(item.key.rpartition("#")[0])
-            row = np.array(
-                (_hash(item.key.encode()), source.record_hashes[i], len(item.tokens)), _ROW
-            )
-            data = item.tokens.astype(dtype).tobytes()
-            writer.write(record, tokens=data, table=row.tobytes())
+        for low in range(0, len(ids), _BLOCK):
+            part = ids[low : low + _BLOCK]
+            hashes = source.record_hashes[part]
+            for item, content_hash in zip(source.read(part), hashes, strict=True):
+                document, _, number = item.key.rpartition("#")
+                gaps |= int(number) != next_numbers.get(document, 0)
+                next_numbers[document] = int(number) + 1
+                record = {
+                    name: getattr(item, name)
+                    for name in ("key", "title", "source", "start", "end", "text")
+                }
+                row = np.array((_hash(item.key.encode()), content_hash, len(item.tokens)), _ROW)
+                data = item.tokens.astype(dtype).tobytes()
+                writer.write(record, tokens=data, table=row.tobytes())
         content = {
             "tokenizer": source.tokenizer_fingerprint,
             "dtype": dtype.str,
             "length": source.length,
-            "documents": len(documents),
+            "documents": len(next_numbers),
         }
+        if gaps:
+            content["numbers"] = max(next_numbers.values())
         writer.finish(_KIND, content)
 
 
@@ -184,6 +191,8 @@ class References:
         self.record_hashes: UInt64[np.ndarray, " R"] = table["content"].copy()
         self._ends = np.cumsum(self.lengths, dtype=np.int64)
         self.dtype = np.dtype(manifest["dtype"])
+        # One more than the largest number in a key, where some numbers are missing.
+        self._numbers: int = manifest.get("numbers", 0)
         self._tokens = np.memmap(records.folder / "tokens.bin", self.dtype, "r")
         self._order = np.argsort(table["key"], kind="stable")
         self._sorted_keys = table["key"][self._order]
@@ -236,8 +245,12 @@ class References:
         return len(self._records)
 
     def __getitem__(self, i: int | np.integer) -> Reference:
-        record = self._record(i)
-        return Reference(**record, tokens=self.tokens([int(i)])[0, : self.lengths[i]])
+        return self.read([int(i)])[0]
+
+    def read(self, ids: Sequence[int] | np.ndarray) -> list[Reference]:
+        """References, in the order of `ids`."""
+        rows = zip(self._records.read(ids), self.tokens(ids), ids, strict=True)
+        return [Reference(**record, tokens=row[: self.lengths[i]]) for record, row, i in rows]
 
     def _record(self, i: int | np.integer) -> dict[str, Any]:
         return self._records.read([int(i)])[0]
@@ -267,6 +280,20 @@ class References:
             if self._record(i)["key"] == key:
                 return i
         return None
+
+    def of_document(self, document: str) -> list[int]:
+        """Ids of a document's references, ascending; [] where there are none.
+
+        Where some were left out, their numbers in the keys are missing.
+        """
+        found = []
+        for n in itertools.count():
+            row = self.lookup(f"{document}#{n}")
+            if row is not None:
+                found.append(row)
+            elif n + 1 >= self._numbers:
+                return found
+        raise AssertionError
 
     def find(self, key: str) -> int:
         """Id of the reference with this key.

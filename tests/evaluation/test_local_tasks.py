@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from m3jax.evaluation.local_tasks import read_task, task_files
+from m3jax.evaluation.local_tasks import question_texts, read_task, task_files
 from m3jax.inference.errors import InferenceError
 from m3jax.text.documents import TextError
 
@@ -174,3 +174,42 @@ def test_without_the_harness_the_adapter_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "m3jax.evaluation.harness", raising=False)
     with pytest.raises(InferenceError, match=r"pip install 'm3jax\[eval\]'"):
         importlib.import_module("m3jax.evaluation.harness")
+
+
+def test_what_the_examples_ask(tmp_path):
+    """Every form, without answers, choices and the words around a question."""
+    squad = {"question": "Who won?", "answers": [{"text": "Denver"}]}
+    nested = {"data": [{"paragraphs": [{"context": "They won.", "qas": [squad]}]}]}
+    files = {
+        "a.jsonl": {"query": "Question: Why red?", "choices": ["it is", "it was"], "gold": 1},
+        "b.jsonl": {"context_options": ["Ann ate as", "Bo ate as"], "continuation": "it was cold",
+                    "gold": 1},
+        "c.jsonl": {"context": "The language of X is", "continuation": "English"},
+        "d.jsonl": {"context": "How many eggs?", "chain_of_thought": "2", "answer": "2"},
+        "e.jsonl": {"context": "Question: What bird?\nAnswer:", "answer": "Owl", "aliases": []},
+        "f.jsonl": {"question": "when did it end", "answer": ["1972"]},
+        "g.jsonl": {"prompt": "pet of Tavo", "answer": " otter"},
+    }  # fmt: skip
+    for name, record in files.items():
+        (tmp_path / name).write_text(json.dumps(record) + "\n" + json.dumps(record) + "\n")
+    (tmp_path / "h_test.csv").write_text('"Which, then?",one,two,three,four,C\n')
+    (tmp_path / "i.json").write_text(json.dumps(nested))
+    assert question_texts([tmp_path]) == [
+        "Why red?",
+        "Bo ate as it was cold",
+        "The language of X is",
+        "How many eggs?",
+        "What bird?",
+        "when did it end",
+        "pet of Tavo",
+        "Which, then?",
+        "Who won?",
+    ]
+    (tmp_path / "g.jsonl").write_text("")
+    with pytest.raises(TextError, match="g.jsonl holds no examples"):
+        question_texts([tmp_path / "g.jsonl"])
+    (tmp_path / "g.jsonl").write_text('{"claim": "x"}\n')
+    with pytest.raises(TextError, match="g.jsonl:1: an example with the fields claim is of no"):
+        question_texts([tmp_path])
+    with pytest.raises(TextError, match="there is no task file"):
+        question_texts([tmp_path / "nowhere.jsonl"])

@@ -1,0 +1,83 @@
+"""Rules of references: what is measured of one, and which rule it breaks.
+
+Ours: the paper says of its knowledge base only that the texts were of high quality (Memory³ §7). A
+word is what it is in `m3jax.text.rules`, so one sign of Chinese or Japanese is a word, and one set
+of thresholds serves texts with and without spaces.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from m3jax.text.rules import measure, normal_words
+
+_RUN = 3  # words that are looked for again
+_SHORT = 80  # bytes of UTF-8: about 13 words of English, 26 signs of Chinese
+_MARKS = tuple("*#|!{}<•·◦▪■●–—-+=;:")  # what lines of lists, tables and markup begin with
+_ENDS = tuple(".!?…。！？:：;；,，")
+_CLOSING = "\"'”’»)]）】』」"
+
+
+@dataclass(frozen=True)
+class ReferenceMeasures:
+    """What the rules look at.
+
+    Attributes:
+      words: number of words.
+      nonalphabetic: share of the characters that are no letters, white space left out.
+      listed: share of the characters, white space left out, in lines of lists, tables and markup.
+      repeated: share of the runs of three words that the reference has had before.
+    """
+
+    words: int
+    nonalphabetic: float
+    listed: float
+    repeated: float
+
+
+def measure_reference(text: str) -> ReferenceMeasures:
+    """Measures a reference."""
+    whole = measure(text)
+    return ReferenceMeasures(whole.words, whole.nonalphabetic, _listed(text), _repeated(text))
+
+
+def broken_reference_rule(measures: ReferenceMeasures, knowledge: Any) -> tuple[str, float] | None:
+    """The first rule that a reference breaks, and the value that breaks it; None = it passes.
+
+    Args:
+      measures: of the reference.
+      knowledge: the section `knowledge` of a config.
+    """
+    m = measures
+    checks = (
+        ("words_min", m.words, m.words < knowledge.words_min),
+        ("nonalphabetic_max", m.nonalphabetic, m.nonalphabetic > knowledge.nonalphabetic_max),
+        ("listed_max", m.listed, m.listed > knowledge.listed_max),
+        ("repeated_max", m.repeated, m.repeated > knowledge.repeated_max),
+    )
+    return next(((name, float(value)) for name, value, broken in checks if broken), None)
+
+
+def _listed(text: str) -> float:
+    inside = total = 0
+    for line in map(str.strip, text.split("\n")):
+        signs = len(line) - sum(map(str.isspace, line))
+        total += signs
+        inside += signs if _is_listed(line) else 0
+    return inside / total if total else 0.0
+
+
+def _is_listed(line: str) -> bool:
+    ends = line.rstrip(_CLOSING).endswith(_ENDS)
+    short = len(line.encode("utf-8", "surrogatepass")) < _SHORT
+    if line.startswith(_MARKS):
+        return short or not ends
+    return short and not ends
+
+
+def _repeated(text: str) -> float:
+    words = list(itertools.chain.from_iterable(normal_words(text)))
+    runs = list(zip(*(words[i:] for i in range(_RUN)), strict=False))
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0

@@ -1,0 +1,292 @@
+"""Which of the references that were cut are kept: rules, contamination, near-duplicates.
+
+As in `m3jax.text.clean`, every function here reads and writes files of one folder and may run in
+any process; a range of references is looked at by whoever gets it, and its last file,
+`<first>.json`, says that it is done.
+
+    cut/                       the references as they were cut, a set of its own
+    questions.json             texts of the evaluation questions
+    ranges/<first>.left.npy    numbers of the references that pass
+                  .bands.npy   MinHash bands of those, sorted; .signatures.npy what they come from
+                  .json        counts and samples
+    compared/<part>.npy        references with an earlier near-duplicate, among a range of bands
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from m3jax.config import ConfigDict
+from m3jax.text import duplicates
+from m3jax.text.contamination import Contamination
+from m3jax.text.documents import Document, TextError
+from m3jax.text.files import digest, write_array, write_atomically
+from m3jax.text.records import MANIFEST
+from m3jax.text.reference_rules import broken_reference_rule, measure_reference
+from m3jax.text.references import Reference, References, copy_references
+from m3jax.text.tally import Tally
+from m3jax.text.workers import Runner, Stage
+
+_RANGE = 4096  # references that are one task
+_PART_BYTES = 256 << 20  # of band entries that are compared at once
+_BEGUN = "begun.json"
+_SHOWN = 200  # characters of a question in a sample
+
+
+@dataclass(frozen=True)
+class Selecting:
+    """What the functions here need to know.
+
+    Attributes:
+      folder: where they read and write, seen by all processes.
+      knowledge: the section `knowledge` of the config, as an object with its fields.
+      permutations, shingle_words: of MinHash, from the section `clean`.
+      questions: whether there are some to look for.
+    """
+
+    folder: Path
+    knowledge: Any
+    permutations: int
+    shingle_words: int
+    questions: bool
+
+    @property
+    def cut(self) -> Path:
+        """The references as they were cut."""
+        return self.folder / "cut"
+
+    @property
+    def ranges(self) -> Path:
+        """The folder of the ranges."""
+        return self.folder / "ranges"
+
+
+class Selection:
+    """The selection of a workdir's references, in its folder `selection/` while it is under way."""
+
+    def __init__(
+        self, config: ConfigDict, workdir: Path, runner: Runner, questions: Sequence[str]
+    ) -> None:
+        """Checks what cannot work before anything is read.
+
+        Args:
+          config: its sections `knowledge` and `clean` are used.
+          workdir: folder of the run.
+          runner: who does the work.
+          questions: texts that no reference may hold.
+        """
+        self._workdir, self._runner, self._questions = workdir, runner, list(questions)
+        knowledge = SimpleNamespace(**config.knowledge.to_dict())
+        self._selecting = Selecting(
+            (workdir / "selection").absolute(),
+            knowledge,
+            int(config.clean.permutations),
+            int(config.clean.shingle_words),
+            bool(self._questions) and knowledge.contamination < 1,
+        )
+
+    def inputs(self) -> dict[str, Any]:
+        """What the selection adds to the inputs of the references."""
+        selecting = self._selecting
+        inputs = {f"knowledge.{name}": value for name, value in vars(selecting.knowledge).items()}
+        if selecting.knowledge.similarity > 0:
+            inputs["clean.permutations"] = selecting.permutations
+            inputs["clean.shingle_words"] = selecting.shingle_words
+            inputs["near-duplicates"] = duplicates.algorithm()
+        if self._questions:
+            inputs["questions"] = digest(*self._questions)
+        return inputs
+
+    def write(
+        self,
+        inputs: dict[str, Any],
+        cut: Callable[[Path], Any],
+        say: Callable[[str], Any],
+        folder: Path,
+    ) -> None:
+        """Cuts, selects and writes what is kept, and the report in `report/knowledge/`.
+
+        Args:
+          inputs: of the references; what an unfinished run of others left is deleted.
+          cut: writes the references of all documents to a folder.
+          say: gets one line of what came in and what is left.
+          folder: where the kept ones are written.
+
+        Raises:
+          TextError: nothing is left; or bad documents.
+        """
+        selecting = self._selecting
+        begun = json.dumps(inputs, indent=1, sort_keys=True).encode()
+        marker = selecting.folder / _BEGUN
+        if not marker.is_file() or marker.read_bytes() != begun:
+            shutil.rmtree(selecting.folder, ignore_errors=True)
+            write_atomically(marker, begun)
+        if not (selecting.cut / MANIFEST).is_file():
+            cut(selecting.cut)
+        write_atomically(selecting.folder / "questions.json", json.dumps(self._questions).encode())
+        stages = [Stage("select", partial(_ranges, selecting), _alone, partial(look_at, selecting))]
+        if selecting.knowledge.similarity > 0:
+            parts = partial(_parts, selecting)
+            stages.append(Stage("compare", parts, _alone, partial(compare_part, selecting)))
+        self._runner.run(stages)
+        references = _cut(selecting)
+        kept, drops, tally = decide(selecting)
+        if not len(kept):
+            raise TextError(_nothing(references, drops, tally))
+        from m3jax.text.selection_report import write_selection_report  # draws: a slow import
+
+        report = self._workdir / "report" / "knowledge"
+        looked_for = _looked_for(selecting) if selecting.questions else None
+        said = write_selection_report(references, kept, drops, tally, looked_for, report)
+        copy_references(references, kept, folder)
+        say(said)
+
+    def tidy(self) -> None:
+        """Removes what the references were selected from, when they are finished."""
+        shutil.rmtree(self._selecting.folder, ignore_errors=True)
+
+
+def _nothing(references: References, drops: np.ndarray, tally: Tally) -> str:
+    steps = {name[: -len("/documents")]: n for name, n in tally.counts.items() if "/doc" in name}
+    removed = ", ".join(f"{step} {n}" for step, n in sorted(steps.items()) if step != "read")
+    return (
+        f"the selection leaves none of {len(references)} references: {removed}, near-duplicates"
+        f" {len(drops)}. Loosen the rules (config.knowledge.*), or give other --knowledge"
+    )
+
+
+def _ranges(selecting: Selecting) -> Iterable[tuple[int, int]]:
+    size = len(_cut(selecting))
+    parts = ((low, min(low + _RANGE, size)) for low in range(0, size, _RANGE))
+    return (part for part in parts if not _done(selecting, part[0]))
+
+
+def _name(first: int) -> str:
+    return f"{first:012d}"
+
+
+def _done(selecting: Selecting, first: int) -> bool:
+    return (selecting.ranges / f"{_name(first)}.json").is_file()
+
+
+def _alone(unit: Any) -> Iterable[Any]:
+    return [unit]
+
+
+@lru_cache(maxsize=1)
+def _references(folder: Path, modified: int) -> References:
+    return References.open(folder)
+
+
+def _cut(selecting: Selecting) -> References:
+    modified = (selecting.cut / MANIFEST).stat().st_mtime_ns  # another run's may have had its path
+    return _references(selecting.cut, modified)
+
+
+@lru_cache(maxsize=1)
+def _contamination(path: str, modified: int, threshold: float, least: int) -> Contamination:
+    return Contamination(json.loads(Path(path).read_bytes()), threshold, least)
+
+
+def _looked_for(selecting: Selecting) -> Contamination:
+    path, knowledge = selecting.folder / "questions.json", selecting.knowledge
+    modified = path.stat().st_mtime_ns
+    least = int(knowledge.question_words)
+    return _contamination(str(path), modified, float(knowledge.contamination), least)
+
+
+def look_at(selecting: Selecting, part: tuple[int, int]) -> int:
+    """Applies all rules but the one on near-duplicates to a range; returns its first number."""
+    if _done(selecting, part[0]):
+        return part[0]
+    tally = Tally()
+    items = _cut(selecting).read(range(*part))
+    passed = [_passes(selecting, item, tally) for item in items]
+    left = part[0] + np.flatnonzero(passed)
+    at = selecting.ranges / _name(part[0])
+    write_array(at.with_suffix(".left.npy"), left.astype(np.uint64))
+    if selecting.knowledge.similarity > 0:
+        signatures = np.empty((len(left), selecting.permutations), np.uint32)
+        for row, i in zip(signatures, left.tolist(), strict=True):
+            text = items[i - part[0]].text
+            row[:] = duplicates.signature(text, selecting.permutations, selecting.shingle_words)
+        entries = duplicates.band_entries(
+            signatures, left.astype(np.uint64), selecting.knowledge.similarity
+        )
+        write_array(at.with_suffix(".signatures.npy"), signatures)
+        write_array(at.with_suffix(".bands.npy"), entries)
+    content = json.dumps(tally.to_json(), sort_keys=True).encode()
+    write_atomically(at.with_suffix(".json"), content)
+    return part[0]
+
+
+def _passes(selecting: Selecting, item: Reference, tally: Tally) -> bool:
+    tally.count("read", len(item.text))
+    named = Document(item.key, item.text, item.title, item.title or item.source)
+    measures = measure_reference(item.text)
+    tally.lengths[str(measures.words.bit_length())] += 1
+    broken = broken_reference_rule(measures, selecting.knowledge)
+    if broken is not None:
+        tally.take_out(broken[0], named, f"{broken[1]:.4g}")
+        return False
+    if selecting.questions:
+        found = _looked_for(selecting).find(item.text)
+        if found is not None:
+            shown = " ".join(found[0].split())[:_SHOWN]
+            tally.take_out("contamination", named, f"{found[1]:.2f}, {shown}")
+            return False
+    return True
+
+
+def _parts(selecting: Selecting) -> list[tuple[int, int]]:
+    """Ranges of band keys, as `(part, parts)`, each of which fits in memory."""
+    total = sum(path.stat().st_size for path in selecting.ranges.glob("*.bands.npy"))
+    parts = max(1, -(-total // _PART_BYTES))
+    return [(part, parts) for part in range(parts)]
+
+
+def compare_part(selecting: Selecting, part: tuple[int, int]) -> int:
+    """Finds the near-duplicates among a range of band keys; returns its number."""
+    target = selecting.folder / "compared" / f"{part[0]:05d}-{part[1]:05d}.npy"
+    if target.is_file():
+        return part[0]
+
+    @lru_cache(maxsize=256)
+    def of_range(first: int) -> tuple[np.ndarray, np.ndarray]:
+        at = selecting.ranges / _name(first)
+        return np.load(at.with_suffix(".left.npy")), np.load(
+            at.with_suffix(".signatures.npy"), mmap_mode="r"
+        )
+
+    def signature_of(number: int) -> np.ndarray:
+        left, signatures = of_range(number - number % _RANGE)
+        return np.array(signatures[np.searchsorted(left, np.uint64(number))])
+
+    files = sorted(selecting.ranges.glob("*.bands.npy"))
+    entries = duplicates.in_part(files, part)
+    similarity = float(selecting.knowledge.similarity)
+    write_array(target, duplicates.compare(entries, signature_of, similarity))
+    return part[0]
+
+
+def decide(selecting: Selecting) -> tuple[np.ndarray, np.ndarray, Tally]:
+    """Numbers of the references that are kept, the near-duplicates, and what was counted."""
+    tally = Tally()
+    for path in sorted(selecting.ranges.glob("*.json")):
+        tally.add(Tally.from_json(json.loads(path.read_bytes())))
+    left = [np.load(path) for path in sorted(selecting.ranges.glob("*.left.npy"))]
+    drops = duplicates.merged([])
+    if selecting.knowledge.similarity > 0:
+        names = (f"{part:05d}-{parts:05d}.npy" for part, parts in _parts(selecting))
+        drops = duplicates.merged([np.load(selecting.folder / "compared" / n) for n in names])
+    kept = np.setdiff1d(np.concatenate(left), drops["number"], assume_unique=True)
+    return kept.astype(np.int64), drops, tally
