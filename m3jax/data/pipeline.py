@@ -33,7 +33,7 @@ from m3jax.model.attention import ExplicitMemory
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
 from m3jax.text.documents import TextError
-from m3jax.text.layers import AnyReferences
+from m3jax.text.layers import AnyReferences, find_or_removed
 from m3jax.text.prepare import INPUTS
 from m3jax.text.tokenizer import Tokenizer
 
@@ -137,6 +137,10 @@ class Pipeline:
             batch["reference_tokens"] = self._reference_tokens(reference_ids)
         return batch
 
+    def retrieved(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n C M"]:
+        """Ids of the references that the chunks of these rows find, −1 = none; reads no memory."""
+        return self._reference_ids([self.rows[int(row)] for row in ids])
+
     def batches(
         self, first_step: int = 0, rows: np.ndarray | slice | None = None
     ) -> Iterator[Batch]:
@@ -170,7 +174,7 @@ class Pipeline:
             for row, item in enumerate(items):
                 for chunk, key in enumerate(item.references[:C]):
                     if key:
-                        ids[row, chunk, 0] = self.references.find(key)
+                        ids[row, chunk, 0] = find_or_removed(self.references, key)
             return ids
         queries, against, places = [], [], []
         for row, item in enumerate(items):
@@ -205,7 +209,7 @@ def open_pipeline(
     *,
     split: str = "train",
     bank: str | Path | None = None,
-    version: int | None = None,
+    version: int | Version | None = None,
 ) -> Pipeline:
     """Opens what `launch/prepare.py` and `launch/write_bank.py` left in a workdir.
 
@@ -216,8 +220,8 @@ def open_pipeline(
       split: `train`, or `validation` (batch rows, retrieval shift, overlap limit of `evaluation`;
         no memory dropout).
       bank: folder or URL of the bank; default that of the version.
-      version: of the knowledge (`m3jax.data.knowledge`); None = the current one. It is not
-        collected while the pipeline is in use.
+      version: of the knowledge (`m3jax.data.knowledge`), its number or an opened one; None = the
+        current one. It is not collected while the pipeline is in use.
 
     Raises:
       TextError, RetrievalError, BankError, VersionError: a part is missing, damaged or does not fit
@@ -226,7 +230,7 @@ def open_pipeline(
     workdir = Path(workdir)
     train = split == "train"
     tokenizer = Tokenizer.load(workdir / "tokenizer")
-    rows = _open_rows(config, workdir, split, tokenizer)
+    rows = open_rows(config, workdir, split, tokenizer)
     options = {
         "shift": config.retrieval.shift if train else config.evaluation.shift,
         "batch_rows": config.data.batch_rows if train else config.evaluation.batch_rows,
@@ -234,7 +238,7 @@ def open_pipeline(
     }
     if config.memory.source == "none":
         return Pipeline(config, rows, tokenizer, **options)
-    opened = open_version(workdir, version)
+    opened = version if isinstance(version, Version) else open_version(workdir, version)
     references = open_references(config, opened, tokenizer)
     memories = None
     if config.memory.source == "precomputed":
@@ -253,9 +257,14 @@ def open_pipeline(
     return pipeline
 
 
-def _open_rows(
+def open_rows(
     config: ConfigDict, workdir: Path, split: str, tokenizer: Tokenizer
 ) -> Rows | PackedRows:
+    """The rows of a split of a prepared workdir.
+
+    Raises:
+      TextError: they are missing, or were made with another tokenizer.
+    """
     data = config.data
     packed = data.packing in PACKED
     folder = workdir / (data.packing if packed else "corpus") / split

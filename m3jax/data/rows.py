@@ -78,6 +78,11 @@ class Rows:
     def __len__(self) -> int:
         return self._count
 
+    def document_of(self, rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """Number of the document that each row begins in."""
+        starts = rows * self.row_length if self.packing == "concat" else rows
+        return np.searchsorted(self._starts, starts, side="right") - 1
+
     def __getitem__(self, index: int) -> Row:
         return self._concatenated(index) if self.packing == "concat" else self._own(index)
 

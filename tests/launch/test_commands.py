@@ -108,6 +108,10 @@ def test_a_run_from_text_to_a_table(tmp_path):
     leaks = succeed("leakage", continual, *at, "--against=validation")
     assert "| overlap |" in leaks
     assert (workdir / "report" / "leakage.png").read_bytes().startswith(b"\x89PNG")
+    chosen = succeed("select_references", continual, *at, "--budget_bytes=99999", "--dry_run")
+    assert "validation rows of other documents" in chosen and "random - chosen" in chosen
+    no_budget = call("select_references", continual, *at, "--budget_bytes=9")
+    assert no_budget.returncode == 2 and "is less than one memory" in no_budget.stderr
     _generates(tmp_path, continual, workdir)
     again = succeed("train", continual, *at, f"--init_from={workdir}/warmup")
     assert "checkpoint" in again
@@ -224,6 +228,35 @@ def test_an_index_with_a_pretrained_encoder(tmp_path):
     succeed(*command)
     index = Index.open(workdir / "index")
     assert (index.embedder.name, index.dimension) == ("bert", 32)
+
+
+@pytest.mark.slow
+def test_references_without_the_questions_of_an_evaluation(tmp_path):
+    (tmp_path / "small.py").write_text(SMALL)
+    documents, knowledge = write_text(tmp_path)
+    person = WORLD.unseen[0]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"question": person.text, "answer": "otter"}) + "\n")
+    rules = ("words_min=0", "listed_max=1", "similarity=0", "question_words=4")
+    command = (
+        "prepare",
+        f"--config={tmp_path}/small.py",
+        f"--workdir={tmp_path}/run",
+        f"--documents={documents}",
+        f"--knowledge={knowledge}",
+        "--config.knowledge.enabled",
+        *(f"--config.knowledge.{rule}" for rule in rules),
+    )
+    for text, words in (("", "holds no examples"), ('{"a": 1}\n', "is of no known form")):
+        (tmp_path / "bad.jsonl").write_text(text)
+        refused = call(*command, f"--questions={tmp_path}/bad.jsonl")
+        assert refused.returncode == 2 and words in refused.stderr
+        assert "Traceback" not in refused.stderr and not (tmp_path / "run").exists()
+    shown = succeed(*command, f"--questions={questions}", "--workers=1")
+    assert "80 references cut, 1 dropped, 79 left" in shown
+    report = json.loads((tmp_path / "run/report/knowledge/report.json").read_text())
+    assert [s["id"] for s in report["samples"]["contamination"]] == [person.reference]
+    assert "index: 79 references" in shown
 
 
 @pytest.mark.slow

@@ -1,0 +1,105 @@
+"""The report of a choice of references for people: a table and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from matplotlib.figure import Figure
+
+from m3jax.evaluation.worth import Worth
+from m3jax.text.files import committing
+
+_INK, _SOFT, _GRID, _GOOD, _BAD = "#22303c", "#7d8b99", "#e6eaee", "#0b7a75", "#b8336a"
+_BINS = 40
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    rows, losses, expected = report["rows"], report["losses"], report["expected_drop"]
+    names = {
+        "all": f"all {report['references']} references",
+        "chosen": f"the {report['chosen']} chosen",
+        "random": f"{report['chosen']} at random, {len(report['random_draws'])} draws",
+        "none": "no memory",
+    }
+    lines = [
+        f"{report['checkpoint']} at step {report['step']}, version {report['version']}, retrieval"
+        f" shift {report['shift']}",
+        f"{report['chosen']} of {report['references']} references chosen:"
+        f" {report['chosen_bytes']} of {report['budget']} bytes, {report['bytes_each']} each;"
+        f" {report['chosen_never_found']} of them were never found",
+        f"expected drop of the loss: {expected['chosen']:.4f} of {expected['all']:.4f} nats a"
+        f" token, from {report['measured']} references measured on {rows['measured']} rows;"
+        f" {report['never_found']} were never found",
+        "",
+        f"| {rows['checked']} validation rows of other documents | loss (nats a token) | ± |",
+        "|---|---|---|",
+        *(
+            f"| {names[name]} | {loss:.4f} | {error:.4f} |"
+            for name, (loss, error) in losses.items()
+        ),
+        "",
+    ]
+    for name, (change, error) in report["differences"].items():
+        lines.append(f"{name}: {change:+.4f} ± {error:.4f} nats a token")
+    return "\n".join([*lines, verdict(report)])
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """Whether the choice is better than chance, in words."""
+    change, error = report["differences"].get("random - chosen", (float("nan"),) * 2)
+    if not np.isfinite(change + error):
+        return "not compared with random choices"
+    if change > 2 * error:
+        return "the choice is better than a random one"
+    if change < -2 * error:
+        return "the choice is worse than a random one"
+    return "no difference from a random choice is shown"
+
+
+def picture(
+    found: Worth, live: Int[np.ndarray, " n"], report: dict[str, Any], path: str | Path
+) -> None:
+    """Draws how the worth is distributed, and how much of it a budget buys.
+
+    Args:
+      found: the estimates.
+      live: ids in use.
+      report: of `select_references`.
+      path: the PNG, written atomically.
+    """
+    worth = 1e6 * found.worth[live]
+    figure = Figure(figsize=(11, 4.4), layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2)
+    edges = np.histogram_bin_edges(worth, _BINS)
+    for chosen, colour, label in (
+        (found.counted[live] > 0, _GOOD, "found by a row"),
+        (found.counted[live] == 0, _SOFT, "never found: estimated from the others"),
+    ):
+        label = f"{int(chosen.sum())} {label}"
+        left.hist(worth[chosen], edges, color=colour, label=label, alpha=0.85)
+    left.axvline(0, color=_BAD, linewidth=1)
+    left.set_yscale("symlog", linthresh=1)
+    left.set_xlabel("expected drop of the loss, millionths of a nat a token", color=_INK)
+    left.set_ylabel("references", color=_INK)
+    ranked = np.cumsum(np.sort(found.worth[live])[::-1])
+    size = report["bytes_each"] * np.arange(1, len(ranked) + 1) / 1e6
+    right.plot(size, ranked, color=_GOOD, label="best first")
+    even = ranked[-1] * np.arange(1, len(ranked) + 1) / len(ranked)
+    right.plot(size, even, color=_SOFT, linestyle=":", label="in any order")
+    right.axvline(report["budget"] / 1e6, color=_BAD, linewidth=1, label="budget")
+    right.set_xlim(0, 1.05 * size[-1])
+    right.set_xlabel("memories, MB", color=_INK)
+    right.set_ylabel("expected drop of the loss, nats a token", color=_INK)
+    for axes in (left, right):
+        axes.grid(color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    left.set_title("What references are worth", loc="left", color=_INK, fontsize=13)
+    right.set_title("What a budget buys", loc="left", color=_INK, fontsize=13)
+    with committing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})

@@ -1,0 +1,190 @@
+"""What each reference is worth: the drop of validation loss that its memory brings (Memory³ §10).
+
+Measured of every pair of a row and a reference that its chunks find: the summed loss of the row
+where the memory of the reference is absent, from all chunks that found it, less that where it is
+present. All other memories of the row stay as they are. A pair costs a forward pass of the row.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Shaped
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from m3jax.config import prefix_tokens
+from m3jax.data.pipeline import Batch, Pipeline
+from m3jax.model.transformer import Model, Params
+from m3jax.text.files import write_array, write_atomically
+from m3jax.train.objective import Decode, hidden_of, inputs
+
+NOTHING, EVERYTHING = -1, -2  # absent: no reference, or all memories
+# Loss of a row, nats, with a reference absent; `weight` is that of the row's targets.
+MEASURED = np.dtype([("row", "<i8"), ("absent", "<i8"), ("loss", "<f8"), ("weight", "<f8")])
+_BEGUN = "begun.json"
+
+
+class UsefulnessError(ValueError):
+    """A selection of references that cannot be made. The message names the remedy."""
+
+
+class RowLosses:
+    """Summed losses of rows, with some of their memories absent.
+
+    Args:
+      config: a validated config with precomputed memories.
+      decode: of the pipelines whose rows it is given.
+    """
+
+    def __init__(self, config: ConfigDict, decode: Decode | None) -> None:
+        self.model, self._decode = Model(config, prefix_tokens(config)), decode
+        self._losses = jax.jit(self._token_losses)
+
+    def __call__(
+        self,
+        params: Params,
+        batch: Batch,
+        rows: Int[np.ndarray, " n"],
+        absent: Int[np.ndarray, " n"],
+    ) -> Float[np.ndarray, " n"]:
+        """Nats of each row.
+
+        Args:
+          params: of a checkpoint that reads memories.
+          batch: of a pipeline, perhaps on the device.
+          rows: rows of the batch; one may come several times.
+          absent: for each the id of a reference, `NOTHING` or `EVERYTHING`.
+        """
+        ids = batch["reference_ids"]
+        losses = jax.device_get(self._losses(params, inputs(batch), ids, rows, absent))
+        weights = np.asarray(batch["weights"], np.float64)[rows]
+        return (losses.astype(np.float64) * weights).sum(axis=1)
+
+    def _token_losses(
+        self, params: Params, batch: Batch, ids: Array, rows: Array, absent: Array
+    ) -> Array:
+        """Cross-entropy `(n, T)` of every token."""
+        picked = jax.tree.map(lambda x: x[rows], batch)
+        absent = absent[:, None, None]
+        present = (ids[rows] != absent) & (absent != EVERYTHING)
+        memory = picked["memory"]  # without a real slot it takes no attention
+        memory = memory._replace(length=jnp.where(present, memory.length, 0))
+        picked = {**picked, "memory": memory}
+        hidden = hidden_of(self.model, params, picked, None, self._decode)
+        return self.model.token_losses(params, hidden, picked["targets"])
+
+
+def row_losses(
+    losses: RowLosses,
+    pipeline: Pipeline,
+    params: Params,
+    rows: Int[np.ndarray, " n"],
+    absent: int = NOTHING,
+) -> Shaped[np.ndarray, " n"]:
+    """Losses of rows in `MEASURED`, with nothing absent or with everything."""
+    found = []
+    for ids, batch in _batches(pipeline, rows):
+        places = np.arange(pipeline.batch_rows)
+        values = losses(params, batch, places, np.full(len(places), absent))[: len(ids)]
+        weights = np.asarray(batch["weights"], np.float64).sum(axis=1)[: len(ids)]
+        found.append(_measured(ids, np.full(len(ids), absent), values, weights))
+    return np.concatenate(found)
+
+
+def measure(
+    losses: RowLosses,
+    pipeline: Pipeline,
+    params: Params,
+    rows: Int[np.ndarray, " n"],
+    folder: Path,
+    identity: dict[str, Any],
+    progress: bool = True,
+) -> Shaped[np.ndarray, " m"]:
+    """Losses of rows with nothing absent and with each of the references that they find.
+
+    What was measured is in `folder`, a file a batch; a measurement that was stopped goes on where
+    it was, if `identity` is the same.
+
+    Args:
+      losses: with the config and the codec of the pipeline.
+      pipeline: that the rows are of.
+      params: of a checkpoint that reads memories.
+      rows: which.
+      folder: for the files.
+      identity: what the losses depend on, for JSON.
+      progress: show a progress bar.
+
+    Returns:
+      For every row one with `NOTHING` absent, then one for each reference, ascending.
+    """
+    begun = json.dumps({**identity, "rows": rows.tolist()}, indent=1, sort_keys=True).encode()
+    if not (folder / _BEGUN).is_file() or (folder / _BEGUN).read_bytes() != begun:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_atomically(folder / _BEGUN, begun)
+    found, size = [], pipeline.batch_rows
+    bar = tqdm(total=len(rows), unit=" rows", desc="measured", disable=not progress)
+    with bar:
+        for low in range(0, len(rows), size):
+            part, path = rows[low : low + size], folder / f"{low:09d}.npy"
+            if not path.is_file():
+                write_array(path, _measure_batch(losses, pipeline, params, part))
+            found.append(np.load(path))
+            bar.update(len(part))
+    return np.concatenate(found)
+
+
+def _measure_batch(
+    losses: RowLosses, pipeline: Pipeline, params: Params, rows: Int[np.ndarray, " n"]
+) -> Shaped[np.ndarray, " m"]:
+    ((_, batch),) = _batches(pipeline, rows)
+    ids = np.asarray(batch["reference_ids"])
+    pairs = [
+        (place, absent)
+        for place in range(len(rows))
+        for absent in [NOTHING, *np.unique(ids[place][ids[place] >= 0]).tolist()]
+    ]
+    places, absent = np.array(pairs, np.int64).T
+    size = pipeline.batch_rows
+    placed = jax.device_put({**inputs(batch), "reference_ids": batch["reference_ids"]})
+    values = np.zeros(len(pairs))
+    for low in range(0, len(pairs), size):
+        chosen = np.arange(low, low + size) % len(pairs)  # calls of one shape
+        part = losses(params, placed, places[chosen], absent[chosen])
+        values[low : low + size] = part[: len(pairs) - low]
+    weights = np.asarray(batch["weights"], np.float64).sum(axis=1)
+    return _measured(rows[places], absent, values, weights[places])
+
+
+def _batches(
+    pipeline: Pipeline, rows: Int[np.ndarray, " n"]
+) -> Iterator[tuple[Int[np.ndarray, " b"], Batch]]:
+    """Batches of rows; the last one is filled up with its last row."""
+    for low in range(0, len(rows), pipeline.batch_rows):
+        part = rows[low : low + pipeline.batch_rows]
+        fill = np.minimum(np.arange(pipeline.batch_rows), len(part) - 1)
+        yield part, pipeline.read(part[fill])
+
+
+def _measured(
+    rows: np.ndarray, absent: np.ndarray, loss: np.ndarray, weight: np.ndarray
+) -> Shaped[np.ndarray, " m"]:
+    found = np.empty(len(rows), MEASURED)
+    found["row"], found["absent"], found["loss"], found["weight"] = rows, absent, loss, weight
+    return found
+
+
+def drops(measured: Shaped[np.ndarray, " m"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row, reference and drop of the row's loss (nats) of every pair in what `measure` found."""
+    whole = measured[measured["absent"] == NOTHING]
+    pairs = measured[measured["absent"] >= 0]
+    order = np.argsort(whole["row"])
+    base = whole["loss"][order][np.searchsorted(whole["row"][order], pairs["row"])]
+    return pairs["row"], pairs["absent"], pairs["loss"] - base
