@@ -7,29 +7,27 @@ what was chosen and nothing else: against all references, as many at random, and
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Int, Shaped
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from m3jax.config import PACKED, prefix_tokens, to_json
 from m3jax.data.edit import keep_only
-from m3jax.data.knowledge import Version, open_version
+from m3jax.data.knowledge import open_version
 from m3jax.data.pipeline import Pipeline, open_pipeline, open_rows
-from m3jax.data.rows import Rows
+from m3jax.evaluation.choice_check import check_choice, split_rows
 from m3jax.evaluation.report import check_reader
 from m3jax.evaluation.usefulness import (
-    EVERYTHING,
     RowLosses,
     UsefulnessError,
     drops,
     measure,
-    row_losses,
 )
 from m3jax.evaluation.worth import Worth, choose, estimate
 from m3jax.model.transformer import Model, Params
@@ -41,7 +39,7 @@ FOLDER = "usefulness"  # in report/ of the workdir
 _BLOCK = 4096  # references read at a time
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Options:
     """How much is measured.
 
@@ -150,7 +148,7 @@ def select_references(
             "chosen": float(found.worth[chosen].sum()),
         },
     }
-    report |= _check(config, opened, losses, params, check, live, chosen, options.draws)
+    report |= check_choice(config, opened, losses, params, check, live, chosen, options.draws)
     _write(folder, report, found, references, chosen, live)
     if not dry_run:
         said = f"{len(chosen)} of {len(live)} references, by usefulness"
@@ -184,36 +182,6 @@ def _restore(
     params, meta = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer)
     check_reader(pipeline.bank, meta, checkpoint)
     return params, meta
-
-
-def split_rows(
-    pipeline: Pipeline, sample: int, check: int, seed: int
-) -> tuple[Int[np.ndarray, " s"], Int[np.ndarray, " c"]]:
-    """Rows to measure on, and rows of other documents to check on, ascending; drawn at random.
-
-    Raises:
-      UsefulnessError: fewer than two documents, or numbers below 1.
-    """
-    if min(sample, check) < 1:
-        raise UsefulnessError(f"--sample={sample}, --check={check}: at least one row each")
-    assert isinstance(pipeline.rows, Rows)
-    document = pipeline.rows.document_of(np.arange(len(pipeline.rows)))
-    rng = np.random.default_rng([seed, 0x05EF])
-    names = rng.permutation(np.unique(document))
-    if len(names) < 2:
-        raise UsefulnessError(
-            f"the validation text has rows of {len(names)} document; the choice is checked on other"
-            " documents than it is made on. Raise config.text.validation_share and prepare again"
-        )
-    sizes = np.cumsum(np.bincount(document)[names])
-    share = sample / (sample + check)
-    first = int(np.searchsorted(sizes, share * sizes[-1]))
-    first = min(max(first, 1), len(names) - 1)
-    sides = []
-    for chosen, most in ((names[:first], sample), (names[first:], check)):
-        rows = np.flatnonzero(np.isin(document, chosen))
-        sides.append(np.sort(rng.permutation(rows)[:most]))
-    return sides[0], sides[1]
 
 
 def _estimate(
@@ -265,62 +233,6 @@ def _count(
         for ids in training.retrieved(chosen[low : low + size]):
             counted[np.unique(ids[ids >= 0])] += 1
     return counted, len(chosen)
-
-
-def _check(
-    config: ConfigDict,
-    opened: Version,
-    losses: RowLosses,
-    params: Params,
-    rows: Int[np.ndarray, " n"],
-    live: Int[np.ndarray, " m"],
-    chosen: Int[np.ndarray, " k"],
-    draws: int,
-) -> dict[str, Any]:
-    """Losses of the checked rows with several choices of references, and their differences."""
-
-    def with_only(ids: Int[np.ndarray, " k"], absent: int = -1) -> np.ndarray:
-        removed = np.union1d(opened.removed, np.setdiff1d(live, ids))
-        one = dataclasses.replace(opened, number=opened.number + 1, removed=removed)
-        pipeline = open_pipeline(config, opened.workdir, split="validation", version=one)
-        return row_losses(losses, pipeline, params, rows, absent)
-
-    rng = np.random.default_rng([config.seed, 0xD2])
-    everything = with_only(live)
-    found = {"all": everything["loss"], "chosen": with_only(chosen)["loss"]}
-    drawn = [
-        with_only(np.sort(rng.choice(live, len(chosen), replace=False)))["loss"]
-        for _ in range(draws)
-    ]
-    if drawn:
-        found["random"] = np.mean(drawn, axis=0)
-    found["none"] = with_only(live, EVERYTHING)["loss"]
-    pipeline = open_pipeline(config, opened.workdir, split="validation", version=opened)
-    assert isinstance(pipeline.rows, Rows)
-    document, weight = pipeline.rows.document_of(rows), everything["weight"]
-    figures: dict[str, Any] = {"losses": {}, "differences": {}}
-    for name, values in found.items():
-        figures["losses"][name] = ratio(values, weight, document)
-    figures["random_draws"] = [ratio(values, weight, document)[0] for values in drawn]
-    for more, less in (("random", "chosen"), ("chosen", "all"), ("none", "chosen")):
-        if more in found:
-            change = ratio(found[more] - found[less], weight, document)
-            figures["differences"][f"{more} - {less}"] = change
-    return figures
-
-
-def ratio(
-    values: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"], groups: Int[np.ndarray, " n"]
-) -> tuple[float, float]:
-    """Sum of values over sum of weights, and its standard error over groups (linearised)."""
-    mean = float(values.sum() / weights.sum())
-    _, place = np.unique(groups, return_inverse=True)
-    residuals = np.bincount(place, values - mean * weights)
-    many = len(residuals)
-    if many < 2:
-        return mean, float("nan")
-    squared = many / (many - 1) * np.square(residuals).sum()
-    return mean, float(np.sqrt(squared) / weights.sum())
 
 
 def _write(

@@ -18,8 +18,9 @@ from m3jax.data.edit import rollback
 from m3jax.data.knowledge import VersionError, open_references, open_version
 from m3jax.data.pipeline import open_pipeline
 from m3jax.evaluation import knowledge_choice, usefulness
+from m3jax.evaluation.choice_check import ratio, split_rows
 from m3jax.evaluation.choice_report import table
-from m3jax.evaluation.knowledge_choice import Options, ratio, select_references, split_rows
+from m3jax.evaluation.knowledge_choice import Options, select_references
 from m3jax.evaluation.usefulness import (
     EVERYTHING,
     NOTHING,
