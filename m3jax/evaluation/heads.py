@@ -9,30 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Float
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from m3jax.config import PACKED, ConfigError, format_heads, prefix_tokens
+from m3jax.config import PACKED, ConfigError, format_heads, memory_heads, prefix_tokens
 from m3jax.data.pipeline import open_pipeline
 from m3jax.evaluation.losses import LossEvaluator
+from m3jax.evaluation.masked import masked_losses
 from m3jax.evaluation.report import check_reader
-from m3jax.model.attention import MASKED, ExplicitMemory, KeyValues
-from m3jax.model.keyvalues import concatenate, seen_by_heads, visible_mask
-from m3jax.model.transformer import Layer, Model, Params, join, segment_ranges
+from m3jax.model.transformer import Model
 from m3jax.text.files import digest, write_array
 from m3jax.train.checkpoints import restore_params
 from m3jax.train.objective import inputs
 
 HIDES = ("context", "memory")
-_BLOCK = 256  # queries whose scores are held at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +37,8 @@ class HeadScores:
 
     Attributes:
       loss: nats a token of the model as it is.
-      increase: of the loss with the head masked, `(layers, heads)`, nats a token.
+      increase: of the loss with the head masked, `(layers, heads)`, nats a token; NaN for heads
+        that were not masked, having no memories to hide.
       error: its standard error over the rows, each compared with itself.
       rows, tokens: that were predicted.
       about: checkpoint, step, and what was masked.
@@ -55,9 +52,10 @@ class HeadScores:
     about: dict[str, Any]
 
     def ranking(self) -> list[tuple[int, int]]:
-        """Layer and head of all, the one whose mask hurts most first."""
-        order = np.argsort(-self.increase, axis=None, kind="stable")
-        return [divmod(int(i), self.increase.shape[1]) for i in order]
+        """Layer and head of all that were masked, the one whose mask hurts most first."""
+        order = np.argsort(-self.increase, axis=None, kind="stable")  # NaN comes last
+        masked = np.isfinite(self.increase).sum()
+        return [divmod(int(i), self.increase.shape[1]) for i in order[:masked]]
 
     def best(self, share: float, layers: range) -> list[tuple[int, int]]:
         """Layer and head of the share that hurts most, of the heads in some layers; at least one.
@@ -113,7 +111,7 @@ def score_heads(
     tokenizer = pipeline.tokenizer.fingerprint
     params, meta = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer)
     check_reader(pipeline.bank, meta, checkpoint)
-    shape, candidates = _candidates(config, by_query)
+    shape, candidates = _candidates(config, hide, by_query)
     score = jax.jit(masked_losses(model, hide, window, pipeline.decode))
     evaluator = LossEvaluator(plain, pipeline)
     about = {
@@ -135,7 +133,7 @@ def score_heads(
         bar.update()
     bar.close()
     rows = np.moveaxis(done, 1, 0).reshape(len(candidates) + 2, -1)
-    return _scores(rows[0], rows[1], rows[2:], shape, about)
+    return _scores(rows[0], rows[1], rows[2:], shape, candidates, about)
 
 
 def _check(config: ConfigDict, hide: str, window: int, by_query: bool) -> None:
@@ -165,12 +163,20 @@ def _check(config: ConfigDict, hide: str, window: int, by_query: bool) -> None:
         raise ConfigError("memories are stored for key-value heads; rank those")
 
 
-def _candidates(config: ConfigDict, by_query: bool) -> tuple[tuple[int, int], np.ndarray]:
-    """Layers and heads; layer, key-value head and query head of its group (−1 = all) of each."""
+def _candidates(
+    config: ConfigDict, hide: str, by_query: bool
+) -> tuple[tuple[int, int], np.ndarray]:
+    """Layers and heads; layer, key-value head and query head of its group (−1 = all) of those that
+    are masked in turn: all, or those that have memories."""
     model = config.model
     L, K, G = model.layers, model.kv_heads, model.query_heads // model.kv_heads
     groups = range(G) if by_query else [-1]
-    found = [(layer, head, g) for layer in range(L) for head in range(K) for g in groups]
+    first, count = config.memory.first_layer, config.memory.layers
+    pairs: Any = [(layer, head) for layer in range(L) for head in range(K)]
+    if hide == "memory":
+        inside = [pair for pair in pairs if first <= pair[0] < first + count]
+        pairs = memory_heads(config) or inside
+    found = [(layer, head, g) for layer, head in pairs for g in groups]
     return (L, K * len(groups)), np.array(found, np.int32)
 
 
@@ -179,9 +185,18 @@ def _scores(
     base: np.ndarray,
     masked: np.ndarray,
     shape: tuple[int, int],
+    candidates: np.ndarray,
     about: dict[str, Any],
 ) -> HeadScores:
     """Figures from weights `(rows,)` and summed losses `(rows,)` and `(candidates, rows)`."""
+
+    def placed(values: np.ndarray) -> np.ndarray:
+        layer, head, group = candidates.T
+        whole = np.full(shape, np.nan)
+        per_head = 1 if (group < 0).all() else int(group.max()) + 1
+        whole[layer, head * per_head + np.maximum(group, 0)] = values
+        return whole
+
     total, count = weights.sum(), int((weights > 0).sum())
     more = masked - base
     increase = more.sum(1) / total
@@ -189,140 +204,11 @@ def _scores(
     error = np.sqrt(np.square(apart).sum(1) * count / max(count - 1, 1)) / total
     return HeadScores(
         float(base.sum() / total),
-        increase.reshape(shape),
-        error.reshape(shape),
+        placed(increase),
+        placed(error),
         count,
         int(round(total)),
         about,
-    )
-
-
-# -- the program -----------------------------------------------------------------------------------
-def masked_losses(
-    model: Model, hide: str, window: int, decode: Callable | None = None
-) -> Callable[[Params, dict[str, Any], Int[Array, "n 3"]], Float[Array, "n+1 B"]]:
-    """Summed loss of every row: as the model is, then with each candidate masked.
-
-    Args:
-      model: on one device.
-      hide, window: as in `score_heads`.
-      decode: makes memories of what the bank stores.
-
-    Returns:
-      `(params, batch, candidates)`: of a candidate layer, key-value head and query head of its
-      group, −1 for all.
-    """
-    shape = model.config.model
-    L, K, G = shape.layers, shape.kv_heads, shape.query_heads // shape.kv_heads
-
-    def losses(params: Params, batch: dict[str, Any], candidates: Array) -> Array:
-        memory = batch.get("memory") if hide == "memory" else None
-        if memory is not None and decode is not None:
-            memory = decode(memory)
-
-        def one(candidate: Array) -> Array:
-            layer, head, group = candidate
-            masked_LKG = (
-                (jnp.arange(L)[:, None, None] == layer)
-                & (jnp.arange(K)[None, :, None] == head)
-                & ((jnp.arange(G)[None, None] == group) | (group < 0))
-            )
-            hidden = _forward(model, params, batch["tokens"], memory, masked_LKG, hide, window)
-            found = model.token_losses(params, hidden, batch["targets"])
-            return jnp.sum(found * batch["weights"].astype(jnp.float32), axis=1)
-
-        nobody = jnp.full((1, 3), L, jnp.int32)
-        return jax.lax.map(one, jnp.concatenate([nobody, candidates]))
-
-    return losses
-
-
-def _forward(
-    model: Model,
-    params: Params,
-    tokens_BT: Array,
-    memory: ExplicitMemory | None,
-    masked_LKG: Bool[Array, "L K G"],
-    hide: str,
-    window: int,
-) -> Float[Array, "B T D"]:
-    """`Model.hidden` with masked heads."""
-    streams, hidden = model.embed(params, tokens_BT, None)
-    layer = Layer(model, streams)
-    for segment, (low, high) in segment_ranges(model.config).items():
-        if high == low:
-            continue
-        slots: Any = None
-        heads: Any = None
-        if memory is not None and segment == "memory":
-            slots = tuple(jnp.moveaxis(x, 3, 0) for x in memory[:2])
-            heads = None if model.memory_heads is None else jnp.asarray(model.memory_heads)
-
-        def body(hidden: Array, inputs: Any) -> tuple[Array, None]:
-            stacked, masked_KG, slots, heads_K = inputs
-            block = model.merge(stacked)
-            _, context, constant = layer.heads(block, hidden)
-            assert context is not None
-            attended, prefix = layer.of_prefix(constant)
-            read = None if memory is None or slots is None else memory
-            if read is not None:
-                read = ExplicitMemory(slots[0], slots[1], read.length)
-            qkv = context.q, context.k, context.v
-            out = _attend(model, *qkv, prefix, read, heads_K, masked_KG, hide, window)
-            return block.rest(hidden, join((None, out, attended))), None
-
-        each = (params[segment], masked_LKG[low:high], slots, heads)
-        hidden, _ = jax.lax.scan(body, hidden, each)
-    found = streams.split(hidden)[1]
-    assert found is not None
-    return found
-
-
-def _attend(
-    model: Model,
-    q_BTKGH: Array,
-    k_BTKH: Array,
-    v_BTKH: Array,
-    prefix: KeyValues | None,
-    memory: ExplicitMemory | None,
-    heads_K: Array | None,
-    masked_KG: Array,
-    hide: str,
-    window: int,
-) -> Array:
-    """`attend`, some of whose heads see less; all scores of a block of queries are held."""
-    T, H = q_BTKGH.shape[1], q_BTKGH.shape[-1]
-    keys, values = concatenate(k_BTKH, v_BTKH, prefix, memory)
-    settings = model.config.memory
-    constant = 0 if prefix is None else prefix.keys.shape[0]
-    slots = keys.shape[1] - T - constant
-    outputs = []
-    for start in range(0, T, _BLOCK):
-        query_T = start + jnp.arange(min(_BLOCK, T - start))
-        mask_BTS = visible_mask(query_T, T, prefix, memory, settings.chunk_length, settings.window)
-        hides_TS = _hidden_keys(query_T, T, constant, slots, hide, window)
-        hidden_KGTS = masked_KG[:, :, None, None] & hides_TS[None, None]
-        seen = seen_by_heads(mask_BTS, heads_K, prefix, memory)[:, :, None] & ~hidden_KGTS[None]
-        q = q_BTKGH[:, start : start + _BLOCK]
-        scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, keys, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(jnp.where(seen, scores * H**-0.5, MASKED), axis=-1)
-        outputs.append(jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(values.dtype), values))
-    return jnp.concatenate(outputs, axis=1)
-
-
-def _hidden_keys(
-    query_T: Array, context: int, constant: int, slots: int, hide: str, window: int
-) -> Bool[Array, "T keys"]:
-    """Which keys, in the order [prefix ; memories ; context], a masked head does not see."""
-    key_S = jnp.arange(context)[None]
-    far = (query_T[:, None] - key_S >= window) & (key_S > 0) & (hide == "context")
-    return jnp.concatenate(
-        [
-            jnp.zeros((len(query_T), constant), bool),
-            jnp.full((len(query_T), slots), hide == "memory"),
-            far,
-        ],
-        axis=1,
     )
 
 

@@ -127,7 +127,7 @@ def head_map(
 
     Args:
       path: PNG to write.
-      increase: `(layers, heads)`; what lowers the loss is drawn in the other colour.
+      increase: `(layers, heads)`; what lowers the loss is drawn in the other colour, NaN not.
       title: of the picture.
       chosen: layer and head of those with a frame.
       layers: memory layers, marked at the side.
@@ -142,13 +142,15 @@ def head_map(
         ),
         constrained_layout=True,
     )
-    largest = max(float(np.abs(increase).max()), 1e-12)
+    largest = max(float(np.nanmax(np.abs(increase))), 1e-12)
     colours = LinearSegmentedColormap.from_list("heads", ["#b8336a", "#ffffff", MEMORY])
     image = axes.imshow(increase, cmap=colours, vmin=-largest, vmax=largest, aspect="auto")
     if small:
         for layer in range(L):
             for head in range(N):
                 value = float(increase[layer, head])
+                if np.isnan(value):
+                    continue
                 colour = "white" if abs(value) > 0.6 * largest else INK
                 text = f"{value:+.4f}" if largest < 1 else f"{value:+.2f}"
                 axes.text(head, layer, text, ha="center", va="center", fontsize=8, color=colour)

@@ -11,9 +11,10 @@ from data.data_workdir import make_workdir, tiny_config
 from model.oracle import Oracle, oracle_config, random_params, random_references, random_tokens
 
 from m3jax.config import ConfigError, format_heads
-from m3jax.evaluation import heads
-from m3jax.evaluation.heads import HeadScores, masked_losses, report, score_heads, table
+from m3jax.evaluation import heads, masked
+from m3jax.evaluation.heads import HeadScores, report, score_heads, table
 from m3jax.evaluation.losses import evaluator
+from m3jax.evaluation.masked import masked_losses
 from m3jax.mesh import make_mesh
 from m3jax.model.attention import ExplicitMemory
 from m3jax.model.transformer import Model
@@ -98,7 +99,7 @@ def test_masked_losses_equal_the_loops(
     monkeypatch: pytest.MonkeyPatch, prefix: Any, hide: str, group: int, changes: dict[str, Any]
 ) -> None:
     """With scores in blocks of queries that do not divide the row."""
-    monkeypatch.setattr(heads, "_BLOCK", 3)
+    monkeypatch.setattr(masked, "_BLOCK", 3)
     config = oracle_config(**changes)
     params = random_params(config)
     tokens, targets = random_tokens(1, 2, T), random_tokens(2, 2, T)
@@ -164,8 +165,9 @@ def test_scores_of_a_workdir(workdir: Path, hide: str) -> None:
     mode = "memory" if hide == "memory" else "none"
     assert found.loss == pytest.approx(figures[f"loss_{mode}"], rel=1e-5)
     assert (found.error[:2] > 0).all() and np.abs(found.increase[:2]).max() > 0
-    if hide == "memory":
-        assert np.abs(found.increase[2]).max() < 1e-6  # the layer without memories
+    # The layer without memories has none to hide.
+    assert np.isnan(found.increase[2]).all() == (hide == "memory")
+    assert len(found.ranking()) == (4 if hide == "memory" else 6)
 
 
 def test_a_stopped_run_goes_on(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,11 +215,14 @@ def test_increase_and_standard_error_by_hand() -> None:
     """Rows of unequal weight; the error is that of a ratio, each row compared with itself."""
     weights, base = np.array([4.0, 2.0, 0.0]), np.array([8.0, 5.0, 0.0])
     masked = np.array([[9.0, 6.0, 0.0], [8.0, 5.0, 0.0]])
-    found = heads._scores(weights, base, masked, (1, 2), {})
+    candidates = np.array([[0, 0, 1], [0, 1, 0]])
+    found = heads._scores(weights, base, masked, (1, 4), candidates, {})
     assert found.loss == pytest.approx(13 / 6) and (found.rows, found.tokens) == (2, 6)
-    np.testing.assert_allclose(found.increase, [[2 / 6, 0]])
+    np.testing.assert_allclose(found.increase, [[np.nan, 2 / 6, 0, np.nan]])
+    assert found.ranking() == [(0, 1), (0, 2)]
     residual = np.array([1 - 4 * 2 / 6, 1 - 2 * 2 / 6])
-    np.testing.assert_allclose(found.error, [[np.sqrt(2 * (residual**2).sum()) / 6, 0]])
+    error = np.sqrt(2 * (residual**2).sum()) / 6
+    np.testing.assert_allclose(found.error, [[np.nan, error, 0, np.nan]])
 
 
 def test_the_best_heads_of_the_memory_layers() -> None:
