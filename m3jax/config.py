@@ -268,7 +268,7 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
         "[0, 1]",
     ),
     "knowledge.contamination": (
-        2 / 3,
+        0.8,
         "references whose overlap (Memory³ §6.1, of words) with a question of launch/prepare.py"
         " --questions is above this, or of the question with them, are dropped, if the words in"
         " common carry a larger share of the information, too; 1 = none",

@@ -33,7 +33,7 @@ from m3jax.evaluation.worth import Worth, choose, estimate
 from m3jax.model.transformer import Model, Params
 from m3jax.text.files import digest, write_atomically
 from m3jax.text.layers import live_ids
-from m3jax.train.checkpoints import restore_params
+from m3jax.train.checkpoints import checkpoint_folder, restore_params
 
 FOLDER = "usefulness"  # in report/ of the workdir
 _BLOCK = 4096  # references read at a time
@@ -112,7 +112,8 @@ def select_references(
     sample, check = split_rows(pipeline, options.sample, options.check, config.seed)
     losses = RowLosses(config, pipeline.decode)
     identity = {
-        "checkpoint": [str(checkpoint.absolute()), meta["step"]],
+        "checkpoint": [str(checkpoint.absolute()), meta["step"], _age(checkpoint)],
+        "corpus": pipeline.rows.corpus.fingerprint,
         "bank": [bank.binding.writer, opened.number, references.fingerprint],
         "config": digest(to_json(config)),
     }
@@ -120,7 +121,7 @@ def select_references(
     measured = measure(losses, pipeline, params, sample, folder / "measured", identity, progress)
     found = _estimate(config, workdir, pipeline, measured, options.count, progress)
     live = live_ids(references)
-    chosen = choose(found.worth, np.full(len(found.worth), each), budget)
+    chosen = choose(found.worth, np.full(len(found.worth), each), budget, config.seed)
     if not chosen.size:
         raise UsefulnessError(
             f"no reference is expected to lower the loss (on average one changes it by"
@@ -182,6 +183,11 @@ def _restore(
     params, meta = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer)
     check_reader(pipeline.bank, meta, checkpoint)
     return params, meta
+
+
+def _age(checkpoint: Path) -> int:
+    """When a checkpoint was written: another one may have had its path and step."""
+    return checkpoint_folder(checkpoint).stat().st_mtime_ns
 
 
 def _estimate(

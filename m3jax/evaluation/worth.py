@@ -125,14 +125,15 @@ def variances(
 
 
 def choose(
-    worth: Float[np.ndarray, " R"], bytes_each: Int[np.ndarray, " R"], budget: int
+    worth: Float[np.ndarray, " R"], bytes_each: Int[np.ndarray, " R"], budget: int, seed: int = 0
 ) -> Int[np.ndarray, " n"]:
     """Ids with the most worth a byte that fit the budget together, ascending.
 
-    Greedy: in the order of worth a byte, then of ids, each that still fits. Those of no worth or
-    less are not chosen.
+    Greedy: in the order of worth a byte, each that still fits. Those of no worth or less are not
+    chosen. Equal ones are in random order, by the seed: that of the documents would be a choice.
     """
-    order = np.lexsort((np.arange(len(worth)), -worth / bytes_each))
+    drawn = np.random.default_rng([seed, 0xE0]).permutation(len(worth))
+    order = np.lexsort((drawn, -worth / bytes_each))
     chosen, left = [], int(budget)
     for i in order.tolist():
         if worth[i] <= 0:
