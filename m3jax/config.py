@@ -640,141 +640,8 @@ def validate(config: ConfigDict) -> ConfigDict:
             raise ConfigError(f"config.{path} is missing; start from m3jax.config.default()")
         _check_field(path, flat[path])
 
-    model, memory, data, train = config.model, config.memory, config.data, config.train
-    _require(
-        model.query_heads % model.kv_heads == 0,
-        "model.kv_heads",
-        model.kv_heads,
-        f"must divide model.query_heads = {model.query_heads}",
-    )
-    _require(model.head_dim % 2 == 0, "model.head_dim", model.head_dim, "must be even (RoPE)")
-    _require(
-        model.previous_token_head == 0 or model.attention_bias,
-        "model.previous_token_head",
-        model.previous_token_head,
-        "needs model.attention_bias = True",
-    )
-    _require(
-        memory.first_layer + memory.layers <= model.layers,
-        "memory.layers",
-        memory.layers,
-        f"memory layers {memory.first_layer}…{memory.first_layer + memory.layers - 1} do not exist;"
-        f" model.layers = {model.layers}",
-    )
-    _require(
-        memory_heads(config) is None or config.mesh.tensor == 1,
-        "mesh.tensor",
-        config.mesh.tensor,
-        f"must be 1 with memory.heads = {memory.heads!r}: a bank of some heads is not split by"
-        " heads; or store all (memory.heads = '')",
-    )
-    _require(
-        data.row_length % memory.chunk_length == 0,
-        "data.row_length",
-        data.row_length,
-        f"must be a multiple of memory.chunk_length = {memory.chunk_length}",
-    )
-    _require(
-        memory.kept_tokens <= memory.reference_length,
-        "memory.kept_tokens",
-        memory.kept_tokens,
-        f"a reference has at most memory.reference_length = {memory.reference_length} tokens",
-    )
-    _require(
-        data.batch_rows % train.microbatches == 0,
-        "train.microbatches",
-        train.microbatches,
-        f"must divide data.batch_rows = {data.batch_rows}",
-    )
-    _require(
-        config.writer.context == "reference" or memory.source not in IN_STEP,
-        "writer.context",
-        config.writer.context,
-        "online memories are encoded without their document; use memory.source = 'precomputed', or"
-        " writer.context = 'reference'",
-    )
-    _require(
-        config.writer.context == "reference"
-        or config.writer.context_tokens >= 2 * memory.reference_length,
-        "writer.context_tokens",
-        config.writer.context_tokens,
-        f"holds less than two references of memory.reference_length = {memory.reference_length}"
-        " tokens; raise it, or set writer.context = 'reference'",
-    )
-    _require(
-        config.text.vocabulary <= model.vocabulary,
-        "model.vocabulary",
-        model.vocabulary,
-        f"must be at least text.vocabulary = {config.text.vocabulary}",
-    )
-    _require(
-        config.retrieval.ids != "stored" or data.packing != "concat",
-        "retrieval.ids",
-        config.retrieval.ids,
-        "ids stored with documents need data.packing = 'document', whose rows begin with one, or"
-        " 'chats' or 'pairs'",
-    )
-    _require(
-        not (config.knowledge.enabled and config.retrieval.ids == "stored"),
-        "knowledge.enabled",
-        True,
-        "documents name references (retrieval.ids = 'stored') that the selection may drop; set"
-        " retrieval.ids = 'search'",
-    )
-    _check_chats(config)
-    _require(
-        config.retrieval.candidates >= max(memory.per_chunk, memory.per_prompt_chunk),
-        "retrieval.candidates",
-        config.retrieval.candidates,
-        "must be at least memory.per_chunk and memory.per_prompt_chunk",
-    )
-    _require(
-        (config.retrieval.embedder == "bert") == bool(config.retrieval.encoder),
-        "retrieval.encoder",
-        config.retrieval.encoder,
-        "names the encoder's folder with retrieval.embedder = 'bert' and is empty with others;"
-        f" it is {config.retrieval.embedder!r}",
-    )
-    _require(
-        config.retrieval.embedder in ("model", "attention") or not config.retrieval.checkpoint,
-        "retrieval.checkpoint",
-        config.retrieval.checkpoint,
-        "is read by retrieval.embedder = 'model' and 'attention' only; it is"
-        f" {config.retrieval.embedder!r}",
-    )
-    _require(
-        config.retrieval.embedder == "attention" or not config.retrieval.rerank,
-        "retrieval.rerank",
-        config.retrieval.rerank,
-        f"needs retrieval.embedder = 'attention'; it is {config.retrieval.embedder!r}",
-    )
-    _require(
-        config.retrieval.layer <= model.layers,
-        "retrieval.layer",
-        config.retrieval.layer,
-        f"is above model.layers = {model.layers}",
-    )
-    _require(
-        config.optimizer.rise_steps <= train.steps,
-        "optimizer.rise_steps",
-        config.optimizer.rise_steps,
-        f"is longer than train.steps = {train.steps}",
-    )
-    if train.refresh_every:
-        _check_refresh(config)
-    _require(
-        2 * config.guard.patience <= config.guard.window,
-        "guard.patience",
-        config.guard.patience,
-        f"twice as many steps must fit into guard.window = {config.guard.window}",
-    )
-    _require(config.mesh.fsdp != 0, "mesh.fsdp", config.mesh.fsdp, "must be -1 or at least 1")
-    _require(
-        config.stage != "" and "/" not in config.stage,
-        "stage",
-        config.stage,
-        "names a folder of the workdir: not empty, no slash",
-    )
+    for check in (_check_model, _check_references, _check_chats, _check_training):
+        check(config)
     return config
 
 
@@ -818,6 +685,154 @@ def format_heads(pairs: Iterable[tuple[int, int]]) -> str:
     ordered = sorted(set(pairs))
     layers = {layer: [str(h) for at, h in ordered if at == layer] for layer, _ in ordered}
     return ",".join(f"{layer}:{'+'.join(heads)}" for layer, heads in layers.items())
+
+
+def _check_model(config: ConfigDict) -> None:
+    """The shape of the model and of its memories."""
+    model, memory = config.model, config.memory
+    _require(
+        model.query_heads % model.kv_heads == 0,
+        "model.kv_heads",
+        model.kv_heads,
+        f"must divide model.query_heads = {model.query_heads}",
+    )
+    _require(model.head_dim % 2 == 0, "model.head_dim", model.head_dim, "must be even (RoPE)")
+    _require(
+        model.previous_token_head == 0 or model.attention_bias,
+        "model.previous_token_head",
+        model.previous_token_head,
+        "needs model.attention_bias = True",
+    )
+    _require(
+        memory.first_layer + memory.layers <= model.layers,
+        "memory.layers",
+        memory.layers,
+        f"memory layers {memory.first_layer}…{memory.first_layer + memory.layers - 1} do not exist;"
+        f" model.layers = {model.layers}",
+    )
+    _require(
+        memory_heads(config) is None or config.mesh.tensor == 1,
+        "mesh.tensor",
+        config.mesh.tensor,
+        f"must be 1 with memory.heads = {memory.heads!r}: a bank of some heads is not split by"
+        " heads; or store all (memory.heads = '')",
+    )
+    _require(
+        memory.kept_tokens <= memory.reference_length,
+        "memory.kept_tokens",
+        memory.kept_tokens,
+        f"a reference has at most memory.reference_length = {memory.reference_length} tokens",
+    )
+    _require(
+        config.text.vocabulary <= model.vocabulary,
+        "model.vocabulary",
+        model.vocabulary,
+        f"must be at least text.vocabulary = {config.text.vocabulary}",
+    )
+    _require(
+        config.retrieval.embedder in ("model", "attention") or not config.retrieval.checkpoint,
+        "retrieval.checkpoint",
+        config.retrieval.checkpoint,
+        "is read by retrieval.embedder = 'model' and 'attention' only; it is"
+        f" {config.retrieval.embedder!r}",
+    )
+
+
+def _check_references(config: ConfigDict) -> None:
+    """Writing and finding references."""
+    model, memory = config.model, config.memory
+    _require(
+        config.writer.context == "reference" or memory.source not in IN_STEP,
+        "writer.context",
+        config.writer.context,
+        "online memories are encoded without their document; use memory.source = 'precomputed', or"
+        " writer.context = 'reference'",
+    )
+    _require(
+        config.writer.context == "reference"
+        or config.writer.context_tokens >= 2 * memory.reference_length,
+        "writer.context_tokens",
+        config.writer.context_tokens,
+        f"holds less than two references of memory.reference_length = {memory.reference_length}"
+        " tokens; raise it, or set writer.context = 'reference'",
+    )
+    _require(
+        not (config.knowledge.enabled and config.retrieval.ids == "stored"),
+        "knowledge.enabled",
+        True,
+        "documents name references (retrieval.ids = 'stored') that the selection may drop; set"
+        " retrieval.ids = 'search'",
+    )
+    _require(
+        config.retrieval.candidates >= max(memory.per_chunk, memory.per_prompt_chunk),
+        "retrieval.candidates",
+        config.retrieval.candidates,
+        "must be at least memory.per_chunk and memory.per_prompt_chunk",
+    )
+    _require(
+        (config.retrieval.embedder == "bert") == bool(config.retrieval.encoder),
+        "retrieval.encoder",
+        config.retrieval.encoder,
+        "names the encoder's folder with retrieval.embedder = 'bert' and is empty with others;"
+        f" it is {config.retrieval.embedder!r}",
+    )
+    _require(
+        config.retrieval.embedder == "attention" or not config.retrieval.rerank,
+        "retrieval.rerank",
+        config.retrieval.rerank,
+        f"needs retrieval.embedder = 'attention'; it is {config.retrieval.embedder!r}",
+    )
+    _require(
+        config.retrieval.layer <= model.layers,
+        "retrieval.layer",
+        config.retrieval.layer,
+        f"is above model.layers = {model.layers}",
+    )
+
+
+def _check_training(config: ConfigDict) -> None:
+    """Rows, steps, devices."""
+    memory, data, train = config.memory, config.data, config.train
+    _require(
+        data.row_length % memory.chunk_length == 0,
+        "data.row_length",
+        data.row_length,
+        f"must be a multiple of memory.chunk_length = {memory.chunk_length}",
+    )
+    _require(
+        data.batch_rows % train.microbatches == 0,
+        "train.microbatches",
+        train.microbatches,
+        f"must divide data.batch_rows = {data.batch_rows}",
+    )
+    _require(
+        config.retrieval.ids != "stored" or data.packing != "concat",
+        "retrieval.ids",
+        config.retrieval.ids,
+        "ids stored with documents need data.packing = 'document', whose rows begin with one, or"
+        " 'chats' or 'pairs'",
+    )
+    _require(
+        config.optimizer.rise_steps <= train.steps,
+        "optimizer.rise_steps",
+        config.optimizer.rise_steps,
+        f"is longer than train.steps = {train.steps}",
+    )
+    if train.refresh_every:
+        _check_refresh(config)
+    _require(
+        2 * config.guard.patience <= config.guard.window,
+        "guard.patience",
+        config.guard.patience,
+        f"twice as many steps must fit into guard.window = {config.guard.window}",
+    )
+    _require(config.mesh.fsdp != 0, "mesh.fsdp", config.mesh.fsdp, "must be -1 or at least 1")
+    _require(
+        config.stage != "" and "/" not in config.stage,
+        "stage",
+        config.stage,
+        "names a folder of the workdir: not empty, no slash",
+    )
 
 
 def _check_chats(config: ConfigDict) -> None:
