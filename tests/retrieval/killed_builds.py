@@ -93,7 +93,8 @@ def main(references, folder, keep):
         left = {path: path.stat().st_mtime_ns for path in target.rglob("embeddings-*.npy")}
         assert kept.items() <= left.items() if keep == "keep" else not left, moment
         assert not list(target.rglob("*.tmp")), moment
-        print(moment[0], moment[2], len(kept), "shards kept")
+        # At once: a child would write what it finds in the buffer a second time.
+        print(moment[0], moment[2], len(kept), "shards kept", flush=True)
 
 
 if __name__ == "__main__":
