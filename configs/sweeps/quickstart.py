@@ -70,6 +70,9 @@ def _memories() -> list[Entry]:
     for name, first, count in (("1", 0, 1), ("2-3", 1, 2), ("3-4", 2, 2), ("1-4", 0, 4)):
         layers = {"memory.first_layer": first, "memory.layers": count}
         found.append(Entry(f"layers-{name}", layers, group))
+    group = "memory heads (baseline: the 4 of both memory layers)"
+    for name, heads in (("second-layer", "1"), ("half-of-each", "0:0+1,1:0+1")):
+        found.append(Entry(f"heads-{name}", {"memory.heads": heads}, group))
     return found
 
 
