@@ -128,26 +128,13 @@ def select_references(
             f" {-found.mean:+.4f} nats where it is read): the checkpoint gains nothing from this"
             " knowledge; train it on, or measure more rows with --sample"
         )
-    report: dict[str, Any] = {
+    report = {
         "checkpoint": str(checkpoint),
         "step": meta["step"],
         "version": opened.number,
         "shift": config.evaluation.shift,
         "rows": {"measured": len(sample), "checked": len(check)},
-        "references": len(live),
-        "measured": int((found.measured > 0).sum()),
-        "never_found": found.unseen,
-        "mean_drop": found.mean,
-        "shrinkage": found.shrinkage,
-        "bytes_each": int(each),
-        "budget": int(budget),
-        "chosen": len(chosen),
-        "chosen_never_found": int((found.counted[chosen] == 0).sum()),
-        "chosen_bytes": int(each * len(chosen)),
-        "expected_drop": {
-            "all": float(found.worth[live].sum()),
-            "chosen": float(found.worth[chosen].sum()),
-        },
+        **_expected(found, live, chosen, budget, each),
     }
     report |= check_choice(config, opened, losses, params, check, live, chosen, options.draws)
     _write(folder, report, found, references, chosen, live)
@@ -239,6 +226,32 @@ def _count(
         for ids in training.retrieved(chosen[low : low + size]):
             counted[np.unique(ids[ids >= 0])] += 1
     return counted, len(chosen)
+
+
+def _expected(
+    found: Worth,
+    live: Int[np.ndarray, " m"],
+    chosen: Int[np.ndarray, " k"],
+    budget: int,
+    each: int,
+) -> dict[str, Any]:
+    """What is known of all references, and what the chosen ones are expected to bring."""
+    return {
+        "references": len(live),
+        "measured": int((found.measured > 0).sum()),
+        "never_found": found.unseen,
+        "mean_drop": found.mean,
+        "shrinkage": found.shrinkage,
+        "bytes_each": int(each),
+        "budget": int(budget),
+        "chosen": len(chosen),
+        "chosen_never_found": int((found.counted[chosen] == 0).sum()),
+        "chosen_bytes": int(each * len(chosen)),
+        "expected_drop": {
+            "all": float(found.worth[live].sum()),
+            "chosen": float(found.worth[chosen].sum()),
+        },
+    }
 
 
 def _write(

@@ -72,19 +72,11 @@ def prepare_text(
       TextError: bad documents; a finished part that was made from other inputs; a tokenizer with
         fewer than 260 entries or more than `model.vocabulary`; a library is missing.
     """
-    workdir, text = Path(workdir), config.text
-    if questions and not config.knowledge.enabled:
-        raise TextError(
-            f"{len(questions)} questions are given that no reference may hold, but"
-            " config.knowledge.enabled = False; set it, or leave out --questions"
-        )
-    if limit is not None and limit < 1:
-        raise TextError(f"limit = {limit}; expected at least 1 document")
-    knowledge = knowledge or documents
+    _check_arguments(config, limit, questions)
+    workdir, text, knowledge = Path(workdir), config.text, knowledge or documents
     of_documents = {"documents": inputs_of(documents), "limit": limit}
     listed = of_documents["documents"] if knowledge == documents else inputs_of(knowledge)
     of_knowledge = {"knowledge": listed, "limit": limit}
-
     pipeline = None
     if runner is not None or config.clean.enabled or text.shuffle:
         pipeline = Pipeline(config, workdir, documents, limit, runner or LocalRunner(), quality)
@@ -95,51 +87,13 @@ def prepare_text(
         say(_line("clean", kept, pipeline.summary))
     cleaned = None if pipeline is None else pipeline.documents()
     sources = _Sources(documents, knowledge, limit, text.validation_share, cleaned)
-
-    fields = ("vocabulary", "min_frequency", "tokenizer_bytes", "validation_share")
-    _check_split(sources)
-    kept = _is_taken(workdir / "tokenizer") or make_part(
-        workdir / "tokenizer",
-        of_documents | of_knowledge | {f"text.{field}": text[field] for field in fields},
-        lambda folder: _train_tokenizer(config, sources).save(folder),
-    )
-    tokenizer = Tokenizer.load(workdir / "tokenizer")
-    _check_size(tokenizer, config.model.vocabulary)
-    say(_line("tokenizer", kept, f"{tokenizer.size} entries"))
-
-    inputs = {"tokenizer": tokenizer.fingerprint, "text.shards": text.shards}
-    inputs |= of_documents | {"text.validation_share": sources.share}
-    inputs |= {"text.shuffle": text.shuffle} if text.shuffle else {}
-    names = ["validation"] * (sources.share > 0) + ["train"]
-    for name in names:
-        folder, held_out = workdir / "corpus" / name, name == "validation"
-        if pipeline is None:
-            chosen = sources.split(held_out, name)
-            make = partial(write_corpus, chosen, tokenizer, shards=text.shards)
-        else:
-            make = partial(pipeline.write_corpus, held_out, tokenizer)
-        kept = make_part(folder, inputs, make)
-        say(_line(f"corpus/{name}", kept, str(Corpus.open(folder).info())))
-
-    length = config.memory.reference_length
-    cut: Callable[[Path], Any]
-    if pipeline is not None and sources.same:
-        cut = partial(pipeline.write_references, tokenizer)
-    else:
-        pieces = sources.read(sources.knowledge, "references")
-        cut = partial(write_references, pieces, tokenizer, length=length)
-    inputs = of_knowledge | {"tokenizer": tokenizer.fingerprint, "memory.reference_length": length}
     selection = None
     if config.knowledge.enabled:
         selection = Selection(config, workdir, runner or LocalRunner(), questions)
-        inputs |= selection.inputs()
-        cut = partial(selection.write, inputs, cut, say)
-    kept = make_part(workdir / "references", inputs, cut)
-    if selection is not None:
-        selection.tidy()
-    if pipeline is not None:
-        pipeline.tidy()
-    say(_line("references", kept, References.open(workdir / "references").info()))
+    parts = _Parts(config, workdir, sources, of_documents, of_knowledge, pipeline, selection, say)
+    tokenizer = parts.tokenizer()
+    parts.corpora(tokenizer)
+    parts.references(tokenizer)
 
 
 @dataclass(frozen=True)
@@ -167,6 +121,71 @@ class _Sources:
         """The documents for validation, or the others."""
         documents = self.read(self.documents, what)
         return (d for d in documents if is_validation(d, self.share) == held_out)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The parts of a workdir, each made of the documents by one method, or kept."""
+
+    config: ConfigDict
+    workdir: Path
+    sources: _Sources
+    of_documents: dict[str, Any]  # what the documents are, compared with that of finished parts
+    of_knowledge: dict[str, Any]
+    pipeline: Pipeline | None
+    selection: Selection | None
+    say: Say
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, trained or taken from a model."""
+        folder, text = self.workdir / "tokenizer", self.config.text
+        fields = ("vocabulary", "min_frequency", "tokenizer_bytes", "validation_share")
+        inputs = self.of_documents | self.of_knowledge
+        inputs |= {f"text.{field}": text[field] for field in fields}
+        _check_split(self.sources)
+        kept = _is_taken(folder) or make_part(
+            folder, inputs, lambda folder: _train_tokenizer(self.config, self.sources).save(folder)
+        )
+        tokenizer = Tokenizer.load(folder)
+        _check_size(tokenizer, self.config.model.vocabulary)
+        self.say(_line("tokenizer", kept, f"{tokenizer.size} entries"))
+        return tokenizer
+
+    def corpora(self, tokenizer: Tokenizer) -> None:
+        """The token shards of validation and training."""
+        text, share = self.config.text, self.sources.share
+        inputs = {"tokenizer": tokenizer.fingerprint, "text.shards": text.shards}
+        inputs |= self.of_documents | {"text.validation_share": share}
+        inputs |= {"text.shuffle": text.shuffle} if text.shuffle else {}
+        for name in ["validation"] * (share > 0) + ["train"]:
+            folder, held_out = self.workdir / "corpus" / name, name == "validation"
+            if self.pipeline is None:
+                chosen = self.sources.split(held_out, name)
+                make = partial(write_corpus, chosen, tokenizer, shards=text.shards)
+            else:
+                make = partial(self.pipeline.write_corpus, held_out, tokenizer)
+            kept = make_part(folder, inputs, make)
+            self.say(_line(f"corpus/{name}", kept, str(Corpus.open(folder).info())))
+
+    def references(self, tokenizer: Tokenizer) -> None:
+        """The references, selected where the config says so; what only they needed is removed."""
+        folder, length = self.workdir / "references", self.config.memory.reference_length
+        inputs = self.of_knowledge | {"tokenizer": tokenizer.fingerprint}
+        inputs |= {"memory.reference_length": length}
+        cut: Callable[[Path], Any]
+        if self.pipeline is not None and self.sources.same:
+            cut = partial(self.pipeline.write_references, tokenizer)
+        else:
+            pieces = self.sources.read(self.sources.knowledge, "references")
+            cut = partial(write_references, pieces, tokenizer, length=length)
+        if self.selection is not None:
+            inputs |= self.selection.inputs()
+            cut = partial(self.selection.write, inputs, cut, self.say)
+        kept = make_part(folder, inputs, cut)
+        for used in (self.selection, self.pipeline):
+            if used is not None:
+                used.tidy()
+        self.say(_line("references", kept, References.open(folder).info()))
 
 
 def _train_tokenizer(config: ConfigDict, sources: _Sources) -> Tokenizer:
@@ -205,6 +224,16 @@ def _in_turn(sources: list[Iterator[_Item]]) -> Iterator[_Item]:
                 yield next(source)
             except StopIteration:
                 sources.remove(source)
+
+
+def _check_arguments(config: ConfigDict, limit: int | None, questions: Sequence[str]) -> None:
+    if questions and not config.knowledge.enabled:
+        raise TextError(
+            f"{len(questions)} questions are given that no reference may hold, but"
+            " config.knowledge.enabled = False; set it, or leave out --questions"
+        )
+    if limit is not None and limit < 1:
+        raise TextError(f"limit = {limit}; expected at least 1 document")
 
 
 def _check_split(sources: _Sources) -> None:

@@ -11,7 +11,9 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from m3jax.text.rules import measure, normal_words
+from m3jax.text.rules import broken_rule, measure, normal_words
+
+RULES = ("words_min", "nonalphabetic_max", "listed_max", "repeated_max")
 
 _RUN = 3  # words that are looked for again
 _SHORT = 80  # bytes of UTF-8: about 13 words of English, 26 signs of Chinese
@@ -44,20 +46,8 @@ def measure_reference(text: str) -> ReferenceMeasures:
 
 
 def broken_reference_rule(measures: ReferenceMeasures, knowledge: Any) -> tuple[str, float] | None:
-    """The first rule that a reference breaks, and the value that breaks it; None = it passes.
-
-    Args:
-      measures: of the reference.
-      knowledge: the section `knowledge` of a config.
-    """
-    m = measures
-    checks = (
-        ("words_min", m.words, m.words < knowledge.words_min),
-        ("nonalphabetic_max", m.nonalphabetic, m.nonalphabetic > knowledge.nonalphabetic_max),
-        ("listed_max", m.listed, m.listed > knowledge.listed_max),
-        ("repeated_max", m.repeated, m.repeated > knowledge.repeated_max),
-    )
-    return next(((name, float(value)) for name, value, broken in checks if broken), None)
+    """The first rule of the section `knowledge` that a reference breaks, as `broken_rule` does."""
+    return broken_rule(measures, knowledge, RULES)
 
 
 def _listed(text: str) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,22 +64,26 @@ def measure(text: str) -> Measures:
     )
 
 
-def broken_rule(measures: Measures, clean: Any) -> tuple[str, float] | None:
-    """The first rule that a document breaks, and the value that breaks it; None = it passes.
+RULES = ("words_min", "word_length_max", "nonalphabetic_max", "unique_max", "entropy_min")
+
+
+def broken_rule(
+    measures: Any, limits: Any, rules: Sequence[str] = RULES
+) -> tuple[str, float] | None:
+    """The first rule that a text breaks, and the value that breaks it; None = it passes.
 
     Args:
-      measures: of the document.
-      clean: the section `clean` of a config.
+      measures: of the text.
+      limits: the section of a config that has the thresholds.
+      rules: names of the thresholds, in the order they are looked at: that of a measure and
+        `_min`, which it must not be below, or `_max`, which it must not be above.
     """
-    m = measures
-    checks = (
-        ("words_min", m.words, m.words < clean.words_min),
-        ("word_length_max", m.word_length, m.word_length > clean.word_length_max),
-        ("nonalphabetic_max", m.nonalphabetic, m.nonalphabetic > clean.nonalphabetic_max),
-        ("unique_max", m.unique, m.unique > clean.unique_max),
-        ("entropy_min", m.entropy, m.entropy < clean.entropy_min),
-    )
-    return next(((name, float(value)) for name, value, broken in checks if broken), None)
+    for rule in rules:
+        name, _, bound = rule.rpartition("_")
+        value, limit = getattr(measures, name), getattr(limits, rule)
+        if value < limit if bound == "min" else value > limit:
+            return rule, float(value)
+    return None
 
 
 def normal_words(text: str) -> Iterator[list[str]]:
