@@ -4,35 +4,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model.splash_inputs import Case, assert_equal, make_inputs, value_and_gradients, weights
 
-from m3jax.model.attention import ExplicitMemory, KeyValues, attend, memory_mask
+from m3jax.model.attention import ExplicitMemory, memory_mask
 from m3jax.model.splash import _segments, make_kernel
 from m3jax.model.splash_mask import EDGE_BYTES, SCORE_BYTES, VMEM, RowMask, pairs, plan
-
-
-class Case(NamedTuple):
-    """Shapes of a call; M = 0 is no memory, prefix = 0 none."""
-
-    H: int
-    T: int = 150
-    B: int = 1
-    K: int = 1
-    G: int = 3
-    M: int = 1
-    P: int = 4
-    prefix: int = 2
-    chunk: int = 16
-    window: int = 5
-    block: int = 128
-    kv_block: int = 128
-
 
 CASES = [
     Case(H=80, B=2),  # one token block and a bit, of three heads
@@ -41,69 +23,6 @@ CASES = [
     Case(H=80, M=0, G=5, T=129),
     Case(H=64, M=0, prefix=0, T=5, G=4),
 ]
-
-
-class Inputs(NamedTuple):
-    q: Any
-    k: Any
-    v: Any
-    prefix: KeyValues | None
-    keys: Any
-    values: Any
-
-
-def make_inputs(case: Case, dtype: Any = jnp.float32) -> tuple[Inputs, np.ndarray]:
-    """Random arrays, and lengths from 0 to P, empty first and last chunks among them."""
-    random = np.random.default_rng(case.H + case.T)
-    C = -(-case.T // case.chunk)
-
-    def array(*shape: int) -> jax.Array:
-        return jnp.asarray(random.normal(size=shape), dtype)
-
-    context = (case.B, case.T, case.K)
-    slots = (case.B, C, case.M, case.K, case.P, case.H)
-    length = random.integers(0, case.P + 1, (case.B, C, case.M)).astype(np.int32)
-    length[0, [0, -1]] = 0
-    prefix = KeyValues(*(array(case.prefix, case.K, case.H) for _ in range(2)))
-    return Inputs(
-        array(*context, case.G, case.H),
-        array(*context, case.H),
-        array(*context, case.H),
-        prefix if case.prefix else None,
-        array(*slots) if case.M else None,
-        array(*slots) if case.M else None,
-    ), length
-
-
-def attended(inputs: Inputs, length: Any, case: Case, **options: Any) -> Any:
-    memory = None if inputs.keys is None else ExplicitMemory(inputs.keys, inputs.values, length)
-    options = {"block": case.block, "kv_block": case.kv_block, **options}
-    return attend(*inputs[:4], memory, chunk_length=case.chunk, window=case.window, **options)
-
-
-@partial(jax.jit, static_argnames=("case", "implementation"))
-def value_and_gradients(
-    inputs: Inputs, length: Any, weights: Any, case: Case, **options: Any
-) -> Any:
-    def loss(inputs: Inputs) -> tuple[Any, Any]:
-        out = attended(inputs, length, case, **options)
-        return jnp.sum(out.astype(jnp.float32) * weights), out
-
-    gradients, out = jax.grad(loss, has_aux=True)(inputs)
-    return out, gradients
-
-
-def weights(inputs: Inputs) -> Any:
-    return np.random.default_rng(9).normal(size=inputs.q.shape).astype(np.float32)
-
-
-def assert_equal(found: Any, expected: Any, atol: float) -> None:
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for (path, ours), theirs in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
-    ):
-        message = jax.tree_util.keystr(path)
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol, err_msg=message)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
