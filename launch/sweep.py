@@ -1,9 +1,9 @@
 """Trains variants of a config one after another, and makes one table of them.
 
     python launch/sweep.py --sweep=configs/sweeps/quickstart.py --workdir=runs/sweep
-    python launch/sweep.py --sweep=configs/sweeps/quickstart.py --workdir=runs/sweep \
+    python launch/sweep.py --sweep=configs/sweeps/quickstart.py --workdir=runs/sweep \\
         --entries=baseline,kept-4 --seeds=0
-    python launch/sweep.py --sweep=configs/sweeps/shapes.py --workdir=/mnt/m3/sweep \
+    python launch/sweep.py --sweep=configs/sweeps/shapes.py --workdir=/mnt/m3/sweep \\
         --data=/mnt/m3/run --dry_run
 
 A sweep is a Python file that says what differs (configs/sweeps/, docs/ablations.md). Entries share

@@ -1,11 +1,11 @@
 """Trains one stage of a prepared workdir, or continues it: the same command after any interruption.
 
     python launch/train.py --config=configs/wiki_small.py --workdir=runs/wiki
-    python launch/train.py --config=configs/wiki_small.py:stage=continual \
+    python launch/train.py --config=configs/wiki_small.py:stage=continual \\
         --workdir=runs/wiki --init_from=runs/wiki/warmup
-    python launch/train.py --config=configs/wiki_small.py:stage=sft \
+    python launch/train.py --config=configs/wiki_small.py:stage=sft \\
         --workdir=runs/wiki --init_from=runs/wiki/continual
-    python launch/train.py --config=configs/wiki_small.py:stage=dpo \
+    python launch/train.py --config=configs/wiki_small.py:stage=dpo \\
         --workdir=runs/wiki --init_from=runs/wiki/sft
 
 The stages sft and dpo read what launch/prepare_chats.py has prepared. DPO first computes the

@@ -1,6 +1,6 @@
 """Shapes of the paper's size, for a pod (Memory³ §3: L:H near 1 learned fastest).
 
-    python launch/sweep.py --sweep=configs/sweeps/shapes.py --workdir=/mnt/m3/sweep \
+    python launch/sweep.py --sweep=configs/sweeps/shapes.py --workdir=/mnt/m3/sweep \\
         --data=/mnt/m3/run --dry_run
 
 prints what trains the warmup of each. The shapes are ours, with 2.1 to 2.4B parameters: the paper
