@@ -118,7 +118,8 @@ class _Cache:
             slots, numbers, signs = (
                 np.column_stack(pair) for pair in zip(hashed, prefixes, strict=True)
             )
-            # One segment of the vector per bucket, so that the buckets of a word are distinct.
+            # One segment of the vector per bucket, so that the buckets of a word are distinct. What
+            # is left behind the last one (4 numbers of 1024) stays zero; ScaNN mentions that.
             segments = np.arange(_BUCKETS) * self._segment
             self.slots[start:stop] = slots
             self.buckets[start:stop] = numbers % self._segment + segments
