@@ -18,8 +18,9 @@ from memory.memory_tiny import (
     tiny_params,
 )
 
-from m3jax.memory import storage, write
+from m3jax.memory import storage
 from m3jax.memory.bank import Bank, BankError
+from m3jax.memory.build import Build
 from m3jax.memory.codec import plain
 from m3jax.memory.sparsify import sparsifier
 from m3jax.mesh import make_mesh
@@ -90,7 +91,7 @@ def test_a_bank_is_not_complete_while_shards_are_missing(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(write._Build, "run", stop)
+    monkeypatch.setattr(Build, "run", stop)
     with pytest.raises(KeyboardInterrupt):
         build(own)
     with pytest.raises(BankError, match="not finished"):
@@ -297,7 +298,7 @@ def test_a_disk_that_fills_up_is_named_and_the_build_resumes(
     filler = small_disk / "filler"
     filler.write_bytes(os.urandom(80_000))
     # The check before the start is blind: something else fills the disk while the bank is written.
-    monkeypatch.setattr(write._Build, "check_space", lambda self, progress: None)
+    monkeypatch.setattr(Build, "check_space", lambda self, progress: None)
     with pytest.raises(BankError) as caught:
         build(small_disk / "bank")
     message = str(caught.value)
@@ -350,7 +351,7 @@ def test_another_failure_of_a_write_is_passed_on(
 ) -> None:
     failure = OSError("input/output error")
     manifest, codec = {"shape": [3], "shard_memories": 2}, plain(8, "float32")
-    found = write._Build(tmp_path, manifest, [], np.zeros(3, int), None, codec)
+    found = Build(tmp_path, manifest, [], np.zeros(3, int), None, codec)
     error = found.failure(1, failure)
     assert "c/1/0/0/0/0/0 could not be written: input/output error" in str(error)
 
