@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,15 @@ def big(context: str) -> dict[str, Any]:
 if __name__ == "__main__":  # a build in a process of its own
     print(build(Path(sys.argv[1]), **big(sys.argv[2]))["encoded"], flush=True)
     Bank.open(Path(sys.argv[1]))
+
+
+def read_by_threads(bank: Bank, values: np.ndarray) -> None:
+    """Four threads read random memories of the bank at once, and find these values."""
+
+    def work(seed: int) -> bool:
+        random = np.random.default_rng(seed)
+        ids = [random.integers(0, len(values), 11) for _ in range(20)]
+        return all(np.array_equal(bank.read(some).values, values[some]) for some in ids)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))

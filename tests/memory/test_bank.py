@@ -2,14 +2,20 @@
 
 import json
 import shutil
-import threading
 from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from memory.memory_tiny import TinyReferences, build, flip, tiny_config, tiny_params
+from memory.memory_tiny import (
+    TinyReferences,
+    build,
+    flip,
+    read_by_threads,
+    tiny_config,
+    tiny_params,
+)
 from ml_collections import ConfigDict
 
 from m3jax.memory.bank import Bank, BankError, Binding, make_binding, writer_fingerprint
@@ -83,22 +89,7 @@ def test_a_rewritten_shard_is_read_by_an_open_bank(tmp_path: Path) -> None:
 
 def test_threads_read_the_same(folder: Path) -> None:
     bank = Bank.open(folder)
-    everything = bank.read(np.arange(37))
-    failures = []
-
-    def work(seed: int) -> None:
-        random = np.random.default_rng(seed)
-        for _ in range(20):
-            ids = random.integers(0, 37, 11)
-            if not np.array_equal(bank.read(ids).values, everything.values[ids]):
-                failures.append(seed)
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    read_by_threads(bank, bank.read(np.arange(37)).values)
 
 
 @pytest.mark.parametrize("wrong", [-2, 37, 10**9])

@@ -1,12 +1,11 @@
 """The cache of memories: least recently used, bounded by bytes, counted, never a removed one."""
 
 import shutil
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from memory.memory_tiny import TinyReferences, build
+from memory.memory_tiny import TinyReferences, build, read_by_threads
 
 from m3jax.memory.bank import Bank, BankError
 from m3jax.memory.cache import MemoryCache
@@ -68,22 +67,8 @@ def test_what_is_cached_is_not_read(folder: Path, tmp_path: Path) -> None:
 
 def test_threads_share_a_cache(folder: Path) -> None:
     bank = Bank.open(folder, cache_bytes=9 * ITEM)
-    everything = Bank.open(folder).read(np.arange(37))
-    failures = []
-
-    def work(seed: int) -> None:
-        random = np.random.default_rng(seed)
-        for _ in range(20):
-            ids = random.integers(0, 37, 11)
-            if not np.array_equal(bank.read(ids).values, everything.values[ids]):
-                failures.append(seed)
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures and bank.report()["cache_bytes"] == 9 * ITEM
+    read_by_threads(bank, Bank.open(folder).read(np.arange(37)).values)
+    assert bank.report()["cache_bytes"] == 9 * ITEM
 
 
 def test_layers_share_one_limit_and_a_removed_memory_is_not_served(
