@@ -28,8 +28,8 @@ _OF_DATA = (
 
 # What the memories of a bank depend on, besides writer and references.
 _OF_BANK = (
-    *("model.", "writer.", "memory.first_layer", "memory.layers", "memory.reference_length"),
-    *("memory.kept_tokens", "memory.selection", "memory.dtype"),
+    *("model.", "writer.", "memory.first_layer", "memory.layers", "memory.heads"),
+    *("memory.reference_length", "memory.kept_tokens", "memory.selection", "memory.dtype"),
 )
 
 

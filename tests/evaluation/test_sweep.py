@@ -10,6 +10,7 @@ from m3jax.evaluation.sweep_loop import outcome
 from m3jax.evaluation.sweep_plan import plan
 from m3jax.evaluation.sweep_pod import launch_lines
 from m3jax.evaluation.sweep_report import BEGIN, END, as_json, finish, insert, table
+from m3jax.memory.bank import layout_of
 from m3jax.text.files import write_sealed
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +57,26 @@ def test_what_is_equal_is_shared() -> None:
     assert banks[2] == banks[0] and len(set(banks)) == 3 and stored.bank not in banks
     folders = [run.stages[1].folder for run in (a, kept, rate, layers)]
     assert len(set(folders)) == 4
+
+
+def test_entries_whose_memories_differ_share_no_bank() -> None:
+    """Every field of the section `memory` that a bank states gives it another name."""
+    changes: dict[str, Any] = {
+        "memory.heads": "0:1",
+        "memory.first_layer": 1,
+        "memory.layers": 1,
+        "memory.kept_tokens": 4,
+        "memory.selection": "approximate",
+        "memory.dtype": "bfloat16",
+        "memory.window": 2,
+        "memory.dropout": 0.5,
+    }
+    base, *runs = planned(Entry("base"), *(Entry(p, {p: v}) for p, v in changes.items()))
+    layouts = [layout_of(run.stages[1].config, (1, 2)) for run in (base, *runs)]
+    banks = [run.stages[1].bank for run in (base, *runs)]
+    assert [other == layouts[0] for other in layouts[1:]] == [False] * 6 + [True] * 2
+    assert [other == banks[0] for other in banks[1:]] == [False] * 6 + [True] * 2
+    assert len(set(banks)) == 7
 
 
 def test_seeds_models_and_depths_are_not_shared() -> None:
