@@ -89,9 +89,11 @@ def _link(stage: Stage) -> None:
         before = before.before
     stage.folder.mkdir(parents=True, exist_ok=True)
     for name, target in wanted.items():
-        link = stage.folder / name
+        link, path = stage.folder / name, os.path.relpath(target, stage.folder)
+        if link.is_symlink() and os.readlink(link) != path:
+            link.unlink()  # made by a version that named parts otherwise
         if not link.is_symlink():
-            link.symlink_to(os.path.relpath(target, stage.folder), target_is_directory=True)
+            link.symlink_to(path, target_is_directory=True)
 
 
 def _train(stage: Stage) -> None:

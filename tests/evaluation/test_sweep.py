@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from m3jax.evaluation.sweep import Entry, Run, Sweep, SweepError, chosen, load_sweep
+from m3jax.evaluation.sweep_entry import _link
 from m3jax.evaluation.sweep_loop import outcome
 from m3jax.evaluation.sweep_plan import plan
 from m3jax.evaluation.sweep_pod import launch_lines
@@ -77,6 +78,17 @@ def test_entries_whose_memories_differ_share_no_bank() -> None:
     assert [other == layouts[0] for other in layouts[1:]] == [False] * 6 + [True] * 2
     assert [other == banks[0] for other in banks[1:]] == [False] * 6 + [True] * 2
     assert len(set(banks)) == 7
+
+
+def test_a_link_of_a_version_that_named_banks_otherwise_is_put_right(tmp_path: Path) -> None:
+    (run,) = planned(Entry("a"), workdir=str(tmp_path))
+    stage = run.stages[1]
+    stage.folder.mkdir(parents=True)
+    (stage.folder / "bank").symlink_to("../../banks/named-otherwise")
+    assert stage.bank is not None
+    for _ in range(2):
+        _link(stage)
+        assert (stage.folder / "bank").resolve() == stage.bank
 
 
 def test_seeds_models_and_depths_are_not_shared() -> None:
