@@ -45,6 +45,13 @@ def test_measures_equal_a_naive_count(text):
     assert m.characters == len(text) and "".join(pieces(text)) == text
 
 
+def test_pieces_end_between_words():
+    text = " ".join(["nineteen", "words\nof"] * 200_000)
+    cut = list(pieces(text))
+    assert len(cut) > 2 and "".join(cut) == text
+    assert all(piece[-1] in " \n" and len(piece) <= 1 << 20 for piece in cut[:-1])
+
+
 def test_measures_without_words():
     for text in ("", " \n"):
         assert measure(text).words == 0 and measure(text).entropy == 0
