@@ -729,13 +729,6 @@ def _check_model(config: ConfigDict) -> None:
         model.vocabulary,
         f"must be at least text.vocabulary = {config.text.vocabulary}",
     )
-    _require(
-        config.retrieval.embedder in ("model", "attention") or not config.retrieval.checkpoint,
-        "retrieval.checkpoint",
-        config.retrieval.checkpoint,
-        "is read by retrieval.embedder = 'model' and 'attention' only; it is"
-        f" {config.retrieval.embedder!r}",
-    )
 
 
 def _check_references(config: ConfigDict) -> None:
@@ -775,6 +768,13 @@ def _check_references(config: ConfigDict) -> None:
         config.retrieval.encoder,
         "names the encoder's folder with retrieval.embedder = 'bert' and is empty with others;"
         f" it is {config.retrieval.embedder!r}",
+    )
+    _require(
+        config.retrieval.embedder in ("model", "attention") or not config.retrieval.checkpoint,
+        "retrieval.checkpoint",
+        config.retrieval.checkpoint,
+        "is read by retrieval.embedder = 'model' and 'attention' only; it is"
+        f" {config.retrieval.embedder!r}",
     )
     _require(
         config.retrieval.embedder == "attention" or not config.retrieval.rerank,

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+RULES = ("words_min", "word_length_max", "nonalphabetic_max", "unique_max", "entropy_min")
+
 _EAST = "\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[{_EAST}]|[^\s{_EAST}]+")
 _NORMAL = re.compile(rf"[{_EAST}]|[^\W_{_EAST}]+")
@@ -62,9 +64,6 @@ def measure(text: str) -> Measures:
         unique=len(counts) / words,
         entropy=entropy,
     )
-
-
-RULES = ("words_min", "word_length_max", "nonalphabetic_max", "unique_max", "entropy_min")
 
 
 def broken_rule(
