@@ -1,12 +1,13 @@
 """`attend` against an explicit concatenation of the keys each query sees, mask tables, memory."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model.attention_inputs import Inputs
 
 from m3jax.model.attention import (
     ExplicitMemory,
@@ -19,17 +20,6 @@ from m3jax.model.attention import (
 
 B, T, K, G, H, P = 2, 7, 2, 2, 4, 3
 CHUNK = 3
-
-
-class Inputs(NamedTuple):
-    """Arguments of `attend` that gradients flow to."""
-
-    q: Any
-    k: Any
-    v: Any
-    prefix: KeyValues | None
-    keys: Any
-    values: Any
 
 
 def make_inputs(M: int, prefix: int = 2, dtype: Any = jnp.float32) -> tuple[Inputs, np.ndarray]:

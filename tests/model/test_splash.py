@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model.splash_inputs import Case, assert_equal, make_inputs, value_and_gradients, weights
+from model.attention_inputs import Case, assert_equal, make_inputs, value_and_gradients, weights
 
 from m3jax.model.attention import ExplicitMemory, memory_mask
 from m3jax.model.splash import _segments, make_kernel

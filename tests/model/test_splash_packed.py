@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model.splash_inputs import Case, assert_equal, make_inputs, value_and_gradients, weights
+from model.attention_inputs import Case, assert_equal, make_inputs, value_and_gradients, weights
 
 from m3jax.model.attention import ExplicitMemory, Packing, resolve
 from m3jax.model.keyvalues import visible_mask

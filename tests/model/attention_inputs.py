@@ -1,4 +1,4 @@
-"""Random inputs of the TPU kernel, for rows of one text and of several."""
+"""Inputs of the attention; random ones for the TPU kernel, of rows of one text and of several."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,6 +28,8 @@ class Case(NamedTuple):
 
 
 class Inputs(NamedTuple):
+    """Arguments of `attend` that gradients flow to."""
+
     q: Any
     k: Any
     v: Any
