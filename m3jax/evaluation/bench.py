@@ -81,7 +81,7 @@ def train(rounds: int = 12) -> dict[str, Figures]:
             )
         guarded = _Guarded(_shape("none", guard=True), workdir)
         seconds["guarded"], seconds["plain"], ratios["guarded_over_plain"] = paired(
-            guarded.repeat, stages["none"].repeat, 4 * rounds, turned=True
+            guarded.repeat, stages["none"].repeat, 20 * rounds, turned=True
         )
         seconds["monitor"] = guarded.monitor_seconds()
         ratios["monitor_over_step"] = seconds["monitor"] / seconds["plain"]
