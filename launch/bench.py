@@ -39,7 +39,7 @@ _JSON = flags.DEFINE_string("json", None, "Write ratios, seconds and environment
 
 def main(argv: list[str]) -> None:
     """Runs the benchmark named on the command line."""
-    from m3jax.evaluation.bench import BENCHMARKS, environment
+    from m3jax.bench.main import BENCHMARKS, environment
 
     if len(argv) != 2 or argv[1] not in BENCHMARKS:
         print(f"usage: bench.py NAME; NAME is one of {', '.join(BENCHMARKS)}", file=sys.stderr)

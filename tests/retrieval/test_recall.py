@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from m3jax.evaluation.bench_retrieval import sentence_like
+from m3jax.bench.retrieval import sentence_like
 from m3jax.retrieval import tune
 from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.index import Index, build_index

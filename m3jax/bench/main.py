@@ -19,15 +19,15 @@ from ml_collections import ConfigDict
 
 import m3jax
 from m3jax import config as config_lib
+from m3jax.bench.bank import bank, random_codec
+from m3jax.bench.hf_llama import MissingLlama, llama_step
+from m3jax.bench.inference import inference
+from m3jax.bench.overlap import overlap
+from m3jax.bench.quantizer import quantizer
+from m3jax.bench.retrieval import retrieval
+from m3jax.bench.timing import Figures, paired
 from m3jax.config import PREFIX_TOKENS, prefix_tokens
 from m3jax.data.pipeline import Pipeline, open_pipeline
-from m3jax.evaluation.bench_bank import bank, random_codec
-from m3jax.evaluation.bench_inference import inference
-from m3jax.evaluation.bench_overlap import overlap
-from m3jax.evaluation.bench_quantizer import quantizer
-from m3jax.evaluation.bench_retrieval import retrieval
-from m3jax.evaluation.llama import MissingLlama, llama_step
-from m3jax.evaluation.timing import Figures, paired
 from m3jax.memory import codec as codecs
 from m3jax.memory.bank import Bank
 from m3jax.memory.storage import CODEBOOK

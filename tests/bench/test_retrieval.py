@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from m3jax.evaluation import bench_retrieval
-from m3jax.evaluation.bench import BENCHMARKS
+from m3jax.bench import retrieval as bench_retrieval
+from m3jax.bench.main import BENCHMARKS
 from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.search import import_scann
 

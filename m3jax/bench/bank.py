@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3jax.evaluation.timing import Figures, paired
+from m3jax.bench.timing import Figures, paired
 from m3jax.memory import codec as codecs
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank, Binding

@@ -2,7 +2,7 @@
 
 import time
 
-from m3jax.evaluation.timing import paired
+from m3jax.bench.timing import paired
 
 
 def test_each_round_times_both_and_a_turned_one_the_other_first():

@@ -5,7 +5,7 @@ import time
 import numpy as np
 from memory.memory_tiny import build
 
-from m3jax.evaluation.bench_inference import _ROUND_TRIP, _serving
+from m3jax.bench.inference import _ROUND_TRIP, _serving
 from m3jax.memory.bank import Bank
 
 

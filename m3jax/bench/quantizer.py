@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3jax.evaluation.timing import Figures, paired
+from m3jax.bench.timing import Figures, paired
 from m3jax.memory import quantizer as ours
 from m3jax.memory.bank import Bank
 from m3jax.memory.codebooks import train

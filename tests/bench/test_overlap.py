@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from data.data_workdir import tiny_config, write_text
 
-from m3jax.evaluation import bench_overlap
-from m3jax.evaluation.bench import BENCHMARKS
+from m3jax.bench import overlap as bench_overlap
+from m3jax.bench.main import BENCHMARKS
 from m3jax.retrieval.embed import make_embedder
 from m3jax.retrieval.index import build_index
 from m3jax.text.overlap import overlap

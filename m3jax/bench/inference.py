@@ -27,12 +27,12 @@ from tqdm import tqdm
 
 from m3jax import config as config_lib
 from m3jax import flops
+from m3jax.bench.bank import made_bank, random_codec
+from m3jax.bench.hf_llama import MissingLlama, llama_generate
+from m3jax.bench.timing import Figures
 from m3jax.config import PREFIX_TOKENS
-from m3jax.evaluation.bench_bank import made_bank, random_codec
-from m3jax.evaluation.llama import MissingLlama, llama_generate
 from m3jax.evaluation.plots import speed_bars
 from m3jax.evaluation.rag import HEADER, retrieve, with_references
-from m3jax.evaluation.timing import Figures
 from m3jax.inference.cold import ColdMemories
 from m3jax.inference.generate import Generator
 from m3jax.inference.recall import Recaller

@@ -1,0 +1,1 @@
+"""Benchmarks: ratios of times, measured in pairs against peers and controls."""
