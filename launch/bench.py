@@ -20,7 +20,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from m3jax import launching
+from m3jax import cli
 
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     try:
         figures = benchmark(**options)
     except ValueError as error:
-        raise SystemExit(launching.show_error(error)) from None
+        raise SystemExit(cli.show_error(error)) from None
     result = {**figures, "environment": environment()}
     text = json.dumps(result, indent=2)
     print(text)

@@ -16,7 +16,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from m3jax import launching
+from m3jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, made by launch/prepare.py.")
@@ -38,10 +38,10 @@ def main(argv: list[str]) -> None:
     """Prints a table and writes JSON."""
     from m3jax.config import validate
     from m3jax.data.embedders import load_embedder
+    from m3jax.files import write_atomically
     from m3jax.retrieval.index import Index
     from m3jax.retrieval.recall import read_queries, recall_report, table
     from m3jax.retrieval.tune import sample_queries
-    from m3jax.text.files import write_atomically
     from m3jax.text.references import References
 
     validate(_CONFIG.value)
@@ -65,4 +65,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    launching.run(main, required=["config", "workdir"])
+    cli.run(main, required=["config", "workdir"])

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from m3jax import launching
+from m3jax import cli
 
 if TYPE_CHECKING:
     import numpy as np
@@ -163,8 +163,8 @@ def _tokenizer(workdir: Path, folder: Path, size: int) -> tuple[Tokenizer, np.nd
 
 def _save_tokenizer(tokenizer: Tokenizer, workdir: Path, folder: Path) -> None:
     """With the mark of a finished part, so that launch/prepare.py trains no other in its place."""
-    from m3jax.text.files import write_atomically
-    from m3jax.text.parts import INPUTS
+    from m3jax.files import write_atomically
+    from m3jax.workdir import INPUTS
 
     tokenizer.save(workdir / "tokenizer")
     mark = {"taken_from": str(folder.absolute())}
@@ -172,7 +172,7 @@ def _save_tokenizer(tokenizer: Tokenizer, workdir: Path, folder: Path) -> None:
 
 
 def _write(workdir: Path, folder: Path) -> None:
-    from m3jax.data.parameters import read_model
+    from m3jax.checkpoint import read_model
     from m3jax.model.hf import write_folder
     from m3jax.text.tokenizer import BOS, END, PAD, SPECIAL_TOKENS
 
@@ -191,4 +191,4 @@ def _write(workdir: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    launching.run(main, required=["workdir"])
+    cli.run(main, required=["workdir"])

@@ -26,7 +26,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from m3jax import launching
+from m3jax import cli
 
 COMMANDS = ("add", "replace", "delete", "merge", "list", "rollback", "collect", "verify", "repair")
 
@@ -44,15 +44,15 @@ _REPLACE = flags.DEFINE_bool("replace", False, "merge: documents in both are tho
 _TO = flags.DEFINE_integer("to", None, "rollback: the version to go back to.")
 _VERSION = flags.DEFINE_integer("bank_version", None, "verify, repair: which; default the current.")
 _NOTE = flags.DEFINE_string("note", "", "Kept with the version.")
-launching.define_cache_flag()
-flags.adopt_module_key_flags(launching)  # --help shows them
+cli.define_cache_flag()
+flags.adopt_module_key_flags(cli)  # --help shows them
 
 
 def main(argv: list[str]) -> None:
     """Runs the command."""
     command = argv[1]
     _check_flags(command)
-    launching.use_compilation_cache()
+    cli.use_compilation_cache()
     from m3jax.config import validate
     from m3jax.data import edit, knowledge, upkeep
     from m3jax.text.documents import read_documents
@@ -133,4 +133,4 @@ def _check_flags(command: str) -> None:
 
 
 if __name__ == "__main__":
-    launching.run(main, required=["config", "workdir"], commands=COMMANDS)
+    cli.run(main, required=["config", "workdir"], commands=COMMANDS)

@@ -25,7 +25,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from m3jax import launching
+from m3jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, made by launch/prepare.py.")
@@ -82,8 +82,8 @@ _BATCH = flags.DEFINE_integer(
     "batch", 16, "Rows of tasks that the device works on at once.", lower_bound=1
 )
 _JSON = flags.DEFINE_string("json", None, "Write the figures to this file.")
-launching.define_cache_flag()
-flags.adopt_module_key_flags(launching)  # --help shows them
+cli.define_cache_flag()
+flags.adopt_module_key_flags(cli)  # --help shows them
 
 
 def _is_number(text: str) -> bool:
@@ -103,9 +103,9 @@ flags.register_validator(
 
 def main(argv: list[str]) -> None:
     """Prints a table and writes JSON."""
-    launching.use_compilation_cache()
+    cli.use_compilation_cache()
     from m3jax.config import validate
-    from m3jax.text.files import write_atomically
+    from m3jax.files import write_atomically
 
     config = _CONFIG.value
     if _SHIFT.value is not None:
@@ -169,4 +169,4 @@ def _scores(config: Any, workdir: Path) -> tuple[dict[str, Any], str]:
 
 
 if __name__ == "__main__":
-    launching.run(main, required=["config", "workdir"])
+    cli.run(main, required=["config", "workdir"])

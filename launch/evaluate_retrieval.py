@@ -16,7 +16,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from m3jax import launching
+from m3jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, made by launch/prepare.py.")
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     """Prints a table and writes JSON."""
     from m3jax.config import validate
     from m3jax.evaluation.hits import hit_rates, table
-    from m3jax.text.files import write_atomically
+    from m3jax.files import write_atomically
 
     report = hit_rates(
         validate(_CONFIG.value),
@@ -53,4 +53,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    launching.run(main, required=["config", "workdir", "questions"])
+    cli.run(main, required=["config", "workdir", "questions"])

@@ -21,7 +21,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from m3jax import launching
+from m3jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, made by launch/prepare.py.")
@@ -93,13 +93,13 @@ _EXPLAIN = flags.DEFINE_bool(
 _BY_HEAD = flags.DEFINE_bool("by_head", False, "Attention by layer and head, in --json.")
 _JSON = flags.DEFINE_string("json", None, "Write texts and sources to this file.")
 _HTML = flags.DEFINE_string("html", None, "Write a page with the text coloured by source.")
-launching.define_cache_flag()
-flags.adopt_module_key_flags(launching)  # --help shows them
+cli.define_cache_flag()
+flags.adopt_module_key_flags(cli)  # --help shows them
 
 
 def main(argv: list[str]) -> None:
     """Generates and prints."""
-    launching.use_compilation_cache()
+    cli.use_compilation_cache()
     from m3jax.config import validate
     from m3jax.evaluation.answers import Request, read_chat_prompts, read_prompts, run
     from m3jax.inference.sampling import Sampling
@@ -135,4 +135,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    launching.run(main, required=["config", "workdir"])
+    cli.run(main, required=["config", "workdir"])

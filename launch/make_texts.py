@@ -19,7 +19,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from m3jax import launching
+from m3jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file of the checkpoint's stage, one without memory."
@@ -37,13 +37,13 @@ _TEMPERATURE = flags.DEFINE_float(
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 _BATCH = flags.DEFINE_integer("batch", 256, "Texts drawn together.", lower_bound=1)
-launching.define_cache_flag()
-flags.adopt_module_key_flags(launching)  # --help shows them
+cli.define_cache_flag()
+flags.adopt_module_key_flags(cli)  # --help shows them
 
 
 def main(argv: list[str]) -> None:
     """Draws, writes, and prints the counts."""
-    launching.use_compilation_cache()
+    cli.use_compilation_cache()
     from m3jax.config import ConfigError, validate
     from m3jax.evaluation.made_up import make_texts
     from m3jax.evaluation.session import Session
@@ -75,4 +75,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    launching.run(main, required=["config", "workdir", "texts"])
+    cli.run(main, required=["config", "workdir", "texts"])

@@ -18,7 +18,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from m3jax import launching
+from m3jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, made by launch/prepare.py.")
@@ -47,8 +47,8 @@ _BATCH = flags.DEFINE_integer("batch", 16, "Texts generated together.", lower_bo
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 _JSON = flags.DEFINE_string("json", None, "Write the figures to this file.")
 _PICTURE = flags.DEFINE_string("picture", None, "Write a picture (PNG) to this file.")
-launching.define_cache_flag()
-flags.adopt_module_key_flags(launching)  # --help shows them
+cli.define_cache_flag()
+flags.adopt_module_key_flags(cli)  # --help shows them
 flags.register_validator(
     "lengths",
     lambda lengths: all(length.isdigit() and int(length) > 0 for length in lengths),
@@ -58,12 +58,12 @@ flags.register_validator(
 
 def main(argv: list[str]) -> None:
     """Prints a table; writes JSON and a picture."""
-    launching.use_compilation_cache()
+    cli.use_compilation_cache()
     from m3jax.config import validate
     from m3jax.evaluation.needle import needle_test, read_needles, table
     from m3jax.evaluation.plots import needle_lines
     from m3jax.evaluation.session import Session
-    from m3jax.text.files import write_atomically
+    from m3jax.files import write_atomically
     from m3jax.text.references import References
 
     needles = read_needles(str(_NEEDLES.value))
@@ -89,4 +89,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    launching.run(main, required=["config", "workdir", "needles"])
+    cli.run(main, required=["config", "workdir", "needles"])

@@ -14,7 +14,7 @@ import json
 from absl import flags
 from ml_collections import config_flags
 
-from m3jax import launching
+from m3jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
 _TOPOLOGY = flags.DEFINE_string(
@@ -52,8 +52,8 @@ _JSON = flags.DEFINE_string("json", None, "Write all quantities, in base units, 
 def main(argv: list[str]) -> None:
     """Prints the plan and writes its JSON."""
     from m3jax.config import ConfigError, validate
+    from m3jax.files import write_atomically
     from m3jax.plan import Assumptions, report, table
-    from m3jax.text.files import write_atomically
 
     config = validate(_CONFIG.value)
     assumptions = Assumptions(
@@ -77,4 +77,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    launching.run(main, required=["config", "topology", "references"])
+    cli.run(main, required=["config", "topology", "references"])

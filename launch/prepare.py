@@ -28,7 +28,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from m3jax import launching
+from m3jax import cli
 from m3jax.config import validate
 from m3jax.text.beam import BeamRunner
 from m3jax.text.documents import TextError
@@ -122,4 +122,4 @@ def _runner() -> Runner | None:
 
 
 if __name__ == "__main__":
-    launching.run(main, required=["config", "workdir", "documents"])
+    cli.run(main, required=["config", "workdir", "documents"])

@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from m3jax import launching
+from m3jax import cli
 from m3jax.config import validate, with_epochs
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -52,4 +52,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    launching.run(main, required=["config", "workdir", "chats"])
+    cli.run(main, required=["config", "workdir", "chats"])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from absl import flags
 
-from m3jax import launching
+from m3jax import cli
 from m3jax.text.quality import LinearScorer, held_out_error, read_labelled
 
 _LABELLED = flags.DEFINE_string("labelled", None, "JSON lines of texts with their scores, 0 … 5.")
@@ -37,4 +37,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    launching.run(main, required=["labelled", "scorer"])
+    cli.run(main, required=["labelled", "scorer"])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from m3jax import launching
+from m3jax import cli
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder for everything it makes.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of people, parameters and data order.")
@@ -41,4 +41,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    launching.run(main)
+    cli.run(main)

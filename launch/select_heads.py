@@ -22,7 +22,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from m3jax import launching
+from m3jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, made by launch/prepare.py.")
@@ -54,17 +54,17 @@ _JSON = flags.DEFINE_string(
 _PNG = flags.DEFINE_string(
     "png", None, "The heat map; default WORKDIR/report/heads-<hide>-<by>.png."
 )
-launching.define_cache_flag()
-flags.adopt_module_key_flags(launching)  # --help shows them
+cli.define_cache_flag()
+flags.adopt_module_key_flags(cli)  # --help shows them
 
 
 def main(argv: list[str]) -> None:
     """Prints the ranking, draws the map, writes JSON."""
-    launching.use_compilation_cache()
+    cli.use_compilation_cache()
     from m3jax.config import validate
     from m3jax.evaluation.heads import report, score_heads, table
     from m3jax.evaluation.plots import head_map
-    from m3jax.text.files import write_atomically
+    from m3jax.files import write_atomically
 
     config, workdir = validate(_CONFIG.value), Path(str(_WORKDIR.value))
     by_query = _BY.value == "query"
@@ -97,4 +97,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    launching.run(main, required=["config", "workdir"])
+    cli.run(main, required=["config", "workdir"])

@@ -20,7 +20,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from m3jax import launching
+from m3jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, made by launch/prepare.py.")
@@ -44,17 +44,17 @@ _CHECK = flags.DEFINE_integer("check", 256, "Validation rows on which the choice
 _DRAWS = flags.DEFINE_integer("draws", 3, "Random choices that it is compared with.", lower_bound=0)
 _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Make no version: report and list only.")
 _JSON = flags.DEFINE_string("json", None, "Write the figures to this file, too.")
-launching.define_cache_flag()
-flags.adopt_module_key_flags(launching)  # --help shows them
+cli.define_cache_flag()
+flags.adopt_module_key_flags(cli)  # --help shows them
 
 
 def main(argv: list[str]) -> None:
     """Prints a table, writes the report and makes the version."""
-    launching.use_compilation_cache()
+    cli.use_compilation_cache()
     from m3jax.config import validate
     from m3jax.evaluation.choice_report import table
     from m3jax.evaluation.knowledge_choice import Options, select_references
-    from m3jax.text.files import write_atomically
+    from m3jax.files import write_atomically
 
     report = select_references(
         validate(_CONFIG.value),
@@ -73,4 +73,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    launching.run(main, required=["config", "workdir", "budget_bytes"])
+    cli.run(main, required=["config", "workdir", "budget_bytes"])

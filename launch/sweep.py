@@ -24,7 +24,7 @@ from pathlib import Path
 
 from absl import flags
 
-from m3jax import launching
+from m3jax import cli
 
 _SWEEP = flags.DEFINE_string("sweep", None, "Python file with get_sweep().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all that it makes.")
@@ -90,4 +90,4 @@ def _call() -> list[str]:
 
 
 if __name__ == "__main__":
-    launching.run(main, required=["sweep", "workdir"])
+    cli.run(main, required=["sweep", "workdir"])

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from m3jax import launching
+from m3jax import cli
 from m3jax.config import validate, with_epochs
 
 if TYPE_CHECKING:
@@ -66,19 +66,19 @@ _PROFILE = flags.DEFINE_string(
     "START:STOP, the first and last step of a trace for TensorBoard or XProf, in"
     " WORKDIR/<stage>/profile.",
 )
-launching.define_process_flags()
-launching.define_cache_flag()
-flags.adopt_module_key_flags(launching)  # --help shows them
+cli.define_process_flags()
+cli.define_cache_flag()
+flags.adopt_module_key_flags(cli)  # --help shows them
 
 
 def main(argv: list[str]) -> None:
     """Joins the other processes, opens the data and trains."""
     config = validate(_CONFIG.value)  # before the slow imports
-    launching.use_compilation_cache()
+    cli.use_compilation_cache()
     from m3jax.train.profile import parse_steps
 
     profile_steps = None if _PROFILE.value is None else parse_steps(_PROFILE.value)
-    with launching.processes(config):
+    with cli.processes(config):
         _train(config, profile_steps)
 
 
@@ -155,4 +155,4 @@ def _source(config: ConfigDict, version: int | None) -> tuple[Source, int]:
 
 
 if __name__ == "__main__":
-    launching.run(main, required=["config"])
+    cli.run(main, required=["config"])

@@ -29,7 +29,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from m3jax import launching
+from m3jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, made by launch/prepare.py.")
@@ -55,9 +55,9 @@ _SHARE = flags.DEFINE_float(
 )
 _SAMPLE = flags.DEFINE_integer("sample", 512, "--refresh=measure: references to compare.", 1)
 _JSON = flags.DEFINE_string("json", None, "--refresh=measure: write the figures to this file.")
-launching.define_process_flags()
-launching.define_cache_flag()
-flags.adopt_module_key_flags(launching)  # --help shows them
+cli.define_process_flags()
+cli.define_cache_flag()
+flags.adopt_module_key_flags(cli)  # --help shows them
 
 
 def main(argv: list[str]) -> None:
@@ -67,8 +67,8 @@ def main(argv: list[str]) -> None:
 
     config = validate(_CONFIG.value)
     require_writable(_BANK.value or "")
-    launching.use_compilation_cache()
-    with launching.processes(config):
+    cli.use_compilation_cache()
+    with cli.processes(config):
         (_write if _REFRESH.value is None else _refresh)(config, Path(str(_WORKDIR.value)))
 
 
@@ -102,7 +102,7 @@ def _refresh(config: ConfigDict, workdir: Path) -> None:
     import jax
 
     from m3jax.evaluation import staleness
-    from m3jax.text.files import write_atomically
+    from m3jax.files import write_atomically
 
     if jax.process_count() > 1:
         raise app.UsageError("--refresh is the work of one process, with all devices of its host")
@@ -123,4 +123,4 @@ def _refresh(config: ConfigDict, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    launching.run(main, required=["config", "workdir"])
+    cli.run(main, required=["config", "workdir"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from jax._src import clusters
 
-from m3jax import distributed, launching
+from m3jax import cli, distributed
 from m3jax.config import default
 from m3jax.distributed import Processes, joined
 from m3jax.watch import PROCESS_LOST, ProcessError, Watch
@@ -100,7 +100,7 @@ def test_flags_that_cannot_work_are_refused(flags, message):
 
 
 def enter(processes):
-    with joined(processes, default(), launching.show_error):
+    with joined(processes, default(), cli.show_error):
         raise AssertionError("joined nobody")
 
 
@@ -133,7 +133,7 @@ def test_no_cluster_is_an_error(monkeypatch):
 
 def test_one_process_needs_nobody():
     ran = []
-    with joined(None, default(), launching.show_error):
+    with joined(None, default(), cli.show_error):
         ran.append(faulthandler.is_enabled())
     assert ran
 
@@ -147,7 +147,7 @@ def test_processes_that_agree_end_together():
 @pytest.mark.slow
 def test_another_config_is_refused_by_name():
     ended = start("seeds", 2, [0, 1])
-    assert {code for code, _ in ended} <= {launching.USER_ERROR, PROCESS_LOST}
+    assert {code for code, _ in ended} <= {cli.USER_ERROR, PROCESS_LOST}
     for _, text in ended:
         assert "process 1 has config.seed = 1, but process 0 has 0" in text
         assert "Traceback" not in text and "ended well" not in text

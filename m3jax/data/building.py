@@ -30,9 +30,9 @@ from m3jax.data.knowledge import (
     versions,
     write_current,
 )
+from m3jax.files import checksum, digest, sync_folder, write_atomically, write_sealed
 from m3jax.memory.bank import Bank
 from m3jax.retrieval.index import build_index
-from m3jax.text.files import checksum, digest, sync_folder, write_atomically, write_sealed
 from m3jax.text.layers import AnyReferences
 from m3jax.text.references import References
 

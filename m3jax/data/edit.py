@@ -26,9 +26,9 @@ from m3jax.data.knowledge import (
     versions,
     write_current,
 )
-from m3jax.layers import Numbering
 from m3jax.memory.bank import Bank
 from m3jax.memory.codec import same
+from m3jax.numbering import Numbering
 from m3jax.text.documents import Document
 from m3jax.text.layers import AnyReferences, live_ids
 from m3jax.text.references import References, copy_references, write_references

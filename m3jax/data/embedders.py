@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int64
 from ml_collections import ConfigDict
 
+from m3jax.checkpoint import restack
 from m3jax.config import PREFIX_TOKENS, prefix_tokens
-from m3jax.data.parameters import restack
 from m3jax.data.pooling import centred, mean_of, unit, usable
 from m3jax.data.trained import TrainedEmbedder
 from m3jax.memory.bank import Bank, layout_of

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.evaluation.session import Session
+from m3jax.files import lines, write_atomically
 from m3jax.inference.context import LongGenerator
 from m3jax.inference.errors import InferenceError
 from m3jax.inference.generate import Generator
@@ -21,7 +22,6 @@ from m3jax.inference.sampling import Sampling
 from m3jax.inference.sources import Source, as_dict, as_page, as_text, effects_of, sources
 from m3jax.text.chats import Chat, question, read_questions
 from m3jax.text.documents import TextError
-from m3jax.text.files import lines, write_atomically
 from m3jax.text.template import Template
 
 

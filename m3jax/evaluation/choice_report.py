@@ -10,7 +10,7 @@ from jaxtyping import Int
 from matplotlib.figure import Figure
 
 from m3jax.evaluation.worth import Worth
-from m3jax.text.files import committing
+from m3jax.files import committing
 
 _INK, _SOFT, _GRID, _GOOD, _BAD = "#22303c", "#7d8b99", "#e6eaee", "#0b7a75", "#b8336a"
 _BINS = 40

@@ -30,8 +30,8 @@ from m3jax.evaluation.usefulness import (
     measure,
 )
 from m3jax.evaluation.worth import Worth, choose, estimate
+from m3jax.files import digest, write_atomically
 from m3jax.model.transformer import Model, Params
-from m3jax.text.files import digest, write_atomically
 from m3jax.text.layers import live_ids
 from m3jax.train.checkpoints import checkpoint_folder, restore_params
 

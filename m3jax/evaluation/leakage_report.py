@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from m3jax.text.files import committing
+from m3jax.files import committing
 
 _COLUMN = 52  # characters of a column of examples
 _INK, _SOFT, _GRID = "#22303c", "#7d8b99", "#e6eaee"

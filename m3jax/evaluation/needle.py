@@ -16,9 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from m3jax.evaluation.session import Session
+from m3jax.files import lines
 from m3jax.inference.context import LongGenerator
 from m3jax.text.documents import TextError
-from m3jax.text.files import lines
 from m3jax.text.layers import AnyReferences
 from m3jax.text.tokenizer import Tokenizer
 

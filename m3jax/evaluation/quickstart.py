@@ -24,6 +24,7 @@ from m3jax.data.pipeline import open_pipeline
 from m3jax.evaluation.losses import evaluator
 from m3jax.evaluation.plots import Read, accuracy_bars, attention_map
 from m3jax.evaluation.questions import Answerer, Question
+from m3jax.files import write_atomically
 from m3jax.memory.bank import Bank
 from m3jax.memory.sparsify import sparsifier
 from m3jax.model.transformer import Model
@@ -32,14 +33,13 @@ from m3jax.retrieval.index import Index, build_index
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text import people
 from m3jax.text.documents import inputs_of, read_documents
-from m3jax.text.files import write_atomically
-from m3jax.text.parts import make_part
 from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References, write_references
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.checkpoints import restore_params
 from m3jax.train.loop import train
 from m3jax.train.writer import MemoryWriter, restore_writer
+from m3jax.workdir import make_part
 
 LABELS = {
     "memory": "memories found by the retriever",

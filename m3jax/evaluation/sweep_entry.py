@@ -27,14 +27,14 @@ from m3jax.evaluation.questions import Answerer, read_questions
 from m3jax.evaluation.report import answer_questions, check_reader
 from m3jax.evaluation.staleness import rewrite
 from m3jax.evaluation.sweep import Data, Run, Stage, Sweep
+from m3jax.files import write_sealed
 from m3jax.memory.bank import Bank
 from m3jax.model.transformer import Model
-from m3jax.text.files import write_sealed
-from m3jax.text.parts import make_part
 from m3jax.text.references import References
 from m3jax.train.checkpoints import FOLDER, knowledge_version, restore_params
 from m3jax.train.loop import Source, train
 from m3jax.train.writer import MemoryWriter
+from m3jax.workdir import make_part
 
 FINISHED = "finished.json"
 _PARTS, _PACKED = ("tokenizer", "corpus", "references", "index"), ("chats",)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from m3jax.config import ConfigDict
 from m3jax.evaluation.quickstart import in_context, make_index, prepare_people
+from m3jax.files import lines
 from m3jax.text import people
 from m3jax.text.corpus import write_corpus
 from m3jax.text.cut import Piece
 from m3jax.text.documents import Document, TextError, is_validation, read_documents
-from m3jax.text.files import lines
 from m3jax.text.references import write_pieces
 from m3jax.text.tokenizer import Tokenizer
 

@@ -11,7 +11,7 @@ from typing import Any
 from m3jax import config as config_lib
 from m3jax.config import ConfigDict, ConfigError
 from m3jax.evaluation.sweep import Data, Entry, Run, Stage, Sweep, SweepError
-from m3jax.text.files import digest
+from m3jax.files import digest
 
 # What a stage without memory does not read: entries that differ only here share it. The segments
 # that memory layers make are put together anew where another stage has others.

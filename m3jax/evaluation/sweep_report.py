@@ -9,7 +9,7 @@ from typing import Any
 
 from m3jax.evaluation.sweep import Run
 from m3jax.evaluation.sweep_loop import outcome
-from m3jax.text.files import write_atomically
+from m3jax.files import write_atomically
 
 BEGIN, END = "<!-- sweep: begin -->", "<!-- sweep: end -->"
 

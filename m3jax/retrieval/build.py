@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from m3jax.files import TEMPORARY, committing, write_atomically
 from m3jax.retrieval import tune
 from m3jax.retrieval.embed import Embedder
 from m3jax.retrieval.errors import RetrievalError
@@ -32,7 +33,6 @@ from m3jax.retrieval.folder import (
 )
 from m3jax.retrieval.search import SHARD_ROWS, import_scann, scann_settings
 from m3jax.retrieval.spec import read_spec
-from m3jax.text.files import TEMPORARY, committing, write_atomically
 from m3jax.text.references import References
 
 _BATCH = 1024  # references embedded at a time

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from m3jax.files import digest
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import Embedder, load_embedder
 from m3jax.retrieval.errors import RetrievalError
@@ -29,7 +30,6 @@ from m3jax.retrieval.folder import (
     verify,
 )
 from m3jax.retrieval.search import Found, Searcher, import_scann, merge
-from m3jax.text.files import digest
 from m3jax.text.references import References
 
 __all__ = ["Index", "RetrievalError", "build_index", "merge"]

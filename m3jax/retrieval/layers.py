@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from m3jax.layers import Numbering
+from m3jax.files import digest
+from m3jax.numbering import Numbering
 from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.index import Index
-from m3jax.text.files import digest
 
 
 class LayeredIndex:

@@ -26,10 +26,10 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from m3jax.files import write_array, write_atomically
 from m3jax.text import duplicates
 from m3jax.text.blocks import Block, Unreadable, number_of, read_block
 from m3jax.text.documents import Document, TextError
-from m3jax.text.files import write_array, write_atomically
 from m3jax.text.quality import Scorer, load_scorer
 from m3jax.text.rules import Measures, broken_rule, measure
 from m3jax.text.tally import SHOWN, Tally

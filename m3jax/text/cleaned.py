@@ -13,11 +13,11 @@ import msgpack
 import numpy as np
 from jaxtyping import Shaped
 
+from m3jax.files import write_array
 from m3jax.text import duplicates
 from m3jax.text.blocks import INDEX_BITS, number_of, place_of
 from m3jax.text.clean import Cleaning, names_of
 from m3jax.text.documents import Document, TextError
-from m3jax.text.files import write_array
 from m3jax.text.tally import Tally
 
 _PART_BYTES = 256 << 20  # of band entries that are compared at once

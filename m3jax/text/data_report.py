@@ -12,9 +12,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from m3jax.files import committing, write_atomically
 from m3jax.text.blocks import place_of
 from m3jax.text.cleaned import Cleaned
-from m3jax.text.files import committing, write_atomically
 from m3jax.text.tally import SAMPLES, SHOWN, Tally
 
 matplotlib.use("Agg")

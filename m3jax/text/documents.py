@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from m3jax.text.files import checksum, digest
+from m3jax.files import checksum, digest
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".txt", ".parquet")
 

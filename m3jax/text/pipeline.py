@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from m3jax.config import ConfigDict
+from m3jax.files import TEMPORARY, digest, write_atomically
 from m3jax.text import duplicates
 from m3jax.text.blocks import Block, Source, blocks_of, sources_of
 from m3jax.text.clean import Cleaning, clean_block, is_clean, names_of
@@ -18,13 +19,12 @@ from m3jax.text.cleaned import Cleaned, compare_part, decide, parts_to_compare
 from m3jax.text.corpus import CorpusInfo, write_encoded
 from m3jax.text.cut_blocks import Cutting, cut_block, cut_documents
 from m3jax.text.documents import TextError
-from m3jax.text.files import TEMPORARY, digest, write_atomically
-from m3jax.text.parts import make_part
 from m3jax.text.quality import load_scorer
 from m3jax.text.references import write_pieces
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.text.tokens import Tokenizing, tokenize_block, tokenized
 from m3jax.text.workers import Runner, Stage
+from m3jax.workdir import make_part
 
 _BEGUN, _SUMMARY = "begun.json", "summary.txt"
 _TOKENS, _PIECES = "tokens-", "pieces-"

@@ -16,12 +16,12 @@ from tqdm import tqdm
 from m3jax.config import ConfigDict
 from m3jax.text.corpus import Corpus, write_corpus
 from m3jax.text.documents import Document, TextError, inputs_of, is_validation, read_documents
-from m3jax.text.parts import INPUTS, make_part
 from m3jax.text.pipeline import Pipeline
 from m3jax.text.references import References, write_references
 from m3jax.text.selection import Selection
 from m3jax.text.tokenizer import SMALLEST, Tokenizer
 from m3jax.text.workers import LocalRunner, Runner
+from m3jax.workdir import INPUTS, make_part
 
 _TAKEN = "taken_from"  # the only input of a tokenizer that launch/convert.py took from a folder
 

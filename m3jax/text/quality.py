@@ -16,8 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32
 
+from m3jax.files import checksum, digest, lines, read_sealed, write_array, write_sealed
 from m3jax.text.documents import TextError
-from m3jax.text.files import checksum, digest, lines, read_sealed, write_array, write_sealed
 from m3jax.text.rules import normal_words
 
 LOWEST, HIGHEST = 0.0, 5.0

@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 
 from m3jax.config import ConfigDict
+from m3jax.files import digest, write_array, write_atomically
 from m3jax.text import duplicates
 from m3jax.text.contamination import Contamination
 from m3jax.text.documents import Document, TextError
-from m3jax.text.files import digest, write_array, write_atomically
 from m3jax.text.records import MANIFEST
 from m3jax.text.reference_rules import broken_reference_rule, measure_reference
 from m3jax.text.references import Reference, References, copy_references

@@ -11,9 +11,9 @@ import matplotlib
 import numpy as np
 from jaxtyping import Int, Shaped
 
+from m3jax.files import write_atomically
 from m3jax.text.contamination import Contamination
 from m3jax.text.data_report import IN, INK, LEFT, finish_picture, one_line
-from m3jax.text.files import write_atomically
 from m3jax.text.references import References
 from m3jax.text.tally import SAMPLES, SHOWN, Tally
 

@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from m3jax.files import digest
 from m3jax.text.documents import Document
-from m3jax.text.files import digest
 
 SAMPLES = 8  # documents shown of each step
 SHOWN = 400  # characters shown of each

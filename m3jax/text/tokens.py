@@ -18,12 +18,12 @@ from pathlib import Path
 import msgpack
 import numpy as np
 
+from m3jax.files import write_array, write_atomically
 from m3jax.text.blocks import number_of
 from m3jax.text.clean import Cleaning
 from m3jax.text.cleaned import Cleaned
 from m3jax.text.corpus import EncodedDocument, encode_documents
 from m3jax.text.documents import Document, is_validation
-from m3jax.text.files import write_array, write_atomically
 from m3jax.text.tokenizer import Tokenizer
 
 _ROW = np.dtype(

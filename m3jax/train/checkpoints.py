@@ -19,8 +19,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
 import m3jax
-from m3jax.config import to_json
-from m3jax.data.parameters import (
+from m3jax.checkpoint import (
     FOLDER,
     CheckpointError,
     check_shapes,
@@ -32,8 +31,9 @@ from m3jax.data.parameters import (
     saved_shapes,
     unreadable,
 )
+from m3jax.config import to_json
 from m3jax.distributed import meet
-from m3jax.text.files import write_atomically
+from m3jax.files import write_atomically
 from m3jax.train.state import TrainState
 
 __all__ = [

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from m3jax.config import ConfigError
 from m3jax.distributed import meet
-from m3jax.text.files import write_atomically
+from m3jax.files import write_atomically
 from m3jax.train.checkpoints import CheckpointError, Checkpoints, kept
 from m3jax.train.monitor import Monitor, Trouble
 

@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 
 from m3jax.config import ConfigError, prefix_tokens, validate
 from m3jax.distributed import meet
+from m3jax.files import write_atomically
 from m3jax.mesh import host_rows, make_mesh, to_global
 from m3jax.model.transformer import Model, Params
-from m3jax.text.files import write_atomically
 from m3jax.train.checkpoints import (
     FOLDER,
     CheckpointError,

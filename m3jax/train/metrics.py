@@ -12,7 +12,7 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from m3jax.text.files import write_atomically
+from m3jax.files import write_atomically
 
 FILE = "metrics.jsonl"
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from m3jax.text.files import committing
+from m3jax.files import committing
 from m3jax.train.metrics import read_metrics
 
 _INK, _SOFT, _GRID = "#22303c", "#7d8b99", "#e6eaee"

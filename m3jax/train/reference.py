@@ -22,15 +22,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from m3jax.checkpoint import CheckpointError, restore_params
 from m3jax.config import prefix_tokens
-from m3jax.data.parameters import CheckpointError, restore_params
 from m3jax.data.pipeline import Pipeline
 from m3jax.distributed import meet
+from m3jax.files import read_sealed, write_atomically, write_sealed
 from m3jax.memory.sparsify import sparsifier
 from m3jax.memory.storage import npy_bytes
 from m3jax.mesh import batch_sharding, host_rows, on_devices, replicated, to_global
 from m3jax.model.transformer import Model, Params
-from m3jax.text.files import read_sealed, write_atomically, write_sealed
 from m3jax.train.checkpoints import checkpoint_folder
 from m3jax.train.objective import Decode, batch_specs, inputs
 from m3jax.train.preference import answer_logprobs

@@ -11,8 +11,8 @@ from m3jax.evaluation.sweep_loop import outcome
 from m3jax.evaluation.sweep_plan import plan
 from m3jax.evaluation.sweep_pod import launch_lines
 from m3jax.evaluation.sweep_report import BEGIN, END, as_json, finish, insert, table
+from m3jax.files import write_sealed
 from m3jax.memory.bank import layout_of
-from m3jax.text.files import write_sealed
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,8 +11,8 @@ from launch.test_commands import SMALL, call, succeed
 from ml_collections import ConfigDict
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from m3jax.checkpoint import read_model
 from m3jax.config import default
-from m3jax.data.parameters import read_model
 from m3jax.model.hf import read_params, write_folder
 from m3jax.model.transformer import Model
 from m3jax.text import tokenizer as text

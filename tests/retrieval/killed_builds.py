@@ -51,7 +51,7 @@ def killer(call, after):
 MOMENTS = [
     ("m3jax.text.references.References.texts", References.texts, 2),  # in the fit
     ("m3jax.text.references.References.texts", References.texts, 9),  # in a shard
-    *(("m3jax.text.files.os.replace", os.replace, n) for n in range(1, 11)),  # before each commit
+    *(("m3jax.files.os.replace", os.replace, n) for n in range(1, 11)),  # before each commit
     ("m3jax.retrieval.tune.fit", tune.fit, 1),
     ("m3jax.retrieval.tune.fit", tune.fit, 2),
     ("m3jax.retrieval.folder.checksum", folders.checksum, 3),

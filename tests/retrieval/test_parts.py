@@ -7,6 +7,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from m3jax.files import read_sealed, write_sealed
 from m3jax.retrieval import build as build_module
 from m3jax.retrieval import tune
 from m3jax.retrieval.errors import RetrievalError
@@ -14,7 +15,6 @@ from m3jax.retrieval.folder import part_ranges
 from m3jax.retrieval.index import Index, build_index, merge
 from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.retrieval.search import SPARE, import_scann
-from m3jax.text.files import read_sealed, write_sealed
 
 needs_scann = pytest.mark.skipif(import_scann() is None, reason="ScaNN has no wheel here")
 

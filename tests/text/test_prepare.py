@@ -12,10 +12,10 @@ from m3jax import config as configs
 from m3jax.text import prepare
 from m3jax.text.corpus import Corpus
 from m3jax.text.documents import TextError, is_validation, read_documents
-from m3jax.text.parts import INPUTS, make_part
 from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
+from m3jax.workdir import INPUTS, make_part
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ def run_stage(config, workdir, runs, order, pause=0.0):
 def main(argv):
     import jax
 
-    from m3jax import launching
+    from m3jax import cli
     from m3jax.distributed import Processes, joined
 
     workdir, runs, tag, address, index, stages, pause = argv[1:]
@@ -111,7 +111,7 @@ def main(argv):
     jax.config.update("jax_disable_most_optimizations", True)
     configs = [stage_config(stage) for stage in stages.split(",")]
     processes = Processes(address, 2, int(index), join_timeout=60, heartbeat_timeout=8)
-    with joined(processes, configs[0], launching.show_error):
+    with joined(processes, configs[0], cli.show_error):
         for config in configs:
             order = Path(runs) / f"{config.stage}-{tag}-{index}.jsonl"
             run_stage(config, workdir, runs, order, float(pause))

@@ -17,8 +17,8 @@ from data.data_workdir import make_workdir
 from quick import xla_flags
 from train.process_run import STAGES, run_stage, stage_config
 
+from m3jax.cli import USER_ERROR
 from m3jax.config import prefix_tokens
-from m3jax.launching import USER_ERROR
 from m3jax.model.transformer import Model
 from m3jax.train.checkpoints import restore_params
 from m3jax.train.guard import read_rollbacks

@@ -9,8 +9,8 @@ import pytest
 from data.data_workdir import WORLD, make_workdir, tiny_config
 from jax.sharding import NamedSharding, PartitionSpec
 
+from m3jax.checkpoint import CheckpointError, restore_params
 from m3jax.config import prefix_tokens
-from m3jax.data.parameters import CheckpointError, restore_params
 from m3jax.data.pipeline import open_pipeline
 from m3jax.evaluation.losses import evaluator
 from m3jax.mesh import make_mesh

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from m3jax import launching
+from m3jax import cli
 from m3jax.config import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -20,13 +20,13 @@ def failing(error):
     def main(argv):
         raise error
 
-    return launching.guarded(main)
+    return cli.guarded(main)
 
 
 def test_user_error_ends_with_its_message(capsys):
     with pytest.raises(SystemExit) as caught:
         failing(ConfigError("config.seed = -1"))(["script"])
-    assert caught.value.code == launching.USER_ERROR
+    assert caught.value.code == cli.USER_ERROR
     assert capsys.readouterr().err == "ConfigError: config.seed = -1\n"
 
 
@@ -40,18 +40,18 @@ def cache_flag(monkeypatch):
     """Sets --compilation_cache, and puts JAX's folder back in the end."""
     before = jax.config.jax_compilation_cache_dir
     flags = types.SimpleNamespace(compilation_cache=None)
-    monkeypatch.setattr(launching.flags, "FLAGS", flags)
+    monkeypatch.setattr(cli.flags, "FLAGS", flags)
     yield lambda folder: setattr(flags, "compilation_cache", str(folder))
     jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_compilation_cache_is_made_and_used(cache_flag, tmp_path, monkeypatch):
     before = jax.config.jax_compilation_cache_dir
-    launching.use_compilation_cache()
+    cli.use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == before
     monkeypatch.chdir(tmp_path)
     cache_flag("some/cache")
-    launching.use_compilation_cache()
+    cli.use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "some" / "cache")
     assert (tmp_path / "some" / "cache").is_dir()
 
@@ -60,11 +60,11 @@ def test_compilation_cache_that_cannot_be_used_is_refused(cache_flag, tmp_path, 
     (tmp_path / "file").write_text("")
     cache_flag(tmp_path / "file")
     with pytest.raises(ConfigError, match=r"--compilation_cache=.*/file: File exists"):
-        launching.use_compilation_cache()
+        cli.use_compilation_cache()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     cache_flag("gs://bucket/cache")
     with pytest.raises(ConfigError, match="gs://bucket/cache: pip install gcsfs"):
-        launching.use_compilation_cache()
+        cli.use_compilation_cache()
 
 
 def test_train_script_refuses_a_bad_config(tmp_path):
@@ -72,7 +72,7 @@ def test_train_script_refuses_a_bad_config(tmp_path):
     command += ["--config=configs/wiki_small.py", "--config.mesh.fsdp=0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == launching.USER_ERROR, done.stderr
+    assert done.returncode == cli.USER_ERROR, done.stderr
     assert done.stderr.strip() == "ConfigError: config.mesh.fsdp = 0: must be -1 or at least 1"
 
 
@@ -80,5 +80,5 @@ def test_a_workdir_in_a_bucket_is_refused():
     command = [sys.executable, str(ROOT / "launch" / "train.py"), "--workdir=gs://bucket/run"]
     command.append(f"--config={ROOT / 'configs' / 'quickstart.py'}")
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == launching.USER_ERROR
+    assert done.returncode == cli.USER_ERROR
     assert "--workdir=gs://bucket/run: workdirs in buckets are not supported yet" in done.stderr

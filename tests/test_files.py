@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from m3jax.text.files import (
+from m3jax.files import (
     checksum,
     committing,
     digest,
