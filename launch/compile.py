@@ -84,10 +84,10 @@ def main(argv: list[str]) -> None:
     """Compiles and prints."""
     config = validate(_CONFIG.value)  # before the slow imports
 
-    from m3jax.evaluation import compiled
+    from m3jax.aot import compile as compiled
 
     os.environ.update(compiled.ENVIRONMENT)
-    from m3jax.evaluation.compile_report import markdown, show, show_search
+    from m3jax.aot.report import markdown, show, show_search
     from m3jax.hardware import chip_of_topology
 
     chips = {topology: chip_of_topology(topology)[0] for topology in _TOPOLOGY.value or []}

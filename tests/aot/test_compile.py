@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 from data.data_workdir import tiny_config
 
+from m3jax.aot import compile
+from m3jax.aot.compile import PATHS, best, on_path, search
+from m3jax.aot.report import markdown, show_search
 from m3jax.config import ConfigError
-from m3jax.evaluation import compiled
-from m3jax.evaluation.compile_report import markdown, show_search
-from m3jax.evaluation.compiled import PATHS, best, on_path, search
 
 
 def fake_report(**changes: Any) -> dict[str, Any]:
@@ -47,8 +47,8 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         found.append((config.mesh.data, config.mesh.fsdp, remat, parts))
         return fake_report(microbatches=parts, fits=remat == "full" and parts >= 2)
 
-    monkeypatch.setattr(compiled, "devices_of", lambda topology: [None] * 16)
-    monkeypatch.setattr(compiled, "report", fake)
+    monkeypatch.setattr(compile, "devices_of", lambda topology: [None] * 16)
+    monkeypatch.setattr(compile, "report", fake)
     return found
 
 

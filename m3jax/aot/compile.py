@@ -19,10 +19,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from m3jax import flops
+from m3jax.aot.collectives import by_kind, collectives
+from m3jax.aot.decode import arguments, serving, serving_mesh
+from m3jax.aot.jaxpr_flops import attention_blocks, chunks_of_row, executed_flops
 from m3jax.config import IN_STEP, PACKED, PREFIX_TOKENS, ConfigError, prefix_tokens, validate
-from m3jax.evaluation.compiled_decode import arguments, serving, serving_mesh
-from m3jax.evaluation.executed import attention_blocks, chunks_of_row, executed_flops
-from m3jax.evaluation.hlo import by_kind, collectives
 from m3jax.hardware import Chip, chip_of_topology
 from m3jax.memory.bank import writer_params
 from m3jax.memory.codec import plain

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from m3jax.evaluation.hlo import by_kind, collectives
+from m3jax.aot.collectives import by_kind, collectives
 
 # What the TPU compiler writes, cut short: a loop of 22, a chain of kernels that are one all-gather,
 # a reduce-scatter written as an all-reduce, and groups stated in three ways.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from m3jax.evaluation.compiled import best
+from m3jax.aot.compile import best
 
 _PATHS = {
     "none": "warmup",

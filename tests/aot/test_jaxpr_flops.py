@@ -8,9 +8,9 @@ from jax.sharding import AxisType, PartitionSpec
 from train.tiny import tiny_config
 
 from m3jax import flops
+from m3jax.aot.compile import abstract_batch
+from m3jax.aot.jaxpr_flops import attention_blocks, executed_flops
 from m3jax.config import prefix_tokens
-from m3jax.evaluation.compiled import abstract_batch
-from m3jax.evaluation.executed import attention_blocks, executed_flops
 from m3jax.mesh import make_mesh
 from m3jax.model.attention import ExplicitMemory, KeyValues, attend
 from m3jax.model.transformer import Model

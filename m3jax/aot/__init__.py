@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation for slices that are not attached; counted FLOPs and bytes."""
