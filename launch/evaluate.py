@@ -11,7 +11,7 @@ chunk's memories are found with the text before it. Questions are JSON lines wit
 `answer`.
 
 Tasks, instead, are scored by lm-evaluation-harness (`pip install 'm3jax[eval]'`) in every mode, as
-one table. What a file may hold is said in m3jax/evaluation/local_tasks.py: multiple choice, MMLU
+one table. What a file may hold is said in m3jax/evaluation/lm_eval/files.py: multiple choice, MMLU
 (.csv), schemas, continuations, open questions (JSON lines, or SQuAD's .json), questions with a
 number as the answer, and questions.jsonl of a quickstart.
 """
@@ -136,9 +136,9 @@ def _losses(config: Any, workdir: Path) -> tuple[dict[str, Any], str]:
 def _scores(config: Any, workdir: Path) -> tuple[dict[str, Any], str]:
     """Report and table of the tasks."""
     from m3jax.config import validate
-    from m3jax.evaluation.local_tasks import read_task, task_files
+    from m3jax.evaluation.lm_eval.files import read_task, task_files
+    from m3jax.evaluation.lm_eval.run import columns, evaluate_tasks, table
     from m3jax.evaluation.session import Session
-    from m3jax.evaluation.tasks import columns, evaluate_tasks, table
 
     modes = list(_MODES.value or [])
     if _COMPRESSED.value and "compressed" not in modes:

@@ -7,7 +7,7 @@ import pytest
 from model.oracle import oracle_config, random_params
 
 from m3jax.evaluation import session as session_module
-from m3jax.evaluation.local_tasks import LocalTask
+from m3jax.evaluation.lm_eval.files import LocalTask
 from m3jax.evaluation.session import Session
 from m3jax.model.hf import write_folder
 from m3jax.text.tokenizer import BOS, END, Tokenizer
@@ -27,7 +27,7 @@ def both(tmp_path_factory, require):
         require("lm_eval"), require("accelerate")
         from lm_eval.models.huggingface import HFLM
 
-        from m3jax.evaluation.harness import HarnessModel
+        from m3jax.evaluation.lm_eval.model import HarnessModel
     folder = tmp_path_factory.mktemp("harness_parity")
     config = oracle_config(
         model__prefix="with_memory",
@@ -114,7 +114,7 @@ def test_generated_texts(both):
 def test_a_task(both):
     from lm_eval.evaluator import evaluate
 
-    from m3jax.evaluation.harness_tasks import as_harness_task
+    from m3jax.evaluation.lm_eval.tasks import as_harness_task
 
     words = TEXT.replace(".", "").split()
     random = np.random.default_rng(0)

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from m3jax.evaluation.harness import HarnessModel
-from m3jax.evaluation.local_tasks import LocalTask
+from m3jax.evaluation.lm_eval.files import LocalTask
+from m3jax.evaluation.lm_eval.model import HarnessModel
 from m3jax.evaluation.short_answers import exact_match, f1, last_number
 
 SEED = 1234  # of the shots

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from m3jax.evaluation.local_tasks import question_texts, read_task, task_files
+from m3jax.evaluation.lm_eval.files import question_texts, read_task, task_files
 from m3jax.inference.errors import InferenceError
 from m3jax.text.documents import TextError
 
@@ -171,9 +171,9 @@ def test_other_files_are_refused(tmp_path):
 def test_without_the_harness_the_adapter_says_what_to_install(monkeypatch):
     for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "m3jax.evaluation.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "m3jax.evaluation.lm_eval.model", raising=False)
     with pytest.raises(InferenceError, match=r"pip install 'm3jax\[eval\]'"):
-        importlib.import_module("m3jax.evaluation.harness")
+        importlib.import_module("m3jax.evaluation.lm_eval.model")
 
 
 def test_what_the_examples_ask(tmp_path):

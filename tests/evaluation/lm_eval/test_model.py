@@ -16,7 +16,7 @@ from data_workdir import WORLD, make_workdir, tiny_config  # noqa: E402
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.evaluation import session as session_module
-from m3jax.evaluation.local_tasks import read_task
+from m3jax.evaluation.lm_eval.files import read_task
 from m3jax.evaluation.rag import with_references
 from m3jax.evaluation.session import Session
 from m3jax.inference.errors import InferenceError
@@ -45,7 +45,7 @@ def session(tmp_path_factory, require):
 
 @pytest.fixture(scope="module")
 def make(session):
-    from m3jax.evaluation.harness import HarnessModel
+    from m3jax.evaluation.lm_eval.model import HarnessModel
 
     models = {}
 
@@ -271,7 +271,7 @@ def test_modes_that_do_not_fit_are_refused(session, make):
     with pytest.raises(InferenceError, match="compressed.*write_bank.py"):
         make("compressed")
     assert make("explicit").mode == "memory"
-    from m3jax.evaluation.harness import HarnessModel
+    from m3jax.evaluation.lm_eval.model import HarnessModel
 
     early = copy.copy(session)
     early.config = tiny_config()
@@ -308,7 +308,7 @@ def oracle(require):
     require("lm_eval")
     from lm_eval.api.model import TemplateLM
 
-    from m3jax.evaluation.harness import HarnessModel
+    from m3jax.evaluation.lm_eval.model import HarnessModel
 
     class Oracle(HarnessModel):
         def __init__(self, likes=(), says=()):
@@ -333,7 +333,7 @@ def write(path, *records):
 
 
 def scores(model, path, shots=0, limit=None):
-    from m3jax.evaluation.harness_tasks import measures_of, run_task
+    from m3jax.evaluation.lm_eval.tasks import measures_of, run_task
 
     task = read_task(path)
     samples = run_task(model, task, shots, limit)
@@ -425,7 +425,7 @@ def test_numbers(oracle, tmp_path):
 
 
 def test_the_table_has_every_mode_filter_and_the_answerable_subset(session, tmp_path):
-    from m3jax.evaluation.tasks import columns, evaluate_tasks, table
+    from m3jax.evaluation.lm_eval.run import columns, evaluate_tasks, table
 
     person = WORLD.unseen[0]
     answer = dict(person.facts)["home"] if "home" in dict(person.facts) else person.facts[0][1]

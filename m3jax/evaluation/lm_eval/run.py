@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from m3jax.evaluation.harness import MODES, HarnessModel
-from m3jax.evaluation.harness_tasks import measures_of, run_task
 from m3jax.evaluation.hits import answerable_questions
-from m3jax.evaluation.local_tasks import LocalTask
+from m3jax.evaluation.lm_eval.files import LocalTask
+from m3jax.evaluation.lm_eval.model import MODES, HarnessModel
+from m3jax.evaluation.lm_eval.tasks import measures_of, run_task
 from m3jax.evaluation.session import Session
 from m3jax.inference.errors import InferenceError
 from m3jax.train.metrics import dropped_share

@@ -1,6 +1,6 @@
 """A checkpoint as a model of lm-evaluation-harness (the extra `eval`).
 
-    from m3jax.evaluation.harness import HarnessModel
+    from m3jax.evaluation.lm_eval.model import HarnessModel
     lm_eval.simple_evaluate(HarnessModel(session, "memory"), tasks=["arc_easy"])
 
 | mode | what the model reads |

@@ -1,0 +1,1 @@
+"""Adapter for lm-evaluation-harness and its task files."""
