@@ -37,7 +37,7 @@ flags.register_validator(
 def main(argv: list[str]) -> None:
     """Prints a table and writes JSON."""
     from m3jax.config import validate
-    from m3jax.evaluation.hits import hit_rates, table
+    from m3jax.evaluation.answer_recall import hit_rates, table
     from m3jax.files import write_atomically
 
     report = hit_rates(

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     """Draws, writes, and prints the counts."""
     cli.use_compilation_cache()
     from m3jax.config import ConfigError, validate
-    from m3jax.evaluation.made_up import make_texts
+    from m3jax.evaluation.sampled_texts import make_texts
     from m3jax.evaluation.session import Session
 
     config = validate(_CONFIG.value)

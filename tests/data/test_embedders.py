@@ -35,7 +35,7 @@ from m3jax.data.knowledge import (
 )
 from m3jax.data.pooling import draw, position_means
 from m3jax.data.upkeep import collect
-from m3jax.evaluation.hits import hit_rates
+from m3jax.evaluation.answer_recall import hit_rates
 from m3jax.memory.write import write_bank
 from m3jax.model.transformer import Model
 from m3jax.retrieval.embed import Embedder

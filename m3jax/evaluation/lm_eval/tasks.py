@@ -8,7 +8,7 @@ from typing import Any
 
 from m3jax.evaluation.lm_eval.files import LocalTask
 from m3jax.evaluation.lm_eval.model import HarnessModel
-from m3jax.evaluation.short_answers import exact_match, f1, last_number
+from m3jax.evaluation.squad_metrics import exact_match, f1, last_number
 
 SEED = 1234  # of the shots
 _SHORT, _LONG = 16, 256  # tokens of a short answer, and of one with its steps

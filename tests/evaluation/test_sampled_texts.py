@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from memory.memory_tiny import tiny_config, tiny_params
 
-from m3jax.evaluation.made_up import make_texts
+from m3jax.evaluation.sampled_texts import make_texts
 from m3jax.evaluation.session import Session
 from m3jax.inference.errors import InferenceError
 from m3jax.model.transformer import Model

@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 from data.data_workdir import WORLD, make_workdir, tiny_config
 
-from m3jax.evaluation.hits import AnswerFinder, hit_rates, read_open_questions, table, words
+from m3jax.evaluation.answer_recall import (
+    AnswerFinder,
+    hit_rates,
+    read_open_questions,
+    table,
+    words,
+)
 from m3jax.text.documents import TextError
 
 CONFIG = tiny_config()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from m3jax.evaluation.short_answers import exact_match, f1, last_number, normalise
+from m3jax.evaluation.squad_metrics import exact_match, f1, last_number, normalise
 
 
 def test_answers_are_compared_without_case_articles_and_punctuation():
