@@ -54,7 +54,8 @@ def main(argv: list[str]) -> None:
     _check_flags(command)
     cli.use_compilation_cache()
     from m3jax.config import validate
-    from m3jax.data import edit, knowledge, upkeep
+    from m3jax.knowledge import edit, maintain
+    from m3jax.knowledge import versions as knowledge
     from m3jax.text.documents import read_documents
 
     config, workdir, note = validate(_CONFIG.value), Path(str(_WORKDIR.value)), _NOTE.value
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> None:
     elif command == "rollback":
         _say(edit.rollback(workdir, int(_TO.value or 0)))
     elif command == "collect":
-        version, busy = upkeep.collect(config, workdir, write=_writer(), note=note)
+        version, busy = maintain.collect(config, workdir, write=_writer(), note=note)
         _say(version)
         for folder in busy:
             print(f"{folder} is being read by another process; collect again when it has ended")
@@ -94,13 +95,13 @@ def main(argv: list[str]) -> None:
 
 def _check(command: str, config: Any, workdir: Path) -> None:
     """verify and repair."""
-    from m3jax.data import upkeep
+    from m3jax.knowledge import maintain
 
     number = _VERSION.value
     if command == "repair":
-        for problem in upkeep.repair(config, workdir, write=_writer(), number=number):
+        for problem in maintain.repair(config, workdir, write=_writer(), number=number):
             print(f"rewritten: {problem}")
-    problems = upkeep.verify(config, workdir, number)
+    problems = maintain.verify(config, workdir, number)
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:

@@ -85,8 +85,8 @@ def main(argv: list[str]) -> None:
 def _train(config: ConfigDict, profile_steps: tuple[int, int] | None) -> None:
     import jax
 
-    from m3jax.data.knowledge import read_current
     from m3jax.evaluation.staleness import rewrite
+    from m3jax.knowledge.versions import read_current
     from m3jax.text.tokenizer import Tokenizer
     from m3jax.train.checkpoints import FOLDER, knowledge_version
     from m3jax.train.guard import describe

@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
 def _write(config: ConfigDict, workdir: Path) -> None:
     import jax
 
-    from m3jax.data.knowledge import require_unedited
+    from m3jax.knowledge.versions import require_unedited
     from m3jax.memory.bank import Bank
     from m3jax.text.references import References
     from m3jax.train.writer import MemoryWriter

@@ -18,15 +18,15 @@ from jaxtyping import Bool, Int
 from ml_collections import ConfigDict
 
 from m3jax.config import PACKED, PREFIX_TOKENS
-from m3jax.data.knowledge import (
+from m3jax.data.packed import PackedRow, PackedRows
+from m3jax.data.rows import Row, Rows
+from m3jax.knowledge.versions import (
     Version,
     open_bank,
     open_references,
     open_retriever,
     open_version,
 )
-from m3jax.data.packed import PackedRow, PackedRows
-from m3jax.data.rows import Row, Rows
 from m3jax.memory.bank import Bank, make_binding
 from m3jax.memory.layers import LayeredBank
 from m3jax.model.attention import ExplicitMemory
@@ -220,8 +220,8 @@ def open_pipeline(
       split: `train`, or `validation` (batch rows, retrieval shift, overlap limit of `evaluation`;
         no memory dropout).
       bank: folder or URL of the bank; default that of the version.
-      version: of the knowledge (`m3jax.data.knowledge`), its number or an opened one; None = the
-        current one. It is not collected while the pipeline is in use.
+      version: of the knowledge (`m3jax.knowledge.versions`), its number or an opened one; None =
+        the current one. It is not collected while the pipeline is in use.
 
     Raises:
       TextError, RetrievalError, BankError, VersionError: a part is missing, damaged or does not fit

@@ -16,8 +16,8 @@ from jaxtyping import Bool
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from m3jax.data.knowledge import open_references, open_retriever, open_version
 from m3jax.files import lines
+from m3jax.knowledge.versions import open_references, open_retriever, open_version
 from m3jax.text.documents import TextError
 from m3jax.text.layers import AnyReferences
 from m3jax.text.tokenizer import Tokenizer

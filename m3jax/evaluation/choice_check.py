@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
-from m3jax.data.knowledge import Version
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.data.rows import Rows
 from m3jax.evaluation.usefulness import EVERYTHING, RowLosses, UsefulnessError, row_losses
+from m3jax.knowledge.versions import Version
 from m3jax.model.transformer import Params
 
 

@@ -18,8 +18,6 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from m3jax.config import PACKED, prefix_tokens, to_json
-from m3jax.data.edit import keep_only
-from m3jax.data.knowledge import open_version
 from m3jax.data.pipeline import Pipeline, open_pipeline, open_rows
 from m3jax.evaluation.choice_check import check_choice, split_rows
 from m3jax.evaluation.report import check_reader
@@ -31,6 +29,8 @@ from m3jax.evaluation.usefulness import (
 )
 from m3jax.evaluation.worth import Worth, choose, estimate
 from m3jax.files import digest, write_atomically
+from m3jax.knowledge.edit import keep_only
+from m3jax.knowledge.versions import open_version
 from m3jax.model.transformer import Model, Params
 from m3jax.text.layers import live_ids
 from m3jax.train.checkpoints import checkpoint_folder, restore_params

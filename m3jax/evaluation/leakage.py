@@ -14,9 +14,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from m3jax.data.knowledge import open_index, open_references, open_version
 from m3jax.data.rows import Rows
 from m3jax.files import lines
+from m3jax.knowledge.versions import open_index, open_references, open_version
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
 from m3jax.text.layers import AnyReferences

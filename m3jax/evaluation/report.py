@@ -9,10 +9,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.config import ConfigError, prefix_tokens
-from m3jax.data.knowledge import open_retriever
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.evaluation.losses import MODES, LossEvaluator
 from m3jax.evaluation.questions import Answerer, read_questions
+from m3jax.knowledge.versions import open_retriever
 from m3jax.memory.bank import Bank
 from m3jax.memory.layers import LayeredBank
 from m3jax.memory.storage import BankError

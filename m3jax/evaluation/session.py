@@ -19,7 +19,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.config import PREFIX_TOKENS, prefix_tokens
-from m3jax.data.knowledge import open_bank, open_references, open_retriever, open_version
 from m3jax.data.pipeline import check_bank
 from m3jax.evaluation.rag import retrieve, with_references
 from m3jax.evaluation.report import check_reader
@@ -30,6 +29,7 @@ from m3jax.inference.generate import Generator
 from m3jax.inference.recall import Recaller
 from m3jax.inference.results import Generation
 from m3jax.inference.sampling import Sampling
+from m3jax.knowledge.versions import open_bank, open_references, open_retriever, open_version
 from m3jax.memory.bank import Bank
 from m3jax.model.transformer import Model
 from m3jax.text.tokenizer import Tokenizer

@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from m3jax.config import prefix_tokens
-from m3jax.data.edit import refresh
-from m3jax.data.knowledge import Version, open_version
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.evaluation.losses import LossEvaluator
+from m3jax.knowledge.edit import refresh
+from m3jax.knowledge.versions import Version, open_version
 from m3jax.memory import codec as codecs
 from m3jax.memory.bank import Bank, writer_fingerprint
 from m3jax.memory.context import writer_settings

@@ -20,7 +20,6 @@ import numpy as np
 
 from m3jax import flops
 from m3jax.config import ConfigDict, ConfigError, prefix_tokens, with_epochs
-from m3jax.data.knowledge import open_version
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.evaluation.losses import LossEvaluator, evaluator
 from m3jax.evaluation.questions import Answerer, read_questions
@@ -28,6 +27,7 @@ from m3jax.evaluation.report import answer_questions, check_reader
 from m3jax.evaluation.staleness import rewrite
 from m3jax.evaluation.sweep import Data, Run, Stage, Sweep
 from m3jax.files import write_sealed
+from m3jax.knowledge.versions import open_version
 from m3jax.memory.bank import Bank
 from m3jax.model.transformer import Model
 from m3jax.text.references import References

@@ -18,7 +18,6 @@ from memory.memory_tiny import tiny_params
 
 from m3jax.config import PREFIX_TOKENS, to_json
 from m3jax.data import trained
-from m3jax.data.edit import edit
 from m3jax.data.embedders import (
     AttentionEmbedder,
     ModelEmbedder,
@@ -26,16 +25,17 @@ from m3jax.data.embedders import (
     load_embedder,
     make_embedder,
 )
-from m3jax.data.knowledge import (
+from m3jax.data.pooling import draw, position_means
+from m3jax.evaluation.answer_recall import hit_rates
+from m3jax.knowledge.edit import edit
+from m3jax.knowledge.maintain import collect
+from m3jax.knowledge.versions import (
     open_bank,
     open_index,
     open_references,
     open_retriever,
     open_version,
 )
-from m3jax.data.pooling import draw, position_means
-from m3jax.data.upkeep import collect
-from m3jax.evaluation.answer_recall import hit_rates
 from m3jax.memory.write import write_bank
 from m3jax.model.transformer import Model
 from m3jax.retrieval.embed import Embedder

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from data_workdir import make_workdir, tiny_config  # noqa: E402
 
 from m3jax.config import PREFIX_TOKENS
-from m3jax.data.knowledge import open_bank, open_references, open_retriever, open_version
 from m3jax.evaluation.scoring import Pair, Scorer, as_rows
+from m3jax.knowledge.versions import open_bank, open_references, open_retriever, open_version
 from m3jax.model.transformer import Model
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.tokenizer import BOS, Tokenizer

@@ -14,8 +14,6 @@ from data import data_workdir
 from data.data_workdir import WORLD, tiny_config
 from data.data_workdir import write_text as write_people
 
-from m3jax.data.edit import rollback
-from m3jax.data.knowledge import VersionError, open_references, open_version
 from m3jax.data.pipeline import open_pipeline
 from m3jax.evaluation import knowledge_choice, usefulness
 from m3jax.evaluation.choice_check import ratio, split_rows
@@ -30,6 +28,8 @@ from m3jax.evaluation.usefulness import (
     measure,
     row_losses,
 )
+from m3jax.knowledge.edit import rollback
+from m3jax.knowledge.versions import VersionError, open_references, open_version
 from m3jax.memory.bank import Bank
 from m3jax.mesh import make_mesh
 from m3jax.model.attention import ExplicitMemory

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3jax.data.knowledge import (
+from m3jax.files import checksum, digest, sync_folder, write_atomically, write_sealed
+from m3jax.knowledge.versions import (
     BANKS,
     REMOVED,
     VERSION,
@@ -30,7 +31,6 @@ from m3jax.data.knowledge import (
     versions,
     write_current,
 )
-from m3jax.files import checksum, digest, sync_folder, write_atomically, write_sealed
 from m3jax.memory.bank import Bank
 from m3jax.retrieval.index import build_index
 from m3jax.text.layers import AnyReferences

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3jax.data.building import WriteMemories, building_folder, commit, in_one_part
 from m3jax.data.embedders import load_embedder, make_embedder
-from m3jax.data.knowledge import (
+from m3jax.knowledge.commit import WriteMemories, building_folder, commit, in_one_part
+from m3jax.knowledge.versions import (
     BANKS,
     MANIFEST,
     VERSION,

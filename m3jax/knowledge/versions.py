@@ -1,6 +1,7 @@
 """The versions of a workdir's knowledge: references, index and bank that belong together.
 
-Version 0 is `references/ index/ bank/` of the workdir. An edit (`m3jax.data.edit`) makes another:
+Version 0 is `references/ index/ bank/` of the workdir. An edit (`m3jax.knowledge.edit`) makes
+another:
 
     versions/000003/version.json   the folders it reads, one a layer; sealed, written last
     versions/000003/removed.npy    ids that were deleted or replaced

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3jax.data.building import WriteMemories, add_layer, building_folder, commit
-from m3jax.data.knowledge import (
+from m3jax.knowledge.commit import WriteMemories, add_layer, building_folder, commit
+from m3jax.knowledge.versions import (
     BANKS,
     CURRENT,
     VERSIONS,

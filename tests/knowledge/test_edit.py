@@ -18,8 +18,10 @@ from data.data_workdir import make_workdir, tiny_config
 from quick import xla_flags
 
 from m3jax.config import PREFIX_TOKENS
-from m3jax.data.edit import edit, merge, refresh, rollback
-from m3jax.data.knowledge import (
+from m3jax.data.pipeline import open_pipeline
+from m3jax.knowledge.edit import edit, merge, refresh, rollback
+from m3jax.knowledge.maintain import collect, repair, verify
+from m3jax.knowledge.versions import (
     VERSIONS,
     VersionError,
     only_writer,
@@ -31,8 +33,6 @@ from m3jax.data.knowledge import (
     require_unedited,
     versions,
 )
-from m3jax.data.pipeline import open_pipeline
-from m3jax.data.upkeep import collect, repair, verify
 from m3jax.memory.bank import Bank, BankError
 from m3jax.memory.context import writer_settings
 from m3jax.memory.write import write_bank

@@ -1,0 +1,1 @@
+"""Versions of references, index and bank that belong together; their edits and upkeep."""
