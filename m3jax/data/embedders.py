@@ -22,7 +22,7 @@ from m3jax.config import PREFIX_TOKENS, prefix_tokens
 from m3jax.data.pooling import centred, mean_of, unit, usable
 from m3jax.data.trained import TrainedEmbedder
 from m3jax.memory.bank import Bank, layout_of
-from m3jax.memory.layers import LayeredBank
+from m3jax.memory.delta_bank import LayeredBank
 from m3jax.memory.sparsify import Written, sparsifier
 from m3jax.model.rope import rotate
 from m3jax.model.transformer import Model, Params

@@ -28,7 +28,7 @@ from m3jax.knowledge.versions import (
     open_version,
 )
 from m3jax.memory.bank import Bank, make_binding
-from m3jax.memory.layers import LayeredBank
+from m3jax.memory.delta_bank import LayeredBank
 from m3jax.model.attention import ExplicitMemory
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus

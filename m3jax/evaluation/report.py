@@ -14,7 +14,7 @@ from m3jax.evaluation.losses import MODES, LossEvaluator
 from m3jax.evaluation.questions import Answerer, read_questions
 from m3jax.knowledge.versions import open_retriever
 from m3jax.memory.bank import Bank
-from m3jax.memory.layers import LayeredBank
+from m3jax.memory.delta_bank import LayeredBank
 from m3jax.memory.storage import BankError
 from m3jax.model.transformer import Model, Params
 from m3jax.train.checkpoints import reads, restore_params

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float64, Int
 from tqdm import tqdm
 
 from m3jax.memory.bank import Bank
-from m3jax.memory.layers import LayeredBank
+from m3jax.memory.delta_bank import LayeredBank
 from m3jax.model.attention import ExplicitMemory
 from m3jax.model.transformer import Model, Params
 from m3jax.retrieval.retriever import Retriever

@@ -20,9 +20,9 @@ from m3jax.knowledge.edit import refresh
 from m3jax.knowledge.versions import Version, open_version
 from m3jax.memory import codec as codecs
 from m3jax.memory.bank import Bank, writer_fingerprint
-from m3jax.memory.context import writer_settings
+from m3jax.memory.delta_bank import LayeredBank
+from m3jax.memory.document_context import writer_settings
 from m3jax.memory.encode import Clock, Encoder, ReferenceSet
-from m3jax.memory.layers import LayeredBank
 from m3jax.model.attention import ExplicitMemory
 from m3jax.model.transformer import Model
 from m3jax.text.references import References

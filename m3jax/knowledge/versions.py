@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from m3jax.data.embedders import Ranking, load_embedder
 from m3jax.files import checksum, read_sealed, write_sealed
 from m3jax.memory.bank import Bank
-from m3jax.memory.layers import LayeredBank
+from m3jax.memory.delta_bank import LayeredBank
 from m3jax.retrieval.index import Index
 from m3jax.retrieval.layers import LayeredIndex
 from m3jax.retrieval.retriever import Retriever

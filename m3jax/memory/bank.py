@@ -14,12 +14,12 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from m3jax.memory import codec as codecs
-from m3jax.memory import heads
-from m3jax.memory.buffers import Buffers
+from m3jax.memory import head_subset
+from m3jax.memory.buffer_pool import Buffers
+from m3jax.memory.cached_reader import Shards
 from m3jax.memory.codec import Codec
-from m3jax.memory.context import UNSTATED, layout_entries
-from m3jax.memory.remote import require_served
-from m3jax.memory.shards import Shards
+from m3jax.memory.document_context import UNSTATED, layout_entries
+from m3jax.memory.http_probe import require_served
 from m3jax.memory.storage import (
     CODEBOOK,
     COMPLETE,
@@ -124,7 +124,7 @@ def layout_of(config: ConfigDict, prefix_tokens: tuple[int, ...]) -> dict[str, A
         "compute_dtype": model.compute_dtype,
         "dtype": memory.dtype,
         **layout_entries(config),
-        **heads.layout_entries(config),
+        **head_subset.layout_entries(config),
     }
 
 
@@ -292,7 +292,7 @@ class Bank:
 
 def _read_codec(folder: str | Path, manifest: dict[str, Any], binding: Binding) -> Codec:
     head_dim, dtype = binding.layout["head_dim"], binding.layout["dtype"]
-    chosen = heads.heads_of_layout(binding.layout)
+    chosen = head_subset.heads_of_layout(binding.layout)
     if manifest["codec"] != codecs.VECTOR:
         return Codec(manifest["codec"], head_dim, dtype, heads=chosen)
     codec, owner = codecs.from_bytes(read_checked(folder, manifest, CODEBOOK), dtype)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from m3jax.memory import codebooks, quantizer
-from m3jax.memory.heads import Heads
+from m3jax.memory.head_subset import Heads
 from m3jax.memory.quantizer import Codebook, QuantizerError
 from m3jax.model.attention import ExplicitMemory
 

@@ -21,9 +21,9 @@ from m3jax.memory import storage
 from m3jax.memory.bank import Bank, Binding, make_binding, writer_fingerprint
 from m3jax.memory.build import Build
 from m3jax.memory.codec import Codec
+from m3jax.memory.delta_bank import LayeredBank
 from m3jax.memory.encode import Clock, Encoder, ReferenceSet, memory_hashes, memory_lengths
-from m3jax.memory.heads import heads_of
-from m3jax.memory.layers import LayeredBank
+from m3jax.memory.head_subset import heads_of
 from m3jax.memory.storage import WRITE_AGAIN, BankError
 from m3jax.model.transformer import Model, Params
 

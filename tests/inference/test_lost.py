@@ -22,7 +22,7 @@ from m3jax.inference.errors import InferenceError
 from m3jax.knowledge.edit import edit
 from m3jax.knowledge.maintain import collect
 from m3jax.knowledge.versions import VersionError, open_version
-from m3jax.memory import remote, storage
+from m3jax.memory import http_probe, storage
 from m3jax.memory.bank import Bank, BankError
 from m3jax.model.transformer import Model
 
@@ -43,7 +43,7 @@ def checkpoint(monkeypatch):
     meta = {"step": 3, "writer": None}
     monkeypatch.setattr(session_module, "restore_params", lambda *_, **__: (params, meta))
     monkeypatch.setattr(session_module, "check_reader", lambda *_: None)
-    monkeypatch.setattr(remote, "_PAUSE", 0.01)
+    monkeypatch.setattr(http_probe, "_PAUSE", 0.01)
     pauses = {"initial_delay": "5ms", "max_delay": "10ms"}
     monkeypatch.setattr(storage, "_RETRIES", {**storage._RETRIES, **pauses})
 

@@ -34,7 +34,7 @@ from m3jax.knowledge.versions import (
     versions,
 )
 from m3jax.memory.bank import Bank, BankError
-from m3jax.memory.context import writer_settings
+from m3jax.memory.document_context import writer_settings
 from m3jax.memory.write import write_bank
 from m3jax.model.transformer import Model
 from m3jax.retrieval.retriever import Retriever

@@ -9,7 +9,7 @@ from memory.memory_tiny import TinyReferences, build, read_by_threads
 
 from m3jax.memory.bank import Bank, BankError
 from m3jax.memory.cache import MemoryCache
-from m3jax.memory.layers import LayeredBank
+from m3jax.memory.delta_bank import LayeredBank
 
 ITEM = 2 * 2 * 2 * 4 * 8 * 4
 

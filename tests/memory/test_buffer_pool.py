@@ -5,7 +5,7 @@ import gc
 import jax
 import numpy as np
 
-from m3jax.memory.buffers import Buffers
+from m3jax.memory.buffer_pool import Buffers
 
 LARGE = (3, 1 << 20)  # float32
 

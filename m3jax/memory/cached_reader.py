@@ -10,8 +10,8 @@ import tensorstore as ts
 from jaxtyping import Bool, Int
 
 from m3jax.memory.cache import MemoryCache
-from m3jax.memory.direct import open_reader
-from m3jax.memory.remote import require_served
+from m3jax.memory.http_probe import require_served
+from m3jax.memory.shard_reader import open_reader
 from m3jax.memory.storage import (
     WRITE_AGAIN,
     BankError,

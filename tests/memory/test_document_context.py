@@ -12,7 +12,7 @@ from model.oracle import Oracle
 
 from m3jax.memory import encode
 from m3jax.memory.bank import Bank, BankError, layout_of
-from m3jax.memory.context import identities, packed_rows, writer_settings
+from m3jax.memory.document_context import identities, packed_rows, writer_settings
 from m3jax.memory.storage import shard_key
 from m3jax.mesh import make_mesh
 

@@ -16,7 +16,7 @@ import pytest
 from memory.memory_tiny import build, flip, tiny_config
 from memory.served import Server, serving
 
-from m3jax.memory import direct, remote, storage
+from m3jax.memory import http_probe, shard_reader, storage
 from m3jax.memory.bank import Bank, BankError
 
 SHARD, ITEM = 10, 2 * 2 * 2 * 4 * 8 * 4
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_PAUSE", 0.01)
+    monkeypatch.setattr(http_probe, "_PAUSE", 0.01)
     pauses = {"initial_delay": "5ms", "max_delay": "10ms"}
     monkeypatch.setattr(storage, "_RETRIES", {**storage._RETRIES, **pauses})
 
@@ -131,7 +131,7 @@ def test_a_fault_that_the_slow_way_meets_and_that_passes_is_no_fault(
         return "flip" if asked[path] == 1 else None
 
     expected = Bank.open(folder).read(IDS).keys
-    monkeypatch.setattr(direct.RangeReader, "read", lambda *_: False)
+    monkeypatch.setattr(shard_reader.RangeReader, "read", lambda *_: False)
     server.fault = at_first
     np.testing.assert_array_equal(bank.read(IDS).keys, expected)
 
@@ -190,7 +190,7 @@ def test_a_server_that_refuses(server: Server, fault: str | int, words: str) -> 
 
 
 def test_a_server_that_stays_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_TIMEOUT", 0.2)
+    monkeypatch.setattr(http_probe, "_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/bank"
         with _refused(url, "no answer", "timed out"):

@@ -18,8 +18,8 @@ from m3jax.data.pipeline import open_pipeline
 from m3jax.evaluation.losses import evaluator
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank, BankError
-from m3jax.memory.heads import Heads, heads_of
-from m3jax.memory.layers import LayeredBank
+from m3jax.memory.delta_bank import LayeredBank
+from m3jax.memory.head_subset import Heads, heads_of
 from m3jax.model.transformer import Model
 
 IDS = np.arange(37)
