@@ -37,8 +37,8 @@ _JSON = flags.DEFINE_string("json", None, "Write the figures to this file.")
 def main(argv: list[str]) -> None:
     """Prints a table and writes JSON."""
     from m3jax.config import validate
-    from m3jax.data.embedders import load_embedder
     from m3jax.files import write_atomically
+    from m3jax.retrieval.checkpoint_embedders import load_embedder
     from m3jax.retrieval.index import Index
     from m3jax.retrieval.recall import read_queries, recall_report, table
     from m3jax.retrieval.tune import sample_queries

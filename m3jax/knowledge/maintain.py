@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3jax.data.embedders import load_embedder, make_embedder
 from m3jax.knowledge.commit import WriteMemories, building_folder, commit, in_one_part
 from m3jax.knowledge.versions import (
     BANKS,
@@ -28,6 +27,7 @@ from m3jax.knowledge.versions import (
     write_current,
 )
 from m3jax.memory.bank import Bank
+from m3jax.retrieval.checkpoint_embedders import load_embedder, make_embedder
 from m3jax.retrieval.embed import Embedder
 from m3jax.retrieval.index import build_index
 from m3jax.text.layers import AnyReferences, live_ids

@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3jax.data.embedders import Ranking, load_embedder
 from m3jax.files import checksum, read_sealed, write_sealed
 from m3jax.memory.bank import Bank
 from m3jax.memory.delta_bank import LayeredBank
+from m3jax.retrieval.checkpoint_embedders import Ranking, load_embedder
+from m3jax.retrieval.delta_index import LayeredIndex
 from m3jax.retrieval.index import Index
-from m3jax.retrieval.layers import LayeredIndex
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.documents import TextError
 from m3jax.text.layers import AnyReferences, LayeredReferences

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from m3jax.retrieval.delta_index import LayeredIndex
 from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.index import Index
-from m3jax.retrieval.layers import LayeredIndex
 from m3jax.text.layers import AnyReferences
 from m3jax.text.overlap import which_exceed
 

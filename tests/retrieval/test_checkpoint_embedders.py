@@ -17,15 +17,6 @@ from data.data_workdir import tiny_config
 from memory.memory_tiny import tiny_params
 
 from m3jax.config import PREFIX_TOKENS, to_json
-from m3jax.data import trained
-from m3jax.data.embedders import (
-    AttentionEmbedder,
-    ModelEmbedder,
-    Ranking,
-    load_embedder,
-    make_embedder,
-)
-from m3jax.data.pooling import draw, position_means
 from m3jax.evaluation.answer_recall import hit_rates
 from m3jax.knowledge.edit import edit
 from m3jax.knowledge.maintain import collect
@@ -38,10 +29,19 @@ from m3jax.knowledge.versions import (
 )
 from m3jax.memory.write import write_bank
 from m3jax.model.transformer import Model
+from m3jax.retrieval import checkpoint_encoder
+from m3jax.retrieval.checkpoint_embedders import (
+    AttentionEmbedder,
+    ModelEmbedder,
+    Ranking,
+    load_embedder,
+    make_embedder,
+)
 from m3jax.retrieval.embed import Embedder
 from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.index import build_index
 from m3jax.retrieval.lexical import LexicalEmbedder
+from m3jax.retrieval.pooling import draw, position_means
 from m3jax.text.documents import Document
 from m3jax.text.references import References, write_references
 from m3jax.text.tokenizer import Tokenizer
@@ -247,7 +247,7 @@ def test_same_bits_in_any_company_and_on_any_devices(
         order = np.random.default_rng(0).permutation(len(texts))
         np.testing.assert_array_equal(embed([texts[i] for i in order]), rows[order])
         np.testing.assert_array_equal([embed([text])[0] for text in texts[28:34]], rows[28:34])
-        monkeypatch.setattr(trained, "_BLOCK", 7)
+        monkeypatch.setattr(checkpoint_encoder, "_BLOCK", 7)
         np.testing.assert_array_equal(embed(texts), rows)
         monkeypatch.undo()
     one = kind(workdir / "warmup", 64, rows=3, devices=jax.local_devices()[:1])
