@@ -12,7 +12,8 @@ import m3jax.config
 
 OPTIONS = {"stage": ("warmup", "continual", "scratch", "sft", "dpo")}
 
-# The invented world (m3jax/text/people.py). The more names training people have, the better names
+# The invented world (m3jax/quickstart/people.py). The more names training people have, the better
+# names
 # of strangers are told apart: with half as many, one seed of three answered 0.92 instead of 0.98.
 WORLD = {"names": 512, "people": 4000, "unseen": 144, "values": 16, "facts": 2}
 

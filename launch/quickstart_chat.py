@@ -25,8 +25,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/, which is not installed
     from configs import quickstart as config
-    from m3jax.evaluation.quickstart import Demonstration
-    from m3jax.evaluation.quickstart_chat import run
+    from m3jax.quickstart.chat import run
+    from m3jax.quickstart.run import Demonstration
 
     workdir = Path(_WORKDIR.value).absolute()
     run(Demonstration(config.get_config, workdir, dict(config.WORLD), _SEED.value))

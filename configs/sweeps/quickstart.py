@@ -12,8 +12,8 @@ from typing import Any
 from configs import quickstart
 from m3jax import flops
 from m3jax.config import ConfigDict
-from m3jax.evaluation import sweep_people
 from m3jax.evaluation.sweep import Entry, Sweep
+from m3jax.quickstart import sweep_data
 
 STEPS = 400  # of continual train
 
@@ -34,7 +34,7 @@ COMPRESSION: dict[str, dict[str, Any]] = {
 
 def prepare(config: ConfigDict, folder: Path, knowledge: str) -> None:
     """Invented people; with `documents`, four of them in each document."""
-    sweep_people.prepare(config, folder, knowledge, quickstart.WORLD)
+    sweep_data.prepare(config, folder, knowledge, quickstart.WORLD)
 
 
 def get_sweep() -> Sweep:
@@ -47,8 +47,8 @@ def get_sweep() -> Sweep:
         read={"retrieval.ids": "stored", "evaluation.batches": 32},
         seeds=(0, 1, 2),
         prepare=prepare,
-        questions=sweep_people.QUESTIONS,
-        in_context=sweep_people.IN_CONTEXT,
+        questions=sweep_data.QUESTIONS,
+        in_context=sweep_data.IN_CONTEXT,
     )
 
 
@@ -94,7 +94,7 @@ def _rest() -> list[Entry]:
             "contextual",
             context,
             "encoding of references (baseline: each alone)",
-            knowledge=sweep_people.IN_DOCUMENTS,
+            knowledge=sweep_data.IN_DOCUMENTS,
         )
     )
     group = "stored memories after training (baseline: float32)"

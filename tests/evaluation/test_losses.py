@@ -12,7 +12,7 @@ from m3jax.evaluation.questions import Answerer, Question, read_questions
 from m3jax.evaluation.report import answer_questions, check_reader, table
 from m3jax.memory.bank import BankError
 from m3jax.model.transformer import Model
-from m3jax.text import people
+from m3jax.quickstart import people
 from m3jax.text.documents import TextError
 
 CONFIG = tiny_config()

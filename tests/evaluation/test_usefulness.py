@@ -34,7 +34,7 @@ from m3jax.memory.bank import Bank
 from m3jax.mesh import make_mesh
 from m3jax.model.attention import ExplicitMemory
 from m3jax.model.transformer import Model
-from m3jax.text import people
+from m3jax.quickstart import people
 from m3jax.text.layers import live_ids
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.checkpoints import Checkpoints

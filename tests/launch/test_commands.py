@@ -15,8 +15,8 @@ from retrieval.encoders import write_encoder
 
 from m3jax.evaluation.answers import Request, run
 from m3jax.inference.errors import InferenceError
+from m3jax.quickstart import people, people_chats
 from m3jax.retrieval.index import Index
-from m3jax.text import people, people_chats
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.stem for path in (ROOT / "launch").glob("*.py"))

@@ -28,10 +28,10 @@ from m3jax.files import write_atomically
 from m3jax.memory.bank import Bank
 from m3jax.memory.sparsify import sparsifier
 from m3jax.model.transformer import Model
+from m3jax.quickstart import people
 from m3jax.retrieval.embed import make_embedder
 from m3jax.retrieval.index import Index, build_index
 from m3jax.retrieval.retriever import Retriever
-from m3jax.text import people
 from m3jax.text.documents import inputs_of, read_documents
 from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References, write_references

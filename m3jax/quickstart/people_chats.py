@@ -1,4 +1,4 @@
-"""Chats and preferences about the invented people of `m3jax.text.people`, for SFT and DPO.
+"""Chats and preferences about the invented people of `m3jax.quickstart.people`, for SFT and DPO.
 
 A question is `pet of Tavo`. SFT chats answer in either of two forms, at random: the whole
 statement `pet of Tavo otter`, or the value `otter` alone. Preferences want the statement, and the
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from m3jax.text.people import Person, World, statement
+from m3jax.quickstart.people import Person, World, statement
 
 
 def chats(world: World, seed: int, count: int, rounds: tuple[int, int] = (1, 4)) -> Iterable[dict]:

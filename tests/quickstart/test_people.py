@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from m3jax.text import people
+from m3jax.quickstart import people
 
 WORLD = people.make_world(1, names=20, people=100, unseen=30, values=6, facts=2)
 

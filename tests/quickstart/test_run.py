@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from m3jax.evaluation.quickstart import LABELS, Demonstration, run
 from m3jax.memory.bank import Bank
+from m3jax.quickstart.run import LABELS, Demonstration, run
 from m3jax.text.references import References
 
 WORLD = {"names": 12, "people": 60, "unseen": 24, "values": 4, "facts": 2}

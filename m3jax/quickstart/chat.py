@@ -17,12 +17,12 @@ from m3jax.config import ConfigDict, with_epochs
 from m3jax.data.pipeline import open_pipeline
 from m3jax.evaluation.losses import evaluator
 from m3jax.evaluation.questions import Answerer, Question
-from m3jax.evaluation.quickstart import Demonstration
 from m3jax.evaluation.session import Session
 from m3jax.files import write_atomically
 from m3jax.inference.results import Generation
 from m3jax.mesh import make_mesh
-from m3jax.text import people, people_chats
+from m3jax.quickstart import people, people_chats
+from m3jax.quickstart.run import Demonstration
 from m3jax.text.chat_corpus import prepare_chats
 from m3jax.text.chats import question
 from m3jax.text.template import Template

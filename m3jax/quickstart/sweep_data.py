@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from m3jax.config import ConfigDict
-from m3jax.evaluation.quickstart import in_context, make_index, prepare_people
 from m3jax.files import lines
-from m3jax.text import people
+from m3jax.quickstart import people
+from m3jax.quickstart.run import in_context, make_index, prepare_people
 from m3jax.text.corpus import write_corpus
 from m3jax.text.cut import Piece
 from m3jax.text.documents import Document, TextError, is_validation, read_documents

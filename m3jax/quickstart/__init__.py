@@ -1,0 +1,1 @@
+"""Invented people: their data, the demonstration, and the proof that facts live in the bank."""
