@@ -62,9 +62,9 @@ def main(argv: list[str]) -> None:
     """Prints the ranking, draws the map, writes JSON."""
     cli.use_compilation_cache()
     from m3jax.config import validate
-    from m3jax.evaluation.heads import report, score_heads, table
     from m3jax.evaluation.plots import head_map
     from m3jax.files import write_atomically
+    from m3jax.selection.heads import report, score_heads, table
 
     config, workdir = validate(_CONFIG.value), Path(str(_WORKDIR.value))
     by_query = _BY.value == "query"

@@ -52,9 +52,9 @@ def main(argv: list[str]) -> None:
     """Prints a table, writes the report and makes the version."""
     cli.use_compilation_cache()
     from m3jax.config import validate
-    from m3jax.evaluation.choice_report import table
-    from m3jax.evaluation.knowledge_choice import Options, select_references
     from m3jax.files import write_atomically
+    from m3jax.selection.report import table
+    from m3jax.selection.select import Options, select_references
 
     report = select_references(
         validate(_CONFIG.value),

@@ -15,11 +15,15 @@ from data.data_workdir import WORLD, tiny_config
 from data.data_workdir import write_text as write_people
 
 from m3jax.data.pipeline import open_pipeline
-from m3jax.evaluation import knowledge_choice, usefulness
-from m3jax.evaluation.choice_check import ratio, split_rows
-from m3jax.evaluation.choice_report import table
-from m3jax.evaluation.knowledge_choice import Options, select_references
-from m3jax.evaluation.usefulness import (
+from m3jax.knowledge.edit import rollback
+from m3jax.knowledge.versions import VersionError, open_references, open_version
+from m3jax.memory.bank import Bank
+from m3jax.mesh import make_mesh
+from m3jax.model.attention import ExplicitMemory
+from m3jax.model.transformer import Model
+from m3jax.quickstart import people
+from m3jax.selection import memory_value, select
+from m3jax.selection.memory_value import (
     EVERYTHING,
     NOTHING,
     RowLosses,
@@ -28,13 +32,9 @@ from m3jax.evaluation.usefulness import (
     measure,
     row_losses,
 )
-from m3jax.knowledge.edit import rollback
-from m3jax.knowledge.versions import VersionError, open_references, open_version
-from m3jax.memory.bank import Bank
-from m3jax.mesh import make_mesh
-from m3jax.model.attention import ExplicitMemory
-from m3jax.model.transformer import Model
-from m3jax.quickstart import people
+from m3jax.selection.report import table
+from m3jax.selection.select import Options, select_references
+from m3jax.selection.validate import ratio, split_rows
 from m3jax.text.layers import live_ids
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.checkpoints import Checkpoints
@@ -195,7 +195,7 @@ def helpful(monkeypatch: pytest.MonkeyPatch) -> None:
         rows, references, changes = drops(measured)
         return rows, references, np.abs(changes) + 0.1
 
-    monkeypatch.setattr(knowledge_choice, "drops", changed)
+    monkeypatch.setattr(select, "drops", changed)
 
 
 def test_the_choice_becomes_a_version_that_finds_nothing_else(workdir: Path, helpful: None) -> None:
@@ -241,7 +241,7 @@ def test_a_stopped_measurement_goes_on_where_it_was(
     ask: Any = {"options": options, "dry_run": True, "progress": False}
     whole = select_references(CONFIG, workdir, 9 * each, **ask)
     shutil.rmtree(workdir / "report")
-    real, asked = usefulness._measure_batch, []
+    real, asked = memory_value._measure_batch, []
 
     def stop(*arguments: Any) -> Any:
         asked.append(arguments[-1].tolist())
@@ -249,7 +249,7 @@ def test_a_stopped_measurement_goes_on_where_it_was(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(usefulness, "_measure_batch", stop)
+    monkeypatch.setattr(memory_value, "_measure_batch", stop)
     with pytest.raises(KeyboardInterrupt):
         select_references(CONFIG, workdir, 9 * each, **ask)
     assert select_references(CONFIG, workdir, 9 * each, **ask) == whole
@@ -312,10 +312,10 @@ def test_what_cannot_be_chosen_is_refused(workdir: Path, monkeypatch: pytest.Mon
         rows, references, changes = drops(measured)
         return rows, references, -np.abs(changes) - 1
 
-    monkeypatch.setattr(knowledge_choice, "drops", harmful)
+    monkeypatch.setattr(select, "drops", harmful)
     with pytest.raises(UsefulnessError, match="no reference is expected to lower the loss"):
         select_references(CONFIG, workdir, each, options=QUICK, progress=False)
-    monkeypatch.setattr(knowledge_choice, "drops", lambda m: (np.zeros(0, np.int64),) * 3)
+    monkeypatch.setattr(select, "drops", lambda m: (np.zeros(0, np.int64),) * 3)
     with pytest.raises(UsefulnessError, match="no chunk of the measured rows finds any"):
         select_references(CONFIG, workdir, each, options=QUICK, progress=False)
     assert open_version(workdir).number == 0

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Int
 from matplotlib.figure import Figure
 
-from m3jax.evaluation.worth import Worth
 from m3jax.files import committing
+from m3jax.selection.budget import Worth
 
 _INK, _SOFT, _GRID, _GOOD, _BAD = "#22303c", "#7d8b99", "#e6eaee", "#0b7a75", "#b8336a"
 _BINS = 40

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from m3jax.evaluation.worth import choose, estimate, variances
+from m3jax.selection.budget import choose, estimate, variances
 
 LIVE = np.arange(6)
 

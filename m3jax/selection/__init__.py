@@ -1,0 +1,1 @@
+"""Selection of the references and of the heads that deserve a memory."""
