@@ -47,15 +47,17 @@ _ONE = flags.DEFINE_string("one", None, "ENTRY@SEED: what the command calls itse
 def main(argv: list[str]) -> None:
     """Plans the sweep and does what the flags say."""
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/, which is not installed
-    from m3jax.evaluation import sweep_loop, sweep_pod, sweep_report
-    from m3jax.evaluation.sweep import Run, chosen, load_sweep
-    from m3jax.evaluation.sweep_plan import plan
+    from m3jax.sweep import pod as sweep_pod
+    from m3jax.sweep import report as sweep_report
+    from m3jax.sweep import run as sweep_loop
+    from m3jax.sweep.plan import plan
+    from m3jax.sweep.spec import Run, chosen, load_sweep
 
     sweep, workdir = load_sweep(str(_SWEEP.value)), Path(str(_WORKDIR.value)).absolute()
     runs = chosen(plan(sweep, workdir, _DATA.value), _ENTRIES.value, _SEEDS.value)
     if _ONE.value:
         sweep_loop.end_with_parent()
-        from m3jax.evaluation.sweep_entry import run_entry
+        from m3jax.sweep.entry import run_entry
 
         run_entry(sweep, next(run for run in runs if run.name == _ONE.value))
         return
@@ -64,7 +66,7 @@ def main(argv: list[str]) -> None:
             print(line)
         return
     if _PREPARE.value:
-        from m3jax.evaluation.sweep_entry import prepare
+        from m3jax.sweep.entry import prepare
 
         with sweep_loop.alone(workdir):
             for run in runs:

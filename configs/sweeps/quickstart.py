@@ -12,8 +12,8 @@ from typing import Any
 from configs import quickstart
 from m3jax import flops
 from m3jax.config import ConfigDict
-from m3jax.evaluation.sweep import Entry, Sweep
 from m3jax.quickstart import sweep_data
+from m3jax.sweep.spec import Entry, Sweep
 
 STEPS = 400  # of continual train
 

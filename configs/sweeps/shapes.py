@@ -9,7 +9,7 @@ make them shorter. None of them has been run yet.
 """
 
 from configs.ablation import SHAPES
-from m3jax.evaluation.sweep import Entry, Sweep
+from m3jax.sweep.spec import Entry, Sweep
 
 BASE = "base=memory3_2b"
 

@@ -32,7 +32,7 @@ SWEEP = """
 import time
 
 from m3jax.evaluation import sweep_people
-from m3jax.evaluation.sweep import Entry, Sweep
+from m3jax.sweep.spec import Entry, Sweep
 
 WORLD = {{"names": 12, "people": 60, "unseen": 24, "values": 4, "facts": 2}}
 

@@ -25,11 +25,11 @@ from m3jax.evaluation.losses import LossEvaluator, evaluator
 from m3jax.evaluation.questions import Answerer, read_questions
 from m3jax.evaluation.report import answer_questions, check_reader
 from m3jax.evaluation.staleness import rewrite
-from m3jax.evaluation.sweep import Data, Run, Stage, Sweep
 from m3jax.files import write_sealed
 from m3jax.knowledge.versions import open_version
 from m3jax.memory.bank import Bank
 from m3jax.model.transformer import Model
+from m3jax.sweep.spec import Data, Run, Stage, Sweep
 from m3jax.text.references import References
 from m3jax.train.checkpoints import FOLDER, knowledge_version, restore_params
 from m3jax.train.loop import Source, train

@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from m3jax.evaluation.sweep import Run, Stage, Sweep
-from m3jax.evaluation.sweep_plan import flatten
+from m3jax.sweep.plan import flatten
+from m3jax.sweep.spec import Run, Stage, Sweep
 
 
 def launch_lines(sweep: Sweep, runs: Sequence[Run], own: str) -> Iterator[str]:

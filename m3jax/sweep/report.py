@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m3jax.evaluation.sweep import Run
-from m3jax.evaluation.sweep_loop import outcome
 from m3jax.files import write_atomically
+from m3jax.sweep.run import outcome
+from m3jax.sweep.spec import Run
 
 BEGIN, END = "<!-- sweep: begin -->", "<!-- sweep: end -->"
 

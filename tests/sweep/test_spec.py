@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from m3jax.evaluation.sweep import Entry, Run, Sweep, SweepError, chosen, load_sweep
-from m3jax.evaluation.sweep_entry import _link
-from m3jax.evaluation.sweep_loop import outcome
-from m3jax.evaluation.sweep_plan import plan
-from m3jax.evaluation.sweep_pod import launch_lines
-from m3jax.evaluation.sweep_report import BEGIN, END, as_json, finish, insert, table
 from m3jax.files import write_sealed
 from m3jax.memory.bank import layout_of
+from m3jax.sweep.entry import _link
+from m3jax.sweep.plan import plan
+from m3jax.sweep.pod import launch_lines
+from m3jax.sweep.report import BEGIN, END, as_json, finish, insert, table
+from m3jax.sweep.run import outcome
+from m3jax.sweep.spec import Entry, Run, Sweep, SweepError, chosen, load_sweep
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,7 +168,7 @@ def test_an_entry_that_cannot_work_is_refused_alone(entry: Entry, words: str) ->
 )
 def test_a_file_that_is_no_sweep_is_refused(tmp_path: Path, text: str, words: str) -> None:
     file = tmp_path / "sweep.py"
-    file.write_text(text.format("from m3jax.evaluation.sweep import Entry, Sweep\n"))
+    file.write_text(text.format("from m3jax.sweep.spec import Entry, Sweep\n"))
     with pytest.raises(SweepError, match=words):
         load_sweep(file)
     with pytest.raises(SweepError, match="there is no sweep"):

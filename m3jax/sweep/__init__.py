@@ -1,0 +1,1 @@
+"""Lists of variants of a config: planned, trained, measured and shown side by side."""
