@@ -134,9 +134,9 @@ def _check_stage(config: ConfigDict, stage: Path) -> None:
 def _tokenizer(workdir: Path, folder: Path, size: int) -> tuple[Tokenizer, np.ndarray | None, bool]:
     """The tokenizer, which token of theirs each of its tokens is, whether the workdir has it."""
     from m3jax.model.hf_config import HuggingFaceError
-    from m3jax.text.foreign import adopt_tokenizer
-    from m3jax.text.numbered import numbered_tokenizer
+    from m3jax.text.id_tokenizer import numbered_tokenizer
     from m3jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
+    from m3jax.text.tokenizer_import import adopt_tokenizer
 
     given, own = _TOKENIZER.value, workdir / "tokenizer"
     path = Path(given or folder) / "tokenizer.json"

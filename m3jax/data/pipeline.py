@@ -32,8 +32,8 @@ from m3jax.memory.delta_bank import LayeredBank
 from m3jax.model.attention import ExplicitMemory
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
+from m3jax.text.delta_references import AnyReferences, find_or_removed
 from m3jax.text.documents import TextError
-from m3jax.text.layers import AnyReferences, find_or_removed
 from m3jax.text.prepare import INPUTS
 from m3jax.text.tokenizer import Tokenizer
 

@@ -19,7 +19,7 @@ from m3jax.files import lines
 from m3jax.knowledge.versions import open_index, open_references, open_version
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
-from m3jax.text.layers import AnyReferences
+from m3jax.text.delta_references import AnyReferences
 from m3jax.text.overlap import overlap
 from m3jax.text.tokenizer import PAD, Tokenizer
 

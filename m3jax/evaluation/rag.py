@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from m3jax.retrieval.retriever import Retriever
-from m3jax.text.layers import AnyReferences
+from m3jax.text.delta_references import AnyReferences
 
 HEADER = "Reference: "
 

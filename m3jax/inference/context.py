@@ -22,8 +22,8 @@ from m3jax.inference.recall import Memories, Recaller
 from m3jax.inference.results import Generation
 from m3jax.inference.schedule import Recall
 from m3jax.retrieval.embed import Embedder
-from m3jax.text.cut import SHORTEST, Piece, cut_references
 from m3jax.text.documents import Document
+from m3jax.text.reference_splitter import SHORTEST, Piece, cut_references
 from m3jax.text.references import Reference
 from m3jax.text.tokenizer import BOS, PAD, Tokenizer
 

@@ -18,7 +18,7 @@ import numpy as np
 from m3jax.inference.context import ContextReferences
 from m3jax.inference.generate import Generator
 from m3jax.inference.results import Generation
-from m3jax.text.layers import AnyReferences
+from m3jax.text.delta_references import AnyReferences
 
 _COLOURS = 8  # of the page; further references begin anew
 _STYLE = """

@@ -33,7 +33,7 @@ from m3jax.knowledge.versions import (
 )
 from m3jax.memory.bank import Bank
 from m3jax.retrieval.index import build_index
-from m3jax.text.layers import AnyReferences
+from m3jax.text.delta_references import AnyReferences
 from m3jax.text.references import References
 
 # Writes the memories of references: (references, folder, a bank whose codebooks and memories serve)

@@ -29,8 +29,8 @@ from m3jax.knowledge.versions import (
 from m3jax.memory.bank import Bank
 from m3jax.memory.codec import same
 from m3jax.numbering import Numbering
+from m3jax.text.delta_references import AnyReferences, live_ids
 from m3jax.text.documents import Document
-from m3jax.text.layers import AnyReferences, live_ids
 from m3jax.text.references import References, copy_references, write_references
 from m3jax.text.tokenizer import Tokenizer
 

@@ -33,8 +33,8 @@ from m3jax.retrieval.checkpoint_embedders import Ranking, load_embedder
 from m3jax.retrieval.delta_index import LayeredIndex
 from m3jax.retrieval.index import Index
 from m3jax.retrieval.retriever import Retriever
+from m3jax.text.delta_references import AnyReferences, LayeredReferences
 from m3jax.text.documents import TextError
-from m3jax.text.layers import AnyReferences, LayeredReferences
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 

@@ -11,7 +11,7 @@ from jaxtyping import Float32, Int64
 from m3jax.retrieval.delta_index import LayeredIndex
 from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.index import Index
-from m3jax.text.layers import AnyReferences
+from m3jax.text.delta_references import AnyReferences
 from m3jax.text.overlap import which_exceed
 
 # Scores (n, c) of the references `ids` (n, c) for n texts; −inf for the id −1.

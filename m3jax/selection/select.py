@@ -32,7 +32,7 @@ from m3jax.selection.memory_value import (
     measure,
 )
 from m3jax.selection.validate import check_choice, split_rows
-from m3jax.text.layers import live_ids
+from m3jax.text.delta_references import live_ids
 from m3jax.train.checkpoints import checkpoint_folder, restore_params
 
 FOLDER = "usefulness"  # in report/ of the workdir

@@ -12,8 +12,8 @@ import numpy as np
 from m3jax.files import write_atomically
 from m3jax.text.clean import Cleaning
 from m3jax.text.cleaned import Cleaned
-from m3jax.text.cut import Piece, cut_references
 from m3jax.text.documents import Document
+from m3jax.text.reference_splitter import Piece, cut_references
 from m3jax.text.tokens import tokenizer_of
 
 

@@ -15,7 +15,7 @@ from m3jax.evaluation.session import Session
 from m3jax.inference.errors import InferenceError
 from m3jax.model.transformer import Model
 from m3jax.text.documents import is_validation, read_documents
-from m3jax.text.numbered import numbered_tokenizer
+from m3jax.text.id_tokenizer import numbered_tokenizer
 from m3jax.text.tokenizer import BOS, END, SPECIAL_TOKENS, Tokenizer
 
 ASKED: dict[str, Any] = {"count": 24, "tokens": 12, "split": 5}

@@ -20,7 +20,7 @@ from m3jax.inference.sampling import Sampling
 from m3jax.inference.sources import sources
 from m3jax.model.transformer import Model
 from m3jax.retrieval.lexical import LexicalEmbedder
-from m3jax.text.cut import Piece
+from m3jax.text.reference_splitter import Piece
 from m3jax.text.tokenizer import BOS, Tokenizer
 
 LONGEST, WINDOW, LENGTH = 40, 20, 9

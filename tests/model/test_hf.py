@@ -22,8 +22,8 @@ from m3jax.config import PREFIX_TOKENS
 from m3jax.model.hf import read_params, write_folder
 from m3jax.model.hf_config import HuggingFaceError, read_fields
 from m3jax.model.transformer import Model
-from m3jax.text.foreign import adopt_tokenizer
 from m3jax.text.tokenizer import Tokenizer as OurTokenizer
+from m3jax.text.tokenizer_import import adopt_tokenizer
 
 WEIGHTS = "model.safetensors"
 FIVE_TO_ONE = {"model__query_heads": 10, "model__head_dim": 6, "model__hidden": 20}  # 10 · 6 ≠ 20

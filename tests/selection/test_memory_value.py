@@ -35,7 +35,7 @@ from m3jax.selection.memory_value import (
 from m3jax.selection.report import table
 from m3jax.selection.select import Options, select_references
 from m3jax.selection.validate import ratio, split_rows
-from m3jax.text.layers import live_ids
+from m3jax.text.delta_references import live_ids
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.checkpoints import Checkpoints
 from m3jax.train.optimizer import make_optimizer

@@ -20,8 +20,8 @@ from tokenizers import (
 )
 
 from m3jax.text.documents import TextError
-from m3jax.text.foreign import adopt_tokenizer
 from m3jax.text.tokenizer import Tokenizer as OurTokenizer
+from m3jax.text.tokenizer_import import adopt_tokenizer
 
 OURS = ("<pad>", "<s>", "<reference>", "</s>")
 NAMED = ["<|none|>", "<|begin|>", "<|extra|>", "<|end|>"]

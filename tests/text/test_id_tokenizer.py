@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from m3jax.text.cut import cut_references
 from m3jax.text.documents import Document, TextError
-from m3jax.text.numbered import numbered_tokenizer
+from m3jax.text.id_tokenizer import numbered_tokenizer
+from m3jax.text.reference_splitter import cut_references
 from m3jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 NAMED = ["0", "1", "7", "2"]  # 7 is exchanged with 2, and 2 with 3
