@@ -6,7 +6,8 @@ r"""Prepares chats for SFT, or preference pairs for DPO, in a workdir that has a
         --chats=pairs.jsonl
 
 Lines are chats (messages, ShareGPT conversations, prompt and response) or pairs (prompt, chosen,
-rejected); m3jax/text/chats.py lists the forms. What cannot be used is left out and reported, or,
+rejected); m3jax/text/chat/chats.py lists the forms. What cannot be used is left out and reported,
+or,
 where it is more than config.chat.bad_share, refused with file and line. A finished part is kept.
 """
 
@@ -32,7 +33,7 @@ _CHATS = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     """Writes the corpora and prints the report."""
     from m3jax.data.packed import PackedRows
-    from m3jax.text.chat_corpus import REPORT, describe, prepare_chats
+    from m3jax.text.chat.corpus import REPORT, describe, prepare_chats
     from m3jax.text.corpus import Corpus
 
     config = validate(_CONFIG.value)

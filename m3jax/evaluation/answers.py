@@ -20,9 +20,9 @@ from m3jax.inference.generate import Generator
 from m3jax.inference.results import Generation
 from m3jax.inference.sampling import Sampling
 from m3jax.inference.sources import Source, as_dict, as_page, as_text, effects_of, sources
-from m3jax.text.chats import Chat, question, read_questions
+from m3jax.text.chat.chats import Chat, question, read_questions
+from m3jax.text.chat.template import Template
 from m3jax.text.documents import TextError
-from m3jax.text.template import Template
 
 
 @dataclasses.dataclass(frozen=True)

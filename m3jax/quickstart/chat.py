@@ -23,9 +23,9 @@ from m3jax.inference.results import Generation
 from m3jax.mesh import make_mesh
 from m3jax.quickstart import people, people_chats
 from m3jax.quickstart.run import Demonstration
-from m3jax.text.chat_corpus import prepare_chats
-from m3jax.text.chats import question
-from m3jax.text.template import Template
+from m3jax.text.chat.chats import question
+from m3jax.text.chat.corpus import prepare_chats
+from m3jax.text.chat.template import Template
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.loop import train
 from m3jax.train.reference import hold_reference

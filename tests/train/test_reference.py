@@ -16,7 +16,7 @@ from m3jax.evaluation.losses import evaluator
 from m3jax.mesh import make_mesh
 from m3jax.model.transformer import Model
 from m3jax.quickstart import people, people_chats
-from m3jax.text.chat_corpus import prepare_chats
+from m3jax.text.chat.corpus import prepare_chats
 from m3jax.train import loop
 from m3jax.train.loop import train
 from m3jax.train.metrics import read_metrics

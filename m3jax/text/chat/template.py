@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 from ml_collections import ConfigDict
 
-from m3jax.text.chats import Chat, Turn
+from m3jax.text.chat.chats import Chat, Turn
 from m3jax.text.tokenizer import BOS, END, Tokenizer
 
 

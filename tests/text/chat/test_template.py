@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from m3jax.config import default
-from m3jax.text.chats import Chat, Turn
-from m3jax.text.template import Template, chunk_references
+from m3jax.text.chat.chats import Chat, Turn
+from m3jax.text.chat.template import Template, chunk_references
 from m3jax.text.tokenizer import BOS, END, Tokenizer
 
 CHAT = Chat(

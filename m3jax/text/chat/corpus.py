@@ -14,11 +14,11 @@ from typing import Any
 
 from m3jax.config import ConfigDict
 from m3jax.files import write_atomically
-from m3jax.text.chats import REMEDIES, Chat, ChatError, Pair, read_chats, read_pairs
+from m3jax.text.chat.chats import REMEDIES, Chat, ChatError, Pair, read_chats, read_pairs
+from m3jax.text.chat.template import EncodedChat, Template, chunk_references
 from m3jax.text.corpus import CorpusWriter, TokenDocument
 from m3jax.text.documents import Document, TextError, inputs_of, is_validation
 from m3jax.text.prepare import make_part, progress
-from m3jax.text.template import EncodedChat, Template, chunk_references
 from m3jax.text.tokenizer import Tokenizer
 
 SAMPLES = 5  # of each reason, in the report

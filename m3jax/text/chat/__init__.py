@@ -1,0 +1,1 @@
+"""Chats and preference pairs: reading, template, packed corpus."""
