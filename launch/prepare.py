@@ -30,11 +30,11 @@ from ml_collections import config_flags
 
 from m3jax import cli
 from m3jax.config import validate
-from m3jax.text.beam import BeamRunner
+from m3jax.text.cleaning.beam import BeamRunner
+from m3jax.text.cleaning.workers import LocalRunner, Runner
 from m3jax.text.documents import TextError
 from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References
-from m3jax.text.workers import LocalRunner, Runner
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it does not exist.")

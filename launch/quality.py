@@ -13,7 +13,7 @@ from __future__ import annotations
 from absl import flags
 
 from m3jax import cli
-from m3jax.text.quality import LinearScorer, held_out_error, read_labelled
+from m3jax.text.cleaning.quality import LinearScorer, held_out_error, read_labelled
 
 _LABELLED = flags.DEFINE_string("labelled", None, "JSON lines of texts with their scores, 0 … 5.")
 _SCORER = flags.DEFINE_string("scorer", None, "Folder to write the scorer to.")

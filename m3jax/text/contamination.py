@@ -19,8 +19,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Integer
 
+from m3jax.text.cleaning.rules import normal_words
 from m3jax.text.overlap import overlap, shared, which_exceed
-from m3jax.text.rules import normal_words
 
 
 class Contamination:

@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from m3jax.config import ConfigDict
+from m3jax.text.cleaning.pipeline import Pipeline
+from m3jax.text.cleaning.workers import LocalRunner, Runner
 from m3jax.text.corpus import Corpus, write_corpus
 from m3jax.text.documents import Document, TextError, inputs_of, is_validation, read_documents
-from m3jax.text.pipeline import Pipeline
 from m3jax.text.references import References, write_references
 from m3jax.text.selection import Selection
 from m3jax.text.tokenizer import SMALLEST, Tokenizer
-from m3jax.text.workers import LocalRunner, Runner
 from m3jax.workdir import INPUTS, make_part
 
 _TAKEN = "taken_from"  # the only input of a tokenizer that launch/convert.py took from a folder
@@ -49,7 +49,8 @@ def prepare_text(
     `corpus/validation/`. Documents are streamed, once for every part.
 
     With a runner, `clean.enabled` or `text.shuffle` the documents go through blocks in `clean/`
-    first (`m3jax.text.pipeline`), where other processes can take part; blocks that are done are
+    first (`m3jax.text.cleaning.pipeline`), where other processes can take part; blocks that are
+    done are
     kept. The output is the same for every runner and, without cleaning and shuffling, the same as
     without one. A knowledge base of its own is not cleaned.
 

@@ -1,8 +1,8 @@
 """Rules of references: what is measured of one, and which rule it breaks.
 
 Ours: the paper says of its knowledge base only that the texts were of high quality (Memory³ §7). A
-word is what it is in `m3jax.text.rules`, so one sign of Chinese or Japanese is a word, and one set
-of thresholds serves texts with and without spaces.
+word is what it is in `m3jax.text.cleaning.rules`, so one sign of Chinese or Japanese is a word,
+and one set of thresholds serves texts with and without spaces.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from m3jax.text.rules import broken_rule, measure, normal_words
+from m3jax.text.cleaning.rules import broken_rule, measure, normal_words
 
 RULES = ("words_min", "nonalphabetic_max", "listed_max", "repeated_max")
 

@@ -1,7 +1,7 @@
 """Which of the references that were cut are kept: rules, contamination, near-duplicates.
 
-As in `m3jax.text.clean`, every function here reads and writes files of one folder and may run in
-any process; a range of references is looked at by whoever gets it, and its last file,
+As in `m3jax.text.cleaning.clean`, every function here reads and writes files of one folder and may
+run in any process; a range of references is looked at by whoever gets it, and its last file,
 `<first>.json`, says that it is done.
 
     cut/                       the references as they were cut, a set of its own
@@ -27,14 +27,14 @@ import numpy as np
 
 from m3jax.config import ConfigDict
 from m3jax.files import digest, write_array, write_atomically
-from m3jax.text import duplicates
+from m3jax.text.cleaning import minhash
+from m3jax.text.cleaning.counters import Tally
+from m3jax.text.cleaning.workers import Runner, Stage
 from m3jax.text.contamination import Contamination
 from m3jax.text.documents import Document, TextError
 from m3jax.text.records import MANIFEST
 from m3jax.text.reference_rules import broken_reference_rule, measure_reference
 from m3jax.text.references import Reference, References, copy_references
-from m3jax.text.tally import Tally
-from m3jax.text.workers import Runner, Stage
 
 _RANGE = 4096  # references that are one task
 _PART_BYTES = 256 << 20  # of band entries that are compared at once
@@ -101,7 +101,7 @@ class Selection:
         if selecting.knowledge.similarity > 0:
             inputs["clean.permutations"] = selecting.permutations
             inputs["clean.shingle_words"] = selecting.shingle_words
-            inputs["near-duplicates"] = duplicates.algorithm()
+            inputs["near-duplicates"] = minhash.algorithm()
         if self._questions:
             inputs["questions"] = digest(*self._questions)
         return inputs
@@ -218,8 +218,8 @@ def look_at(selecting: Selecting, part: tuple[int, int]) -> int:
         signatures = np.empty((len(left), selecting.permutations), np.uint32)
         for row, i in zip(signatures, left.tolist(), strict=True):
             text = items[i - part[0]].text
-            row[:] = duplicates.signature(text, selecting.permutations, selecting.shingle_words)
-        entries = duplicates.band_entries(
+            row[:] = minhash.signature(text, selecting.permutations, selecting.shingle_words)
+        entries = minhash.band_entries(
             signatures, left.astype(np.uint64), selecting.knowledge.similarity
         )
         write_array(at.with_suffix(".signatures.npy"), signatures)
@@ -272,9 +272,9 @@ def compare_part(selecting: Selecting, part: tuple[int, int]) -> int:
         return np.array(signatures[np.searchsorted(left, np.uint64(number))])
 
     files = sorted(selecting.ranges.glob("*.bands.npy"))
-    entries = duplicates.in_part(files, part)
+    entries = minhash.in_part(files, part)
     similarity = float(selecting.knowledge.similarity)
-    write_array(target, duplicates.compare(entries, signature_of, similarity))
+    write_array(target, minhash.compare(entries, signature_of, similarity))
     return part[0]
 
 
@@ -284,9 +284,9 @@ def decide(selecting: Selecting) -> tuple[np.ndarray, np.ndarray, Tally]:
     for path in sorted(selecting.ranges.glob("*.json")):
         tally.add(Tally.from_json(json.loads(path.read_bytes())))
     left = [np.load(path) for path in sorted(selecting.ranges.glob("*.left.npy"))]
-    drops = duplicates.merged([])
+    drops = minhash.merged([])
     if selecting.knowledge.similarity > 0:
         names = (f"{part:05d}-{parts:05d}.npy" for part, parts in _parts(selecting))
-        drops = duplicates.merged([np.load(selecting.folder / "compared" / n) for n in names])
+        drops = minhash.merged([np.load(selecting.folder / "compared" / n) for n in names])
     kept = np.setdiff1d(np.concatenate(left), drops["number"], assume_unique=True)
     return kept.astype(np.int64), drops, tally

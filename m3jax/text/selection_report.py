@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from m3jax.files import write_atomically
+from m3jax.text.cleaning.counters import SAMPLES, SHOWN, Tally
+from m3jax.text.cleaning.report import IN, INK, LEFT, finish_picture, one_line
 from m3jax.text.contamination import Contamination
-from m3jax.text.data_report import IN, INK, LEFT, finish_picture, one_line
 from m3jax.text.references import References
-from m3jax.text.tally import SAMPLES, SHOWN, Tally
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402

@@ -9,10 +9,10 @@ import pytest
 from m3jax import config as configs
 from m3jax.config import ConfigError, validate
 from m3jax.text import selection
+from m3jax.text.cleaning.workers import LocalRunner
 from m3jax.text.documents import TextError
 from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References
-from m3jax.text.workers import LocalRunner
 
 NAMES = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("", "n", "ra", "lo")]
 SIGNS = [chr(0x4E00 + 37 * i) for i in range(200)]

@@ -19,9 +19,9 @@ import msgpack
 import numpy as np
 
 from m3jax.files import write_array, write_atomically
-from m3jax.text.blocks import number_of
-from m3jax.text.clean import Cleaning
-from m3jax.text.cleaned import Cleaned
+from m3jax.text.cleaning.blocks import number_of
+from m3jax.text.cleaning.clean import Cleaning
+from m3jax.text.cleaning.dedup import Cleaned
 from m3jax.text.corpus import EncodedDocument, encode_documents
 from m3jax.text.documents import Document, is_validation
 from m3jax.text.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from m3jax import config as configs
-from m3jax.text.rules import broken_rule, measure, normal_words, pieces
+from m3jax.text.cleaning.rules import broken_rule, measure, normal_words, pieces
 
 WORDS = [f"{a}{b}ea" for a in "bcdfghklmnprst" for b in "aeiouy"]  # 84 different words
 

@@ -9,8 +9,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from m3jax.text import blocks
-from m3jax.text.blocks import (
+from m3jax.text.cleaning import blocks
+from m3jax.text.cleaning.blocks import (
     Unreadable,
     blocks_of,
     number_of,

@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Shaped
 
 from m3jax.files import write_array
-from m3jax.text import duplicates
-from m3jax.text.blocks import INDEX_BITS, number_of, place_of
-from m3jax.text.clean import Cleaning, names_of
+from m3jax.text.cleaning import minhash
+from m3jax.text.cleaning.blocks import INDEX_BITS, number_of, place_of
+from m3jax.text.cleaning.clean import Cleaning, names_of
+from m3jax.text.cleaning.counters import Tally
 from m3jax.text.documents import Document, TextError
-from m3jax.text.tally import Tally
 
 _PART_BYTES = 256 << 20  # of band entries that are compared at once
 
@@ -37,15 +37,11 @@ def compare_part(cleaning: Cleaning, part: tuple[int, int]) -> int:
     if target.with_suffix(".renames.npy").is_file():
         return part[0]
     names = names_of(cleaning)
-    found = np.empty(0, duplicates.DROP)
+    found = np.empty(0, minhash.DROP)
     if cleaning.clean.similarity > 0:
         entries = _in_range(cleaning, names, "bands", part)
-        found = duplicates.compare(
-            entries, _signatures_of(cleaning), float(cleaning.clean.similarity)
-        )
-    repeated = [
-        members[1:] for members in duplicates.groups(_in_range(cleaning, names, "ids", part))
-    ]
+        found = minhash.compare(entries, _signatures_of(cleaning), float(cleaning.clean.similarity))
+    repeated = [members[1:] for members in minhash.groups(_in_range(cleaning, names, "ids", part))]
     renames = np.concatenate([np.empty(0, np.uint64), *repeated])
     write_array(target.with_suffix(".drops.npy"), found, shared=True)
     write_array(target.with_suffix(".renames.npy"), renames, shared=True)
@@ -56,7 +52,7 @@ def _in_range(
     cleaning: Cleaning, names: Iterable[str], kind: str, part: tuple[int, int]
 ) -> Shaped[np.ndarray, " e"]:
     """The entries of all blocks whose keys are in a part of all keys."""
-    return duplicates.in_part((cleaning.blocks / f"{name}.{kind}.npy" for name in names), part)
+    return minhash.in_part((cleaning.blocks / f"{name}.{kind}.npy" for name in names), part)
 
 
 def _signatures_of(cleaning: Cleaning) -> Any:
@@ -90,13 +86,13 @@ def decide(cleaning: Cleaning) -> Tally:
             f" clean.unreadable_share = {share:g}; one of them: {shown}. Repair the input or raise"
             " it"
         )
-    drops, renames = [np.empty(0, duplicates.DROP)], [np.empty(0, np.uint64)]
+    drops, renames = [np.empty(0, minhash.DROP)], [np.empty(0, np.uint64)]
     if cleaning.clean.enabled:
         for part, parts in parts_to_compare(cleaning):
             at = cleaning.folder / "compared" / f"{part:05d}-{parts:05d}"
             drops.append(np.load(at.with_suffix(".drops.npy")))
             renames.append(np.load(at.with_suffix(".renames.npy")))
-    write_array(cleaning.folder / "drops.npy", duplicates.merged(drops))
+    write_array(cleaning.folder / "drops.npy", minhash.merged(drops))
     together = np.unique(np.concatenate(renames))
     write_array(cleaning.folder / "renames.npy", together)
     return tally

@@ -6,14 +6,14 @@ import random
 import numpy as np
 import pytest
 
-from m3jax.text.documents import TextError
-from m3jax.text.quality import (
+from m3jax.text.cleaning.quality import (
     LinearScorer,
     Scorer,
     held_out_error,
     load_scorer,
     read_labelled,
 )
+from m3jax.text.documents import TextError
 
 GOOD = ["theorem", "therefore", "because", "energy", "evidence", "proof", "measured", "history"]
 POOR = ["click", "buy", "cheap", "casino", "subscribe", "free", "offer", "login", "cookie"]
@@ -74,7 +74,7 @@ def test_refusals(tmp_path, monkeypatch):
     with pytest.raises(TextError, match="damaged; train it again"):
         load_scorer(str(tmp_path / "s"))
     with pytest.raises(TextError, match="names no function"):
-        load_scorer("m3jax.text.quality:nothing")
+        load_scorer("m3jax.text.cleaning.quality:nothing")
 
 
 def test_a_scorer_of_the_users_own(monkeypatch, tmp_path):

@@ -8,10 +8,10 @@ from functools import partial
 import pytest
 
 from m3jax import config as configs
-from m3jax.text.beam import BeamRunner
+from m3jax.text.cleaning.beam import BeamRunner
+from m3jax.text.cleaning.workers import LocalRunner, Runner, Stage
 from m3jax.text.documents import TextError
 from m3jax.text.prepare import prepare_text
-from m3jax.text.workers import LocalRunner, Runner, Stage
 
 IN_PROCESS = ["--runner=FnApiRunner"]
 

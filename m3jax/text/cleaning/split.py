@@ -10,11 +10,11 @@ import msgpack
 import numpy as np
 
 from m3jax.files import write_atomically
-from m3jax.text.clean import Cleaning
-from m3jax.text.cleaned import Cleaned
+from m3jax.text.cleaning.clean import Cleaning
+from m3jax.text.cleaning.dedup import Cleaned
+from m3jax.text.cleaning.tokenize import tokenizer_of
 from m3jax.text.documents import Document
 from m3jax.text.reference_splitter import Piece, cut_references
-from m3jax.text.tokens import tokenizer_of
 
 
 @dataclass(frozen=True)

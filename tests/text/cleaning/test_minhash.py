@@ -6,8 +6,8 @@ import random
 import numpy as np
 import pytest
 
-from m3jax.text import duplicates
-from m3jax.text.duplicates import band_entries, bands_of, compare, groups, merged, signature
+from m3jax.text.cleaning import minhash
+from m3jax.text.cleaning.minhash import band_entries, bands_of, compare, groups, merged, signature
 
 
 def _text(rng, words=200):
@@ -102,9 +102,9 @@ def test_only_an_earlier_document_takes_out_a_later_one():
 
 
 def test_groups_of_keys():
-    entries = np.array([(5, 9), (3, 1), (5, 2), (4, 4), (3, 1), (5, 2)], duplicates.ENTRY)
+    entries = np.array([(5, 9), (3, 1), (5, 2), (4, 4), (3, 1), (5, 2)], minhash.ENTRY)
     assert [group.tolist() for group in groups(entries)] == [[1], [2, 9]]
-    assert list(groups(np.empty(0, duplicates.ENTRY))) == []
+    assert list(groups(np.empty(0, minhash.ENTRY))) == []
     assert len(merged([])) == 0
 
 

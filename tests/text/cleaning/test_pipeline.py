@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from m3jax import config as configs
-from m3jax.text import blocks, clean, cleaned, pipeline, rules, tokens
+from m3jax.text.cleaning import blocks, clean, dedup, pipeline, rules, tokenize
+from m3jax.text.cleaning.workers import LocalRunner
 from m3jax.text.corpus import Corpus
 from m3jax.text.documents import TextError, is_validation, read_documents
 from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
-from m3jax.text.workers import LocalRunner
 
 ROOT = Path(__file__).parents[2]
 NAMES = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("", "n", "ra", "lo")]
@@ -184,8 +184,8 @@ def test_shuffled_documents_are_the_same_in_another_order(config, documents, tmp
     config.text.shuffle = 1
     _prepare(config, tmp_path / "1", documents)
     with monkeypatch.context() as patched:
-        patched.setattr(tokens, "_BUCKET_BYTES", 2000)
-        patched.setattr(cleaned, "_PART_BYTES", 4000)
+        patched.setattr(tokenize, "_BUCKET_BYTES", 2000)
+        patched.setattr(dedup, "_PART_BYTES", 4000)
         patched.setattr(blocks, "BLOCK_BYTES", 20000)
         _prepare(config, tmp_path / "1b", documents)
     config.text.shuffle = 2
@@ -277,10 +277,10 @@ def test_nothing_left_and_other_inputs_are_refused(config, documents, tmp_path):
     "module, name, calls",
     [
         (pipeline, "clean_block", 3),
-        (cleaned, "write_array", 2),
+        (dedup, "write_array", 2),
         (pipeline, "decide", 1),
         (pipeline, "tokenize_block", 4),
-        (tokens, "write_array", 3),
+        (tokenize, "write_array", 3),
         (pipeline, "cut_block", 2),
         (clean, "write_array", 6),
     ],
@@ -321,7 +321,7 @@ sys.path.insert(0, {root!r})
 from m3jax.config import default
 from m3jax.text import blocks
 from m3jax.text.prepare import prepare_text
-from m3jax.text.workers import LocalRunner
+from m3jax.text.cleaning.workers import LocalRunner
 
 if __name__ == "__main__":
     blocks.BLOCK_BYTES = 30_000

@@ -12,18 +12,18 @@ from typing import Any
 
 from m3jax.config import ConfigDict
 from m3jax.files import TEMPORARY, digest, write_atomically
-from m3jax.text import duplicates
-from m3jax.text.blocks import Block, Source, blocks_of, sources_of
-from m3jax.text.clean import Cleaning, clean_block, is_clean, names_of
-from m3jax.text.cleaned import Cleaned, compare_part, decide, parts_to_compare
+from m3jax.text.cleaning import minhash
+from m3jax.text.cleaning.blocks import Block, Source, blocks_of, sources_of
+from m3jax.text.cleaning.clean import Cleaning, clean_block, is_clean, names_of
+from m3jax.text.cleaning.dedup import Cleaned, compare_part, decide, parts_to_compare
+from m3jax.text.cleaning.quality import load_scorer
+from m3jax.text.cleaning.split import Cutting, cut_block, cut_documents
+from m3jax.text.cleaning.tokenize import Tokenizing, tokenize_block, tokenized
+from m3jax.text.cleaning.workers import Runner, Stage
 from m3jax.text.corpus import CorpusInfo, write_encoded
-from m3jax.text.cut_blocks import Cutting, cut_block, cut_documents
 from m3jax.text.documents import TextError
-from m3jax.text.quality import load_scorer
 from m3jax.text.references import write_pieces
 from m3jax.text.tokenizer import Tokenizer
-from m3jax.text.tokens import Tokenizing, tokenize_block, tokenized
-from m3jax.text.workers import Runner, Stage
 from m3jax.workdir import make_part
 
 _BEGUN, _SUMMARY = "begun.json", "summary.txt"
@@ -68,7 +68,7 @@ class Pipeline:
         if self._cleaning.quality is not None:
             inputs["quality"] = load_scorer(self._cleaning.quality).fingerprint
         if clean.similarity > 0:
-            inputs["near-duplicates"] = duplicates.algorithm()
+            inputs["near-duplicates"] = minhash.algorithm()
         return inputs
 
     @property
@@ -113,7 +113,7 @@ class Pipeline:
         if not any(True for _ in cleaned):
             raise TextError(f"no documents are left of {self._documents!r}; {self._removed(tally)}")
         if cleaning.clean.enabled:
-            from m3jax.text.data_report import write_data_report  # draws: a slow import
+            from m3jax.text.cleaning.report import write_data_report  # draws: a slow import
 
             report = self._workdir / "report" / "data"
             summary = write_data_report(cleaned, tally, report) + ", see report/data/report.md"

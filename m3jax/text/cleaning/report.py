@@ -13,9 +13,9 @@ import matplotlib
 import numpy as np
 
 from m3jax.files import committing, write_atomically
-from m3jax.text.blocks import place_of
-from m3jax.text.cleaned import Cleaned
-from m3jax.text.tally import SAMPLES, SHOWN, Tally
+from m3jax.text.cleaning.blocks import place_of
+from m3jax.text.cleaning.counters import SAMPLES, SHOWN, Tally
+from m3jax.text.cleaning.dedup import Cleaned
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402

@@ -27,12 +27,12 @@ import msgpack
 import numpy as np
 
 from m3jax.files import write_array, write_atomically
-from m3jax.text import duplicates
-from m3jax.text.blocks import Block, Unreadable, number_of, read_block
+from m3jax.text.cleaning import minhash
+from m3jax.text.cleaning.blocks import Block, Unreadable, number_of, read_block
+from m3jax.text.cleaning.counters import SHOWN, Tally
+from m3jax.text.cleaning.quality import Scorer, load_scorer
+from m3jax.text.cleaning.rules import Measures, broken_rule, measure
 from m3jax.text.documents import Document, TextError
-from m3jax.text.quality import Scorer, load_scorer
-from m3jax.text.rules import Measures, broken_rule, measure
-from m3jax.text.tally import SHOWN, Tally
 
 _TABLE = np.dtype([("words", "<u8"), ("characters", "<u8"), ("language", "<U8")])
 _LANGUAGE_HEAD = 500  # characters by which a document's language is told
@@ -183,18 +183,18 @@ def _write(
     ]
     arrays = {"table": table}
     if clean.enabled:
-        ids = np.empty(len(kept), duplicates.ENTRY)
+        ids = np.empty(len(kept), minhash.ENTRY)
         ids["key"] = [_hash(document.id) for document, _, _ in kept]
         ids["number"] = numbers
         arrays["ids"] = np.sort(ids, order=["key", "number"])
     if clean.enabled and clean.similarity > 0:
         signatures = np.empty((len(kept), clean.permutations), np.uint32)
         for i, (document, _, _) in enumerate(kept):
-            signatures[i] = duplicates.signature(
+            signatures[i] = minhash.signature(
                 document.text, clean.permutations, clean.shingle_words
             )
         arrays["signatures"] = signatures
-        arrays["bands"] = duplicates.band_entries(signatures, numbers, clean.similarity)
+        arrays["bands"] = minhash.band_entries(signatures, numbers, clean.similarity)
     at = cleaning.blocks
     data = zlib.compress(msgpack.packb(documents), 1)
     write_atomically(at / f"{name}.documents", data, shared=True)

@@ -1,0 +1,1 @@
+"""Cleaning of documents in blocks: repair, rules, near-duplicates, quality, report."""
