@@ -18,8 +18,8 @@ from m3jax.text.cleaning.pipeline import Pipeline
 from m3jax.text.cleaning.workers import LocalRunner, Runner
 from m3jax.text.corpus import Corpus, write_corpus
 from m3jax.text.documents import Document, TextError, inputs_of, is_validation, read_documents
+from m3jax.text.reference_filter.select import Selection
 from m3jax.text.references import References, write_references
-from m3jax.text.selection import Selection
 from m3jax.text.tokenizer import SMALLEST, Tokenizer
 from m3jax.workdir import INPUTS, make_part
 
@@ -54,7 +54,8 @@ def prepare_text(
     kept. The output is the same for every runner and, without cleaning and shuffling, the same as
     without one. A knowledge base of its own is not cleaned.
 
-    With `knowledge.enabled` references are selected (`m3jax.text.selection`), also by the runner.
+    With `knowledge.enabled` references are selected (`m3jax.text.reference_filter.select`), also
+    by the runner.
 
     Args:
       config: its sections `text`, `clean` and `knowledge`, `model.vocabulary` and

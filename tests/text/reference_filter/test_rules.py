@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from m3jax.config import default
-from m3jax.text.reference_rules import broken_reference_rule, measure_reference
+from m3jax.text.reference_filter.rules import broken_reference_rule, measure_reference
 
 PROSE = (
     "Endocarditis is an inflammation of the inner layer of the heart. It usually involves the"

@@ -14,7 +14,7 @@ from jaxtyping import Int, Shaped
 from m3jax.files import write_atomically
 from m3jax.text.cleaning.counters import SAMPLES, SHOWN, Tally
 from m3jax.text.cleaning.report import IN, INK, LEFT, finish_picture, one_line
-from m3jax.text.contamination import Contamination
+from m3jax.text.reference_filter.contamination import Contamination
 from m3jax.text.references import References
 
 matplotlib.use("Agg")

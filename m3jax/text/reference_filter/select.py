@@ -30,10 +30,10 @@ from m3jax.files import digest, write_array, write_atomically
 from m3jax.text.cleaning import minhash
 from m3jax.text.cleaning.counters import Tally
 from m3jax.text.cleaning.workers import Runner, Stage
-from m3jax.text.contamination import Contamination
 from m3jax.text.documents import Document, TextError
 from m3jax.text.records import MANIFEST
-from m3jax.text.reference_rules import broken_reference_rule, measure_reference
+from m3jax.text.reference_filter.contamination import Contamination
+from m3jax.text.reference_filter.rules import broken_reference_rule, measure_reference
 from m3jax.text.references import Reference, References, copy_references
 
 _RANGE = 4096  # references that are one task
@@ -142,7 +142,9 @@ class Selection:
         kept, drops, tally = decide(selecting)
         if not len(kept):
             raise TextError(_nothing(references, drops, tally))
-        from m3jax.text.selection_report import write_selection_report  # draws: a slow import
+        from m3jax.text.reference_filter.report import (
+            write_selection_report,  # draws: a slow import
+        )
 
         report = self._workdir / "report" / "knowledge"
         looked_for = _looked_for(selecting) if selecting.questions else None

@@ -8,10 +8,10 @@ import pytest
 
 from m3jax import config as configs
 from m3jax.config import ConfigError, validate
-from m3jax.text import selection
 from m3jax.text.cleaning.workers import LocalRunner
 from m3jax.text.documents import TextError
 from m3jax.text.prepare import prepare_text
+from m3jax.text.reference_filter import select
 from m3jax.text.references import References
 
 NAMES = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("", "n", "ra", "lo")]
@@ -134,10 +134,10 @@ def test_the_same_bytes_for_one_and_two_processes_and_for_blocks(config, documen
     "name, calls", [("look_at", 4), ("compare_part", 2), ("write_array", 5), ("decide", 1)]
 )
 def test_stopped_at_any_stage_and_run_again(config, documents, tmp_path, monkeypatch, name, calls):
-    monkeypatch.setattr(selection, "_RANGE", 16)
-    monkeypatch.setattr(selection, "_PART_BYTES", 20_000)
+    monkeypatch.setattr(select, "_RANGE", 16)
+    monkeypatch.setattr(select, "_PART_BYTES", 20_000)
     _prepare(config, tmp_path / "whole", documents, workers=0)
-    usual, count = getattr(selection, name), [0]
+    usual, count = getattr(select, name), [0]
 
     def stop(*arguments):
         count[0] += 1
@@ -146,13 +146,13 @@ def test_stopped_at_any_stage_and_run_again(config, documents, tmp_path, monkeyp
         return usual(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(selection, name, stop)
+        patched.setattr(select, name, stop)
         with pytest.raises(KeyboardInterrupt):
             _prepare(config, tmp_path / "w", documents, workers=0)
     assert not (tmp_path / "w/references/inputs.json").exists()
-    looked_at, real = [], selection.measure_reference
+    looked_at, real = [], select.measure_reference
     monkeypatch.setattr(
-        selection, "measure_reference", lambda text: looked_at.append(text) or real(text)
+        select, "measure_reference", lambda text: looked_at.append(text) or real(text)
     )
     monkeypatch.setattr(
         "m3jax.text.references.cut_references", None
@@ -169,7 +169,7 @@ def test_an_unfinished_selection_of_other_rules_is_thrown_away(
     config, documents, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patched:
-        patched.setattr(selection, "decide", None)
+        patched.setattr(select, "decide", None)
         with pytest.raises(TypeError):
             _prepare(config, tmp_path / "w", documents, workers=0)
     config.knowledge.words_min = 0

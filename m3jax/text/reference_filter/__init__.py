@@ -1,0 +1,1 @@
+"""Filters of references: rules, contamination, near-duplicates, report."""
