@@ -58,7 +58,7 @@ def pack(sizes: Sequence[int] | np.ndarray, room: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One row; see `m3jax.model.keyvalues.Packing`.
+    """One row; see `m3jax.model.attention_mask.Packing`.
 
     Attributes:
       inputs, targets, weights: tokens, their next tokens, and the weights of these.

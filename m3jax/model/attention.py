@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from m3jax.model.fused import fused_attend
-from m3jax.model.keyvalues import ExplicitMemory as ExplicitMemory
-from m3jax.model.keyvalues import KeyValues as KeyValues
-from m3jax.model.keyvalues import Packing as Packing
-from m3jax.model.keyvalues import concatenate, seen_by_heads, visible_mask
-from m3jax.model.keyvalues import memory_mask as memory_mask
+from m3jax.model.attention_mask import ExplicitMemory as ExplicitMemory
+from m3jax.model.attention_mask import KeyValues as KeyValues
+from m3jax.model.attention_mask import Packing as Packing
+from m3jax.model.attention_mask import concatenate, seen_by_heads, visible_mask
+from m3jax.model.attention_mask import memory_mask as memory_mask
+from m3jax.model.cudnn_attention import fused_attend
 from m3jax.model.splash import splash_attend
 from m3jax.model.splash_mask import PACKED_TOKENS
 

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from m3jax.model.parallel import Parallel
+from m3jax.model.collectives import Parallel
 
 
 def rms_norm(

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from m3jax.mesh import ACTIVATIONS, on_devices
 from m3jax.model.attention import MASKED
-from m3jax.model.keyvalues import ExplicitMemory, KeyValues, keys_of_heads
+from m3jax.model.attention_mask import ExplicitMemory, KeyValues, keys_of_heads
 from m3jax.model.rope import rotate
 from m3jax.model.transformer import Layer, Model, Params, join, segment_ranges
 

@@ -31,7 +31,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
 from jaxtyping import Array, Bool, Float
 
-from m3jax.model.keyvalues import ExplicitMemory, KeyValues, Packing, keys_of_heads, real_slots
+from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing, keys_of_heads, real_slots
 from m3jax.model.splash_mask import Layout, packed_codes, plan, row_mask
 
 # Name of the kernel's output and log-sum-exp for `jax.checkpoint` policies: saving them spares the

@@ -19,7 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Int
 
 from m3jax.config import ConfigError
-from m3jax.model.keyvalues import Packing
+from m3jax.model.attention_mask import Packing
 
 LANES = 128  # a block of keys, and of query rows, is a multiple of this
 

@@ -35,11 +35,11 @@ from m3jax.model.attention import (
     resolve,
 )
 from m3jax.model.block import Block, rms_norm
-from m3jax.model.parallel import Parallel
+from m3jax.model.collectives import Parallel
 from m3jax.model.rope import rotate
 from m3jax.model.splash import RESIDUALS as ATTENTION
-from m3jax.model.vocabulary import cross_entropy, lookup, token_losses
-from m3jax.model.windows import attend_in_windows
+from m3jax.model.vocab_parallel import cross_entropy, lookup, token_losses
+from m3jax.model.windowed_attention import attend_in_windows
 
 nnx.use_eager_sharding(False)  # parameters carry axis names; no mesh is needed to create them
 

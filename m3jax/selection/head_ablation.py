@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from m3jax.model.attention import MASKED, ExplicitMemory, KeyValues
-from m3jax.model.keyvalues import concatenate, seen_by_heads, visible_mask
+from m3jax.model.attention_mask import concatenate, seen_by_heads, visible_mask
 from m3jax.model.transformer import Layer, Model, Params, join, segment_ranges
 
 _BLOCK = 256  # queries whose scores are held at a time

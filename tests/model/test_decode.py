@@ -7,8 +7,8 @@ import pytest
 
 from m3jax import config as config_lib
 from m3jax.mesh import make_mesh
+from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.decode import Decoder, unstack
-from m3jax.model.keyvalues import ExplicitMemory
 from m3jax.model.transformer import Model
 
 CHUNK, M, P = 4, 3, 2

@@ -11,9 +11,9 @@ from train.tiny import SyntheticPipeline, tiny_config
 from m3jax.config import prefix_tokens
 from m3jax.memory.sparsify import sparsifier
 from m3jax.mesh import host_rows, make_mesh, to_global
-from m3jax.model.parallel import Parallel
+from m3jax.model.collectives import Parallel
 from m3jax.model.transformer import Model
-from m3jax.model.vocabulary import cross_entropy
+from m3jax.model.vocab_parallel import cross_entropy
 from m3jax.train.objective import inputs, loss
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import abstract_state, init_state

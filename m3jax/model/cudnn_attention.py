@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from m3jax.model.keyvalues import (
+from m3jax.model.attention_mask import (
     ExplicitMemory,
     KeyValues,
     Packing,

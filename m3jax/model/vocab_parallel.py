@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from m3jax.model.parallel import Parallel
+from m3jax.model.collectives import Parallel
 
 
 def lookup(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from m3jax.model.attention import MASKED
-from m3jax.model.keyvalues import KeyValues, concatenate
+from m3jax.model.attention_mask import KeyValues, concatenate
 from m3jax.model.rope import rotate
 
 
