@@ -137,10 +137,10 @@ def _train(config: ConfigDict, profile_steps: tuple[int, int] | None) -> None:
 def _source(config: ConfigDict, version: int | None) -> tuple[Source, int]:
     """What a version of the knowledge (None: the current one) gives to read, and its rows."""
     from m3jax.data.pipeline import open_pipeline
-    from m3jax.evaluation.losses import evaluator
     from m3jax.mesh import make_mesh
+    from m3jax.train.dpo_base import hold_reference
+    from m3jax.train.evaluator import evaluator
     from m3jax.train.loop import Source
-    from m3jax.train.reference import hold_reference
 
     workdir, bank = str(_WORKDIR.value), _BANK.value
     pipeline = open_pipeline(config, workdir, split="train", bank=bank, version=version)

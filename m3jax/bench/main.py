@@ -40,8 +40,8 @@ from m3jax.retrieval.index import build_index
 from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
+from m3jax.train.loss import inputs
 from m3jax.train.monitor import Monitor
-from m3jax.train.objective import inputs
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import abstract_state, init_state
 from m3jax.train.step import make_step, scale_on

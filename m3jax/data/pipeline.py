@@ -62,7 +62,7 @@ class Pipeline:
 
     Attributes:
       reference_logprobs: of the answers of every row, `(rows, slots)` float32, once they are known
-        (`m3jax.train.reference`); 0 before.
+        (`m3jax.train.dpo_base`); 0 before.
       version: of the knowledge.
     """
 

@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 
 from m3jax.config import ConfigError, prefix_tokens
 from m3jax.data.pipeline import Pipeline, open_pipeline
-from m3jax.evaluation.losses import MODES, LossEvaluator
 from m3jax.evaluation.questions import Answerer, read_questions
 from m3jax.knowledge.versions import open_retriever
 from m3jax.memory.bank import Bank
@@ -18,6 +17,7 @@ from m3jax.memory.delta_bank import LayeredBank
 from m3jax.memory.storage import BankError
 from m3jax.model.transformer import Model, Params
 from m3jax.train.checkpoints import reads, restore_params
+from m3jax.train.evaluator import MODES, LossEvaluator
 from m3jax.train.metrics import dropped_share, hit_share
 
 

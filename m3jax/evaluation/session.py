@@ -34,7 +34,7 @@ from m3jax.memory.bank import Bank
 from m3jax.model.transformer import Model
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.checkpoints import restore_params
-from m3jax.train.writer import restore_writer
+from m3jax.train.memory_writer import restore_writer
 
 MODES = ("none", "memory", "cold", "rag", "context")
 

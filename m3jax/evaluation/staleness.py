@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import Pipeline, open_pipeline
-from m3jax.evaluation.losses import LossEvaluator
 from m3jax.knowledge.edit import refresh
 from m3jax.knowledge.versions import Version, open_version
 from m3jax.memory import codec as codecs
@@ -28,7 +27,8 @@ from m3jax.model.transformer import Model
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.checkpoints import restore_params
-from m3jax.train.writer import MemoryWriter
+from m3jax.train.evaluator import LossEvaluator
+from m3jax.train.memory_writer import MemoryWriter
 
 AnyBank = Bank | LayeredBank
 

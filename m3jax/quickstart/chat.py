@@ -15,7 +15,6 @@ import numpy as np
 
 from m3jax.config import ConfigDict, with_epochs
 from m3jax.data.pipeline import open_pipeline
-from m3jax.evaluation.losses import evaluator
 from m3jax.evaluation.questions import Answerer, Question
 from m3jax.evaluation.session import Session
 from m3jax.files import write_atomically
@@ -27,8 +26,9 @@ from m3jax.text.chat.chats import question
 from m3jax.text.chat.corpus import prepare_chats
 from m3jax.text.chat.template import Template
 from m3jax.text.tokenizer import Tokenizer
+from m3jax.train.dpo_base import hold_reference
+from m3jax.train.evaluator import evaluator
 from m3jax.train.loop import train
-from m3jax.train.reference import hold_reference
 
 CHATS, PAIRS = 6000, 2400
 NEW_TOKENS = 8  # a statement has four, and the end

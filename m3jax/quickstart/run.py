@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 
 from m3jax import config as config_lib
 from m3jax.data.pipeline import open_pipeline
-from m3jax.evaluation.losses import evaluator
 from m3jax.evaluation.plots import Read, accuracy_bars, attention_map
 from m3jax.evaluation.questions import Answerer, Question
 from m3jax.files import write_atomically
@@ -37,8 +36,9 @@ from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References, write_references
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.checkpoints import restore_params
+from m3jax.train.evaluator import evaluator
 from m3jax.train.loop import train
-from m3jax.train.writer import MemoryWriter, restore_writer
+from m3jax.train.memory_writer import MemoryWriter, restore_writer
 from m3jax.workdir import make_part
 
 LABELS = {

@@ -24,7 +24,7 @@ from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import Batch, Pipeline
 from m3jax.files import write_array, write_atomically
 from m3jax.model.transformer import Model, Params
-from m3jax.train.objective import Decode, hidden_of, inputs
+from m3jax.train.loss import Decode, hidden_of, inputs
 
 NOTHING, EVERYTHING = -1, -2  # absent: no reference, or all memories
 # Loss of a row, nats, with a reference absent; `weight` is that of the row's targets.

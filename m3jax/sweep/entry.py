@@ -21,7 +21,6 @@ import numpy as np
 from m3jax import flops
 from m3jax.config import ConfigDict, ConfigError, prefix_tokens, with_epochs
 from m3jax.data.pipeline import Pipeline, open_pipeline
-from m3jax.evaluation.losses import LossEvaluator, evaluator
 from m3jax.evaluation.questions import Answerer, read_questions
 from m3jax.evaluation.report import answer_questions, check_reader
 from m3jax.evaluation.staleness import rewrite
@@ -32,8 +31,9 @@ from m3jax.model.transformer import Model
 from m3jax.sweep.spec import Data, Run, Stage, Sweep
 from m3jax.text.references import References
 from m3jax.train.checkpoints import FOLDER, knowledge_version, restore_params
+from m3jax.train.evaluator import LossEvaluator, evaluator
 from m3jax.train.loop import Source, train
-from m3jax.train.writer import MemoryWriter
+from m3jax.train.memory_writer import MemoryWriter
 from m3jax.workdir import make_part
 
 FINISHED = "finished.json"

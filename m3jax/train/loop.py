@@ -33,8 +33,8 @@ from m3jax.train.checkpoints import (
 )
 from m3jax.train.clock import Clock, Device, Speed
 from m3jax.train.guard import DivergenceError, Guard, describe
+from m3jax.train.loss import Decode, inputs
 from m3jax.train.metrics import Metrics, dropped_share, hit_share, read_metrics, time_spent
-from m3jax.train.objective import Decode, inputs
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.plots import plot_stages
 from m3jax.train.profile import Profile

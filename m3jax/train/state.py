@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from m3jax.mesh import parameter_shardings, replicated
 from m3jax.model.transformer import Model, Params
-from m3jax.train.objective import Sums
+from m3jax.train.loss import Sums
 
 
 class TrainState(NamedTuple):

@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 from m3jax.memory.sparsify import sparsifier
 from m3jax.mesh import batch_sharding, compiler_options, on_devices, replicated
 from m3jax.model.transformer import Model
-from m3jax.train.objective import Decode, Sums, batch_specs, mean, over_rows
+from m3jax.train.dpo_loss import objective_of
+from m3jax.train.loss import Decode, Sums, batch_specs, mean, over_rows
 from m3jax.train.optimizer import make_optimizer
-from m3jax.train.preference import objective_of
 from m3jax.train.schedule import schedule
 from m3jax.train.state import TrainState, abstract_state, state_shardings
 

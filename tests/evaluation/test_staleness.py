@@ -13,7 +13,6 @@ from data.data_workdir import make_workdir, tiny_config
 from m3jax.config import ConfigError
 from m3jax.data.pipeline import open_pipeline
 from m3jax.evaluation import staleness
-from m3jax.evaluation.losses import LossEvaluator
 from m3jax.evaluation.report import check_reader
 from m3jax.evaluation.staleness import measure, rewrite, table
 from m3jax.knowledge.edit import edit, rollback
@@ -35,11 +34,12 @@ from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.train import loop
 from m3jax.train.checkpoints import Checkpoints, knowledge_version, read_meta
+from m3jax.train.evaluator import LossEvaluator
 from m3jax.train.loop import Source, train
+from m3jax.train.memory_writer import MemoryWriter
 from m3jax.train.metrics import read_metrics
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import new_state
-from m3jax.train.writer import MemoryWriter
 
 CHANGES = {
     "memory__reference_length": 20,

@@ -16,7 +16,6 @@ from memory.memory_tiny import TinyReferences, build, flip, shard_files, tiny_co
 
 from m3jax import flops
 from m3jax.data.pipeline import open_pipeline
-from m3jax.evaluation.losses import evaluator
 from m3jax.memory import codec as codecs
 from m3jax.memory import quantizer, storage
 from m3jax.memory.bank import Bank
@@ -25,6 +24,7 @@ from m3jax.memory.storage import BankError
 from m3jax.mesh import make_mesh
 from m3jax.model.attention import ExplicitMemory
 from m3jax.model.transformer import Model
+from m3jax.train.evaluator import evaluator
 
 ROOT = Path(__file__).parents[2]
 IDS = np.arange(37)

@@ -15,12 +15,12 @@ from memory.memory_tiny import build, shard_files, tiny_config
 
 from m3jax import flops
 from m3jax.data.pipeline import open_pipeline
-from m3jax.evaluation.losses import evaluator
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank, BankError
 from m3jax.memory.delta_bank import LayeredBank
 from m3jax.memory.head_subset import Heads, heads_of
 from m3jax.model.transformer import Model
+from m3jax.train.evaluator import evaluator
 
 IDS = np.arange(37)
 CHOSEN = "1:1,2:0+1"  # three of the four heads in the memory layers 1 and 2

@@ -18,7 +18,7 @@ from m3jax.memory.write import write_bank
 from m3jax.mesh import make_mesh
 from m3jax.model.transformer import Model
 from m3jax.text.references import References
-from m3jax.train.writer import restore_writer
+from m3jax.train.memory_writer import restore_writer
 from m3jax.watch import PROCESS_LOST
 
 DEADLINE = 200.0  # seconds

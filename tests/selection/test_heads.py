@@ -11,7 +11,6 @@ from data.data_workdir import make_workdir, tiny_config
 from model.oracle import Oracle, oracle_config, random_params, random_references, random_tokens
 
 from m3jax.config import ConfigError, format_heads
-from m3jax.evaluation.losses import evaluator
 from m3jax.mesh import make_mesh
 from m3jax.model.attention import ExplicitMemory
 from m3jax.model.transformer import Model
@@ -21,6 +20,7 @@ from m3jax.selection.head_ablation import masked_losses
 from m3jax.selection.heads import HeadScores, report, score_heads, table
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.checkpoints import Checkpoints
+from m3jax.train.evaluator import evaluator
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import new_state
 

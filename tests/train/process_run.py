@@ -82,8 +82,8 @@ def hashes(batch):
 def run_stage(config, workdir, runs, order, pause=0.0):
     """Trains `config.stage` in `runs` on the data of `workdir`."""
     from m3jax.data.pipeline import open_pipeline
-    from m3jax.evaluation.losses import evaluator
     from m3jax.mesh import make_mesh
+    from m3jax.train.evaluator import evaluator
     from m3jax.train.loop import train
 
     pipeline = open_pipeline(config, workdir)

@@ -14,7 +14,7 @@ from m3jax.mesh import host_rows, make_mesh, to_global
 from m3jax.model.collectives import Parallel
 from m3jax.model.transformer import Model
 from m3jax.model.vocab_parallel import cross_entropy
-from m3jax.train.objective import inputs, loss
+from m3jax.train.loss import inputs, loss
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import abstract_state, init_state
 from m3jax.train.step import make_step

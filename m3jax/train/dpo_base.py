@@ -32,8 +32,8 @@ from m3jax.memory.storage import npy_bytes
 from m3jax.mesh import batch_sharding, host_rows, on_devices, replicated, to_global
 from m3jax.model.transformer import Model, Params
 from m3jax.train.checkpoints import checkpoint_folder
-from m3jax.train.objective import Decode, batch_specs, inputs
-from m3jax.train.preference import answer_logprobs
+from m3jax.train.dpo_loss import answer_logprobs
+from m3jax.train.loss import Decode, batch_specs, inputs
 
 FOLDER = "reference"
 _MANIFEST = "manifest.json"

@@ -16,11 +16,11 @@ from ml_collections import ConfigDict
 
 from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import Batch, Pipeline, open_pipeline
-from m3jax.evaluation.preferences import PreferenceEvaluator
 from m3jax.memory.sparsify import sparsifier
 from m3jax.mesh import host_rows, to_global
 from m3jax.model.transformer import Model, Params
-from m3jax.train.objective import Sums, global_sums, inputs
+from m3jax.train.dpo_evaluator import PreferenceEvaluator
+from m3jax.train.loss import Sums, global_sums, inputs
 
 MODES = ("memory", "none", "wrong")
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from m3jax.model.transformer import Model, Params
-from m3jax.train.objective import Batch, Decode, Sums, hidden_of, objective
+from m3jax.train.loss import Batch, Decode, Sums, hidden_of, objective
 
 
 def objective_of(config: ConfigDict) -> Callable[..., tuple[Array, Sums]]:

@@ -9,9 +9,9 @@ from train.tiny import tiny_config
 from m3jax.mesh import make_mesh
 from m3jax.model.attention import Packing
 from m3jax.model.transformer import Model
-from m3jax.train.objective import objective
+from m3jax.train.dpo_loss import answer_logprobs, objective_of, preference_objective
+from m3jax.train.loss import objective
 from m3jax.train.optimizer import make_optimizer
-from m3jax.train.preference import answer_logprobs, objective_of, preference_objective
 from m3jax.train.state import abstract_state, init_state
 from m3jax.train.step import make_step
 

@@ -12,15 +12,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from m3jax.checkpoint import CheckpointError, restore_params
 from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import open_pipeline
-from m3jax.evaluation.losses import evaluator
 from m3jax.mesh import make_mesh
 from m3jax.model.transformer import Model
 from m3jax.quickstart import people, people_chats
 from m3jax.text.chat.corpus import prepare_chats
 from m3jax.train import loop
+from m3jax.train.dpo_base import hold_reference, load, params_fingerprint
+from m3jax.train.evaluator import evaluator
 from m3jax.train.loop import train
 from m3jax.train.metrics import read_metrics
-from m3jax.train.reference import hold_reference, load, params_fingerprint
 
 SETTINGS = {
     "data__batch_rows": 2,
@@ -107,7 +107,7 @@ def test_a_killed_computation_goes_on_to_the_same_bytes(workdir, tmp_path, monke
         path.write_bytes(data)
 
     with monkeypatch.context() as patch:
-        patch.setattr("m3jax.train.reference.write_atomically", dying)
+        patch.setattr("m3jax.train.dpo_base.write_atomically", dying)
         with pytest.raises(KeyboardInterrupt):
             hold(config, workdir, tmp_path / "cut")
     kept = written[0].stat().st_mtime_ns

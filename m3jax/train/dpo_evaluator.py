@@ -11,7 +11,7 @@ from m3jax.config import prefix_tokens
 from m3jax.data.packed import PackedRows
 from m3jax.data.pipeline import Pipeline
 from m3jax.model.transformer import Model, Params
-from m3jax.train.reference import each_batch, row_logprobs
+from m3jax.train.dpo_base import each_batch, row_logprobs
 
 
 class PreferenceEvaluator:
