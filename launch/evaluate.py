@@ -138,7 +138,7 @@ def _scores(config: Any, workdir: Path) -> tuple[dict[str, Any], str]:
     from m3jax.config import validate
     from m3jax.evaluation.lm_eval.files import read_task, task_files
     from m3jax.evaluation.lm_eval.run import columns, evaluate_tasks, table
-    from m3jax.evaluation.session import Session
+    from m3jax.inference.session import Session
 
     modes = list(_MODES.value or [])
     if _COMPRESSED.value and "compressed" not in modes:

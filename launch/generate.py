@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
     """Generates and prints."""
     cli.use_compilation_cache()
     from m3jax.config import validate
-    from m3jax.evaluation.answers import Request, read_chat_prompts, read_prompts, run
+    from m3jax.inference.cli import Request, read_chat_prompts, read_prompts, run
     from m3jax.inference.sampling import Sampling
 
     config = validate(_CONFIG.value)

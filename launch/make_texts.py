@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     cli.use_compilation_cache()
     from m3jax.config import ConfigError, validate
     from m3jax.evaluation.sampled_texts import make_texts
-    from m3jax.evaluation.session import Session
+    from m3jax.inference.session import Session
 
     config = validate(_CONFIG.value)
     if config.memory.source != "none":

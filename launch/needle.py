@@ -62,8 +62,8 @@ def main(argv: list[str]) -> None:
     from m3jax.config import validate
     from m3jax.evaluation.needle import needle_test, read_needles, table
     from m3jax.evaluation.plots import needle_lines
-    from m3jax.evaluation.session import Session
     from m3jax.files import write_atomically
+    from m3jax.inference.session import Session
     from m3jax.text.references import References
 
     needles = read_needles(str(_NEEDLES.value))

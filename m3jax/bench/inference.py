@@ -32,10 +32,10 @@ from m3jax.bench.hf_llama import MissingLlama, llama_generate
 from m3jax.bench.timing import Figures
 from m3jax.config import PREFIX_TOKENS
 from m3jax.evaluation.plots import speed_bars
-from m3jax.evaluation.rag import HEADER, retrieve, with_references
-from m3jax.inference.cold import ColdMemories
+from m3jax.inference.cold_start import ColdMemories
 from m3jax.inference.generate import Generator
-from m3jax.inference.recall import Recaller
+from m3jax.inference.memory_retrieval import Recaller
+from m3jax.inference.rag import HEADER, retrieve, with_references
 from m3jax.inference.sampling import Sampling
 from m3jax.memory import codec as codecs
 from m3jax.memory.bank import Bank

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from m3jax.evaluation.session import Session
 from m3jax.files import lines
-from m3jax.inference.context import LongGenerator
+from m3jax.inference.long_context import LongGenerator
+from m3jax.inference.session import Session
 from m3jax.text.delta_references import AnyReferences
 from m3jax.text.documents import TextError
 from m3jax.text.tokenizer import Tokenizer

@@ -19,11 +19,11 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from m3jax.evaluation.session import Session
 from m3jax.files import write_atomically
 from m3jax.inference.errors import InferenceError
 from m3jax.inference.generate import Generator
 from m3jax.inference.sampling import Sampling
+from m3jax.inference.session import Session
 from m3jax.text.documents import Document, is_validation
 from m3jax.text.tokenizer import BOS, END, Tokenizer
 from m3jax.workdir import make_part

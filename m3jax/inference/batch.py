@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from m3jax.inference.results import Chunk, Generation
-from m3jax.inference.schedule import schedule
+from m3jax.inference.retrieval_schedule import schedule
 from m3jax.model.decode import State, Written
 from m3jax.text.tokenizer import PAD
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
-from m3jax.inference.schedule import Recall
+from m3jax.inference.retrieval_schedule import Recall
 
 
 @dataclasses.dataclass(frozen=True)

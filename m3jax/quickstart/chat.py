@@ -16,9 +16,9 @@ import numpy as np
 from m3jax.config import ConfigDict, with_epochs
 from m3jax.data.pipeline import open_pipeline
 from m3jax.evaluation.questions import Answerer, Question
-from m3jax.evaluation.session import Session
 from m3jax.files import write_atomically
 from m3jax.inference.results import Generation
+from m3jax.inference.session import Session
 from m3jax.mesh import make_mesh
 from m3jax.quickstart import people, people_chats
 from m3jax.quickstart.run import Demonstration

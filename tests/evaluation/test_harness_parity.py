@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from model.oracle import oracle_config, random_params
 
-from m3jax.evaluation import session as session_module
 from m3jax.evaluation.lm_eval.files import LocalTask
-from m3jax.evaluation.session import Session
+from m3jax.inference import session as session_module
+from m3jax.inference.session import Session
 from m3jax.model.hf import write_folder
 from m3jax.text.tokenizer import BOS, END, Tokenizer
 

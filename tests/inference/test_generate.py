@@ -14,13 +14,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from data_workdir import make_workdir, tiny_config  # noqa: E402
 
 from m3jax.config import PREFIX_TOKENS
-from m3jax.inference.cold import ColdMemories
+from m3jax.inference.attribution import as_dict, as_page, as_text, effects_of, sources
+from m3jax.inference.cold_start import ColdMemories
 from m3jax.inference.errors import InferenceError
 from m3jax.inference.generate import Generator
-from m3jax.inference.recall import Recaller
+from m3jax.inference.memory_retrieval import Recaller
+from m3jax.inference.retrieval_schedule import schedule
 from m3jax.inference.sampling import Sampling
-from m3jax.inference.schedule import schedule
-from m3jax.inference.sources import as_dict, as_page, as_text, effects_of, sources
 from m3jax.knowledge.versions import open_bank, open_references, open_retriever, open_version
 from m3jax.model.transformer import Model
 from m3jax.text.tokenizer import BOS, Tokenizer

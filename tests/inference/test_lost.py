@@ -15,10 +15,10 @@ from data_workdir import make_workdir, tiny_config  # noqa: E402
 from memory.served import serving  # noqa: E402
 
 from m3jax.config import PREFIX_TOKENS
-from m3jax.evaluation import session as session_module
-from m3jax.evaluation.answers import Request, run
-from m3jax.evaluation.session import Session
+from m3jax.inference import session as session_module
+from m3jax.inference.cli import Request, run
 from m3jax.inference.errors import InferenceError
+from m3jax.inference.session import Session
 from m3jax.knowledge.edit import edit
 from m3jax.knowledge.maintain import collect
 from m3jax.knowledge.versions import VersionError, open_version

@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from m3jax.evaluation.rag import retrieve, with_references
 from m3jax.evaluation.scoring import Pair, Scorer
-from m3jax.evaluation.session import Session
 from m3jax.inference.errors import InferenceError
 from m3jax.inference.generate import Generator
-from m3jax.inference.recall import Recaller
-from m3jax.inference.schedule import schedule
+from m3jax.inference.memory_retrieval import Recaller
+from m3jax.inference.rag import retrieve, with_references
+from m3jax.inference.retrieval_schedule import schedule
+from m3jax.inference.session import Session
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.tokenizer import BOS, END
 

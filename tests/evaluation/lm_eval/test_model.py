@@ -15,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from data_workdir import WORLD, make_workdir, tiny_config  # noqa: E402
 
 from m3jax.config import PREFIX_TOKENS
-from m3jax.evaluation import session as session_module
 from m3jax.evaluation.lm_eval.files import read_task
-from m3jax.evaluation.rag import with_references
-from m3jax.evaluation.session import Session
+from m3jax.inference import session as session_module
 from m3jax.inference.errors import InferenceError
 from m3jax.inference.generate import Generator
-from m3jax.inference.recall import Recaller
+from m3jax.inference.memory_retrieval import Recaller
+from m3jax.inference.rag import with_references
+from m3jax.inference.session import Session
 from m3jax.memory.write import write_bank
 from m3jax.model.transformer import Model
 from m3jax.text.references import References

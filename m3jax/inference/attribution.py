@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from m3jax.inference.context import ContextReferences
 from m3jax.inference.generate import Generator
+from m3jax.inference.long_context import ContextReferences
 from m3jax.inference.results import Generation
 from m3jax.text.delta_references import AnyReferences
 

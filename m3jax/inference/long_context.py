@@ -18,9 +18,9 @@ from jaxtyping import Int, Int32, UInt64
 from m3jax.inference.batch import Listener
 from m3jax.inference.errors import InferenceError
 from m3jax.inference.generate import Generator
-from m3jax.inference.recall import Memories, Recaller
+from m3jax.inference.memory_retrieval import Memories, Recaller
 from m3jax.inference.results import Generation
-from m3jax.inference.schedule import Recall
+from m3jax.inference.retrieval_schedule import Recall
 from m3jax.retrieval.embed import Embedder
 from m3jax.text.documents import Document
 from m3jax.text.reference_splitter import SHORTEST, Piece, cut_references

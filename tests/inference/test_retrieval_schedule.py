@@ -2,7 +2,7 @@
 
 import pytest
 
-from m3jax.inference.schedule import Recall, schedule
+from m3jax.inference.retrieval_schedule import Recall, schedule
 
 Q = 64
 

@@ -20,13 +20,13 @@ from ml_collections import ConfigDict
 
 from m3jax.config import PREFIX_TOKENS, prefix_tokens
 from m3jax.data.pipeline import check_bank
-from m3jax.evaluation.rag import retrieve, with_references
 from m3jax.evaluation.report import check_reader
-from m3jax.inference.cold import ColdMemories
-from m3jax.inference.context import ContextRecaller, ContextReferences
+from m3jax.inference.cold_start import ColdMemories
 from m3jax.inference.errors import InferenceError
 from m3jax.inference.generate import Generator
-from m3jax.inference.recall import Recaller
+from m3jax.inference.long_context import ContextRecaller, ContextReferences
+from m3jax.inference.memory_retrieval import Recaller
+from m3jax.inference.rag import retrieve, with_references
 from m3jax.inference.results import Generation
 from m3jax.inference.sampling import Sampling
 from m3jax.knowledge.versions import open_bank, open_references, open_retriever, open_version
