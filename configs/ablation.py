@@ -103,7 +103,7 @@ def _base(name: str, stage: str) -> ConfigDict:
 
 def _set_shape(config: ConfigDict, base: str, shape: str) -> None:
     if base != "memory3_2b":
-        raise m3jax.config.ConfigError(
+        raise m3jax.errors.ConfigError(
             f"config option 'shape={shape}' is a variant of base=memory3_2b, not of base={base};"
             " choose that base or leave shape out"
         )

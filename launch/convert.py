@@ -115,7 +115,7 @@ def _read(config: ConfigDict, workdir: Path, folder: Path) -> None:
 
 def _check_stage(config: ConfigDict, stage: Path) -> None:
     """Refuses a stage that reads memories or has begun."""
-    from m3jax.config import ConfigError
+    from m3jax.errors import ConfigError
     from m3jax.train.checkpoints import CheckpointError, check_owner, checkpoint_folder
 
     if config.memory.source != "none":
@@ -133,7 +133,7 @@ def _check_stage(config: ConfigDict, stage: Path) -> None:
 
 def _tokenizer(workdir: Path, folder: Path, size: int) -> tuple[Tokenizer, np.ndarray | None, bool]:
     """The tokenizer, which token of theirs each of its tokens is, whether the workdir has it."""
-    from m3jax.model.hf_config import HuggingFaceError
+    from m3jax.errors import HuggingFaceError
     from m3jax.text.id_tokenizer import numbered_tokenizer
     from m3jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
     from m3jax.text.tokenizer_import import adopt_tokenizer

@@ -44,7 +44,8 @@ flags.adopt_module_key_flags(cli)  # --help shows them
 def main(argv: list[str]) -> None:
     """Draws, writes, and prints the counts."""
     cli.use_compilation_cache()
-    from m3jax.config import ConfigError, validate
+    from m3jax.config import validate
+    from m3jax.errors import ConfigError
     from m3jax.evaluation.sampled_texts import make_texts
     from m3jax.inference.session import Session
 

@@ -52,7 +52,8 @@ _JSON = flags.DEFINE_string("json", None, "Write all quantities, in base units, 
 def main(argv: list[str]) -> None:
     """Prints the plan and writes its JSON."""
     from m3jax.aot.capacity import Assumptions, report, table
-    from m3jax.config import ConfigError, validate
+    from m3jax.config import validate
+    from m3jax.errors import ConfigError
     from m3jax.files import write_atomically
 
     config = validate(_CONFIG.value)

@@ -30,9 +30,9 @@ from ml_collections import config_flags
 
 from m3jax import cli
 from m3jax.config import validate
+from m3jax.errors import TextError
 from m3jax.text.cleaning.beam import BeamRunner
 from m3jax.text.cleaning.workers import LocalRunner, Runner
-from m3jax.text.documents import TextError
 from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References
 

@@ -17,16 +17,13 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from m3jax.config import default
+from m3jax.errors import CheckpointError
 from m3jax.mesh import parameter_name, parameter_shardings
 from m3jax.model.transformer import Model, Params
 from m3jax.text.tokenizer import Tokenizer
 
 FOLDER = "checkpoints"
 SEGMENTS = ("lower", "memory", "upper")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint or workdir that does not fit. The message names both sides and the remedy."""
 
 
 def checkpoint_folder(path: str | Path, step: int | None = None) -> Path:

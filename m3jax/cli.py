@@ -12,20 +12,14 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from m3jax.errors import ConfigError, UserError
+
 USER_ERROR = 2  # exit code
-
-
-def is_user_error(error: BaseException) -> bool:
-    """Whether the message says all: an error class of m3jax, which names the thing and the remedy.
-
-    Plain `ValueError`s of libraries are not: they may be defects, and keep their traceback.
-    """
-    return isinstance(error, ValueError) and type(error).__module__.split(".")[0] == "m3jax"
 
 
 def show_error(error: BaseException) -> int:
     """Prints the message, for a defect the traceback too; returns the exit code."""
-    if is_user_error(error):
+    if isinstance(error, UserError):
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
     if isinstance(error, SystemExit) and isinstance(error.code, int):
@@ -54,9 +48,7 @@ def guarded(
         try:
             _refuse_buckets()
             main(argv)
-        except ValueError as error:
-            if not is_user_error(error):
-                raise
+        except UserError as error:
             raise SystemExit(show_error(error)) from None
 
     return run
@@ -64,8 +56,6 @@ def guarded(
 
 def _refuse_buckets() -> None:
     """A path library would turn `gs://b/x` into the local folder `gs:/b/x`."""
-    from m3jax.config import ConfigError
-
     for name in ("workdir", "init_from"):
         value = flags.FLAGS[name].value if name in flags.FLAGS else None
         if value and "://" in value:
@@ -137,8 +127,6 @@ def use_compilation_cache() -> None:
     if folder is None:
         return
     import jax
-
-    from m3jax.config import ConfigError
 
     if folder.startswith("gs://"):
         if importlib.util.find_spec("gcsfs") is None:

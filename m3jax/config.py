@@ -14,6 +14,8 @@ from typing import Any
 
 from ml_collections import ConfigDict as ConfigDict
 
+from m3jax.errors import ConfigError
+
 # One entry per field: (default, meaning and unit, accepted values or None).
 # Accepted values are a tuple of choices, or a (low, high) pair written as a string interval.
 _FIELDS: dict[str, tuple[Any, str, Any]] = {
@@ -558,10 +560,6 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
     ),
     "mesh.tensor": (1, "devices over which heads and MLP width are split", "[1, inf)"),
 }
-
-
-class ConfigError(ValueError):
-    """A config that cannot work. The message names the field, its value and what is accepted."""
 
 
 def default() -> ConfigDict:

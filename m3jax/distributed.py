@@ -21,16 +21,8 @@ from jax._src import clusters
 from ml_collections import ConfigDict
 
 import m3jax
-from m3jax.watch import (
-    LONGEST_WAIT,
-    ROOT,
-    LastWords,
-    ProcessError,
-    Report,
-    Watch,
-    address_of,
-    client_of,
-)
+from m3jax.errors import ProcessError
+from m3jax.watch import LONGEST_WAIT, ROOT, LastWords, Report, Watch, address_of, client_of
 
 _meetings = itertools.count()
 

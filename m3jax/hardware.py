@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from m3jax.config import ConfigError
+from m3jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from m3jax.config import ConfigError
+from m3jax.errors import ConfigError
 
 # Slowest network first: `slice` is the data-center network between slices of a multi-slice run.
 AXES = ("slice", "data", "fsdp", "tensor")

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax._src import distributed as jax_distributed
 
+from m3jax.errors import ProcessError
+
 if TYPE_CHECKING:
     from m3jax.distributed import Processes
 
@@ -26,10 +28,6 @@ _MARGIN = 5.0  # seconds that a failed process stays, so that the others can rea
 _AGAIN = "The same command, on all processes, continues from what was saved"
 
 Report = Callable[[BaseException], int]
-
-
-class ProcessError(ValueError):
-    """The processes cannot work together. The message names the process, the value, the remedy."""
 
 
 def address_of(coordinator: str) -> tuple[str, int]:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from m3jax.errors import TextError
 from m3jax.files import write_atomically
-from m3jax.text.documents import TextError
 
 INPUTS = "inputs.json"  # what a part was made from; written last, so it marks a finished part
 

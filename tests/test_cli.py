@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from m3jax import cli
-from m3jax.config import ConfigError
+from m3jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 

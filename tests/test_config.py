@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from m3jax import config as m3config
-from m3jax.config import ConfigError
+from m3jax.errors import ConfigError
 
 
 def changed(**values: Any) -> ConfigDict:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, config_flags
 
 import m3jax.config
 from m3jax import flops
-from m3jax.config import ConfigError
+from m3jax.errors import ConfigError
 from m3jax.model.transformer import Model
 
 FOLDER = Path(__file__).parent.parent / "configs"

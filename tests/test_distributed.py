@@ -15,7 +15,8 @@ from jax._src import clusters
 from m3jax import cli, distributed
 from m3jax.config import default
 from m3jax.distributed import Processes, joined
-from m3jax.watch import PROCESS_LOST, ProcessError, Watch
+from m3jax.errors import ProcessError
+from m3jax.watch import PROCESS_LOST, Watch
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """

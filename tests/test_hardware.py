@@ -2,7 +2,7 @@
 
 import pytest
 
-from m3jax.config import ConfigError
+from m3jax.errors import ConfigError
 from m3jax.hardware import chip_of_kind, chip_of_topology
 
 

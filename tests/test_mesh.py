@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from m3jax import mesh as mesh_lib
-from m3jax.config import ConfigError, default
+from m3jax.config import default
+from m3jax.errors import ConfigError
 from m3jax.mesh import (
     HostRows,
     Rules,

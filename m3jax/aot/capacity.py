@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from m3jax import flops
-from m3jax.config import ConfigError
+from m3jax.errors import ConfigError
 from m3jax.hardware import Chip, chip_of_topology
 
 _HOUR, _DAY = 3600.0, 86_400.0

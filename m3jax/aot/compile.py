@@ -22,7 +22,8 @@ from m3jax import flops
 from m3jax.aot.collectives import by_kind, collectives
 from m3jax.aot.decode import arguments, serving, serving_mesh
 from m3jax.aot.jaxpr_flops import attention_blocks, chunks_of_row, executed_flops
-from m3jax.config import IN_STEP, PACKED, PREFIX_TOKENS, ConfigError, prefix_tokens, validate
+from m3jax.config import IN_STEP, PACKED, PREFIX_TOKENS, prefix_tokens, validate
+from m3jax.errors import CompileError, ConfigError
 from m3jax.hardware import Chip, chip_of_topology
 from m3jax.memory.bank import writer_params
 from m3jax.memory.codec import plain
@@ -44,10 +45,6 @@ ENVIRONMENT = {
 }
 PROGRAMS = ("train", "writer", "decode")
 PATHS = ("warmup", "precomputed", "online")  # what a train step reads
-
-
-class CompileError(ValueError):
-    """A program that cannot be compiled here. The message names the cause and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from m3jax.config import PREFIX_TOKENS, ConfigError
+from m3jax.config import PREFIX_TOKENS
+from m3jax.errors import ConfigError
 from m3jax.inference.sampling import Sampling
 from m3jax.mesh import make_mesh
 from m3jax.model.attention import ExplicitMemory

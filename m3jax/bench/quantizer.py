@@ -12,16 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3jax.bench.timing import Figures, paired
+from m3jax.errors import BenchmarkError
 from m3jax.memory import quantizer as ours
 from m3jax.memory.bank import Bank
 from m3jax.memory.codebooks import train
 from m3jax.memory.quantizer import Codebook
 
 _TESTED = 16_384  # vectors encoded and decoded, none of them trained on
-
-
-class BenchmarkError(ValueError):
-    """A benchmark that cannot run. The message names the remedy."""
 
 
 def quantizer(

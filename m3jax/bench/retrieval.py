@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
-from m3jax.retrieval.errors import RetrievalError
+from m3jax.errors import RetrievalError
 from m3jax.retrieval.search import SHARD_ROWS, SPARE, Searcher, import_scann, scann_settings
 from m3jax.retrieval.tune import QUERIES, fit, share_found
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
+from m3jax.errors import TextError
 from m3jax.text.corpus import Corpus
-from m3jax.text.documents import TextError
 from m3jax.text.tokenizer import PAD
 
 

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from m3jax.config import PACKED, PREFIX_TOKENS
 from m3jax.data.packed import PackedRow, PackedRows
 from m3jax.data.rows import Row, Rows
+from m3jax.errors import TextError
 from m3jax.knowledge.versions import (
     Version,
     open_bank,
@@ -33,7 +34,6 @@ from m3jax.model.attention import ExplicitMemory
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
 from m3jax.text.delta_references import AnyReferences, find_or_removed
-from m3jax.text.documents import TextError
 from m3jax.text.prepare import INPUTS
 from m3jax.text.tokenizer import Tokenizer
 

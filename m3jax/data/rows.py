@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from m3jax.errors import TextError
 from m3jax.text.corpus import Corpus
-from m3jax.text.documents import TextError
 from m3jax.text.tokenizer import BOS, PAD
 
 

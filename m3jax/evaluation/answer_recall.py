@@ -16,10 +16,10 @@ from jaxtyping import Bool
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from m3jax.errors import TextError
 from m3jax.files import lines
 from m3jax.knowledge.versions import open_references, open_retriever, open_version
 from m3jax.text.delta_references import AnyReferences
-from m3jax.text.documents import TextError
 from m3jax.text.tokenizer import Tokenizer
 
 _BLOCK = 4096  # references read at a time

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from m3jax.data.rows import Rows
+from m3jax.errors import LeakageError
 from m3jax.files import lines
 from m3jax.knowledge.versions import open_index, open_references, open_version
 from m3jax.retrieval.retriever import Retriever
@@ -27,10 +28,6 @@ SPLITS = ("train", "validation")
 BINS = 30  # of the histogram over 0 … 1; 2/3 and 0.9 are edges
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 _EXAMPLES = 4  # of each kind
-
-
-class LeakageError(ValueError):
-    """Something that no report can be made of. The message names the remedy."""
 
 
 class Text(NamedTuple):

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from m3jax.errors import TextError
 from m3jax.files import lines
 from m3jax.inference.long_context import LongGenerator
 from m3jax.inference.session import Session
 from m3jax.text.delta_references import AnyReferences
-from m3jax.text.documents import TextError
 from m3jax.text.tokenizer import Tokenizer
 
 _TRIES = 64  # references drawn for a place before those left are said to be too few

@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m3jax.errors import TextError
 from m3jax.evaluation.scoring import Pair, Scorer, as_rows
 from m3jax.files import lines
 from m3jax.memory.bank import Bank
 from m3jax.memory.delta_bank import LayeredBank
 from m3jax.model.transformer import Model, Params
 from m3jax.retrieval.retriever import Retriever
-from m3jax.text.documents import TextError
 from m3jax.text.references import References
 from m3jax.text.tokenizer import BOS, Tokenizer
 

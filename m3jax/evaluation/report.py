@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3jax.config import ConfigError, prefix_tokens
+from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import Pipeline, open_pipeline
+from m3jax.errors import BankError, ConfigError
 from m3jax.evaluation.questions import Answerer, read_questions
 from m3jax.knowledge.versions import open_retriever
 from m3jax.memory.bank import Bank
 from m3jax.memory.delta_bank import LayeredBank
-from m3jax.memory.storage import BankError
 from m3jax.model.transformer import Model, Params
 from m3jax.train.checkpoints import reads, restore_params
 from m3jax.train.evaluator import MODES, LossEvaluator

@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
+from m3jax.errors import InferenceError
 from m3jax.files import write_atomically
-from m3jax.inference.errors import InferenceError
 from m3jax.inference.generate import Generator
 from m3jax.inference.sampling import Sampling
 from m3jax.inference.session import Session

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from m3jax.errors import InferenceError, TextError
 from m3jax.files import lines, write_atomically
 from m3jax.inference.attribution import Source, as_dict, as_page, as_text, effects_of, sources
-from m3jax.inference.errors import InferenceError
 from m3jax.inference.generate import Generator
 from m3jax.inference.long_context import LongGenerator
 from m3jax.inference.results import Generation
@@ -22,7 +22,6 @@ from m3jax.inference.sampling import Sampling
 from m3jax.inference.session import Session
 from m3jax.text.chat.chats import Chat, question, read_questions
 from m3jax.text.chat.template import Template
-from m3jax.text.documents import TextError
 
 
 @dataclasses.dataclass(frozen=True)

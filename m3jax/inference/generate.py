@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from m3jax.errors import InferenceError
 from m3jax.inference.batch import Batch, Call, Listener
-from m3jax.inference.errors import InferenceError
 from m3jax.inference.memory_retrieval import Recaller
 from m3jax.inference.results import Generation, Timing
 from m3jax.inference.sampling import Sampling

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int, Int32, UInt64
 
+from m3jax.errors import InferenceError
 from m3jax.inference.batch import Listener
-from m3jax.inference.errors import InferenceError
 from m3jax.inference.generate import Generator
 from m3jax.inference.memory_retrieval import Memories, Recaller
 from m3jax.inference.results import Generation

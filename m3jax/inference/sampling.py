@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from m3jax.inference.errors import InferenceError
+from m3jax.errors import InferenceError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 
 from m3jax.config import PREFIX_TOKENS, prefix_tokens
 from m3jax.data.pipeline import check_bank
+from m3jax.errors import InferenceError
 from m3jax.evaluation.report import check_reader
 from m3jax.inference.cold_start import ColdMemories
-from m3jax.inference.errors import InferenceError
 from m3jax.inference.generate import Generator
 from m3jax.inference.long_context import ContextRecaller, ContextReferences
 from m3jax.inference.memory_retrieval import Recaller

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from m3jax.errors import VersionError
 from m3jax.files import checksum, digest, sync_folder, write_atomically, write_sealed
 from m3jax.knowledge.versions import (
     BANKS,
@@ -23,7 +24,6 @@ from m3jax.knowledge.versions import (
     VERSION,
     VERSIONS,
     Version,
-    VersionError,
     folder_of,
     open_index,
     open_version,

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from m3jax.errors import VersionError
 from m3jax.knowledge.commit import WriteMemories, add_layer, building_folder, commit
 from m3jax.knowledge.versions import (
     BANKS,
     CURRENT,
     VERSIONS,
     Version,
-    VersionError,
     only_writer,
     open_bank,
     open_references,

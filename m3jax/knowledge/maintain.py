@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from m3jax.errors import VersionError
 from m3jax.knowledge.commit import WriteMemories, building_folder, commit, in_one_part
 from m3jax.knowledge.versions import (
     BANKS,
@@ -16,7 +17,6 @@ from m3jax.knowledge.versions import (
     VERSION,
     VERSIONS,
     Version,
-    VersionError,
     folder_of,
     in_use,
     only_writer,

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from m3jax.errors import TextError, VersionError
 from m3jax.files import checksum, read_sealed, write_sealed
 from m3jax.memory.bank import Bank
 from m3jax.memory.delta_bank import LayeredBank
@@ -34,17 +35,12 @@ from m3jax.retrieval.delta_index import LayeredIndex
 from m3jax.retrieval.index import Index
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.delta_references import AnyReferences, LayeredReferences
-from m3jax.text.documents import TextError
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 
 VERSIONS, CURRENT, VERSION, REMOVED = "versions", "current.json", "version.json", "removed.npy"
 BANKS = "banks"  # of a refresh: one folder a layer
 MANIFEST = "manifest.json"  # of references and of a bank; readers lock it
-
-
-class VersionError(ValueError):
-    """A version that cannot be opened or made. The message names the thing and the remedy."""
 
 
 class _Lock:

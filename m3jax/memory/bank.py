@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
+from m3jax.errors import BankError
 from m3jax.memory import codec as codecs
 from m3jax.memory import head_subset
 from m3jax.memory.buffer_pool import Buffers
@@ -26,7 +27,6 @@ from m3jax.memory.storage import (
     HASHES,
     LENGTHS,
     MANIFEST,
-    BankError,
     checksum,
     read_checked,
     read_file,

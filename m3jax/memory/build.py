@@ -18,13 +18,13 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from m3jax.distributed import meet
+from m3jax.errors import BankError
 from m3jax.memory import codec as codecs
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank
 from m3jax.memory.codec import Codec
 from m3jax.memory.delta_bank import LayeredBank
 from m3jax.memory.encode import Clock, Encoder, ReferenceSet
-from m3jax.memory.storage import BankError
 from m3jax.model.transformer import Model, Params
 
 _WRITERS = 4  # threads that write shards

@@ -9,17 +9,11 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Bool, Int
 
+from m3jax.errors import BankError
 from m3jax.memory.cache import MemoryCache
 from m3jax.memory.http_probe import require_served
 from m3jax.memory.shard_reader import open_reader
-from m3jax.memory.storage import (
-    WRITE_AGAIN,
-    BankError,
-    is_http,
-    open_array,
-    shard_key,
-    shards_of,
-)
+from m3jax.memory.storage import WRITE_AGAIN, is_http, open_array, shard_key, shards_of
 
 _ATTEMPTS = 3  # at memories whose fault passes
 

@@ -17,8 +17,9 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
+from m3jax.errors import QuantizerError
 from m3jax.memory.nearest import by_block, comparable, nearest_few, nearest_of, parts_of, with_one
-from m3jax.memory.quantizer import HALVES, Codebook, QuantizerError, indices_of, rotated
+from m3jax.memory.quantizer import HALVES, Codebook, indices_of, rotated
 
 COARSE_BITS, FINE_PARTS, FINE_BITS = 14, 8, 10  # of Memory³
 # Of k-means: vectors of the iterations before the last ones, for each entry and at least.

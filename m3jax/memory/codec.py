@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from m3jax.errors import QuantizerError
 from m3jax.memory import codebooks, quantizer
 from m3jax.memory.head_subset import Heads
-from m3jax.memory.quantizer import Codebook, QuantizerError
+from m3jax.memory.quantizer import Codebook
 from m3jax.model.attention import ExplicitMemory
 
 NONE, INT8, VECTOR = "none", "int8", "vector"

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from m3jax.errors import BankError
 from m3jax.memory import codec as codecs
 from m3jax.memory.bank import Bank, Binding
-from m3jax.memory.storage import BankError
 from m3jax.model.attention import ExplicitMemory
 from m3jax.numbering import Numbering
 

@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Int, UInt64
 from ml_collections import ConfigDict
 
+from m3jax.errors import BankError
 from m3jax.memory.bank import writer_params
 from m3jax.memory.codec import Codec
 from m3jax.memory.document_context import Row, identities, in_order, packed_rows, window_references
 from m3jax.memory.sparsify import sparsifier
-from m3jax.memory.storage import BankError
 from m3jax.mesh import (
     ACTIVATIONS,
     BATCH_AXES,

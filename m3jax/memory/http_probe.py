@@ -9,7 +9,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from m3jax.memory.storage import MANIFEST, BankError, file_url, is_http
+from m3jax.errors import BankError
+from m3jax.memory.storage import MANIFEST, file_url, is_http
 
 _ATTEMPTS = 3
 _PAUSE = 0.5  # seconds between two of them

@@ -21,14 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from m3jax.errors import QuantizerError
 from m3jax.memory.nearest import by_block, comparable, largest, nearest_few, parts_of, with_one
-from m3jax.memory.storage import BankError
 
 HALVES = 2
-
-
-class QuantizerError(BankError):
-    """Vectors or codes that do not fit a quantizer. The message names the thing and the remedy."""
 
 
 class Codebook(NamedTuple):

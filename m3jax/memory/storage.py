@@ -29,6 +29,8 @@ from urllib.parse import urlsplit
 import numpy as np
 import tensorstore as ts
 
+from m3jax.errors import BankError
+
 FORMAT = 2
 MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
 LENGTHS, HASHES = "lengths.npy", "record_hashes.npy"
@@ -44,10 +46,6 @@ _SILENCE = {
     "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "30",
     "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
 }
-
-
-class BankError(ValueError):
-    """A bank that cannot be read or written. The message names the thing and the remedy."""
 
 
 def is_url(folder: str | Path) -> bool:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 import m3jax
 from m3jax.config import stored_heads
 from m3jax.distributed import first_alone, meet
+from m3jax.errors import BankError
 from m3jax.memory import codec as codecs
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank, Binding, make_binding, writer_fingerprint
@@ -24,7 +25,7 @@ from m3jax.memory.codec import Codec
 from m3jax.memory.delta_bank import LayeredBank
 from m3jax.memory.encode import Clock, Encoder, ReferenceSet, memory_hashes, memory_lengths
 from m3jax.memory.head_subset import heads_of
-from m3jax.memory.storage import WRITE_AGAIN, BankError
+from m3jax.memory.storage import WRITE_AGAIN
 from m3jax.model.transformer import Model, Params
 
 

@@ -28,13 +28,8 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from m3jax.model.hf_config import (
-    CONFIG,
-    HuggingFaceError,
-    check_fields,
-    read_json,
-    their_config,
-)
+from m3jax.errors import HuggingFaceError
+from m3jax.model.hf_config import CONFIG, check_fields, read_json, their_config
 from m3jax.model.transformer import Params, segment_ranges
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
+from m3jax.errors import HuggingFaceError
+
 CONFIG = "config.json"
 # qwen2 always has biases on query, key and value; qwen3 always norms queries and keys.
 _FAMILIES = ("llama", "qwen2", "qwen3")
@@ -19,10 +21,6 @@ _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "partial_rotary_factor": ((1, None), "RoPE here turns whole heads"),
     "quantization_config": ((None,), "weights are read in float32, float16 or bfloat16"),
 }
-
-
-class HuggingFaceError(ValueError):
-    """A folder that cannot be read or written. The message names the thing and the remedy."""
 
 
 def read_fields(folder: str | Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
 from jaxtyping import Array, Int
 
-from m3jax.config import ConfigError
+from m3jax.errors import ConfigError
 from m3jax.model.attention_mask import Packing
 
 LANES = 128  # a block of keys, and of query rows, is a multiple of this

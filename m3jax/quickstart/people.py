@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from m3jax.errors import TextError
 from m3jax.files import write_atomically
-from m3jax.text.documents import TextError
 
 RELATIONS = ("pet", "home", "food", "game", "craft")
 _ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z")

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from m3jax.config import ConfigDict
+from m3jax.errors import TextError
 from m3jax.files import lines
 from m3jax.quickstart import people
 from m3jax.quickstart.run import in_context, make_index, prepare_people
 from m3jax.text.corpus import write_corpus
-from m3jax.text.documents import Document, TextError, is_validation, read_documents
+from m3jax.text.documents import Document, is_validation, read_documents
 from m3jax.text.reference_splitter import Piece
 from m3jax.text.references import write_pieces
 from m3jax.text.tokenizer import Tokenizer

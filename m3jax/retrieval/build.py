@@ -13,10 +13,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from m3jax.errors import RetrievalError
 from m3jax.files import TEMPORARY, committing, write_atomically
 from m3jax.retrieval import tune
 from m3jax.retrieval.embed import Embedder
-from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.folder import (
     BUILD,
     EMBEDDER,

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from m3jax.checkpoint import restack
 from m3jax.config import PREFIX_TOKENS, prefix_tokens
+from m3jax.errors import RetrievalError
 from m3jax.memory.bank import Bank, layout_of
 from m3jax.memory.delta_bank import LayeredBank
 from m3jax.memory.sparsify import Written, sparsifier
@@ -27,7 +28,6 @@ from m3jax.model.transformer import Model, Params
 from m3jax.retrieval import embed
 from m3jax.retrieval.checkpoint_encoder import TrainedEmbedder
 from m3jax.retrieval.embed import Embedder
-from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.pooling import centred, mean_of, unit, usable
 from m3jax.retrieval.spec import read_spec
 

@@ -20,16 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from m3jax.checkpoint import CheckpointError, read_model
+from m3jax.checkpoint import read_model
+from m3jax.errors import CheckpointError, RetrievalError, TextError
 from m3jax.files import digest, write_atomically
 from m3jax.memory.bank import layout_of, writer_fingerprint, writer_params
 from m3jax.mesh import ACTIVATIONS, batch_sharding, local_mesh, on_devices, replicated
 from m3jax.model.transformer import Model, Params
 from m3jax.retrieval.batches import calls
-from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.pooling import directions, draw, like, position_means, unit, usable
 from m3jax.retrieval.spec import read_spec, write_spec
-from m3jax.text.documents import TextError
 from m3jax.text.tokenizer import PAD
 
 Statistics = dict[str, np.ndarray]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from m3jax.errors import RetrievalError
 from m3jax.files import digest
 from m3jax.numbering import Numbering
-from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.index import Index
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32
 from ml_collections import ConfigDict
 
-from m3jax.retrieval.errors import RetrievalError
+from m3jax.errors import RetrievalError
 from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.retrieval.spec import read_spec
 

@@ -13,8 +13,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from m3jax.errors import RetrievalError
 from m3jax.files import checksum, read_sealed, write_sealed
-from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.search import SHARD_ROWS
 
 FORMAT = 2

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from m3jax.errors import RetrievalError
 from m3jax.files import digest
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import Embedder, load_embedder
-from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.folder import (
     EMBEDDER,
     SCANN,

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from m3jax.errors import RetrievalError
 from m3jax.files import digest, write_atomically
-from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.spec import read_spec, write_spec
 
 _DF = "document_frequency.npy"

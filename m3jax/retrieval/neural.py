@@ -13,11 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32
 
+from m3jax.errors import RetrievalError
 from m3jax.files import digest
 from m3jax.mesh import ACTIVATIONS, batch_sharding, local_mesh, on_devices, replicated
 from m3jax.retrieval.batches import Call, calls
 from m3jax.retrieval.bert import Architecture, Pooling, encode
-from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.pretrained import read_pretrained
 from m3jax.retrieval.spec import read_spec, write_spec
 

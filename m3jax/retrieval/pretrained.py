@@ -12,9 +12,9 @@ import numpy as np
 import tokenizers
 from safetensors import SafetensorError, safe_open
 
+from m3jax.errors import RetrievalError
 from m3jax.files import checksum, digest
 from m3jax.retrieval.bert import Architecture, Params, Pooling
-from m3jax.retrieval.errors import RetrievalError
 
 _FAMILIES = {"bert": False, "roberta": True, "xlm-roberta": True}  # positions count from padding?
 _MODULES = ("Transformer", "Pooling", "Normalize")  # of sentence-transformers

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from m3jax.retrieval.errors import RetrievalError
+from m3jax.errors import RetrievalError
 from m3jax.retrieval.index import Index
 from m3jax.retrieval.search import SPARE, Found
 from m3jax.retrieval.tune import share_found

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from m3jax.errors import RetrievalError
 from m3jax.retrieval.delta_index import LayeredIndex
-from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.index import Index
 from m3jax.text.delta_references import AnyReferences
 from m3jax.text.overlap import which_exceed

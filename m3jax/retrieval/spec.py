@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from m3jax.errors import RetrievalError
 from m3jax.files import write_atomically
-from m3jax.retrieval.errors import RetrievalError
 
 _SPEC = "embedder.json"
 

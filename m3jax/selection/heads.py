@@ -18,8 +18,9 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from m3jax.config import PACKED, ConfigError, format_heads, memory_heads, prefix_tokens
+from m3jax.config import PACKED, format_heads, memory_heads, prefix_tokens
 from m3jax.data.pipeline import open_pipeline
+from m3jax.errors import ConfigError
 from m3jax.evaluation.report import check_reader
 from m3jax.files import digest, write_array
 from m3jax.model.transformer import Model

@@ -32,10 +32,6 @@ MEASURED = np.dtype([("row", "<i8"), ("absent", "<i8"), ("loss", "<f8"), ("weigh
 _BEGUN = "begun.json"
 
 
-class UsefulnessError(ValueError):
-    """A selection of references that cannot be made. The message names the remedy."""
-
-
 class RowLosses:
     """Summed losses of rows, with some of their memories absent.
 

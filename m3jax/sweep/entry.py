@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from m3jax import flops
-from m3jax.config import ConfigDict, ConfigError, prefix_tokens, with_epochs
+from m3jax.config import ConfigDict, prefix_tokens, with_epochs
 from m3jax.data.pipeline import Pipeline, open_pipeline
+from m3jax.errors import ConfigError
 from m3jax.evaluation.questions import Answerer, read_questions
 from m3jax.evaluation.report import answer_questions, check_reader
 from m3jax.evaluation.staleness import rewrite

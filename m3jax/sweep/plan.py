@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from m3jax import config as config_lib
-from m3jax.config import ConfigDict, ConfigError
+from m3jax.config import ConfigDict
+from m3jax.errors import ConfigError, SweepError
 from m3jax.files import digest
-from m3jax.sweep.spec import Data, Entry, Run, Stage, Sweep, SweepError
+from m3jax.sweep.spec import Data, Entry, Run, Stage, Sweep
 
 # What a stage without memory does not read: entries that differ only here share it. The segments
 # that memory layers make are put together anew where another stage has others.

@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from m3jax.errors import SweepError
 from m3jax.files import read_sealed, write_sealed
-from m3jax.sweep.spec import Run, SweepError
+from m3jax.sweep.spec import Run
 
 _PATIENCE = 60.0  # seconds to wait for the end of a process that was told to end
 _STOPPED = (0, -signal.SIGTERM, -signal.SIGINT)  # how one ends that was told to

@@ -14,14 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from m3jax.config import ConfigDict
+from m3jax.errors import SweepError
 
 Prepare = Callable[[ConfigDict, Path, str], Any]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
-
-
-class SweepError(ValueError):
-    """A sweep that cannot be run. The message names the thing and the remedy."""
 
 
 @dataclass(frozen=True)

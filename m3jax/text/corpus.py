@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from m3jax.text.documents import Document, TextError, in_batches
+from m3jax.errors import TextError
+from m3jax.text.documents import Document, in_batches
 from m3jax.text.records import Records, dtype_of_tokens, writing
 from m3jax.text.tokenizer import BOS, END, Tokenizer
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int32, Int64, UInt64
 
+from m3jax.errors import TextError
 from m3jax.files import digest
 from m3jax.numbering import Numbering
-from m3jax.text.documents import TextError
 from m3jax.text.references import Reference, References
 
 

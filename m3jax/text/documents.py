@@ -12,13 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from m3jax.errors import TextError
 from m3jax.files import checksum, digest
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".txt", ".parquet")
-
-
-class TextError(ValueError):
-    """Text, or a file made from text, that cannot be used. The message names it and the remedy."""
 
 
 @dataclass(frozen=True)

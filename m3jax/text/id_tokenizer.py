@@ -13,7 +13,7 @@ import tokenizers
 from jaxtyping import Int
 from tokenizers import models, pre_tokenizers
 
-from m3jax.text.documents import TextError
+from m3jax.errors import TextError
 
 
 def numbered_tokenizer(

@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from m3jax.config import ConfigDict
+from m3jax.errors import TextError
 from m3jax.text.cleaning.pipeline import Pipeline
 from m3jax.text.cleaning.workers import LocalRunner, Runner
 from m3jax.text.corpus import Corpus, write_corpus
-from m3jax.text.documents import Document, TextError, inputs_of, is_validation, read_documents
+from m3jax.text.documents import Document, inputs_of, is_validation, read_documents
 from m3jax.text.reference_filter.select import Selection
 from m3jax.text.references import References, write_references
 from m3jax.text.tokenizer import SMALLEST, Tokenizer

@@ -15,8 +15,8 @@ import msgpack
 import numpy as np
 from array_record.python import array_record_module
 
+from m3jax.errors import TextError
 from m3jax.files import TEMPORARY, checksum, commit, digest, read_sealed, write_sealed
-from m3jax.text.documents import TextError
 
 MANIFEST = "manifest.json"
 _WRITER = "group_size:1,zstd:3"  # one record a group: a random read decodes that record only

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int32
 
-from m3jax.text.documents import Document, TextError
+from m3jax.errors import TextError
+from m3jax.text.documents import Document
 from m3jax.text.tokenizer import Tokenizer
 
 SHORTEST = 4  # tokens of one character at most, so any character fits

@@ -14,8 +14,8 @@ import tokenizers
 from jaxtyping import Int32
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from m3jax.errors import TextError
 from m3jax.files import digest, write_atomically
-from m3jax.text.documents import TextError
 
 PAD, BOS, REFERENCE, END = 0, 1, 2, 3
 SPECIAL_TOKENS = ("<pad>", "<s>", "<reference>", "</s>")

@@ -10,7 +10,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int
 
-from m3jax.text.documents import TextError
+from m3jax.errors import TextError
 
 # Words, runs of white space, digits, letters in one and two code points, no letters at all.
 _PROBES = (

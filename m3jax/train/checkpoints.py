@@ -21,7 +21,6 @@ from orbax.checkpoint import checkpoint_managers as policies
 import m3jax
 from m3jax.checkpoint import (
     FOLDER,
-    CheckpointError,
     check_shapes,
     check_tokenizer,
     checkpoint_folder,
@@ -33,6 +32,7 @@ from m3jax.checkpoint import (
 )
 from m3jax.config import to_json
 from m3jax.distributed import meet
+from m3jax.errors import CheckpointError
 from m3jax.files import write_atomically
 from m3jax.train.state import TrainState
 

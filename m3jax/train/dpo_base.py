@@ -22,10 +22,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from m3jax.checkpoint import CheckpointError, restore_params
+from m3jax.checkpoint import restore_params
 from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import Pipeline
 from m3jax.distributed import meet
+from m3jax.errors import CheckpointError
 from m3jax.files import read_sealed, write_atomically, write_sealed
 from m3jax.memory.sparsify import sparsifier
 from m3jax.memory.storage import npy_bytes

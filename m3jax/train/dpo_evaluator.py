@@ -6,10 +6,10 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from m3jax.checkpoint import CheckpointError
 from m3jax.config import prefix_tokens
 from m3jax.data.packed import PackedRows
 from m3jax.data.pipeline import Pipeline
+from m3jax.errors import CheckpointError
 from m3jax.model.transformer import Model, Params
 from m3jax.train.dpo_base import each_batch, row_logprobs
 

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import jax
 from ml_collections import ConfigDict
 
-from m3jax.config import ConfigError
 from m3jax.distributed import meet
+from m3jax.errors import ConfigError, DivergenceError
 from m3jax.files import write_atomically
 from m3jax.train.checkpoints import CheckpointError, Checkpoints, kept
 from m3jax.train.monitor import Monitor, Trouble
@@ -31,10 +31,6 @@ _SHOWN = 256  # most losses of a branch that a rollback keeps for pictures
 
 Rollback = dict[str, Any]
 Item = TypeVar("Item")
-
-
-class DivergenceError(ValueError):
-    """The loss or the gradient is no finite number any more, or a guarded run has no try left."""
 
 
 def read_rollbacks(stage_folder: str | Path) -> list[Rollback]:

@@ -18,8 +18,9 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from m3jax.config import ConfigError, prefix_tokens, validate
+from m3jax.config import prefix_tokens, validate
 from m3jax.distributed import meet
+from m3jax.errors import ConfigError, DivergenceError
 from m3jax.files import write_atomically
 from m3jax.mesh import host_rows, make_mesh, to_global
 from m3jax.model.transformer import Model, Params
@@ -32,7 +33,7 @@ from m3jax.train.checkpoints import (
     restore_params,
 )
 from m3jax.train.clock import Clock, Device, Speed
-from m3jax.train.guard import DivergenceError, Guard, describe
+from m3jax.train.guard import Guard, describe
 from m3jax.train.loss import Decode, inputs
 from m3jax.train.metrics import Metrics, dropped_share, hit_share, read_metrics, time_spent
 from m3jax.train.optimizer import make_optimizer

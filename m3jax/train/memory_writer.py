@@ -15,10 +15,10 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from m3jax.config import PREFIX_TOKENS
+from m3jax.errors import BankError
 from m3jax.memory.bank import Bank, writer_fingerprint
 from m3jax.memory.delta_bank import LayeredBank
 from m3jax.memory.document_context import writer_settings
-from m3jax.memory.storage import BankError
 from m3jax.memory.write import write_bank
 from m3jax.mesh import writer_mesh
 from m3jax.model.transformer import Model, Params

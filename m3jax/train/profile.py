@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from m3jax.config import ConfigError
+from m3jax.errors import ConfigError
 
 FOLDER = "profile"
 

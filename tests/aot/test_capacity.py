@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from m3jax.aot import capacity as plan
 from m3jax.aot.capacity import Assumptions, Quantity
-from m3jax.config import ConfigError
+from m3jax.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 V5E_256 = 256 * 197e12 * 0.4  # FLOP/s of the slice at the assumed utilisation

@@ -8,7 +8,7 @@ from data.data_workdir import tiny_config
 from m3jax.aot import compile
 from m3jax.aot.compile import PATHS, best, on_path, search
 from m3jax.aot.report import markdown, show_search
-from m3jax.config import ConfigError
+from m3jax.errors import ConfigError
 
 
 def fake_report(**changes: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 
 from m3jax.bench import retrieval as bench_retrieval
 from m3jax.bench.main import BENCHMARKS
-from m3jax.retrieval.errors import RetrievalError
+from m3jax.errors import RetrievalError
 from m3jax.retrieval.search import import_scann
 
 

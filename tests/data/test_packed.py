@@ -8,10 +8,10 @@ from data.data_workdir import WORLD, make_workdir, tiny_config
 
 from m3jax.data.packed import PackedRows, pack
 from m3jax.data.pipeline import open_pipeline
+from m3jax.errors import TextError
 from m3jax.quickstart import people, people_chats
 from m3jax.text.chat.corpus import prepare_chats
 from m3jax.text.corpus import Corpus
-from m3jax.text.documents import TextError
 from m3jax.text.tokenizer import PAD
 
 

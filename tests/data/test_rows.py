@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from m3jax.data.rows import Rows
+from m3jax.errors import TextError
 from m3jax.text.corpus import Corpus
-from m3jax.text.documents import TextError
 from m3jax.text.tokenizer import BOS, END
 
 

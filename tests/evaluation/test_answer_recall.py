@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from data.data_workdir import WORLD, make_workdir, tiny_config
 
+from m3jax.errors import TextError
 from m3jax.evaluation.answer_recall import (
     AnswerFinder,
     hit_rates,
@@ -13,7 +14,6 @@ from m3jax.evaluation.answer_recall import (
     table,
     words,
 )
-from m3jax.text.documents import TextError
 
 CONFIG = tiny_config()
 

@@ -7,11 +7,11 @@ import pytest
 from data.data_workdir import tiny_config, write_text
 
 from m3jax.data.pipeline import open_pipeline
-from m3jax.evaluation.leakage import BINS, LeakageError, leakage
+from m3jax.errors import LeakageError, TextError
+from m3jax.evaluation.leakage import BINS, leakage
 from m3jax.evaluation.leakage_report import picture, table
 from m3jax.retrieval.embed import make_embedder
 from m3jax.retrieval.index import build_index
-from m3jax.text.documents import TextError
 from m3jax.text.overlap import overlap
 from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References

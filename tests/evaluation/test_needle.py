@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from data_workdir import WORLD, make_workdir, tiny_config  # noqa: E402
 
 from m3jax.config import PREFIX_TOKENS
+from m3jax.errors import TextError
 from m3jax.evaluation import needle as needles
 from m3jax.evaluation.needle import Haystack, Needle, make_haystack, needle_test, read_needles
 from m3jax.evaluation.plots import needle_lines
@@ -19,7 +20,6 @@ from m3jax.inference import session as session_module
 from m3jax.inference.long_context import LongGenerator
 from m3jax.inference.session import Session
 from m3jax.model.transformer import Model
-from m3jax.text.documents import TextError
 
 PERSON = WORLD.unseen[0]
 RELATION, VALUE = PERSON.facts[0]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from memory.memory_tiny import tiny_config, tiny_params
 
+from m3jax.errors import InferenceError
 from m3jax.evaluation.sampled_texts import make_texts
-from m3jax.inference.errors import InferenceError
 from m3jax.inference.session import Session
 from m3jax.model.transformer import Model
 from m3jax.text.documents import is_validation, read_documents

@@ -10,21 +10,14 @@ import numpy as np
 import pytest
 from data.data_workdir import make_workdir, tiny_config
 
-from m3jax.config import ConfigError
 from m3jax.data.pipeline import open_pipeline
+from m3jax.errors import ConfigError, VersionError
 from m3jax.evaluation import staleness
 from m3jax.evaluation.report import check_reader
 from m3jax.evaluation.staleness import measure, rewrite, table
 from m3jax.knowledge.edit import edit, rollback
 from m3jax.knowledge.maintain import collect, verify
-from m3jax.knowledge.versions import (
-    VersionError,
-    open_bank,
-    open_index,
-    open_references,
-    open_version,
-    versions,
-)
+from m3jax.knowledge.versions import open_bank, open_index, open_references, open_version, versions
 from m3jax.memory.bank import Bank, BankError
 from m3jax.mesh import make_mesh
 from m3jax.model.attention import ExplicitMemory

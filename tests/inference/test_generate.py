@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from data_workdir import make_workdir, tiny_config  # noqa: E402
 
 from m3jax.config import PREFIX_TOKENS
+from m3jax.errors import InferenceError
 from m3jax.inference.attribution import as_dict, as_page, as_text, effects_of, sources
 from m3jax.inference.cold_start import ColdMemories
-from m3jax.inference.errors import InferenceError
 from m3jax.inference.generate import Generator
 from m3jax.inference.memory_retrieval import Recaller
 from m3jax.inference.retrieval_schedule import schedule

@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from data_workdir import WORLD, make_workdir, tiny_config  # noqa: E402
 
 from m3jax.config import PREFIX_TOKENS
+from m3jax.errors import InferenceError
 from m3jax.inference.attribution import sources
 from m3jax.inference.cold_start import ColdMemories
-from m3jax.inference.errors import InferenceError
 from m3jax.inference.generate import Generator
 from m3jax.inference.long_context import ContextRecaller, ContextReferences, LongGenerator
 from m3jax.inference.sampling import Sampling

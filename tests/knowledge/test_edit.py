@@ -19,11 +19,11 @@ from quick import xla_flags
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.data.pipeline import open_pipeline
+from m3jax.errors import VersionError
 from m3jax.knowledge.edit import edit, merge, refresh, rollback
 from m3jax.knowledge.maintain import collect, repair, verify
 from m3jax.knowledge.versions import (
     VERSIONS,
-    VersionError,
     only_writer,
     open_bank,
     open_index,

@@ -12,10 +12,10 @@ from launch.test_commands import ROOT, call, succeed
 from ml_collections import ConfigDict
 
 from m3jax import config as config_lib
+from m3jax.errors import HuggingFaceError
 from m3jax.memory.bank import Bank
 from m3jax.memory.storage import MANIFEST
 from m3jax.model.hf import write_folder
-from m3jax.model.hf_config import HuggingFaceError
 from m3jax.model.transformer import Model
 
 CONFIG = ROOT / "configs" / "byo_llama.py"

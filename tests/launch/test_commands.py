@@ -13,8 +13,8 @@ from data.data_workdir import WORLD, write_text
 from quick import xla_flags
 from retrieval.encoders import write_encoder
 
+from m3jax.errors import InferenceError
 from m3jax.inference.cli import Request, run
-from m3jax.inference.errors import InferenceError
 from m3jax.quickstart import people, people_chats
 from m3jax.retrieval.index import Index
 

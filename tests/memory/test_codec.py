@@ -16,11 +16,11 @@ from memory.memory_tiny import TinyReferences, build, flip, shard_files, tiny_co
 
 from m3jax import flops
 from m3jax.data.pipeline import open_pipeline
+from m3jax.errors import BankError
 from m3jax.memory import codec as codecs
 from m3jax.memory import quantizer, storage
 from m3jax.memory.bank import Bank
 from m3jax.memory.codec import Codec
-from m3jax.memory.storage import BankError
 from m3jax.mesh import make_mesh
 from m3jax.model.attention import ExplicitMemory
 from m3jax.model.transformer import Model

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m3jax.errors import QuantizerError
 from m3jax.memory import codebooks, quantizer
 from m3jax.memory.codebooks import train
 from m3jax.memory.nearest import nearest_of
-from m3jax.memory.quantizer import Codebook, QuantizerError, decode, encode, relative_error
+from m3jax.memory.quantizer import Codebook, decode, encode, relative_error
 
 H = 16
 BITS = {"coarse_bits": 5, "fine_bits": 4}

@@ -19,8 +19,9 @@ from safetensors.numpy import load_file, save_file
 from text.test_foreign import NAMED, OURS, TEXTS, train_tokenizer
 
 from m3jax.config import PREFIX_TOKENS
+from m3jax.errors import HuggingFaceError
 from m3jax.model.hf import read_params, write_folder
-from m3jax.model.hf_config import HuggingFaceError, read_fields
+from m3jax.model.hf_config import read_fields
 from m3jax.model.transformer import Model
 from m3jax.text.tokenizer import Tokenizer as OurTokenizer
 from m3jax.text.tokenizer_import import adopt_tokenizer

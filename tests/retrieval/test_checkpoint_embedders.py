@@ -17,6 +17,7 @@ from data.data_workdir import tiny_config
 from memory.memory_tiny import tiny_params
 
 from m3jax.config import PREFIX_TOKENS, to_json
+from m3jax.errors import RetrievalError
 from m3jax.evaluation.answer_recall import hit_rates
 from m3jax.knowledge.edit import edit
 from m3jax.knowledge.maintain import collect
@@ -38,7 +39,6 @@ from m3jax.retrieval.checkpoint_embedders import (
     make_embedder,
 )
 from m3jax.retrieval.embed import Embedder
-from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.index import build_index
 from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.retrieval.pooling import draw, position_means

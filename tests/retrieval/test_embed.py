@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from m3jax.errors import RetrievalError
 from m3jax.retrieval import lexical
 from m3jax.retrieval.embed import load_embedder, make_embedder
-from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.lexical import LexicalEmbedder, words
 
 

@@ -10,11 +10,11 @@ import pytest
 from retrieval.encoders import EPSILON, D, change_json, write_encoder
 
 from m3jax import config as configs
+from m3jax.errors import RetrievalError
 from m3jax.retrieval import index as index_module
 from m3jax.retrieval import neural
 from m3jax.retrieval.batches import BUCKETS, rows_of
 from m3jax.retrieval.embed import Embedder, load_embedder, make_embedder
-from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.index import Index, build_index
 from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.retrieval.neural import NeuralEmbedder

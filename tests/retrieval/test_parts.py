@@ -7,10 +7,10 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from m3jax.errors import RetrievalError
 from m3jax.files import read_sealed, write_sealed
 from m3jax.retrieval import build as build_module
 from m3jax.retrieval import tune
-from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.folder import part_ranges
 from m3jax.retrieval.index import Index, build_index, merge
 from m3jax.retrieval.lexical import LexicalEmbedder

@@ -8,7 +8,7 @@ import pytest
 from retrieval.encoders import change_json, make_tokenizer, write_encoder, write_json
 from safetensors.numpy import save_file
 
-from m3jax.retrieval.errors import RetrievalError
+from m3jax.errors import RetrievalError
 from m3jax.retrieval.pretrained import read_pretrained
 
 WEIGHTS = "model.safetensors"

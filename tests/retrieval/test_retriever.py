@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from m3jax.errors import RetrievalError
 from m3jax.retrieval import retriever as retriever_module
-from m3jax.retrieval.errors import RetrievalError
 from m3jax.retrieval.index import Index, build_index
 from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.retrieval.retriever import Retriever

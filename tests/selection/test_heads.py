@@ -10,7 +10,8 @@ import pytest
 from data.data_workdir import make_workdir, tiny_config
 from model.oracle import Oracle, oracle_config, random_params, random_references, random_tokens
 
-from m3jax.config import ConfigError, format_heads
+from m3jax.config import format_heads
+from m3jax.errors import ConfigError
 from m3jax.mesh import make_mesh
 from m3jax.model.attention import ExplicitMemory
 from m3jax.model.transformer import Model

@@ -15,23 +15,16 @@ from data.data_workdir import WORLD, tiny_config
 from data.data_workdir import write_text as write_people
 
 from m3jax.data.pipeline import open_pipeline
+from m3jax.errors import UsefulnessError, VersionError
 from m3jax.knowledge.edit import rollback
-from m3jax.knowledge.versions import VersionError, open_references, open_version
+from m3jax.knowledge.versions import open_references, open_version
 from m3jax.memory.bank import Bank
 from m3jax.mesh import make_mesh
 from m3jax.model.attention import ExplicitMemory
 from m3jax.model.transformer import Model
 from m3jax.quickstart import people
 from m3jax.selection import memory_value, select
-from m3jax.selection.memory_value import (
-    EVERYTHING,
-    NOTHING,
-    RowLosses,
-    UsefulnessError,
-    drops,
-    measure,
-    row_losses,
-)
+from m3jax.selection.memory_value import EVERYTHING, NOTHING, RowLosses, drops, measure, row_losses
 from m3jax.selection.report import table
 from m3jax.selection.select import Options, select_references
 from m3jax.selection.validate import ratio, split_rows

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from m3jax.errors import SweepError
 from m3jax.files import write_sealed
 from m3jax.memory.bank import layout_of
 from m3jax.sweep.entry import _link
@@ -12,7 +13,7 @@ from m3jax.sweep.plan import plan
 from m3jax.sweep.pod import launch_lines
 from m3jax.sweep.report import BEGIN, END, as_json, finish, insert, table
 from m3jax.sweep.run import outcome
-from m3jax.sweep.spec import Entry, Run, Sweep, SweepError, chosen, load_sweep
+from m3jax.sweep.spec import Entry, Run, Sweep, chosen, load_sweep
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from m3jax.errors import TextError
 from m3jax.text import records
 from m3jax.text.corpus import Corpus, write_corpus
-from m3jax.text.documents import Document, TextError
+from m3jax.text.documents import Document
 from m3jax.text.tokenizer import BOS, END, Tokenizer
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "日本", "é😀", "again", "."]

@@ -8,9 +8,9 @@ import types
 import numpy as np
 import pytest
 
+from m3jax.errors import TextError
 from m3jax.text.documents import (
     Document,
-    TextError,
     find_files,
     in_batches,
     inputs_of,

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from m3jax.text.documents import Document, TextError
+from m3jax.errors import TextError
+from m3jax.text.documents import Document
 from m3jax.text.id_tokenizer import numbered_tokenizer
 from m3jax.text.reference_splitter import cut_references
 from m3jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from m3jax import config as configs
+from m3jax.errors import TextError
 from m3jax.text import prepare
 from m3jax.text.corpus import Corpus
-from m3jax.text.documents import TextError, is_validation, read_documents
+from m3jax.text.documents import is_validation, read_documents
 from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer

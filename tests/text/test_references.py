@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from m3jax.text.documents import Document, TextError
+from m3jax.errors import TextError
+from m3jax.text.documents import Document
 from m3jax.text.reference_splitter import cut_references
 from m3jax.text.references import References, write_references
 from m3jax.text.tokenizer import PAD, Tokenizer

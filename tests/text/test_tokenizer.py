@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from m3jax.errors import TextError
 from m3jax.text import tokenizer as module
-from m3jax.text.documents import TextError
 from m3jax.text.tokenizer import BOS, END, PAD, REFERENCE, SPECIAL_TOKENS, Tokenizer
 
 TEXTS = [

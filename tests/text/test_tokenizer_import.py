@@ -19,7 +19,7 @@ from tokenizers import (
     trainers,
 )
 
-from m3jax.text.documents import TextError
+from m3jax.errors import TextError
 from m3jax.text.tokenizer import Tokenizer as OurTokenizer
 from m3jax.text.tokenizer_import import adopt_tokenizer
 

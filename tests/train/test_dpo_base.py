@@ -9,9 +9,10 @@ import pytest
 from data.data_workdir import WORLD, make_workdir, tiny_config
 from jax.sharding import NamedSharding, PartitionSpec
 
-from m3jax.checkpoint import CheckpointError, restore_params
+from m3jax.checkpoint import restore_params
 from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import open_pipeline
+from m3jax.errors import CheckpointError
 from m3jax.mesh import make_mesh
 from m3jax.model.transformer import Model
 from m3jax.quickstart import people, people_chats

@@ -17,7 +17,8 @@ from train.tiny import (
     tiny_config,
 )
 
-from m3jax.config import ConfigError, prefix_tokens
+from m3jax.config import prefix_tokens
+from m3jax.errors import ConfigError
 from m3jax.model.transformer import Model
 from m3jax.train.checkpoints import CheckpointError, restore_params
 from m3jax.train.loop import DivergenceError, train

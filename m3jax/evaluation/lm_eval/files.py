@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from m3jax.errors import TextError
 from m3jax.files import lines
-from m3jax.text.documents import TextError
 
 LETTERS = "ABCD"
 _ANSWER = "\nAnswer:"

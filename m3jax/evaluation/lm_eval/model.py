@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from m3jax.errors import InferenceError
 from m3jax.evaluation.scoring import Pair, Scorer
-from m3jax.inference.errors import InferenceError
 from m3jax.inference.generate import Generator
 from m3jax.inference.memory_retrieval import Recaller
 from m3jax.inference.rag import retrieve, with_references

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from m3jax.errors import InferenceError
 from m3jax.evaluation.answer_recall import answerable_questions
 from m3jax.evaluation.lm_eval.files import LocalTask
 from m3jax.evaluation.lm_eval.model import MODES, HarnessModel
 from m3jax.evaluation.lm_eval.tasks import measures_of, run_task
-from m3jax.inference.errors import InferenceError
 from m3jax.inference.session import Session
 from m3jax.train.metrics import dropped_share
 

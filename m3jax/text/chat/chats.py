@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m3jax.text.documents import TextError, find_files
+from m3jax.errors import TextError
+from m3jax.text.documents import find_files
 
 ROLES = {
     "system": "system",
@@ -50,18 +51,6 @@ REMEDIES = {
     "length": "shorten it, or raise config.data.row_length",
     "equal": "give two different answers, or leave the pair out",
 }
-
-
-class ChatError(TextError):
-    """A line that is no usable chat or pair.
-
-    Attributes:
-      reason: one of `REMEDIES`.
-    """
-
-    def __init__(self, reason: str, where: str, what: str) -> None:
-        super().__init__(f"{where}: {what}; {REMEDIES[reason]}")
-        self.reason, self.where, self.what = reason, where, what
 
 
 @dataclass(frozen=True)
@@ -285,3 +274,15 @@ def _checked(
     if rounds > most_rounds:
         raise ChatError("rounds", where, f"{rounds} rounds, more than {most_rounds}")
     return turns
+
+
+class ChatError(TextError):
+    """A line that is no usable chat or pair.
+
+    Attributes:
+      reason: one of `REMEDIES`.
+    """
+
+    def __init__(self, reason: str, where: str, what: str) -> None:
+        super().__init__(f"{where}: {what}; {REMEDIES[reason]}")
+        self.reason, self.where, self.what = reason, where, what

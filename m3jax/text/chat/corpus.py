@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from m3jax.config import ConfigDict
+from m3jax.errors import TextError
 from m3jax.files import write_atomically
 from m3jax.text.chat.chats import REMEDIES, Chat, ChatError, Pair, read_chats, read_pairs
 from m3jax.text.chat.template import EncodedChat, Template, chunk_references
 from m3jax.text.corpus import CorpusWriter, TokenDocument
-from m3jax.text.documents import Document, TextError, inputs_of, is_validation
+from m3jax.text.documents import Document, inputs_of, is_validation
 from m3jax.text.prepare import make_part, progress
 from m3jax.text.tokenizer import Tokenizer
 

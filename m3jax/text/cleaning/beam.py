@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from m3jax.errors import TextError
 from m3jax.text.cleaning.workers import Stage
-from m3jax.text.documents import TextError
 
 
 class BeamRunner:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from m3jax.errors import TextError
 from m3jax.text.documents import (
     Document,
-    TextError,
     count_tfds,
     find_files,
     json_lines,

@@ -26,13 +26,14 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from m3jax.errors import TextError
 from m3jax.files import write_array, write_atomically
 from m3jax.text.cleaning import minhash
 from m3jax.text.cleaning.blocks import Block, Unreadable, number_of, read_block
 from m3jax.text.cleaning.counters import SHOWN, Tally
 from m3jax.text.cleaning.quality import Scorer, load_scorer
 from m3jax.text.cleaning.rules import Measures, broken_rule, measure
-from m3jax.text.documents import Document, TextError
+from m3jax.text.documents import Document
 
 _TABLE = np.dtype([("words", "<u8"), ("characters", "<u8"), ("language", "<U8")])
 _LANGUAGE_HEAD = 500  # characters by which a document's language is told

@@ -13,12 +13,13 @@ import msgpack
 import numpy as np
 from jaxtyping import Shaped
 
+from m3jax.errors import TextError
 from m3jax.files import write_array
 from m3jax.text.cleaning import minhash
 from m3jax.text.cleaning.blocks import INDEX_BITS, number_of, place_of
 from m3jax.text.cleaning.clean import Cleaning, names_of
 from m3jax.text.cleaning.counters import Tally
-from m3jax.text.documents import Document, TextError
+from m3jax.text.documents import Document
 
 _PART_BYTES = 256 << 20  # of band entries that are compared at once
 

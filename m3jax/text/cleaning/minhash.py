@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped, UInt32, UInt64
 
+from m3jax.errors import TextError
 from m3jax.text.cleaning.rules import normal_words
-from m3jax.text.documents import TextError
 
 ENTRY = np.dtype([("key", "<u8"), ("number", "<u8")])  # of a band, or of an id
 DROP = np.dtype([("number", "<u8"), ("witness", "<u8"), ("similarity", "<f4")])

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from m3jax.config import ConfigDict
+from m3jax.errors import TextError
 from m3jax.files import TEMPORARY, digest, write_atomically
 from m3jax.text.cleaning import minhash
 from m3jax.text.cleaning.blocks import Block, Source, blocks_of, sources_of
@@ -21,7 +22,6 @@ from m3jax.text.cleaning.split import Cutting, cut_block, cut_documents
 from m3jax.text.cleaning.tokenize import Tokenizing, tokenize_block, tokenized
 from m3jax.text.cleaning.workers import Runner, Stage
 from m3jax.text.corpus import CorpusInfo, write_encoded
-from m3jax.text.documents import TextError
 from m3jax.text.references import write_pieces
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.workdir import make_part

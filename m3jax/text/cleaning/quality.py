@@ -16,9 +16,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32
 
+from m3jax.errors import TextError
 from m3jax.files import checksum, digest, lines, read_sealed, write_array, write_sealed
 from m3jax.text.cleaning.rules import normal_words
-from m3jax.text.documents import TextError
 
 LOWEST, HIGHEST = 0.0, 5.0
 _WEIGHTS, _MANIFEST = "weights.npy", "manifest.json"

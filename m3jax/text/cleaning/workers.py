@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from m3jax.text.documents import TextError
+from m3jax.errors import TextError
 
 _AHEAD = 2  # tasks of each process that are read before they are worked on
 

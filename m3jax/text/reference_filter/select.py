@@ -26,11 +26,12 @@ from typing import Any
 import numpy as np
 
 from m3jax.config import ConfigDict
+from m3jax.errors import TextError
 from m3jax.files import digest, write_array, write_atomically
 from m3jax.text.cleaning import minhash
 from m3jax.text.cleaning.counters import Tally
 from m3jax.text.cleaning.workers import Runner, Stage
-from m3jax.text.documents import Document, TextError
+from m3jax.text.documents import Document
 from m3jax.text.records import MANIFEST
 from m3jax.text.reference_filter.contamination import Contamination
 from m3jax.text.reference_filter.rules import broken_reference_rule, measure_reference

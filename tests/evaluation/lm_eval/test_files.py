@@ -6,9 +6,8 @@ import sys
 
 import pytest
 
+from m3jax.errors import InferenceError, TextError
 from m3jax.evaluation.lm_eval.files import question_texts, read_task, task_files
-from m3jax.inference.errors import InferenceError
-from m3jax.text.documents import TextError
 
 SQUAD = {
     "data": [

@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from data_workdir import WORLD, make_workdir, tiny_config  # noqa: E402
 
 from m3jax.config import PREFIX_TOKENS
+from m3jax.errors import InferenceError
 from m3jax.evaluation.lm_eval.files import read_task
 from m3jax.inference import session as session_module
-from m3jax.inference.errors import InferenceError
 from m3jax.inference.generate import Generator
 from m3jax.inference.memory_retrieval import Recaller
 from m3jax.inference.rag import with_references

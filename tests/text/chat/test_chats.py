@@ -5,9 +5,9 @@ import json
 
 import pytest
 
+from m3jax.errors import TextError
 from m3jax.text.chat.chats import REMEDIES, ChatError, Turn, question, read_chats, read_pairs
 from m3jax.text.chat.chats import read_questions as read_asked
-from m3jax.text.documents import TextError
 
 HELLO = (Turn("user", "Hello"), Turn("assistant", "Hi"))
 

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from m3jax.config import default, validate
+from m3jax.errors import TextError
 from m3jax.text.chat.corpus import describe, prepare_chats
 from m3jax.text.corpus import Corpus
-from m3jax.text.documents import TextError
 from m3jax.text.tokenizer import Tokenizer
 
 

@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 
 from m3jax import config as configs
+from m3jax.errors import TextError
 from m3jax.text.cleaning.beam import BeamRunner
 from m3jax.text.cleaning.workers import LocalRunner, Runner, Stage
-from m3jax.text.documents import TextError
 from m3jax.text.prepare import prepare_text
 
 IN_PROCESS = ["--runner=FnApiRunner"]

@@ -9,6 +9,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from m3jax.errors import TextError
 from m3jax.text.cleaning import blocks
 from m3jax.text.cleaning.blocks import (
     Unreadable,
@@ -18,7 +19,7 @@ from m3jax.text.cleaning.blocks import (
     read_block,
     sources_of,
 )
-from m3jax.text.documents import TextError, read_documents
+from m3jax.text.documents import read_documents
 
 
 @pytest.fixture

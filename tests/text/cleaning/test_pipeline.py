@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from m3jax import config as configs
+from m3jax.errors import TextError
 from m3jax.text.cleaning import blocks, clean, dedup, pipeline, rules, tokenize
 from m3jax.text.cleaning.workers import LocalRunner
 from m3jax.text.corpus import Corpus
-from m3jax.text.documents import TextError, is_validation, read_documents
+from m3jax.text.documents import is_validation, read_documents
 from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 
+from m3jax.errors import TextError
 from m3jax.text.cleaning.quality import (
     LinearScorer,
     Scorer,
@@ -13,7 +14,6 @@ from m3jax.text.cleaning.quality import (
     load_scorer,
     read_labelled,
 )
-from m3jax.text.documents import TextError
 
 GOOD = ["theorem", "therefore", "because", "energy", "evidence", "proof", "measured", "history"]
 POOR = ["click", "buy", "cheap", "casino", "subscribe", "free", "offer", "login", "cookie"]

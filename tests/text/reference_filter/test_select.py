@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from m3jax import config as configs
-from m3jax.config import ConfigError, validate
+from m3jax.config import validate
+from m3jax.errors import ConfigError, TextError
 from m3jax.text.cleaning.workers import LocalRunner
-from m3jax.text.documents import TextError
 from m3jax.text.prepare import prepare_text
 from m3jax.text.reference_filter import select
 from m3jax.text.references import References
