@@ -115,8 +115,9 @@ def _read(config: ConfigDict, workdir: Path, folder: Path) -> None:
 
 def _check_stage(config: ConfigDict, stage: Path) -> None:
     """Refuses a stage that reads memories or has begun."""
-    from m3jax.errors import ConfigError
-    from m3jax.train.checkpoints import CheckpointError, check_owner, checkpoint_folder
+    from m3jax.checkpoint import checkpoint_folder
+    from m3jax.errors import CheckpointError, ConfigError
+    from m3jax.train.checkpoints import check_owner
 
     if config.memory.source != "none":
         raise ConfigError(

@@ -86,8 +86,8 @@ def main(argv: list[str]) -> None:
     """Prepares the text, then the index over its references."""
     from m3jax.evaluation.lm_eval.files import question_texts
     from m3jax.knowledge.versions import require_unedited
+    from m3jax.retrieval.build import build_index
     from m3jax.retrieval.checkpoint_embedders import make_embedder
-    from m3jax.retrieval.index import build_index
 
     config = validate(_CONFIG.value)
     runner = _runner()

@@ -85,13 +85,14 @@ def main(argv: list[str]) -> None:
 def _train(config: ConfigDict, profile_steps: tuple[int, int] | None) -> None:
     import jax
 
-    from m3jax.evaluation.staleness import rewrite
+    from m3jax.checkpoint import FOLDER
     from m3jax.knowledge.versions import read_current
     from m3jax.text.tokenizer import Tokenizer
-    from m3jax.train.checkpoints import FOLDER, knowledge_version
+    from m3jax.train.checkpoints import knowledge_version
     from m3jax.train.guard import describe
     from m3jax.train.loop import train
     from m3jax.train.metrics import describe_time
+    from m3jax.train.refresh import rewrite
 
     workdir = Path(str(_WORKDIR.value))
     stage = workdir / config.stage

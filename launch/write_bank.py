@@ -103,6 +103,7 @@ def _refresh(config: ConfigDict, workdir: Path) -> None:
 
     from m3jax.evaluation import staleness
     from m3jax.files import write_atomically
+    from m3jax.train import refresh
 
     if jax.process_count() > 1:
         raise app.UsageError("--refresh is the work of one process, with all devices of its host")
@@ -118,7 +119,7 @@ def _refresh(config: ConfigDict, workdir: Path) -> None:
             write_atomically(_JSON.value, (json.dumps(figures, indent=2) + "\n").encode())
         return
     share = 1.0 if _REFRESH.value == "all" else float(_SHARE.value or 0.0)
-    version = staleness.rewrite(config, workdir, checkpoint, share=share)
+    version = refresh.rewrite(config, workdir, checkpoint, share=share)
     print(f"{workdir}: version {version.number} is current ({version.note})")
 
 

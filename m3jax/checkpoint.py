@@ -228,3 +228,28 @@ def check_shapes(folder: Path, saved: Params, wanted: Params) -> None:
                 f"checkpoint {folder} has another shape: parameter {name} is {there} there and"
                 f" {here} in this config; use the config it was trained with"
             )
+
+
+def stage_of(checkpoint: str | Path) -> Path:
+    """The stage folder of a checkpoint, which may be named by its `checkpoints/<step>`."""
+    path = Path(checkpoint).absolute()
+    return path.parents[1] if path.parent.name == FOLDER else path
+
+
+def reads(
+    meta: Mapping[str, Any], checkpoint: str | Path, writer: Mapping[str, Any] | None
+) -> bool:
+    """Whether a checkpoint reads memories of a writer.
+
+    It does where it was trained on them, and where a refresh wrote them for it: with weights of its
+    own stage. One that has read none reads all.
+
+    Args:
+      meta: of the checkpoint.
+      checkpoint: its stage folder, or its own.
+      writer: `{"hash", "path", "step"}` of a bank.
+    """
+    recorded = meta["writer"]
+    if recorded is None or writer is None or recorded["hash"] == writer["hash"]:
+        return True
+    return bool(writer["path"]) and Path(writer["path"]) == stage_of(checkpoint)

@@ -94,7 +94,8 @@ def processes(config: ConfigDict) -> contextlib.AbstractContextManager[None]:
     Raises:
       ProcessError: the flags do not fit together, or the processes do not meet.
     """
-    from m3jax.distributed import Processes, joined
+    from m3jax.distributed import joined
+    from m3jax.watch import Processes
 
     given = flags.FLAGS
     found = Processes.of_flags(

@@ -22,79 +22,20 @@ from ml_collections import ConfigDict
 
 import m3jax
 from m3jax.errors import ProcessError
-from m3jax.watch import LONGEST_WAIT, ROOT, LastWords, Report, Watch, address_of, client_of
+from m3jax.watch import (
+    LONGEST_WAIT,
+    ROOT,
+    LastWords,
+    Processes,
+    Report,
+    Watch,
+    address_of,
+    client_of,
+)
 
 _meetings = itertools.count()
 
 Result = TypeVar("Result")
-
-
-@dataclasses.dataclass(frozen=True)
-class Processes:
-    """How this process finds the others.
-
-    Attributes:
-      coordinator: `HOST:PORT` of process 0, where it listens; None: ask the cluster (TPU pod,
-        Slurm, Open MPI, Kubernetes).
-      count: number of processes; None as above.
-      index: which one this is, from 0; None as above.
-      join_timeout: seconds to wait for the others at the start.
-      heartbeat_timeout: seconds without a sign of life after which a process counts as dead.
-      devices: numbers of the local devices that this process uses; None: all, or the cluster's.
-    """
-
-    coordinator: str | None = None
-    count: int | None = None
-    index: int | None = None
-    join_timeout: int = 300
-    heartbeat_timeout: int = 100
-    devices: tuple[int, ...] | None = None
-
-    @staticmethod
-    def of_flags(
-        distributed: bool,
-        coordinator: str | None,
-        count: int | None,
-        index: int | None,
-        *,
-        join_timeout: int,
-        heartbeat_timeout: int,
-    ) -> Processes | None:
-        """What the flags of a launch script ask for; None for a process on its own.
-
-        Raises:
-          ProcessError: flags that do not go together, or a value out of range; names the flag.
-        """
-        flags = {"--coordinator": coordinator, "--processes": count, "--process_id": index}
-        given = [name for name, value in flags.items() if value is not None]
-        missing = [name for name in flags if name not in given]
-        timeouts = {"join_timeout": join_timeout, "heartbeat_timeout": heartbeat_timeout}
-        for name, seconds in timeouts.items():
-            if seconds < 1:
-                raise ProcessError(f"--{name}={seconds}: must be at least 1 second")
-        if distributed and given:
-            raise ProcessError(
-                f"--distributed asks the cluster for everything; leave out {', '.join(given)}, or"
-                " leave out --distributed"
-            )
-        if not given:
-            found = Processes(join_timeout=join_timeout, heartbeat_timeout=heartbeat_timeout)
-            return found if distributed else None
-        if missing:
-            raise ProcessError(
-                f"{', '.join(given)} given, but not {', '.join(missing)}: several processes need"
-                " --coordinator=HOST:PORT --processes=N --process_id=I; on a TPU pod or under"
-                " Slurm --distributed alone"
-            )
-        assert coordinator is not None and count is not None and index is not None
-        address_of(coordinator)
-        if count < 1:
-            raise ProcessError(f"--processes={count}: must be at least 1")
-        if not 0 <= index < count:
-            raise ProcessError(
-                f"--process_id={index}: must be in 0…{count - 1}, as --processes={count}"
-            )
-        return Processes(coordinator, count, index, join_timeout, heartbeat_timeout)
 
 
 @contextlib.contextmanager

@@ -14,9 +14,9 @@ from jax._src import clusters
 
 from m3jax import cli, distributed
 from m3jax.config import default
-from m3jax.distributed import Processes, joined
+from m3jax.distributed import joined
 from m3jax.errors import ProcessError
-from m3jax.watch import PROCESS_LOST, Watch
+from m3jax.watch import PROCESS_LOST, Processes, Watch
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """

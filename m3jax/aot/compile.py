@@ -29,7 +29,7 @@ from m3jax.memory.bank import writer_params
 from m3jax.memory.codec import plain
 from m3jax.memory.encode import encode_program, input_shapes
 from m3jax.mesh import AXES, batch_sharding, make_mesh, parameter_shardings, replicated
-from m3jax.model.attention import ExplicitMemory
+from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.transformer import Model
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import abstract_state

@@ -13,7 +13,7 @@ from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import ConfigError
 from m3jax.inference.sampling import Sampling
 from m3jax.mesh import make_mesh
-from m3jax.model.attention import ExplicitMemory
+from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.decode import Decoder, unstack
 from m3jax.model.transformer import Model
 

@@ -41,8 +41,9 @@ from m3jax.memory import codec as codecs
 from m3jax.memory.bank import Bank
 from m3jax.model.transformer import Model
 from m3jax.quickstart.people import write_jsonl
+from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import make_embedder
-from m3jax.retrieval.index import Index, build_index
+from m3jax.retrieval.index import Index
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References

@@ -35,8 +35,8 @@ from m3jax.memory.write import write_bank
 from m3jax.mesh import host_rows, make_mesh, to_global
 from m3jax.model.transformer import Model
 from m3jax.quickstart import people
+from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import make_embedder
-from m3jax.retrieval.index import build_index
 from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer

@@ -17,25 +17,26 @@ import numpy as np
 from jaxtyping import Bool, Int
 from ml_collections import ConfigDict
 
-from m3jax.config import PACKED, PREFIX_TOKENS
+from m3jax.config import PACKED
 from m3jax.data.packed import PackedRow, PackedRows
 from m3jax.data.rows import Row, Rows
 from m3jax.errors import TextError
 from m3jax.knowledge.versions import (
     Version,
+    check_bank,
     open_bank,
     open_references,
     open_retriever,
     open_version,
 )
-from m3jax.memory.bank import Bank, make_binding
+from m3jax.memory.bank import Bank
 from m3jax.memory.delta_bank import LayeredBank
-from m3jax.model.attention import ExplicitMemory
+from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
 from m3jax.text.delta_references import AnyReferences, find_or_removed
-from m3jax.text.prepare import INPUTS
 from m3jax.text.tokenizer import Tokenizer
+from m3jax.workdir import INPUTS
 
 Batch = dict[str, Any]
 
@@ -281,21 +282,3 @@ def open_rows(
         )
     make = PackedRows if packed else Rows
     return make(corpus, data.row_length, config.memory.chunk_length, data.packing)
-
-
-def check_bank(
-    config: ConfigDict,
-    bank: Bank | LayeredBank,
-    references: AnyReferences,
-    tokenizer: Tokenizer,
-) -> None:
-    """Refuses a bank that does not fit config, references or tokenizer, whoever wrote it."""
-    bank.require(
-        make_binding(
-            config,
-            writer=bank.binding.writer,
-            tokenizer=tokenizer.fingerprint,
-            references=references.fingerprint,
-            prefix_tokens=PREFIX_TOKENS,
-        )
-    )

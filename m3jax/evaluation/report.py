@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from m3jax.checkpoint import restore_params
 from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import Pipeline, open_pipeline
-from m3jax.errors import BankError, ConfigError
+from m3jax.errors import ConfigError
 from m3jax.evaluation.questions import Answerer, read_questions
 from m3jax.knowledge.versions import open_retriever
-from m3jax.memory.bank import Bank
-from m3jax.memory.delta_bank import LayeredBank
 from m3jax.model.transformer import Model, Params
-from m3jax.train.checkpoints import reads, restore_params
 from m3jax.train.evaluator import MODES, LossEvaluator
+from m3jax.train.memory_writer import check_reader
 from m3jax.train.metrics import dropped_share, hit_share
 
 
@@ -70,18 +69,6 @@ def evaluate(
     if questions is not None:
         report["questions"] = answer_questions(config, pipeline, model, params, questions)
     return report
-
-
-def check_reader(bank: Bank | LayeredBank | None, meta: dict[str, Any], checkpoint: Path) -> None:
-    """Refuses a bank whose writer the checkpoint has not learned to read."""
-    if bank is not None and not reads(meta, checkpoint, bank.writer):
-        written, read = bank.binding.writer, meta["writer"]["hash"]
-        raise BankError(
-            f"bank {bank.folder} was written by other weights ({written[:12]}) than those"
-            f" that {checkpoint} reads ({read[:12]}, step {meta['writer']['step']} of"
-            f" {meta['writer']['path']}); write it again: launch/write_bank.py"
-            f" --checkpoint={checkpoint}"
-        )
 
 
 def answer_questions(

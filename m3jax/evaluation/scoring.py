@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from m3jax.memory.bank import Bank
 from m3jax.memory.delta_bank import LayeredBank
-from m3jax.model.attention import ExplicitMemory
+from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.transformer import Model, Params
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.tokenizer import PAD, Tokenizer

@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from m3jax.memory.bank import BankError
+from m3jax.errors import BankError
 from m3jax.memory.cache import MemoryCache
 from m3jax.memory.codec import plain
 from m3jax.memory.encode import Clock, Encoder, ReferenceSet, memory_lengths
-from m3jax.model.attention import ExplicitMemory
+from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.transformer import Model, Params
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from m3jax.memory.codec import Codec
-from m3jax.model.attention import ExplicitMemory
+from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.tokenizer import Tokenizer
 

@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from m3jax.checkpoint import restore_params
 from m3jax.config import PREFIX_TOKENS, prefix_tokens
-from m3jax.data.pipeline import check_bank
 from m3jax.errors import InferenceError
-from m3jax.evaluation.report import check_reader
 from m3jax.inference.cold_start import ColdMemories
 from m3jax.inference.generate import Generator
 from m3jax.inference.long_context import ContextRecaller, ContextReferences
@@ -29,12 +28,17 @@ from m3jax.inference.memory_retrieval import Recaller
 from m3jax.inference.rag import retrieve, with_references
 from m3jax.inference.results import Generation
 from m3jax.inference.sampling import Sampling
-from m3jax.knowledge.versions import open_bank, open_references, open_retriever, open_version
+from m3jax.knowledge.versions import (
+    check_bank,
+    open_bank,
+    open_references,
+    open_retriever,
+    open_version,
+)
 from m3jax.memory.bank import Bank
 from m3jax.model.transformer import Model
 from m3jax.text.tokenizer import Tokenizer
-from m3jax.train.checkpoints import restore_params
-from m3jax.train.memory_writer import restore_writer
+from m3jax.train.memory_writer import check_reader, restore_writer
 
 MODES = ("none", "memory", "cold", "rag", "context")
 

@@ -32,7 +32,7 @@ from m3jax.knowledge.versions import (
     write_current,
 )
 from m3jax.memory.bank import Bank
-from m3jax.retrieval.index import build_index
+from m3jax.retrieval.build import build_index
 from m3jax.text.delta_references import AnyReferences
 from m3jax.text.references import References
 

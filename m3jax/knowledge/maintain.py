@@ -27,9 +27,9 @@ from m3jax.knowledge.versions import (
     write_current,
 )
 from m3jax.memory.bank import Bank
+from m3jax.retrieval.build import build_index
 from m3jax.retrieval.checkpoint_embedders import load_embedder, make_embedder
 from m3jax.retrieval.embed import Embedder
-from m3jax.retrieval.index import build_index
 from m3jax.text.delta_references import AnyReferences, live_ids
 from m3jax.text.references import References, copy_references
 from m3jax.text.tokenizer import Tokenizer

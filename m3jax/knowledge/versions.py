@@ -26,9 +26,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import TextError, VersionError
 from m3jax.files import checksum, read_sealed, write_sealed
-from m3jax.memory.bank import Bank
+from m3jax.memory.bank import Bank, make_binding
 from m3jax.memory.delta_bank import LayeredBank
 from m3jax.retrieval.checkpoint_embedders import Ranking, load_embedder
 from m3jax.retrieval.delta_index import LayeredIndex
@@ -295,3 +296,21 @@ def open_retriever(
         rank = Ranking(index.embedder, bank or open_bank(version, references))
     wanted = candidates or config.retrieval.candidates
     return Retriever(index, references, wanted, overlap_limit, rank)
+
+
+def check_bank(
+    config: ConfigDict,
+    bank: Bank | LayeredBank,
+    references: AnyReferences,
+    tokenizer: Tokenizer,
+) -> None:
+    """Refuses a bank that does not fit config, references or tokenizer, whoever wrote it."""
+    bank.require(
+        make_binding(
+            config,
+            writer=bank.binding.writer,
+            tokenizer=tokenizer.fingerprint,
+            references=references.fingerprint,
+            prefix_tokens=PREFIX_TOKENS,
+        )
+    )

@@ -34,9 +34,7 @@ from m3jax.memory.storage import (
     read_side_file,
     write_again,
 )
-from m3jax.model.attention import ExplicitMemory
-
-__all__ = ["Bank", "BankError", "Binding", "make_binding", "writer_fingerprint"]
+from m3jax.model.attention_mask import ExplicitMemory
 
 
 @dataclasses.dataclass(frozen=True)

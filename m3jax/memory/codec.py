@@ -20,7 +20,7 @@ from m3jax.errors import QuantizerError
 from m3jax.memory import codebooks, quantizer
 from m3jax.memory.head_subset import Heads
 from m3jax.memory.quantizer import Codebook
-from m3jax.model.attention import ExplicitMemory
+from m3jax.model.attention_mask import ExplicitMemory
 
 NONE, INT8, VECTOR = "none", "int8", "vector"
 _SCALE_BYTES = 2  # bfloat16

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from m3jax.errors import BankError
 from m3jax.memory import codec as codecs
 from m3jax.memory.bank import Bank, Binding
-from m3jax.model.attention import ExplicitMemory
+from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.numbering import Numbering
 
 
@@ -116,3 +116,6 @@ class LayeredBank:
     def verify(self) -> list[str]:
         """Files of damaged or missing shards of all layers, each with the reason."""
         return [problem for layer in self.layers for problem in layer.verify()]
+
+
+AnyBank = Bank | LayeredBank

@@ -26,14 +26,8 @@ from ml_collections import ConfigDict
 
 from m3jax.config import PACKED, PREFIX_TOKENS, memory_heads
 from m3jax.mesh import PARAMETERS
-from m3jax.model.attention import (
-    ExplicitMemory,
-    KeyValues,
-    Packing,
-    attend,
-    attention_weights,
-    resolve,
-)
+from m3jax.model.attention import attend, attention_weights, resolve
+from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing
 from m3jax.model.block import Block, rms_norm
 from m3jax.model.collectives import Parallel
 from m3jax.model.rope import rotate

@@ -20,6 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax import config as config_lib
+from m3jax.checkpoint import restore_params
 from m3jax.data.pipeline import open_pipeline
 from m3jax.evaluation.plots import Read, accuracy_bars, attention_map
 from m3jax.evaluation.questions import Answerer, Question
@@ -28,14 +29,14 @@ from m3jax.memory.bank import Bank
 from m3jax.memory.sparsify import sparsifier
 from m3jax.model.transformer import Model
 from m3jax.quickstart import people
+from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import make_embedder
-from m3jax.retrieval.index import Index, build_index
+from m3jax.retrieval.index import Index
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.documents import inputs_of, read_documents
 from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References, write_references
 from m3jax.text.tokenizer import Tokenizer
-from m3jax.train.checkpoints import restore_params
 from m3jax.train.evaluator import evaluator
 from m3jax.train.loop import train
 from m3jax.train.memory_writer import MemoryWriter, restore_writer

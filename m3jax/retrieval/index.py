@@ -17,7 +17,6 @@ from jaxtyping import Float32
 
 from m3jax.errors import RetrievalError
 from m3jax.files import digest
-from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import Embedder, load_embedder
 from m3jax.retrieval.folder import (
     EMBEDDER,
@@ -31,8 +30,6 @@ from m3jax.retrieval.folder import (
 )
 from m3jax.retrieval.search import Found, Searcher, import_scann, merge
 from m3jax.text.references import References
-
-__all__ = ["Index", "RetrievalError", "build_index", "merge"]
 
 
 class Index:

@@ -9,8 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from m3jax.model.attention import MASKED, ExplicitMemory, KeyValues
-from m3jax.model.attention_mask import concatenate, seen_by_heads, visible_mask
+from m3jax.model.attention import MASKED
+from m3jax.model.attention_mask import (
+    ExplicitMemory,
+    KeyValues,
+    concatenate,
+    seen_by_heads,
+    visible_mask,
+)
 from m3jax.model.transformer import Layer, Model, Params, join, segment_ranges
 
 _BLOCK = 256  # queries whose scores are held at a time

@@ -17,10 +17,10 @@ from jaxtyping import Int, Shaped
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from m3jax.checkpoint import checkpoint_folder, restore_params
 from m3jax.config import PACKED, prefix_tokens, to_json
 from m3jax.data.pipeline import Pipeline, open_pipeline, open_rows
 from m3jax.errors import UsefulnessError
-from m3jax.evaluation.report import check_reader
 from m3jax.files import digest, write_atomically
 from m3jax.knowledge.edit import keep_only
 from m3jax.knowledge.versions import open_version
@@ -29,7 +29,7 @@ from m3jax.selection.budget import Worth, choose, estimate
 from m3jax.selection.memory_value import RowLosses, drops, measure
 from m3jax.selection.validate import check_choice, split_rows
 from m3jax.text.delta_references import live_ids
-from m3jax.train.checkpoints import checkpoint_folder, restore_params
+from m3jax.train.memory_writer import check_reader
 
 FOLDER = "usefulness"  # in report/ of the workdir
 _BLOCK = 4096  # references read at a time

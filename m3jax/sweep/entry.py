@@ -19,22 +19,23 @@ from pathlib import Path
 import numpy as np
 
 from m3jax import flops
+from m3jax.checkpoint import FOLDER, restore_params
 from m3jax.config import ConfigDict, prefix_tokens, with_epochs
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.errors import ConfigError
 from m3jax.evaluation.questions import Answerer, read_questions
-from m3jax.evaluation.report import answer_questions, check_reader
-from m3jax.evaluation.staleness import rewrite
+from m3jax.evaluation.report import answer_questions
 from m3jax.files import write_sealed
 from m3jax.knowledge.versions import open_version
 from m3jax.memory.bank import Bank
 from m3jax.model.transformer import Model
 from m3jax.sweep.spec import Data, Run, Stage, Sweep
 from m3jax.text.references import References
-from m3jax.train.checkpoints import FOLDER, knowledge_version, restore_params
+from m3jax.train.checkpoints import knowledge_version
 from m3jax.train.evaluator import LossEvaluator, evaluator
 from m3jax.train.loop import Source, train
-from m3jax.train.memory_writer import MemoryWriter
+from m3jax.train.memory_writer import MemoryWriter, check_reader
+from m3jax.train.refresh import rewrite
 from m3jax.workdir import make_part
 
 FINISHED = "finished.json"

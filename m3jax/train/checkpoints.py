@@ -25,8 +25,7 @@ from m3jax.checkpoint import (
     check_tokenizer,
     checkpoint_folder,
     read_meta,
-    restack,
-    restore_params,
+    reads,
     saved_shapes,
     unreadable,
 )
@@ -35,17 +34,6 @@ from m3jax.distributed import meet
 from m3jax.errors import CheckpointError
 from m3jax.files import write_atomically
 from m3jax.train.state import TrainState
-
-__all__ = [
-    "CheckpointError",
-    "Checkpoints",
-    "check_owner",
-    "checkpoint_folder",
-    "claim",
-    "read_meta",
-    "restack",
-    "restore_params",
-]
 
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in names that Orbax clears away
 
@@ -238,31 +226,6 @@ def _policy(config: ConfigDict) -> Any:
     if config.train.keep_every:
         found.append(policies.EveryNSteps(config.train.keep_every))
     return policies.AnyPreservationPolicy(found)
-
-
-def stage_of(checkpoint: str | Path) -> Path:
-    """The stage folder of a checkpoint, which may be named by its `checkpoints/<step>`."""
-    path = Path(checkpoint).absolute()
-    return path.parents[1] if path.parent.name == FOLDER else path
-
-
-def reads(
-    meta: Mapping[str, Any], checkpoint: str | Path, writer: Mapping[str, Any] | None
-) -> bool:
-    """Whether a checkpoint reads memories of a writer.
-
-    It does where it was trained on them, and where a refresh wrote them for it: with weights of its
-    own stage. One that has read none reads all.
-
-    Args:
-      meta: of the checkpoint.
-      checkpoint: its stage folder, or its own.
-      writer: `{"hash", "path", "step"}` of a bank.
-    """
-    recorded = meta["writer"]
-    if recorded is None or writer is None or recorded["hash"] == writer["hash"]:
-        return True
-    return bool(writer["path"]) and Path(writer["path"]) == stage_of(checkpoint)
 
 
 def knowledge_version(stage_folder: str | Path) -> int | None:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from m3jax.checkpoint import restore_params
+from m3jax.checkpoint import checkpoint_folder, restore_params
 from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import Pipeline
 from m3jax.distributed import meet
@@ -32,7 +32,6 @@ from m3jax.memory.sparsify import sparsifier
 from m3jax.memory.storage import npy_bytes
 from m3jax.mesh import batch_sharding, host_rows, on_devices, replicated, to_global
 from m3jax.model.transformer import Model, Params
-from m3jax.train.checkpoints import checkpoint_folder
 from m3jax.train.dpo_loss import answer_logprobs
 from m3jax.train.loss import Decode, batch_specs, inputs
 

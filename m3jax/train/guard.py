@@ -20,9 +20,9 @@ import jax
 from ml_collections import ConfigDict
 
 from m3jax.distributed import meet
-from m3jax.errors import ConfigError, DivergenceError
+from m3jax.errors import CheckpointError, ConfigError, DivergenceError
 from m3jax.files import write_atomically
-from m3jax.train.checkpoints import CheckpointError, Checkpoints, kept
+from m3jax.train.checkpoints import Checkpoints, kept
 from m3jax.train.monitor import Monitor, Trouble
 
 FILE = "guard.json"

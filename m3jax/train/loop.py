@@ -18,20 +18,14 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from m3jax.checkpoint import FOLDER, restore_params
 from m3jax.config import prefix_tokens, validate
 from m3jax.distributed import meet
-from m3jax.errors import ConfigError, DivergenceError
+from m3jax.errors import CheckpointError, ConfigError, DivergenceError
 from m3jax.files import write_atomically
 from m3jax.mesh import host_rows, make_mesh, to_global
 from m3jax.model.transformer import Model, Params
-from m3jax.train.checkpoints import (
-    FOLDER,
-    CheckpointError,
-    Checkpoints,
-    check_owner,
-    claim,
-    restore_params,
-)
+from m3jax.train.checkpoints import Checkpoints, check_owner, claim
 from m3jax.train.clock import Clock, Device, Speed
 from m3jax.train.guard import Guard, describe
 from m3jax.train.loss import Decode, inputs

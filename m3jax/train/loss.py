@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from m3jax.mesh import ACTIVATIONS, BATCH_AXES, on_devices
-from m3jax.model.attention import ExplicitMemory, Packing
+from m3jax.model.attention_mask import ExplicitMemory, Packing
 from m3jax.model.transformer import Model, Params
 
 Batch = Mapping[str, Any]

@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
+from m3jax.checkpoint import reads, restore_params, stage_of
 from m3jax.config import PREFIX_TOKENS
-from m3jax.errors import BankError
+from m3jax.errors import BankError, CheckpointError
 from m3jax.memory.bank import Bank, writer_fingerprint
 from m3jax.memory.delta_bank import LayeredBank
 from m3jax.memory.document_context import writer_settings
@@ -23,7 +24,6 @@ from m3jax.memory.write import write_bank
 from m3jax.mesh import writer_mesh
 from m3jax.model.transformer import Model, Params
 from m3jax.text.references import References
-from m3jax.train.checkpoints import CheckpointError, restore_params, stage_of
 
 
 def restore_writer(
@@ -145,3 +145,15 @@ def _recorded(
 
 def _named(writer: Mapping[str, Any]) -> str:
     return f"the writer {writer['hash'][:12]}, which was step {writer['step']} of {writer['path']}"
+
+
+def check_reader(bank: Bank | LayeredBank | None, meta: dict[str, Any], checkpoint: Path) -> None:
+    """Refuses a bank whose writer the checkpoint has not learned to read."""
+    if bank is not None and not reads(meta, checkpoint, bank.writer):
+        written, read = bank.binding.writer, meta["writer"]["hash"]
+        raise BankError(
+            f"bank {bank.folder} was written by other weights ({written[:12]}) than those"
+            f" that {checkpoint} reads ({read[:12]}, step {meta['writer']['step']} of"
+            f" {meta['writer']['path']}); write it again: launch/write_bank.py"
+            f" --checkpoint={checkpoint}"
+        )

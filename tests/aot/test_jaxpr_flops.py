@@ -12,7 +12,8 @@ from m3jax.aot.compile import abstract_batch
 from m3jax.aot.jaxpr_flops import attention_blocks, executed_flops
 from m3jax.config import prefix_tokens
 from m3jax.mesh import make_mesh
-from m3jax.model.attention import ExplicitMemory, KeyValues, attend
+from m3jax.model.attention import attend
+from m3jax.model.attention_mask import ExplicitMemory, KeyValues
 from m3jax.model.transformer import Model
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import abstract_state

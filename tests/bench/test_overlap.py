@@ -6,8 +6,8 @@ from data.data_workdir import tiny_config, write_text
 
 from m3jax.bench import overlap as bench_overlap
 from m3jax.bench.main import BENCHMARKS
+from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import make_embedder
-from m3jax.retrieval.index import build_index
 from m3jax.text.overlap import overlap
 from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References

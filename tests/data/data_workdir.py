@@ -10,8 +10,8 @@ from m3jax.config import PREFIX_TOKENS, default, validate
 from m3jax.memory.write import write_bank
 from m3jax.model.transformer import Model
 from m3jax.quickstart import people
+from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import make_embedder
-from m3jax.retrieval.index import build_index
 from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer

@@ -9,8 +9,8 @@ from data.data_workdir import make_workdir, tiny_config, write_text
 from memory.served import serving
 
 from m3jax.data.pipeline import open_pipeline
-from m3jax.errors import TextError
-from m3jax.memory.bank import Bank, BankError
+from m3jax.errors import BankError, TextError
+from m3jax.memory.bank import Bank
 from m3jax.text.overlap import overlap
 from m3jax.text.prepare import prepare_text
 from m3jax.text.tokenizer import BOS

@@ -10,8 +10,8 @@ from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import LeakageError, TextError
 from m3jax.evaluation.leakage import BINS, leakage
 from m3jax.evaluation.leakage_report import picture, table
+from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import make_embedder
-from m3jax.retrieval.index import build_index
 from m3jax.text.overlap import overlap
 from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References

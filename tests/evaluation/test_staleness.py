@@ -10,28 +10,28 @@ import numpy as np
 import pytest
 from data.data_workdir import make_workdir, tiny_config
 
+from m3jax.checkpoint import read_meta
 from m3jax.data.pipeline import open_pipeline
-from m3jax.errors import ConfigError, VersionError
-from m3jax.evaluation import staleness
-from m3jax.evaluation.report import check_reader
-from m3jax.evaluation.staleness import measure, rewrite, table
+from m3jax.errors import BankError, ConfigError, VersionError
+from m3jax.evaluation.staleness import measure, table
 from m3jax.knowledge.edit import edit, rollback
 from m3jax.knowledge.maintain import collect, verify
 from m3jax.knowledge.versions import open_bank, open_index, open_references, open_version, versions
-from m3jax.memory.bank import Bank, BankError
+from m3jax.memory.bank import Bank
 from m3jax.mesh import make_mesh
-from m3jax.model.attention import ExplicitMemory
+from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.transformer import Model
 from m3jax.text.documents import Document
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
-from m3jax.train import loop
-from m3jax.train.checkpoints import Checkpoints, knowledge_version, read_meta
+from m3jax.train import loop, refresh
+from m3jax.train.checkpoints import Checkpoints, knowledge_version
 from m3jax.train.evaluator import LossEvaluator
 from m3jax.train.loop import Source, train
-from m3jax.train.memory_writer import MemoryWriter
+from m3jax.train.memory_writer import MemoryWriter, check_reader
 from m3jax.train.metrics import read_metrics
 from m3jax.train.optimizer import make_optimizer
+from m3jax.train.refresh import rewrite
 from m3jax.train.state import new_state
 
 CHANGES = {
@@ -202,7 +202,7 @@ def test_the_worst_are_written_anew_the_others_kept(workdir: Path, tmp_path: Pat
     errors = np.zeros(len(ids))
     for i in ids:
         stored, fresh_one = old.read(ids[i : i + 1]), again.read(ids[i : i + 1])
-        squares = staleness._squares(stored, fresh_one)  # checked against NumPy above
+        squares = refresh._squares(stored, fresh_one)  # checked against NumPy above
         keys, values, key_norms, value_norms = (np.asarray(x)[0, 0] for x in squares)
         errors[i] = keys / key_norms + values / value_norms
     assert errors[new].min() >= 0.99 * errors[kept].max() and errors[new].min() > 0
@@ -237,10 +237,10 @@ def test_what_cannot_be_refreshed_is_refused(workdir: Path) -> None:
 
 def test_one_batch_says_nothing() -> None:
     losses = {"stored": 2.0, "fresh": 1.0, "none": 3.0}
-    found = staleness.Staleness(1, [0.1], [0.1], 0.0, 0.0, 1.0, losses, 1.0, float("nan"))
+    found = refresh.Staleness(1, [0.1], [0.1], 0.0, 0.0, 1.0, losses, 1.0, float("nan"))
     assert "too few validation rows" in found.verdict
     for gain, said in ((1.0, "rewrite pays"), (-1.0, "does harm"), (0.1, "does not pay")):
-        changed = staleness.Staleness(1, [0.1], [0.1], 0.0, 0.0, 1.0, losses, gain, 0.1)
+        changed = refresh.Staleness(1, [0.1], [0.1], 0.0, 0.0, 1.0, losses, gain, 0.1)
         assert said in changed.verdict
 
 

@@ -15,7 +15,7 @@ from data_workdir import make_workdir, tiny_config  # noqa: E402
 from memory.served import serving  # noqa: E402
 
 from m3jax.config import PREFIX_TOKENS
-from m3jax.errors import InferenceError, VersionError
+from m3jax.errors import BankError, InferenceError, VersionError
 from m3jax.inference import session as session_module
 from m3jax.inference.cli import Request, run
 from m3jax.inference.session import Session
@@ -23,7 +23,7 @@ from m3jax.knowledge.edit import edit
 from m3jax.knowledge.maintain import collect
 from m3jax.knowledge.versions import open_version
 from m3jax.memory import http_probe, storage
-from m3jax.memory.bank import Bank, BankError
+from m3jax.memory.bank import Bank
 from m3jax.model.transformer import Model
 
 CONFIG = tiny_config(stage="continual")

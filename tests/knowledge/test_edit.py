@@ -19,7 +19,7 @@ from quick import xla_flags
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.data.pipeline import open_pipeline
-from m3jax.errors import VersionError
+from m3jax.errors import BankError, VersionError
 from m3jax.knowledge.edit import edit, merge, refresh, rollback
 from m3jax.knowledge.maintain import collect, repair, verify
 from m3jax.knowledge.versions import (
@@ -33,7 +33,7 @@ from m3jax.knowledge.versions import (
     require_unedited,
     versions,
 )
-from m3jax.memory.bank import Bank, BankError
+from m3jax.memory.bank import Bank
 from m3jax.memory.document_context import writer_settings
 from m3jax.memory.write import write_bank
 from m3jax.model.transformer import Model

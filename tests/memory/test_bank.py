@@ -18,7 +18,8 @@ from memory.memory_tiny import (
 )
 from ml_collections import ConfigDict
 
-from m3jax.memory.bank import Bank, BankError, Binding, make_binding, writer_fingerprint
+from m3jax.errors import BankError
+from m3jax.memory.bank import Bank, Binding, make_binding, writer_fingerprint
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from memory.memory_tiny import TinyReferences, build, read_by_threads
 
-from m3jax.memory.bank import Bank, BankError
+from m3jax.errors import BankError
+from m3jax.memory.bank import Bank
 from m3jax.memory.cache import MemoryCache
 from m3jax.memory.delta_bank import LayeredBank
 

@@ -22,7 +22,7 @@ from m3jax.memory import quantizer, storage
 from m3jax.memory.bank import Bank
 from m3jax.memory.codec import Codec
 from m3jax.mesh import make_mesh
-from m3jax.model.attention import ExplicitMemory
+from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.transformer import Model
 from m3jax.train.evaluator import evaluator
 

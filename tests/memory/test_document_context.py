@@ -10,8 +10,9 @@ from memory.memory_tiny import TinyReferences, build, shard_files, tiny_config, 
 from ml_collections import ConfigDict
 from model.oracle import Oracle
 
+from m3jax.errors import BankError
 from m3jax.memory import encode
-from m3jax.memory.bank import Bank, BankError, layout_of
+from m3jax.memory.bank import Bank, layout_of
 from m3jax.memory.document_context import identities, packed_rows, writer_settings
 from m3jax.memory.storage import shard_key
 from m3jax.mesh import make_mesh

@@ -15,8 +15,9 @@ from memory.memory_tiny import build, shard_files, tiny_config
 
 from m3jax import flops
 from m3jax.data.pipeline import open_pipeline
+from m3jax.errors import BankError
 from m3jax.memory import storage
-from m3jax.memory.bank import Bank, BankError
+from m3jax.memory.bank import Bank
 from m3jax.memory.delta_bank import LayeredBank
 from m3jax.memory.head_subset import Heads, heads_of
 from m3jax.model.transformer import Model

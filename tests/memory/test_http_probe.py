@@ -16,8 +16,9 @@ import pytest
 from memory.memory_tiny import build, flip, tiny_config
 from memory.served import Server, serving
 
+from m3jax.errors import BankError
 from m3jax.memory import http_probe, shard_reader, storage
-from m3jax.memory.bank import Bank, BankError
+from m3jax.memory.bank import Bank
 
 SHARD, ITEM = 10, 2 * 2 * 2 * 4 * 8 * 4
 IDS = np.random.default_rng(3).integers(-1, 37, (4, 9))

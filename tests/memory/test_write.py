@@ -18,8 +18,9 @@ from memory.memory_tiny import (
     tiny_params,
 )
 
+from m3jax.errors import BankError
 from m3jax.memory import storage
-from m3jax.memory.bank import Bank, BankError
+from m3jax.memory.bank import Bank
 from m3jax.memory.build import Build
 from m3jax.memory.codec import plain
 from m3jax.memory.sparsify import sparsifier

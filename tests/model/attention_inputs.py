@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3jax.model.attention import ExplicitMemory, KeyValues, Packing, attend
+from m3jax.model.attention import attend
+from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing
 
 
 class Case(NamedTuple):

@@ -9,14 +9,8 @@ import numpy as np
 import pytest
 from model.attention_inputs import Inputs
 
-from m3jax.model.attention import (
-    ExplicitMemory,
-    KeyValues,
-    attend,
-    attention_weights,
-    memory_mask,
-    resolve,
-)
+from m3jax.model.attention import attend, attention_weights, resolve
+from m3jax.model.attention_mask import ExplicitMemory, KeyValues, memory_mask
 
 B, T, K, G, H, P = 2, 7, 2, 2, 4, 3
 CHUNK = 3

@@ -25,7 +25,8 @@ from model.test_decode import LENGTHS, M, expected, generated, memories, tiny
 from model.test_transformer import _batch, _written, close, logits
 
 from m3jax.memory.head_subset import heads_of
-from m3jax.model.attention import ExplicitMemory, KeyValues, Packing, attend, attention_weights
+from m3jax.model.attention import attend, attention_weights
+from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing
 from m3jax.model.transformer import Model
 
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from train.tiny import tiny_config
 
-from m3jax.model.attention import ExplicitMemory, Packing
-from m3jax.model.attention_mask import memory_mask, visible_mask
+from m3jax.model.attention_mask import ExplicitMemory, Packing, memory_mask, visible_mask
 from m3jax.model.transformer import Model
 
 LENGTHS = (6, 3, 1, 5)  # of a row of 16, chunks of 4: 2 + 1 + 1 + 2 chunks, one token of padding

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from model.attention_inputs import Case, assert_equal, make_inputs, value_and_gradients, weights
 
-from m3jax.model.attention import ExplicitMemory, memory_mask
+from m3jax.model.attention_mask import ExplicitMemory, memory_mask
 from m3jax.model.splash import _segments, make_kernel
 from m3jax.model.splash_mask import EDGE_BYTES, SCORE_BYTES, VMEM, RowMask, pairs, plan
 

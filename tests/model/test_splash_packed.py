@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from model.attention_inputs import Case, assert_equal, make_inputs, value_and_gradients, weights
 
-from m3jax.model.attention import ExplicitMemory, Packing, resolve
-from m3jax.model.attention_mask import visible_mask
+from m3jax.model.attention import resolve
+from m3jax.model.attention_mask import ExplicitMemory, Packing, visible_mask
 from m3jax.model.splash import _segments
 from m3jax.model.splash_mask import PackedMask, packed_codes, plan
 

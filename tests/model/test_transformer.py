@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from model.oracle import Oracle, oracle_config, random_params, random_references, random_tokens
 
 from m3jax.memory.sparsify import sparsifier
-from m3jax.model.attention import ExplicitMemory
+from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.transformer import Model
 
 LENGTHS = np.array([7, 1, 2, 5, 3, 0])  # full, short and empty references; 3 tokens are kept

@@ -31,6 +31,7 @@ from m3jax.knowledge.versions import (
 from m3jax.memory.write import write_bank
 from m3jax.model.transformer import Model
 from m3jax.retrieval import checkpoint_encoder
+from m3jax.retrieval.build import build_index
 from m3jax.retrieval.checkpoint_embedders import (
     AttentionEmbedder,
     ModelEmbedder,
@@ -39,7 +40,6 @@ from m3jax.retrieval.checkpoint_embedders import (
     make_embedder,
 )
 from m3jax.retrieval.embed import Embedder
-from m3jax.retrieval.index import build_index
 from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.retrieval.pooling import draw, position_means
 from m3jax.text.documents import Document

@@ -14,7 +14,8 @@ from m3jax.errors import RetrievalError
 from m3jax.retrieval import build as build_module
 from m3jax.retrieval import folder as folder_module
 from m3jax.retrieval import search, tune
-from m3jax.retrieval.index import Index, build_index
+from m3jax.retrieval.build import build_index
+from m3jax.retrieval.index import Index
 from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.retrieval.search import Searcher, import_scann
 

@@ -8,7 +8,8 @@ import pytest
 from m3jax.bench.retrieval import sentence_like
 from m3jax.errors import RetrievalError
 from m3jax.retrieval import tune
-from m3jax.retrieval.index import Index, build_index
+from m3jax.retrieval.build import build_index
+from m3jax.retrieval.index import Index
 from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.retrieval.recall import read_queries, recall_report, table
 from m3jax.retrieval.search import SPARE, Searcher, all_codes, import_scann

@@ -7,7 +7,8 @@ import pytest
 
 from m3jax.errors import RetrievalError
 from m3jax.retrieval import retriever as retriever_module
-from m3jax.retrieval.index import Index, build_index
+from m3jax.retrieval.build import build_index
+from m3jax.retrieval.index import Index
 from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.overlap import overlap, which_exceed

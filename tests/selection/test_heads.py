@@ -13,7 +13,7 @@ from model.oracle import Oracle, oracle_config, random_params, random_references
 from m3jax.config import format_heads
 from m3jax.errors import ConfigError
 from m3jax.mesh import make_mesh
-from m3jax.model.attention import ExplicitMemory
+from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.transformer import Model
 from m3jax.selection import head_ablation as masked
 from m3jax.selection import heads

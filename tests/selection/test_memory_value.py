@@ -20,7 +20,7 @@ from m3jax.knowledge.edit import rollback
 from m3jax.knowledge.versions import open_references, open_version
 from m3jax.memory.bank import Bank
 from m3jax.mesh import make_mesh
-from m3jax.model.attention import ExplicitMemory
+from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.transformer import Model
 from m3jax.quickstart import people
 from m3jax.selection import memory_value, select

@@ -104,7 +104,8 @@ def main(argv):
     import jax
 
     from m3jax import cli
-    from m3jax.distributed import Processes, joined
+    from m3jax.distributed import joined
+    from m3jax.watch import Processes
 
     workdir, runs, tag, address, index, stages, pause = argv[1:]
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

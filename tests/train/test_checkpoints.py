@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 from train.tiny import FINGERPRINT, SyntheticPipeline, tiny_config
 
+from m3jax.checkpoint import read_meta, restore_params
+from m3jax.errors import CheckpointError
 from m3jax.mesh import make_mesh
 from m3jax.model.transformer import Model
-from m3jax.train.checkpoints import CheckpointError, Checkpoints, read_meta, restore_params
+from m3jax.train.checkpoints import Checkpoints
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import abstract_state, init_state
 

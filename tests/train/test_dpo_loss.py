@@ -7,7 +7,7 @@ import pytest
 from train.tiny import tiny_config
 
 from m3jax.mesh import make_mesh
-from m3jax.model.attention import Packing
+from m3jax.model.attention_mask import Packing
 from m3jax.model.transformer import Model
 from m3jax.train.dpo_loss import answer_logprobs, objective_of, preference_objective
 from m3jax.train.loss import objective

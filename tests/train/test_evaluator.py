@@ -7,13 +7,13 @@ import pytest
 from data.data_workdir import WORLD, make_workdir, tiny_config
 
 from m3jax.data.pipeline import open_pipeline
-from m3jax.errors import TextError
+from m3jax.errors import BankError, TextError
 from m3jax.evaluation.questions import Answerer, Question, read_questions
-from m3jax.evaluation.report import answer_questions, check_reader, table
-from m3jax.memory.bank import BankError
+from m3jax.evaluation.report import answer_questions, table
 from m3jax.model.transformer import Model
 from m3jax.quickstart import people
 from m3jax.train.evaluator import evaluator
+from m3jax.train.memory_writer import check_reader
 
 CONFIG = tiny_config()
 

@@ -8,9 +8,9 @@ import pytest
 from train.guarded import BAD, guarded_config, guarded_run
 from train.test_loop import Crash, crash_at, outcome, terminate_at
 
-from m3jax.errors import ConfigError, DivergenceError
+from m3jax.errors import CheckpointError, ConfigError, DivergenceError
 from m3jax.train import checkpoints as checkpoints_module
-from m3jax.train.checkpoints import CheckpointError, kept
+from m3jax.train.checkpoints import kept
 from m3jax.train.guard import Guard, batch_number, merged, read_rollbacks
 from m3jax.train.metrics import read_metrics
 from m3jax.train.monitor import NOT_FINITE, SPIKE, Trouble

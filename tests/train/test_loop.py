@@ -17,11 +17,11 @@ from train.tiny import (
     tiny_config,
 )
 
+from m3jax.checkpoint import restore_params
 from m3jax.config import prefix_tokens
-from m3jax.errors import ConfigError
+from m3jax.errors import CheckpointError, ConfigError, DivergenceError
 from m3jax.model.transformer import Model
-from m3jax.train.checkpoints import CheckpointError, restore_params
-from m3jax.train.loop import DivergenceError, train
+from m3jax.train.loop import train
 from m3jax.train.metrics import Metrics, read_metrics
 from m3jax.train.profile import parse_steps
 from m3jax.train.progress import Progress

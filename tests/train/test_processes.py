@@ -17,10 +17,10 @@ from data.data_workdir import make_workdir
 from quick import xla_flags
 from train.process_run import STAGES, run_stage, stage_config
 
+from m3jax.checkpoint import restore_params
 from m3jax.cli import USER_ERROR
 from m3jax.config import prefix_tokens
 from m3jax.model.transformer import Model
-from m3jax.train.checkpoints import restore_params
 from m3jax.train.guard import read_rollbacks
 from m3jax.train.metrics import read_metrics
 from m3jax.watch import PROCESS_LOST

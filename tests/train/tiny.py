@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from m3jax import config as config_lib
-from m3jax.model.attention import ExplicitMemory
+from m3jax.model.attention_mask import ExplicitMemory
 
 FINGERPRINT = "0123456789abcdef"
 TIMES = (

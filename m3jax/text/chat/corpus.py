@@ -19,8 +19,9 @@ from m3jax.text.chat.chats import REMEDIES, Chat, ChatError, Pair, read_chats, r
 from m3jax.text.chat.template import EncodedChat, Template, chunk_references
 from m3jax.text.corpus import CorpusWriter, TokenDocument
 from m3jax.text.documents import Document, inputs_of, is_validation
-from m3jax.text.prepare import make_part, progress
+from m3jax.text.prepare import progress
 from m3jax.text.tokenizer import Tokenizer
+from m3jax.workdir import make_part
 
 SAMPLES = 5  # of each reason, in the report
 REPORT = "report.json"

@@ -1,0 +1,184 @@
+"""Rewrites the memories of a bank with a checkpoint's own weights, as a version of the
+knowledge."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from m3jax.checkpoint import restore_params
+from m3jax.config import prefix_tokens
+from m3jax.knowledge.edit import refresh
+from m3jax.knowledge.versions import Version, open_version
+from m3jax.memory import codec as codecs
+from m3jax.memory.bank import Bank, writer_fingerprint
+from m3jax.memory.delta_bank import AnyBank
+from m3jax.memory.document_context import writer_settings
+from m3jax.memory.encode import Clock, Encoder, ReferenceSet
+from m3jax.model.attention_mask import ExplicitMemory
+from m3jax.model.transformer import Model
+from m3jax.text.references import References
+from m3jax.text.tokenizer import Tokenizer
+from m3jax.train.memory_writer import MemoryWriter
+
+
+def rewrite(
+    config: ConfigDict, workdir: str | Path, checkpoint: str | Path, *, share: float = 1.0
+) -> Version:
+    """Makes a version whose memories a checkpoint has written itself.
+
+    Args:
+      config: a validated config of the checkpoint's stage.
+      workdir: a prepared workdir with a bank.
+      checkpoint: stage folder or `checkpoints/<step>`.
+      share: of the references, those most changed in the first memory layer; the other memories
+        are copied.
+
+    Returns:
+      The new version, or the current one where the checkpoint has written that.
+
+    Raises:
+      CheckpointError, BankError, VersionError, TextError: a part is missing or does not fit.
+    """
+    write = MemoryWriter(config, workdir, checkpoint, itself=True, like_base=True)
+    tokenizer = Tokenizer.load(Path(workdir) / "tokenizer").fingerprint
+    params, path, step = write.restore(tokenizer)
+    fingerprint, current = writer_fingerprint(params, config), open_version(workdir)
+    if current.has_bank:
+        bank = Bank.open(current.banks[0])
+        whole = not bank.manifest["info"].get("foreign", 0)
+        if bank.binding.writer == fingerprint and (whole or share < 1):
+            return current
+
+    def write_layer(references: References, folder: Path, bank: Bank) -> None:
+        keep = np.zeros(0, np.int64)
+        if share < 1:
+            errors = _first_layer_errors(config, checkpoint, references, bank, tokenizer)
+            keep = np.sort(np.argsort(-errors, kind="stable")[round(share * len(errors)) :])
+        write(references, folder, bank, keep)
+
+    what = f"{fingerprint} {share}"
+    said = f"memories by {path.name} step {step}" + ("" if share == 1 else f", {share:.0%} of them")
+    return refresh(workdir, what, write=write_layer, note=said)
+
+
+def _first_layer_errors(
+    config: ConfigDict,
+    checkpoint: str | Path,
+    references: ReferenceSet,
+    bank: Bank,
+    tokenizer: str,
+) -> Float[np.ndarray, " R"]:
+    """Relative squared error of every stored memory in the first memory layer alone.
+
+    Encodes up to that layer only, at a fraction of the price of a rewrite; reads the whole bank.
+    """
+    probe = config.copy_and_resolve_references()
+    with probe.unlocked():
+        probe.memory.layers, probe.memory.heads = 1, ""
+        probe.writer.update(writer_settings(bank.binding.layout))
+    model = Model(probe, prefix_tokens(probe))
+    params, _ = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer)
+    ids = np.arange(bank.size)
+    squares, _ = compare_memories(probe, model, params, references, bank, ids, True)
+    return squares.relative[:, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Squares:
+    """Summed squares `(n, L)` of every reference and layer: distances, and norms."""
+
+    keys: np.ndarray
+    values: np.ndarray
+    key_norms: np.ndarray
+    value_norms: np.ndarray
+
+    def error(self, part: str) -> list[float]:
+        """Relative error of every layer."""
+        norms = self.key_norms if part == "keys" else self.value_norms
+        tiny = np.finfo(np.float32).tiny  # a layer may have no memories
+        return np.sqrt(getattr(self, part).sum(0) / np.maximum(norms.sum(0), tiny)).tolist()
+
+    @property
+    def relative(self) -> Float[np.ndarray, "n L"]:
+        """Squared error of keys and values, each over its norm."""
+        tiny = np.finfo(np.float32).tiny
+        keys = self.keys / np.maximum(self.key_norms, tiny)
+        return keys + self.values / np.maximum(self.value_norms, tiny)
+
+
+@jax.jit
+def _squares(stored: ExplicitMemory, fresh: ExplicitMemory) -> tuple[jax.Array, ...]:
+    """Of every reference and layer: distances of keys and values, norms of the fresh ones.
+
+    A memory is a set: a stored slot is compared with the fresh one whose key is nearest. So a
+    weight that moved another token into the memory counts, the order of the slots does not.
+    """
+    keys, values, fresh_keys, fresh_values = (
+        x.astype(jnp.float32) for x in (stored.keys, stored.values, fresh.keys, fresh.values)
+    )
+    P = keys.shape[-2]
+    real = jnp.arange(P)[None] < fresh.length[:, None]  # (n, P)
+    pairs = jnp.einsum("nlkph,nlkqh->nlkpq", keys, fresh_keys, precision="highest")
+    norms = jnp.square(fresh_keys).sum(-1)
+    apart = jnp.square(keys).sum(-1)[..., None] + norms[..., None, :] - 2 * pairs
+    apart = jnp.where(real[:, None, None, None, :], apart, jnp.inf)
+    nearest = apart.argmin(-1)[..., None]
+    sides = (keys, fresh_keys), (values, fresh_values)
+    weight = real[:, None, None, :, None]
+
+    def total(x: jax.Array) -> jax.Array:
+        return jnp.where(weight, jnp.square(x), 0).sum((2, 3, 4))
+
+    distances = [total(a - jnp.take_along_axis(b, nearest, axis=3)) for a, b in sides]
+    return (*distances, total(fresh_keys), total(fresh_values))
+
+
+def compare_memories(
+    config: ConfigDict,
+    model: Model,
+    params: Any,
+    references: ReferenceSet,
+    bank: AnyBank,
+    ids: Int[np.ndarray, " n"],
+    progress: bool,
+) -> tuple[Squares, Squares | None]:
+    """Stored against fresh memories, and what compression alone does to the fresh ones."""
+    plain = codecs.plain(config.model.head_dim, config.memory.dtype)
+    encoder = Encoder(config, model, params, references, plain)
+    L = config.memory.layers
+    found, floors = [], []
+    done = 0
+    bar = tqdm(total=len(ids), unit=" memories", desc="compared", disable=not progress)
+    with bar:
+        for both in encoder.batches(ids, Clock()):
+            part = ids[done : done + len(both)]
+            done += len(part)
+            bar.update(len(part))
+            stored = bank.read(part)
+            if bank.codec.heads is not None:  # what it has no memories of is not compared
+                both = both * bank.codec.heads.mask[None, None, :L, :, None, None].astype(
+                    both.dtype
+                )
+            parts: list[Any] = [both[:, 0], both[:, 1], stored.length]
+            fresh = ExplicitMemory(*parts)
+            first = stored._replace(keys=stored.keys[:, :L], values=stored.values[:, :L])
+            found.append(jax.device_get(_squares(first, fresh)))
+            if bank.codec.name != codecs.NONE and stored.keys.shape[1] == L:
+                coded = jax.jit(bank.codec.encode)(both)
+                again = stored._replace(keys=coded[:, 0], values=coded[:, 1])
+                again = bank.codec.decode(again)
+                floors.append(jax.device_get(_squares(again, fresh)))
+
+    def joined(parts: list[Any]) -> Squares:
+        return Squares(*(np.concatenate(side) for side in zip(*parts, strict=True)))
+
+    return joined(found), joined(floors) if floors else None
