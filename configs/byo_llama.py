@@ -18,7 +18,7 @@ single layers and heads); memories=precomputed|online; documents=own (files of y
 (launch/make_texts.py: each document with the reference that it goes on from).
 
 Sizes other than the shape are for the small model and a CPU, and fields as any other: for a large
-one raise `--config.data.row_length`, `data.batch_rows`, `memory.reference_length` and
+one raise `--config.data.sequence_length`, `data.batch_size`, `memory.reference_length` and
 `train.steps`. docs/llama.md goes through it step by step, with what was measured.
 
 Reproduces Memory³ §7 "converting an existing pretrained transformer with a little finetuning",
@@ -69,15 +69,15 @@ def get_config(options: str = "") -> ConfigDict:
     config.text.validation_share = 0.1
     config.retrieval.shift = 1
 
-    config.data.row_length = 128
-    config.data.batch_rows = 32
+    config.data.sequence_length = 128
+    config.data.batch_size = 32
     config.data.threads = 2
-    config.evaluation.batch_rows = 32
+    config.evaluation.batch_size = 32
     config.evaluation.batches = 32
 
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.rise_steps = 50
-    config.optimizer.fall_share = 0.5
+    config.optimizer.lr_warmup_steps = 50
+    config.optimizer.lr_decay_share = 0.5
     config.train.steps = 2000
     config.train.checkpoint_every = 500
     config.train.evaluate_every = 500
@@ -88,5 +88,5 @@ def get_config(options: str = "") -> ConfigDict:
         config.retrieval.ids = "stored"
         config.data.packing = "document"
         if config.stage == "continual":
-            config.data.row_length = 80  # what follows a first part of 64 tokens, in one row
+            config.data.sequence_length = 80  # what follows a first part of 64 tokens, in one row
     return m3jax.config.validate(config)

@@ -57,13 +57,13 @@ def get_config(options: str = "") -> ConfigDict:
     config.text.vocabulary = 60_299
     config.text.shards = 256
 
-    config.data.row_length = 2048
-    config.data.batch_rows = 2048
+    config.data.sequence_length = 2048
+    config.data.batch_size = 2048
     config.data.threads = 16
-    config.evaluation.batch_rows = 256
+    config.evaluation.batch_size = 256
 
     config.optimizer.learning_rate = 6e-4
-    config.optimizer.rise_steps = 1000
+    config.optimizer.lr_warmup_steps = 1000
     config.optimizer.schedule = "wsd"
     config.optimizer.weight_decay = 0.1
 
@@ -79,12 +79,12 @@ def get_config(options: str = "") -> ConfigDict:
     if config.stage == "continual":
         config.memory.source = chosen["memories"]
         config.optimizer.learning_rate = 2e-4
-        config.optimizer.rise_steps = 100
+        config.optimizer.lr_warmup_steps = 100
         config.train.steps = 2400  # 10B tokens
     if config.stage in ("sft", "dpo"):
         m3jax.config.use_alignment_settings(config)
         config.memory.source = chosen["memories"]
-        config.data.batch_rows = 512
+        config.data.batch_size = 512
         config.train.checkpoint_every = 100
         config.train.keep_every = 0
         config.train.evaluate_every = 100

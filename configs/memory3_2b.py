@@ -60,13 +60,13 @@ def get_config(options: str = "") -> ConfigDict:
     config.text.vocabulary = 60_299
     config.text.shards = 1024
 
-    config.data.row_length = 2048
-    config.data.batch_rows = 2048
+    config.data.sequence_length = 2048
+    config.data.batch_size = 2048
     config.data.threads = 16
-    config.evaluation.batch_rows = 256
+    config.evaluation.batch_size = 256
 
     config.optimizer.learning_rate = 4e-4
-    config.optimizer.rise_steps = 2000
+    config.optimizer.lr_warmup_steps = 2000
     config.optimizer.schedule = "wsd"
     config.optimizer.weight_decay = 0.1
 
@@ -84,12 +84,12 @@ def get_config(options: str = "") -> ConfigDict:
         config.memory.source = chosen["memories"]
         config.train.microbatches = 2 if chosen["memories"] == "online" else 1
         config.optimizer.learning_rate = 1e-4
-        config.optimizer.rise_steps = 500
+        config.optimizer.lr_warmup_steps = 500
         config.train.steps = 28_610  # 120B tokens
     if config.stage in ("sft", "dpo"):
         m3jax.config.use_alignment_settings(config)
         config.memory.source = chosen["memories"]
-        config.data.batch_rows = 512
+        config.data.batch_size = 512
         config.train.checkpoint_every = 100
         config.train.keep_every = 0
         config.train.evaluate_every = 100

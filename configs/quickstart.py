@@ -52,14 +52,14 @@ def get_config(options: str = "") -> m3jax.config.ConfigDict:
     config.retrieval.ids = "stored"
     config.retrieval.overlap_evaluation = 1.0  # the answer's own reference is what is asked for
 
-    config.data.row_length = 60
+    config.data.sequence_length = 60
     config.data.packing = "document"
-    config.data.batch_rows = 16
+    config.data.batch_size = 16
     config.data.threads = 2
 
     config.optimizer.learning_rate = 3e-3
-    config.optimizer.rise_steps = 50
-    config.optimizer.fall_share = 0.4
+    config.optimizer.lr_warmup_steps = 50
+    config.optimizer.lr_decay_share = 0.4
     config.optimizer.beta2 = 0.98
     config.optimizer.weight_decay = 0.0
     config.train.steps = 1600
@@ -69,14 +69,14 @@ def get_config(options: str = "") -> m3jax.config.ConfigDict:
         config.memory.source = "precomputed"
         config.memory.dropout = 0.15
         config.optimizer.learning_rate = 1.5e-3
-        config.optimizer.fall_share = 0.8
+        config.optimizer.lr_decay_share = 0.8
         config.train.steps = 800
         config.train.checkpoint_every = 200
         config.train.evaluate_every = 200
     if config.stage in ("sft", "dpo"):
         m3jax.config.use_alignment_settings(config)
         config.chat.user, config.chat.assistant, config.chat.system = "\nQ", "\nA", "\nS"
-        config.data.batch_rows = 16
+        config.data.batch_size = 16
         config.text.validation_share = 0.05
         # A model of 0.6M parameters moves little at the paper's rates.
         config.optimizer.weight_decay = 0.0
@@ -87,5 +87,5 @@ def get_config(options: str = "") -> m3jax.config.ConfigDict:
     if config.stage == "scratch":
         config.memory.source = "online"
         config.optimizer.learning_rate = 3e-3
-        config.optimizer.fall_share = 0.1
+        config.optimizer.lr_decay_share = 0.1
     return m3jax.config.validate(config)

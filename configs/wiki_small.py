@@ -13,7 +13,7 @@ retrieves a training chunk's reference: its own, or the previous chunk's).
 
 15.7M parameters, 12.6M without the embedding, at rows of 512 tokens. It reproduces no figure of the
 paper. The steps are a demonstration (1.6M tokens): on a GPU raise `--config.train.steps` and
-`--config.data.batch_rows`. What it measured on Wikipedia is in the README.
+`--config.data.batch_size`. What it measured on Wikipedia is in the README.
 
 Hardware and time: two CPU cores, 780 tokens/s in warmup and 810 in continual train where nothing
 else ran: 26 and 8 minutes at that rate; 20 098 memories written in 5 minutes. Counted useful work
@@ -62,14 +62,14 @@ def get_config(options: str = "") -> ConfigDict:
     config.retrieval.dimension = 1024
     config.retrieval.shift = chosen["shift"]
 
-    config.data.row_length = 512
-    config.data.batch_rows = 4
+    config.data.sequence_length = 512
+    config.data.batch_size = 4
     config.data.threads = 2
-    config.evaluation.batch_rows = 8
+    config.evaluation.batch_size = 8
 
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.rise_steps = 50
-    config.optimizer.fall_share = 0.4
+    config.optimizer.lr_warmup_steps = 50
+    config.optimizer.lr_decay_share = 0.4
     config.train.steps = 600
     config.train.checkpoint_every = 100
     config.train.evaluate_every = 100
@@ -77,14 +77,14 @@ def get_config(options: str = "") -> ConfigDict:
     if config.stage == "continual":
         config.memory.source = chosen["memories"]
         config.optimizer.learning_rate = 5e-4
-        config.optimizer.rise_steps = 10
-        config.optimizer.fall_share = 0.8
+        config.optimizer.lr_warmup_steps = 10
+        config.optimizer.lr_decay_share = 0.8
         config.train.steps = 200
         config.train.checkpoint_every = 50
         config.train.evaluate_every = 50
     if config.stage in ("sft", "dpo"):
         m3jax.config.use_alignment_settings(config)
         config.memory.source = chosen["memories"]
-        config.data.batch_rows = 8
+        config.data.batch_size = 8
         config.train.checkpoint_every = config.train.evaluate_every = 50
     return m3jax.config.validate(config)

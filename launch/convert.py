@@ -184,7 +184,7 @@ def _write(workdir: Path, folder: Path) -> None:
         config,
         params,
         dtype=_DTYPE.value,
-        positions=meta["config"]["data"]["row_length"] + 2 + config.memory.reference_length,
+        positions=meta["config"]["data"]["sequence_length"] + 2 + config.memory.reference_length,
         tokenizer=(checkpoint.parents[2] / "tokenizer" / "tokenizer.json").read_text("utf-8"),
         special={role: (SPECIAL_TOKENS[token], token) for role, token in roles.items()},
     )

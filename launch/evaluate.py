@@ -160,7 +160,7 @@ def _scores(config: Any, workdir: Path) -> tuple[dict[str, Any], str]:
         shots=_SHOTS.value,
         limit=_LIMIT.value,
         references=_REFERENCES.value,
-        batch_rows=_BATCH.value,
+        batch_size=_BATCH.value,
         compressed=_COMPRESSED.value,
         warmup=warmup,
     )

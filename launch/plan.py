@@ -44,7 +44,7 @@ _HOST_BANDWIDTH = flags.DEFINE_float(
 )
 _DECODE_BATCH = flags.DEFINE_integer("decode_batch", 32, "Rows decoded at once.")
 _DECODE_LENGTH = flags.DEFINE_integer(
-    "decode_length", None, "Tokens of a decoded row, prompt included; default data.row_length."
+    "decode_length", None, "Tokens of a decoded row, prompt included; default data.sequence_length."
 )
 _JSON = flags.DEFINE_string("json", None, "Write all quantities, in base units, to this file.")
 

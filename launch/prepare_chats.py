@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     report, kept = prepare_chats(config, workdir, str(_CHATS.value))
     print(f"{kind}: {'finished before, kept' if kept else 'made'}; {workdir / kind / REPORT}")
     print(describe(report))
-    length, chunk = config.data.row_length, config.memory.chunk_length
+    length, chunk = config.data.sequence_length, config.memory.chunk_length
     rows = PackedRows(Corpus.open(workdir / kind / "train"), length, chunk, kind)
     print(
         f"packed: {len(rows)} rows of {length} tokens, {rows.padding:.2%} padding, at most"
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     )
     if config.train.epochs:
         steps = with_epochs(config, len(rows)).train.steps
-        print(f"{config.train.epochs:g} epochs at {config.data.batch_rows} rows: {steps} steps")
+        print(f"{config.train.epochs:g} epochs at {config.data.batch_size} rows: {steps} steps")
 
 
 if __name__ == "__main__":

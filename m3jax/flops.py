@@ -72,7 +72,7 @@ def implicit_write(config: ConfigDict) -> float:
     """FLOP to train once on a reference inside a row: the floor of writing it into parameters."""
     model, length = config.model, config.memory.reference_length
     layer = length * (_projection_weights(config) + _mlp_weights(config))
-    layer += 2 * length * (config.data.row_length / 2) * _query_width(config)
+    layer += 2 * length * (config.data.sequence_length / 2) * _query_width(config)
     return 6 * (model.layers * layer + length * model.vocabulary * model.hidden)
 
 
@@ -169,7 +169,7 @@ def sparsity_factors(config: ConfigDict, bytes_per_vector: float | None = None) 
 def forward(
     config: ConfigDict,
     rows: int | None = None,
-    row_length: int | None = None,
+    sequence_length: int | None = None,
     *,
     prefix_tokens: int | None = None,
 ) -> float:
@@ -180,13 +180,13 @@ def forward(
 
     Args:
       config: a validated config.
-      rows: default `data.batch_rows`.
-      row_length: tokens of a row, a multiple of `memory.chunk_length` where there are memories;
-        default `data.row_length`.
+      rows: default `data.batch_size`.
+      sequence_length: tokens of a row, a multiple of `memory.chunk_length` where there are
+        memories; default `data.sequence_length`.
       prefix_tokens: default PREFIX_TOKENS where rows begin with the prefix, else 0.
     """
-    rows = config.data.batch_rows if rows is None else rows
-    tokens = config.data.row_length if row_length is None else row_length
+    rows = config.data.batch_size if rows is None else rows
+    tokens = config.data.sequence_length if sequence_length is None else sequence_length
     total = _context_forward(config, rows, tokens, prefix_tokens)
     if config.memory.source in IN_STEP:
         total += _encode(config, _row_references(config, rows, tokens))
@@ -201,7 +201,7 @@ def train_step(config: ConfigDict) -> float:
     last memory layer's reference queries, which serve nothing else, count in the forward only. With
     `memory.source = stop_gradient` all of the encoding does.
     """
-    rows, tokens = config.data.batch_rows, config.data.row_length
+    rows, tokens = config.data.batch_size, config.data.sequence_length
     total = 3 * _context_forward(config, rows, tokens, None)
     if config.memory.source == "online":
         references = _row_references(config, rows, tokens)

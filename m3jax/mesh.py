@@ -195,11 +195,11 @@ def _check_shape(config: ConfigDict, sizes: Mapping[str, int]) -> None:
 
 def _check_rows(config: ConfigDict, sizes: Mapping[str, int]) -> None:
     ways = math.prod(sizes[axis] for axis in BATCH_AXES)
-    rows, parts = config.data.batch_rows, config.train.microbatches
+    rows, parts = config.data.batch_size, config.train.microbatches
     if (rows // parts) % ways:
         shown = " × ".join(str(sizes[axis]) for axis in BATCH_AXES)
         raise ConfigError(
-            f"config.data.batch_rows = {rows}: {rows // parts} rows (train.microbatches = {parts})"
+            f"config.data.batch_size = {rows}: {rows // parts} rows (train.microbatches = {parts})"
             f" cannot be split over mesh.slice × mesh.data × mesh.fsdp = {shown} = {ways} devices;"
             f" use a multiple of {parts * ways} rows, or a smaller mesh"
         )
@@ -300,7 +300,7 @@ def host_rows(mesh: Mesh, total: int) -> HostRows:
     if total % ways:
         raise ConfigError(
             f"batches of {total} rows cannot be split over the {ways} devices of mesh.slice ×"
-            f" mesh.data × mesh.fsdp; set data.batch_rows and evaluation.batch_rows to multiples of"
+            f" mesh.data × mesh.fsdp; set data.batch_size and evaluation.batch_size to multiples of"
             f" {ways}"
         )
     indices = batch_sharding(mesh).addressable_devices_indices_map((total,)).values()

@@ -67,8 +67,8 @@ def test_unknown_top_level_field() -> None:
 
 def test_missing_field_says_where_to_start() -> None:
     config = m3config.default().unlock()
-    del config.data["row_length"]
-    with pytest.raises(ConfigError, match=r"config\.data\.row_length is missing.*default\(\)"):
+    del config.data["sequence_length"]
+    with pytest.raises(ConfigError, match=r"config\.data\.sequence_length is missing.*default\(\)"):
         m3config.validate(config)
 
 
@@ -146,20 +146,26 @@ def test_not_among_the_choices(field: str, value: Any, accepted: str) -> None:
         ),
         (
             {"memory__first_layer": 3},
-            ("memory.layers = 2", "memory layers 3…4 do not exist", "model.layers = 4"),
+            ("memory.layers = 2", "memory.first_layer = 3 on do not all exist", "model.layers = 4"),
         ),
-        ({"data__row_length": 100}, ("data.row_length = 100", "memory.chunk_length = 64")),
+        (
+            {"data__sequence_length": 100},
+            ("data.sequence_length = 100", "memory.chunk_length = 64"),
+        ),
         (
             {"memory__kept_tokens": 129},
             ("memory.kept_tokens = 129", "memory.reference_length = 128"),
         ),
-        ({"train__microbatches": 3}, ("train.microbatches = 3", "data.batch_rows = 16")),
+        ({"train__microbatches": 3}, ("train.microbatches = 3", "data.batch_size = 16")),
         ({"text__vocabulary": 2048}, ("model.vocabulary = 1024", "text.vocabulary = 2048")),
         ({"chat__user": ""}, ("chat.user", "differ from the others")),
         ({"chat__assistant": "\nUser:"}, ("chat.user", "differ from the others")),
         ({"data__packing": "pairs", "memory__dropout": 0.1}, ("memory.dropout", "must be 0")),
         ({"data__packing": "pairs", "train__z_loss": 0.1}, ("train.z_loss", "must be 0")),
-        ({"optimizer__rise_share": 0.1}, ("optimizer.rise_share", "optimizer.rise_steps")),
+        (
+            {"optimizer__lr_warmup_share": 0.1},
+            ("optimizer.lr_warmup_share", "optimizer.lr_warmup_steps"),
+        ),
         ({"retrieval__ids": "stored"}, ("retrieval.ids", "data.packing = 'document'")),
         (
             {"retrieval__candidates": 4},
@@ -171,12 +177,12 @@ def test_not_among_the_choices(field: str, value: Any, accepted: str) -> None:
         ),
         ({"retrieval__encoder": "minilm"}, ("retrieval.encoder = 'minilm'", "it is 'lexical'")),
         (
-            {"writer__context": "document", "memory__source": "online"},
-            ("writer.context = 'document'", "memory.source = 'precomputed'"),
+            {"writer__document_context": True, "memory__source": "online"},
+            ("writer.document_context = True", "memory.source = 'precomputed'"),
         ),
         (
-            {"writer__context": "document", "writer__context_tokens": 255},
-            ("writer.context_tokens = 255", "memory.reference_length = 128"),
+            {"writer__document_context": True, "writer__document_context_tokens": 255},
+            ("writer.document_context_tokens = 255", "memory.reference_length = 128"),
         ),
         (
             {
@@ -191,7 +197,7 @@ def test_not_among_the_choices(field: str, value: Any, accepted: str) -> None:
             ("retrieval.rerank = True", "needs retrieval.embedder = 'attention'; it is 'model'"),
         ),
         ({"retrieval__layer": 5}, ("retrieval.layer = 5", "above model.layers = 4")),
-        ({"optimizer__rise_steps": 1001}, ("optimizer.rise_steps", "train.steps = 1000")),
+        ({"optimizer__lr_warmup_steps": 1001}, ("optimizer.lr_warmup_steps", "train.steps = 1000")),
         ({"mesh__fsdp": 0}, ("mesh.fsdp = 0", "-1 or at least 1")),
         ({"stage": ""}, ("config.stage", "not empty")),
         ({"stage": "a/b"}, ("config.stage = 'a/b'", "no slash")),

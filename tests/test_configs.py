@@ -110,7 +110,7 @@ def test_settings_of_the_paper(name: str) -> None:
     assert model.hidden == model.mlp_width == model.query_heads * model.head_dim
     assert (memory.reference_length, memory.kept_tokens, memory.chunk_length) == (128, 8, 64)
     assert (memory.per_chunk, memory.window, memory.per_prompt_chunk) == (1, 5, 5)
-    assert config.data.row_length * config.data.batch_rows == 2**22  # about 4M tokens a step
+    assert config.data.sequence_length * config.data.batch_size == 2**22  # about 4M tokens a step
     assert (model.param_dtype, model.compute_dtype) == ("bfloat16", "bfloat16")
     assert (config.optimizer.schedule, config.optimizer.weight_decay) == ("wsd", 0.1)
     assert (config.retrieval.overlap_train, config.retrieval.shift) == (0.9, 0)
@@ -122,11 +122,11 @@ def test_settings_of_the_paper_after_pretraining(name: str) -> None:
     sft, dpo = build(name, stage="sft"), build(name, stage="dpo")
     for config, peak in ((sft, 5e-5), (dpo, 4e-6)):
         assert (config.optimizer.schedule, config.optimizer.learning_rate) == ("cosine", peak)
-        assert (config.data.batch_rows, config.data.row_length) == (512, 2048)
-        assert (config.optimizer.rise_share, config.optimizer.weight_decay) == (0.1, 0.1)
+        assert (config.data.batch_size, config.data.sequence_length) == (512, 2048)
+        assert (config.optimizer.lr_warmup_share, config.optimizer.weight_decay) == (0.1, 0.1)
     assert (sft.train.epochs, sft.chat.most_rounds, dpo.preference.beta) == (3, 8, 0.01)
     resolved = m3jax.config.with_epochs(sft, rows=51_200)
-    assert (resolved.train.steps, resolved.optimizer.rise_steps) == (300, 30)
+    assert (resolved.train.steps, resolved.optimizer.lr_warmup_steps) == (300, 30)
     assert m3jax.config.with_epochs(build(name), rows=5).to_dict() == build(name).to_dict()
 
 

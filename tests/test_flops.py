@@ -104,14 +104,14 @@ def tiny(source: str = "none", **model: object) -> ConfigDict:
     config.text.vocabulary = 300
     config.memory.update(first_layer=1, layers=1, reference_length=7, kept_tokens=3)
     config.memory.update(chunk_length=4, per_chunk=2, window=3, source=source)
-    config.data.update(row_length=20, batch_rows=5)
+    config.data.update(sequence_length=20, batch_size=5)
     config.train.microbatches = 1
     return m3jax.config.validate(config)
 
 
 def count_forward(config: ConfigDict, *, reads: bool) -> int:
     """FLOP of one row, (query, key) pair by pair and layer by layer."""
-    model, memory, tokens = config.model, config.memory, config.data.row_length
+    model, memory, tokens = config.model, config.memory, config.data.sequence_length
     prefix = 2 if reads else 0
     total = 0
     for layer in range(model.layers):
@@ -175,8 +175,8 @@ def test_forward_of_other_rows() -> None:
     config = tiny("online")
     assert flops.forward(config, rows=10) == 2 * flops.forward(config)
     longer = tiny("online")
-    longer.data.row_length = 40
-    assert flops.forward(config, row_length=40) == flops.forward(longer)
+    longer.data.sequence_length = 40
+    assert flops.forward(config, sequence_length=40) == flops.forward(longer)
 
 
 def test_decoding_with_memories_at_the_shape_of_the_paper(paper: ConfigDict) -> None:

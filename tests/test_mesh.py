@@ -22,7 +22,7 @@ from m3jax.mesh import (
 
 def config_with(**sizes):
     config = default()
-    config.data.batch_rows = 8
+    config.data.batch_size = 8
     for axis, size in sizes.items():
         config.mesh[axis] = size
     return config
@@ -69,10 +69,10 @@ def test_mesh_that_does_not_fit_is_refused(sizes, message):
 
 def test_rows_that_cannot_be_split_are_refused():
     config = config_with()
-    config.data.batch_rows = 12
-    with pytest.raises(ConfigError, match="batch_rows = 12: 12 rows .* multiple of 8 rows"):
+    config.data.batch_size = 12
+    with pytest.raises(ConfigError, match="batch_size = 12: 12 rows .* multiple of 8 rows"):
         make_mesh(config)
-    config.data.batch_rows, config.train.microbatches = 16, 4
+    config.data.batch_size, config.train.microbatches = 16, 4
     with pytest.raises(ConfigError, match="4 rows .* multiple of 32 rows"):
         make_mesh(config)
 

@@ -88,7 +88,7 @@ def _rest() -> list[Entry]:
             group,
         ),
     ]
-    context = {"writer.context": "document", "writer.context_tokens": 4 * 32}
+    context = {"writer.document_context": True, "writer.document_context_tokens": 4 * 32}
     found.append(
         Entry(
             "contextual",

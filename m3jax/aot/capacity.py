@@ -44,7 +44,7 @@ class Assumptions:
         the network of the data sheet, where there is one.
       price_per_chip_hour: of one chip, in any currency; None leaves costs out.
       decode_batch: rows decoded at once.
-      decode_length: tokens of such a row, prompt included; None takes `data.row_length`.
+      decode_length: tokens of such a row, prompt included; None takes `data.sequence_length`.
     """
 
     topology: str
@@ -223,17 +223,17 @@ def training(config: ConfigDict, assumptions: Assumptions, slice_: Machine) -> S
     """Speed, duration and cost of `train.steps` optimizer steps.
 
     * step time: useful FLOP of a step / (chips · peak · mfu);
-    * tokens a day: `data.batch_rows` · `data.row_length` / step time · 86 400 s;
+    * tokens a day: `data.batch_size` · `data.sequence_length` / step time · 86 400 s;
     * duration: `train.steps` · step time, without evaluation, checkpoints and restarts;
     * cost: duration in hours · chips · price.
     """
     work, steps = flops.train_step(config), config.train.steps
     seconds = slice_.seconds(work)
-    tokens = config.data.batch_rows * config.data.row_length
+    tokens = config.data.batch_size * config.data.sequence_length
     section = {
         "step_work": Quantity(work, "FLOP", "useful products, forward and backward"),
         "step_time": Quantity(seconds, "s", "step work / (chips · peak · mfu)"),
-        "step_tokens": Quantity(tokens, "tokens", "data.batch_rows · data.row_length"),
+        "step_tokens": Quantity(tokens, "tokens", "data.batch_size · data.sequence_length"),
         "tokens_a_day": Quantity(
             tokens / seconds * _DAY, "tokens/day", "step tokens / step time · 86400"
         ),
@@ -247,16 +247,16 @@ def training(config: ConfigDict, assumptions: Assumptions, slice_: Machine) -> S
 def reading(config: ConfigDict, assumptions: Assumptions, slice_: Machine) -> Section:
     """What the hosts must read from the bank while they train.
 
-    * memories a step: `data.batch_rows` · chunks of a row · `memory.per_chunk` where memories are
+    * memories a step: `data.batch_size` · chunks of a row · `memory.per_chunk` where memories are
       precomputed, else none. Hidden chunks (`memory.dropout`) and repeated references count too, so
       that this is the most that can be asked for;
     * bandwidth: memories a step · bytes of a memory / step time.
     """
     memories, words = 0, f"none are read with memory.source = {config.memory.source}"
     if config.memory.source == "precomputed":
-        chunks = config.data.row_length // config.memory.chunk_length
-        memories = config.data.batch_rows * chunks * config.memory.per_chunk
-        words = "data.batch_rows · chunks of a row · memory.per_chunk"
+        chunks = config.data.sequence_length // config.memory.chunk_length
+        memories = config.data.batch_size * chunks * config.memory.per_chunk
+        words = "data.batch_size · chunks of a row · memory.per_chunk"
     seconds = slice_.seconds(flops.train_step(config))
     formula = "memories a step · memory{} / step time"
     section = {"memories_a_step": Quantity(memories, "count", words)}
@@ -295,7 +295,7 @@ def decoding(config: ConfigDict, assumptions: Assumptions, slice_: Machine) -> S
     * per chip: all of it split evenly over the slice, or whole on one chip.
     """
     model, memory, batch = config.model, config.memory, assumptions.decode_batch
-    length = assumptions.decode_length or config.data.row_length
+    length = assumptions.decode_length or config.data.sequence_length
     parameters = flops.parameters(config).total
     vector = model.kv_heads * model.head_dim * 2 * _BFLOAT16
     cache = batch * length * model.layers * vector

@@ -136,7 +136,7 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
     def array(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    B, T = config.data.batch_rows, config.data.row_length
+    B, T = config.data.batch_size, config.data.sequence_length
     C, M = chunks_of_row(config, T), memory.per_chunk
     batch = {"tokens": array(B, T), "targets": array(B, T)}
     batch["weights"] = array(B, T, dtype=jnp.float32)
@@ -223,7 +223,7 @@ def report(
     else:
         mesh = make_mesh(config, devices)
         found = compile_train(config, mesh) if program == "train" else compile_writer(config, mesh)
-    tokens = config.data.row_length
+    tokens = config.data.sequence_length
     online = program == "writer" or config.memory.source in IN_STEP
     blocks = attention_blocks(config, tokens=tokens, references=online)
     useful = {
@@ -277,7 +277,7 @@ def _memory_bytes(
     every layer; the writer reads weights once; decoding a token reads weights, keys and values.
     """
     if program == "decode":
-        rows = config.data.batch_rows // (mesh.size // mesh.shape["tensor"])
+        rows = config.data.batch_size // (mesh.size // mesh.shape["tensor"])
         return flops.decode_bytes(config, rows, context) / mesh.shape["tensor"]
     width = jnp.dtype(config.model.compute_dtype).itemsize
     weights = flops.parameters(config).non_embedding * width / mesh.shape["tensor"]
@@ -286,8 +286,8 @@ def _memory_bytes(
         layers = config.memory.first_layer + config.memory.layers
         return state + weights * layers / config.model.layers
     ways = mesh.size // mesh.shape["tensor"]
-    rows = config.data.batch_rows / ways
-    saved = config.model.layers * rows * config.data.row_length * config.model.hidden * width
+    rows = config.data.batch_size / ways
+    saved = config.model.layers * rows * config.data.sequence_length * config.model.hidden * width
     passes = 3 if config.model.remat != "none" else 2
     return 2 * state + config.train.microbatches * passes * weights + 2 * saved
 

@@ -29,7 +29,7 @@ def serving(config: ConfigDict, rows: int) -> ConfigDict:
     with changed.unlocked():
         mesh = changed.mesh
         mesh.data, mesh.fsdp = -1, 1
-        changed.data.batch_rows = changed.evaluation.batch_rows = rows
+        changed.data.batch_size = changed.evaluation.batch_size = rows
         changed.train.microbatches = 1
     return changed
 
@@ -43,9 +43,9 @@ def serving_mesh(config: ConfigDict, devices: list[Any]) -> Mesh:
     ways = len(devices) // (config.mesh.tensor * config.mesh.slice)
     with config.unlocked():
         config.mesh.data = max(1, ways)
-    if config.data.batch_rows % max(1, ways * config.mesh.slice):
+    if config.data.batch_size % max(1, ways * config.mesh.slice):
         raise ConfigError(
-            f"{config.data.batch_rows} rows cannot be split over {ways} devices; use a multiple"
+            f"{config.data.batch_size} rows cannot be split over {ways} devices; use a multiple"
         )
     return make_mesh(config, devices)
 
@@ -61,7 +61,7 @@ def arguments(config: ConfigDict, mesh: Mesh, context: int) -> tuple[Decoder, tu
     model = Model(config, PREFIX_TOKENS, mesh)
     decoder = Decoder(model, Sampling(), stop=(3,))
     memory, shape = config.memory, config.model
-    B, M, Q = config.data.batch_rows, memory.per_prompt_chunk, memory.chunk_length
+    B, M, Q = config.data.batch_size, memory.per_prompt_chunk, memory.chunk_length
     params = jax.eval_shape(lambda p: unstack(model, p), model.abstract()[0])
 
     def stored(*lead: int) -> ExplicitMemory:

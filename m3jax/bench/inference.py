@@ -163,7 +163,7 @@ def _shape() -> ConfigDict:
     model.tied_embeddings, model.prefix = True, "always"
     memory.dtype = "float32"
     config.text.validation_share = 0.0
-    config.data.row_length = 2048
+    config.data.sequence_length = 2048
     config.writer.batch_references = 16
     return config_lib.validate(config)
 

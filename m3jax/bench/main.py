@@ -151,7 +151,7 @@ def _shape(source: str, compression: str = "none", guard: bool = False) -> Confi
     config.model.attention_block = 128
     config.model.prefix = "always"
     config.text.validation_share = 0.0
-    config.data.row_length, config.data.batch_rows = 512, 4
+    config.data.sequence_length, config.data.batch_size = 512, 4
     config.data.threads, config.data.prefetch = 2, 4
     config.retrieval.shift = 1
     config.writer.batch_references, config.writer.compression = 64, compression
@@ -216,7 +216,7 @@ class _Stage:
         self.same = self._place(next(self.batches))
 
     def _place(self, batch: dict[str, Any]) -> dict[str, Any]:
-        rows = host_rows(self.mesh, self.pipeline.batch_rows)
+        rows = host_rows(self.mesh, self.pipeline.batch_size)
         return to_global(self.mesh, inputs(batch), rows)
 
     def _run(self, batch: dict[str, Any]) -> None:

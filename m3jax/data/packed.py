@@ -103,39 +103,42 @@ class PackedRows:
       plan: numbers of the chats (or pairs) of every row.
     """
 
-    def __init__(self, corpus: Corpus, row_length: int, chunk_length: int, packing: str) -> None:
+    def __init__(
+        self, corpus: Corpus, sequence_length: int, chunk_length: int, packing: str
+    ) -> None:
         """Packs.
 
         Args:
           corpus: of `prepare_chats`.
-          row_length: tokens T of a row.
+          sequence_length: tokens T of a row.
           chunk_length: tokens Q of a chunk.
           packing: `chats` or `pairs`; a pair's two chats are neighbours in one row.
 
         Raises:
           TextError: a chat, or a pair, is longer than a row.
         """
-        self.corpus, self.row_length, self.chunk_length = corpus, row_length, chunk_length
+        self.corpus, self.sequence_length, self.chunk_length = corpus, sequence_length, chunk_length
         self._pairs = packing == "pairs"
         self._each = 2 if self._pairs else 1
         inputs = (np.asarray(corpus.lengths, np.int64) - 1).reshape(-1, self._each)
         sizes = inputs.sum(axis=1)
-        if sizes.max() > row_length:
+        if sizes.max() > sequence_length:
             raise TextError(
                 f"{corpus.folder} holds {packing} of {sizes.max()} tokens, more than a row of"
-                f" config.data.row_length = {row_length}; prepare it again with this row length"
+                f" config.data.sequence_length = {sequence_length}; prepare it again with this row"
+                " length"
             )
-        self.plan = pack(sizes, row_length)
+        self.plan = pack(sizes, sequence_length)
         chunks = (-(-inputs // chunk_length)).sum(axis=1)
         self.chunks = max(int(chunks[group].sum()) for group in self.plan)
         self.slots = 2 * max(map(len, self.plan)) if self._pairs else 0
-        self.padding = 1 - float(sizes.sum()) / (len(self.plan) * row_length)
+        self.padding = 1 - float(sizes.sum()) / (len(self.plan) * sequence_length)
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __getitem__(self, index: int) -> PackedRow:
-        T, Q = self.row_length, self.chunk_length
+        T, Q = self.sequence_length, self.chunk_length
         inputs, targets = np.full((2, T), PAD, np.int32)
         weights = np.zeros(T, np.float32)
         starts, first_chunks, answers = np.zeros((3, T), np.int32)

@@ -52,7 +52,7 @@ class Pipeline:
       retriever: finds references for chunks; None when ids are stored or there is no memory.
       bank: memories of the references; None unless the source is `precomputed`.
       shift: whose text is a chunk's query: 0 its own, 1 the previous chunk's.
-      batch_rows: rows of a batch over all hosts.
+      batch_size: rows of a batch over all hosts.
       dropout: share of chunks whose memories are hidden.
 
     A batch is a dict of NumPy arrays: `tokens`, `targets` `(B, T)` int32, `weights` `(B, T)`
@@ -77,15 +77,15 @@ class Pipeline:
         bank: Bank | LayeredBank | None = None,
         *,
         shift: int,
-        batch_rows: int,
+        batch_size: int,
         dropout: float = 0.0,
     ):
         self.config, self.rows, self.tokenizer = config, rows, tokenizer
         self.references, self.retriever, self.bank = references, retriever, bank
-        self.shift, self.batch_rows, self.dropout = shift, batch_rows, dropout
+        self.shift, self.batch_size, self.dropout = shift, batch_size, dropout
         # Rows repeat in another order each epoch; a batch may reach over the end of one.
         order = grain.MapDataset.range(len(rows)).seed(config.seed).shuffle().repeat()
-        self._order = order.batch(batch_rows, drop_remainder=True)
+        self._order = order.batch(batch_size, drop_remainder=True)
         self.version: Version | None = None
         self.reference_logprobs: np.ndarray | None = None
         self._counts = {"chunks": 0, "chunks_without_reference": 0}
@@ -94,7 +94,7 @@ class Pipeline:
     def batch(self, step: int, rows: np.ndarray | slice | None = None) -> Batch:
         """The batch of a step, or only some of its rows (those of one host)."""
         ids = np.asarray(self._order[step])
-        selected = np.arange(self.batch_rows)[slice(None) if rows is None else rows]
+        selected = np.arange(self.batch_size)[slice(None) if rows is None else rows]
         return self.read(ids[selected], self._hidden(step)[selected])
 
     def read(
@@ -191,7 +191,7 @@ class Pipeline:
     def _hidden(self, step: int) -> np.ndarray:
         """Chunks `(B, C)` of the whole batch whose memories are hidden in this step."""
         generator = np.random.default_rng([self.config.seed, 0x6D33, step])
-        return generator.random((self.batch_rows, self.rows.chunks)) < self.dropout
+        return generator.random((self.batch_size, self.rows.chunks)) < self.dropout
 
     def _reference_tokens(self, ids: np.ndarray) -> np.ndarray:
         assert self.references is not None
@@ -234,7 +234,7 @@ def open_pipeline(
     rows = open_rows(config, workdir, split, tokenizer)
     options = {
         "shift": config.retrieval.shift if train else config.evaluation.shift,
-        "batch_rows": config.data.batch_rows if train else config.evaluation.batch_rows,
+        "batch_size": config.data.batch_size if train else config.evaluation.batch_size,
         "dropout": config.memory.dropout if train else 0.0,
     }
     if config.memory.source == "none":
@@ -281,4 +281,4 @@ def open_rows(
             " again"
         )
     make = PackedRows if packed else Rows
-    return make(corpus, data.row_length, config.memory.chunk_length, data.packing)
+    return make(corpus, data.sequence_length, config.memory.chunk_length, data.packing)

@@ -44,7 +44,7 @@ class Rows:
 
     Args:
       corpus: token documents.
-      row_length: tokens T of a row.
+      sequence_length: tokens T of a row.
       chunk_length: tokens Q of a chunk, which divides T.
       packing: `concat` puts the documents one after the other and cuts every T tokens; the last,
         incomplete row is left out. `document` gives each document ⌈(n − 1)/T⌉ rows of its own,
@@ -58,21 +58,21 @@ class Rows:
       TextError: the corpus does not fill one row.
     """
 
-    def __init__(self, corpus: Corpus, row_length: int, chunk_length: int, packing: str):
-        self.corpus, self.row_length, self.chunk_length = corpus, row_length, chunk_length
-        self.packing, self.chunks, self.slots = packing, row_length // chunk_length, 0
+    def __init__(self, corpus: Corpus, sequence_length: int, chunk_length: int, packing: str):
+        self.corpus, self.sequence_length, self.chunk_length = corpus, sequence_length, chunk_length
+        self.packing, self.chunks, self.slots = packing, sequence_length // chunk_length, 0
         lengths = np.asarray(corpus.lengths, np.int64)
         if packing == "concat":
             self._starts = np.concatenate([[0], np.cumsum(lengths)])
-            self._count = int((self._starts[-1] - 1) // row_length)
+            self._count = int((self._starts[-1] - 1) // sequence_length)
         else:
-            per_document = -(-np.maximum(lengths - 1, 0) // row_length)
+            per_document = -(-np.maximum(lengths - 1, 0) // sequence_length)
             self._starts = np.concatenate([[0], np.cumsum(per_document)])
             self._count = int(self._starts[-1])
         if self._count < 1:
             raise TextError(
-                f"the corpus has {int(lengths.sum())} tokens, too few for one row of {row_length};"
-                " prepare more text or lower config.data.row_length"
+                f"the corpus has {int(lengths.sum())} tokens, too few for one row of"
+                f" {sequence_length}; prepare more text or lower config.data.sequence_length"
             )
 
     def __len__(self) -> int:
@@ -80,14 +80,14 @@ class Rows:
 
     def document_of(self, rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """Number of the document that each row begins in."""
-        starts = rows * self.row_length if self.packing == "concat" else rows
+        starts = rows * self.sequence_length if self.packing == "concat" else rows
         return np.searchsorted(self._starts, starts, side="right") - 1
 
     def __getitem__(self, index: int) -> Row:
         return self._concatenated(index) if self.packing == "concat" else self._own(index)
 
     def _concatenated(self, index: int) -> Row:
-        start, need = index * self.row_length, self.row_length + 1
+        start, need = index * self.sequence_length, self.sequence_length + 1
         document = int(np.searchsorted(self._starts, start, side="right")) - 1
         tokens, weights = [], []
         while need:
@@ -106,9 +106,9 @@ class Rows:
         document = int(np.searchsorted(self._starts, index, side="right")) - 1
         item = self.corpus[document]
         number = index - int(self._starts[document])
-        part = slice(number * self.row_length, (number + 1) * self.row_length + 1)
-        tokens = np.full(self.row_length + 1, PAD, np.int32)
-        weights = np.zeros(self.row_length + 1, np.float32)
+        part = slice(number * self.sequence_length, (number + 1) * self.sequence_length + 1)
+        tokens = np.full(self.sequence_length + 1, PAD, np.int32)
+        weights = np.zeros(self.sequence_length + 1, np.float32)
         length = len(item.tokens[part])
         tokens[:length] = item.tokens[part]
         weights[:length] = _weights(item)[part]

@@ -124,7 +124,7 @@ def leakage(
 
 def _rows(config: ConfigDict, folder: Path, sample: int, rng: np.random.Generator) -> list[Text]:
     data = config.data
-    rows = Rows(Corpus.open(folder), data.row_length, config.memory.chunk_length, data.packing)
+    rows = Rows(Corpus.open(folder), data.sequence_length, config.memory.chunk_length, data.packing)
     chosen = np.sort(rng.permutation(len(rows))[:sample]).tolist()
     return [Text(f"row {row} of {folder.name}", rows[row].tokens) for row in chosen]
 

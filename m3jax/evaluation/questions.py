@@ -63,12 +63,12 @@ class Answerer:
       model: the model.
       params: its parameters.
       tokenizer: of the model.
-      batch_rows: questions scored at once.
+      batch_size: questions scored at once.
     """
 
-    def __init__(self, model: Model, params: Params, tokenizer: Tokenizer, batch_rows: int = 64):
+    def __init__(self, model: Model, params: Params, tokenizer: Tokenizer, batch_size: int = 64):
         self.model, self.params, self.tokenizer = model, params, tokenizer
-        self.scorer = Scorer(model, params, tokenizer, batch_rows)
+        self.scorer = Scorer(model, params, tokenizer, batch_size)
         self._logits = jax.jit(lambda p, tokens, memory: model.logits(p, tokens, memory, window=1))
         self._observe = jax.jit(model.memory_attention, static_argnums=3)
 

@@ -69,11 +69,11 @@ def make_texts(
     Raises:
       InferenceError: a first part that leaves no other, a text longer than a row, or none kept.
     """
-    share, row = session.config.text.validation_share, session.config.data.row_length
+    share, row = session.config.text.validation_share, session.config.data.sequence_length
     if not 0 < split < tokens <= row:
         raise InferenceError(
             f"a first part of {split} of at most {tokens} tokens: both parts need some, and"
-            f" config.data.row_length = {row} is the longest text"
+            f" config.data.sequence_length = {row} is the longest text"
         )
     settings = {"count": count, "tokens": tokens, "split": split, "seed": seed, "share": share}
     settings |= {"temperature": temperature, "checkpoint": str(session.checkpoint)}

@@ -91,12 +91,12 @@ class Scorer:
       model: the model.
       params: its parameters.
       tokenizer: of the model.
-      batch_rows: rows scored at once.
+      batch_size: rows scored at once.
     """
 
-    def __init__(self, model: Model, params: Params, tokenizer: Tokenizer, batch_rows: int = 64):
+    def __init__(self, model: Model, params: Params, tokenizer: Tokenizer, batch_size: int = 64):
         self.model, self.params, self.tokenizer = model, params, tokenizer
-        self.batch_rows = batch_rows
+        self.batch_size = batch_size
         self._program = jax.jit(functools.partial(_score, model))
 
     def retrieve(
@@ -152,13 +152,13 @@ class Scorer:
         """
         logprob, greedy = np.zeros(len(pairs)), np.zeros(len(pairs), bool)
         order = np.argsort([-len(c) - len(t) for c, t in pairs], kind="stable")
-        starts = range(0, len(pairs), self.batch_rows)
+        starts = range(0, len(pairs), self.batch_size)
         for low in tqdm(starts, desc="scoring", unit="batch", disable=not progress):
-            part = order[low : low + self.batch_rows].tolist()
-            part += part[-1:] * (self.batch_rows - len(part))
+            part = order[low : low + self.batch_size].tolist()
+            part += part[-1:] * (self.batch_size - len(part))
             config = self.model.config
             rows = as_rows(
-                [pairs[i] for i in part], config.memory.chunk_length, config.data.row_length
+                [pairs[i] for i in part], config.memory.chunk_length, config.data.sequence_length
             )
             memory = None if ids is None else self._memory([ids[i] for i in part], bank, rows)
             found = self._program(self.params, rows.tokens, rows.place, rows.target, memory)

@@ -47,10 +47,10 @@ class ColdMemories:
         Raises:
           BankError: nothing to write, or memories that depend on more than their reference.
         """
-        if config.writer.context != "reference":
+        if config.writer.document_context:
             raise BankError(
-                f"config.writer.context = {config.writer.context!r}: a cold start encodes"
-                " references alone; write a bank (launch/write_bank.py)"
+                "config.writer.document_context = True: a cold start encodes references alone;"
+                " write a bank (launch/write_bank.py)"
             )
         model_, memory = config.model, config.memory
         self.codec = plain(model_.head_dim, memory.dtype)

@@ -55,7 +55,7 @@ class Generator:
           sampling: default greedy.
           stop: tokens that end a row.
           observe: whether to report what attention the memories received.
-          longest: most tokens of prompt and text together; default `data.row_length`.
+          longest: most tokens of prompt and text together; default `data.sequence_length`.
         """
         codec = None if recaller is None else recaller.memories.codec
         self.model, self.tokenizer, self.recaller = model, tokenizer, recaller
@@ -70,7 +70,7 @@ class Generator:
         )
         self.params = jax.jit(lambda p: unstack(model, p))(params)
         self.chunk = model.config.memory.chunk_length
-        self.longest = model.config.data.row_length if longest is None else longest
+        self.longest = model.config.data.sequence_length if longest is None else longest
         self.stop, self.timing = tuple(stop), Timing()
 
     def generate(

@@ -20,34 +20,32 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt64
 from ml_collections import ConfigDict
 
-DOCUMENT = "document"
 # What a bank's layout means that does not state it: references encoded alone, all heads stored.
-UNSTATED = {"context": "reference", "context_references": 1, "heads": ""}
+UNSTATED = {"document_context_references": 1, "heads": ""}
 
 _BLOCK = 64  # rows into which windows are packed before the next rows are begun
 
 
 def window_references(config: ConfigDict) -> int:
     """References of a window: the slots of a row; 1 where each is encoded alone."""
-    if config.writer.context != DOCUMENT:
+    if not config.writer.document_context:
         return 1
-    return config.writer.context_tokens // config.memory.reference_length
+    return config.writer.document_context_tokens // config.memory.reference_length
 
 
 def layout_entries(config: ConfigDict) -> dict[str, Any]:
-    """What the layout of a bank states of context: nothing where there is none."""
-    if config.writer.context != DOCUMENT:
-        return {}
-    return {"context": DOCUMENT, "context_references": window_references(config)}
+    """Entries of a bank's layout on document context; empty where there is none."""
+    references = window_references(config)
+    return {} if references == 1 else {"document_context_references": references}
 
 
 def writer_settings(layout: dict[str, Any]) -> dict[str, Any]:
     """The `config.writer` fields with which references are encoded as in a bank of this layout."""
-    stated = {**UNSTATED, **layout}
-    if stated["context"] != DOCUMENT:
-        return {"context": stated["context"]}
-    tokens = stated["context_references"] * stated["reference_length"]
-    return {"context": DOCUMENT, "context_tokens": tokens}
+    references = {**UNSTATED, **layout}["document_context_references"]
+    if references == 1:
+        return {"document_context": False}
+    tokens = references * layout["reference_length"]
+    return {"document_context": True, "document_context_tokens": tokens}
 
 
 def identities(

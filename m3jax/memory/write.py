@@ -61,7 +61,8 @@ def write_bank(
       writer_path, writer_step: where the parameters come from; recorded, not compared.
       progress: show a progress bar.
       base: an older bank of the same writer, tokenizer and layout: memories of references with the
-        same tokens (and, with `writer.context`, the same before them) are copied, not encoded.
+        same tokens (and, with `writer.document_context`, the same before them) are copied, not
+        encoded.
       keep: the base is a bank of the same references by another writer: memories that are copied
         all the same; all others are encoded.
 

@@ -136,7 +136,7 @@ class Model:
         self.attention = {
             "implementation": resolve(
                 *(model.attention, platform, self.dtype, model.head_dim),
-                packed=config.data.row_length if config.data.packing in PACKED else 0,
+                packed=config.data.sequence_length if config.data.packing in PACKED else 0,
             ),
             "block": model.attention_block,
             "kv_block": model.attention_kv_block,

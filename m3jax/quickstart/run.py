@@ -131,14 +131,16 @@ def prepare_people(config: ConfigDict, folder: Path, world: people.World) -> Non
       folder: where.
       world: the people.
     """
-    chunks = config.data.row_length // config.memory.chunk_length
-    facts = config.train.steps * config.data.batch_rows // 2
+    chunks = config.data.sequence_length // config.memory.chunk_length
+    facts = config.train.steps * config.data.batch_size // 2
     source = folder / "text"
     source.mkdir(parents=True, exist_ok=True)
     if not (source / "knowledge.jsonl").exists():
         documents = [
             *people.fact_documents(world, config.seed, facts, chunks=chunks),
-            *people.echo_documents(world, config.seed, facts, words=config.data.row_length - 1),
+            *people.echo_documents(
+                world, config.seed, facts, words=config.data.sequence_length - 1
+            ),
         ]
         people.write_jsonl(source / "documents.jsonl", documents)
         everyone = (*world.people, *world.unseen)

@@ -145,10 +145,11 @@ def _check(config: ConfigDict, hide: str, window: int, by_query: bool) -> None:
             f"config.data.packing = {config.data.packing!r}: heads are ranked on rows of one text"
             " each; use the config of another stage and name the checkpoint"
         )
-    if hide == "context" and not 0 < window < config.data.row_length:
+    if hide == "context" and not 0 < window < config.data.sequence_length:
         raise ConfigError(
-            f"a window of {window} tokens hides nothing, or all: rows have config.data.row_length ="
-            f" {config.data.row_length} tokens; give a smaller window, or longer rows"
+            f"a window of {window} tokens hides nothing, or all: rows have"
+            f" config.data.sequence_length = {config.data.sequence_length} tokens; give a smaller"
+            f" window, or longer rows"
         )
     if hide == "memory" and config.memory.source == "none":
         raise ConfigError(

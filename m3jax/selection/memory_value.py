@@ -88,7 +88,7 @@ def row_losses(
     """Losses of rows in `MEASURED`, with nothing absent or with everything."""
     found = []
     for ids, batch in _batches(pipeline, rows):
-        places = np.arange(pipeline.batch_rows)
+        places = np.arange(pipeline.batch_size)
         values = losses(params, batch, places, np.full(len(places), absent))[: len(ids)]
         weights = np.asarray(batch["weights"], np.float64).sum(axis=1)[: len(ids)]
         found.append(_measured(ids, np.full(len(ids), absent), values, weights))
@@ -125,7 +125,7 @@ def measure(
     if not (folder / _BEGUN).is_file() or (folder / _BEGUN).read_bytes() != begun:
         shutil.rmtree(folder, ignore_errors=True)
         write_atomically(folder / _BEGUN, begun)
-    found, size = [], pipeline.batch_rows
+    found, size = [], pipeline.batch_size
     bar = tqdm(total=len(rows), unit=" rows", desc="measured", disable=not progress)
     with bar:
         for low in range(0, len(rows), size):
@@ -148,7 +148,7 @@ def _measure_batch(
         for absent in [NOTHING, *np.unique(ids[place][ids[place] >= 0]).tolist()]
     ]
     places, absent = np.array(pairs, np.int64).T
-    size = pipeline.batch_rows
+    size = pipeline.batch_size
     placed = jax.device_put({**inputs(batch), "reference_ids": batch["reference_ids"]})
     values = np.zeros(len(pairs))
     for low in range(0, len(pairs), size):
@@ -163,9 +163,9 @@ def _batches(
     pipeline: Pipeline, rows: Int[np.ndarray, " n"]
 ) -> Iterator[tuple[Int[np.ndarray, " b"], Batch]]:
     """Batches of rows; the last one is filled up with its last row."""
-    for low in range(0, len(rows), pipeline.batch_rows):
-        part = rows[low : low + pipeline.batch_rows]
-        fill = np.minimum(np.arange(pipeline.batch_rows), len(part) - 1)
+    for low in range(0, len(rows), pipeline.batch_size):
+        part = rows[low : low + pipeline.batch_size]
+        fill = np.minimum(np.arange(pipeline.batch_size), len(part) - 1)
         yield part, pipeline.read(part[fill])
 
 

@@ -211,12 +211,12 @@ def _count(
         pipeline.references,
         pipeline.retriever,
         shift=pipeline.shift,
-        batch_rows=pipeline.batch_rows,
+        batch_size=pipeline.batch_size,
     )
     assert pipeline.references is not None
     counted = np.zeros(len(pipeline.references), np.int64)
     chosen = np.sort(np.random.default_rng([config.seed, 0xC0]).permutation(len(rows))[:count])
-    size = pipeline.batch_rows
+    size = pipeline.batch_size
     steps = range(0, len(chosen), size)
     for low in tqdm(steps, desc="counted", unit=" batches", disable=not progress):
         for ids in training.retrieved(chosen[low : low + size]):

@@ -146,7 +146,7 @@ class _Planner:
         return None if bank == last.bank else bank
 
     def bank(self, config: ConfigDict, writer: Stage, data: Data) -> Path:
-        fields = {p: v for p, v in flatten(config).items() if p.startswith(_OF_BANK)}
+        fields = {p: v for p, v in config_lib.flatten(config).items() if p.startswith(_OF_BANK)}
         return self.workdir / "banks" / _short([fields, writer.folder.name, data.key])
 
 
@@ -201,19 +201,12 @@ def _with(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     return config_lib.validate(ConfigDict(values)).lock()
 
 
-def flatten(config: ConfigDict) -> dict[str, Any]:
-    """Path of every field → its value."""
-    flat: dict[str, Any] = {}
-    for name, value in config.to_dict().items():
-        inner = value.items() if isinstance(value, dict) else ()
-        flat |= {f"{name}.{key}": leaf for key, leaf in inner} or {name: value}
-    return flat
-
-
 def _changed(config: ConfigDict) -> dict[str, Any]:
     """Fields that differ from the defaults, so that a new field changes no hash; not the name."""
-    default = flatten(config_lib.default())
-    found = {path: value for path, value in flatten(config).items() if value != default[path]}
+    default = config_lib.flatten(config_lib.default())
+    found = {
+        path: value for path, value in config_lib.flatten(config).items() if value != default[path]
+    }
     return {path: found[path] for path in sorted(found) if path != "name"}
 
 

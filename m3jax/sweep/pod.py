@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from m3jax.sweep.plan import flatten
+from m3jax.config import flatten
 from m3jax.sweep.spec import Run, Stage, Sweep
 
 

@@ -29,7 +29,7 @@ from m3jax.checkpoint import (
     saved_shapes,
     unreadable,
 )
-from m3jax.config import to_json
+from m3jax.config import flatten, to_json
 from m3jax.distributed import meet
 from m3jax.errors import CheckpointError
 from m3jax.files import write_atomically
@@ -252,9 +252,9 @@ def check_owner(stage_folder: str | Path, config: ConfigDict) -> None:
     path = Path(stage_folder) / "config.json"
     if not path.exists():
         return
-    ours = _flatten(json.loads(to_json(config)))
+    ours = flatten(json.loads(to_json(config)))
     try:
-        theirs = _flatten(json.loads(path.read_text("utf-8")))
+        theirs = flatten(json.loads(path.read_text("utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a config: {error}") from error
     for field in sorted(ours.keys() | theirs.keys()):
@@ -273,13 +273,3 @@ def claim(stage_folder: str | Path, config: ConfigDict) -> None:
     check_owner(stage_folder, config)
     if jax.process_index() == 0:
         write_atomically(Path(stage_folder) / "config.json", (to_json(config) + "\n").encode())
-
-
-def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update({f"{key}.{sub}": leaf for sub, leaf in value.items()})
-        else:
-            flat[key] = value
-    return flat

@@ -128,7 +128,7 @@ class Speed:
 
     def __init__(self, config: ConfigDict, mesh: Mesh, clock: Clock):
         self.clock = clock
-        self.tokens_per_step = config.data.batch_rows * config.data.row_length
+        self.tokens_per_step = config.data.batch_size * config.data.sequence_length
         self.seconds_before = 0.0
         self.tokens_per_second: float | None = None
         self._flops = flops.train_step(config)

@@ -178,7 +178,7 @@ def each_batch(
     pipeline: Pipeline, mesh: Mesh | None, first: int, last: int
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Batches of the rows `first … last − 1` in their order, on the mesh; the real rows of each."""
-    B = pipeline.batch_rows
+    B = pipeline.batch_size
     here, place = np.arange(B), jax.device_put
     if mesh is not None:
         of_host = host_rows(mesh, B)
@@ -203,7 +203,7 @@ def _compute(
     manifest = _read_manifest(folder, binding)
     first_process = jax.process_index() == 0
     if manifest is None:
-        count = -(-rows // (_BATCHES * pipeline.batch_rows))
+        count = -(-rows // (_BATCHES * pipeline.batch_size))
         manifest = {**binding, "rows": rows, "slots": slots, "parts": count}
         if first_process:
             write_sealed(folder / _MANIFEST, manifest)
@@ -211,7 +211,7 @@ def _compute(
     meet("reference parts listed")
     logprobs = row_logprobs(config, model, pipeline.decode)
     started = shown = time.monotonic()
-    each = _BATCHES * pipeline.batch_rows
+    each = _BATCHES * pipeline.batch_size
     for number, (part, path) in enumerate(missing, 1):
         low, high = part * each, min((part + 1) * each, rows)
         found = [
@@ -262,9 +262,9 @@ def _binding(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
     return {
         "pairs": pipeline.rows.corpus.fingerprint,
         "config": json.loads(json.dumps(settings, sort_keys=True)),
-        "row_length": config.data.row_length,
+        "sequence_length": config.data.sequence_length,
         "shift": pipeline.shift,
-        "batch_rows": pipeline.batch_rows,
+        "batch_size": pipeline.batch_size,
         "bank": None if pipeline.bank is None else pipeline.bank.writer["hash"],
         "knowledge": None if pipeline.version is None else pipeline.version.number,
     }

@@ -30,7 +30,7 @@ class PreferenceEvaluator:
         self.config, self.pipeline, self.mesh = config, pipeline, mesh
         model = Model(config, prefix_tokens(config), mesh)
         self._logprobs = row_logprobs(config, model, pipeline.decode)
-        most = config.evaluation.batches * pipeline.batch_rows
+        most = config.evaluation.batches * pipeline.batch_size
         self.rows = min(most, len(pipeline.rows))
 
     def __call__(self, params: Params) -> dict[str, float]:

@@ -43,13 +43,13 @@ class LossEvaluator:
 
     def __init__(self, config: ConfigDict, pipeline: Pipeline, mesh: Mesh | None = None):
         self.config, self.pipeline = config, pipeline
-        whole = max(1, len(pipeline.rows) // pipeline.batch_rows)
+        whole = max(1, len(pipeline.rows) // pipeline.batch_size)
         self.batches = min(config.evaluation.batches, whole)
-        self.rows = min(self.batches * pipeline.batch_rows, len(pipeline.rows))
+        self.rows = min(self.batches * pipeline.batch_size, len(pipeline.rows))
         self.model = Model(config, prefix_tokens(config), mesh)
         self._ids, self._place = None, jax.device_put
         if mesh is not None:
-            here = host_rows(mesh, pipeline.batch_rows)
+            here = host_rows(mesh, pipeline.batch_size)
             self._ids, self._place = here.ids, functools.partial(to_global, mesh, rows=here)
         self.modes = MODES if config.memory.source != "none" else ("none",)
         self._sums = {mode: jax.jit(self._summed(mode)) for mode in self.modes}

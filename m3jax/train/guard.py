@@ -198,8 +198,8 @@ class Guard:
             f"{stage}: {describe_trouble(trouble._asdict())}. The run has gone back {tries} times,"
             f" which is config.guard.tries (see {self.folder / FILE}), and the learning rate is at"
             f" {self.scale:.3g} of the config's. Start anew with a lower optimizer.learning_rate or"
-            " a longer optimizer.rise_steps, look at the data, or raise guard.tries and run the"
-            " same command"
+            " a longer optimizer.lr_warmup_steps, look at the data, or raise guard.tries and run"
+            " the same command"
         )
 
     def _skipped(self) -> list[tuple[int, int]]:

@@ -285,7 +285,7 @@ class _Loop:
         """Trains from a step on, to the end unless the guard notices trouble: whether it did."""
         steps, every = self.config.train.steps, self.config.train.refresh_every
         scale = () if self.guard is None else (scale_on(self.mesh, self.guard.scale),)
-        rows = host_rows(self.mesh, self.config.data.batch_rows)
+        rows = host_rows(self.mesh, self.config.data.batch_size)
         batches = self._batches(first, rows.ids)
         for step in range(first + 1, steps + 1):
             if every and step > 1 and (step - 1) % every == 0:
@@ -419,8 +419,8 @@ class _Loop:
             raise DivergenceError(
                 f"{self.config.stage}: not finite at step {step} (loss {values['loss']}, gradient"
                 f" norm {values['gradient_norm']}); {saved} in {self.folder}. Lower"
-                " optimizer.learning_rate, lengthen optimizer.rise_steps, look at the data, or let"
-                " guard.on = True go back by itself"
+                " optimizer.learning_rate, lengthen optimizer.lr_warmup_steps, look at the data, or"
+                " let guard.on = True go back by itself"
             )
         self.speed.step()
         train = self.config.train

@@ -10,7 +10,7 @@ def schedule(config: ConfigDict, peak: float | None = None) -> optax.Schedule:
     """The config's schedule: a linear rise, then wsd or cosine.
 
     Steps count from 0: step s makes the update s + 1. The rise reaches the peak at step
-    `rise_steps − 1`; the fall would reach `final_share · peak` at step `train.steps`.
+    `lr_warmup_steps − 1`; the fall would reach `min_lr_ratio · peak` at step `train.steps`.
 
     Args:
       config: a validated config.
@@ -18,17 +18,17 @@ def schedule(config: ConfigDict, peak: float | None = None) -> optax.Schedule:
     """
     optimizer, steps = config.optimizer, config.train.steps
     peak = optimizer.learning_rate if peak is None else peak
-    rise, final = optimizer.rise_steps, optimizer.final_share * peak
+    rise, final = optimizer.lr_warmup_steps, optimizer.min_lr_ratio * peak
     pieces: list[tuple[int, optax.Schedule]] = []  # (first step, schedule)
     if rise:
         climb = optax.linear_schedule(peak / rise, peak, rise - 1) if rise > 1 else None
         pieces.append((0, climb or optax.constant_schedule(peak)))
     if optimizer.schedule == "cosine":
         length = max(1, steps - rise)
-        cosine = optax.cosine_decay_schedule(peak, length, alpha=optimizer.final_share)
+        cosine = optax.cosine_decay_schedule(peak, length, alpha=optimizer.min_lr_ratio)
         pieces.append((rise, cosine))
     else:
-        fall = min(round(optimizer.fall_share * steps), steps - rise)
+        fall = min(round(optimizer.lr_decay_share * steps), steps - rise)
         pieces.append((rise, optax.constant_schedule(peak)))
         if fall:
             pieces.append((steps - fall, optax.linear_schedule(peak, final, fall)))

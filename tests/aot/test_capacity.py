@@ -172,7 +172,7 @@ def test_decoding_by_hand() -> None:
     assert decoding["total"] == decoding["weights"] + decoding["cache"] + decoding["memories"]
     assert decoding["sharded"] == decoding["total"] / 256
     assert decoding["fits_one_chip"] is decoding["fits_sharded"] is True
-    longest = values("decoding", made(decode_batch=256))  # rows of data.row_length
+    longest = values("decoding", made(decode_batch=256))  # rows of data.sequence_length
     assert longest["cache"] == 256 * 2048 * 44 * 2 * 640 * 2
     assert (longest["fits_one_chip"], longest["fits_sharded"]) == (False, True)
     assert values("decoding", made(topology="v5e:1x1", decode_batch=256))["fits_sharded"] is False

@@ -53,7 +53,7 @@ def test_every_device_counts():
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_a_warmup_step_is_useful_work_and_known_waste(remat):
-    config = tiny_config(model__remat=remat, model__attention="naive", data__row_length=16)
+    config = tiny_config(model__remat=remat, model__attention="naive", data__sequence_length=16)
     mesh = make_mesh(config)
     model, optimizer = Model(config, prefix_tokens(config), mesh), make_optimizer(config)
     state = abstract_state(model, optimizer, mesh)
@@ -61,7 +61,7 @@ def test_a_warmup_step_is_useful_work_and_known_waste(remat):
     found = executed_flops(step.trace(state, abstract_batch(config, mesh)).jaxpr)
     useful = flops.train_step(config)
     # Naive attention computes the whole square instead of the causal half.
-    B, T = config.data.batch_rows, config.data.row_length
+    B, T = config.data.batch_size, config.data.sequence_length
     width = config.model.query_heads * config.model.head_dim
     half = 2 * 2 * config.model.layers * B * (T * T - T * (T + 1) // 2) * width
     head = 2 * B * T * config.model.hidden * config.model.vocabulary
@@ -82,7 +82,7 @@ def test_steps_of_packed_rows_are_traced_as_they_are(packing):
     step, batch = make_step(config, model, mesh, optimizer, state), abstract_batch(config, mesh)
     assert {"starts", "first_chunks"} <= batch.keys()
     assert ("reference_logprobs" in batch) == (packing == "pairs")
-    B, T = config.data.batch_rows, config.data.row_length
+    B, T = config.data.batch_size, config.data.sequence_length
     C = 2 * T // config.memory.chunk_length
     assert batch["memory"].length.shape == (B, C, 1)
     found = executed_flops(step.trace(state, batch).jaxpr)

@@ -44,12 +44,12 @@ def tiny_config(**changes: Any) -> ConfigDict:
         "text__validation_share": 0.2,
         "retrieval__shift": 1,
         "retrieval__candidates": 8,
-        "data__row_length": 60,
-        "data__batch_rows": 4,
-        "evaluation__batch_rows": 4,
+        "data__sequence_length": 60,
+        "data__batch_size": 4,
+        "evaluation__batch_size": 4,
         "evaluation__batches": 2,
         "train__steps": 4,
-        "optimizer__rise_steps": 1,
+        "optimizer__lr_warmup_steps": 1,
     }
     config = default()
     with config.unlocked():

@@ -84,7 +84,7 @@ def test_a_row_holds_its_chats_token_by_token(chats):
 
 def test_chats_longer_than_a_row_are_refused(chats):
     _, folder = chats
-    with pytest.raises(TextError, match=r"more than a row of config\.data\.row_length = 20"):
+    with pytest.raises(TextError, match=r"more than a row of config\.data\.sequence_length = 20"):
         rows_of(folder, "chats", 20)
 
 

@@ -67,5 +67,5 @@ def test_document_rows_begin_with_their_document_and_are_padded():
 
 
 def test_a_corpus_too_small_for_a_row_is_refused():
-    with pytest.raises(TextError, match="row_length"):
+    with pytest.raises(TextError, match="sequence_length"):
         Rows(corpus(5), 8, 4, "concat")

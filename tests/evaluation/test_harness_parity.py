@@ -33,7 +33,7 @@ def both(tmp_path_factory, require):
         model__prefix="with_memory",
         model__vocabulary=300,
         text__vocabulary=300,
-        data__row_length=ROW,
+        data__sequence_length=ROW,
     )
     params = random_params(config)
     tokenizer = Tokenizer.train([TEXT * 4], 300, 2)
@@ -42,7 +42,7 @@ def both(tmp_path_factory, require):
     write_folder(folder / "llama", config, params, positions=ROW)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session_module, "restore_params", lambda *_, **__: (params, {"step": 0}))
-        ours = HarnessModel(Session(config, folder), "none", batch_rows=4)
+        ours = HarnessModel(Session(config, folder), "none", batch_size=4)
     from tokenizers import Tokenizer as Plain
     from tokenizers.processors import TemplateProcessing
 

@@ -140,6 +140,6 @@ def test_other_mistakes_name_the_remedy(config, workdir, tmp_path):
         leakage(config, workdir, sample=0)
     with pytest.raises(TextError, match="prepare.py"):
         leakage(config, tmp_path)
-    long = tiny_config(memory__source="online", data__row_length=10**6)
+    long = tiny_config(memory__source="online", data__sequence_length=10**6)
     with pytest.raises(TextError, match="too few for one row"):
         leakage(long, workdir)

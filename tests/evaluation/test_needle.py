@@ -28,7 +28,7 @@ NEEDLE = Needle(PERSON.text, f"{RELATION} of {PERSON.name}", f" {VALUE}")
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
-    config = tiny_config(stage="continual", data__row_length=40)
+    config = tiny_config(stage="continual", data__sequence_length=40)
     workdir = make_workdir(tmp_path_factory.mktemp("needle") / "run", config)
     params = Model(config, PREFIX_TOKENS).init(jax.random.key(5))
     with pytest.MonkeyPatch.context() as patch:

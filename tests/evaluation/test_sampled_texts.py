@@ -24,7 +24,7 @@ ASKED: dict[str, Any] = {"count": 24, "tokens": 12, "split": 5}
 @pytest.fixture(scope="module")
 def session() -> Session:
     """Random weights; logits large enough that some texts end, and some early."""
-    config = tiny_config(data__row_length=64, text__validation_share=0.4)
+    config = tiny_config(data__sequence_length=64, text__validation_share=0.4)
     made = object.__new__(Session)
     made.config, made.model = config, Model(config, ())
     params = tiny_params(config, 2)
@@ -100,5 +100,5 @@ def test_draws_follow_the_model(session: Session, tmp_path: Path) -> None:
 def test_parts_that_cannot_be_are_refused(
     session: Session, tmp_path: Path, wrong: dict[str, int]
 ) -> None:
-    with pytest.raises(InferenceError, match="config.data.row_length = 64"):
+    with pytest.raises(InferenceError, match="config.data.sequence_length = 64"):
         make_texts(session, tmp_path, **{**ASKED, **wrong})

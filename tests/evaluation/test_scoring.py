@@ -32,7 +32,7 @@ def workdir(tmp_path_factory):
 def scorer(workdir):
     model = Model(CONFIG, PREFIX_TOKENS)
     params = model.init(jax.random.key(5))
-    return Scorer(model, params, Tokenizer.load(workdir / "tokenizer"), batch_rows=4)
+    return Scorer(model, params, Tokenizer.load(workdir / "tokenizer"), batch_size=4)
 
 
 @pytest.fixture

@@ -39,8 +39,8 @@ CHANGES = {
     "memory__layers": 2,
     "model__layers": 3,
     "evaluation__batches": 3,
-    "evaluation__batch_rows": 8,
-    "data__batch_rows": 8,
+    "evaluation__batch_size": 8,
+    "data__batch_size": 8,
 }
 CONFIG = tiny_config(**CHANGES)
 

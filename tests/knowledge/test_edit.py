@@ -212,7 +212,8 @@ def test_an_edit_follows_a_bank_with_context(workdir: Path) -> None:
     shutil.rmtree(workdir / "bank")
     first = References.open(workdir / "references")
     with_context = two_layers.copy_and_resolve_references()
-    with_context.writer.context, with_context.writer.context_tokens = "document", 60
+    with_context.writer.document_context = True
+    with_context.writer.document_context_tokens = 60
     write(first, workdir / "bank", None, 2, with_context)
     version = edit(CONFIG, workdir, documents=[long], write=in_context)
     added = References.open(version.layers[1] / "references")
@@ -234,7 +235,7 @@ def test_an_edit_follows_a_bank_with_context(workdir: Path) -> None:
     references, _, bank = opened(workdir)
     after = bank.read(np.array(references.find("Long#1"))).values
     np.testing.assert_allclose(after, alone[1], atol=1e-5)
-    assert bank.binding.layout["context_references"] == 3
+    assert bank.binding.layout["document_context_references"] == 3
 
 
 def test_rollback_and_forward(workdir: Path) -> None:

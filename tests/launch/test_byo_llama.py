@@ -20,9 +20,9 @@ from m3jax.model.transformer import Model
 
 CONFIG = ROOT / "configs" / "byo_llama.py"
 SMALL = (  # besides the shape
-    *("--config.evaluation.batches=2", "--config.evaluation.batch_rows=8"),
-    *("--config.train.steps=4", "--config.train.evaluate_every=0", "--config.data.batch_rows=8"),
-    *("--config.optimizer.rise_steps=1", "--config.writer.batch_references=32"),
+    *("--config.evaluation.batches=2", "--config.evaluation.batch_size=8"),
+    *("--config.train.steps=4", "--config.train.evaluate_every=0", "--config.data.batch_size=8"),
+    *("--config.optimizer.lr_warmup_steps=1", "--config.writer.batch_references=32"),
 )
 
 

@@ -35,16 +35,16 @@ def get_config(options=""):
     config.model.prefix = "always"
     config.memory.source = "none" if stage == "warmup" else "precomputed"
     config.memory.reference_length, config.memory.kept_tokens = 9, 4
-    config.memory.chunk_length, config.data.row_length = 10, 60
+    config.memory.chunk_length, config.data.sequence_length = 10, 60
     config.text.validation_share = 0.2
     config.retrieval.shift, config.retrieval.candidates = 1, 8
-    config.data.batch_rows = config.evaluation.batch_rows = 4
+    config.data.batch_size = config.evaluation.batch_size = 4
     config.evaluation.batches = 2
     config.train.steps, config.train.checkpoint_every, config.train.evaluate_every = 6, 3, 3
-    config.train.log_every, config.optimizer.rise_steps = 2, 1
+    config.train.log_every, config.optimizer.lr_warmup_steps = 2, 1
     if stage in ("sft", "dpo"):
         config.data.packing = "chats" if stage == "sft" else "pairs"
-        config.train.epochs, config.optimizer.rise_share = 0.5, 0.1
+        config.train.epochs, config.optimizer.lr_warmup_share = 0.5, 0.1
         config.chat.user, config.chat.assistant = "\\nQ", "\\nA"
     return validate(config)
 """

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG = "configs/memory3_2b.py"
 # Four layers of the real widths on 16 chips, half of them memory layers.
 SMALL = ("model.layers=4", "memory.layers=2", "model.vocabulary=4096", "text.vocabulary=4096")
-MESH = ("data.batch_rows=32", "mesh.data=2", "mesh.fsdp=8")
+MESH = ("data.batch_size=32", "mesh.data=2", "mesh.fsdp=8")
 
 
 def compile_for(tmp_path, options, topology, *changes, program="train"):
@@ -65,7 +65,7 @@ def test_layers_exchange_parts_of_weights_only(tmp_path, require):
 @pytest.mark.parity
 def test_what_does_not_fit_says_what_to_change(tmp_path, require):
     require("libtpu")
-    changes = (*SMALL, "data.batch_rows=512", "mesh.data=2", "mesh.fsdp=8", "model.remat=none")
+    changes = (*SMALL, "data.batch_size=512", "mesh.data=2", "mesh.fsdp=8", "model.remat=none")
     done, found = compile_for(tmp_path, "", "v5e:4x4", *changes)
     assert done.returncode == 1
     assert not found["fits"] and found["peak_bytes_per_chip"] > 16e9
@@ -103,7 +103,7 @@ def test_names_that_are_no_slice(tmp_path, topology, message):
     [
         (("mesh.data=3",), "does not divide the 16"),
         (("mesh.data=1", "mesh.tensor=16", "mesh.fsdp=1"), "model.kv_heads = 8"),
-        (("data.batch_rows=40", "mesh.data=2"), "use a multiple of 16 rows"),
+        (("data.batch_size=40", "mesh.data=2"), "use a multiple of 16 rows"),
     ],
 )
 def test_meshes_that_cannot_work(tmp_path, changes, message, require):

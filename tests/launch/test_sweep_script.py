@@ -21,8 +21,8 @@ def get_config(options=""):
     config = quickstart.get_config(options)
     with config.unlocked():
         config.train.steps, config.train.checkpoint_every, config.train.evaluate_every = 4, 2, 4
-        config.train.log_every, config.optimizer.rise_steps = 1, 1
-        config.data.batch_rows = config.evaluation.batch_rows = 8
+        config.train.log_every, config.optimizer.lr_warmup_steps = 1, 1
+        config.data.batch_size = config.evaluation.batch_size = 8
         config.text.validation_share = 0.4
         config.model.layers, config.memory.layers = 2, 1
         config.model.hidden, config.model.head_dim, config.model.mlp_width = 16, 4, 24
@@ -49,7 +49,7 @@ def get_sweep():
             Entry("impossible", {{"memory.kept_tokens": 99}}, "both"),
             Entry("broken", knowledge="nowhere"),
             Entry("kept", {{"memory.kept_tokens": 2, "continual:train.steps": {steps}}}, "both"),
-            Entry("together", {{"writer.context": "document"}}, knowledge="documents"),
+            Entry("together", {{"writer.document_context": True}}, knowledge="documents"),
         ],
         prepare=prepare,
         questions=sweep_people.QUESTIONS,

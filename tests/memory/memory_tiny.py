@@ -137,8 +137,8 @@ def big(context: str) -> dict[str, Any]:
         model__head_dim=64,
         writer__shard_memories=48,
         writer__batch_references=64,
-        writer__context=context,
-        writer__context_tokens=192,
+        writer__document_context=context == "document",
+        writer__document_context_tokens=192,
     )
     sizes = [1, 5, 2, 3, 9] * 200
     return {"config": config, "references": TinyReferences(4000, length=64, sizes=sizes)}

@@ -28,7 +28,11 @@ ALL = np.arange(COUNT)
 
 def context_config(**changes: Any) -> ConfigDict:
     return tiny_config(
-        **{"writer__context": "document", "writer__context_tokens": 3 * 12 + 5, **changes}
+        **{
+            "writer__document_context": True,
+            "writer__document_context_tokens": 3 * 12 + 5,
+            **changes,
+        }
     )
 
 
@@ -214,23 +218,23 @@ def test_the_identity_is_that_of_all_tokens_in_order() -> None:
 
 
 def test_the_other_kind_of_bank_is_refused(folder: Path, alone: Bank, tmp_path: Path) -> None:
-    words = "context = 'document', here 'reference'; .*context_references = 3, here 1"
+    words = "document_context_references = 3, here 1"
     with pytest.raises(BankError, match=words):
         build(folder, tiny_config(), references=in_documents())
-    with pytest.raises(BankError, match="context = 'reference', here 'document'"):
+    with pytest.raises(BankError, match="document_context_references = 1, here 3"):
         build(tmp_path / "bank", context_config(), references=in_documents(), base=alone)
-    wider = context_config(writer__context_tokens=48)
-    with pytest.raises(BankError, match="written with context_references = 3, here 4"):
+    wider = context_config(writer__document_context_tokens=48)
+    with pytest.raises(BankError, match="written with document_context_references = 3, here 4"):
         build(tmp_path / "bank", wider, references=in_documents(), base=Bank.open(folder))
 
 
 def test_a_bank_says_how_it_was_written() -> None:
-    assert not {"context", "context_references"} & set(layout_of(tiny_config(), (1, 2)))
+    assert not {"document_context_references"} & set(layout_of(tiny_config(), (1, 2)))
     config, layout = tiny_config(), layout_of(context_config(), (1, 2))
     config.writer.update(writer_settings(layout))
     assert layout_of(config, (1, 2)) == layout
     config.writer.update(writer_settings(layout_of(tiny_config(), (1, 2))))
-    assert config.writer.context == "reference"
+    assert not config.writer.document_context
 
 
 # -- how rows are filled

@@ -213,7 +213,7 @@ def test_other_prefix_tokens_than_the_models_are_refused(tmp_path: Path) -> None
 def test_on_a_mesh(folder: Path, tmp_path: Path) -> None:
     config = tiny_config()
     config.mesh.data, config.mesh.fsdp = 2, 4
-    config.data.batch_rows = 16
+    config.data.batch_size = 16
     build(tmp_path / "bank", config, mesh=make_mesh(config))
     ours, theirs = Bank.open(tmp_path / "bank"), Bank.open(folder)
     assert ours.binding == theirs.binding

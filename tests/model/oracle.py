@@ -38,7 +38,7 @@ def oracle_config(**changes: Any) -> ConfigDict:
         "memory__chunk_length": 3,
         "memory__window": 2,
         "memory__dtype": "float32",
-        "data__row_length": 9,
+        "data__sequence_length": 9,
         **changes,
     }
     config = default()

@@ -31,7 +31,7 @@ def tiny(**changes):
         "memory.reference_length": 6,
         "memory.kept_tokens": P,
         "memory.chunk_length": CHUNK,
-        "data.row_length": 32,
+        "data.sequence_length": 32,
         "text.vocabulary": 260,
         **{path.replace("__", "."): value for path, value in changes.items()},
     }
@@ -159,7 +159,7 @@ def test_equals_the_forward_of_training(with_memory, prefix, qk_norm):
 
 @pytest.mark.slow
 def test_a_mesh_generates_the_same():
-    config = tiny(mesh__data=2, mesh__tensor=2, mesh__fsdp=1, data__batch_rows=4)
+    config = tiny(mesh__data=2, mesh__tensor=2, mesh__fsdp=1, data__batch_size=4)
     mesh = make_mesh(config, jax.devices()[:4])
     model, on_mesh = Model(config, (1, 2)), Model(config, (1, 2), mesh)
     params = model.init(jax.random.key(0))

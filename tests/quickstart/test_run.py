@@ -17,8 +17,8 @@ def short_config(options):
     config = quickstart.get_config(options)
     with config.unlocked():
         config.train.steps, config.train.checkpoint_every, config.train.evaluate_every = 4, 2, 2
-        config.optimizer.rise_steps = 1
-        config.data.batch_rows = config.evaluation.batch_rows = 8
+        config.optimizer.lr_warmup_steps = 1
+        config.data.batch_size = config.evaluation.batch_size = 8
         config.evaluation.batches = 1
         config.mesh.fsdp = 1
         config.text.validation_share = 0.4

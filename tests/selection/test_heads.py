@@ -189,7 +189,7 @@ def test_a_stopped_run_goes_on(workdir: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"window": 60}, "data.row_length = 60"),
+        ({"window": 60}, "data.sequence_length = 60"),
         ({"hide": "memory", "by_query": True}, "stored for key-value heads"),
         ({"hide": "all"}, "known: context, memory"),
     ],

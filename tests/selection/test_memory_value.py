@@ -34,7 +34,7 @@ from m3jax.train.checkpoints import Checkpoints
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import new_state
 
-CONFIG = tiny_config(text__validation_share=0.5, evaluation__batch_rows=8)
+CONFIG = tiny_config(text__validation_share=0.5, evaluation__batch_size=8)
 WEIGHTS = Model(CONFIG).init(jax.random.key(0))
 QUICK = Options(sample=8, count=8, check=8, draws=1)
 
@@ -210,7 +210,7 @@ def test_the_choice_becomes_a_version_that_finds_nothing_else(workdir: Path, hel
     assert np.isin(ids[ids >= 0], live).all() and (ids >= 0).any()
     # Rows that carry keys of what was removed read nothing in their place.
     stored = tiny_config(
-        retrieval__ids="stored", data__packing="document", evaluation__batch_rows=8
+        retrieval__ids="stored", data__packing="document", evaluation__batch_size=8
     )
     ids = validation(workdir, stored).retrieved(np.arange(20))
     rollback(workdir, 0)

@@ -120,7 +120,7 @@ def test_encoded_in_the_step_is_measured_with_a_bank_of_its_own_writer() -> None
     online, scratch, context = planned(
         Entry("online", {"continual:memory.source": "online"}),
         Entry("scratch", stages=("scratch",)),
-        Entry("context", {"writer.context": "document"}, knowledge="documents"),
+        Entry("context", {"writer.document_context": True}, knowledge="documents"),
     )
     assert online.stages[1].bank is None and online.bank is not None
     assert online.read is not None and online.read.memory.source == "precomputed"

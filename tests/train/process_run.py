@@ -28,8 +28,8 @@ def stage_config(stage, **changes):
     return tiny_config(
         stage=stage,
         model__layers=1,
-        data__batch_rows=8,
-        evaluation__batch_rows=8,
+        data__batch_size=8,
+        evaluation__batch_size=8,
         train__steps=9,
         train__log_every=1,
         train__checkpoint_every=3,

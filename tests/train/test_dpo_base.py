@@ -24,8 +24,8 @@ from m3jax.train.loop import train
 from m3jax.train.metrics import read_metrics
 
 SETTINGS = {
-    "data__batch_rows": 2,
-    "evaluation__batch_rows": 2,
+    "data__batch_size": 2,
+    "evaluation__batch_size": 2,
     "retrieval__ids": "stored",
     "chat__user": "\nQ",
     "chat__assistant": "\nA",

@@ -20,7 +20,7 @@ ANSWERS = ((2, 5), (7, 8), (9, 11), (13, 14))  # chosen, rejected, chosen, rejec
 
 
 def config_of(**changes):
-    return tiny_config(data__packing="pairs", data__batch_rows=2, preference__beta=BETA, **changes)
+    return tiny_config(data__packing="pairs", data__batch_size=2, preference__beta=BETA, **changes)
 
 
 def as_arrays(batch):

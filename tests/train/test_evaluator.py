@@ -57,8 +57,8 @@ def test_no_row_is_evaluated_twice(workdir, params):
     config = tiny_config(evaluation__batches=1000)
     evaluate_losses = evaluator(config, workdir)
     rows = evaluate_losses.rows
-    assert len(evaluate_losses.pipeline.rows) - config.evaluation.batch_rows < rows
-    assert rows == evaluate_losses.batches * config.evaluation.batch_rows
+    assert len(evaluate_losses.pipeline.rows) - config.evaluation.batch_size < rows
+    assert rows == evaluate_losses.batches * config.evaluation.batch_size
     batches = [evaluate_losses.pipeline.batch(s) for s in range(evaluate_losses.batches)]
     assert len(np.unique(np.concatenate([b["tokens"] for b in batches]), axis=0)) == rows
     expected = plain_loss(params, batches, lambda b: b["memory"])
@@ -68,7 +68,7 @@ def test_no_row_is_evaluated_twice(workdir, params):
 def test_answers_are_those_of_teacher_forcing_with_the_memories(workdir, params):
     pipeline = evaluator(CONFIG, workdir).pipeline
     model, bank = Model(CONFIG), pipeline.bank
-    answerer = Answerer(model, params, pipeline.tokenizer, batch_rows=5)
+    answerer = Answerer(model, params, pipeline.tokenizer, batch_size=5)
     asked = people.questions(WORLD, 0)
     questions = [Question(q.prompt, q.answer, q.references) for q in asked]
     ids = answerer.given(questions, pipeline.references)

@@ -176,7 +176,7 @@ def test_second_stage_starts_from_parameters_alone(undisturbed, tmp_path):
     warm, workdir, _ = undisturbed
     frozen = {"optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0}
     config = tiny_config(
-        "precomputed", stage="continual", train__steps=1, optimizer__rise_steps=1, **frozen
+        "precomputed", stage="continual", train__steps=1, optimizer__lr_warmup_steps=1, **frozen
     )
     writer = {"hash": "abc", "path": "warmup", "step": 12}
     run(config, tmp_path, init_from=workdir / "warmup", writer=writer, evaluate=None)

@@ -19,9 +19,9 @@ def rates(config):
 def test_wsd_rises_stays_and_falls():
     config = tiny_config(
         train__steps=20,
-        optimizer__rise_steps=4,
-        optimizer__fall_share=0.25,
-        optimizer__final_share=0.1,
+        optimizer__lr_warmup_steps=4,
+        optimizer__lr_decay_share=0.25,
+        optimizer__min_lr_ratio=0.1,
         optimizer__learning_rate=1.0,
     )
     expected = [0.25, 0.5, 0.75, 1.0] + [1.0] * 12 + [0.82, 0.64, 0.46, 0.28]
@@ -30,7 +30,7 @@ def test_wsd_rises_stays_and_falls():
 
 @pytest.mark.parametrize("rise", [0, 1])
 def test_wsd_without_rise_or_fall_is_constant(rise):
-    config = tiny_config(optimizer__rise_steps=rise, optimizer__fall_share=0.0)
+    config = tiny_config(optimizer__lr_warmup_steps=rise, optimizer__lr_decay_share=0.0)
     np.testing.assert_allclose(rates(config), config.optimizer.learning_rate, rtol=1e-6)
 
 
@@ -38,9 +38,9 @@ def test_cosine():
     config = tiny_config(
         train__steps=12,
         optimizer__schedule="cosine",
-        optimizer__rise_steps=2,
+        optimizer__lr_warmup_steps=2,
         optimizer__learning_rate=1.0,
-        optimizer__final_share=0.2,
+        optimizer__min_lr_ratio=0.2,
     )
     share = np.arange(10) / 10
     cosine = 0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * share))
@@ -143,7 +143,7 @@ def test_muon_orthogonalises_every_layer_as_one_matrix():
         memory__layers=2,
         optimizer__name="muon",
         optimizer__weight_decay=0.5,
-        optimizer__rise_steps=0,
+        optimizer__lr_warmup_steps=0,
     )
     params, gradients = parameters(config)
     ours, before, slope = (

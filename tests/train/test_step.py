@@ -29,7 +29,7 @@ def model_of(config):
 def run(config, steps, batches=None):
     """Metrics of some steps, and the state after them."""
     mesh, model, optimizer = make_mesh(config), model_of(config), make_optimizer(config)
-    rows = host_rows(mesh, config.data.batch_rows)
+    rows = host_rows(mesh, config.data.batch_size)
     abstract = abstract_state(model, optimizer, mesh)
     state = init_state(config, model, optimizer, abstract)
     step = make_step(config, model, mesh)

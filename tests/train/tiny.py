@@ -43,9 +43,9 @@ def tiny_config(source="none", **changes):
         "memory.kept_tokens": 2,
         "memory.chunk_length": 4,
         "memory.window": 2,
-        "data.row_length": 16,
-        "data.batch_rows": 8,
-        "optimizer.rise_steps": 2,
+        "data.sequence_length": 16,
+        "data.batch_size": 8,
+        "optimizer.lr_warmup_steps": 2,
         "train.steps": 12,
         "train.log_every": 2,
         "train.checkpoint_every": 5,
@@ -70,8 +70,8 @@ class SyntheticPipeline:
 
     def batch(self, step):
         config = self.config
-        memory, model, T = config.memory, config.model, config.data.row_length
-        B, C, M = config.data.batch_rows, T // memory.chunk_length, memory.per_chunk
+        memory, model, T = config.memory, config.model, config.data.sequence_length
+        B, C, M = config.data.batch_size, T // memory.chunk_length, memory.per_chunk
         rng = np.random.default_rng([config.seed, step])
         tokens = rng.integers(4, 24, (B, T + 1), dtype=np.int32)
         tokens[:, 1::2] = tokens[:, :-1:2] + 20  # every second token can be learned

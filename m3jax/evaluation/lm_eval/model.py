@@ -60,7 +60,7 @@ class HarnessModel(TemplateLM):
         *,
         overlap: float | None = None,
         references: int = 5,
-        batch_rows: int = 16,
+        batch_size: int = 16,
         bank: str | Path | None = None,
     ) -> None:
         """Opens what the mode needs.
@@ -71,7 +71,7 @@ class HarnessModel(TemplateLM):
           overlap: references whose overlap with the context is above this are dropped; 1 drops
             none; default `retrieval.overlap_evaluation`.
           references: in front of the context, in the mode `rag`.
-          batch_rows: rows that the device works on at once.
+          batch_size: rows that the device works on at once.
           bank: folder of compressed memories, which the mode `compressed` needs.
 
         Raises:
@@ -100,8 +100,8 @@ class HarnessModel(TemplateLM):
             self.retriever = Retriever(
                 found.index, found.references, found.candidates, self.overlap, found.rank
             )
-        self.scorer = Scorer(session.model, session.params, session.tokenizer, batch_rows)
-        self.longest = self.config.data.row_length
+        self.scorer = Scorer(session.model, session.params, session.tokenizer, batch_size)
+        self.longest = self.config.data.sequence_length
         self.counts = {"requests": 0, "truncated": 0}
         self._generator: Generator | None = None
 
@@ -234,7 +234,7 @@ class HarnessModel(TemplateLM):
         recalled = self._recalled(tokens, new, questions) if self.mode == "wrong" else None
         texts = [""] * len(prompts)
         order = np.argsort([-len(row) for row in tokens], kind="stable")
-        rows = self.scorer.batch_rows
+        rows = self.scorer.batch_size
         for low in range(0, len(prompts), rows):
             part = order[low : low + rows].tolist()
             part += part[-1:] * (rows - len(part))
@@ -304,7 +304,7 @@ class HarnessModel(TemplateLM):
         if not continuation or room < 0:
             raise InferenceError(
                 f"a continuation of {len(continuation)} tokens cannot be scored in rows of"
-                f" {self.longest}; leave it out, or raise data.row_length"
+                f" {self.longest}; leave it out, or raise data.sequence_length"
             )
         tokens = list(context[1:] if context[:1] == [BOS] else context)
         if len(tokens) > room:

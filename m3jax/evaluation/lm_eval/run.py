@@ -60,7 +60,7 @@ def evaluate_tasks(
     shots: int = 0,
     limit: int | None = None,
     references: int = 5,
-    batch_rows: int = 16,
+    batch_size: int = 16,
     compressed: str | None = None,
     warmup: Session | None = None,
 ) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def evaluate_tasks(
       wanted: of `columns`.
       shots: examples in front of every question.
       limit: most examples of a task; None takes all.
-      references, batch_rows: see `HarnessModel`.
+      references, batch_size: see `HarnessModel`.
       compressed: folder of compressed memories, for the mode `compressed`.
       warmup: checkpoint of the stage before, for the mode `warmup`, which reads no memory.
 
@@ -117,7 +117,7 @@ def evaluate_tasks(
             "none" if column.mode == "warmup" else column.mode,
             overlap=column.overlap,
             references=references,
-            batch_rows=batch_rows,
+            batch_size=batch_size,
             bank=compressed if column.mode == "compressed" else None,
         )
         for task in tasks:

@@ -48,7 +48,7 @@ REMEDIES = {
     "order": "after an optional system turn users and assistants take turns, the user first, and an"
     " answer ends the chat",
     "rounds": "split the chat, or raise config.chat.most_rounds",
-    "length": "shorten it, or raise config.data.row_length",
+    "length": "shorten it, or raise config.data.sequence_length",
     "equal": "give two different answers, or leave the pair out",
 }
 

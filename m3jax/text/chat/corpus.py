@@ -63,7 +63,7 @@ def prepare_chats(
         "chat": config.chat.to_dict(),
         "text.shards": config.text.shards,
         "text.validation_share": config.text.validation_share,
-        "data.row_length": config.data.row_length,
+        "data.sequence_length": config.data.sequence_length,
         "memory.chunk_length": config.memory.chunk_length,
     }
     folder = workdir / kind
@@ -140,7 +140,7 @@ class _Writing:
 
     def _fitted(self, one: _Encoded, pair: bool) -> _Encoded | None:
         """What fits a row, without its last rounds where need be."""
-        room = self.config.data.row_length
+        room = self.config.data.sequence_length
         if one.inputs <= room:
             return one
         if not pair:

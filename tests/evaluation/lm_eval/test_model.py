@@ -53,7 +53,7 @@ def make(session):
         """One model for each, so that its programs are compiled once."""
         key = (mode, *sorted(options.items()))
         if key not in models:
-            models[key] = HarnessModel(session, mode, batch_rows=4, **options)
+            models[key] = HarnessModel(session, mode, batch_size=4, **options)
         return models[key]
 
     return made
@@ -446,7 +446,7 @@ def test_the_table_has_every_mode_filter_and_the_answerable_subset(session, tmp_
         ),
     ]
     wanted = columns(["none", "memory", "rag"], [1.0, 0.8])
-    report = evaluate_tasks(session, tasks, wanted, batch_rows=4)
+    report = evaluate_tasks(session, tasks, wanted, batch_size=4)
     titles = ["none", "memory, no filter", "memory, ≤ 0.8", "rag, no filter", "rag, ≤ 0.8"]
     assert report["columns"] == titles
     found = report["tasks"]["open"]
@@ -474,8 +474,8 @@ def test_the_table_has_every_mode_filter_and_the_answerable_subset(session, tmp_
     other.params = jax.tree.map(lambda x: -x, session.params)
     by_stage = columns(["warmup", "none"], [0.8])
     assert [one.title for one in by_stage] == ["warmup", "none"]
-    report = evaluate_tasks(session, tasks, by_stage, batch_rows=4, warmup=other)
-    alone = evaluate_tasks(other, tasks, columns(["none"], []), batch_rows=4)
+    report = evaluate_tasks(session, tasks, by_stage, batch_size=4, warmup=other)
+    alone = evaluate_tasks(other, tasks, columns(["none"], []), batch_size=4)
     for name, task in report["tasks"].items():
         assert task["scores"]["warmup"] == alone["tasks"][name]["scores"]["none"]
     with pytest.raises(InferenceError, match="--warmup_config"):

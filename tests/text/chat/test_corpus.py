@@ -13,7 +13,7 @@ from m3jax.text.tokenizer import Tokenizer
 
 def config_of(packing="chats", share=0.5, bad=0.9, length=48):
     config = default()
-    config.data.packing, config.data.row_length = packing, length
+    config.data.packing, config.data.sequence_length = packing, length
     config.text.validation_share, config.chat.bad_share = share, bad
     config.memory.chunk_length, config.memory.dropout = 4, 0.0
     config.retrieval.ids = "stored"
@@ -61,7 +61,7 @@ def test_bad_lines_are_counted_with_samples_and_long_chats_lose_rounds(workdir):
     assert longest <= 49
     again, kept = prepare_chats(config_of(), workdir, spec)
     assert kept and again == report
-    with pytest.raises(TextError, match=r"other inputs: data\.row_length"):
+    with pytest.raises(TextError, match=r"other inputs: data\.sequence_length"):
         prepare_chats(config_of(length=52), workdir, spec)
 
 

@@ -1,24 +1,17 @@
-"""Every configuration field of m3jax, declared once, with its meaning, unit and accepted values.
+"""All configuration fields, each declared once: default, meaning with unit, accepted values.
 
-A file in `configs/` calls `default()`, changes fields and returns the result; `validate` refuses
-what cannot work before anything is allocated. Paths are never part of a config: they are flags of
-the launch scripts. The exceptions are `retrieval.encoder` and `retrieval.checkpoint`, which are a
-choice of what to compute as the embedder's name is.
+Paths are never part of a config: they are flags of the launch scripts. The exceptions are
+`retrieval.encoder` and `retrieval.checkpoint`, which choose what to compute as
+`retrieval.embedder` does.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from typing import Any
-
-from ml_collections import ConfigDict as ConfigDict
-
-from m3jax.errors import ConfigError
 
 # One entry per field: (default, meaning and unit, accepted values or None).
 # Accepted values are a tuple of choices, or a (low, high) pair written as a string interval.
-_FIELDS: dict[str, tuple[Any, str, Any]] = {
+FIELDS: dict[str, tuple[Any, str, Any]] = {
     "name": ("m3jax", "name of the run, used in logs and plots", None),
     "stage": ("warmup", "training stage; also the name of its folder in the workdir", None),
     "seed": (0, "seed of the parameters, the data order and memory dropout", "[0, inf)"),
@@ -72,11 +65,7 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
         "queries per block of the blocked and the splash attention, tokens",
         "[1, inf)",
     ),
-    "model.attention_kv_block": (
-        256,
-        "keys per block of the splash attention, tokens",
-        "[1, inf)",
-    ),
+    "model.attention_kv_block": (256, "keys per block of the splash attention, tokens", "[1, inf)"),
     "model.remat": (
         "none",
         "what the backward pass recomputes: nothing, all but matrix products (dots), all but the"
@@ -112,7 +101,7 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
         "[1, inf)",
     ),
     "memory.kept_tokens": (8, "tokens P kept per layer and key-value head", "[1, inf)"),
-    "memory.chunk_length": (64, "tokens Q of a chunk; divides data.row_length", "[1, inf)"),
+    "memory.chunk_length": (64, "tokens Q of a chunk; divides data.sequence_length", "[1, inf)"),
     "memory.per_chunk": (1, "memories M each training chunk retrieves", "[1, inf)"),
     "memory.window": (
         5,
@@ -142,13 +131,13 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
     # -- writer -----------------------------------------------------------------------------------
     "writer.batch_references": (256, "references encoded by one call of the writer", "[1, inf)"),
     "writer.shard_memories": (256, "memories per shard file of the bank", "[1, inf)"),
-    "writer.context": (
-        "reference",
-        "what a reference attends to while its memory is written: itself alone (Memory³ §3.3), or"
-        " what stands before it in its document, too (§10); not for online memories",
-        ("reference", "document"),
+    "writer.document_context": (
+        False,
+        "whether a reference attends to what stands before it in its document while its memory is"
+        " written (Memory³ §10), or to itself alone (§3.3); not for online memories",
+        None,
     ),
-    "writer.context_tokens": (
+    "writer.document_context_tokens": (
         1024,
         "tokens of a document that are encoded together, in whole references; each further part of"
         " a longer document is encoded behind the document's first reference",
@@ -379,8 +368,8 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
         None,
     ),
     # -- data -------------------------------------------------------------------------------------
-    "data.row_length": (2048, "tokens T of a row", "[1, inf)"),
-    "data.batch_rows": (16, "rows B of a step, over all hosts", "[1, inf)"),
+    "data.sequence_length": (2048, "tokens T of a row", "[1, inf)"),
+    "data.batch_size": (16, "rows B of a step, over all hosts", "[1, inf)"),
     "data.packing": (
         "concat",
         "what rows hold: documents one after the other and cut (concat); each in rows of its own,"
@@ -428,14 +417,14 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
         "linear rise, then constant and a fast fall (warmup-stable-decay), or cosine",
         ("wsd", "cosine"),
     ),
-    "optimizer.rise_steps": (100, "steps of the linear rise", "[0, inf)"),
-    "optimizer.rise_share": (
+    "optimizer.lr_warmup_steps": (100, "steps of the linear rise", "[0, inf)"),
+    "optimizer.lr_warmup_share": (
         0.0,
-        "the linear rise as a share of all steps, with train.epochs; 0 = optimizer.rise_steps",
+        "the linear rise as a share of all steps, with train.epochs; 0 = optimizer.lr_warmup_steps",
         "[0, 1]",
     ),
-    "optimizer.fall_share": (0.1, "share of all steps in which wsd falls", "[0, 1]"),
-    "optimizer.final_share": (0.0, "last learning rate as a share of the peak", "[0, 1]"),
+    "optimizer.lr_decay_share": (0.1, "share of all steps in which wsd falls", "[0, 1]"),
+    "optimizer.min_lr_ratio": (0.0, "last learning rate as a share of the peak", "[0, 1]"),
     "optimizer.beta1": (0.9, "decay of the first moment", "[0, 1)"),
     "optimizer.beta2": (0.95, "decay of the second moment", "[0, 1)"),
     "optimizer.epsilon": (1e-8, "Adam's epsilon", "(0, 1)"),
@@ -544,7 +533,7 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
     ),
     # -- evaluation -------------------------------------------------------------------------------
     "evaluation.batches": (8, "validation batches of an evaluation", "[1, inf)"),
-    "evaluation.batch_rows": (
+    "evaluation.batch_size": (
         16,
         "rows of an evaluation batch; `wrong` memories are those of another row",
         "[2, inf)",
@@ -561,431 +550,15 @@ _FIELDS: dict[str, tuple[Any, str, Any]] = {
     "mesh.tensor": (1, "devices over which heads and MLP width are split", "[1, inf)"),
 }
 
-
-def default() -> ConfigDict:
-    """A config with every field at its default, locked against unknown fields."""
-    config = ConfigDict()
-    for path, (value, _, _) in _FIELDS.items():
-        node, *rest = path.split(".")
-        if rest:
-            if node not in config:
-                config[node] = ConfigDict()
-            config[node][rest[0]] = value
-        else:
-            config[node] = value
-    return config.lock()
-
-
-def describe() -> str:
-    """All fields with default, accepted values and meaning, for `--help` and the docs."""
-    lines = []
-    for path, (value, meaning, accepted) in _FIELDS.items():
-        allowed = (
-            f"; one of {', '.join(map(repr, accepted))}" if isinstance(accepted, tuple) else ""
-        )
-        allowed = f"; in {accepted}" if isinstance(accepted, str) else allowed
-        lines.append(f"{path} = {value!r}{allowed}\n    {meaning}")
-    return "\n".join(lines)
-
-
-def _flatten(config: ConfigDict) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            flat.update({f"{key}.{sub}": leaf for sub, leaf in value.items()})
-        else:
-            flat[key] = value
-    return flat
-
-
-def _inside(value: float, interval: str) -> bool:
-    low, high = (float(bound) for bound in interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    return above and (value <= high if interval[-1] == "]" else value < high)
-
-
-def _check_field(path: str, value: Any) -> None:
-    initial, meaning, accepted = _FIELDS[path]
-    kind = type(initial)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    right_type = is_number if kind is float else type(value) is kind
-    if not right_type:
-        raise ConfigError(
-            f"config.{path} = {value!r} has type {type(value).__name__}; expected {kind.__name__}"
-            f" ({meaning})"
-        )
-    if isinstance(accepted, tuple) and value not in accepted:
-        raise ConfigError(f"config.{path} = {value!r}; accepted: {', '.join(map(repr, accepted))}")
-    if isinstance(accepted, str) and not _inside(value, accepted):
-        raise ConfigError(f"config.{path} = {value!r}; accepted: {accepted} ({meaning})")
-
-
-def _require(condition: bool, field: str, value: Any, why: str) -> None:
-    if not condition:
-        raise ConfigError(f"config.{field} = {value!r}: {why}")
-
-
-def validate(config: ConfigDict) -> ConfigDict:
-    """Returns the config, or raises `ConfigError` naming the field, its value and the remedy."""
-    flat = _flatten(config)
-    for path in flat:
-        if path not in _FIELDS:
-            section = path.split(".")[0] if "." in path else ""
-            known = [name for name in _FIELDS if name.startswith(section + ".")] or list(_FIELDS)
-            raise ConfigError(f"config.{path} is not a field; known: {', '.join(known)}")
-    for path in _FIELDS:
-        if path not in flat:
-            raise ConfigError(f"config.{path} is missing; start from m3jax.config.default()")
-        _check_field(path, flat[path])
-
-    for check in (_check_model, _check_references, _check_chats, _check_training):
-        check(config)
-    return config
-
-
-def memory_heads(config: ConfigDict) -> tuple[tuple[int, int], ...] | None:
-    """Layer and key-value head of all that have memories, ascending; None: all of memory layers.
-
-    Raises:
-      ConfigError: `memory.heads` names others, or is no list of heads.
-    """
-    first, count = config.memory.first_layer, config.memory.layers
-    return parse_heads(config.memory.heads, range(first, first + count), config.model.kv_heads)
-
-
-def stored_heads(config: ConfigDict) -> int:
-    """How many key-value heads, over all layers, have memories."""
-    chosen = memory_heads(config)
-    return config.memory.layers * config.model.kv_heads if chosen is None else len(chosen)
-
-
-def parse_heads(text: str, layers: range, kv_heads: int) -> tuple[tuple[int, int], ...] | None:
-    """`memory_heads` of a text, of the heads in these layers; the inverse of `format_heads`."""
-    found = set()
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
-        name, colon, heads = part.partition(":")
-        numbers = heads.split("+") if colon else [str(head) for head in range(kv_heads)]
-        right = all(number.isdecimal() for number in (name, *numbers))
-        pairs = {(int(name), int(head)) for head in numbers} if right else {(-1, 0)}
-        _require(
-            all(layer in layers and head < kv_heads for layer, head in pairs),
-            "memory.heads",
-            text,
-            f"{part!r} is not LAYER:HEAD+HEAD or LAYER with memory layers {layers.start} …"
-            f" {layers.stop - 1} and heads 0 … {kv_heads - 1}",
-        )
-        found |= pairs
-    return None if len(found) in (0, len(layers) * kv_heads) else tuple(sorted(found))
-
-
-def format_heads(pairs: Iterable[tuple[int, int]]) -> str:
-    """Layers and key-value heads as `memory.heads` takes them."""
-    ordered = sorted(set(pairs))
-    layers = {layer: [str(h) for at, h in ordered if at == layer] for layer, _ in ordered}
-    return ",".join(f"{layer}:{'+'.join(heads)}" for layer, heads in layers.items())
-
-
-def _check_model(config: ConfigDict) -> None:
-    """The shape of the model and of its memories."""
-    model, memory = config.model, config.memory
-    _require(
-        model.query_heads % model.kv_heads == 0,
-        "model.kv_heads",
-        model.kv_heads,
-        f"must divide model.query_heads = {model.query_heads}",
-    )
-    _require(model.head_dim % 2 == 0, "model.head_dim", model.head_dim, "must be even (RoPE)")
-    _require(
-        model.previous_token_head == 0 or model.attention_bias,
-        "model.previous_token_head",
-        model.previous_token_head,
-        "needs model.attention_bias = True",
-    )
-    _require(
-        memory.first_layer + memory.layers <= model.layers,
-        "memory.layers",
-        memory.layers,
-        f"memory layers {memory.first_layer}…{memory.first_layer + memory.layers - 1} do not exist;"
-        f" model.layers = {model.layers}",
-    )
-    _require(
-        memory_heads(config) is None or config.mesh.tensor == 1,
-        "mesh.tensor",
-        config.mesh.tensor,
-        f"must be 1 with memory.heads = {memory.heads!r}: a bank of some heads is not split by"
-        " heads; or store all (memory.heads = '')",
-    )
-    _require(
-        memory.kept_tokens <= memory.reference_length,
-        "memory.kept_tokens",
-        memory.kept_tokens,
-        f"a reference has at most memory.reference_length = {memory.reference_length} tokens",
-    )
-    _require(
-        config.text.vocabulary <= model.vocabulary,
-        "model.vocabulary",
-        model.vocabulary,
-        f"must be at least text.vocabulary = {config.text.vocabulary}",
-    )
-
-
-def _check_references(config: ConfigDict) -> None:
-    """Writing and finding references."""
-    model, memory = config.model, config.memory
-    _require(
-        config.writer.context == "reference" or memory.source not in IN_STEP,
-        "writer.context",
-        config.writer.context,
-        "online memories are encoded without their document; use memory.source = 'precomputed', or"
-        " writer.context = 'reference'",
-    )
-    _require(
-        config.writer.context == "reference"
-        or config.writer.context_tokens >= 2 * memory.reference_length,
-        "writer.context_tokens",
-        config.writer.context_tokens,
-        f"holds less than two references of memory.reference_length = {memory.reference_length}"
-        " tokens; raise it, or set writer.context = 'reference'",
-    )
-    _require(
-        not (config.knowledge.enabled and config.retrieval.ids == "stored"),
-        "knowledge.enabled",
-        True,
-        "documents name references (retrieval.ids = 'stored') that the selection may drop; set"
-        " retrieval.ids = 'search'",
-    )
-    _require(
-        config.retrieval.candidates >= max(memory.per_chunk, memory.per_prompt_chunk),
-        "retrieval.candidates",
-        config.retrieval.candidates,
-        "must be at least memory.per_chunk and memory.per_prompt_chunk",
-    )
-    _require(
-        (config.retrieval.embedder == "bert") == bool(config.retrieval.encoder),
-        "retrieval.encoder",
-        config.retrieval.encoder,
-        "names the encoder's folder with retrieval.embedder = 'bert' and is empty with others;"
-        f" it is {config.retrieval.embedder!r}",
-    )
-    _require(
-        config.retrieval.embedder in ("model", "attention") or not config.retrieval.checkpoint,
-        "retrieval.checkpoint",
-        config.retrieval.checkpoint,
-        "is read by retrieval.embedder = 'model' and 'attention' only; it is"
-        f" {config.retrieval.embedder!r}",
-    )
-    _require(
-        config.retrieval.embedder == "attention" or not config.retrieval.rerank,
-        "retrieval.rerank",
-        config.retrieval.rerank,
-        f"needs retrieval.embedder = 'attention'; it is {config.retrieval.embedder!r}",
-    )
-    _require(
-        config.retrieval.layer <= model.layers,
-        "retrieval.layer",
-        config.retrieval.layer,
-        f"is above model.layers = {model.layers}",
-    )
-
-
-def _check_training(config: ConfigDict) -> None:
-    """Rows, steps, devices."""
-    memory, data, train = config.memory, config.data, config.train
-    _require(
-        data.row_length % memory.chunk_length == 0,
-        "data.row_length",
-        data.row_length,
-        f"must be a multiple of memory.chunk_length = {memory.chunk_length}",
-    )
-    _require(
-        data.batch_rows % train.microbatches == 0,
-        "train.microbatches",
-        train.microbatches,
-        f"must divide data.batch_rows = {data.batch_rows}",
-    )
-    _require(
-        config.retrieval.ids != "stored" or data.packing != "concat",
-        "retrieval.ids",
-        config.retrieval.ids,
-        "ids stored with documents need data.packing = 'document', whose rows begin with one, or"
-        " 'chats' or 'pairs'",
-    )
-    _require(
-        config.optimizer.rise_steps <= train.steps,
-        "optimizer.rise_steps",
-        config.optimizer.rise_steps,
-        f"is longer than train.steps = {train.steps}",
-    )
-    if train.refresh_every:
-        _check_refresh(config)
-    _require(
-        2 * config.guard.patience <= config.guard.window,
-        "guard.patience",
-        config.guard.patience,
-        f"twice as many steps must fit into guard.window = {config.guard.window}",
-    )
-    _require(config.mesh.fsdp != 0, "mesh.fsdp", config.mesh.fsdp, "must be -1 or at least 1")
-    _require(
-        config.stage != "" and "/" not in config.stage,
-        "stage",
-        config.stage,
-        "names a folder of the workdir: not empty, no slash",
-    )
-
-
-def _check_chats(config: ConfigDict) -> None:
-    chat, packing = config.chat, config.data.packing
-    for role in ("user", "assistant"):
-        others = [chat[name] for name in ("user", "assistant", "system") if name != role]
-        _require(
-            chat[role] != "" and chat[role] not in others,
-            f"chat.{role}",
-            chat[role],
-            "the markers of users and assistants must be there and differ from the others",
-        )
-    if packing == "pairs":
-        _require(
-            config.memory.dropout == 0,
-            "memory.dropout",
-            config.memory.dropout,
-            "must be 0 with data.packing = 'pairs': the model and its reference read the same",
-        )
-        _require(
-            config.train.z_loss == 0,
-            "train.z_loss",
-            config.train.z_loss,
-            "must be 0 with data.packing = 'pairs', whose loss is of whole answers",
-        )
-        _require(
-            config.train.refresh_every == 0,
-            "train.refresh_every",
-            config.train.refresh_every,
-            "must be 0 with data.packing = 'pairs': the model and its reference read the same",
-        )
-    _require(
-        config.optimizer.rise_share == 0 or config.train.epochs > 0,
-        "optimizer.rise_share",
-        config.optimizer.rise_share,
-        "is a share of steps that train.epochs gives; without it set optimizer.rise_steps",
-    )
-
-
-def with_epochs(config: ConfigDict, rows: int) -> ConfigDict:
-    """The config with the steps, and the rise, of `train.epochs` passes over so many rows."""
-    if not config.train.epochs:
-        return config
-    resolved = ConfigDict(config.to_dict())
-    steps = max(1, round(config.train.epochs * rows / config.data.batch_rows))
-    share = config.optimizer.rise_share
-    rise = round(share * steps) if share else config.optimizer.rise_steps
-    resolved.train.steps, resolved.optimizer.rise_steps = steps, min(rise, steps)
-    return validate(resolved).lock()
-
-
-def _check_refresh(config: ConfigDict) -> None:
-    name, every, train = "train.refresh_every", config.train.refresh_every, config.train
-    _require(
-        config.memory.source == "precomputed",
-        name,
-        every,
-        f"refreshes a bank; memory.source = {config.memory.source!r} reads none",
-    )
-    _require(
-        not config.guard.on,
-        name,
-        every,
-        "a guarded run may go back to before a refresh, to memories that are gone; set guard.on ="
-        " False, or 0 here and run launch/write_bank.py --refresh=all between two calls",
-    )
-    for other in ("checkpoint_every", "keep_every"):  # the checkpoint that wrote must stay
-        steps = train[other]
-        _require(
-            steps > 0 and every % steps == 0,
-            name,
-            every,
-            f"must be a multiple of train.{other} = {steps}: a checkpoint that stays writes",
-        )
-
-
-def use_alignment_settings(config: ConfigDict) -> None:
-    """Sets what Memory³ says of SFT and DPO (method §6.3 and §6.4), by `config.stage`, sft or dpo.
-
-    Cosine with a linear rise over 10 %, weight decay 0.1, batches of 512 rows; SFT has a peak of
-    5e-5 and 3 epochs, DPO one of 4e-6 and β = 0.01. Of DPO the paper gives no more; its batch,
-    rise, decay and one epoch are ours.
-    """
-    sft = config.stage == "sft"
-    config.data.packing = "chats" if sft else "pairs"
-    config.data.batch_rows = 512
-    config.preference.beta = 0.01
-    config.optimizer.schedule = "cosine"
-    config.optimizer.learning_rate = 5e-5 if sft else 4e-6
-    config.optimizer.rise_share, config.optimizer.rise_steps = 0.1, 0
-    config.optimizer.weight_decay = 0.1
-    config.train.epochs = 3.0 if sft else 1.0
-    config.train.microbatches = 1
-
-
-# Values of memory.source with which references are encoded in the step.
-IN_STEP = ("online", "stop_gradient")
-
-# Values of data.packing with several texts in a row that do not see each other.
-PACKED = ("chats", "pairs")
-
-# The constant prefix `<s>Reference:` as tokens; m3jax.text.tokenizer reserves these entries.
-PREFIX_TOKENS = (1, 2)
-
-
-def uses_prefix(config: ConfigDict) -> bool:
-    """Whether rows of this stage begin with the constant prefix."""
-    return config.model.prefix == "always" or config.memory.source != "none"
-
-
-def prefix_tokens(config: ConfigDict) -> tuple[int, ...]:
-    """The prefix of this stage's rows; references always have `PREFIX_TOKENS`."""
-    return PREFIX_TOKENS if uses_prefix(config) else ()
-
-
-def to_json(config: ConfigDict) -> str:
-    """The config as stable, readable JSON."""
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
-
-
-def from_json(text: str) -> ConfigDict:
-    """The inverse of `to_json`. Unknown or missing fields raise `ConfigError`."""
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"not a config: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"not a config: expected a JSON object, found {text[:40]!r}")
-    return validate(ConfigDict(values)).lock()
-
-
-def parse_options(text: str, **accepted: Any) -> dict[str, Any]:
-    """Parses the part of `--config=file.py:TEXT` after the colon.
-
-    Args:
-      text: comma-separated words, `name=value` or a bare value of one of the options.
-      **accepted: for each option its default first, then its other values: a tuple.
-
-    Returns:
-      The chosen value of every option, of the same type as its default.
-
-    Raises:
-      ConfigError: an unknown option or value; the message lists what is accepted.
-    """
-    chosen = {name: values[0] for name, values in accepted.items()}
-    for word in filter(None, (part.strip() for part in text.split(","))):
-        name, _, value = word.rpartition("=")
-        matches = [
-            (option, choice)
-            for option, choices in accepted.items()
-            for choice in choices
-            if str(choice) == value and name in ("", option)
-        ]
-        if len(matches) != 1:
-            listed = "; ".join(f"{o}={'|'.join(map(str, c))}" for o, c in accepted.items())
-            raise ConfigError(f"config option {word!r} is unknown or ambiguous; accepted: {listed}")
-        chosen[matches[0][0]] = matches[0][1]
-    return chosen
+# Names of fields before the first release, and what they are called now.
+RENAMED = {
+    "data.row_length": "data.sequence_length",
+    "data.batch_rows": "data.batch_size",
+    "evaluation.batch_rows": "evaluation.batch_size",
+    "optimizer.rise_steps": "optimizer.lr_warmup_steps",
+    "optimizer.rise_share": "optimizer.lr_warmup_share",
+    "optimizer.fall_share": "optimizer.lr_decay_share",
+    "optimizer.final_share": "optimizer.min_lr_ratio",
+    "writer.context": "writer.document_context (True or False)",
+    "writer.context_tokens": "writer.document_context_tokens",
+}

@@ -1,0 +1,91 @@
+"""The config of a run: an `ml_collections.ConfigDict` of the fields in `m3jax.config.fields`.
+
+A file in `configs/` calls `default()`, changes fields and returns the result; `validate` refuses
+what cannot work before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import json
+
+from ml_collections import ConfigDict as ConfigDict
+
+from m3jax.config.alignment import use_alignment_settings as use_alignment_settings
+from m3jax.config.checks import IN_STEP as IN_STEP
+from m3jax.config.checks import PACKED as PACKED
+from m3jax.config.checks import flatten as flatten
+from m3jax.config.checks import validate as validate
+from m3jax.config.fields import FIELDS
+from m3jax.config.heads import format_heads as format_heads
+from m3jax.config.heads import memory_heads as memory_heads
+from m3jax.config.heads import parse_heads as parse_heads
+from m3jax.config.heads import stored_heads as stored_heads
+from m3jax.config.options import parse_options as parse_options
+from m3jax.errors import ConfigError
+
+# The constant prefix `<s>Reference:` as tokens; m3jax.text.tokenizer reserves these entries.
+PREFIX_TOKENS = (1, 2)
+
+
+def default() -> ConfigDict:
+    """A config with every field at its default, locked against unknown fields."""
+    config = ConfigDict()
+    for path, (value, _, _) in FIELDS.items():
+        node, *rest = path.split(".")
+        if rest:
+            if node not in config:
+                config[node] = ConfigDict()
+            config[node][rest[0]] = value
+        else:
+            config[node] = value
+    return config.lock()
+
+
+def describe() -> str:
+    """All fields with default, accepted values and meaning, for `--help` and the docs."""
+    lines = []
+    for path, (value, meaning, accepted) in FIELDS.items():
+        allowed = (
+            f"; one of {', '.join(map(repr, accepted))}" if isinstance(accepted, tuple) else ""
+        )
+        allowed = f"; in {accepted}" if isinstance(accepted, str) else allowed
+        lines.append(f"{path} = {value!r}{allowed}\n    {meaning}")
+    return "\n".join(lines)
+
+
+def with_epochs(config: ConfigDict, rows: int) -> ConfigDict:
+    """The config with the steps, and the rise, of `train.epochs` passes over so many rows."""
+    if not config.train.epochs:
+        return config
+    resolved = ConfigDict(config.to_dict())
+    steps = max(1, round(config.train.epochs * rows / config.data.batch_size))
+    share = config.optimizer.lr_warmup_share
+    rise = round(share * steps) if share else config.optimizer.lr_warmup_steps
+    resolved.train.steps, resolved.optimizer.lr_warmup_steps = steps, min(rise, steps)
+    return validate(resolved).lock()
+
+
+def uses_prefix(config: ConfigDict) -> bool:
+    """Whether rows of this stage begin with the constant prefix."""
+    return config.model.prefix == "always" or config.memory.source != "none"
+
+
+def prefix_tokens(config: ConfigDict) -> tuple[int, ...]:
+    """The prefix of this stage's rows; references always have `PREFIX_TOKENS`."""
+    return PREFIX_TOKENS if uses_prefix(config) else ()
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as stable, readable JSON."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
+
+
+def from_json(text: str) -> ConfigDict:
+    """The inverse of `to_json`. Unknown or missing fields raise `ConfigError`."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"not a config: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"not a config: expected a JSON object, found {text[:40]!r}")
+    return validate(ConfigDict(values)).lock()

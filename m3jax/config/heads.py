@@ -1,0 +1,49 @@
+"""Memory heads: the key-value heads that have memories, as `memory.heads` names them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ml_collections import ConfigDict
+
+from m3jax.errors import ConfigError
+
+
+def memory_heads(config: ConfigDict) -> tuple[tuple[int, int], ...] | None:
+    """Layer and key-value head of all that have memories, ascending; None: all of memory layers.
+
+    Raises:
+      ConfigError: `memory.heads` names others, or is no list of heads.
+    """
+    first, count = config.memory.first_layer, config.memory.layers
+    return parse_heads(config.memory.heads, range(first, first + count), config.model.kv_heads)
+
+
+def stored_heads(config: ConfigDict) -> int:
+    """How many key-value heads, over all layers, have memories."""
+    chosen = memory_heads(config)
+    return config.memory.layers * config.model.kv_heads if chosen is None else len(chosen)
+
+
+def parse_heads(text: str, layers: range, kv_heads: int) -> tuple[tuple[int, int], ...] | None:
+    """`memory_heads` of a text, of the heads in these layers; the inverse of `format_heads`."""
+    found = set()
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        name, colon, heads = part.partition(":")
+        numbers = heads.split("+") if colon else [str(head) for head in range(kv_heads)]
+        right = all(number.isdecimal() for number in (name, *numbers))
+        pairs = {(int(name), int(head)) for head in numbers} if right else {(-1, 0)}
+        if not all(layer in layers and head < kv_heads for layer, head in pairs):
+            raise ConfigError(
+                f"config.memory.heads = {text!r}: {part!r} is not LAYER:HEAD+HEAD or LAYER with"
+                f" memory layers {layers.start} … {layers.stop - 1} and heads 0 … {kv_heads - 1}"
+            )
+        found |= pairs
+    return None if len(found) in (0, len(layers) * kv_heads) else tuple(sorted(found))
+
+
+def format_heads(pairs: Iterable[tuple[int, int]]) -> str:
+    """Layers and key-value heads as `memory.heads` takes them."""
+    ordered = sorted(set(pairs))
+    layers = {layer: [str(h) for at, h in ordered if at == layer] for layer, _ in ordered}
+    return ",".join(f"{layer}:{'+'.join(heads)}" for layer, heads in layers.items())
