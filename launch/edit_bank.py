@@ -114,7 +114,7 @@ def _say(version: Any) -> None:
 
 
 def _writer() -> Any:
-    from m3jax.train.memory_writer import MemoryWriter
+    from m3jax.knowledge.memory_writer import MemoryWriter
 
     workdir = str(_WORKDIR.value)
     return MemoryWriter(_CONFIG.value, workdir, _CHECKPOINT.value, like_base=True)

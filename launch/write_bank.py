@@ -75,10 +75,10 @@ def main(argv: list[str]) -> None:
 def _write(config: ConfigDict, workdir: Path) -> None:
     import jax
 
+    from m3jax.knowledge.memory_writer import MemoryWriter
     from m3jax.knowledge.versions import require_unedited
     from m3jax.memory.bank import Bank
     from m3jax.text.references import References
-    from m3jax.train.memory_writer import MemoryWriter
 
     if _BANK.value is None:
         require_unedited(workdir)

@@ -13,10 +13,10 @@ from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.errors import ConfigError
 from m3jax.evaluation.questions import Answerer, read_questions
+from m3jax.knowledge.memory_writer import check_reader
 from m3jax.knowledge.versions import open_retriever
 from m3jax.model.transformer import Model, Params
 from m3jax.train.evaluator import MODES, LossEvaluator
-from m3jax.train.memory_writer import check_reader
 from m3jax.train.metrics import dropped_share, hit_share
 
 

@@ -28,6 +28,7 @@ from m3jax.inference.memory_retrieval import Recaller
 from m3jax.inference.rag import retrieve, with_references
 from m3jax.inference.results import Generation
 from m3jax.inference.sampling import Sampling
+from m3jax.knowledge.memory_writer import check_reader, restore_writer
 from m3jax.knowledge.versions import (
     check_bank,
     open_bank,
@@ -38,7 +39,6 @@ from m3jax.knowledge.versions import (
 from m3jax.memory.bank import Bank
 from m3jax.model.transformer import Model
 from m3jax.text.tokenizer import Tokenizer
-from m3jax.train.memory_writer import check_reader, restore_writer
 
 MODES = ("none", "memory", "cold", "rag", "context")
 

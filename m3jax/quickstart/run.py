@@ -25,6 +25,7 @@ from m3jax.data.pipeline import open_pipeline
 from m3jax.evaluation.plots import Read, accuracy_bars, attention_map
 from m3jax.evaluation.questions import Answerer, Question
 from m3jax.files import write_atomically
+from m3jax.knowledge.memory_writer import MemoryWriter, restore_writer
 from m3jax.memory.bank import Bank
 from m3jax.memory.sparsify import sparsifier
 from m3jax.model.transformer import Model
@@ -39,7 +40,6 @@ from m3jax.text.references import References, write_references
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.evaluator import evaluator
 from m3jax.train.loop import train
-from m3jax.train.memory_writer import MemoryWriter, restore_writer
 from m3jax.workdir import make_part
 
 LABELS = {

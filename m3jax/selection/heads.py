@@ -23,11 +23,11 @@ from m3jax.config import PACKED, format_heads, memory_heads, prefix_tokens
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import ConfigError
 from m3jax.files import digest, write_array
+from m3jax.knowledge.memory_writer import check_reader
 from m3jax.model.transformer import Model
 from m3jax.selection.head_ablation import masked_losses
 from m3jax.train.evaluator import LossEvaluator
 from m3jax.train.loss import inputs
-from m3jax.train.memory_writer import check_reader
 
 HIDES = ("context", "memory")
 

@@ -23,13 +23,13 @@ from m3jax.data.pipeline import Pipeline, open_pipeline, open_rows
 from m3jax.errors import UsefulnessError
 from m3jax.files import digest, write_atomically
 from m3jax.knowledge.edit import keep_only
+from m3jax.knowledge.memory_writer import check_reader
 from m3jax.knowledge.versions import open_version
 from m3jax.model.transformer import Model, Params
 from m3jax.selection.budget import Worth, choose, estimate
 from m3jax.selection.memory_value import RowLosses, drops, measure
 from m3jax.selection.validate import check_choice, split_rows
 from m3jax.text.delta_references import live_ids
-from m3jax.train.memory_writer import check_reader
 
 FOLDER = "usefulness"  # in report/ of the workdir
 _BLOCK = 4096  # references read at a time

@@ -26,6 +26,7 @@ from m3jax.errors import ConfigError
 from m3jax.evaluation.questions import Answerer, read_questions
 from m3jax.evaluation.report import answer_questions
 from m3jax.files import write_sealed
+from m3jax.knowledge.memory_writer import MemoryWriter, check_reader
 from m3jax.knowledge.versions import open_version
 from m3jax.memory.bank import Bank
 from m3jax.model.transformer import Model
@@ -34,7 +35,6 @@ from m3jax.text.references import References
 from m3jax.train.checkpoints import knowledge_version
 from m3jax.train.evaluator import LossEvaluator, evaluator
 from m3jax.train.loop import Source, train
-from m3jax.train.memory_writer import MemoryWriter, check_reader
 from m3jax.train.refresh import rewrite
 from m3jax.workdir import make_part
 

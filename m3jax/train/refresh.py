@@ -17,6 +17,7 @@ from tqdm import tqdm
 from m3jax.checkpoint import restore_params
 from m3jax.config import prefix_tokens
 from m3jax.knowledge.edit import refresh
+from m3jax.knowledge.memory_writer import MemoryWriter
 from m3jax.knowledge.versions import Version, open_version
 from m3jax.memory import codec as codecs
 from m3jax.memory.bank import Bank, writer_fingerprint
@@ -27,7 +28,6 @@ from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.transformer import Model
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
-from m3jax.train.memory_writer import MemoryWriter
 
 
 def rewrite(

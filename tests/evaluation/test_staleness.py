@@ -16,6 +16,7 @@ from m3jax.errors import BankError, ConfigError, VersionError
 from m3jax.evaluation.staleness import measure, table
 from m3jax.knowledge.edit import edit, rollback
 from m3jax.knowledge.maintain import collect, verify
+from m3jax.knowledge.memory_writer import MemoryWriter, check_reader
 from m3jax.knowledge.versions import open_bank, open_index, open_references, open_version, versions
 from m3jax.memory.bank import Bank
 from m3jax.mesh import make_mesh
@@ -28,7 +29,6 @@ from m3jax.train import loop, refresh
 from m3jax.train.checkpoints import Checkpoints, knowledge_version
 from m3jax.train.evaluator import LossEvaluator
 from m3jax.train.loop import Source, train
-from m3jax.train.memory_writer import MemoryWriter, check_reader
 from m3jax.train.metrics import read_metrics
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.refresh import rewrite

@@ -13,12 +13,12 @@ from memory.memory_tiny import shard_files
 from memory.script_workdir import CONFIG, make_workdir, script_config, start
 
 from m3jax.config import PREFIX_TOKENS
+from m3jax.knowledge.memory_writer import restore_writer
 from m3jax.memory.bank import Bank
 from m3jax.memory.write import write_bank
 from m3jax.mesh import make_mesh
 from m3jax.model.transformer import Model
 from m3jax.text.references import References
-from m3jax.train.memory_writer import restore_writer
 from m3jax.watch import PROCESS_LOST
 
 DEADLINE = 200.0  # seconds

@@ -10,10 +10,10 @@ from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import BankError, TextError
 from m3jax.evaluation.questions import Answerer, Question, read_questions
 from m3jax.evaluation.report import answer_questions, table
+from m3jax.knowledge.memory_writer import check_reader
 from m3jax.model.transformer import Model
 from m3jax.quickstart import people
 from m3jax.train.evaluator import evaluator
-from m3jax.train.memory_writer import check_reader
 
 CONFIG = tiny_config()
 
