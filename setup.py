@@ -76,7 +76,13 @@ setup(
         # Its dependencies exclude versions of constraints.txt: an environment of its own.
         "prepare": [*CLEAN, "apache-beam>=2.70,<3"],
         "test": TEST,
-        "dev": [*TEST, "mypy>=2.4,<3", "pre-commit>=4,<5", "ruff>=0.17.5,<0.18"],
+        "dev": [
+            *TEST,
+            "import-linter>=2.5,<3",
+            "mypy>=2.4,<3",
+            "pre-commit>=4,<5",
+            "ruff>=0.17.5,<0.18",
+        ],
         # Foreign implementations that tests compare with, and the TPU compiler (no TPU needed).
         "parity": [
             *EVAL,
