@@ -1,16 +1,10 @@
 """Scores of continuations: equal to the plain model, with memories that the contexts find."""
 
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-
-from data_workdir import make_workdir, tiny_config  # noqa: E402
+from data.data_workdir import make_workdir, tiny_config
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.evaluation.scoring import Pair, Scorer, as_rows

@@ -1,17 +1,12 @@
 """Generation end to end on a tiny prepared folder: what is recalled, streamed and refused."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-
-from data_workdir import make_workdir, tiny_config  # noqa: E402
+from data.data_workdir import make_workdir, tiny_config
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import InferenceError

@@ -1,15 +1,11 @@
 """Text longer than the context: what becomes a memory, what is recalled, and what stays equal."""
 
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-
-from data_workdir import WORLD, make_workdir, tiny_config  # noqa: E402
+from data.data_workdir import WORLD, make_workdir, tiny_config
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import InferenceError

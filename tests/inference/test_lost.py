@@ -2,17 +2,13 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-
-from data_workdir import make_workdir, tiny_config  # noqa: E402
-from memory.served import serving  # noqa: E402
+from data.data_workdir import make_workdir, tiny_config
+from memory.served import serving
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import BankError, InferenceError, VersionError

@@ -16,7 +16,7 @@ import pytest
 from ml_collections import ConfigDict
 from model.oracle import oracle_config, random_params, random_tokens
 from safetensors.numpy import load_file, save_file
-from text.test_foreign import NAMED, OURS, TEXTS, train_tokenizer
+from text.test_tokenizer_import import NAMED, OURS, TEXTS, train_tokenizer
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import HuggingFaceError

@@ -2,17 +2,12 @@
 
 import copy
 import json
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-
-from data_workdir import WORLD, make_workdir, tiny_config  # noqa: E402
+from data.data_workdir import WORLD, make_workdir, tiny_config
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import InferenceError
