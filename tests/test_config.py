@@ -8,6 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from m3jax import config as m3config
+from m3jax.config.fields import FIELDS, RENAMED
 from m3jax.errors import ConfigError
 
 
@@ -299,3 +300,15 @@ def test_heads_that_are_not_there_are_refused(text: str) -> None:
     shape = {"model__layers": 4, "model__kv_heads": 3, "model__query_heads": 6}
     memory = {"memory__first_layer": 1, "memory__layers": 2, "memory__heads": text}
     refused(f"config.memory.heads = {text!r}", "layers 1 … 2", "heads 0 … 2", **shape, **memory)
+
+
+@pytest.mark.parametrize("old", sorted(RENAMED))
+def test_a_field_of_an_older_name_is_refused_with_the_new_one(old: str) -> None:
+    config = m3config.default()
+    section, field = old.split(".")
+    with config.unlocked():
+        config[section][field] = 1
+    with pytest.raises(ConfigError) as caught:
+        m3config.validate(config)
+    assert str(caught.value) == f"config.{old} is now config.{RENAMED[old]}"
+    assert RENAMED[old].split(" ")[0] in FIELDS
