@@ -12,9 +12,14 @@ VERSION = re.search(
 if VERSION is None:
     raise RuntimeError('m3jax/__init__.py has no line `__version__ = "…"`')
 
-# ScaNN has wheels for Linux on x86-64 and arm64 only; elsewhere the exact search serves.
+# JAX and libtpu as tested together: the last ones for Python 3.11, today's for later ones.
+OLD, NEW = "python_version < '3.12'", "python_version >= '3.12'"
+LINUX_X86 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
+# ScaNN has wheels for Linux on x86-64 and arm64 only, up to Python 3.13; elsewhere the exact search
+# serves.
 SCANN_WHEELS = (
-    "sys_platform == 'linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"
+    "python_version < '3.14' and sys_platform == 'linux'"
+    " and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"
 )
 
 CORE = [
@@ -24,7 +29,8 @@ CORE = [
     "flax>=0.12.8,<0.13",
     "grain>=0.2.18,<0.3",
     "importlib_resources>=6.4,<8",  # tfds.data_source needs it where TensorFlow is not installed
-    "jax>=0.10.2,<0.11",
+    f"jax>=0.10.2,<0.11; {OLD}",
+    f"jax>=0.12,<0.13; {NEW}",
     "jaxtyping>=0.3.2,<0.4",
     "matplotlib>=3.9,<4",
     "ml-collections>=1.0,<2",
@@ -69,8 +75,8 @@ setup(
     packages=find_packages(include=["m3jax", "m3jax.*"]),
     install_requires=CORE,
     extras_require={
-        "tpu": ["jax[tpu]>=0.10.2,<0.11"],
-        "cuda": ["jax[cuda13]>=0.10.2,<0.11"],
+        "tpu": [f"jax[tpu]>=0.10.2,<0.11; {OLD}", f"jax[tpu]>=0.12,<0.13; {NEW}"],
+        "cuda": [f"jax[cuda13]>=0.10.2,<0.11; {OLD}", f"jax[cuda13]>=0.12,<0.13; {NEW}"],
         "eval": EVAL,
         "clean": CLEAN,
         # Its dependencies exclude versions of constraints.txt: an environment of its own.
@@ -88,7 +94,8 @@ setup(
             *EVAL,
             "accelerate>=1.10,<2",  # lm-eval's Hugging Face model needs it
             "faiss-cpu>=1.14,<2",
-            "libtpu>=0.0.42,<0.0.43; sys_platform == 'linux' and platform_machine == 'x86_64'",
+            f"libtpu>=0.0.42,<0.0.43; {OLD} and {LINUX_X86}",
+            f"libtpu>=0.0.50,<0.0.51; {NEW} and {LINUX_X86}",
             "torch>=2.13,<2.14",
             "transformers>=5.23,<6",
         ],
