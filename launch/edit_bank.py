@@ -6,13 +6,13 @@
     python launch/edit_bank.py merge    --config=… --workdir=runs/wiki --other=runs/more
     python launch/edit_bank.py list     --config=… --workdir=runs/wiki
     python launch/edit_bank.py rollback --config=… --workdir=runs/wiki --to=0
-    python launch/edit_bank.py collect  --config=… --workdir=runs/wiki
+    python launch/edit_bank.py compact  --config=… --workdir=runs/wiki
     python launch/edit_bank.py verify   --config=… --workdir=runs/wiki
     python launch/edit_bank.py repair   --config=… --workdir=runs/wiki
 
 Each of the first three and merge makes a version: references, index and bank together, or nothing
-where it is stopped. Older versions stay readable until collect, which writes what is in use as one
-layer and deletes all others; after that nothing that was deleted can be read. A key names a
+where it is stopped. Older versions stay readable until compact, which writes what is in use as a
+whole and deletes all others; after that nothing that was deleted can be read. A key names a
 reference (DOCUMENT#N) or all references of a document. Memories are written by the writer of the
 bank.
 """
@@ -28,7 +28,7 @@ from ml_collections import config_flags
 
 from m3jax import cli
 
-COMMANDS = ("add", "replace", "delete", "merge", "list", "rollback", "collect", "verify", "repair")
+COMMANDS = ("add", "replace", "delete", "merge", "list", "rollback", "compact", "verify", "repair")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, made by launch/prepare.py.")
@@ -78,11 +78,11 @@ def main(argv: list[str]) -> None:
         _say(edit.merge(config, workdir, str(_OTHER.value), write=_writer(), replace=replace))
     elif command == "rollback":
         _say(edit.rollback(workdir, int(_TO.value or 0)))
-    elif command == "collect":
-        version, busy = maintain.collect(config, workdir, write=_writer(), note=note)
+    elif command == "compact":
+        version, busy = maintain.compact(config, workdir, write=_writer(), note=note)
         _say(version)
         for folder in busy:
-            print(f"{folder} is being read by another process; collect again when it has ended")
+            print(f"{folder} is being read by another process; compact again when it has ended")
     elif command == "list":
         current = knowledge.read_current(workdir)["version"]
         for number in knowledge.versions(workdir):
@@ -128,10 +128,12 @@ def _check_flags(command: str) -> None:
         "merge": ("other", _OTHER.value),
         "rollback": ("to", _TO.value is not None),
     }
+    if command == "collect":
+        raise app.UsageError("the command collect is called compact: launch/edit_bank.py compact")
     name, given = needs.get(command, ("", True))
     if not given:
         raise app.UsageError(f"{command} needs --{name}")
 
 
 if __name__ == "__main__":
-    cli.run(main, required=["config", "workdir"], commands=COMMANDS)
+    cli.run(main, required=["config", "workdir"], commands=(*COMMANDS, "collect"))

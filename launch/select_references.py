@@ -8,7 +8,7 @@ find is measured with a checkpoint that reads memories; how often each is found 
 training rows, too. References with the most expected drop a byte are chosen within the budget, and
 the choice is checked on validation rows of other documents, against all references and as many at
 random. Without --dry_run a version of the knowledge holds the chosen ones alone: rollback of
-launch/edit_bank.py goes back, collect frees the bytes of the others. Report, picture and the list
+launch/edit_bank.py goes back, compact frees the bytes of the others. Report, picture and the list
 of the chosen are in WORKDIR/report/usefulness. A stopped measurement goes on with the same command.
 """
 

@@ -1,7 +1,7 @@
-"""Numbers of things that lie in layers: those of the first layer, then those of the second, ….
+"""Ids over a base and its deltas: those of the base first, then those of the first delta, ….
 
-An edit of a knowledge base adds a layer and removes numbers; a number keeps its meaning until the
-layers are collected into one. References, index and bank of a version share one numbering.
+An edit of a knowledge base adds a delta and makes ids tombstones; an id keeps its meaning until a
+compaction. References, index and bank of a version share one numbering.
 """
 
 from __future__ import annotations
@@ -10,49 +10,49 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 
 class Numbering:
-    """Numbers 0 … size − 1 over layers, some of them removed.
+    """Ids 0 … size − 1 over the parts base, first delta, second delta, …, some of them tombstones.
 
     Attributes:
-      sizes: things in each layer.
-      removed: numbers that were deleted or replaced, ascending.
-      size: numbers in use or removed.
+      sizes: items in each part.
+      tombstones: ids that were deleted or replaced, ascending.
+      size: number of ids, tombstones included.
     """
 
-    def __init__(self, sizes: Sequence[int], removed: Int[np.ndarray, " n"]) -> None:
-        self.sizes, self.removed = tuple(sizes), np.unique(np.asarray(removed, np.int64))
+    def __init__(self, sizes: Sequence[int], tombstones: Int[np.ndarray, " n"]) -> None:
+        self.sizes, self.tombstones = tuple(sizes), np.unique(np.asarray(tombstones, np.int64))
         self._starts = np.cumsum([0, *self.sizes])
         self.size = int(self._starts[-1])
-        if self.removed.size and not 0 <= self.removed[0] <= self.removed[-1] < self.size:
-            raise ValueError(f"removed numbers must be in 0 … {self.size - 1}")
+        if self.tombstones.size and not 0 <= self.tombstones[0] <= self.tombstones[-1] < self.size:
+            raise ValueError(f"tombstones must be in 0 … {self.size - 1}")
 
     @property
     def live(self) -> Int[np.ndarray, " n"]:
-        """Numbers in use, ascending."""
-        return np.setdiff1d(np.arange(self.size), self.removed, assume_unique=True)
+        """Ids in use, ascending."""
+        return np.setdiff1d(np.arange(self.size), self.tombstones, assume_unique=True)
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of the removed numbers."""
-        return hashlib.blake2b(self.removed.tobytes(), digest_size=16).hexdigest()
+        """Hex digest of the tombstones."""
+        return hashlib.blake2b(self.tombstones.tobytes(), digest_size=16).hexdigest()
 
-    def is_removed(self, ids: Int[np.ndarray, "*n"]) -> np.ndarray:
-        """Which of the numbers are removed."""
-        return np.isin(ids, self.removed)
+    def is_removed(self, ids: Int[np.ndarray, "*n"]) -> Bool[np.ndarray, "*n"]:
+        """Returns True where an id is a tombstone."""
+        return np.isin(ids, self.tombstones)
 
-    def first(self, layer: int) -> int:
-        """The number of a layer's row 0."""
-        return int(self._starts[layer])
+    def first(self, part: int) -> int:
+        """Returns the id of a part's row 0."""
+        return int(self._starts[part])
 
     def split(
         self, ids: Int[np.ndarray, " n"]
     ) -> Iterator[tuple[int, Int[np.ndarray, " m"], Int[np.ndarray, " m"]]]:
-        """For each layer that numbers are in: the layer, their places in `ids`, rows there."""
+        """Yields each part that ids are in: its number, their positions in `ids`, its rows."""
         ids = np.asarray(ids)
-        layers = np.searchsorted(self._starts, ids, side="right") - 1
-        for layer in np.unique(layers):
-            places = np.flatnonzero(layers == layer)
-            yield int(layer), places, ids[places] - self._starts[layer]
+        parts = np.searchsorted(self._starts, ids, side="right") - 1
+        for part in np.unique(parts):
+            positions = np.flatnonzero(parts == part)
+            yield int(part), positions, ids[positions] - self._starts[part]

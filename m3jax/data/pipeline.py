@@ -34,7 +34,7 @@ from m3jax.memory.delta_bank import LayeredBank
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
-from m3jax.text.delta_references import AnyReferences, find_or_removed
+from m3jax.text.references import ReferenceReader
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.workdir import INPUTS
 
@@ -72,7 +72,7 @@ class Pipeline:
         config: ConfigDict,
         rows: Rows | PackedRows,
         tokenizer: Tokenizer,
-        references: AnyReferences | None = None,
+        references: ReferenceReader | None = None,
         retriever: Retriever | None = None,
         bank: Bank | LayeredBank | None = None,
         *,
@@ -175,7 +175,7 @@ class Pipeline:
             for row, item in enumerate(items):
                 for chunk, key in enumerate(item.references[:C]):
                     if key:
-                        ids[row, chunk, 0] = find_or_removed(self.references, key)
+                        ids[row, chunk, 0] = self.references.find_or_removed(key)
             return ids
         queries, against, places = [], [], []
         for row, item in enumerate(items):

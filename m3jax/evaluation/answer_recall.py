@@ -19,7 +19,7 @@ from tqdm import tqdm
 from m3jax.errors import TextError
 from m3jax.files import lines
 from m3jax.knowledge.versions import open_references, open_retriever, open_version
-from m3jax.text.delta_references import AnyReferences
+from m3jax.text.references import ReferenceReader
 from m3jax.text.tokenizer import Tokenizer
 
 _BLOCK = 4096  # references read at a time
@@ -146,7 +146,7 @@ def hit_rates(
 
 
 def answerable_questions(
-    references: AnyReferences, answers: Sequence[Sequence[str]]
+    references: ReferenceReader, answers: Sequence[Sequence[str]]
 ) -> Bool[np.ndarray, " n"]:
     """Whether one of a question's answers occurs in any reference in use.
 
@@ -158,11 +158,10 @@ def answerable_questions(
     return np.array([any(tuple(words(one)) in present for one in every) for every in answers])
 
 
-def _present(references: AnyReferences, finder: AnswerFinder) -> set[tuple[str, ...]]:
+def _present(references: ReferenceReader, finder: AnswerFinder) -> set[tuple[str, ...]]:
     """The answers that occur in any reference in use."""
     present: set[tuple[str, ...]] = set()
-    numbering = getattr(references, "numbering", None)
-    ids = np.arange(len(references)) if numbering is None else numbering.live
+    ids = references.live
     with tqdm(total=len(ids), desc="answers in references", unit="ref") as bar:
         for start in range(0, len(ids), _BLOCK):
             part = ids[start : start + _BLOCK]

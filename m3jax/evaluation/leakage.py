@@ -20,8 +20,8 @@ from m3jax.files import lines
 from m3jax.knowledge.versions import open_index, open_references, open_version
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
-from m3jax.text.delta_references import AnyReferences
 from m3jax.text.overlap import overlap
+from m3jax.text.references import ReferenceReader
 from m3jax.text.tokenizer import PAD, Tokenizer
 
 SPLITS = ("train", "validation")
@@ -158,14 +158,14 @@ def _found(text: Text, tokenizer: Tokenizer, retriever: Retriever, chunk: int) -
     return retriever.retrieve(queries, None, retriever.candidates)
 
 
-def _overlap(text: Text, references: AnyReferences, i: int, against: str) -> float:
+def _overlap(text: Text, references: ReferenceReader, i: int, against: str) -> float:
     reference = references.tokens([i])[0, : references.lengths[i]]
     found = overlap(text.tokens, reference)
     return found if against in SPLITS else max(found, overlap(reference, text.tokens))
 
 
 def _examples(
-    pairs: list[Pair], references: AnyReferences, tokenizer: Tokenizer
+    pairs: list[Pair], references: ReferenceReader, tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
     """The pairs with most overlap; of the pairs of one title only the first."""
     chosen: dict[str, dict[str, Any]] = {}

@@ -19,7 +19,7 @@ from m3jax.errors import TextError
 from m3jax.files import lines
 from m3jax.inference.long_context import LongGenerator
 from m3jax.inference.session import Session
-from m3jax.text.delta_references import AnyReferences
+from m3jax.text.references import ReferenceReader
 from m3jax.text.tokenizer import Tokenizer
 
 _TRIES = 64  # references drawn for a place before those left are said to be too few
@@ -75,7 +75,7 @@ class Haystack:
 
 def make_haystack(
     needle: Needle,
-    references: AnyReferences,
+    references: ReferenceReader,
     tokenizer: Tokenizer,
     length: int,
     depth: float,
@@ -119,7 +119,7 @@ def make_haystack(
 def needle_test(
     session: Session,
     needles: Sequence[Needle],
-    references: AnyReferences,
+    references: ReferenceReader,
     lengths: Sequence[int],
     *,
     count: int = 64,

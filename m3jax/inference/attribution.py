@@ -18,7 +18,7 @@ import numpy as np
 from m3jax.inference.generate import Generator
 from m3jax.inference.long_context import ContextReferences
 from m3jax.inference.results import Generation
-from m3jax.text.delta_references import AnyReferences
+from m3jax.text.references import ReferenceReader
 
 _COLOURS = 8  # of the page; further references begin anew
 _STYLE = """
@@ -59,7 +59,7 @@ class Source:
 
 def sources(
     generation: Generation,
-    references: AnyReferences | ContextReferences,
+    references: ReferenceReader | ContextReferences,
     effects: Mapping[int, float] | None = None,
 ) -> list[Source]:
     """The references that a row read, those of the most attention first, else in order.

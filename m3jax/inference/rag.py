@@ -8,13 +8,13 @@ import numpy as np
 from jaxtyping import Int
 
 from m3jax.retrieval.retriever import Retriever
-from m3jax.text.delta_references import AnyReferences
+from m3jax.text.references import ReferenceReader
 
 HEADER = "Reference: "
 
 
 def with_references(
-    prompts: Sequence[str], ids: Int[np.ndarray, "n k"], references: AnyReferences
+    prompts: Sequence[str], ids: Int[np.ndarray, "n k"], references: ReferenceReader
 ) -> list[str]:
     """Prompts behind the text of their references, the best one last, next to the question.
 

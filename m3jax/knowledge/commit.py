@@ -6,7 +6,6 @@ repeated, goes on with what it had built.
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 from collections.abc import Callable
@@ -17,10 +16,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.errors import VersionError
-from m3jax.files import checksum, digest, sync_folder, write_atomically, write_sealed
+from m3jax.files import checksum, digest, sync_folder, write_array, write_atomically, write_sealed
 from m3jax.knowledge.versions import (
     BANKS,
-    REMOVED,
+    TOMBSTONES,
     VERSION,
     VERSIONS,
     Version,
@@ -33,8 +32,7 @@ from m3jax.knowledge.versions import (
 )
 from m3jax.memory.bank import Bank
 from m3jax.retrieval.build import build_index
-from m3jax.text.delta_references import AnyReferences
-from m3jax.text.references import References
+from m3jax.text.references import ReferenceReader, References
 
 # Writes the memories of references: (references, folder, a bank whose codebooks and memories serve)
 WriteMemories = Callable[[References, Path, Bank], Any]
@@ -52,15 +50,15 @@ def building_folder(workdir: Path, parent: Version, what: str) -> Path:
     return folder
 
 
-def add_layer(
+def build_delta(
     config: ConfigDict,
     parent: Version,
     building: Path,
-    references: AnyReferences,
+    references: ReferenceReader,
     write: WriteMemories | None,
     base: Any = None,
 ) -> None:
-    """Index and memories of the references in `building`."""
+    """Builds index and memories of the references in `building`."""
     added = References.open(building / "references")
     embedder = open_index(parent, references).embedder.extended(added.texts(range(len(added))))
     build_index(added, embedder, building / "index", in_one_part(config))
@@ -71,7 +69,7 @@ def add_layer(
 
 
 def in_one_part(config: ConfigDict) -> ConfigDict:
-    """A layer may have fewer references than the index has parts."""
+    """Returns the config with one index part: a delta may have fewer references than parts."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.retrieval.index_parts = 1
@@ -91,29 +89,28 @@ def commit(
 
     Args:
       workdir, parent: what was edited.
-      building: its folder: a layer or banks, or neither.
-      gone: ids that it removes.
+      building: its folder: a delta or banks, or neither.
+      gone: ids that become tombstones.
       note: kept with it.
-      alone: it reads its own layer and nothing else.
+      alone: it is a base of its own and has no other.
     """
     number = max([*versions(workdir), parent.number]) + 1
     own = folder_of(workdir, number).relative_to(workdir)
-    layers = [] if alone else [0 if path == workdir else int(path.name) for path in parent.layers]
+    parts = [] if alone else [0 if path == workdir else int(path.name) for path in parent.folders]
     banks = [] if alone else [str(path.relative_to(workdir)) for path in parent.banks]
-    removed = np.zeros(0, np.int64) if alone else np.union1d(parent.removed, gone)
+    tombstones = np.zeros(0, np.int64) if alone else np.union1d(parent.tombstones, gone)
     if (building / "references").exists():
-        layers, banks = [*layers, number], [*banks, str(own / "bank")]
+        parts, banks = [*parts, number], [*banks, str(own / "bank")]
     if (building / BANKS).exists():
-        banks = [str(own / BANKS / str(layer)) for layer in range(len(layers))]
-    buffer = io.BytesIO()
-    np.save(buffer, removed.astype(np.int64))
-    write_atomically(building / REMOVED, buffer.getvalue())
+        banks = [str(own / BANKS / str(part)) for part in range(len(parts))]
+    write_array(building / TOMBSTONES, tombstones.astype(np.int64))
     content = {
         "version": number,
         "parent": parent.number,
-        "layers": layers,
+        "base": parts[0],
+        "deltas": parts[1:],
         "banks": banks,
-        "removed": checksum(building / REMOVED),
+        "tombstones": checksum(building / TOMBSTONES),
         "oldest": number if alone else read_current(workdir)["oldest"],
         "note": note,
     }

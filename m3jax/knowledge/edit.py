@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.errors import VersionError
-from m3jax.knowledge.commit import WriteMemories, add_layer, building_folder, commit
+from m3jax.knowledge.commit import WriteMemories, build_delta, building_folder, commit
 from m3jax.knowledge.versions import (
     BANKS,
     CURRENT,
@@ -28,10 +28,13 @@ from m3jax.knowledge.versions import (
 )
 from m3jax.memory.bank import Bank
 from m3jax.memory.codec import same
-from m3jax.numbering import Numbering
-from m3jax.text.delta_references import AnyReferences, live_ids
 from m3jax.text.documents import Document
-from m3jax.text.references import References, copy_references, write_references
+from m3jax.text.references import (
+    ReferenceReader,
+    References,
+    copy_references,
+    write_references,
+)
 from m3jax.text.tokenizer import Tokenizer
 
 
@@ -69,9 +72,9 @@ def edit(
         parent = open_version(workdir)
         tokenizer = Tokenizer.load(workdir / "tokenizer")
         references = open_references(config, parent, tokenizer)
-        removed = [_found(references, name) for name in delete]
+        removed = [_ids_of(references, name) for name in delete]
         for document in documents:
-            there = _of_document(references, document.id)
+            there = references.of_document(document.id)
             if there and not replace:
                 raise VersionError(
                     f"document {document.id!r} is in {workdir} (version {parent.number}); replace"
@@ -86,7 +89,7 @@ def edit(
         if documents:
             length = config.memory.reference_length
             write_references(documents, tokenizer, building / "references", length)
-            add_layer(config, parent, building, references, write)
+            build_delta(config, parent, building, references, write)
         said = f"{len(documents)} documents added or replaced, {gone.size} references removed"
         return commit(workdir, parent, building, gone, note or said)
 
@@ -113,9 +116,9 @@ def merge(
         added = open_references(config, theirs, tokenizer)
         base = open_bank(theirs, added)
         _check_writer(parent, base)
-        keys = added.keys
+        keys = added.live_keys()
         ids = list(dict.fromkeys(_document(key) for key in keys))
-        there = {i: found for i in ids if (found := _of_document(references, i))}
+        there = {i: found for i in ids if (found := references.of_document(i))}
         if there and not replace:
             raise VersionError(
                 f"{len(there)} documents are in both {workdir} and {other}, for example"
@@ -124,8 +127,8 @@ def merge(
         gone = np.array(sorted(i for found in there.values() for i in found), np.int64)
         what = json.dumps(["merge", added.fingerprint, gone.tolist()])
         building = building_folder(workdir, parent, what)
-        copy_references(added, live_ids(added), building / "references")
-        add_layer(config, parent, building, references, write, base)
+        copy_references(added, added.live, building / "references")
+        build_delta(config, parent, building, references, write, base)
         return commit(workdir, parent, building, gone, f"merged with {other}")
 
 
@@ -153,7 +156,7 @@ def keep_only(config: ConfigDict, version: Version, ids: np.ndarray, *, note: st
                 " select again"
             )
         references = open_references(config, parent, Tokenizer.load(workdir / "tokenizer"))
-        live = live_ids(references)
+        live = references.live
         gone = np.setdiff1d(live, ids)
         if not gone.size or gone.size == live.size:
             return parent
@@ -167,7 +170,7 @@ def refresh(workdir: str | Path, what: str, *, write: WriteMemories, note: str) 
     Args:
       workdir: a prepared workdir with a bank.
       what: tells this refresh from others; a killed one goes on where the same is asked for.
-      write: writes the new bank of a layer; its third argument is the old one.
+      write: writes the new bank of base or delta; its third argument is the old one.
       note: kept with the version.
 
     Raises:
@@ -181,9 +184,9 @@ def refresh(workdir: str | Path, what: str, *, write: WriteMemories, note: str) 
                 f"{workdir} has no bank to refresh; write one with launch/write_bank.py"
             )
         building = building_folder(workdir, parent, json.dumps(["refresh", what]))
-        for layer, (folder, bank) in enumerate(zip(parent.layers, parent.banks, strict=True)):
+        for part, (folder, bank) in enumerate(zip(parent.folders, parent.banks, strict=True)):
             added = References.open(folder / "references")
-            write(added, building / BANKS / str(layer), Bank.open(bank))
+            write(added, building / BANKS / str(part), Bank.open(bank))
         return commit(workdir, parent, building, np.zeros(0, np.int64), note)
 
 
@@ -206,29 +209,16 @@ def _document(key: str) -> str:
     return key.rpartition("#")[0]
 
 
-def _found(references: AnyReferences, name: str) -> list[int]:
-    """Ids of a key, or of all references of a document."""
-    one = references.lookup(name)
-    found = [one] if one is not None else _of_document(references, name)
-    if not found:
+def _ids_of(references: ReferenceReader, name: str) -> list[int]:
+    """Returns the ids of a key, or of all references of a document."""
+    id_ = references.lookup(name)
+    ids = references.of_document(name) if id_ is None else [id_]
+    if not ids:
         raise VersionError(
             f"no reference in use has the key {name!r}, nor is it a document's id; keys are"
             " DOCUMENT#N"
         )
-    return found
-
-
-def _of_document(references: AnyReferences, document: str) -> list[int]:
-    """Ids in use of a document's references, whose keys count from 0 in every layer."""
-    if isinstance(references, References):
-        numbering = Numbering([len(references)], np.zeros(0, np.int64))
-        layers = [references]
-    else:
-        numbering, layers = references.numbering, references.layers
-    found = []
-    for number, layer in enumerate(layers):
-        found += [numbering.first(number) + row for row in layer.of_document(document)]
-    return [i for i in found if not numbering.is_removed(np.array(i))]
+    return ids
 
 
 def _check_writer(parent: Version, base: Any) -> None:

@@ -1,4 +1,4 @@
-"""Looking after a workdir's knowledge: collecting its versions into one, checking, mending."""
+"""Upkeep of a workdir's knowledge: compacting its versions into one, checking, mending."""
 
 from __future__ import annotations
 
@@ -30,18 +30,17 @@ from m3jax.memory.bank import Bank
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.checkpoint_embedders import load_embedder, make_embedder
 from m3jax.retrieval.embed import Embedder
-from m3jax.text.delta_references import AnyReferences, live_ids
-from m3jax.text.references import References, copy_references
+from m3jax.text.references import ReferenceReader, References, copy_references
 from m3jax.text.tokenizer import Tokenizer
 
 
-def collect(
+def compact(
     config: ConfigDict, workdir: str | Path, *, write: WriteMemories, note: str = ""
 ) -> tuple[Version, list[str]]:
-    """Writes the current version as one layer, without what was removed, and deletes all others.
+    """Writes the current version as a base without tombstones, and deletes all other versions.
 
     Returns:
-      The new version, in which ids are new, and folders that stay until the next collection because
+      The new version, in which ids are new, and folders that stay until the next compaction because
       another process reads them.
 
     Raises:
@@ -50,21 +49,19 @@ def collect(
     workdir = Path(workdir)
     with only_writer(workdir):
         parent = open_version(workdir)
-        single = len(parent.layers) == 1 and not parent.removed.size
-        if not single:
+        if parent.deltas or parent.tombstones.size:
             tokenizer = Tokenizer.load(workdir / "tokenizer")
             references = open_references(config, parent, tokenizer)
-            if not len(live_ids(references)):
+            if not len(references.live):
                 raise VersionError(f"nothing is left in version {parent.number} of {workdir}")
-            building = building_folder(
-                workdir, parent, json.dumps(["collect", references.fingerprint])
-            )
-            copy_references(references, live_ids(references), building / "references")
+            what = json.dumps(["compact", references.fingerprint])
+            building = building_folder(workdir, parent, what)
+            copy_references(references, references.live, building / "references")
             whole = References.open(building / "references")
             build_index(whole, make_embedder(config, workdir), building / "index", config)
             if parent.has_bank:
                 write(whole, building / "bank", open_bank(parent, references))
-            said = f"collected {len(whole)} references of {len(parent.layers)} layers"
+            said = f"compacted to {len(whole)} references, with {len(parent.deltas)} deltas"
             parent.close()
             nothing = np.zeros(0, np.int64)
             parent = commit(workdir, parent, building, nothing, note or said, alone=True)
@@ -78,23 +75,22 @@ def verify(config: ConfigDict, workdir: str | Path, number: int | None = None) -
     version = open_version(workdir, number)
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
     problems = []
-    references: AnyReferences | None = None
+    references: ReferenceReader | None = None
     try:
         references = open_references(config, version, tokenizer)
-        for layer in getattr(references, "layers", [references]):
-            layer.verify()
+        references.verify()
     except ValueError as error:
         problems.append(str(error))
     if references is None:
         return problems
-    for opened in (open_index, open_bank):
-        if opened is open_bank and not version.has_bank:
-            continue
-        try:
-            found = opened(version, references)
-            problems += found.verify() if opened is open_bank else []
-        except ValueError as error:
-            problems.append(str(error))
+    try:
+        open_index(version, references)
+    except ValueError as error:
+        problems.append(str(error))
+    try:
+        problems += open_bank(version, references).verify() if version.has_bank else []
+    except ValueError as error:
+        problems.append(str(error))
     return problems
 
 
@@ -110,7 +106,7 @@ def repair(
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
     done = []
     with only_writer(Path(workdir)):
-        for folder, bank in zip(version.layers, version.banks, strict=True):
+        for folder, bank in zip(version.folders, version.banks, strict=True):
             references = References.open(folder / "references")
             references.verify()
             try:
@@ -139,21 +135,21 @@ def _alone(version: Version, folder: Path) -> Version:
 def _embedder(
     config: ConfigDict, version: Version, folder: Path, references: References
 ) -> Embedder:
-    """The embedder of a layer; where it is lost, that of another which knows these texts, too."""
-    for layer in (folder, *version.layers):
+    """Loads the embedder of a folder; where it is lost, extends that of another one."""
+    for part in (folder, *version.folders):
         try:
-            found = load_embedder(layer / "index" / "embedder")
+            embedder = load_embedder(part / "index" / "embedder")
         except ValueError:
             continue
-        own = layer == folder
-        return found if own else found.extended(references.texts(range(len(references))))
+        own = part == folder
+        return embedder if own else embedder.extended(references.texts(range(len(references))))
     return make_embedder(config, version.workdir)
 
 
 def _delete_older(workdir: Path, kept: Version) -> list[str]:
     """Deletes what no version from `kept` on reads; returns folders that other processes read."""
     busy = []
-    needed = {*(layer / "references" for layer in kept.layers), *kept.banks}
+    needed = {*(folder / "references" for folder in kept.folders), *kept.banks}
     own = folder_of(workdir, kept.number)
     older = (path for path in sorted((workdir / VERSIONS).glob("[0-9]*")) if path.is_dir())
     for folder in [workdir, *(path for path in older if path != own)]:

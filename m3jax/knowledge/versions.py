@@ -3,10 +3,10 @@
 Version 0 is `references/ index/ bank/` of the workdir. An edit (`m3jax.knowledge.edit`) makes
 another:
 
-    versions/000003/version.json   the folders it reads, one a layer; sealed, written last
-    versions/000003/removed.npy    ids that were deleted or replaced
-    versions/000003/references/ index/ bank/   the layer it added, if any
-    versions/000003/banks/0/ 1/ …  the layers' banks, where the version is a refresh
+    versions/000003/version.json    the base and the deltas it reads; sealed, written last
+    versions/000003/tombstones.npy  ids that were deleted or replaced
+    versions/000003/references/ index/ bank/   the delta it added, if any
+    versions/000003/banks/0/ 1/ …   banks of base and deltas, where the version is a refresh
     versions/current.json          which version readers open, and the oldest one that is kept
 
 A version is whole from the moment its folder has its name, and never changes.
@@ -32,15 +32,17 @@ from m3jax.files import checksum, read_sealed, write_sealed
 from m3jax.memory.bank import Bank, make_binding
 from m3jax.memory.delta_bank import LayeredBank
 from m3jax.retrieval.checkpoint_embedders import Ranking, load_embedder
-from m3jax.retrieval.delta_index import LayeredIndex
+from m3jax.retrieval.delta_index import DeltaIndex
 from m3jax.retrieval.index import Index
 from m3jax.retrieval.retriever import Retriever
-from m3jax.text.delta_references import AnyReferences, LayeredReferences
-from m3jax.text.references import References
+from m3jax.retrieval.search import SearchIndex
+from m3jax.text.delta_references import DeltaReferences
+from m3jax.text.references import ReferenceReader, References
 from m3jax.text.tokenizer import Tokenizer
 
-VERSIONS, CURRENT, VERSION, REMOVED = "versions", "current.json", "version.json", "removed.npy"
-BANKS = "banks"  # of a refresh: one folder a layer
+VERSIONS, CURRENT, VERSION = "versions", "current.json", "version.json"
+TOMBSTONES = "tombstones.npy"
+BANKS = "banks"  # of a refresh: a folder for the base, and one for each delta
 MANIFEST = "manifest.json"  # of references and of a bank; readers lock it
 
 
@@ -64,33 +66,38 @@ class _Lock:
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """One version. While it is in use, its layers are not collected.
+    """A version. While it is in use, a compaction deletes nothing that it reads.
 
     Attributes:
       number: 0 is the unedited one.
       parent: the version it was made from; −1 for version 0.
       note: what made it, in words.
-      layers: folders with `references/ index/`.
-      banks: folder of each layer's bank.
-      removed: ids that were deleted or replaced.
+      folders: folders with `references/ index/`: the base, then the deltas.
+      banks: folders of their banks.
+      tombstones: ids that were deleted or replaced.
     """
 
     workdir: Path
     number: int
     parent: int
     note: str
-    layers: tuple[Path, ...]
+    folders: tuple[Path, ...]
     banks: tuple[Path, ...]
-    removed: np.ndarray
+    tombstones: np.ndarray
     locks: tuple[_Lock, ...] = ()
 
     @property
+    def deltas(self) -> tuple[Path, ...]:
+        """Folders of the deltas over the base, oldest first."""
+        return self.folders[1:]
+
+    @property
     def has_bank(self) -> bool:
-        """Whether its memories were written."""
+        """True where its memories were written."""
         return (self.banks[0] / MANIFEST).exists()
 
     def close(self) -> None:
-        """Lets its layers be collected."""
+        """Lets a compaction delete its folders."""
         for lock in self.locks:
             lock.close()
 
@@ -144,10 +151,10 @@ def open_version(workdir: str | Path, number: int | None = None) -> Version:
       number: which; None = the current one.
 
     Raises:
-      VersionError: no such version, a collected one, or a damaged file.
+      VersionError: no such version, one that a compaction deleted, or a damaged file.
     """
     workdir = Path(workdir)
-    for _ in range(3):  # the current one may be collected between two lines
+    for _ in range(3):  # a compaction may delete the current one between two lines
         current = read_current(workdir)
         wanted = current["version"] if number is None else number
         if wanted >= current["oldest"]:
@@ -157,7 +164,9 @@ def open_version(workdir: str | Path, number: int | None = None) -> Version:
             break
     kept = ", ".join(map(str, versions(workdir)))
     if wanted < current["oldest"]:
-        raise VersionError(f"version {wanted} of {workdir} was collected; there are {kept}")
+        raise VersionError(
+            f"version {wanted} of {workdir} was deleted by a compaction; there are {kept}"
+        )
     raise VersionError(f"{workdir} has no version {wanted}; there are {kept}")
 
 
@@ -168,21 +177,21 @@ def _read_version(workdir: Path, number: int) -> Version:
     folder = folder_of(workdir, number)
     (folder / VERSION).stat()  # FileNotFoundError: no such version
     content = read_sealed(folder / VERSION)
-    if content is None or checksum(folder / REMOVED) != content["removed"]:
-        name = VERSION if content is None else REMOVED
+    if not content or checksum(folder / TOMBSTONES) != content.get("tombstones"):
+        name = TOMBSTONES if content else VERSION
         raise VersionError(
             f"{folder / name} is damaged; go back with launch/edit_bank.py rollback"
             f" --to={number - 1} and edit again"
         )
-    removed = np.load(io.BytesIO((folder / REMOVED).read_bytes()), allow_pickle=False)
-    layers = tuple(folder_of(workdir, layer) for layer in content["layers"])
+    tombstones = np.load(io.BytesIO((folder / TOMBSTONES).read_bytes()), allow_pickle=False)
+    folders = tuple(folder_of(workdir, part) for part in [content["base"], *content["deltas"]])
     banks = tuple(workdir / path for path in content["banks"])
-    return Version(workdir, number, content["parent"], content["note"], layers, banks, removed)
+    return Version(workdir, number, content["parent"], content["note"], folders, banks, tombstones)
 
 
 def _lock(version: Version) -> Version:
     """Holds a shared lock on all it reads, until the version is forgotten or the process ends."""
-    folders = [*(layer / "references" for layer in version.layers), *version.banks]
+    folders = [*(folder / "references" for folder in version.folders), *version.banks]
     locks = tuple(_Lock(folder / MANIFEST) for folder in folders if (folder / MANIFEST).exists())
     return dataclasses.replace(version, locks=locks)
 
@@ -233,11 +242,11 @@ def require_unedited(workdir: Path) -> None:
         )
 
 
-def open_references(config: ConfigDict, version: Version, tokenizer: Tokenizer) -> AnyReferences:
+def open_references(config: ConfigDict, version: Version, tokenizer: Tokenizer) -> ReferenceReader:
     """The knowledge base of a version, checked against tokenizer and config."""
-    layers = []
-    for layer in version.layers:
-        folder = layer / "references"
+    sets = []
+    for part in version.folders:
+        folder = part / "references"
         references = References.open(folder)
         if references.tokenizer_fingerprint != tokenizer.fingerprint:
             raise TextError(f"{folder} was cut with another tokenizer; run launch/prepare.py again")
@@ -246,35 +255,34 @@ def open_references(config: ConfigDict, version: Version, tokenizer: Tokenizer) 
                 f"{folder} has references of up to {references.length} tokens, but"
                 f" config.memory.reference_length = {config.memory.reference_length}; prepare again"
             )
-        layers.append(references)
-    if version.number == 0:
-        return layers[0]
-    return LayeredReferences(layers, version.removed)
+        sets.append(references)
+    return DeltaReferences(sets, version.tombstones) if version.number else sets[0]
 
 
-def open_index(version: Version, references: AnyReferences) -> Any:
-    """The index of a version: an `Index`, or a `LayeredIndex` with the same methods."""
-    if isinstance(references, References):
-        return Index.open(version.layers[0] / "index", references, load=load_embedder)
-    layers = [
-        Index.open(folder / "index", layer, load=load_embedder)
-        for folder, layer in zip(version.layers, references.layers, strict=True)
+def open_index(version: Version, references: ReferenceReader) -> SearchIndex:
+    """Opens the index of a version, whose references are of `open_references`."""
+    sets = references.sets if isinstance(references, DeltaReferences) else [references]
+    indices = [
+        Index.open(folder / "index", part, load=load_embedder)
+        for folder, part in zip(version.folders, sets, strict=True)
     ]
-    return LayeredIndex(layers, version.removed, references.fingerprint)
+    if not isinstance(references, DeltaReferences):
+        return indices[0]
+    return DeltaIndex(indices, version.tombstones, references.fingerprint)
 
 
-def open_bank(version: Version, references: AnyReferences, cache_bytes: int = 0) -> Any:
-    """The bank of a version: a `Bank`, or a `LayeredBank` with the same methods."""
-    layers = [Bank.open(folder, None, cache_bytes) for folder in version.banks]
-    if isinstance(references, References):
-        return layers[0]
-    return LayeredBank(layers, version.removed, references.fingerprint)
+def open_bank(version: Version, references: ReferenceReader, cache_bytes: int = 0) -> Any:
+    """Opens the bank of a version; `cache_bytes` as of `Bank.open`."""
+    banks = [Bank.open(folder, None, cache_bytes) for folder in version.banks]
+    if not isinstance(references, DeltaReferences):
+        return banks[0]
+    return LayeredBank(banks, version.tombstones, references.fingerprint)
 
 
 def open_retriever(
     config: ConfigDict,
     version: Version,
-    references: AnyReferences,
+    references: ReferenceReader,
     overlap_limit: float,
     candidates: int | None = None,
     bank: Any = None,
@@ -301,7 +309,7 @@ def open_retriever(
 def check_bank(
     config: ConfigDict,
     bank: Bank | LayeredBank,
-    references: AnyReferences,
+    references: ReferenceReader,
     tokenizer: Tokenizer,
 ) -> None:
     """Refuses a bank that does not fit config, references or tokenizer, whoever wrote it."""

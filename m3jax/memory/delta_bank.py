@@ -71,7 +71,7 @@ class LayeredBank:
     def record_hashes(self) -> np.ndarray:
         """Hash of all tokens that shaped each memory; of removed ones, one that fits nothing."""
         hashes = np.concatenate([layer.record_hashes for layer in self.layers])
-        for i in self.numbering.removed:
+        for i in self.numbering.tombstones:
             digest = hashlib.blake2b(f"removed {i}".encode(), digest_size=8).digest()
             hashes[i] = int.from_bytes(digest, "little")
         return hashes

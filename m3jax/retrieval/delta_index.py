@@ -1,75 +1,68 @@
-"""An index in layers: the first one, and what edits added to it."""
+"""An index as a base and the deltas that edits added to it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32
 
 from m3jax.errors import RetrievalError
 from m3jax.files import digest
 from m3jax.numbering import Numbering
 from m3jax.retrieval.index import Index
+from m3jax.retrieval.search import Found
 
 
-class LayeredIndex:
-    """`Index` over several indices of one embedder, without the removed references.
+class DeltaIndex:
+    """`SearchIndex` over several indices of one embedder, without tombstones.
 
-    Attributes: those of `Index`, and
-      layers: the indices.
+    Attributes: those of `SearchIndex`, and
+      indices: the base, then the deltas.
       numbering: ids over them.
     """
 
-    def __init__(self, layers: Sequence[Index], removed: np.ndarray, references: str) -> None:
-        """Joins indices; `references` is the fingerprint of the layered references."""
-        # The last one knows the words of all layers.
-        self.layers, self.embedder = list(layers), layers[-1].embedder
-        for layer in layers[:-1]:
-            if layer.embedder.family != self.embedder.family:
-                raise RetrievalError(
-                    "the layers of the index were made by different embedders; collect them into"
-                    " one with launch/edit_bank.py collect"
-                )
-        self.numbering = Numbering([layer.size for layer in layers], removed)
-        self.size, self.kind, self.dimension = (
-            self.numbering.size,
-            layers[0].kind,
-            layers[0].dimension,
-        )
+    def __init__(self, indices: Sequence[Index], tombstones: np.ndarray, references: str) -> None:
+        """Joins indices; `references` is the fingerprint of the `DeltaReferences`."""
+        # The last one knows the words of all.
+        self.indices, self.embedder = list(indices), indices[-1].embedder
+        if any(index.embedder.family != self.embedder.family for index in indices):
+            raise RetrievalError(
+                "the base and the deltas of the index were made by different embedders; make one"
+                " index of them with launch/edit_bank.py compact"
+            )
+        self.numbering = Numbering([index.size for index in indices], tombstones)
+        self.size = self.numbering.size
+        self.kind, self.dimension = indices[0].kind, indices[0].dimension
         self.references_fingerprint = references
-        self.fingerprint = digest(*(layer.fingerprint for layer in layers), references)
-        ids = self.numbering.split(self.numbering.removed)
-        self._removed_in = {layer: len(rows) for layer, _, rows in ids}
+        self.fingerprint = digest(*(index.fingerprint for index in indices), references)
+        split = self.numbering.split(self.numbering.tombstones)
+        self._tombstones_of = {part: len(rows) for part, _, rows in split}
 
-    def search(
-        self, embeddings: Float32[np.ndarray, "n E"], k: int
-    ) -> tuple[Int64[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
-        """As `Index.search`; never returns a removed reference."""
-        found = [self._search_layer(i, embeddings, k) for i in range(len(self.layers))]
-        ids, scores = (np.concatenate(part, axis=1) for part in zip(*found, strict=True))
+    def search(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> Found:
+        """Searches as `Index.search`; never returns a tombstone."""
+        results = [self._search_part(i, embeddings, k) for i in range(len(self.indices))]
+        ids, scores = (np.concatenate(columns, axis=1) for columns in zip(*results, strict=True))
         order = np.lexsort((np.where(ids < 0, np.iinfo(np.int64).max, ids), -scores), axis=1)
         order = order[:, :k]
         return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
-    def _search_layer(
-        self, layer: int, embeddings: np.ndarray, k: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The k best of a layer in use.
+    def _search_part(self, part: int, embeddings: np.ndarray, k: int) -> Found:
+        """Finds the k best of a part in use.
 
-        Asks for more, twice as many each time, where removed ones took places.
+        Searches for more, twice as many each time, where tombstones took places.
         """
-        index, gone = self.layers[layer], self._removed_in.get(layer, 0)
-        wanted = k
+        index, tombstones = self.indices[part], self._tombstones_of.get(part, 0)
+        count = k
         while True:
-            ids, scores = index.search(embeddings, wanted)
-            ids = np.where(ids < 0, -1, ids + self.numbering.first(layer))
-            dead = (ids >= 0) & self.numbering.is_removed(ids)
-            enough = wanted >= min(k + gone, index.size)
-            if enough or ((wanted - dead.sum(axis=1)) >= k).all():
+            ids, scores = index.search(embeddings, count)
+            ids = np.where(ids < 0, -1, ids + self.numbering.first(part))
+            removed = (ids >= 0) & self.numbering.is_removed(ids)
+            enough = count >= min(k + tombstones, index.size)
+            if enough or ((count - removed.sum(axis=1)) >= k).all():
                 break
-            wanted = min(2 * wanted, k + gone, max(index.size, k))
-        scores = np.where(dead, -np.inf, scores).astype(np.float32)
-        ids = np.where(dead, -1, ids)
+            count = min(2 * count, k + tombstones, max(index.size, k))
+        scores = np.where(removed, -np.inf, scores).astype(np.float32)
+        ids = np.where(removed, -1, ids)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)

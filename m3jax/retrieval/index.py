@@ -29,7 +29,7 @@ from m3jax.retrieval.folder import (
     verify,
 )
 from m3jax.retrieval.search import Found, Searcher, import_scann, merge
-from m3jax.text.references import References
+from m3jax.text.references import ReferenceReader
 
 
 class Index:
@@ -88,7 +88,7 @@ class Index:
     def open(
         cls,
         folder: str | Path,
-        references: References | None = None,
+        references: ReferenceReader | None = None,
         parts: Sequence[int] | None = None,
         load: Callable[[Path], Embedder] | None = None,
     ) -> Index:

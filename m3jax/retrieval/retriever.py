@@ -9,10 +9,9 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from m3jax.errors import RetrievalError
-from m3jax.retrieval.delta_index import LayeredIndex
-from m3jax.retrieval.index import Index
-from m3jax.text.delta_references import AnyReferences
+from m3jax.retrieval.search import SearchIndex
 from m3jax.text.overlap import which_exceed
+from m3jax.text.references import ReferenceReader
 
 # Scores (n, c) of the references `ids` (n, c) for n texts; −inf for the id −1.
 Rank = Callable[[Sequence[str], Int64[np.ndarray, "n c"]], Float32[np.ndarray, "n c"]]
@@ -30,8 +29,8 @@ class Retriever:
 
     def __init__(
         self,
-        index: Index | LayeredIndex,
-        references: AnyReferences,
+        index: SearchIndex,
+        references: ReferenceReader,
         candidates: int,
         overlap_limit: float,
         rank: Rank | None = None,

@@ -11,10 +11,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int64
+
+from m3jax.retrieval.embed import Embedder
 
 SHARD_ROWS = 2**14  # embeddings per file, and per block of the exact search
 SPARE = 16  # candidates beyond k, so that ties at the edge go to the lower id
@@ -24,6 +26,30 @@ _MARGIN = 1e-5  # above the error of a float32 dot product of unit vectors
 _SCORE_ALL = 20_000  # references up to which ScaNN computes every score
 
 Found = tuple[Int64[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]  # ids and scores of n queries
+
+
+@runtime_checkable
+class SearchIndex(Protocol):
+    """Interface of what a `Retriever` searches: `Index` or `DeltaIndex`.
+
+    Attributes:
+      size: number of ids R, tombstones included.
+      kind: `exact` or `scann`.
+      dimension: width E of the embeddings.
+      fingerprint, references_fingerprint: of all that decides what is returned, and of the
+        references.
+      embedder: embeds queries as the references were embedded.
+    """
+
+    size: int
+    kind: str
+    dimension: int
+    fingerprint: str
+    references_fingerprint: str
+    embedder: Embedder
+
+    def search(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> Found:
+        """Returns ids and scores of the k best references of every query; see `Index.search`."""
 
 
 def import_scann() -> ModuleType | None:

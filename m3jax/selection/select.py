@@ -29,7 +29,6 @@ from m3jax.model.transformer import Model, Params
 from m3jax.selection.budget import Worth, choose, estimate
 from m3jax.selection.memory_value import RowLosses, drops, measure
 from m3jax.selection.validate import check_choice, split_rows
-from m3jax.text.delta_references import live_ids
 
 FOLDER = "usefulness"  # in report/ of the workdir
 _BLOCK = 4096  # references read at a time
@@ -116,7 +115,7 @@ def select_references(
     folder = workdir / "report" / FOLDER
     measured = measure(losses, pipeline, params, sample, folder / "measured", identity, progress)
     found = _estimate(config, workdir, pipeline, measured, options.count, progress)
-    live = live_ids(references)
+    live = references.live
     chosen = choose(found.worth, np.full(len(found.worth), each), budget, config.seed)
     if not chosen.size:
         raise UsefulnessError(
@@ -196,7 +195,7 @@ def _estimate(
         more, seen = _count(config, workdir, pipeline, count, progress)
         counted, rows = counted + more, rows + seen
     tokens = float(whole["weight"].mean())
-    return estimate(found, changes, counted, rows, tokens, live_ids(pipeline.references))
+    return estimate(found, changes, counted, rows, tokens, pipeline.references.live)
 
 
 def _count(

@@ -75,8 +75,8 @@ def check_choice(
     """
 
     def with_only(ids: Int[np.ndarray, " k"], absent: int = -1) -> np.ndarray:
-        removed = np.union1d(opened.removed, np.setdiff1d(live, ids))
-        one = dataclasses.replace(opened, number=opened.number + 1, removed=removed)
+        removed = np.union1d(opened.tombstones, np.setdiff1d(live, ids))
+        one = dataclasses.replace(opened, number=opened.number + 1, tombstones=removed)
         pipeline = open_pipeline(config, opened.workdir, split="validation", version=one)
         return row_losses(losses, pipeline, params, rows, absent)
 

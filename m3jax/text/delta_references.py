@@ -1,4 +1,4 @@
-"""A knowledge base in layers: the first one, and what edits added to it."""
+"""A knowledge base as a base and the deltas that edits added to it."""
 
 from __future__ import annotations
 
@@ -13,50 +13,59 @@ from m3jax.numbering import Numbering
 from m3jax.text.references import Reference, References
 
 
-class LayeredReferences:
-    """`References` over several sets, without the removed ones. Safe for several threads.
+class DeltaReferences:
+    """`ReferenceReader` over a base and its deltas, without tombstones. Safe for several threads.
 
     Attributes: those of `References`, and
-      layers: the sets.
+      sets: the base, then the deltas.
       numbering: ids over them.
     """
 
-    def __init__(self, layers: Sequence[References], removed: np.ndarray) -> None:
-        """Joins sets that one tokenizer made."""
-        self.layers = list(layers)
-        self.numbering = Numbering([len(layer) for layer in layers], removed)
-        self.length = max(layer.length for layer in layers)
-        self.tokenizer_fingerprint = layers[0].tokenizer_fingerprint
-        other = [r.folder for r in layers if r.tokenizer_fingerprint != self.tokenizer_fingerprint]
+    def __init__(self, sets: Sequence[References], tombstones: np.ndarray) -> None:
+        """Joins sets; raises `TextError` unless one tokenizer made all."""
+        self.sets = list(sets)
+        self.numbering = Numbering([len(part) for part in sets], tombstones)
+        self.length = max(part.length for part in sets)
+        self.tokenizer_fingerprint = sets[0].tokenizer_fingerprint
+        other = [s.folder for s in sets if s.tokenizer_fingerprint != self.tokenizer_fingerprint]
         if other:
-            raise TextError(f"{other[0]} was cut with another tokenizer than {layers[0].folder}")
-        self.dtype = layers[0].dtype
-        self.lengths: Int32[np.ndarray, " R"] = np.concatenate([r.lengths for r in layers])
+            raise TextError(f"{other[0]} was cut with another tokenizer than {sets[0].folder}")
+        self.dtype = sets[0].dtype
+        self.lengths: Int32[np.ndarray, " R"] = np.concatenate([part.lengths for part in sets])
         self.record_hashes: UInt64[np.ndarray, " R"] = np.concatenate(
-            [r.record_hashes for r in layers]
+            [part.record_hashes for part in sets]
         )
-        parts = [layer.fingerprint for layer in layers]
+        parts = [part.fingerprint for part in sets]
         self.fingerprint = digest(*parts, self.numbering.fingerprint)
 
     @property
-    def keys(self) -> list[str]:
+    def live(self) -> Int64[np.ndarray, " n"]:
+        """Ids of the references in use, ascending."""
+        return self.numbering.live
+
+    def live_keys(self) -> list[str]:
         """Keys of the references in use, in the order of their ids."""
-        found = [key for layer in self.layers for key in layer.keys]
-        return [found[i] for i in self.numbering.live]
+        keys = [key for part in self.sets for key in part.live_keys()]
+        return [keys[i] for i in self.live]
 
     def documents(self) -> Int64[np.ndarray, " R"]:
-        """Number of every reference's document; its references of two layers count as two."""
+        """Number of every reference's document; a document of two sets counts as two."""
         numbers, first = [], 0
-        for layer in self.layers:
-            found = layer.documents()
-            numbers.append(first + found)
-            first += int(found.max(initial=-1)) + 1
+        for part in self.sets:
+            inside = part.documents()
+            numbers.append(first + inside)
+            first += int(inside.max(initial=-1)) + 1
         return np.concatenate(numbers)
 
     def info(self) -> str:
         """Counts, in words."""
-        count, layers = len(self.numbering.live), len(self.layers)
-        return f"{count} references in use, {layers} layers, {len(self.numbering.removed)} removed"
+        deltas, tombstones = len(self.sets) - 1, len(self.numbering.tombstones)
+        return f"{len(self.live)} references in use, {deltas} deltas, {tombstones} tombstones"
+
+    def verify(self) -> None:
+        """Reads all bytes and compares checksums; raises `TextError` naming a damaged file."""
+        for part in self.sets:
+            part.verify()
 
     def __len__(self) -> int:
         return self.numbering.size
@@ -65,51 +74,71 @@ class LayeredReferences:
         return self.read([int(i)])[0]
 
     def read(self, ids: Sequence[int] | np.ndarray) -> list[Reference]:
-        """References, in the order of `ids`."""
+        """Reads references, in the order of `ids`."""
         ids = self._check(ids)
-        found: dict[int, Reference] = {}
-        for layer, places, rows in self.numbering.split(ids):
-            found.update(zip(places.tolist(), self.layers[layer].read(rows), strict=True))
-        return [found[place] for place in range(len(ids))]
+        references: dict[int, Reference] = {}
+        for part, positions, rows in self.numbering.split(ids):
+            references.update(zip(positions.tolist(), self.sets[part].read(rows), strict=True))
+        return [references[position] for position in range(len(ids))]
 
     def texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """Texts of references, in the order of `ids`."""
+        """Reads texts of references, in the order of `ids`."""
         ids = self._check(ids)
         texts = [""] * len(ids)
-        for layer, places, rows in self.numbering.split(ids):
-            for place, text in zip(places, self.layers[layer].texts(rows), strict=True):
-                texts[place] = text
+        for part, positions, rows in self.numbering.split(ids):
+            for position, text in zip(positions, self.sets[part].texts(rows), strict=True):
+                texts[position] = text
         return texts
 
     def tokens(self, ids: Sequence[int] | np.ndarray) -> Int32[np.ndarray, "n W"]:
-        """Tokens of references, one row each, filled up with PAD."""
+        """Reads tokens of references, one row each, filled up with PAD."""
         ids = self._check(ids)
         tokens = np.zeros((len(ids), self.length), np.int32)
-        for layer, places, rows in self.numbering.split(ids):
-            found = self.layers[layer].tokens(rows)
-            tokens[places, : found.shape[1]] = found
+        for part, positions, rows in self.numbering.split(ids):
+            own = self.sets[part].tokens(rows)
+            tokens[positions, : own.shape[1]] = own
         return tokens
 
     def lookup(self, key: str) -> int | None:
-        """Id of the reference in use with this key; None where there is none."""
-        for number in reversed(range(len(self.layers))):
-            row = self.layers[number].lookup(key)
+        """Returns the id of the reference in use with this key, or None."""
+        for number in reversed(range(len(self.sets))):
+            row = self.sets[number].lookup(key)
             if row is not None:
-                found = self.numbering.first(number) + row
-                if not self.numbering.is_removed(np.array(found)):
-                    return found
+                id_ = self.numbering.first(number) + row
+                if not self.numbering.is_removed(np.array(id_)):
+                    return id_
         return None
 
     def find(self, key: str) -> int:
-        """Id of the reference in use with this key.
+        """Returns the id of the reference in use with this key.
 
         Raises:
           TextError: no reference in use has it.
         """
-        found = self.lookup(key)
-        if found is None:
+        id_ = self.lookup(key)
+        if id_ is None:
             raise TextError(f"no reference in use has the key {key!r} ({self.info()})")
-        return found
+        return id_
+
+    def find_or_removed(self, key: str) -> int:
+        """Returns the id of the reference with this key; −1 where it was removed.
+
+        Raises:
+          TextError: no reference has had it.
+        """
+        id_ = self.lookup(key)
+        if id_ is None and any(part.lookup(key) is not None for part in self.sets):
+            return -1
+        return self.find(key) if id_ is None else id_
+
+    def of_document(self, document: str) -> list[int]:
+        """Returns ids in use of a document's references, whose keys count from 0 in every set."""
+        ids = [
+            self.numbering.first(number) + row
+            for number, part in enumerate(self.sets)
+            for row in part.of_document(document)
+        ]
+        return [i for i in ids if not self.numbering.is_removed(np.array(i))]
 
     def _check(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         ids = np.asarray(ids, np.int64).reshape(-1)
@@ -119,28 +148,3 @@ class LayeredReferences:
                 f"reference {ids[wrong][0]} is removed, or none of 0 … {len(self) - 1}"
             )
         return ids
-
-
-AnyReferences = References | LayeredReferences
-
-
-def live_ids(references: AnyReferences) -> np.ndarray:
-    """Ids of the references in use, ascending."""
-    if isinstance(references, LayeredReferences):
-        return references.numbering.live
-    return np.arange(len(references))
-
-
-def find_or_removed(references: AnyReferences, key: str) -> int:
-    """Id of the reference with this key; −1 where it was removed.
-
-    Raises:
-      TextError: no reference has had it.
-    """
-    found = references.lookup(key)
-    if found is not None:
-        return found
-    layers = references.layers if isinstance(references, LayeredReferences) else []
-    if any(layer.lookup(key) is not None for layer in layers):
-        return -1
-    return references.find(key)

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int32, UInt64
+from jaxtyping import Int, Int32, Int64, UInt64
 
 from m3jax.errors import TextError
 from m3jax.text.documents import Document, in_batches
@@ -41,6 +41,67 @@ class Reference:
     end: int
     text: str
     tokens: Int32[np.ndarray, " W"]
+
+
+@runtime_checkable
+class ReferenceReader(Protocol):
+    """Interface of a knowledge base that can be read: `References` or `DeltaReferences`.
+
+    Attributes:
+      length: most tokens W of a reference.
+      lengths: tokens of every reference.
+      record_hashes: hash of every reference's tokens.
+      fingerprint, tokenizer_fingerprint: of the whole knowledge base, and of its tokenizer.
+      dtype: of the stored tokens.
+    """
+
+    length: int
+    lengths: Int32[np.ndarray, " R"]
+    record_hashes: UInt64[np.ndarray, " R"]
+    fingerprint: str
+    tokenizer_fingerprint: str
+    dtype: np.dtype
+
+    @property
+    def live(self) -> Int64[np.ndarray, " n"]:
+        """Ids of the references in use, ascending."""
+
+    def live_keys(self) -> list[str]:
+        """Keys of the references in use, in the order of their ids."""
+
+    def documents(self) -> Int[np.ndarray, " R"]:
+        """Number of every reference's document, whose references are consecutive."""
+
+    def info(self) -> str:
+        """Counts, in words."""
+
+    def verify(self) -> None:
+        """Reads all bytes and compares checksums; raises `TextError` naming a damaged file."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int | np.integer) -> Reference: ...
+
+    def read(self, ids: Sequence[int] | np.ndarray) -> list[Reference]:
+        """Reads references, in the order of `ids`."""
+
+    def texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """Reads texts of references, in the order of `ids`."""
+
+    def tokens(self, ids: Sequence[int] | np.ndarray) -> Int32[np.ndarray, "n W"]:
+        """Reads tokens of references, one row each, filled up with PAD; no prefix inside."""
+
+    def lookup(self, key: str) -> int | None:
+        """Returns the id of the reference in use with this key, or None."""
+
+    def find(self, key: str) -> int:
+        """Returns the id of the reference in use with this key, or raises `TextError`."""
+
+    def find_or_removed(self, key: str) -> int:
+        """Returns the id of the reference with this key; −1 where it was removed."""
+
+    def of_document(self, document: str) -> list[int]:
+        """Returns the ids in use of a document's references."""
 
 
 def write_references(
@@ -118,11 +179,13 @@ def write_pieces(
         return writer.count
 
 
-def copy_references(source: Any, ids: Sequence[int] | np.ndarray, folder: str | Path) -> None:
+def copy_references(
+    source: ReferenceReader, ids: Sequence[int] | np.ndarray, folder: str | Path
+) -> None:
     """Writes some references of a set, in the order of `ids`, as a set of its own.
 
     Args:
-      source: `References`, or several in layers.
+      source: the references.
       ids: which; at least one.
       folder: where to write, replacing what is there.
     """
@@ -218,7 +281,11 @@ class References:
         return self._records.folder
 
     @property
-    def keys(self) -> list[str]:
+    def live(self) -> Int64[np.ndarray, " R"]:
+        """Ids of the references in use: all."""
+        return np.arange(len(self))
+
+    def live_keys(self) -> list[str]:
         """All keys in order; reads every record."""
         blocks = (range(i, min(i + 4096, len(self))) for i in range(0, len(self), 4096))
         return [record["key"] for block in blocks for record in self._records.read(block)]
@@ -295,6 +362,10 @@ class References:
             elif n + 1 >= self._numbers:
                 return found
         raise AssertionError
+
+    def find_or_removed(self, key: str) -> int:
+        """Returns the id of the reference with this key, as `find`: none was removed."""
+        return self.find(key)
 
     def find(self, key: str) -> int:
         """Id of the reference with this key.

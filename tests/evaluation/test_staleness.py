@@ -15,7 +15,7 @@ from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import BankError, ConfigError, VersionError
 from m3jax.evaluation.staleness import measure, table
 from m3jax.knowledge.edit import edit, rollback
-from m3jax.knowledge.maintain import collect, verify
+from m3jax.knowledge.maintain import compact, verify
 from m3jax.knowledge.memory_writer import MemoryWriter, check_reader
 from m3jax.knowledge.versions import open_bank, open_index, open_references, open_version, versions
 from m3jax.memory.bank import Bank
@@ -165,8 +165,8 @@ def test_a_refreshed_version_is_written_by_the_checkpoint(workdir: Path, tmp_pat
     jax.tree.map(np.testing.assert_array_equal, opened(workdir)[2].read(everything), stored)
     rollback(workdir, 2)
     del version, before, old_index, old, index, bank, references, pipeline
-    gc.collect()  # a reader keeps what it reads
-    collected, busy = collect(CONFIG, workdir, write=MemoryWriter(CONFIG, workdir))
+    gc.compact()  # a reader keeps what it reads
+    collected, busy = compact(CONFIG, workdir, write=MemoryWriter(CONFIG, workdir))
     assert busy == [] and versions(workdir) == [collected.number]
     assert not (workdir / "bank").exists() and not (workdir / "versions" / "000002").exists()
     jax.tree.map(
@@ -177,12 +177,12 @@ def test_a_refreshed_version_is_written_by_the_checkpoint(workdir: Path, tmp_pat
 def test_collecting_a_refresh_deletes_the_old_bank_alone(workdir: Path) -> None:
     rewrite(CONFIG, workdir, workdir / "moved")
     memory = opened(workdir)[2].read(np.arange(20))
-    gc.collect()  # a reader keeps what it reads
-    version, busy = collect(CONFIG, workdir, write=MemoryWriter(CONFIG, workdir))
+    gc.compact()  # a reader keeps what it reads
+    version, busy = compact(CONFIG, workdir, write=MemoryWriter(CONFIG, workdir))
     assert (version.number, busy) == (1, []) and versions(workdir) == [1]
     assert not (workdir / "bank").exists() and (workdir / "references").exists()
     jax.tree.map(np.testing.assert_array_equal, opened(workdir)[2].read(np.arange(20)), memory)
-    with pytest.raises(VersionError, match="version 0 of .* was collected"):
+    with pytest.raises(VersionError, match="version 0 of .* was deleted"):
         open_version(workdir, 0)
 
 

@@ -16,7 +16,7 @@ from m3jax.inference import session as session_module
 from m3jax.inference.cli import Request, run
 from m3jax.inference.session import Session
 from m3jax.knowledge.edit import edit
-from m3jax.knowledge.maintain import collect
+from m3jax.knowledge.maintain import compact
 from m3jax.knowledge.versions import open_version
 from m3jax.memory import http_probe, storage
 from m3jax.memory.bank import Bank
@@ -120,7 +120,7 @@ def test_a_reference_deleted_meanwhile_is_read_to_the_end_and_then_never_again(w
     def delete(number, text):
         if not asked:
             edit(CONFIG, workdir, delete=sorted(keys)).close()
-            asked.append(collect(CONFIG, workdir, write=_no_memories)[1])
+            asked.append(compact(CONFIG, workdir, write=_no_memories)[1])
 
     same(generated(session.generator("memory"), delete), expected)
     assert asked == [[str(workdir)]]  # kept for its reader
@@ -129,7 +129,7 @@ def test_a_reference_deleted_meanwhile_is_read_to_the_end_and_then_never_again(w
         for chunk in row.chunks:
             for i in chunk.ids[chunk.ids >= 0].tolist():
                 assert after.references[i].key not in keys
-    with pytest.raises(VersionError, match="was collected"):
+    with pytest.raises(VersionError, match="was deleted"):
         open_version(workdir, 0)
 
 

@@ -21,7 +21,7 @@ from m3jax.config import PREFIX_TOKENS
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import BankError, VersionError
 from m3jax.knowledge.edit import edit, merge, refresh, rollback
-from m3jax.knowledge.maintain import collect, repair, verify
+from m3jax.knowledge.maintain import compact, repair, verify
 from m3jax.knowledge.versions import (
     VERSIONS,
     only_writer,
@@ -104,7 +104,7 @@ def test_what_is_added_is_found_and_read(workdir: Path) -> None:
     assert len(references) == len(before) + 2 == bank.size
     new, old = references.find("Zork#0"), np.array([0, 5])
     assert new >= len(before)
-    write(References.open(version.layers[1] / "references"), workdir / "again", None)
+    write(References.open(version.deltas[0] / "references"), workdir / "again", None)
     again = Bank.open(workdir / "again").read(np.array([0, 1]))
     memory = bank.read(np.array([new, -1, 5]))
     row = new - len(before)
@@ -123,7 +123,7 @@ def test_a_replaced_document_is_read_in_its_new_form_only(workdir: Path) -> None
     references, index, bank = opened(workdir)
     assert found(workdir, "Zork")[0] == "Zork lynx"
     assert "Zork otter" not in found(workdir, "Zork otter", k=5)
-    assert version.removed.tolist() == [old] and references.find("Zork#0") == old + 1
+    assert version.tombstones.tolist() == [old] and references.find("Zork#0") == old + 1
     ids, _ = index.search(index.embedder.embed(["Zork otter"] * 2), len(references))
     assert (ids >= 0).sum() == 2 * (len(references) - 1) and old not in ids
     with pytest.raises(BankError, match=f"reference id {old} is not in this version"):
@@ -138,27 +138,29 @@ def test_deleting_finds_what_is_next(workdir: Path) -> None:
     references, index, _ = opened(workdir)
     query = index.embedder.embed(["pet"])
     order = [int(i) for i in index.search(query, len(references))[0][0]]
-    keys = references.keys
+    keys = references.live_keys()
     gone = order[:20]
     edit(CONFIG, workdir, delete=[keys[i] for i in gone], write=write)
-    _, layered, _ = opened(workdir)
+    _, edited, _ = opened(workdir)
     for k in (1, 3, 50):
-        assert layered.search(query, k)[0][0].tolist() == order[20 : 20 + k]
+        assert edited.search(query, k)[0][0].tolist() == order[20 : 20 + k]
 
 
 def test_a_version_equals_one_prepared_anew(workdir: Path, prepared: Path) -> None:
     references, _, _ = opened(workdir)
-    document = references.keys[3].rpartition("#")[0]
+    document = references.live_keys()[3].rpartition("#")[0]
     edit(CONFIG, workdir, documents=documents("Zork", "Quux"), write=write)
     edit(CONFIG, workdir, delete=[document], write=write)
     edit(CONFIG, workdir, documents=documents("Quux", word="lynx"), replace=True, write=write)
-    layered, _, bank = opened(workdir)
-    expected = {key: layered[layered.find(key)].text for key in layered.keys}
-    memories = {key: bank.read(np.array(layered.find(key))) for key in layered.keys}
-    version, busy = collect(CONFIG, workdir, write=write)
+    references, _, bank = opened(workdir)
+    expected = {key: references[references.find(key)].text for key in references.live_keys()}
+    memories = {key: bank.read(np.array(references.find(key))) for key in references.live_keys()}
+    version, busy = compact(CONFIG, workdir, write=write)
     assert (version.number, versions(workdir), busy) == (4, [4], [])
     references, _, bank = opened(workdir)
-    assert {key: references[references.find(key)].text for key in references.keys} == expected
+    assert {
+        key: references[references.find(key)].text for key in references.live_keys()
+    } == expected
     for key, memory in memories.items():
         now = bank.read(np.array(references.find(key)))
         jax.tree.map(np.testing.assert_array_equal, now, memory)
@@ -167,12 +169,12 @@ def test_a_version_equals_one_prepared_anew(workdir: Path, prepared: Path) -> No
     assert not (workdir / "bank").exists() and not (workdir / "references").exists()
     assert sorted(p.name for p in (workdir / VERSIONS).iterdir() if p.is_dir()) == ["000004"]
     for number in range(4):
-        with pytest.raises(VersionError, match=f"version {number} of .* was collected"):
+        with pytest.raises(VersionError, match=f"version {number} of .* was deleted"):
             open_version(workdir, number)
     assert edit(CONFIG, workdir, documents=documents("Next"), write=write).number == 5
 
 
-def test_nothing_of_a_deleted_reference_is_left_after_collection(workdir: Path) -> None:
+def test_nothing_of_a_deleted_reference_is_left_after_compaction(workdir: Path) -> None:
     """Not in a file, as its tokens, its memory or its embedding."""
     references, index, bank = opened(workdir)
     everything = bank.read(np.arange(bank.size)).keys
@@ -194,7 +196,7 @@ def test_nothing_of_a_deleted_reference_is_left_after_collection(workdir: Path) 
     del references, index, bank
     assert all(places(trace) for trace in traces)
     edit(CONFIG, workdir, delete=[key], write=write)
-    collect(CONFIG, workdir, write=write)
+    compact(CONFIG, workdir, write=write)
     assert [places(trace) for trace in traces] == [[], [], []]
 
 
@@ -216,7 +218,7 @@ def test_an_edit_follows_a_bank_with_context(workdir: Path) -> None:
     with_context.writer.document_context_tokens = 60
     write(first, workdir / "bank", None, 2, with_context)
     version = edit(CONFIG, workdir, documents=[long], write=in_context)
-    added = References.open(version.layers[1] / "references")
+    added = References.open(version.deltas[0] / "references")
     assert len(added) > 2
     in_context(added, workdir / "alone", None, context="reference")
     alone = Bank.open(workdir / "alone").read(np.arange(2)).values
@@ -231,7 +233,7 @@ def test_an_edit_follows_a_bank_with_context(workdir: Path) -> None:
     after = bank.read(np.array(references.find("Long#1"))).values
     np.testing.assert_array_equal(after, before[1])
     # Collection leaves nothing of what was deleted, in the memories behind it either.
-    collect(CONFIG, workdir, write=in_context)
+    compact(CONFIG, workdir, write=in_context)
     references, _, bank = opened(workdir)
     after = bank.read(np.array(references.find("Long#1"))).values
     np.testing.assert_allclose(after, alone[1], atol=1e-5)
@@ -270,7 +272,7 @@ def test_merge_copies_the_memories_of_the_other(workdir: Path, tmp_path: Path) -
     ours = bank.read(np.array([references.find("Zork#0")]))
     expected = their_bank.read(np.array([theirs.find("Zork#0")]))
     jax.tree.map(np.testing.assert_array_equal, ours, expected)
-    assert len(references.keys) == len(theirs.keys) + 1
+    assert len(references.live_keys()) == len(theirs.live_keys()) + 1
 
 
 def test_banks_stored_differently_are_not_merged(workdir: Path, tmp_path: Path) -> None:
@@ -291,7 +293,7 @@ def test_banks_stored_differently_are_not_merged(workdir: Path, tmp_path: Path) 
 def test_a_pipeline_reads_the_version_it_was_opened_with(workdir: Path) -> None:
     pipeline = open_pipeline(CONFIG, workdir)
     batch = pipeline.batch(0)
-    edit(CONFIG, workdir, delete=[pipeline.references.keys[0]], write=write)
+    edit(CONFIG, workdir, delete=[pipeline.references.live_keys()[0]], write=write)
     again = pipeline.batch(0)
     jax.tree.map(np.testing.assert_array_equal, batch, again)
     newer = open_pipeline(CONFIG, workdir)
@@ -303,7 +305,7 @@ def test_a_pipeline_reads_the_version_it_was_opened_with(workdir: Path) -> None:
 def test_verify_names_damage_and_repair_mends_it(workdir: Path) -> None:
     edit(CONFIG, workdir, documents=documents("Zork"), write=write)
     assert verify(CONFIG, workdir) == []
-    layer = open_version(workdir).layers[1]
+    layer = open_version(workdir).deltas[0]
     shard = next(path for path in (layer / "bank").rglob("c/**/0") if path.is_file())
     kept = shard.read_bytes()
     for file in (shard, next((workdir / "index").rglob("embeddings-*"))):
@@ -329,7 +331,7 @@ def test_a_mistyped_workdir_is_not_made(tmp_path: Path) -> None:
 
 def test_what_cannot_be_edited_is_refused(workdir: Path) -> None:
     references, _, _ = opened(workdir)
-    there = references.keys[0].rpartition("#")[0]
+    there = references.live_keys()[0].rpartition("#")[0]
     with pytest.raises(VersionError, match="nothing to edit"):
         edit(CONFIG, workdir, write=write)
     with pytest.raises(VersionError, match=f"document '{there}' is in .*replace"):
@@ -351,14 +353,14 @@ def test_what_cannot_be_edited_is_refused(workdir: Path) -> None:
         require_unedited(workdir)
     with pytest.raises(VersionError, match="no reference in use"):
         edit(CONFIG, workdir, delete=[there], write=write)
-    everyone = list(dict.fromkeys(key.rpartition("#")[0] for key in opened(workdir)[0].keys))
+    everyone = list(dict.fromkeys(key.rpartition("#")[0] for key in opened(workdir)[0].live_keys()))
     edit(CONFIG, workdir, delete=everyone, write=write)
     with pytest.raises(VersionError, match="nothing is left"):
-        collect(CONFIG, workdir, write=write)
+        compact(CONFIG, workdir, write=write)
     rollback(workdir, 1)
-    file = workdir / VERSIONS / "000002" / "removed.npy"
+    file = workdir / VERSIONS / "000002" / "tombstones.npy"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(VersionError, match="removed.npy is damaged.*rollback --to=1"):
+    with pytest.raises(VersionError, match="tombstones.npy is damaged.*rollback --to=1"):
         rollback(workdir, 2)
     (workdir / VERSIONS / "current.json").write_text("{")
     with pytest.raises(VersionError, match="rollback --to=VERSION"):
@@ -386,12 +388,12 @@ def test_a_version_that_another_process_reads_is_kept(workdir: Path) -> None:
     reader = start("read", workdir)
     assert reader.stdout.readline() == "0\n"
     edit(CONFIG, workdir, documents=documents("Zork"), write=write)
-    version, busy = collect(CONFIG, workdir, write=write)
+    version, busy = compact(CONFIG, workdir, write=write)
     assert busy == [str(workdir)] and (workdir / "bank").exists()
     assert not (workdir / VERSIONS / "000001").exists()
     reader.communicate("\n")
     assert reader.returncode == 0
-    again, busy = collect(CONFIG, workdir, write=write)
+    again, busy = compact(CONFIG, workdir, write=write)
     assert again.number == version.number and busy == [] and not (workdir / "bank").exists()
 
 
@@ -402,11 +404,11 @@ def _loop(workdir: Path, seed: int) -> None:
         references, _, _ = opened(workdir)
         name = f"N{chosen.randrange(30)}"
         there = references.lookup(f"{name}#0") is not None
-        kind = chosen.choice(["edit", "edit", "delete", "refresh", "collect"])
+        kind = chosen.choice(["edit", "edit", "delete", "refresh", "compact"])
         if kind == "delete" and there:
             edit(CONFIG, workdir, delete=[name], write=write)
-        elif kind == "collect":
-            collect(CONFIG, workdir, write=write)
+        elif kind == "compact":
+            compact(CONFIG, workdir, write=write)
         elif kind == "refresh":
             what = str(chosen.random())
             refresh(workdir, what, write=lambda r, folder, _: write(r, folder, None), note=what)

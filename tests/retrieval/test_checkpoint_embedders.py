@@ -20,7 +20,7 @@ from m3jax.config import PREFIX_TOKENS, to_json
 from m3jax.errors import RetrievalError
 from m3jax.evaluation.answer_recall import hit_rates
 from m3jax.knowledge.edit import edit
-from m3jax.knowledge.maintain import collect
+from m3jax.knowledge.maintain import compact
 from m3jax.knowledge.versions import (
     open_bank,
     open_index,
@@ -280,7 +280,7 @@ def test_saved_loaded_and_refused(
     assert (tmp_path / "saved" / "statistics.npz").read_bytes() == first
 
     del loaded, embedder
-    gc.collect()
+    gc.compact()
     write_checkpoint(run, "warmup", 1)
     with pytest.raises(RetrievalError, match="another checkpoint than .*7 holds now.*retrieval.ch"):
         load_embedder(tmp_path / "saved")
@@ -361,13 +361,13 @@ def test_what_an_edit_adds_is_found_and_an_edited_index_collected(
         for folder in open_version(run).layers
     ]
     assert len(embedders) == 2 and embedders[0] == embedders[1]
-    collect(config, run, write=write)
+    compact(config, run, write=write)
     assert nearest(run, config, text) == text
 
 
 def test_an_index_refuses_another_checkpoint(indexed: tuple[Path, Any]) -> None:
     run, config = indexed
-    gc.collect()
+    gc.compact()
     write_checkpoint(run, "warmup", 1)
     with pytest.raises(RetrievalError, match="another checkpoint than .*holds now"):
         nearest(run, config, "Name3 has")

@@ -28,7 +28,6 @@ from m3jax.selection.memory_value import EVERYTHING, NOTHING, RowLosses, drops, 
 from m3jax.selection.report import table
 from m3jax.selection.select import Options, select_references
 from m3jax.selection.validate import ratio, split_rows
-from m3jax.text.delta_references import live_ids
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.checkpoints import Checkpoints
 from m3jax.train.optimizer import make_optimizer
@@ -203,9 +202,9 @@ def test_the_choice_becomes_a_version_that_finds_nothing_else(workdir: Path, hel
     assert report["losses"] == dry["losses"] and report["chosen"] == dry["chosen"] == 12
     assert version.note == "12 of 80 references, by usefulness"
     references = open_references(CONFIG, version, Tokenizer.load(workdir / "tokenizer"))
-    live = live_ids(references)
+    live = references.live
     records = (workdir / "report/usefulness/chosen.jsonl").read_text().splitlines()
-    assert {json.loads(line)["key"] for line in records} == set(references.keys)
+    assert {json.loads(line)["key"] for line in records} == set(references.live_keys())
     ids = validation(workdir).retrieved(np.arange(10))
     assert np.isin(ids[ids >= 0], live).all() and (ids >= 0).any()
     # Rows that carry keys of what was removed read nothing in their place.

@@ -55,7 +55,7 @@ def test_makes_all_parts(config, documents, tmp_path):
     assert {d.id for d in validation} == {d.id for d in all_documents if is_validation(d, 0.2)}
     assert [d.id for d in train] == [d.id for d in all_documents if not is_validation(d, 0.2)]
     references = References.open(tmp_path / "w/references")
-    assert {key.split("#")[0] for key in references.keys} == {d.id for d in all_documents}
+    assert {key.split("#")[0] for key in references.live_keys()} == {d.id for d in all_documents}
     fingerprint = Tokenizer.load(tmp_path / "w/tokenizer").fingerprint
     parts = (train, validation, references)
     assert {part.tokenizer_fingerprint for part in parts} == {fingerprint}
@@ -113,7 +113,7 @@ def test_knowledge_of_its_own_is_learnt_by_the_tokenizer(config, documents, tmp_
     config.text.vocabulary = config.model.vocabulary = 1000
     prepare_text(config, tmp_path / "w", documents, str(tmp_path / "k.txt"), say=lambda _: None)
     references = References.open(tmp_path / "w/references")
-    assert references.keys == ["k#0"]
+    assert references.live_keys() == ["k#0"]
     assert len(Tokenizer.load(tmp_path / "w/tokenizer").encode(" Zebra Quagga")) == 2
 
 
