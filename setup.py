@@ -89,6 +89,7 @@ setup(
             "pre-commit>=4,<5",
             "ruff>=0.17.5,<0.18",
         ],
+        "docs": ["mkdocs-material>=9.7,<10", "mkdocstrings-python>=2,<3"],
         # Foreign implementations that tests compare with, and the TPU compiler (no TPU needed).
         "parity": [
             *EVAL,

@@ -44,7 +44,7 @@ def compact(
       another process reads them.
 
     Raises:
-      As `edit`; older versions are deleted only when the new one is current.
+      VersionError: as of `edit`; older versions are deleted only when the new one is current.
     """
     workdir = Path(workdir)
     with only_writer(workdir):
