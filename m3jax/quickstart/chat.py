@@ -7,28 +7,23 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from m3jax.config import ConfigDict, with_epochs
-from m3jax.data.pipeline import open_pipeline
 from m3jax.evaluation.questions import Answerer, Question
 from m3jax.files import write_atomically
 from m3jax.inference.results import Generation
 from m3jax.inference.session import Session
-from m3jax.mesh import make_mesh
 from m3jax.quickstart import people, people_chats
 from m3jax.quickstart.run import Demonstration
 from m3jax.text.chat.chats import question
 from m3jax.text.chat.corpus import prepare_chats
 from m3jax.text.chat.template import Template
 from m3jax.text.tokenizer import Tokenizer
-from m3jax.train.dpo_base import hold_reference
-from m3jax.train.evaluator import evaluator
-from m3jax.train.loop import train
+from m3jax.train.stage import train_stage
 
 CHATS, PAIRS = 6000, 2400
 NEW_TOKENS = 8  # a statement has four, and the end
@@ -65,7 +60,8 @@ def run(demonstration: Demonstration, *, chats: int = CHATS, pairs: int = PAIRS)
             people.write_jsonl(path, records())
         print(f"[{stage}: {path.name}]", flush=True)
         made[stage] = prepare_chats(config, workdir, str(path))[0]
-        made[stage]["evaluation"] = _train(config, workdir, workdir / before)
+        trained = train_stage(config, workdir, init_from=workdir / before)
+        made[stage]["evaluation"] = trained.evaluation
     summary = {
         "seed": seed,
         "questions": sum(len(person.facts) for person in world.unseen),
@@ -77,26 +73,6 @@ def run(demonstration: Demonstration, *, chats: int = CHATS, pairs: int = PAIRS)
     }
     _report(workdir, summary)
     return summary
-
-
-def _train(config: ConfigDict, workdir: Path, init_from: Path) -> Mapping[str, float]:
-    """Trains a stage; returns its last evaluation."""
-    mesh = make_mesh(config)
-    pipeline, evaluate = open_pipeline(config, workdir), evaluator(config, workdir, mesh=mesh)
-    if config.data.packing == "pairs":
-        pipelines = {"train": pipeline, "validation": evaluate.pipeline}
-        hold_reference(config, workdir / config.stage, pipelines, init_from, mesh)
-    assert pipeline.bank is not None
-    summary = train(
-        with_epochs(config, len(pipeline.rows)),
-        workdir,
-        pipeline=pipeline,
-        init_from=init_from,
-        evaluate=evaluate,
-        tokenizer_fingerprint=pipeline.tokenizer.fingerprint,
-        writer=pipeline.bank.writer,
-    )
-    return summary["evaluation"]
 
 
 def _measure(demonstration: Demonstration, world: people.World, stage: str) -> dict[str, float]:

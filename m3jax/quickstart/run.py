@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 
 from m3jax import config as config_lib
 from m3jax.checkpoint import restore_params
-from m3jax.data.pipeline import open_pipeline
 from m3jax.evaluation.plots import Read, accuracy_bars, attention_map
 from m3jax.evaluation.questions import Answerer, Question
 from m3jax.files import write_atomically
@@ -39,7 +38,7 @@ from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References, write_references
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.evaluator import evaluator
-from m3jax.train.loop import train
+from m3jax.train.stage import train_stage
 from m3jax.workdir import make_part
 
 LABELS = {
@@ -86,11 +85,11 @@ def run(demonstration: Demonstration, *, compare_from_scratch: bool = False) -> 
     with _step("1/7 invented people, tokenizer, corpus, references, index", seconds, "prepare"):
         prepare_people(demonstration.config("warmup"), workdir, world)
     with _step("2/7 warmup: plain language modeling", seconds, "warmup"):
-        _train(demonstration.config("warmup"), workdir)
+        train_stage(demonstration.config("warmup"), workdir)
     with _step("3/7 bank: the warmup checkpoint writes every memory", seconds, "bank"):
         _write(demonstration, workdir, "warmup")
     with _step("4/7 continual train: reading memories from the bank", seconds, "continual"):
-        _train(demonstration.config("continual"), workdir, init_from=workdir / "warmup")
+        train_stage(demonstration.config("continual"), workdir, init_from=workdir / "warmup")
     with _step("5/7 edited bank: other facts, nothing trained", seconds, "edit"):
         changed = people.edited(world, demonstration.seed)
         _rewrite(demonstration, workdir / "edited", (*world.people, *changed.unseen))
@@ -155,20 +154,6 @@ def make_index(config: ConfigDict, folder: Path) -> None:
     """The index of the references of a folder."""
     references = References.open(folder / "references")
     build_index(references, make_embedder(config), folder / "index", config)
-
-
-def _train(config: ConfigDict, workdir: Path, init_from: Path | None = None) -> None:
-    pipeline = open_pipeline(config, workdir)
-    writer = None if pipeline.bank is None else pipeline.bank.writer
-    train(
-        config,
-        workdir,
-        pipeline=pipeline,
-        init_from=init_from,
-        evaluate=evaluator(config, workdir),
-        tokenizer_fingerprint=pipeline.tokenizer.fingerprint,
-        writer=writer,
-    )
 
 
 def _write(
@@ -320,7 +305,7 @@ def _compare_from_scratch(demonstration: Demonstration) -> dict[str, float]:
     with scratch.unlocked():
         scratch.train.steps = int(budget / flops.train_step(scratch))
     config_lib.validate(scratch)
-    _train(scratch, demonstration.workdir)
+    train_stage(scratch, demonstration.workdir)
     losses = {}
     for name in ("continual", "scratch"):
         config = stages[name]

@@ -19,10 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from m3jax import flops
-from m3jax.checkpoint import FOLDER, restore_params
-from m3jax.config import ConfigDict, prefix_tokens, with_epochs
-from m3jax.data.pipeline import Pipeline, open_pipeline
-from m3jax.errors import ConfigError
+from m3jax.checkpoint import restore_params
+from m3jax.config import ConfigDict, prefix_tokens
+from m3jax.data.pipeline import open_pipeline
 from m3jax.evaluation.questions import Answerer, read_questions
 from m3jax.evaluation.report import answer_questions
 from m3jax.files import write_sealed
@@ -32,10 +31,8 @@ from m3jax.memory.bank import Bank
 from m3jax.model.transformer import Model
 from m3jax.sweep.spec import Data, Run, Stage, Sweep
 from m3jax.text.references import References
-from m3jax.train.checkpoints import knowledge_version
-from m3jax.train.evaluator import LossEvaluator, evaluator
-from m3jax.train.loop import Source, train
-from m3jax.train.refresh import rewrite
+from m3jax.train.evaluator import LossEvaluator
+from m3jax.train.stage import train_stage
 from m3jax.workdir import make_part
 
 FINISHED = "finished.json"
@@ -106,34 +103,9 @@ def _train(stage: Stage) -> None:
     if stage.bank is not None:
         assert stage.before is not None
         _write_bank(config, stage.bank, stage, stage.before)
-    source, rows = _source(config, folder, knowledge_version(stage.checkpoints))
-    pipeline = source.pipeline
-    assert isinstance(pipeline, Pipeline)
-
-    def refresh(step: int) -> Source:
-        checkpoint = stage.checkpoints / FOLDER / str(step)
-        return _source(config, folder, rewrite(config, folder, checkpoint).number)[0]
-
-    summary = train(
-        with_epochs(config, rows),
-        folder,
-        tokenizer_fingerprint=pipeline.tokenizer.fingerprint,
-        init_from=None if stage.before is None else stage.before.checkpoints,
-        refresh=refresh,
-        **source._asdict(),
-    )
-    write_sealed(folder / FINISHED, {"step": summary["step"], "seconds": summary["seconds"]})
-
-
-def _source(config: ConfigDict, folder: Path, version: int | None) -> tuple[Source, int]:
-    """What a version of the knowledge gives to read, and its rows."""
-    pipeline = open_pipeline(config, folder, version=version)
-    if config.data.packing == "pairs":
-        raise ConfigError("config.data.packing = 'pairs': a sweep does not train on preferences")
-    writer = None if pipeline.bank is None else pipeline.bank.writer
-    number = None if pipeline.version is None else pipeline.version.number
-    evaluate = evaluator(config, folder, version=version)
-    return Source(pipeline, evaluate, writer, number), len(pipeline.rows)
+    before = None if stage.before is None else stage.before.checkpoints
+    summary = train_stage(config, folder, init_from=before)
+    write_sealed(folder / FINISHED, {"step": summary.step, "seconds": summary.seconds})
 
 
 def _write_bank(config: ConfigDict, bank: Path, reader: Stage, writer: Stage) -> None:

@@ -100,6 +100,10 @@ class _Planner:
             resized = any(path.startswith("model.") for path in chosen)
             chosen = {p: v for p, v in chosen.items() if _matters_without_memory(p, resized)}
         config = _with(base, {**chosen, "seed": seed})
+        if config.data.packing == "pairs":
+            raise ConfigError(
+                "config.data.packing = 'pairs': a sweep does not train on preferences"
+            )
         reads = config.memory.source != "none"
         data = self.data(seed, entry.knowledge if reads else "")
         made_of = [_changed(config), data.key, before.folder.name if before else None]

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from m3jax.checkpoint import FOLDER, restore_params
+from m3jax.checkpoint import restore_params
 from m3jax.config import prefix_tokens, validate
 from m3jax.distributed import meet
 from m3jax.errors import CheckpointError, ConfigError, DivergenceError
@@ -29,13 +29,14 @@ from m3jax.train.checkpoints import Checkpoints, check_owner, claim
 from m3jax.train.clock import Clock, Device, Speed
 from m3jax.train.guard import Guard, describe
 from m3jax.train.loss import Decode, inputs
-from m3jax.train.metrics import Metrics, dropped_share, hit_share, read_metrics, time_spent
+from m3jax.train.metrics import Metrics, dropped_share, hit_share
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.plots import plot_stages
 from m3jax.train.profile import Profile
 from m3jax.train.progress import Progress
 from m3jax.train.state import TrainState, abstract_state, init_state
 from m3jax.train.step import make_step, scale_on
+from m3jax.train.summary import Summary, summarize
 
 Evaluate = Callable[[Params], Mapping[str, float]]
 
@@ -86,7 +87,7 @@ def train(
     version: int | None = None,
     refresh: Refresh | None = None,
     profile_steps: tuple[int, int] | None = None,
-) -> dict[str, Any]:
+) -> Summary:
     """Trains the stage `config.stage` in `<workdir>/<stage>`, or continues it.
 
     The same call after a kill ends bitwise equal to an undisturbed run. On SIGTERM the run is
@@ -110,11 +111,6 @@ def train(
       profile_steps: first and last step of a trace in `<workdir>/<stage>/profile`.
 
     With several processes all call this alike, and `workdir` is on a disk that all of them see.
-
-    Returns:
-      `stage`, `step`, `checkpoint` (its folder), `seconds` of the run, `loss` and `accuracy` of the
-      last logged line, `evaluation`, the last one's numbers ({} if there was none), `time`
-      (`m3jax.train.metrics.time_spent`) and `rollbacks` of the guard.
 
     Raises:
       ConfigError, CheckpointError: the config, workdir or checkpoint does not fit.
@@ -162,7 +158,7 @@ def train(
     if shown and not (folder / "loss.png").exists():
         plot_stages([folder], folder / "loss.png")
     meet("finished")  # the first process has written
-    return _summary(config, folder)
+    return summarize(config, folder)
 
 
 def _check_shared(folder: Path) -> None:
@@ -204,23 +200,6 @@ def _start(
         checkpoints.check_reads(meta, init_from)
         progress.message(f"{config.stage}: starting from step {meta['step']} of {init_from}")
     return init_state(config, model, optimizer, abstract, params)
-
-
-def _summary(config: ConfigDict, folder: Path) -> dict[str, Any]:
-    lines = read_metrics(folder)
-    trained = [line for line in lines if "loss" in line][-1:]
-    evaluated = [line["evaluation"] for line in lines if "evaluation" in line][-1:]
-    return {
-        "stage": config.stage,
-        "step": config.train.steps,
-        "checkpoint": str(folder / FOLDER / str(config.train.steps)),
-        "seconds": max((line.get("seconds", 0.0) for line in lines), default=0.0),
-        "loss": trained[0]["loss"] if trained else math.nan,
-        "accuracy": trained[0]["accuracy"] if trained else math.nan,
-        "evaluation": evaluated[0] if evaluated else {},
-        "time": time_spent(lines),
-        "rollbacks": [line["guard"] for line in lines if "guard" in line],
-    }
 
 
 class _Loop:

@@ -13,7 +13,7 @@ from data.data_workdir import make_workdir, tiny_config
 from m3jax.checkpoint import read_meta
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import BankError, ConfigError, VersionError
-from m3jax.evaluation.staleness import measure, table
+from m3jax.evaluation.staleness import Staleness, measure, table
 from m3jax.knowledge.edit import edit, rollback
 from m3jax.knowledge.maintain import compact, verify
 from m3jax.knowledge.memory_writer import MemoryWriter, check_reader
@@ -28,10 +28,10 @@ from m3jax.text.tokenizer import Tokenizer
 from m3jax.train import loop, refresh
 from m3jax.train.checkpoints import Checkpoints, knowledge_version
 from m3jax.train.evaluator import LossEvaluator
-from m3jax.train.loop import Source, train
 from m3jax.train.metrics import read_metrics
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.refresh import rewrite
+from m3jax.train.stage import train_stage
 from m3jax.train.state import new_state
 
 CHANGES = {
@@ -237,33 +237,11 @@ def test_what_cannot_be_refreshed_is_refused(workdir: Path) -> None:
 
 def test_one_batch_says_nothing() -> None:
     losses = {"stored": 2.0, "fresh": 1.0, "none": 3.0}
-    found = refresh.Staleness(1, [0.1], [0.1], 0.0, 0.0, 1.0, losses, 1.0, float("nan"))
+    found = Staleness(1, [0.1], [0.1], 0.0, 0.0, 1.0, losses, 1.0, float("nan"))
     assert "too few validation rows" in found.verdict
     for gain, said in ((1.0, "rewrite pays"), (-1.0, "does harm"), (0.1, "does not pay")):
-        changed = refresh.Staleness(1, [0.1], [0.1], 0.0, 0.0, 1.0, losses, gain, 0.1)
+        changed = Staleness(1, [0.1], [0.1], 0.0, 0.0, 1.0, losses, gain, 0.1)
         assert said in changed.verdict
-
-
-def run(config: Any, workdir: Path, version: int | None = None) -> dict[str, Any]:
-    """As launch/train.py."""
-    stage = workdir / config.stage
-
-    def source(number: int | None) -> Source:
-        pipeline = open_pipeline(config, workdir, version=number)
-        return Source(pipeline, None, pipeline.bank.writer, pipeline.version.number)
-
-    def refresh(step: int) -> Source:
-        return source(rewrite(config, workdir, stage / "checkpoints" / str(step)).number)
-
-    number = knowledge_version(stage) if version is None else version
-    tokenizer = Tokenizer.load(workdir / "tokenizer").fingerprint
-    return train(
-        config,
-        workdir,
-        tokenizer_fingerprint=tokenizer,
-        refresh=refresh,
-        **source(number)._asdict(),
-    )
 
 
 def test_a_run_refreshes_its_bank_and_resumes(workdir: Path, tmp_path: Path) -> None:
@@ -279,7 +257,7 @@ def test_a_run_refreshes_its_bank_and_resumes(workdir: Path, tmp_path: Path) -> 
     }
     config = tiny_config(**CHANGES, **schedule)
     other = Path(shutil.copytree(workdir, tmp_path / "other"))
-    whole = run(config, workdir)
+    whole = train_stage(config, workdir)
     assert versions(workdir) == [0, 1, 2]  # after steps 2 and 4; after the last nobody reads
     assert opened(workdir)[2].writer["step"] == 4
     metas = {s: read_meta(workdir / "living" / "checkpoints" / str(s)) for s in range(1, 6)}
@@ -303,10 +281,10 @@ def test_a_run_refreshes_its_bank_and_resumes(workdir: Path, tmp_path: Path) -> 
 
         patch.setattr(loop._Loop, "_refresh", refresh_and_die)
         with pytest.raises(Stopped):
-            run(config, other)
+            train_stage(config, other)
     assert knowledge_version(other / "living") == 0 and versions(other) == [0, 1]
-    again = run(config, other)
-    assert versions(other) == [0, 1, 2] and again["loss"] == whole["loss"]
+    again = train_stage(config, other)
+    assert versions(other) == [0, 1, 2] and again.loss == whole.loss
     resumed = [line["loss"] for line in read_metrics(other / "living") if "loss" in line]
     assert resumed == losses
     with pytest.raises(ConfigError, match="must be a multiple of train.keep_every = 0"):

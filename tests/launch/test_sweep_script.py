@@ -31,14 +31,14 @@ def get_config(options=""):
 SWEEP = """
 import time
 
-from m3jax.evaluation import sweep_people
+from m3jax.quickstart import sweep_data
 from m3jax.sweep.spec import Entry, Sweep
 
 WORLD = {{"names": 12, "people": 60, "unseen": 24, "values": 4, "facts": 2}}
 
 
 def prepare(config, folder, knowledge):
-    sweep_people.prepare(config, folder, knowledge, WORLD)
+    sweep_data.prepare(config, folder, knowledge, WORLD)
 
 
 def get_sweep():
@@ -52,8 +52,8 @@ def get_sweep():
             Entry("together", {{"writer.document_context": True}}, knowledge="documents"),
         ],
         prepare=prepare,
-        questions=sweep_people.QUESTIONS,
-        in_context=sweep_people.IN_CONTEXT,
+        questions=sweep_data.QUESTIONS,
+        in_context=sweep_data.IN_CONTEXT,
     )
 """
 

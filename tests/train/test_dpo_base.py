@@ -164,7 +164,7 @@ def test_dpo_trains_resumes_and_keeps_one_copy_of_the_weights(workdir, monkeypat
         summary, said = run(config, workdir, workdir / "sft")
     assert held and max(held) - before == 3
     assert [line.split("(")[1].split(")")[0] for line in said] == ["train", "validation"]
-    assert summary["evaluation"]["gain_chosen"] != 0
+    assert summary.evaluation["gain_chosen"] != 0
     evaluate = evaluator(config, workdir)
     folder = workdir / "dpo" / "reference" / "validation"
     evaluate.pipeline.reference_logprobs = load(folder, {})

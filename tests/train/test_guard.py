@@ -41,8 +41,8 @@ def test_a_nan_and_a_spike_are_survived_and_written_down(survived):
     assert [one["learning_rate_scale"] for one in (nan, spike)] == [0.5, 0.25]
     assert [step for step, _ in nan["losses"]] == [11, 12, 13, 14]
     assert [step for step, _ in spike["losses"]] == [26, 27, 28]
-    assert summary["rollbacks"] == [nan, spike] and summary["step"] == 40
-    assert np.isfinite(summary["loss"])
+    assert summary.rollbacks == [nan, spike] and summary.step == 40
+    assert np.isfinite(summary.loss)
     lines = read_metrics(folder)
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
     assert [(line["step"], line["guard"]) for line in lines if "guard" in line] == [
@@ -91,8 +91,8 @@ def test_a_learning_rate_that_is_far_too_high_is_lowered_until_it_learns(tmp_pat
         guarded_run(guarded_config(**HIGH, **UNGUARDED), tmp_path / "off", {})
     start = read_metrics(tmp_path / "off" / "warmup")[1]["loss"]
     summary, _ = guarded_run(guarded_config(**HIGH), tmp_path / "on", {})
-    assert 3 <= len(summary["rollbacks"]) <= 6
-    assert summary["loss"] < start - 1 and summary["step"] == 60
+    assert 3 <= len(summary.rollbacks) <= 6
+    assert summary.loss < start - 1 and summary.step == 60
 
 
 def test_a_run_that_cannot_be_helped_ends_with_one_message_and_more_tries_help(tmp_path):
@@ -108,9 +108,9 @@ def test_a_run_that_cannot_be_helped_ends_with_one_message_and_more_tries_help(t
     more = guarded_config(guard__tries=5, **changes)
     summary, _ = guarded_run(more, tmp_path, bad)
     # Twice to 10, then, as it went wrong soon again, twice to 5, and to the start.
-    assert [one["to"] for one in summary["rollbacks"]] == [10, 10, 5, 5, 0]
-    assert [one["skipped"] for one in summary["rollbacks"]] == [[n, n + 1] for n in range(13, 18)]
-    assert summary["step"] == 40
+    assert [one["to"] for one in summary.rollbacks] == [10, 10, 5, 5, 0]
+    assert [one["skipped"] for one in summary.rollbacks] == [[n, n + 1] for n in range(13, 18)]
+    assert summary.step == 40
 
 
 # -- kills -----------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_killed_between_noticing_and_going_back(survived, tmp_path, monkeypatch,
     summary, _ = guarded_run(config, tmp_path, BAD)
     assert outcome(config, tmp_path) == outcome(config, workdir)
     assert steps_of(tmp_path) == steps_of(workdir)
-    assert summary["rollbacks"] == read_rollbacks(workdir / config.stage)
+    assert summary.rollbacks == read_rollbacks(workdir / config.stage)
 
 
 def test_killed_while_checkpoints_of_a_left_branch_are_deleted(tmp_path, monkeypatch):
@@ -164,7 +164,7 @@ def test_killed_while_checkpoints_of_a_left_branch_are_deleted(tmp_path, monkeyp
     bad = dict.fromkeys(range(21, 25), "noise")
     expected, killed = tmp_path / "expected", tmp_path / "killed"
     summary, _ = guarded_run(config, expected, bad)
-    assert [(one["to"], one["seen"]) for one in summary["rollbacks"]] == [(20, 25)]
+    assert [(one["to"], one["seen"]) for one in summary.rollbacks] == [(20, 25)]
 
     remove = shutil.rmtree
 
@@ -209,9 +209,9 @@ def test_the_second_stage_goes_back_to_the_parameters_it_began_with(survived, tm
     writer = {"hash": "abc", "path": "warmup", "step": 40}
     options = {"init_from": workdir / "warmup", "writer": writer}
     summary, given = guarded_run(config, tmp_path, {2: "nan"}, **options)
-    assert [one["to"] for one in summary["rollbacks"]] == [0]
+    assert [one["to"] for one in summary.rollbacks] == [0]
     assert given[given.index(0, 1) :][:5] == [0, 1, 2, 3, 4]  # read, but 1 to 3 are left out
-    assert summary["loss"] < 5  # not that of random parameters, ln 264
+    assert summary.loss < 5  # not that of random parameters, ln 264
 
 
 # -- pieces ----------------------------------------------------------------------------------------
@@ -291,4 +291,4 @@ def test_a_run_without_a_guard_may_get_one(tmp_path):
     with pytest.raises(DivergenceError):
         guarded_run(config, tmp_path, BAD)
     summary, _ = guarded_run(guarded_config(), tmp_path, BAD)
-    assert [one["to"] for one in summary["rollbacks"]] == [10, 25]
+    assert [one["to"] for one in summary.rollbacks] == [10, 25]

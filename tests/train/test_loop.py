@@ -81,8 +81,8 @@ def test_run_leaves_metrics_checkpoints_and_a_picture(undisturbed):
     assert {int(path.name) for path in (folder / "checkpoints").iterdir()} == {10, 12}
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "tensorboard").iterdir())
-    assert summary["step"] == 12 and summary["loss"] == last["loss"]
-    assert summary["evaluation"] == lines[-2]["evaluation"]
+    assert summary.step == 12 and summary.loss == last["loss"]
+    assert summary.evaluation == lines[-2]["evaluation"]
 
 
 def test_a_run_says_where_its_time_went(undisturbed):
@@ -92,7 +92,7 @@ def test_a_run_says_where_its_time_went(undisturbed):
     assert lines[0]["time"]["start"] > 0 and lines[1]["time"]["start"] == 0
     assert lines[2]["time"]["evaluation"] > 0 and lines[3]["time"]["evaluation"] == 0
     assert lines[3]["time"]["checkpoint"] == 0 and lines[-1]["time"]["checkpoint"] > 0
-    spent = summary["time"]
+    spent = summary.time
     assert sum(line["time"]["step"] for line in lines) == pytest.approx(spent["step"])
     assert spent["goodput"] == pytest.approx(spent["step"] / spent["seconds"])
     parts = ("step", "data_wait", "checkpoint", "evaluation", "start", "lost")
@@ -108,12 +108,10 @@ def test_a_slow_pipeline_shows_as_waiting_and_a_trace_is_written(undisturbed, tm
 
     slow = run(config, tmp_path, before, profile_steps=(5, 99))
     # Of the twelve waits the first is part of the start.
-    assert slow["time"]["data_wait"] > seconds
-    shares = [
-        summary["time"]["data_wait"] / summary["time"]["seconds"] for summary in (slow, quick)
-    ]
+    assert slow.time["data_wait"] > seconds
+    shares = [summary.time["data_wait"] / summary.time["seconds"] for summary in (slow, quick)]
     assert shares[0] > 2 * shares[1]
-    assert slow["loss"] == quick["loss"]
+    assert slow.loss == quick.loss
     assert list((tmp_path / "warmup" / "profile").glob("plugins/profile/*/*.xplane.pb"))
     assert "warmup: trace in" in capsys.readouterr().err
 

@@ -1,0 +1,118 @@
+"""Wires one stage of training: data, evaluator, base model of DPO, version, refresh."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from m3jax.checkpoint import FOLDER
+from m3jax.config import validate, with_epochs
+from m3jax.data.pipeline import Pipeline, open_pipeline
+from m3jax.errors import ConfigError
+from m3jax.knowledge.versions import read_current
+from m3jax.mesh import make_mesh
+from m3jax.train.checkpoints import knowledge_version
+from m3jax.train.dpo_base import hold_reference
+from m3jax.train.evaluator import evaluator
+from m3jax.train.loop import Source, train
+from m3jax.train.refresh import rewrite
+from m3jax.train.summary import Summary
+
+
+def train_stage(
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    init_from: str | Path | None = None,
+    bank: str | Path | None = None,
+    version: int | None = None,
+    profile: tuple[int, int] | None = None,
+) -> Summary:
+    """Trains the stage `config.stage` of a prepared workdir, or continues it.
+
+    Several processes call it alike (`m3jax.train.loop.train`).
+
+    Args:
+      config: of the stage.
+      workdir: folder of the run.
+      init_from: stage folder, or `checkpoints/<step>` in it, whose parameters a new run starts
+        from; not read when the run has a checkpoint of its own. The base model of DPO.
+      bank: folder or URL of a bank; default that of the version.
+      version: of the knowledge; default the one that the run has recorded, for a new run the
+        current one.
+      profile: first and last step of a trace.
+
+    Raises:
+      ConfigError, CheckpointError, TextError, RetrievalError, BankError, VersionError: a part is
+        missing or does not fit the others.
+      DivergenceError: the loss is not finite, or the guard has no try left.
+    """
+    workdir = Path(workdir)
+    if validate(config).train.refresh_every and bank is not None:
+        raise ConfigError(
+            f"config.train.refresh_every = {config.train.refresh_every} refreshes the workdir's"
+            " bank; leave out --bank"
+        )
+    if version is None:
+        version = _recorded_version(config, workdir)
+    mesh = make_mesh(config)
+
+    def read(version: int | None) -> tuple[Pipeline, Source]:
+        return _open(config, workdir, mesh, init_from, bank, version)
+
+    def refresh(step: int) -> Source:
+        checkpoint = workdir / config.stage / FOLDER / str(step)
+        return read(rewrite(config, workdir, checkpoint).number)[1]
+
+    pipeline, source = read(version)
+    config = with_epochs(config, len(pipeline.rows))
+    if config.train.epochs:
+        _say(f"{config.stage}: {config.train.epochs:g} epochs are {config.train.steps} steps")
+    return train(
+        config,
+        workdir,
+        tokenizer_fingerprint=pipeline.tokenizer.fingerprint,
+        init_from=init_from,
+        refresh=refresh,
+        profile_steps=profile,
+        **source._asdict(),
+    )
+
+
+def _open(
+    config: ConfigDict,
+    workdir: Path,
+    mesh: Mesh,
+    init_from: str | Path | None,
+    bank: str | Path | None,
+    version: int | None,
+) -> tuple[Pipeline, Source]:
+    """Opens all that a stage reads of a version of the knowledge; None: the current one."""
+    pipeline = open_pipeline(config, workdir, bank=bank, version=version)
+    evaluate = evaluator(config, workdir, bank=bank, version=version, mesh=mesh)
+    if config.data.packing == "pairs":
+        pipelines = {"train": pipeline, "validation": evaluate.pipeline}
+        hold_reference(config, workdir / config.stage, pipelines, init_from, mesh)
+    writer = None if pipeline.bank is None else pipeline.bank.writer
+    number = None if pipeline.version is None else pipeline.version.number
+    return pipeline, Source(pipeline, evaluate, writer, number)
+
+
+def _recorded_version(config: ConfigDict, workdir: Path) -> int | None:
+    """Returns the version of the knowledge that a run has read, None for a new run."""
+    version = knowledge_version(workdir / config.stage)
+    current = read_current(workdir)["version"]
+    if version not in (None, current):
+        _say(
+            f"{config.stage} goes on with version {version} of the knowledge, which it has read"
+            f" before; the current one is {current} (--bank_version={current})"
+        )
+    return version
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)
