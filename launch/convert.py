@@ -87,9 +87,9 @@ def _read(config: ConfigDict, workdir: Path, folder: Path) -> None:
     import jax
 
     from m3jax.config import prefix_tokens
+    from m3jax.make_model import make_model
     from m3jax.mesh import make_mesh
     from m3jax.model.hf import read_params
-    from m3jax.model.transformer import Model
     from m3jax.train.checkpoints import Checkpoints, claim
     from m3jax.train.optimizer import make_optimizer
     from m3jax.train.state import abstract_state, init_state, state_shardings
@@ -97,8 +97,8 @@ def _read(config: ConfigDict, workdir: Path, folder: Path) -> None:
     stage = workdir / config.stage
     _check_stage(config, stage)
     tokenizer, order, ours = _tokenizer(workdir, folder, config.model.vocabulary)
-    params = read_params(folder, config, order)
-    model, optimizer = Model(config, prefix_tokens(config)), make_optimizer(config)
+    params = read_params(folder, config.model, config.memory, order)
+    model, optimizer = make_model(config, prefix_tokens(config)), make_optimizer(config)
     abstract = abstract_state(model, optimizer, make_mesh(config))
     state = init_state(
         *(config, model, optimizer, abstract),
@@ -181,7 +181,8 @@ def _write(workdir: Path, folder: Path) -> None:
     roles = {"bos": BOS, "eos": END, "pad": PAD}
     write_folder(
         folder,
-        config,
+        config.model,
+        config.memory,
         params,
         dtype=_DTYPE.value,
         positions=meta["config"]["data"]["sequence_length"] + 2 + config.memory.reference_length,

@@ -18,8 +18,10 @@ from ml_collections import ConfigDict
 
 from m3jax.config import default
 from m3jax.errors import CheckpointError
+from m3jax.make_model import make_model
 from m3jax.mesh import parameter_name, parameter_shardings
-from m3jax.model.transformer import Model, Params
+from m3jax.model.parameters import Params
+from m3jax.model.transformer import Model
 from m3jax.text.tokenizer import Tokenizer
 
 FOLDER = "checkpoints"
@@ -146,7 +148,7 @@ def read_model(
             f"the config of checkpoint {folder} is of another version ({error}); train it again"
         ) from error
     config.model.attention = "blocked"
-    model, fingerprint = Model(config), tokenizer.fingerprint
+    model, fingerprint = make_model(config), tokenizer.fingerprint
     params, meta = restore_params(folder, model, tokenizer_fingerprint=fingerprint)
     return folder, config, params, meta, tokenizer
 

@@ -55,7 +55,7 @@ def _kv_width(config: ConfigDict) -> int:
 def _reading_width(config: ConfigDict) -> int:
     """Width of all query heads, over all layers, that read memories."""
     groups = config.model.query_heads // config.model.kv_heads
-    return stored_heads(config) * groups * config.model.head_dim
+    return stored_heads(config.model, config.memory) * groups * config.model.head_dim
 
 
 def _projection_weights(config: ConfigDict) -> int:
@@ -135,7 +135,7 @@ def memory_bytes(config: ConfigDict, bytes_per_vector: float | None = None) -> f
     memory, model = config.memory, config.model
     if bytes_per_vector is None:
         bytes_per_vector = model.head_dim * jnp.dtype(memory.dtype).itemsize
-    return 2 * stored_heads(config) * memory.kept_tokens * bytes_per_vector
+    return 2 * stored_heads(config.model, config.memory) * memory.kept_tokens * bytes_per_vector
 
 
 def full_memory_bytes(config: ConfigDict) -> float:
@@ -158,7 +158,7 @@ def sparsity_factors(config: ConfigDict, bytes_per_vector: float | None = None) 
     vector = model.head_dim * jnp.dtype(memory.dtype).itemsize
     return {
         "layers": model.layers / memory.layers,
-        "heads": model.query_heads * memory.layers / stored_heads(config),
+        "heads": model.query_heads * memory.layers / stored_heads(config.model, config.memory),
         "tokens": memory.reference_length / memory.kept_tokens,
         "vector": vector / (bytes_per_vector or vector),
         "total": full_memory_bytes(config) / memory_bytes(config, bytes_per_vector),

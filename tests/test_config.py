@@ -287,8 +287,10 @@ def test_memory_heads(text: str, pairs: Any) -> None:
     shape = {"model__layers": 4, "model__kv_heads": 3, "model__query_heads": 6}
     memory = {"memory__first_layer": 1, "memory__layers": 2, "memory__heads": text}
     config = m3config.validate(changed(**shape, **memory))
-    assert m3config.memory_heads(config) == pairs
-    assert m3config.stored_heads(config) == (6 if pairs is None else len(pairs))
+    assert m3config.memory_heads(config.model, config.memory) == pairs
+    assert m3config.stored_heads(config.model, config.memory) == (
+        6 if pairs is None else len(pairs)
+    )
     if pairs is not None:
         again = m3config.parse_heads(m3config.format_heads(pairs[::-1]), range(1, 3), 3)
         assert again == pairs

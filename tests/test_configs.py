@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_flags
 import m3jax.config
 from m3jax import flops
 from m3jax.errors import ConfigError
-from m3jax.model.transformer import Model
+from m3jax.make_model import make_model
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = {path.stem: runpy.run_path(str(path)) for path in sorted(FOLDER.glob("*.py"))}
@@ -89,7 +89,7 @@ def test_config_file_flag_takes_the_options(monkeypatch: pytest.MonkeyPatch) -> 
 def test_parameters_of_the_real_model(name: str, non_embedding: str) -> None:
     """Counted from the abstract shapes of the model: the paper's number, and equal to `flops`."""
     config = build(name)
-    leaves = jax.tree_util.tree_leaves_with_path(Model(config).abstract()[0])
+    leaves = jax.tree_util.tree_leaves_with_path(make_model(config).abstract()[0])
     tables = other = 0
     for path, leaf in leaves:
         keys = jax.tree_util.keystr(path)

@@ -25,12 +25,12 @@ from m3jax.aot.jaxpr_flops import attention_blocks, chunks_of_row, executed_flop
 from m3jax.config import IN_STEP, PACKED, PREFIX_TOKENS, prefix_tokens, validate
 from m3jax.errors import CompileError, ConfigError
 from m3jax.hardware import Chip, chip_of_topology
+from m3jax.make_model import make_model
 from m3jax.memory.bank import writer_params
 from m3jax.memory.codec import plain
 from m3jax.memory.encode import encode_program, input_shapes
 from m3jax.mesh import AXES, batch_sharding, make_mesh, parameter_shardings, replicated
 from m3jax.model.attention_mask import ExplicitMemory
-from m3jax.model.transformer import Model
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import abstract_state
 from m3jax.train.step import make_step
@@ -98,7 +98,7 @@ def devices_of(topology: str) -> list[Any]:
 
 def compile_train(config: ConfigDict, mesh: Mesh) -> Program:
     """The train step, on abstract arrays."""
-    model, optimizer = Model(config, prefix_tokens(config), mesh), make_optimizer(config)
+    model, optimizer = make_model(config, prefix_tokens(config), mesh), make_optimizer(config)
     state = abstract_state(model, optimizer, mesh)
     step = make_step(config, model, mesh, optimizer, state)
     arguments: list[Any] = [state, abstract_batch(config, mesh)]
@@ -109,7 +109,7 @@ def compile_train(config: ConfigDict, mesh: Mesh) -> Program:
 
 def compile_writer(config: ConfigDict, mesh: Mesh) -> Program:
     """The encode of the memory writer, on abstract arrays."""
-    model = Model(config, PREFIX_TOKENS, mesh)
+    model = make_model(config, PREFIX_TOKENS, mesh)
     shapes, axes = model.abstract()
     params = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import ConfigError
 from m3jax.inference.sampling import Sampling
+from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.decode import Decoder, unstack
-from m3jax.model.transformer import Model
 
 
 def serving(config: ConfigDict, rows: int) -> ConfigDict:
@@ -58,7 +58,7 @@ def arguments(config: ConfigDict, mesh: Mesh, context: int) -> tuple[Decoder, tu
       mesh: of `serving_mesh`.
       context: tokens of a prompt, in whole chunks.
     """
-    model = Model(config, PREFIX_TOKENS, mesh)
+    model = make_model(config, PREFIX_TOKENS, mesh)
     decoder = Decoder(model, Sampling(), stop=(3,))
     memory, shape = config.memory, config.model
     B, M, Q = config.data.batch_size, memory.per_prompt_chunk, memory.chunk_length

@@ -37,9 +37,9 @@ from m3jax.inference.generate import Generator
 from m3jax.inference.memory_retrieval import Recaller
 from m3jax.inference.rag import HEADER, retrieve, with_references
 from m3jax.inference.sampling import Sampling
+from m3jax.make_model import make_model
 from m3jax.memory import codec as codecs
 from m3jax.memory.bank import Bank
-from m3jax.model.transformer import Model
 from m3jax.quickstart.people import write_jsonl
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import make_embedder
@@ -204,7 +204,7 @@ def _modes(
 ) -> dict[str, Callable[[], tuple[float, float]]]:
     words = _words()
     references, tokenizer, retriever = _knowledge(config, folder, words)
-    model = Model(config, PREFIX_TOKENS)
+    model = make_model(config, PREFIX_TOKENS)
     params = jax.jit(model.init)(jax.random.key(0))
     prompts = _texts(words, batch, _TOKENS - 1, seed=1)
     encoded = tokenizer.encode_batch(prompts)
@@ -221,7 +221,15 @@ def _modes(
         recaller = memories and Recaller(retriever, memories, tokenizer, count)
         # Draws, so that random weights do not say the same word again and again.
         drawn = Sampling(temperature=1.0, seed=1)
-        return Generator(model, params, tokenizer, recaller, sampling=drawn, stop=())
+        return Generator(
+            model,
+            params,
+            tokenizer,
+            recaller,
+            sampling=drawn,
+            stop=(),
+            longest=config.data.sequence_length,
+        )
 
     head_dim, dtype = config.model.head_dim, config.memory.dtype
     banks = {

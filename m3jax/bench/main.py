@@ -28,12 +28,12 @@ from m3jax.bench.retrieval import retrieval
 from m3jax.bench.timing import Figures, paired
 from m3jax.config import PREFIX_TOKENS, prefix_tokens
 from m3jax.data.pipeline import Pipeline, open_pipeline
+from m3jax.make_model import make_model
 from m3jax.memory import codec as codecs
 from m3jax.memory.bank import Bank
 from m3jax.memory.storage import CODEBOOK
 from m3jax.memory.write import write_bank
 from m3jax.mesh import host_rows, make_mesh, to_global
-from m3jax.model.transformer import Model
 from m3jax.quickstart import people
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import make_embedder
@@ -186,7 +186,7 @@ def _workdir(config: ConfigDict, bank: bool = True) -> Iterator[Path]:
 def _write(
     config: ConfigDict, workdir: Path, folder: Path, base: Bank | None = None
 ) -> dict[str, Any]:
-    model = Model(config)
+    model = make_model(config)
     return write_bank(
         config,
         model,
@@ -205,7 +205,7 @@ class _Stage:
 
     def __init__(self, config: ConfigDict, workdir: Path, bank: Path | None = None):
         self.mesh = make_mesh(config)
-        model = Model(config, prefix_tokens(config), self.mesh)
+        model = make_model(config, prefix_tokens(config), self.mesh)
         optimizer = make_optimizer(config)
         abstract = abstract_state(model, optimizer, self.mesh)
         self.state = init_state(config, model, optimizer, abstract, None)

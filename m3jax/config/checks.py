@@ -87,7 +87,7 @@ RULES = (
     ),
     Rule(
         "mesh.tensor",
-        lambda c: memory_heads(c) is None or c.mesh.tensor == 1,
+        lambda c: memory_heads(c.model, c.memory) is None or c.mesh.tensor == 1,
         "must be 1 with memory.heads = {memory.heads!r}: a bank of some heads is not split by"
         " heads; or store all (memory.heads = '')",
     ),

@@ -9,20 +9,23 @@ from ml_collections import ConfigDict
 from m3jax.errors import ConfigError
 
 
-def memory_heads(config: ConfigDict) -> tuple[tuple[int, int], ...] | None:
+def memory_heads(model: ConfigDict, memory: ConfigDict) -> tuple[tuple[int, int], ...] | None:
     """Layer and key-value head of all that have memories, ascending; None: all of memory layers.
+
+    Args:
+      model, memory: sections of a config.
 
     Raises:
       ConfigError: `memory.heads` names others, or is no list of heads.
     """
-    first, count = config.memory.first_layer, config.memory.layers
-    return parse_heads(config.memory.heads, range(first, first + count), config.model.kv_heads)
+    layers = range(memory.first_layer, memory.first_layer + memory.layers)
+    return parse_heads(memory.heads, layers, model.kv_heads)
 
 
-def stored_heads(config: ConfigDict) -> int:
+def stored_heads(model: ConfigDict, memory: ConfigDict) -> int:
     """How many key-value heads, over all layers, have memories."""
-    chosen = memory_heads(config)
-    return config.memory.layers * config.model.kv_heads if chosen is None else len(chosen)
+    chosen = memory_heads(model, memory)
+    return memory.layers * model.kv_heads if chosen is None else len(chosen)
 
 
 def parse_heads(text: str, layers: range, kv_heads: int) -> tuple[tuple[int, int], ...] | None:

@@ -21,7 +21,8 @@ from m3jax.evaluation.scoring import Pair, Scorer, as_rows
 from m3jax.files import lines
 from m3jax.memory.bank import Bank
 from m3jax.memory.delta_bank import LayeredBank
-from m3jax.model.transformer import Model, Params
+from m3jax.model.parameters import Params
+from m3jax.model.transformer import Model
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.references import References
 from m3jax.text.tokenizer import BOS, Tokenizer
@@ -63,12 +64,20 @@ class Answerer:
       model: the model.
       params: its parameters.
       tokenizer: of the model.
+      longest: tokens of a row, see `Scorer`.
       batch_size: questions scored at once.
     """
 
-    def __init__(self, model: Model, params: Params, tokenizer: Tokenizer, batch_size: int = 64):
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        tokenizer: Tokenizer,
+        longest: int,
+        batch_size: int = 64,
+    ):
         self.model, self.params, self.tokenizer = model, params, tokenizer
-        self.scorer = Scorer(model, params, tokenizer, batch_size)
+        self.scorer = Scorer(model, params, tokenizer, longest, batch_size)
         self._logits = jax.jit(lambda p, tokens, memory: model.logits(p, tokens, memory, window=1))
         self._observe = jax.jit(model.memory_attention, static_argnums=3)
 
@@ -94,7 +103,7 @@ class Answerer:
     def _chunks(self, pairs: Sequence[Pair]) -> int:
         """Chunks of the longest row."""
         longest = max(len(context) + len(answer) - 1 for context, answer in pairs)
-        return -(-longest // self.model.config.memory.chunk_length)
+        return -(-longest // self.model.memory.chunk_length)
 
     def correct(
         self,
@@ -121,7 +130,7 @@ class Answerer:
         Returns:
           The tokens, and their attention on every memory slot, `(n, L, N, M, P)`, N query heads.
         """
-        rows = as_rows(self.pairs(questions), self.model.config.memory.chunk_length)
+        rows = as_rows(self.pairs(questions), self.model.memory.chunk_length)
         memory = jax.tree.map(jnp.asarray, bank.read(ids))
         place = np.arange(len(questions)), rows.place[:, 0]
         logits = self._logits(self.params, rows.tokens, memory)
@@ -129,8 +138,8 @@ class Answerer:
         weights = np.asarray(self._observe(self.params, rows.tokens, memory, 1))
         weights = np.moveaxis(weights, 4, 1)[:, place[1], place[0]]  # (L, n, K, G, slots)
         L, n, K, G, _ = weights.shape
-        C, M, P = *ids.shape[1:], self.model.config.memory.kept_tokens
-        chunk = place[1] // self.model.config.memory.chunk_length
+        C, M, P = *ids.shape[1:], self.model.memory.kept_tokens
+        chunk = place[1] // self.model.memory.chunk_length
         weights = np.moveaxis(weights.reshape(L, n, K * G, C, M, P), 3, 1)[:, chunk, np.arange(n)]
         size = self.tokenizer.size  # the model may have more rows than the tokenizer has entries
         names = [self.tokenizer.decode([t]) if t < size else f"token {t}" for t in chosen.tolist()]

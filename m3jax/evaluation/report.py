@@ -15,7 +15,9 @@ from m3jax.errors import ConfigError
 from m3jax.evaluation.questions import Answerer, read_questions
 from m3jax.knowledge.memory_writer import check_reader
 from m3jax.knowledge.versions import open_retriever
-from m3jax.model.transformer import Model, Params
+from m3jax.make_model import make_model
+from m3jax.model.parameters import Params
+from m3jax.model.transformer import Model
 from m3jax.train.evaluator import MODES, LossEvaluator
 from m3jax.train.metrics import dropped_share, hit_share
 
@@ -50,7 +52,7 @@ def evaluate(
             " gained"
         )
     pipeline = open_pipeline(config, workdir, split="validation", bank=bank, version=version)
-    model = Model(config, prefix_tokens(config))
+    model = make_model(config, prefix_tokens(config))
     tokenizer = pipeline.tokenizer
     params, meta = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer.fingerprint)
     check_reader(pipeline.bank, meta, checkpoint)
@@ -86,7 +88,7 @@ def answer_questions(
       path: questions in JSON lines, see `read_questions`.
     """
     asked = read_questions(path)
-    answerer = Answerer(model, params, pipeline.tokenizer)
+    answerer = Answerer(model, params, pipeline.tokenizer, config.data.sequence_length)
     figures: dict[str, Any] = {"count": len(asked)}
     figures["accuracy_none"] = float(np.mean(answerer.correct(asked)))
     references, version = pipeline.references, pipeline.version

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from m3jax.memory.bank import Bank
 from m3jax.memory.delta_bank import LayeredBank
 from m3jax.model.attention_mask import ExplicitMemory
-from m3jax.model.transformer import Model, Params
+from m3jax.model.parameters import Params
+from m3jax.model.transformer import Model
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.tokenizer import PAD, Tokenizer
 
@@ -91,12 +92,20 @@ class Scorer:
       model: the model.
       params: its parameters.
       tokenizer: of the model.
+      longest: tokens of a row, which only longer pairs exceed.
       batch_size: rows scored at once.
     """
 
-    def __init__(self, model: Model, params: Params, tokenizer: Tokenizer, batch_size: int = 64):
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        tokenizer: Tokenizer,
+        longest: int,
+        batch_size: int = 64,
+    ):
         self.model, self.params, self.tokenizer = model, params, tokenizer
-        self.batch_size = batch_size
+        self.longest, self.batch_size = longest, batch_size
         self._program = jax.jit(functools.partial(_score, model))
 
     def retrieve(
@@ -115,7 +124,7 @@ class Scorer:
           against: of each the tokens that no reference may contain; None lets all pass.
           shift: whose text a chunk searches with: 0 its own, 1 that of the chunk before.
         """
-        memory = self.model.config.memory
+        memory = self.model.memory
         chunk, M = memory.chunk_length, memory.per_prompt_chunk
         found = [np.full((-(-len(row) // chunk), M), -1, np.int64) for row in contexts]
         asked = []
@@ -156,10 +165,8 @@ class Scorer:
         for low in tqdm(starts, desc="scoring", unit="batch", disable=not progress):
             part = order[low : low + self.batch_size].tolist()
             part += part[-1:] * (self.batch_size - len(part))
-            config = self.model.config
-            rows = as_rows(
-                [pairs[i] for i in part], config.memory.chunk_length, config.data.sequence_length
-            )
+            chunk = self.model.memory.chunk_length
+            rows = as_rows([pairs[i] for i in part], chunk, self.longest)
             memory = None if ids is None else self._memory([ids[i] for i in part], bank, rows)
             found = self._program(self.params, rows.tokens, rows.place, rows.target, memory)
             tokens, first = (np.asarray(x) for x in found)
@@ -171,7 +178,7 @@ class Scorer:
         self, ids: Sequence[np.ndarray], bank: Bank | LayeredBank | None, rows: Rows
     ) -> ExplicitMemory:
         assert bank is not None
-        chunks = np.arange(rows.tokens.shape[1] // self.model.config.memory.chunk_length)
+        chunks = np.arange(rows.tokens.shape[1] // self.model.memory.chunk_length)
         stacked = np.stack([one[np.minimum(chunks, len(one) - 1)] for one in ids])
         return jax.tree.map(jnp.asarray, bank.read(stacked))
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from m3jax.checkpoint import restore_params
 from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import Pipeline, open_pipeline
+from m3jax.make_model import make_model
 from m3jax.memory.delta_bank import AnyBank, LayeredBank
 from m3jax.memory.document_context import writer_settings
 from m3jax.memory.encode import Clock, Encoder, ReferenceSet
@@ -90,7 +91,7 @@ def measure(
     with config.unlocked():
         config.memory.source = "precomputed"
     pipeline = open_pipeline(config, workdir, split="validation", version=version)
-    model = Model(config, prefix_tokens(config))
+    model = make_model(config, prefix_tokens(config))
     tokenizer = pipeline.tokenizer.fingerprint
     params, _ = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer)
     bank, references = pipeline.bank, pipeline.references

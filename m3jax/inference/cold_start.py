@@ -14,7 +14,8 @@ from m3jax.memory.cache import MemoryCache
 from m3jax.memory.codec import plain
 from m3jax.memory.encode import Clock, Encoder, ReferenceSet, memory_lengths
 from m3jax.model.attention_mask import ExplicitMemory
-from m3jax.model.transformer import Model, Params
+from m3jax.model.parameters import Params
+from m3jax.model.transformer import Model
 
 
 class ColdMemories:

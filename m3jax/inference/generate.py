@@ -21,7 +21,8 @@ from m3jax.inference.memory_retrieval import Recaller
 from m3jax.inference.results import Generation, Timing
 from m3jax.inference.sampling import Sampling
 from m3jax.model.decode import Decoder, unstack
-from m3jax.model.transformer import Model, Params
+from m3jax.model.parameters import Params
+from m3jax.model.transformer import Model
 from m3jax.text.tokenizer import BOS, END, PAD, Tokenizer
 
 
@@ -42,7 +43,7 @@ class Generator:
         sampling: Sampling | None = None,
         stop: Sequence[int] = (END,),
         observe: bool = False,
-        longest: int | None = None,
+        longest: int,
     ) -> None:
         """Makes one.
 
@@ -55,7 +56,7 @@ class Generator:
           sampling: default greedy.
           stop: tokens that end a row.
           observe: whether to report what attention the memories received.
-          longest: most tokens of prompt and text together; default `data.sequence_length`.
+          longest: most tokens of prompt and text together.
         """
         codec = None if recaller is None else recaller.memories.codec
         self.model, self.tokenizer, self.recaller = model, tokenizer, recaller
@@ -65,13 +66,12 @@ class Generator:
             stop=tuple(stop),
             pad=PAD,
             usable=tokenizer.size,
-            decode=None if codec is None or codec.plain else codec.decode,
+            dequantize=None if codec is None or codec.plain else codec.decode,
             observe=observe and recaller is not None,
         )
         self.params = jax.jit(lambda p: unstack(model, p))(params)
-        self.chunk = model.config.memory.chunk_length
-        self.longest = model.config.data.sequence_length if longest is None else longest
-        self.stop, self.timing = tuple(stop), Timing()
+        self.chunk = model.memory.chunk_length
+        self.longest, self.stop, self.timing = longest, tuple(stop), Timing()
 
     def generate(
         self,

@@ -199,7 +199,7 @@ class LongGenerator:
         assert recaller is None or isinstance(recaller, ContextRecaller)
         self.generator, self._recaller = generator, recaller
         self.window = longest // 2 if window is None else window
-        memory = generator.model.config.memory
+        memory = generator.model.memory
         self.length = recaller.references.length if recaller else memory.reference_length
         if not SHORTEST <= self.length <= memory.reference_length:
             raise InferenceError(

@@ -36,8 +36,8 @@ from m3jax.knowledge.versions import (
     open_retriever,
     open_version,
 )
+from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
-from m3jax.model.transformer import Model
 from m3jax.text.tokenizer import Tokenizer
 
 MODES = ("none", "memory", "cold", "rag", "context")
@@ -76,7 +76,7 @@ class Session:
         self.config, self.workdir = config, Path(workdir)
         self.checkpoint = Path(checkpoint or self.workdir / config.stage)
         self.tokenizer = Tokenizer.load(self.workdir / "tokenizer")
-        self.model = Model(config, prefix_tokens(config))
+        self.model = make_model(config, prefix_tokens(config))
         self.params, self.meta = restore_params(
             self.checkpoint, self.model, tokenizer_fingerprint=self.tokenizer.fingerprint
         )
@@ -181,7 +181,7 @@ class Session:
         config = self.config.copy_and_resolve_references()
         with config.unlocked():
             config.writer.batch_references = batch
-        model = Model(config, PREFIX_TOKENS)
+        model = make_model(config, PREFIX_TOKENS)
         params, _, _ = restore_writer(self.checkpoint, model, self.tokenizer.fingerprint)
         return ColdMemories(config, model, params, references, limit, grows)
 
@@ -202,7 +202,7 @@ class Session:
             self.recaller(mode, length=length),
             sampling=sampling,
             observe=observe,
-            longest=longest,
+            longest=self.config.data.sequence_length if longest is None else longest,
         )
 
     def rag_prompts(

@@ -17,12 +17,14 @@ from ml_collections import ConfigDict
 from m3jax.checkpoint import reads, restore_params, stage_of
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import BankError, CheckpointError
+from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank, writer_fingerprint
 from m3jax.memory.delta_bank import LayeredBank
 from m3jax.memory.document_context import writer_settings
 from m3jax.memory.write import write_bank
 from m3jax.mesh import writer_mesh
-from m3jax.model.transformer import Model, Params
+from m3jax.model.parameters import Params
+from m3jax.model.transformer import Model
 from m3jax.text.references import References
 
 
@@ -77,7 +79,7 @@ class MemoryWriter:
     ) -> None:
         self.config, self.workdir, self.checkpoint = config, Path(workdir), checkpoint
         self.itself, self.like_base = itself, like_base
-        self.model = Model(config, PREFIX_TOKENS, writer_mesh(config))
+        self.model = make_model(config, PREFIX_TOKENS, writer_mesh(config))
         self.writer: tuple[Params, Path, int] | None = None
 
     def restore(
@@ -138,7 +140,7 @@ def _recorded(
             params, meta = restore_params(folder, model, writer["step"])
         except CheckpointError:
             continue
-        if writer_fingerprint(params, model.config) == writer["hash"]:
+        if writer_fingerprint(params, model.memory) == writer["hash"]:
             return params, folder, meta["step"]
     return None
 

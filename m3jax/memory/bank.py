@@ -77,18 +77,18 @@ class Binding:
         return found
 
 
-def writer_fingerprint(params: dict[str, Any], config: ConfigDict) -> str:
+def writer_fingerprint(params: dict[str, Any], memory: ConfigDict) -> str:
     """Hash of the weights that write memories: embedding and layers up to the last memory layer.
 
     Args:
       params: parameters of `Model`; layers above the memory layers and the head do not count.
-      config: decides which layers those are.
+      memory: the section `memory` of the config, which decides which layers those are.
 
     Returns:
       Hex BLAKE2b over name, dtype, shape and bytes of every array.
     """
     total = hashlib.blake2b(digest_size=16)
-    ranges = f"{config.memory.first_layer}+{config.memory.layers}"
+    ranges = f"{memory.first_layer}+{memory.layers}"
     total.update(ranges.encode())
     leaves = jax.tree_util.tree_leaves_with_path(writer_params(params))
     for path, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):

@@ -25,7 +25,8 @@ from m3jax.memory.bank import Bank
 from m3jax.memory.codec import Codec
 from m3jax.memory.delta_bank import LayeredBank
 from m3jax.memory.encode import Clock, Encoder, ReferenceSet
-from m3jax.model.transformer import Model, Params
+from m3jax.model.parameters import Params
+from m3jax.model.transformer import Model
 
 _WRITERS = 4  # threads that write shards
 _WAITING = 2 * _WRITERS  # most shards held in memory, written or waiting for a thread

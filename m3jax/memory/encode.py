@@ -28,7 +28,8 @@ from m3jax.mesh import (
     on_devices,
     parameter_shardings,
 )
-from m3jax.model.transformer import Model, Params
+from m3jax.model.parameters import Params
+from m3jax.model.transformer import Model
 
 
 @runtime_checkable
@@ -81,7 +82,7 @@ def encode_program(config: ConfigDict, model: Model, codec: Codec) -> Any:
     with windows of a document `(writer_params, tokens (B, slots, W), first (B, slots)) → …`, where
     R = B · slots and `first` is that of `Model.encode`.
     """
-    keep, dtype = sparsifier(config), jnp.dtype(config.memory.dtype)
+    keep, dtype = sparsifier(config.memory), jnp.dtype(config.memory.dtype)
 
     def encode(
         params: Params, tokens: jax.Array, first: jax.Array | None = None

@@ -63,7 +63,7 @@ def heads_of(config: ConfigDict) -> Heads | None:
 
 def layout_entries(config: ConfigDict) -> dict[str, Any]:
     """What the layout of a bank states of its heads: nothing where it has all."""
-    chosen = memory_heads(config)
+    chosen = memory_heads(config.model, config.memory)
     return {} if chosen is None else {"heads": format_heads(chosen)}
 
 

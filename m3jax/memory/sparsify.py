@@ -128,7 +128,6 @@ def sparsify(
     return Written(gather(rotated_RWKH), gather(v_RWKH), length_R, indices_RKP)
 
 
-def sparsifier(config: ConfigDict) -> Callable[..., Written]:
-    """`sparsify` with the config's kept tokens and selection rule."""
-    memory = config.memory
+def sparsifier(memory: ConfigDict) -> Callable[..., Written]:
+    """Returns `sparsify` with the kept tokens and selection rule of the section `memory`."""
     return functools.partial(sparsify, kept=memory.kept_tokens, selection=memory.selection)

@@ -26,7 +26,8 @@ from m3jax.memory.delta_bank import LayeredBank
 from m3jax.memory.encode import Clock, Encoder, ReferenceSet, memory_hashes, memory_lengths
 from m3jax.memory.head_subset import heads_of
 from m3jax.memory.storage import WRITE_AGAIN
-from m3jax.model.transformer import Model, Params
+from m3jax.model.parameters import Params
+from m3jax.model.transformer import Model
 
 
 def write_bank(
@@ -84,7 +85,7 @@ def write_bank(
     lengths = memory_lengths(config, references)
     binding = make_binding(
         config,
-        writer=writer_fingerprint(params, config),
+        writer=writer_fingerprint(params, config.memory),
         tokenizer=tokenizer_fingerprint,
         references=references.fingerprint,
         prefix_tokens=prefix_tokens,
@@ -217,7 +218,7 @@ def _sample(config: ConfigDict, references: ReferenceSet) -> Int[np.ndarray, " n
     """References, uniformly sampled, with `writer.codebook_vectors` keys, or all there are."""
     order = np.random.default_rng(0).permutation(len(references))
     slots = np.minimum(references.lengths[order], config.memory.kept_tokens)
-    vectors = np.cumsum(slots) * stored_heads(config)
+    vectors = np.cumsum(slots) * stored_heads(config.model, config.memory)
     enough = int(np.searchsorted(vectors, config.writer.codebook_vectors)) + 1
     return np.sort(order[:enough])
 

@@ -5,7 +5,8 @@ A folder is `config.json` and `model.safetensors`, or parts of it named by
 their own; query head n of both belongs to key-value head n // G, and both turn the pairs
 (i, i + H/2) by RoPE, so that no weight changes place within a head.
 
-A Llama knows neither memories nor the prefix: its logits are those of `Model(config, ())` without
+A Llama knows neither memories nor the prefix: its logits are those of `Model(model, memory, ())`
+without
 memories, which is what `model.prefix = "with_memory"` gives in stages without memory. (Our context
 then begins at position W, theirs at 0: attention depends on distances only.) Its own token for the
 start of a text is a token of the row, as `<s>` is in `text/corpus.py`. With the prefix of p tokens,
@@ -30,7 +31,7 @@ from safetensors.numpy import save_file
 
 from m3jax.errors import HuggingFaceError
 from m3jax.model.hf_config import CONFIG, check_fields, read_json, their_config
-from m3jax.model.transformer import Params, segment_ranges
+from m3jax.model.parameters import Params, segment_ranges
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F32", "F16", "BF16")
@@ -38,13 +39,17 @@ _COMPUTED = "rotary_emb.inv_freq"  # a buffer that older versions saved
 
 
 def read_params(
-    folder: str | Path, config: ConfigDict, order: Int[np.ndarray, " n"] | None = None
+    folder: str | Path,
+    model: ConfigDict,
+    memory: ConfigDict,
+    order: Int[np.ndarray, " n"] | None = None,
 ) -> Params:
-    """The weights of a folder as parameters of `Model(config)`.
+    """Reads the weights of a folder as parameters of `Model(model, memory)`.
 
     Args:
       folder: what `save_pretrained` writes or a model's page offers for download.
-      config: its `model` section has the fields of `read_fields`; `memory.first_layer` and
+      model: section of a config with the fields of `read_fields`.
+      memory: section of a config; `memory.first_layer` and
         `memory.layers` say how layers are stacked.
       order: token of theirs that each of our first n tokens is (`adopt_tokenizer`); all others are
         the same.
@@ -57,24 +62,24 @@ def read_params(
         damaged, of another shape or dtype, or has no place in `Model`.
     """
     folder = Path(folder)
-    check_fields(folder, config)
-    if order is not None and len(order) > config.model.vocabulary:
+    check_fields(folder, model)
+    if order is not None and len(order) > model.vocabulary:
         raise HuggingFaceError(
             f"{folder}: the tokenizer has {len(order)} tokens, but the model only"
-            f" {config.model.vocabulary}; take both from one download"
+            f" {model.vocabulary}; take both from one download"
         )
     read, names = _open(_weight_files(folder))
-    wanted = {tensor.name for tensor in _tensors(config)}
+    wanted = {tensor.name for tensor in _tensors(model, memory)}
     missing = sorted(wanted - names)
     if missing:
         raise HuggingFaceError(
             f"{folder}: the tensor {missing[0]} is missing ({len(missing)} in all); take"
             f" {CONFIG} and the weights of a model with LM head from one download"
         )
-    _check_others(folder, config, read, names - wanted)
-    dtype = np.dtype(jax.numpy.dtype(config.model.param_dtype))
+    _check_others(folder, model, read, names - wanted)
+    dtype = np.dtype(jax.numpy.dtype(model.param_dtype))
     params: Params = {}
-    for tensor in _tensors(config):
+    for tensor in _tensors(model, memory):
         values = read(tensor.name, tensor.theirs)
         if order is not None and tensor.rows:
             values = np.concatenate([values[order], values[len(order) :]])
@@ -84,7 +89,7 @@ def read_params(
             continue
         stacks = params.setdefault(tensor.segment, {})
         if tensor.field not in stacks:
-            low, high = segment_ranges(config)[tensor.segment]
+            low, high = segment_ranges(model, memory)[tensor.segment]
             stacks[tensor.field] = np.empty((high - low, *tensor.shape), dtype)
         stacks[tensor.field][tensor.place] = ours
     return params
@@ -92,7 +97,8 @@ def read_params(
 
 def write_folder(
     folder: str | Path,
-    config: ConfigDict,
+    model: ConfigDict,
+    memory: ConfigDict,
     params: Params,
     *,
     dtype: str | None = None,
@@ -109,8 +115,8 @@ def write_folder(
 
     Args:
       folder: made if it is missing; `config.json` is written last.
-      config: of the parameters; `model` and `memory` are used.
-      params: as `Model(config)` takes them.
+      model, memory: sections of the config of the parameters.
+      params: as `Model(model, memory)` takes them.
       dtype: `float32` or `bfloat16`; default `config.model.param_dtype`.
       positions: `max_position_embeddings`, the longest row that was trained.
       tokenizer: content of `tokenizer.json`, if it is to be written.
@@ -120,10 +126,9 @@ def write_folder(
       HuggingFaceError: the folder has a `config.json`; an unknown dtype; a shape that
         transformers does not load; parameters of another config.
     """
-    folder, dtype = Path(folder), dtype or config.model.param_dtype
+    folder, dtype = Path(folder), dtype or model.param_dtype
     if (folder / CONFIG).exists():
         raise HuggingFaceError(f"{folder} holds a model already; name another folder or delete it")
-    model = config.model
     if model.hidden % model.query_heads:
         raise HuggingFaceError(
             f"config.model.query_heads = {model.query_heads} does not divide config.model.hidden ="
@@ -133,7 +138,7 @@ def write_folder(
         raise HuggingFaceError(f"dtype = {dtype!r}; weights are written in float32 or bfloat16")
     folder.mkdir(parents=True, exist_ok=True)
     tied = model.tied_embeddings and model.embedding_scale == 1
-    tensors = _their_tensors(config, params, tied, jax.numpy.dtype(dtype))
+    tensors = _their_tensors(model, memory, params, tied, jax.numpy.dtype(dtype))
     _commit(folder / _WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     named = dict(special or {})
     if tokenizer is not None:
@@ -142,7 +147,7 @@ def write_folder(
         _commit(folder / "tokenizer.json", lambda path: path.write_text(tokenizer, "utf-8"))
         _commit(folder / "tokenizer_config.json", lambda path: _write_json(path, settings))
     ids = {f"{role}_token_id": named[role][1] if role in named else None for role in _ROLES}
-    content = {**their_config(config, tied, dtype, positions), **ids}
+    content = {**their_config(model, tied, dtype, positions), **ids}
     _commit(folder / CONFIG, lambda path: _write_json(path, content))
 
 
@@ -179,9 +184,8 @@ class _Tensor(NamedTuple):
         return sides if self.inputs else sides[:1]
 
 
-def _tensors(config: ConfigDict) -> Iterator[_Tensor]:
+def _tensors(model: ConfigDict, memory: ConfigDict) -> Iterator[_Tensor]:
     """Every tensor that the parameters of a config are made of, layer by layer."""
-    model = config.model
     D, F, V, K, H = model.hidden, model.mlp_width, model.vocabulary, model.kv_heads, model.head_dim
     G = model.query_heads // K
     yield _Tensor("model.embed_tokens.weight", None, 0, "embedding", (V, D), rows=True)
@@ -207,7 +211,7 @@ def _tensors(config: ConfigDict) -> Iterator[_Tensor]:
             ("self_attn.q_norm.weight", "query_norm", (H,), 0),
             ("self_attn.k_norm.weight", "key_norm", (H,), 0),
         ]
-    for segment, (low, high) in segment_ranges(config).items():
+    for segment, (low, high) in segment_ranges(model, memory).items():
         for i in range(low, high):
             for name, field, shape, inputs in parts:
                 yield _Tensor(f"model.layers.{i}.{name}", segment, i - low, field, shape, inputs)
@@ -217,11 +221,11 @@ def _tensors(config: ConfigDict) -> Iterator[_Tensor]:
 
 
 def _their_tensors(
-    config: ConfigDict, params: Params, tied: bool, dtype: Any
+    model: ConfigDict, memory: ConfigDict, params: Params, tied: bool, dtype: Any
 ) -> dict[str, np.ndarray]:
     """All tensors of `LlamaForCausalLM` or `Qwen3ForCausalLM`, contiguous."""
-    model, tensors = config.model, {}
-    for tensor in _tensors(config):
+    tensors = {}
+    for tensor in _tensors(model, memory):
         stack = params if tensor.segment is None else params[tensor.segment]
         values = (
             stack[tensor.field] if tensor.segment is None else stack[tensor.field][tensor.place]
@@ -285,16 +289,16 @@ def _open(files: list[Path]) -> tuple[_Read, set[str]]:
     return read, set(where)
 
 
-def _check_others(folder: Path, config: ConfigDict, read: _Read, names: set[str]) -> None:
+def _check_others(folder: Path, model: ConfigDict, read: _Read, names: set[str]) -> None:
     """Refuses tensors that `Model` has no place for, unless leaving them out changes nothing."""
     for name in sorted(names):
         if name.endswith(_COMPUTED):
             continue
         if name.endswith("self_attn.o_proj.bias"):
-            if not read(name, (config.model.hidden,)).any():
+            if not read(name, (model.hidden,)).any():
                 continue
             why = "the output projection here has no bias; choose another model"
-        elif name == "lm_head.weight" and config.model.tied_embeddings:
+        elif name == "lm_head.weight" and model.tied_embeddings:
             if np.array_equal(read(name, None), read("model.embed_tokens.weight", None)):
                 continue
             why = f"it is not the embedding: set tie_word_embeddings to false in {CONFIG}"

@@ -79,10 +79,10 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
     }
 
 
-def check_fields(folder: str | Path, config: ConfigDict) -> None:
-    """Raises `HuggingFaceError`, naming all that differs, unless the config is the folder's."""
+def check_fields(folder: str | Path, model: ConfigDict) -> None:
+    """Raises `HuggingFaceError`, naming all that differs, unless `model` is the folder's."""
     wanted = read_fields(folder)
-    different = [name for name, value in wanted.items() if config.model[name] != value]
+    different = [name for name, value in wanted.items() if model[name] != value]
     if different:
         raise HuggingFaceError(
             f"{folder} is a model of another shape than the config; set"
@@ -90,16 +90,15 @@ def check_fields(folder: str | Path, config: ConfigDict) -> None:
         )
 
 
-def their_config(config: ConfigDict, tied: bool, dtype: str, positions: int) -> dict[str, Any]:
+def their_config(model: ConfigDict, tied: bool, dtype: str, positions: int) -> dict[str, Any]:
     """Content of the `config.json` of a Llama of our shape; with `qk_norm` of a Qwen3.
 
     Args:
-      config: its `model` section is read.
+      model: the section `model` of a config.
       tied: whether the LM head is the embedding.
       dtype: of the weights.
       positions: tokens of the longest row.
     """
-    model = config.model
     return {
         "architectures": ["Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM"],
         "model_type": "qwen3" if model.qk_norm else "llama",

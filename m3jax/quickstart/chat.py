@@ -98,7 +98,9 @@ def _measure(demonstration: Demonstration, world: people.World, stage: str) -> d
         ]
         for mode in answers
     }
-    answerer = Answerer(session.model, session.params, session.tokenizer)
+    answerer = Answerer(
+        session.model, session.params, session.tokenizer, session.config.data.sequence_length
+    )
     completions = [Question(f"{r} of {p.name}", f" {value}") for p, r, value in asked]
     found = answerer.retrieve(completions, session.retriever)
     shares: dict[str, Any] = {

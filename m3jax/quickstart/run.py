@@ -25,9 +25,9 @@ from m3jax.evaluation.plots import Read, accuracy_bars, attention_map
 from m3jax.evaluation.questions import Answerer, Question
 from m3jax.files import write_atomically
 from m3jax.knowledge.memory_writer import MemoryWriter, restore_writer
+from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
 from m3jax.memory.sparsify import sparsifier
-from m3jax.model.transformer import Model
 from m3jax.quickstart import people
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import make_embedder
@@ -199,9 +199,11 @@ def _ask(
     demonstration: Demonstration, world: people.World, changed: people.World
 ) -> dict[str, float]:
     workdir, config = demonstration.workdir, demonstration.config("continual")
-    model = Model(config)
+    model = make_model(config)
     params, _ = restore_params(workdir / "continual", model)
-    answerer = Answerer(model, params, Tokenizer.load(workdir / "tokenizer"))
+    answerer = Answerer(
+        model, params, Tokenizer.load(workdir / "tokenizer"), config.data.sequence_length
+    )
     asked = people.questions(world, demonstration.seed)
     questions = [Question(q.prompt, q.answer, q.references) for q in asked]
     people.write_jsonl(workdir / "text" / "questions.jsonl", map(dataclasses.asdict, questions))
@@ -265,7 +267,7 @@ def _attention_picture(
     )
     read_ids = ids[:, 0]  # (n, M): these prompts are one chunk
     tokens = knowledge.references.tokens(read_ids.ravel())
-    encode = jax.jit(functools.partial(model.encode, sparsify=sparsifier(model.config)))
+    encode = jax.jit(functools.partial(model.encode, sparsify=sparsifier(model.memory)))
     memory, indices = jax.device_get(encode(writer_params, tokens))
     indices = indices.reshape(*read_ids.shape, *indices.shape[1:])  # (n, M, L, K, P)
     real = np.arange(indices.shape[-1]) < memory.length.reshape(*read_ids.shape, 1)
@@ -309,7 +311,7 @@ def _compare_from_scratch(demonstration: Demonstration) -> dict[str, float]:
     losses = {}
     for name in ("continual", "scratch"):
         config = stages[name]
-        params, _ = restore_params(demonstration.workdir / name, Model(config))
+        params, _ = restore_params(demonstration.workdir / name, make_model(config))
         evaluated = evaluator(config, demonstration.workdir)(params)
         losses.update({f"{name}_{key}": value for key, value in evaluated.items()})
     return losses

@@ -23,8 +23,8 @@ from m3jax.errors import RetrievalError
 from m3jax.memory.bank import Bank, layout_of
 from m3jax.memory.delta_bank import LayeredBank
 from m3jax.memory.sparsify import Written, sparsifier
+from m3jax.model.parameters import Params
 from m3jax.model.rope import rotate
-from m3jax.model.transformer import Model, Params
 from m3jax.retrieval import embed
 from m3jax.retrieval.checkpoint_encoder import TrainedEmbedder
 from m3jax.retrieval.embed import Embedder
@@ -68,7 +68,7 @@ class ModelEmbedder(TrainedEmbedder):
 
     name = "model"
 
-    def _part(self, params: Params) -> tuple[Model, Params]:
+    def _part(self, params: Params) -> tuple[ConfigDict, tuple[int, ...], Params]:
         memory, layers = self.config.memory, self.config.model.layers
         last = self.layer or memory.first_layer + memory.layers
         if last > layers:
@@ -79,7 +79,7 @@ class ModelEmbedder(TrainedEmbedder):
         config = self.config.copy_and_resolve_references()
         config.model.layers = config.memory.layers = last
         config.memory.first_layer, config.memory.heads = 0, ""
-        return Model(config, prefix_tokens(config)), restack(params, {"memory": last})
+        return config, prefix_tokens(config), restack(params, {"memory": last})
 
     def _width(self) -> int:
         return self.config.model.hidden
@@ -115,14 +115,14 @@ class AttentionEmbedder(TrainedEmbedder):
 
     name = "attention"
 
-    def _part(self, params: Params) -> tuple[Model, Params]:
+    def _part(self, params: Params) -> tuple[ConfigDict, tuple[int, ...], Params]:
         if self.meta["writer"] is not None:
             raise RetrievalError(
                 f"the checkpoint {self.folder} reads memories of another writer,"
                 f" {self.meta['writer']['path']}, whose keys its own are not; set"
                 " config.retrieval.checkpoint to that writer"
             )
-        return Model(self.config, PREFIX_TOKENS), params
+        return self.config, PREFIX_TOKENS, params
 
     def _width(self) -> int:
         model = self.config.model
@@ -137,7 +137,7 @@ class AttentionEmbedder(TrainedEmbedder):
         self, params: Params, means: jax.Array, tokens_BT: jax.Array, real_BT: jax.Array
     ) -> jax.Array:
         """Mean kept key of every memory layer and head `(B, L·K·H)`."""
-        keep = sparsifier(self.config)
+        keep = sparsifier(self.config.memory)
         memory, _ = self.model.encode(params, jnp.where(real_BT, tokens_BT, 0), keep)
         count_B = jnp.maximum(memory.length, 1).reshape(-1, 1, 1, 1)
         sums_BLKH = memory.keys.astype(jnp.float32).sum(3)  # slots past the length are zero

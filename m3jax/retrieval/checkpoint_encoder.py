@@ -19,13 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
+from ml_collections import ConfigDict
 
 from m3jax.checkpoint import read_model
 from m3jax.errors import CheckpointError, RetrievalError, TextError
 from m3jax.files import digest, write_atomically
+from m3jax.make_model import make_model
 from m3jax.memory.bank import layout_of, writer_fingerprint, writer_params
 from m3jax.mesh import ACTIVATIONS, batch_sharding, local_mesh, on_devices, replicated
-from m3jax.model.transformer import Model, Params
+from m3jax.model.parameters import Params
 from m3jax.retrieval.batches import calls
 from m3jax.retrieval.pooling import directions, draw, like, position_means, unit, usable
 from m3jax.retrieval.spec import read_spec, write_spec
@@ -81,8 +83,9 @@ class TrainedEmbedder:
             raise RetrievalError(f"{error}; {remedy}") from error
         self.asked, self.layer, self.rows = dimension, layer, rows
         self.longest = self.config.memory.reference_length
-        self.model, params = self._part(params)
-        self.weights = writer_fingerprint(params, self.model.config)
+        self._part_config, prefix, params = self._part(params)
+        self.model = make_model(self._part_config, prefix)
+        self.weights = writer_fingerprint(params, self.model.memory)
         self.mesh = local_mesh(devices)
         self._sharding = batch_sharding(self.mesh)
         self.params = jax.device_put(writer_params(params), replicated(self.mesh))
@@ -94,8 +97,8 @@ class TrainedEmbedder:
         self._learnt: Statistics = {}
         self._placed: Any = None
 
-    def _part(self, params: Params) -> tuple[Model, Params]:
-        """The model of the layers that are run, and its parameters."""
+    def _part(self, params: Params) -> tuple[ConfigDict, tuple[int, ...], Params]:
+        """Returns config, prefix and parameters of the model of the layers that are run."""
         raise NotImplementedError
 
     def _width(self) -> int:
@@ -130,7 +133,7 @@ class TrainedEmbedder:
     @property
     def fingerprint(self) -> str:
         """Hex digest of weights, config, tokenizer and what was learnt from the knowledge base."""
-        layout = layout_of(self.model.config, self.model.prefix_tokens)
+        layout = layout_of(self._part_config, self.model.prefix_tokens)
         setting = [self.name, 1, self.weights, layout, self.tokenizer.fingerprint, self.dimension]
         return digest(json.dumps(setting, sort_keys=True), *self._bytes())
 

@@ -17,7 +17,9 @@ from m3jax.model.attention_mask import (
     seen_by_heads,
     visible_mask,
 )
-from m3jax.model.transformer import Layer, Model, Params, join, segment_ranges
+from m3jax.model.parameters import Params
+from m3jax.model.streams import join
+from m3jax.model.transformer import Model
 
 _BLOCK = 256  # queries whose scores are held at a time
 
@@ -36,7 +38,7 @@ def masked_losses(
       `(params, batch, candidates)`: of a candidate layer, key-value head and query head of its
       group, −1 for all.
     """
-    shape = model.config.model
+    shape = model.config
     L, K, G = shape.layers, shape.kv_heads, shape.query_heads // shape.kv_heads
 
     def losses(params: Params, batch: dict[str, Any], candidates: Array) -> Array:
@@ -72,8 +74,8 @@ def _forward(
 ) -> Float[Array, "B T D"]:
     """`Model.hidden` with masked heads."""
     streams, hidden = model.embed(params, tokens_BT, None)
-    layer = Layer(model, streams)
-    for segment, (low, high) in segment_ranges(model.config).items():
+    layer = model.layer(streams)
+    for segment, (low, high) in model.ranges.items():
         if high == low:
             continue
         slots: Any = None
@@ -87,7 +89,7 @@ def _forward(
             block = model.merge(stacked)
             _, context, constant = layer.heads(block, hidden)
             assert context is not None
-            attended, prefix = layer.of_prefix(constant)
+            attended, prefix = layer.attend_prefix(constant)
             read = None if memory is None or slots is None else memory
             if read is not None:
                 read = ExplicitMemory(slots[0], slots[1], read.length)
@@ -117,7 +119,7 @@ def _attend(
     """`attend`, some of whose heads see less; all scores of a block of queries are held."""
     T, H = q_BTKGH.shape[1], q_BTKGH.shape[-1]
     keys, values = concatenate(k_BTKH, v_BTKH, prefix, memory)
-    settings = model.config.memory
+    settings = model.memory
     constant = 0 if prefix is None else prefix.keys.shape[0]
     slots = keys.shape[1] - T - constant
     outputs = []

@@ -24,7 +24,7 @@ from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import ConfigError
 from m3jax.files import digest, write_array
 from m3jax.knowledge.memory_writer import check_reader
-from m3jax.model.transformer import Model
+from m3jax.make_model import make_model
 from m3jax.selection.head_ablation import masked_losses
 from m3jax.train.evaluator import LossEvaluator
 from m3jax.train.loss import inputs
@@ -103,7 +103,7 @@ def score_heads(
     """
     _check(config, hide, window, by_query)
     checkpoint = Path(checkpoint or Path(workdir) / config.stage)
-    model = Model(config, prefix_tokens(config))
+    model = make_model(config, prefix_tokens(config))
     plain = config.copy_and_resolve_references()
     if hide == "context":
         with plain.unlocked():
@@ -177,7 +177,7 @@ def _candidates(
     pairs: Any = [(layer, head) for layer in range(L) for head in range(K)]
     if hide == "memory":
         inside = [pair for pair in pairs if first <= pair[0] < first + count]
-        pairs = memory_heads(config) or inside
+        pairs = memory_heads(config.model, config.memory) or inside
     found = [(layer, head, g) for layer, head in pairs for g in groups]
     return (L, K * len(groups)), np.array(found, np.int32)
 

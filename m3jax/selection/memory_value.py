@@ -23,7 +23,8 @@ from tqdm import tqdm
 from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import Batch, Pipeline
 from m3jax.files import write_array, write_atomically
-from m3jax.model.transformer import Model, Params
+from m3jax.make_model import make_model
+from m3jax.model.parameters import Params
 from m3jax.train.loss import Decode, hidden_of, inputs
 
 NOTHING, EVERYTHING = -1, -2  # absent: no reference, or all memories
@@ -41,7 +42,7 @@ class RowLosses:
     """
 
     def __init__(self, config: ConfigDict, decode: Decode | None) -> None:
-        self.model, self._decode = Model(config, prefix_tokens(config)), decode
+        self.model, self._decode = make_model(config, prefix_tokens(config)), decode
         self._losses = jax.jit(self._token_losses)
 
     def __call__(

@@ -25,7 +25,8 @@ from m3jax.files import digest, write_atomically
 from m3jax.knowledge.edit import keep_only
 from m3jax.knowledge.memory_writer import check_reader
 from m3jax.knowledge.versions import open_version
-from m3jax.model.transformer import Model, Params
+from m3jax.make_model import make_model
+from m3jax.model.parameters import Params
 from m3jax.selection.budget import Worth, choose, estimate
 from m3jax.selection.memory_value import RowLosses, drops, measure
 from m3jax.selection.validate import check_choice, split_rows
@@ -160,7 +161,7 @@ def _with_bank(config: ConfigDict) -> ConfigDict:
 def _restore(
     config: ConfigDict, pipeline: Pipeline, checkpoint: Path
 ) -> tuple[Params, dict[str, Any]]:
-    model = Model(config, prefix_tokens(config))
+    model = make_model(config, prefix_tokens(config))
     tokenizer = pipeline.tokenizer.fingerprint
     params, meta = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer)
     check_reader(pipeline.bank, meta, checkpoint)

@@ -13,7 +13,7 @@ from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.data.rows import Rows
 from m3jax.errors import UsefulnessError
 from m3jax.knowledge.versions import Version
-from m3jax.model.transformer import Params
+from m3jax.model.parameters import Params
 from m3jax.selection.memory_value import EVERYTHING, RowLosses, row_losses
 
 

@@ -27,8 +27,8 @@ from m3jax.evaluation.report import answer_questions
 from m3jax.files import write_sealed
 from m3jax.knowledge.memory_writer import MemoryWriter, check_reader
 from m3jax.knowledge.versions import open_version
+from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
-from m3jax.model.transformer import Model
 from m3jax.sweep.spec import Data, Run, Stage, Sweep
 from m3jax.text.references import References
 from m3jax.train.evaluator import LossEvaluator
@@ -125,7 +125,7 @@ def _measure(sweep: Sweep, run: Run) -> dict[str, float]:
     if run.bank is not None:
         _write_bank(config, run.bank, last, (last.before or last) if last.bank else last)
     pipeline = open_pipeline(config, last.folder, split="validation", bank=run.bank)
-    model, tokenizer = Model(config, prefix_tokens(config)), pipeline.tokenizer
+    model, tokenizer = make_model(config, prefix_tokens(config)), pipeline.tokenizer
     params, meta = restore_params(
         last.checkpoints, model, tokenizer_fingerprint=tokenizer.fingerprint
     )
@@ -141,7 +141,7 @@ def _measure(sweep: Sweep, run: Run) -> dict[str, float]:
     if sweep.in_context:
         told = read_questions(last.data.folder / sweep.in_context)
         figures["right_in_context"] = float(
-            np.mean(Answerer(model, params, tokenizer).correct(told))
+            np.mean(Answerer(model, params, tokenizer, config.data.sequence_length).correct(told))
         )
     if config.memory.source != "none":
         figures["memory_bytes"] = _bytes_of_memory(run.bank or _bank_of(last))

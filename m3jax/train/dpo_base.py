@@ -28,10 +28,12 @@ from m3jax.data.pipeline import Pipeline
 from m3jax.distributed import meet
 from m3jax.errors import CheckpointError
 from m3jax.files import read_sealed, write_atomically, write_sealed
+from m3jax.make_model import make_model
 from m3jax.memory.sparsify import sparsifier
 from m3jax.memory.storage import npy_bytes
 from m3jax.mesh import batch_sharding, host_rows, on_devices, replicated, to_global
-from m3jax.model.transformer import Model, Params
+from m3jax.model.parameters import Params
+from m3jax.model.transformer import Model
 from m3jax.train.dpo_loss import answer_logprobs
 from m3jax.train.loss import Decode, batch_specs, inputs
 
@@ -86,7 +88,7 @@ def hold_reference(
                 f"{stage_folder} has no reference log-probabilities; name the checkpoint that is"
                 " trained on preferences, usually that of SFT: --init_from=WORKDIR/sft"
             )
-        model = Model(config, prefix_tokens(config), mesh)
+        model = make_model(config, prefix_tokens(config), mesh)
         tokenizer = next(iter(pipelines.values())).tokenizer.fingerprint
         params, _ = restore_params(init_from, model, mesh=mesh, tokenizer_fingerprint=tokenizer)
         name = params_fingerprint(params)
@@ -158,7 +160,7 @@ def _mixed(x: Array) -> Array:
 
 def row_logprobs(config: ConfigDict, model: Model, decode: Decode | None) -> Logprobs:
     """`logprobs(params, batch)`: of every answer of a global batch, whole on every device."""
-    sparsify = sparsifier(config)
+    sparsify = sparsifier(config.memory)
 
     def local(params: Params, batch: Mapping[str, Any]) -> Array:
         return answer_logprobs(model, params, batch, sparsify, decode)

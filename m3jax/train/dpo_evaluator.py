@@ -10,7 +10,8 @@ from m3jax.config import prefix_tokens
 from m3jax.data.packed import PackedRows
 from m3jax.data.pipeline import Pipeline
 from m3jax.errors import CheckpointError
-from m3jax.model.transformer import Model, Params
+from m3jax.make_model import make_model
+from m3jax.model.parameters import Params
 from m3jax.train.dpo_base import each_batch, row_logprobs
 
 
@@ -28,7 +29,7 @@ class PreferenceEvaluator:
 
     def __init__(self, config: ConfigDict, pipeline: Pipeline, mesh: Mesh | None = None) -> None:
         self.config, self.pipeline, self.mesh = config, pipeline, mesh
-        model = Model(config, prefix_tokens(config), mesh)
+        model = make_model(config, prefix_tokens(config), mesh)
         self._logprobs = row_logprobs(config, model, pipeline.decode)
         most = config.evaluation.batches * pipeline.batch_size
         self.rows = min(most, len(pipeline.rows))

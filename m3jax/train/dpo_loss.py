@@ -8,6 +8,7 @@ are in the batch (`m3jax.data.reference`): no weights but the model's own are he
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -15,13 +16,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from m3jax.model.transformer import Model, Params
+from m3jax.model.parameters import Params
+from m3jax.model.transformer import Model
 from m3jax.train.loss import Batch, Decode, Sums, hidden_of, objective
 
 
 def objective_of(config: ConfigDict) -> Callable[..., tuple[Array, Sums]]:
     """What a stage minimises: `preference_objective` of pairs, else `objective.objective`."""
-    return preference_objective if config.data.packing == "pairs" else objective
+    if config.data.packing != "pairs":
+        return objective
+    return functools.partial(preference_objective, beta=config.preference.beta)
 
 
 def answer_logprobs(
@@ -56,6 +60,8 @@ def preference_objective(
     batch: Batch,
     sparsify: Callable | None,
     decode: Decode | None = None,
+    *,
+    beta: float,
 ) -> tuple[Float[Array, ""], Sums]:
     """The sum that is minimised, of the pairs of a batch; and to report the summed loss, the number
     of pairs, and how many the model now prefers right, which have no gradient.
@@ -65,18 +71,18 @@ def preference_objective(
     weighted cross-entropy, since ∂loss/∂log π(answer) is the same for all tokens of the answer.
 
     Args:
-      model: the model; β is its `config.preference.beta`.
+      model: the model.
       params: its parameters.
       batch: as of `objective.objective`, and `answers (B, T)` int32, the slot of the answer that a
         target belongs to (−1: none), and `reference_logprobs (B, slots)`. Slots 2p and 2p + 1 are
         the chosen and the rejected answer of pair p.
       sparsify, decode: as of `objective.objective`.
+      beta: β, `preference.beta` of the config.
     """
     hidden = hidden_of(model, params, batch, sparsify, decode)
     logprobs_BS, share_BTS = _by_answer(model, params, hidden, batch)
     gain_BS = logprobs_BS - batch["reference_logprobs"].astype(jnp.float32)
     real = (jnp.sum(share_BTS, axis=1) > 0)[:, 0::2].astype(jnp.float32)
-    beta = model.config.preference.beta
     margin = beta * (gain_BS[:, 0::2] - gain_BS[:, 1::2])
     total = jnp.sum(real * jax.nn.softplus(-margin))
     # −∂loss/∂log π: of the chosen answer, and with the other sign of the rejected one.

@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 
 from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import Batch, Pipeline, open_pipeline
+from m3jax.make_model import make_model
 from m3jax.memory.sparsify import sparsifier
 from m3jax.mesh import host_rows, to_global
-from m3jax.model.transformer import Model, Params
+from m3jax.model.parameters import Params
 from m3jax.train.dpo_evaluator import PreferenceEvaluator
 from m3jax.train.loss import Sums, global_sums, inputs
 
@@ -46,7 +47,7 @@ class LossEvaluator:
         whole = max(1, len(pipeline.rows) // pipeline.batch_size)
         self.batches = min(config.evaluation.batches, whole)
         self.rows = min(self.batches * pipeline.batch_size, len(pipeline.rows))
-        self.model = Model(config, prefix_tokens(config), mesh)
+        self.model = make_model(config, prefix_tokens(config), mesh)
         self._ids, self._place = None, jax.device_put
         if mesh is not None:
             here = host_rows(mesh, pipeline.batch_size)
@@ -79,7 +80,7 @@ class LossEvaluator:
 
     def _summed(self, mode: str) -> Callable[[Params, Batch], Sums]:
         """The sums of a batch in one mode."""
-        total = global_sums(self.model, sparsifier(self.config), self.pipeline.decode)
+        total = global_sums(self.model, sparsifier(self.config.memory), self.pipeline.decode)
 
         def summed(params: Params, batch: Batch) -> Sums:
             read = ("memory", "reference_tokens")

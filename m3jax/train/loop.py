@@ -23,8 +23,10 @@ from m3jax.config import prefix_tokens, validate
 from m3jax.distributed import meet
 from m3jax.errors import CheckpointError, ConfigError, DivergenceError
 from m3jax.files import write_atomically
+from m3jax.make_model import make_model
 from m3jax.mesh import host_rows, make_mesh, to_global
-from m3jax.model.transformer import Model, Params
+from m3jax.model.parameters import Params
+from m3jax.model.transformer import Model
 from m3jax.train.checkpoints import Checkpoints, check_owner, claim
 from m3jax.train.clock import Clock, Device, Speed
 from m3jax.train.guard import Guard, describe
@@ -130,7 +132,7 @@ def train(
     guard = Guard.of(config, folder)
     mesh = make_mesh(config)
     clock, profile = Clock(), Profile(profile_steps, config.train.steps, folder)
-    model = Model(config, prefix_tokens(config), mesh)
+    model = make_model(config, prefix_tokens(config), mesh)
     optimizer = make_optimizer(config)
     abstract = abstract_state(model, optimizer, mesh)
     checkpoints = Checkpoints(folder, config, tokenizer_fingerprint, writer, version)

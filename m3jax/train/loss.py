@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 
 from m3jax.mesh import ACTIVATIONS, BATCH_AXES, on_devices
 from m3jax.model.attention_mask import ExplicitMemory, Packing
-from m3jax.model.transformer import Model, Params
+from m3jax.model.parameters import Params
+from m3jax.model.transformer import Model
 
 Batch = Mapping[str, Any]
 Decode = Callable[[ExplicitMemory], ExplicitMemory]
@@ -74,7 +75,7 @@ def objective(
       batch: `tokens (B, T)`, `targets (B, T)`, `weights (B, T)`, and `memory` (ExplicitMemory of
         `(B, C, M, L, K, P, H)`) or `reference_tokens (B, C, M, W)` or neither; with several texts
         in a row `starts (B, T)` and `first_chunks (B, T)`, see `Packing`.
-      sparsify: `memory.sparsify.sparsifier(config)`; needed with `reference_tokens`.
+      sparsify: `memory.sparsify.sparsifier(config.memory)`; needed with `reference_tokens`.
       decode: makes memories of what the bank stores (`Codec.decode`); None: they are.
     """
     hidden = hidden_of(model, params, batch, sparsify, decode)

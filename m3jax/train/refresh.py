@@ -19,6 +19,7 @@ from m3jax.config import prefix_tokens
 from m3jax.knowledge.edit import refresh
 from m3jax.knowledge.memory_writer import MemoryWriter
 from m3jax.knowledge.versions import Version, open_version
+from m3jax.make_model import make_model
 from m3jax.memory import codec as codecs
 from m3jax.memory.bank import Bank, writer_fingerprint
 from m3jax.memory.delta_bank import AnyBank
@@ -51,7 +52,7 @@ def rewrite(
     write = MemoryWriter(config, workdir, checkpoint, itself=True, like_base=True)
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer").fingerprint
     params, path, step = write.restore(tokenizer)
-    fingerprint, current = writer_fingerprint(params, config), open_version(workdir)
+    fingerprint, current = writer_fingerprint(params, config.memory), open_version(workdir)
     if current.has_bank:
         bank = Bank.open(current.banks[0])
         whole = not bank.manifest["info"].get("foreign", 0)
@@ -85,7 +86,7 @@ def _first_layer_errors(
     with probe.unlocked():
         probe.memory.layers, probe.memory.heads = 1, ""
         probe.writer.update(writer_settings(bank.binding.layout))
-    model = Model(probe, prefix_tokens(probe))
+    model = make_model(probe, prefix_tokens(probe))
     params, _ = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer)
     ids = np.arange(bank.size)
     squares, _ = compare_memories(probe, model, params, references, bank, ids, True)

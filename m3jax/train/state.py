@@ -13,7 +13,8 @@ from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
 from m3jax.mesh import parameter_shardings, replicated
-from m3jax.model.transformer import Model, Params
+from m3jax.model.parameters import Params
+from m3jax.model.transformer import Model
 from m3jax.train.loss import Sums
 
 

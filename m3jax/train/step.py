@@ -103,7 +103,7 @@ def scale_on(mesh: Mesh, scale: float) -> Array:
 def _make_gradient(config: ConfigDict, model: Model, decode: Decode | None) -> Callable:
     """`gradient(params, batch)`: float32 gradients of the mean loss, and the sums behind it."""
     parts = config.train.microbatches
-    sparsify, objective = sparsifier(config), objective_of(config)
+    sparsify, objective = sparsifier(config.memory), objective_of(config)
 
     def summed(params: Any, batch: Any) -> tuple[Array, Sums]:
         return objective(model, params, batch, sparsify, decode)

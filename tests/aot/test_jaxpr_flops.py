@@ -11,10 +11,10 @@ from m3jax import flops
 from m3jax.aot.compile import abstract_batch
 from m3jax.aot.jaxpr_flops import attention_blocks, executed_flops
 from m3jax.config import prefix_tokens
+from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
 from m3jax.model.attention import attend
 from m3jax.model.attention_mask import ExplicitMemory, KeyValues
-from m3jax.model.transformer import Model
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import abstract_state
 from m3jax.train.step import make_step
@@ -55,7 +55,7 @@ def test_every_device_counts():
 def test_a_warmup_step_is_useful_work_and_known_waste(remat):
     config = tiny_config(model__remat=remat, model__attention="naive", data__sequence_length=16)
     mesh = make_mesh(config)
-    model, optimizer = Model(config, prefix_tokens(config), mesh), make_optimizer(config)
+    model, optimizer = make_model(config, prefix_tokens(config), mesh), make_optimizer(config)
     state = abstract_state(model, optimizer, mesh)
     step = make_step(config, model, mesh, optimizer, state)
     found = executed_flops(step.trace(state, abstract_batch(config, mesh)).jaxpr)
@@ -77,7 +77,7 @@ def test_steps_of_packed_rows_are_traced_as_they_are(packing):
     """The abstract batch has what such a step reads."""
     config = tiny_config("precomputed", data__packing=packing, model__attention="naive")
     mesh = make_mesh(config, jax.devices()[:1])
-    model, optimizer = Model(config, prefix_tokens(config), mesh), make_optimizer(config)
+    model, optimizer = make_model(config, prefix_tokens(config), mesh), make_optimizer(config)
     state = abstract_state(model, optimizer, mesh)
     step, batch = make_step(config, model, mesh, optimizer, state), abstract_batch(config, mesh)
     assert {"starts", "first_chunks"} <= batch.keys()

@@ -7,8 +7,8 @@ import jax
 from ml_collections import ConfigDict
 
 from m3jax.config import PREFIX_TOKENS, default, validate
+from m3jax.make_model import make_model
 from m3jax.memory.write import write_bank
-from m3jax.model.transformer import Model
 from m3jax.quickstart import people
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import make_embedder
@@ -76,7 +76,7 @@ def make_workdir(folder: Path, config: ConfigDict) -> Path:
     prepare_text(config, folder, *write_text(folder), say=lambda line: None)
     references = References.open(folder / "references")
     build_index(references, make_embedder(config), folder / "index", config)
-    model = Model(config)
+    model = make_model(config)
     write_bank(
         config,
         model,

@@ -39,7 +39,7 @@ def both(tmp_path_factory, require):
     tokenizer = Tokenizer.train([TEXT * 4], 300, 2)
     assert tokenizer.size <= config.model.vocabulary
     tokenizer.save(folder / "tokenizer")
-    write_folder(folder / "llama", config, params, positions=ROW)
+    write_folder(folder / "llama", config.model, config.memory, params, positions=ROW)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session_module, "restore_params", lambda *_, **__: (params, {"step": 0}))
         ours = HarnessModel(Session(config, folder), "none", batch_size=4)

@@ -13,7 +13,7 @@ from m3jax.evaluation.plots import needle_lines
 from m3jax.inference import session as session_module
 from m3jax.inference.long_context import LongGenerator
 from m3jax.inference.session import Session
-from m3jax.model.transformer import Model
+from m3jax.make_model import make_model
 
 PERSON = WORLD.unseen[0]
 RELATION, VALUE = PERSON.facts[0]
@@ -24,7 +24,7 @@ NEEDLE = Needle(PERSON.text, f"{RELATION} of {PERSON.name}", f" {VALUE}")
 def session(tmp_path_factory):
     config = tiny_config(stage="continual", data__sequence_length=40)
     workdir = make_workdir(tmp_path_factory.mktemp("needle") / "run", config)
-    params = Model(config, PREFIX_TOKENS).init(jax.random.key(5))
+    params = make_model(config, PREFIX_TOKENS).init(jax.random.key(5))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             session_module, "restore_params", lambda *_, **__: (params, {"step": 3, "writer": None})

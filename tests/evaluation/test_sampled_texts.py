@@ -13,7 +13,7 @@ from memory.memory_tiny import tiny_config, tiny_params
 from m3jax.errors import InferenceError
 from m3jax.evaluation.sampled_texts import make_texts
 from m3jax.inference.session import Session
-from m3jax.model.transformer import Model
+from m3jax.make_model import make_model
 from m3jax.text.documents import is_validation, read_documents
 from m3jax.text.id_tokenizer import numbered_tokenizer
 from m3jax.text.tokenizer import BOS, END, SPECIAL_TOKENS, Tokenizer
@@ -26,7 +26,7 @@ def session() -> Session:
     """Random weights; logits large enough that some texts end, and some early."""
     config = tiny_config(data__sequence_length=64, text__validation_share=0.4)
     made = object.__new__(Session)
-    made.config, made.model = config, Model(config, ())
+    made.config, made.model = config, make_model(config, ())
     params = tiny_params(config, 2)
     params["head"] *= 2
     params["head"][[BOS, END]] *= 2

@@ -9,7 +9,7 @@ from data.data_workdir import make_workdir, tiny_config
 from m3jax.config import PREFIX_TOKENS
 from m3jax.evaluation.scoring import Pair, Scorer, as_rows
 from m3jax.knowledge.versions import open_bank, open_references, open_retriever, open_version
-from m3jax.model.transformer import Model
+from m3jax.make_model import make_model
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.tokenizer import BOS, Tokenizer
 
@@ -24,9 +24,15 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scorer(workdir):
-    model = Model(CONFIG, PREFIX_TOKENS)
+    model = make_model(CONFIG, PREFIX_TOKENS)
     params = model.init(jax.random.key(5))
-    return Scorer(model, params, Tokenizer.load(workdir / "tokenizer"), batch_size=4)
+    return Scorer(
+        model,
+        params,
+        Tokenizer.load(workdir / "tokenizer"),
+        CONFIG.data.sequence_length,
+        batch_size=4,
+    )
 
 
 @pytest.fixture

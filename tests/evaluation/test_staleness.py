@@ -18,10 +18,10 @@ from m3jax.knowledge.edit import edit, rollback
 from m3jax.knowledge.maintain import compact, verify
 from m3jax.knowledge.memory_writer import MemoryWriter, check_reader
 from m3jax.knowledge.versions import open_bank, open_index, open_references, open_version, versions
+from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
 from m3jax.mesh import make_mesh
 from m3jax.model.attention_mask import ExplicitMemory
-from m3jax.model.transformer import Model
 from m3jax.text.documents import Document
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ CONFIG = tiny_config(**CHANGES)
 
 def weights(moved: float) -> Any:
     """The bank's writer after more training, which is noise here."""
-    params = Model(CONFIG).init(jax.random.key(0))
+    params = make_model(CONFIG).init(jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noise = [moved * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]

@@ -17,6 +17,7 @@ from m3jax.inference.memory_retrieval import Recaller
 from m3jax.inference.retrieval_schedule import schedule
 from m3jax.inference.sampling import Sampling
 from m3jax.knowledge.versions import open_bank, open_references, open_retriever, open_version
+from m3jax.make_model import make_model
 from m3jax.model.transformer import Model
 from m3jax.text.tokenizer import BOS, Tokenizer
 
@@ -51,7 +52,7 @@ def world(tmp_path_factory):
     workdir = make_workdir(tmp_path_factory.mktemp("inference") / "run", config)
     version, tokenizer = open_version(workdir), Tokenizer.load(workdir / "tokenizer")
     references = open_references(config, version, tokenizer)
-    model = Model(config, PREFIX_TOKENS)
+    model = make_model(config, PREFIX_TOKENS)
     return World(
         config,
         model,

@@ -14,7 +14,7 @@ from m3jax.inference.cold_start import ColdMemories
 from m3jax.inference.generate import Generator
 from m3jax.inference.long_context import ContextRecaller, ContextReferences, LongGenerator
 from m3jax.inference.sampling import Sampling
-from m3jax.model.transformer import Model
+from m3jax.make_model import make_model
 from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.text.reference_splitter import Piece
 from m3jax.text.tokenizer import BOS, Tokenizer
@@ -28,7 +28,7 @@ class Tiny:
     def __init__(self, folder: Path):
         self.config = tiny_config()
         self.tokenizer = Tokenizer.load(make_workdir(folder, self.config) / "tokenizer")
-        self.model = Model(self.config, PREFIX_TOKENS)
+        self.model = make_model(self.config, PREFIX_TOKENS)
         self.params = self.model.init(jax.random.key(5))
         self.embedder = LexicalEmbedder(96)
         self.embedder.fit(LINES[:5])

@@ -18,9 +18,9 @@ from m3jax.inference.session import Session
 from m3jax.knowledge.edit import edit
 from m3jax.knowledge.maintain import compact
 from m3jax.knowledge.versions import open_version
+from m3jax.make_model import make_model
 from m3jax.memory import http_probe, storage
 from m3jax.memory.bank import Bank
-from m3jax.model.transformer import Model
 
 CONFIG = tiny_config(stage="continual")
 PROMPTS = ["the pet of Livu", "the home of Nivo and"]
@@ -35,7 +35,7 @@ def prepared(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def checkpoint(monkeypatch):
     """Random weights, which the bank is said to be written by; and short pauses."""
-    params = Model(CONFIG, PREFIX_TOKENS).init(jax.random.key(5))
+    params = make_model(CONFIG, PREFIX_TOKENS).init(jax.random.key(5))
     meta = {"step": 3, "writer": None}
     monkeypatch.setattr(session_module, "restore_params", lambda *_, **__: (params, meta))
     monkeypatch.setattr(session_module, "check_reader", lambda *_: None)
@@ -137,7 +137,7 @@ def _no_memories(references, folder, base):
     """Memories are copied: nothing is left to encode."""
     from m3jax.memory.write import write_bank
 
-    model = Model(CONFIG)
+    model = make_model(CONFIG)
     write_bank(
         CONFIG,
         model,

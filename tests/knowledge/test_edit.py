@@ -33,10 +33,10 @@ from m3jax.knowledge.versions import (
     require_unedited,
     versions,
 )
+from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
 from m3jax.memory.document_context import writer_settings
 from m3jax.memory.write import write_bank
-from m3jax.model.transformer import Model
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.documents import Document
 from m3jax.text.references import References
@@ -50,7 +50,7 @@ WEIGHTS: dict[int, Any] = {}
 def write(
     references: References, folder: Path, base: Any, weights: int = 0, config: Any = CONFIG
 ) -> None:
-    model = Model(config)
+    model = make_model(config)
     if weights not in WEIGHTS:
         WEIGHTS[weights] = model.init(jax.random.key(weights))
     write_bank(

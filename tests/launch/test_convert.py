@@ -13,8 +13,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from m3jax.checkpoint import read_model
 from m3jax.config import default
+from m3jax.make_model import make_model
 from m3jax.model.hf import read_params, write_folder
-from m3jax.model.transformer import Model
 from m3jax.text import tokenizer as text
 
 NAMED = ("<|pad|>", "<|begin|>", "<|extra|>", "<|end|>")
@@ -33,7 +33,7 @@ def small(vocabulary: int = 700) -> ConfigDict:
 
 def random_params(config: ConfigDict) -> dict:
     random = np.random.default_rng(0)
-    shapes = Model(config).abstract()[0]
+    shapes = make_model(config).abstract()[0]
     return jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32), shapes)
 
 
@@ -67,7 +67,7 @@ def test_a_llama_goes_through_all_later_steps(tmp_path: Path) -> None:
     config = small()
     params = random_params(config)
     content = (workdir / "tokenizer" / "tokenizer.json").read_text()
-    write_folder(llama, config, params, tokenizer=content)
+    write_folder(llama, config.model, config.memory, params, tokenizer=content)
 
     wrong = call("convert", warmup, run, f"--from_hf={llama}", "--config.model.rope_base=50.0")
     assert wrong.returncode == 2 and "config.model.rope_base = 10000.0" in wrong.stderr
@@ -90,7 +90,7 @@ def test_a_llama_goes_through_all_later_steps(tmp_path: Path) -> None:
     exported = tmp_path / "exported"
     trained = f"--checkpoint={workdir}/continual"
     succeed("convert", f"--to_hf={exported}", run, trained)
-    equal(read_params(exported, config), read_model(workdir / "continual")[2])
+    equal(read_params(exported, config.model, config.memory), read_model(workdir / "continual")[2])
     assert (exported / "tokenizer.json").read_text() == content
     written = json.loads((exported / "config.json").read_text())
     ids = {role: written[f"{role}_token_id"] for role in ("bos", "eos", "pad")}
@@ -105,7 +105,7 @@ def test_a_tokenizer_of_others_is_renumbered_with_the_rows(tmp_path: Path) -> No
     workdir, llama = tmp_path / "run", tmp_path / "llama"
     config = small()
     params = random_params(config)
-    write_folder(llama, config, params)
+    write_folder(llama, config.model, config.memory, params)
     command = (
         *("convert", f"--config={tmp_path}/small.py:warmup"),
         *(f"--workdir={workdir}", f"--from_hf={llama}"),

@@ -58,7 +58,7 @@ def make_workdir(workdir: Path, documents: int = 20, config_file: str = CONFIG) 
         one.mesh.fsdp = 1
     optimizer, mesh = make_optimizer(config), make_mesh(one, jax.devices()[:1])
     written = {name: tiny_params(config, seed) for seed, name in enumerate(("warmup", "continual"))}
-    fingerprint = writer_fingerprint(written["warmup"], config)
+    fingerprint = writer_fingerprint(written["warmup"], config.memory)
     writer = {"hash": fingerprint, "path": "/somewhere/else/warmup", "step": 3}
     with jax.set_mesh(mesh):
         for name, params in written.items():

@@ -136,7 +136,7 @@ def _expected(config: ConfigDict | None = None, weights: int = 0, **changes: str
     config = tiny_config() if config is None else config
     params = tiny_params(config, weights)
     parts = {
-        "writer": writer_fingerprint(params, config),
+        "writer": writer_fingerprint(params, config.memory),
         "tokenizer": "tokenizer",
         "references": TinyReferences(37).fingerprint,
         **changes,
@@ -193,10 +193,10 @@ def test_prefix_tokens_are_bound() -> None:
 def test_the_fingerprint_sees_what_writes_and_nothing_else() -> None:
     config = tiny_config(model__layers=4)
     params = tiny_params(config)
-    before = writer_fingerprint(params, config)
+    before = writer_fingerprint(params, config.memory)
     for name in ("upper", "final_norm", "head"):
         changed = {**params, name: jax.tree.map(lambda x: x + 1, params[name])}
-        assert writer_fingerprint(changed, config) == before, name
+        assert writer_fingerprint(changed, config.memory) == before, name
     for name in ("embedding", "lower", "memory"):
         for i, leaf in enumerate(jax.tree.leaves(params[name])):
             leaves, tree = jax.tree.flatten(params[name])
@@ -204,9 +204,9 @@ def test_the_fingerprint_sees_what_writes_and_nothing_else() -> None:
             other.reshape(-1)[-1] += 1
             leaves[i] = other
             changed = {**params, name: jax.tree.unflatten(tree, leaves)}
-            assert writer_fingerprint(changed, config) != before, (name, i)
+            assert writer_fingerprint(changed, config.memory) != before, (name, i)
     half = {**params, "embedding": params["embedding"].astype(ml_dtypes.bfloat16)}
-    assert writer_fingerprint(half, config) != before
+    assert writer_fingerprint(half, config.memory) != before
 
 
 # -- damage

@@ -17,13 +17,13 @@ from memory.memory_tiny import TinyReferences, build, flip, shard_files, tiny_co
 from m3jax import flops
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import BankError
+from m3jax.make_model import make_model
 from m3jax.memory import codec as codecs
 from m3jax.memory import quantizer, storage
 from m3jax.memory.bank import Bank
 from m3jax.memory.codec import Codec
 from m3jax.mesh import make_mesh
 from m3jax.model.attention_mask import ExplicitMemory
-from m3jax.model.transformer import Model
 from m3jax.train.evaluator import evaluator
 
 ROOT = Path(__file__).parents[2]
@@ -218,7 +218,7 @@ def test_a_step_decodes_what_the_bank_stores(tmp_path: Path, compression: str) -
     workdir = make_workdir(tmp_path, config)
     pipeline = open_pipeline(config, workdir, split="validation")
     assert pipeline.bank is not None and pipeline.decode is not None
-    evaluate, params = evaluator(config, workdir), Model(config).init(jax.random.key(1))
+    evaluate, params = evaluator(config, workdir), make_model(config).init(jax.random.key(1))
     found = evaluate(params)
     batches = [pipeline.batch(step) for step in range(evaluate.batches)]
     assert all(batch["memory"].keys.dtype == np.uint8 for batch in batches)
@@ -227,7 +227,7 @@ def test_a_step_decodes_what_the_bank_stores(tmp_path: Path, compression: str) -
     loss = weight = 0.0
     for batch in batches:
         memory = jax.tree.map(jnp.asarray, pipeline.bank.read(batch["reference_ids"]))
-        logits = Model(config).logits(params, jnp.asarray(batch["tokens"]), memory)
+        logits = make_model(config).logits(params, jnp.asarray(batch["tokens"]), memory)
         picked = jnp.take_along_axis(
             jax.nn.log_softmax(logits), jnp.asarray(batch["targets"])[..., None], axis=-1
         )[..., 0]

@@ -16,11 +16,11 @@ from memory.memory_tiny import build, shard_files, tiny_config
 from m3jax import flops
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import BankError
+from m3jax.make_model import make_model
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank
 from m3jax.memory.delta_bank import LayeredBank
 from m3jax.memory.head_subset import Heads, heads_of
-from m3jax.model.transformer import Model
 from m3jax.train.evaluator import evaluator
 
 IDS = np.arange(37)
@@ -138,7 +138,7 @@ def test_batches_are_placed_where_they_are_read(tmp_path: Path) -> None:
     changes = {"model__layers": 3, "memory__layers": 2, "evaluation__batches": 1}
     config = workdir_config(**changes, memory__heads="0:1,1:0")
     workdir = make_workdir(tmp_path, config)
-    params = Model(config).init(jax.random.key(1))
+    params = make_model(config).init(jax.random.key(1))
     pipeline = open_pipeline(config, workdir, split="validation")
     stored = pipeline.batch(0)["memory"]
     assert stored.keys.shape[3:5] == (1, 2) and pipeline.decode is not None
@@ -146,7 +146,9 @@ def test_batches_are_placed_where_they_are_read(tmp_path: Path) -> None:
     placed = jax.tree.map(np.asarray, pipeline.decode(stored))
     assert placed.keys.shape[3:5] == (2, 2)
     batch = pipeline.batch(0)
-    logits = np.asarray(jax.jit(Model(config).logits)(params, batch["tokens"], placed), np.float64)
+    logits = np.asarray(
+        jax.jit(make_model(config).logits)(params, batch["tokens"], placed), np.float64
+    )
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
     nats = -np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
     expected = (nats * batch["weights"]).sum() / batch["weights"].sum()

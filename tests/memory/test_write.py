@@ -19,13 +19,13 @@ from memory.memory_tiny import (
 )
 
 from m3jax.errors import BankError
+from m3jax.make_model import make_model
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank
 from m3jax.memory.build import Build
 from m3jax.memory.codec import plain
 from m3jax.memory.sparsify import sparsifier
 from m3jax.mesh import make_mesh
-from m3jax.model.transformer import Model
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -52,9 +52,9 @@ def _shard(folder: Path, shard: int) -> Path:
 
 def test_the_bank_holds_what_encode_returns(folder: Path) -> None:
     config = tiny_config()
-    model, references = Model(config), TinyReferences(37)
+    model, references = make_model(config), TinyReferences(37)
     assert references.lengths.min() < 4 < references.lengths.max()
-    memory, _ = jax.jit(lambda p, t: model.encode(p, t, sparsifier(config)))(
+    memory, _ = jax.jit(lambda p, t: model.encode(p, t, sparsifier(config.memory)))(
         tiny_params(config), references.tokens(np.arange(37))
     )
     found = Bank.open(folder).read(np.arange(37))

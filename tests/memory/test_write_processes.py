@@ -14,10 +14,10 @@ from memory.script_workdir import CONFIG, make_workdir, script_config, start
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.knowledge.memory_writer import restore_writer
+from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
 from m3jax.memory.write import write_bank
 from m3jax.mesh import make_mesh
-from m3jax.model.transformer import Model
 from m3jax.text.references import References
 from m3jax.watch import PROCESS_LOST
 
@@ -70,7 +70,7 @@ def test_two_processes_write_the_bank_of_one(tmp_path: Path) -> None:
     workdir, alone = tmp_path / "run", tmp_path / "alone"
     make_workdir(workdir, documents=300, config_file=SLOW)
     config, references = script_config(), References.open(workdir / "references")
-    model = Model(config, PREFIX_TOKENS, make_mesh(config, jax.devices()[:2]))
+    model = make_model(config, PREFIX_TOKENS, make_mesh(config, jax.devices()[:2]))
     tokenizer = references.tokenizer_fingerprint
     params, path, step = restore_writer(workdir / "warmup", model, tokenizer)
 

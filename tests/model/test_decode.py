@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from m3jax import config as config_lib
+from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.decode import Decoder, unstack
-from m3jax.model.transformer import Model
 
 CHUNK, M, P = 4, 3, 2
 LENGTHS = (9, 4, 1, 12)  # of prompts; the last one is the longest
@@ -62,7 +62,7 @@ def expected(config, model, params, prompts, forced, prompt_memory, later):
     """
     one = config.copy_and_resolve_references()
     one.memory.chunk_length = 1
-    oracle = Model(one, model.prefix_tokens)
+    oracle = make_model(one, model.prefix_tokens)
     B, n_forced = forced.shape
     T = max(LENGTHS) + n_forced - 1
     tokens, places = np.zeros((B, T), np.int32), np.zeros((B, n_forced), int)
@@ -127,7 +127,7 @@ def generated(config, model, params, prompts, forced, prompt_memory, later, **op
 )
 def test_equals_the_forward_of_training(with_memory, prefix, qk_norm):
     config = tiny(model__qk_norm=qk_norm)
-    model = Model(config, prefix)
+    model = make_model(config, prefix)
     params = model.init(jax.random.key(0))
     if qk_norm:  # scales of one would hide where they are left out
         for segment in ("lower", "memory", "upper"):
@@ -161,7 +161,7 @@ def test_equals_the_forward_of_training(with_memory, prefix, qk_norm):
 def test_a_mesh_generates_the_same():
     config = tiny(mesh__data=2, mesh__tensor=2, mesh__fsdp=1, data__batch_size=4)
     mesh = make_mesh(config, jax.devices()[:4])
-    model, on_mesh = Model(config, (1, 2)), Model(config, (1, 2), mesh)
+    model, on_mesh = make_model(config, (1, 2)), make_model(config, (1, 2), mesh)
     params = model.init(jax.random.key(0))
     rng = np.random.default_rng(0)
     B, C = len(LENGTHS), max(LENGTHS) // CHUNK

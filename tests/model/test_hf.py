@@ -20,9 +20,9 @@ from text.test_tokenizer_import import NAMED, OURS, TEXTS, train_tokenizer
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import HuggingFaceError
+from m3jax.make_model import make_model
 from m3jax.model.hf import read_params, write_folder
 from m3jax.model.hf_config import read_fields
-from m3jax.model.transformer import Model
 from m3jax.text.tokenizer import Tokenizer as OurTokenizer
 from m3jax.text.tokenizer_import import adopt_tokenizer
 
@@ -64,7 +64,8 @@ def equal(a: Any, b: Any) -> None:
 
 def refused(folder: Path, *parts: str, config: ConfigDict | None = None) -> None:
     with pytest.raises(HuggingFaceError) as caught:
-        read_params(folder, config or with_fields(folder))
+        config = config or with_fields(folder)
+        read_params(folder, config.model, config.memory)
     for part in parts:
         assert part in str(caught.value), str(caught.value)
 
@@ -78,7 +79,7 @@ def config() -> ConfigDict:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = oracle_config(**FIVE_TO_ONE)
     folder = tmp_path_factory.mktemp("written")
-    write_folder(folder, config, params_of(config))
+    write_folder(folder, config.model, config.memory, params_of(config))
     return folder
 
 
@@ -103,10 +104,10 @@ def folder(tmp_path: Path, written: Path) -> Path:
 def test_what_is_written_is_read_bitwise(changes: dict[str, Any], tmp_path: Path) -> None:
     config = oracle_config(**changes)
     params = params_of(config)
-    write_folder(tmp_path / "llama", config, params, positions=77)
+    write_folder(tmp_path / "llama", config.model, config.memory, params, positions=77)
     fields = read_fields(tmp_path / "llama")
     assert fields == {name: config.model[name] for name in fields}
-    equal(read_params(tmp_path / "llama", config), params)
+    equal(read_params(tmp_path / "llama", config.model, config.memory), params)
     written = json.loads((tmp_path / "llama" / "config.json").read_text())
     assert written["max_position_embeddings"] == 77 and written["pad_token_id"] is None
     assert written["dtype"] == written["torch_dtype"] == config.model.param_dtype
@@ -114,10 +115,10 @@ def test_what_is_written_is_read_bitwise(changes: dict[str, Any], tmp_path: Path
 
 
 def test_layers_are_stacked_as_the_config_says(folder: Path, config: ConfigDict) -> None:
-    whole = read_params(folder, config)
+    whole = read_params(folder, config.model, config.memory)
     other = config.copy_and_resolve_references()
     other.memory.first_layer, other.memory.layers = 2, 1
-    found = read_params(folder, other)
+    found = read_params(folder, other.model, other.memory)
     assert set(found) >= {"lower", "memory"} and "upper" not in found
     for name, values in found["lower"].items():
         np.testing.assert_array_equal(values, whole["memory"][name])
@@ -125,7 +126,10 @@ def test_layers_are_stacked_as_the_config_says(folder: Path, config: ConfigDict)
 
 
 def test_weights_in_several_files(folder: Path, config: ConfigDict) -> None:
-    expected, tensors = read_params(folder, config), load_file(folder / WEIGHTS)
+    expected, tensors = (
+        read_params(folder, config.model, config.memory),
+        load_file(folder / WEIGHTS),
+    )
     (folder / WEIGHTS).unlink()
     refused(folder, f"{WEIGHTS} is missing or damaged", "download it again")
     names, places = sorted(tensors), {}
@@ -135,7 +139,7 @@ def test_weights_in_several_files(folder: Path, config: ConfigDict) -> None:
         places.update(dict.fromkeys(part, file))
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": places}))
-    equal(read_params(folder, config), expected)
+    equal(read_params(folder, config.model, config.memory), expected)
     (folder / "model-00002-of-00002.safetensors").unlink()
     refused(folder, "model-00002-of-00002.safetensors is missing", "download it again")
     index.write_text("{}")
@@ -144,31 +148,31 @@ def test_weights_in_several_files(folder: Path, config: ConfigDict) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_weights_of_half_width(folder: Path, config: ConfigDict, dtype: Any) -> None:
-    expected = read_params(folder, config)
+    expected = read_params(folder, config.model, config.memory)
     change_tensors(folder, lambda t: t.update({n: v.astype(dtype) for n, v in t.items()}))
     equal(
-        read_params(folder, config),
+        read_params(folder, config.model, config.memory),
         jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), expected),
     )
     config.model.param_dtype = "bfloat16"
-    leaves = jax.tree.leaves(read_params(folder, config))
+    leaves = jax.tree.leaves(read_params(folder, config.model, config.memory))
     assert {leaf.dtype for leaf in leaves} == {np.dtype(ml_dtypes.bfloat16)}
 
 
 def test_export_in_bfloat16_rounds_once(folder: Path, tmp_path: Path, config: ConfigDict) -> None:
-    params = read_params(folder, config)
-    write_folder(tmp_path, config, params, dtype="bfloat16")
+    params = read_params(folder, config.model, config.memory)
+    write_folder(tmp_path, config.model, config.memory, params, dtype="bfloat16")
     assert {t.dtype for t in load_file(tmp_path / WEIGHTS).values()} == {
         np.dtype(ml_dtypes.bfloat16)
     }
     rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), params)
-    equal(read_params(tmp_path, config), rounded)
+    equal(read_params(tmp_path, config.model, config.memory), rounded)
 
 
 def test_tokens_in_another_order(folder: Path, config: ConfigDict) -> None:
-    params = read_params(folder, config)
+    params = read_params(folder, config.model, config.memory)
     order = np.array([3, 1, 0, 4, 2])
-    found = read_params(folder, config, order)
+    found = read_params(folder, config.model, config.memory, order)
     for name in ("embedding", "head"):
         np.testing.assert_array_equal(found[name][:5], params[name][order])
         np.testing.assert_array_equal(found[name][5:], params[name][5:])
@@ -177,7 +181,7 @@ def test_tokens_in_another_order(folder: Path, config: ConfigDict) -> None:
 def test_harmless_tensors_are_left_out(tmp_path: Path) -> None:
     config = oracle_config(model__tied_embeddings=True)
     params = params_of(config)
-    write_folder(tmp_path, config, params)
+    write_folder(tmp_path, config.model, config.memory, params)
 
     def more(tensors: dict[str, np.ndarray]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
@@ -185,7 +189,7 @@ def test_harmless_tensors_are_left_out(tmp_path: Path) -> None:
         tensors["model.layers.0.self_attn.o_proj.bias"] = np.zeros(12, np.float32)
 
     change_tensors(tmp_path, more)
-    equal(read_params(tmp_path, config), params)
+    equal(read_params(tmp_path, config.model, config.memory), params)
 
 
 # -- config.json -----------------------------------------------------------------------------------
@@ -346,14 +350,14 @@ def test_damaged_weights_are_refused(folder: Path) -> None:
 
 
 def test_a_folder_is_written_once(folder: Path, config: ConfigDict) -> None:
-    params = jax.tree.map(lambda x: x + 1, read_params(folder, config))
+    params = jax.tree.map(lambda x: x + 1, read_params(folder, config.model, config.memory))
     with pytest.raises(HuggingFaceError, match="holds a model already"):
-        write_folder(folder, config, params)
+        write_folder(folder, config.model, config.memory, params)
     (folder / "config.json").unlink()  # as a stopped export leaves it
     with pytest.raises(HuggingFaceError, match="dtype = 'float16'"):
-        write_folder(folder, config, params, dtype="float16")
-    write_folder(folder, config, params)
-    equal(read_params(folder, config), params)
+        write_folder(folder, config.model, config.memory, params, dtype="float16")
+    write_folder(folder, config.model, config.memory, params)
+    equal(read_params(folder, config.model, config.memory), params)
     with pytest.raises(HuggingFaceError, match="parameter query is"):
         write_folder(folder.parent / "other", oracle_config(model__hidden=20), params)
     with pytest.raises(HuggingFaceError, match="query_heads = 10 does not divide .*hidden = 12"):
@@ -433,7 +437,9 @@ def test_their_folders_give_their_logits(
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     config = with_fields(tmp_path, memory__first_layer=1, memory__layers=1)
     tokens = random_tokens(3, 2, 40)
-    found = jax.jit(Model(config, ()).logits)(read_params(tmp_path, config), tokens)
+    found = jax.jit(make_model(config, ()).logits)(
+        read_params(tmp_path, config.model, config.memory), tokens
+    )
     _same(found, _their_logits(libraries, tmp_path, tokens))
 
 
@@ -457,21 +463,21 @@ def test_our_folders_give_our_logits(
     params = random_params(config)
     if dtype == "bfloat16":
         params = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), params)
-    write_folder(tmp_path, config, params, dtype=dtype)
+    write_folder(tmp_path, config.model, config.memory, params, dtype=dtype)
     expected = _their_logits(libraries, tmp_path, tokens)
-    _same(jax.jit(Model(config, ()).logits)(params, tokens), expected)
+    _same(jax.jit(make_model(config, ()).logits)(params, tokens), expected)
 
     # With the prefix theirs reads it as the first tokens, at the positions it has here.
     p, first = len(PREFIX_TOKENS), len(PREFIX_TOKENS) + config.memory.reference_length
     long = np.concatenate([np.tile(np.array(PREFIX_TOKENS, np.int32), (2, 1)), tokens], axis=1)
     positions = np.concatenate([np.arange(p), first + np.arange(30)])[None].repeat(2, 0)
     expected = _their_logits(libraries, tmp_path, long, position_ids=positions)[:, p:]
-    _same(jax.jit(Model(config).logits)(params, tokens), expected)
+    _same(jax.jit(make_model(config).logits)(params, tokens), expected)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(folder: Path, config: ConfigDict) -> None:
     with pytest.raises(HuggingFaceError, match="has 261 tokens, but the model only 260"):
-        read_params(folder, config, np.arange(261))
+        read_params(folder, config.model, config.memory, np.arange(261))
 
 
 @pytest.mark.parity
@@ -481,8 +487,8 @@ def test_their_tokenizer_reads_ours(
     _, transformers = _libraries(require)
     content, _ = adopt_tokenizer(train_tokenizer().to_str(), NAMED, OURS)
     special = {"bos": ("<s>", 1), "eos": ("</s>", 3), "pad": ("<pad>", 0)}
-    params = read_params(folder, config)
-    write_folder(tmp_path, config, params, tokenizer=content, special=special)
+    params = read_params(folder, config.model, config.memory)
+    write_folder(tmp_path, config.model, config.memory, params, tokenizer=content, special=special)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 from model.oracle import oracle_config, random_tokens
 
-from m3jax.model.transformer import Model
+from m3jax.make_model import make_model
 
 
 def llama_params(config: ConfigDict, state: dict[str, np.ndarray]) -> Any:
@@ -92,6 +92,6 @@ def test_logits_equal_llamas(require: Callable[[str], ModuleType], tied: bool) -
             expected = llama(torch.from_numpy(tokens).long()).logits.numpy()
     state = {name: values.numpy() for name, values in llama.state_dict().items()}
     params = llama_params(config, state)
-    found = np.asarray(jax.jit(Model(config, ()).logits)(params, tokens))
+    found = np.asarray(jax.jit(make_model(config, ()).logits)(params, tokens))
     assert expected.std() > 0.5
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -24,10 +24,10 @@ from model.test_decode import CHUNK as DECODED
 from model.test_decode import LENGTHS, M, expected, generated, memories, tiny
 from model.test_transformer import _batch, _written, close, logits
 
+from m3jax.make_model import make_model
 from m3jax.memory.head_subset import heads_of
 from m3jax.model.attention import attend, attention_weights
 from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing
-from m3jax.model.transformer import Model
 
 
 def listed(inputs: Inputs, length: np.ndarray, window: int, heads: np.ndarray) -> Any:
@@ -161,14 +161,14 @@ def test_naming_all_heads_names_none() -> None:
     one, other = oracle_config(), oracle_config(memory__heads="0,1:1+0")
     params = random_params(one)
     tokens, references = _batch(one, 1)
-    assert Model(other).memory_heads is None
+    assert make_model(other).memory_heads is None
     a, b = (logits(c, params, tokens, reference_tokens=references) for c in (one, other))
     np.testing.assert_array_equal(a, b)
 
 
 def test_generation_equals_the_forward_of_training() -> None:
     config = tiny(memory__heads="1:0,2:1")
-    model = Model(config, (1, 2))
+    model = make_model(config, (1, 2))
     params = model.init(jax.random.key(0))
     rng = np.random.default_rng(0)
     rows, C = len(LENGTHS), max(LENGTHS) // DECODED

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from train.tiny import tiny_config
 
+from m3jax.make_model import make_model
 from m3jax.model.attention_mask import ExplicitMemory, Packing, memory_mask, visible_mask
-from m3jax.model.transformer import Model
 
 LENGTHS = (6, 3, 1, 5)  # of a row of 16, chunks of 4: 2 + 1 + 1 + 2 chunks, one token of padding
 CHUNKS = 6
@@ -63,7 +63,7 @@ def test_a_packed_text_is_predicted_as_it_is_alone(implementation: str, with_mem
         model__attention_block=5,
         model__prefix="always",
     )
-    model = Model(config)
+    model = make_model(config)
     params = model.init(jax.random.key(0))
     rng = np.random.default_rng(1)
     tokens = jnp.asarray(rng.integers(4, 264, (1, 16), dtype=np.int32))
@@ -83,7 +83,7 @@ def test_a_packed_text_is_predicted_as_it_is_alone(implementation: str, with_mem
 def test_nothing_passes_between_texts() -> None:
     """Bitwise: other tokens and memories of the other texts change nothing."""
     config = tiny_config("precomputed")
-    model = Model(config)
+    model = make_model(config)
     params = model.init(jax.random.key(0))
     rng = np.random.default_rng(2)
     tokens = rng.integers(4, 264, (1, 16), dtype=np.int32)

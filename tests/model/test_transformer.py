@@ -11,9 +11,9 @@ import pytest
 from ml_collections import ConfigDict
 from model.oracle import Oracle, oracle_config, random_params, random_references, random_tokens
 
+from m3jax.make_model import make_model
 from m3jax.memory.sparsify import sparsifier
 from m3jax.model.attention_mask import ExplicitMemory
-from m3jax.model.transformer import Model
 
 LENGTHS = np.array([7, 1, 2, 5, 3, 0])  # full, short and empty references; 3 tokens are kept
 TOLERANCE = 1e-5
@@ -22,10 +22,12 @@ TOLERANCE = 1e-5
 @cache
 def _jitted(name: str, key: str, prefix: tuple[int, ...]) -> Any:
     config = ConfigDict(json.loads(key))
-    model = Model(config, prefix)
+    model = make_model(config, prefix)
     if name == "encode":
-        return jax.jit(lambda params, tokens: model.encode(params, tokens, sparsifier(config)))
-    return jax.jit(partial(getattr(model, name), sparsify=sparsifier(config)))
+        return jax.jit(
+            lambda params, tokens: model.encode(params, tokens, sparsifier(config.memory))
+        )
+    return jax.jit(partial(getattr(model, name), sparsify=sparsifier(config.memory)))
 
 
 def encode(config: ConfigDict, params: Any, tokens: np.ndarray, prefix=(1, 2)) -> Any:
@@ -183,7 +185,7 @@ def test_the_window_can_be_set_for_a_pass() -> None:
     config = oracle_config(memory__window=1)
     params = random_params(config)
     tokens, references = _batch(config, 1)
-    model = Model(config)
+    model = make_model(config)
     memory = _written(config, params, references)
     found = jax.jit(partial(model.logits, window=3))(params, tokens, memory)
     config.memory.window = 3
@@ -367,7 +369,7 @@ def test_memory_attention_is_what_the_softmax_gave_to_memories() -> None:
     params = random_params(config)
     tokens, references = _batch(config, 1)
     memory = _written(config, params, references)
-    model = Model(config)
+    model = make_model(config)
     found = jax.jit(model.memory_attention, static_argnums=3)(params, tokens, memory, 2)
     assert found.shape == (2, 2, 2, 2, 8, 3 * 3)
     found = np.asarray(found).reshape(2, 2, 2, 2, 8, 3, 3)  # … T C P

@@ -28,8 +28,8 @@ from m3jax.knowledge.versions import (
     open_retriever,
     open_version,
 )
+from m3jax.make_model import make_model
 from m3jax.memory.write import write_bank
-from m3jax.model.transformer import Model
 from m3jax.retrieval import checkpoint_encoder
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.checkpoint_embedders import (
@@ -83,7 +83,7 @@ def write_checkpoint(workdir: Path, name: str, seed: int, **meta: Any) -> Path:
 def write(references: References, folder: Path, base: Any) -> None:
     write_bank(
         CONFIG,
-        Model(CONFIG),
+        make_model(CONFIG),
         weights(0),
         references,
         folder,
@@ -156,7 +156,7 @@ def test_hidden_states_are_pooled_and_whitened_as_by_a_loop(
     embedder = fitted(ModelEmbedder)
     config = with_config()
     config.model.layers = 1
-    model = Model(config)
+    model = make_model(config)
     params = {name: weights(0)[name] for name in ("embedding", "memory")}
     params = jax.tree.map(jnp.asarray, params)
     rows = [

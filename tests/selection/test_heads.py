@@ -12,9 +12,9 @@ from model.oracle import Oracle, oracle_config, random_params, random_references
 
 from m3jax.config import format_heads
 from m3jax.errors import ConfigError
+from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
 from m3jax.model.attention_mask import ExplicitMemory
-from m3jax.model.transformer import Model
 from m3jax.selection import head_ablation as masked
 from m3jax.selection import heads
 from m3jax.selection.head_ablation import masked_losses
@@ -121,7 +121,7 @@ def test_masked_losses_equal_the_loops(
         chunks = [[[memory] for memory in row] for row in written]
     candidates = [(0, 1), (1, 0), (2, 1)]
     array = np.array([(layer, k, group) for layer, k in candidates], np.int32)
-    program = jax.jit(masked_losses(Model(config, prefix), hide, WINDOW))
+    program = jax.jit(masked_losses(make_model(config, prefix), hide, WINDOW))
     found = np.asarray(program(params, batch, array))
     for place, (layer, k) in enumerate([(99, 0), *candidates]):
         mask = {"layer": layer, "k": k, "g": None if group < 0 else group, "hide": hide}
@@ -143,7 +143,7 @@ CONFIG = tiny_config(model__layers=3, memory__layers=2, evaluation__batches=3)
 
 def params_of() -> Any:
     """Random ones, large enough that heads differ."""
-    return jax.tree.map(lambda x: 1.5 * x, Model(CONFIG).init(jax.random.key(1)))
+    return jax.tree.map(lambda x: 1.5 * x, make_model(CONFIG).init(jax.random.key(1)))
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import UsefulnessError, VersionError
 from m3jax.knowledge.edit import rollback
 from m3jax.knowledge.versions import open_references, open_version
+from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
 from m3jax.mesh import make_mesh
 from m3jax.model.attention_mask import ExplicitMemory
-from m3jax.model.transformer import Model
 from m3jax.quickstart import people
 from m3jax.selection import memory_value, select
 from m3jax.selection.memory_value import EVERYTHING, NOTHING, RowLosses, drops, measure, row_losses
@@ -34,7 +34,7 @@ from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import new_state
 
 CONFIG = tiny_config(text__validation_share=0.5, evaluation__batch_size=8)
-WEIGHTS = Model(CONFIG).init(jax.random.key(0))
+WEIGHTS = make_model(CONFIG).init(jax.random.key(0))
 QUICK = Options(sample=8, count=8, check=8, draws=1)
 
 
@@ -71,7 +71,7 @@ def validation(workdir: Path, config: Any = CONFIG) -> Any:
 
 @jax.jit
 def plain_logits(weights: Any, tokens: Any, memory: ExplicitMemory) -> Any:
-    return Model(CONFIG).logits(weights, tokens, memory)
+    return make_model(CONFIG).logits(weights, tokens, memory)
 
 
 def plain_loss(batch: Any, ids: np.ndarray, bank: Any) -> float:
@@ -113,7 +113,7 @@ def test_drops_equal_a_loop_of_forward_passes(prepared: Path, tmp_path: Path) ->
 
 def learned_memory(workdir: Path) -> ExplicitMemory:
     """A memory that lowers the loss of training rows, found by gradient descent."""
-    pipeline, model = open_pipeline(CONFIG, workdir), Model(CONFIG)
+    pipeline, model = open_pipeline(CONFIG, workdir), make_model(CONFIG)
     batch = pipeline.read(np.arange(0, 60, 4))
     start = pipeline.bank.read(np.zeros(1, np.int64))
     parts: Any = tuple(jnp.asarray(x[0]) for x in start[:2])

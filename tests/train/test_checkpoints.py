@@ -7,8 +7,8 @@ from train.tiny import FINGERPRINT, SyntheticPipeline, tiny_config
 
 from m3jax.checkpoint import read_meta, restore_params
 from m3jax.errors import CheckpointError
+from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
-from m3jax.model.transformer import Model
 from m3jax.train.checkpoints import Checkpoints
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import abstract_state, init_state
@@ -19,7 +19,7 @@ def saved(tmp_path_factory):
     """A stage folder with the checkpoints 3 and 4 of a model with memory layer 0 of 3."""
     config = tiny_config(model__layers=3, train__keep_last=2)
     folder = tmp_path_factory.mktemp("run") / "warmup"
-    model, optimizer = Model(config, ()), make_optimizer(config)
+    model, optimizer = make_model(config, ()), make_optimizer(config)
     abstract = abstract_state(model, optimizer, make_mesh(config))
     state = init_state(config, model, optimizer, abstract)
     checkpoints = Checkpoints(folder, config, FINGERPRINT)
@@ -31,7 +31,7 @@ def saved(tmp_path_factory):
 
 def logits(config, params):
     tokens = SyntheticPipeline(config).batch(0)["tokens"]
-    return jax.jit(Model(config, ()).logits)(params, tokens)
+    return jax.jit(make_model(config, ()).logits)(params, tokens)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -43,7 +43,7 @@ def test_layers_move_to_other_segments(saved, first, layers, sharded):
         model__layers=3, memory__first_layer=first, memory__layers=layers, mesh__fsdp=size
     )
     mesh = make_mesh(other) if sharded else None
-    restored, meta = restore_params(folder, Model(other, ()), mesh=mesh)
+    restored, meta = restore_params(folder, make_model(other, ()), mesh=mesh)
     assert meta["step"] == 4 and meta["config"]["model"]["layers"] == 3
     assert restored["memory"]["query"].shape[0] == layers
     assert len(restored["embedding"].sharding.device_set) == size
@@ -54,7 +54,7 @@ def test_layers_move_to_other_segments(saved, first, layers, sharded):
 def test_parameters_take_the_dtype_of_the_model(saved):
     _, folder, params = saved
     other = tiny_config(model__layers=3, model__param_dtype="bfloat16")
-    restored, _ = restore_params(folder, Model(other, ()))
+    restored, _ = restore_params(folder, make_model(other, ()))
     np.testing.assert_array_equal(
         np.asarray(restored["embedding"]), params["embedding"].astype("bfloat16")
     )
@@ -72,12 +72,12 @@ def test_checkpoint_of_another_shape_is_refused(saved, changes, message):
     _, folder, _ = saved
     other = tiny_config(**{"model__layers": 3, **changes})
     with pytest.raises(CheckpointError, match=message):
-        restore_params(folder, Model(other, ()))
+        restore_params(folder, make_model(other, ()))
 
 
 def test_a_checkpoint_is_named_by_stage_or_step(saved):
     config, folder, _ = saved
-    model = Model(config, ())
+    model = make_model(config, ())
     assert restore_params(folder, model, step=3)[1]["step"] == 3
     assert restore_params(folder / "checkpoints" / "3", model)[1]["step"] == 3
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 9 .* there are \[3, 4\]"):
@@ -97,12 +97,12 @@ def test_damaged_checkpoint_is_refused(saved, tmp_path):
     config, folder, _ = saved
     (tmp_path / "checkpoints" / "7" / "state").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="checkpoints/7 cannot be read"):
-        restore_params(tmp_path, Model(config, ()))
+        restore_params(tmp_path, make_model(config, ()))
 
 
 def test_kept_checkpoints(tmp_path):
     config = tiny_config(train__keep_last=1, train__keep_every=4)
-    model, optimizer = Model(config, ()), make_optimizer(config)
+    model, optimizer = make_model(config, ()), make_optimizer(config)
     state = init_state(
         config, model, optimizer, abstract_state(model, optimizer, make_mesh(config))
     )

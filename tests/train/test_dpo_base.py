@@ -13,8 +13,8 @@ from m3jax.checkpoint import restore_params
 from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import CheckpointError
+from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
-from m3jax.model.transformer import Model
 from m3jax.quickstart import people, people_chats
 from m3jax.text.chat.corpus import prepare_chats
 from m3jax.train import loop
@@ -150,7 +150,7 @@ def test_dpo_trains_resumes_and_keeps_one_copy_of_the_weights(workdir, monkeypat
     (While a checkpoint is written in the background, as in every stage, there are copies of all.)
     """
     config = config_of("dpo", train__checkpoint_every=10)
-    shape = Model(config).abstract()[0]["embedding"].shape
+    shape = make_model(config).abstract()[0]["embedding"].shape
     held = []
     settle = loop._Loop._settle
 
@@ -168,7 +168,7 @@ def test_dpo_trains_resumes_and_keeps_one_copy_of_the_weights(workdir, monkeypat
     evaluate = evaluator(config, workdir)
     folder = workdir / "dpo" / "reference" / "validation"
     evaluate.pipeline.reference_logprobs = load(folder, {})
-    same = evaluate(restore_params(workdir / "sft", Model(config))[0])
+    same = evaluate(restore_params(workdir / "sft", make_model(config))[0])
     assert same["loss"] == pytest.approx(np.log(2)) and abs(same["gain_chosen"]) < 1e-4
     lines = [line for line in read_metrics(workdir / "dpo") if "loss" in line]
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -194,7 +194,7 @@ def test_a_stage_that_reads_another_writer_is_not_a_start(workdir):
 
 def test_a_fingerprint_is_of_the_numbers_not_of_their_places():
     config = config_of("dpo")
-    params = Model(config, prefix_tokens(config)).init(jax.random.key(0))
+    params = make_model(config, prefix_tokens(config)).init(jax.random.key(0))
     name = params_fingerprint(params)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     split = {

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from train.tiny import tiny_config
 
+from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
 from m3jax.model.attention_mask import Packing
-from m3jax.model.transformer import Model
 from m3jax.train.dpo_loss import answer_logprobs, objective_of, preference_objective
 from m3jax.train.loss import objective
 from m3jax.train.optimizer import make_optimizer
@@ -72,7 +72,7 @@ def by_hand(model, params, batch):
 @pytest.fixture(scope="module")
 def made():
     config = config_of(train__loss_block=4)
-    model = Model(config)
+    model = make_model(config)
     return config, model, model.init(jax.random.key(3)), batch_of()
 
 
@@ -93,7 +93,7 @@ def test_loss_is_the_formula_in_numpy(made):
             h = gain[chosen] - gain[chosen + 1]
             losses.append(-np.log(1 / (1 + np.exp(-BETA * h))))
             correct += h > 0
-    total = preference_objective(model, params, batch, None)[1]
+    total = preference_objective(model, params, batch, None, beta=BETA)[1]
     np.testing.assert_allclose(total.loss, np.sum(losses), rtol=1e-5)
     assert (float(total.weight), float(total.correct)) == (3, correct)
     found = answer_logprobs(model, params, batch, None)
@@ -103,7 +103,9 @@ def test_loss_is_the_formula_in_numpy(made):
 def test_gradient_is_that_of_the_formula(made):
     _, model, params, batch = made
     expected = jax.jit(jax.grad(lambda p: by_hand(model, p, batch).sum()))(params)
-    found = jax.jit(jax.grad(lambda p: preference_objective(model, p, batch, None)[0]))(params)
+    found = jax.jit(jax.grad(lambda p: preference_objective(model, p, batch, None, beta=BETA)[0]))(
+        params
+    )
     for path, leaf in jax.tree_util.tree_leaves_with_path(found):
         want = expected
         for key in path:
@@ -122,7 +124,7 @@ def test_a_step_makes_the_chosen_answer_likelier_and_the_other_less(made):
     logprobs = jax.jit(lambda p: answer_logprobs(model, p, batch, None))
     before = logprobs(params)
     batch["reference_logprobs"] = before
-    loss = jax.jit(lambda p: preference_objective(model, p, batch, None)[0])
+    loss = jax.jit(lambda p: preference_objective(model, p, batch, None, beta=BETA)[0])
     np.testing.assert_allclose(loss(params), np.log(2), rtol=1e-5)  # nothing has changed yet
     gradient = jax.jit(jax.grad(loss))(params)
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
@@ -132,14 +134,14 @@ def test_a_step_makes_the_chosen_answer_likelier_and_the_other_less(made):
 
 
 def test_the_objective_follows_the_config(made):
-    assert objective_of(made[0]) is preference_objective
+    assert objective_of(made[0]).func is preference_objective
     assert objective_of(tiny_config()) is objective
 
 
 def train_on(changes, params, batch):
     config = config_of(train__steps=8, optimizer__learning_rate=3e-3, **changes)
     mesh = make_mesh(config, jax.devices()[: config.mesh.fsdp * config.mesh.tensor])
-    model, optimizer = Model(config, mesh=mesh), make_optimizer(config)
+    model, optimizer = make_model(config, mesh=mesh), make_optimizer(config)
     abstract = abstract_state(model, optimizer, mesh)
     placed = jax.device_put(params, jax.tree.map(lambda x: x.sharding, abstract.params))
     state = init_state(config, model, optimizer, abstract, placed)

@@ -11,7 +11,7 @@ from m3jax.errors import BankError, TextError
 from m3jax.evaluation.questions import Answerer, Question, read_questions
 from m3jax.evaluation.report import answer_questions, table
 from m3jax.knowledge.memory_writer import check_reader
-from m3jax.model.transformer import Model
+from m3jax.make_model import make_model
 from m3jax.quickstart import people
 from m3jax.train.evaluator import evaluator
 
@@ -25,14 +25,14 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params():
-    return Model(CONFIG).init(jax.random.key(1))
+    return make_model(CONFIG).init(jax.random.key(1))
 
 
 def plain_loss(params, batches, memory_of):
     total, weight = 0.0, 0.0
     for batch in batches:
         tokens, memory = jax.tree.map(jnp.asarray, (batch["tokens"], memory_of(batch)))
-        logits = np.asarray(Model(CONFIG).logits(params, tokens, memory), np.float64)
+        logits = np.asarray(make_model(CONFIG).logits(params, tokens, memory), np.float64)
         logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
         chosen = np.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
         total -= (chosen * batch["weights"]).sum()
@@ -67,8 +67,10 @@ def test_no_row_is_evaluated_twice(workdir, params):
 
 def test_answers_are_those_of_teacher_forcing_with_the_memories(workdir, params):
     pipeline = evaluator(CONFIG, workdir).pipeline
-    model, bank = Model(CONFIG), pipeline.bank
-    answerer = Answerer(model, params, pipeline.tokenizer, batch_size=5)
+    model, bank = make_model(CONFIG), pipeline.bank
+    answerer = Answerer(
+        model, params, pipeline.tokenizer, CONFIG.data.sequence_length, batch_size=5
+    )
     asked = people.questions(WORLD, 0)
     questions = [Question(q.prompt, q.answer, q.references) for q in asked]
     ids = answerer.given(questions, pipeline.references)
@@ -87,7 +89,7 @@ def test_answers_are_those_of_teacher_forcing_with_the_memories(workdir, params)
 
 def test_each_prompt_chunk_retrieves_with_its_own_text_and_the_answer_inherits(workdir, params):
     pipeline = evaluator(CONFIG, workdir).pipeline
-    answerer = Answerer(Model(CONFIG), params, pipeline.tokenizer)
+    answerer = Answerer(make_model(CONFIG), params, pipeline.tokenizer, CONFIG.data.sequence_length)
     first, second = WORLD.unseen[:2]
     prompt = "\n".join((first.text, second.text, people.statement(second.name, "pet", "")[:-1]))
     question = Question(prompt, " a very long answer of many more tokens than a chunk has room for")
@@ -112,7 +114,7 @@ def test_questions_are_searched_where_training_rows_carry_their_references(
         config = tiny_config(retrieval__ids=ids, data__packing=packing)
         pipeline = open_pipeline(config, workdir)
         assert (pipeline.retriever is None) == (ids == "stored")
-        figures.append(answer_questions(config, pipeline, Model(config), params, path))
+        figures.append(answer_questions(config, pipeline, make_model(config), params, path))
     assert figures[0] == figures[1] and figures[0]["count"] == 4
     assert set(figures[0]) == {"count", "accuracy_none", "accuracy_memory", "accuracy_wrong"}
 

@@ -20,7 +20,7 @@ from train.tiny import (
 from m3jax.checkpoint import restore_params
 from m3jax.config import prefix_tokens
 from m3jax.errors import CheckpointError, ConfigError, DivergenceError
-from m3jax.model.transformer import Model
+from m3jax.make_model import make_model
 from m3jax.train.loop import train
 from m3jax.train.metrics import Metrics, read_metrics
 from m3jax.train.profile import parse_steps
@@ -181,7 +181,7 @@ def test_second_stage_starts_from_parameters_alone(undisturbed, tmp_path):
     with pytest.raises(CheckpointError, match="the writer {'hash': 'abc'"):
         saved_state(config, tmp_path)
     first = saved_state(warm, workdir)
-    second, meta = restore_params(tmp_path / "continual", Model(config, prefix_tokens(config)))
+    second, meta = restore_params(tmp_path / "continual", make_model(config, prefix_tokens(config)))
     assert meta["writer"] == writer
     for ours, theirs in zip(jax.tree.leaves(second), jax.tree.leaves(first.params), strict=True):
         np.testing.assert_array_equal(ours, theirs)

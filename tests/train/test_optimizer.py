@@ -7,7 +7,7 @@ import optax
 import pytest
 from train.tiny import tiny_config
 
-from m3jax.model.transformer import Model
+from m3jax.make_model import make_model
 from m3jax.train.optimizer import is_decayed, make_optimizer
 from m3jax.train.schedule import schedule
 
@@ -48,7 +48,7 @@ def test_cosine():
 
 
 def parameters(config, seed=0):
-    model = Model(config)
+    model = make_model(config)
     rng = np.random.default_rng(seed)
 
     def normal(leaf):

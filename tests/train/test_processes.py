@@ -20,7 +20,7 @@ from train.process_run import STAGES, run_stage, stage_config
 from m3jax.checkpoint import restore_params
 from m3jax.cli import USER_ERROR
 from m3jax.config import prefix_tokens
-from m3jax.model.transformer import Model
+from m3jax.make_model import make_model
 from m3jax.train.guard import read_rollbacks
 from m3jax.train.metrics import read_metrics
 from m3jax.watch import PROCESS_LOST
@@ -113,7 +113,7 @@ def evaluation(runs, stage):
 
 def parameters(runs, stage):
     config = stage_config(stage)
-    return restore_params(runs / stage, Model(config, prefix_tokens(config)))[0]
+    return restore_params(runs / stage, make_model(config, prefix_tokens(config)))[0]
 
 
 def assert_same_parameters(ours, theirs):

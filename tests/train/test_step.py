@@ -9,10 +9,10 @@ import pytest
 from train.tiny import SyntheticPipeline, tiny_config
 
 from m3jax.config import prefix_tokens
+from m3jax.make_model import make_model
 from m3jax.memory.sparsify import sparsifier
 from m3jax.mesh import host_rows, make_mesh, to_global
 from m3jax.model.collectives import Parallel
-from m3jax.model.transformer import Model
 from m3jax.model.vocab_parallel import cross_entropy
 from m3jax.train.loss import inputs, loss
 from m3jax.train.optimizer import make_optimizer
@@ -23,7 +23,7 @@ SOURCES = ("none", "precomputed", "online")
 
 
 def model_of(config):
-    return Model(config, prefix_tokens(config), make_mesh(config))
+    return make_model(config, prefix_tokens(config), make_mesh(config))
 
 
 def run(config, steps, batches=None):
@@ -57,8 +57,10 @@ def test_loss_equals_numpy(source):
     def compute(batch):
         params = model.init(jax.random.key(0))
         context = {k: x for k, x in batch.items() if k in ("memory", "reference_tokens")}
-        logits = model.logits(params, batch["tokens"], **context, sparsify=sparsifier(config))
-        return loss(model, params, batch, sparsifier(config)), logits
+        logits = model.logits(
+            params, batch["tokens"], **context, sparsify=sparsifier(config.memory)
+        )
+        return loss(model, params, batch, sparsifier(config.memory)), logits
 
     (ours, total), logits = compute(batch)
     logits = np.asarray(logits, np.float64)

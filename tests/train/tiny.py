@@ -124,13 +124,13 @@ def digest_of(tree):
 def saved_state(config, workdir):
     """The newest checkpoint's whole state."""
     from m3jax.config import prefix_tokens
+    from m3jax.make_model import make_model
     from m3jax.mesh import make_mesh
-    from m3jax.model.transformer import Model
     from m3jax.train.checkpoints import Checkpoints
     from m3jax.train.optimizer import make_optimizer
     from m3jax.train.state import abstract_state
 
-    model, optimizer = Model(config, prefix_tokens(config)), make_optimizer(config)
+    model, optimizer = make_model(config, prefix_tokens(config)), make_optimizer(config)
     checkpoints = Checkpoints(Path(workdir) / config.stage, config, FINGERPRINT)
     try:
         return checkpoints.restore(abstract_state(model, optimizer, make_mesh(config)))

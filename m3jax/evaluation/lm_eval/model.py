@@ -100,7 +100,13 @@ class HarnessModel(TemplateLM):
             self.retriever = Retriever(
                 found.index, found.references, found.candidates, self.overlap, found.rank
             )
-        self.scorer = Scorer(session.model, session.params, session.tokenizer, batch_size)
+        self.scorer = Scorer(
+            session.model,
+            session.params,
+            session.tokenizer,
+            session.config.data.sequence_length,
+            batch_size,
+        )
         self.longest = self.config.data.sequence_length
         self.counts = {"requests": 0, "truncated": 0}
         self._generator: Generator | None = None
@@ -227,7 +233,11 @@ class HarnessModel(TemplateLM):
                 count = self.config.memory.per_prompt_chunk
                 recaller = Recaller(self.retriever, self.bank, self.session.tokenizer, count)
             self._generator = Generator(
-                self.session.model, self.session.params, self.session.tokenizer, recaller
+                self.session.model,
+                self.session.params,
+                self.session.tokenizer,
+                recaller,
+                longest=self.config.data.sequence_length,
             )
         tokens = self.session.tokenizer.encode_batch(prompts)
         against = tokens if self._filters and self.bank is not None else None

@@ -17,8 +17,8 @@ from m3jax.inference.generate import Generator
 from m3jax.inference.memory_retrieval import Recaller
 from m3jax.inference.rag import with_references
 from m3jax.inference.session import Session
+from m3jax.make_model import make_model
 from m3jax.memory.write import write_bank
-from m3jax.model.transformer import Model
 from m3jax.text.references import References
 from m3jax.text.tokenizer import BOS
 
@@ -31,7 +31,7 @@ def session(tmp_path_factory, require):
     require("lm_eval")
     config = tiny_config(stage="continual")
     workdir = make_workdir(tmp_path_factory.mktemp("harness") / "run", config)
-    params = Model(config, PREFIX_TOKENS).init(jax.random.key(5))
+    params = make_model(config, PREFIX_TOKENS).init(jax.random.key(5))
     with pytest.MonkeyPatch.context() as patch:
         meta = {"step": 3, "writer": None}
         patch.setattr(session_module, "restore_params", lambda *_, **__: (params, meta))
@@ -231,7 +231,13 @@ def test_texts_are_those_of_the_generator_up_to_a_stop_string(session, make, mod
     recaller = None
     if mode != "none":
         recaller = Recaller(session.retriever, session.bank, session.tokenizer, 5)
-    generator = Generator(session.model, session.params, session.tokenizer, recaller)
+    generator = Generator(
+        session.model,
+        session.params,
+        session.tokenizer,
+        recaller,
+        longest=session.config.data.sequence_length,
+    )
     recalled = None
     if mode == "wrong":
         ids = [chunks_found(session, prompt) for prompt in PROMPTS]
@@ -278,8 +284,8 @@ def test_compressed_memories_come_from_their_bank(session, make, tmp_path):
     config = tiny_config(stage="continual", writer__compression="int8")
     write_bank(
         config,
-        Model(config),
-        Model(config).init(jax.random.key(0)),
+        make_model(config),
+        make_model(config).init(jax.random.key(0)),
         References.open(session.workdir / "references"),
         tmp_path / "bank",
         tokenizer_fingerprint=session.tokenizer.fingerprint,

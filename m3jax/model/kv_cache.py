@@ -1,0 +1,175 @@
+"""The key-value cache of generation: what lies where in a layer's slots, and what a row sees of it.
+
+What a row attends to lies in one array a layer: the constant prefix, the slots of its memories, the
+context. An explicit memory is then nothing but some keys and values in front, and recalling others
+overwrites these slots. A row's generated tokens follow the slots of the longest prompt, so that one
+step writes the same slot in all rows; positions are those of the row itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from m3jax.model.attention import MASKED
+from m3jax.model.attention_mask import ExplicitMemory, KeyValues, keys_of_heads
+
+
+class State(NamedTuple):
+    """Where the generation of a batch of rows stands; stays on the device.
+
+    Attributes:
+      cache: of every layer, keys (positions applied) and values `(B, K, S, H)`. S: prefix, in
+        memory layers M·P slots of memories, slots of the longest prompt, slots of generated tokens.
+      memory_length: real slots of each memory; `(B, M)`, M = 0 without memory.
+      rows: number of each row among all, for the sampler; `(B,)`.
+      prompt_length: tokens of each prompt; `(B,)`.
+      prompt_slots: slots of the longest prompt.
+      fed: generated tokens that are in the cache.
+      token: the last generated token of each row, not in the cache yet; `(B,)`.
+      done: rows that have generated a stop token; `(B,)`.
+    """
+
+    cache: tuple[KeyValues, ...]
+    memory_length: Int[Array, "B M"]
+    rows: Int[Array, " B"]
+    prompt_length: Int[Array, " B"]
+    prompt_slots: Int[Array, ""]
+    fed: Int[Array, ""]
+    token: Int[Array, " B"]
+    done: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheLayout:
+    """Order of the slots in the layers of a model.
+
+    Attributes:
+      segments: segment of each layer.
+      prefix: slots of the constant prefix.
+      kept: slots P of a memory.
+      memory_heads: which key-value heads of the memory layers read memories; None: all.
+    """
+
+    segments: tuple[str, ...]
+    prefix: int
+    kept: int
+    memory_heads: Bool[np.ndarray, "L K"] | None
+
+    def memory_slots(self, state: State) -> int:
+        """Returns the slots M·P of a row's memories."""
+        return state.memory_length.shape[1] * self.kept
+
+    def context_start(self, index: int, state: State) -> int:
+        """Returns the first slot of the context in a layer."""
+        memories = self.memory_slots(state) if self.segments[index] == "memory" else 0
+        return self.prefix + memories
+
+    def masks(self, state: State, slots: int, slot: Array) -> dict[bool, Array]:
+        """Returns which slots a row sees, in layers without and with memories; `(B, S)`.
+
+        Args:
+          state: of the rows.
+          slots: of the context.
+          slot: the slot of the context that is read last.
+        """
+        slot_S = jnp.arange(slots)[None]
+        generated = (slot_S >= state.prompt_slots) & (slot_S <= slot)
+        context = (slot_S < state.prompt_length[:, None]) | generated
+        B = state.token.shape[0]
+        constant = jnp.ones((B, self.prefix), bool)
+        real = jnp.arange(self.kept)[None, None] < state.memory_length[..., None]
+        memories = real.reshape(B, self.memory_slots(state))
+        return {
+            False: jnp.concatenate([constant, context], axis=1),
+            True: jnp.concatenate([constant, memories, context], axis=1),
+        }
+
+    def reading_heads(self, index: int) -> Array | None:
+        """Returns which heads of a layer read memories; None: all."""
+        if self.memory_heads is None or self.segments[index] != "memory":
+            return None
+        return jnp.asarray(self.memory_heads[index - self.segments.index("memory")])
+
+    def mask(self, index: int, masks: dict[bool, Array], state: State) -> Array:
+        """Returns which slots of a layer each row sees, `(B, 1, S)`, or each head, `(B, K, S)`."""
+        mask_BS, heads_K = masks[self.segments[index] == "memory"], self.reading_heads(index)
+        if heads_K is None:
+            return mask_BS[:, None]
+        slots = self.memory_slots(state)
+        return mask_BS[:, None] & keys_of_heads(heads_K, mask_BS.shape[1], self.prefix, slots)[None]
+
+    def mass(self, weights_BKGS: Array, state: State) -> Array:
+        """Sums attention on each memory, and on everything else: `(B, K, G, M + 1)`."""
+        M = state.memory_length.shape[1]
+        mass = weights_BKGS[..., self.prefix : self.prefix + self.memory_slots(state)]
+        mass = mass.reshape(*mass.shape[:-1], M, -1).sum(-1)
+        return jnp.concatenate([mass, 1 - mass.sum(-1, keepdims=True)], axis=-1)
+
+    def recall(self, state: State, memory: ExplicitMemory) -> State:
+        """Returns the state with other memories `(B, M, L, K, P, H)` in its slots."""
+        parts = iter(by_layer(memory))
+        cache = list(state.cache)
+        for index, segment in enumerate(self.segments):
+            if segment == "memory":
+                cache[index] = KeyValues(
+                    *(
+                        jax.lax.dynamic_update_slice_in_dim(
+                            old, _as_slots(new, old.dtype), self.prefix, 2
+                        )
+                        for old, new in zip(cache[index], next(parts)[:2], strict=True)
+                    )
+                )
+        return state._replace(cache=tuple(cache), memory_length=memory.length)
+
+
+def prompt_cache(
+    k_BTKH: Array,
+    v_BTKH: Array,
+    prefix: KeyValues | None,
+    memory: ExplicitMemory | None,
+    slots: int,
+) -> KeyValues:
+    """Returns a layer's cache after the prompt, with empty slots for generated tokens."""
+    B = k_BTKH.shape[0]
+    cache = []
+    for part, context in enumerate((k_BTKH, v_BTKH)):
+        rows = jnp.pad(context.swapaxes(1, 2), ((0, 0), (0, 0), (0, slots), (0, 0)))
+        parts = [rows]
+        if memory is not None:
+            parts.insert(0, _as_slots(memory[part], rows.dtype))
+        if prefix is not None:
+            constant = prefix[part].swapaxes(0, 1)[None]
+            parts.insert(0, jnp.broadcast_to(constant, (B, *constant.shape[1:])).astype(rows.dtype))
+        cache.append(jnp.concatenate(parts, axis=2))
+    return KeyValues(*cache)
+
+
+def query_weights(
+    q_BKGH: Float[Array, "B K G H"], k_BKSH: Float[Array, "B K S H"], mask_BKS: Array
+) -> Float[Array, "B K G S"]:
+    """Returns softmax weights of one query a row in float32; the mask may be of all heads."""
+    scores = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask_BKS[:, :, None], scores * q_BKGH.shape[-1] ** -0.5, MASKED)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def by_layer(memory: ExplicitMemory | None) -> list[ExplicitMemory]:
+    """Splits memories `(…, M, L, K, P, H)` into those of each layer."""
+    if memory is None:
+        return []
+    axis = memory.length.ndim
+    layers = range(memory.keys.shape[axis])
+    keys, values = (jnp.moveaxis(x, axis, 0) for x in memory[:2])
+    return [ExplicitMemory(keys[i], values[i], memory.length) for i in layers]
+
+
+def _as_slots(x_BMKPH: Array, dtype: Any) -> Array:
+    """Returns memories as slots of a row, `(B, K, M·P, H)`."""
+    B, M, K, P, H = x_BMKPH.shape
+    return jnp.moveaxis(x_BMKPH, 2, 1).reshape(B, K, M * P, H).astype(dtype)

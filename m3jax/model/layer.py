@@ -1,0 +1,262 @@
+"""One transformer layer: its block (projections, norms, MLP) and its pass over all streams."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from m3jax.model.attention import attend, attention_weights
+from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing
+from m3jax.model.collectives import Parallel
+from m3jax.model.rope import rotate
+from m3jax.model.streams import Streams, join
+from m3jax.model.windowed_attention import attend_in_windows
+
+
+def rms_norm(
+    x: Float[Array, "*batch D"], scale: Float[Array, D], epsilon: float
+) -> Float[Array, "*batch D"]:
+    """RMSNorm in float32, result in the dtype of `x`."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
+    return (x32 * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def _product(x: Array, matrix: Array) -> Array:
+    """`x @ matrix` over the last axis; with B and T apart its gradient is twice as slow on CPUs."""
+    flat = x.reshape(-1, x.shape[-1]) @ matrix.astype(x.dtype)
+    return flat.reshape(*x.shape[:-1], matrix.shape[-1])
+
+
+class Block(nnx.Module):
+    """Pre-norm block: grouped-query attention and a gated MLP, no biases unless configured."""
+
+    def __init__(self, model: ConfigDict, rngs: nnx.Rngs, parallel: Parallel | None = None):
+        """Draws the parameters of one layer; `model` is the section `model` of a config."""
+        D, F, K, H = model.hidden, model.mlp_width, model.kv_heads, model.head_dim
+        G = model.query_heads // K
+        dtype = jnp.dtype(model.param_dtype)
+        residual = (2 * model.layers) ** -0.5  # keeps the sum of 2L residual branches at unit scale
+
+        def matrix(
+            shape: tuple[int, ...], fan_in: int, axes: tuple[str, ...], factor: float = 1.0
+        ) -> nnx.Param:
+            deviation = factor * fan_in**model.init_exponent
+            values = jax.random.normal(rngs.params(), shape, jnp.float32) * deviation
+            return nnx.Param(values.astype(dtype), out_sharding=axes)
+
+        def constant(value: int, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+            return nnx.Param(jnp.full(shape, value, dtype), out_sharding=axes)
+
+        self.attention_norm = constant(1, (D,), ("norm",))
+        self.query = matrix((D, K, G, H), D, ("embed", "kv_heads", "group", "head_dim"))
+        self.key = matrix((D, K, H), D, ("embed", "kv_heads", "head_dim"))
+        self.value = matrix((D, K, H), D, ("embed", "kv_heads", "head_dim"))
+        self.output = matrix(
+            (K, G, H, D), K * G * H, ("kv_heads", "group", "head_dim", "embed"), residual
+        )
+        if model.attention_bias:
+            self.query_bias = constant(0, (K, G, H), ("kv_heads", "group", "head_dim"))
+            self.key_bias = constant(0, (K, H), ("kv_heads", "head_dim"))
+            self.value_bias = constant(0, (K, H), ("kv_heads", "head_dim"))
+        if model.qk_norm:  # a scale for all heads
+            self.query_norm = constant(1, (H,), ("norm",))
+            self.key_norm = constant(1, (H,), ("norm",))
+        self.mlp_norm = constant(1, (D,), ("norm",))
+        self.gate = matrix((D, F), D, ("embed", "mlp"))
+        self.up = matrix((D, F), D, ("embed", "mlp"))
+        self.down = matrix((F, D), F, ("mlp", "embed"), residual)
+        self.epsilon = model.norm_epsilon
+        self.bias, self.normed = model.attention_bias, model.qk_norm
+        self.parallel = parallel or Parallel()
+
+    def qkv(self, hidden: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
+        """Queries `(B, T, K, G, H)`, keys and values `(B, T, K, H)`, before RoPE.
+
+        With `model.qk_norm` queries and keys are normed here, so that whatever reads, chooses or
+        stores keys has normed ones.
+        """
+        x = self.parallel.enter(rms_norm(hidden, self.attention_norm[...], self.epsilon))
+        q = jnp.einsum("BTD,DKGH->BTKGH", x, self.query[...].astype(x.dtype))
+        k = jnp.einsum("BTD,DKH->BTKH", x, self.key[...].astype(x.dtype))
+        v = jnp.einsum("BTD,DKH->BTKH", x, self.value[...].astype(x.dtype))
+        if self.bias:
+            q = q + self.query_bias[...].astype(x.dtype)[None, None]
+            k = k + self.key_bias[...].astype(x.dtype)[None, None]
+            v = v + self.value_bias[...].astype(x.dtype)[None, None]
+        if self.normed:  # over `tensor` each device has some heads, but all share the scales
+            q = rms_norm(q, self.parallel.enter(self.query_norm[...]), self.epsilon)
+            k = rms_norm(k, self.parallel.enter(self.key_norm[...]), self.epsilon)
+        return q, k, v
+
+    def rest(
+        self, hidden: Float[Array, "B T D"], attended: Float[Array, "B T K G H"]
+    ) -> Float[Array, "B T D"]:
+        """Output projection and MLP, each added to the residual stream."""
+        dtype = hidden.dtype
+        projected = jnp.einsum("BTKGH,KGHD->BTD", attended, self.output[...].astype(dtype))
+        hidden = hidden + self.parallel.leave(projected)
+        x = self.parallel.enter(rms_norm(hidden, self.mlp_norm[...], self.epsilon))
+        gate = jax.nn.silu(_product(x, self.gate[...]))
+        product = _product(gate * _product(x, self.up[...]), self.down[...])
+        return hidden + self.parallel.leave(product)
+
+
+class Heads(NamedTuple):
+    """Queries and keys after RoPE, values, and queries and keys before it, of one stream."""
+
+    q: Array
+    k: Array
+    v: Array
+    plain_q: Array
+    plain_k: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """Applies a block to all streams; holds what every layer of a pass shares.
+
+    Attributes:
+      streams: rows and tokens of the long row.
+      attention: `implementation`, `block` and `kv_block` of `attend`.
+      prefix: tokens of the constant prefix.
+      reference_length: positions between prefix and context.
+      chunk_length: tokens Q of a chunk.
+      rope_base: base of the rotary embedding.
+      window: chunks whose memories a query reads.
+      observe: return the attention on memories.
+      sparsify: chooses what a reference keeps; needed with references.
+      usable_RW: which tokens of the references are real.
+      lead: (B, C, M), where the context reads the references; None: it does not.
+      windows: slots `(B, slots)` from which on each reference attends to others, see
+        `attend_in_windows`; None: to itself alone.
+      packing: several texts in a row of the context; None: one.
+    """
+
+    streams: Streams
+    attention: Mapping[str, Any]
+    prefix: int
+    reference_length: int
+    chunk_length: int
+    rope_base: float
+    window: int = 1
+    observe: bool = False
+    sparsify: Callable | None = None
+    usable_RW: Array | None = None
+    lead: Sequence[int] | None = None
+    windows: Array | None = None
+    packing: Packing | None = None
+
+    def plain(self, block: Block, hidden: Array) -> Array:
+        """Returns the long row after a layer without memories."""
+        references, context, prefix = self.heads(block, hidden)
+        attended, shared = self.attend_prefix(prefix)
+        parts = (
+            self.attend_references(references, shared),
+            self.attend_context(context, shared, None)[0],
+            attended,
+        )
+        return block.rest(hidden, join(parts))
+
+    def memory(
+        self,
+        block: Block,
+        hidden: Array,
+        memory: ExplicitMemory | None,
+        last: bool,
+        heads_K: Array | None,
+    ) -> tuple[Array, Any]:
+        """Returns the long row after a memory layer, and what it wrote or observed.
+
+        Args:
+          block: the layer's block.
+          hidden: the long row.
+          memory: precomputed memories of this layer; None: none, or those of the references.
+          last: the last memory layer, which leaves the references out of the row.
+          heads_K: which key-value heads read memories; None: all.
+        """
+        references, context, prefix = self.heads(block, hidden)
+        attended, shared = self.attend_prefix(prefix)
+        written, references_output = None, None
+        if references is not None:
+            assert self.sparsify is not None
+            _, k, v, plain_q, plain_k = references
+            written = self.sparsify(plain_q, plain_k, k, v, self.usable_RW)
+            if last and context is None:
+                return hidden, written
+            if last:
+                hidden = hidden[:, math.prod(self.streams.references) :]
+            else:
+                references_output = self.attend_references(references, shared)
+            if context is not None:
+                assert self.lead is not None
+                memory = ExplicitMemory(*(x.reshape(*self.lead, *x.shape[1:]) for x in written[:3]))
+        context_output, observed = self.attend_context(context, shared, memory, heads_K)
+        hidden = block.rest(hidden, join((references_output, context_output, attended)))
+        return hidden, observed if context is not None else written
+
+    def heads(self, block: Block, hidden: Array) -> list[Heads | None]:
+        """Returns queries, keys and values of each stream, in the order of `Streams`."""
+        first_positions = (self.prefix, self.prefix + self.reference_length, 0)
+        by_stream = zip(*(self.streams.split(x) for x in block.qkv(hidden)), strict=True)
+        heads: list[Heads | None] = []
+        for first, (q, k, v) in zip(first_positions, by_stream, strict=True):
+            if q is None:
+                heads.append(None)
+                continue
+            positions, base = first + jnp.arange(q.shape[1]), self.rope_base
+            if self.packing is not None and len(heads) == 1:  # the context
+                positions = first + self.packing.positions
+            heads.append(Heads(rotate(q, positions, base), rotate(k, positions, base), v, q, k))
+        return heads
+
+    def attend_prefix(self, heads: Heads | None) -> tuple[Array | None, KeyValues | None]:
+        """Attends from the prefix to itself; its keys and values serve all other streams."""
+        if heads is None:
+            return None, None
+        return attend(heads.q, heads.k, heads.v), KeyValues(heads.k[0], heads.v[0])
+
+    def attend_references(self, heads: Heads | None, prefix: KeyValues | None) -> Array | None:
+        """Attends from references causally to the prefix and themselves, or to their window."""
+        if heads is None:
+            return None
+        if self.windows is not None:
+            assert self.usable_RW is not None
+            return attend_in_windows(
+                *(heads.plain_q, heads.plain_k, heads.v, self.usable_RW, self.windows, prefix),
+                position=self.prefix,
+                rope_base=self.rope_base,
+            )
+        return attend(heads.q, heads.k, heads.v, prefix, **self.attention)
+
+    def attend_context(
+        self,
+        heads: Heads | None,
+        prefix: KeyValues | None,
+        memory: ExplicitMemory | None,
+        heads_K: Array | None = None,
+    ) -> tuple[Array | None, Array | None]:
+        """Attends from the context; returns its attention weights on memories, too, where observed.
+
+        Args:
+          heads, prefix, memory: of this layer.
+          heads_K: which key-value heads read memories; None: all.
+        """
+        if heads is None:
+            return None, None
+        options: dict[str, Any] = {"chunk_length": self.chunk_length, "window": self.window}
+        options |= {"packing": self.packing, "heads": heads_K}
+        observed = None
+        if self.observe:
+            weights = attention_weights(heads.q, heads.k, prefix, memory, **options)
+            observed = weights[..., self.prefix : weights.shape[-1] - heads.k.shape[1]]
+        attended = attend(heads.q, heads.k, heads.v, prefix, memory, **options, **self.attention)
+        return attended, observed
