@@ -3,7 +3,7 @@
     python launch/generate.py --config=configs/wiki_small.py:stage=continual --workdir=runs/wiki \\
         --prompt="Paris is"
     python launch/generate.py … --prompts=prompts.jsonl --html=sources.html --explain
-    python launch/generate.py … --mode=none          # or cold, rag, context
+    python launch/generate.py … --mode=none          # or cold, rag, long_context
 
     python launch/generate.py --config=configs/wiki_small.py:stage=sft --workdir=runs/wiki --chat \\
         --prompt="What is the capital of France?"
@@ -40,7 +40,7 @@ _VERSION = flags.DEFINE_multi_integer(
 _MODE = flags.DEFINE_enum(
     "mode",
     "memory",
-    ["none", "memory", "cold", "rag", "context"],
+    ["none", "memory", "cold", "rag", "long_context"],
     "What the model reads: nothing, memories of the bank, memories written when they are first"
     " found, references as text in the prompt, or, for texts longer than its context, memories of"
     " their own older part.",
@@ -72,14 +72,15 @@ _REFERENCES = flags.DEFINE_integer(
 _WINDOW = flags.DEFINE_integer(
     "window",
     None,
-    "Tokens that stay as they are when a text outgrows the context, with --mode=context; default"
+    "Tokens that stay as they are when a text outgrows the context, with --mode=long_context;"
+    " default"
     " half of the context.",
     lower_bound=1,
 )
 _CUT = flags.DEFINE_integer(
     "cut",
     None,
-    "Most tokens of a memory of the older text, with --mode=context; default"
+    "Most tokens of a memory of the older text, with --mode=long_context; default"
     " config.memory.reference_length.",
     lower_bound=1,
 )

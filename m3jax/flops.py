@@ -13,10 +13,8 @@ Widths: D hidden, N·H all query heads, K·H all key-value heads, F MLP.
 
 from __future__ import annotations
 
-import time
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -143,26 +141,6 @@ def full_memory_bytes(config: ConfigDict) -> float:
     vector = config.model.head_dim * jnp.dtype(config.memory.dtype).itemsize
     heads = config.model.layers * config.model.query_heads
     return 2 * heads * config.memory.reference_length * vector
-
-
-def bank_bytes(
-    config: ConfigDict, references: float, bytes_per_vector: float | None = None
-) -> float:
-    """Bytes of the memories of a bank; arguments as in `memory_bytes`."""
-    return references * memory_bytes(config, bytes_per_vector)
-
-
-def sparsity_factors(config: ConfigDict, bytes_per_vector: float | None = None) -> dict[str, float]:
-    """How many times smaller each dimension of a memory is kept, and their product `total`."""
-    model, memory = config.model, config.memory
-    vector = model.head_dim * jnp.dtype(memory.dtype).itemsize
-    return {
-        "layers": model.layers / memory.layers,
-        "heads": model.query_heads * memory.layers / stored_heads(config.model, config.memory),
-        "tokens": memory.reference_length / memory.kept_tokens,
-        "vector": vector / (bytes_per_vector or vector),
-        "total": full_memory_bytes(config) / memory_bytes(config, bytes_per_vector),
-    }
 
 
 # -- useful work of our programs -------------------------------------------------------------------
@@ -296,34 +274,3 @@ def _selection(config: ConfigDict, references: int) -> float:
     length, width = config.memory.reference_length, _query_width(config)
     scores = config.memory.layers * length**2 * width
     return 2.0 * references * (scores + length * config.model.hidden * width)
-
-
-# -- speed of the machine --------------------------------------------------------------------------
-def measured_peak(dtype: str = "float32", size: int | None = None, repeats: int = 5) -> float:
-    """FLOP/s that the first local device reaches in one large matrix product, the best of a few.
-
-    A stand-in for the peak where `hardware.CHIPS` has none, such as CPUs: utilisation then reads as
-    a share of what a plain matrix product gets there.
-
-    Args:
-      dtype: of both factors and the product.
-      size: rows and columns; default 2048 on CPUs, 8192 elsewhere (milliseconds of work each).
-      repeats: timed products, after one to compile.
-
-    Raises:
-      ValueError: fewer than one repeat.
-    """
-    if repeats < 1:
-        raise ValueError(f"measured_peak(repeats={repeats}): at least one product must be timed")
-    if size is None:
-        size = 2048 if jax.default_backend() == "cpu" else 8192
-    device = jax.local_devices()[0]
-    factor = jax.device_put(jnp.ones((size, size), dtype), device)
-    multiply = jax.jit(jnp.matmul)
-    multiply(factor, factor).block_until_ready()
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        multiply(factor, factor).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best

@@ -43,7 +43,6 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-PROGRAMS = ("train", "writer", "decode")
 PATHS = ("warmup", "precomputed", "online")  # what a train step reads
 
 

@@ -1,8 +1,8 @@
 """Benchmark `inference`: generation with memories over none, text retrieval, and Hugging Face.
 
-The speed test of Memory³ §9 at a size for a CPU: 128 tokens in and 128 out, three recalls a row of
-five memories each, no cache of memories. Weights, words and memories are random: what a token costs
-does not depend on them.
+The speed test of Memory³ §9 at a size for a CPU: 128 tokens in and 128 out, three retrievals a
+row of five memories each, no cache of memories. Weights, words and memories are random: what a
+token costs does not depend on them.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from m3jax.config import PREFIX_TOKENS
 from m3jax.evaluation.plots import speed_bars
 from m3jax.inference.cold_start import ColdMemories
 from m3jax.inference.generate import Generator
-from m3jax.inference.memory_retrieval import Recaller
-from m3jax.inference.rag import HEADER, retrieve, with_references
+from m3jax.inference.memory_retrieval import MemoryRetriever
+from m3jax.inference.rag import HEADER, with_references
 from m3jax.inference.sampling import Sampling
 from m3jax.make_model import make_model
 from m3jax.memory import codec as codecs
@@ -118,7 +118,7 @@ def inference(
     }
     waited = {mode: statistics.median(found) for mode, found in first.items() if mode != "hf"}
     if picture is not None:
-        title = f"{_TOKENS} tokens in, {_NEW} out, {batch} rows, three recalls a row"
+        title = f"{_TOKENS} tokens in, {_NEW} out, {batch} rows, three retrievals a row"
         together = {mode: figure for mode, figure in speed.items() if not mode.endswith("_1")}
         speed_bars(Path(picture), together, waited, title)
     return {
@@ -179,15 +179,15 @@ class _Run:
 
     def __call__(self) -> tuple[float, float]:
         """Seconds, and those to the first token of every row."""
-        recaller = self.generator.recaller
-        start = None if recaller is None else dataclasses.replace(recaller.figures)
+        memory_retriever = self.generator.memory_retriever
+        start = None if memory_retriever is None else dataclasses.replace(memory_retriever.costs)
         begin = time.perf_counter()
         prompts = self.prompts if self.before is None else self.before()
         spent = time.perf_counter() - begin
         found = self.generator.generate(prompts, _NEW)
         seconds = time.perf_counter() - begin
-        if recaller is not None and start is not None:
-            now = recaller.figures
+        if memory_retriever is not None and start is not None:
+            now = memory_retriever.costs
             ids = np.concatenate([chunk.ids for row in found for chunk in row.chunks])
             self.last = {
                 "search_share": (now.search_seconds - start.search_seconds) / seconds,
@@ -218,14 +218,14 @@ def _modes(
     }
 
     def generator(memories: Any = None) -> Generator:
-        recaller = memories and Recaller(retriever, memories, tokenizer, count)
+        memory_retriever = memories and MemoryRetriever(retriever, memories, tokenizer, count)
         # Draws, so that random weights do not say the same word again and again.
         drawn = Sampling(temperature=1.0, seed=1)
         return Generator(
             model,
             params,
             tokenizer,
-            recaller,
+            memory_retriever,
             sampling=drawn,
             stop=(),
             longest=config.data.sequence_length,
@@ -249,7 +249,7 @@ def _modes(
     modes["cold"] = _Run(generator(cold), prompts)
 
     def with_text() -> list[str]:
-        return with_references(prompts, retrieve(prompts, retriever, count), references)
+        return with_references(prompts, retriever.retrieve(list(prompts), None, count), references)
 
     modes["rag"] = _Run(generator(), prompts, with_text)
     try:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from m3jax.errors import TextError
 from m3jax.files import lines
-from m3jax.inference.long_context import LongGenerator
+from m3jax.inference.long_context import LongContextGenerator
 from m3jax.inference.session import Session
 from m3jax.text.references import ReferenceReader
 from m3jax.text.tokenizer import Tokenizer
@@ -136,7 +136,7 @@ def needle_test(
       references: what they are hidden among.
       lengths: tokens of the texts.
       count: texts of each length; the needle's depth goes from begin to end in even steps.
-      window: see `LongGenerator`.
+      window: see `LongContextGenerator`.
       cut: most tokens of a memory; default `memory.reference_length`.
       batch: texts generated together.
       seed: of the draws.
@@ -148,8 +148,8 @@ def needle_test(
     """
     new = max(len(session.tokenizer.encode(needle.answer)) for needle in needles)
     readers = {
-        "memory": LongGenerator(session.generator("context", length=cut), window),
-        "window": LongGenerator(session.generator("none"), window),
+        "memory": LongContextGenerator(session.generator("long_context", length=cut), window),
+        "window": LongContextGenerator(session.generator("none"), window),
     }
     report: dict[str, Any] = {"lengths": list(lengths), "count": count, "beyond": []}
     report["window_tokens"] = readers["memory"].window

@@ -132,10 +132,10 @@ def draw(
         rows, last = jnp.asarray(numbers, jnp.int32), jnp.int32(2**31 - 1)  # a draw of its own
         first = np.asarray(sampling(logits_BV, rows, last))
         prompts = [first[i : i + 1] for i in range(len(numbers))]
-        found = generator.generate(prompts, tokens - 1, numbers=numbers.tolist())
-        for token, one in zip(first, found, strict=True):
-            text = np.concatenate([[token], one.tokens]).astype(np.int32)
-            logprobs = np.concatenate([logprobs_V[[token]], one.logprobs])
+        generations = generator.generate(prompts, tokens - 1, row_ids=numbers.tolist())
+        for token, rest in zip(first, generations, strict=True):
+            text = np.concatenate([[token], rest.tokens]).astype(np.int32)
+            logprobs = np.concatenate([logprobs_V[[token]], rest.logprobs])
             ends = np.flatnonzero(np.isin(text, generator.stop))
             stop = int(ends[0]) if ends.size else len(text)
             yield text[:stop], logprobs[:stop]

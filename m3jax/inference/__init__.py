@@ -1,1 +1,1 @@
-"""Text from a model that recalls explicit memories while it writes (Memory³ §3.5)."""
+"""Text from a model that reads explicit memories while it writes (Memory³ §3.5)."""

@@ -1,4 +1,4 @@
-"""Where a text came from: the references that were read, how much, and what they changed.
+"""Attribution of a text: the references that it read, their attention and their effect.
 
 *Attention* is the weight that the queries of the generated tokens gave to a memory's slots, mean
 over memory layers and heads. *Effect* is the change of the text's log-probability when a reference
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from m3jax.inference.generate import Generator
-from m3jax.inference.long_context import ContextReferences
+from m3jax.inference.long_context import LongContextReferences
 from m3jax.inference.results import Generation
 from m3jax.text.references import ReferenceReader
 
@@ -34,13 +34,13 @@ td.number { text-align: right; white-space: nowrap; }
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """One reference that was read.
+class AttributedReference:
+    """A reference that a text read.
 
     Attributes:
       id: of the version of the knowledge.
       key, title, source, start, end, text: of the reference; see `text.references.Reference`.
-      chunks: numbers of the row's recalls that read it.
+      chunks: numbers of the row's retrievals that read it.
       attention: mean over the generated tokens, 0 where it was not there; None if not observed.
       effect: nats; None if not measured.
     """
@@ -57,12 +57,12 @@ class Source:
     effect: float | None = None
 
 
-def sources(
+def attribute(
     generation: Generation,
-    references: ReferenceReader | ContextReferences,
+    references: ReferenceReader | LongContextReferences,
     effects: Mapping[int, float] | None = None,
-) -> list[Source]:
-    """The references that a row read, those of the most attention first, else in order.
+) -> list[AttributedReference]:
+    """Lists the references that a row read, those of the most attention first, else in order.
 
     Args:
       generation: of `Generator.generate`.
@@ -74,17 +74,30 @@ def sources(
         for i in chunk.ids[chunk.ids >= 0].tolist():
             places.setdefault(i, []).append(number)
     attention = _attention(generation)
-    found = []
-    for i, chunks in places.items():
-        one = references[i]
-        found.append(
-            Source(
-                *(i, one.key, one.title, one.source, one.start, one.end, one.text, tuple(chunks)),
-                None if attention is None else attention.get(i, 0.0),
-                None if effects is None else effects.get(i),
-            )
+    attributed = [
+        attributed_reference(
+            references,
+            i,
+            tuple(chunks),
+            None if attention is None else attention.get(i, 0.0),
+            None if effects is None else effects.get(i),
         )
-    return sorted(found, key=lambda source: -(source.attention or 0.0))
+        for i, chunks in places.items()
+    ]
+    return sorted(attributed, key=lambda reference: -(reference.attention or 0.0))
+
+
+def attributed_reference(
+    references: ReferenceReader | LongContextReferences,
+    i: int,
+    chunks: tuple[int, ...] = (),
+    attention: float | None = None,
+    effect: float | None = None,
+) -> AttributedReference:
+    """Returns reference i with its figures."""
+    r = references[i]
+    where = (r.key, r.title, r.source, r.start, r.end, r.text)
+    return AttributedReference(i, *where, chunks, attention, effect)
 
 
 def _attention(generation: Generation) -> dict[int, float] | None:
@@ -101,21 +114,17 @@ def _attention(generation: Generation) -> dict[int, float] | None:
 
 
 def _chunk_of_tokens(generation: Generation) -> list[int]:
-    """Number of the recall whose memories were read when each token was generated."""
-    found, first = [], len(generation.prompt_tokens)
-    for token in range(first, first + len(generation.tokens)):
-        found.append(
-            next(
-                number
-                for number, chunk in enumerate(generation.chunks)
-                if chunk.recall.generates[0] <= token < chunk.recall.generates[1]
-            )
-        )
-    return found
+    """Number of the retrieval whose memories each generated token read."""
+    first = len(generation.prompt_tokens)
+    spans = [chunk.retrieval.generates for chunk in generation.chunks]
+    return [
+        next(number for number, (low, high) in enumerate(spans) if low <= token < high)
+        for token in range(first, first + len(generation.tokens))
+    ]
 
 
 def effects_of(generator: Generator, generation: Generation) -> dict[int, float]:
-    """What each reference did for the text: nats by which it made it likelier.
+    """Measures the effect of each reference: nats by which it made the text likelier.
 
     The text is generated again, token for token, without one reference at a time, and with all.
     """
@@ -123,41 +132,41 @@ def effects_of(generator: Generator, generation: Generation) -> dict[int, float]
     read = sorted({i for row in ids for i in row[row >= 0].tolist()})
     if not read:
         return {}
-    recalled = [ids, *([np.where(row == i, -1, row) for row in ids] for i in read)]
+    without = [[np.where(row == i, -1, row) for row in ids] for i in read]
     again = generator.generate(
-        [generation.prompt] * len(recalled),
+        [generation.prompt] * (1 + len(without)),
         len(generation.tokens),
-        forced=[generation.tokens] * len(recalled),
-        recalled=recalled,
+        forced=[generation.tokens] * (1 + len(without)),
+        references=[ids, *without],
     )
-    logprobs = [float(np.sum(one.logprobs, dtype=np.float64)) for one in again]
-    return {i: logprobs[0] - without for i, without in zip(read, logprobs[1:], strict=True)}
+    logprobs = [float(np.sum(row.logprobs, dtype=np.float64)) for row in again]
+    return {i: logprobs[0] - less for i, less in zip(read, logprobs[1:], strict=True)}
 
 
 def as_dict(
-    generation: Generation, found: Sequence[Source], by_head: bool = False
+    generation: Generation, sources: Sequence[AttributedReference], by_head: bool = False
 ) -> dict[str, Any]:
-    """A row and its sources as plain JSON values.
+    """Returns a row and its sources as plain JSON values.
 
     Args:
       generation: of `Generator.generate`.
-      found: its `sources`.
+      sources: of `attribute`.
       by_head: also each chunk's attention by layer, key-value head and query head of the group.
     """
     chunks = []
     for chunk in generation.chunks:
-        one: dict[str, Any] = {
+        record: dict[str, Any] = {
             "query": chunk.query,
-            "query_tokens": list(chunk.recall.query),
-            "read_by_tokens": list(chunk.recall.read_by),
-            "generates_tokens": list(chunk.recall.generates),
+            "query_tokens": list(chunk.retrieval.query),
+            "read_by_tokens": list(chunk.retrieval.read_by),
+            "generates_tokens": list(chunk.retrieval.generates),
             "references": chunk.ids.tolist(),
         }
         if chunk.reading is not None:
-            one["attention"] = chunk.reading.mean((0, 1, 2))[:-1].tolist()
+            record["attention"] = chunk.reading.mean((0, 1, 2))[:-1].tolist()
             if by_head:
-                one["attention_by_layer_and_head"] = chunk.reading[..., :-1].tolist()
-        chunks.append(one)
+                record["attention_by_layer_and_head"] = chunk.reading[..., :-1].tolist()
+        chunks.append(record)
     return {
         "prompt": generation.prompt,
         "text": generation.text,
@@ -165,14 +174,14 @@ def as_dict(
         "tokens": generation.tokens.tolist(),
         "logprob": float(np.sum(generation.logprobs, dtype=np.float64)),
         "chunks": chunks,
-        "sources": [dataclasses.asdict(source) for source in found],
+        "sources": [dataclasses.asdict(source) for source in sources],
     }
 
 
-def as_text(found: Sequence[Source]) -> str:
-    """Sources as lines to read in a terminal."""
+def as_text(sources: Sequence[AttributedReference]) -> str:
+    """Returns sources as lines to read in a terminal."""
     lines = []
-    for source in found:
+    for source in sources:
         figures = []
         if source.attention is not None:
             figures.append(f"attention {source.attention:.3f}")
@@ -187,8 +196,11 @@ def as_text(found: Sequence[Source]) -> str:
     return "\n".join(lines) if lines else "  nothing was read"
 
 
-def as_page(rows: Sequence[tuple[Generation, Sequence[Source]]], pieces: Any) -> str:
-    """A self-contained HTML page: each token in the colour of the memory it attended to most.
+def as_page(
+    rows: Sequence[tuple[Generation, Sequence[AttributedReference]]],
+    pieces: Callable[[np.ndarray], list[str]],
+) -> str:
+    """Returns an HTML page: each token in the colour of the memory it attended to most.
 
     Args:
       rows: generations with their sources.
@@ -200,11 +212,11 @@ def as_page(rows: Sequence[tuple[Generation, Sequence[Source]]], pieces: Any) ->
         " attention, stronger with more of it. Effect: nats by which a reference made the text"
         " likelier.</p>"
     )
-    for generation, found in rows:
-        colour = {source.id: n % _COLOURS for n, source in enumerate(found)}
+    for generation, sources in rows:
+        colour = {source.id: n % _COLOURS for n, source in enumerate(sources)}
         body.append(f'<h2>Prompt</h2><div class="prompt">{html.escape(generation.prompt)}</div>')
         body.append(f'<h2>Text</h2><div class="text">{_coloured(generation, colour, pieces)}</div>')
-        body.append(_table(found, colour))
+        body.append(_sources_table(sources, colour))
     content = "\n".join(body)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -212,23 +224,27 @@ def as_page(rows: Sequence[tuple[Generation, Sequence[Source]]], pieces: Any) ->
     )
 
 
-def _coloured(generation: Generation, colour: Mapping[int, int], pieces: Any) -> str:
+def _coloured(
+    generation: Generation,
+    colour: Mapping[int, int],
+    pieces: Callable[[np.ndarray], list[str]],
+) -> str:
     shown = [html.escape(piece) for piece in pieces(generation.tokens)]
     if generation.by_token is None or not generation.chunks:
         return "".join(shown)
     most = max(float(generation.by_token[:, :-1].max(initial=0)), 1e-6)
-    found = []
+    spans = []
     for token, chunk in enumerate(_chunk_of_tokens(generation)):
         weights = generation.by_token[token, :-1]
         ids = generation.chunks[chunk].ids
         best = int(np.argmax(np.where(ids >= 0, weights, -1.0)))
         if ids[best] < 0:
-            found.append(shown[token])
+            spans.append(shown[token])
             continue
         style = _background(colour[int(ids[best])], float(weights[best]) / most)
         title = f"{float(weights[best]):.3f} of the attention"
-        found.append(f'<span style="{style}" title="{title}">{shown[token]}</span>')
-    return "".join(found)
+        spans.append(f'<span style="{style}" title="{title}">{shown[token]}</span>')
+    return "".join(spans)
 
 
 def _background(colour: int, strength: float) -> str:
@@ -236,14 +252,14 @@ def _background(colour: int, strength: float) -> str:
     return f"background: hsla({hue}, 80%, 60%, {0.1 + 0.5 * min(max(strength, 0), 1):.2f})"
 
 
-def _table(found: Sequence[Source], colour: Mapping[int, int]) -> str:
-    if not found:
+def _sources_table(sources: Sequence[AttributedReference], colour: Mapping[int, int]) -> str:
+    if not sources:
         return '<p class="note">Nothing was read.</p>'
     lines = [
         "<table><tr><th>reference</th><th>characters</th><th>attention</th><th>effect</th>"
         "<th>text</th></tr>"
     ]
-    for source in found:
+    for source in sources:
         name = html.escape(f"{source.key} {source.title}".strip())
         key = f'<span class="key" style="{_background(colour[source.id], 1)}">{name}</span>'
         if source.source:

@@ -14,9 +14,17 @@ from ml_collections import ConfigDict
 
 from m3jax.errors import InferenceError, TextError
 from m3jax.files import lines, write_atomically
-from m3jax.inference.attribution import Source, as_dict, as_page, as_text, effects_of, sources
+from m3jax.inference.attribution import (
+    AttributedReference,
+    as_dict,
+    as_page,
+    as_text,
+    attribute,
+    attributed_reference,
+    effects_of,
+)
 from m3jax.inference.generate import Generator
-from m3jax.inference.long_context import LongGenerator
+from m3jax.inference.long_context import LongContextGenerator
 from m3jax.inference.results import Generation
 from m3jax.inference.sampling import Sampling
 from m3jax.inference.session import Session
@@ -111,13 +119,14 @@ def run(
             f"--explain takes memories away, and --mode={request.mode} reads none; use"
             " --mode=memory or cold"
         )
-    if request.chat and request.mode == "context":
+    if request.chat and request.mode == "long_context":
         raise InferenceError(
-            "--mode=context cuts the older part of one text; chats have the modes none, memory,"
+            "--mode=long_context cuts the older part of one text; chats have the modes none,"
+            " memory,"
             " cold and rag"
         )
     records: list[dict[str, Any]] = []
-    shown: list[tuple[Generation, list[Source]]] = []
+    shown: list[tuple[Generation, list[AttributedReference]]] = []
     pieces: Any = None
     try:
         for version in versions:
@@ -144,13 +153,13 @@ def run(
 
 def _generated(
     session: Session, generator: Generator, request: Request
-) -> Iterator[tuple[Generation, list[Source]]]:
+) -> Iterator[tuple[Generation, list[AttributedReference]]]:
     """Texts with their sources, printed as they come."""
     shown, prompts, ids = _asked(session, request)
-    long: LongGenerator | None = None
+    long: LongContextGenerator | None = None
     references: Any = None
-    if request.mode == "context":
-        long = LongGenerator(generator, request.window)
+    if request.mode == "long_context":
+        long = LongContextGenerator(generator, request.window)
         references = long.references
     elif request.mode != "none":
         references = session.references
@@ -169,12 +178,13 @@ def _generated(
         )
         for number, generation in enumerate(found):
             print("" if streams else shown[low + number] + generation.text)
-            read: list[Source] = []
+            read: list[AttributedReference] = []
             if generation.chunks:
                 effects = effects_of(generator, generation) if request.explain else None
-                read = sources(generation, references, effects)
+                read = attribute(generation, references, effects)
             elif ids is not None:
-                read = _given(references, ids[low + number])
+                given = ids[low + number]
+                read = [attributed_reference(references, i) for i in given[given >= 0].tolist()]
             if request.sources and request.mode != "none":
                 print(as_text(read))
             yield generation, read
@@ -203,16 +213,6 @@ def _asked(
             for chat, text in zip(chats, texts, strict=True)
         ]
     return shown, list(Template(session.config.chat, session.tokenizer).prompts(chats)), ids
-
-
-def _given(references: Any, ids: np.ndarray) -> list[Source]:
-    """References of a prompt, as sources without figures."""
-    found = []
-    for i in ids[ids >= 0].tolist():
-        one = references[i]
-        where = (one.key, one.title, one.source, one.start, one.end, one.text)
-        found.append(Source(i, *where, ()))
-    return found
 
 
 def _say(_: int, text: str) -> None:

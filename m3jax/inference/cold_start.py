@@ -1,4 +1,4 @@
-"""Cold start: a memory is written when its reference is first found, and kept (Memory³ §3.5)."""
+"""Cold start: writes a memory when its reference is first retrieved (Memory³ §3.5)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from m3jax.model.transformer import Model
 
 
 class ColdMemories:
-    """Memories without a bank. Reads as `Bank` does.
+    """Writes memories when they are first read and caches them; a reader like `Bank`.
 
     Attributes:
       codec: they are kept as they are.
@@ -35,7 +35,7 @@ class ColdMemories:
         limit: int,
         grows: bool = False,
     ) -> None:
-        """Compiles the writer.
+        """Prepares the writer.
 
         Args:
           config: a validated config; `writer.batch_references` are encoded by one call.
@@ -67,31 +67,31 @@ class ColdMemories:
 
     @property
     def size(self) -> int:
-        """References; their set may grow."""
+        """Number of references; their set may grow."""
         return len(self._references)
 
     def read_stored(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
-        """As `Bank.read_stored`; writes what is not kept."""
-        wanted, places = np.unique(ids, return_inverse=True)
-        if len(wanted) and not -1 <= wanted[0] <= wanted[-1] < self.size:
-            raise BankError(f"reference id {wanted[-1]} is not among the {self.size} references")
-        found = dict(zip(wanted.tolist(), self._cache.find(wanted.tolist()), strict=True))
-        missing = np.array([i for i, memory in found.items() if memory is None and i >= 0], int)
+        """Reads like `Bank.read_stored`; writes memories that are not cached."""
+        unique, places = np.unique(ids, return_inverse=True)
+        if len(unique) and not -1 <= unique[0] <= unique[-1] < self.size:
+            raise BankError(f"reference id {unique[-1]} is not among the {self.size} references")
+        memories = dict(zip(unique.tolist(), self._cache.find(unique.tolist()), strict=True))
+        missing = np.array([i for i, memory in memories.items() if memory is None and i >= 0], int)
         if len(missing):
             batches = np.concatenate(list(self._encoder.batches(missing, self._clock)))
             self.written += len(missing)
             for i, memory in zip(missing.tolist(), batches, strict=True):
-                found[i] = memory
+                memories[i] = memory
                 self._cache.keep(i, memory)
         if len(self._lengths) < self.size:
             self._lengths = memory_lengths(self._config, self._references)
         nothing = np.zeros((2, *self._shape), self._dtype)
-        stacked = np.stack([nothing if (m := found[i]) is None else m for i in wanted.tolist()])
+        stacked = np.stack([nothing if (m := memories[i]) is None else m for i in unique.tolist()])
         both = stacked[places.reshape(-1)].reshape(*ids.shape, *stacked.shape[1:])
         keys, values = np.moveaxis(both, ids.ndim, 0)
         length: Any = np.append(self._lengths, 0)[ids]  # −1 is the last
         return ExplicitMemory(keys, values, length.astype(np.int32))
 
     def report(self) -> dict[str, int]:
-        """Counters of what is kept, and `written`."""
+        """Returns the counters of the cache, and `written`."""
         return {**self._cache.report(), "written": self.written}

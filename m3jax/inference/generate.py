@@ -1,29 +1,49 @@
-"""Generates text, recalling memories as `schedule` says.
+"""Generates text; every chunk reads the memories that `retrieval_schedule` assigns to it.
 
-The device generates a whole chunk between two recalls. With several groups of rows it works on one
-while the host finds and loads the memories of another, so that a recall costs no time; every row's
-text is the same either way.
+The device generates a whole chunk between two retrievals. With several groups of rows it works on
+one group while the host retrieves and loads the memories of another, so that retrieval costs no
+time; every row's text is the same either way.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
 from m3jax.errors import InferenceError
-from m3jax.inference.batch import Batch, Call, Listener
-from m3jax.inference.memory_retrieval import Recaller
-from m3jax.inference.results import Generation, Timing
+from m3jax.inference.memory_retrieval import MemoryRetriever
+from m3jax.inference.results import ChunkMemories, Generation, Timing
+from m3jax.inference.retrieval_schedule import retrieval_schedule
 from m3jax.inference.sampling import Sampling
-from m3jax.model.decode import Decoder, unstack
+from m3jax.model.attention_mask import ExplicitMemory
+from m3jax.model.decode import Decoder, Written, unstack
+from m3jax.model.kv_cache import State
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
 from m3jax.text.tokenizer import BOS, END, PAD, Tokenizer
+
+Listener = Callable[[int, str], None]  # number of a prompt, and the next piece of its text
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """Arguments of one call of `Generator.generate`; `rows`: tokens of the prompts, with BOS."""
+
+    rows: list[np.ndarray]
+    new: int
+    piece: int
+    row_ids: Sequence[int]
+    listener: Listener | None
+    forced: Sequence[np.ndarray] | None
+    references: Sequence[Sequence[np.ndarray]] | None
+    against: Sequence[np.ndarray] | None
 
 
 class Generator:
@@ -38,28 +58,28 @@ class Generator:
         model: Model,
         params: Params,
         tokenizer: Tokenizer,
-        recaller: Recaller | None = None,
+        memory_retriever: MemoryRetriever | None = None,
         *,
         sampling: Sampling | None = None,
         stop: Sequence[int] = (END,),
         observe: bool = False,
         longest: int,
     ) -> None:
-        """Makes one.
+        """Compiles nothing yet; the programs are compiled by the first call.
 
         Args:
           model: with the constant prefix, if memories are read. On a mesh its axes are `data` and
             `tensor`.
           params: its parameters.
           tokenizer: of the model.
-          recaller: finds and loads memories; None generates without.
+          memory_retriever: finds and loads memories; None generates without.
           sampling: default greedy.
           stop: tokens that end a row.
-          observe: whether to report what attention the memories received.
+          observe: whether to report the attention that the memories received.
           longest: most tokens of prompt and text together.
         """
-        codec = None if recaller is None else recaller.memories.codec
-        self.model, self.tokenizer, self.recaller = model, tokenizer, recaller
+        codec = None if memory_retriever is None else memory_retriever.memories.codec
+        self.model, self.tokenizer, self.memory_retriever = model, tokenizer, memory_retriever
         self.decoder = Decoder(
             model,
             sampling or Sampling(),
@@ -67,7 +87,7 @@ class Generator:
             pad=PAD,
             usable=tokenizer.size,
             dequantize=None if codec is None or codec.plain else codec.decode,
-            observe=observe and recaller is not None,
+            observe=observe and memory_retriever is not None,
         )
         self.params = jax.jit(lambda p: unstack(model, p))(params)
         self.chunk = model.memory.chunk_length
@@ -82,9 +102,9 @@ class Generator:
         piece: int | None = None,
         listener: Listener | None = None,
         forced: Sequence[np.ndarray] | None = None,
-        recalled: Sequence[Sequence[np.ndarray]] | None = None,
+        references: Sequence[Sequence[np.ndarray]] | None = None,
         against: Sequence[np.ndarray] | None = None,
-        numbers: Sequence[int] | None = None,
+        row_ids: Sequence[int] | None = None,
     ) -> list[Generation]:
         """Continues prompts.
 
@@ -93,12 +113,13 @@ class Generator:
           new: most tokens generated for each.
           groups: parts of the rows that take turns on the device.
           piece: tokens that the device generates at a time; default a chunk. Less streams sooner.
-          listener: is told of every piece of text, row by row.
+          listener: is called with every piece of text, row by row.
           forced: for each prompt the first tokens to generate, whatever the model would choose.
-          recalled: for each prompt the references `(M,)` of each of its recalls, instead of those
-            that a search finds.
-          against: for each prompt tokens that no reference may contain; see `Recaller.find`.
-          numbers: of each prompt, of which its draws are a function; default counts from 0.
+          references: for each prompt the references `(M,)` of each of its retrievals, in place of
+            a search.
+          against: for each prompt tokens that no reference may contain; see `MemoryRetriever.find`.
+          row_ids: folded into the sampling key, so that a prompt's samples do not depend on its
+            batch; default 0, 1, …
 
         Returns:
           One generation a prompt.
@@ -106,37 +127,37 @@ class Generator:
         Raises:
           InferenceError: no prompt, an empty one, or more tokens than the model's context.
         """
-        call = Call(
+        call = _Call(
             rows=self._encode(prompts, new),
             new=new,
             piece=piece or self.chunk,
-            numbers=range(len(prompts)) if numbers is None else numbers,
+            row_ids=range(len(prompts)) if row_ids is None else row_ids,
             listener=listener,
             forced=forced,
-            recalled=recalled,
+            references=references,
             against=against,
         )
         begin = time.perf_counter()
         self.timing = Timing()
         parts = np.array_split(np.arange(len(prompts)), min(max(groups, 1), len(prompts)))
-        batches = [Batch(self, call, part.tolist()) for part in parts]
-        running = [batch.run() for batch in batches]
+        row_groups = [_RowGroup(self, call, part.tolist()) for part in parts]
+        running = [group.run() for group in row_groups]
         while running:
-            running = [one for one in running if next(one, None) is not None]
-        self.timing.first_token = max(batch.first for batch in batches) - begin
+            running = [steps for steps in running if next(steps, None) is not None]
+        self.timing.first_token = max(group.first for group in row_groups) - begin
         self.timing.seconds = time.perf_counter() - begin
-        found = [row for batch in batches for row in batch.results(prompts)]
-        self.timing.tokens = sum(len(row.tokens) for row in found)
-        return found
+        generations = [row for group in row_groups for row in group.results(prompts)]
+        self.timing.tokens = sum(len(row.tokens) for row in generations)
+        return generations
 
     def pieces(self, tokens: Int[np.ndarray, " n"]) -> list[str]:
-        """What each token adds to the text of those before it."""
+        """Returns the text that each token adds to the tokens before it."""
         texts = [self.text(tokens[:end]) for end in range(len(tokens) + 1)]
         texts = [text.rstrip("\N{REPLACEMENT CHARACTER}") for text in texts[:-1]] + texts[-1:]
         return [after[len(before) :] for before, after in itertools.pairwise(texts)]
 
     def text(self, tokens: Int[np.ndarray, " n"]) -> str:
-        """Text of tokens."""
+        """Returns the text of tokens."""
         return self.tokenizer.decode(tokens.tolist())
 
     def _encode(self, prompts: Sequence[str | np.ndarray], new: int) -> list[np.ndarray]:
@@ -147,9 +168,9 @@ class Generator:
             raise InferenceError(f"{new} new tokens; ask for at least 1")
         texts = [number for number, prompt in enumerate(prompts) if isinstance(prompt, str)]
         encoded = self.tokenizer.encode_batch([str(prompts[number]) for number in texts])
-        found = {**dict(enumerate(prompts)), **dict(zip(texts, encoded, strict=True))}
         rows = []
-        for number, tokens in found.items():
+        by_number = {**dict(enumerate(prompts)), **dict(zip(texts, encoded, strict=True))}
+        for number, tokens in by_number.items():
             if not len(tokens):
                 raise InferenceError(f"prompt {number} is empty; give it some text")
             rows.append(np.concatenate([[BOS], tokens]).astype(np.int32))
@@ -157,6 +178,178 @@ class Generator:
                 raise InferenceError(
                     f"prompt {number} has {len(rows[-1])} tokens; with {new} new ones it does not"
                     f" fit the model's context of {self.longest}: shorten it, ask for fewer, or"
-                    " have its older text recalled (the mode `context`)"
+                    " make memories of its older text (the mode `long_context`)"
                 )
         return rows
+
+
+class _RowGroup:
+    """Rows that go through the device together, from their prompts to their generations."""
+
+    def __init__(self, generator: Generator, call: _Call, numbers: list[int]) -> None:
+        """Takes the prompts of these numbers; nothing is generated before `run`."""
+        self.generator, self.call, self.numbers = generator, call, numbers
+        self.chunk, self.rows = generator.chunk, [call.rows[i] for i in numbers]
+        self.first = 0.0  # when the first token of every row was there
+        self.tokens = np.full((len(numbers), call.new), PAD, np.int32)
+        self.logprobs = np.zeros((len(numbers), call.new), np.float32)
+        self.chunks: list[list[ChunkMemories]] = [[] for _ in numbers]
+        self.schedules = [retrieval_schedule(len(row), call.new, self.chunk) for row in self.rows]
+        self.readings: list[tuple[int, Any]] = []  # number of a generated chunk, its attention
+        M = 0 if generator.memory_retriever is None else generator.memory_retriever.count
+        self.by_token = np.zeros((len(numbers), call.new, M + 1), np.float32)
+        self._told = [""] * len(numbers)
+
+    def run(self) -> Iterator[bool]:
+        """Generates; yields whenever the device has work to do."""
+        generator, chunk = self.generator, self.chunk
+        state, written = self._prefill()
+        generator.timing.state_bytes += sum(x.nbytes for x in jax.tree.leaves(state))
+        waiting: list[tuple[int, int, Written]] = [(0, 1, written)]
+        done = 1
+        yield True
+        while done < self.call.new:
+            memory = None
+            if done % chunk == 0:
+                self._collect(waiting)
+                if np.isin(self.tokens[:, :done], generator.stop).any(axis=1).all():
+                    break
+                if generator.memory_retriever is not None:
+                    memory = self._next_memories(done // chunk)
+            count = min(self.call.piece, chunk - done % chunk, self.call.new - done)
+            forced = self._forced(done, self.call.piece)
+            state, written = generator.decoder.generate(
+                generator.params, state, memory, np.int32(count), forced
+            )
+            self._collect(waiting)
+            waiting.append((done, count, written))
+            done += count
+            yield True
+        self._collect(waiting)
+
+    def _prefill(self) -> tuple[State, Written]:
+        generator, chunk = self.generator, self.chunk
+        retriever = generator.memory_retriever
+        lengths = np.array([len(row) for row in self.rows], np.int32)
+        C = -(-int(lengths.max()) // chunk)
+        tokens = np.full((len(self.rows), C * chunk), PAD, np.int32)
+        for place, row in enumerate(self.rows):
+            tokens[place, : len(row)] = row
+        memory = None
+        if retriever is not None:
+            places = [(p, c) for p in range(len(self.rows)) for c in range(self._prompt_chunks(p))]
+            texts = [self.rows[p][c * chunk : (c + 1) * chunk] for p, c in places]
+            ids = np.full((len(self.rows), C, retriever.count), -1, np.int64)
+            ids[tuple(np.array(places).T)] = self._retrieve(texts, places)
+            memory = retriever.read(ids)
+        return generator.decoder.prefill(
+            generator.params,
+            tokens,
+            lengths,
+            np.array([self.call.row_ids[i] for i in self.numbers], np.int32),
+            memory,
+            self._forced(0, 1),
+            slots=-(-self.call.new // chunk) * chunk,
+        )
+
+    def _next_memories(self, number: int) -> ExplicitMemory:
+        """Memories that follow the generated chunk before `number`."""
+        assert self.generator.memory_retriever is not None
+        texts = []
+        for row in self.tokens[:, (number - 1) * self.chunk : number * self.chunk]:
+            ended = np.isin(row, self.generator.stop).any()
+            texts.append(row[:0] if ended or (row == PAD).all() else row)
+        places = [(p, self._prompt_chunks(p) + number - 1) for p in range(len(self.rows))]
+        return self.generator.memory_retriever.read(self._retrieve(texts, places))
+
+    def _prompt_chunks(self, place: int) -> int:
+        return -(-len(self.rows[place]) // self.chunk)
+
+    def _retrieve(self, texts: list[np.ndarray], places: list[tuple[int, int]]) -> np.ndarray:
+        """References of chunks, given or searched; `places` are (row, number of its retrieval)."""
+        retriever, call = self.generator.memory_retriever, self.call
+        assert retriever is not None
+        numbers = [self.numbers[place] for place, _ in places]
+        if call.references is not None:
+            given = [call.references[i][c] for i, (_, c) in zip(numbers, places, strict=True)]
+            ids, queries = np.stack(given).astype(np.int64), [retriever.text(t) for t in texts]
+        else:
+            against = None if call.against is None else [call.against[i] for i in numbers]
+            ids, queries = retriever.find(texts, numbers, against)
+        for (place, c), query, read in zip(places, queries, ids, strict=True):
+            self.chunks[place].append(ChunkMemories(self.schedules[place][c], query, read))
+        return ids
+
+    def _forced(self, done: int, count: int) -> np.ndarray:
+        forced = np.full((len(self.rows), count), -1, np.int32)
+        if self.call.forced is not None:
+            for place, number in enumerate(self.numbers):
+                part = self.call.forced[number][done : done + count]
+                forced[place, : len(part)] = part
+        return forced
+
+    def _collect(self, waiting: list[tuple[int, int, Written]]) -> None:
+        """Fetches generated tokens, once the device has been given the next piece."""
+        begin = time.perf_counter()
+        for done, count, written in waiting:
+            self.tokens[:, done : done + count] = np.asarray(written.tokens)[:, :count]
+            self.logprobs[:, done : done + count] = np.asarray(written.logprobs)[:, :count]
+            if done == 0:
+                self.first = time.perf_counter()
+            if written.reading is not None and written.by_token is not None:
+                self.readings.append((done // self.chunk, np.asarray(written.reading)))
+                self.by_token[:, done : done + count] = np.asarray(written.by_token)[:, :count]
+            if self.call.listener is not None:
+                self._tell(self.call.listener, done + count)
+        waiting.clear()
+        self.generator.timing.waited += time.perf_counter() - begin
+
+    def _length(self, place: int) -> tuple[int, bool]:
+        """Tokens of a row up to its stop token, and whether it has one."""
+        ends = np.flatnonzero(np.isin(self.tokens[place], self.generator.stop))
+        return (int(ends[0]) + 1, True) if len(ends) else (self.call.new, False)
+
+    def _tell(self, listener: Listener, done: int) -> None:
+        for place, number in enumerate(self.numbers):
+            length = min(self._length(place)[0], done)
+            text = self.generator.text(self.tokens[place, :length])
+            if done < self.call.new:
+                text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character of several tokens
+            before = self._told[place]
+            if len(text) > len(before):
+                listener(number, text[len(before) :])
+                self._told[place] = text
+
+    def results(self, prompts: Sequence[str | np.ndarray]) -> Iterator[Generation]:
+        """Yields the generations, once `run` has ended."""
+        for place, number in enumerate(self.numbers):
+            length, stopped = self._length(place)
+            tokens, prompt = self.tokens[place, :length], prompts[number]
+            yield Generation(
+                prompt if isinstance(prompt, str) else self.generator.text(prompt),
+                self.rows[place],
+                tokens,
+                self.logprobs[place, :length],
+                self.generator.text(tokens),
+                stopped,
+                self._observed(place, length),
+                None if not self.readings else self.by_token[place, :length],
+            )
+
+    def _observed(self, place: int, length: int) -> list[ChunkMemories]:
+        """Memories of the row's chunks as far as it got, with the attention that they received."""
+        prompt, end = len(self.rows[place]), len(self.rows[place]) + length
+        total: dict[int, np.ndarray] = {}
+        for number, reading in self.readings:
+            total[number] = total.get(number, 0) + reading[place]
+        chunks = []
+        for index, chunk in enumerate(self.chunks[place]):
+            low, high = chunk.retrieval.generates
+            if low >= end and low > prompt:
+                break
+            number = index - self._prompt_chunks(place) + 1
+            tokens = min(high, end) - low
+            if number in total and tokens > 0:
+                chunk = dataclasses.replace(chunk, reading=total[number] / tokens)
+            chunks.append(chunk)
+        return chunks

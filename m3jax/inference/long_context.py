@@ -1,8 +1,8 @@
-"""Text longer than the context: its older part becomes explicit memories (Memory³, discussion).
+"""Long context: the older part of a text becomes explicit memories (Memory³, discussion).
 
 When prompt and generated text outgrow the context, the oldest text is cut into references, the
-writer turns them into memories, and the chunks that stay recall them by search, as they do those
-of a bank. Work grows with the length of the text, not with its square.
+writer turns them into memories, and the chunks that stay retrieve them, like
+memories of a bank. Work grows with the length of the text, not with its square.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt64
 
 from m3jax.errors import InferenceError
-from m3jax.inference.batch import Listener
-from m3jax.inference.generate import Generator
-from m3jax.inference.memory_retrieval import Memories, Recaller
+from m3jax.inference.generate import Generator, Listener
+from m3jax.inference.memory_retrieval import Memories, MemoryRetriever
 from m3jax.inference.results import Generation
-from m3jax.inference.retrieval_schedule import Recall
+from m3jax.inference.retrieval_schedule import MemoryRetrieval
 from m3jax.retrieval.embed import Embedder
 from m3jax.text.documents import Document
 from m3jax.text.reference_splitter import SHORTEST, Piece, cut_references
@@ -30,32 +29,31 @@ from m3jax.text.tokenizer import BOS, PAD, Tokenizer
 
 @dataclasses.dataclass
 class _Search:
-    """Of one text: an embedder that knows its words, and its references."""
+    """References of one text, with an embedder that knows its words."""
 
     embedder: Embedder
     ids: np.ndarray
     embeddings: np.ndarray
 
 
-class ContextReferences:
+class LongContextReferences:
     """References cut from the older parts of some texts. A `ReferenceSet` that grows.
 
-    A text finds only what was cut from itself, whatever its company. The key of a reference is
-    `text <number>#<n>`.
+    A search finds only references cut from its own text. Their keys are `text <number>#<n>`.
 
     Attributes:
       length: most tokens W of a reference.
     """
 
     def __init__(self, embedder: Embedder, length: int) -> None:
-        """Starts with none.
+        """Starts without references.
 
         Args:
           embedder: of the search; words of a text that it does not know are learnt for that text.
           length: most tokens W of a reference.
         """
         self.length, self._embedder = length, embedder
-        self._found: list[Reference] = []
+        self._references: list[Reference] = []
         self._text_of: list[int] = []
         self._searches: dict[int, _Search] = {}
 
@@ -69,7 +67,7 @@ class ContextReferences:
             search = _Search(self._embedder, np.zeros(0, np.int64), nothing)
         for n, piece in enumerate(pieces, len(search.ids)):
             where = (piece.start, piece.end, piece.text, piece.tokens)
-            self._found.append(Reference(f"text {text}#{n}", "", "", *where))
+            self._references.append(Reference(f"text {text}#{n}", "", "", *where))
             self._text_of.append(text)
         ids = np.arange(len(self) - len(pieces), len(self))
         texts = [piece.text for piece in pieces]
@@ -81,7 +79,7 @@ class ContextReferences:
         )
 
     def search(self, query: str, text: int, k: int) -> Int[np.ndarray, " k"]:
-        """The k references of a text that are most like the query, best first, −1 = none."""
+        """Returns the k references of a text most like the query, best first, −1 = none."""
         ids = np.full(k, -1, np.int64)
         search = self._searches.get(text)
         if search is not None:
@@ -97,33 +95,34 @@ class ContextReferences:
             self._searches.pop(text, None)
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._references)
 
     def __getitem__(self, i: int | np.integer) -> Reference:
-        return self._found[int(i)]
+        return self._references[int(i)]
 
     def texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """Texts of references, in the order of `ids`."""
-        return [self._found[int(i)].text for i in ids]
+        """Returns texts of references, in the order of `ids`."""
+        return [self._references[int(i)].text for i in ids]
 
     def tokens(self, ids: Sequence[int] | np.ndarray) -> Int32[np.ndarray, "n W"]:
-        """Tokens of references, one row each, filled up with PAD."""
+        """Returns tokens of references, one row each, filled up with PAD."""
         rows = np.full((len(ids), self.length), PAD, np.int32)
         for row, i in zip(rows, ids, strict=True):
-            tokens = self._found[int(i)].tokens
+            tokens = self._references[int(i)].tokens
             row[: len(tokens)] = tokens
         return rows
 
     @property
     def lengths(self) -> Int32[np.ndarray, " R"]:
         """Tokens of every reference."""
-        return np.array([len(one.tokens) for one in self._found], np.int32)
+        return np.array([len(reference.tokens) for reference in self._references], np.int32)
 
     @property
     def record_hashes(self) -> UInt64[np.ndarray, " R"]:
         """Hash of every reference's tokens."""
-        hashes = [hashlib.blake2b(one.tokens.tobytes(), digest_size=8) for one in self._found]
-        return np.array([int.from_bytes(h.digest(), "little") for h in hashes], np.uint64)
+        data = [reference.tokens.tobytes() for reference in self._references]
+        digests = [hashlib.blake2b(tokens, digest_size=8).digest() for tokens in data]
+        return np.array([int.from_bytes(digest, "little") for digest in digests], np.uint64)
 
     @property
     def fingerprint(self) -> str:
@@ -131,23 +130,27 @@ class ContextReferences:
         return hashlib.blake2b(self.record_hashes.tobytes(), digest_size=16).hexdigest()
 
     def documents(self) -> Int32[np.ndarray, " R"]:
-        """Number of every reference's text; every addition begins a new one."""
+        """Returns the number of every reference's text; every addition begins a new text."""
         begins = np.diff(np.array(self._text_of, np.int64), prepend=-1) != 0
         return np.cumsum(begins, dtype=np.int32) - np.int32(1)
 
 
-class ContextRecaller(Recaller):
-    """Recalls what was cut from the text itself.
+class LongContextRetriever(MemoryRetriever):
+    """Retrieves memories of references cut from the text itself.
 
     Attributes:
-      references: these.
+      references: cut from the texts.
       texts: number of each prompt's text among them.
     """
 
     def __init__(
-        self, references: ContextReferences, memories: Memories, tokenizer: Tokenizer, count: int
+        self,
+        references: LongContextReferences,
+        memories: Memories,
+        tokenizer: Tokenizer,
+        count: int,
     ) -> None:
-        """Makes one; `memories` are of the same references."""
+        """Takes references and their memories."""
         super().__init__(None, memories, tokenizer, count)
         self.references = references
         self.texts: Sequence[int] = ()
@@ -159,13 +162,13 @@ class ContextRecaller(Recaller):
             raise InferenceError("a text's own older part is not filtered by overlap")
         texts = [self.texts[row] for row in rows]
         search = self.references.search
-        return np.stack([search(*one, self.count) for one in zip(queries, texts, strict=True)])
+        pairs = zip(queries, texts, strict=True)
+        return np.stack([search(query, text, self.count) for query, text in pairs])
 
 
 @dataclasses.dataclass
 class _Text:
-    """A text while it grows. Of its tokens those from `first` on, its characters from `begin` on,
-    are still read as they are."""
+    """A text while it grows; read as text from token `first`, character `begin` on."""
 
     number: int
     tokens: np.ndarray
@@ -175,32 +178,34 @@ class _Text:
     parts: list[Generation] = dataclasses.field(default_factory=list)
 
 
-class LongGenerator:
-    """Generates from texts of any length, and texts of any length.
+class LongContextGenerator:
+    """Generates from prompts of any length, and texts of any length.
 
     Attributes:
-      generator: what it generates with.
+      generator: generates every part.
       window: tokens of a text that stay as they are when it outgrows the context.
       length: most tokens of a memory.
     """
 
     def __init__(self, generator: Generator, window: int | None = None) -> None:
-        """Makes one.
+        """Checks that window, a reference and a new token fit the context.
 
         Args:
-          generator: with a `ContextRecaller`, or without memory: then older text is forgotten.
+          generator: with a `LongContextRetriever`, or without memory: then older text is forgotten.
           window: default half of the context. A reference that begins before it and ends in it
             stays as well.
 
         Raises:
           InferenceError: no room for a new token beside them, or references too short.
         """
-        recaller, longest = generator.recaller, generator.longest
-        assert recaller is None or isinstance(recaller, ContextRecaller)
-        self.generator, self._recaller = generator, recaller
+        memory_retriever, longest = generator.memory_retriever, generator.longest
+        assert memory_retriever is None or isinstance(memory_retriever, LongContextRetriever)
+        self.generator, self._memory_retriever = generator, memory_retriever
         self.window = longest // 2 if window is None else window
         memory = generator.model.memory
-        self.length = recaller.references.length if recaller else memory.reference_length
+        self.length = (
+            memory_retriever.references.length if memory_retriever else memory.reference_length
+        )
         if not SHORTEST <= self.length <= memory.reference_length:
             raise InferenceError(
                 f"references of {self.length} tokens; take {SHORTEST} to"
@@ -219,9 +224,9 @@ class LongGenerator:
         self._texts = 0
 
     @property
-    def references(self) -> ContextReferences | None:
-        """What was cut from the texts so far; None without memory."""
-        return None if self._recaller is None else self._recaller.references
+    def references(self) -> LongContextReferences | None:
+        """References cut from the texts so far; None without memory."""
+        return None if self._memory_retriever is None else self._memory_retriever.references
 
     def generate(
         self,
@@ -234,7 +239,7 @@ class LongGenerator:
     ) -> list[Generation]:
         """Continues prompts; see `Generator.generate`.
 
-        Tokens of recalls are counted from the text's BOS, also where its older part is a memory.
+        Tokens of retrievals are counted from the text's BOS, also where its older part is a memory.
         """
         encoded = self.generator.tokenizer.encode_batch(list(prompts))
         texts = [_Text(self._texts + i, tokens) for i, tokens in enumerate(encoded)]
@@ -243,20 +248,20 @@ class LongGenerator:
         while done < new and (running := [i for i, text in enumerate(texts) if not text.stopped]):
             parts = [texts[i] for i in running]
             self._forget(parts, new - done)
-            if self._recaller is not None:
-                self._recaller.texts = [text.number for text in parts]
+            if self._memory_retriever is not None:
+                self._memory_retriever.texts = [text.number for text in parts]
             tails = [text.tokens[text.first :] for text in parts]
             step = self.generator.longest - max(len(tail) for tail in tails) - 1
             step = max(1, min(new - done, step))
-            found = self.generator.generate(
+            generations = self.generator.generate(
                 tails,
                 step,
                 groups=groups,
                 piece=piece,
                 listener=None if listener is None else _renumbered(listener, running),
-                numbers=[rounds * len(texts) + i for i in running],
+                row_ids=[rounds * len(texts) + i for i in running],
             )
-            for text, part in zip(parts, found, strict=True):
+            for text, part in zip(parts, generations, strict=True):
                 text.parts.append(_moved(part, text.first))
                 text.tokens = np.concatenate([text.tokens, part.tokens])
                 text.stopped = part.stopped
@@ -266,7 +271,7 @@ class LongGenerator:
         return [self._joined(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
 
     def _forget(self, texts: Sequence[_Text], new: int) -> None:
-        """Makes memories of what would not fit with so many new tokens."""
+        """Makes memories of older text that would not fit with `new` more tokens."""
         for text in texts:
             if len(text.tokens) - text.first + 1 + new > self.generator.longest:
                 pieces = self._cut(text)
@@ -310,12 +315,13 @@ def _renumbered(listener: Listener, running: Sequence[int]) -> Listener:
 
 
 def _moved(part: Generation, first: int) -> Generation:
-    """A part of which tokens are counted from the BOS of the whole text."""
+    """Counts the tokens of a part from the BOS of the whole text."""
 
     def move(span: tuple[int, int]) -> tuple[int, int]:
         return span[0] + first, span[1] + first
 
     chunks = [
-        dataclasses.replace(chunk, recall=Recall(*map(move, chunk.recall))) for chunk in part.chunks
+        dataclasses.replace(chunk, retrieval=MemoryRetrieval(*map(move, chunk.retrieval)))
+        for chunk in part.chunks
     ]
     return dataclasses.replace(part, chunks=chunks)

@@ -1,4 +1,4 @@
-"""From text to memories: search, then reading from the bank or writing anew; with figures."""
+"""Retrieval of memories for chunks: a search, then a read of the bank or a write; with costs."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Memories(Protocol):
 
 
 @dataclasses.dataclass
-class Figures:
-    """What recalls cost since the start.
+class RetrievalCosts:
+    """Costs of memory retrieval since the start.
 
     Attributes:
       queries: texts that were searched for.
@@ -51,17 +51,17 @@ class Figures:
     read_seconds: float = 0.0
 
 
-class Recaller:
+class MemoryRetriever:
     """Finds and loads the memories of chunks.
 
     Attributes:
-      figures: what it has cost.
+      costs: since the start.
     """
 
     def __init__(
         self, retriever: Retriever | None, memories: Memories, tokenizer: Tokenizer, count: int
     ) -> None:
-        """Makes one.
+        """Takes the search and the bank of the same references.
 
         Args:
           retriever: finds references; None where a subclass searches by itself.
@@ -70,10 +70,10 @@ class Recaller:
           count: memories M of a chunk.
         """
         self.retriever, self.memories, self.tokenizer = retriever, memories, tokenizer
-        self.count, self.figures = count, Figures()
+        self.count, self.costs = count, RetrievalCosts()
 
     def text(self, tokens: np.ndarray) -> str:
-        """A chunk as a query; special tokens have no text."""
+        """Returns a chunk as a query; special tokens have no text."""
         return self.tokenizer.decode(tokens.tolist())
 
     def find(
@@ -82,7 +82,7 @@ class Recaller:
         rows: Sequence[int],
         against: Sequence[np.ndarray] | None = None,
     ) -> tuple[Int[np.ndarray, "n M"], list[str]]:
-        """References `(n, M)` of chunks of tokens, −1 where there is none; and the queries.
+        """Searches references `(n, M)` of chunks, −1 where there is none; returns the queries, too.
 
         Args:
           chunks: tokens of each; an empty one finds nothing.
@@ -93,12 +93,14 @@ class Recaller:
         begin = time.perf_counter()
         queries = [self.text(chunk) for chunk in chunks]
         ids = np.full((len(queries), self.count), -1, np.int64)
-        asked = [place for place, query in enumerate(queries) if query.strip()]
-        if asked:
-            texts = None if against is None else [against[place] for place in asked]
-            ids[asked] = self._search([queries[i] for i in asked], [rows[i] for i in asked], texts)
-        self.figures.queries += len(asked)
-        self.figures.search_seconds += time.perf_counter() - begin
+        places = [place for place, query in enumerate(queries) if query.strip()]
+        if places:
+            texts = None if against is None else [against[i] for i in places]
+            ids[places] = self._search(
+                [queries[i] for i in places], [rows[i] for i in places], texts
+            )
+        self.costs.queries += len(places)
+        self.costs.search_seconds += time.perf_counter() - begin
         return ids, queries
 
     def _search(
@@ -109,13 +111,12 @@ class Recaller:
         return self.retriever.retrieve(queries, against, self.count)
 
     def read(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
-        """Memories as they are stored, `(*shape, L, K, P, width)`."""
+        """Reads memories as they are stored, `(*shape, L, K, P, width)`."""
         begin = time.perf_counter()
         memory = self.memories.read_stored(ids)
         number = int((ids >= 0).sum())
-        self.figures.memories += number
+        self.costs.memories += number
         keys: Any = memory.keys
-        each = 2 * keys.nbytes // max(ids.size, 1)
-        self.figures.bytes += number * each
-        self.figures.read_seconds += time.perf_counter() - begin
+        self.costs.bytes += number * (2 * keys.nbytes // max(ids.size, 1))
+        self.costs.read_seconds += time.perf_counter() - begin
         return memory

@@ -1,4 +1,4 @@
-"""What generation gives: the text of a row, what it recalled, and how long all of it took."""
+"""Results of generation: the text of a row, the memories that it read, and the time it took."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
-from m3jax.inference.retrieval_schedule import Recall
+from m3jax.inference.retrieval_schedule import MemoryRetrieval
 
 
 @dataclasses.dataclass(frozen=True)
-class Chunk:
-    """What was recalled at one place of a row.
+class ChunkMemories:
+    """Memories that one retrieval put in front of a chunk.
 
     Attributes:
-      recall: where; see `schedule`.
+      retrieval: its tokens; see `retrieval_schedule`.
       query: the text that was searched for.
       ids: references that were read, best first; −1 = none.
       reading: attention weight that each memory received of the queries that generated the chunk's
@@ -23,7 +23,7 @@ class Chunk:
         L memory layers. None unless observed, and for prompt chunks.
     """
 
-    recall: Recall
+    retrieval: MemoryRetrieval
     query: str
     ids: Int[np.ndarray, " M"]
     reading: Float[np.ndarray, "L K G columns"] | None = None
@@ -31,16 +31,16 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """One row.
+    """Text generated for one prompt.
 
     Attributes:
       prompt: its text.
       prompt_tokens: with BOS.
-      tokens: what was generated, a stop token included.
+      tokens: generated tokens, a stop token included.
       logprobs: of these, natural logarithm, before temperature and cuts.
-      text: what was generated.
+      text: of the generated tokens.
       stopped: whether a stop token ended it.
-      chunks: what was recalled; empty without memory.
+      chunks: memories of every chunk; empty without memory.
       by_token: attention weight on each memory of the chunk, and on everything else, of the query
         that generated each token, mean over memory layers and heads; None unless observed.
     """
@@ -51,13 +51,13 @@ class Generation:
     logprobs: Float[np.ndarray, " new"]
     text: str
     stopped: bool
-    chunks: list[Chunk]
+    chunks: list[ChunkMemories]
     by_token: Float[np.ndarray, "new columns"] | None = None
 
 
 @dataclasses.dataclass
 class Timing:
-    """Of one call of `Generator.generate`.
+    """Times of one call of `Generator.generate`.
 
     Attributes:
       seconds: altogether.

@@ -1,8 +1,8 @@
-"""When memories are recalled, with which query, and which tokens they shape (Memory³ §3.5).
+"""Schedule of memory retrieval in a row: queries, and the tokens that read (Memory³ §3.5).
 
 The prompt is cut into chunks; each retrieves with its own text and reads what it finds. The first
 generated chunk inherits the memories of the last prompt chunk. After every chunk of generated
-tokens these are the next query, and what it finds replaces the memories.
+tokens these are the next query, and the memories are replaced.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Recall(NamedTuple):
-    """One recall of a row. Tokens are counted from the row's first, the prompt's BOS.
+class MemoryRetrieval(NamedTuple):
+    """One retrieval of a row. Tokens are counted from the row's first, the prompt's BOS.
 
     Attributes:
       query: tokens `[first, last)` whose text retrieves.
@@ -26,27 +26,20 @@ class Recall(NamedTuple):
     generates: tuple[int, int]
 
 
-def schedule(prompt: int, new: int, chunk: int) -> list[Recall]:
-    """All recalls of a row.
+def retrieval_schedule(prompt: int, new: int, chunk: int) -> list[MemoryRetrieval]:
+    """Returns all retrievals of a row.
 
     Args:
       prompt: tokens of the prompt, BOS included, ≥ 1.
       new: tokens that are generated.
       chunk: tokens Q of a chunk.
     """
-    starts = range(0, prompt, chunk)
-    recalls = [
-        Recall((low, min(low + chunk, prompt)), (low, min(low + chunk, prompt)), (prompt, prompt))
-        for low in starts
-    ]
-    first = recalls[-1]
-    inherits = min(new, chunk)
-    recalls[-1] = Recall(
-        first.query,
-        (first.read_by[0], max(first.read_by[1], prompt + inherits - 1)),
-        (prompt, prompt + inherits),
-    )
+    spans = [(low, min(low + chunk, prompt)) for low in range(0, prompt, chunk)]
+    retrievals = [MemoryRetrieval(span, span, (prompt, prompt)) for span in spans]
+    low, high = spans[-1]
+    end = prompt + min(new, chunk)
+    retrievals[-1] = MemoryRetrieval((low, high), (low, max(high, end - 1)), (prompt, end))
     for low in range(prompt + chunk, prompt + new, chunk):
         high = min(low + chunk, prompt + new)
-        recalls.append(Recall((low - chunk, low), (low - 1, high - 1), (low, high)))
-    return recalls
+        retrievals.append(MemoryRetrieval((low - chunk, low), (low - 1, high - 1), (low, high)))
+    return retrievals

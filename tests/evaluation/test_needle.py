@@ -11,7 +11,7 @@ from m3jax.evaluation import needle as needles
 from m3jax.evaluation.needle import Haystack, Needle, make_haystack, needle_test, read_needles
 from m3jax.evaluation.plots import needle_lines
 from m3jax.inference import session as session_module
-from m3jax.inference.long_context import LongGenerator
+from m3jax.inference.long_context import LongContextGenerator
 from m3jax.inference.session import Session
 from m3jax.make_model import make_model
 
@@ -68,7 +68,7 @@ def test_the_share_of_right_answers_is_counted(session, monkeypatch, tmp_path):
 
     def made(needle, references, tokenizer, length, depth, random):
         one = real(needle, references, tokenizer, length, depth, random)
-        reader = LongGenerator(session.generator("context", length=8), 20)
+        reader = LongContextGenerator(session.generator("long_context", length=8), 20)
         said = reader.generate([one.prompt], new)[0].text
         wanted = said if len(expected) % 2 else "nothing that it says"
         expected[one.prompt] = wanted

@@ -1,4 +1,4 @@
-"""Generation end to end on a tiny prepared folder: what is recalled, streamed and refused."""
+"""Generation end to end on a tiny prepared folder: what is retrieved, streamed and refused."""
 
 import dataclasses
 
@@ -10,11 +10,11 @@ from data.data_workdir import make_workdir, tiny_config
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import InferenceError
-from m3jax.inference.attribution import as_dict, as_page, as_text, effects_of, sources
+from m3jax.inference.attribution import as_dict, as_page, as_text, attribute, effects_of
 from m3jax.inference.cold_start import ColdMemories
 from m3jax.inference.generate import Generator
-from m3jax.inference.memory_retrieval import Recaller
-from m3jax.inference.retrieval_schedule import schedule
+from m3jax.inference.memory_retrieval import MemoryRetriever
+from m3jax.inference.retrieval_schedule import retrieval_schedule
 from m3jax.inference.sampling import Sampling
 from m3jax.knowledge.versions import open_bank, open_references, open_retriever, open_version
 from m3jax.make_model import make_model
@@ -40,9 +40,17 @@ class World:
     bank: object
 
     def generator(self, memory=True, **options):
-        recaller = Recaller(self.retriever, self.bank, self.tokenizer, 3) if memory else None
+        memory_retriever = (
+            MemoryRetriever(self.retriever, self.bank, self.tokenizer, 3) if memory else None
+        )
         return Generator(
-            self.model, self.params, self.tokenizer, recaller, stop=(), longest=100, **options
+            self.model,
+            self.params,
+            self.tokenizer,
+            memory_retriever,
+            stop=(),
+            longest=100,
+            **options,
         )
 
 
@@ -76,15 +84,15 @@ def same(one, other):
         assert a.text == b.text
 
 
-def test_recalls_follow_the_schedule_and_search_their_own_text(world, found):
+def test_retrievals_follow_the_schedule_and_search_their_own_text(world, found):
     chunk = world.config.memory.chunk_length
     for prompt, row in zip(PROMPTS, found, strict=True):
         tokens = np.concatenate([[BOS], world.tokenizer.encode(prompt)])
         np.testing.assert_array_equal(row.prompt_tokens, tokens)
         everything = np.concatenate([tokens, row.tokens])
-        assert [one.recall for one in row.chunks] == schedule(len(tokens), NEW, chunk)
+        assert [one.retrieval for one in row.chunks] == retrieval_schedule(len(tokens), NEW, chunk)
         for one in row.chunks:
-            part = everything[slice(*one.recall.query)]
+            part = everything[slice(*one.retrieval.query)]
             query = world.tokenizer.decode(t for t in part if t != BOS)
             assert one.query == query
             wanted = world.retriever.retrieve([query], None, 3)[0]
@@ -121,18 +129,20 @@ def test_draws_depend_on_seed_row_and_place_alone():
     assert len({*one.tolist(), *drawn([0], 8).tolist(), *drawn([0], 7, seed=4).tolist()}) >= 4
 
 
-def test_a_stop_token_ends_a_row_and_its_recalls(world, found):
+def test_a_stop_token_ends_a_row_and_its_retrievals(world, found):
     row = found[1]
     stop = int(row.tokens[13])  # in the second generated chunk
     first = int(np.flatnonzero(row.tokens == stop)[0])
-    recaller = Recaller(world.retriever, world.bank, world.tokenizer, 3)
+    memory_retriever = MemoryRetriever(world.retriever, world.bank, world.tokenizer, 3)
     generator = Generator(
-        world.model, world.params, world.tokenizer, recaller, stop=(stop,), longest=100
+        world.model, world.params, world.tokenizer, memory_retriever, stop=(stop,), longest=100
     )
     ended = generator.generate([PROMPTS[1]], NEW)[0]
     assert ended.stopped
     np.testing.assert_array_equal(ended.tokens, row.tokens[: first + 1])
-    assert all(one.recall.generates[0] <= len(ended.prompt_tokens) + first for one in ended.chunks)
+    assert all(
+        one.retrieval.generates[0] <= len(ended.prompt_tokens) + first for one in ended.chunks
+    )
 
 
 def test_cold_memories_are_those_of_the_bank(world):
@@ -161,7 +171,7 @@ def test_effects_are_what_a_text_loses_without_a_reference(world, found):
     taken = max(effects, key=lambda i: abs(effects[i]))
     assert abs(effects[taken]) > 1e-4
     without = [np.where(row == taken, -1, row) for row in chunks]
-    again = generator.generate([PROMPTS[1]], NEW, forced=[found[1].tokens], recalled=[without])[0]
+    again = generator.generate([PROMPTS[1]], NEW, forced=[found[1].tokens], references=[without])[0]
     np.testing.assert_array_equal(again.tokens, found[1].tokens)
     lost = found[1].logprobs.sum() - again.logprobs.sum()
     assert effects[taken] == pytest.approx(lost, abs=1e-3)
@@ -169,7 +179,7 @@ def test_effects_are_what_a_text_loses_without_a_reference(world, found):
 
 def test_sources_name_what_was_read(world, found):
     row = found[1]
-    read = sources(row, world.references, {int(row.chunks[0].ids[0]): 0.5})
+    read = attribute(row, world.references, {int(row.chunks[0].ids[0]): 0.5})
     assert {one.id for one in read} == {
         i for chunk in row.chunks for i in chunk.ids[chunk.ids >= 0].tolist()
     }
@@ -191,11 +201,11 @@ def test_the_page_has_text_sources_and_no_raw_markup(world, found):
     row = dataclasses.replace(found[1], prompt="<script>&")
     pieces = world.generator().pieces
     assert "".join(pieces(row.tokens)) == row.text
-    page = as_page([(row, sources(row, world.references))], pieces)
+    page = as_page([(row, attribute(row, world.references))], pieces)
     assert "<script>" not in page and "&lt;script&gt;&amp;" in page
-    readers = [one.recall.generates for one in row.chunks if (one.ids >= 0).any()]
+    readers = [one.retrieval.generates for one in row.chunks if (one.ids >= 0).any()]
     assert page.count("of the attention") == sum(high - low for low, high in readers) > 0
-    for one in sources(row, world.references):
+    for one in attribute(row, world.references):
         assert one.text in page
 
 

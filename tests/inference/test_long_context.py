@@ -1,4 +1,4 @@
-"""Text longer than the context: what becomes a memory, what is recalled, and what stays equal."""
+"""Text longer than the context: what becomes a memory, what is retrieved, and what stays equal."""
 
 from pathlib import Path
 
@@ -9,10 +9,14 @@ from data.data_workdir import WORLD, make_workdir, tiny_config
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import InferenceError
-from m3jax.inference.attribution import sources
+from m3jax.inference.attribution import attribute
 from m3jax.inference.cold_start import ColdMemories
 from m3jax.inference.generate import Generator
-from m3jax.inference.long_context import ContextRecaller, ContextReferences, LongGenerator
+from m3jax.inference.long_context import (
+    LongContextGenerator,
+    LongContextReferences,
+    LongContextRetriever,
+)
 from m3jax.inference.sampling import Sampling
 from m3jax.make_model import make_model
 from m3jax.retrieval.lexical import LexicalEmbedder
@@ -34,16 +38,16 @@ class Tiny:
         self.embedder.fit(LINES[:5])
 
     def long(self, memory=True, window=WINDOW, length=LENGTH, **options):
-        recaller = None
+        memory_retriever = None
         if memory:
-            references = ContextReferences(self.embedder, length)
+            references = LongContextReferences(self.embedder, length)
             own = ColdMemories(
                 self.config, self.model, self.params, references, 1 << 20, grows=True
             )
-            recaller = ContextRecaller(references, own, self.tokenizer, 3)
+            memory_retriever = LongContextRetriever(references, own, self.tokenizer, 3)
         options = {"stop": (), "longest": LONGEST, **options}
-        generator = Generator(self.model, self.params, self.tokenizer, recaller, **options)
-        return LongGenerator(generator, window)
+        generator = Generator(self.model, self.params, self.tokenizer, memory_retriever, **options)
+        return LongContextGenerator(generator, window)
 
 
 @pytest.fixture(scope="module")
@@ -92,21 +96,21 @@ def test_nothing_of_a_text_is_lost_and_nothing_is_twice(tiny, long, found, told)
     assert long.references[0].text == LINES[0].strip()
 
 
-def test_recalls_search_their_own_text_alone(tiny, long, found):
+def test_retrievals_search_their_own_text_alone(tiny, long, found):
     for number, row in enumerate(found):
         everything = np.concatenate([row.prompt_tokens, row.tokens])
         read = {i for chunk in row.chunks for i in chunk.ids[chunk.ids >= 0].tolist()}
         assert read, number
         assert {long.references[i].key.split("#")[0] for i in read} == {f"text {number}"}
         for chunk in row.chunks:
-            part = everything[slice(*chunk.recall.query)]
+            part = everything[slice(*chunk.retrieval.query)]
             assert chunk.query.strip() in tiny.tokenizer.decode(part)
-    generated = [chunk.recall.generates for chunk in found[0].chunks]
+    generated = [chunk.retrieval.generates for chunk in found[0].chunks]
     spans = [span for span in generated if span[1] > span[0]]
     first = len(found[0].prompt_tokens)
     assert spans[0][0] == first and spans[-1][1] == first + 50
     assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
-    shown = sources(found[0], long.references)
+    shown = attribute(found[0], long.references)
     assert sum(one.attention for one in shown) == pytest.approx(
         found[0].by_token[:, :-1].sum() / 50
     )
@@ -117,7 +121,7 @@ def test_the_text_of_a_fact_is_found_by_its_name(tiny):
     person = WORLD.people[2]
     long.generate(["\n".join(LINES[:14]) + f"\n{person.facts[0][0]} of {person.name}"], 1)
     assert long.references.search(person.name, 0, 2).tolist() == [-1, -1]  # it has ended
-    references = ContextReferences(tiny.embedder, LENGTH)
+    references = LongContextReferences(tiny.embedder, LENGTH)
     references.add(0, [Piece(one.start, one.end, one.text, one.tokens) for one in long.references])
     best = references.search(person.name, 0, 1)[0]
     assert person.name in references[best].text
@@ -189,7 +193,7 @@ def test_unusable_settings_are_refused(tiny):
 def test_references_are_a_set_that_the_writer_takes():
     embedder = LexicalEmbedder(96)
     embedder.fit(["a"])
-    references = ContextReferences(embedder, 5)
+    references = LongContextReferences(embedder, 5)
     assert len(references) == 0 and references.search("x", 0, 2).tolist() == [-1, -1]
     before = references.fingerprint
     tokens = np.array([7, 8], np.int32)

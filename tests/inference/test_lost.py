@@ -71,7 +71,7 @@ def test_a_bank_that_goes_away_ends_a_generation_with_its_name(workdir):
             told.append((number, text))
             server.fault = lambda path: 503
 
-        session._opened["bank"] = Bank.open(server.url)
+        session.bank = Bank.open(server.url)
         with pytest.raises(BankError, match=server.url):
             generated(session.generator("memory"), gone)
         for number, row in enumerate(expected):
@@ -176,8 +176,8 @@ def test_modes_without_what_they_need_are_refused(workdir):
     with pytest.raises(BankError, match="write_bank"):
         Session(CONFIG, workdir).generator("memory")
     with pytest.raises(InferenceError, match="has not learned to read"):
-        Session(tiny_config(stage="warmup"), workdir).generator("context")
-    with pytest.raises(InferenceError, match="known: none, memory, cold, rag, context"):
+        Session(tiny_config(stage="warmup"), workdir).generator("long_context")
+    with pytest.raises(InferenceError, match="known: none, memory, cold, rag, long_context"):
         Session(CONFIG, workdir).generator("explicit")
     with pytest.raises(VersionError, match="version 7"):
         Session(CONFIG, workdir, version=7).generator("memory")

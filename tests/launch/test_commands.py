@@ -145,7 +145,7 @@ def _generates(folder, config, workdir):
         assert len(record["tokens"]) == 12
         assert bool(record["chunks"]) == (mode == "cold")
     long = "\n".join(person.text for person in WORLD.people[:20]) + f"\npet of {name}"
-    (record,) = asked(Request([long], mode="context", new=12, window=20, cut=8))
+    (record,) = asked(Request([long], mode="long_context", new=12, window=20, cut=8))
     assert {source["text"] in long for source in record["sources"]} == {True}
     needles, figures = folder / "needles.jsonl", folder / "needle.json"
     person = WORLD.unseen[1]

@@ -270,7 +270,7 @@ def test_storage_of_the_paper_by_the_real_writer(tmp_path: Path) -> None:
     assert (full / plain, full / vector, plain / vector) == pytest.approx(
         (160, 1830, 11.4), rel=4e-3
     )
-    expected = [flops.bank_bytes(paper, count) / tebi, flops.bank_bytes(paper, count, 14) / tebi]
+    expected = [count * flops.memory_bytes(paper, width) / tebi for width in (None, 14)]
     assert expected == pytest.approx([45.9, 4.02], rel=3e-3)
     assert [count * size / tebi for size in (plain, vector)] == pytest.approx(expected, rel=2e-3)
 

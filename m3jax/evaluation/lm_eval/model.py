@@ -26,9 +26,9 @@ import numpy as np
 from m3jax.errors import InferenceError
 from m3jax.evaluation.scoring import Pair, Scorer
 from m3jax.inference.generate import Generator
-from m3jax.inference.memory_retrieval import Recaller
-from m3jax.inference.rag import retrieve, with_references
-from m3jax.inference.retrieval_schedule import schedule
+from m3jax.inference.memory_retrieval import MemoryRetriever
+from m3jax.inference.rag import with_references
+from m3jax.inference.retrieval_schedule import retrieval_schedule
 from m3jax.inference.session import Session
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.tokenizer import BOS, END
@@ -228,20 +228,24 @@ class HarnessModel(TemplateLM):
     def _generate(self, prompts: list[str], new: int, questions: Sequence[Hashable]) -> list[str]:
         """Texts of prompts, in batches of one size; long prompts together."""
         if self._generator is None:
-            recaller = None
+            memory_retriever = None
             if self.bank is not None and self.retriever is not None:
                 count = self.config.memory.per_prompt_chunk
-                recaller = Recaller(self.retriever, self.bank, self.session.tokenizer, count)
+                memory_retriever = MemoryRetriever(
+                    self.retriever, self.bank, self.session.tokenizer, count
+                )
             self._generator = Generator(
                 self.session.model,
                 self.session.params,
                 self.session.tokenizer,
-                recaller,
+                memory_retriever,
                 longest=self.config.data.sequence_length,
             )
         tokens = self.session.tokenizer.encode_batch(prompts)
         against = tokens if self._filters and self.bank is not None else None
-        recalled = self._recalled(tokens, new, questions) if self.mode == "wrong" else None
+        references = (
+            self._other_references(tokens, new, questions) if self.mode == "wrong" else None
+        )
         texts = [""] * len(prompts)
         order = np.argsort([-len(row) for row in tokens], kind="stable")
         rows = self.scorer.batch_size
@@ -252,22 +256,25 @@ class HarnessModel(TemplateLM):
                 [prompts[i] for i in part],
                 new,
                 against=None if against is None else [against[i] for i in part],
-                recalled=None if recalled is None else [recalled[i] for i in part],
+                references=None if references is None else [references[i] for i in part],
             )
             for i, generation in zip(part, generations, strict=True):
                 texts[i] = generation.text
         return texts
 
-    def _recalled(
+    def _other_references(
         self, tokens: Sequence[np.ndarray], new: int, questions: Sequence[Hashable]
     ) -> list[list[np.ndarray]]:
-        """What each prompt's recalls read: what the chunks of another question found."""
+        """References for each prompt's retrievals, found by the chunks of another question."""
         assert self.retriever is not None
         contexts = [np.concatenate([[BOS], row]).astype(np.int32) for row in tokens]
         found = self.scorer.retrieve(contexts, self.retriever, self._against(contexts))
         chunk = self.config.memory.chunk_length
         return [
-            [ids[min(c, len(ids) - 1)] for c in range(len(schedule(len(row), new, chunk)))]
+            [
+                ids[min(c, len(ids) - 1)]
+                for c in range(len(retrieval_schedule(len(row), new, chunk)))
+            ]
             for row, ids in zip(contexts, self._read(found, questions), strict=True)
         ]
 
@@ -303,7 +310,7 @@ class HarnessModel(TemplateLM):
             return list(contexts)
         unique = [context for context in dict.fromkeys(contexts) if context.strip()]
         against = self.session.tokenizer.encode_batch(unique) if self._filters else None
-        ids = retrieve(unique, self.retriever, self.references, against)
+        ids = self.retriever.retrieve(unique, against, self.references)
         texts = with_references(unique, ids, self.session.references)
         found = dict(zip(unique, texts, strict=True))
         return [found.get(context, context) for context in contexts]

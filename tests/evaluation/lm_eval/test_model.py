@@ -14,7 +14,7 @@ from m3jax.errors import InferenceError
 from m3jax.evaluation.lm_eval.files import read_task
 from m3jax.inference import session as session_module
 from m3jax.inference.generate import Generator
-from m3jax.inference.memory_retrieval import Recaller
+from m3jax.inference.memory_retrieval import MemoryRetriever
 from m3jax.inference.rag import with_references
 from m3jax.inference.session import Session
 from m3jax.make_model import make_model
@@ -228,23 +228,23 @@ def test_texts_are_those_of_the_generator_up_to_a_stop_string(session, make, mod
     settings = {"until": [], "max_gen_toks": 12}
     given = requests("generate_until", *((prompt, settings) for prompt in PROMPTS))
     found = model.generate_until(given)
-    recaller = None
+    memory_retriever = None
     if mode != "none":
-        recaller = Recaller(session.retriever, session.bank, session.tokenizer, 5)
+        memory_retriever = MemoryRetriever(session.retriever, session.bank, session.tokenizer, 5)
     generator = Generator(
         session.model,
         session.params,
         session.tokenizer,
-        recaller,
+        memory_retriever,
         longest=session.config.data.sequence_length,
     )
-    recalled = None
+    references = None
     if mode == "wrong":
         ids = [chunks_found(session, prompt) for prompt in PROMPTS]
-        recalled = [[ids[1][0]] * 3, [ids[0][0]] * 2]
+        references = [[ids[1][0]] * 3, [ids[0][0]] * 2]
         lengths = [len(session.tokenizer.encode(prompt)) + 1 for prompt in PROMPTS]
         assert 10 < lengths[0] <= 20 and lengths[1] <= 10
-    expected = generator.generate(PROMPTS, 12, recalled=recalled)
+    expected = generator.generate(PROMPTS, 12, references=references)
     assert found == [one.text for one in expected]
     stop = found[0][3:5]
     given = requests("generate_until", *((p, {**settings, "until": [stop]}) for p in PROMPTS))
