@@ -2,9 +2,10 @@
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
+import processes
 import pytest
 from quick import xla_flags
 
@@ -36,6 +37,13 @@ def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> None:
         jax.config.update(name, value)
     settings["jax_compilation_cache_dir"] = str(tmp_path_factory.mktemp("compiled_by_processes"))
     os.environ.update({name.upper(): str(value) for name, value in settings.items()})
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """What a test starts, and what that starts, ends with it, also when it fails."""
+    yield
+    processes.end_all()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Quick compilation: nothing here is compiled for speed, or twice."""
+"""Encoders of one config are compiled once."""
 
 from collections.abc import Iterator
 
@@ -6,14 +6,6 @@ import jax
 import pytest
 
 from m3jax.memory import encode
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

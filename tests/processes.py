@@ -1,0 +1,75 @@
+"""Processes that tests start: each in a group of its own, which ends with the test."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from quick import xla_flags
+
+ROOT = Path(__file__).parents[1]
+# Seconds after which a process hangs: many times what any takes, at any load.
+HANG = 1800.0
+_started: list[subprocess.Popen] = []
+
+
+def start(command: Sequence[object], devices: int | None = None, **options: Any) -> Any:
+    """Starts a process that can import m3jax and the tests, in a session of its own.
+
+    Args:
+      command: words, of any type; "python" is this interpreter.
+      devices: virtual ones of JAX; None: as many as here.
+      options: of `subprocess.Popen`; outputs are pipes of text and the folder is the repository's
+        if they do not say otherwise, `env` adds to the environment of this process.
+    """
+    words = [sys.executable if word == "python" else str(word) for word in command]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
+    if devices is not None:
+        environment["XLA_FLAGS"] = xla_flags(devices)
+    environment |= {name: str(value) for name, value in options.pop("env", {}).items()}
+    pipe = subprocess.PIPE
+    options = {"stdout": pipe, "stderr": pipe, "text": True, "cwd": ROOT, **options}
+    process = subprocess.Popen(words, env=environment, start_new_session=True, **options)
+    _started.append(process)
+    return process
+
+
+def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    """Waits for a process to end by itself; exit code and outputs."""
+    output, errors = process.communicate(timeout=HANG)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def call(command: Sequence[object], **options: Any) -> subprocess.CompletedProcess:
+    """Runs a process to its end; arguments as for `start`."""
+    return finish(start(command, **options))
+
+
+def wait_until(happened: Callable[[], bool], *processes: subprocess.Popen) -> None:
+    """Returns when something has happened while processes run; fails when one has ended before."""
+    end = time.monotonic() + HANG
+    while not happened():
+        for process in processes:
+            if process.poll() is not None and not happened():
+                raise AssertionError(f"ended too early: {process.args}, {process.communicate()}")
+        assert time.monotonic() < end, "does not happen"
+        time.sleep(0.002)
+
+
+def end_all() -> None:
+    """Kills what is left of the groups of all started processes."""
+    for process in _started:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
+    _started.clear()
