@@ -1,5 +1,6 @@
 """Processes that tests start: each in a group of its own, which ends with the test."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -64,10 +65,8 @@ def wait_until(happened: Callable[[], bool], *processes: subprocess.Popen) -> No
 def end_all() -> None:
     """Kills what is left of the groups of all started processes."""
     for process in _started:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
         for pipe in (process.stdin, process.stdout, process.stderr):
             if pipe is not None:

@@ -86,13 +86,14 @@ class Model:
         block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(0), self.parallel))
         self._block, _ = nnx.split(block)
         # A layer's axes: those of its stack without the first, which is the layer.
+        self._abstract = abstract_params(config, memory)  # tracing it takes a tenth of a second
         self._axes = jax.tree.map(
-            lambda axes: axes[1:], self.abstract()[1]["memory"], is_leaf=_is_axes
+            lambda axes: axes[1:], self._abstract[1]["memory"], is_leaf=_is_axes
         )
 
     def abstract(self) -> tuple[Params, Params]:
         """Returns shapes and dtypes of the parameters, and their logical axis names."""
-        return abstract_params(self.config, self.memory)
+        return jax.tree.map(lambda leaf: leaf, self._abstract)
 
     def specs(self) -> Params:
         """Returns the partition of every parameter."""
