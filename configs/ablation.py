@@ -58,8 +58,16 @@ FIELDS = {
 # Layers x query heads x head dim: L:N from 0.6 to 2.0, head dims of 64 to 128.
 SHAPES = ("64x32x80", "64x40x64", "44x32x96", "42x24x128", "44x48x64", "30x48x80")
 
+# File, and its option, of every base.
+BASES = {
+    "quickstart": ("quickstart", ""),
+    "wiki_small": ("wiki_small", ""),
+    "memory3_0p9b": ("memory3", ",shape=0p9b"),
+    "memory3_2b": ("memory3", ",shape=2b"),
+}
+
 OPTIONS = {
-    "base": ("quickstart", "wiki_small", "memory3_0p9b", "memory3_2b"),
+    "base": tuple(BASES),
     "stage": ("warmup", "continual"),
     "memories": (AS_BASE, "precomputed", "online", "stop_gradient"),
     "layers": (AS_BASE, "first", "middle"),
@@ -97,8 +105,9 @@ def get_config(options: str = "") -> ConfigDict:
 
 def _base(name: str, stage: str) -> ConfigDict:
     """Builds a config of this folder, which is no package: config files are loaded by path."""
-    file = runpy.run_path(str(Path(__file__).with_name(f"{name}.py")))
-    return file["get_config"](f"stage={stage}")
+    stem, shape = BASES[name]
+    file = runpy.run_path(str(Path(__file__).with_name(f"{stem}.py")))
+    return file["get_config"](f"stage={stage}{shape}")
 
 
 def _set_shape(config: ConfigDict, base: str, shape: str) -> None:

@@ -1,13 +1,13 @@
 """Bring your own Llama: any downloaded model as a memory model, by continual train alone.
 
-    python launch/convert.py    --config=configs/byo_llama.py:folder=LLAMA --workdir=DIR \\
-        --from_hf=LLAMA --special_tokens=PAD,BOS,REFERENCE,END
+    python launch/convert.py from_hf --config=configs/byo_llama.py:folder=LLAMA --workdir=DIR \\
+        --folder=LLAMA --special_tokens=PAD,BOS,REFERENCE,END
     python launch/prepare.py    --config=configs/byo_llama.py:folder=LLAMA --workdir=DIR \\
         --documents=articles.jsonl.gz
     python launch/write_bank.py --config=configs/byo_llama.py:folder=LLAMA --workdir=DIR
     python launch/train.py      --config=configs/byo_llama.py:folder=LLAMA,stage=continual \\
         --workdir=DIR --init_from=DIR/warmup
-    python launch/evaluate.py   --config=configs/byo_llama.py:folder=LLAMA,stage=continual \\
+    python launch/evaluate.py losses --config=configs/byo_llama.py:folder=LLAMA,stage=continual \\
         --workdir=DIR
 
 Options: folder=PATH takes the shape from the config.json of a Llama, Qwen2 or Qwen3 (without it the
@@ -15,7 +15,7 @@ shape is that of a model of 260 000 parameters for children's stories: dim 64, 4
 512 tokens); stage=warmup (the imported model as it is) or continual; layers=first|middle|all, where
 the memory layers are: the first half, 25–75 % of the depth, or everywhere (`memory.heads` names
 single layers and heads); memories=precomputed|online; documents=own (files of yours) or made_up
-(launch/make_texts.py: each document with the reference that it goes on from).
+(launch/prepare.py texts: each document with the reference that it goes on from).
 
 Sizes other than the shape are for the small model and a CPU, and fields as any other: for a large
 one raise `--config.data.sequence_length`, `data.batch_size`, `memory.reference_length` and

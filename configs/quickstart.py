@@ -5,7 +5,7 @@
 runs every step through the same code paths as a real run, with this config
 (`configs/quickstart.py:stage=warmup`, then `stage=continual`). `stage=scratch` trains with (online)
 memories from the start, for `launch/quickstart.py --compare_from_scratch` (Memory³ §6.1).
-`stage=sft` and `stage=dpo` make the result a chat model: `launch/quickstart_chat.py`.
+`stage=sft` and `stage=dpo` make the result a chat model: `launch/quickstart.py chat`.
 """
 
 import m3jax.config

@@ -5,10 +5,11 @@
     python launch/write_bank.py --config=configs/wiki_small.py --workdir=DIR
     python launch/train.py --config=configs/wiki_small.py:stage=continual --workdir=DIR \\
         --init_from=DIR/warmup
-    python launch/evaluate.py --config=configs/wiki_small.py:stage=continual --workdir=DIR
+    python launch/evaluate.py losses --config=configs/wiki_small.py:stage=continual \\
+        --workdir=DIR
 
 Options: stage=warmup|continual|sft|dpo, memories=precomputed|online (in all but warmup; sft and dpo
-after launch/prepare_chats.py, with the paper's settings at batches of 8), shift=0|1 (whose text
+after launch/prepare.py chats, with the paper's settings at batches of 8), shift=0|1 (whose text
 retrieves a training chunk's reference: its own, or the previous chunk's).
 
 15.7M parameters, 12.6M without the embedding, at rows of 512 tokens. It reproduces no figure of the

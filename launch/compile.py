@@ -1,14 +1,14 @@
-"""Compiles the real train step, the memory writer or the decode for a TPU slice that is not there.
+"""Compiles the real train step, memory writer or generation for a TPU slice that is not attached.
 
-    python launch/compile.py --config=configs/memory3_2b.py --topology=v5e:16x16
-    python launch/compile.py --config=configs/memory3_2b.py:stage=continual,memories=online \\
+    python launch/compile.py --config=configs/memory3.py --topology=v5e:16x16
+    python launch/compile.py --config=configs/memory3.py:stage=continual,memories=online \\
         --topology=v5e:16x16 --json=online.json
-    python launch/compile.py --config=configs/memory3_2b.py --topology=v5p:4x4x4 --search
-    python launch/compile.py --config=configs/memory3_2b.py --paths=warmup,precomputed,online \\
+    python launch/compile.py --config=configs/memory3.py --topology=v5p:4x4x4 --search
+    python launch/compile.py --config=configs/memory3.py --paths=warmup,precomputed,online \\
         --topology=v5e:16x16,v6e:16x16 --search --fsdp=8 --markdown=table.md
-    python launch/compile.py --config=configs/memory3_2b.py:stage=continual \\
+    python launch/compile.py --config=configs/memory3.py:stage=continual \\
         --topology=v5e:16x16 --program=writer
-    python launch/compile.py --config=configs/memory3_2b.py:stage=continual \\
+    python launch/compile.py --config=configs/memory3.py:stage=continual \\
         --topology=v5e:2x4 --program=decode --rows=32 --context=128
 
 Prints what a chip would hold against its memory, what crosses between chips, counted work and lower
@@ -25,95 +25,44 @@ import os
 import sys
 from pathlib import Path
 
-from absl import flags
-from ml_collections import config_flags
+from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.config import validate
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
-_TOPOLOGY = flags.DEFINE_list(
-    "topology", None, "TPU slices, CHIP:SHAPE, for example v5e:16x16, v5p:4x4x4, v6e:16x16."
-)
-_PROGRAM = flags.DEFINE_enum(
-    "program",
-    "train",
-    ["train", "writer", "decode"],
-    "The train step, the encode of launch/write_bank.py, or the decode of a chunk with memories.",
-)
-_ROWS = flags.DEFINE_integer(
-    "rows", 32, "Rows on a device of mesh.data, with --program=decode.", lower_bound=1
-)
-_CONTEXT = flags.DEFINE_integer(
-    "context", 128, "Tokens of a prompt, with --program=decode; whole chunks.", lower_bound=64
-)
-_PATHS = flags.DEFINE_list(
-    "paths", [], "Train steps to compile, of warmup, precomputed, online; default: the config's."
-)
-_SEARCH = flags.DEFINE_bool(
-    "search", False, "Try meshes and microbatches, and end with the best and its config flags."
-)
-_FSDP = flags.DEFINE_list("fsdp", ["8", "16", "32"], "Sizes of mesh.fsdp that --search tries.")
-_MICROBATCHES = flags.DEFINE_list(
-    "microbatches", ["1", "2", "4"], "Microbatches that --search tries, until one fits."
-)
-_REMAT = flags.DEFINE_list(
-    "remat", [], "Values of model.remat that --search tries; default: the config's."
-)
-_JSON = flags.DEFINE_string(
-    "json", None, "Write the report (a list where there are several) to this file."
-)
-_MARKDOWN = flags.DEFINE_string(
-    "markdown", None, "Write a table, a row for each path and slice, to this file."
-)
-
-for _name in ("fsdp", "microbatches"):
-    flags.register_validator(
-        _name,
-        lambda sizes: bool(sizes) and all(size.isdigit() and int(size) for size in sizes),
-        "a list of numbers of at least 1, for example 8,16",
-    )
-flags.register_validator(
-    "paths",
-    lambda paths: set(paths) <= {"warmup", "precomputed", "online"},
-    "a list of warmup, precomputed, online",
-)
+from m3jax.cli import Flag
 
 
-def main(argv: list[str]) -> None:
+def main(given: FlagValues) -> None:
     """Compiles and prints."""
-    config = validate(_CONFIG.value)  # before the slow imports
-
     from m3jax.aot import compile as compiled
 
     os.environ.update(compiled.ENVIRONMENT)
     from m3jax.aot.report import markdown, show, show_search
     from m3jax.hardware import chip_of_topology
 
-    chips = {topology: chip_of_topology(topology)[0] for topology in _TOPOLOGY.value or []}
-    paths = [compiled.on_path(config, path) for path in _PATHS.value or []] or [config]
+    chips = {topology: chip_of_topology(topology)[0] for topology in given.topology}
+    paths = [compiled.on_path(given.config, path) for path in given.paths] or [given.config]
     reports, rows, failed = [], [], False
     for (topology, chip), path in itertools.product(chips.items(), paths):
-        if _SEARCH.value:
-            fsdp, parts = ([int(x) for x in flag.value or []] for flag in (_FSDP, _MICROBATCHES))
-            remat = _REMAT.value or [path.model.remat]
-            tried = []
-            for found in compiled.search(path, topology, fsdp, parts, remat):
-                tried.append(found)
-                print(show(found), flush=True)
+        tried = []
+        if given.search:
+            remat = given.remat or [path.model.remat]
+            sizes = given.fsdp, given.microbatches
+            for report in compiled.search(path, topology, *sizes, remat):
+                tried.append(report)
+                print(show(report), flush=True)
             print(show_search(tried), flush=True)
             chosen = compiled.best(tried) or tried[-1]
         else:
-            chosen = compiled.report(path, topology, _PROGRAM.value, _ROWS.value, _CONTEXT.value)
-            tried = [chosen]
+            chosen = compiled.report(path, topology, given.program, given.rows, given.context)
+            tried.append(chosen)
             print(show(chosen), flush=True)
         reports += tried
         rows.append(chosen)
-        if _JSON.value:  # after each, so that what was compiled is not lost
-            written = reports if _SEARCH.value or len(chips) * len(paths) > 1 else chosen
-            Path(_JSON.value).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-        if _MARKDOWN.value:
-            Path(_MARKDOWN.value).write_text(markdown(rows) + "\n", encoding="utf-8")
+        if given.json:  # after each, so that what was compiled is not lost
+            written = reports if given.search or len(chips) * len(paths) > 1 else chosen
+            Path(given.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        if given.markdown:
+            Path(given.markdown).write_text(markdown(rows) + "\n", encoding="utf-8")
         if not chosen["fits"]:
             failed = True
             print(compiled.remedy(chosen, chip), file=sys.stderr)
@@ -121,5 +70,65 @@ def main(argv: list[str]) -> None:
         raise SystemExit(1)
 
 
+COMMANDS = {
+    "": cli.Command(
+        main,
+        (
+            cli.CONFIG,
+            Flag(
+                "topology",
+                "TPU slices, CHIP:SHAPE, for example v5e:16x16, v5p:4x4x4, v6e:16x16.",
+                many="comma",
+            ),
+            Flag(
+                "program",
+                "The train step, the encode of launch/write_bank.py, or the generation of a chunk"
+                " with memories.",
+                default="train",
+                choices=("train", "writer", "decode"),
+            ),
+            Flag("rows", "--program=decode: rows on a device of mesh.data.", int, 32, low=1),
+            Flag(
+                "context", "--program=decode: tokens of a prompt; whole chunks.", int, 128, low=64
+            ),
+            Flag(
+                "paths",
+                "Train steps to compile; default: the config's.",
+                default=[],
+                choices=("warmup", "precomputed", "online"),
+                many="comma",
+            ),
+            Flag(
+                "search",
+                "Try meshes and microbatches, and end with the best and its config flags.",
+                bool,
+            ),
+            Flag(
+                "fsdp",
+                "Sizes of mesh.fsdp that --search tries.",
+                *(int, [8, 16, 32]),
+                low=1,
+                many="comma",
+            ),
+            Flag(
+                "microbatches",
+                "Microbatches that --search tries, until one fits.",
+                *(int, [1, 2, 4]),
+                low=1,
+                many="comma",
+            ),
+            Flag(
+                "remat",
+                "Values of model.remat that --search tries; default: the config's.",
+                default=[],
+                many="comma",
+            ),
+            cli.JSON.with_help("A list where there are several reports."),
+            Flag("markdown", "File to write a table to, a row for each path and slice."),
+        ),
+        required=("config", "topology"),
+    )
+}
+
 if __name__ == "__main__":
-    cli.run(main, required=["config", "topology"])
+    cli.run(__doc__, COMMANDS)

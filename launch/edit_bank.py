@@ -10,130 +10,142 @@
     python launch/edit_bank.py verify   --config=… --workdir=runs/wiki
     python launch/edit_bank.py repair   --config=… --workdir=runs/wiki
 
-Each of the first three and merge makes a version: references, index and bank together, or nothing
-where it is stopped. Older versions stay readable until compact, which writes what is in use as a
-whole and deletes all others; after that nothing that was deleted can be read. A key names a
-reference (DOCUMENT#N) or all references of a document. Memories are written by the writer of the
-bank.
+add, replace, delete and merge make a version: references, index and bank together, or nothing where
+they are stopped. Older versions stay readable until compact; after that nothing that was deleted
+can be read. A key names a reference (DOCUMENT#N) or all references of a document. Memories are
+written by the writer of the bank.
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl.flags import FlagValues
 
 from m3jax import cli
-
-COMMANDS = ("add", "replace", "delete", "merge", "list", "rollback", "compact", "verify", "repair")
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, made by launch/prepare.py.")
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Whose writer writes: stage folder; default that of the bank."
-)
-_DOCUMENTS = flags.DEFINE_string(
-    "documents", None, "add, replace: documents as launch/prepare.py reads them."
-)
-_KEYS = flags.DEFINE_list("keys", [], "delete: keys of references (ID#N) or ids of documents.")
-_OTHER = flags.DEFINE_string("other", None, "merge: workdir whose knowledge is added.")
-_REPLACE = flags.DEFINE_bool("replace", False, "merge: documents in both are those of --other.")
-_TO = flags.DEFINE_integer("to", None, "rollback: the version to go back to.")
-_VERSION = flags.DEFINE_integer("bank_version", None, "verify, repair: which; default the current.")
-_NOTE = flags.DEFINE_string("note", "", "Kept with the version.")
-cli.define_cache_flag()
-flags.adopt_module_key_flags(cli)  # --help shows them
+from m3jax.cli import Flag
 
 
-def main(argv: list[str]) -> None:
-    """Runs the command."""
-    command = argv[1]
-    _check_flags(command)
-    cli.use_compilation_cache()
-    from m3jax.config import validate
-    from m3jax.knowledge import edit, maintain
-    from m3jax.knowledge import versions as knowledge
+def add(given: FlagValues, replace: bool = False) -> None:
+    """Adds the references of new documents."""
+    from m3jax.knowledge.edit import edit
     from m3jax.text.documents import read_documents
 
-    config, workdir, note = validate(_CONFIG.value), Path(str(_WORKDIR.value)), _NOTE.value
-    if command in ("add", "replace"):
-        documents = read_documents(str(_DOCUMENTS.value))
-        _say(
-            edit.edit(
-                config,
-                workdir,
-                documents=documents,
-                replace=command == "replace",
-                write=_writer(),
-                note=note,
-            )
-        )
-    elif command == "delete":
-        _say(edit.edit(config, workdir, delete=_KEYS.value or [], write=_writer(), note=note))
-    elif command == "merge":
-        replace = bool(_REPLACE.value)
-        _say(edit.merge(config, workdir, str(_OTHER.value), write=_writer(), replace=replace))
-    elif command == "rollback":
-        _say(edit.rollback(workdir, int(_TO.value or 0)))
-    elif command == "compact":
-        version, busy = maintain.compact(config, workdir, write=_writer(), note=note)
-        _say(version)
-        for folder in busy:
-            print(f"{folder} is being read by another process; compact again when it has ended")
-    elif command == "list":
-        current = knowledge.read_current(workdir)["version"]
-        for number in knowledge.versions(workdir):
-            version = knowledge.open_version(workdir, number)
-            mark = "*" if number == current else " "
-            print(f"{mark} {number:6d}  from {version.parent:4d}  {version.note}")
-    else:
-        _check(command, config, workdir)
+    documents = read_documents(given.documents)
+    at = given.config, given.workdir
+    _say(edit(*at, documents=documents, replace=replace, write=_writer(given), note=given.note))
 
 
-def _check(command: str, config: Any, workdir: Path) -> None:
-    """verify and repair."""
+def replace(given: FlagValues) -> None:
+    """Replaces documents: their old references go, the new ones come."""
+    add(given, replace=True)
+
+
+def delete(given: FlagValues) -> None:
+    """Deletes references by key, or all of a document."""
+    from m3jax.knowledge.edit import edit
+
+    _say(
+        edit(given.config, given.workdir, delete=given.keys, write=_writer(given), note=given.note)
+    )
+
+
+def merge(given: FlagValues) -> None:
+    """Adds the knowledge of another workdir."""
+    from m3jax.knowledge.edit import merge
+
+    at = given.config, given.workdir, given.other
+    _say(merge(*at, write=_writer(given), replace=given.replace))
+
+
+def rollback(given: FlagValues) -> None:
+    """Makes an older version the current one again."""
+    from m3jax.knowledge.edit import rollback
+
+    _say(rollback(given.workdir, given.to))
+
+
+def compact(given: FlagValues) -> None:
+    """Writes what is in use as a whole and deletes everything else."""
+    from m3jax.knowledge.maintain import compact
+
+    version, busy = compact(given.config, given.workdir, write=_writer(given), note=given.note)
+    _say(version)
+    for folder in busy:
+        print(f"{folder} is being read by another process; compact again when it has ended")
+
+
+def list_versions(given: FlagValues) -> None:
+    """Lists the versions; a star marks the current one."""
+    from m3jax.knowledge import versions
+
+    current = versions.read_current(given.workdir)["version"]
+    for number in versions.versions(given.workdir):
+        version = versions.open_version(given.workdir, number)
+        mark = "*" if number == current else " "
+        print(f"{mark} {number:6d}  from {version.parent:4d}  {version.note}")
+
+
+def verify(given: FlagValues) -> None:
+    """Checks every file of a version; exit code 1 where one is not as it was written."""
     from m3jax.knowledge import maintain
 
-    number = _VERSION.value
-    if command == "repair":
-        for problem in maintain.repair(config, workdir, write=_writer(), number=number):
-            print(f"rewritten: {problem}")
-    problems = maintain.verify(config, workdir, number)
+    problems = maintain.verify(given.config, given.workdir, given.bank_version)
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
         raise SystemExit(1)
-    print(f"{workdir}: every file is as it was written")
+    print(f"{given.workdir}: every file is as it was written")
+
+
+def repair(given: FlagValues) -> None:
+    """Writes damaged memories and index files anew, then verifies."""
+    from m3jax.knowledge import maintain
+
+    at = given.config, given.workdir
+    for problem in maintain.repair(*at, write=_writer(given), number=given.bank_version):
+        print(f"rewritten: {problem}")
+    verify(given)
 
 
 def _say(version: Any) -> None:
     print(f"{version.workdir}: version {version.number} is current ({version.note})")
 
 
-def _writer() -> Any:
+def _writer(given: FlagValues) -> Any:
     from m3jax.knowledge.memory_writer import MemoryWriter
 
-    workdir = str(_WORKDIR.value)
-    return MemoryWriter(_CONFIG.value, workdir, _CHECKPOINT.value, like_base=True)
+    return MemoryWriter(given.config, given.workdir, given.checkpoint, like_base=True)
 
 
-def _check_flags(command: str) -> None:
-    needs = {
-        "add": ("documents", _DOCUMENTS.value),
-        "replace": ("documents", _DOCUMENTS.value),
-        "delete": ("keys", _KEYS.value),
-        "merge": ("other", _OTHER.value),
-        "rollback": ("to", _TO.value is not None),
-    }
-    if command == "collect":
-        raise app.UsageError("the command collect is called compact: launch/edit_bank.py compact")
-    name, given = needs.get(command, ("", True))
-    if not given:
-        raise app.UsageError(f"{command} needs --{name}")
-
+_RUN = (cli.CONFIG, cli.WORKDIR)
+_WRITE = (
+    *_RUN,
+    cli.CHECKPOINT.with_help("Its writer writes; default the writer of the bank."),
+    cli.CACHE,
+)
+_NOTE = Flag("note", "Text that is kept with the version.", default="")
+_DOCUMENTS = Flag("documents", "Documents as launch/prepare.py reads them.")
+_KEYS = Flag("keys", "Keys of references (ID#N) or ids of documents.", default=[], many="comma")
+_MERGE = (
+    Flag("other", "Workdir whose knowledge is added."),
+    Flag("replace", "Documents in both are taken from --other.", bool),
+)
+_REQUIRED = ("config", "workdir")
+COMMANDS = {
+    "add": cli.Command(add, (*_WRITE, _DOCUMENTS, _NOTE), (*_REQUIRED, "documents")),
+    "replace": cli.Command(replace, (*_WRITE, _DOCUMENTS, _NOTE), (*_REQUIRED, "documents")),
+    "delete": cli.Command(delete, (*_WRITE, _KEYS, _NOTE), (*_REQUIRED, "keys")),
+    "merge": cli.Command(merge, (*_WRITE, *_MERGE), (*_REQUIRED, "other")),
+    "list": cli.Command(list_versions, _RUN),
+    "rollback": cli.Command(
+        rollback, (*_RUN, Flag("to", "Version to go back to.", int)), (*_REQUIRED, "to")
+    ),
+    "compact": cli.Command(compact, (*_WRITE, _NOTE), renamed=("collect",)),
+    "verify": cli.Command(verify, (*_RUN, cli.BANK_VERSION)),
+    "repair": cli.Command(repair, (*_WRITE, cli.BANK_VERSION)),
+}
 
 if __name__ == "__main__":
-    cli.run(main, required=["config", "workdir"], commands=(*COMMANDS, "collect"))
+    cli.run(__doc__, COMMANDS)

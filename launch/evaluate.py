@@ -1,172 +1,314 @@
-"""Evaluates a checkpoint: loss with memory, without and with wrong memories; questions; tasks.
+"""Evaluates a checkpoint: losses with memories and without, tasks, questions, retrieval.
 
-    python launch/evaluate.py --config=configs/wiki_small.py:stage=continual --workdir=runs/wiki
-    python launch/evaluate.py … --questions=questions.jsonl
-    python launch/evaluate.py … --tasks=arc_easy.jsonl,nq_open_dev.jsonl --limit=100
-    python launch/evaluate.py … --tasks=arc_easy.jsonl --modes=none,memory --overlap=1,0.8,0.6667
-    python launch/evaluate.py … --tasks=arc_easy.jsonl --warmup_config=configs/….py:stage=warmup
-
-Losses are those of `corpus/validation` at `evaluation.shift` 1 unless --shift says otherwise: a
-chunk's memories are found with the text before it. Questions are JSON lines with `prompt` and
-`answer`.
-
-Tasks, instead, are scored by lm-evaluation-harness (`pip install 'm3jax[eval]'`) in every mode, as
-one table. What a file may hold is said in m3jax/evaluation/lm_eval/files.py: multiple choice, MMLU
-(.csv), schemas, continuations, open questions (JSON lines, or SQuAD's .json), questions with a
-number as the answer, and questions.jsonl of a quickstart.
+    python launch/evaluate.py losses --config=configs/wiki_small.py:stage=continual \\
+        --workdir=runs/wiki
+    python launch/evaluate.py tasks  --config=configs/wiki_small.py:stage=continual \\
+        --workdir=runs/wiki --tasks=arc_easy.jsonl,nq_open_dev.jsonl --limit=100
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from pathlib import Path
-from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
+from absl.flags import FlagValues
 
 from m3jax import cli
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, made by launch/prepare.py.")
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Stage folder, or checkpoints/STEP in it; default WORKDIR/<config.stage>."
-)
-_BANK = flags.DEFINE_string(
-    "bank", None, "Folder or URL of a bank of explicit memories; default WORKDIR/bank."
-)
-_VERSION = flags.DEFINE_integer(
-    "bank_version",
-    None,
-    "Version of the knowledge, of launch/edit_bank.py list; default current.",
-)
-_SHIFT = flags.DEFINE_enum(
-    "shift",
-    None,
-    ["0", "1"],
-    "Whose text retrieves a chunk's memories: 0 its own, 1 the previous chunk's; default from the"
-    " config, 1.",
-)
-_QUESTIONS = flags.DEFINE_string("questions", None, "Also answer these questions (JSON lines).")
-_TASKS = flags.DEFINE_list("tasks", None, "Task files, or folders of them, to score.")
-_MODES = flags.DEFINE_list(
-    "modes",
-    ["none", "memory", "rag", "wrong"],
-    "What the model reads in tasks: nothing, memories (also called explicit), references as text in"
-    " the prompt, memories of another question.",
-)
-_COMPRESSED = flags.DEFINE_string(
-    "compressed_bank", None, "Bank of compressed memories; adds the mode `compressed` to tasks."
-)
-_WARMUP = config_flags.DEFINE_config_file(
-    "warmup_config",
-    None,
-    "Config of the stage before: its checkpoint, in WORKDIR/warmup, makes a first column of tasks.",
-)
-_SHOTS = flags.DEFINE_integer(
-    "shots", 0, "Examples in front of every question of a task.", lower_bound=0
-)
-_LIMIT = flags.DEFINE_integer(
-    "limit", None, "Most examples of a task, from its first; default all.", lower_bound=1
-)
-_OVERLAP = flags.DEFINE_list(
-    "overlap",
-    [],
-    "In tasks drop references whose overlap with the question is above this; 1 drops none. Several"
-    " make a column each. Default config.retrieval.overlap_evaluation, 2/3.",
-)
-_REFERENCES = flags.DEFINE_integer(
-    "references", 5, "References in the prompt, in the mode rag.", lower_bound=1
-)
-_BATCH = flags.DEFINE_integer(
-    "batch", 16, "Rows of tasks that the device works on at once.", lower_bound=1
-)
-_JSON = flags.DEFINE_string("json", None, "Write the figures to this file.")
-cli.define_cache_flag()
-flags.adopt_module_key_flags(cli)  # --help shows them
+from m3jax.cli import Flag
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def losses(given: FlagValues) -> None:
+    r"""Measures the validation loss with memory, without, and with wrong memories.
+
+        python launch/evaluate.py losses --config=configs/wiki_small.py:stage=continual \
+            --workdir=runs/wiki
+
+    Memories of a chunk are retrieved with the text before it (config.evaluation.shift = 1), or with
+    its own (0).
+    """
+    _report(given, None)
 
 
-flags.register_validator(
-    "overlap",
-    lambda limits: all(_is_number(limit) for limit in limits),
-    "a list of numbers above 0 and at most 1, for example 1,0.8,0.6667",
-)
+def questions(given: FlagValues) -> None:
+    """Measures the share of right answers to questions, beside the losses.
+
+        python launch/evaluate.py questions … --questions=questions.jsonl
+
+    Questions are JSON lines with `prompt` and `answer`.
+    """
+    _report(given, given.questions)
 
 
-def main(argv: list[str]) -> None:
-    """Prints a table and writes JSON."""
-    cli.use_compilation_cache()
-    from m3jax.config import validate
-    from m3jax.files import write_atomically
-
-    config = _CONFIG.value
-    if _SHIFT.value is not None:
-        with config.unlocked():
-            config.evaluation.shift = int(_SHIFT.value)
-    config, workdir = validate(config), Path(str(_WORKDIR.value))
-    report, text = (_losses if _TASKS.value is None else _scores)(config, workdir)
-    print(text)
-    if _JSON.value:
-        write_atomically(Path(_JSON.value), (json.dumps(report, indent=2) + "\n").encode())
-
-
-def _losses(config: Any, workdir: Path) -> tuple[dict[str, Any], str]:
-    """Report and table of the validation text, and of the questions."""
+def _report(given: FlagValues, path: str | None) -> None:
     from m3jax.evaluation.report import evaluate, table
 
     report = evaluate(
-        config,
-        workdir,
-        checkpoint=_CHECKPOINT.value,
-        bank=_BANK.value,
-        questions=_QUESTIONS.value,
-        version=_VERSION.value,
+        given.config,
+        given.workdir,
+        checkpoint=given.checkpoint,
+        bank=given.bank,
+        questions=path,
+        version=given.bank_version,
     )
-    return report, table(report)
+    cli.show(table(report), report, given.json)
 
 
-def _scores(config: Any, workdir: Path) -> tuple[dict[str, Any], str]:
-    """Report and table of the tasks."""
-    from m3jax.config import validate
+def tasks(given: FlagValues) -> None:
+    """Scores tasks in every mode with lm-evaluation-harness (pip install 'm3jax[eval]').
+
+        python launch/evaluate.py tasks … --tasks=arc_easy.jsonl,nq_open_dev.jsonl --limit=100
+        python launch/evaluate.py tasks … --tasks=arc_easy.jsonl --modes=none,memory \\
+            --overlap=1,0.8,0.6667
+        python launch/evaluate.py tasks … --tasks=arc_easy.jsonl \\
+            --warmup_config=configs/wiki_small.py
+
+    m3jax/evaluation/lm_eval/files.py lists what a file may hold: multiple choice, MMLU (.csv),
+    schemas, continuations, open questions (JSON lines, or SQuAD's .json), questions with a number
+    as the answer, and questions.jsonl of a quickstart.
+    """
     from m3jax.evaluation.lm_eval.files import read_task, task_files
     from m3jax.evaluation.lm_eval.run import columns, evaluate_tasks, table
     from m3jax.inference.session import Session
 
-    modes = list(_MODES.value or [])
-    if _COMPRESSED.value and "compressed" not in modes:
-        place = modes.index("memory") + 1 if "memory" in modes else len(modes)
-        modes.insert(place, "compressed")
+    modes = list(given.modes)
+    if given.compressed_bank and "compressed" not in modes:
+        modes.insert(modes.index("memory") + 1 if "memory" in modes else len(modes), "compressed")
     warmup = None
-    if _WARMUP.value is not None:
+    if given.warmup_config is not None:
         modes.insert(0, "warmup")
-        warmup = Session(validate(_WARMUP.value), workdir)
-    wanted = columns(modes, [float(limit) for limit in _OVERLAP.value or []])
-    tasks = [read_task(path) for path in task_files(_TASKS.value or [])]
+        warmup = Session(given.warmup_config, given.workdir)
+    chosen = columns(modes, given.overlap)
+    read = [read_task(path) for path in task_files(given.tasks)]
     session = Session(
-        config, workdir, checkpoint=_CHECKPOINT.value, bank=_BANK.value, version=_VERSION.value
+        given.config,
+        given.workdir,
+        checkpoint=given.checkpoint,
+        bank=given.bank,
+        version=given.bank_version,
     )
     report = evaluate_tasks(
-        session,
-        tasks,
-        wanted,
-        shots=_SHOTS.value,
-        limit=_LIMIT.value,
-        references=_REFERENCES.value,
-        batch_size=_BATCH.value,
-        compressed=_COMPRESSED.value,
+        *(session, read, chosen),
+        shots=given.shots,
+        limit=given.limit,
+        references=given.references,
+        batch_size=given.batch,
+        compressed=given.compressed_bank,
         warmup=warmup,
     )
-    found = {"checkpoint": str(session.checkpoint), "step": session.meta["step"], **report}
-    return found, table(report)
+    about = {"checkpoint": str(session.checkpoint), "step": session.meta["step"]}
+    cli.show(table(report), {**about, **report}, given.json)
 
+
+def retrieval(given: FlagValues) -> None:
+    """Compares the index with exact search, or counts retrieved answers to questions.
+
+        python launch/evaluate.py retrieval --config=configs/wiki_small.py --workdir=runs/wiki
+        python launch/evaluate.py retrieval … --queries=queries.jsonl --least_recall=0.95
+        python launch/evaluate.py retrieval … --questions=questions.jsonl --k=1,5
+
+    Queries of the comparison are second halves of sampled references, or the texts of a file. The
+    exit code is 1 if the recall at the largest k is below --least_recall.
+
+    With --questions, instead, it counts for how many of them a reference that holds the answer is
+    among the k best: of those that the knowledge base can answer, with an answer in any reference
+    as a run of whole words. Questions are JSON lines with `question` and `answer` (a string or a
+    list; `aliases` count, too).
+    """
+    from m3jax.errors import CommandError
+
+    if given.questions and (given.queries or given.least_recall):
+        raise CommandError("--questions compares with no exact search; leave out the other flags")
+    (_answer_recall if given.questions else _index_recall)(given)
+
+
+def _answer_recall(given: FlagValues) -> None:
+    from m3jax.evaluation.answer_recall import hit_rates, table
+
+    at, version = sorted(given.k), given.bank_version
+    report = hit_rates(given.config, given.workdir, given.questions, at=at, version=version)
+    cli.show(table(report), report, given.json)
+
+
+def _index_recall(given: FlagValues) -> None:
+    from m3jax.retrieval.checkpoint_embedders import load_embedder
+    from m3jax.retrieval.index import Index
+    from m3jax.retrieval.recall import read_queries, recall_report, table
+    from m3jax.retrieval.tune import sample_queries
+    from m3jax.text.references import References
+
+    references = References.open(given.workdir / "references")
+    index = Index.open(given.workdir / "index", references, load=load_embedder)
+    if given.queries is None:
+        queries = sample_queries(references, index.embedder, given.sample)
+    else:
+        queries = index.embedder.embed_queries(read_queries(given.queries, given.sample))
+    report = recall_report(index, queries, max(given.k))
+    cli.show(table(report), report, given.json)
+    if report["recall"] < given.least_recall:
+        raise SystemExit(
+            f"recall {report['recall']:.3f} is below --least_recall={given.least_recall}"
+        )
+
+
+def leakage(given: FlagValues) -> None:
+    """Measures how much of what retrieval returns is in the text already, before any filter.
+
+        python launch/evaluate.py leakage --config=configs/wiki_small.py --workdir=runs/wiki
+        python launch/evaluate.py leakage … --against=validation --threshold=0.667
+        python launch/evaluate.py leakage … --against=questions.jsonl
+
+    Prints quantiles of the overlap (Memory³ §6.1), shares above the thresholds and the worst pairs
+    side by side, and draws a histogram. Questions are JSON lines with `prompt` or `question`.
+    """
+    from m3jax.evaluation.leakage import leakage
+    from m3jax.evaluation.leakage_report import picture, table
+
+    report = leakage(
+        given.config,
+        given.workdir,
+        against=given.against,
+        sample=given.sample,
+        threshold=given.threshold,
+    )
+    path = Path(given.picture or given.workdir / "report" / "leakage.png")
+    cli.show(table(report), report, given.json)
+    picture(report, path)
+    print(f"\npicture: {path}")
+
+
+def needle(given: FlagValues) -> None:
+    r"""Tests the recall of a fact from a text longer than the model's context.
+
+        python launch/evaluate.py needle --config=configs/quickstart.py:stage=continual \
+            --workdir=runs/quickstart --needles=runs/quickstart/text/needles.jsonl \
+            --lengths=60,120,240,480,960,1920 --window=20 --cut=10 --picture=needle.png
+
+    Needles are JSON lines with `needle`, `prompt` and `answer`. Each is hidden among references of
+    the knowledge base (or of --haystack), the prompt follows at the end, and the model generates.
+    Of a text longer than its context it reads the last --window tokens; older text is cut into
+    memories of at most --cut tokens, which it retrieves, or it is forgotten.
+    """
+    from m3jax.evaluation.needle import needle_test, read_needles, table
+    from m3jax.evaluation.plots import needle_lines
+    from m3jax.inference.session import Session
+    from m3jax.text.references import References
+
+    needles = read_needles(given.needles)
+    session = Session(given.config, given.workdir, checkpoint=given.checkpoint)
+    haystack = References.open(given.haystack) if given.haystack else session.references
+    report = needle_test(
+        *(session, needles, haystack, given.lengths),
+        count=given.count,
+        window=given.window,
+        cut=given.cut,
+        batch=given.batch,
+        seed=given.seed,
+    )
+    cli.show(table(report), report, given.json)
+    if given.picture:
+        needle_lines(Path(given.picture), report)
+
+
+_RUN = (cli.CONFIG, cli.WORKDIR)
+_LOSSES = (*_RUN, cli.STAGE_CHECKPOINT, cli.BANK, cli.BANK_VERSION, cli.JSON, cli.CACHE)
+COMMANDS = {
+    "losses": cli.Command(losses, _LOSSES),
+    "tasks": cli.Command(
+        tasks,
+        (
+            *_LOSSES,
+            Flag("tasks", "Task files, or folders of them, to score.", many="comma"),
+            Flag(
+                "modes",
+                "What the model reads: nothing, memories (also called explicit), references as text"
+                " in the prompt, memories of another question.",
+                default=["none", "memory", "rag", "wrong"],
+                many="comma",
+            ),
+            Flag("compressed_bank", "Bank of compressed memories; adds the mode `compressed`."),
+            dataclasses.replace(
+                cli.CONFIG,
+                name="warmup_config",
+                help="Config of the stage before: its checkpoint, in WORKDIR/warmup, makes a first"
+                " column.",
+            ),
+            Flag("shots", "Examples in front of every question.", int, 0, low=0),
+            Flag("limit", "Most examples of a task, from its first; default all.", int, low=1),
+            Flag(
+                "overlap",
+                "Drop references whose overlap with the question is above this; 1 drops none."
+                " Several make a column each. Default config.retrieval.overlap_evaluation, 2/3.",
+                *(float, []),
+                many="comma",
+            ),
+            cli.RAG_REFERENCES,
+            cli.BATCH,
+        ),
+        required=("config", "workdir", "tasks"),
+    ),
+    "questions": cli.Command(
+        questions,
+        (*_LOSSES, Flag("questions", "Questions to answer (JSON lines).")),
+        required=("config", "workdir", "questions"),
+    ),
+    "retrieval": cli.Command(
+        retrieval,
+        (
+            *_RUN,
+            Flag(
+                "k",
+                "References per query; the comparison with exact search takes the largest.",
+                *(int, [1, 5]),
+                low=1,
+                many="comma",
+                renamed={"at": "--k"},
+            ),
+            Flag("queries", "JSON lines with `question` or `text`; default halves of references."),
+            Flag("sample", "Most queries to compare.", int, 200, low=1),
+            Flag("least_recall", "Least recall; exit code 1 below.", float, 0.0, low=0, high=1),
+            Flag("questions", "Questions with answers (JSON lines)."),
+            cli.BANK_VERSION.with_help("With --questions."),
+            cli.JSON,
+        ),
+    ),
+    "leakage": cli.Command(
+        leakage,
+        (
+            *_RUN,
+            Flag(
+                "against",
+                "What must not leak: train, validation, or a .jsonl file of questions.",
+                default="train",
+            ),
+            Flag("sample", "Most rows or questions, drawn at random.", int, 1000, low=1),
+            Flag("threshold", "Overlap above which a reference is dropped.", float, 0.9),
+            cli.PICTURE.with_help("Default WORKDIR/report/leakage.png."),
+            cli.JSON,
+        ),
+    ),
+    "needle": cli.Command(
+        needle,
+        (
+            *(*_RUN, cli.STAGE_CHECKPOINT, cli.CACHE, cli.SEED),
+            Flag("needles", "File of needles, .jsonl."),
+            Flag(
+                "haystack",
+                "Folder of references to hide them among, as launch/prepare.py makes; default the"
+                " knowledge base.",
+            ),
+            Flag(
+                "lengths",
+                "Tokens of the texts.",
+                *(int, [512, 1024, 2048, 4096]),
+                low=1,
+                many="comma",
+            ),
+            Flag("count", "Texts of each length.", int, 64, low=1),
+            *(cli.WINDOW, cli.CUT, cli.BATCH, cli.PICTURE, cli.JSON),
+        ),
+        required=("config", "workdir", "needles"),
+    ),
+}
 
 if __name__ == "__main__":
-    cli.run(main, required=["config", "workdir"])
+    cli.run(__doc__, COMMANDS)

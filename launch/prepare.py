@@ -5,14 +5,13 @@ r"""Prepares a workdir: tokenizer, token corpus, references and retrieval index 
 
 Finished parts are kept, so a stopped run goes on with the same command.
 
-Cleaned first (see the fields `clean.` in m3jax/config.py), by two processes, which make the same
-bytes as one; the data report is then in DIR/report/data:
+Cleaned first (config section `clean`), by two processes, which make the same bytes as one; the data
+report is then in DIR/report/data:
 
-    python launch/prepare.py --config=configs/wiki_small.py --workdir=runs/wiki \
-        --documents=articles.jsonl.gz --config.clean.enabled --workers=2
+    python launch/prepare.py … --config.clean.enabled --workers=2
 
-References selected: rules, near-duplicates, and none that holds a question of an evaluation (fields
-`knowledge.`); the report is then in DIR/report/knowledge:
+References selected: rules, near-duplicates, and none that holds a question of an evaluation (config
+section `knowledge`); the report is then in DIR/report/knowledge:
 
     python launch/prepare.py … --config.knowledge.enabled --questions=nq.jsonl,boolq.jsonl
 
@@ -24,102 +23,214 @@ With Apache Beam, on machines that all see the workdir:
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
+from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.config import validate
-from m3jax.errors import TextError
-from m3jax.text.cleaning.beam import BeamRunner
-from m3jax.text.cleaning.workers import LocalRunner, Runner
-from m3jax.text.prepare import prepare_text
-from m3jax.text.references import References
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it does not exist.")
-_DOCUMENTS = flags.DEFINE_string(
-    "documents",
-    None,
-    "Documents to train on: comma-separated .jsonl, .jsonl.gz, .txt or .parquet files, globs,"
-    " folders, or tfds:NAME[:SPLIT].",
-)
-_KNOWLEDGE = flags.DEFINE_string(
-    "knowledge", None, "Documents of the knowledge base, as --documents; default: the same."
-)
-_LIMIT = flags.DEFINE_integer(
-    "limit_documents", None, "Use only this many documents of each spec.", lower_bound=1
-)
+from m3jax.cli import Flag
+from m3jax.errors import CommandError
 
 
-_WORKERS = flags.DEFINE_integer(
-    "workers",
-    None,
-    "Processes that clean and tokenize blocks of documents, and select references. Default: without"
-    " --config.clean.enabled and --config.text.shuffle no blocks are made, else this process works"
-    " on them.",
-    lower_bound=1,
-)
-_BEAM = flags.DEFINE_multi_string(
-    "beam",
-    None,
-    "Do the work on blocks with Apache Beam; a flag of Beam, as often as needed, for example"
-    " --beam=--runner=FlinkRunner. --beam=--runner=FnApiRunner runs in this process.",
-)
-_QUALITY = flags.DEFINE_string(
-    "quality",
-    None,
-    "Scorer for config.clean.quality_min: a folder made by launch/quality.py, or MODULE:NAME of a"
-    " function that makes one.",
-)
-
-
-_QUESTIONS = flags.DEFINE_list(
-    "questions",
-    [],
-    "Files of evaluation questions that no reference may hold, in the forms of launch/evaluate.py"
-    " --tasks; with --config.knowledge.enabled.",
-)
-
-
-def main(argv: list[str]) -> None:
+def prepare(given: FlagValues) -> None:
     """Prepares the text, then the index over its references."""
     from m3jax.evaluation.lm_eval.files import question_texts
     from m3jax.knowledge.versions import require_unedited
     from m3jax.retrieval.build import build_index
     from m3jax.retrieval.checkpoint_embedders import make_embedder
+    from m3jax.text.prepare import prepare_text
+    from m3jax.text.references import References
 
-    config = validate(_CONFIG.value)
-    runner = _runner()
-    workdir = Path(str(_WORKDIR.value))
+    config, workdir = given.config, given.workdir
+    runner = _runner(given)
     require_unedited(workdir)
-    questions = question_texts(_QUESTIONS.value) if _QUESTIONS.value else []
+    questions = question_texts(given.questions) if given.questions else []
     # First: what is wrong with an encoder or a checkpoint is known at once.
     embedder = make_embedder(config, workdir)
     prepare_text(
-        config,
-        workdir,
-        str(_DOCUMENTS.value),
-        _KNOWLEDGE.value,
-        _LIMIT.value,
+        *(config, workdir, given.documents, given.knowledge, given.limit_documents),
         runner=runner,
-        quality=_QUALITY.value,
+        quality=given.quality,
         questions=questions,
     )
-
     references = References.open(workdir / "references")
     build_index(references, embedder, workdir / "index", config)
     print(f"index: {len(references)} references in {workdir / 'index'}")
 
 
-def _runner() -> Runner | None:
-    """Who works on blocks, by the flags."""
-    if _BEAM.value and _WORKERS.value:
-        raise TextError("--workers and --beam exclude each other; Beam has its own flags for it")
-    if _BEAM.value:
-        return BeamRunner(_BEAM.value)
-    return LocalRunner(_WORKERS.value) if _WORKERS.value else None
+def _runner(given: FlagValues) -> Any:
+    from m3jax.text.cleaning.beam import BeamRunner
+    from m3jax.text.cleaning.workers import LocalRunner
 
+    if given.beam and given.workers:
+        raise CommandError("--workers and --beam exclude each other; Beam has its own flags for it")
+    if given.beam:
+        return BeamRunner(given.beam)
+    return LocalRunner(given.workers) if given.workers else None
+
+
+def chats(given: FlagValues) -> None:
+    r"""Prepares chats for SFT, or preference pairs for DPO, in a workdir that has a tokenizer.
+
+        python launch/prepare.py chats --config=configs/wiki_small.py:stage=sft \
+            --workdir=runs/wiki --chats=chats.jsonl
+        python launch/prepare.py chats --config=configs/wiki_small.py:stage=dpo \
+            --workdir=runs/wiki --chats=pairs.jsonl
+
+    Lines are chats (messages, ShareGPT conversations, prompt and response) or pairs (prompt,
+    chosen, rejected); m3jax/text/chat/chats.py lists the forms. Unusable lines are left out and
+    reported, or, where they are more than config.chat.bad_share, refused with file and line. A
+    finished part is kept.
+    """
+    from m3jax.config import with_epochs
+    from m3jax.data.packed import PackedRows
+    from m3jax.text.chat.corpus import REPORT, describe, prepare_chats
+    from m3jax.text.corpus import Corpus
+
+    config, workdir, kind = given.config, given.workdir, given.config.data.packing
+    report, kept = prepare_chats(config, workdir, given.chats)
+    print(f"{kind}: {'finished before, kept' if kept else 'made'}; {workdir / kind / REPORT}")
+    print(describe(report))
+    length, chunk = config.data.sequence_length, config.memory.chunk_length
+    rows = PackedRows(Corpus.open(workdir / kind / "train"), length, chunk, kind)
+    print(
+        f"packed: {len(rows)} rows of {length} tokens, {rows.padding:.2%} padding, at most"
+        f" {rows.chunks} chunks a row"
+    )
+    if config.train.epochs:
+        steps = with_epochs(config, len(rows)).train.steps
+        print(f"{config.train.epochs:g} epochs at {config.data.batch_size} rows: {steps} steps")
+
+
+def quality(given: FlagValues) -> None:
+    r"""Trains a quality scorer from labelled texts, for `config.clean.quality_min`.
+
+        python launch/prepare.py quality --labelled=labelled.jsonl --scorer=runs/quality
+        python launch/prepare.py … --quality=runs/quality \
+            --config.clean.enabled --config.clean.quality_min=2
+
+    A line of the labelled texts is `{"text": "…", "score": 3}`, with scores from 0 to 5. A fifth of
+    them is held out and scored first, to see what the scorer is worth; then it learns from all.
+    """
+    from m3jax.text.cleaning.quality import train_scorer
+
+    print(train_scorer(given.labelled, given.scorer, given.penalty))
+
+
+def texts(given: FlagValues) -> None:
+    r"""Samples texts of a checkpoint: documents to train on, and the references they go on from.
+
+        python launch/prepare.py texts --config=configs/byo_llama.py --workdir=runs/llama \
+            --texts=runs/llama/texts --count=8000 --tokens=128 --split=64
+
+    For a model whose own text or tokenizer is not at hand. The first --split tokens of every text
+    go to knowledge.jsonl, the rest to documents.jsonl, with the key of its reference. `prepare.py
+    --documents --knowledge` takes both with the config fields retrieval.ids = "stored" and
+    data.packing = "document".
+
+    Prints the loss of the model itself on the rest of held-out texts, with their first part in its
+    context: at temperature 1 no reader can lose less on average.
+    """
+    from m3jax.evaluation.sampled_texts import describe, make_texts, open_session
+
+    session = open_session(given.config, given.workdir, given.checkpoint)
+    report = make_texts(
+        session,
+        given.texts,
+        count=given.count,
+        tokens=given.tokens,
+        split=given.split,
+        temperature=given.temperature,
+        seed=given.seed,
+        batch=given.batch,
+    )
+    print(f"{given.texts}: {describe(report)}")
+
+
+COMMANDS = {
+    "": cli.Command(
+        prepare,
+        (
+            cli.CONFIG,
+            cli.WORKDIR,
+            Flag(
+                "documents",
+                "Documents to train on: comma-separated .jsonl, .jsonl.gz, .txt or .parquet files,"
+                " globs, folders, or tfds:NAME[:SPLIT].",
+            ),
+            Flag(
+                "knowledge", "Documents of the knowledge base, as --documents; default: the same."
+            ),
+            Flag("limit_documents", "Use only this many documents of each spec.", int, low=1),
+            Flag(
+                "workers",
+                "Processes that clean and tokenize blocks of documents, and select references."
+                " Default: without --config.clean.enabled and --config.text.shuffle no blocks are"
+                " made, else this process works on them.",
+                int,
+                low=1,
+            ),
+            Flag(
+                "beam",
+                "Do the work on blocks with Apache Beam; a flag of Beam, for example"
+                " --beam=--runner=FlinkRunner. --beam=--runner=FnApiRunner runs in this process.",
+                many="repeat",
+            ),
+            Flag(
+                "quality",
+                "Scorer for config.clean.quality_min: a folder made by `prepare.py quality`, or"
+                " MODULE:NAME of a function that makes one.",
+            ),
+            Flag(
+                "questions",
+                "Files of evaluation questions that no reference may hold, in the forms of"
+                " launch/evaluate.py tasks; with --config.knowledge.enabled.",
+                default=[],
+                many="comma",
+            ),
+        ),
+        required=("config", "workdir", "documents"),
+    ),
+    "chats": cli.Command(
+        chats,
+        (
+            cli.CONFIG,
+            cli.WORKDIR,
+            Flag(
+                "chats",
+                "Chats or pairs: comma-separated .jsonl(.gz) files, globs, folders.",
+            ),
+        ),
+        required=("config", "workdir", "chats"),
+    ),
+    "quality": cli.Command(
+        quality,
+        (
+            Flag("labelled", "JSON lines of texts with their scores, 0 … 5."),
+            Flag("scorer", "Folder to write the scorer to."),
+            Flag("penalty", "Ridge penalty; more for fewer or noisier labels.", float, 0.1, low=0),
+        ),
+        required=("labelled", "scorer"),
+    ),
+    "texts": cli.Command(
+        texts,
+        (
+            *(cli.CONFIG, cli.WORKDIR, cli.STAGE_CHECKPOINT, cli.CACHE, cli.SEED),
+            Flag("texts", "Folder to write; finished files are kept.", Path),
+            Flag("count", "Texts to draw.", int, 8000, low=1),
+            Flag("tokens", "Most tokens of a text.", int, 128, low=2),
+            Flag("split", "Tokens of the first part.", int, 64, low=1),
+            Flag(
+                "temperature",
+                "Temperature of the draws; 1 is the model's own distribution.",
+                float,
+                1.0,
+            ),
+            cli.BATCH.with_default(256),
+        ),
+        required=("config", "workdir", "texts"),
+    ),
+}
 
 if __name__ == "__main__":
-    cli.run(main, required=["config", "workdir", "documents"])
+    cli.run(__doc__, COMMANDS)

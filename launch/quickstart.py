@@ -2,6 +2,7 @@
 
     python launch/quickstart.py
     python launch/quickstart.py --seed=1 --workdir=runs/seed1
+    python launch/quickstart.py chat
 
 The report (README.md, summary.json, pictures) is in WORKDIR/report. Stopped at any moment, the same
 command goes on.
@@ -11,34 +12,67 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
-from absl import flags, logging
+from absl import logging
+from absl.flags import FlagValues
 
 from m3jax import cli
-
-_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder for everything it makes.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of people, parameters and data order.")
-_FROM_SCRATCH = flags.DEFINE_bool(
-    "compare_from_scratch",
-    False,
-    "Also train with memory from the start, at equal compute (Memory³ §6.1); doubles the time.",
-)
+from m3jax.cli import Flag
 
 
-def main(argv: list[str]) -> None:
-    """Runs the demonstration."""
+def main(given: FlagValues) -> None:
+    """Trains the demonstration and prints its report."""
+    demonstration = _demonstration(given)
+    from m3jax.quickstart.run import run
+
+    run(demonstration, compare_from_scratch=given.compare_from_scratch)
+    _show(demonstration.workdir / "report" / "README.md")
+
+
+def chat(given: FlagValues) -> None:
+    """Makes its model a chat model: SFT on generated chats, DPO on generated preferences.
+
+        python launch/quickstart.py
+        python launch/quickstart.py chat
+
+    The report (CHAT.md, chat.json) is in WORKDIR/report.
+    """
+    demonstration = _demonstration(given)
+    from m3jax.quickstart.chat import run
+
+    run(demonstration)
+    _show(demonstration.workdir / "report" / "CHAT.md")
+
+
+def _demonstration(given: FlagValues) -> Any:
     logging.set_verbosity(logging.ERROR)
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/, which is not installed
     from configs import quickstart as config
-    from m3jax.quickstart.run import Demonstration, run
+    from m3jax.quickstart.run import Demonstration
 
-    workdir = Path(_WORKDIR.value).absolute()
-    demonstration = Demonstration(config.get_config, workdir, dict(config.WORLD), _SEED.value)
-    run(demonstration, compare_from_scratch=_FROM_SCRATCH.value)
-    report = workdir / "report" / "README.md"
+    workdir = given.workdir.absolute()
+    return Demonstration(config.get_config, workdir, dict(config.WORLD), given.seed)
+
+
+def _show(report: Path) -> None:
     print(report.read_text(encoding="utf-8"))
     print(f"report: {report}")
 
 
+_RUN = (
+    Flag("workdir", "Folder for everything it makes.", Path, "runs/quickstart"),
+    Flag("seed", "Seed of people, parameters and data order.", int, 0),
+)
+_SCRATCH = Flag(
+    "compare_from_scratch",
+    "Also train with memory from the start, at equal compute (Memory³ §6.1); doubles the time.",
+    bool,
+)
+COMMANDS = {
+    "": cli.Command(main, (*_RUN, _SCRATCH), required=()),
+    "chat": cli.Command(chat, _RUN, required=()),
+}
+
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(__doc__, COMMANDS)

@@ -22,29 +22,13 @@ import functools
 import sys
 from pathlib import Path
 
-from absl import flags
+from absl.flags import FlagValues
 
 from m3jax import cli
-
-_SWEEP = flags.DEFINE_string("sweep", None, "Python file with get_sweep().")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all that it makes.")
-_DATA = flags.DEFINE_string(
-    "data", None, "Workdir of launch/prepare.py, for sweeps that prepare no data of their own."
-)
-_ENTRIES = flags.DEFINE_list("entries", None, "Only these entries; default all.")
-_SEEDS = flags.DEFINE_list("seeds", None, "Only these seeds; default those of the sweep.")
-_RETRY = flags.DEFINE_bool("retry", False, "Run entries that have failed again.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands for a pod; do nothing.")
-_PREPARE = flags.DEFINE_bool("prepare_only", False, "Make data and folders, and train nothing.")
-_REPORT = flags.DEFINE_bool("report_only", False, "Make table and picture of what is there.")
-_MARKDOWN = flags.DEFINE_string(
-    "markdown", None, "Write the table to this file, too: between its marks, where it has them."
-)
-_PICTURE = flags.DEFINE_string("picture", None, "Write the picture to this PNG, too.")
-_ONE = flags.DEFINE_string("one", None, "ENTRY@SEED: what the command calls itself with.")
+from m3jax.cli import Flag
 
 
-def main(argv: list[str]) -> None:
+def main(given: FlagValues) -> None:
     """Plans the sweep and does what the flags say."""
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/, which is not installed
     from m3jax.sweep import pod as sweep_pod
@@ -53,19 +37,19 @@ def main(argv: list[str]) -> None:
     from m3jax.sweep.plan import plan
     from m3jax.sweep.spec import Run, chosen, load_sweep
 
-    sweep, workdir = load_sweep(str(_SWEEP.value)), Path(str(_WORKDIR.value)).absolute()
-    runs = chosen(plan(sweep, workdir, _DATA.value), _ENTRIES.value, _SEEDS.value)
-    if _ONE.value:
+    sweep, workdir = load_sweep(given.sweep), given.workdir.absolute()
+    runs = chosen(plan(sweep, workdir, given.data), given.entries, given.seeds)
+    if given.one:
         sweep_loop.end_with_parent()
         from m3jax.sweep.entry import run_entry
 
-        run_entry(sweep, next(run for run in runs if run.name == _ONE.value))
+        run_entry(sweep, next(run for run in runs if run.name == given.one))
         return
-    if _DRY_RUN.value:
-        for line in sweep_pod.launch_lines(sweep, runs, " ".join(["python", *_call()])):
+    if given.dry_run:
+        for line in sweep_pod.launch_lines(sweep, runs, " ".join(["python", *_call(given)])):
             print(line)
         return
-    if _PREPARE.value:
+    if given.prepare_only:
         from m3jax.sweep.entry import prepare
 
         with sweep_loop.alone(workdir):
@@ -74,22 +58,49 @@ def main(argv: list[str]) -> None:
         return
 
     def command(run: Run) -> list[str]:
-        return [sys.executable, *_call(), f"--one={run.name}"]
+        return [sys.executable, *_call(given), f"--one={run.name}"]
 
-    if not _REPORT.value:
+    if not given.report_only:
         report = functools.partial(sweep_report.write_report, runs, workdir / "report")
-        sweep_loop.run_all(runs, workdir, command, retry=_RETRY.value, after=report)
-    print(sweep_report.finish(runs, workdir / "report", _MARKDOWN.value, _PICTURE.value))
+        sweep_loop.run_all(runs, workdir, command, retry=given.retry, after=report)
+    print(sweep_report.finish(runs, workdir / "report", given.markdown, given.picture))
     if any("error" in (sweep_loop.outcome(run) or {}) for run in runs):
         raise SystemExit(1)
 
 
-def _call() -> list[str]:
+def _call(given: FlagValues) -> list[str]:
     """This script with the flags that say what the sweep is."""
-    given = {flag.name: flag.value for flag in (_SWEEP, _WORKDIR, _DATA) if flag.value}
-    given |= {flag.name: ",".join(flag.value) for flag in (_ENTRIES, _SEEDS) if flag.value}
-    return [sys.argv[0], *(f"--{name}={value}" for name, value in given.items())]
+    values = cli.values_of(given, SWEEP)
+    words = {k: ",".join(v) if isinstance(v, list) else v for k, v in values.items() if v}
+    return [sys.argv[0], *(f"--{name}={value}" for name, value in words.items())]
 
+
+SWEEP = (
+    Flag("sweep", "Python file with get_sweep()."),
+    Flag("workdir", "Folder for all that it makes.", Path),
+    Flag("data", "Workdir of launch/prepare.py, for sweeps that prepare no data of their own."),
+    Flag("entries", "Only these entries; default all.", many="comma"),
+    Flag("seeds", "Only these seeds; default those of the sweep.", many="comma"),
+)
+COMMANDS = {
+    "": cli.Command(
+        main,
+        (
+            *SWEEP,
+            Flag("retry", "Run entries that have failed again.", bool),
+            Flag("dry_run", "Print the commands for a pod; do nothing.", bool),
+            Flag("prepare_only", "Make data and folders, and train nothing.", bool),
+            Flag("report_only", "Make table and picture of what is there.", bool),
+            Flag(
+                "markdown",
+                "File to write the table to, too: between its marks, where it has them.",
+            ),
+            cli.PICTURE,
+            Flag("one", "ENTRY@SEED: the flag of the script's own processes, for a single entry."),
+        ),
+        required=("sweep", "workdir"),
+    )
+}
 
 if __name__ == "__main__":
-    cli.run(main, required=["sweep", "workdir"])
+    cli.run(__doc__, COMMANDS)

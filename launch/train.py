@@ -8,7 +8,7 @@
     python launch/train.py --config=configs/wiki_small.py:stage=dpo \\
         --workdir=runs/wiki --init_from=runs/wiki/sft
 
-The stages sft and dpo read what launch/prepare_chats.py has prepared. DPO first computes the
+The stages sft and dpo read what `launch/prepare.py chats` has prepared. DPO first computes the
 log-probabilities of the checkpoint that it starts from, once.
 
 Checkpoints, metrics.jsonl, TensorBoard events and loss.png go to <workdir>/<stage>. SIGTERM saves
@@ -27,66 +27,64 @@ number of processes.
 
 from __future__ import annotations
 
-from absl import flags
-from ml_collections import config_flags
+from pathlib import Path
+
+from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.config import validate
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/….py.")
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run, made by launch/prepare.py.", required=True
-)
-_INIT_FROM = flags.DEFINE_string(
-    "init_from",
-    None,
-    "Stage folder, or checkpoints/STEP in it, whose parameters a new run starts from; a run that"
-    " has a checkpoint of its own continues from that.",
-)
-_BANK = flags.DEFINE_string(
-    "bank",
-    None,
-    "Folder or URL of a bank for memory.source = precomputed; default WORKDIR/bank.",
-)
-_VERSION = flags.DEFINE_integer(
-    "bank_version",
-    None,
-    "Version of the knowledge, of launch/edit_bank.py list; default the one that the run has read"
-    " before, for a new run the current one.",
-)
-_PROFILE = flags.DEFINE_string(
-    "profile_steps",
-    None,
-    "START:STOP, the first and last step of a trace for TensorBoard or XProf, in"
-    " WORKDIR/<stage>/profile.",
-)
-cli.define_process_flags()
-cli.define_cache_flag()
-flags.adopt_module_key_flags(cli)  # --help shows them
+from m3jax.cli import Flag
 
 
-def main(argv: list[str]) -> None:
+def main(given: FlagValues) -> None:
     """Joins the other processes and trains."""
-    config = validate(_CONFIG.value)  # before the slow imports
-    cli.use_compilation_cache()
     from m3jax.train.profile import parse_steps
     from m3jax.train.stage import train_stage
 
-    profile = None if _PROFILE.value is None else parse_steps(_PROFILE.value)
-    with cli.processes(config):
+    profile = None if given.profile_steps is None else parse_steps(given.profile_steps)
+    with cli.processes(given):
         import jax
 
         summary = train_stage(
-            config,
-            str(_WORKDIR.value),
-            init_from=_INIT_FROM.value,
-            bank=_BANK.value,
-            version=_VERSION.value,
+            given.config,
+            given.workdir,
+            init_from=given.init_from,
+            bank=given.bank,
+            version=given.bank_version,
             profile=profile,
         )
         if jax.process_index() == 0:
             print(summary)
 
 
+COMMANDS = {
+    "": cli.Command(
+        main,
+        (
+            cli.CONFIG,
+            cli.WORKDIR,
+            Flag(
+                "init_from",
+                "Stage folder, or checkpoints/STEP in it, whose parameters a new run starts from; a"
+                " run that has a checkpoint of its own continues from that.",
+                Path,
+            ),
+            cli.BANK.with_help("For memory.source = precomputed."),
+            Flag(
+                "bank_version",
+                "Version of the knowledge, of launch/edit_bank.py list; default the one that the"
+                " run has read before, for a new run the current one.",
+                int,
+            ),
+            Flag(
+                "profile_steps",
+                "START:STOP, the first and last step of a trace for TensorBoard or XProf, in"
+                " WORKDIR/<stage>/profile.",
+            ),
+            *cli.PROCESSES,
+            cli.CACHE,
+        ),
+    )
+}
+
 if __name__ == "__main__":
-    cli.run(main, required=["config"])
+    cli.run(__doc__, COMMANDS)

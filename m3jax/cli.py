@@ -1,22 +1,398 @@
-"""How launch scripts start and end: mistakes of the user end with one message, not a traceback."""
+"""Command lines of launch scripts: shared flags, commands, help, and how a script starts and ends.
+
+A script declares its commands (`Command`), each with the flags that it takes, and calls `run`.
+Mistakes of the user end with one message and exit code 2, not a traceback.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import difflib
 import importlib.util
+import inspect
+import json
 import os
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
-from m3jax.errors import ConfigError, UserError
+from m3jax.config import describe, validate
+from m3jax.config.fields import FIELDS, RENAMED
+from m3jax.errors import CommandError, ConfigError, UserError
 
 USER_ERROR = 2  # exit code
+WIDTH = 100  # of help texts
 
 
+# -- flags -----------------------------------------------------------------------------------------
+class _ListParser(flags.ArgumentParser):
+    """Parses values with commas between them, each by the same parser."""
+
+    def __init__(self, item: Any) -> None:
+        self.item = item
+
+    def parse(self, argument: Any) -> list[Any]:
+        """Returns the values; a list is one already."""
+        if isinstance(argument, str):
+            argument = [word.strip() for word in argument.split(",") if word.strip()]
+        return [self.item.parse(value) for value in argument]
+
+
+class _FolderParser(flags.ArgumentParser):
+    """Parses local folders; a path library would turn `gs://b/x` into the folder `gs:/b/x`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def parse(self, argument: Any) -> Path:
+        """Returns the path.
+
+        Raises:
+          ConfigError: it is in a bucket.
+        """
+        if "://" in str(argument):
+            raise ConfigError(
+                f"--{self.name}={argument}: workdirs in buckets are not supported yet; mount the"
+                " bucket (Cloud Storage FUSE) and name the folder"
+            )
+        return Path(argument)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A flag of launch scripts.
+
+    Attributes:
+      name: without dashes.
+      help: its meaning, with unit.
+      kind: type of a value: str, int, float, bool, Path (a local folder) or ConfigDict (a config
+        file).
+      default: of the value; None where the help says what stands for it; a switch is off.
+      choices: accepted values.
+      low, high: bounds of a number, inclusive.
+      many: "comma" for a list of values, "repeat" for a flag that may be given more than once.
+      renamed: names and values (`mode=context`) before the first release, each with what to give
+        in its place.
+    """
+
+    name: str
+    help: str
+    kind: type = str
+    default: Any = None
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    many: str = ""
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def with_help(self, text: str) -> Flag:
+        """Returns the flag with a sentence behind its help, such as its default in a script."""
+        return dataclasses.replace(self, help=f"{self.help} {text}")
+
+    def with_default(self, default: Any) -> Flag:
+        """Returns the flag with another default."""
+        return dataclasses.replace(self, default=default)
+
+    def define(self, values: flags.FlagValues, argv: Sequence[str]) -> None:
+        """Defines it in `values`; overrides of config fields are read from `argv`."""
+        if self.kind is ConfigDict:
+            config_flags.DEFINE_config_file(
+                self.name, None, self.help, flag_values=values, sys_argv=list(argv)
+            )
+            return
+        if self.kind is bool:
+            flags.DEFINE_boolean(self.name, bool(self.default), self.help, flag_values=values)
+            return
+        parser: Any = flags.ArgumentParser()
+        if self.choices:
+            parser = flags.EnumParser(list(self.choices))
+        elif self.kind is Path:
+            parser = _FolderParser(self.name)
+        elif self.kind is not str:
+            number = flags.IntegerParser if self.kind is int else flags.FloatParser
+            parser = number(self.low, self.high)  # type: ignore[arg-type]
+        if self.many == "repeat":
+            define: Any = flags.DEFINE_multi
+            define(parser, None, self.name, self.default, self.help, flag_values=values)
+            return
+        if self.many == "comma":
+            parser = _ListParser(parser)
+        flags.DEFINE(parser, self.name, self.default, self.help, flag_values=values)
+
+    def describe(self, required: bool) -> str:
+        """Name, accepted values, default and meaning, for `--help`."""
+        if self.kind is bool:
+            title = f"--[no]{self.name}" if self.default else f"--{self.name}"
+        else:
+            kinds = {int: "N", float: "X", Path: "FOLDER", ConfigDict: "FILE[:OPTIONS]"}
+            value = "|".join(self.choices) or kinds.get(self.kind, "TEXT")
+            title = f"--{self.name}={value}" + (f",{value}" if self.many == "comma" else "")
+            title += " …" if self.many else ""
+            if self.default not in (None, "", []):
+                default = self.default
+                default = ",".join(map(str, default)) if isinstance(default, list) else default
+                title += f"  (default {default})"
+        title += "  (required)" if required else ""
+        indent = " " * 6
+        text = textwrap.fill(self.help, WIDTH, initial_indent=indent, subsequent_indent=indent)
+        return f"  {title}\n{text}"
+
+
+CONFIG = Flag(
+    "config",
+    "Config file and its options, for example configs/wiki_small.py:stage=continual."
+    " --config.SECTION.FIELD=VALUE changes a field; --config_help[=SECTION] shows them.",
+    ConfigDict,
+    renamed={"shift": "--config.evaluation.shift"},
+)
+WORKDIR = Flag("workdir", "Folder of the run, made by launch/prepare.py.", Path)
+CHECKPOINT = Flag("checkpoint", "Stage folder, or checkpoints/STEP in it.")
+STAGE_CHECKPOINT = CHECKPOINT.with_help("Default WORKDIR/<config.stage>.")
+BANK = Flag("bank", "Folder or URL of a bank of explicit memories; default WORKDIR/bank.")
+BANK_VERSION = Flag(
+    "bank_version",
+    "Version of the knowledge, of launch/edit_bank.py list; default the current one.",
+    int,
+)
+JSON = Flag("json", "File to write the figures to.")
+PICTURE = Flag("picture", "File (PNG) to write the picture to.", renamed={"png": "--picture"})
+BATCH = Flag("batch", "Rows that the device works on together.", int, 16, low=1)
+SEED = Flag("seed", "Seed of the draws.", int, 0)
+WINDOW = Flag(
+    "window",
+    "Tokens of a text longer than the context that stay as they are; default half of the context.",
+    int,
+    low=1,
+)
+CUT = Flag(
+    "cut",
+    "Most tokens of a memory of the older text; default config.memory.reference_length.",
+    int,
+    low=1,
+)
+RAG_REFERENCES = Flag("references", "References in the prompt, with RAG.", int, 5, low=1)
+CACHE = Flag(
+    "compilation_cache",
+    "Folder where compiled programs are kept for the next start; gs://… needs gcsfs.",
+)
+PROCESSES = (
+    Flag(
+        "distributed",
+        "Run as one of several processes, which the cluster knows: TPU pod, Slurm, Open MPI,"
+        " Kubernetes. Start the same command on every host.",
+        bool,
+    ),
+    Flag("coordinator", "HOST:PORT of process 0; with --processes and --process_id."),
+    Flag("processes", "Number of processes.", int),
+    Flag("process_id", "Number of this process, from 0.", int),
+    Flag("join_timeout", "Seconds to wait for the other processes at start.", int, 300),
+    Flag(
+        "heartbeat_timeout",
+        "Seconds without a sign of life after which a process counts as dead and the others end.",
+        int,
+        100,
+    ),
+)
+
+
+# -- commands --------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command of a launch script.
+
+    Attributes:
+      main: takes the values of the flags as attributes; configs are validated. Its docstring is the
+        help of the command.
+      flags: that it takes.
+      required: names of flags that must be given.
+      renamed: its names before the first release.
+    """
+
+    main: Callable[[flags.FlagValues], None]
+    flags: tuple[Flag, ...]
+    required: tuple[str, ...] = ("config", "workdir")
+    renamed: tuple[str, ...] = ()
+
+
+def run(text: str | None, commands: Mapping[str, Command]) -> None:
+    """Runs a launch script on the command line of the process.
+
+    Libraries log warnings only, which keeps the progress bar whole; `--verbosity=0` shows the rest.
+
+    Args:
+      text: the script's docstring, for `--help`.
+      commands: by the word that follows the script's name; "" where none follows.
+    """
+    # Python puts the script's folder first, where evaluate.py would hide a library of that name.
+    folder = os.path.dirname(os.path.abspath(sys.argv[0]))
+    sys.path[:] = [path for path in sys.path if os.path.abspath(path) != folder]
+
+    def parser(argv: Sequence[str]) -> Command:
+        try:
+            return parse(text, commands, argv, flags.FLAGS)
+        except UserError as error:
+            raise SystemExit(show_error(error)) from None
+
+    app.run(_call, flags_parser=parser)
+
+
+def _call(command: Command) -> None:
+    values = flags.FLAGS
+    if not values["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    try:
+        if "compilation_cache" in values:
+            use_compilation_cache(values.compilation_cache)
+        command.main(values)
+    except UserError as error:
+        raise SystemExit(show_error(error)) from None
+
+
+def parse(
+    text: str | None,
+    commands: Mapping[str, Command],
+    argv: Sequence[str],
+    values: flags.FlagValues,
+) -> Command:
+    """Parses a command line.
+
+    Args:
+      text, commands: as in `run`.
+      argv: the script's name, then its arguments.
+      values: where the command's flags are defined and get their values.
+
+    Returns:
+      The command.
+
+    Raises:
+      SystemExit: after `--help` or `--config_help`, with code 0.
+      CommandError: a command or flag that is unknown, missing or renamed, or an unfit value.
+      ConfigError: a config that cannot work.
+    """
+    script, *words = argv
+    named = words[0] if words and not words[0].startswith("-") else ""
+    helps = [word.lstrip("-") for word in words if word.startswith("-")]
+    if any(word in ("help", "h", "?", "helpshort") for word in helps):
+        print(help_text(text, commands, os.path.basename(script), named))
+        raise SystemExit(0)
+    for word in helps:
+        if word == "config_help" or word.startswith("config_help="):
+            print(describe(word.partition("=")[2]))
+            raise SystemExit(0)
+    listed = ", ".join(filter(None, commands))
+    if named and not listed:
+        raise CommandError(f"unknown argument {named!r}; every option begins with --")
+    for name, command in commands.items():
+        if named in command.renamed:
+            raise CommandError(f"the command {named} is now {name}")
+    if named not in commands:
+        begin = f"{named!r} is no command" if named else "no command given"
+        raise CommandError(f"{begin}; give one of {listed} (--help explains)")
+    command, rest = commands[named], words[1:] if named else words
+    _refuse_renamed(command, rest)
+    for flag in command.flags:
+        flag.define(values, [script, *rest])
+    try:
+        remaining = values([script, *rest])
+    except flags.Error as error:
+        raise _reason(error, commands, named) from error
+    if remaining[1:]:
+        raise CommandError(f"unknown argument {remaining[1]!r}; every option begins with --")
+    missing = [f"--{name}" for name in command.required if values[name].value in (None, [])]
+    if missing:
+        called = " ".join(filter(None, (os.path.basename(script), named)))
+        raise CommandError(f"{called} needs {', '.join(missing)} (--help explains)")
+    for flag in command.flags:
+        if flag.kind is ConfigDict and values[flag.name].value is not None:
+            _check_config(flag.name, values[flag.name].value)
+    return command
+
+
+def _refuse_renamed(command: Command, words: Sequence[str]) -> None:
+    """Refuses old names of flags and fields, and unknown fields, with the name of today."""
+    renamed = {old: new for flag in command.flags for old, new in flag.renamed.items()}
+    for word in words:
+        name, _, value = word.lstrip("-").partition("=")
+        for old in (name, f"{name}={value}", name.removeprefix("no")):
+            if word.startswith("-") and old in renamed:
+                raise CommandError(f"--{old} is now {renamed[old]}")
+        config, _, path = name.partition(".")
+        if not word.startswith("-") or not path:
+            continue
+        prefix = f"--{config}."
+        if path in RENAMED:
+            raise CommandError(f"{prefix}{path} is now {prefix}{RENAMED[path]}")
+        if path not in FIELDS:
+            near = difflib.get_close_matches(path, FIELDS, 3)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise CommandError(f"{prefix}{path}: no such field; {hint}--config_help lists all")
+
+
+def _reason(error: flags.Error, commands: Mapping[str, Command], named: str) -> UserError:
+    """The error that absl's stands for."""
+    cause: BaseException | None = error
+    while cause is not None:  # of a config file; libraries wrap its errors with their traceback
+        inner = cause.__cause__ or cause.__context__
+        if isinstance(cause, UserError) and not isinstance(inner, UserError):
+            return cause
+        cause = inner
+    if isinstance(error, flags.UnrecognizedFlagError):
+        name = error.flagname
+        owners = [
+            other or "the script without a command"
+            for other, command in commands.items()
+            if name in {flag.name for flag in command.flags}
+        ]
+        if owners:
+            return CommandError(
+                f"--{name} is a flag of {', '.join(owners)}, not of {named or 'this call'};"
+                " leave it out"
+            )
+    return CommandError(str(error))
+
+
+def _check_config(name: str, config: Any) -> None:
+    if isinstance(config, ConfigDict):
+        validate(config)
+        return
+    try:
+        config.to_dict()  # the library keeps the error of a file until the config is read
+    except OSError as error:
+        cause = error.__cause__ or error
+        raise ConfigError(f"--{name}: {' '.join(str(cause).split())}") from error
+    raise ConfigError(f"--{name}: get_config() of the file returns no ConfigDict")
+
+
+def help_text(text: str | None, commands: Mapping[str, Command], script: str, named: str) -> str:
+    """The text of `--help`: of a command, or of the script with a list of its commands."""
+    parts = [textwrap.dedent(text or "").strip()]
+    if named in commands:
+        command = commands[named]
+        if named:
+            parts = [inspect.getdoc(command.main) or ""]
+        ordered = sorted(command.flags, key=lambda flag: flag.name not in command.required)
+        described = [flag.describe(flag.name in command.required) for flag in ordered]
+        parts.append("Flags:\n" + "\n".join(described))
+    others = {name: command for name, command in commands.items() if name}
+    if others and (not named or named not in commands):
+        width = max(map(len, others))
+        lines = [
+            f"  {name:{width}}  {(inspect.getdoc(command.main) or '').splitlines()[0]}"
+            for name, command in others.items()
+        ]
+        parts.append("Commands:\n" + "\n".join(lines))
+        parts.append(f"python launch/{script} COMMAND --help shows the flags of a command.")
+    return "\n\n".join(parts)
+
+
+# -- what commands do alike ------------------------------------------------------------------------
 def show_error(error: BaseException) -> int:
     """Prints the message, for a defect the traceback too; returns the exit code."""
     if isinstance(error, UserError):
@@ -28,66 +404,31 @@ def show_error(error: BaseException) -> int:
     return 1
 
 
-def guarded(
-    main: Callable[[list[str]], None], commands: Sequence[str] = ()
-) -> Callable[[list[str]], None]:
-    """`main` that ends with the message and exit code 2 on an error of the user.
+def values_of(given: flags.FlagValues, chosen: Sequence[Flag]) -> dict[str, Any]:
+    """Returns the values of some flags, by name."""
+    return {flag.name: given[flag.name].value for flag in chosen}
 
-    The script takes one of `commands` before its flags, or none.
-    Libraries log warnings only, which keeps the progress bar whole; `--verbosity=0` shows the rest.
+
+def show(table: str, figures: Any, path: str | None) -> None:
+    """Prints a table and writes its figures to the file of --json, if there is one.
+
+    Raises:
+      CommandError: the file cannot be written.
     """
+    from m3jax.files import write_atomically
 
-    def run(argv: list[str]) -> None:
-        if commands and (len(argv) != 2 or argv[1] not in commands):
-            given = " ".join(argv[1:]) or "nothing"
-            raise app.UsageError(f"give one command, of {', '.join(commands)}; found {given}")
-        if not commands and len(argv) > 1:
-            raise app.UsageError(f"unknown argument {argv[1]!r}; every option begins with --")
-        if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)
-        try:
-            _refuse_buckets()
-            main(argv)
-        except UserError as error:
-            raise SystemExit(show_error(error)) from None
-
-    return run
+    print(table)
+    if not path:
+        return
+    text = json.dumps(figures, indent=2, ensure_ascii=False) + "\n"
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise CommandError(f"--json={path} could not be written: {error}") from error
 
 
-def _refuse_buckets() -> None:
-    """A path library would turn `gs://b/x` into the local folder `gs:/b/x`."""
-    for name in ("workdir", "init_from"):
-        value = flags.FLAGS[name].value if name in flags.FLAGS else None
-        if value and "://" in value:
-            raise ConfigError(
-                f"--{name}={value}: workdirs in buckets are not supported yet; mount the bucket"
-                " (Cloud Storage FUSE) and name the folder"
-            )
-
-
-def define_process_flags() -> None:
-    """Flags of scripts that can run as several processes; `processes` reads them."""
-    flags.DEFINE_boolean(
-        "distributed",
-        False,
-        "Run as one of several processes, which the cluster knows: TPU pod, Slurm, Open MPI,"
-        " Kubernetes. Start the same command on every host.",
-    )
-    flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0; with --processes and --process_id."
-    )
-    flags.DEFINE_integer("processes", None, "Number of processes.")
-    flags.DEFINE_integer("process_id", None, "Which of the processes this is, from 0.")
-    flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for the other processes at start.")
-    flags.DEFINE_integer(
-        "heartbeat_timeout",
-        100,
-        "Seconds without a sign of life after which a process counts as dead and the others end.",
-    )
-
-
-def processes(config: ConfigDict) -> contextlib.AbstractContextManager[None]:
-    """Joins the other processes of `define_process_flags` while the block runs.
+def processes(values: flags.FlagValues) -> contextlib.AbstractContextManager[None]:
+    """Joins the other processes of the flags `PROCESSES` while the block runs.
 
     Nothing may have used a device before.
 
@@ -97,34 +438,23 @@ def processes(config: ConfigDict) -> contextlib.AbstractContextManager[None]:
     from m3jax.distributed import joined
     from m3jax.watch import Processes
 
-    given = flags.FLAGS
-    found = Processes.of_flags(
-        given.distributed,
-        given.coordinator,
-        given.processes,
-        given.process_id,
-        join_timeout=given.join_timeout,
-        heartbeat_timeout=given.heartbeat_timeout,
+    described = Processes.of_flags(
+        values.distributed,
+        values.coordinator,
+        values.processes,
+        values.process_id,
+        join_timeout=values.join_timeout,
+        heartbeat_timeout=values.heartbeat_timeout,
     )
-    return joined(found, config, show_error)
+    return joined(described, values.config, show_error)
 
 
-def define_cache_flag() -> None:
-    """The flag of scripts that compile; `use_compilation_cache` reads it."""
-    flags.DEFINE_string(
-        "compilation_cache",
-        None,
-        "Folder where compiled programs are kept for the next start; gs://… needs gcsfs.",
-    )
-
-
-def use_compilation_cache() -> None:
-    """Lets JAX keep and find compiled programs in the folder of the flag, if it is given.
+def use_compilation_cache(folder: str | None) -> None:
+    """Lets JAX keep compiled programs in a folder, and read them from it.
 
     Raises:
       ConfigError: the folder cannot be made or written to, or is a bucket and gcsfs is missing.
     """
-    folder = flags.FLAGS.compilation_cache
     if folder is None:
         return
     import jax
@@ -142,17 +472,3 @@ def use_compilation_cache() -> None:
             raise ConfigError(f"--compilation_cache={folder}: cannot be written to")
         folder = os.path.abspath(folder)
     jax.config.update("jax_compilation_cache_dir", folder)
-
-
-def run(
-    main: Callable[[list[str]], None], required: Sequence[str] = (), commands: Sequence[str] = ()
-) -> None:
-    """Runs the `main` of a launch script with absl flags.
-
-    Args:
-      main: takes the command line without flags.
-      required: names of flags that must be given.
-      commands: the words of which one must be given.
-    """
-    flags.mark_flags_as_required(list(required))
-    app.run(guarded(main, commands))

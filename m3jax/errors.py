@@ -11,6 +11,10 @@ class ConfigError(UserError):
     """A config that cannot work. The message names the field, its value and what is accepted."""
 
 
+class CommandError(UserError):
+    """A command line that a script cannot take. The message names the word and what to give."""
+
+
 class TextError(UserError):
     """Text, or a file made from text, that cannot be used. The message names it and the remedy."""
 

@@ -1,84 +1,206 @@
-"""Errors of the user end with the message alone."""
+"""Command lines: flags, commands, help, and errors of the user that end with the message alone."""
 
 import importlib.util
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
+from absl import flags
 
 from m3jax import cli
-from m3jax.errors import ConfigError
+from m3jax.cli import Command, Flag
+from m3jax.errors import CommandError, ConfigError, UserError
 
 ROOT = Path(__file__).parents[1]
+CONFIG = f"--config={ROOT}/configs/wiki_small.py"
 
 
-def failing(error):
-    def main(argv):
-        raise error
-
-    return cli.guarded(main)
+def add(given: flags.FlagValues) -> None:
+    """Adds documents."""
 
 
-def test_user_error_ends_with_its_message(capsys):
+def drop(given: flags.FlagValues) -> None:
+    """Drops documents."""
+
+
+COMMANDS = {
+    "add": Command(
+        add,
+        (
+            cli.CONFIG,
+            cli.WORKDIR,
+            Flag(
+                "sizes", "Sizes.", int, [1, 2], low=1, many="comma", renamed={"widths": "--sizes"}
+            ),
+            Flag("mode", "Mode.", default="a", choices=("a", "b"), renamed={"mode=c": "--mode=b"}),
+            Flag("limits", "Limits.", float, [], many="comma"),
+            Flag("prompt", "Prompts.", default=[], many="repeat"),
+            Flag("fast", "Faster.", bool),
+            Flag("exact", "More exact.", bool, True),
+        ),
+    ),
+    "drop": Command(
+        drop, (Flag("sizes", "Others.", int, 7), Flag("keys", "Keys.")), ("keys",), ("remove",)
+    ),
+}
+
+
+def parse(*words: str, commands: Any = COMMANDS) -> flags.FlagValues:
+    values = flags.FlagValues()
+    cli.parse("Edits.", commands, ["edit.py", *words], values)
+    return values
+
+
+def test_values_of_flags() -> None:
+    given = parse("add", CONFIG, "--workdir=runs/x", "--config.train.steps=700", "--fast")
+    assert given.config.train.steps == 700 and given.workdir == Path("runs/x")
+    assert (given.sizes, given.mode, given.limits) == ([1, 2], "a", [])
+    assert (given.fast, given.exact, given.prompt) == (True, True, [])
+    more = "--sizes=3,4", "--limits=1,0.5", "--noexact", "--prompt=a,b", "--prompt=c"
+    given = parse("add", CONFIG, "--workdir=x", *more)
+    assert (given.sizes, given.limits, given.exact) == ([3, 4], [1.0, 0.5], False)
+    assert given.prompt == ["a,b", "c"]
+    given = parse("drop", "--keys=k")
+    assert given.sizes == 7 and "workdir" not in given
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "no command given; give one of add, drop"),
+        (("--keys=k",), "no command given; give one of add, drop"),
+        (("edit", "--keys=k"), "'edit' is no command; give one of add, drop"),
+        (("remove", "--keys=k"), "the command remove is now drop"),
+        (("add", CONFIG), "edit.py add needs --workdir"),
+        (("drop", "--keys=k", "--workdir=x"), "--workdir is a flag of add, not of drop"),
+        (("drop", "--kes=k"), "Unknown command line flag 'kes'. Did you mean: keys"),
+        (("drop", "--keys=k", "more"), "unknown argument 'more'; every option begins with --"),
+        (("drop", "--keys=k", "--sizes=x"), "--sizes=x: invalid literal"),
+        (("add", "--sizes=3,0"), "--sizes=3,0: 0 is not a positive integer"),
+        (("add", "--widths=3"), "--widths is now --sizes"),
+        (("add", "--mode=c"), "--mode=c is now --mode=b"),
+        (("add", "--mode=d"), "--mode=d: value should be one of <a|b>"),
+        (
+            ("add", CONFIG, "--config.optimizer.rise_steps=5"),
+            "--config.optimizer.rise_steps is now --config.optimizer.lr_warmup_steps",
+        ),
+        (
+            ("add", CONFIG, "--config.train.step=5"),
+            "--config.train.step: no such field; did you mean train.steps",
+        ),
+        (("add", CONFIG, "--config.train.steps=a"), "--config.train.steps=a: invalid literal"),
+    ],
+)
+def test_mistakes_are_named(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(CommandError) as caught:
+        parse(*words)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (f"{CONFIG}:stage=neither", "config option 'stage=neither' is unknown"),
+        ("--config=nowhere.py", "No such file or directory: 'nowhere.py'"),
+        (f"{CONFIG} --config.mesh.fsdp=0", "config.mesh.fsdp = 0: must be -1 or at least 1"),
+        (f"{CONFIG} --workdir=gs://b/x", "--workdir=gs://b/x: workdirs in buckets are not supp"),
+    ],
+)
+def test_unfit_configs_are_named(config: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse("add", "--workdir=x", *config.split())
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_script_without_commands_takes_no_words() -> None:
+    with pytest.raises(CommandError, match="unknown argument 'drop'; every option begins with --"):
+        parse("drop", commands={"": COMMANDS["drop"]})
+    assert parse("--keys=k", commands={"": COMMANDS["drop"]}).keys == "k"
+
+
+@pytest.mark.parametrize(
+    ("words", "shown", "hidden"),
+    [
+        (("--help",), ["Edits.", "  add   Adds documents.", "COMMAND --help"], ["--sizes"]),
+        (
+            ("add", "--help", "--unknown"),
+            ["Adds documents.", "--config=FILE[:OPTIONS]  (required)", "--[no]exact", "--fast"]
+            + ["--sizes=N,N …  (default 1,2)", "--mode=a|b  (default a)"],
+            ["Edits.", "--keys"],
+        ),
+        (("add", "--config_help"), ["model.layers = 4", "mesh.fsdp = -1"], []),
+        (("drop", "--config_help=guard"), ["guard.on = False    accepts False | True"], ["mesh."]),
+    ],
+)
+def test_help(words: tuple[str, ...], shown: list[str], hidden: list[str], capsys: Any) -> None:
     with pytest.raises(SystemExit) as caught:
-        failing(ConfigError("config.seed = -1"))(["script"])
-    assert caught.value.code == cli.USER_ERROR
-    assert capsys.readouterr().err == "ConfigError: config.seed = -1\n"
+        parse(*words)
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert all(part in text for part in shown) and not any(part in text for part in hidden)
 
 
-def test_defects_keep_their_traceback():
-    with pytest.raises(ValueError, match="from a library"):
-        failing(ValueError("from a library"))(["script"])
+def test_help_of_an_unknown_section_names_all() -> None:
+    with pytest.raises(
+        ConfigError, match=r"gard is no section of the config; known: model, memory"
+    ):
+        parse("add", "--config_help=gard")
 
 
-@pytest.fixture
-def cache_flag(monkeypatch):
-    """Sets --compilation_cache, and puts JAX's folder back in the end."""
+@pytest.mark.parametrize(("error", "code"), [(ConfigError("config.seed = -1"), 2), (KeyError(), 1)])
+def test_an_error_ends_with_its_message(error: Exception, code: int, capsys: Any) -> None:
+    assert cli.show_error(error) == code
+    shown = capsys.readouterr().err
+    assert isinstance(error, UserError) == (shown == "ConfigError: config.seed = -1\n")
+    assert isinstance(error, UserError) != ("Traceback" in shown or "KeyError" in shown)
+
+
+def test_figures_go_to_a_file(tmp_path: Path, capsys: Any) -> None:
+    cli.show("a table", {"loss": 1.5}, None)
+    cli.show("a table", {"loss": 1.5}, str(tmp_path / "a.json"))
+    assert capsys.readouterr().out == "a table\n" * 2
+    assert (tmp_path / "a.json").read_text() == '{\n  "loss": 1.5\n}\n'
+    with pytest.raises(CommandError, match=r"--json=.* could not be written"):
+        cli.show("a table", {}, str(tmp_path))
+
+
+def test_compilation_cache_is_made_and_used(tmp_path, monkeypatch):
     before = jax.config.jax_compilation_cache_dir
-    flags = types.SimpleNamespace(compilation_cache=None)
-    monkeypatch.setattr(cli.flags, "FLAGS", flags)
-    yield lambda folder: setattr(flags, "compilation_cache", str(folder))
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
-def test_compilation_cache_is_made_and_used(cache_flag, tmp_path, monkeypatch):
-    before = jax.config.jax_compilation_cache_dir
-    cli.use_compilation_cache()
+    cli.use_compilation_cache(None)
     assert jax.config.jax_compilation_cache_dir == before
     monkeypatch.chdir(tmp_path)
-    cache_flag("some/cache")
-    cli.use_compilation_cache()
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "some" / "cache")
+    try:
+        cli.use_compilation_cache("some/cache")
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "some" / "cache")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
     assert (tmp_path / "some" / "cache").is_dir()
 
 
-def test_compilation_cache_that_cannot_be_used_is_refused(cache_flag, tmp_path, monkeypatch):
+def test_compilation_cache_that_cannot_be_used_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    cache_flag(tmp_path / "file")
     with pytest.raises(ConfigError, match=r"--compilation_cache=.*/file: File exists"):
-        cli.use_compilation_cache()
+        cli.use_compilation_cache(str(tmp_path / "file"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    cache_flag("gs://bucket/cache")
     with pytest.raises(ConfigError, match="gs://bucket/cache: pip install gcsfs"):
-        cli.use_compilation_cache()
+        cli.use_compilation_cache("gs://bucket/cache")
 
 
-def test_train_script_refuses_a_bad_config(tmp_path):
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--config.mesh.fsdp=0", "ConfigError: config.mesh.fsdp = 0: must be -1 or at least 1\n"),
+        ("--help", ""),
+    ],
+)
+def test_a_script_ends_with_one_message(word: str, message: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "launch" / "train.py"), f"--workdir={tmp_path}"]
-    command += ["--config=configs/wiki_small.py", "--config.mesh.fsdp=0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == cli.USER_ERROR, done.stderr
-    assert done.stderr.strip() == "ConfigError: config.mesh.fsdp = 0: must be -1 or at least 1"
-
-
-def test_a_workdir_in_a_bucket_is_refused():
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--workdir=gs://bucket/run"]
-    command.append(f"--config={ROOT / 'configs' / 'quickstart.py'}")
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == cli.USER_ERROR
-    assert "--workdir=gs://bucket/run: workdirs in buckets are not supported yet" in done.stderr
+    done = subprocess.run(
+        [*command, CONFIG, word], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == (cli.USER_ERROR if message else 0) and done.stderr == message

@@ -18,7 +18,7 @@ from m3jax.make_model import make_model
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = {path.stem: runpy.run_path(str(path)) for path in sorted(FOLDER.glob("*.py"))}
 ABLATION = FILES["ablation"]
-PAPER = {"memory3_2b": "2.433e+09", "memory3_0p9b": "9.23e+08"}
+PAPER = {"2b": "2.433e+09", "0p9b": "9.23e+08"}
 
 
 def build(name: str, **options: Any) -> ConfigDict:
@@ -40,7 +40,7 @@ def each_option() -> list[tuple[str, dict[str, Any]]]:
 
 
 def test_all_configs_are_here() -> None:
-    assert {"ablation", *ABLATION["OPTIONS"]["base"]} <= FILES.keys()
+    assert {"ablation", *(file for file, _ in ABLATION["BASES"].values())} <= FILES.keys()
 
 
 @pytest.mark.parametrize(("name", "options"), each_option())
@@ -74,7 +74,7 @@ def test_documentation_names_every_option(name: str) -> None:
 
 def test_config_file_flag_takes_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on the command line: the text after the colon, then overrides of single fields."""
-    file = f"--config={FOLDER}/memory3_2b.py:stage=continual,memories=online"
+    file = f"--config={FOLDER}/memory3.py:stage=continual,memories=online"
     command = ["train.py", file, "--config.train.steps=700"]
     monkeypatch.setattr("sys.argv", command)  # where overrides are looked up
     flag_values = flags.FlagValues()
@@ -85,10 +85,10 @@ def test_config_file_flag_takes_the_options(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # -- what the files say ----------------------------------------------------------------------------
-@pytest.mark.parametrize(("name", "non_embedding"), PAPER.items())
-def test_parameters_of_the_real_model(name: str, non_embedding: str) -> None:
+@pytest.mark.parametrize(("shape", "non_embedding"), PAPER.items())
+def test_parameters_of_the_real_model(shape: str, non_embedding: str) -> None:
     """Counted from the abstract shapes of the model: the paper's number, and equal to `flops`."""
-    config = build(name)
+    config = build("memory3", shape=shape)
     leaves = jax.tree_util.tree_leaves_with_path(make_model(config).abstract()[0])
     tables = other = 0
     for path, leaf in leaves:
@@ -102,9 +102,9 @@ def test_parameters_of_the_real_model(name: str, non_embedding: str) -> None:
     assert flops.parameters(config) == (other, other + tables)
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_settings_of_the_paper(name: str) -> None:
-    config = build(name, stage="continual")
+@pytest.mark.parametrize("shape", PAPER)
+def test_settings_of_the_paper(shape: str) -> None:
+    config = build("memory3", shape=shape, stage="continual")
     memory, model = config.memory, config.model
     assert (memory.first_layer, memory.layers) == (0, model.layers // 2)
     assert model.hidden == model.mlp_width == model.query_heads * model.head_dim
@@ -116,10 +116,10 @@ def test_settings_of_the_paper(name: str) -> None:
     assert (config.retrieval.overlap_train, config.retrieval.shift) == (0.9, 0)
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_settings_of_the_paper_after_pretraining(name: str) -> None:
+@pytest.mark.parametrize("shape", PAPER)
+def test_settings_of_the_paper_after_pretraining(shape: str) -> None:
     """SFT: 5e-5, 10 % rise, decay 0.1, batch 512 of 2048, 3 epochs, 8 rounds; DPO: 4e-6, 0.01."""
-    sft, dpo = build(name, stage="sft"), build(name, stage="dpo")
+    sft, dpo = (build("memory3", shape=shape, stage=stage) for stage in ("sft", "dpo"))
     for config, peak in ((sft, 5e-5), (dpo, 4e-6)):
         assert (config.optimizer.schedule, config.optimizer.learning_rate) == ("cosine", peak)
         assert (config.data.batch_size, config.data.sequence_length) == (512, 2048)
@@ -127,7 +127,8 @@ def test_settings_of_the_paper_after_pretraining(name: str) -> None:
     assert (sft.train.epochs, sft.chat.most_rounds, dpo.preference.beta) == (3, 8, 0.01)
     resolved = m3jax.config.with_epochs(sft, rows=51_200)
     assert (resolved.train.steps, resolved.optimizer.lr_warmup_steps) == (300, 30)
-    assert m3jax.config.with_epochs(build(name), rows=5).to_dict() == build(name).to_dict()
+    warmup = build("memory3", shape=shape)
+    assert m3jax.config.with_epochs(warmup, rows=5).to_dict() == warmup.to_dict()
 
 
 def test_wiki_small_is_small_and_shares_its_embedding() -> None:
@@ -141,13 +142,13 @@ def test_wiki_small_is_small_and_shares_its_embedding() -> None:
 
 # -- ablations -------------------------------------------------------------------------------------
 def test_ablation_without_options_is_the_base() -> None:
-    ablation, base = build("ablation", base="memory3_0p9b"), build("memory3_0p9b")
+    ablation, base = build("ablation", base="memory3_0p9b"), build("memory3", shape="0p9b")
     assert ablation.to_dict() == base.to_dict()
 
 
 @pytest.mark.parametrize("base", ABLATION["OPTIONS"]["base"])
 def test_ablation_changes_only_what_it_says(base: str) -> None:
-    plain = build(base, stage="continual")
+    plain = build("ablation", base=base, stage="continual")
     varied = build(
         "ablation",
         **{"base": base, "stage": "continual", "memories": "online", "shift": 1},
@@ -182,7 +183,7 @@ def test_ablation_of_warmup_has_no_memories() -> None:
 @pytest.mark.parametrize("kept", [4, 8, 16])
 @pytest.mark.parametrize("base", ABLATION["OPTIONS"]["base"])
 def test_ablation_of_kept_tokens(base: str, kept: int) -> None:
-    longest = build(base).memory.reference_length
+    longest = build("ablation", base=base).memory.reference_length
     if kept <= longest:
         assert build("ablation", base=base, kept=kept).memory.kept_tokens == kept
     else:

@@ -19,7 +19,7 @@ def load(name: str, options: str = "") -> ConfigDict:
 
 @pytest.fixture(scope="module")
 def paper() -> ConfigDict:
-    return load("memory3_2b")
+    return load("memory3")
 
 
 def digits(value: float, count: int = 3) -> str:
@@ -69,13 +69,12 @@ def test_sparsity_of_the_paper(paper: ConfigDict) -> None:
     assert digits(flops.full_memory_bytes(paper) / compressed) == digits(1830)
 
 
-@pytest.mark.parametrize(
-    ("name", "count"), [("memory3_2b", "2.433e+09"), ("memory3_0p9b", "9.23e+08")]
-)
-def test_non_embedding_parameters_of_the_paper(name: str, count: str) -> None:
-    counted = flops.parameters(load(name))
+@pytest.mark.parametrize(("shape", "count"), [("2b", "2.433e+09"), ("0p9b", "9.23e+08")])
+def test_non_embedding_parameters_of_the_paper(shape: str, count: str) -> None:
+    config = load("memory3", f"shape={shape}")
+    counted = flops.parameters(config)
     assert digits(counted.non_embedding, len(count) - 5) == count
-    model = load(name).model
+    model = config.model
     assert counted.total - counted.non_embedding == 2 * model.vocabulary * model.hidden
 
 
@@ -90,7 +89,7 @@ def test_non_embedding_parameters_of_the_paper(name: str, count: str) -> None:
     ],
 )
 def test_train_step_at_the_full_shape(options: str, expected: float) -> None:
-    assert flops.train_step(load("memory3_2b", options)) == pytest.approx(expected, rel=1.5e-3)
+    assert flops.train_step(load("memory3", options)) == pytest.approx(expected, rel=1.5e-3)
 
 
 def tiny(source: str = "none", **model: object) -> ConfigDict:

@@ -4,7 +4,7 @@
         --data=/mnt/m3/run --dry_run
 
 prints what trains the warmup of each. The shapes are ours, with 2.1 to 2.4B parameters: the paper
-does not say which it compared. Runs are as long as those of configs/memory3_2b.py; `changes` would
+does not say which it compared. Runs are as long as those of configs/memory3.py; `changes` would
 make them shorter. None of them has been run yet.
 """
 

@@ -7,6 +7,7 @@ what cannot work before anything is allocated.
 from __future__ import annotations
 
 import json
+import textwrap
 
 from ml_collections import ConfigDict as ConfigDict
 
@@ -41,16 +42,31 @@ def default() -> ConfigDict:
     return config.lock()
 
 
-def describe() -> str:
-    """All fields with default, accepted values and meaning, for `--help` and the docs."""
-    lines = []
-    for path, (value, meaning, accepted) in FIELDS.items():
-        allowed = (
-            f"; one of {', '.join(map(repr, accepted))}" if isinstance(accepted, tuple) else ""
-        )
-        allowed = f"; in {accepted}" if isinstance(accepted, str) else allowed
-        lines.append(f"{path} = {value!r}{allowed}\n    {meaning}")
-    return "\n".join(lines)
+def describe(section: str = "") -> str:
+    """Describes all fields of a section, or of all: default, accepted values, meaning with unit.
+
+    Raises:
+      ConfigError: there is no such section.
+    """
+    chosen = {path: field for path, field in FIELDS.items() if section in ("", _section(path))}
+    if not chosen:
+        known = dict.fromkeys(filter(None, map(_section, FIELDS)))
+        raise ConfigError(f"{section} is no section of the config; known: {', '.join(known)}")
+    lines: list[str] = []
+    before = ""
+    for path, (value, meaning, accepted) in chosen.items():
+        if _section(path) != before:
+            lines.append("")
+            before = _section(path)
+        accepted = (False, True) if isinstance(value, bool) else accepted
+        choices = " | ".join(map(repr, accepted)) if isinstance(accepted, tuple) else accepted
+        lines.append(f"{path} = {value!r}" + (f"    accepts {choices}" if choices else ""))
+        lines.append(textwrap.indent(textwrap.fill(meaning, 96), " " * 4))
+    return "\n".join(lines).strip()
+
+
+def _section(path: str) -> str:
+    return path.rpartition(".")[0]
 
 
 def with_epochs(config: ConfigDict, rows: int) -> ConfigDict:

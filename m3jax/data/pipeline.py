@@ -269,7 +269,7 @@ def open_rows(
     data = config.data
     packed = data.packing in PACKED
     folder = workdir / (data.packing if packed else "corpus") / split
-    script = "launch/prepare_chats.py" if packed else "launch/prepare.py"
+    script = "launch/prepare.py chats" if packed else "launch/prepare.py"
     if packed and not (folder.parent / INPUTS).is_file():
         raise TextError(
             f"no finished {data.packing} in {folder.parent}; run {script} with this config"

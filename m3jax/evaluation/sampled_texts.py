@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from m3jax.errors import InferenceError
+from m3jax.errors import ConfigError, InferenceError
 from m3jax.files import write_atomically
 from m3jax.inference.generate import Generator
 from m3jax.inference.sampling import Sampling
@@ -29,6 +30,31 @@ from m3jax.text.tokenizer import BOS, END, Tokenizer
 from m3jax.workdir import make_part
 
 FILES, REPORT = ("documents", "knowledge"), "report.json"
+
+
+def open_session(config: ConfigDict, workdir: Path, checkpoint: str | None) -> Session:
+    """Opens a checkpoint that samples texts.
+
+    Raises:
+      ConfigError: the config is of a stage with memories.
+    """
+    if config.memory.source != "none":
+        raise ConfigError(
+            f"config.memory.source = {config.memory.source!r}: texts are sampled from a model"
+            " without memories; use the config of the warmup stage"
+        )
+    return Session(config, workdir, checkpoint=checkpoint)
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report of `make_texts` in words."""
+    text = f"{report['kept']} of {report['texts']} texts are longer than their first part"
+    if report["held_out"]:
+        text += (
+            f"\nloss of the whole text's reader: {report['loss_whole']:.4f} nats a token, on"
+            f" {report['held_out']} held-out tokens"
+        )
+    return text
 
 
 def make_texts(

@@ -42,7 +42,7 @@ class Request:
     prompts: Sequence[str | Chat]
     chat: bool = False
     mode: str = "memory"
-    new: int = 64
+    new_tokens: int = 64
     batch: int = 32
     groups: int = 1
     references: int = 5
@@ -122,8 +122,7 @@ def run(
     if request.chat and request.mode == "long_context":
         raise InferenceError(
             "--mode=long_context cuts the older part of one text; chats have the modes none,"
-            " memory,"
-            " cold and rag"
+            " memory, cold and rag"
         )
     records: list[dict[str, Any]] = []
     shown: list[tuple[Generation, list[AttributedReference]]] = []
@@ -171,7 +170,7 @@ def _generated(
             print(shown[0], end="", flush=True)
         found = generate(
             part,
-            request.new,
+            request.new_tokens,
             groups=request.groups,
             piece=8 if streams else None,
             listener=_say if streams else None,

@@ -12,13 +12,13 @@ from m3jax.aot import capacity as plan
 from m3jax.aot.capacity import Assumptions, Quantity
 from m3jax.errors import ConfigError
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 V5E_256 = 256 * 197e12 * 0.4  # FLOP/s of the slice at the assumed utilisation
 WRITE_FLOP = 305_536_204_800  # of one reference of 128 tokens at the shape of Memory3-2B
 STEP_FLOP = 7.348e16  # of a step with precomputed memories
 
 
-def load(options: str = "stage=continual", name: str = "memory3_2b") -> ConfigDict:
+def load(options: str = "stage=continual", name: str = "memory3") -> ConfigDict:
     return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](options)
 
 
@@ -225,7 +225,7 @@ def test_no_price_no_cost() -> None:
     assert values("training", made(price_per_chip_hour=0.0))["cost"] == 0
 
 
-@pytest.mark.parametrize("name", ["quickstart", "wiki_small", "memory3_0p9b", "ablation"])
+@pytest.mark.parametrize("name", ["quickstart", "wiki_small", "memory3", "ablation"])
 def test_every_config_can_be_planned(name: str) -> None:
     shown = plan.table(load(name=name), Assumptions("v6e:2x2", 2000.0, price_per_chip_hour=1.0))
     assert "nan" not in shown and "inf" not in shown

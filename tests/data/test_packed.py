@@ -144,7 +144,7 @@ def test_a_missing_part_names_the_script(chats):
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.data.packing = "pairs"
-    with pytest.raises(TextError, match=r"no finished pairs in .* run launch/prepare_chats\.py"):
+    with pytest.raises(TextError, match=r"no finished pairs in .* run launch/prepare\.py chats"):
         open_pipeline(config, folder)
 
 

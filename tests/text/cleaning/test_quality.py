@@ -65,7 +65,7 @@ def test_refusals(tmp_path, monkeypatch):
         LinearScorer.train(["a"], [1.0])
     with pytest.raises(TextError, match="score 7 is outside 0 … 5"):
         LinearScorer.train(["a", "b"], [1, 7])
-    with pytest.raises(TextError, match="no quality scorer in .*launch/quality.py"):
+    with pytest.raises(TextError, match="no quality scorer in .*launch/prepare.py quality"):
         load_scorer(str(tmp_path / "none"))
     LinearScorer.train(*_labelled(20)).save(tmp_path / "s")
     data = bytearray((tmp_path / "s/weights.npy").read_bytes())

@@ -1,0 +1,156 @@
+"""Selects what deserves a memory: references, by expected drop of loss a byte, or heads.
+
+    python launch/select_memory.py references --config=configs/wiki_small.py:stage=continual \\
+        --workdir=runs/wiki --budget_bytes=100000000 --dry_run
+    python launch/select_memory.py heads --config=configs/wiki_small.py --workdir=runs/wiki
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from absl.flags import FlagValues
+
+from m3jax import cli
+from m3jax.cli import Flag
+
+
+def references(given: FlagValues) -> None:
+    r"""Selects the references that are worth a memory: the expected drop of validation loss.
+
+        python launch/select_memory.py references --config=configs/wiki_small.py:stage=continual \
+            --workdir=runs/wiki --budget_bytes=100000000 --dry_run
+
+    For a sample of validation rows, the loss with and without the memory of each reference that
+    they retrieve is measured with a checkpoint that reads memories; how often each is retrieved is
+    counted on training rows, too. References with the most expected drop a byte are selected within
+    the budget, and the selection is validated on rows of other documents, against all references
+    and as many at random. Without --dry_run a version of the knowledge holds the selected ones
+    alone: rollback of launch/edit_bank.py goes back, compact frees the bytes of the others. Report,
+    picture and list are in WORKDIR/report/usefulness. A stopped measurement goes on with the same
+    command.
+    """
+    from m3jax.selection.report import table
+    from m3jax.selection.select import Options, select_references
+
+    report = select_references(
+        given.config,
+        given.workdir,
+        given.budget_bytes,
+        checkpoint=given.checkpoint,
+        version=given.bank_version,
+        options=Options(given.sample, given.count, given.check, given.draws),
+        dry_run=given.dry_run,
+    )
+    cli.show(table(report), report, given.json)
+    if "new_version" in report:
+        print(f"version {report['new_version']} of the knowledge is current")
+
+
+def heads(given: FlagValues) -> None:
+    r"""Ranks heads by how much the loss rises when one of them sees less, and selects memory heads.
+
+        python launch/select_memory.py heads --config=configs/wiki_small.py --workdir=runs/wiki
+        python launch/select_memory.py heads --config=configs/wiki_small.py:stage=continual \
+            --workdir=runs/wiki --hide=memory --keep=0.5
+
+    A masked head sees only the last --window tokens and the beginning (Memory³ §7), or, with
+    --hide=memory and a model that reads memories, all but these. The loss is that of the validation
+    text (`evaluation.batches`). Prints the ranking and the value of config.memory.heads that keeps
+    the best --keep of the heads in the memory layers; a bank written with it holds their memories
+    alone:
+
+        python launch/write_bank.py … --config.memory.heads=0:1,2:0+1
+
+    Draws the heat map and writes all figures as JSON. A stopped run goes on with the same command.
+    """
+    from m3jax.evaluation.plots import head_map
+    from m3jax.selection.heads import report, score_heads, table
+
+    config, by_query = given.config, given.by == "query"
+    scores = score_heads(
+        config,
+        given.workdir,
+        given.checkpoint,
+        hide=given.hide,
+        window=given.window,
+        by_query=by_query,
+    )
+    first = config.memory.first_layer
+    layers = range(first, first + config.memory.layers)
+    chosen = [] if by_query else scores.best(given.keep, layers)
+    figures = report(scores, chosen)
+    path = given.workdir / "report" / f"heads-{given.hide}-{given.by}"
+    json = given.json or path.with_suffix(".json")
+    picture = Path(given.picture or path.with_suffix(".png"))
+    cli.show(table(figures), figures, json)
+    if chosen:
+        share = f"{len(chosen)} of {config.memory.layers * config.model.kv_heads}"
+        print(f"\nthe best {share}: --config.memory.heads={figures['memory_heads']}")
+    hidden = "memories" if given.hide == "memory" else f"all but the last {given.window} tokens"
+    title = f"One {'query' if by_query else 'key-value'} head at a time without {hidden}"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    head_map(picture, scores.increase, title, chosen=chosen, layers=layers)
+    print(f"figures: {json}\npicture: {picture}")
+
+
+_MODEL = (cli.CONFIG, cli.WORKDIR, cli.STAGE_CHECKPOINT, cli.CACHE)
+COMMANDS = {
+    "references": cli.Command(
+        references,
+        (
+            *_MODEL,
+            Flag(
+                "budget_bytes",
+                "Bytes that the memories of the selected references may have together.",
+                int,
+            ),
+            cli.BANK_VERSION,
+            Flag("sample", "Validation rows in which drops are measured.", int, 256, low=1),
+            Flag(
+                "count",
+                "Training rows, at most, in which references are counted; 0 = validation rows"
+                " alone.",
+                *(int, 4096),
+                low=0,
+            ),
+            Flag("check", "Validation rows on which the selection is validated.", int, 256, low=1),
+            Flag("draws", "Random selections that it is compared with.", int, 3, low=0),
+            Flag("dry_run", "Make no version: report and list only.", bool),
+            cli.JSON,
+        ),
+        required=("config", "workdir", "budget_bytes"),
+    ),
+    "heads": cli.Command(
+        heads,
+        (
+            *_MODEL,
+            Flag(
+                "hide",
+                "What a masked head does not see: older tokens of the context, or the memories.",
+                default="context",
+                choices=("context", "memory"),
+            ),
+            Flag("window", "Tokens that it still sees, with --hide=context.", int, 100, low=1),
+            Flag(
+                "by",
+                "Heads to rank: key-value heads with all of their query heads, which is what a bank"
+                " stores, or single query heads.",
+                default="kv",
+                choices=("kv", "query"),
+            ),
+            Flag(
+                "keep",
+                "Share of the heads in the memory layers to select, with --by=kv.",
+                *(float, 0.5),
+                low=0,
+                high=1,
+            ),
+            cli.JSON.with_help("Default WORKDIR/report/heads-HIDE-BY.json."),
+            cli.PICTURE.with_help("Default WORKDIR/report/heads-HIDE-BY.png."),
+        ),
+    ),
+}
+
+if __name__ == "__main__":
+    cli.run(__doc__, COMMANDS)

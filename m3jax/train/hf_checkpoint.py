@@ -1,0 +1,146 @@
+"""Checkpoints of stages from folders of Hugging Face, and the other way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from m3jax.checkpoint import checkpoint_folder, read_model
+from m3jax.config import prefix_tokens
+from m3jax.errors import CheckpointError, ConfigError, HuggingFaceError
+from m3jax.files import write_atomically
+from m3jax.make_model import make_model
+from m3jax.mesh import make_mesh
+from m3jax.model.hf import read_params, write_folder
+from m3jax.text.id_tokenizer import numbered_tokenizer
+from m3jax.text.tokenizer import BOS, END, PAD, SPECIAL_TOKENS, Tokenizer
+from m3jax.text.tokenizer_import import adopt_tokenizer
+from m3jax.train.checkpoints import Checkpoints, check_owner, claim
+from m3jax.train.optimizer import make_optimizer
+from m3jax.train.state import abstract_state, init_state, state_shardings
+from m3jax.workdir import INPUTS
+
+
+def import_folder(
+    config: ConfigDict,
+    workdir: Path,
+    folder: Path,
+    *,
+    tokenizer: str | None = None,
+    special: list[str] | None = None,
+) -> str:
+    """Makes step 0 of a stage of a downloaded model.
+
+    Args:
+      config: of the stage, with the model's shape and without memories.
+      workdir: folder of the run.
+      folder: with config.json and weights.
+      tokenizer: folder with tokenizer.json, where `folder` has none, or `numbers`.
+      special: four special tokens of that tokenizer, see `text.tokenizer_import`.
+
+    Returns:
+      A sentence with the sizes.
+
+    Raises:
+      ConfigError, HuggingFaceError, CheckpointError: a part is missing, in the way or does not fit.
+    """
+    stage = workdir / config.stage
+    _check_stage(config, stage)
+    size = config.model.vocabulary
+    own, order, ours = _tokenizer(workdir, folder, size, tokenizer, special)
+    params = read_params(folder, config.model, config.memory, order)
+    model, optimizer = make_model(config, prefix_tokens(config)), make_optimizer(config)
+    abstract = abstract_state(model, optimizer, make_mesh(config))
+    state = init_state(
+        *(config, model, optimizer, abstract),
+        jax.device_put(params, state_shardings(abstract).params),
+    )
+    if not ours:
+        _save_tokenizer(own, workdir, folder)
+    claim(stage, config)
+    with contextlib.closing(Checkpoints(stage, config, own.fingerprint)) as checkpoints:
+        checkpoints.save(state, 0)
+    count = sum(x.size for x in jax.tree.leaves(params))
+    return f"{stage}: step 0 with {count} parameters of {folder}; {own.size} tokens"
+
+
+def _check_stage(config: ConfigDict, stage: Path) -> None:
+    """Refuses a stage that reads memories or has begun."""
+    if config.memory.source != "none":
+        raise ConfigError(
+            f"config.memory.source = {config.memory.source!r}: a Llama has read no memories; use"
+            " the config of the warmup stage, then launch/train.py --init_from"
+        )
+    check_owner(stage, config)
+    try:
+        checkpoint = checkpoint_folder(stage)
+    except CheckpointError:
+        return
+    raise CheckpointError(
+        f"{checkpoint} is there already; use another --workdir, or delete {stage}"
+    )
+
+
+def _tokenizer(
+    workdir: Path, folder: Path, size: int, given: str | None, special: list[str] | None
+) -> tuple[Tokenizer, np.ndarray | None, bool]:
+    """The tokenizer, which token of theirs each of its tokens is, whether the workdir has it."""
+    own = workdir / "tokenizer"
+    path = Path(given or folder) / "tokenizer.json"
+    there = (own / "manifest.json").is_file()
+    if given == "numbers":
+        text, order = numbered_tokenizer(size, special, SPECIAL_TOKENS)
+    elif path.is_file():
+        text, order = adopt_tokenizer(path.read_text("utf-8"), special, SPECIAL_TOKENS)
+    elif given or not there:
+        places = f"{given} has no" if given else f"neither {folder} nor {workdir} has a"
+        raise HuggingFaceError(
+            f"{places} tokenizer; download tokenizer.json with the weights, and name its folder"
+            " (--tokenizer) where it is another; --tokenizer=numbers does without"
+        )
+    else:
+        return Tokenizer.load(own), None, True
+    tokenizer = Tokenizer(text)
+    if there and Tokenizer.load(own).fingerprint != tokenizer.fingerprint:
+        raise HuggingFaceError(
+            f"{own} is another tokenizer than that of {given or folder}; use another --workdir"
+        )
+    return tokenizer, order, there
+
+
+def _save_tokenizer(tokenizer: Tokenizer, workdir: Path, folder: Path) -> None:
+    """With the mark of a finished part, so that launch/prepare.py trains no other in its place."""
+    tokenizer.save(workdir / "tokenizer")
+    mark = {"taken_from": str(folder.absolute())}
+    write_atomically(workdir / "tokenizer" / INPUTS, json.dumps(mark).encode())
+
+
+def export_folder(checkpoint: str | Path, folder: Path, *, dtype: str | None = None) -> str:
+    """Writes a checkpoint as a folder that `transformers` loads.
+
+    Args:
+      checkpoint: stage folder, or checkpoints/STEP in it.
+      folder: to write; it must not hold a model.
+      dtype: of the weights; default that of the parameters.
+
+    Returns:
+      A sentence that says what was written.
+    """
+    path, config, params, meta, _ = read_model(checkpoint)
+    roles = {"bos": BOS, "eos": END, "pad": PAD}
+    write_folder(
+        folder,
+        config.model,
+        config.memory,
+        params,
+        dtype=dtype,
+        positions=meta["config"]["data"]["sequence_length"] + 2 + config.memory.reference_length,
+        tokenizer=(path.parents[2] / "tokenizer" / "tokenizer.json").read_text("utf-8"),
+        special={role: (SPECIAL_TOKENS[token], token) for role, token in roles.items()},
+    )
+    return f"{folder}: step {meta['step']} of {path.parents[1]} as a Llama"
