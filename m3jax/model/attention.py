@@ -18,7 +18,13 @@ from jaxtyping import Array, Bool, Float
 from m3jax.model.attention_mask import ExplicitMemory as ExplicitMemory
 from m3jax.model.attention_mask import KeyValues as KeyValues
 from m3jax.model.attention_mask import Packing as Packing
-from m3jax.model.attention_mask import concatenate, seen_by_heads, visible_mask
+from m3jax.model.attention_mask import (
+    ShortSight,
+    concatenate,
+    hidden_by_sight,
+    seen_by_heads,
+    visible_mask,
+)
 from m3jax.model.attention_mask import memory_mask as memory_mask
 from m3jax.model.cudnn_attention import fused_attend
 from m3jax.model.splash import splash_attend
@@ -66,6 +72,7 @@ def attend(
     block: int = 256,
     kv_block: int = 256,
     heads: Bool[Array, " K"] | None = None,
+    sight: ShortSight | None = None,
 ) -> Float[Array, "B T K G H"]:
     """Causal attention that also reads a prefix and explicit memories, in one softmax.
 
@@ -84,6 +91,7 @@ def attend(
       block: queries a block, tokens; of `blocked` and `splash`.
       kv_block: keys a block of `splash`.
       heads: which key-value heads read memories (Memory³ §7); None: all.
+      sight: query heads that see little of the context; `naive` and `blocked` only.
 
     Returns:
       Attention output, before the output projection, dtype of the values.
@@ -96,11 +104,15 @@ def attend(
             *(0, chunk_length, window, q_BTKGH, k_BTKH, v_BTKH, prefix, memory),
             packing=packing,
             heads=heads,
+            sight=sight,
         )
     function: Callable[..., Array]
     options: dict[str, Any] = {"chunk_length": chunk_length, "window": window, "heads": heads}
     if implementation == "blocked":
-        function, options = _blocked_attend, {**options, "block": block, "packing": packing}
+        options |= {"block": block, "packing": packing, "sight": sight}
+        function = _blocked_attend
+    elif sight is not None:
+        raise ValueError(f"implementation {implementation!r} takes no `sight`; take 'blocked'")
     elif implementation in ("splash", "splash_interpret"):
         interpret = implementation == "splash_interpret"
         blocks = {"block": block, "kv_block": kv_block, "interpret": interpret}
@@ -127,6 +139,7 @@ def _blocked_attend(
     block: int,
     packing: Packing | None,
     heads: Array | None,
+    sight: ShortSight | None,
 ) -> Array:
     T = q_BTKGH.shape[1]
     outputs = []
@@ -146,16 +159,17 @@ def _blocked_attend(
             part: ExplicitMemory | None,
             packing: Packing | None,
             heads: Array | None,
+            sight: ShortSight | None,
             start: int = start,
             low: int = low,
         ) -> Array:
             chunks = (start, chunk_length, window)
-            return _attend_block(*chunks, q, k, v, prefix, part, low, packing, heads)
+            return _attend_block(*chunks, q, k, v, prefix, part, low, packing, heads, sight)
 
         outputs.append(
             jax.checkpoint(body)(
                 *(q_BTKGH[:, start:stop], k_BTKH[:, :stop], v_BTKH[:, :stop]),
-                *(prefix, part, packing, heads),
+                *(prefix, part, packing, heads, sight),
             )
         )
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
@@ -173,11 +187,12 @@ def _attend_block(
     low: int = 0,
     packing: Packing | None = None,
     heads: Array | None = None,
+    sight: ShortSight | None = None,
 ) -> Array:
     """Attention of the queries `start …` over all keys given; `low` is the first chunk in
     `memory`."""
     weights_BKGTS = attention_weights(
-        q_BTKGH, k_BSKH, prefix, memory, start, chunk_length, window, low, packing, heads
+        q_BTKGH, k_BSKH, prefix, memory, start, chunk_length, window, low, packing, heads, sight
     )
     _, values = concatenate(k_BSKH, v_BSKH, prefix, memory)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), values)
@@ -194,13 +209,14 @@ def attention_weights(
     low: int = 0,
     packing: Packing | None = None,
     heads: Bool[Array, " K"] | None = None,
+    sight: ShortSight | None = None,
 ) -> Float[Array, "B K G T keys"]:
     """Softmax weights in float32, keys in the order [prefix ; memories ; context].
 
     Args:
       q_BTKGH: queries of the tokens `start …`.
       k_BSKH: context keys of the tokens 0 ….
-      prefix, memory, chunk_length, window, packing, heads: as in `attend`.
+      prefix, memory, chunk_length, window, packing, heads, sight: as in `attend`.
       start: position in the row of the first query.
       low: chunk of the row that is the first in `memory`.
     """
@@ -211,6 +227,8 @@ def attention_weights(
     ) * (H**-0.5)
     query_T = start + jnp.arange(T)
     mask_BTS = visible_mask(query_T, S, prefix, memory, chunk_length, window, low, packing)
-    mask_BKTS = seen_by_heads(mask_BTS, heads, prefix, memory)
-    scores_BKGTS = jnp.where(mask_BKTS[:, :, None], scores_BKGTS, MASKED)
+    mask_BKGTS = seen_by_heads(mask_BTS, heads, prefix, memory)[:, :, None]
+    if sight is not None:
+        mask_BKGTS = mask_BKGTS & ~hidden_by_sight(sight, query_T, S, mask_BTS.shape[-1])[None]
+    scores_BKGTS = jnp.where(mask_BKGTS, scores_BKGTS, MASKED)
     return jax.nn.softmax(scores_BKGTS, axis=-1)

@@ -49,6 +49,17 @@ class Packing(NamedTuple):
         return jnp.arange(self.starts.shape[1])[None] - self.starts
 
 
+class ShortSight(NamedTuple):
+    """Query heads that see little of the context: its first token and their own last tokens.
+
+    heads_KG: which; with a leading axis of layers where a model is given them.
+    tokens: of the context that they see, the query's own included.
+    """
+
+    heads_KG: Bool[Array, "*layers K G"]
+    tokens: int | Int[Array, ""]
+
+
 def visible_mask(
     query_T: Int[Array, T],
     context: int,
@@ -132,6 +143,15 @@ def seen_by_heads(
     return (
         mask_BTS[:, None] & keys_of_heads(heads_K, mask_BTS.shape[-1], first, slots)[None, :, None]
     )
+
+
+def hidden_by_sight(
+    sight: ShortSight, query_T: Int[Array, T], context: int, keys: int
+) -> Bool[Array, "K G T keys"]:
+    """Returns the keys that query heads do not see; the last `context` keys are the context's."""
+    key_S = jnp.arange(keys)[None] - (keys - context)
+    far_TS = (query_T[:, None] - key_S >= sight.tokens) & (key_S > 0)
+    return sight.heads_KG[:, :, None, None] & far_TS[None, None]
 
 
 def keys_of_heads(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from m3jax.model.attention import attend, attention_weights
-from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing
+from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing, ShortSight
 from m3jax.model.collectives import Parallel
 from m3jax.model.rope import rotate
 from m3jax.model.streams import Streams, join
@@ -155,13 +155,13 @@ class Layer:
     windows: Array | None = None
     packing: Packing | None = None
 
-    def plain(self, block: Block, hidden: Array) -> Array:
-        """Returns the long row after a layer without memories."""
+    def plain(self, block: Block, hidden: Array, sight: ShortSight | None = None) -> Array:
+        """Returns the long row after a layer without memories; `sight` as in `attend`."""
         references, context, prefix = self.heads(block, hidden)
         attended, shared = self.attend_prefix(prefix)
         parts = (
             self.attend_references(references, shared),
-            self.attend_context(context, shared, None)[0],
+            self.attend_context(context, shared, None, sight=sight)[0],
             attended,
         )
         return block.rest(hidden, join(parts))
@@ -173,6 +173,7 @@ class Layer:
         memory: ExplicitMemory | None,
         last: bool,
         heads_K: Array | None,
+        sight: ShortSight | None = None,
     ) -> tuple[Array, Any]:
         """Returns the long row after a memory layer, and what it wrote or observed.
 
@@ -182,6 +183,7 @@ class Layer:
           memory: precomputed memories of this layer; None: none, or those of the references.
           last: the last memory layer, which leaves the references out of the row.
           heads_K: which key-value heads read memories; None: all.
+          sight: as in `attend`.
         """
         references, context, prefix = self.heads(block, hidden)
         attended, shared = self.attend_prefix(prefix)
@@ -199,7 +201,7 @@ class Layer:
             if context is not None:
                 assert self.lead is not None
                 memory = ExplicitMemory(*(x.reshape(*self.lead, *x.shape[1:]) for x in written[:3]))
-        context_output, observed = self.attend_context(context, shared, memory, heads_K)
+        context_output, observed = self.attend_context(context, shared, memory, heads_K, sight)
         hidden = block.rest(hidden, join((references_output, context_output, attended)))
         return hidden, observed if context is not None else written
 
@@ -243,17 +245,19 @@ class Layer:
         prefix: KeyValues | None,
         memory: ExplicitMemory | None,
         heads_K: Array | None = None,
+        sight: ShortSight | None = None,
     ) -> tuple[Array | None, Array | None]:
         """Attends from the context; returns its attention weights on memories, too, where observed.
 
         Args:
           heads, prefix, memory: of this layer.
           heads_K: which key-value heads read memories; None: all.
+          sight: as in `attend`.
         """
         if heads is None:
             return None, None
         options: dict[str, Any] = {"chunk_length": self.chunk_length, "window": self.window}
-        options |= {"packing": self.packing, "heads": heads_K}
+        options |= {"packing": self.packing, "heads": heads_K, "sight": sight}
         observed = None
         if self.observe:
             weights = attention_weights(heads.q, heads.k, prefix, memory, **options)

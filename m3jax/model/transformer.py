@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from m3jax.config import memory_heads
 from m3jax.mesh import PARAMETERS
 from m3jax.model.attention import resolve
-from m3jax.model.attention_mask import ExplicitMemory, Packing
+from m3jax.model.attention_mask import ExplicitMemory, Packing, ShortSight
 from m3jax.model.collectives import Parallel
 from m3jax.model.layer import Block, Layer, rms_norm
 from m3jax.model.parameters import Params, abstract_params, init_params, segment_ranges
@@ -151,10 +151,22 @@ class Model:
         sparsify: Callable | None = None,
         window: int | None = None,
         packing: Packing | None = None,
+        *,
+        memory_heads: Bool[Array, "L K"] | None = None,
+        sight: ShortSight | None = None,
     ) -> Float[Array, "B T D"]:
-        """Returns hidden states before the final norm; arguments as in `logits`."""
+        """Returns hidden states before the final norm; other arguments as in `logits`.
+
+        Args:
+          memory_heads: which key-value heads of the memory layers read memories; default from the
+            config.
+          sight: query heads of all layers, `(L, K, G)`, that see little of the context.
+        """
         return self._run(
-            params, tokens_BT, memory, reference_tokens, sparsify, window, packing=packing
+            *(params, tokens_BT, memory, reference_tokens, sparsify, window),
+            packing=packing,
+            memory_heads=memory_heads,
+            sight=sight,
         )[0]
 
     def memory_attention(
@@ -239,6 +251,8 @@ class Model:
         window: int | None,
         observe: bool = False,
         packing: Packing | None = None,
+        memory_heads: Array | None = None,
+        sight: ShortSight | None = None,
     ) -> tuple[Array, Any]:
         window = self.memory.window if window is None else window
         lead, usable_RW = None, None
@@ -259,10 +273,10 @@ class Model:
             lead=lead,
             packing=packing,
         )
-        hidden = self._scan_plain(params, "lower", layer, hidden)
-        hidden, observed = self._scan_memory(params, layer, hidden, memory)
+        hidden = self._scan_plain(params, "lower", layer, hidden, sight)
+        hidden, observed = self._scan_memory(params, layer, hidden, memory, memory_heads, sight)
         layer = dataclasses.replace(layer, streams=streams._replace(references=(0, 0)))
-        hidden = self._scan_plain(params, "upper", layer, hidden)
+        hidden = self._scan_plain(params, "upper", layer, hidden, sight)
         context = layer.streams.split(hidden)[1]
         assert context is not None
         return context, observed
@@ -296,17 +310,38 @@ class Model:
         """Returns the block of one layer, its weights gathered."""
         return nnx.merge(self._block, self.parallel.gather(stacked, self._axes))
 
-    def _scan_plain(self, params: Params, segment: str, layer: Layer, hidden: Array) -> Array:
+    def _sights(self, sight: ShortSight | None, segment: str) -> ShortSight | None:
+        """Returns the short sight of a segment's layers, `tokens` once a layer."""
+        if sight is None:
+            return None
+        low, high = self.ranges[segment]
+        return ShortSight(sight.heads_KG[low:high], jnp.full(high - low, sight.tokens))
+
+    def _scan_plain(
+        self,
+        params: Params,
+        segment: str,
+        layer: Layer,
+        hidden: Array,
+        sight: ShortSight | None = None,
+    ) -> Array:
         if not self.segments[segment]:
             return hidden
 
-        def body(hidden: Array, stacked: Params) -> tuple[Array, None]:
-            return layer.plain(self.merge(stacked), hidden), None
+        def body(hidden: Array, inputs: Any) -> tuple[Array, None]:
+            return layer.plain(self.merge(inputs[0]), hidden, inputs[1]), None
 
-        return jax.lax.scan(self._remat(body), hidden, params[segment])[0]
+        each = (params[segment], self._sights(sight, segment))
+        return jax.lax.scan(self._remat(body), hidden, each)[0]
 
     def _scan_memory(
-        self, params: Params, layer: Layer, hidden: Array, memory: ExplicitMemory | None
+        self,
+        params: Params,
+        layer: Layer,
+        hidden: Array,
+        memory: ExplicitMemory | None,
+        memory_heads: Array | None = None,
+        sight: ShortSight | None = None,
     ) -> tuple[Array, Any]:
         """Runs all memory layers; returns the long row and what each wrote or observed, stacked.
 
@@ -324,10 +359,11 @@ class Model:
             memory = None
             if length is not None:
                 memory = ExplicitMemory(inputs[1][0], inputs[1][1], length)
-            return layer.memory(block, hidden, memory, last, inputs[2])
+            return layer.memory(block, hidden, memory, last, *inputs[2:])
 
-        heads_LK = None if self.memory_heads is None else jnp.asarray(self.memory_heads)
-        each = (stacked, sliced, heads_LK)
+        heads = self.memory_heads if memory_heads is None else memory_heads
+        heads_LK = None if heads is None else jnp.asarray(heads)
+        each = (stacked, sliced, heads_LK, self._sights(sight, "memory"))
         if layer.usable_RW is None:  # no references
             return jax.lax.scan(self._remat(body), hidden, each)
         outputs = []

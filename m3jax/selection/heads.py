@@ -103,11 +103,12 @@ def score_heads(
     """
     _check(config, hide, window, by_query)
     checkpoint = Path(checkpoint or Path(workdir) / config.stage)
-    model = make_model(config, prefix_tokens(config))
     plain = config.copy_and_resolve_references()
-    if hide == "context":
-        with plain.unlocked():
+    with plain.unlocked():
+        plain.model.attention = "blocked"  # kernels know no masks of single heads
+        if hide == "context":
             plain.memory.source = "none"
+    model = make_model(plain, prefix_tokens(config))
     pipeline = open_pipeline(plain, workdir, split="validation")
     tokenizer = pipeline.tokenizer.fingerprint
     params, meta = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer)

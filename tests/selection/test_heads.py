@@ -15,7 +15,6 @@ from m3jax.errors import ConfigError
 from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
 from m3jax.model.attention_mask import ExplicitMemory
-from m3jax.selection import head_ablation as masked
 from m3jax.selection import heads
 from m3jax.selection.head_ablation import masked_losses
 from m3jax.selection.heads import HeadScores, report, score_heads, table
@@ -98,11 +97,10 @@ def row_losses(logits: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> 
     ],
 )
 def test_masked_losses_equal_the_loops(
-    monkeypatch: pytest.MonkeyPatch, prefix: Any, hide: str, group: int, changes: dict[str, Any]
+    prefix: Any, hide: str, group: int, changes: dict[str, Any]
 ) -> None:
     """With scores in blocks of queries that do not divide the row."""
-    monkeypatch.setattr(masked, "_BLOCK", 3)
-    config = oracle_config(**changes)
+    config = oracle_config(model__attention="blocked", model__attention_block=3, **changes)
     params = random_params(config)
     tokens, targets = random_tokens(1, 2, T), random_tokens(2, 2, T)
     weights = (np.arange(2 * T).reshape(2, T) % 4 > 0).astype(np.float32)
