@@ -29,15 +29,14 @@ from absl.flags import FlagValues
 
 from m3jax import cli
 from m3jax.cli import Flag
+from m3jax.hardware import LIBTPU_ENVIRONMENT, chip_of_topology
 
 
 def main(given: FlagValues) -> None:
     """Compiles and prints."""
+    os.environ.update(JAX_PLATFORMS="cpu", **LIBTPU_ENVIRONMENT)  # before JAX is imported
     from m3jax.aot import compile as compiled
-
-    os.environ.update(compiled.ENVIRONMENT)
     from m3jax.aot.report import markdown, show, show_search
-    from m3jax.hardware import chip_of_topology
 
     chips = {topology: chip_of_topology(topology)[0] for topology in given.topology}
     paths = [compiled.on_path(given.config, path) for path in given.paths] or [given.config]

@@ -104,7 +104,7 @@ unpack() { # the archive $1 over the tree; files of the version before that are 
 }
 
 install() {
-  local folder found
+  local folder
   for folder in "$runs"/*/; do
     [[ -d "$folder" ]] || continue
     if alive "$(basename "$folder")"; then
@@ -116,12 +116,10 @@ install() {
   unpack "$1"
   # shellcheck source=launch/environment.sh
   source "$tree/launch/environment.sh"
-  found="$(find_python 2>/dev/null)" || found=""
   # Images of TPU VMs come with Python 3.10, some without ensurepip: uv brings an interpreter.
-  if [[ ! -x "$M3JAX_VENV/bin/python" ]] &&
-    { [[ -z "$found" ]] || ! "$found" -c 'import ensurepip' >/dev/null 2>&1; }; then
+  if [[ ! -x "$M3JAX_VENV/bin/python" ]] && ! find_python >/dev/null 2>&1; then
     PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --user --upgrade uv
-    python3 -m uv venv --seed --python 3.11 "$M3JAX_VENV"
+    python3 -m uv venv --seed --python 3.13 "$M3JAX_VENV"
   fi
   prepare_environment tpu
   echo "m3jax-worker $HOSTNAME installed"

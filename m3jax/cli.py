@@ -26,6 +26,7 @@ from ml_collections import ConfigDict, config_flags
 from m3jax.config import describe, validate
 from m3jax.config.fields import FIELDS, RENAMED
 from m3jax.errors import CommandError, ConfigError, UserError
+from m3jax.hardware import quiet_libtpu
 
 USER_ERROR = 2  # exit code
 WIDTH = 100  # of help texts
@@ -247,6 +248,7 @@ def _call(command: Command) -> None:
     values = flags.FLAGS
     if not values["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+    quiet_libtpu()
     try:
         if "compilation_cache" in values:
             use_compilation_cache(values.compilation_cache)

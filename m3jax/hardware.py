@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
+import os
 
 from m3jax.errors import ConfigError
 
@@ -79,3 +81,22 @@ def chip_of_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
             f" {chip.name}:{'x'.join(['4'] * (chip.links // 2))}"
         )
     return chip, tuple(int(size) for size in sizes)
+
+
+# A slice for libtpu on a host without a TPU, where it also compiles for others.
+LIBTPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def quiet_libtpu() -> None:
+    """Keeps libtpu silent on a host without a TPU, where it would print that it finds no metadata.
+
+    Call it before JAX looks for devices; it still finds none of libtpu there, and all others.
+    """
+    if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/*"):
+        for name, value in LIBTPU_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)

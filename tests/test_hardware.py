@@ -1,9 +1,22 @@
-"""The table of accelerators."""
+"""The table of accelerators, and libtpu where there is none of its chips."""
+
+import glob
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from m3jax.errors import ConfigError
-from m3jax.hardware import chip_of_kind, chip_of_topology
+from m3jax.hardware import LIBTPU_ENVIRONMENT, chip_of_kind, chip_of_topology, quiet_libtpu
+
+SCRIPT = """
+import jax
+from m3jax import cli
+cli.run("", {"": cli.Command(lambda given: print(jax.devices()[0].platform), (), ())})
+"""
 
 
 @pytest.mark.parametrize(
@@ -46,3 +59,33 @@ def test_unknown_topology_lists_the_chips(name):
 def test_topology_of_wrong_dimensions(name, example):
     with pytest.raises(ConfigError, match=f"as in {example}$"):
         chip_of_topology(name)
+
+
+def test_libtpu_is_told_of_a_slice_only_where_there_is_no_tpu(monkeypatch: pytest.MonkeyPatch):
+    for name in LIBTPU_ENVIRONMENT:
+        monkeypatch.setenv(name, "")  # so that what is set below ends with the test
+        monkeypatch.delenv(name)
+    for device in ("/dev/accel0", "/dev/vfio/0"):
+        monkeypatch.setattr(
+            glob, "glob", lambda pattern, d=device: [d] * d.startswith(pattern[:-1])
+        )
+        quiet_libtpu()
+        assert not set(LIBTPU_ENVIRONMENT) & set(os.environ)
+    monkeypatch.setattr(glob, "glob", lambda pattern: [])
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v6e-8")  # of the user
+    quiet_libtpu()
+    expected = {**LIBTPU_ENVIRONMENT, "TPU_ACCELERATOR_TYPE": "v6e-8"}
+    assert {name: os.environ[name] for name in LIBTPU_ENVIRONMENT} == expected
+
+
+@pytest.mark.parity
+def test_scripts_print_nothing_of_libtpu(require: Callable) -> None:
+    """The runtime looks for a TPU, finds none, and JAX goes on in silence."""
+    require("libtpu")
+    unset = {"JAX_PLATFORMS", "TF_CPP_MIN_LOG_LEVEL", *LIBTPU_ENVIRONMENT}
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (0, "")

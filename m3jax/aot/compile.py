@@ -35,14 +35,6 @@ from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import abstract_state
 from m3jax.train.step import make_step
 
-# What libtpu asks for where there is no TPU; to be set before JAX is imported.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 PATHS = ("warmup", "precomputed", "online")  # what a train step reads
 
 

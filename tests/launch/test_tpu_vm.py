@@ -619,7 +619,7 @@ def test_a_worker_without_a_new_python_gets_one(cloud, bare, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "python-calls").read_text().splitlines()
-    assert calls[1] == f"uv venv --seed --python 3.11 {tmp_path}/m3jax-venv"
+    assert calls[1] == f"uv venv --seed --python 3.13 {tmp_path}/m3jax-venv"
     assert calls[0] == "pip install -q --user --upgrade uv" and "[tpu]" in calls[2]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from model.attention_inputs import Case, assert_equal, make_inputs, value_and_gradients, weights
 
+from m3jax.hardware import LIBTPU_ENVIRONMENT
 from m3jax.model.attention_mask import ExplicitMemory, memory_mask
 from m3jax.model.splash import _segments, make_kernel
 from m3jax.model.splash_mask import EDGE_BYTES, SCORE_BYTES, VMEM, RowMask, pairs, plan
@@ -204,10 +205,7 @@ def test_compiles_for_tpu(require: Callable, rows: str) -> None:
         **os.environ,
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
         "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        **LIBTPU_ENVIRONMENT,
     }
     command = [sys.executable, "-c", COMPILE, rows]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
