@@ -1,29 +1,41 @@
 """The checker that conftest.py applies to all annotations of m3jax."""
 
 from collections.abc import Callable
+from typing import Any
 
 from beartype import BeartypeConf, beartype
 
 # PEP 484's numeric tower: an int serves where a float is asked for.
-_checker = beartype(conf=BeartypeConf(is_pep484_tower=True))
-_checkers: dict[tuple, Callable] = {}
+_make = beartype(conf=BeartypeConf(is_pep484_tower=True))
+_made: dict[tuple, Callable] = {}
 
 
 def check(function: Callable) -> Callable:
-    """A function without a body that checks arguments as annotated.
+    """A function that checks its arguments as annotated; the body of `function` is empty.
 
-    jaxtyping passes one for every definition that is run, also of functions within functions, and
-    making a checker takes milliseconds: equal definitions share one.
+    jaxtyping passes one for every definition that is run, also of functions within functions.
+    Making a checker takes milliseconds: it is made at the first call, and once for all functions
+    that one definition has made.
     """
-    key = (function.__module__, function.__qualname__, function.__code__, *_values(function))
+    checker: Callable | None = None
+
+    def checked(*arguments: Any, **named: Any) -> Any:
+        nonlocal checker
+        if checker is None:
+            checker = _checker(function)
+        return checker(*arguments, **named)
+
+    return checked
+
+
+def _checker(function: Callable) -> Callable:
+    key = (
+        *(function.__module__, function.__qualname__, function.__code__),
+        tuple(function.__annotations__.items()),
+    )
     try:
-        return _checkers[key]
-    except KeyError:
-        return _checkers.setdefault(key, _checker(function))
-    except TypeError:  # an annotation or default that cannot be hashed
-        return _checker(function)
-
-
-def _values(function: Callable) -> tuple:
-    defaults = (function.__defaults__ or (), tuple((function.__kwdefaults__ or {}).items()))
-    return (tuple(function.__annotations__.items()), *defaults)
+        if key not in _made:
+            _made[key] = _make(function)
+        return _made[key]
+    except TypeError:  # an annotation that cannot be hashed
+        return _make(function)

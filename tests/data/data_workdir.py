@@ -80,7 +80,7 @@ def make_workdir(folder: Path, config: ConfigDict) -> Path:
     write_bank(
         config,
         model,
-        model.init(jax.random.key(0)),
+        jax.jit(model.init)(jax.random.key(0)),
         references,
         folder / "bank",
         tokenizer_fingerprint=Tokenizer.load(folder / "tokenizer").fingerprint,

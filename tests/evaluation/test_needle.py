@@ -24,7 +24,7 @@ NEEDLE = Needle(PERSON.text, f"{RELATION} of {PERSON.name}", f" {VALUE}")
 def session(tmp_path_factory):
     config = tiny_config(stage="continual", data__sequence_length=40)
     workdir = make_workdir(tmp_path_factory.mktemp("needle") / "run", config)
-    params = make_model(config, PREFIX_TOKENS).init(jax.random.key(5))
+    params = jax.jit(make_model(config, PREFIX_TOKENS).init)(jax.random.key(5))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             session_module, "restore_params", lambda *_, **__: (params, {"step": 3, "writer": None})
@@ -61,6 +61,7 @@ def test_references_that_all_hold_the_question_are_too_few(session):
         )
 
 
+@pytest.mark.slow
 def test_the_share_of_right_answers_is_counted(session, monkeypatch, tmp_path):
     """The right answer is whatever the reader with memory says to every other text."""
     expected: dict[str, str] = {}

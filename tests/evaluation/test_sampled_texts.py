@@ -61,7 +61,7 @@ def test_the_loss_of_the_whole_text_is_the_models(session: Session, tmp_path: Pa
     for document in read_documents(str(tmp_path / "a" / "documents.jsonl")):
         if is_validation(document, 0.4):
             tokens = np.array([[BOS, *texts[document.id]]], np.int32)
-            logits = session.model.logits(session.params, jnp.asarray(tokens[:, :-1]))
+            logits = jax.jit(session.model.logits)(session.params, jnp.asarray(tokens[:, :-1]))
             logprobs = np.asarray(jax.nn.log_softmax(logits))[0]
             nats += [-logprobs[t, tokens[0, t + 1]] for t in range(5, tokens.shape[1] - 1)]
     assert report["held_out"] == len(nats) > 5
@@ -81,15 +81,16 @@ def test_texts_depend_on_the_seed_alone(session: Session, tmp_path: Path) -> Non
     assert again == json.loads((tmp_path / "a" / "report.json").read_bytes())
 
 
+@pytest.mark.slow
 def test_draws_follow_the_model(session: Session, tmp_path: Path) -> None:
     """The first tokens of many texts have the model's probabilities after `<s>`."""
     asked = {**ASKED, "count": 2000, "tokens": 2, "split": 1}
     make_texts(session, tmp_path / "a", **asked, batch=2000)
     first = [d.text for d in read_documents(str(tmp_path / "a" / "knowledge.jsonl"))]
-    logits = session.model.logits(session.params, jnp.array([[BOS]]))[0, -1]
+    logits = jax.jit(session.model.logits)(session.params, jnp.array([[BOS]]))[0, -1]
     p = np.asarray(jax.nn.softmax(logits))
     best = int(np.argmax(np.where(np.arange(260) > 3, p, 0)))
-    second = session.model.logits(session.params, jnp.array([[BOS, best]]))[0, -1]
+    second = jax.jit(session.model.logits)(session.params, jnp.array([[BOS, best]]))[0, -1]
     stays = 1 - np.asarray(jax.nn.softmax(second))[[BOS, END]].sum()
     expected = 2000 * p[best] * stays  # texts that end after one token are left out
     found = first.count(session.tokenizer.decode([best]))

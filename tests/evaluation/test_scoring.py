@@ -25,7 +25,7 @@ def workdir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scorer(workdir):
     model = make_model(CONFIG, PREFIX_TOKENS)
-    params = model.init(jax.random.key(5))
+    params = jax.jit(model.init)(jax.random.key(5))
     return Scorer(
         model,
         params,
@@ -57,7 +57,8 @@ def plain(scorer, pair, memory=None):
     both = np.concatenate([pair.context, pair.continuation])
     row = np.zeros((1, -(-(len(both) - 1) // CHUNK) * CHUNK), np.int32)
     row[0, : len(both) - 1] = both[:-1]
-    logits = np.asarray(model.logits(params, jnp.array(row), memory, window=1))[0]
+    read = jax.jit(model.logits, static_argnames="window")
+    logits = np.asarray(read(params, jnp.array(row), memory, window=1))[0]
     logits = logits[len(pair.context) - 1 : len(both) - 1].astype(np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     chosen = logprobs[np.arange(len(pair.continuation)), pair.continuation]
@@ -78,7 +79,8 @@ def test_scores_are_those_of_the_plain_logits(scorer):
 def plain_first(scorer, pair):
     row = np.zeros((1, CHUNK), np.int32)
     row[0, : len(pair.context)] = pair.context
-    logits = scorer.model.logits(scorer.params, jnp.array(row), None, window=1)
+    read = jax.jit(scorer.model.logits, static_argnames="window")
+    logits = read(scorer.params, jnp.array(row), None, window=1)
     return np.argmax(np.asarray(logits)[0, len(pair.context) - 1 : len(pair.context)], -1)
 
 

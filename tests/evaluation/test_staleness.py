@@ -47,7 +47,7 @@ CONFIG = tiny_config(**CHANGES)
 
 def weights(moved: float) -> Any:
     """The bank's writer after more training, which is noise here."""
-    params = make_model(CONFIG).init(jax.random.key(0))
+    params = jax.jit(make_model(CONFIG).init)(jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noise = [moved * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
@@ -129,6 +129,7 @@ def test_errors_and_losses_equal_a_rewritten_bank(workdir: Path, tmp_path: Path)
     assert "| 1 |" in table(found) and found.verdict in table(found)
 
 
+@pytest.mark.slow
 def test_a_refreshed_version_is_written_by_the_checkpoint(workdir: Path, tmp_path: Path) -> None:
     edit(
         CONFIG,
@@ -186,6 +187,7 @@ def test_collecting_a_refresh_deletes_the_old_bank_alone(workdir: Path) -> None:
         open_version(workdir, 0)
 
 
+@pytest.mark.slow
 def test_the_worst_are_written_anew_the_others_kept(workdir: Path, tmp_path: Path) -> None:
     old = opened(workdir)[2]
     again = fresh(workdir, "moved", tmp_path / "fresh")
@@ -212,6 +214,7 @@ def test_the_worst_are_written_anew_the_others_kept(workdir: Path, tmp_path: Pat
     assert 0 < np.mean(measured.keys) < np.mean(before.keys)
 
 
+@pytest.mark.slow
 def test_memories_stay_stored_as_they_were(workdir: Path) -> None:
     references = opened(workdir)[0]
     shutil.rmtree(workdir / "bank")
@@ -244,6 +247,7 @@ def test_one_batch_says_nothing() -> None:
         assert said in changed.verdict
 
 
+@pytest.mark.slow
 def test_a_run_refreshes_its_bank_and_resumes(workdir: Path, tmp_path: Path) -> None:
     """Every second step, killed between a refresh and the next checkpoint or not."""
     schedule = {

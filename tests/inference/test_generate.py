@@ -64,7 +64,7 @@ def world(tmp_path_factory):
     return World(
         config,
         model,
-        model.init(jax.random.key(5)),
+        jax.jit(model.init)(jax.random.key(5)),
         tokenizer,
         references,
         open_retriever(config, version, references, 2 / 3),

@@ -35,7 +35,7 @@ def prepared(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def checkpoint(monkeypatch):
     """Random weights, which the bank is said to be written by; and short pauses."""
-    params = make_model(CONFIG, PREFIX_TOKENS).init(jax.random.key(5))
+    params = jax.jit(make_model(CONFIG, PREFIX_TOKENS).init)(jax.random.key(5))
     meta = {"step": 3, "writer": None}
     monkeypatch.setattr(session_module, "restore_params", lambda *_, **__: (params, meta))
     monkeypatch.setattr(session_module, "check_reader", lambda *_: None)
@@ -141,7 +141,7 @@ def _no_memories(references, folder, base):
     write_bank(
         CONFIG,
         model,
-        model.init(jax.random.key(0)),
+        jax.jit(model.init)(jax.random.key(0)),
         references,
         folder,
         tokenizer_fingerprint=references.tokenizer_fingerprint,

@@ -52,7 +52,7 @@ def write(
 ) -> None:
     model = make_model(config)
     if weights not in WEIGHTS:
-        WEIGHTS[weights] = model.init(jax.random.key(weights))
+        WEIGHTS[weights] = jax.jit(model.init)(jax.random.key(weights))
     write_bank(
         config,
         model,

@@ -74,6 +74,7 @@ def test_int8_is_the_nearest_multiple_of_a_scale() -> None:
     assert not np.asarray(found.keys)[3].any()
 
 
+@pytest.mark.slow
 def test_errors_are_as_small_as_they_should_be(banks: dict[str, Path]) -> None:
     expected = real(Bank.open(banks["none"]).read(IDS))
     power = (expected**2).sum((1, 2))
@@ -209,7 +210,7 @@ def test_codebooks_of_another_model_are_refused(own: Path, tmp_path: Path) -> No
         Bank.open(own)
 
 
-@pytest.mark.parametrize("compression", ["int8", "vector"])
+@pytest.mark.parametrize("compression", ["int8", pytest.param("vector", marks=pytest.mark.slow)])
 def test_a_step_decodes_what_the_bank_stores(tmp_path: Path, compression: str) -> None:
     """Batches carry codes, and losses are those of decoded memories."""
     config = workdir_config(
@@ -218,16 +219,20 @@ def test_a_step_decodes_what_the_bank_stores(tmp_path: Path, compression: str) -
     workdir = make_workdir(tmp_path, config)
     pipeline = open_pipeline(config, workdir, split="validation")
     assert pipeline.bank is not None and pipeline.decode is not None
-    evaluate, params = evaluator(config, workdir), make_model(config).init(jax.random.key(1))
+    evaluate, params = (
+        evaluator(config, workdir),
+        jax.jit(make_model(config).init)(jax.random.key(1)),
+    )
     found = evaluate(params)
     batches = [pipeline.batch(step) for step in range(evaluate.batches)]
     assert all(batch["memory"].keys.dtype == np.uint8 for batch in batches)
     with jax.transfer_guard("disallow"):  # as in the training loop, where a step is compiled
         jax.jit(pipeline.decode).lower(batches[0]["memory"])
     loss = weight = 0.0
+    read = jax.jit(make_model(config).logits)
     for batch in batches:
         memory = jax.tree.map(jnp.asarray, pipeline.bank.read(batch["reference_ids"]))
-        logits = make_model(config).logits(params, jnp.asarray(batch["tokens"]), memory)
+        logits = read(params, jnp.asarray(batch["tokens"]), memory)
         picked = jnp.take_along_axis(
             jax.nn.log_softmax(logits), jnp.asarray(batch["targets"])[..., None], axis=-1
         )[..., 0]

@@ -135,7 +135,7 @@ def test_batches_are_placed_where_they_are_read(tmp_path: Path) -> None:
     changes = {"model__layers": 3, "memory__layers": 2, "evaluation__batches": 1}
     config = workdir_config(**changes, memory__heads="0:1,1:0")
     workdir = make_workdir(tmp_path, config)
-    params = make_model(config).init(jax.random.key(1))
+    params = jax.jit(make_model(config).init)(jax.random.key(1))
     pipeline = open_pipeline(config, workdir, split="validation")
     stored = pipeline.batch(0)["memory"]
     assert stored.keys.shape[3:5] == (1, 2) and pipeline.decode is not None

@@ -128,7 +128,7 @@ def generated(config, model, params, prompts, forced, prompt_memory, later, **op
 def test_equals_the_forward_of_training(with_memory, prefix, qk_norm):
     config = tiny(model__qk_norm=qk_norm)
     model = make_model(config, prefix)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     if qk_norm:  # scales of one would hide where they are left out
         for segment in ("lower", "memory", "upper"):
             for name in ("query_norm", "key_norm"):
@@ -162,7 +162,7 @@ def test_a_mesh_generates_the_same():
     config = tiny(mesh__data=2, mesh__tensor=2, mesh__fsdp=1, data__batch_size=4)
     mesh = make_mesh(config, jax.devices()[:4])
     model, on_mesh = make_model(config, (1, 2)), make_model(config, (1, 2), mesh)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     rng = np.random.default_rng(0)
     B, C = len(LENGTHS), max(LENGTHS) // CHUNK
     prompts = rng.integers(4, 64, (B, C * CHUNK), dtype=np.int32)

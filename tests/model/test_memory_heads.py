@@ -63,7 +63,9 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("heads", [(True, False), (False, False)], ids=str)
+@pytest.mark.parametrize(
+    "heads", [(True, False), pytest.param((False, False), marks=pytest.mark.slow)], ids=str
+)
 def test_heads_without_memories_see_none(heads: tuple[bool, ...]) -> None:
     """Values and gradients; the mask is an argument of the program, as in a scan over layers."""
     inputs, length = make_inputs(2)
@@ -138,7 +140,13 @@ def without(config: ConfigDict, memory: tuple[np.ndarray, np.ndarray, int]) -> A
     return keys, values, length
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *list(CASES)[:2],
+        pytest.param("middle, all layers but one head", marks=pytest.mark.slow),
+    ],
+)
 def test_reading_equals_loops_in_which_other_heads_have_no_memory_keys(name: str) -> None:
     config = oracle_config(**CASES[name])
     params = random_params(config)
@@ -169,7 +177,7 @@ def test_naming_all_heads_names_none() -> None:
 def test_generation_equals_the_forward_of_training() -> None:
     config = tiny(memory__heads="1:0,2:1")
     model = make_model(config, (1, 2))
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     rng = np.random.default_rng(0)
     rows, C = len(LENGTHS), max(LENGTHS) // DECODED
     prompts = rng.integers(4, 64, (rows, C * DECODED), dtype=np.int32)

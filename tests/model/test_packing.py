@@ -54,8 +54,17 @@ def test_the_mask_as_a_table() -> None:
     ]
 
 
-@pytest.mark.parametrize("implementation", ["naive", "blocked", "xla", "splash_interpret"])
-@pytest.mark.parametrize("with_memory", [False, True])
+@pytest.mark.parametrize(
+    ("implementation", "with_memory"),
+    [
+        *((name, True) for name in ("naive", "blocked", "splash_interpret")),
+        pytest.param("xla", True, marks=pytest.mark.slow),
+        *(
+            pytest.param(name, False, marks=pytest.mark.slow)
+            for name in ("naive", "blocked", "xla", "splash_interpret")
+        ),
+    ],
+)
 def test_a_packed_text_is_predicted_as_it_is_alone(implementation: str, with_memory: bool) -> None:
     config = tiny_config(
         "precomputed" if with_memory else "none",
@@ -64,7 +73,7 @@ def test_a_packed_text_is_predicted_as_it_is_alone(implementation: str, with_mem
         model__prefix="always",
     )
     model = make_model(config)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     rng = np.random.default_rng(1)
     tokens = jnp.asarray(rng.integers(4, 264, (1, 16), dtype=np.int32))
     memory = memories(rng, 1, CHUNKS) if with_memory else None
@@ -84,7 +93,7 @@ def test_nothing_passes_between_texts() -> None:
     """Bitwise: other tokens and memories of the other texts change nothing."""
     config = tiny_config("precomputed")
     model = make_model(config)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     rng = np.random.default_rng(2)
     tokens = rng.integers(4, 264, (1, 16), dtype=np.int32)
     logits = jax.jit(model.logits)

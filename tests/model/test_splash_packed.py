@@ -51,7 +51,11 @@ def test_equals_the_oracle(case: Case) -> None:
     assert_equal(found, expected, 1e-5)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [*CASES[2:], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[:2])],
+    ids=str,
+)
 def test_the_mask_is_the_oracles_and_nothing_that_is_seen_is_skipped(case: Case) -> None:
     for seed in range(8):
         packing, chunks = random_packing(case, seed)

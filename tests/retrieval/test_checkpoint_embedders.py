@@ -150,6 +150,7 @@ def minus(row: np.ndarray, means: list[np.ndarray]) -> np.ndarray:
     return np.stack([x - means[min(t, len(means) - 1)] for t, x in enumerate(row)])
 
 
+@pytest.mark.slow
 def test_hidden_states_are_pooled_and_whitened_as_by_a_loop(
     workdir: Path, texts: list[str], fitted: Callable[[type], Any]
 ) -> None:
@@ -158,9 +159,9 @@ def test_hidden_states_are_pooled_and_whitened_as_by_a_loop(
     config.model.layers = 1
     model = make_model(config)
     params = {name: weights(0)[name] for name in ("embedding", "memory")}
-    params = jax.tree.map(jnp.asarray, params)
+    params, hidden = jax.tree.map(jnp.asarray, params), jax.jit(model.hidden)
     rows = [
-        np.asarray(model.hidden(params, jnp.asarray(tokens_of(workdir, text))[None])[0], np.float64)
+        np.asarray(hidden(params, jnp.asarray(tokens_of(workdir, text))[None])[0], np.float64)
         for text in texts
         if text
     ]

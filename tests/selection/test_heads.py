@@ -141,7 +141,7 @@ CONFIG = tiny_config(model__layers=3, memory__layers=2, evaluation__batches=3)
 
 def params_of() -> Any:
     """Random ones, large enough that heads differ."""
-    return jax.tree.map(lambda x: 1.5 * x, make_model(CONFIG).init(jax.random.key(1)))
+    return jax.tree.map(lambda x: 1.5 * x, jax.jit(make_model(CONFIG).init)(jax.random.key(1)))
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("hide", ["context", "memory"])
+@pytest.mark.parametrize("hide", [pytest.param("context", marks=pytest.mark.slow), "memory"])
 def test_scores_of_a_workdir(workdir: Path, hide: str) -> None:
     stage = workdir / "continual"
     found = score_heads(CONFIG, workdir, stage, hide=hide, window=9, progress=False)

@@ -1,5 +1,6 @@
 """Usefulness: drops against a loop of forward passes, and planted memories that must be chosen."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -34,8 +35,12 @@ from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import new_state
 
 CONFIG = tiny_config(text__validation_share=0.5, evaluation__batch_size=8)
-WEIGHTS = make_model(CONFIG).init(jax.random.key(0))
 QUICK = Options(sample=8, count=8, check=8, draws=1)
+
+
+@functools.cache
+def initial_weights() -> Any:
+    return jax.jit(make_model(CONFIG).init)(jax.random.key(0))
 
 
 def write_text(folder: Path) -> tuple[str, str]:
@@ -55,7 +60,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer = Bank.open(workdir / "bank").writer
     checkpoints = Checkpoints(workdir / CONFIG.stage, CONFIG, tokenizer, writer)
     with jax.set_mesh(make_mesh(CONFIG, jax.devices()[:1])):
-        checkpoints.save(new_state(WEIGHTS, make_optimizer(CONFIG)), 5)
+        checkpoints.save(new_state(initial_weights(), make_optimizer(CONFIG)), 5)
     checkpoints.close()
     return workdir
 
@@ -77,7 +82,9 @@ def plain_logits(weights: Any, tokens: Any, memory: ExplicitMemory) -> Any:
 def plain_loss(batch: Any, ids: np.ndarray, bank: Any) -> float:
     """Nats of the only row of a batch, with these memories."""
     memory = jax.tree.map(jnp.asarray, bank.read(ids))
-    logits = np.asarray(plain_logits(WEIGHTS, jnp.asarray(batch["tokens"]), memory), np.float64)
+    logits = np.asarray(
+        plain_logits(initial_weights(), jnp.asarray(batch["tokens"]), memory), np.float64
+    )
     logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     chosen = np.take_along_axis(logs, batch["targets"][..., None], axis=-1)[..., 0]
     return -float((chosen * batch["weights"]).sum())
@@ -87,7 +94,9 @@ def test_drops_equal_a_loop_of_forward_passes(prepared: Path, tmp_path: Path) ->
     pipeline = validation(prepared)
     rows = np.array([1, 4, 20, 21, 33, 40, 41, 42, 43, 50])  # a whole batch and a part of one
     losses = RowLosses(CONFIG, pipeline.decode)
-    measured = measure(losses, pipeline, WEIGHTS, rows, tmp_path / "m", {}, progress=False)
+    measured = measure(
+        losses, pipeline, initial_weights(), rows, tmp_path / "m", {}, progress=False
+    )
     found = {(row, i): drop for row, i, drop in zip(*drops(measured), strict=True)}
     expected, repeated = {}, 0
     for row in rows:
@@ -105,7 +114,7 @@ def test_drops_equal_a_loop_of_forward_passes(prepared: Path, tmp_path: Path) ->
     scale = np.std(list(expected.values()))
     for pair, drop in expected.items():
         assert found[pair] == pytest.approx(drop, abs=2e-3 * scale + 2e-5)
-    without = row_losses(losses, pipeline, WEIGHTS, rows, EVERYTHING)
+    without = row_losses(losses, pipeline, weights, rows, EVERYTHING)
     batch = pipeline.read(rows[:1])
     nothing = plain_loss(batch, np.full_like(batch["reference_ids"], -1), pipeline.bank)
     assert without["loss"][0] == pytest.approx(nothing, rel=1e-5) and len(without) == 10
@@ -125,8 +134,8 @@ def learned_memory(workdir: Path) -> ExplicitMemory:
         tokens, targets, weights = (
             jnp.asarray(batch[name]) for name in ("tokens", "targets", "weights")
         )
-        hidden = model.hidden(WEIGHTS, tokens, memory=memory)
-        return model.summed_loss(WEIGHTS, hidden, targets, weights)[0] / weights.sum()
+        hidden = model.hidden(initial_weights(), tokens, memory=memory)
+        return model.summed_loss(initial_weights(), hidden, targets, weights)[0] / weights.sum()
 
     optimizer = optax.adam(0.1)
     step = jax.jit(jax.value_and_grad(loss))
@@ -140,6 +149,7 @@ def learned_memory(workdir: Path) -> ExplicitMemory:
     return ExplicitMemory(*(np.asarray(x) for x in parts), start.length[0])
 
 
+@pytest.mark.slow
 def test_planted_memories_are_chosen_and_lower_the_loss_of_other_documents(
     workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +200,7 @@ def helpful(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select, "drops", changed)
 
 
+@pytest.mark.slow
 def test_the_choice_becomes_a_version_that_finds_nothing_else(workdir: Path, helpful: None) -> None:
     each = Bank.open(workdir / "bank").bytes // 80
     dry = select_references(
@@ -225,6 +236,7 @@ def test_the_choice_becomes_a_version_that_finds_nothing_else(workdir: Path, hel
         select_references(CONFIG, workdir, 5 * each, version=0, options=QUICK)
 
 
+@pytest.mark.slow
 def test_a_stopped_measurement_goes_on_where_it_was(
     workdir: Path, helpful: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,7 +35,15 @@ def logits(config, params):
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize(("first", "layers"), [(0, 1), (1, 1), (1, 2), (0, 3)])
+@pytest.mark.parametrize(
+    ("first", "layers"),
+    [
+        (0, 1),
+        (1, 1),
+        pytest.param(1, 2, marks=pytest.mark.slow),
+        pytest.param(0, 3, marks=pytest.mark.slow),
+    ],
+)
 def test_layers_move_to_other_segments(saved, first, layers, sharded):
     config, folder, params = saved
     size = 4 if sharded else 1

@@ -95,6 +95,7 @@ def hold(config, workdir, stage_folder, init_from="sft", say=lambda line: None):
     return pipelines["train"].reference_logprobs
 
 
+@pytest.mark.slow
 def test_a_killed_computation_goes_on_to_the_same_bytes(workdir, tmp_path, monkeypatch):
     config = config_of("dpo")
     whole = hold(config, workdir, tmp_path / "whole")
@@ -194,7 +195,7 @@ def test_a_stage_that_reads_another_writer_is_not_a_start(workdir):
 
 def test_a_fingerprint_is_of_the_numbers_not_of_their_places():
     config = config_of("dpo")
-    params = make_model(config, prefix_tokens(config)).init(jax.random.key(0))
+    params = jax.jit(make_model(config, prefix_tokens(config)).init)(jax.random.key(0))
     name = params_fingerprint(params)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     split = {

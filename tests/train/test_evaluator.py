@@ -25,14 +25,15 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params():
-    return make_model(CONFIG).init(jax.random.key(1))
+    return jax.jit(make_model(CONFIG).init)(jax.random.key(1))
 
 
 def plain_loss(params, batches, memory_of):
     total, weight = 0.0, 0.0
+    read = jax.jit(make_model(CONFIG).logits)
     for batch in batches:
         tokens, memory = jax.tree.map(jnp.asarray, (batch["tokens"], memory_of(batch)))
-        logits = np.asarray(make_model(CONFIG).logits(params, tokens, memory), np.float64)
+        logits = np.asarray(read(params, tokens, memory), np.float64)
         logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
         chosen = np.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
         total -= (chosen * batch["weights"]).sum()
@@ -71,6 +72,7 @@ def test_answers_are_those_of_teacher_forcing_with_the_memories(workdir, params)
     answerer = Answerer(
         model, params, pipeline.tokenizer, CONFIG.data.sequence_length, batch_size=5
     )
+    read = jax.jit(model.logits, static_argnames="window")
     asked = people.questions(WORLD, 0)
     questions = [Question(q.prompt, q.answer, q.references) for q in asked]
     ids = answerer.given(questions, pipeline.references)
@@ -78,7 +80,7 @@ def test_answers_are_those_of_teacher_forcing_with_the_memories(workdir, params)
     for n, question in enumerate(questions[:7]):
         tokens = jnp.array([[1, *pipeline.tokenizer.encode(question.prompt)]], jnp.int32)
         memory = jax.tree.map(jnp.asarray, bank.read(ids[n : n + 1, :1]))
-        logits = model.logits(params, tokens, memory, window=1)
+        logits = read(params, tokens, memory, window=1)
         answer = pipeline.tokenizer.encode(question.answer)
         assert len(answer) == 1
         assert correct[n] == (int(np.argmax(logits[0, -1])) == answer[0])

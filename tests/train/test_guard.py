@@ -86,6 +86,7 @@ HIGH = {
 }
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_is_far_too_high_is_lowered_until_it_learns(tmp_path):
     with pytest.raises(DivergenceError, match="not finite"):
         guarded_run(guarded_config(**HIGH, **UNGUARDED), tmp_path / "off", {})
@@ -95,6 +96,7 @@ def test_a_learning_rate_that_is_far_too_high_is_lowered_until_it_learns(tmp_pat
     assert summary.loss < start - 1 and summary.step == 60
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_helped_ends_with_one_message_and_more_tries_help(tmp_path):
     bad = dict.fromkeys(range(13, 18), "nan")
     changes = {"guard__skip_before": 0, "guard__skip_after": 0}
@@ -138,7 +140,17 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "a decision is written",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in MOMENTS
+            if name != "a decision is written"
+        ),
+    ],
+)
 def test_killed_between_noticing_and_going_back(survived, tmp_path, monkeypatch, moment):
     config, workdir, _, _ = survived
     name, calls, after = MOMENTS[moment]
@@ -151,6 +163,7 @@ def test_killed_between_noticing_and_going_back(survived, tmp_path, monkeypatch,
     assert summary.rollbacks == read_rollbacks(workdir / config.stage)
 
 
+@pytest.mark.slow
 def test_killed_while_checkpoints_of_a_left_branch_are_deleted(tmp_path, monkeypatch):
     """A spike goes back over two checkpoints; one is renamed when the kill comes."""
     config = guarded_config(
@@ -183,6 +196,7 @@ def test_killed_while_checkpoints_of_a_left_branch_are_deleted(tmp_path, monkeyp
     assert steps_of(killed) == steps_of(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crash", [12, 27])
 def test_killed_elsewhere(survived, tmp_path, crash):
     config, workdir, _, _ = survived
@@ -192,6 +206,7 @@ def test_killed_elsewhere(survived, tmp_path, crash):
     assert outcome(config, tmp_path) == outcome(config, workdir)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_stopped_run_is_none_to_go_back_to(survived, tmp_path):
     config, workdir, _, _ = survived
     for at in (11, 24):  # saved at steps 12 and 22, just before the trouble
@@ -203,6 +218,7 @@ def test_a_checkpoint_of_a_stopped_run_is_none_to_go_back_to(survived, tmp_path)
 
 
 # -- the second stage, several devices -------------------------------------------------------------
+@pytest.mark.slow
 def test_the_second_stage_goes_back_to_the_parameters_it_began_with(survived, tmp_path):
     _, workdir, _, _ = survived
     config = guarded_config("precomputed", stage="continual", train__steps=12, mesh__fsdp=4)

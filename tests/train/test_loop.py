@@ -99,6 +99,7 @@ def test_a_run_says_where_its_time_went(undisturbed):
     assert sum(spent[part] for part in parts) == pytest.approx(spent["seconds"], abs=0.5)
 
 
+@pytest.mark.slow
 def test_a_slow_pipeline_shows_as_waiting_and_a_trace_is_written(undisturbed, tmp_path, capsys):
     config, _, quick = undisturbed
     seconds = 0.3
@@ -133,7 +134,7 @@ def test_finished_run_returns_at_once(undisturbed, capsys):
     assert "finished before, at step 12" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("crash", [8, 11])
+@pytest.mark.parametrize("crash", [8, pytest.param(11, marks=pytest.mark.slow)])
 def test_resumed_run_is_bitwise_equal(undisturbed, tmp_path, crash):
     config, workdir, _ = undisturbed
     with pytest.raises(Crash):
@@ -156,6 +157,7 @@ def test_sigterm_saves_and_exits_cleanly(undisturbed, tmp_path, capsys):
     assert outcome(config, tmp_path) == outcome(config, workdir)
 
 
+@pytest.mark.slow
 def test_resumed_run_may_log_and_save_at_other_steps_on_another_mesh(undisturbed, tmp_path):
     _, workdir, _ = undisturbed
     with pytest.raises(Crash):

@@ -55,7 +55,7 @@ def test_loss_equals_numpy(source):
 
     @jax.jit
     def compute(batch):
-        params = model.init(jax.random.key(0))
+        params = jax.jit(model.init)(jax.random.key(0))
         context = {k: x for k, x in batch.items() if k in ("memory", "reference_tokens")}
         logits = model.logits(
             params, batch["tokens"], **context, sparsify=sparsifier(config.memory)
@@ -120,6 +120,7 @@ def test_z_loss_changes_the_step_but_not_what_a_loss_means():
     assert plain[0][1]["loss"] != other[0][1]["loss"]
 
 
+@pytest.mark.slow
 def test_normed_heads_and_z_loss_on_eight_devices_equal_one():
     """Heads of different devices share the scales of their norms."""
     changes = {"model__qk_norm": True, "train__z_loss": 0.1}
@@ -172,12 +173,15 @@ def on_one_device():
     return functools.cache(lambda source: run_on("one", source))
 
 
+# Every axis and every source once; the slow ones are the other pairs.
+QUICK = {("online", "2x2x2"), ("none", "tensor"), ("precomputed", "slices"), ("none", "fsdp")}
+PAIRS = [(source, name) for source in SOURCES for name in MESHES if name != "one"]
+PAIRS.append(("stop_gradient", "2x2x2"))
+
+
 @pytest.mark.parametrize(
     ("source", "mesh"),
-    [
-        *((source, name) for source in SOURCES for name in MESHES if name != "one"),
-        ("stop_gradient", "2x2x2"),
-    ],
+    [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in PAIRS],
 )
 def test_eight_devices_equal_one(source, mesh, on_one_device):
     one = on_one_device(source)

@@ -31,7 +31,7 @@ def session(tmp_path_factory, require):
     require("lm_eval")
     config = tiny_config(stage="continual")
     workdir = make_workdir(tmp_path_factory.mktemp("harness") / "run", config)
-    params = make_model(config, PREFIX_TOKENS).init(jax.random.key(5))
+    params = jax.jit(make_model(config, PREFIX_TOKENS).init)(jax.random.key(5))
     with pytest.MonkeyPatch.context() as patch:
         meta = {"step": 3, "writer": None}
         patch.setattr(session_module, "restore_params", lambda *_, **__: (params, meta))
@@ -285,7 +285,7 @@ def test_compressed_memories_come_from_their_bank(session, make, tmp_path):
     write_bank(
         config,
         make_model(config),
-        make_model(config).init(jax.random.key(0)),
+        jax.jit(make_model(config).init)(jax.random.key(0)),
         References.open(session.workdir / "references"),
         tmp_path / "bank",
         tokenizer_fingerprint=session.tokenizer.fingerprint,

@@ -101,6 +101,7 @@ def test_without_cleaning_the_same_as_the_plain_path(config, documents, tmp_path
     assert kept == _snapshot(tmp_path / "plain7")
 
 
+@pytest.mark.slow
 def test_one_and_two_processes_make_the_same_bytes(config, documents, tmp_path):
     config.text.shuffle = 7
     more = [_write(tmp_path / f"{name}.jsonl", _texts(20, seed=i)) for i, name in enumerate("cdef")]
@@ -177,6 +178,7 @@ _MANDARIN = (
 )
 
 
+@pytest.mark.slow
 def test_shuffled_documents_are_the_same_in_another_order(config, documents, tmp_path, monkeypatch):
     def ids(folder):
         return [d.id for d in Corpus.open(folder / "corpus/train")]
@@ -277,13 +279,18 @@ def test_nothing_left_and_other_inputs_are_refused(config, documents, tmp_path):
 @pytest.mark.parametrize(
     "module, name, calls",
     [
-        (pipeline, "clean_block", 3),
         (dedup, "write_array", 2),
-        (pipeline, "decide", 1),
-        (pipeline, "tokenize_block", 4),
-        (tokenize, "write_array", 3),
-        (pipeline, "cut_block", 2),
-        (clean, "write_array", 6),
+        *(
+            pytest.param(*moment, marks=pytest.mark.slow)
+            for moment in (
+                (pipeline, "clean_block", 3),
+                (pipeline, "decide", 1),
+                (pipeline, "tokenize_block", 4),
+                (tokenize, "write_array", 3),
+                (pipeline, "cut_block", 2),
+                (clean, "write_array", 6),
+            )
+        ),
     ],
 )
 def test_stopped_at_any_stage_and_run_again(

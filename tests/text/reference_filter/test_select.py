@@ -120,6 +120,7 @@ def test_what_is_planted_is_dropped_and_nothing_else(config, documents, tmp_path
     assert not (tmp_path / "w/selection").exists()
 
 
+@pytest.mark.slow
 def test_the_same_bytes_for_one_and_two_processes_and_for_blocks(config, documents, tmp_path):
     _prepare(config, tmp_path / "plain", documents, workers=0)
     whole = _snapshot(tmp_path / "plain")
@@ -131,7 +132,14 @@ def test_the_same_bytes_for_one_and_two_processes_and_for_blocks(config, documen
 
 
 @pytest.mark.parametrize(
-    "name, calls", [("look_at", 4), ("compare_part", 2), ("write_array", 5), ("decide", 1)]
+    "name, calls",
+    [
+        ("write_array", 5),
+        *(
+            pytest.param(*moment, marks=pytest.mark.slow)
+            for moment in (("look_at", 4), ("compare_part", 2), ("decide", 1))
+        ),
+    ],
 )
 def test_stopped_at_any_stage_and_run_again(config, documents, tmp_path, monkeypatch, name, calls):
     monkeypatch.setattr(select, "_RANGE", 16)
