@@ -114,7 +114,7 @@ def test_drops_equal_a_loop_of_forward_passes(prepared: Path, tmp_path: Path) ->
     scale = np.std(list(expected.values()))
     for pair, drop in expected.items():
         assert found[pair] == pytest.approx(drop, abs=2e-3 * scale + 2e-5)
-    without = row_losses(losses, pipeline, weights, rows, EVERYTHING)
+    without = row_losses(losses, pipeline, initial_weights(), rows, EVERYTHING)
     batch = pipeline.read(rows[:1])
     nothing = plain_loss(batch, np.full_like(batch["reference_ids"], -1), pipeline.bank)
     assert without["loss"][0] == pytest.approx(nothing, rel=1e-5) and len(without) == 10
