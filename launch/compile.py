@@ -28,7 +28,7 @@ from pathlib import Path
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag
+from m3jax.cli import Flag, count, counts, switch, words
 from m3jax.hardware import LIBTPU_ENVIRONMENT, chip_of_topology
 
 
@@ -74,10 +74,8 @@ COMMANDS = {
         main,
         (
             cli.CONFIG,
-            Flag(
-                "topology",
-                "TPU slices, CHIP:SHAPE, for example v5e:16x16, v5p:4x4x4, v6e:16x16.",
-                many="comma",
+            words(
+                "topology", "TPU slices, CHIP:SHAPE, for example v5e:16x16, v5p:4x4x4, v6e:16x16."
             ),
             Flag(
                 "program",
@@ -86,7 +84,7 @@ COMMANDS = {
                 default="train",
                 choices=("train", "writer", "decode"),
             ),
-            Flag("rows", "--program=decode: rows on a device of mesh.data.", int, 32, low=1),
+            count("rows", "--program=decode: rows on a device of mesh.data.", 32),
             Flag(
                 "context", "--program=decode: tokens of a prompt; whole chunks.", int, 128, low=64
             ),
@@ -97,31 +95,12 @@ COMMANDS = {
                 choices=("warmup", "precomputed", "online"),
                 many="comma",
             ),
-            Flag(
-                "search",
-                "Try meshes and microbatches, and end with the best and its config flags.",
-                bool,
+            switch(
+                "search", "Try meshes and microbatches, and end with the best and its config flags."
             ),
-            Flag(
-                "fsdp",
-                "Sizes of mesh.fsdp that --search tries.",
-                *(int, [8, 16, 32]),
-                low=1,
-                many="comma",
-            ),
-            Flag(
-                "microbatches",
-                "Microbatches that --search tries, until one fits.",
-                *(int, [1, 2, 4]),
-                low=1,
-                many="comma",
-            ),
-            Flag(
-                "remat",
-                "Values of model.remat that --search tries; default: the config's.",
-                default=[],
-                many="comma",
-            ),
+            counts("fsdp", "Sizes of mesh.fsdp that --search tries.", [8, 16, 32]),
+            counts("microbatches", "Microbatches that --search tries, until one fits.", [1, 2, 4]),
+            words("remat", "Values of model.remat that --search tries; default: the config's.", []),
             cli.JSON.with_help("A list where there are several reports."),
             Flag("markdown", "File to write a table to, a row for each path and slice."),
         ),

@@ -13,7 +13,7 @@ from pathlib import Path
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag
+from m3jax.cli import Flag, words
 
 
 def from_hf(given: FlagValues) -> None:
@@ -63,11 +63,10 @@ COMMANDS = {
             cli.CONFIG,
             cli.WORKDIR,
             Flag("folder", "Folder of a downloaded model.", Path),
-            Flag(
+            words(
                 "special_tokens",
-                "Tokens of its tokenizer that become padding, start of a text, mark of a reference"
-                " and end of a text; not needed for a folder written by to_hf.",
-                many="comma",
+                "Tokens of its tokenizer that become padding, start of a text, mark of a"
+                " reference and end of a text; not needed for a folder written by to_hf.",
             ),
             Flag(
                 "tokenizer",

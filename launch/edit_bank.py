@@ -24,7 +24,7 @@ from typing import Any
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag
+from m3jax.cli import Flag, switch, words
 
 
 def add(given: FlagValues, replace: bool = False) -> None:
@@ -127,10 +127,10 @@ _WRITE = (
 )
 _NOTE = Flag("note", "Text that is kept with the version.", default="")
 _DOCUMENTS = Flag("documents", "Documents as launch/prepare.py reads them.")
-_KEYS = Flag("keys", "Keys of references (ID#N) or ids of documents.", default=[], many="comma")
+_KEYS = words("keys", "Keys of references (ID#N) or ids of documents.", [])
 _MERGE = (
     Flag("other", "Workdir whose knowledge is added."),
-    Flag("replace", "Documents in both are taken from --other.", bool),
+    switch("replace", "Documents in both are taken from --other."),
 )
 _REQUIRED = ("config", "workdir")
 COMMANDS = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag
+from m3jax.cli import Flag, count, counts, share, words
 
 
 def losses(given: FlagValues) -> None:
@@ -217,13 +217,12 @@ COMMANDS = {
         tasks,
         (
             *_LOSSES,
-            Flag("tasks", "Task files, or folders of them, to score.", many="comma"),
-            Flag(
+            words("tasks", "Task files, or folders of them, to score."),
+            words(
                 "modes",
-                "What the model reads: nothing, memories (also called explicit), references as text"
-                " in the prompt, memories of another question.",
-                default=["none", "memory", "rag", "wrong"],
-                many="comma",
+                "What the model reads: nothing, memories (also called explicit), references as"
+                " text in the prompt, memories of another question.",
+                ["none", "memory", "rag", "wrong"],
             ),
             Flag("compressed_bank", "Bank of compressed memories; adds the mode `compressed`."),
             dataclasses.replace(
@@ -233,12 +232,13 @@ COMMANDS = {
                 " column.",
             ),
             Flag("shots", "Examples in front of every question.", int, 0, low=0),
-            Flag("limit", "Most examples of a task, from its first; default all.", int, low=1),
+            count("limit", "Most examples of a task, from its first; default all."),
             Flag(
                 "overlap",
                 "Drop references whose overlap with the question is above this; 1 drops none."
                 " Several make a column each. Default config.retrieval.overlap_evaluation, 2/3.",
-                *(float, []),
+                float,
+                [],
                 many="comma",
             ),
             cli.RAG_REFERENCES,
@@ -255,17 +255,10 @@ COMMANDS = {
         retrieval,
         (
             *_RUN,
-            Flag(
-                "k",
-                "References per query; the comparison with exact search takes the largest.",
-                *(int, [1, 5]),
-                low=1,
-                many="comma",
-                renamed={"at": "--k"},
-            ),
+            counts("k", "References per query; exact search takes the largest.", [1, 5]),
             Flag("queries", "JSON lines with `question` or `text`; default halves of references."),
-            Flag("sample", "Most queries to compare.", int, 200, low=1),
-            Flag("least_recall", "Least recall; exit code 1 below.", float, 0.0, low=0, high=1),
+            count("sample", "Most queries to compare.", 200),
+            share("least_recall", "Least recall; exit code 1 below.", 0.0),
             Flag("questions", "Questions with answers (JSON lines)."),
             cli.BANK_VERSION.with_help("With --questions."),
             cli.JSON,
@@ -280,7 +273,7 @@ COMMANDS = {
                 "What must not leak: train, validation, or a .jsonl file of questions.",
                 default="train",
             ),
-            Flag("sample", "Most rows or questions, drawn at random.", int, 1000, low=1),
+            count("sample", "Most rows or questions, drawn at random.", 1000),
             Flag("threshold", "Overlap above which a reference is dropped.", float, 0.9),
             cli.PICTURE.with_help("Default WORKDIR/report/leakage.png."),
             cli.JSON,
@@ -296,14 +289,8 @@ COMMANDS = {
                 "Folder of references to hide them among, as launch/prepare.py makes; default the"
                 " knowledge base.",
             ),
-            Flag(
-                "lengths",
-                "Tokens of the texts.",
-                *(int, [512, 1024, 2048, 4096]),
-                low=1,
-                many="comma",
-            ),
-            Flag("count", "Texts of each length.", int, 64, low=1),
+            counts("lengths", "Tokens of the texts.", [512, 1024, 2048, 4096]),
+            count("count", "Texts of each length.", 64),
             *(cli.WINDOW, cli.CUT, cli.BATCH, cli.PICTURE, cli.JSON),
         ),
         required=("config", "workdir", "needles"),

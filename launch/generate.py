@@ -20,7 +20,7 @@ import functools
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag
+from m3jax.cli import Flag, count, switch
 
 
 def main(given: FlagValues) -> None:
@@ -48,39 +48,32 @@ def main(given: FlagValues) -> None:
 REQUEST = (
     Flag(
         "mode",
-        "What the model reads: nothing, memories of the bank, memories written when they are first"
-        " retrieved, references as text in the prompt, or, for texts longer than its context,"
-        " memories of their own older part.",
+        "What the model reads: nothing, memories of the bank, memories written when they are"
+        " first retrieved, references as text in the prompt, or, for texts longer than its"
+        " context, memories of their own older part.",
         default="memory",
         choices=("none", "memory", "cold", "rag", "long_context"),
-        renamed={"mode=context": "--mode=long_context"},
     ),
-    Flag(
+    switch(
         "chat",
         "Prompts are questions, or chats (messages or conversations in .jsonl) that end with one:"
         " they are put into the template of config.chat, and the answer is printed.",
-        bool,
     ),
-    Flag("new_tokens", "Most tokens generated a prompt.", int, 64, low=1),
+    count("new_tokens", "Most tokens generated a prompt.", 64),
     cli.BATCH.with_default(32),
-    Flag(
+    count(
         "groups",
         "Parts of a batch that take turns on the device: while one computes, memories of another"
         " are retrieved and loaded.",
-        *(int, 1),
-        low=1,
+        1,
     ),
     cli.RAG_REFERENCES,
     cli.WINDOW.with_help("With --mode=long_context."),
     cli.CUT.with_help("With --mode=long_context."),
     Flag("stream", "Print text while it is generated, for a single prompt.", bool, True),
     Flag("sources", "Print what was read, and how much attention it got.", bool, True),
-    Flag(
-        "explain",
-        "Generate again without each reference: by how many nats it helped.",
-        bool,
-    ),
-    Flag("by_head", "Attention by layer and head, in --json.", bool),
+    switch("explain", "Generate again without each reference: by how many nats it helped."),
+    switch("by_head", "Attention by layer and head, in --json."),
     cli.JSON.with_help("Texts and sources."),
     Flag("html", "File to write a page to, with the text coloured by source."),
 )
@@ -100,11 +93,7 @@ COMMANDS = {
             Flag("prompts", "File of prompts, .jsonl or one a line."),
             Flag("temperature", "0 takes the likeliest token.", float, 0.0),
             Flag("top_k", "Only so many of the likeliest tokens; 0 = all.", int, 0),
-            Flag(
-                "top_p",
-                "Only the likeliest tokens of this probability together.",
-                *(float, 1.0),
-            ),
+            Flag("top_p", "Only the likeliest tokens of this probability together.", float, 1.0),
             *REQUEST,
         ),
     )

@@ -27,20 +27,20 @@ def main(given: FlagValues) -> None:
 ASSUMPTIONS = (
     Flag("topology", "TPU slice as CHIP:SHAPE, for example v5e:16x16 or v5p:4x4x8."),
     Flag(
-        "references",
-        "References of the knowledge base, one memory each, for example 1.1e8.",
-        float,
+        "references", "References of the knowledge base, one memory each, for example 1.1e8.", float
     ),
     Flag(
         "bytes_per_vector",
         "Bytes of a compressed key or value vector; the paper stores 14.",
-        *(float, 14.0),
+        float,
+        14.0,
     ),
     Flag(
         "mfu",
         "Model FLOPs utilisation in training and writing, in (0, 1]: an assumption, not a"
         " measurement.",
-        *(float, 0.4),
+        float,
+        0.4,
     ),
     Flag(
         "price_per_chip_hour",

@@ -28,7 +28,7 @@ from typing import Any
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag
+from m3jax.cli import Flag, count, words
 from m3jax.errors import CommandError
 
 
@@ -155,20 +155,18 @@ COMMANDS = {
             cli.WORKDIR,
             Flag(
                 "documents",
-                "Documents to train on: comma-separated .jsonl, .jsonl.gz, .txt or .parquet files,"
-                " globs, folders, or tfds:NAME[:SPLIT].",
+                "Documents to train on: comma-separated .jsonl, .jsonl.gz, .txt or .parquet"
+                " files, globs, folders, or tfds:NAME[:SPLIT].",
             ),
             Flag(
                 "knowledge", "Documents of the knowledge base, as --documents; default: the same."
             ),
-            Flag("limit_documents", "Use only this many documents of each spec.", int, low=1),
-            Flag(
+            count("limit_documents", "Use only this many documents of each spec."),
+            count(
                 "workers",
                 "Processes that clean and tokenize blocks of documents, and select references."
                 " Default: without --config.clean.enabled and --config.text.shuffle no blocks are"
                 " made, else this process works on them.",
-                int,
-                low=1,
             ),
             Flag(
                 "beam",
@@ -181,12 +179,11 @@ COMMANDS = {
                 "Scorer for config.clean.quality_min: a folder made by `prepare.py quality`, or"
                 " MODULE:NAME of a function that makes one.",
             ),
-            Flag(
+            words(
                 "questions",
                 "Files of evaluation questions that no reference may hold, in the forms of"
                 " launch/evaluate.py tasks; with --config.knowledge.enabled.",
-                default=[],
-                many="comma",
+                [],
             ),
         ),
         required=("config", "workdir", "documents"),
@@ -196,10 +193,7 @@ COMMANDS = {
         (
             cli.CONFIG,
             cli.WORKDIR,
-            Flag(
-                "chats",
-                "Chats or pairs: comma-separated .jsonl(.gz) files, globs, folders.",
-            ),
+            Flag("chats", "Chats or pairs: comma-separated .jsonl(.gz) files, globs, folders."),
         ),
         required=("config", "workdir", "chats"),
     ),
@@ -217,9 +211,9 @@ COMMANDS = {
         (
             *(cli.CONFIG, cli.WORKDIR, cli.STAGE_CHECKPOINT, cli.CACHE, cli.SEED),
             Flag("texts", "Folder to write; finished files are kept.", Path),
-            Flag("count", "Texts to draw.", int, 8000, low=1),
+            count("count", "Texts to draw.", 8000),
             Flag("tokens", "Most tokens of a text.", int, 128, low=2),
-            Flag("split", "Tokens of the first part.", int, 64, low=1),
+            count("split", "Tokens of the first part.", 64),
             Flag(
                 "temperature",
                 "Temperature of the draws; 1 is the model's own distribution.",

@@ -18,7 +18,7 @@ from absl import logging
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag
+from m3jax.cli import Flag, switch
 
 
 def main(given: FlagValues) -> None:
@@ -64,10 +64,9 @@ _RUN = (
     Flag("workdir", "Folder for everything it makes.", Path, "runs/quickstart"),
     Flag("seed", "Seed of people, parameters and data order.", int, 0),
 )
-_SCRATCH = Flag(
+_SCRATCH = switch(
     "compare_from_scratch",
     "Also train with memory from the start, at equal compute (Memory³ §6.1); doubles the time.",
-    bool,
 )
 COMMANDS = {
     "": cli.Command(main, (*_RUN, _SCRATCH), required=()),

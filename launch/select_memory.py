@@ -12,7 +12,7 @@ from pathlib import Path
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag
+from m3jax.cli import Flag, count, share, switch
 
 
 def references(given: FlagValues) -> None:
@@ -85,8 +85,8 @@ def heads(given: FlagValues) -> None:
     picture = Path(given.picture or path.with_suffix(".png"))
     cli.show(table(figures), figures, json)
     if chosen:
-        share = f"{len(chosen)} of {config.memory.layers * config.model.kv_heads}"
-        print(f"\nthe best {share}: --config.memory.heads={figures['memory_heads']}")
+        number = f"{len(chosen)} of {config.memory.layers * config.model.kv_heads}"
+        print(f"\nthe best {number}: --config.memory.heads={figures['memory_heads']}")
     hidden = "memories" if given.hide == "memory" else f"all but the last {given.window} tokens"
     title = f"One {'query' if by_query else 'key-value'} head at a time without {hidden}"
     picture.parent.mkdir(parents=True, exist_ok=True)
@@ -106,17 +106,18 @@ COMMANDS = {
                 int,
             ),
             cli.BANK_VERSION,
-            Flag("sample", "Validation rows in which drops are measured.", int, 256, low=1),
+            count("sample", "Validation rows in which drops are measured.", 256),
             Flag(
                 "count",
                 "Training rows, at most, in which references are counted; 0 = validation rows"
                 " alone.",
-                *(int, 4096),
+                int,
+                4096,
                 low=0,
             ),
-            Flag("check", "Validation rows on which the selection is validated.", int, 256, low=1),
+            count("check", "Validation rows on which the selection is validated.", 256),
             Flag("draws", "Random selections that it is compared with.", int, 3, low=0),
-            Flag("dry_run", "Make no version: report and list only.", bool),
+            switch("dry_run", "Make no version: report and list only."),
             cli.JSON,
         ),
         required=("config", "workdir", "budget_bytes"),
@@ -131,21 +132,15 @@ COMMANDS = {
                 default="context",
                 choices=("context", "memory"),
             ),
-            Flag("window", "Tokens that it still sees, with --hide=context.", int, 100, low=1),
+            count("window", "Tokens that it still sees, with --hide=context.", 100),
             Flag(
                 "by",
-                "Heads to rank: key-value heads with all of their query heads, which is what a bank"
-                " stores, or single query heads.",
+                "Heads to rank: key-value heads with all of their query heads, which is what a"
+                " bank stores, or single query heads.",
                 default="kv",
                 choices=("kv", "query"),
             ),
-            Flag(
-                "keep",
-                "Share of the heads in the memory layers to select, with --by=kv.",
-                *(float, 0.5),
-                low=0,
-                high=1,
-            ),
+            share("keep", "Share of the heads in the memory layers to select, with --by=kv.", 0.5),
             cli.JSON.with_help("Default WORKDIR/report/heads-HIDE-BY.json."),
             cli.PICTURE.with_help("Default WORKDIR/report/heads-HIDE-BY.png."),
         ),

@@ -25,7 +25,7 @@ from pathlib import Path
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag
+from m3jax.cli import Flag, switch, words
 
 
 def main(given: FlagValues) -> None:
@@ -79,21 +79,20 @@ SWEEP = (
     Flag("sweep", "Python file with get_sweep()."),
     Flag("workdir", "Folder for all that it makes.", Path),
     Flag("data", "Workdir of launch/prepare.py, for sweeps that prepare no data of their own."),
-    Flag("entries", "Only these entries; default all.", many="comma"),
-    Flag("seeds", "Only these seeds; default those of the sweep.", many="comma"),
+    words("entries", "Only these entries; default all."),
+    words("seeds", "Only these seeds; default those of the sweep."),
 )
 COMMANDS = {
     "": cli.Command(
         main,
         (
             *SWEEP,
-            Flag("retry", "Run entries that have failed again.", bool),
-            Flag("dry_run", "Print the commands for a pod; do nothing.", bool),
-            Flag("prepare_only", "Make data and folders, and train nothing.", bool),
-            Flag("report_only", "Make table and picture of what is there.", bool),
+            switch("retry", "Run entries that have failed again."),
+            switch("dry_run", "Print the commands for a pod; do nothing."),
+            switch("prepare_only", "Make data and folders, and train nothing."),
+            switch("report_only", "Make table and picture of what is there."),
             Flag(
-                "markdown",
-                "File to write the table to, too: between its marks, where it has them.",
+                "markdown", "File to write the table to, too: between its marks, where it has them."
             ),
             cli.PICTURE,
             Flag("one", "ENTRY@SEED: the flag of the script's own processes, for a single entry."),

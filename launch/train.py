@@ -64,8 +64,8 @@ COMMANDS = {
             cli.WORKDIR,
             Flag(
                 "init_from",
-                "Stage folder, or checkpoints/STEP in it, whose parameters a new run starts from; a"
-                " run that has a checkpoint of its own continues from that.",
+                "Stage folder, or checkpoints/STEP in it, whose parameters a new run starts from;"
+                " a run that has a checkpoint of its own continues from that.",
                 Path,
             ),
             cli.BANK.with_help("For memory.source = precomputed."),

@@ -29,7 +29,7 @@ from pathlib import Path
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag
+from m3jax.cli import Flag, count, share
 
 
 def main(given: FlagValues) -> None:
@@ -113,14 +113,8 @@ COMMANDS = {
                 " version that it has written.",
                 choices=("measure", "all", "worst"),
             ),
-            Flag(
-                "share",
-                "--refresh=worst: share of the references to write anew.",
-                *(float, 0.25),
-                low=0,
-                high=1,
-            ),
-            Flag("sample", "--refresh=measure: references to compare.", int, 512, low=1),
+            share("share", "--refresh=worst: share of the references to write anew.", 0.25),
+            count("sample", "--refresh=measure: references to compare.", 512),
             cli.JSON.with_help("With --refresh=measure."),
             *cli.PROCESSES,
             cli.CACHE,

@@ -29,6 +29,13 @@ from m3jax.errors import CommandError, ConfigError, UserError
 from m3jax.hardware import quiet_libtpu
 
 USER_ERROR = 2  # exit code
+# Names and values of flags before the first release, and what to give now.
+RENAMED_FLAGS = {
+    "at": "--k",
+    "mode=context": "--mode=long_context",
+    "png": "--picture",
+    "shift": "--config.evaluation.shift",
+}
 WIDTH = 100  # of help texts
 
 
@@ -79,8 +86,6 @@ class Flag:
       choices: accepted values.
       low, high: bounds of a number, inclusive.
       many: "comma" for a list of values, "repeat" for a flag that may be given more than once.
-      renamed: names and values (`mode=context`) before the first release, each with what to give
-        in its place.
     """
 
     name: str
@@ -91,7 +96,6 @@ class Flag:
     low: float | None = None
     high: float | None = None
     many: str = ""
-    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def with_help(self, text: str) -> Flag:
         """Returns the flag with a sentence behind its help, such as its default in a script."""
@@ -146,12 +150,36 @@ class Flag:
         return f"  {title}\n{text}"
 
 
+def switch(name: str, help: str) -> Flag:
+    """Returns a flag without a value, off by default."""
+    return Flag(name, help, bool)
+
+
+def count(name: str, help: str, default: int | None = None) -> Flag:
+    """Returns a flag with a whole number from 1."""
+    return Flag(name, help, int, default, low=1)
+
+
+def counts(name: str, help: str, default: list[int]) -> Flag:
+    """Returns a flag with whole numbers from 1, separated by commas."""
+    return Flag(name, help, int, default, low=1, many="comma")
+
+
+def share(name: str, help: str, default: float) -> Flag:
+    """Returns a flag with a number from 0 to 1."""
+    return Flag(name, help, float, default, low=0, high=1)
+
+
+def words(name: str, help: str, default: list[str] | None = None) -> Flag:
+    """Returns a flag with texts, separated by commas."""
+    return Flag(name, help, default=default, many="comma")
+
+
 CONFIG = Flag(
     "config",
     "Config file and its options, for example configs/wiki_small.py:stage=continual."
     " --config.SECTION.FIELD=VALUE changes a field; --config_help[=SECTION] shows them.",
     ConfigDict,
-    renamed={"shift": "--config.evaluation.shift"},
 )
 WORKDIR = Flag("workdir", "Folder of the run, made by launch/prepare.py.", Path)
 CHECKPOINT = Flag("checkpoint", "Stage folder, or checkpoints/STEP in it.")
@@ -163,32 +191,26 @@ BANK_VERSION = Flag(
     int,
 )
 JSON = Flag("json", "File to write the figures to.")
-PICTURE = Flag("picture", "File (PNG) to write the picture to.", renamed={"png": "--picture"})
-BATCH = Flag("batch", "Rows that the device works on together.", int, 16, low=1)
+PICTURE = Flag("picture", "File (PNG) to write the picture to.")
+BATCH = count("batch", "Rows that the device works on together.", 16)
 SEED = Flag("seed", "Seed of the draws.", int, 0)
-WINDOW = Flag(
+WINDOW = count(
     "window",
     "Tokens of a text longer than the context that stay as they are; default half of the context.",
-    int,
-    low=1,
 )
-CUT = Flag(
-    "cut",
-    "Most tokens of a memory of the older text; default config.memory.reference_length.",
-    int,
-    low=1,
+CUT = count(
+    "cut", "Most tokens of a memory of the older text; default config.memory.reference_length."
 )
-RAG_REFERENCES = Flag("references", "References in the prompt, with RAG.", int, 5, low=1)
+RAG_REFERENCES = count("references", "References in the prompt, with RAG.", 5)
 CACHE = Flag(
     "compilation_cache",
     "Folder where compiled programs are kept for the next start; gs://… needs gcsfs.",
 )
 PROCESSES = (
-    Flag(
+    switch(
         "distributed",
         "Run as one of several processes, which the cluster knows: TPU pod, Slurm, Open MPI,"
         " Kubernetes. Start the same command on every host.",
-        bool,
     ),
     Flag("coordinator", "HOST:PORT of process 0; with --processes and --process_id."),
     Flag("processes", "Number of processes.", int),
@@ -278,9 +300,9 @@ def parse(
       CommandError: a command or flag that is unknown, missing or renamed, or an unfit value.
       ConfigError: a config that cannot work.
     """
-    script, *words = argv
-    named = words[0] if words and not words[0].startswith("-") else ""
-    helps = [word.lstrip("-") for word in words if word.startswith("-")]
+    script, *rest = argv
+    named = rest[0] if rest and not rest[0].startswith("-") else ""
+    helps = [word.lstrip("-") for word in rest if word.startswith("-")]
     if any(word in ("help", "h", "?", "helpshort") for word in helps):
         print(help_text(text, commands, os.path.basename(script), named))
         raise SystemExit(0)
@@ -297,7 +319,7 @@ def parse(
     if named not in commands:
         begin = f"{named!r} is no command" if named else "no command given"
         raise CommandError(f"{begin}; give one of {listed} (--help explains)")
-    command, rest = commands[named], words[1:] if named else words
+    command, rest = commands[named], rest[1:] if named else rest
     _refuse_renamed(command, rest)
     for flag in command.flags:
         flag.define(values, [script, *rest])
@@ -317,14 +339,14 @@ def parse(
     return command
 
 
-def _refuse_renamed(command: Command, words: Sequence[str]) -> None:
+def _refuse_renamed(command: Command, arguments: Sequence[str]) -> None:
     """Refuses old names of flags and fields, and unknown fields, with the name of today."""
-    renamed = {old: new for flag in command.flags for old, new in flag.renamed.items()}
-    for word in words:
+    own = {flag.name for flag in command.flags}
+    for word in arguments:
         name, _, value = word.lstrip("-").partition("=")
-        for old in (name, f"{name}={value}", name.removeprefix("no")):
-            if word.startswith("-") and old in renamed:
-                raise CommandError(f"--{old} is now {renamed[old]}")
+        for old in (name, f"{name}={value}"):
+            if word.startswith("-") and old in RENAMED_FLAGS and old not in own:
+                raise CommandError(f"--{old} is now {RENAMED_FLAGS[old]}")
         config, _, path = name.partition(".")
         if not word.startswith("-") or not path:
             continue

@@ -33,10 +33,8 @@ COMMANDS = {
         (
             cli.CONFIG,
             cli.WORKDIR,
-            Flag(
-                "sizes", "Sizes.", int, [1, 2], low=1, many="comma", renamed={"widths": "--sizes"}
-            ),
-            Flag("mode", "Mode.", default="a", choices=("a", "b"), renamed={"mode=c": "--mode=b"}),
+            cli.counts("sizes", "Sizes.", [1, 2]),
+            Flag("mode", "Mode.", default="a", choices=("a", "b")),
             Flag("limits", "Limits.", float, [], many="comma"),
             Flag("prompt", "Prompts.", default=[], many="repeat"),
             Flag("fast", "Faster.", bool),
@@ -81,8 +79,8 @@ def test_values_of_flags() -> None:
         (("drop", "--keys=k", "more"), "unknown argument 'more'; every option begins with --"),
         (("drop", "--keys=k", "--sizes=x"), "--sizes=x: invalid literal"),
         (("add", "--sizes=3,0"), "--sizes=3,0: 0 is not a positive integer"),
-        (("add", "--widths=3"), "--widths is now --sizes"),
-        (("add", "--mode=c"), "--mode=c is now --mode=b"),
+        (("add", "--png=3"), "--png is now --picture"),
+        (("add", "--mode=context"), "--mode=context is now --mode=long_context"),
         (("add", "--mode=d"), "--mode=d: value should be one of <a|b>"),
         (
             ("add", CONFIG, "--config.optimizer.rise_steps=5"),
