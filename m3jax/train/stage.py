@@ -17,8 +17,9 @@ from m3jax.mesh import make_mesh
 from m3jax.train.checkpoints import knowledge_version
 from m3jax.train.dpo_base import hold_reference
 from m3jax.train.evaluator import evaluator
-from m3jax.train.loop import Source, train
+from m3jax.train.loop import train
 from m3jax.train.refresh import rewrite
+from m3jax.train.stage_data import StageData
 from m3jax.train.summary import Summary
 
 
@@ -60,25 +61,25 @@ def train_stage(
         version = _recorded_version(config, workdir)
     mesh = make_mesh(config)
 
-    def read(version: int | None) -> tuple[Pipeline, Source]:
+    def read(version: int | None) -> tuple[Pipeline, StageData]:
         return _open(config, workdir, mesh, init_from, bank, version)
 
-    def refresh(step: int) -> Source:
+    def refresh(step: int) -> StageData:
         checkpoint = workdir / config.stage / FOLDER / str(step)
         return read(rewrite(config, workdir, checkpoint).number)[1]
 
-    pipeline, source = read(version)
+    pipeline, data = read(version)
     config = with_epochs(config, len(pipeline.rows))
     if config.train.epochs:
         _say(f"{config.stage}: {config.train.epochs:g} epochs are {config.train.steps} steps")
     return train(
         config,
         workdir,
+        data,
         tokenizer_fingerprint=pipeline.tokenizer.fingerprint,
         init_from=init_from,
         refresh=refresh,
         profile_steps=profile,
-        **source._asdict(),
     )
 
 
@@ -89,7 +90,7 @@ def _open(
     init_from: str | Path | None,
     bank: str | Path | None,
     version: int | None,
-) -> tuple[Pipeline, Source]:
+) -> tuple[Pipeline, StageData]:
     """Opens all that a stage reads of a version of the knowledge; None: the current one."""
     pipeline = open_pipeline(config, workdir, bank=bank, version=version)
     evaluate = evaluator(config, workdir, bank=bank, version=version, mesh=mesh)
@@ -98,7 +99,7 @@ def _open(
         hold_reference(config, workdir / config.stage, pipelines, init_from, mesh)
     writer = None if pipeline.bank is None else pipeline.bank.writer
     number = None if pipeline.version is None else pipeline.version.number
-    return pipeline, Source(pipeline, evaluate, writer, number)
+    return pipeline, StageData(pipeline, evaluate, writer, number)
 
 
 def _recorded_version(config: ConfigDict, workdir: Path) -> int | None:

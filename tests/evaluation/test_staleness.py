@@ -25,7 +25,7 @@ from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.text.documents import Document
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
-from m3jax.train import loop, refresh
+from m3jax.train import hooks, refresh
 from m3jax.train.checkpoints import Checkpoints, knowledge_version
 from m3jax.train.evaluator import LossEvaluator
 from m3jax.train.metrics import read_metrics
@@ -277,13 +277,14 @@ def test_a_run_refreshes_its_bank_and_resumes(workdir: Path, tmp_path: Path) -> 
 
     # The first dies in step 3, after the refresh of step 2; the checkpoint of step 2 is the newest.
     with pytest.MonkeyPatch.context() as patch:
-        real = loop._Loop._refresh
+        real = hooks.RefreshBank.__call__
 
-        def refresh_and_die(self: Any, step: int) -> None:
-            real(self, step)
+        def refresh_and_die(self: Any, *arguments: Any) -> Any:
+            data = real(self, *arguments)
             patch.setattr(self.checkpoints, "save", dies)
+            return data
 
-        patch.setattr(loop._Loop, "_refresh", refresh_and_die)
+        patch.setattr(hooks.RefreshBank, "__call__", refresh_and_die)
         with pytest.raises(Stopped):
             train_stage(config, other)
     assert knowledge_version(other / "living") == 0 and versions(other) == [0, 1]

@@ -59,15 +59,11 @@ BAD = {13: "nan", **dict.fromkeys(range(29, 32), "noise")}  # a NaN, and later a
 def guarded_run(config, workdir, bad, before=lambda step: None, **options):
     """Trains, and returns what `train` returns and the numbers of the batches it has read."""
     from m3jax.train.loop import train
+    from m3jax.train.stage_data import StageData
 
     pipeline = Spoiled(config, bad, before)
-    summary = train(
-        config,
-        workdir,
-        pipeline=pipeline,
-        tokenizer_fingerprint=FINGERPRINT,
-        **{"evaluate": evaluate, **options},
-    )
+    data = StageData(pipeline, options.pop("evaluate", evaluate))
+    summary = train(config, workdir, data, tokenizer_fingerprint=FINGERPRINT, **options)
     return summary, pipeline.given
 
 

@@ -85,19 +85,19 @@ def run_stage(config, workdir, runs, order, pause=0.0):
     from m3jax.mesh import make_mesh
     from m3jax.train.evaluator import evaluator
     from m3jax.train.loop import train
+    from m3jax.train.stage_data import StageData
 
     pipeline = open_pipeline(config, workdir)
-    return train(
-        config,
-        runs,
-        pipeline=Recorded(pipeline, order, pause, (4,) if config.guard.on else ()),
-        tokenizer_fingerprint=pipeline.tokenizer.fingerprint,
-        # One stage shows that evaluations agree.
-        evaluate=evaluator(config, workdir, mesh=make_mesh(config))
-        if config.stage == "warmup"
-        else None,
-        writer=None if pipeline.bank is None else pipeline.bank.writer,
+    evaluate = None
+    if config.stage == "warmup":  # one stage shows that evaluations agree
+        evaluate = evaluator(config, workdir, mesh=make_mesh(config))
+    data = StageData(
+        Recorded(pipeline, order, pause, (4,) if config.guard.on else ()),
+        evaluate,
+        None if pipeline.bank is None else pipeline.bank.writer,
     )
+    fingerprint = pipeline.tokenizer.fingerprint
+    return train(config, runs, data, tokenizer_fingerprint=fingerprint)
 
 
 def main(argv):

@@ -22,6 +22,7 @@ from m3jax.train.dpo_base import hold_reference, load, params_fingerprint
 from m3jax.train.evaluator import evaluator
 from m3jax.train.loop import train
 from m3jax.train.metrics import read_metrics
+from m3jax.train.stage_data import StageData
 
 SETTINGS = {
     "data__batch_size": 2,
@@ -57,10 +58,8 @@ def run(config, workdir, init_from, **options):
     summary = train(
         config,
         workdir,
-        pipeline=pipeline,
+        StageData(pipeline, evaluate, pipeline.bank.writer),
         init_from=init_from,
-        evaluate=evaluate,
-        writer=pipeline.bank.writer,
         tokenizer_fingerprint=pipeline.tokenizer.fingerprint,
         **options,
     )
@@ -153,14 +152,14 @@ def test_dpo_trains_resumes_and_keeps_one_copy_of_the_weights(workdir, monkeypat
     config = config_of("dpo", train__checkpoint_every=10)
     shape = make_model(config).abstract()[0]["embedding"].shape
     held = []
-    settle = loop._Loop._settle
+    settle = loop.Loop._settle
 
     def count(self):
         held.append(sum(x.shape == shape for x in jax.live_arrays()))
         return settle(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Loop, "_settle", count)
+        patch.setattr(loop.Loop, "_settle", count)
         before = sum(x.shape == shape for x in jax.live_arrays())
         summary, said = run(config, workdir, workdir / "sft")
     assert held and max(held) - before == 3

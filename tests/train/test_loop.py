@@ -25,6 +25,7 @@ from m3jax.train.loop import train
 from m3jax.train.metrics import Metrics, read_metrics
 from m3jax.train.profile import parse_steps
 from m3jax.train.progress import Progress
+from m3jax.train.stage_data import StageData
 
 
 class Crash(Exception):
@@ -48,13 +49,12 @@ def terminate_at(at):
 
 
 def run(config, workdir, before=lambda step: None, **options):
-    return train(
-        config,
-        workdir,
-        pipeline=SyntheticPipeline(config, before),
-        tokenizer_fingerprint=FINGERPRINT,
-        **{"evaluate": evaluate, **options},
+    data = StageData(
+        SyntheticPipeline(config, before),
+        options.pop("evaluate", evaluate),
+        options.pop("writer", None),
     )
+    return train(config, workdir, data, tokenizer_fingerprint=FINGERPRINT, **options)
 
 
 def outcome(config, workdir):
@@ -206,7 +206,7 @@ def test_other_tokenizer_is_refused(undisturbed, tmp_path):
         train(
             other,
             tmp_path,
-            pipeline=SyntheticPipeline(other),
+            StageData(SyntheticPipeline(other)),
             tokenizer_fingerprint="other",
             init_from=workdir / "warmup",
         )
@@ -224,7 +224,7 @@ def test_diverged_run_stops_and_names_the_last_checkpoint(tmp_path):
 
     pipeline.batch = poisoned
     with pytest.raises(DivergenceError, match="not finite at step 9 .* last checkpoint: step 6"):
-        train(config, tmp_path, pipeline=pipeline, tokenizer_fingerprint=FINGERPRINT)
+        train(config, tmp_path, StageData(pipeline), tokenizer_fingerprint=FINGERPRINT)
     assert not (tmp_path / "warmup" / "checkpoints" / "9").exists()
 
 
@@ -240,7 +240,7 @@ def test_every_line_has_the_shares_of_references_dropped_and_cached_since_the_li
 
     config = tiny_config()
     pipeline = Counting(config, lambda step: None)
-    train(config, tmp_path, pipeline=pipeline, tokenizer_fingerprint=FINGERPRINT)
+    train(config, tmp_path, StageData(pipeline), tokenizer_fingerprint=FINGERPRINT)
     lines = [line["retrieval"] for line in read_metrics(tmp_path / config.stage) if "loss" in line]
     shares = [line.get("dropped_share") for line in lines]
     assert shares == [None, 0.25, None, 0.75, 1.0, 0.0]

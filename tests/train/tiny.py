@@ -159,15 +159,11 @@ def process_config():
 
 def main(workdir, pause):
     from m3jax.train.loop import train
+    from m3jax.train.stage_data import StageData
 
     config = process_config()
-    train(
-        config,
-        workdir,
-        pipeline=SyntheticPipeline(config, before=lambda step: time.sleep(pause)),
-        tokenizer_fingerprint=FINGERPRINT,
-        evaluate=evaluate,
-    )
+    pipeline = SyntheticPipeline(config, before=lambda step: time.sleep(pause))
+    train(config, workdir, StageData(pipeline, evaluate), tokenizer_fingerprint=FINGERPRINT)
     print(digest_of(saved_state(config, workdir)))
 
 
