@@ -23,6 +23,7 @@ from m3jax.aot.collectives import by_kind, collectives
 from m3jax.aot.decode import arguments, serving, serving_mesh
 from m3jax.aot.jaxpr_flops import attention_blocks, chunks_of_row, executed_flops
 from m3jax.config import IN_STEP, PACKED, PREFIX_TOKENS, prefix_tokens, validate
+from m3jax.data.batch import Batch
 from m3jax.errors import CompileError, ConfigError
 from m3jax.hardware import Chip, chip_of_topology
 from m3jax.make_model import make_model
@@ -30,7 +31,7 @@ from m3jax.memory.bank import writer_params
 from m3jax.memory.codec import plain
 from m3jax.memory.encode import encode_program, input_shapes
 from m3jax.mesh import AXES, batch_sharding, make_mesh, parameter_shardings, replicated
-from m3jax.model.attention_mask import ExplicitMemory
+from m3jax.model.attention_mask import ExplicitMemory, Packing
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import abstract_state
 from m3jax.train.step import make_step
@@ -119,7 +120,7 @@ def compile_decode(config: ConfigDict, mesh: Mesh, context: int) -> Program:
     return _compile(decoder.generate, *given)
 
 
-def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
+def abstract_batch(config: ConfigDict, mesh: Mesh) -> Batch:
     """The inputs of a train step as shapes with shardings; of preference pairs as many slots for
     answers as a row of one text has chunks."""
     model, memory, sharding = config.model, config.memory, batch_sharding(mesh)
@@ -129,19 +130,18 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
 
     B, T = config.data.batch_size, config.data.sequence_length
     C, M = chunks_of_row(config, T), memory.per_chunk
-    batch = {"tokens": array(B, T), "targets": array(B, T)}
-    batch["weights"] = array(B, T, dtype=jnp.float32)
+    batch = Batch(array(B, T), array(B, T), array(B, T, dtype=jnp.float32))
     if config.data.packing in PACKED:
-        batch["starts"], batch["first_chunks"] = array(B, T), array(B, T)
+        batch = batch._replace(packing=Packing(array(B, T), array(B, T)))
     if config.data.packing == "pairs":
-        batch["answers"] = array(B, T)
-        batch["reference_logprobs"] = array(B, 2 * max(1, C // 4), dtype=jnp.float32)
+        logprobs = array(B, 2 * max(1, C // 4), dtype=jnp.float32)
+        batch = batch._replace(answers=array(B, T), base_logprobs=logprobs)
     if memory.source == "precomputed":
         slots = (B, C, M, memory.layers, model.kv_heads, memory.kept_tokens, model.head_dim)
         stored = array(*slots, dtype=jnp.dtype(memory.dtype))
-        batch["memory"] = ExplicitMemory(stored, stored, array(B, C, M))
+        batch = batch._replace(memory=ExplicitMemory(stored, stored, array(B, C, M)))
     if memory.source in IN_STEP:
-        batch["reference_tokens"] = array(B, C, M, memory.reference_length)
+        batch = batch._replace(reference_tokens=array(B, C, M, memory.reference_length))
     return batch
 
 

@@ -27,6 +27,7 @@ from m3jax.bench.quantizer import quantizer
 from m3jax.bench.retrieval import retrieval
 from m3jax.bench.timing import Figures, paired
 from m3jax.config import PREFIX_TOKENS, prefix_tokens
+from m3jax.data.batch import Batch
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.make_model import make_model
 from m3jax.memory import codec as codecs
@@ -40,7 +41,6 @@ from m3jax.retrieval.embed import make_embedder
 from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
-from m3jax.train.loss import inputs
 from m3jax.train.monitor import Monitor
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import abstract_state, init_state
@@ -101,7 +101,7 @@ def train(rounds: int = 12) -> dict[str, Figures]:
             seconds["precomputed_beside_decoding"],
             ratios["decoding_over_precomputed"],
         ) = paired(decoding.repeat, fed.repeat, rounds)
-        tokens = np.asarray(stages["none"].same["tokens"])
+        tokens = np.asarray(stages["none"].same.tokens)
         try:
             llama = llama_step(_shape("none"), tokens)
         except MissingLlama as error:
@@ -215,11 +215,11 @@ class _Stage:
         self.batches = self.pipeline.batches(0)
         self.same = self._place(next(self.batches))
 
-    def _place(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def _place(self, batch: Batch) -> Batch:
         rows = host_rows(self.mesh, self.pipeline.batch_size)
-        return to_global(self.mesh, inputs(batch), rows)
+        return to_global(self.mesh, batch.for_step(), rows)
 
-    def _run(self, batch: dict[str, Any]) -> None:
+    def _run(self, batch: Batch) -> None:
         self.state, metrics = self.step(self.state, batch)
         jax.device_get(metrics)
 
@@ -243,7 +243,7 @@ class _Guarded(_Stage):
         for value in np.random.default_rng(0).normal(3.0, 0.05, config.guard.window):
             self._watch(value, value)  # a full window, as in all steps but the first
 
-    def _run(self, batch: dict[str, Any]) -> None:
+    def _run(self, batch: Batch) -> None:
         self.state, metrics = self.step(self.state, batch, self.scale)
         values = jax.device_get(metrics)
         self._watch(float(values["loss"]), float(values["gradient_norm"]))

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int
 from ml_collections import ConfigDict
 
 from m3jax.config import PACKED
+from m3jax.data.batch import Batch
 from m3jax.data.packed import PackedRow, PackedRows
 from m3jax.data.rows import Row, Rows
 from m3jax.errors import TextError
@@ -31,14 +32,12 @@ from m3jax.knowledge.versions import (
 )
 from m3jax.memory.bank import Bank
 from m3jax.memory.delta_bank import LayeredBank
-from m3jax.model.attention_mask import ExplicitMemory
+from m3jax.model.attention_mask import ExplicitMemory, Packing
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
 from m3jax.text.references import ReferenceReader
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.workdir import INPUTS
-
-Batch = dict[str, Any]
 
 
 class Pipeline:
@@ -55,14 +54,8 @@ class Pipeline:
       batch_size: rows of a batch over all hosts.
       dropout: share of chunks whose memories are hidden.
 
-    A batch is a dict of NumPy arrays: `tokens`, `targets` `(B, T)` int32, `weights` `(B, T)`
-      float32, `reference_ids` `(B, C, M)` int32 (−1 = none), and `memory` (an `ExplicitMemory`,
-      axes `(B, C, M, L, K, P, H)`, or as the bank stores it, see `decode`) or `reference_tokens`
-      `(B, C, M, W)` int32. Packed rows have `starts` and `first_chunks` `(B, T)` too, and pairs
-      `answers` `(B, T)` and `reference_logprobs` `(B, slots)`; see `PackedRow`.
-
     Attributes:
-      reference_logprobs: of the answers of every row, `(rows, slots)` float32, once they are known
+      base_logprobs: of the answers of every row, `(rows, slots)` float32, once they are known
         (`m3jax.train.dpo_base`); 0 before.
       version: of the knowledge.
     """
@@ -87,7 +80,7 @@ class Pipeline:
         order = grain.MapDataset.range(len(rows)).seed(config.seed).shuffle().repeat()
         self._order = order.batch(batch_size, drop_remainder=True)
         self.version: Version | None = None
-        self.reference_logprobs: np.ndarray | None = None
+        self.base_logprobs: np.ndarray | None = None
         self._counts = {"chunks": 0, "chunks_without_reference": 0}
         self._lock = threading.Lock()
 
@@ -102,23 +95,26 @@ class Pipeline:
     ) -> Batch:
         """A batch of these rows; the memories of `hidden` chunks are left out."""
         items = [self.rows[int(row)] for row in ids]
-        batch: Batch = {
+        batch: dict[str, Any] = {
             "tokens": np.stack([item.inputs for item in items]).astype(np.int32),
             "targets": np.stack([item.targets for item in items]).astype(np.int32),
             "weights": np.stack([item.weights for item in items]).astype(np.float32),
         }
         packed = [item for item in items if isinstance(item, PackedRow)]
         if packed:
-            batch["starts"] = np.stack([item.starts for item in packed])
-            batch["first_chunks"] = np.stack([item.first_chunks for item in packed])
+            places: list[Any] = [
+                np.stack([item.starts for item in packed]),
+                np.stack([item.first_chunks for item in packed]),
+            ]
+            batch["packing"] = Packing(*places)
         if self.rows.slots:
             batch["answers"] = np.stack([item.answers for item in packed])
-            logprobs = self.reference_logprobs
+            logprobs = self.base_logprobs
             if logprobs is None:
                 logprobs = np.zeros((len(self.rows), self.rows.slots), np.float32)
-            batch["reference_logprobs"] = logprobs[ids]
+            batch["base_logprobs"] = logprobs[ids]
         if self.config.memory.source == "none":
-            return batch
+            return Batch(**batch)
         reference_ids = self._reference_ids(items)
         if hidden is not None:
             reference_ids = np.where(hidden[..., None], -1, reference_ids)
@@ -136,7 +132,7 @@ class Pipeline:
             batch["memory"] = self.bank.read_stored(reference_ids)
         else:
             batch["reference_tokens"] = self._reference_tokens(reference_ids)
-        return batch
+        return Batch(**batch)
 
     def retrieved(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n C M"]:
         """Ids of the references that the chunks of these rows find, −1 = none; reads no memory."""

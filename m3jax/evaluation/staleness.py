@@ -177,7 +177,9 @@ def _losses(
     evaluator = LossEvaluator(config, pipeline)
     losses: dict[str, list[float]] = {"stored": [], "fresh": [], "none": []}
     for batch in evaluator.each():
-        again = {**batch, "memory": fresh.read_stored(batch["reference_ids"])}
+        assert batch.reference_ids is not None
+        fresh_memory = fresh.read_stored(np.asarray(batch.reference_ids))
+        again = batch._replace(memory=fresh_memory)
         for name, mode, read in (
             ("stored", "memory", batch),
             ("fresh", "memory", again),

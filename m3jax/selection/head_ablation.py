@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from m3jax.data.batch import Batch
 from m3jax.model.attention_mask import ShortSight
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
@@ -16,7 +16,7 @@ from m3jax.model.transformer import Model
 
 def masked_losses(
     model: Model, hide: str, window: int, dequantize: Callable | None = None
-) -> Callable[[Params, dict[str, Any], Int[Array, "n 3"]], Float[Array, "n+1 B"]]:
+) -> Callable[[Params, Batch, Int[Array, "n 3"]], Float[Array, "n+1 B"]]:
     """Returns a program of the summed loss of every row: of the model, and with each head masked.
 
     Args:
@@ -34,8 +34,8 @@ def masked_losses(
         jnp.ones((high - low, K), bool) if model.memory_heads is None else model.memory_heads
     )
 
-    def losses(params: Params, batch: dict[str, Any], candidates: Array) -> Array:
-        memory = batch.get("memory") if hide == "memory" else None
+    def losses(params: Params, batch: Batch, candidates: Array) -> Array:
+        memory = batch.memory if hide == "memory" else None
         if memory is not None and dequantize is not None:
             memory = dequantize(memory)
 
@@ -48,12 +48,12 @@ def masked_losses(
             )
             if hide == "memory":
                 reading = reading_LK & ~masked_LKG[low:high].any(axis=-1)
-                hidden = model.hidden(params, batch["tokens"], memory, memory_heads=reading)
+                hidden = model.hidden(params, batch.tokens, memory, memory_heads=reading)
             else:
                 sight = ShortSight(masked_LKG, window)
-                hidden = model.hidden(params, batch["tokens"], sight=sight)
-            of_tokens = model.token_losses(params, hidden, batch["targets"])
-            return jnp.sum(of_tokens * batch["weights"].astype(jnp.float32), axis=1)
+                hidden = model.hidden(params, batch.tokens, sight=sight)
+            of_tokens = model.token_losses(params, hidden, batch.targets)
+            return jnp.sum(of_tokens * batch.weights.astype(jnp.float32), axis=1)
 
         nobody = jnp.full((1, 3), L, jnp.int32)
         return jax.lax.map(loss, jnp.concatenate([nobody, candidates]))

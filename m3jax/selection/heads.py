@@ -27,7 +27,6 @@ from m3jax.knowledge.memory_writer import check_reader
 from m3jax.make_model import make_model
 from m3jax.selection.head_ablation import masked_losses
 from m3jax.train.evaluator import LossEvaluator
-from m3jax.train.loss import inputs
 
 HIDES = ("context", "memory")
 
@@ -127,8 +126,8 @@ def score_heads(
     bar = tqdm(total=evaluator.batches, desc="heads", unit=" batches", disable=not progress)
     for number, batch in enumerate(evaluator.each()):
         if number >= len(done):
-            losses = score(params, jax.device_put(inputs(batch)), candidates)
-            weights = batch["weights"].astype(np.float64).sum(1)
+            losses = score(params, jax.device_put(batch.for_step()), candidates)
+            weights = batch.weights.astype(np.float64).sum(1)
             found = np.concatenate([weights[None], np.asarray(losses, np.float64)])[None]
             done = np.concatenate([done.reshape(-1, *found.shape[1:]), found])
             write_array(store, done)

@@ -21,11 +21,12 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from m3jax.config import prefix_tokens
-from m3jax.data.pipeline import Batch, Pipeline
+from m3jax.data.batch import Batch
+from m3jax.data.pipeline import Pipeline
 from m3jax.files import write_array, write_atomically
 from m3jax.make_model import make_model
 from m3jax.model.parameters import Params
-from m3jax.train.loss import Decode, hidden_of, inputs
+from m3jax.train.loss import Decode, hidden_of
 
 NOTHING, EVERYTHING = -1, -2  # absent: no reference, or all memories
 # Loss of a row, nats, with a reference absent; `weight` is that of the row's targets.
@@ -60,9 +61,9 @@ class RowLosses:
           rows: rows of the batch; one may come several times.
           absent: for each the id of a reference, `NOTHING` or `EVERYTHING`.
         """
-        ids = batch["reference_ids"]
-        losses = jax.device_get(self._losses(params, inputs(batch), ids, rows, absent))
-        weights = np.asarray(batch["weights"], np.float64)[rows]
+        ids = batch.reference_ids
+        losses = jax.device_get(self._losses(params, batch.for_step(), ids, rows, absent))
+        weights = np.asarray(batch.weights, np.float64)[rows]
         return (losses.astype(np.float64) * weights).sum(axis=1)
 
     def _token_losses(
@@ -72,11 +73,11 @@ class RowLosses:
         picked = jax.tree.map(lambda x: x[rows], batch)
         absent = absent[:, None, None]
         present = (ids[rows] != absent) & (absent != EVERYTHING)
-        memory = picked["memory"]  # without a real slot it takes no attention
+        memory = picked.memory  # without a real slot it takes no attention
         memory = memory._replace(length=jnp.where(present, memory.length, 0))
-        picked = {**picked, "memory": memory}
+        picked = picked._replace(memory=memory)
         hidden = hidden_of(self.model, params, picked, None, self._decode)
-        return self.model.token_losses(params, hidden, picked["targets"])
+        return self.model.token_losses(params, hidden, picked.targets)
 
 
 def row_losses(
@@ -91,7 +92,7 @@ def row_losses(
     for ids, batch in _batches(pipeline, rows):
         places = np.arange(pipeline.batch_size)
         values = losses(params, batch, places, np.full(len(places), absent))[: len(ids)]
-        weights = np.asarray(batch["weights"], np.float64).sum(axis=1)[: len(ids)]
+        weights = np.asarray(batch.weights, np.float64).sum(axis=1)[: len(ids)]
         found.append(_measured(ids, np.full(len(ids), absent), values, weights))
     return np.concatenate(found)
 
@@ -142,7 +143,7 @@ def _measure_batch(
     losses: RowLosses, pipeline: Pipeline, params: Params, rows: Int[np.ndarray, " n"]
 ) -> Shaped[np.ndarray, " m"]:
     ((_, batch),) = _batches(pipeline, rows)
-    ids = np.asarray(batch["reference_ids"])
+    ids = np.asarray(batch.reference_ids)
     pairs = [
         (place, absent)
         for place in range(len(rows))
@@ -150,13 +151,13 @@ def _measure_batch(
     ]
     places, absent = np.array(pairs, np.int64).T
     size = pipeline.batch_size
-    placed = jax.device_put({**inputs(batch), "reference_ids": batch["reference_ids"]})
+    placed = jax.device_put(batch)
     values = np.zeros(len(pairs))
     for low in range(0, len(pairs), size):
         chosen = np.arange(low, low + size) % len(pairs)  # calls of one shape
         part = losses(params, placed, places[chosen], absent[chosen])
         values[low : low + size] = part[: len(pairs) - low]
-    weights = np.asarray(batch["weights"], np.float64).sum(axis=1)
+    weights = np.asarray(batch.weights, np.float64).sum(axis=1)
     return _measured(rows[places], absent, values, weights[places])
 
 

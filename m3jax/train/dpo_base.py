@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from m3jax.checkpoint import checkpoint_folder, restore_params
 from m3jax.config import prefix_tokens
+from m3jax.data.batch import Batch
 from m3jax.data.pipeline import Pipeline
 from m3jax.distributed import meet
 from m3jax.errors import CheckpointError
@@ -35,7 +36,7 @@ from m3jax.mesh import batch_sharding, host_rows, on_devices, replicated, to_glo
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
 from m3jax.train.dpo_loss import answer_logprobs
-from m3jax.train.loss import Decode, batch_specs, inputs
+from m3jax.train.loss import Decode, batch_specs
 
 FOLDER = "reference"
 _MANIFEST = "manifest.json"
@@ -50,7 +51,7 @@ _FREE = (
     "model.remat",
 )
 
-Logprobs = Callable[[Params, Mapping[str, Any]], Float[Array, "B slots"]]
+Logprobs = Callable[[Params, Batch], Float[Array, "B slots"]]
 
 
 def hold_reference(
@@ -98,7 +99,7 @@ def hold_reference(
         for leaf in jax.tree.leaves(params):
             leaf.delete()
     for split, pipeline in pipelines.items():
-        pipeline.reference_logprobs = found[split]
+        pipeline.base_logprobs = found[split]
 
 
 def load(folder: str | Path, binding: Mapping[str, Any]) -> Float[np.ndarray, "rows slots"] | None:
@@ -162,10 +163,10 @@ def row_logprobs(config: ConfigDict, model: Model, decode: Decode | None) -> Log
     """`logprobs(params, batch)`: of every answer of a global batch, whole on every device."""
     sparsify = sparsifier(config.memory)
 
-    def local(params: Params, batch: Mapping[str, Any]) -> Array:
+    def local(params: Params, batch: Batch) -> Array:
         return answer_logprobs(model, params, batch, sparsify, decode)
 
-    def logprobs(params: Params, batch: Mapping[str, Any]) -> Array:
+    def logprobs(params: Params, batch: Batch) -> Array:
         if model.mesh is None:
             return local(params, batch)
         rows = batch_sharding(model.mesh).spec
@@ -178,7 +179,7 @@ def row_logprobs(config: ConfigDict, model: Model, decode: Decode | None) -> Log
 
 def each_batch(
     pipeline: Pipeline, mesh: Mesh | None, first: int, last: int
-) -> Iterator[tuple[int, Mapping[str, Any]]]:
+) -> Iterator[tuple[int, Batch]]:
     """Batches of the rows `first … last − 1` in their order, on the mesh; the real rows of each."""
     B = pipeline.batch_size
     here, place = np.arange(B), jax.device_put
@@ -187,7 +188,7 @@ def each_batch(
         here, place = of_host.ids, functools.partial(to_global, mesh, rows=of_host)
     for low in range(first, last, B):
         rows = np.minimum(low + here, last - 1)
-        yield min(B, last - low), place(inputs(pipeline.read(rows)))
+        yield min(B, last - low), place(pipeline.read(rows).for_step())
 
 
 def _compute(

@@ -24,7 +24,7 @@ class PreferenceEvaluator:
     of an answer's log-probability since the reference, in nats.
 
     Attributes:
-      pipeline: of the validation split; its `reference_logprobs` must be there.
+      pipeline: of the validation split; its `base_logprobs` must be there.
     """
 
     def __init__(self, config: ConfigDict, pipeline: Pipeline, mesh: Mesh | None = None) -> None:
@@ -35,7 +35,7 @@ class PreferenceEvaluator:
         self.rows = min(most, len(pipeline.rows))
 
     def __call__(self, params: Params) -> dict[str, float]:
-        reference = self.pipeline.reference_logprobs
+        reference = self.pipeline.base_logprobs
         if reference is None:
             raise CheckpointError(
                 "the reference log-probabilities are not there; train computes them"

@@ -2,8 +2,8 @@
 
     loss = −log σ( β · [ log π(chosen) − log π₀(chosen) − log π(rejected) + log π₀(rejected) ] )
 
-with log-probabilities of whole answers, π the model and π₀ the reference, whose log-probabilities
-are in the batch (`m3jax.data.reference`): no weights but the model's own are held.
+with log-probabilities of whole answers, π the model and π₀ the base model, whose log-probabilities
+are in the batch (`m3jax.train.dpo_base`): no weights but the model's own are held.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from m3jax.data.batch import Batch
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
-from m3jax.train.loss import Batch, Decode, Sums, hidden_of, objective
+from m3jax.train.loss import Decode, Sums, hidden_of, objective
 
 
 def objective_of(config: ConfigDict) -> Callable[..., tuple[Array, Sums]]:
-    """What a stage minimises: `preference_objective` of pairs, else `objective.objective`."""
+    """Returns the objective of a stage: `preference_objective` of pairs, else `objective`."""
     if config.data.packing != "pairs":
         return objective
     return functools.partial(preference_objective, beta=config.preference.beta)
@@ -37,7 +38,7 @@ def answer_logprobs(
 ) -> Float[Array, "B slots"]:
     """Log-probability of each answer of the rows, in nats, without a gradient; 0 in empty slots.
 
-    Arguments as of `preference_objective`; of `reference_logprobs` only the shape is read.
+    Arguments as of `preference_objective`; of `base_logprobs` only the shape is read.
     """
     hidden = hidden_of(model, params, batch, sparsify, decode)
     return _by_answer(model, params, hidden, batch)[0]
@@ -47,10 +48,11 @@ def _by_answer(
     model: Model, params: Params, hidden: Array, batch: Batch
 ) -> tuple[Float[Array, "B slots"], Float[Array, "B T slots"]]:
     """Log-probabilities of answers, and the share that every token has in each (0 or 1)."""
-    slots = batch["reference_logprobs"].shape[1]
-    share_BTS = jax.nn.one_hot(batch["answers"], slots, dtype=jnp.float32)  # −1 is in none
-    share_BTS = share_BTS * batch["weights"].astype(jnp.float32)[..., None]
-    losses = model.token_losses(params, jax.lax.stop_gradient(hidden), batch["targets"])
+    assert batch.answers is not None and batch.base_logprobs is not None
+    slots = batch.base_logprobs.shape[1]
+    share_BTS = jax.nn.one_hot(batch.answers, slots, dtype=jnp.float32)  # −1 is in none
+    share_BTS = share_BTS * batch.weights.astype(jnp.float32)[..., None]
+    losses = model.token_losses(params, jax.lax.stop_gradient(hidden), batch.targets)
     return -jnp.sum(share_BTS * losses[..., None], axis=1), share_BTS
 
 
@@ -67,21 +69,20 @@ def preference_objective(
     of pairs, and how many the model now prefers right, which have no gradient.
 
     Right is a pair whose margin is above 0: the chosen answer has gained more log-probability over
-    the reference than the rejected one. The gradient is that of the loss; it is computed as one
+    the base model than the rejected one. The gradient is that of the loss; it is computed as one
     weighted cross-entropy, since ∂loss/∂log π(answer) is the same for all tokens of the answer.
 
     Args:
       model: the model.
       params: its parameters.
-      batch: as of `objective.objective`, and `answers (B, T)` int32, the slot of the answer that a
-        target belongs to (−1: none), and `reference_logprobs (B, slots)`. Slots 2p and 2p + 1 are
-        the chosen and the rejected answer of pair p.
-      sparsify, decode: as of `objective.objective`.
+      batch: of pairs.
+      sparsify, decode: as of `m3jax.train.loss.objective`.
       beta: β, `preference.beta` of the config.
     """
     hidden = hidden_of(model, params, batch, sparsify, decode)
     logprobs_BS, share_BTS = _by_answer(model, params, hidden, batch)
-    gain_BS = logprobs_BS - batch["reference_logprobs"].astype(jnp.float32)
+    assert batch.base_logprobs is not None
+    gain_BS = logprobs_BS - batch.base_logprobs.astype(jnp.float32)
     real = (jnp.sum(share_BTS, axis=1) > 0)[:, 0::2].astype(jnp.float32)
     margin = beta * (gain_BS[:, 0::2] - gain_BS[:, 1::2])
     total = jnp.sum(real * jax.nn.softplus(-margin))
@@ -89,6 +90,6 @@ def preference_objective(
     slope = real * beta * jax.nn.sigmoid(-margin)
     slope_BS = jnp.stack([slope, -slope], axis=-1).reshape(gain_BS.shape)
     weights_BT = jax.lax.stop_gradient(jnp.sum(share_BTS * slope_BS[:, None], axis=-1))
-    linear, _, _ = model.summed_loss(params, hidden, batch["targets"], weights_BT)
+    linear, _, _ = model.summed_loss(params, hidden, batch.targets, weights_BT)
     minimised = linear + jax.lax.stop_gradient(total - linear)
     return minimised, Sums(total, jnp.sum(real), jnp.sum(real * (margin > 0)))

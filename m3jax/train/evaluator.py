@@ -15,13 +15,14 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from m3jax.config import prefix_tokens
-from m3jax.data.pipeline import Batch, Pipeline, open_pipeline
+from m3jax.data.batch import Batch
+from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.make_model import make_model
 from m3jax.memory.sparsify import sparsifier
 from m3jax.mesh import host_rows, to_global
 from m3jax.model.parameters import Params
 from m3jax.train.dpo_evaluator import PreferenceEvaluator
-from m3jax.train.loss import Sums, global_sums, inputs
+from m3jax.train.loss import Sums, global_sums
 
 MODES = ("memory", "none", "wrong")
 
@@ -58,7 +59,7 @@ class LossEvaluator:
     def __call__(self, params: Params) -> dict[str, float]:
         totals = {mode: np.zeros(3) for mode in self.modes}
         for batch in self.each():
-            placed = self._place(inputs(batch))
+            placed = self._place(batch.for_step())
             for mode in self.modes:
                 totals[mode] += self._summed_up(params, placed, mode)
         return {
@@ -73,7 +74,7 @@ class LossEvaluator:
 
     def sums(self, params: Params, batch: Batch, mode: str) -> Float[np.ndarray, " 3"]:
         """Summed loss, weight and correct tokens of a batch, in one of `modes`."""
-        return self._summed_up(params, self._place(inputs(batch)), mode)
+        return self._summed_up(params, self._place(batch.for_step()), mode)
 
     def _summed_up(self, params: Params, placed: Batch, mode: str) -> np.ndarray:
         return np.asarray(jax.device_get(self._sums[mode](params, placed)), np.float64)
@@ -83,12 +84,12 @@ class LossEvaluator:
         total = global_sums(self.model, sparsifier(self.config.memory), self.pipeline.decode)
 
         def summed(params: Params, batch: Batch) -> Sums:
-            read = ("memory", "reference_tokens")
             if mode == "none":
-                batch = {name: value for name, value in batch.items() if name not in read}
+                batch = batch.without_memory()
             if mode == "wrong":
-                rolled = {name: batch[name] for name in read if name in batch}
-                batch = batch | jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), rolled)
+                read = batch.memory, batch.reference_tokens
+                memory, tokens = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), read)
+                batch = batch._replace(memory=memory, reference_tokens=tokens)
             return total(params, batch)
 
         return summed

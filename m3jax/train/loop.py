@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from m3jax.config import validate
+from m3jax.data.batch import Batch
 from m3jax.distributed import meet
 from m3jax.errors import CheckpointError, ConfigError
 from m3jax.files import write_atomically
@@ -29,7 +30,6 @@ from m3jax.train.hooks import (
     StopAtNaN,
 )
 from m3jax.train.log import Log
-from m3jax.train.loss import inputs
 from m3jax.train.plots import plot_stages
 from m3jax.train.profile import Profile
 from m3jax.train.program import Program
@@ -235,7 +235,7 @@ class Loop:
         batches = self._batches(first)
         for step in range(first + 1, steps + 1):
             with self.clock.waiting(self.device.idle_since):
-                batch = inputs(next(batches))
+                batch = next(batches).for_step()
             placed = to_global(mesh, batch, self.rows)
             if not self.compiled and jax.process_count() > 1:
                 self.step.lower(state, placed, *scale).compile()
@@ -261,7 +261,7 @@ class Loop:
                     batches = self._batches(step)
         return self._settle()
 
-    def _batches(self, done: int) -> Iterator[Any]:
+    def _batches(self, done: int) -> Iterator[Batch]:
         """Returns batches of the steps after `done`."""
         pipeline = self.data.pipeline
         if self.guard is None:

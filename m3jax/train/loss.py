@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,26 +10,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from m3jax.data.batch import Batch
 from m3jax.mesh import ACTIVATIONS, BATCH_AXES, on_devices
-from m3jax.model.attention_mask import ExplicitMemory, Packing
+from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
 
-Batch = Mapping[str, Any]
 Decode = Callable[[ExplicitMemory], ExplicitMemory]
-
-# What the model reads of a batch; `reference_ids` are for people and logs.
-INPUTS = (
-    "tokens",
-    "targets",
-    "weights",
-    "memory",
-    "reference_tokens",
-    "starts",
-    "first_chunks",
-    "answers",
-    "reference_logprobs",
-)
 
 
 class Sums(NamedTuple):
@@ -38,23 +25,6 @@ class Sums(NamedTuple):
     loss: Float[Array, ""]  # weight · cross-entropy, nats
     weight: Float[Array, ""]
     correct: Float[Array, ""]  # weight of tokens whose target is the most probable
-
-
-def inputs(batch: Batch) -> dict[str, Any]:
-    """The part of a batch that the step reads."""
-    return {key: batch[key] for key in INPUTS if batch.get(key) is not None}
-
-
-def sums(
-    model: Model,
-    params: Params,
-    batch: Batch,
-    sparsify: Callable | None,
-    decode: Decode | None = None,
-) -> Sums:
-    """Summed loss, weight and correct predictions of a batch (on a mesh, of a device's rows);
-    see `objective`."""
-    return objective(model, params, batch, sparsify, decode)[1]
 
 
 def objective(
@@ -72,15 +42,13 @@ def objective(
     Args:
       model: the model.
       params: its parameters.
-      batch: `tokens (B, T)`, `targets (B, T)`, `weights (B, T)`, and `memory` (ExplicitMemory of
-        `(B, C, M, L, K, P, H)`) or `reference_tokens (B, C, M, W)` or neither; with several texts
-        in a row `starts (B, T)` and `first_chunks (B, T)`, see `Packing`.
+      batch: with memory, or reference tokens, or neither.
       sparsify: `memory.sparsify.sparsifier(config.memory)`; needed with `reference_tokens`.
       decode: makes memories of what the bank stores (`Codec.decode`); None: they are.
     """
     hidden = hidden_of(model, params, batch, sparsify, decode)
-    weights = batch["weights"].astype(jnp.float32)
-    total, loss, correct = model.summed_loss(params, hidden, batch["targets"], weights)
+    weights = batch.weights.astype(jnp.float32)
+    total, loss, correct = model.summed_loss(params, hidden, batch.targets, weights)
     return total, Sums(loss, jnp.sum(weights), correct)
 
 
@@ -92,38 +60,37 @@ def hidden_of(
     decode: Decode | None = None,
 ) -> Float[Array, "B T D"]:
     """Hidden states of a batch before the final norm; arguments as in `objective`."""
-    memory = batch.get("memory")
+    memory = batch.memory
     if memory is not None and decode is not None:
         memory = decode(memory)
-    packing = None
-    if "starts" in batch:
-        packing = Packing(batch["starts"], batch["first_chunks"])
     return model.hidden(
         params,
-        batch["tokens"],
+        batch.tokens,
         memory=memory,
-        reference_tokens=batch.get("reference_tokens"),
+        reference_tokens=batch.reference_tokens,
         sparsify=sparsify,
-        packing=packing,
+        packing=batch.packing,
     )
 
 
-def batch_specs(batch: Batch) -> dict[str, Any]:
-    """Partition of what `inputs` leaves of a batch: rows, and the heads of memories."""
+def batch_specs(batch: Batch) -> Batch:
+    """Returns the partition of a batch: rows, and the heads of memories."""
     rows: Any = ACTIVATIONS.spec(("batch",))
     slots: Any = ACTIVATIONS.spec(("batch", None, None, None, "kv_heads"))
-    memory = ExplicitMemory(slots, slots, rows)
-    return {name: memory if name == "memory" else rows for name in batch}
+    specs = jax.tree.map(lambda _: rows, batch)
+    if batch.memory is None:
+        return specs
+    return specs._replace(memory=ExplicitMemory(slots, slots, rows))
 
 
 def global_sums(
     model: Model, sparsify: Callable | None, decode: Decode | None = None
 ) -> Callable[[Params, Batch], Sums]:
-    """`sums` of a global batch, on the mesh of the model."""
+    """Returns `sums(params, batch)`: the reported sums of a global batch, on the model's mesh."""
 
     def total(params: Params, batch: Batch) -> Sums:
         def local(params: Params, batch: Batch) -> Sums:
-            return over_rows(model, sums(model, params, batch, sparsify, decode))
+            return over_rows(model, objective(model, params, batch, sparsify, decode)[1])
 
         specs = (model.specs(), batch_specs(batch))
         return on_devices(model.mesh, local, specs, PartitionSpec())(params, batch)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from m3jax.data.batch import Batch
 from m3jax.model.parameters import Params
 from m3jax.train.loss import Decode
 
@@ -17,7 +18,7 @@ Evaluate = Callable[[Params], Mapping[str, float]]
 class Batches(Protocol):
     """Source of a loop's batches, `m3jax.data.pipeline.Pipeline`."""
 
-    def batches(self, first_step: int, rows: np.ndarray) -> Iterator[Mapping[str, Any]]:
+    def batches(self, first_step: int, rows: np.ndarray) -> Iterator[Batch]:
         """Host batches of the steps `first_step` …; a batch is a function of (seed, step) alone."""
 
     def report(self) -> Mapping[str, float]:

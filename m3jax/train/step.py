@@ -13,6 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
+from m3jax.data.batch import Batch
 from m3jax.memory.sparsify import sparsifier
 from m3jax.mesh import batch_sharding, compiler_options, on_devices, replicated
 from m3jax.model.transformer import Model
@@ -56,9 +57,7 @@ def make_step(
     learning_rate, log_every = schedule(config), config.train.log_every
     gradient, guarded = _make_gradient(config, model, decode), config.guard.on
 
-    def step(
-        state: TrainState, batch: dict[str, Any], *scale: Array
-    ) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: Batch, *scale: Array) -> tuple[TrainState, dict[str, Array]]:
         gradients, total = gradient(state.params, batch)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         rate = jnp.asarray(learning_rate(state.step), jnp.float32)

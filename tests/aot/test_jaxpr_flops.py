@@ -80,11 +80,11 @@ def test_steps_of_packed_rows_are_traced_as_they_are(packing):
     model, optimizer = make_model(config, prefix_tokens(config), mesh), make_optimizer(config)
     state = abstract_state(model, optimizer, mesh)
     step, batch = make_step(config, model, mesh, optimizer, state), abstract_batch(config, mesh)
-    assert {"starts", "first_chunks"} <= batch.keys()
-    assert ("reference_logprobs" in batch) == (packing == "pairs")
+    assert batch.packing is not None
+    assert (batch.base_logprobs is not None) == (packing == "pairs")
     B, T = config.data.batch_size, config.data.sequence_length
     C = 2 * T // config.memory.chunk_length
-    assert batch["memory"].length.shape == (B, C, 1)
+    assert batch.memory.length.shape == (B, C, 1)
     found = executed_flops(step.trace(state, batch).jaxpr)
     assert found > 0
 

@@ -113,9 +113,9 @@ def test_each_chunk_searches_with_its_own_chat(chats, shift):
                 expected.append((pipeline.tokenizer.decode(part), tokens.tolist()))
     assert [(query, text.tolist()) for query, text in asked] == expected
     C = pipeline.rows.chunks
-    assert batch["reference_ids"].shape == (4, C, 1) == batch["memory"].length.shape
-    first = {(r, int(c)) for r, row in enumerate(batch["first_chunks"]) for c in row if c < C}
-    found = batch["reference_ids"][..., 0] >= 0
+    assert batch.reference_ids.shape == (4, C, 1) == batch.memory.length.shape
+    first = {(r, int(c)) for r, row in enumerate(batch.packing.first_chunks) for c in row if c < C}
+    found = batch.reference_ids[..., 0] >= 0
     assert all(not found[place] for place in first) if shift else found.any()
 
 
@@ -126,14 +126,14 @@ def test_stored_keys_are_what_the_chunks_read(chats):
         config.retrieval.ids = "stored"
     pipeline = open_pipeline(config, folder)
     batch = pipeline.batch(1)
-    for ids, row in zip(batch["reference_ids"], np.asarray(pipeline._order[1]), strict=True):
+    for ids, row in zip(batch.reference_ids, np.asarray(pipeline._order[1]), strict=True):
         keys = pipeline.rows[int(row)].references
         assert all(key.startswith("person-") for key in keys)
         assert ids[: len(keys), 0].tolist() == [pipeline.references.find(key) for key in keys]
         assert (ids[len(keys) :] == -1).all()
     rows = [pipeline.rows[int(row)] for row in np.asarray(pipeline._order[1])]
     chunks = sum(len(row.references) for row in rows)
-    assert chunks < batch["reference_ids"].size  # some places are none
+    assert chunks < batch.reference_ids.size  # some places are none
     assert pipeline.report() == {"chunks": chunks, "chunks_without_reference": 0} | {
         name: count for name, count in pipeline.report().items() if "chunks" not in name
     }

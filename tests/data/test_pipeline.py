@@ -45,34 +45,34 @@ def test_the_seed_decides_the_order_and_every_row_comes_once_an_epoch(workdir):
     config = tiny_config(memory__source="none")
     pipeline = open_pipeline(config, workdir)
     epoch = len(pipeline.rows) // 4
-    first = np.concatenate([pipeline.batch(s)["tokens"] for s in range(epoch)])
+    first = np.concatenate([pipeline.batch(s).tokens for s in range(epoch)])
     assert len(np.unique(first, axis=0)) == len(first)
     other = open_pipeline(tiny_config(memory__source="none", seed=1), workdir)
-    assert not np.array_equal(first[:4], other.batch(0)["tokens"])
-    second = np.concatenate([pipeline.batch(epoch + s)["tokens"] for s in range(epoch)])
+    assert not np.array_equal(first[:4], other.batch(0).tokens)
+    second = np.concatenate([pipeline.batch(epoch + s).tokens for s in range(epoch)])
     assert not np.array_equal(first, second)
 
 
 def test_targets_are_the_next_tokens(workdir):
     batch = open_pipeline(tiny_config(), workdir).batch(0)
-    np.testing.assert_array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
-    assert (batch["weights"][batch["targets"] == BOS] == 0).all()
+    np.testing.assert_array_equal(batch.tokens[:, 1:], batch.targets[:, :-1])
+    assert (batch.weights[batch.targets == BOS] == 0).all()
 
 
 @pytest.mark.parametrize("shift", [0, 1])
 def test_chunks_read_what_the_retriever_finds_for_their_query(workdir, shift):
     pipeline = open_pipeline(tiny_config(retrieval__shift=shift), workdir)
     batch = pipeline.batch(2)
-    ids = batch["reference_ids"]
+    ids = batch.reference_ids
     assert ids.shape == (4, 6, 1) and (shift == 0 or (ids[:, 0] == -1).all())
     assert (ids[:, shift:] >= 0).mean() > 0.5
     for row, chunk in itertools.product(range(4), range(shift, 6)):
         low = (chunk - shift) * 10
-        text = pipeline.tokenizer.decode(batch["tokens"][row, low : low + 10])
-        whole = np.append(batch["tokens"][row], batch["targets"][row, -1])
+        text = pipeline.tokenizer.decode(batch.tokens[row, low : low + 10])
+        whole = np.append(batch.tokens[row], batch.targets[row, -1])
         assert ids[row, chunk] == pipeline.retriever.retrieve([text], [whole], 1)[0]
     bank = Bank.open(workdir / "bank")
-    assert_same(batch["memory"], bank.read(ids))
+    assert_same(batch.memory, bank.read(ids))
 
 
 def test_a_served_bank_gives_the_same_batches_and_its_cache_is_counted(workdir):
@@ -81,7 +81,7 @@ def test_a_served_bank_gives_the_same_batches_and_its_cache_is_counted(workdir):
         pipeline = open_pipeline(config, workdir, bank=server.url)
         batch = pipeline.batch(2)
         assert_same(batch, open_pipeline(tiny_config(), workdir).batch(2))
-        asked = len(np.unique(batch["reference_ids"])) - (-1 in batch["reference_ids"])
+        asked = len(np.unique(batch.reference_ids)) - (-1 in batch.reference_ids)
         assert asked > 3 and pipeline.report()["cache_misses"] == asked
         sent = len(server.sent)
         pipeline.batch(2)
@@ -98,9 +98,9 @@ def test_no_row_reads_a_reference_it_contains(workdir, split, limit):
     options = {"retrieval__shift": 0, "evaluation__shift": 0, "retrieval__overlap_evaluation": 0.3}
     pipeline = open_pipeline(tiny_config(**options), workdir, split=split)
     batch = pipeline.batch(0)
-    whole = np.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1)
+    whole = np.concatenate([batch.tokens, batch.targets[:, -1:]], axis=1)
     overlaps = []
-    for row, ids in zip(whole, batch["reference_ids"], strict=True):
+    for row, ids in zip(whole, batch.reference_ids, strict=True):
         for found in ids[ids >= 0]:
             tokens = pipeline.references.tokens(np.array([found]))[0]
             overlaps.append(overlap(row, tokens[tokens > 0]))
@@ -114,18 +114,18 @@ def test_stored_ids_are_those_of_the_document(workdir):
     pipeline = open_pipeline(config, workdir)
     batch = pipeline.batch(1)
     order = np.asarray(pipeline._order[1])
-    for row, ids in zip(order, batch["reference_ids"], strict=True):
+    for row, ids in zip(order, batch.reference_ids, strict=True):
         keys = pipeline.rows[int(row)].references
         expected = [pipeline.references.find(key) for key in keys] or [-1] * 6
         assert ids.ravel().tolist() == expected
 
 
 def test_online_batches_carry_the_tokens_of_the_same_references(workdir):
-    found = open_pipeline(tiny_config(), workdir).batch(3)["reference_ids"]
+    found = open_pipeline(tiny_config(), workdir).batch(3).reference_ids
     pipeline = open_pipeline(tiny_config(memory__source="online"), workdir)
     batch = pipeline.batch(3)
-    np.testing.assert_array_equal(batch["reference_ids"], found)
-    tokens = batch["reference_tokens"]
+    np.testing.assert_array_equal(batch.reference_ids, found)
+    tokens = batch.reference_tokens
     np.testing.assert_array_equal(tokens[found >= 0], pipeline.references.tokens(found[found >= 0]))
     assert (tokens[found < 0] == 0).all()
 
@@ -133,8 +133,8 @@ def test_online_batches_carry_the_tokens_of_the_same_references(workdir):
 def test_dropout_hides_its_share_of_chunks_in_training_only(workdir):
     config = tiny_config(memory__dropout=0.5, retrieval__shift=0)
     dropped, plain = (open_pipeline(c, workdir) for c in (config, tiny_config(retrieval__shift=0)))
-    ids = np.stack([dropped.batch(s)["reference_ids"] for s in range(20)])
-    all_ids = np.stack([plain.batch(s)["reference_ids"] for s in range(20)])
+    ids = np.stack([dropped.batch(s).reference_ids for s in range(20)])
+    all_ids = np.stack([plain.batch(s).reference_ids for s in range(20)])
     hidden = (ids < 0) & (all_ids >= 0)
     assert 0.4 < hidden.sum() / (all_ids >= 0).sum() < 0.6
     np.testing.assert_array_equal(ids[~hidden], all_ids[~hidden])

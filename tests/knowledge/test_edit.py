@@ -298,8 +298,8 @@ def test_a_pipeline_reads_the_version_it_was_opened_with(workdir: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, batch, again)
     newer = open_pipeline(CONFIG, workdir)
     assert newer.version.number == 1 and pipeline.version.number == 0
-    assert newer.batch(0)["memory"].keys.shape == batch["memory"].keys.shape
-    assert 0 not in newer.batch(0)["reference_ids"]
+    assert newer.batch(0).memory.keys.shape == batch.memory.keys.shape
+    assert 0 not in newer.batch(0).reference_ids
 
 
 def test_verify_names_damage_and_repair_mends_it(workdir: Path) -> None:

@@ -225,19 +225,19 @@ def test_a_step_decodes_what_the_bank_stores(tmp_path: Path, compression: str) -
     )
     found = evaluate(params)
     batches = [pipeline.batch(step) for step in range(evaluate.batches)]
-    assert all(batch["memory"].keys.dtype == np.uint8 for batch in batches)
+    assert all(batch.memory.keys.dtype == np.uint8 for batch in batches)
     with jax.transfer_guard("disallow"):  # as in the training loop, where a step is compiled
-        jax.jit(pipeline.decode).lower(batches[0]["memory"])
+        jax.jit(pipeline.decode).lower(batches[0].memory)
     loss = weight = 0.0
     read = jax.jit(make_model(config).logits)
     for batch in batches:
-        memory = jax.tree.map(jnp.asarray, pipeline.bank.read(batch["reference_ids"]))
-        logits = read(params, jnp.asarray(batch["tokens"]), memory)
+        memory = jax.tree.map(jnp.asarray, pipeline.bank.read(batch.reference_ids))
+        logits = read(params, jnp.asarray(batch.tokens), memory)
         picked = jnp.take_along_axis(
-            jax.nn.log_softmax(logits), jnp.asarray(batch["targets"])[..., None], axis=-1
+            jax.nn.log_softmax(logits), jnp.asarray(batch.targets)[..., None], axis=-1
         )[..., 0]
-        loss -= float((picked * batch["weights"]).sum())
-        weight += float(batch["weights"].sum())
+        loss -= float((picked * batch.weights).sum())
+        weight += float(batch.weights.sum())
     assert found["loss_memory"] == pytest.approx(loss / weight, rel=1e-5)
     assert abs(found["loss_memory"] - found["loss_none"]) > 1e-4
 

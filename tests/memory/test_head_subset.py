@@ -137,18 +137,18 @@ def test_batches_are_placed_where_they_are_read(tmp_path: Path) -> None:
     workdir = make_workdir(tmp_path, config)
     params = jax.jit(make_model(config).init)(jax.random.key(1))
     pipeline = open_pipeline(config, workdir, split="validation")
-    stored = pipeline.batch(0)["memory"]
+    stored = pipeline.batch(0).memory
     assert stored.keys.shape[3:5] == (1, 2) and pipeline.decode is not None
     found = evaluator(config, workdir)(params)
     placed = jax.tree.map(np.asarray, pipeline.decode(stored))
     assert placed.keys.shape[3:5] == (2, 2)
     batch = pipeline.batch(0)
     logits = np.asarray(
-        jax.jit(make_model(config).logits)(params, batch["tokens"], placed), np.float64
+        jax.jit(make_model(config).logits)(params, batch.tokens, placed), np.float64
     )
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
-    nats = -np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
-    expected = (nats * batch["weights"]).sum() / batch["weights"].sum()
+    nats = -np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]
+    expected = (nats * batch.weights).sum() / batch.weights.sum()
     assert found["loss_memory"] == pytest.approx(expected, rel=1e-5)
     assert found["loss_memory"] != pytest.approx(found["loss_none"], rel=1e-4)
     bank = pipeline.bank

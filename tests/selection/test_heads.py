@@ -11,6 +11,7 @@ from data.data_workdir import make_workdir, tiny_config
 from model.oracle import Oracle, oracle_config, random_params, random_references, random_tokens
 
 from m3jax.config import format_heads
+from m3jax.data.batch import Batch
 from m3jax.errors import ConfigError
 from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
@@ -104,7 +105,8 @@ def test_masked_losses_equal_the_loops(
     params = random_params(config)
     tokens, targets = random_tokens(1, 2, T), random_tokens(2, 2, T)
     weights = (np.arange(2 * T).reshape(2, T) % 4 > 0).astype(np.float32)
-    batch: dict[str, Any] = {"tokens": tokens, "targets": targets, "weights": weights}
+    given: list[Any] = [tokens, targets, weights]
+    batch = Batch(*given)
     chunks: list = [[], []]
     if hide == "memory":
         references = random_references(6, np.resize([7, 2, 5], (2, 3, 1)))
@@ -115,7 +117,8 @@ def test_masked_losses_equal_the_loops(
             for i in range(3)
         )
         half = np.float32
-        batch["memory"] = ExplicitMemory(keys.astype(half), values.astype(half), length)
+        memory: list[Any] = [keys.astype(half), values.astype(half), length]
+        batch = batch._replace(memory=ExplicitMemory(*memory))
         chunks = [[[memory] for memory in row] for row in written]
     candidates = [(0, 1), (1, 0), (2, 1)]
     array = np.array([(layer, k, group) for layer, k in candidates], np.int32)

@@ -83,11 +83,11 @@ def plain_loss(batch: Any, ids: np.ndarray, bank: Any) -> float:
     """Nats of the only row of a batch, with these memories."""
     memory = jax.tree.map(jnp.asarray, bank.read(ids))
     logits = np.asarray(
-        plain_logits(initial_weights(), jnp.asarray(batch["tokens"]), memory), np.float64
+        plain_logits(initial_weights(), jnp.asarray(batch.tokens), memory), np.float64
     )
     logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    chosen = np.take_along_axis(logs, batch["targets"][..., None], axis=-1)[..., 0]
-    return -float((chosen * batch["weights"]).sum())
+    chosen = np.take_along_axis(logs, batch.targets[..., None], axis=-1)[..., 0]
+    return -float((chosen * batch.weights).sum())
 
 
 def test_drops_equal_a_loop_of_forward_passes(prepared: Path, tmp_path: Path) -> None:
@@ -101,11 +101,11 @@ def test_drops_equal_a_loop_of_forward_passes(prepared: Path, tmp_path: Path) ->
     expected, repeated = {}, 0
     for row in rows:
         batch = pipeline.read(np.array([row]))
-        ids = batch["reference_ids"]
+        ids = batch.reference_ids
         present = plain_loss(batch, ids, pipeline.bank)
         (whole,) = measured[(measured["row"] == row) & (measured["absent"] == NOTHING)]
         assert whole["loss"] == pytest.approx(present, rel=1e-5)
-        assert whole["weight"] == batch["weights"].sum()
+        assert whole["weight"] == batch.weights.sum()
         for one in np.unique(ids[ids >= 0]):
             absent = plain_loss(batch, np.where(ids == one, -1, ids), pipeline.bank)
             expected[row, one] = absent - present
@@ -116,7 +116,7 @@ def test_drops_equal_a_loop_of_forward_passes(prepared: Path, tmp_path: Path) ->
         assert found[pair] == pytest.approx(drop, abs=2e-3 * scale + 2e-5)
     without = row_losses(losses, pipeline, initial_weights(), rows, EVERYTHING)
     batch = pipeline.read(rows[:1])
-    nothing = plain_loss(batch, np.full_like(batch["reference_ids"], -1), pipeline.bank)
+    nothing = plain_loss(batch, np.full_like(batch.reference_ids, -1), pipeline.bank)
     assert without["loss"][0] == pytest.approx(nothing, rel=1e-5) and len(without) == 10
 
 
@@ -128,8 +128,8 @@ def learned_memory(workdir: Path) -> ExplicitMemory:
     parts: Any = tuple(jnp.asarray(x[0]) for x in start[:2])
 
     def loss(parts: Any) -> Any:
-        many = [jnp.broadcast_to(x, (*batch["reference_ids"].shape, *x.shape)) for x in parts]
-        length = jnp.full(batch["reference_ids"].shape, CONFIG.memory.kept_tokens)
+        many = [jnp.broadcast_to(x, (*batch.reference_ids.shape, *x.shape)) for x in parts]
+        length = jnp.full(batch.reference_ids.shape, CONFIG.memory.kept_tokens)
         memory = ExplicitMemory(many[0], many[1], length)
         tokens, targets, weights = (
             jnp.asarray(batch[name]) for name in ("tokens", "targets", "weights")

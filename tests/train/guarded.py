@@ -39,12 +39,13 @@ class Spoiled(SyntheticPipeline):
 
     def batch(self, step):
         batch, kind = super().batch(step), self.bad.get(step)
-        batch["weights"] = np.ones_like(batch["weights"])
+        batch = batch._replace(weights=np.ones_like(batch.weights))
         if kind == "nan":
-            batch["weights"] = np.full_like(batch["weights"], np.nan)
+            batch = batch._replace(weights=np.full_like(batch.weights, np.nan))
         if kind == "noise":  # tokens that are never right otherwise
-            shape = batch["targets"].shape
-            batch["targets"] = np.random.default_rng(step).integers(100, 264, shape, dtype=np.int32)
+            shape = batch.targets.shape
+            targets = np.random.default_rng(step).integers(100, 264, shape, dtype=np.int32)
+            batch = batch._replace(targets=targets)
         return batch
 
     def batches(self, first_step, rows):

@@ -61,9 +61,9 @@ class Recorded:
                 file.flush()
                 time.sleep(self.pause)
                 if step - 1 in self.bad and 0 in numbers:  # one process alone has it
-                    weights = np.array(batch["weights"])
+                    weights = np.array(batch.weights)
                     weights[numbers.index(0)] = np.nan
-                    batch = {**batch, "weights": weights}
+                    batch = batch._replace(weights=weights)
                 yield batch
 
     decode = None  # batches hold memories
@@ -74,9 +74,10 @@ class Recorded:
 
 def hashes(batch):
     """One for each row: of its tokens, targets, weights and references."""
-    names = sorted(batch.keys() & {"tokens", "targets", "weights", "reference_ids"})
-    for row in range(len(batch["tokens"])):
-        yield hashlib.sha256(b"".join(batch[name][row].tobytes() for name in names)).hexdigest()
+    read = (batch.reference_ids, batch.targets, batch.tokens, batch.weights)
+    arrays = [array for array in read if array is not None]
+    for row in range(len(batch.tokens)):
+        yield hashlib.sha256(b"".join(array[row].tobytes() for array in arrays)).hexdigest()
 
 
 def run_stage(config, workdir, runs, order, pause=0.0):

@@ -30,7 +30,7 @@ def saved(tmp_path_factory):
 
 
 def logits(config, params):
-    tokens = SyntheticPipeline(config).batch(0)["tokens"]
+    tokens = SyntheticPipeline(config).batch(0).tokens
     return jax.jit(make_model(config, ()).logits)(params, tokens)
 
 

@@ -91,7 +91,7 @@ def hold(config, workdir, stage_folder, init_from="sft", say=lambda line: None):
     mesh = make_mesh(config, jax.devices()[:1])
     pipelines = {"train": open_pipeline(config, workdir)}
     hold_reference(config, stage_folder, pipelines, workdir / init_from, mesh, say)
-    return pipelines["train"].reference_logprobs
+    return pipelines["train"].base_logprobs
 
 
 @pytest.mark.slow
@@ -167,7 +167,7 @@ def test_dpo_trains_resumes_and_keeps_one_copy_of_the_weights(workdir, monkeypat
     assert summary.evaluation["gain_chosen"] != 0
     evaluate = evaluator(config, workdir)
     folder = workdir / "dpo" / "reference" / "validation"
-    evaluate.pipeline.reference_logprobs = load(folder, {})
+    evaluate.pipeline.base_logprobs = load(folder, {})
     same = evaluate(restore_params(workdir / "sft", make_model(config))[0])
     assert same["loss"] == pytest.approx(np.log(2)) and abs(same["gain_chosen"]) < 1e-4
     lines = [line for line in read_metrics(workdir / "dpo") if "loss" in line]

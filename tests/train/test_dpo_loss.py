@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from train.tiny import tiny_config
 
+from m3jax.data.batch import Batch
 from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
 from m3jax.model.attention_mask import Packing
@@ -24,7 +25,7 @@ def config_of(**changes):
 
 
 def as_arrays(batch):
-    return {name: jnp.asarray(value) for name, value in batch.items()}
+    return jax.tree.map(jnp.asarray, batch)
 
 
 def batch_of(seed=0):
@@ -40,22 +41,21 @@ def batch_of(seed=0):
         answers[1, slice(*span)] = slot
     logprobs = np.where([[1] * 4, [1, 1, 0, 0]], rng.normal(-9, 3, (2, 4)), 0)
     return as_arrays(
-        {
-            "tokens": tokens,
-            "targets": targets,
-            "weights": (answers >= 0).astype(np.float32),
-            "starts": np.stack([starts] * 2),
-            "first_chunks": np.stack([first] * 2),
-            "answers": answers,
-            "reference_logprobs": logprobs.astype(np.float32),
-        }
+        Batch(
+            tokens,
+            targets,
+            (answers >= 0).astype(np.float32),
+            packing=Packing(np.stack([starts] * 2), np.stack([first] * 2)),
+            answers=answers,
+            base_logprobs=logprobs.astype(np.float32),
+        )
     )
 
 
 def by_hand(model, params, batch):
     """Losses of the three pairs, from the logits, by the formula; differentiable."""
-    packing = Packing(batch["starts"], batch["first_chunks"])
-    logits = model.logits(params, batch["tokens"], packing=packing)
+    packing = batch.packing
+    logits = model.logits(params, batch.tokens, packing=packing)
     scores = jax.nn.log_softmax(logits)
     losses = []
     for row, pairs in ((0, 2), (1, 1)):
@@ -63,8 +63,8 @@ def by_hand(model, params, batch):
             ratio = []
             for slot in (2 * pair, 2 * pair + 1):
                 span = range(*ANSWERS[slot])
-                own = sum(scores[row, t, batch["targets"][row, t]] for t in span)
-                ratio.append(own - batch["reference_logprobs"][row, slot])
+                own = sum(scores[row, t, batch.targets[row, t]] for t in span)
+                ratio.append(own - batch.base_logprobs[row, slot])
             losses.append(-jnp.log(1 / (1 + jnp.exp(-BETA * (ratio[0] - ratio[1])))))
     return jnp.stack(losses)
 
@@ -78,8 +78,8 @@ def made():
 
 def test_loss_is_the_formula_in_numpy(made):
     _, model, params, batch = made
-    packing = Packing(batch["starts"], batch["first_chunks"])
-    logits = jax.jit(model.logits)(params, batch["tokens"], packing=packing)
+    packing = batch.packing
+    logits = jax.jit(model.logits)(params, batch.tokens, packing=packing)
     logits = np.asarray(logits, np.float64)
     losses, correct = [], 0
     logprobs = np.zeros((2, 4))
@@ -87,10 +87,10 @@ def test_loss_is_the_formula_in_numpy(made):
         for slot in range(slots):
             for t in range(*ANSWERS[slot]):
                 z = logits[row, t]
-                own = z[batch["targets"][row, t]] - np.log(np.exp(z - z.max()).sum()) - z.max()
+                own = z[batch.targets[row, t]] - np.log(np.exp(z - z.max()).sum()) - z.max()
                 logprobs[row, slot] += own
         for chosen in range(0, slots, 2):
-            gain = logprobs[row] - batch["reference_logprobs"][row]
+            gain = logprobs[row] - batch.base_logprobs[row]
             h = gain[chosen] - gain[chosen + 1]
             losses.append(-np.log(1 / (1 + np.exp(-BETA * h))))
             correct += h > 0
@@ -117,14 +117,14 @@ def test_gradient_is_that_of_the_formula(made):
 def test_a_step_makes_the_chosen_answer_likelier_and_the_other_less(made):
     """A toy: one pair that differs in one token."""
     _, model, params, _ = made
-    batch = {name: np.array(value[1:]) for name, value in batch_of().items()}
-    batch["answers"] = np.full((1, 16), -1, np.int32)
-    batch["answers"][0, [5, 7]] = 0, 1
-    batch["weights"] = (batch["answers"] >= 0).astype(np.float32)
+    answers = np.full((1, 16), -1, np.int32)
+    answers[0, [5, 7]] = 0, 1
+    batch = jax.tree.map(lambda x: np.array(x[1:]), batch_of())
+    batch = batch._replace(answers=answers, weights=(answers >= 0).astype(np.float32))
     batch = as_arrays(batch)
     logprobs = jax.jit(lambda p: answer_logprobs(model, p, batch, None))
     before = logprobs(params)
-    batch["reference_logprobs"] = before
+    batch = batch._replace(base_logprobs=before)
     loss = jax.jit(lambda p: preference_objective(model, p, batch, None, beta=BETA)[0])
     np.testing.assert_allclose(loss(params), np.log(2), rtol=1e-5)  # nothing has changed yet
     gradient = jax.jit(jax.grad(loss))(params)
@@ -155,7 +155,7 @@ def train_on(changes, params, batch):
 
 def test_training_lowers_the_loss_and_alike_on_every_mesh(made):
     _, model, params, batch = made
-    batch = {**batch, "reference_logprobs": answer_logprobs(model, params, batch, None)}
+    batch = batch._replace(base_logprobs=answer_logprobs(model, params, batch, None))
     losses, accuracy = train_on({"train__microbatches": 2}, params, batch)
     assert losses[0] == pytest.approx(np.log(2), rel=1e-5)
     assert losses[-1] < 0.6 and accuracy == 1

@@ -32,12 +32,12 @@ def plain_loss(params, batches, memory_of):
     total, weight = 0.0, 0.0
     read = jax.jit(make_model(CONFIG).logits)
     for batch in batches:
-        tokens, memory = jax.tree.map(jnp.asarray, (batch["tokens"], memory_of(batch)))
+        tokens, memory = jax.tree.map(jnp.asarray, (batch.tokens, memory_of(batch)))
         logits = np.asarray(read(params, tokens, memory), np.float64)
         logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
-        chosen = np.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
-        total -= (chosen * batch["weights"]).sum()
-        weight += batch["weights"].sum()
+        chosen = np.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
+        total -= (chosen * batch.weights).sum()
+        weight += batch.weights.sum()
     return total / weight
 
 
@@ -45,8 +45,8 @@ def test_losses_equal_a_plain_computation(workdir, params):
     evaluate_losses = evaluator(CONFIG, workdir)
     batches = [evaluate_losses.pipeline.batch(s) for s in range(CONFIG.evaluation.batches)]
     figures = evaluate_losses(params)
-    roll = lambda batch: jax.tree.map(lambda x: np.roll(x, 1, axis=0), batch["memory"])  # noqa: E731
-    ways = {"memory": lambda b: b["memory"], "none": lambda b: None, "wrong": roll}
+    roll = lambda batch: jax.tree.map(lambda x: np.roll(x, 1, axis=0), batch.memory)  # noqa: E731
+    ways = {"memory": lambda b: b.memory, "none": lambda b: None, "wrong": roll}
     for mode, memory_of in ways.items():
         expected = plain_loss(params, batches, memory_of)
         assert figures[f"loss_{mode}"] == pytest.approx(expected, rel=1e-5)
@@ -61,8 +61,8 @@ def test_no_row_is_evaluated_twice(workdir, params):
     assert len(evaluate_losses.pipeline.rows) - config.evaluation.batch_size < rows
     assert rows == evaluate_losses.batches * config.evaluation.batch_size
     batches = [evaluate_losses.pipeline.batch(s) for s in range(evaluate_losses.batches)]
-    assert len(np.unique(np.concatenate([b["tokens"] for b in batches]), axis=0)) == rows
-    expected = plain_loss(params, batches, lambda b: b["memory"])
+    assert len(np.unique(np.concatenate([b.tokens for b in batches]), axis=0)) == rows
+    expected = plain_loss(params, batches, lambda b: b.memory)
     assert evaluate_losses(params)["loss_memory"] == pytest.approx(expected, rel=1e-5)
 
 

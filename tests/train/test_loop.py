@@ -220,7 +220,7 @@ def test_diverged_run_stops_and_names_the_last_checkpoint(tmp_path):
 
     def poisoned(step):
         weights = np.full((8, 16), np.nan if step == 8 else 1, np.float32)
-        return {**batch(step), "weights": weights}
+        return batch(step)._replace(weights=weights)
 
     pipeline.batch = poisoned
     with pytest.raises(DivergenceError, match="not finite at step 9 .* last checkpoint: step 6"):

@@ -14,7 +14,7 @@ from m3jax.memory.sparsify import sparsifier
 from m3jax.mesh import host_rows, make_mesh, to_global
 from m3jax.model.collectives import Parallel
 from m3jax.model.vocab_parallel import cross_entropy
-from m3jax.train.loss import inputs, loss
+from m3jax.train.loss import loss
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import abstract_state, init_state
 from m3jax.train.step import make_step
@@ -37,7 +37,7 @@ def run(config, steps, batches=None):
     for index in range(steps):
         batch = batches[index] if batches else pipeline.batch(index)
         with jax.transfer_guard("disallow"):
-            state, values = step(state, to_global(mesh, inputs(batch), rows))
+            state, values = step(state, to_global(mesh, batch.for_step(), rows))
         metrics.append(jax.device_get(values))
     return metrics, jax.device_get(state)
 
@@ -51,26 +51,24 @@ def first_moments(state):
 def test_loss_equals_numpy(source):
     config = tiny_config(source)
     model, batch = model_of(config), SyntheticPipeline(config).batch(0)
-    batch = inputs(batch)
+    batch = batch.for_step()
 
     @jax.jit
     def compute(batch):
         params = jax.jit(model.init)(jax.random.key(0))
-        context = {k: x for k, x in batch.items() if k in ("memory", "reference_tokens")}
-        logits = model.logits(
-            params, batch["tokens"], **context, sparsify=sparsifier(config.memory)
-        )
+        context = {"memory": batch.memory, "reference_tokens": batch.reference_tokens}
+        logits = model.logits(params, batch.tokens, **context, sparsify=sparsifier(config.memory))
         return loss(model, params, batch, sparsifier(config.memory)), logits
 
     (ours, total), logits = compute(batch)
     logits = np.asarray(logits, np.float64)
     summed = correct = 0.0
-    for row, position in np.ndindex(batch["tokens"].shape):
-        weight, target = batch["weights"][row, position], batch["targets"][row, position]
+    for row, position in np.ndindex(batch.tokens.shape):
+        weight, target = batch.weights[row, position], batch.targets[row, position]
         scores = logits[row, position]
         summed += weight * (np.log(np.exp(scores).sum()) - scores[target])
         correct += weight * (scores.argmax() == target)
-    weight = batch["weights"].sum()
+    weight = batch.weights.sum()
     np.testing.assert_allclose(total, (summed, weight, correct), rtol=1e-5)
     np.testing.assert_allclose(ours, summed / weight, rtol=1e-5)
 
@@ -136,7 +134,7 @@ def test_normed_heads_and_z_loss_on_eight_devices_equal_one():
 
 def test_batch_without_weight_has_loss_zero_and_no_gradient():
     config = tiny_config()
-    batch = {**SyntheticPipeline(config).batch(0), "weights": np.zeros((8, 16), np.float32)}
+    batch = SyntheticPipeline(config).batch(0)._replace(weights=np.zeros((8, 16), np.float32))
     metrics, state = run(config, 1, [batch])
     assert metrics[0]["loss"] == 0 and metrics[0]["gradient_norm"] == 0
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
@@ -213,7 +211,7 @@ def test_metrics_average_since_the_last_line():
     config = tiny_config()
     assert config.train.log_every == 2
     metrics, _ = run(config, 4)
-    weights = [SyntheticPipeline(config).batch(step)["weights"].sum() for step in range(4)]
+    weights = [SyntheticPipeline(config).batch(step).weights.sum() for step in range(4)]
     losses = [values["loss"] for values in metrics]
     for low in (0, 2):
         expected = np.average(losses[low : low + 2], weights=weights[low : low + 2])

@@ -5,9 +5,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from m3jax import config as config_lib
+from m3jax.data.batch import Batch
 from m3jax.model.attention_mask import ExplicitMemory
 
 FINGERPRINT = "0123456789abcdef"
@@ -75,30 +77,27 @@ class SyntheticPipeline:
         rng = np.random.default_rng([config.seed, step])
         tokens = rng.integers(4, 24, (B, T + 1), dtype=np.int32)
         tokens[:, 1::2] = tokens[:, :-1:2] + 20  # every second token can be learned
-        batch = {
-            "tokens": tokens[:, :-1],
-            "targets": tokens[:, 1:],
-            "weights": rng.integers(0, 2, (B, T)).astype(np.float32),
-            "reference_ids": rng.integers(-1, 9, (B, C, M), dtype=np.int32),
-        }
+        batch = Batch(
+            tokens[:, :-1],
+            tokens[:, 1:],
+            rng.integers(0, 2, (B, T)).astype(np.float32),
+            reference_ids=rng.integers(-1, 9, (B, C, M), dtype=np.int32),
+        )
         if memory.source == "precomputed":
             shape = (B, C, M, memory.layers, model.kv_heads, memory.kept_tokens, model.head_dim)
             keys, values = rng.standard_normal((2, *shape), np.float32)
             length = rng.integers(0, memory.kept_tokens + 1, (B, C, M), dtype=np.int32)
-            batch["memory"] = ExplicitMemory(keys, values, length)
+            batch = batch._replace(memory=ExplicitMemory(keys, values, length))
         if memory.source in config_lib.IN_STEP:
             shape = (B, C, M, memory.reference_length)
-            batch["reference_tokens"] = rng.integers(4, 44, shape, dtype=np.int32)
+            tokens = rng.integers(4, 44, shape, dtype=np.int32)
+            batch = batch._replace(reference_tokens=tokens)
         return batch
 
     def batches(self, first_step, rows):
         for step in range(first_step, 1 << 30):
             self.before(step)
-            batch = self.batch(step)
-            yield {
-                name: ExplicitMemory(*(x[rows] for x in value)) if name == "memory" else value[rows]
-                for name, value in batch.items()
-            }
+            yield jax.tree.map(lambda x: x[rows], self.batch(step))
 
     decode = None  # batches hold memories
 
