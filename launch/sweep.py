@@ -31,40 +31,38 @@ from m3jax.cli import Flag, switch, words
 def main(given: FlagValues) -> None:
     """Plans the sweep and does what the flags say."""
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/, which is not installed
-    from m3jax.sweep import pod as sweep_pod
-    from m3jax.sweep import report as sweep_report
-    from m3jax.sweep import run as sweep_loop
-    from m3jax.sweep.plan import plan
-    from m3jax.sweep.spec import Run, chosen, load_sweep
+    from m3jax.sweep.plan import launch_lines, plan_sweep
+    from m3jax.sweep.run import alone, end_with_parent, finish, run_all, write_report
+    from m3jax.sweep.spec import SweepRun, chosen, load_sweep
 
     sweep, workdir = load_sweep(given.sweep), given.workdir.absolute()
-    runs = chosen(plan(sweep, workdir, given.data), given.entries, given.seeds)
+    runs = chosen(plan_sweep(sweep, workdir, given.data), given.entries, given.seeds)
     if given.one:
-        sweep_loop.end_with_parent()
+        end_with_parent()
         from m3jax.sweep.entry import run_entry
 
         run_entry(sweep, next(run for run in runs if run.name == given.one))
         return
     if given.dry_run:
-        for line in sweep_pod.launch_lines(sweep, runs, " ".join(["python", *_call(given)])):
+        for line in launch_lines(sweep, runs, " ".join(["python", *_call(given)])):
             print(line)
         return
     if given.prepare_only:
         from m3jax.sweep.entry import prepare
 
-        with sweep_loop.alone(workdir):
+        with alone(workdir):
             for run in runs:
                 prepare(sweep, run)
         return
 
-    def command(run: Run) -> list[str]:
+    def command(run: SweepRun) -> list[str]:
         return [sys.executable, *_call(given), f"--one={run.name}"]
 
     if not given.report_only:
-        report = functools.partial(sweep_report.write_report, runs, workdir / "report")
-        sweep_loop.run_all(runs, workdir, command, retry=given.retry, after=report)
-    print(sweep_report.finish(runs, workdir / "report", given.markdown, given.picture))
-    if any("error" in (sweep_loop.outcome(run) or {}) for run in runs):
+        report = functools.partial(write_report, runs, workdir / "report")
+        run_all(runs, workdir, command, retry=given.retry, after=report)
+    print(finish(runs, workdir / "report", given.markdown, given.picture))
+    if any("error" in (run.outcome() or {}) for run in runs):
         raise SystemExit(1)
 
 

@@ -29,7 +29,7 @@ from m3jax.knowledge.memory_writer import MemoryWriter, check_reader
 from m3jax.knowledge.versions import open_version
 from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
-from m3jax.sweep.spec import Data, Run, Stage, Sweep
+from m3jax.sweep.spec import Sweep, SweepData, SweepRun, SweepStage
 from m3jax.text.references import References
 from m3jax.train.evaluator import LossEvaluator
 from m3jax.train.stage import train_stage
@@ -39,14 +39,14 @@ FINISHED = "finished.json"
 _PARTS, _PACKED = ("tokenizer", "corpus", "references", "index"), ("chats",)
 
 
-def prepare(sweep: Sweep, run: Run) -> None:
+def prepare(sweep: Sweep, run: SweepRun) -> None:
     """Makes the data of a run and the folders of its stages."""
     for stage in run.stages:
         _make_data(sweep, stage.data)
         _link(stage)
 
 
-def run_entry(sweep: Sweep, run: Run) -> None:
+def run_entry(sweep: Sweep, run: SweepRun) -> None:
     """Trains what is missing of a run, measures it, and writes its result.
 
     Killed at any moment, the same call goes on.
@@ -61,7 +61,7 @@ def run_entry(sweep: Sweep, run: Run) -> None:
     write_sealed(run.result, {"key": run.key, "name": run.name, "figures": figures})
 
 
-def _make_data(sweep: Sweep, data: Data) -> None:
+def _make_data(sweep: Sweep, data: SweepData) -> None:
     if data.config is None:
         return
     config, make = data.config, sweep.prepare
@@ -76,7 +76,7 @@ def _make_data(sweep: Sweep, data: Data) -> None:
     make_part(data.folder, made_of, fresh)
 
 
-def _link(stage: Stage) -> None:
+def _link(stage: SweepStage) -> None:
     """Makes the workdir of a stage, or what is missing of it."""
     parts = {name: stage.data.folder / name for name in (*_PARTS, *_PACKED)}
     wanted = {name: path for name, path in parts.items() if name in _PARTS or path.exists()}
@@ -95,7 +95,7 @@ def _link(stage: Stage) -> None:
             link.symlink_to(path, target_is_directory=True)
 
 
-def _train(stage: Stage) -> None:
+def _train(stage: SweepStage) -> None:
     """Writes the bank of a stage and trains it."""
     if (stage.folder / FINISHED).exists():
         return
@@ -108,13 +108,13 @@ def _train(stage: Stage) -> None:
     write_sealed(folder / FINISHED, {"step": summary.step, "seconds": summary.seconds})
 
 
-def _write_bank(config: ConfigDict, bank: Path, reader: Stage, writer: Stage) -> None:
+def _write_bank(config: ConfigDict, bank: Path, reader: SweepStage, writer: SweepStage) -> None:
     """The memories of the reader's references by the writer of a checkpoint."""
     write = MemoryWriter(config, writer.folder, writer.checkpoints)
     write(References.open(reader.folder / "references"), bank)
 
 
-def _measure(sweep: Sweep, run: Run) -> dict[str, float]:
+def _measure(sweep: Sweep, run: SweepRun) -> dict[str, float]:
     """The figures of a trained run.
 
     Losses in nats a token and accuracies on the validation rows, shares of right answers, bytes of
@@ -149,7 +149,7 @@ def _measure(sweep: Sweep, run: Run) -> dict[str, float]:
     return {**figures, "steps": meta["step"]}
 
 
-def _bank_of(stage: Stage) -> Path:
+def _bank_of(stage: SweepStage) -> Path:
     return open_version(stage.folder).banks[0]
 
 

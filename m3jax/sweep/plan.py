@@ -1,18 +1,21 @@
-"""Works out what the entries of a sweep train and what they share; makes and trains nothing."""
+"""Works out the runs of a sweep, and the commands that train them on a pod (docs/pod.md).
+
+Nothing is made or trained here.
+"""
 
 from __future__ import annotations
 
 import json
 import runpy
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m3jax import config as config_lib
-from m3jax.config import ConfigDict
+from m3jax.config import IN_STEP, ConfigDict, default, flatten, validate
 from m3jax.errors import ConfigError, SweepError
 from m3jax.files import digest
-from m3jax.sweep.spec import Data, Entry, Run, Stage, Sweep
+from m3jax.sweep.spec import Entry, Sweep, SweepData, SweepRun, SweepStage
 
 # What a stage without memory does not read: entries that differ only here share it. The segments
 # that memory layers make are put together anew where another stage has others.
@@ -34,8 +37,8 @@ _OF_BANK = (
 )
 
 
-def plan(sweep: Sweep, workdir: str | Path, data: str | Path | None = None) -> list[Run]:
-    """All runs of a sweep in order, with what each shares; nothing is made or trained.
+def plan_sweep(sweep: Sweep, workdir: str | Path, data: str | Path | None = None) -> list[SweepRun]:
+    """Plans all runs of a sweep, in order, with the stages and banks that they share.
 
     An entry whose config is refused has the reason in its run.
 
@@ -61,7 +64,7 @@ def plan(sweep: Sweep, workdir: str | Path, data: str | Path | None = None) -> l
 
 
 class _Planner:
-    """What the runs of a sweep have in common."""
+    """Plans the runs of one sweep."""
 
     def __init__(
         self,
@@ -73,25 +76,25 @@ class _Planner:
         self.sweep, self.workdir, self.given = sweep, workdir, data
         self.get_config = get_config
 
-    def run(self, entry: Entry, seed: int) -> Run:
+    def run(self, entry: Entry, seed: int) -> SweepRun:
         result = self.workdir / "results" / f"{entry.name}-seed-{seed}.json"
         try:
             _check_entry(entry)
-            before: Stage | None = None
+            before: SweepStage | None = None
             stages = []
             for name in entry.stages:
                 before = self.stage(entry, seed, name, before)
                 stages.append(before)
             read = self.reading(entry, stages[-1])
         except ConfigError as error:
-            return Run(entry, seed, result, refused=str(error), key=digest(str(error)))
+            return SweepRun(entry, seed, result, refused=str(error), key=digest(str(error)))
         bank = self.bank_to_read(stages[-1], read)
         sweep = self.sweep
         measured = [stages[-1].folder.name, _changed(read), bank.name if bank else None]
         key = digest(json.dumps([*measured, sweep.questions, sweep.in_context], sort_keys=True))
-        return Run(entry, seed, result, tuple(stages), read, bank, key)
+        return SweepRun(entry, seed, result, tuple(stages), read, bank, key)
 
-    def stage(self, entry: Entry, seed: int, name: str, before: Stage | None) -> Stage:
+    def stage(self, entry: Entry, seed: int, name: str, before: SweepStage | None) -> SweepStage:
         """A stage of an entry."""
         options = ",".join(part for part in (f"stage={name}", entry.options) if part)
         base = self.get_config(options)
@@ -116,31 +119,31 @@ class _Planner:
                 )
             bank = self.bank(config, before, data)
         folder = self.workdir / "stages" / f"{name}-{_short(made_of)}"
-        return Stage(folder, config, data, before, bank)
+        return SweepStage(folder, config, data, before, bank)
 
-    def data(self, seed: int, knowledge: str) -> Data:
+    def data(self, seed: int, knowledge: str) -> SweepData:
         """What all entries of a seed share; made with the first stage of the first of them."""
         if self.given is not None:
             if knowledge:
                 raise ConfigError(
                     f"knowledge = {knowledge!r}: --data is one knowledge base; leave it out"
                 )
-            return Data(Path(self.given).absolute(), None, "")
+            return SweepData(Path(self.given).absolute(), None, "")
         first = self.sweep.entries[0].stages[0]
         changes = {**_of(self.sweep.changes, first), "seed": seed}
         config = _with(self.get_config(f"stage={first}"), changes)
         named = "-".join(part for part in ("seed", str(seed), knowledge) if part)
         made = self.workdir / "data" / f"{named}-{_short([_changed(config), knowledge])}"
-        return Data(made, config, knowledge)
+        return SweepData(made, config, knowledge)
 
-    def reading(self, entry: Entry, last: Stage) -> ConfigDict:
+    def reading(self, entry: Entry, last: SweepStage) -> ConfigDict:
         """The config with which the last stage is measured: all memories come from a bank."""
         changes = {**_of(self.sweep.read, last.config.stage), **_of(entry.read, last.config.stage)}
-        if last.config.memory.source in config_lib.IN_STEP:
+        if last.config.memory.source in IN_STEP:
             changes = {"memory.source": "precomputed", **changes}
         return _with(last.config, changes)
 
-    def bank_to_read(self, last: Stage, read: ConfigDict) -> Path | None:
+    def bank_to_read(self, last: SweepStage, read: ConfigDict) -> Path | None:
         """Where the memories are that the last stage is measured with, unless it has read them."""
         if read.memory.source == "none":
             return None
@@ -149,8 +152,8 @@ class _Planner:
         bank = self.bank(read, writer, last.data)
         return None if bank == last.bank else bank
 
-    def bank(self, config: ConfigDict, writer: Stage, data: Data) -> Path:
-        fields = {p: v for p, v in config_lib.flatten(config).items() if p.startswith(_OF_BANK)}
+    def bank(self, config: ConfigDict, writer: SweepStage, data: SweepData) -> Path:
+        fields = {p: v for p, v in flatten(config).items() if p.startswith(_OF_BANK)}
         return self.workdir / "banks" / _short([fields, writer.folder.name, data.key])
 
 
@@ -202,17 +205,62 @@ def _with(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
         if not isinstance(node, dict):
             raise ConfigError(f"config.{path} is not a field")
         node[name] = value
-    return config_lib.validate(ConfigDict(values)).lock()
+    return validate(ConfigDict(values)).lock()
 
 
 def _changed(config: ConfigDict) -> dict[str, Any]:
     """Fields that differ from the defaults, so that a new field changes no hash; not the name."""
-    default = config_lib.flatten(config_lib.default())
-    found = {
-        path: value for path, value in config_lib.flatten(config).items() if value != default[path]
-    }
+    defaults = flatten(default())
+    found = {path: value for path, value in flatten(config).items() if value != defaults[path]}
     return {path: found[path] for path in sorted(found) if path != "name"}
 
 
 def _short(made_of: Any) -> str:
     return digest(json.dumps(made_of, sort_keys=True))[:12]
+
+
+def launch_lines(sweep: Sweep, runs: Sequence[SweepRun], own: str) -> Iterator[str]:
+    """Yields commands of `launch/tpu_vm.sh`; what several entries share is there once.
+
+    The first one makes data and folders, the last one measures what was trained; both run on a
+    machine that sees the workdir. Banks are written and stages trained by all hosts of the slice.
+
+    Args:
+      sweep: the sweep.
+      runs: of `plan_sweep`; entries that cannot work are left out.
+      own: the call of `launch/sweep.py` without `--dry_run`.
+    """
+    yield f"{own} --prepare_only"
+    banks: set[Path] = set()
+    done: set[Path] = set()
+    for run in runs:
+        for stage in run.stages:
+            if stage.folder in done:
+                continue
+            done.add(stage.folder)
+            flags = _flags(sweep, run, stage)
+            if stage.bank is not None and stage.bank not in banks:
+                banks.add(stage.bank)
+                assert stage.before is not None
+                write = ["launch/write_bank.py", *flags, f"--workdir={stage.folder}"]
+                write += [f"--checkpoint={stage.before.checkpoints}", f"--bank={stage.bank}"]
+                yield _watched(f"bank-{stage.bank.name}", write)
+            train = ["launch/train.py", *flags, f"--workdir={stage.folder}"]
+            if stage.before is not None:
+                train.append(f"--init_from={stage.before.checkpoints}")
+            yield _watched(stage.folder.name, train)
+    yield own
+
+
+def _watched(name: str, command: list[str]) -> str:
+    words = ["python", *command, "--distributed"]
+    return f"bash launch/tpu_vm.sh watch --run={name} -- {shlex.join(words)}"
+
+
+def _flags(sweep: Sweep, run: SweepRun, stage: SweepStage) -> list[str]:
+    """`--config=…` and the fields that differ from what that gives."""
+    options = ",".join(part for part in (f"stage={stage.config.stage}", run.entry.options) if part)
+    base = flatten(runpy.run_path(sweep.config)["get_config"](options))
+    changed = {p: value for p, value in flatten(stage.config).items() if value != base[p]}
+    named = [f"--config.{path}={value}" for path, value in changed.items()]
+    return [f"--config={sweep.config}:{options}", *named]

@@ -1,4 +1,4 @@
-"""What a sweep is: variants of one config, the stages that each trains, and what they share.
+"""Variants of a config, as a file states them (`Sweep`) and worked out (`SweepRun`).
 
 Stages, banks and results are named by a hash of all that they are made of. What is equal in two
 entries has one name and is made once; what was changed has another name, and is made anew.
@@ -15,6 +15,7 @@ from typing import Any
 
 from m3jax.config import ConfigDict
 from m3jax.errors import SweepError
+from m3jax.files import read_sealed
 
 Prepare = Callable[[ConfigDict, Path, str], Any]
 
@@ -73,7 +74,7 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Data:
+class SweepData:
     """Tokenizer, corpus, references and index: where, and how they are made if they are not there.
 
     Attributes:
@@ -93,7 +94,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Stage:
+class SweepStage:
     """One stage of training.
 
     Attributes:
@@ -106,8 +107,8 @@ class Stage:
 
     folder: Path
     config: ConfigDict
-    data: Data
-    before: Stage | None
+    data: SweepData
+    before: SweepStage | None
     bank: Path | None
 
     @property
@@ -117,7 +118,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Run:
+class SweepRun:
     """An entry with a seed, worked out.
 
     Attributes:
@@ -132,7 +133,7 @@ class Run:
     entry: Entry
     seed: int
     result: Path
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[SweepStage, ...] = ()
     read: ConfigDict | None = None
     bank: Path | None = None
     key: str = ""
@@ -140,11 +141,22 @@ class Run:
 
     @property
     def name(self) -> str:
+        """ENTRY@SEED."""
         return f"{self.entry.name}@{self.seed}"
+
+    def outcome(self) -> dict[str, Any] | None:
+        """Returns a dict with `figures`, or with `error`; None: it has to be run.
+
+        A result of another config, or a damaged one, does not count.
+        """
+        if self.refused:
+            return {"key": self.key, "name": self.name, "error": self.refused}
+        result = read_sealed(self.result) if self.result.is_file() else None
+        return result if result is not None and result.get("key") == self.key else None
 
 
 def load_sweep(path: str | Path) -> Sweep:
-    """The sweep that `get_sweep()` of a Python file returns.
+    """Returns the sweep of `get_sweep()` of a Python file.
 
     Raises:
       SweepError: there is no such file or function, or two entries have one name.
@@ -168,18 +180,18 @@ def load_sweep(path: str | Path) -> Sweep:
 
 
 def chosen(
-    runs: Sequence[Run], entries: Sequence[str] | None, seeds: Sequence[str] | None
-) -> list[Run]:
-    """Those of some entries and seeds; None: of all.
+    runs: Sequence[SweepRun], entries: Sequence[str] | None, seeds: Sequence[str] | None
+) -> list[SweepRun]:
+    """Selects the runs of some entries and seeds; None: of all.
 
     Raises:
       SweepError: there is no such entry or seed.
     """
-    for wanted, known in (
+    for names, known in (
         (entries, [run.entry.name for run in runs]),
         (seeds, [str(run.seed) for run in runs]),
     ):
-        for name in wanted or ():
+        for name in names or ():
             if name not in known:
                 listed = ", ".join(dict.fromkeys(known))
                 raise SweepError(f"the sweep has no entry or seed {name!r}; it has {listed}")

@@ -9,11 +9,9 @@ from m3jax.errors import SweepError
 from m3jax.files import write_sealed
 from m3jax.memory.bank import layout_of
 from m3jax.sweep.entry import _link
-from m3jax.sweep.plan import plan
-from m3jax.sweep.pod import launch_lines
-from m3jax.sweep.report import BEGIN, END, as_json, finish, insert, table
-from m3jax.sweep.run import outcome
-from m3jax.sweep.spec import Entry, Run, Sweep, chosen, load_sweep
+from m3jax.sweep.plan import launch_lines, plan_sweep
+from m3jax.sweep.run import BEGIN, END, as_json, finish, insert, sweep_table
+from m3jax.sweep.spec import Entry, Sweep, SweepRun, chosen, load_sweep
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,8 +28,8 @@ def make(*entries: Entry, **more: Any) -> Sweep:
     return Sweep("configs/quickstart.py", entries, **more)
 
 
-def planned(*entries: Entry, workdir: str = "/somewhere", **more: Any) -> list[Run]:
-    return plan(make(*entries, **more), workdir)
+def planned(*entries: Entry, workdir: str = "/somewhere", **more: Any) -> list[SweepRun]:
+    return plan_sweep(make(*entries, **more), workdir)
 
 
 KEPT = {"memory.kept_tokens": 4}
@@ -153,7 +151,7 @@ def test_encoded_in_the_step_is_measured_with_a_bank_of_its_own_writer() -> None
 def test_an_entry_that_cannot_work_is_refused_alone(entry: Entry, words: str) -> None:
     good, bad = planned(Entry("good"), entry)
     assert words in bad.refused and not bad.stages and not good.refused
-    found = outcome(bad)
+    found = bad.outcome()
     assert found is not None and words in found["error"]
 
 
@@ -178,7 +176,7 @@ def test_a_file_that_is_no_sweep_is_refused(tmp_path: Path, text: str, words: st
 
 def test_data_and_choices_are_checked() -> None:
     with pytest.raises(SweepError, match="leave out --data"):
-        plan(make(Entry("a")), "/somewhere", "runs/wiki")
+        plan_sweep(make(Entry("a")), "/somewhere", "runs/wiki")
     with pytest.raises(SweepError, match="name a workdir of launch/prepare.py with --data"):
         planned(Entry("a"), prepare=None)
     runs = planned(Entry("a"), Entry("b"), seeds=(0, 7))
@@ -192,7 +190,7 @@ def test_data_and_choices_are_checked() -> None:
 
 def test_the_ablations_of_the_quickstart_share_one_warmup() -> None:
     sweep = load_sweep("configs/sweeps/quickstart.py")
-    runs = plan(sweep, "/somewhere")
+    runs = plan_sweep(sweep, "/somewhere")
     assert not [run.refused for run in runs if run.refused]
     assert {run.seed for run in runs} == {0, 1, 2}
     runs = chosen(runs, None, ["0"])
@@ -214,7 +212,7 @@ def test_the_ablations_of_the_quickstart_share_one_warmup() -> None:
 
 def test_the_shapes_of_the_paper_are_planned_for_a_pod(tmp_path: Path) -> None:
     sweep = load_sweep("configs/sweeps/shapes.py")
-    runs = plan(sweep, "/mnt/sweep", tmp_path)
+    runs = plan_sweep(sweep, "/mnt/sweep", tmp_path)
     assert not any(run.refused for run in runs) and len(runs) == 7
     lines = list(launch_lines(sweep, runs[:2], "python launch/sweep.py"))
     assert lines[0] == "python launch/sweep.py --prepare_only" and len(lines) == 4
@@ -228,7 +226,7 @@ def test_the_shapes_of_the_paper_are_planned_for_a_pod(tmp_path: Path) -> None:
 
 def test_launch_lines_name_what_is_shared_once() -> None:
     sweep = make(Entry("a"), Entry("kept", KEPT))
-    runs = plan(sweep, "/mnt/s")
+    runs = plan_sweep(sweep, "/mnt/s")
     lines = list(launch_lines(sweep, runs, "own"))
     warmup, first, second = (stage.folder for stage in (*runs[0].stages, runs[1].stages[1]))
     banks = [run.stages[1].bank for run in runs]
@@ -257,7 +255,7 @@ def test_launch_lines_name_what_is_shared_once() -> None:
 
 
 @pytest.fixture
-def measured(tmp_path: Path) -> list[Run]:
+def measured(tmp_path: Path) -> list[SweepRun]:
     """Four entries with two seeds: one whole, one half, one failed, one refused."""
     runs = planned(
         Entry("a", group="first"),
@@ -280,9 +278,9 @@ def measured(tmp_path: Path) -> list[Run]:
     return runs
 
 
-def test_table_of_known_figures(measured: list[Run]) -> None:
+def test_table_of_known_figures(measured: list[SweepRun]) -> None:
     refused = "config.memory.kept_tokens = 99: a reference has at most memory.reference_length = 32"
-    assert table(measured).splitlines() == [
+    assert sweep_table(measured).splitlines() == [
         "|  | right answers with memory | without | loss with memory | bytes a memory |"
         " training, TFLOP | seeds |",
         "|---|---|---|---|---|---|---|",
@@ -305,22 +303,22 @@ def test_table_of_known_figures(measured: list[Run]) -> None:
     ]
 
 
-def test_a_result_of_another_config_does_not_count(measured: list[Run]) -> None:
+def test_a_result_of_another_config_does_not_count(measured: list[SweepRun]) -> None:
     first = measured[0]
-    assert outcome(first) is not None
+    assert first.outcome() is not None
     (changed,) = chosen(planned(Entry("a", KEPT), workdir=str(first.result.parents[1])), None, None)
-    assert changed.result == first.result and outcome(changed) is None
+    assert changed.result == first.result and changed.outcome() is None
     first.result.write_bytes(first.result.read_bytes()[:-9])
-    assert outcome(first) is None
+    assert first.outcome() is None
 
 
-def test_report_goes_where_it_is_asked_to(measured: list[Run], tmp_path: Path) -> None:
+def test_report_goes_where_it_is_asked_to(measured: list[SweepRun], tmp_path: Path) -> None:
     page, picture = tmp_path / "page.md", tmp_path / "docs" / "sweep.png"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     told = finish(measured, tmp_path / "report", str(page), str(picture))
-    assert told.startswith(table(measured))
-    assert page.read_text() == f"before\n{BEGIN}\n{table(measured)}\n{END}\nafter\n"
-    assert (tmp_path / "report" / "table.md").read_text() == table(measured) + "\n"
+    assert told.startswith(sweep_table(measured))
+    assert page.read_text() == f"before\n{BEGIN}\n{sweep_table(measured)}\n{END}\nafter\n"
+    assert (tmp_path / "report" / "table.md").read_text() == sweep_table(measured) + "\n"
     assert (tmp_path / "report" / "sweep.json").read_text() == as_json(measured)
     assert '"right_memory": 0.9' in as_json(measured)
     assert picture.read_bytes() == (tmp_path / "report" / "sweep.png").read_bytes()

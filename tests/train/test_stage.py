@@ -18,7 +18,7 @@ from m3jax.knowledge.memory_writer import MemoryWriter
 from m3jax.memory.bank import Bank
 from m3jax.quickstart import chat, run
 from m3jax.sweep import entry
-from m3jax.sweep.spec import Data, Stage
+from m3jax.sweep.spec import SweepData, SweepStage
 from m3jax.text.references import References
 from m3jax.train.metrics import read_metrics
 from m3jax.train.stage import train_stage
@@ -130,9 +130,9 @@ def demonstration(workdir: Path, world: dict[str, int]) -> run.Demonstration:
 
 def sweep(workdir: Path, patch: pytest.MonkeyPatch) -> str:
     """The second stage of an entry of a sweep."""
-    data = Data(workdir, None, "")
-    first = Stage(workdir, stage_config("warmup"), data, None, None)
-    entry._train(Stage(workdir, stage_config("continual"), data, first, workdir / "bank"))
+    data = SweepData(workdir, None, "")
+    first = SweepStage(workdir, stage_config("warmup"), data, None, None)
+    entry._train(SweepStage(workdir, stage_config("continual"), data, first, workdir / "bank"))
     assert (workdir / entry.FINISHED).exists()
     return "continual"
 
