@@ -1,22 +1,19 @@
-"""Log-probabilities of the reference model of DPO: computed once, stored, never loaded with it.
+"""Log-probabilities of the base model of DPO: computed once and stored, so that it is not loaded.
 
-They lie in `<stage folder>/reference/<split>`: `manifest.json`, which says what they belong to, and
-parts of some rows each. A part is whole or absent, so a killed run goes on with those missing.
+They lie in `<stage folder>/base_logprobs/<split>`: `manifest.json`, which says what they belong to,
+and parts of some rows each. A part is whole or absent: a killed run goes on with the missing ones.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
@@ -30,6 +27,7 @@ from m3jax.distributed import meet
 from m3jax.errors import CheckpointError
 from m3jax.files import read_sealed, write_atomically, write_sealed
 from m3jax.make_model import make_model
+from m3jax.memory.bank import writer_fingerprint, writer_params
 from m3jax.memory.sparsify import sparsifier
 from m3jax.memory.storage import npy_bytes
 from m3jax.mesh import batch_sharding, host_rows, on_devices, replicated, to_global
@@ -38,7 +36,7 @@ from m3jax.model.transformer import Model
 from m3jax.train.dpo_loss import answer_logprobs
 from m3jax.train.loss import Decode, batch_specs
 
-FOLDER = "reference"
+FOLDER = "base_logprobs"
 _MANIFEST = "manifest.json"
 _BATCHES = 8  # of a part
 _SECONDS_BETWEEN_LINES = 15.0
@@ -54,7 +52,7 @@ _FREE = (
 Logprobs = Callable[[Params, Batch], Float[Array, "B slots"]]
 
 
-def hold_reference(
+def hold_base_logprobs(
     config: ConfigDict,
     stage_folder: str | Path,
     pipelines: Mapping[str, Pipeline],
@@ -62,17 +60,17 @@ def hold_reference(
     mesh: Mesh,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Gives pipelines of pairs the log-probabilities of the reference, computing what is missing.
+    """Gives pipelines of pairs the log-probabilities of the base model, computing missing ones.
 
-    The reference is the checkpoint that the stage starts from; its parameters are freed before this
-    returns. A stage that has a checkpoint of its own and all log-probabilities does not load it.
-    Several processes call it alike.
+    The base model is the checkpoint that the stage starts from; its parameters are freed before
+    this returns. A stage that has a checkpoint of its own and all log-probabilities does not load
+    it. Several processes call it alike.
 
     Args:
       config: a validated config with data.packing = "pairs".
       stage_folder: of the stage that trains.
       pipelines: by split.
-      init_from: stage folder, or `checkpoints/<step>` in it, of the reference.
+      init_from: stage folder, or `checkpoints/<step>` in it, of the base model.
       mesh: to compute on.
       say: gets a line for every split.
 
@@ -81,29 +79,29 @@ def hold_reference(
         other pairs, memories or settings; names the difference and the remedy.
     """
     folders = {split: Path(stage_folder) / FOLDER / split for split in pipelines}
-    found = {split: load(folders[split], _binding(config, of)) for split, of in pipelines.items()}
+    stored = {split: load(folders[split], _binding(config, of)) for split, of in pipelines.items()}
     trained = _has_checkpoint(stage_folder)
-    if not trained or any(x is None for x in found.values()):
+    if not trained or any(x is None for x in stored.values()):
         if init_from is None:
             raise CheckpointError(
-                f"{stage_folder} has no reference log-probabilities; name the checkpoint that is"
-                " trained on preferences, usually that of SFT: --init_from=WORKDIR/sft"
+                f"{stage_folder} has no log-probabilities of a base model; name the checkpoint that"
+                " is trained on preferences, usually that of SFT: --init_from=WORKDIR/sft"
             )
         model = make_model(config, prefix_tokens(config), mesh)
         tokenizer = next(iter(pipelines.values())).tokenizer.fingerprint
-        params, _ = restore_params(init_from, model, mesh=mesh, tokenizer_fingerprint=tokenizer)
-        name = params_fingerprint(params)
+        params, meta = restore_params(init_from, model, mesh=mesh, tokenizer_fingerprint=tokenizer)
+        name = _base_model(params, meta, config, mesh)
         for split, pipeline in pipelines.items():
             _compute(config, folders[split], pipeline, model, params, name, say)
-            found[split] = load(folders[split], {**_binding(config, pipeline), "reference": name})
+            stored[split] = load(folders[split], {**_binding(config, pipeline), "base model": name})
         for leaf in jax.tree.leaves(params):
             leaf.delete()
     for split, pipeline in pipelines.items():
-        pipeline.base_logprobs = found[split]
+        pipeline.base_logprobs = stored[split]
 
 
 def load(folder: str | Path, binding: Mapping[str, Any]) -> Float[np.ndarray, "rows slots"] | None:
-    """All stored log-probabilities of a split, in nats; None where some are missing.
+    """Loads all log-probabilities of a split, in nats; returns None where some are missing.
 
     Raises:
       CheckpointError: they belong to something else than `binding`, or are damaged.
@@ -122,41 +120,17 @@ def load(folder: str | Path, binding: Mapping[str, Any]) -> Float[np.ndarray, "r
             raise CheckpointError(
                 f"{path} is damaged ({error}); delete it, and run again"
             ) from error
-    found = np.concatenate(parts)
-    if found.shape != (manifest["rows"], manifest["slots"]) or not np.isfinite(found).all():
+    logprobs = np.concatenate(parts)
+    if logprobs.shape != (manifest["rows"], manifest["slots"]) or not np.isfinite(logprobs).all():
         raise CheckpointError(f"{folder} is damaged; delete it, and run again")
-    return found
+    return logprobs
 
 
-def params_fingerprint(params: Params) -> str:
-    """Hex digest of all parameters, the same however they are sharded.
-
-    Sums of mixed 32-bit words, modulo 2³²: exact in any order.
-    """
-    total = hashlib.blake2b(digest_size=16)
-    sums = jax.device_get(jax.jit(lambda p: jax.tree.map(_mixed, p))(params))
-    shapes = jax.tree_util.tree_leaves_with_path(params)
-    for (path, leaf), value in zip(shapes, jax.tree.leaves(sums), strict=True):
-        name = f"{jax.tree_util.keystr(path)} {leaf.dtype.name} {leaf.shape} {value.tolist()}\n"
-        total.update(name.encode())
-    return total.hexdigest()
-
-
-def _mixed(x: Array) -> Array:
-    """Two sums of all numbers of an array, each mixed with its place."""
-    word = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
-    place = jnp.zeros((1,) * x.ndim, jnp.uint32)
-    for axis in range(x.ndim):
-        stride = np.uint32(math.prod(x.shape[axis + 1 :]) % 2**32)
-        place = place + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
-    sums = []
-    for seed in (0x9E3779B1, 0x85EBCA77):
-        mixed = bits ^ (place * np.uint32(seed))
-        for factor in (0x85EBCA6B, 0xC2B2AE35):  # the finaliser of MurmurHash3
-            mixed = (mixed ^ (mixed >> 16)) * np.uint32(factor)
-        sums.append(jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32))
-    return jnp.stack(sums)
+def _base_model(params: Params, meta: Mapping[str, Any], config: ConfigDict, mesh: Mesh) -> str:
+    """Returns the step of a checkpoint and the fingerprint of the weights that write memories."""
+    gather = jax.jit(lambda x: x, out_shardings=replicated(mesh))
+    whole = jax.tree.map(lambda x: np.asarray(gather(x)), writer_params(params))  # one at a time
+    return f"step {meta['step']}, weights {writer_fingerprint(whole, config.memory)}"
 
 
 def row_logprobs(config: ConfigDict, model: Model, decode: Decode | None) -> Logprobs:
@@ -197,12 +171,12 @@ def _compute(
     pipeline: Pipeline,
     model: Model,
     params: Params,
-    reference: str,
+    base_model: str,
     say: Callable[[str], None],
 ) -> None:
     """Writes the parts of a split that are missing."""
     rows, slots = len(pipeline.rows), pipeline.rows.slots
-    binding = {**_binding(config, pipeline), "reference": reference}
+    binding = {**_binding(config, pipeline), "base model": base_model}
     manifest = _read_manifest(folder, binding)
     first_process = jax.process_index() == 0
     if manifest is None:
@@ -211,26 +185,26 @@ def _compute(
         if first_process:
             write_sealed(folder / _MANIFEST, manifest)
     missing = [(n, path) for n, path in enumerate(_parts(folder, manifest)) if not path.exists()]
-    meet("reference parts listed")
+    meet("base log-probability parts listed")
     logprobs = row_logprobs(config, model, pipeline.decode)
     started = shown = time.monotonic()
     each = _BATCHES * pipeline.batch_size
     for number, (part, path) in enumerate(missing, 1):
         low, high = part * each, min((part + 1) * each, rows)
-        found = [
+        parts = [
             np.asarray(jax.device_get(logprobs(params, batch)))[:real]
             for real, batch in each_batch(pipeline, model.mesh, low, high)
         ]
         if first_process:
-            write_atomically(path, npy_bytes(np.concatenate(found)))
+            write_atomically(path, npy_bytes(np.concatenate(parts)))
             now = time.monotonic()
             if now - shown > _SECONDS_BETWEEN_LINES or number == len(missing):
                 shown = now
                 say(
-                    f"reference log-probabilities ({folder.name}): {high} of {rows} rows,"
+                    f"base log-probabilities ({folder.name}): {high} of {rows} rows,"
                     f" {now - started:.0f} s"
                 )
-    meet("reference parts written")
+    meet("base log-probability parts written")
 
 
 def _parts(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
@@ -256,7 +230,7 @@ def _read_manifest(folder: Path, binding: Mapping[str, Any]) -> dict[str, Any] |
 
 
 def _binding(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
-    """What log-probabilities depend on, but for the reference's parameters."""
+    """Lists all that log-probabilities depend on, but for the parameters."""
     settings = {}
     for section in ("model", "memory", "retrieval"):
         for field, value in config[section].items():

@@ -1,4 +1,4 @@
-"""Validation of DPO: what a model has gained over its reference on pairs it was not trained on."""
+"""Validation of DPO: gains of a model over its base model, on pairs it was not trained on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PreferenceEvaluator:
     Calling it with parameters returns, of all pairs of the first `evaluation.batches` batches:
     `loss` (nats a pair), `accuracy` (share of pairs whose margin is above 0), `preferred` (share
     whose chosen answer is the likelier one), and `gain_chosen` and `gain_rejected`, the mean change
-    of an answer's log-probability since the reference, in nats.
+    of an answer's log-probability over the base model's, in nats.
 
     Attributes:
       pipeline: of the validation split; its `base_logprobs` must be there.
@@ -35,17 +35,17 @@ class PreferenceEvaluator:
         self.rows = min(most, len(pipeline.rows))
 
     def __call__(self, params: Params) -> dict[str, float]:
-        reference = self.pipeline.base_logprobs
-        if reference is None:
+        base = self.pipeline.base_logprobs
+        if base is None:
             raise CheckpointError(
-                "the reference log-probabilities are not there; train computes them"
+                "the log-probabilities of the base model are missing; training computes them"
             )
-        found = [
+        parts = [
             np.asarray(self._logprobs(params, batch))[:real]
             for real, batch in each_batch(self.pipeline, self.mesh, 0, self.rows)
         ]
-        logprobs = np.concatenate(found).astype(np.float64)
-        gains = logprobs - reference[: self.rows]
+        logprobs = np.concatenate(parts).astype(np.float64)
+        gains = logprobs - base[: self.rows]
         chosen = np.zeros(gains.shape, bool)
         rows = self.pipeline.rows
         assert isinstance(rows, PackedRows)

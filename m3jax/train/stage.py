@@ -15,7 +15,7 @@ from m3jax.errors import ConfigError
 from m3jax.knowledge.versions import read_current
 from m3jax.mesh import make_mesh
 from m3jax.train.checkpoints import knowledge_version
-from m3jax.train.dpo_base import hold_reference
+from m3jax.train.dpo_base import hold_base_logprobs
 from m3jax.train.evaluator import evaluator
 from m3jax.train.loop import train
 from m3jax.train.refresh import rewrite
@@ -96,7 +96,7 @@ def _open(
     evaluate = evaluator(config, workdir, bank=bank, version=version, mesh=mesh)
     if config.data.packing == "pairs":
         pipelines = {"train": pipeline, "validation": evaluate.pipeline}
-        hold_reference(config, workdir / config.stage, pipelines, init_from, mesh)
+        hold_base_logprobs(config, workdir / config.stage, pipelines, init_from, mesh)
     writer = None if pipeline.bank is None else pipeline.bank.writer
     number = None if pipeline.version is None else pipeline.version.number
     return pipeline, StageData(pipeline, evaluate, writer, number)

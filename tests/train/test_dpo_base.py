@@ -1,16 +1,13 @@
-"""Reference log-probabilities: computed once, resumed after a kill, refused if they do not fit."""
+"""Log-probabilities of the base model: computed once, resumed, refused if they do not fit."""
 
 import hashlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from data.data_workdir import WORLD, make_workdir, tiny_config
-from jax.sharding import NamedSharding, PartitionSpec
 
 from m3jax.checkpoint import restore_params
-from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import CheckpointError
 from m3jax.make_model import make_model
@@ -18,7 +15,7 @@ from m3jax.mesh import make_mesh
 from m3jax.quickstart import people, people_chats
 from m3jax.text.chat.corpus import prepare_chats
 from m3jax.train import loop
-from m3jax.train.dpo_base import hold_reference, load, params_fingerprint
+from m3jax.train.dpo_base import hold_base_logprobs, load
 from m3jax.train.evaluator import evaluator
 from m3jax.train.loop import train
 from m3jax.train.metrics import read_metrics
@@ -52,7 +49,7 @@ def run(config, workdir, init_from, **options):
     if config.data.packing == "pairs":
         both = {"train": pipeline, "validation": evaluate.pipeline}
         said = []
-        hold_reference(config, workdir / config.stage, both, init_from, mesh, said.append)
+        hold_base_logprobs(config, workdir / config.stage, both, init_from, mesh, said.append)
         options["said"] = said
     said = options.pop("said", [])
     summary = train(
@@ -77,7 +74,7 @@ def workdir(tmp_path_factory):
     prepare_chats(sft, folder, str(folder / "chats.jsonl"))
     prepare_chats(dpo, folder, str(folder / "pairs.jsonl"))
     first, _ = run(sft, folder, None)
-    assert first["step"] == 6 and "loss_memory" in first["evaluation"]
+    assert first.step == 6 and "loss_memory" in first.evaluation
     return folder
 
 
@@ -90,7 +87,7 @@ def hashes(folder):
 def hold(config, workdir, stage_folder, init_from="sft", say=lambda line: None):
     mesh = make_mesh(config, jax.devices()[:1])
     pipelines = {"train": open_pipeline(config, workdir)}
-    hold_reference(config, stage_folder, pipelines, workdir / init_from, mesh, say)
+    hold_base_logprobs(config, stage_folder, pipelines, workdir / init_from, mesh, say)
     return pipelines["train"].base_logprobs
 
 
@@ -98,7 +95,7 @@ def hold(config, workdir, stage_folder, init_from="sft", say=lambda line: None):
 def test_a_killed_computation_goes_on_to_the_same_bytes(workdir, tmp_path, monkeypatch):
     config = config_of("dpo")
     whole = hold(config, workdir, tmp_path / "whole")
-    assert hashes(tmp_path / "whole" / "reference")["parts"] >= 2
+    assert hashes(tmp_path / "whole" / "base_logprobs")["parts"] >= 2
     written = []
 
     def dying(path, data):
@@ -114,7 +111,9 @@ def test_a_killed_computation_goes_on_to_the_same_bytes(workdir, tmp_path, monke
     kept = written[0].stat().st_mtime_ns
     resumed = hold(config, workdir, tmp_path / "cut")
     assert written[0].stat().st_mtime_ns == kept  # not computed again
-    assert hashes(tmp_path / "cut" / "reference") == hashes(tmp_path / "whole" / "reference")
+    assert hashes(tmp_path / "cut" / "base_logprobs") == hashes(
+        tmp_path / "whole" / "base_logprobs"
+    )
     np.testing.assert_array_equal(resumed, whole)
     pairs = np.array([len(group) for group in open_pipeline(config, workdir).rows.plan])
     assert ((whole < 0).sum(axis=1) == 2 * pairs).all()
@@ -125,7 +124,7 @@ def test_another_checkpoint_or_other_data_are_refused_by_name(workdir, tmp_path)
     hold(config, workdir, folder)
     other_blocks = config_of("dpo", model__attention_block=3, model__attention_kv_block=7)
     hold(other_blocks, workdir, folder)  # the same attention
-    with pytest.raises(CheckpointError, match=r"belong to another reference: .* delete the stage"):
+    with pytest.raises(CheckpointError, match=r"belong to another base model: .* delete the stage"):
         hold(config, workdir, folder, "sft/checkpoints/3")
     with pytest.raises(CheckpointError, match=r"another config"):
         hold(config_of("dpo", memory__window=2), workdir, folder)
@@ -134,14 +133,14 @@ def test_another_checkpoint_or_other_data_are_refused_by_name(workdir, tmp_path)
         hold(no_memory, workdir, folder)
     pipeline = open_pipeline(config, workdir)
     with pytest.raises(CheckpointError, match="another pairs: "):
-        load(folder / "reference" / "train", {"pairs": "other"})
-    part = next((folder / "reference" / "train").glob("part-*"))
+        load(folder / "base_logprobs" / "train", {"pairs": "other"})
+    part = next((folder / "base_logprobs" / "train").glob("part-*"))
     part.write_bytes(part.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match=rf"{part.name} is damaged .* delete it"):
         hold(config, workdir, folder)
     mesh = make_mesh(config, jax.devices()[:1])
     with pytest.raises(CheckpointError, match="--init_from"):
-        hold_reference(config, tmp_path / "new", {"train": pipeline}, None, mesh)
+        hold_base_logprobs(config, tmp_path / "new", {"train": pipeline}, None, mesh)
 
 
 def test_dpo_trains_resumes_and_keeps_one_copy_of_the_weights(workdir, monkeypatch):
@@ -166,13 +165,13 @@ def test_dpo_trains_resumes_and_keeps_one_copy_of_the_weights(workdir, monkeypat
     assert [line.split("(")[1].split(")")[0] for line in said] == ["train", "validation"]
     assert summary.evaluation["gain_chosen"] != 0
     evaluate = evaluator(config, workdir)
-    folder = workdir / "dpo" / "reference" / "validation"
+    folder = workdir / "dpo" / "base_logprobs" / "validation"
     evaluate.pipeline.base_logprobs = load(folder, {})
     same = evaluate(restore_params(workdir / "sft", make_model(config))[0])
     assert same["loss"] == pytest.approx(np.log(2)) and abs(same["gain_chosen"]) < 1e-4
     lines = [line for line in read_metrics(workdir / "dpo") if "loss" in line]
     assert lines[-1]["loss"] < lines[0]["loss"]
-    # Again: finished, and neither the reference nor its log-probabilities are computed.
+    # Again: finished, and neither the base model nor its log-probabilities are computed.
     _, said = run(config, workdir, None)
     assert said == []
 
@@ -185,35 +184,7 @@ def test_a_stage_that_reads_another_writer_is_not_a_start(workdir):
         train(
             config,
             workdir,
-            pipeline=pipeline,
+            StageData(pipeline, writer=other),
             init_from=workdir / "sft",
-            writer=other,
             tokenizer_fingerprint=pipeline.tokenizer.fingerprint,
         )
-
-
-def test_a_fingerprint_is_of_the_numbers_not_of_their_places():
-    config = config_of("dpo")
-    params = jax.jit(make_model(config, prefix_tokens(config)).init)(jax.random.key(0))
-    name = params_fingerprint(params)
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    split = {
-        **params,
-        "embedding": jax.device_put(
-            params["embedding"], NamedSharding(mesh, PartitionSpec("x", None))
-        ),
-    }
-    split = jax.tree.map(
-        lambda x: (
-            x if len(x.devices()) > 1 else jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
-        ),
-        split,
-    )
-    assert params_fingerprint(split) == name
-    for change in (
-        lambda x: x.at[3, 1].add(1e-6),
-        lambda x: x.at[jnp.array([0, 1])].set(x[jnp.array([1, 0])]),
-    ):
-        assert params_fingerprint({**params, "embedding": change(params["embedding"])}) != name
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    assert params_fingerprint(half) != name
