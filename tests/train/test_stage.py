@@ -2,7 +2,7 @@
 
 import importlib.util
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from absl import flags
 from data.data_workdir import make_workdir, tiny_config
 from train.tiny import deterministic_lines
 
+from m3jax import cli
 from m3jax.checkpoint import read_meta
 from m3jax.config import ConfigDict
 from m3jax.errors import ConfigError
@@ -66,16 +67,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
-@pytest.fixture
-def no_flags() -> Iterator[None]:
-    """Takes back what a script has defined, so that another one can define it."""
-    before = set(flags.FLAGS)
-    yield
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
-    flags.FLAGS.unparse_flags()
-
-
 def launch(workdir: Path, patch: pytest.MonkeyPatch) -> str:
     """launch/train.py."""
     (workdir / "config.py").write_text(CONFIG_FILE)
@@ -83,49 +74,45 @@ def launch(workdir: Path, patch: pytest.MonkeyPatch) -> str:
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    flags.FLAGS(
-        [
-            "train.py",
-            f"--config={workdir}/config.py:stage=continual",
-            f"--workdir={workdir}",
-            f"--init_from={workdir}/warmup",
-        ]
-    )
-    script.main(["train.py"])
+    words = [
+        f"--config={workdir}/config.py:stage=continual",
+        f"--workdir={workdir}",
+        f"--init_from={workdir}/warmup",
+    ]
+    values = flags.FlagValues()
+    cli.parse(script.__doc__, script.COMMANDS, ["train.py", *words], values)
+    script.main(values)
     return "continual"
 
 
 def quickstart(workdir: Path, patch: pytest.MonkeyPatch) -> str:
     """The second stage of the quickstart; the first is there."""
-    for name, replacement in (("prepare_people", None), ("_write", None), ("_rewrite", stop)):
-        patch.setattr(run, name, replacement or (lambda *_, **__: None))
-    world = {"names": 12, "people": 60, "unseen": 24, "values": 4, "facts": 2}
+    patch.setattr(run, "prepare_people", lambda *_: None)
+    patch.setattr(run, "_write", lambda *_: None)
+    patch.setattr(run, "_rewrite", stop)
     with pytest.raises(Done):
-        run.run(demonstration(workdir, world))
+        run.run(demonstration(workdir))
     return "continual"
 
 
 def chat_quickstart(workdir: Path, patch: pytest.MonkeyPatch) -> str:
     """The first stage of the chat quickstart, which begins with `continual`."""
     (workdir / "warmup").rename(workdir / "continual")
-    for name, replacement in (("prepare_chats", lambda *_: [{}]), ("_measure", stop)):
-        patch.setattr(chat, name, replacement)
-    trained = chat.train_stage
+    patch.setattr(chat, "prepare_chats", lambda *_: [{}])
 
     def only_sft(config: ConfigDict, *args: Any, **options: Any) -> Any:
-        return trained(config, *args, **options) if config.stage == "sft" else stop()
+        return train_stage(config, *args, **options) if config.stage == "sft" else stop()
 
     patch.setattr(chat, "train_stage", only_sft)
-    world = {"names": 12, "people": 60, "unseen": 24, "values": 4, "facts": 2}
     with pytest.raises(Done):
-        chat.run(demonstration(workdir, world), chats=1, pairs=1)
+        chat.run(demonstration(workdir), chats=1, pairs=1)
     return "sft"
 
 
-def demonstration(workdir: Path, world: dict[str, int]) -> run.Demonstration:
-    return run.Demonstration(
-        lambda options: stage_config(options.removeprefix("stage=")), workdir, world, seed=0
-    )
+def demonstration(workdir: Path) -> run.Demonstration:
+    world = {"names": 12, "people": 60, "unseen": 24, "values": 4, "facts": 2}
+    get_config = lambda options: stage_config(options.removeprefix("stage="))  # noqa: E731
+    return run.Demonstration(get_config, workdir, world, seed=0)
 
 
 def sweep(workdir: Path, patch: pytest.MonkeyPatch) -> str:
@@ -151,7 +138,6 @@ def expected(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> list[d
 
 
 @pytest.mark.parametrize("caller", [launch, quickstart, chat_quickstart, sweep])
-@pytest.mark.usefixtures("no_flags")
 def test_every_caller_trains_and_evaluates_alike(
     caller: Callable[[Path, pytest.MonkeyPatch], str],
     prepared: Path,
