@@ -83,7 +83,7 @@ OPTIONS = {
 
 
 def get_config(options: str = "") -> ConfigDict:
-    """The config; `options` is the text after the colon of `--config=configs/ablation.py:…`."""
+    """Builds the config of `--config=configs/ablation.py:OPTIONS`."""
     chosen = m3jax.config.parse_options(options, **OPTIONS)
     config = _base(chosen["base"], chosen["stage"])
     if config.memory.source == "none":

@@ -44,7 +44,7 @@ SMALL = {
 
 
 def get_config(options: str = "") -> ConfigDict:
-    """The config; `options` is the text after the colon of `--config=configs/byo_llama.py:…`."""
+    """Builds the config of `--config=configs/byo_llama.py:OPTIONS`."""
     words = [word.strip() for word in options.split(",")]
     folders = [word.removeprefix("folder=") for word in words if word.startswith("folder=")]
     chosen = m3jax.config.parse_options(

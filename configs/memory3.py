@@ -38,7 +38,7 @@ OPTIONS = {
 
 
 def get_config(options: str = "") -> ConfigDict:
-    """The config; `options` is the text after the colon of `--config=configs/memory3.py:…`."""
+    """Builds the config of `--config=configs/memory3.py:OPTIONS`."""
     chosen = m3jax.config.parse_options(options, **OPTIONS)
     config = m3jax.config.default()
     config.name = f"memory3_{chosen['shape']}"

@@ -19,7 +19,7 @@ WORLD = {"names": 512, "people": 4000, "unseen": 144, "values": 16, "facts": 2}
 
 
 def get_config(options: str = "") -> m3jax.config.ConfigDict:
-    """The config; `options` is the text after the colon of `--config=configs/quickstart.py:…`."""
+    """Builds the config of `--config=configs/quickstart.py:OPTIONS`."""
     chosen = m3jax.config.parse_options(options, **OPTIONS)
     config = m3jax.config.default()
     config.name = "quickstart"

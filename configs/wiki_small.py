@@ -33,7 +33,7 @@ OPTIONS = {
 
 
 def get_config(options: str = "") -> ConfigDict:
-    """The config; `options` is the text after the colon of `--config=configs/wiki_small.py:…`."""
+    """Builds the config of `--config=configs/wiki_small.py:OPTIONS`."""
     chosen = m3jax.config.parse_options(options, **OPTIONS)
     config = m3jax.config.default()
     config.name = "wiki_small"

@@ -33,7 +33,7 @@ from m3jax.hardware import LIBTPU_ENVIRONMENT, chip_of_topology
 
 
 def main(given: FlagValues) -> None:
-    """Compiles and prints."""
+    """Compiles programs and prints their reports."""
     os.environ.update(JAX_PLATFORMS="cpu", **LIBTPU_ENVIRONMENT)  # before JAX is imported
     from m3jax.aot import compile as compiled
     from m3jax.aot.report import markdown, show, show_search

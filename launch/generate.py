@@ -24,7 +24,7 @@ from m3jax.cli import Flag, count, switch
 
 
 def main(given: FlagValues) -> None:
-    """Generates and prints."""
+    """Generates texts and prints them with their sources."""
     from m3jax.inference.cli import Request, read_chat_prompts, read_prompts, run
     from m3jax.inference.sampling import Sampling
 

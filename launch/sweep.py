@@ -29,7 +29,7 @@ from m3jax.cli import Flag, switch, words
 
 
 def main(given: FlagValues) -> None:
-    """Plans the sweep and does what the flags say."""
+    """Plans the sweep, then prints, prepares, runs or reports it."""
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/, which is not installed
     from m3jax.sweep.plan import launch_lines, plan_sweep
     from m3jax.sweep.run import alone, end_with_parent, finish, run_all, write_report
@@ -67,7 +67,7 @@ def main(given: FlagValues) -> None:
 
 
 def _call(given: FlagValues) -> list[str]:
-    """This script with the flags that say what the sweep is."""
+    """Returns the command of this sweep, for its own processes."""
     values = cli.values_of(given, SWEEP)
     words = {k: ",".join(v) if isinstance(v, list) else v for k, v in values.items() if v}
     return [sys.argv[0], *(f"--{name}={value}" for name, value in words.items())]

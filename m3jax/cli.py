@@ -132,7 +132,7 @@ class Flag:
         flags.DEFINE(parser, self.name, self.default, self.help, flag_values=values)
 
     def describe(self, required: bool) -> str:
-        """Name, accepted values, default and meaning, for `--help`."""
+        """Returns name, accepted values, default and meaning, for `--help`."""
         if self.kind is bool:
             title = f"--[no]{self.name}" if self.default else f"--{self.name}"
         else:
@@ -360,7 +360,7 @@ def _refuse_renamed(command: Command, arguments: Sequence[str]) -> None:
 
 
 def _reason(error: flags.Error, commands: Mapping[str, Command], named: str) -> UserError:
-    """The error that absl's stands for."""
+    """Returns the error behind one of absl, or one with its message."""
     cause: BaseException | None = error
     while cause is not None:  # of a config file; libraries wrap its errors with their traceback
         inner = cause.__cause__ or cause.__context__
@@ -395,7 +395,7 @@ def _check_config(name: str, config: Any) -> None:
 
 
 def help_text(text: str | None, commands: Mapping[str, Command], script: str, named: str) -> str:
-    """The text of `--help`: of a command, or of the script with a list of its commands."""
+    """Returns the text of `--help` of a command, or of the script with a list of its commands."""
     parts = [textwrap.dedent(text or "").strip()]
     if named in commands:
         command = commands[named]

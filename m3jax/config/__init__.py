@@ -29,7 +29,7 @@ PREFIX_TOKENS = (1, 2)
 
 
 def default() -> ConfigDict:
-    """A config with every field at its default, locked against unknown fields."""
+    """Returns a config with every field at its default, locked against unknown fields."""
     config = ConfigDict()
     for path, (value, _, _) in FIELDS.items():
         node, *rest = path.split(".")
@@ -70,7 +70,7 @@ def _section(path: str) -> str:
 
 
 def with_epochs(config: ConfigDict, rows: int) -> ConfigDict:
-    """The config with the steps, and the rise, of `train.epochs` passes over so many rows."""
+    """Returns the config with the steps, and warmup steps, of `train.epochs` passes over `rows`."""
     if not config.train.epochs:
         return config
     resolved = ConfigDict(config.to_dict())
@@ -82,26 +82,30 @@ def with_epochs(config: ConfigDict, rows: int) -> ConfigDict:
 
 
 def uses_prefix(config: ConfigDict) -> bool:
-    """Whether rows of this stage begin with the constant prefix."""
+    """Returns True where rows of this stage begin with the constant prefix."""
     return config.model.prefix == "always" or config.memory.source != "none"
 
 
 def prefix_tokens(config: ConfigDict) -> tuple[int, ...]:
-    """The prefix of this stage's rows; references always have `PREFIX_TOKENS`."""
+    """Returns the prefix of this stage's rows; references always have `PREFIX_TOKENS`."""
     return PREFIX_TOKENS if uses_prefix(config) else ()
 
 
 def to_json(config: ConfigDict) -> str:
-    """The config as stable, readable JSON."""
+    """Writes the config as stable, readable JSON."""
     return json.dumps(config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
 
 
 def from_json(text: str) -> ConfigDict:
-    """The inverse of `to_json`. Unknown or missing fields raise `ConfigError`."""
+    """Reads the config of `to_json`.
+
+    Raises:
+      ConfigError: it is no JSON object, or has unknown or missing fields.
+    """
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"not a config: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"not a config: expected a JSON object, found {text[:40]!r}")
+        raise ConfigError(f"not a config: expected a JSON object, got {text[:40]!r}")
     return validate(ConfigDict(values)).lock()

@@ -33,7 +33,7 @@ class Rule(NamedTuple):
 
 
 def _of_pairs(path: str, why: str) -> Rule:
-    """A field that must be 0 where rows hold preference pairs."""
+    """Makes the rule of a field that must be 0 where rows hold preference pairs."""
     section, field = path.split(".")
     return Rule(
         path,
@@ -52,7 +52,7 @@ def _marker(role: str) -> Rule:
 
 
 def _refreshed(path: str) -> Rule:
-    """The checkpoint that wrote a version of the bank must stay."""
+    """Makes the rule that the checkpoint which wrote a version of the bank stays."""
     section, field = path.split(".")
     return Rule(
         "train.refresh_every",
@@ -211,7 +211,7 @@ RULES = (
 
 
 def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-    """Values by path, `section.field`."""
+    """Returns values by path, `section.field`."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, (ConfigDict, Mapping)):

@@ -10,7 +10,7 @@ from m3jax.errors import ConfigError
 
 
 def memory_heads(model: ConfigDict, memory: ConfigDict) -> tuple[tuple[int, int], ...] | None:
-    """Layer and key-value head of all that have memories, ascending; None: all of memory layers.
+    """Returns layer and key-value head of the memory heads, ascending; None: all in memory layers.
 
     Args:
       model, memory: sections of a config.
@@ -23,14 +23,14 @@ def memory_heads(model: ConfigDict, memory: ConfigDict) -> tuple[tuple[int, int]
 
 
 def stored_heads(model: ConfigDict, memory: ConfigDict) -> int:
-    """How many key-value heads, over all layers, have memories."""
+    """Counts the key-value heads, over all layers, that have memories."""
     chosen = memory_heads(model, memory)
     return memory.layers * model.kv_heads if chosen is None else len(chosen)
 
 
 def parse_heads(text: str, layers: range, kv_heads: int) -> tuple[tuple[int, int], ...] | None:
-    """`memory_heads` of a text, of the heads in these layers; the inverse of `format_heads`."""
-    found = set()
+    """Parses `memory.heads` for the heads in some layers; the inverse of `format_heads`."""
+    parsed = set()
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         name, colon, heads = part.partition(":")
         numbers = heads.split("+") if colon else [str(head) for head in range(kv_heads)]
@@ -41,12 +41,12 @@ def parse_heads(text: str, layers: range, kv_heads: int) -> tuple[tuple[int, int
                 f"config.memory.heads = {text!r}: {part!r} is not LAYER:HEAD+HEAD or LAYER with"
                 f" memory layers {layers.start} … {layers.stop - 1} and heads 0 … {kv_heads - 1}"
             )
-        found |= pairs
-    return None if len(found) in (0, len(layers) * kv_heads) else tuple(sorted(found))
+        parsed |= pairs
+    return None if len(parsed) in (0, len(layers) * kv_heads) else tuple(sorted(parsed))
 
 
 def format_heads(pairs: Iterable[tuple[int, int]]) -> str:
-    """Layers and key-value heads as `memory.heads` takes them."""
+    """Writes layers and key-value heads as `memory.heads` takes them."""
     ordered = sorted(set(pairs))
     layers = {layer: [str(h) for at, h in ordered if at == layer] for layer, _ in ordered}
     return ",".join(f"{layer}:{'+'.join(heads)}" for layer, heads in layers.items())

@@ -1,4 +1,4 @@
-"""What `launch/generate.py` does: texts of some prompts, with their sources, in several forms."""
+"""Generates texts for `launch/generate.py`, with their sources, as text, JSON and HTML."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from m3jax.text.chat.template import Template
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Fields are the flags of `launch/generate.py`.
+    """Prompts and settings of a generation; fields are the flags of `launch/generate.py`.
 
     With `chat` a prompt is a question, or a chat that ends with one.
     """
@@ -58,17 +58,17 @@ class Request:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a file: JSON lines with `prompt`, or a line of text each; empty lines are skipped.
+    """Reads prompts: JSON lines with `prompt`, or lines of text; empty lines are skipped.
 
     Raises:
       TextError: no such file, or a line that is no prompt.
     """
-    found = []
+    prompts = []
     for number, line in enumerate(lines(path), 1):
         if not line.strip():
             continue
         if not str(path).endswith(".jsonl"):
-            found.append(line.rstrip("\n"))
+            prompts.append(line.rstrip("\n"))
             continue
         try:
             prompt = json.loads(line)["prompt"]
@@ -76,15 +76,15 @@ def read_prompts(path: str | Path) -> list[str]:
                 raise TypeError(f"prompt is {type(prompt).__name__}")
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise TextError(f"{path}:{number}: expected {{'prompt': text}} ({error!r})") from error
-        found.append(prompt)
-    return found
+        prompts.append(prompt)
+    return prompts
 
 
 def read_chat_prompts(config: ConfigDict, path: str | Path) -> list[str] | list[Chat]:
-    """Questions of a text file, one a line, or chats of JSON lines that end with a question.
+    """Reads questions, a line of text each, or chats of JSON lines that end with a question.
 
     Raises:
-      TextError: no such file, or a line that is none; names file and line.
+      TextError: no such file, or an unfit line; names file and line.
     """
     if str(path).endswith((".jsonl", ".jsonl.gz")):
         return read_questions(str(path), config.chat.most_rounds)
@@ -100,12 +100,12 @@ def run(
     bank: str | Path | None = None,
     versions: Sequence[int | None] = (None,),
 ) -> list[dict[str, Any]]:
-    """Generates, prints, and writes what was asked for.
+    """Generates texts, prints them and writes them to the files of the request.
 
     Args:
       config: of the checkpoint's stage.
       workdir: prepared folder.
-      request: what to do.
+      request: prompts and settings.
       checkpoint, bank: see `Session`.
       versions: of the knowledge; the texts are generated from each.
 
@@ -137,10 +137,10 @@ def run(
             pieces = generator.pieces
             if len(versions) > 1:
                 print(f"== version {session.version.number} of the knowledge ==")
-            for generation, found in _generated(session, generator, request):
-                record = as_dict(generation, found, request.by_head)
+            for generation, read in _generated(session, generator, request):
+                record = as_dict(generation, read, request.by_head)
                 records.append({"version": version, "mode": request.mode, **record})
-                shown.append((generation, found))
+                shown.append((generation, read))
     finally:  # what was generated before a bank went away is not lost
         if records and request.json:
             data = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
@@ -153,8 +153,8 @@ def run(
 def _generated(
     session: Session, generator: Generator, request: Request
 ) -> Iterator[tuple[Generation, list[AttributedReference]]]:
-    """Texts with their sources, printed as they come."""
-    shown, prompts, ids = _asked(session, request)
+    """Yields texts with their sources, printed as they come."""
+    shown, prompts, ids = _prompts(session, request)
     long: LongContextGenerator | None = None
     references: Any = None
     if request.mode == "long_context":
@@ -168,14 +168,14 @@ def _generated(
         part = prompts[low : low + request.batch]
         if streams:
             print(shown[0], end="", flush=True)
-        found = generate(
+        generations = generate(
             part,
             request.new_tokens,
             groups=request.groups,
             piece=8 if streams else None,
             listener=_say if streams else None,
         )
-        for number, generation in enumerate(found):
+        for number, generation in enumerate(generations):
             print("" if streams else shown[low + number] + generation.text)
             read: list[AttributedReference] = []
             if generation.chunks:
@@ -189,10 +189,10 @@ def _generated(
             yield generation, read
 
 
-def _asked(
+def _prompts(
     session: Session, request: Request
 ) -> tuple[list[str], list[str | np.ndarray], np.ndarray | None]:
-    """Prompts as they are printed and as they are fed; references in them, `(n, references)`."""
+    """Returns prompts as printed and as fed, and the references in them, `(n, references)`."""
     ids: np.ndarray | None = None
     if not request.chat:
         shown = [str(prompt) for prompt in request.prompts]
@@ -200,11 +200,11 @@ def _asked(
         if request.mode == "rag":
             prompts, ids = session.rag_prompts(shown, request.references)
         return shown, list(prompts), ids
-    chats = [one if isinstance(one, Chat) else question(one) for one in request.prompts]
+    chats = [prompt if isinstance(prompt, Chat) else question(prompt) for prompt in request.prompts]
     shown = [f"{chat.turns[-1].text}\n\N{RIGHTWARDS ARROW}" for chat in chats]
     if request.mode == "rag":
-        asked = [chat.turns[-1].text for chat in chats]
-        texts, ids = session.rag_prompts(asked, request.references)
+        questions = [chat.turns[-1].text for chat in chats]
+        texts, ids = session.rag_prompts(questions, request.references)
         chats = [
             dataclasses.replace(
                 chat, turns=(*chat.turns[:-1], dataclasses.replace(chat.turns[-1], text=text))
