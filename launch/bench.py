@@ -1,70 +1,85 @@
-"""Runs a benchmark and writes its ratios.
+"""Measures ratios of things timed in turn in one process; a ratio is the median over rounds.
 
     python launch/bench.py train --json=train.json
     python launch/bench.py writer
+    python launch/bench.py bank
     python launch/bench.py overlap --workdir=runs/wiki
-    python launch/bench.py quantizer --workdir=runs/wiki --vectors=640000
+    python launch/bench.py quantizer --workdir=runs/wiki --vectors=640000 --minutes=30
     python launch/bench.py retrieval
-    python launch/bench.py inference --batch=8 --picture=speed.png
+    python launch/bench.py inference --size=full --rounds=9 --minutes=60 --picture=speed.png
 
-A ratio is the median over rounds of two things timed in turn in one process, so that it holds on a
-machine whose speed drifts.
+Prints the running medians after every round, and at the end every figure with its least and largest
+round. Ends within five minutes on two free cores unless --minutes gives more; stopped (Ctrl-C), it
+keeps the rounds that it has.
 """
 
 from __future__ import annotations
 
-import inspect
-import json
+import os
 import sys
-from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from m3jax import cli
+from m3jax.cli import Flag
 
-_WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "Folder of a run whose text (overlap) or bank (quantizer) is used instead of made data.",
+# Read by NumPy's linear algebra when it is loaded.
+_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+_ROUNDS = (
+    Flag("rounds", "Rounds to take; default: the benchmark's own number.", int, low=1),
+    Flag("minutes", "No round begins that would probably end later.", float, 4.5, low=0),
+    Flag(
+        "size",
+        "How large what is timed is; the smallest is for tests, full differs for inference alone"
+        " (16 rows of 128 + 128 tokens, not 8 of 64 + 64).",
+        default="default",
+        choices=("smallest", "default", "full"),
+    ),
+    cli.JSON.with_help("Written after every round."),
 )
-_VECTORS = flags.DEFINE_integer(
-    "vectors", None, "Vectors that quantizer trains on; default 65536.", lower_bound=1
-)
-_BATCH = flags.DEFINE_integer(
-    "batch", None, "Rows that inference generates together; default 16.", lower_bound=1
-)
-_PICTURE = flags.DEFINE_string("picture", None, "PNG of the speeds that inference measured.")
-_JSON = flags.DEFINE_string("json", None, "Write ratios, seconds and environment to this file.")
 
 
-def main(argv: list[str]) -> None:
-    """Runs the benchmark named on the command line."""
-    from m3jax.bench.main import BENCHMARKS, environment
+def _benchmark(name: str, text: str, *own: Flag) -> cli.Command:
+    """Makes the command of a benchmark; `own` flags are its arguments, or the picture."""
 
-    if len(argv) != 2 or argv[1] not in BENCHMARKS:
-        print(f"usage: bench.py NAME; NAME is one of {', '.join(BENCHMARKS)}", file=sys.stderr)
-        raise SystemExit(2)
-    benchmark = BENCHMARKS[argv[1]]
-    given = {
-        "workdir": _WORKDIR.value,
-        "vectors": _VECTORS.value,
-        "batch": _BATCH.value,
-        "picture": _PICTURE.value,
-    }
-    options = {name: value for name, value in given.items() if value is not None}
-    for name in options.keys() - inspect.signature(benchmark).parameters.keys():
-        print(f"--{name}: {argv[1]} does not take it; leave it out", file=sys.stderr)
-        raise SystemExit(2)
-    try:
-        figures = benchmark(**options)
-    except ValueError as error:
-        raise SystemExit(cli.show_error(error)) from None
-    result = {**figures, "environment": environment()}
-    text = json.dumps(result, indent=2)
-    print(text)
-    if _JSON.value:
-        Path(_JSON.value).write_text(text + "\n", encoding="utf-8")
+    def main(values: flags.FlagValues) -> None:
+        if name == "retrieval":  # the exact search in one thread, as ScaNN's calls have
+            os.environ |= dict.fromkeys(_THREADS, "1")
+        from m3jax.bench.main import run
 
+        given = cli.values_of(values, own) | {"minutes": values.minutes, "json": values.json}
+        code = run(name, values.size, count=values.rounds, **given)
+        if code:  # at once: threads of libraries may be in the middle of a step
+            sys.stdout.flush()
+            os._exit(code)
+
+    main.__doc__ = text
+    return cli.Command(main, (*own, *_ROUNDS), required=())
+
+
+COMMANDS = {
+    "train": _benchmark("train", "Times train steps with memories over steps without."),
+    "writer": _benchmark("writer", "Measures the share of the encode in writing a bank."),
+    "overlap": _benchmark(
+        "overlap",
+        "Times the overlap filter over the exact measure, in pairs a second.",
+        cli.WORKDIR.with_help("Default: made text."),
+    ),
+    "bank": _benchmark("bank", "Times random reads of a bank over plain reads of the same bytes."),
+    "quantizer": _benchmark(
+        "quantizer",
+        "Compares speed and error of the vector quantizer with FAISS.",
+        cli.WORKDIR.with_help("Its bank gives the vectors; default: made ones."),
+        Flag("vectors", "Vectors to train on.", int, 65536, low=1),
+    ),
+    "retrieval": _benchmark("retrieval", "Times the approximate search over the exact search."),
+    "inference": _benchmark(
+        "inference",
+        "Times generation with memories over none, over retrieved text and over Hugging Face.",
+        Flag("batch", "Rows generated together; default 8.", int, low=1),
+        cli.PICTURE,
+    ),
+}
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(__doc__, COMMANDS)

@@ -1,42 +1,38 @@
-"""Hugging Face's Llama in torch, as a training step of the same shape to time ours against."""
+"""Hugging Face's Llama in torch at the shape of a config, for the benchmarks to compare with."""
 
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
+from m3jax.model.hf_config import their_config
 
-class MissingLlama(ImportError):
-    """torch or transformers is not installed. The message says how to install them."""
+Peer = Sequence[Any]  # the modules torch and transformers
 
 
-def llama_step(config: ConfigDict, tokens: Int[np.ndarray, "B T"]) -> Callable[[], float]:
-    """A step of `LlamaForCausalLM` on these tokens: loss, gradients, clipping and AdamW.
+def llama_step(
+    peer: Peer, config: ConfigDict, tokens: Int[np.ndarray, "B T"]
+) -> Callable[[], float]:
+    """Makes a train step of `LlamaForCausalLM`: loss, gradients, clipping and AdamW.
 
     Args:
-      config: the shape, optimizer and number of layers; float32, without recomputation.
+      peer: the modules torch and transformers.
+      config: shape and optimizer; float32, without recomputation.
       tokens: the batch; every token but the first is a target.
 
     Returns:
       A call that takes a step, on all cores, and returns the loss.
-
-    Raises:
-      MissingLlama: it is not installed.
     """
-    torch, llama = _llama(config)
+    torch, llama = peer[0], _llama(peer, config).train()
     optimizer = config.optimizer
-    llama.train()
+    decay = optimizer.weight_decay
     adam = torch.optim.AdamW(
-        llama.parameters(),
-        lr=optimizer.learning_rate,
-        weight_decay=optimizer.weight_decay,
-        fused=True,
+        llama.parameters(), lr=optimizer.learning_rate, weight_decay=decay, fused=True
     )
     batch = torch.from_numpy(np.asarray(tokens, np.int64))
 
@@ -52,65 +48,27 @@ def llama_step(config: ConfigDict, tokens: Int[np.ndarray, "B T"]) -> Callable[[
 
 
 def llama_generate(
-    config: ConfigDict, prompts: Int[np.ndarray, "B T"], new: int
+    peer: Peer, config: ConfigDict, prompts: Int[np.ndarray, "B T"], new: int
 ) -> Callable[[], Int[np.ndarray, "B n"]]:
-    """`LlamaForCausalLM.generate`, greedy, with its cache.
-
-    Args:
-      config: the shape; float32.
-      prompts: tokens of prompts of one length.
-      new: tokens generated for each; none ends a row.
-
-    Returns:
-      A call that generates, on all cores.
-
-    Raises:
-      MissingLlama: it is not installed.
-    """
-    torch, llama = _llama(config)
-    llama.eval()
+    """Makes a call that generates `new` tokens for each prompt, greedy, cached, on all cores."""
+    torch, llama = peer[0], _llama(peer, config).eval()
     batch = torch.from_numpy(np.asarray(prompts, np.int64))
     options = {"do_sample": False, "use_cache": True, "pad_token_id": 0, "eos_token_id": None}
+    options |= {"min_new_tokens": new, "max_new_tokens": new}
 
     def generate() -> np.ndarray:
         with torch.inference_mode():
-            found = llama.generate(
-                batch,
-                attention_mask=torch.ones_like(batch),
-                min_new_tokens=new,
-                max_new_tokens=new,
-                **options,
-            )
-        return found[:, batch.shape[1] :].numpy()
+            rows = llama.generate(batch, attention_mask=torch.ones_like(batch), **options)
+        return rows[:, batch.shape[1] :].numpy()
 
     return generate
 
 
-def _llama(config: ConfigDict) -> tuple[Any, Any]:
-    """torch, and a Llama of the config's shape with random weights."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import torch
-            import transformers
-    except ImportError as error:
-        raise MissingLlama(
-            f"{error.name} is not installed: pip install -c constraints.txt -e '.[parity]'"
-        ) from error
+def _llama(peer: Peer, config: ConfigDict) -> Any:
+    """Makes a Llama of the config's shape with random weights."""
+    torch, transformers = peer
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
-    model = config.model
-    shape = transformers.LlamaConfig(
-        vocab_size=model.vocabulary,
-        hidden_size=model.hidden,
-        intermediate_size=model.mlp_width,
-        num_hidden_layers=model.layers,
-        num_attention_heads=model.query_heads,
-        num_key_value_heads=model.kv_heads,
-        head_dim=model.head_dim,
-        rms_norm_eps=model.norm_epsilon,
-        tie_word_embeddings=model.tied_embeddings,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    return torch, transformers.LlamaForCausalLM(shape)
+    shape = their_config(config.model, config.model.tied_embeddings, "float32", 4096)
+    shape |= {"use_cache": False, "attn_implementation": "sdpa"}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))

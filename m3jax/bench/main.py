@@ -1,262 +1,165 @@
-"""Benchmarks whose results are ratios of two things timed in turn in one process (A B A B …)."""
+"""Table of the benchmarks, and the driver that takes, shows and keeps their rounds."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import signal
 import statistics
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from ml_collections import ConfigDict
 
 import m3jax
-from m3jax import config as config_lib
-from m3jax.bench.bank import bank, random_codec
-from m3jax.bench.hf_llama import MissingLlama, llama_step
-from m3jax.bench.inference import inference
+from m3jax.bench import inference, train
+from m3jax.bench.bank import bank
 from m3jax.bench.overlap import overlap
 from m3jax.bench.quantizer import quantizer
 from m3jax.bench.retrieval import retrieval
-from m3jax.bench.timing import Figures, paired
-from m3jax.config import PREFIX_TOKENS, prefix_tokens
-from m3jax.data.batch import Batch
-from m3jax.data.pipeline import Pipeline, open_pipeline
-from m3jax.make_model import make_model
-from m3jax.memory import codec as codecs
-from m3jax.memory.bank import Bank
-from m3jax.memory.storage import CODEBOOK
-from m3jax.memory.write import write_bank
-from m3jax.mesh import host_rows, make_mesh, to_global
-from m3jax.quickstart import people
-from m3jax.retrieval.build import build_index
-from m3jax.retrieval.embed import make_embedder
-from m3jax.text.prepare import prepare_text
-from m3jax.text.references import References
-from m3jax.text.tokenizer import Tokenizer
-from m3jax.train.monitor import Monitor
-from m3jax.train.optimizer import make_optimizer
-from m3jax.train.state import abstract_state, init_state
-from m3jax.train.step import make_step, scale_on
+from m3jax.bench.rounds import Round, Rounds
+from m3jax.files import write_atomically
+
+_Result = dict[str, Any]
+INTERRUPTED = 130  # exit code
 
 
-def environment() -> dict[str, Any]:
-    """What the figures were measured on."""
-    return {
-        "m3jax": m3jax.__version__,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-    }
+class Benchmark(NamedTuple):
+    """A benchmark, its default number of rounds, and its arguments at other sizes."""
+
+    rounds: Callable[..., Rounds]
+    default: int
+    smallest: Mapping[str, Any]
+    full: Mapping[str, Any] = {}
+    draw: Callable[[Path, _Result], None] | None = None
 
 
-def train(rounds: int = 12) -> dict[str, Figures]:
-    """Step time of precomputed and online memories over warmup; of the pipeline over a repeat.
+BENCHMARKS = {
+    "train": Benchmark(train.train, 12, train.SMALLEST),
+    "writer": Benchmark(train.writer, 3, train.SMALLEST),
+    "overlap": Benchmark(overlap, 5, {"rows": 1}),
+    "bank": Benchmark(bank, 9, {"memories": 160, "tiny_memories": 5000}),
+    "quantizer": Benchmark(
+        quantizer, 5, {"vectors": 1024, "tested": 256, "coarse_bits": 5, "fine_bits": 4}
+    ),
+    "retrieval": Benchmark(retrieval, 21, {"rows": 21_000, "dimension": 64}),
+    "inference": Benchmark(
+        inference.inference,
+        3,
+        inference.SMALLEST,
+        {"batch": 16, "tokens": 128},
+        inference.draw_speeds,
+    ),
+}
+
+
+def run(
+    name: str,
+    size: str = "default",
+    *,
+    count: int | None = None,
+    minutes: float = 4.5,
+    json: str | Path | None = None,
+    picture: str | Path | None = None,
+    **options: Any,
+) -> int:
+    """Takes rounds of a benchmark; prints the medians of its ratios after each, at the end of all.
+
+    The first round, which compiles and warms caches, does not count. Ended by Ctrl-C or SIGTERM it
+    keeps the rounds that it has.
+
+    Args:
+      name: of `BENCHMARKS`.
+      size: `smallest`, `default` or `full`: how large what is timed is.
+      count: rounds to take; None: the benchmark's own number.
+      minutes: no round but the first begins that would probably end later than this.
+      json: file for the result, written after every round: medians by section and figure,
+        `spread` (least and largest value of the rounds), `rounds` (how many were `taken`, `of` how
+        many, what `ended` them) and `environment`.
+      picture: PNG of the result, of benchmarks that draw one.
+      options: arguments of the benchmark; None is its default.
 
     Returns:
-      `ratios`: `precomputed_over_warmup`, `online_over_warmup`, `pipeline_over_repeat`,
-      `decoding_over_precomputed` (memories decoded in the step from 14 bytes each), and where
-      the extra `parity` is installed `warmup_over_hf_llama`, against Hugging Face's Llama in torch
-      at the same shape, dtype and cores; `guarded_over_plain`, a warmup step with the stability
-      guard over one without, and `monitor_over_step`, what its statistics take of that step;
-      `seconds`: the median step times behind them.
+      The exit code: 0, or 130 where a signal ended it.
     """
-    with _workdir(_shape("none")) as workdir:
-        stages = {source: _Stage(_shape(source), workdir) for source in _SOURCES}
-        seconds, ratios = {}, {}
-        for name in ("precomputed", "online"):
-            beside = f"warmup_beside_{name}"  # each pair has its own, as the machine drifts
-            seconds[name], seconds[beside], ratios[f"{name}_over_warmup"] = paired(
-                stages[name].repeat, stages["none"].repeat, rounds
-            )
-        guarded = _Guarded(_shape("none", guard=True), workdir)
-        seconds["guarded"], seconds["plain"], ratios["guarded_over_plain"] = paired(
-            guarded.repeat, stages["none"].repeat, 20 * rounds, turned=True
-        )
-        seconds["monitor"] = guarded.monitor_seconds()
-        ratios["monitor_over_step"] = seconds["monitor"] / seconds["plain"]
-        fed = stages["precomputed"]
-        seconds["pipeline"], seconds["repeat"], ratios["pipeline_over_repeat"] = paired(
-            fed.from_pipeline, fed.repeat, rounds
-        )
-        coded, base = _shape("precomputed", compression="vector"), Bank.open(workdir / "bank")
-        codec = random_codec(coded.model.head_dim, coded.memory.dtype)
-        (workdir / "coded").mkdir()
-        tables = codecs.to_bytes(codec, base.binding.owner)
-        (workdir / "coded" / CODEBOOK).write_bytes(tables)  # the writer trains none then
-        _write(coded, workdir, workdir / "coded", base)
-        decoding = _Stage(coded, workdir, workdir / "coded")
-        (
-            seconds["decoding"],
-            seconds["precomputed_beside_decoding"],
-            ratios["decoding_over_precomputed"],
-        ) = paired(decoding.repeat, fed.repeat, rounds)
-        tokens = np.asarray(stages["none"].same.tokens)
+    benchmark = BENCHMARKS[name]
+    options = {key: value for key, value in options.items() if value is not None}
+    sized = {"smallest": benchmark.smallest, "full": benchmark.full}.get(size, {})
+    rounds, count = benchmark.rounds(**{**sized, **options}), count or benchmark.default
+    taken: list[Round] = []
+    begin, longest, ended, code = time.monotonic(), 0.0, "", 0
+
+    def keep() -> _Result:
+        result = _summary(taken, count, ended)
+        if json is not None:
+            write_atomically(json, f"{dumps(result, indent=2)}\n".encode())
+        return result
+
+    print(f"{name}: preparing, and a first round that does not count", flush=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(rounds))
+        handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        stack.callback(signal.signal, signal.SIGTERM, handler)
         try:
-            llama = llama_step(_shape("none"), tokens)
-        except MissingLlama as error:
-            print(f"without warmup_over_hf_llama: {error}", file=sys.stderr)
-        else:
-            (
-                seconds["warmup_beside_hf_llama"],
-                seconds["hf_llama"],
-                ratios["warmup_over_hf_llama"],
-            ) = paired(stages["none"].repeat, llama, rounds)
-    return {"ratios": ratios, "seconds": seconds}
+            next(rounds)
+            while not ended:
+                start = time.monotonic()
+                taken.append(next(rounds))
+                now = time.monotonic()
+                longest = max(longest, now - start)
+                ratios = ", ".join(f"{k} {v:.4g}" for k, v in keep()["ratios"].items())
+                print(f"round {len(taken)} of {count}, {now - begin:.0f} s: {ratios}", flush=True)
+                if len(taken) == count:
+                    ended = "the number of rounds"
+                elif now + longest - begin > 60 * minutes:
+                    ended = f"--minutes={minutes:g}"
+        except KeyboardInterrupt:
+            ended, code = "a signal", INTERRUPTED
+    passed = time.monotonic() - begin
+    print(f"{name}: {len(taken)} of {count} rounds in {passed:.0f} s, ended by {ended}", flush=True)
+    if taken:
+        result = keep()
+        print(_table(result), flush=True)
+        if picture is not None and benchmark.draw is not None:
+            benchmark.draw(Path(picture), result)
+    return code
 
 
-def writer(rounds: int = 3) -> dict[str, Figures]:
-    """Share of the bank writer's time that it waits for the jitted encode (median of runs)."""
-    config = _shape("precomputed")
-    with _workdir(config, bank=False) as workdir:
-        reports = [_write(config, workdir, workdir / f"bank{i}") for i in range(rounds)]
-    median = {
-        name: statistics.median(report[name] for report in reports)
-        for name in ("encode_share", "memories_per_second", "seconds")
+def _summary(taken: list[Round], count: int, ended: str) -> _Result:
+    """Makes the result that `run` writes."""
+
+    def fold(of: Callable[[list[float]], Any]) -> dict[str, Any]:
+        return {
+            section: {figure: of([each[section][figure] for each in taken]) for figure in figures}
+            for section, figures in taken[0].items()
+        }
+
+    return {
+        **fold(statistics.median),
+        "spread": fold(lambda values: [min(values), max(values)]),
+        "rounds": {"taken": len(taken), "of": count, "ended": ended},
+        "environment": {
+            "m3jax": m3jax.__version__,
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+            "device": jax.devices()[0].device_kind,
+            "devices": jax.device_count(),
+            "cores": os.cpu_count(),
+            "load": os.getloadavg()[0],
+        },
     }
-    return {"ratios": {"encode_share": median.pop("encode_share")}, "seconds": median}
 
 
-BENCHMARKS: dict[str, Callable[..., dict[str, Figures]]] = {
-    "train": train,
-    "writer": writer,
-    "overlap": overlap,
-    "bank": bank,
-    "quantizer": quantizer,
-    "retrieval": retrieval,
-    "inference": inference,
-}
-_SOURCES = ("none", "precomputed", "online")
-
-
-def _shape(source: str, compression: str = "none", guard: bool = False) -> ConfigDict:
-    """A shape small enough for a CPU whose proportions are those of a real one."""
-    config = config_lib.default()
-    config.guard.on = guard
-    config.memory.source = source
-    config.model.layers, config.memory.layers = 4, 2
-    config.model.query_heads, config.model.kv_heads, config.model.head_dim = 8, 2, 32
-    config.model.hidden, config.model.mlp_width = 256, 704
-    config.model.vocabulary = config.text.vocabulary = 2048
-    config.model.attention_block = 128
-    config.model.prefix = "always"
-    config.text.validation_share = 0.0
-    config.data.sequence_length, config.data.batch_size = 512, 4
-    config.data.threads, config.data.prefetch = 2, 4
-    config.retrieval.shift = 1
-    config.writer.batch_references, config.writer.compression = 64, compression
-    return config_lib.validate(config)
-
-
-@contextmanager
-def _workdir(config: ConfigDict, bank: bool = True) -> Iterator[Path]:
-    """A temporary prepared workdir with a bank of random weights."""
-    with tempfile.TemporaryDirectory() as name:
-        workdir = Path(name)
-        world = people.make_world(0, names=400, people=2000, unseen=10, values=32, facts=4)
-        documents = people.fact_documents(world, 0, 400, chunks=40)
-        people.write_jsonl(workdir / "documents.jsonl", documents)
-        groups = [world.people[i : i + 5] for i in range(0, len(world.people), 5)]
-        people.write_jsonl(
-            workdir / "knowledge.jsonl",
-            (
-                {"id": f"group-{i}", "text": "\n".join(person.text for person in group)}
-                for i, group in enumerate(groups * 4)
-            ),
-        )
-        sources = str(workdir / "documents.jsonl"), str(workdir / "knowledge.jsonl")
-        prepare_text(config, workdir, *sources, say=lambda line: None)
-        references = References.open(workdir / "references")
-        build_index(references, make_embedder(config), workdir / "index", config)
-        if bank:
-            _write(config, workdir, workdir / "bank")
-        yield workdir
-
-
-def _write(
-    config: ConfigDict, workdir: Path, folder: Path, base: Bank | None = None
-) -> dict[str, Any]:
-    model = make_model(config)
-    return write_bank(
-        config,
-        model,
-        model.init(jax.random.key(0)),
-        References.open(workdir / "references"),
-        folder,
-        tokenizer_fingerprint=Tokenizer.load(workdir / "tokenizer").fingerprint,
-        prefix_tokens=PREFIX_TOKENS,
-        progress=False,
-        base=base,
-    )
-
-
-class _Stage:
-    """The train step of one memory source, fed by the pipeline or with the same batch again."""
-
-    def __init__(self, config: ConfigDict, workdir: Path, bank: Path | None = None):
-        self.mesh = make_mesh(config)
-        model = make_model(config, prefix_tokens(config), self.mesh)
-        optimizer = make_optimizer(config)
-        abstract = abstract_state(model, optimizer, self.mesh)
-        self.state = init_state(config, model, optimizer, abstract, None)
-        self.pipeline: Pipeline = open_pipeline(config, workdir, bank=bank)
-        decode = self.pipeline.decode
-        self.step = make_step(config, model, self.mesh, optimizer, abstract, decode)
-        self.batches = self.pipeline.batches(0)
-        self.same = self._place(next(self.batches))
-
-    def _place(self, batch: Batch) -> Batch:
-        rows = host_rows(self.mesh, self.pipeline.batch_size)
-        return to_global(self.mesh, batch.for_step(), rows)
-
-    def _run(self, batch: Batch) -> None:
-        self.state, metrics = self.step(self.state, batch)
-        jax.device_get(metrics)
-
-    def repeat(self) -> None:
-        self._run(self.same)
-
-    def from_pipeline(self) -> None:
-        self._run(self._place(next(self.batches)))
-
-
-class _Guarded(_Stage):
-    """The same with what the loop does for the stability guard; no trouble ever comes."""
-
-    def __init__(self, config: ConfigDict, workdir: Path):
-        super().__init__(config, workdir)
-        self.scale, self.steps = scale_on(self.mesh, 1.0), 0
-        config = config.copy_and_resolve_references()
-        config.guard.loss_deviations = config.guard.norm_deviations = 1e9
-        config.guard.rise_deviations = 1e9
-        self.monitor = Monitor(config, {})
-        for value in np.random.default_rng(0).normal(3.0, 0.05, config.guard.window):
-            self._watch(value, value)  # a full window, as in all steps but the first
-
-    def _run(self, batch: Batch) -> None:
-        self.state, metrics = self.step(self.state, batch, self.scale)
-        values = jax.device_get(metrics)
-        self._watch(float(values["loss"]), float(values["gradient_norm"]))
-
-    def _watch(self, loss: float, norm: float) -> None:
-        self.steps += 1
-        assert self.monitor.observe(self.steps, loss, norm) is None
-
-    def monitor_seconds(self, repeats: int = 200) -> float:
-        """Median seconds of the statistics of one step."""
-        times = []
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            self._watch(3.0, 3.0)
-            times.append(time.perf_counter() - begin)
-        return statistics.median(times)
+def _table(result: _Result) -> str:
+    """Formats medians, and least and largest value of the rounds."""
+    lines = []
+    for section, spread in result["spread"].items():
+        lines.append(f"{section + ':':<42}    median   least – largest")
+        for figure, (least, largest) in spread.items():
+            span = f"   {least:.4g} – {largest:.4g}" if least < largest else ""
+            lines.append(f"  {figure:<40}{result[section][figure]:>10.4g}{span}")
+    return "\n".join([*lines, ", ".join(f"{k} {v}" for k, v in result["environment"].items())])

@@ -1,20 +1,22 @@
-"""Benchmark of the overlap filter: pairs of a text row and a retrieved reference a second a core.
+"""Benchmark `overlap`: pairs of a row and a retrieved reference that the overlap filter decides.
 
 A row of T tokens has T/64 chunks, each of which found 16 references, as in training; all of them
-are compared with the row at once. Seconds are CPU seconds of all threads of the process, so that a
-second is one of one core however many threads a library starts, and other programs do not count.
+are compared with the row at once. Seconds are CPU seconds of all threads of the process: other
+programs do not count.
 """
 
 from __future__ import annotations
 
-import statistics
+import functools
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from m3jax.bench.rounds import Rounds, timed
 from m3jax.data.rows import Rows
 from m3jax.retrieval.index import Index
 from m3jax.text.corpus import Corpus
@@ -29,24 +31,21 @@ CHUNK, CANDIDATES = 64, 16
 
 
 class Pairs(NamedTuple):
-    """A row and the references that its chunks found; a reference is there once per finder."""
+    """A row and the references retrieved for its chunks, repeated if several chunks found them."""
 
     text: np.ndarray  # tokens of the row
     references: np.ndarray  # (n, W), padded behind `lengths`
     lengths: np.ndarray  # (n,)
 
 
-def overlap(
-    rounds: int = 5, rows: int = 8, workdir: str | Path | None = None
-) -> dict[str, dict[str, float]]:
-    """The filter, and its time over that of the measure itself for every pair.
+def overlap(rows: int = 8, workdir: str | Path | None = None) -> Rounds:
+    """Measures the filter's time over that of the exact measure for every pair.
 
     Args:
-      rounds: how often both are timed, in turn.
       rows: rows of each length.
       workdir: folder of `launch/prepare.py` whose rows and index are used; default: made text.
 
-    Returns:
+    Yields:
       For rows of 512 and 2048 tokens and the thresholds of training and evaluation `ratios`:
       `filter_over_windowed…`; `pairs_per_second`; `shares` of pairs above the thresholds, and
       the median overlap, by which made text can be compared with real text.
@@ -54,45 +53,49 @@ def overlap(
     Raises:
       TextError, RetrievalError: the workdir is not prepared or has too few tokens.
     """
-    ratios, speed, shares = {}, {}, {}
+    pairs_of, overlaps_of = {}, {}
     for length in ROW_LENGTHS:
-        pairs = made_pairs(length, rows) if workdir is None else _found_pairs(workdir, length, rows)
-        measured = np.concatenate([_windowed(item) for item in pairs])
-        shares[f"median_overlap_row_{length}"] = float(np.median(measured))
+        source = made_pairs(length, rows) if workdir is None else _retrieved(workdir, length, rows)
+        pairs_of[length], overlaps_of[length] = source, _windowed(source)
+    shares = {}
+    for length, overlaps in overlaps_of.items():
+        shares[f"median_overlap_row_{length}"] = float(np.median(overlaps))
         for name, threshold in THRESHOLDS.items():
+            shares[f"above_{name}_row_{length}"] = float(np.mean(overlaps > threshold))
+    while True:
+        ratios, speed = {}, {}
+        for (length, pairs), (name, threshold) in itertools.product(
+            pairs_of.items(), THRESHOLDS.items()
+        ):
+            calls: dict[str, Callable[[], Any]] = {
+                "filter": functools.partial(_filter, pairs, threshold),
+                "windowed": functools.partial(_windowed, pairs),
+            }
+            seconds = timed(calls, clock=time.process_time)
             case = f"row_{length}_{name}"
-            seconds, ratios[f"filter_over_windowed_{case}"] = _timed(pairs, threshold, rounds)
-            speed[case] = len(measured) / seconds
-            shares[f"above_{name}_row_{length}"] = float(np.mean(measured > threshold))
-    return {"ratios": ratios, "pairs_per_second": speed, "shares": shares}
+            ratios[f"filter_over_windowed_{case}"] = seconds["filter"] / seconds["windowed"]
+            speed[case] = len(overlaps_of[length]) / seconds["filter"]
+        yield {"ratios": ratios, "pairs_per_second": speed, "shares": shares}
 
 
-def _timed(pairs: list[Pairs], threshold: float, rounds: int) -> tuple[float, float]:
-    """Median CPU seconds of the filter, and median ratio to the measure, round by round."""
-
-    def seconds(work: Callable[[Pairs], np.ndarray]) -> float:
-        begin = time.process_time()
-        for item in pairs:
-            work(item)
-        return time.process_time() - begin
-
-    def filtered(item: Pairs) -> np.ndarray:
-        return which_exceed(item.text, item.references, item.lengths, threshold)
-
-    filtered(pairs[0])
-    times = [(seconds(filtered), seconds(_windowed)) for _ in range(rounds)]
-    ratio = statistics.median(one / other for one, other in times)
-    return statistics.median(one for one, _ in times), ratio
+def _filter(rows: list[Pairs], threshold: float) -> None:
+    for row in rows:
+        which_exceed(row.text, row.references, row.lengths, threshold)
 
 
-def _windowed(item: Pairs) -> np.ndarray:
-    """The measure of every pair, `(n,)`."""
-    both = zip(item.references, item.lengths, strict=True)
-    return np.array([windowed(item.text, tokens[:length]) for tokens, length in both])
+def _windowed(rows: list[Pairs]) -> np.ndarray:
+    """Returns the exact measure of every pair."""
+    return np.array(
+        [
+            windowed(row.text, tokens[:length])
+            for row in rows
+            for tokens, length in zip(row.references, row.lengths, strict=True)
+        ]
+    )
 
 
-def _found_pairs(workdir: str | Path, length: int, rows: int) -> list[Pairs]:
-    """Rows of a prepared corpus with what the index finds for their chunks."""
+def _retrieved(workdir: str | Path, length: int, rows: int) -> list[Pairs]:
+    """Reads rows of a prepared corpus and retrieves references for their chunks."""
     workdir = Path(workdir)
     tokenizer = Tokenizer.load(workdir / "tokenizer")
     references = References.open(workdir / "references")
@@ -103,8 +106,8 @@ def _found_pairs(workdir: str | Path, length: int, rows: int) -> list[Pairs]:
     for row in chosen.tolist():
         text = corpus[row].tokens
         queries = [tokenizer.decode(text[low : low + CHUNK]) for low in range(0, length, CHUNK)]
-        found, scores = index.search(index.embedder.embed_queries(queries), CANDIDATES)
-        ids = found[(found >= 0) & (scores > 0)]
+        ids, scores = index.search(index.embedder.embed_queries(queries), CANDIDATES)
+        ids = ids[(ids >= 0) & (scores > 0)]
         pairs.append(Pairs(text, references.tokens(ids), np.asarray(references.lengths)[ids]))
     return pairs
 
@@ -118,7 +121,7 @@ _FROM_ARTICLE, _EDITED = 0.38, 0.04  # shares of a chunk's candidates
 
 
 def made_pairs(length: int, rows: int, seed: int = 0) -> list[Pairs]:
-    """Invented rows with references as retrieval finds them: copies, edited copies, same topic.
+    """Invents rows with references as retrieval finds them: copies, edited copies, same topic.
 
     Args:
       length: tokens T of a row, at most 4096.
@@ -155,7 +158,7 @@ def _made_row(rng: np.random.Generator, length: int) -> Pairs:
 
 
 def _draw(rng: np.random.Generator, topic: np.ndarray, count: int) -> np.ndarray:
-    """Tokens of the whole vocabulary by frequency, some of the topic, some seldom ones (names)."""
+    """Draws tokens of the vocabulary by frequency, some of the topic, some seldom ones (names)."""
     tokens = rng.choice(_VOCABULARY, count, p=_zipf(_VOCABULARY))
     special = topic[rng.choice(len(topic), count, p=_zipf(len(topic)))]
     tokens = np.where(rng.random(count) < rng.uniform(*_TOPIC_SHARES), special, tokens)

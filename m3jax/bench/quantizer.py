@@ -3,82 +3,95 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3jax.bench.timing import Figures, paired
+from m3jax.bench.rounds import Rounds, import_peer, timed
 from m3jax.errors import BenchmarkError
-from m3jax.memory import quantizer as ours
+from m3jax.memory import quantizer as quantization
 from m3jax.memory.bank import Bank
 from m3jax.memory.codebooks import train
 from m3jax.memory.quantizer import Codebook
 
-_TESTED = 16_384  # vectors encoded and decoded, none of them trained on
-
 
 def quantizer(
-    rounds: int = 5, vectors: int = 65_536, workdir: str | Path | None = None
-) -> dict[str, Figures]:
-    """Encoding and decoding with FAISS's own tables, and the error of tables trained by both.
+    vectors: int = 65_536,
+    workdir: str | Path | None = None,
+    tested: int = 16_384,
+    coarse_bits: int = 14,
+    fine_bits: int = 10,
+) -> Rounds:
+    """Measures encoding and dequantizing with FAISS's own tables, and the errors of both trainings.
+
+    Without FAISS, which the extra `parity` installs, only our own speed and errors.
 
     Args:
-      rounds: how often encoding and decoding are timed.
       vectors: training vectors. FAISS asks for 638 976.
       workdir: folder whose bank (uncompressed) gives the vectors; default: made ones of 80 numbers.
+      tested: vectors encoded and dequantized, none of them trained on.
+      coarse_bits, fine_bits: of the tables, as in `codebooks.train`.
 
-    Returns:
-      `ratios`: `encode_over_faiss` and `decode_over_faiss`, vectors a second over those of FAISS
-      with the same tables and threads (above 1: we are faster); `error_over_faiss`, relative error
-      of our tables and codes over that of FAISS's, on vectors not trained on. `seconds`, `errors`.
+    Yields:
+      `ratios`: `encode_over_faiss` and `dequantize_over_faiss`, vectors a second with FAISS's
+      tables and as many threads (above 1: we are faster); `error_over_faiss`, relative error of our
+      tables over that of FAISS's, on vectors not trained on; `error_single_over_four`, of codes
+      that try one coarse entry over those that try four. `seconds`, `errors`.
 
     Raises:
-      BenchmarkError: FAISS is not installed, or the bank is compressed or too small.
+      BenchmarkError: the bank is compressed or too small.
     """
-    faiss = _import_faiss()
-    x = _made(vectors + _TESTED) if workdir is None else _of_bank(Path(workdir), vectors + _TESTED)
-    x, held_out = x[:-_TESTED], x[-_TESTED:]
-    dim = x.shape[1]
-    index = faiss.index_factory(dim, f"OPQ{dim // 4}_{dim},Residual2x14,PQ8x10")
+    count = vectors + tested
+    x = _made(count) if workdir is None else _of_bank(Path(workdir), count)
+    x, held_out = x[:-tested], x[-tested:]
     begin = time.perf_counter()
-    index.train(x)
-    seconds = {"train_faiss": time.perf_counter() - begin}
-    begin = time.perf_counter()
-    trained = jax.block_until_ready(train(x))
-    seconds["train"] = time.perf_counter() - begin
+    book = jax.block_until_ready(train(x, coarse_bits=coarse_bits, fine_bits=fine_bits))
+    training = {"train": time.perf_counter() - begin}
+    errors = {}
+    for name, sample in (("m3jax", held_out), ("m3jax_training", x[:tested])):
+        code = quantization.encode(book, sample)
+        errors[name] = quantization.relative_error(book, sample, code)
+    code = quantization.encode(book, held_out, candidates=1)
+    errors["m3jax_single_candidate"] = quantization.relative_error(book, held_out, code)
 
-    book, placed = codebook_of_faiss(faiss, index), jnp.asarray(held_out)
-    codes = index.sa_encode(held_out)
-    encode = jax.jit(lambda x: ours.encode(book, x, candidates=1))
+    calls: dict[str, Callable[[], Any]] = {}
+    peer = import_peer("the ratios over FAISS", "faiss")
+    if peer is not None:
+        dim = x.shape[1]
+        index = peer[0].index_factory(
+            dim, f"OPQ{dim // 4}_{dim},Residual2x{coarse_bits},PQ8x{fine_bits}"
+        )
+        begin = time.perf_counter()
+        index.train(x)
+        training["train_faiss"] = time.perf_counter() - begin
+        for name, sample in (("faiss", held_out), ("faiss_training", x[:tested])):
+            difference = index.sa_decode(index.sa_encode(sample)) - sample
+            errors[name] = float((difference**2).sum() / (sample**2).sum())
+        book, code = codebook_of_faiss(peer[0], index), index.sa_encode(held_out)
+        calls["encode_faiss"] = lambda: index.sa_encode(held_out)
+        calls["dequantize_faiss"] = lambda: index.sa_decode(code)
+    placed, placed_code = jnp.asarray(held_out), jnp.asarray(code)
+    encode = jax.jit(lambda x: quantization.encode(book, x, candidates=1))
     known = jax.tree.map(np.asarray, book)  # as a bank's codec has it
-    decode = jax.jit(lambda codes: ours.decode(known, codes))
-    ratios = {}
-    seconds["encode_faiss"], seconds["encode"], ratios["encode_over_faiss"] = paired(
-        lambda: index.sa_encode(held_out), lambda: encode(placed).block_until_ready(), rounds
-    )
-    placed_codes = jnp.asarray(codes)
-    seconds["decode_faiss"], seconds["decode"], ratios["decode_over_faiss"] = paired(
-        lambda: index.sa_decode(codes), lambda: decode(placed_codes).block_until_ready(), rounds
-    )
-    errors = {
-        "faiss": _error(index.sa_decode(codes), held_out),
-        "faiss_training": _error(index.sa_decode(index.sa_encode(x[:_TESTED])), x[:_TESTED]),
-    }
-    for name, vectors_ in (("", held_out), ("_training", x[:_TESTED])):
-        code = ours.encode(trained, vectors_)
-        errors[f"m3jax{name}"] = ours.relative_error(trained, vectors_, code)
-    plain = ours.encode(trained, held_out, candidates=1)
-    errors["m3jax_one_candidate"] = ours.relative_error(trained, held_out, plain)
-    ratios["error_over_faiss"] = errors["m3jax"] / errors["faiss"]
-    return {"ratios": ratios, "seconds": seconds, "errors": errors}
+    dequantize = jax.jit(lambda code: quantization.decode(known, code))
+    calls["encode"] = lambda: encode(placed).block_until_ready()
+    calls["dequantize"] = lambda: dequantize(placed_code).block_until_ready()
+    while True:
+        seconds = timed(calls)
+        ratios = {"error_single_over_four": errors["m3jax_single_candidate"] / errors["m3jax"]}
+        if peer is not None:
+            ratios["error_over_faiss"] = errors["m3jax"] / errors["faiss"]
+            for name in ("encode", "dequantize"):
+                ratios[f"{name}_over_faiss"] = seconds[f"{name}_faiss"] / seconds[name]
+        yield {"ratios": ratios, "seconds": {**training, **seconds}, "errors": errors}
 
 
-def codebook_of_faiss(faiss: ModuleType, index: Any) -> Codebook:
-    """The tables of a trained `OPQ…,Residual2x…,PQ8x…`."""
+def codebook_of_faiss(faiss: Any, index: Any) -> Codebook:
+    """Converts the tables of a trained `OPQ…,Residual2x…,PQ8x…`."""
     rotation = faiss.downcast_VectorTransform(index.chain.at(0))
     layers = faiss.downcast_index(index.index)
 
@@ -92,22 +105,8 @@ def codebook_of_faiss(faiss: ModuleType, index: Any) -> Codebook:
     )
 
 
-def _error(found: np.ndarray, x: np.ndarray) -> float:
-    return float(((found - x) ** 2).sum() / (x**2).sum())
-
-
-def _import_faiss() -> ModuleType:
-    try:
-        import faiss
-    except ImportError as error:
-        raise BenchmarkError(
-            "faiss is not installed: pip install -c constraints.txt -e '.[parity]'"
-        ) from error
-    return faiss
-
-
 def _made(count: int, dim: int = 80) -> np.ndarray:
-    """Vectors near a few thousand centres, in directions of unequal width."""
+    """Draws vectors near a few thousand centres, in directions of unequal width."""
     random = np.random.default_rng(0)
     turn = np.linalg.qr(random.normal(size=(dim, dim)))[0]
     width = np.geomspace(2.0, 0.1, dim)
@@ -117,7 +116,7 @@ def _made(count: int, dim: int = 80) -> np.ndarray:
 
 
 def _of_bank(workdir: Path, count: int) -> np.ndarray:
-    """Keys and values, in a random order, of a bank's real slots."""
+    """Reads keys and values, in a random order, of a bank's real slots."""
     bank = Bank.open(workdir / "bank")
     if not bank.codec.plain:
         raise BenchmarkError(f"{workdir / 'bank'} is compressed; give one of config.memory.dtype")

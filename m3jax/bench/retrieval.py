@@ -1,12 +1,7 @@
-"""Benchmark of the approximate search against the exact one, in one process and one thread."""
+"""Benchmark `retrieval`: the approximate search against the exact search, in one thread."""
 
 from __future__ import annotations
 
-import json
-import os
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -14,47 +9,70 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
+from m3jax.bench.rounds import Rounds, timed
 from m3jax.errors import RetrievalError
 from m3jax.retrieval.search import SHARD_ROWS, SPARE, Searcher, import_scann, scann_settings
 from m3jax.retrieval.tune import QUERIES, fit, share_found
 
-_ROWS, _DIMENSION, _K = 100_000, 384, 5
+_K = 5
 _TARGET = 0.95  # recall that the search is tuned to
 _SEARCHED = 640  # queries of a round: ten blocks of the exact search
-# Variables that libraries of linear algebra read when they are loaded.
-_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 _LEVELS = (8, 64, 512)  # nodes per level of the hierarchy of subjects
 _SHARES = {"mean": 0.02, "level": 0.057, "topic": 0.26}  # of the variance; the rest is a row's own
 _TOPIC_ROWS = 25
 _QUERY_COSINE = 0.75
 
 
-def retrieval(rounds: int = 21) -> dict[str, dict[str, float]]:
-    """Recall at 5 and time of the tuned approximate search over 100 000 × 384 embeddings.
+def retrieval(rows: int = 100_000, dimension: int = 384) -> Rounds:
+    """Measures recall at 5 and time of the tuned approximate search over those of the exact search.
 
-    Runs in a process of its own, in which NumPy has one thread, as ScaNN's calls have.
+    `launch/bench.py` gives NumPy one thread, as ScaNN's calls have.
 
-    Returns:
-      `ratios`: `recall_at_5` and `time_over_exact`, the median of paired rounds of 640 queries;
-      `seconds`: medians a query; `settings`: what was trained and tuned, and the recall on the
-      held-out queries that it was tuned with.
+    Args:
+      rows: embeddings R.
+      dimension: their width E.
+
+    Yields:
+      `ratios`: `recall_at_5` and `time_over_exact`, of 640 queries; `seconds` a query; `settings`:
+      what was trained and tuned, and the recall on the held-out queries that it was tuned with.
 
     Raises:
       RetrievalError: ScaNN cannot be imported.
     """
-    if import_scann() is None:
+    scann = import_scann()
+    if scann is None:
         raise RetrievalError("bench retrieval needs ScaNN; pip install scann where it has a wheel")
-    command = [sys.executable, "-m", __name__, str(_ROWS), str(_DIMENSION), str(rounds)]
-    environment = os.environ | dict.fromkeys(_THREADS, "1")
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
-    return json.loads(done.stdout)
+    embeddings, queries = sentence_like(rows, _SEARCHED + QUERIES, dimension)
+    queries, held_out = queries[:_SEARCHED], queries[_SEARCHED:]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "scann"
+        begin = time.perf_counter()
+        fitted = fit(scann, embeddings, held_out, scann_settings(rows), folder, _TARGET)
+        built = time.perf_counter() - begin
+        loaded = scann.load_searcher(str(folder))
+    shards = [embeddings[i : i + SHARD_ROWS] for i in range(0, rows, SHARD_ROWS)]
+    exact, approximate = Searcher(shards), Searcher(shards, loaded, fitted["effort"])
+    recall = share_found(approximate.search(queries, _K)[0], exact.search(queries, _K + SPARE))
+    effort = {f"{key}_searched": value for key, value in fitted["effort"].items()}
+    settings = {**fitted["settings"], **effort, "tuned_recall": fitted["recall"]}
+    calls = {
+        "approximate": lambda: approximate.search(queries, _K),
+        "exact": lambda: exact.search(queries, _K),
+    }
+    while True:
+        seconds = {name: value / len(queries) for name, value in timed(calls).items()}
+        ratio = seconds["approximate"] / seconds["exact"]
+        yield {
+            "ratios": {"recall_at_5": recall, "time_over_exact": ratio},
+            "seconds": {**seconds, "building": built},
+            "settings": settings,
+        }
 
 
 def sentence_like(
     rows: int, queries: int, dimension: int, seed: int = 0
 ) -> tuple[Float32[np.ndarray, "R E"], Float32[np.ndarray, "n E"]]:
-    """Unit vectors distributed like a sentence encoder's of passages, and queries near some.
+    """Draws unit vectors distributed like a sentence encoder's of passages, and queries near some.
 
     A row is a sum of Gaussian vectors, normalised: one that all rows share (2 % of the variance),
     one of each of three nested subjects (8, 64 and 512 of them, 5.7 % each), one of its topic
@@ -94,47 +112,6 @@ def sentence_like(
     noise = draw(queries)
     noise /= np.linalg.norm(noise, axis=1, keepdims=True)
     near = embeddings[rng.choice(rows, queries, replace=False)]
-    asked = _QUERY_COSINE * near + (1 - _QUERY_COSINE**2) ** 0.5 * noise
-    asked /= np.linalg.norm(asked, axis=1, keepdims=True)
-    return embeddings, asked.astype(np.float32)
-
-
-def compare(rows: int, dimension: int, rounds: int) -> dict[str, dict[str, float]]:
-    """What `retrieval` returns, measured in this process with the threads it has."""
-    scann = import_scann()
-    assert scann is not None
-    embeddings, queries = sentence_like(rows, _SEARCHED + QUERIES, dimension)
-    queries, held_out = queries[:_SEARCHED], queries[_SEARCHED:]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "scann"
-        begin = time.perf_counter()
-        fitted = fit(scann, embeddings, held_out, scann_settings(rows), folder, _TARGET)
-        built = time.perf_counter() - begin
-        loaded = scann.load_searcher(str(folder))
-    shards = [embeddings[i : i + SHARD_ROWS] for i in range(0, rows, SHARD_ROWS)]
-    exact, approximate = Searcher(shards), Searcher(shards, loaded, fitted["effort"])
-    recall = share_found(approximate.search(queries, _K)[0], exact.search(queries, _K + SPARE))
-    times = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        approximate.search(queries, _K)
-        middle = time.perf_counter()
-        exact.search(queries, _K)
-        times.append((middle - begin, time.perf_counter() - middle))
-    seconds = [statistics.median(column) / len(queries) for column in zip(*times, strict=True)]
-    return {
-        "ratios": {
-            "recall_at_5": recall,
-            "time_over_exact": statistics.median(a / b for a, b in times),
-        },
-        "seconds": {"approximate": seconds[0], "exact": seconds[1], "building": built},
-        "settings": {
-            **fitted["settings"],
-            **{f"{key}_searched": value for key, value in fitted["effort"].items()},
-            "tuned_recall": fitted["recall"],
-        },
-    }
-
-
-if __name__ == "__main__":
-    print(json.dumps(compare(*map(int, sys.argv[1:]))))
+    drawn = _QUERY_COSINE * near + (1 - _QUERY_COSINE**2) ** 0.5 * noise
+    drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
+    return embeddings, drawn.astype(np.float32)

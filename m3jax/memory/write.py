@@ -111,8 +111,8 @@ def write_bank(
         }
         if codec.codebooks is not None:
             sides[storage.CODEBOOK] = codecs.to_bytes(codec, binding.owner)
-        manifest = _manifest(config, binding, info, len(lengths), codec, sides)
-        return codec, _prepare(folder, manifest, sides)
+        manifest = make_manifest(config, binding, info, len(lengths), codec, sides)
+        return codec, prepare_folder(folder, manifest, sides)
 
     codec, missing = first_alone(prepare, lambda: _check_seen(folder))
     there = storage.read_manifest(folder)
@@ -120,7 +120,7 @@ def write_bank(
     build = Build(folder, there, missing, sources, base, codec)
     report = build.run(config, model, params, references, progress)
     if jax.process_index() == 0:
-        _finish(folder, there)
+        finish(folder, there)
     meet("bank complete")
     return report
 
@@ -133,7 +133,7 @@ def _check_seen(folder: str | Path) -> None:
         )
 
 
-def _finish(folder: str | Path, manifest: dict[str, Any]) -> None:
+def finish(folder: str | Path, manifest: dict[str, Any]) -> None:
     """Marks a bank as complete; no process writes any more."""
     missing = storage.missing_shards(folder, manifest) if jax.process_count() > 1 else []
     if missing:
@@ -147,7 +147,7 @@ def _finish(folder: str | Path, manifest: dict[str, Any]) -> None:
     storage.write_file(folder, storage.COMPLETE, storage.complete_stamp(stamp))
 
 
-def _manifest(
+def make_manifest(
     config: ConfigDict,
     binding: Binding,
     info: dict[str, Any],
@@ -223,7 +223,9 @@ def _sample(config: ConfigDict, references: ReferenceSet) -> Int[np.ndarray, " n
     return np.sort(order[:enough])
 
 
-def _prepare(folder: str | Path, manifest: dict[str, Any], sides: dict[str, bytes]) -> list[int]:
+def prepare_folder(
+    folder: str | Path, manifest: dict[str, Any], sides: dict[str, bytes]
+) -> list[int]:
     """Makes the folder ready for shards, or checks that it is; returns the missing shards."""
     if not storage.is_url(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ def test_a_served_bank_reads_as_the_local_one_after_a_round_trip(tmp_path):
     with _serving(tmp_path) as url:
         bank = Bank.open(url)
         begin = time.monotonic()
-        found = bank.read(ids)
+        served = bank.read(ids)
         assert time.monotonic() - begin >= _ROUND_TRIP
-    for one, other in zip(found, Bank.open(tmp_path).read(ids), strict=True):
-        np.testing.assert_array_equal(one, other)
+    for ours, local in zip(served, Bank.open(tmp_path).read(ids), strict=True):
+        np.testing.assert_array_equal(ours, local)

@@ -1,0 +1,100 @@
+"""Data that benchmarks make: configs, prepared workdirs, banks of random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from m3jax import config as config_lib
+from m3jax.config import PREFIX_TOKENS
+from m3jax.memory import codec as codecs
+from m3jax.memory import storage
+from m3jax.memory.bank import Bank, make_binding
+from m3jax.memory.codec import Codec
+from m3jax.memory.quantizer import Codebook
+from m3jax.memory.write import finish, make_manifest, prepare_folder
+from m3jax.retrieval.build import build_index
+from m3jax.retrieval.embed import make_embedder
+from m3jax.text.prepare import prepare_text
+from m3jax.text.references import References
+
+
+def section(name: str, **values: Any) -> dict[str, Any]:
+    """Returns fields of a section of the config, for `configured`."""
+    return {f"{name}.{field}": value for field, value in values.items()}
+
+
+def configured(*fields: Mapping[str, Any]) -> ConfigDict:
+    """Returns the default config with these fields, later ones over earlier ones, validated."""
+    config = config_lib.default()
+    for part in fields:
+        config.update_from_flattened_dict(dict(part))
+    config.text.vocabulary = config.model.vocabulary
+    return config_lib.validate(config)
+
+
+def prepare(
+    config: ConfigDict, workdir: Path, documents: Path, knowledge: Path | None = None
+) -> References:
+    """Prepares text, references and index of a workdir silently; returns the references."""
+    second = None if knowledge is None else str(knowledge)
+    prepare_text(config, workdir, str(documents), second, say=lambda line: None)
+    references = References.open(workdir / "references")
+    build_index(references, make_embedder(config), workdir / "index", config)
+    return references
+
+
+def random_codec(config: ConfigDict) -> Codec:
+    """Makes the codec of `writer.compression`, with random tables: times do not depend on them."""
+    head_dim, dtype = config.model.head_dim, config.memory.dtype
+    if config.writer.compression != codecs.VECTOR:
+        return Codec(config.writer.compression, head_dim, dtype)
+    random = np.random.default_rng(0)
+
+    def table(*shape: int) -> jax.Array:
+        return jnp.asarray(random.normal(size=shape), jnp.float32)
+
+    rotation = jnp.linalg.qr(table(head_dim, head_dim))[0]
+    coarse, fine = (2, 2**14, head_dim // 2), (8, 2**10, head_dim // 8)
+    keys, values = (Codebook(rotation, table(*coarse), table(*fine)) for _ in range(2))
+    return Codec(codecs.VECTOR, head_dim, dtype, (keys, values))
+
+
+def made_bank(folder: Path, config: ConfigDict, memories: int) -> Bank:
+    """Writes a bank of random numbers or codes, the same in all shards.
+
+    Args:
+      folder: where; it must not be there.
+      config: shape, dtype, compression and memories a shard.
+      memories: how many.
+    """
+    codec = random_codec(config)
+    binding = make_binding(
+        config, writer="made", tokenizer="made", references="made", prefix_tokens=PREFIX_TOKENS
+    )
+    sides = {
+        storage.LENGTHS: storage.npy_bytes(np.full(memories, config.memory.kept_tokens, np.uint16)),
+        storage.HASHES: storage.npy_bytes(np.arange(memories, dtype=np.uint64)),
+    }
+    if codec.codebooks is not None:
+        sides[storage.CODEBOOK] = codecs.to_bytes(codec, binding.owner)
+    info = {"writer_step": 0, "writer_path": ""}
+    manifest = make_manifest(config, binding, info, memories, codec, sides)
+    prepare_folder(folder, manifest, sides)
+    random, shard = np.random.default_rng(1), manifest["shard_memories"]
+    size = (shard, *manifest["shape"][1:])
+    if codec.plain:
+        block = random.standard_normal(size, np.float32).astype(jnp.dtype(codec.stored_dtype))
+    else:
+        block = random.integers(0, 256, size, dtype=np.uint8)
+    array = storage.open_array(folder, manifest)
+    for low in range(0, memories, shard):
+        array[low : min(low + shard, memories)].write(block[: memories - low]).result()
+    finish(folder, manifest)
+    return Bank.open(folder)

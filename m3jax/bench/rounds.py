@@ -1,0 +1,51 @@
+"""What benchmarks share: a round of things timed in turn, ratios, optional peers."""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from typing import Any
+
+Round = dict[str, dict[str, float]]  # section → figure → its value in a round
+Rounds = Generator[Round, None, None]  # measures a round at every `next`
+
+
+def timed(
+    calls: Mapping[str, Callable[[], Any]],
+    turns: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Times calls in turn, every other turn backwards (A B, B A, …): first is nobody's advantage.
+
+    Returns:
+      The median seconds of each call, by name.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(turns):
+        for name in [*calls][:: -1 if turn % 2 else 1]:
+            begin = clock()
+            calls[name]()
+            seconds[name].append(clock() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def quotients(figures: Mapping[str, float], *names: str) -> dict[str, float]:
+    """Returns each `A_over_B` of the figures `A` and `B`; without those that lack a figure."""
+    parts = {name: name.split("_over_") for name in names}
+    return {n: figures[a] / figures[b] for n, (a, b) in parts.items() if {a, b} <= figures.keys()}
+
+
+def import_peer(ratios: str, *modules: str) -> list[Any] | None:
+    """Imports the modules of a peer, or prints which ratios are left out and what to install."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return [importlib.import_module(name) for name in modules]
+    except ImportError as error:
+        remedy = "pip install -c constraints.txt -e '.[parity]'"
+        print(f"without {ratios}: {error.name} is not installed: {remedy}", file=sys.stderr)
+        return None

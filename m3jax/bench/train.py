@@ -1,0 +1,213 @@
+"""Benchmarks `train` and `writer`: step times of memory over none, and the encode of the bank."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from m3jax.bench.hf_llama import llama_step
+from m3jax.bench.made import configured, prepare, random_codec, section
+from m3jax.bench.rounds import Rounds, import_peer, quotients, timed
+from m3jax.config import PREFIX_TOKENS, prefix_tokens
+from m3jax.data.batch import Batch
+from m3jax.data.pipeline import Pipeline, open_pipeline
+from m3jax.make_model import make_model
+from m3jax.memory import codec as codecs
+from m3jax.memory.bank import Bank
+from m3jax.memory.storage import CODEBOOK
+from m3jax.memory.write import write_bank
+from m3jax.mesh import host_rows, make_mesh, to_global
+from m3jax.quickstart import people
+from m3jax.text.references import References
+from m3jax.text.tokenizer import Tokenizer
+from m3jax.train.monitor import Monitor
+from m3jax.train.optimizer import make_optimizer
+from m3jax.train.state import abstract_state, init_state
+from m3jax.train.step import make_step, scale_on
+
+# Small enough for a CPU, in the proportions of a real model.
+_SHAPE = (
+    section("model", layers=4, query_heads=8, kv_heads=2, head_dim=32, hidden=256, mlp_width=704)
+    | section("model", vocabulary=2048, attention_block=128, prefix="always")
+    | section("data", sequence_length=512, batch_size=4, threads=2, prefetch=4)
+    | {"memory.layers": 2, "retrieval.shift": 1, "writer.batch_references": 64}
+    | {"text.validation_share": 0.0}
+)
+SMALLEST = {
+    "persons": 20,
+    "shape": section("model", layers=2, hidden=32, mlp_width=64)
+    | section("data", sequence_length=128, batch_size=8),
+}
+# The stability guard with limits that nothing exceeds.
+_GUARD = section("guard", on=True, loss_deviations=1e9, norm_deviations=1e9, rise_deviations=1e9)
+_RATIOS = (
+    "precomputed_over_warmup",
+    "online_over_warmup",
+    "pipeline_over_precomputed",
+    "compressed_over_precomputed",
+    "warmup_over_hf_llama",
+    "guarded_over_plain",
+    "monitor_over_plain",
+)
+_GUARD_TURNS = 6  # of a step with and without the stability guard, in a round
+_MONITOR_TURNS = 200
+
+
+def train(persons: int = 2000, shape: Mapping[str, Any] = {}) -> Rounds:
+    """Measures step times of precomputed and online memories over warmup.
+
+    Args:
+      persons: invented ones in the knowledge base; four references are of five persons.
+      shape: config fields that differ from a shape for a CPU.
+
+    Yields:
+      `ratios`: `pipeline_over_precomputed`, of a step fed by the pipeline over the same batch
+      again; `compressed_…`, of memories dequantized in the step from 14 bytes each; `…_hf_llama`,
+      of Hugging Face's Llama in torch at the same shape, dtype and cores, where the extra `parity`
+      is installed; `guarded_…`, of a step with the stability guard, and `monitor_…`, of its
+      statistics. `seconds` of the steps.
+    """
+    plain = configured(_SHAPE, shape)
+    with _workdir(plain, persons) as workdir:
+        _write(plain, workdir, workdir / "bank")
+
+        def stage(fields: Mapping[str, Any], bank: Path | None = None) -> _Stage:
+            return _Stage(configured(_SHAPE, shape, fields), workdir, bank)
+
+        warmup, guarded, online = stage({}), stage(_GUARD), stage({"memory.source": "online"})
+        reading = {"memory.source": "precomputed"}
+        precomputed, vector = stage(reading), reading | {"writer.compression": "vector"}
+        compressed = stage(vector, _compress(configured(_SHAPE, shape, vector), workdir))
+        calls: dict[str, Callable[[], Any]] = {
+            "online": online.repeat,
+            "warmup": warmup.repeat,
+            "precomputed": precomputed.repeat,
+            "pipeline": precomputed.from_pipeline,
+            "compressed": compressed.repeat,
+        }
+        llama = import_peer("warmup_over_hf_llama", "torch", "transformers")
+        if llama is not None:
+            tokens = np.asarray(warmup.same.tokens)
+            calls = {"hf_llama": llama_step(llama, plain, tokens), **calls}
+        guard = {"guarded": guarded.repeat, "plain": warmup.repeat}
+        while True:
+            seconds = timed(calls) | timed(guard, _GUARD_TURNS)
+            seconds |= timed({"monitor": guarded.watch}, _MONITOR_TURNS)
+            yield {"ratios": quotients(seconds, *_RATIOS), "seconds": seconds}
+
+
+def writer(persons: int = 2000, shape: Mapping[str, Any] = {}) -> Rounds:
+    """Measures the share of the bank writer's time that it waits for the jitted encode.
+
+    Args:
+      persons, shape: as of `train`.
+
+    Yields:
+      `ratios`: `encode_share`; `rates`: `memories_per_second`; `seconds` of writing the bank.
+    """
+    config = configured(_SHAPE, shape)
+    with _workdir(config, persons) as workdir:
+        for number in itertools.count():
+            report = _write(config, workdir, workdir / f"bank{number}")
+            shutil.rmtree(workdir / f"bank{number}")
+            yield {
+                "ratios": {"encode_share": report["encode_share"]},
+                "rates": {"memories_per_second": report["memories_per_second"]},
+                "seconds": {"bank": report["seconds"]},
+            }
+
+
+@contextmanager
+def _workdir(config: ConfigDict, persons: int) -> Iterator[Path]:
+    """Prepares a temporary workdir of invented people."""
+    with tempfile.TemporaryDirectory() as name:
+        workdir = Path(name)
+        world = people.make_world(0, names=400, people=persons, unseen=10, values=32, facts=4)
+        files = workdir / "documents.jsonl", workdir / "knowledge.jsonl"
+        people.write_jsonl(files[0], people.fact_documents(world, 0, 400, chunks=40))
+        groups = [world.people[i : i + 5] for i in range(0, len(world.people), 5)]
+        texts = ["\n".join(person.text for person in group) for group in groups * 4]
+        records = ({"id": f"group-{i}", "text": text} for i, text in enumerate(texts))
+        people.write_jsonl(files[1], records)
+        prepare(config, workdir, *files)
+        yield workdir
+
+
+def _write(
+    config: ConfigDict, workdir: Path, folder: Path, base: Bank | None = None
+) -> dict[str, Any]:
+    """Writes a bank with random weights."""
+    model = make_model(config)
+    return write_bank(
+        config,
+        model,
+        model.init(jax.random.key(0)),
+        References.open(workdir / "references"),
+        folder,
+        tokenizer_fingerprint=Tokenizer.load(workdir / "tokenizer").fingerprint,
+        prefix_tokens=PREFIX_TOKENS,
+        progress=False,
+        base=base,
+    )
+
+
+class _Stage:
+    """The train step of a config, fed by the pipeline or with the same batch again."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, bank: Path | None = None):
+        self.mesh = make_mesh(config)
+        model = make_model(config, prefix_tokens(config), self.mesh)
+        optimizer = make_optimizer(config)
+        abstract = abstract_state(model, optimizer, self.mesh)
+        self.state = init_state(config, model, optimizer, abstract, None)
+        self.pipeline: Pipeline = open_pipeline(config, workdir, bank=bank)
+        decode = self.pipeline.decode
+        self.step = make_step(config, model, self.mesh, optimizer, abstract, decode)
+        self.batches = self.pipeline.batches(0)
+        self.same = self._place(next(self.batches))
+        self.scale = [scale_on(self.mesh, 1.0)] if config.guard.on else []
+        self.monitor, self.steps = Monitor(config, {}), 0
+        for value in np.random.default_rng(0).normal(3.0, 0.05, config.guard.window):
+            self.watch(value, value)  # a full window, as in all steps but the first
+
+    def repeat(self) -> None:
+        """Takes a step with the same batch."""
+        self._run(self.same)
+
+    def from_pipeline(self) -> None:
+        """Takes a step with the next batch."""
+        self._run(self._place(next(self.batches)))
+
+    def watch(self, loss: float = 3.0, norm: float = 3.0) -> None:
+        """Updates the statistics of the stability guard with a step."""
+        self.steps += 1
+        assert self.monitor.observe(self.steps, loss, norm) is None
+
+    def _place(self, batch: Batch) -> Batch:
+        rows = host_rows(self.mesh, self.pipeline.batch_size)
+        return to_global(self.mesh, batch.for_step(), rows)
+
+    def _run(self, batch: Batch) -> None:
+        self.state, metrics = self.step(self.state, batch, *self.scale)
+        values = jax.device_get(metrics)
+        if self.scale:
+            self.watch(float(values["loss"]), float(values["gradient_norm"]))
+
+
+def _compress(config: ConfigDict, workdir: Path) -> Path:
+    """Writes the workdir's bank once more, compressed with random tables; returns its folder."""
+    base, folder = Bank.open(workdir / "bank"), workdir / "compressed"
+    folder.mkdir()
+    tables = codecs.to_bytes(random_codec(config), base.binding.owner)
+    (folder / CODEBOOK).write_bytes(tables)  # the writer trains none then
+    _write(config, workdir, folder, base)
+    return folder
