@@ -36,7 +36,7 @@ def main(given: FlagValues) -> None:
     """Compiles programs and prints their reports."""
     os.environ.update(JAX_PLATFORMS="cpu", **LIBTPU_ENVIRONMENT)  # before JAX is imported
     from m3jax.aot import compile as compiled
-    from m3jax.aot.report import markdown, show, show_search
+    from m3jax.aot.report import compile_table, compile_text, search_text
 
     chips = {topology: chip_of_topology(topology)[0] for topology in given.topology}
     paths = [compiled.on_path(given.config, path) for path in given.paths] or [given.config]
@@ -46,22 +46,24 @@ def main(given: FlagValues) -> None:
         if given.search:
             remat = given.remat or [path.model.remat]
             sizes = given.fsdp, given.microbatches
-            for report in compiled.search(path, topology, *sizes, remat):
+            for report in compiled.search_meshes(path, topology, *sizes, remat):
                 tried.append(report)
-                print(show(report), flush=True)
-            print(show_search(tried), flush=True)
-            chosen = compiled.best(tried) or tried[-1]
+                print(compile_text(report), flush=True)
+            print(search_text(tried), flush=True)
+            chosen = compiled.best_report(tried) or tried[-1]
         else:
-            chosen = compiled.report(path, topology, given.program, given.rows, given.context)
+            chosen = compiled.compile_report(
+                path, topology, given.program, given.rows, given.context
+            )
             tried.append(chosen)
-            print(show(chosen), flush=True)
+            print(compile_text(chosen), flush=True)
         reports += tried
         rows.append(chosen)
         if given.json:  # after each, so that what was compiled is not lost
             written = reports if given.search or len(chips) * len(paths) > 1 else chosen
             Path(given.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         if given.markdown:
-            Path(given.markdown).write_text(markdown(rows) + "\n", encoding="utf-8")
+            Path(given.markdown).write_text(compile_table(rows) + "\n", encoding="utf-8")
         if not chosen["fits"]:
             failed = True
             print(compiled.remedy(chosen, chip), file=sys.stderr)

@@ -40,9 +40,9 @@ def questions(given: FlagValues) -> None:
 
 
 def _report(given: FlagValues, path: str | None) -> None:
-    from m3jax.evaluation.report import evaluate, table
+    from m3jax.evaluation.report import evaluate_losses, losses_table
 
-    report = evaluate(
+    report = evaluate_losses(
         given.config,
         given.workdir,
         checkpoint=given.checkpoint,
@@ -50,7 +50,7 @@ def _report(given: FlagValues, path: str | None) -> None:
         questions=path,
         version=given.bank_version,
     )
-    cli.show(table(report), report, given.json)
+    cli.show(losses_table(report), report, given.json)
 
 
 def tasks(given: FlagValues) -> None:
@@ -67,7 +67,7 @@ def tasks(given: FlagValues) -> None:
     as the answer, and questions.jsonl of a quickstart.
     """
     from m3jax.evaluation.lm_eval.files import read_task, task_files
-    from m3jax.evaluation.lm_eval.run import columns, evaluate_tasks, table
+    from m3jax.evaluation.lm_eval.run import columns, evaluate_tasks, tasks_table
     from m3jax.inference.session import Session
 
     modes = list(given.modes)
@@ -96,7 +96,7 @@ def tasks(given: FlagValues) -> None:
         warmup=warmup,
     )
     about = {"checkpoint": str(session.checkpoint), "step": session.meta["step"]}
-    cli.show(table(report), {**about, **report}, given.json)
+    cli.show(tasks_table(report), {**about, **report}, given.json)
 
 
 def retrieval(given: FlagValues) -> None:
@@ -122,11 +122,11 @@ def retrieval(given: FlagValues) -> None:
 
 
 def _answer_recall(given: FlagValues) -> None:
-    from m3jax.evaluation.answer_recall import hit_rates, table
+    from m3jax.evaluation.answer_recall import hit_rates, hit_rates_table
 
     at, version = sorted(given.k), given.bank_version
     report = hit_rates(given.config, given.workdir, given.questions, at=at, version=version)
-    cli.show(table(report), report, given.json)
+    cli.show(hit_rates_table(report), report, given.json)
 
 
 def _index_recall(given: FlagValues) -> None:
@@ -161,7 +161,7 @@ def leakage(given: FlagValues) -> None:
     side by side, and draws a histogram. Questions are JSON lines with `prompt` or `question`.
     """
     from m3jax.evaluation.leakage import leakage
-    from m3jax.evaluation.leakage_report import picture, table
+    from m3jax.evaluation.leakage_report import leakage_histogram, leakage_table
 
     report = leakage(
         given.config,
@@ -171,8 +171,8 @@ def leakage(given: FlagValues) -> None:
         threshold=given.threshold,
     )
     path = Path(given.picture or given.workdir / "report" / "leakage.png")
-    cli.show(table(report), report, given.json)
-    picture(report, path)
+    cli.show(leakage_table(report), report, given.json)
+    leakage_histogram(report, path)
     print(f"\npicture: {path}")
 
 
@@ -188,7 +188,7 @@ def needle(given: FlagValues) -> None:
     Of a text longer than its context it reads the last --window tokens; older text is cut into
     memories of at most --cut tokens, which it retrieves, or it is forgotten.
     """
-    from m3jax.evaluation.needle import needle_test, read_needles, table
+    from m3jax.evaluation.needle import needle_table, needle_test, read_needles
     from m3jax.evaluation.plots import needle_lines
     from m3jax.inference.session import Session
     from m3jax.text.references import References
@@ -204,7 +204,7 @@ def needle(given: FlagValues) -> None:
         batch=given.batch,
         seed=given.seed,
     )
-    cli.show(table(report), report, given.json)
+    cli.show(needle_table(report), report, given.json)
     if given.picture:
         needle_lines(Path(given.picture), report)
 

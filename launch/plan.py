@@ -17,10 +17,14 @@ from m3jax.cli import Flag
 
 def main(given: FlagValues) -> None:
     """Prints the plan and writes its JSON."""
-    from m3jax.aot.capacity import Assumptions, report, table
+    from m3jax.aot.capacity import Assumptions, capacity_report, capacity_table
 
     assumptions = Assumptions(**cli.values_of(given, ASSUMPTIONS))
-    cli.show(table(given.config, assumptions), report(given.config, assumptions), given.json)
+    cli.show(
+        capacity_table(given.config, assumptions),
+        capacity_report(given.config, assumptions),
+        given.json,
+    )
 
 
 # Fields of `Assumptions`, by their names.

@@ -30,7 +30,7 @@ def references(given: FlagValues) -> None:
     picture and list are in WORKDIR/report/usefulness. A stopped measurement goes on with the same
     command.
     """
-    from m3jax.selection.report import table
+    from m3jax.selection.report import choice_table
     from m3jax.selection.select import Options, select_references
 
     report = select_references(
@@ -42,7 +42,7 @@ def references(given: FlagValues) -> None:
         options=Options(given.sample, given.count, given.check, given.draws),
         dry_run=given.dry_run,
     )
-    cli.show(table(report), report, given.json)
+    cli.show(choice_table(report), report, given.json)
     if "new_version" in report:
         print(f"version {report['new_version']} of the knowledge is current")
 
@@ -65,7 +65,7 @@ def heads(given: FlagValues) -> None:
     Draws the heat map and writes all figures as JSON. A stopped run goes on with the same command.
     """
     from m3jax.evaluation.plots import head_map
-    from m3jax.selection.heads import report, score_heads, table
+    from m3jax.selection.heads import heads_report, heads_table, score_heads
 
     config, by_query = given.config, given.by == "query"
     scores = score_heads(
@@ -79,11 +79,11 @@ def heads(given: FlagValues) -> None:
     first = config.memory.first_layer
     layers = range(first, first + config.memory.layers)
     chosen = [] if by_query else scores.best(given.keep, layers)
-    figures = report(scores, chosen)
+    figures = heads_report(scores, chosen)
     path = given.workdir / "report" / f"heads-{given.hide}-{given.by}"
     json = given.json or path.with_suffix(".json")
     picture = Path(given.picture or path.with_suffix(".png"))
-    cli.show(table(figures), figures, json)
+    cli.show(heads_table(figures), figures, json)
     if chosen:
         number = f"{len(chosen)} of {config.memory.layers * config.model.kv_heads}"
         print(f"\nthe best {number}: --config.memory.heads={figures['memory_heads']}")

@@ -85,9 +85,11 @@ def refresh(given: FlagValues) -> None:
     workdir = given.workdir
     checkpoint = Path(given.checkpoint or workdir / given.config.stage)
     if given.refresh == "measure":
-        measured = staleness.measure(given.config, workdir, checkpoint, sample=given.sample)
+        measured = staleness.measure_staleness(
+            given.config, workdir, checkpoint, sample=given.sample
+        )
         figures = {**dataclasses.asdict(measured), "verdict": measured.verdict}
-        cli.show(staleness.table(measured), figures, given.json)
+        cli.show(staleness.staleness_table(measured), figures, given.json)
         return
     share = 1.0 if given.refresh == "all" else given.share
     version = rewrite(given.config, workdir, checkpoint, share=share)

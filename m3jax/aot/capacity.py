@@ -128,7 +128,7 @@ class Machine(NamedTuple):
         return total * self.chips_per_host / self.chips
 
 
-def machine(assumptions: Assumptions) -> Machine:
+def slice_of(assumptions: Assumptions) -> Machine:
     """The slice of a topology. A host's network is `chips_per_host` times the share of a chip.
 
     Raises:
@@ -141,7 +141,7 @@ def machine(assumptions: Assumptions) -> Machine:
     return Machine(chip, chips, here, assumptions.mfu, bandwidth)
 
 
-def plan(config: ConfigDict, assumptions: Assumptions) -> dict[str, Section]:
+def capacity_plan(config: ConfigDict, assumptions: Assumptions) -> dict[str, Section]:
     """All sections of a plan by title.
 
     Args:
@@ -151,7 +151,7 @@ def plan(config: ConfigDict, assumptions: Assumptions) -> dict[str, Section]:
     Raises:
       ConfigError: unknown topology.
     """
-    slice_ = machine(assumptions)
+    slice_ = slice_of(assumptions)
     return {
         "bank": bank(config, assumptions),
         "writing the bank": writing(config, assumptions, slice_),
@@ -386,9 +386,9 @@ def _cost(seconds: float, assumptions: Assumptions, slice_: Machine) -> Section:
 
 
 # -- showing ---------------------------------------------------------------------------------------
-def report(config: ConfigDict, assumptions: Assumptions) -> dict[str, Any]:
+def capacity_report(config: ConfigDict, assumptions: Assumptions) -> dict[str, Any]:
     """The plan as plain values for JSON: name and stage, assumptions, slice, quantities."""
-    slice_ = machine(assumptions)
+    slice_ = slice_of(assumptions)
     return {
         "config": config.name,
         "stage": config.stage,
@@ -396,14 +396,14 @@ def report(config: ConfigDict, assumptions: Assumptions) -> dict[str, Any]:
         "slice": {"chip": slice_.chip.name, "chips": slice_.chips, "hosts": slice_.hosts},
         "quantities": {
             title: {name: quantity._asdict() for name, quantity in section.items()}
-            for title, section in plan(config, assumptions).items()
+            for title, section in capacity_plan(config, assumptions).items()
         },
     }
 
 
-def table(config: ConfigDict, assumptions: Assumptions) -> str:
+def capacity_table(config: ConfigDict, assumptions: Assumptions) -> str:
     """The plan as aligned lines `name  value  formula` under the titles of its sections."""
-    slice_, sections = machine(assumptions), plan(config, assumptions)
+    slice_, sections = slice_of(assumptions), capacity_plan(config, assumptions)
     lines = [
         f"{config.name}, stage {config.stage}, on {assumptions.topology}: chips {slice_.chips},"
         f" hosts {slice_.hosts}",

@@ -40,7 +40,7 @@ PATHS = ("warmup", "precomputed", "online")  # what a train step reads
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class CompiledProgram:
     """A compiled program.
 
     Attributes:
@@ -88,7 +88,7 @@ def devices_of(topology: str) -> list[Any]:
     return list(found.devices)
 
 
-def compile_train(config: ConfigDict, mesh: Mesh) -> Program:
+def compile_train(config: ConfigDict, mesh: Mesh) -> CompiledProgram:
     """The train step, on abstract arrays."""
     model, optimizer = make_model(config, prefix_tokens(config), mesh), make_optimizer(config)
     state = abstract_state(model, optimizer, mesh)
@@ -99,7 +99,7 @@ def compile_train(config: ConfigDict, mesh: Mesh) -> Program:
     return _compile(step, *arguments)
 
 
-def compile_writer(config: ConfigDict, mesh: Mesh) -> Program:
+def compile_writer(config: ConfigDict, mesh: Mesh) -> CompiledProgram:
     """The encode of the memory writer, on abstract arrays."""
     model = make_model(config, PREFIX_TOKENS, mesh)
     shapes, axes = model.abstract()
@@ -114,7 +114,7 @@ def compile_writer(config: ConfigDict, mesh: Mesh) -> Program:
     return _compile(encode_program(config, model, stored), writer_params(params), *inputs)
 
 
-def compile_decode(config: ConfigDict, mesh: Mesh, context: int) -> Program:
+def compile_decode(config: ConfigDict, mesh: Mesh, context: int) -> CompiledProgram:
     """The decode of a chunk after prompts of `context` tokens, on abstract arrays."""
     decoder, given = arguments(config, mesh, context)
     return _compile(decoder.generate, *given)
@@ -145,7 +145,7 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> Batch:
     return batch
 
 
-def _compile(function: Any, *arguments: Any) -> Program:
+def _compile(function: Any, *arguments: Any) -> CompiledProgram:
     traced = function.trace(*arguments)
     start = time.perf_counter()
     try:
@@ -155,7 +155,7 @@ def _compile(function: Any, *arguments: Any) -> Program:
         if needed is None:
             raise
         seconds = time.perf_counter() - start
-        return Program(traced.jaxpr, "", {"peak": needed}, False, seconds)
+        return CompiledProgram(traced.jaxpr, "", {"peak": needed}, False, seconds)
     seconds = time.perf_counter() - start
     stats = compiled.memory_analysis()
     # The compiler's own peak, of arguments and temporaries at the worst moment. Its sum of
@@ -167,7 +167,7 @@ def _compile(function: Any, *arguments: Any) -> Program:
         "code": stats.generated_code_size_in_bytes,
         "peak": peak,
     }
-    return Program(traced.jaxpr, compiled.as_text(), memory, True, seconds)
+    return CompiledProgram(traced.jaxpr, compiled.as_text(), memory, True, seconds)
 
 
 def _needed_bytes(message: str) -> float | None:
@@ -179,7 +179,7 @@ def _needed_bytes(message: str) -> float | None:
     return max((float(size) * units[unit] for size, unit in sizes), default=float("nan"))
 
 
-def report(
+def compile_report(
     config: ConfigDict, topology: str, program: str = "train", rows: int = 32, context: int = 128
 ) -> dict[str, Any]:
     """Compiles one program of a config for a slice.
@@ -296,7 +296,7 @@ def on_path(config: ConfigDict, path: str) -> ConfigDict:
     return changed
 
 
-def search(
+def search_meshes(
     config: ConfigDict,
     topology: str,
     fsdp: Sequence[int] = (8, 16, 32),
@@ -325,7 +325,7 @@ def search(
                         f"{others} shards (mesh.fsdp × mesh.tensor × mesh.slice) do not divide the"
                         f" {chips} chips of {topology}; use a power of two"
                     )
-                found = report(tried, topology)
+                found = compile_report(tried, topology)
             except ConfigError as error:
                 refused = error
                 continue
@@ -337,7 +337,7 @@ def search(
         raise refused
 
 
-def best(reports: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def best_report(reports: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Of the reports that fit the one whose lower bounds have the least sum.
 
     The sum is the time of a step of which nothing overlaps; so a mesh that sends less wins among

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from m3jax.aot.compile import best
+from m3jax.aot.compile import best_report
 
 _PATHS = {
     "none": "warmup",
@@ -21,7 +21,7 @@ def path_of(found: dict[str, Any]) -> str:
     return names.get(found["program"]) or _PATHS[found["source"]]
 
 
-def show(found: dict[str, Any]) -> str:
+def compile_text(found: dict[str, Any]) -> str:
     """One report as lines of aligned text."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1)
     head = f"{found['name']}, {path_of(found)}, {found['topology']} ({found['chips']} chips)"
@@ -46,9 +46,9 @@ def show(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def show_search(reports: Sequence[dict[str, Any]]) -> str:
+def search_text(reports: Sequence[dict[str, Any]]) -> str:
     """The best of several meshes, with the flags that choose it."""
-    chosen = best(reports)
+    chosen = best_report(reports)
     if chosen is None:
         return "none of the meshes fits"
     fields = {f"mesh.{axis}": size for axis, size in chosen["mesh"].items()}
@@ -58,7 +58,7 @@ def show_search(reports: Sequence[dict[str, Any]]) -> str:
     return f"best of {len(reports)}: {flags}"
 
 
-def markdown(reports: Sequence[dict[str, Any]]) -> str:
+def compile_table(reports: Sequence[dict[str, Any]]) -> str:
     """A table of docs/performance.md: a row for every report, compared with the slice's warmup."""
     lines = [
         "| slice | path | data × fsdp × tensor | microbatches | remat | GB of a chip's |"

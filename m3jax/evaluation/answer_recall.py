@@ -171,7 +171,7 @@ def _present(references: ReferenceReader, finder: AnswerFinder) -> set[tuple[str
     return present
 
 
-def table(report: dict[str, Any]) -> str:
+def hit_rates_table(report: dict[str, Any]) -> str:
     """The report as a Markdown table."""
     ranks = [name for name in report if name.startswith("hits@") and not name.endswith("_of_all")]
     head = ["embedder", "references", "questions", "answerable", *ranks]

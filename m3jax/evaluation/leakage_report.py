@@ -23,7 +23,7 @@ _BANDS = {
 }
 
 
-def table(report: dict[str, Any]) -> str:
+def leakage_table(report: dict[str, Any]) -> str:
     """The report as Markdown, examples side by side."""
     above = ", ".join(f"{share:.2%} above {limit}" for limit, share in report["above"].items())
     lines = [
@@ -55,7 +55,7 @@ def _side_by_side(reference: str, text: str) -> list[str]:
     return [f"    {left:<{_COLUMN}} │ {right}" for left, right in both]
 
 
-def picture(report: dict[str, Any], path: str | Path) -> None:
+def leakage_histogram(report: dict[str, Any], path: str | Path) -> None:
     """Draws the histogram of the overlap as a PNG, coloured by what the paper's limits drop.
 
     Args:

@@ -183,7 +183,7 @@ def needle_test(
     return report
 
 
-def table(report: dict[str, Any]) -> str:
+def needle_table(report: dict[str, Any]) -> str:
     """The report as a Markdown table."""
     rows = ["| tokens | needle beyond the window | older text recalled | older text forgotten |"]
     rows.append("|---|---|---|---|")

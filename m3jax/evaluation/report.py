@@ -22,7 +22,7 @@ from m3jax.train.evaluator import MODES, LossEvaluator
 from m3jax.train.metrics import dropped_share, hit_share
 
 
-def evaluate(
+def evaluate_losses(
     config: ConfigDict,
     workdir: Path,
     *,
@@ -104,7 +104,7 @@ def answer_questions(
     return figures
 
 
-def table(report: dict[str, Any]) -> str:
+def losses_table(report: dict[str, Any]) -> str:
     """The report as a Markdown table."""
     names = {"memory": "with memory", "none": "without", "wrong": "wrong memories"}
     questions = report.get("questions", {})

@@ -64,7 +64,7 @@ class Staleness:
         return f"a rewrite does not pay: it changes the loss by {said}"
 
 
-def measure(
+def measure_staleness(
     config: ConfigDict,
     workdir: str | Path,
     checkpoint: str | Path,
@@ -121,7 +121,7 @@ def measure(
     )
 
 
-def table(found: Staleness) -> str:
+def staleness_table(found: Staleness) -> str:
     """The figures as Markdown."""
     lines = [
         f"{found.references} references; relative error of stored keys and values",

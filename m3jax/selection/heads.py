@@ -215,7 +215,7 @@ def _scores(
 
 
 # -- for people ------------------------------------------------------------------------------------
-def report(scores: HeadScores, chosen: list[tuple[int, int]]) -> dict[str, Any]:
+def heads_report(scores: HeadScores, chosen: list[tuple[int, int]]) -> dict[str, Any]:
     """The figures as plain JSON values, the ranking from most to least."""
     ranked = [
         {
@@ -231,7 +231,7 @@ def report(scores: HeadScores, chosen: list[tuple[int, int]]) -> dict[str, Any]:
     return {**scores.about, **figures, "heads": ranked, "memory_heads": format_heads(chosen)}
 
 
-def table(found: dict[str, Any], most: int = 40) -> str:
+def heads_table(found: dict[str, Any], most: int = 40) -> str:
     """The ranking as Markdown."""
     what = "memories hidden from it"
     if found["hide"] == "context":

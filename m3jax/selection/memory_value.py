@@ -97,7 +97,7 @@ def row_losses(
     return np.concatenate(found)
 
 
-def measure(
+def measure_drops(
     losses: RowLosses,
     pipeline: Pipeline,
     params: Params,

@@ -16,7 +16,7 @@ _INK, _SOFT, _GRID, _GOOD, _BAD = "#22303c", "#7d8b99", "#e6eaee", "#0b7a75", "#
 _BINS = 40
 
 
-def table(report: dict[str, Any]) -> str:
+def choice_table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     rows, losses, expected = report["rows"], report["losses"], report["expected_drop"]
     names = {
@@ -45,10 +45,10 @@ def table(report: dict[str, Any]) -> str:
     ]
     for name, (change, error) in report["differences"].items():
         lines.append(f"{name}: {change:+.4f} ± {error:.4f} nats a token")
-    return "\n".join([*lines, verdict(report)])
+    return "\n".join([*lines, choice_verdict(report)])
 
 
-def verdict(report: dict[str, Any]) -> str:
+def choice_verdict(report: dict[str, Any]) -> str:
     """Whether the choice is better than chance, in words."""
     change, error = report["differences"].get("random - chosen", (float("nan"),) * 2)
     if not np.isfinite(change + error):
@@ -60,7 +60,7 @@ def verdict(report: dict[str, Any]) -> str:
     return "no difference from a random choice is shown"
 
 
-def picture(
+def choice_picture(
     found: Worth, live: Int[np.ndarray, " n"], report: dict[str, Any], path: str | Path
 ) -> None:
     """Draws how the worth is distributed, and how much of it a budget buys.

@@ -28,7 +28,7 @@ from m3jax.knowledge.versions import open_version
 from m3jax.make_model import make_model
 from m3jax.model.parameters import Params
 from m3jax.selection.budget import Worth, choose, estimate
-from m3jax.selection.memory_value import RowLosses, drops, measure
+from m3jax.selection.memory_value import RowLosses, drops, measure_drops
 from m3jax.selection.validate import check_choice, split_rows
 
 FOLDER = "usefulness"  # in report/ of the workdir
@@ -114,7 +114,9 @@ def select_references(
         "config": digest(to_json(config)),
     }
     folder = workdir / "report" / FOLDER
-    measured = measure(losses, pipeline, params, sample, folder / "measured", identity, progress)
+    measured = measure_drops(
+        losses, pipeline, params, sample, folder / "measured", identity, progress
+    )
     found = _estimate(config, workdir, pipeline, measured, options.count, progress)
     live = references.live
     chosen = choose(found.worth, np.full(len(found.worth), each), budget, config.seed)
@@ -258,7 +260,7 @@ def _write(
     chosen: Int[np.ndarray, " k"],
     live: Int[np.ndarray, " m"],
 ) -> None:
-    from m3jax.selection.report import picture  # draws: a slow import
+    from m3jax.selection.report import choice_picture  # draws: a slow import
 
     order = chosen[np.argsort(-found.worth[chosen], kind="stable")]
     lines = []
@@ -271,4 +273,4 @@ def _write(
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     write_atomically(folder / "chosen.jsonl", "".join(lines).encode())
     write_atomically(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
-    picture(found, live, report, folder / "usefulness.png")
+    choice_picture(found, live, report, folder / "usefulness.png")

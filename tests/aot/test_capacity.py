@@ -28,7 +28,7 @@ def made(
     references: float = 1.12e8,
     **other: float | None,
 ) -> dict[str, plan.Section]:
-    return plan.plan(config or load(), Assumptions(topology, references, **other))
+    return plan.capacity_plan(config or load(), Assumptions(topology, references, **other))
 
 
 def values(title: str, sections: dict[str, plan.Section] | None = None) -> dict:
@@ -50,7 +50,7 @@ def lines(text: str) -> dict[tuple[str, str], str]:
 
 def test_table_has_the_figures_of_the_paper() -> None:
     """The three totals agree on 1.12e8 references, which the paper rounds to 1.1e8."""
-    shown = lines(plan.table(load(), Assumptions("v5e:16x16", 1.12e8)))
+    shown = lines(plan.capacity_table(load(), Assumptions("v5e:16x16", 1.12e8)))
     assert shown["bank", "memory"] == "440 KiB"  # 450 560 bytes
     assert shown["bank", "bank full"] == "7.17 PiB"
     assert shown["bank", "bank"] == "45.9 TiB"
@@ -65,7 +65,7 @@ def test_table_has_the_figures_of_the_paper() -> None:
 
 
 def test_table_is_aligned_and_says_what_is_assumed() -> None:
-    text = plan.table(load(), Assumptions("v5e:16x16", 1.1e8, mfu=0.37))
+    text = plan.capacity_table(load(), Assumptions("v5e:16x16", 1.1e8, mfu=0.37))
     head = text.splitlines()[:2]
     assert head[0] == "memory3_2b, stage continual, on v5e:16x16: chips 256, hosts 64"
     assert head[1].startswith("assumed, not measured: MFU 0.37 of 197 TFLOP/s a chip; 14 bytes")
@@ -211,8 +211,8 @@ def test_utilisation_and_references_scale_as_they_should() -> None:
 @pytest.mark.parametrize(("chips_per_host", "hosts"), [(1, 8), (3, 3), (8, 1), (100, 1)])
 def test_a_full_host_reads_for_its_chips(chips_per_host: int, hosts: int) -> None:
     assumptions = Assumptions("v5e:2x4", 1e6, chips_per_host=chips_per_host)
-    assert plan.machine(assumptions).hosts == hosts
-    section = plan.plan(load(), assumptions)["reading memories in training"]
+    assert plan.slice_of(assumptions).hosts == hosts
+    section = plan.capacity_plan(load(), assumptions)["reading memories in training"]
     chips = min(chips_per_host, 8)
     expected = section["read"].value * chips / 8
     assert section["read_per_host"].value == pytest.approx(expected)
@@ -227,7 +227,9 @@ def test_no_price_no_cost() -> None:
 
 @pytest.mark.parametrize("name", ["quickstart", "wiki_small", "memory3", "ablation"])
 def test_every_config_can_be_planned(name: str) -> None:
-    shown = plan.table(load(name=name), Assumptions("v6e:2x2", 2000.0, price_per_chip_hour=1.0))
+    shown = plan.capacity_table(
+        load(name=name), Assumptions("v6e:2x2", 2000.0, price_per_chip_hour=1.0)
+    )
     assert "nan" not in shown and "inf" not in shown
 
 
@@ -289,11 +291,11 @@ def test_readable(value: float | None, unit: str, shown: str) -> None:
 
 def test_report_is_json_with_every_quantity() -> None:
     assumptions = Assumptions("v5e:16x16", 1.12e8, price_per_chip_hour=3.0)
-    report = json.loads(json.dumps(plan.report(load(), assumptions), allow_nan=False))
+    report = json.loads(json.dumps(plan.capacity_report(load(), assumptions), allow_nan=False))
     assert report["config"] == "memory3_2b" and report["stage"] == "continual"
     assert report["assumptions"]["mfu"] == 0.4 and report["assumptions"]["references"] == 1.12e8
     assert report["slice"] == {"chip": "v5e", "chips": 256, "hosts": 64}
-    for title, section in plan.plan(load(), assumptions).items():
+    for title, section in plan.capacity_plan(load(), assumptions).items():
         for name, quantity in section.items():
             assert report["quantities"][title][name] == quantity._asdict()
             assert quantity.formula and quantity.unit

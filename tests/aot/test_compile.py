@@ -6,8 +6,8 @@ import pytest
 from data.data_workdir import tiny_config
 
 from m3jax.aot import compile
-from m3jax.aot.compile import PATHS, best, on_path, search
-from m3jax.aot.report import markdown, show_search
+from m3jax.aot.compile import PATHS, best_report, on_path, search_meshes
+from m3jax.aot.report import compile_table, search_text
 from m3jax.errors import ConfigError
 
 
@@ -54,7 +54,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_search_tries_each_until_it_fits(tried: list[Any]) -> None:
     config = tiny_config(mesh__data=1)
-    found = list(search(config, "v5e:4x4", (8, 16, 4), (1, 2, 4), ("dots", "full")))
+    found = list(search_meshes(config, "v5e:4x4", (8, 16, 4), (1, 2, 4), ("dots", "full")))
     expected = [
         *((2, 8, "dots", parts) for parts in (1, 2, 4)),
         *((2, 8, "full", parts) for parts in (1, 2)),
@@ -62,14 +62,14 @@ def test_search_tries_each_until_it_fits(tried: list[Any]) -> None:
         *((4, 4, "full", parts) for parts in (1, 2)),
     ]
     assert tried == expected and len(found) == len(expected)
-    chosen = best(found)
+    chosen = best_report(found)
     assert chosen is not None and chosen["fits"]
 
 
 def test_search_leaves_no_chips_idle(tried: list[Any]) -> None:
     config = tiny_config(mesh__data=1)
     with pytest.raises(ConfigError, match="do not divide the 16 chips of v5e:4x4"):
-        list(search(config, "v5e:4x4", (3, 32)))
+        list(search_meshes(config, "v5e:4x4", (3, 32)))
     assert tried == []
 
 
@@ -78,11 +78,11 @@ def test_best_has_the_least_bounds_of_those_that_fit() -> None:
     fast = fake_report(remat="dots", seconds={"compute": 0.8, "memory": 0.1, "interconnect": 0.3})
     sends = fake_report(seconds={"compute": 0.8, "memory": 0.1, "interconnect": 0.5})
     large = fake_report(fits=False, seconds={"compute": 0.1, "memory": 0.1, "interconnect": 0.1})
-    assert best([slow, fast, sends, large]) is fast
-    assert best([large]) is None
-    line = show_search([slow, fast])
+    assert best_report([slow, fast, sends, large]) is fast
+    assert best_report([large]) is None
+    line = search_text([slow, fast])
     assert "--config.model.remat=dots" in line and "--config.mesh.fsdp=8" in line
-    assert show_search([large]) == "none of the meshes fits"
+    assert search_text([large]) == "none of the meshes fits"
 
 
 def test_table_compares_paths_with_the_warmup_of_their_slice() -> None:
@@ -94,7 +94,7 @@ def test_table_compares_paths_with_the_warmup_of_their_slice() -> None:
         fake_report(topology="v6e:4x4", flops=other),
         fake_report(topology="v5p:2x2x2"),
     ]
-    head, rule, *rows = (line.strip("|").split("|") for line in markdown(reports).splitlines())
+    head, rule, *rows = (line.strip("|").split("|") for line in compile_table(reports).splitlines())
     assert {len(row) for row in (head, rule, *rows)} == {12}
     cells = [[cell.strip() for cell in row] for row in rows]
     assert [row[0] for row in cells] == ["v5e:4x4", "v5e:4x4", "v6e:4x4", "v5p:2x2x2"]

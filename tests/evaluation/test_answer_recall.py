@@ -10,8 +10,8 @@ from m3jax.errors import TextError
 from m3jax.evaluation.answer_recall import (
     AnswerFinder,
     hit_rates,
+    hit_rates_table,
     read_open_questions,
-    table,
     words,
 )
 
@@ -50,7 +50,7 @@ def test_hits_are_counted_among_answerable_questions(workdir: Path, tmp_path: Pa
     assert (report["questions"], report["answerable"]) == (4, 3)
     assert report["hits@1"] == report["hits@3"] == pytest.approx(2 / 3)
     assert report["hits@3_of_all"] == 0.5
-    assert "| 0.667 |" in table(report) and "lexical" in table(report)
+    assert "| 0.667 |" in hit_rates_table(report) and "lexical" in hit_rates_table(report)
 
 
 def test_a_line_ends_at_a_line_feed_only(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from data.data_workdir import tiny_config, write_text
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import LeakageError, TextError
 from m3jax.evaluation.leakage import BINS, leakage
-from m3jax.evaluation.leakage_report import picture, table
+from m3jax.evaluation.leakage_report import leakage_histogram, leakage_table
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import make_embedder
 from m3jax.text.overlap import overlap
@@ -87,13 +87,13 @@ def test_a_sample_repeats_and_its_examples_are_different_references(config, work
 
 def test_table_and_picture_show_the_figures(config, workdir, tmp_path):
     report = leakage(config, workdir, sample=8, threshold=0.5)
-    shown = table(report)
+    shown = leakage_table(report)
     assert f"{report['above']['0.5']:.2%} above 0.5" in shown
     assert f"{report['quantiles']['0.5']:.3f}" in shown
     for example in report["dropped"] + report["kept"]:
         assert example["key"] in shown and example["reference"].split()[0] in shown
     json.dumps(report)
-    picture(report, tmp_path / "new" / "leakage.png")
+    leakage_histogram(report, tmp_path / "new" / "leakage.png")
     assert (tmp_path / "new" / "leakage.png").read_bytes().startswith(b"\x89PNG")
 
 

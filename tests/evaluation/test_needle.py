@@ -84,7 +84,7 @@ def test_the_share_of_right_answers_is_counted(session, monkeypatch, tmp_path):
     assert np.mean([0.0, 1.0, 0.0, 1.0, 0.0, 1.0]) == report["memory"][0]
     assert report["beyond"] == [np.mean([one >= 28 for one in _behind(session, 60, 6)])]
     assert report["window"][0] <= 0.5
-    table = needles.table(report)
+    table = needles.needle_table(report)
     assert table.splitlines()[2].startswith("| 60 | ") and "| 0.500 |" in table
     needle_lines(tmp_path / "needle.png", report)
     assert (tmp_path / "needle.png").stat().st_size > 5000

@@ -1,6 +1,6 @@
 """The table of an evaluation."""
 
-from m3jax.evaluation.report import table
+from m3jax.evaluation.report import losses_table
 
 
 def _report(**retrieval):
@@ -10,7 +10,9 @@ def _report(**retrieval):
 
 
 def test_the_table_says_what_the_overlap_filter_dropped():
-    shown = table(_report(searched=40, returned=30, dropped=10, unfilled=2, dropped_share=0.25))
+    shown = losses_table(
+        _report(searched=40, returned=30, dropped=10, unfilled=2, dropped_share=0.25)
+    )
     assert "40 chunks searched; 25.0% of the references found dropped" in shown
     assert "2 places left empty" in shown
-    assert "dropped" not in table(_report(chunks=4))
+    assert "dropped" not in losses_table(_report(chunks=4))

@@ -13,7 +13,7 @@ from data.data_workdir import make_workdir, tiny_config
 from m3jax.checkpoint import read_meta
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import BankError, ConfigError, VersionError
-from m3jax.evaluation.staleness import Staleness, measure, table
+from m3jax.evaluation.staleness import Staleness, measure_staleness, staleness_table
 from m3jax.knowledge.edit import edit, rollback
 from m3jax.knowledge.maintain import compact, verify
 from m3jax.knowledge.memory_writer import MemoryWriter, check_reader
@@ -91,7 +91,7 @@ def fresh(workdir: Path, stage: str, folder: Path) -> Bank:
 
 
 def test_what_its_own_writer_finds_is_not_stale(prepared: Path) -> None:
-    found = measure(CONFIG, prepared, prepared / "warmup", progress=False)
+    found = measure_staleness(CONFIG, prepared, prepared / "warmup", progress=False)
     # Distances are differences of large sums: 1e-3 of a norm is the rounding of float32.
     assert max(found.keys + found.values) < 2e-3 and found.gain == 0 == found.gain_error
     assert found.losses["stored"] == found.losses["fresh"] != found.losses["none"]
@@ -101,7 +101,7 @@ def test_what_its_own_writer_finds_is_not_stale(prepared: Path) -> None:
 def test_errors_and_losses_equal_a_rewritten_bank(workdir: Path, tmp_path: Path) -> None:
     bank = opened(workdir)[2]
     again = fresh(workdir, "moved", tmp_path / "fresh")
-    found = measure(CONFIG, workdir, workdir / "moved", sample=50, progress=False)
+    found = measure_staleness(CONFIG, workdir, workdir / "moved", sample=50, progress=False)
     assert found.references == 50
     ids = np.sort(np.random.default_rng(0).permutation(bank.size)[:50])
     stored, new = bank.read(ids), again.read(ids)
@@ -126,7 +126,7 @@ def test_errors_and_losses_equal_a_rewritten_bank(workdir: Path, tmp_path: Path)
         losses.append(loss / weight)
     assert found.losses["fresh"] == pytest.approx(np.mean(losses), rel=1e-6)
     assert found.losses["stored"] != found.losses["fresh"]
-    assert "| 1 |" in table(found) and found.verdict in table(found)
+    assert "| 1 |" in staleness_table(found) and found.verdict in staleness_table(found)
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def test_a_refreshed_version_is_written_by_the_checkpoint(workdir: Path, tmp_pat
     jax.tree.map(np.testing.assert_array_equal, bank.read(first), expected.read(first))
     stored = old.read(everything)
     assert np.abs(bank.read(everything).keys - stored.keys).max() > 0.01
-    found = measure(CONFIG, workdir, workdir / "continual", progress=False)
+    found = measure_staleness(CONFIG, workdir, workdir / "continual", progress=False)
     assert abs(found.gain) < 1e-5 and max(found.keys) < 2e-3
     # The checkpoint was trained on another writer, and reads what was written for it.
     pipeline = open_pipeline(CONFIG, workdir, split="validation")
@@ -209,8 +209,8 @@ def test_the_worst_are_written_anew_the_others_kept(workdir: Path, tmp_path: Pat
         errors[i] = keys / key_norms + values / value_norms
     assert errors[new].min() >= 0.99 * errors[kept].max() and errors[new].min() > 0
     assert bank.binding.writer == again.binding.writer
-    measured = measure(CONFIG, workdir, workdir / "moved", progress=False)
-    before = measure(CONFIG, workdir, workdir / "moved", progress=False, version=0)
+    measured = measure_staleness(CONFIG, workdir, workdir / "moved", progress=False)
+    before = measure_staleness(CONFIG, workdir, workdir / "moved", progress=False, version=0)
     assert 0 < np.mean(measured.keys) < np.mean(before.keys)
 
 
@@ -222,9 +222,9 @@ def test_memories_stay_stored_as_they_were(workdir: Path) -> None:
     with coded.unlocked():
         coded.writer.compression = "int8"
     MemoryWriter(coded, workdir, workdir / "warmup")(references, workdir / "bank")
-    found = measure(CONFIG, workdir, workdir / "warmup", progress=False)
+    found = measure_staleness(CONFIG, workdir, workdir / "warmup", progress=False)
     np.testing.assert_allclose(found.keys, found.key_floor, rtol=0.2)
-    assert 1e-3 < found.key_floor < 0.02 and "of compression alone" in table(found)
+    assert 1e-3 < found.key_floor < 0.02 and "of compression alone" in staleness_table(found)
     rewrite(CONFIG, workdir, workdir / "moved")
     assert opened(workdir)[2].codec.name == "int8"
 
@@ -234,7 +234,7 @@ def test_what_cannot_be_refreshed_is_refused(workdir: Path) -> None:
     with pytest.raises(VersionError, match="has no bank to refresh; write one with"):
         rewrite(CONFIG, workdir, workdir / "moved")
     with pytest.raises(BankError, match=r"bank holds no bank; run launch/write_bank.py"):
-        measure(CONFIG, workdir, workdir / "moved", progress=False)
+        measure_staleness(CONFIG, workdir, workdir / "moved", progress=False)
     assert versions(workdir) == [0]
 
 

@@ -18,7 +18,7 @@ from m3jax.mesh import make_mesh
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.selection import heads
 from m3jax.selection.head_ablation import masked_losses
-from m3jax.selection.heads import HeadScores, report, score_heads, table
+from m3jax.selection.heads import HeadScores, heads_report, heads_table, score_heads
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.checkpoints import Checkpoints
 from m3jax.train.evaluator import evaluator
@@ -236,7 +236,7 @@ def test_the_best_heads_of_the_memory_layers() -> None:
     assert found.best(0.01, range(1, 2)) == [(1, 0)]
     with pytest.raises(ConfigError, match=r"a share of 0"):
         found.best(0.0, range(3))
-    data = json.loads(json.dumps(report(found, found.best(0.5, range(3)))))
+    data = json.loads(json.dumps(heads_report(found, found.best(0.5, range(3)))))
     assert data["memory_heads"] == "0:1,2:0+1" and data["heads"][0]["increase"] == 0.9
-    text = table(data, most=4)
+    text = heads_table(data, most=4)
     assert "| 1 | 2 | 0 | +0.90000 | 0.09000 | yes |" in text and "… and 2 more" in text

@@ -25,8 +25,15 @@ from m3jax.mesh import make_mesh
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.quickstart import people
 from m3jax.selection import memory_value, select
-from m3jax.selection.memory_value import EVERYTHING, NOTHING, RowLosses, drops, measure, row_losses
-from m3jax.selection.report import table
+from m3jax.selection.memory_value import (
+    EVERYTHING,
+    NOTHING,
+    RowLosses,
+    drops,
+    measure_drops,
+    row_losses,
+)
+from m3jax.selection.report import choice_table
 from m3jax.selection.select import Options, select_references
 from m3jax.selection.validate import ratio, split_rows
 from m3jax.text.tokenizer import Tokenizer
@@ -94,7 +101,7 @@ def test_drops_equal_a_loop_of_forward_passes(prepared: Path, tmp_path: Path) ->
     pipeline = validation(prepared)
     rows = np.array([1, 4, 20, 21, 33, 40, 41, 42, 43, 50])  # a whole batch and a part of one
     losses = RowLosses(CONFIG, pipeline.decode)
-    measured = measure(
+    measured = measure_drops(
         losses, pipeline, initial_weights(), rows, tmp_path / "m", {}, progress=False
     )
     found = {(row, i): drop for row, i, drop in zip(*drops(measured), strict=True)}
@@ -182,7 +189,7 @@ def test_planted_memories_are_chosen_and_lower_the_loss_of_other_documents(
         assert change > 3 * error > 0
     assert report["losses"]["chosen"][0] < report["losses"]["random"][0]
     assert min(report["random_draws"]) > report["losses"]["chosen"][0]
-    shown = table(report)
+    shown = choice_table(report)
     assert "the choice is better than a random one" in shown
     assert f"{report['losses']['chosen'][0]:.4f}" in shown and f"{each} each" in shown
     picture = (workdir / "report/usefulness/usefulness.png").read_bytes()

@@ -9,7 +9,7 @@ from data.data_workdir import WORLD, make_workdir, tiny_config
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import BankError, TextError
 from m3jax.evaluation.questions import Answerer, Question, read_questions
-from m3jax.evaluation.report import answer_questions, table
+from m3jax.evaluation.report import answer_questions, losses_table
 from m3jax.knowledge.memory_writer import check_reader
 from m3jax.make_model import make_model
 from m3jax.quickstart import people
@@ -145,5 +145,5 @@ def test_the_table_shows_every_mode():
     report = {"checkpoint": "c", "step": 2, "rows": 8, "shift": 1, "retrieval": {}}
     for mode in ("memory", "none", "wrong"):
         report |= {f"loss_{mode}": 2.0, f"accuracy_{mode}": 0.5}
-    text = table({**report, "questions": {"accuracy_none": 0.25, "accuracy_memory": 0.75}})
+    text = losses_table({**report, "questions": {"accuracy_none": 0.25, "accuracy_memory": 0.75}})
     assert text.count("2.0000") == 3 and "0.7500" in text and "–" in text

@@ -148,7 +148,7 @@ def _scores(
 _MEASURES = {"exact_match": "exact match", "f1": "F1", "acc": "accuracy"}
 
 
-def table(report: dict[str, Any]) -> str:
+def tasks_table(report: dict[str, Any]) -> str:
     """The report as a Markdown table; the average is that of each task's first measure."""
     titles = report["columns"]
     lines = [["task", "measure", "examples", "chance", *titles]]

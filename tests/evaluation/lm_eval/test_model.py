@@ -426,7 +426,7 @@ def test_numbers(oracle, tmp_path):
 
 
 def test_the_table_has_every_mode_filter_and_the_answerable_subset(session, tmp_path):
-    from m3jax.evaluation.lm_eval.run import columns, evaluate_tasks, table
+    from m3jax.evaluation.lm_eval.run import columns, evaluate_tasks, tasks_table
 
     person = WORLD.unseen[0]
     answer = dict(person.facts)["home"] if "home" in dict(person.facts) else person.facts[0][1]
@@ -456,7 +456,7 @@ def test_the_table_has_every_mode_filter_and_the_answerable_subset(session, tmp_
         *("exact_match", "f1", "exact_match_answerable", "f1_answerable")
     }
     assert set(report["dropped"]) == set(titles[1:])
-    text = table(report).splitlines()
+    text = tasks_table(report).splitlines()
     assert text[0] == f"| task | measure | examples | chance | {' | '.join(titles)} |"
     assert [line.split(" | ")[1:4] for line in text[2:7]] == [
         ["exact match", "2", "–"],
