@@ -119,7 +119,7 @@ def _leave(watch: Watch) -> None:
 
 
 def _detected(processes: Processes) -> Processes:
-    """The same with what the cluster knows filled in."""
+    """Fills in the addresses that the cluster knows."""
     if processes.coordinator is not None:
         return processes
     try:
@@ -202,7 +202,7 @@ def _wait_for_port(processes: Processes, end: float) -> None:
 
 
 def _facts(config: ConfigDict) -> dict[str, Any]:
-    """What has to be the same on all processes."""
+    """Values that must be the same on all processes."""
     facts: dict[str, Any] = {"m3jax": m3jax.__version__, "jax": jax.__version__}
 
     def add(prefix: str, tree: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What accelerators can do: one table that MFU, compile reports and the planner read."""
+"""Data sheets of accelerators: one table for MFU, compile reports and the planner."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ CHIPS = (
 
 
 def chip_of_kind(device_kind: str) -> Chip | None:
-    """The chip behind `jax.devices()[0].device_kind`, or None where it is not in the table."""
+    """Returns the chip of `jax.devices()[0].device_kind`, or None if the table has no such chip."""
     kind = device_kind.lower()
     return next((chip for chip in CHIPS if any(part in kind for part in chip.kinds)), None)
 
 
 def chip_of_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
-    """Chip and shape of a TPU slice named as in `v5e:16x16`.
+    """Parses a TPU slice such as `v5e:16x16` into chip and shape.
 
     Raises:
       ConfigError: not such a name; lists chips and examples.

@@ -1,4 +1,4 @@
-"""A process among others: it says that it lives, hears who failed, and ends with words."""
+"""Watches the processes of a run: heartbeats, failures by name, and an end with a message."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def address_of(coordinator: str) -> tuple[str, int]:
 
 
 def client_of() -> Any:
-    """What JAX gives to talk to the other processes; None where there are none."""
+    """Returns JAX's client of its coordination service; None for a process on its own."""
     return jax_distributed.global_state.client
 
 
@@ -127,7 +127,7 @@ class Watch:
                 return
 
     def last_words(self) -> str | None:
-        """Who is missing, at the moment in which JAX ends this process; None if nobody is."""
+        """Names the missing processes when JAX ends this one; None if none is missing."""
         address, timeout = self.processes.coordinator, self.processes.heartbeat_timeout
         assert address is not None
         # JAX hears of a process every half of the timeout: a dead one has been silent for nearly as
@@ -209,13 +209,13 @@ def _first_line(error: BaseException) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """How this process finds the others.
+    """Addresses of the processes of a run.
 
     Attributes:
       coordinator: `HOST:PORT` of process 0, where it listens; None: ask the cluster (TPU pod,
         Slurm, Open MPI, Kubernetes).
       count: number of processes; None as above.
-      index: which one this is, from 0; None as above.
+      index: number of this process, from 0; None as above.
       join_timeout: seconds to wait for the others at the start.
       heartbeat_timeout: seconds without a sign of life after which a process counts as dead.
       devices: numbers of the local devices that this process uses; None: all, or the cluster's.
@@ -238,7 +238,7 @@ class Processes:
         join_timeout: int,
         heartbeat_timeout: int,
     ) -> Processes | None:
-        """What the flags of a launch script ask for; None for a process on its own.
+        """Reads the flags of a launch script; None for a process on its own.
 
         Raises:
           ProcessError: flags that do not go together, or a value out of range; names the flag.
@@ -256,8 +256,8 @@ class Processes:
                 " leave out --distributed"
             )
         if not given:
-            found = Processes(join_timeout=join_timeout, heartbeat_timeout=heartbeat_timeout)
-            return found if distributed else None
+            processes = Processes(join_timeout=join_timeout, heartbeat_timeout=heartbeat_timeout)
+            return processes if distributed else None
         if missing:
             raise ProcessError(
                 f"{', '.join(given)} given, but not {', '.join(missing)}: several processes need"

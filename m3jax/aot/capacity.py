@@ -1,6 +1,6 @@
-"""The capacity planner: what a config needs on a topology, by arithmetic alone.
+"""Plans capacity: the needs of a config on a topology, by arithmetic alone.
 
-`plan` turns a config and what the user assumes into sections of quantities, each with its unit and
+`capacity_plan` turns a config and assumptions into sections of quantities, each with its unit and
 its formula in words. Nothing here is measured: bytes and FLOP are counted from the config
 (`m3jax.flops`), speeds are data-sheet figures (`m3jax.hardware`), utilisation is an assumption.
 
@@ -32,7 +32,7 @@ _MOST_REFERENCES = 1e15
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """What the user states of the machine and its use.
+    """Assumptions about the machine and its use.
 
     Attributes:
       topology: a TPU slice, `v5e:16x16`.
@@ -58,7 +58,7 @@ class Assumptions:
     decode_length: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuses what is not a number in its range.
+        """Checks that numbers are in their range.
 
         Raises:
           ConfigError: names the flag, its value and the range.
@@ -88,7 +88,7 @@ class Assumptions:
 
 
 class Quantity(NamedTuple):
-    """One figure of a plan.
+    """Figure of a plan.
 
     Attributes:
       value: in `unit`; None where it cannot be known.
@@ -124,25 +124,25 @@ class Machine(NamedTuple):
         return work / (self.chips * self.chip.flops * self.mfu)
 
     def of_host(self, total: float) -> float:
-        """The part of `total` that belongs to the chips of one full host."""
+        """Returns the part of `total` that belongs to the chips of one full host."""
         return total * self.chips_per_host / self.chips
 
 
 def slice_of(assumptions: Assumptions) -> Machine:
-    """The slice of a topology. A host's network is `chips_per_host` times the share of a chip.
+    """Returns the slice of a topology; a host's network is `chips_per_host` shares of a chip.
 
     Raises:
       ConfigError: unknown topology; lists the chips.
     """
     chip, shape = chip_of_topology(assumptions.topology)
     chips = math.prod(shape)
-    here = min(chips, assumptions.chips_per_host)
-    bandwidth = assumptions.host_bandwidth or chip.network * here or None
-    return Machine(chip, chips, here, assumptions.mfu, bandwidth)
+    per_host = min(chips, assumptions.chips_per_host)
+    bandwidth = assumptions.host_bandwidth or chip.network * per_host or None
+    return Machine(chip, chips, per_host, assumptions.mfu, bandwidth)
 
 
 def capacity_plan(config: ConfigDict, assumptions: Assumptions) -> dict[str, Section]:
-    """All sections of a plan by title.
+    """Returns the sections of a plan by title.
 
     Args:
       config: a validated config.
@@ -165,7 +165,7 @@ def capacity_plan(config: ConfigDict, assumptions: Assumptions) -> dict[str, Sec
 
 # -- sections --------------------------------------------------------------------------------------
 def bank(config: ConfigDict, assumptions: Assumptions) -> Section:
-    """Bytes of the bank and its files (Memory³, sparsity and storage).
+    """Counts bytes of the bank and its files (Memory³, sparsity and storage).
 
     * of a memory: 2 (key, value) · layers · heads · tokens · bytes of a vector, `full` with all
       layers, query heads and reference tokens, the others with memory layers, key-value heads and
@@ -202,7 +202,7 @@ def bank(config: ConfigDict, assumptions: Assumptions) -> Section:
 
 
 def writing(config: ConfigDict, assumptions: Assumptions, slice_: Machine) -> Section:
-    """Time to write the bank, and what storage must take in meanwhile.
+    """Estimates the time to write the bank, and the bandwidth of its storage.
 
     * seconds: FLOP of the writer over references of full length / (chips · peak · mfu);
     * bandwidth: bytes of the bank / seconds. Encoding with the quantizer is not counted.
@@ -220,7 +220,7 @@ def writing(config: ConfigDict, assumptions: Assumptions, slice_: Machine) -> Se
 
 
 def training(config: ConfigDict, assumptions: Assumptions, slice_: Machine) -> Section:
-    """Speed, duration and cost of `train.steps` optimizer steps.
+    """Estimates speed, duration and cost of `train.steps` optimizer steps.
 
     * step time: useful FLOP of a step / (chips · peak · mfu);
     * tokens a day: `data.batch_size` · `data.sequence_length` / step time · 86 400 s;
@@ -245,11 +245,11 @@ def training(config: ConfigDict, assumptions: Assumptions, slice_: Machine) -> S
 
 
 def reading(config: ConfigDict, assumptions: Assumptions, slice_: Machine) -> Section:
-    """What the hosts must read from the bank while they train.
+    """Counts memories and bytes that hosts read from the bank while they train.
 
     * memories a step: `data.batch_size` · chunks of a row · `memory.per_chunk` where memories are
       precomputed, else none. Hidden chunks (`memory.dropout`) and repeated references count too, so
-      that this is the most that can be asked for;
+      that this is an upper bound;
     * bandwidth: memories a step · bytes of a memory / step time.
     """
     memories, words = 0, f"none are read with memory.source = {config.memory.source}"
@@ -264,7 +264,7 @@ def reading(config: ConfigDict, assumptions: Assumptions, slice_: Machine) -> Se
 
 
 def index(config: ConfigDict, assumptions: Assumptions) -> Section:
-    """Host memory of the search index, of which a host holds the parts that it searches.
+    """Counts host memory of the search index, of which a host holds the parts that it searches.
 
     * embeddings: references · `retrieval.dimension` · 4 bytes: all that the exact search needs;
     * ScaNN: references · dimension · (b + 0.75), b = 4 bytes for final scores from float32
@@ -286,7 +286,7 @@ def index(config: ConfigDict, assumptions: Assumptions) -> Section:
 
 
 def decoding(config: ConfigDict, assumptions: Assumptions, slice_: Machine) -> Section:
-    """Accelerator memory of decoding in bfloat16, without activations.
+    """Counts accelerator memory of decoding in bfloat16, without activations.
 
     * parameters: 2 bytes each, embedding and LM head included;
     * cache: 2 (key, value) · batch · length · layers · key-value heads · head dim · 2 bytes;
@@ -323,7 +323,7 @@ def decoding(config: ConfigDict, assumptions: Assumptions, slice_: Machine) -> S
 
 
 def cost_model(config: ConfigDict) -> Section:
-    """The paper's shares and bounds for this shape (Memory³ §2 and appendix).
+    """Computes the paper's shares and bounds for this shape (Memory³ §2 and appendix).
 
     * read share: FLOP of a row of four chunks to read all its memories, `memory.per_prompt_chunk`
       a chunk, over the FLOP of its layers without memories;
@@ -358,13 +358,13 @@ def _traffic(
     section = {"host_network": Quantity(available, "bytes/s", source)}
     for which, vector in (("", None), (" compressed", assumptions.bytes_per_vector)):
         total = memories * flops.memory_bytes(config, vector)
-        here = slice_.of_host(total)
-        share = None if available is None else here / available
-        share = 0.0 if here == 0 else share  # nothing to read suits any network
+        per_host = slice_.of_host(total)
+        share = None if available is None else per_host / available
+        share = 0.0 if per_host == 0 else share  # nothing to read suits any network
         figures = {
             verb: Quantity(total, "bytes/s", formula.format(which)),
             f"{verb}_per_host": Quantity(
-                here, "bytes/s", f"{verb}{which} · chips of a host / chips"
+                per_host, "bytes/s", f"{verb}{which} · chips of a host / chips"
             ),
             "network_share": Quantity(share, "share", f"{verb} per host{which} / host network"),
             "network_suffices": Quantity(
@@ -387,7 +387,7 @@ def _cost(seconds: float, assumptions: Assumptions, slice_: Machine) -> Section:
 
 # -- showing ---------------------------------------------------------------------------------------
 def capacity_report(config: ConfigDict, assumptions: Assumptions) -> dict[str, Any]:
-    """The plan as plain values for JSON: name and stage, assumptions, slice, quantities."""
+    """Returns the plan as plain values for JSON: name, stage, assumptions, slice, quantities."""
     slice_ = slice_of(assumptions)
     return {
         "config": config.name,
@@ -402,7 +402,7 @@ def capacity_report(config: ConfigDict, assumptions: Assumptions) -> dict[str, A
 
 
 def capacity_table(config: ConfigDict, assumptions: Assumptions) -> str:
-    """The plan as aligned lines `name  value  formula` under the titles of its sections."""
+    """Returns the plan as lines `name  value  formula` under the titles of its sections."""
     slice_, sections = slice_of(assumptions), capacity_plan(config, assumptions)
     lines = [
         f"{config.name}, stage {config.stage}, on {assumptions.topology}: chips {slice_.chips},"
@@ -421,7 +421,7 @@ def capacity_table(config: ConfigDict, assumptions: Assumptions) -> str:
 
 
 def readable(quantity: Quantity) -> str:
-    """A value of three digits in a unit for people: `45.9 TiB`, `8.11 GiB/s`, `1.21 days`."""
+    """Formats a value with three digits and a unit: `45.9 TiB`, `8.11 GiB/s`, `1.21 days`."""
     value, unit = quantity.value, quantity.unit
     if value is None:
         return "unknown"

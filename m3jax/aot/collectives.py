@@ -1,4 +1,4 @@
-"""Reads the collectives of a compiled program: what crosses between devices, and how often."""
+"""Reads the collectives of a compiled program: bytes between devices, and number of runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of a program.
+    """Collective of a program.
 
     Attributes:
       kind: one of `KINDS`.
@@ -49,7 +49,7 @@ class Collective:
 
 
 def collectives(text: str) -> list[Collective]:
-    """All collectives with more than one device in a group.
+    """Lists the collectives with more than one device in a group.
 
     Loops count as often as they run. The TPU compiler writes a reduce-scatter also as an
     all-reduce in a kernel named `all-reduce-scatter`, and an all-gather that overlaps with products
@@ -60,7 +60,7 @@ def collectives(text: str) -> list[Collective]:
     """
     computations = _computations(text)
     entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
-    found: list[Collective] = []
+    crossings: list[Collective] = []
     seen: set[tuple[str, str]] = set()
     for name, line, times, depth in _walk(computations, entry, 1, 0):
         collective = _parse(name, line, times, depth)
@@ -72,14 +72,14 @@ def collectives(text: str) -> list[Collective]:
             if key in seen:
                 continue
             seen.add(key)
-        found.append(collective)
-    return found
+        crossings.append(collective)
+    return crossings
 
 
-def by_kind(found: list[Collective]) -> dict[str, dict[str, float]]:
-    """For every kind: `count` of runs, and `bytes` that one device sends."""
+def by_kind(crossings: list[Collective]) -> dict[str, dict[str, float]]:
+    """Sums by kind: `count` of runs, and `bytes` that one device sends."""
     table: dict[str, dict[str, float]] = {}
-    for collective in found:
+    for collective in crossings:
         row = table.setdefault(collective.kind, {"count": 0, "bytes": 0.0})
         row["count"] += collective.times
         row["bytes"] += collective.sent_bytes
@@ -87,16 +87,16 @@ def by_kind(found: list[Collective]) -> dict[str, dict[str, float]]:
 
 
 def _computations(text: str) -> dict[str, tuple[bool, list[str]]]:
-    found: dict[str, tuple[bool, list[str]]] = {}
+    computations: dict[str, tuple[bool, list[str]]] = {}
     lines: list[str] = []
     for line in text.splitlines():
         start = _COMPUTATION.match(line)
         if start is not None:
             lines = []
-            found[start.group(2)] = (start.group(1) is not None, lines)
+            computations[start.group(2)] = (start.group(1) is not None, lines)
         elif line.startswith("  "):
             lines.append(line)
-    return found
+    return computations
 
 
 def _walk(

@@ -1,6 +1,6 @@
-"""Compiles programs of a config for TPU slices that are not there, and says what they would take.
+"""Compiles programs of a config for TPU slices that are not there; reports bytes, work and bounds.
 
-The compiler of libtpu runs anywhere. What it reports of memory is what the chip would need; times
+The compiler of libtpu runs anywhere. The memory that it reports is what the chip would need; times
 are lower bounds from counted work and data sheets, never measurements.
 """
 
@@ -41,7 +41,7 @@ PATHS = ("warmup", "precomputed", "online")  # what a train step reads
 
 @dataclasses.dataclass(frozen=True)
 class CompiledProgram:
-    """A compiled program.
+    """Program compiled for a slice.
 
     Attributes:
       jaxpr: what was traced.
@@ -60,7 +60,7 @@ class CompiledProgram:
 
 
 def devices_of(topology: str) -> list[Any]:
-    """The devices of a TPU slice, good for compiling only.
+    """Returns the devices of a TPU slice, good for compiling only.
 
     Raises:
       ConfigError: no such topology.
@@ -70,7 +70,7 @@ def devices_of(topology: str) -> list[Any]:
     try:
         from jax.experimental import topologies
 
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        slice_ = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:  # libtpu raises whatever it likes
         words = str(error).splitlines()[0] if str(error) else type(error).__name__
         try:
@@ -85,11 +85,11 @@ def devices_of(topology: str) -> list[Any]:
             f" exist are listed at cloud.google.com/tpu/docs/{chip.name}; names that work:"
             " v5e:4x4, v5e:8x8, v5e:16x16, v6e:4x4, v6e:16x16, v5p:2x2x2, v5p:4x4x4, v4:2x2x1"
         ) from error
-    return list(found.devices)
+    return list(slice_.devices)
 
 
 def compile_train(config: ConfigDict, mesh: Mesh) -> CompiledProgram:
-    """The train step, on abstract arrays."""
+    """Compiles the train step on abstract arrays."""
     model, optimizer = make_model(config, prefix_tokens(config), mesh), make_optimizer(config)
     state = abstract_state(model, optimizer, mesh)
     step = make_step(config, model, mesh, optimizer, state)
@@ -100,7 +100,7 @@ def compile_train(config: ConfigDict, mesh: Mesh) -> CompiledProgram:
 
 
 def compile_writer(config: ConfigDict, mesh: Mesh) -> CompiledProgram:
-    """The encode of the memory writer, on abstract arrays."""
+    """Compiles the encode of the memory writer on abstract arrays."""
     model = make_model(config, PREFIX_TOKENS, mesh)
     shapes, axes = model.abstract()
     params = jax.tree.map(
@@ -115,14 +115,16 @@ def compile_writer(config: ConfigDict, mesh: Mesh) -> CompiledProgram:
 
 
 def compile_decode(config: ConfigDict, mesh: Mesh, context: int) -> CompiledProgram:
-    """The decode of a chunk after prompts of `context` tokens, on abstract arrays."""
+    """Compiles the generation of a chunk after prompts of `context` tokens on abstract arrays."""
     decoder, given = arguments(config, mesh, context)
     return _compile(decoder.generate, *given)
 
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> Batch:
-    """The inputs of a train step as shapes with shardings; of preference pairs as many slots for
-    answers as a row of one text has chunks."""
+    """Returns the inputs of a train step as shapes with shardings.
+
+    Preference pairs get as many slots for answers as a row of one text has chunks.
+    """
     model, memory, sharding = config.model, config.memory, batch_sharding(mesh)
 
     def array(*shape: int, dtype: Any = jnp.int32) -> Any:
@@ -195,7 +197,7 @@ def compile_report(
     Returns:
       What it takes of a chip, in bytes: `peak_bytes_per_chip`, `memory` (its parts),
       `chip_bytes`, `fits`; `collectives` by kind (`count` of runs, `bytes` one chip sends), and
-      every one of them in `exchanges` (the fields of `hlo.Collective`);
+      each of them in `exchanges` (the fields of `Collective`);
       `flops`: `useful` and `executed` of all chips and their quotient; `seconds`, lower bounds of a
       step by `compute`, `memory` and `interconnect`; `mfu_ceiling`; `compile_seconds`; and what was
       compiled.
@@ -210,10 +212,12 @@ def compile_report(
         rows *= max(1, len(devices) // config.mesh.tensor)
         config = serving(config, rows)
         mesh = serving_mesh(config, devices)
-        found = compile_decode(config, mesh, context)
+        compiled = compile_decode(config, mesh, context)
     else:
         mesh = make_mesh(config, devices)
-        found = compile_train(config, mesh) if program == "train" else compile_writer(config, mesh)
+        compiled = (
+            compile_train(config, mesh) if program == "train" else compile_writer(config, mesh)
+        )
     tokens = config.data.sequence_length
     online = program == "writer" or config.memory.source in IN_STEP
     blocks = attention_blocks(config, tokens=tokens, references=online)
@@ -222,13 +226,13 @@ def compile_report(
         "writer": lambda: flops.writer(config, config.writer.batch_references),
         "decode": lambda: flops.decode_step(config, rows, context),
     }[program]()
-    executed = executed_flops(found.jaxpr, blocks)
-    exchanges = collectives(found.text) if found.text else []
+    executed = executed_flops(compiled.jaxpr, blocks)
+    exchanges = collectives(compiled.text) if compiled.text else []
     table = by_kind(exchanges)
     sent = sum(row["bytes"] for row in table.values())
     bounds = {
         "compute": executed / (mesh.size * chip.flops),
-        "memory": _memory_bytes(config, found.memory, mesh, program, context)
+        "memory": _memory_bytes(config, compiled.memory, mesh, program, context)
         / chip.memory_bandwidth,
         "interconnect": sent / (chip.links * chip.link_bandwidth),
     }
@@ -241,12 +245,12 @@ def compile_report(
         "mesh": {axis: mesh.shape[axis] for axis in AXES},
         "microbatches": config.train.microbatches,
         "remat": config.model.remat,
-        "peak_bytes_per_chip": found.memory["peak"],
-        "memory": found.memory,
+        "peak_bytes_per_chip": compiled.memory["peak"],
+        "memory": compiled.memory,
         "chip_bytes": chip.memory,
-        "fits": found.fits and found.memory["peak"] <= chip.memory,
+        "fits": compiled.fits and compiled.memory["peak"] <= chip.memory,
         "collectives": table,
-        "exchanges": [dataclasses.asdict(one) for one in exchanges],
+        "exchanges": [dataclasses.asdict(collective) for collective in exchanges],
         "flops": {
             "useful": useful,
             "executed": executed,
@@ -254,7 +258,7 @@ def compile_report(
         },
         "seconds": bounds,
         "mfu_ceiling": useful / (mesh.size * chip.flops * max(bounds.values())),
-        "compile_seconds": found.seconds,
+        "compile_seconds": compiled.seconds,
     }
 
 
@@ -284,7 +288,7 @@ def _memory_bytes(
 
 
 def on_path(config: ConfigDict, path: str) -> ConfigDict:
-    """A copy of the config that reads memories as a path says.
+    """Returns a copy of the config that reads memories as a path says.
 
     Args:
       config: a config of any stage.
@@ -303,9 +307,9 @@ def search_meshes(
     microbatches: Sequence[int] = (1, 2, 4),
     remat: Sequence[str] = ("full",),
 ) -> Iterator[dict[str, Any]]:
-    """Reports of several meshes and remat policies: of each the fewest microbatches that fit.
+    """Compiles for several meshes and remat policies: of each the fewest microbatches that fit.
 
-    What cannot hold the config (heads, rows) or would leave chips idle is passed over.
+    Skips meshes that cannot hold the config (heads, rows) or would leave chips idle.
 
     Raises:
       ConfigError: none of them can; it is that of the last one.
@@ -325,35 +329,36 @@ def search_meshes(
                         f"{others} shards (mesh.fsdp × mesh.tensor × mesh.slice) do not divide the"
                         f" {chips} chips of {topology}; use a power of two"
                     )
-                found = compile_report(tried, topology)
+                report = compile_report(tried, topology)
             except ConfigError as error:
                 refused = error
                 continue
             some = True
-            yield found
-            if found["fits"]:
+            yield report
+            if report["fits"]:
                 break
     if refused is not None and not some:
         raise refused
 
 
 def best_report(reports: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Of the reports that fit the one whose lower bounds have the least sum.
+    """Returns the report that fits whose lower bounds have the least sum; None if none fits.
 
     The sum is the time of a step of which nothing overlaps; so a mesh that sends less wins among
-    those of equal work, and recomputing less wins as far as more microbatches do not eat it up.
+    meshes of equal work, and recomputing less wins as far as more microbatches do not eat it up.
     """
-    fitting = [found for found in reports if found["fits"]]
-    return min(fitting, key=lambda found: sum(found["seconds"].values()), default=None)
+    fitting = [report for report in reports if report["fits"]]
+    return min(fitting, key=lambda report: sum(report["seconds"].values()), default=None)
 
 
-def remedy(found: dict[str, Any], chip: Chip) -> str:
-    """What to change where a program does not fit."""
-    over = found["peak_bytes_per_chip"] / chip.memory
+def remedy(report: dict[str, Any], chip: Chip) -> str:
+    """Returns advice where a program does not fit."""
+    over = report["peak_bytes_per_chip"] / chip.memory
     return (
-        f"does not fit: {found['peak_bytes_per_chip'] / 1e9:.1f} GB of {chip.memory / 1e9:.0f} GB"
-        f" ({over:.2f} of the chip). Double train.microbatches (now {found['microbatches']}), raise"
-        f" mesh.fsdp (now {found['mesh']['fsdp']}), set model.remat = 'full' (now"
-        f" {found['remat']!r}), lower train.loss_block, or take a larger slice; --search tries"
+        f"does not fit: {report['peak_bytes_per_chip'] / 1e9:.1f} GB of {chip.memory / 1e9:.0f} GB"
+        f" ({over:.2f} of the chip). Double train.microbatches (now {report['microbatches']}),"
+        f" raise"
+        f" mesh.fsdp (now {report['mesh']['fsdp']}), set model.remat = 'full' (now"
+        f" {report['remat']!r}), lower train.loss_block, or take a larger slice; --search tries"
         " meshes and microbatches"
     )

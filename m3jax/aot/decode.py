@@ -1,4 +1,4 @@
-"""The decode of a chunk, compiled for a TPU slice that is not there."""
+"""Inputs of the generation of a chunk, as shapes, for a TPU slice that is not there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from m3jax.model.decode import Decoder, unstack
 
 
 def serving(config: ConfigDict, rows: int) -> ConfigDict:
-    """A copy of the config on a mesh of `data` and `tensor` alone, where weights are whole.
+    """Returns a copy of the config on a mesh of `data` and `tensor` alone, where weights are whole.
 
     Args:
       config: of any stage.
@@ -35,7 +35,7 @@ def serving(config: ConfigDict, rows: int) -> ConfigDict:
 
 
 def serving_mesh(config: ConfigDict, devices: list[Any]) -> Mesh:
-    """The mesh of `serving` on these devices.
+    """Returns the mesh of `serving` on these devices.
 
     Raises:
       ConfigError: the rows cannot be split over them.
@@ -51,7 +51,7 @@ def serving_mesh(config: ConfigDict, devices: list[Any]) -> Mesh:
 
 
 def arguments(config: ConfigDict, mesh: Mesh, context: int) -> tuple[Decoder, tuple[Any, ...]]:
-    """The decoder, and what its `generate` takes, as shapes with shardings.
+    """Returns the decoder and the arguments of its `generate`, as shapes with shardings.
 
     Args:
       config: of `serving`.
@@ -66,9 +66,9 @@ def arguments(config: ConfigDict, mesh: Mesh, context: int) -> tuple[Decoder, tu
 
     def stored(*lead: int) -> ExplicitMemory:
         size = (*lead, memory.layers, shape.kv_heads, memory.kept_tokens, shape.head_dim)
-        one: Any = jax.ShapeDtypeStruct(size, jnp.dtype(memory.dtype))
+        values: Any = jax.ShapeDtypeStruct(size, jnp.dtype(memory.dtype))
         length: Any = jax.ShapeDtypeStruct(lead, jnp.int32)
-        return ExplicitMemory(one, one, length)
+        return ExplicitMemory(values, values, length)
 
     def numbers(*size: int) -> Any:
         return jax.ShapeDtypeStruct(size, jnp.int32)

@@ -1,4 +1,4 @@
-"""Counts the matrix products of a traced program: what the devices execute, recomputation included.
+"""Counts the matrix products that a traced program executes, recomputation included.
 
 XLA's own count takes a loop once and a custom kernel not at all. Here scans count as often as they
 run, attention kernels by the blocks that their mask leaves, and the bodies of `shard_map` once for
@@ -22,7 +22,7 @@ Blocks = Mapping[tuple[int, int], int]
 
 
 def executed_flops(jaxpr: Any, blocks: Blocks | None = None) -> float:
-    """FLOP of all products in a jaxpr, over all devices; a multiplication and an addition are two.
+    """Counts the FLOP of a jaxpr over all devices; a multiplication and an addition are two.
 
     A `while` loop whose length is not known counts once; a `cond` as its dearest branch.
 
@@ -32,18 +32,21 @@ def executed_flops(jaxpr: Any, blocks: Blocks | None = None) -> float:
         computes (`attention_blocks`); others compute all.
     """
     blocks = blocks or {}
-    return sum(_equation(one, blocks) for one in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+    return sum(_equation(equation, blocks) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
 
 def chunks_of_row(config: ConfigDict, tokens: int) -> int:
-    """Chunks of a row; of several texts twice those of one, which is enough where texts are longer
-    than a chunk on average. (How many there are is known when the chats are packed.)"""
+    """Returns the chunks of a row; of a row of several texts an upper bound.
+
+    Twice those of one text are enough where texts are longer than a chunk on average; the number is
+    known when the chats are packed.
+    """
     several = config.data.packing in PACKED
     return tokens // config.memory.chunk_length * (2 if several else 1)
 
 
 def attention_blocks(config: ConfigDict, *, tokens: int, references: bool) -> Blocks:
-    """The blocks that the splash kernels of a config compute, by rows of queries and keys.
+    """Counts the blocks that the splash kernels of a config compute, by rows of queries and keys.
 
     Args:
       config: a validated config.
@@ -97,7 +100,7 @@ def _equation(equation: Any, blocks: Blocks) -> float:
 
 
 def _runs(equation: Any, blocks: Blocks) -> int:
-    """How often a kernel computes its body."""
+    """Returns the number of runs of a kernel's body."""
     grid = equation.params["grid_mapping"].grid
     wide = [x.aval.shape for x in equation.invars if x.aval.ndim > 2 and x.aval.dtype.itemsize > 1]
     if len(wide) > 1 and (wide[0][-2], wide[1][-2]) in blocks:  # queries, keys
@@ -106,9 +109,9 @@ def _runs(equation: Any, blocks: Blocks) -> int:
 
 
 def _jaxprs(params: dict[str, Any]) -> list[Any]:
-    """Programs among the parameters of an operation."""
-    found = []
+    """Lists the programs among the parameters of an operation."""
+    jaxprs = []
     for value in params.values():
         values = value if isinstance(value, (tuple, list)) else (value,)
-        found += [x for x in values if isinstance(x, (core.Jaxpr, core.ClosedJaxpr))]
-    return found
+        jaxprs += [x for x in values if isinstance(x, (core.Jaxpr, core.ClosedJaxpr))]
+    return jaxprs

@@ -1,4 +1,4 @@
-"""Compile reports as text."""
+"""Formats compile reports as text."""
 
 from __future__ import annotations
 
@@ -15,39 +15,42 @@ _PATHS = {
 }
 
 
-def path_of(found: dict[str, Any]) -> str:
-    """What was compiled, in words."""
+def path_of(report: dict[str, Any]) -> str:
+    """Names the compiled program."""
     names = {"writer": "memory writer", "decode": "decode"}
-    return names.get(found["program"]) or _PATHS[found["source"]]
+    return names.get(report["program"]) or _PATHS[report["source"]]
 
 
-def compile_text(found: dict[str, Any]) -> str:
-    """One report as lines of aligned text."""
-    mesh = ", ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1)
-    head = f"{found['name']}, {path_of(found)}, {found['topology']} ({found['chips']} chips)"
-    lines = [head, f"  mesh: {mesh}; microbatches {found['microbatches']}; remat {found['remat']}"]
-    memory = found["memory"]
+def compile_text(report: dict[str, Any]) -> str:
+    """Returns a report as lines of aligned text."""
+    mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1)
+    head = f"{report['name']}, {path_of(report)}, {report['topology']} ({report['chips']} chips)"
+    lines = [
+        head,
+        f"  mesh: {mesh}; microbatches {report['microbatches']}; remat {report['remat']}",
+    ]
+    memory = report["memory"]
     parts = ", ".join(f"{name} {_gb(memory[name])}" for name in memory if name != "peak")
-    verdict = "fits" if found["fits"] else "DOES NOT FIT"
+    verdict = "fits" if report["fits"] else "DOES NOT FIT"
     lines.append(
-        f"  a chip holds    {_gb(found['peak_bytes_per_chip'])} of {_gb(found['chip_bytes'])}:"
+        f"  a chip holds    {_gb(report['peak_bytes_per_chip'])} of {_gb(report['chip_bytes'])}:"
         f" {verdict}" + (f" ({parts})" if parts else "")
     )
-    for kind, row in found["collectives"].items():
+    for kind, row in report["collectives"].items():
         lines.append(f"  {kind:<19} {int(row['count']):>6} runs, a chip sends {_gb(row['bytes'])}")
-    work = found["flops"]
+    work = report["flops"]
     lines.append(
         f"  work            {work['useful']:.3e} FLOP useful, {work['executed']:.3e} executed"
         f" ({work['executed_over_useful']:.2f}×)"
     )
-    bounds = ", ".join(f"{name} {value:.3g} s" for name, value in found["seconds"].items())
-    lines.append(f"  lower bounds    {bounds}; MFU at most {found['mfu_ceiling']:.0%}")
-    lines.append(f"  compiled in     {found['compile_seconds']:.0f} s")
+    bounds = ", ".join(f"{name} {value:.3g} s" for name, value in report["seconds"].items())
+    lines.append(f"  lower bounds    {bounds}; MFU at most {report['mfu_ceiling']:.0%}")
+    lines.append(f"  compiled in     {report['compile_seconds']:.0f} s")
     return "\n".join(lines)
 
 
 def search_text(reports: Sequence[dict[str, Any]]) -> str:
-    """The best of several meshes, with the flags that choose it."""
+    """Returns the best of several meshes, with the flags that choose it."""
     chosen = best_report(reports)
     if chosen is None:
         return "none of the meshes fits"
@@ -59,7 +62,7 @@ def search_text(reports: Sequence[dict[str, Any]]) -> str:
 
 
 def compile_table(reports: Sequence[dict[str, Any]]) -> str:
-    """A table of docs/performance.md: a row for every report, compared with the slice's warmup."""
+    """Returns a Markdown table: a row for every report, compared with the slice's warmup."""
     lines = [
         "| slice | path | data × fsdp × tensor | microbatches | remat | GB of a chip's |"
         " executed / useful FLOP | executed / warmup's | a chip sends, GB |"
@@ -67,28 +70,28 @@ def compile_table(reports: Sequence[dict[str, Any]]) -> str:
         "|---" * 12 + "|",
     ]
     warmup = {
-        found["topology"]: found["flops"]["executed"]
-        for found in reports
-        if found["program"] == "train" and found["source"] == "none"
+        report["topology"]: report["flops"]["executed"]
+        for report in reports
+        if report["program"] == "train" and report["source"] == "none"
     }
-    for found in reports:
-        executed, mesh = found["flops"]["executed"], found["mesh"]
-        base = warmup.get(found["topology"])
-        held = f"{found['peak_bytes_per_chip'] / 1e9:.1f} of {found['chip_bytes'] / 1e9:.0f}"
-        sent = sum(row["bytes"] for row in found["collectives"].values())
+    for report in reports:
+        executed, mesh = report["flops"]["executed"], report["mesh"]
+        base = warmup.get(report["topology"])
+        held = f"{report['peak_bytes_per_chip'] / 1e9:.1f} of {report['chip_bytes'] / 1e9:.0f}"
+        sent = sum(row["bytes"] for row in report["collectives"].values())
         cells = [
-            found["topology"],
-            path_of(found),
+            report["topology"],
+            path_of(report),
             " × ".join(str(mesh[axis]) for axis in ("data", "fsdp", "tensor")),
-            str(found["microbatches"]),
-            found["remat"],
-            held if found["fits"] else f"{held}: does not fit",
-            f"{found['flops']['executed_over_useful']:.3f}",
+            str(report["microbatches"]),
+            report["remat"],
+            held if report["fits"] else f"{held}: does not fit",
+            f"{report['flops']['executed_over_useful']:.3f}",
             f"{executed / base:.3f}" if base else "",
-            f"{sent / 1e9:.1f}" if found["collectives"] else "",
-            ", ".join(f"{value:.2f}" for value in found["seconds"].values()),
-            f"{found['mfu_ceiling']:.0%}",
-            f"{found['compile_seconds']:.0f}",
+            f"{sent / 1e9:.1f}" if report["collectives"] else "",
+            ", ".join(f"{value:.2f}" for value in report["seconds"].values()),
+            f"{report['mfu_ceiling']:.0%}",
+            f"{report['compile_seconds']:.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import string
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from m3jax.errors import TextError
+from m3jax.evaluation.squad_metrics import normalise
 from m3jax.files import lines
 from m3jax.knowledge.versions import open_references, open_retriever, open_version
 from m3jax.text.references import ReferenceReader
@@ -24,8 +24,7 @@ from m3jax.text.tokenizer import Tokenizer
 
 _BLOCK = 4096  # references read at a time
 _QUERIES = 256
-_ARTICLES = {"a", "an", "the"}
-_PUNCTUATION = {ord(character): " " for character in string.punctuation + "’‘“”–—"}
+_SEPARATORS = {ord(character): " " for character in string.punctuation + "’‘“”–—"}
 _TEMPLATE = re.compile(r"^\s*Question:\s*(.*?)\s*(?:\n\s*Answer:\s*)?$", re.DOTALL)
 
 
@@ -66,10 +65,8 @@ def read_open_questions(path: str | Path) -> list[OpenQuestion]:
 
 
 def words(text: str) -> list[str]:
-    """Words as answers are compared: lower case, without punctuation, accents and articles."""
-    plain = unicodedata.normalize("NFD", text.translate(_PUNCTUATION).lower())
-    plain = "".join(character for character in plain if unicodedata.category(character) != "Mn")
-    return [word for word in plain.split() if word not in _ARTICLES]
+    """Splits a text into words in SQuAD's normal form; punctuation separates words."""
+    return normalise(text.translate(_SEPARATORS)).split()
 
 
 class AnswerFinder:

@@ -1,4 +1,4 @@
-"""The figures of one checkpoint, as data and as a table."""
+"""Evaluates a checkpoint: losses and questions, as data and as a table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def evaluate_losses(
     questions: str | Path | None = None,
     version: int | None = None,
 ) -> dict[str, Any]:
-    """Losses on the validation corpus, and accuracy on questions if there are any.
+    """Measures losses on the validation corpus, and accuracy on questions if there are any.
 
     Args:
       config: a validated config, of the stage that made the checkpoint.
@@ -80,32 +80,34 @@ def answer_questions(
     params: Params,
     path: str | Path,
 ) -> dict[str, Any]:
-    """Shares of right answers without memory, and with what a search finds if there is a bank.
+    """Measures shares of right answers without and, if there is a bank, with memories.
 
     Args:
       config, model, params: of the checkpoint.
       pipeline: its tokenizer, references and bank.
       path: questions in JSON lines, see `read_questions`.
     """
-    asked = read_questions(path)
+    questions = read_questions(path)
     answerer = Answerer(model, params, pipeline.tokenizer, config.data.sequence_length)
-    figures: dict[str, Any] = {"count": len(asked)}
-    figures["accuracy_none"] = float(np.mean(answerer.correct(asked)))
+    figures: dict[str, Any] = {"count": len(questions)}
+    figures["accuracy_none"] = float(np.mean(answerer.correct(questions)))
     references, version = pipeline.references, pipeline.version
     if pipeline.bank is not None and references is not None and version is not None:
         limit = config.retrieval.overlap_evaluation
         retriever = pipeline.retriever or open_retriever(
             config, version, references, limit, bank=pipeline.bank
         )
-        ids = answerer.retrieve(asked, retriever)
-        figures["accuracy_memory"] = float(np.mean(answerer.correct(asked, ids, pipeline.bank)))
-        wrong = np.roll(ids, len(asked) // 2, axis=0)
-        figures["accuracy_wrong"] = float(np.mean(answerer.correct(asked, wrong, pipeline.bank)))
+        ids = answerer.retrieve(questions, retriever)
+        figures["accuracy_memory"] = float(np.mean(answerer.correct(questions, ids, pipeline.bank)))
+        wrong = np.roll(ids, len(questions) // 2, axis=0)
+        figures["accuracy_wrong"] = float(
+            np.mean(answerer.correct(questions, wrong, pipeline.bank))
+        )
     return figures
 
 
 def losses_table(report: dict[str, Any]) -> str:
-    """The report as a Markdown table."""
+    """Returns the report as a Markdown table."""
     names = {"memory": "with memory", "none": "without", "wrong": "wrong memories"}
     questions = report.get("questions", {})
     lines = [

@@ -1,4 +1,4 @@
-"""Log-probabilities of continuations, in few programs; with memories that the contexts find.
+"""Scores continuations by log-probability, with memories that their contexts retrieve.
 
 The context is cut into chunks; each retrieves `memory.per_prompt_chunk` references with its own
 text, and the continuation reads the memories of the last of them (Memory³ §3.5).
@@ -52,7 +52,7 @@ class Scores(NamedTuple):
 
 
 def as_rows(pairs: Sequence[Pair], chunk: int, most: int = 0) -> Rows:
-    """Pairs as rows.
+    """Lays pairs out as rows.
 
     Args:
       pairs: what the rows hold.
@@ -80,13 +80,13 @@ def _power(number: int) -> int:
 
 
 def _few(number: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, …"""
+    """Rounds up to 1, 2, 3, 4, 6, 8, 12, 16, 24, …"""
     above = _power(number)
     return 3 * above // 4 if above >= 4 and number <= 3 * above // 4 else above
 
 
 class Scorer:
-    """Scores with one set of parameters.
+    """Scores continuations with one set of parameters.
 
     Args:
       model: the model.
@@ -116,31 +116,31 @@ class Scorer:
         *,
         shift: int = 0,
     ) -> list[Int[np.ndarray, "_ M"]]:
-        """References that each chunk of each context reads, best first, −1 = none.
+        """Retrieves references of each chunk of each context, best first, −1 = none.
 
         Args:
           contexts: tokens of each.
           retriever: finds them.
           against: of each the tokens that no reference may contain; None lets all pass.
-          shift: whose text a chunk searches with: 0 its own, 1 that of the chunk before.
+          shift: 0: a chunk searches with its own text; 1: with the text of the chunk before.
         """
         memory = self.model.memory
         chunk, M = memory.chunk_length, memory.per_prompt_chunk
-        found = [np.full((-(-len(row) // chunk), M), -1, np.int64) for row in contexts]
-        asked = []
+        ids_of = [np.full((-(-len(row) // chunk), M), -1, np.int64) for row in contexts]
+        searches = []
         for number, row in enumerate(contexts):
-            for c in range(shift, len(found[number])):
+            for c in range(shift, len(ids_of[number])):
                 low = (c - shift) * chunk
                 query = self.tokenizer.decode(row[low : low + chunk])
                 if query.strip():
-                    asked.append((number, c, query))
-        for low in range(0, len(asked), _QUERIES):
-            part = asked[low : low + _QUERIES]
+                    searches.append((number, c, query))
+        for low in range(0, len(searches), _QUERIES):
+            part = searches[low : low + _QUERIES]
             texts = None if against is None else [against[number] for number, _, _ in part]
             ids = retriever.retrieve([query for _, _, query in part], texts, M)
-            for (number, c, _), one in zip(part, ids, strict=True):
-                found[number][c] = one
-        return found
+            for (number, c, _), read in zip(part, ids, strict=True):
+                ids_of[number][c] = read
+        return ids_of
 
     def score(
         self,
@@ -168,8 +168,8 @@ class Scorer:
             chunk = self.model.memory.chunk_length
             rows = as_rows([pairs[i] for i in part], chunk, self.longest)
             memory = None if ids is None else self._memory([ids[i] for i in part], bank, rows)
-            found = self._program(self.params, rows.tokens, rows.place, rows.target, memory)
-            tokens, first = (np.asarray(x) for x in found)
+            scored = self._program(self.params, rows.tokens, rows.place, rows.target, memory)
+            tokens, first = (np.asarray(x) for x in scored)
             logprob[part] = np.where(rows.real, tokens, 0).sum(axis=1, dtype=np.float64)
             greedy[part] = np.all(first | ~rows.real, axis=1)
         return Scores(logprob, greedy)
@@ -205,5 +205,5 @@ def _score(
         chosen = jnp.take_along_axis(logprobs, target[..., None], axis=-1)[..., 0]
         return chosen, jnp.argmax(logits, axis=-1) == target
 
-    found = jax.lax.map(of, (blocks(hidden_BAD), blocks(target_BA)))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, A), found)
+    scored = jax.lax.map(of, (blocks(hidden_BAD), blocks(target_BA)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, A), scored)

@@ -1,4 +1,7 @@
-"""Exact match and F1 of short answers, as SQuAD's evaluation defines them."""
+"""Computes exact match and F1 of short answers, as SQuAD's evaluation defines them.
+
+The same normal form compares answers everywhere: published figures use it. It keeps accents.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,20 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def normalise(answer: str) -> str:
-    """Lower case, without punctuation, articles and superfluous space."""
+    """Returns the lower case without punctuation, articles and superfluous space (SQuAD)."""
     return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(answer: str, right: Sequence[str]) -> float:
-    """1 if the answer is one of the right ones, else 0."""
-    return float(normalise(answer) in {normalise(one) for one in right})
+    """Returns 1 if the answer is one of the right ones, else 0."""
+    return float(normalise(answer) in {normalise(text) for text in right})
 
 
 def f1(answer: str, right: Sequence[str]) -> float:
-    """Harmonic mean of precision and recall of the answer's words; of the right answer it fits."""
-    return max((_f1(normalise(answer).split(), normalise(one).split()) for one in right), default=0)
+    """Returns the harmonic mean of precision and recall of words, best of the right answers."""
+    return max(
+        (_f1(normalise(answer).split(), normalise(text).split()) for text in right), default=0
+    )
 
 
 def _f1(words: list[str], right: list[str]) -> float:
@@ -35,10 +40,10 @@ def _f1(words: list[str], right: list[str]) -> float:
 
 
 def last_number(text: str) -> str | None:
-    """The number after `####`, or else the last one; None if there is none."""
+    """Returns the number after `####`, or else the last number; None if there is none."""
     _, marked, rest = text.partition("####")
-    found = _NUMBER.findall(rest if marked else text)
-    if not found:
+    numbers = _NUMBER.findall(rest if marked else text)
+    if not numbers:
         return None
-    number = (found[0] if marked else found[-1]).replace(",", "")
+    number = (numbers[0] if marked else numbers[-1]).replace(",", "")
     return number.rstrip("0").rstrip(".") if "." in number else number

@@ -1,4 +1,4 @@
-"""How far the memories of a bank are from those that a checkpoint would write now."""
+"""Measures the distance of a bank's memories from the memories that a checkpoint writes now."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from m3jax.train.refresh import compare_memories
 
 @dataclasses.dataclass(frozen=True)
 class Staleness:
-    """What a refresh would change.
+    """Changes that a refresh of the bank would bring.
 
     Attributes:
       references: how many were compared.
@@ -52,7 +52,7 @@ class Staleness:
 
     @property
     def verdict(self) -> str:
-        """Whether a rewrite pays, in words."""
+        """Advice for or against a rewrite, in words."""
         worth = f"memories are worth {self.losses['none'] - self.losses['stored']:.4f}"
         said = f"{abs(self.gain):.4f} ± {self.gain_error:.4f} nats a token; {worth}"
         if not np.isfinite(self.gain_error):
@@ -73,7 +73,7 @@ def measure_staleness(
     version: int | None = None,
     progress: bool = True,
 ) -> Staleness:
-    """Compares the bank of a version with what a checkpoint writes and reads.
+    """Compares the bank of a version with memories that a checkpoint writes.
 
     Args:
       config: a validated config of the checkpoint's stage.
@@ -121,31 +121,34 @@ def measure_staleness(
     )
 
 
-def staleness_table(found: Staleness) -> str:
-    """The figures as Markdown."""
+def staleness_table(staleness: Staleness) -> str:
+    """Returns the figures as Markdown."""
     lines = [
-        f"{found.references} references; relative error of stored keys and values",
+        f"{staleness.references} references; relative error of stored keys and values",
         "",
         "| memory layer | keys | values |",
         "|---|---|---|",
     ]
-    for layer, (key, value) in enumerate(zip(found.keys, found.values, strict=True)):
+    for layer, (key, value) in enumerate(zip(staleness.keys, staleness.values, strict=True)):
         lines.append(f"| {layer} | {key:.3f} | {value:.3f} |")
-    if found.key_floor or found.value_floor:
-        lines.append(f"| of compression alone | {found.key_floor:.3f} | {found.value_floor:.3f} |")
+    if staleness.key_floor or staleness.value_floor:
+        lines.append(
+            f"| of compression alone | {staleness.key_floor:.3f} | {staleness.value_floor:.3f} |"
+        )
     lines += ["", "| memories | loss (nats a token) |", "|---|---|"]
-    lines += [f"| {name} | {loss:.4f} |" for name, loss in found.losses.items()]
+    lines += [f"| {name} | {loss:.4f} |" for name, loss in staleness.losses.items()]
     lines += [
         "",
-        f"The quarter that the first memory layer calls worst holds {found.first_layer:.0%} of the"
+        f"The quarter that the first memory layer calls worst holds {staleness.first_layer:.0%}"
+        f" of the"
         " error.",
-        found.verdict,
+        staleness.verdict,
     ]
     return "\n".join(lines)
 
 
 class _Fresh:
-    """A bank whose memories are written when they are read, and stored like those of another."""
+    """Writes memories when they are read, and stores them as the codec of a bank does."""
 
     def __init__(
         self, config: ConfigDict, model: Model, params: Any, references: ReferenceSet, bank: AnyBank
@@ -155,7 +158,7 @@ class _Fresh:
         self.encoder = Encoder(config, model, params, references, bank.codec)
 
     def read_stored(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
-        """As `Bank.read_stored`."""
+        """Reads like `Bank.read_stored`."""
         flat = ids.reshape(-1)
         unique, place = np.unique(flat[flat >= 0], return_inverse=True)
         if not unique.size:

@@ -18,7 +18,7 @@ from m3jax.text.tokenizer import Tokenizer
 
 @runtime_checkable
 class Memories(Protocol):
-    """Where memories come from: a `Bank`, a `LayeredBank`, or `ColdMemories`."""
+    """Interface of a source of memories: a `Bank`, a `LayeredBank`, or `ColdMemories`."""
 
     codec: Codec
 

@@ -1,4 +1,4 @@
-"""How the next token is chosen from the logits."""
+"""Sampling of the next token from the logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from m3jax.errors import InferenceError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Greedy by default.
+    """Samples tokens from logits; greedy by default.
 
     A row's tokens are a function of seed, its number and the logits, whatever its company.
 
@@ -33,18 +33,18 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, good, wanted in (
+        for name, good, accepted in (
             ("temperature", self.temperature >= 0, "at least 0 (0 is greedy)"),
             ("top_k", self.top_k >= 0, "at least 0 (0 is all tokens)"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
         ):
             if not good:
-                raise InferenceError(f"{name} = {getattr(self, name)}; it must be {wanted}")
+                raise InferenceError(f"{name} = {getattr(self, name)}; it must be {accepted}")
 
     def __call__(
         self, logits_BV: Float[Array, "B V"], rows_B: Int[Array, " B"], number: Int[Array, ""]
     ) -> Int[Array, " B"]:
-        """Token number `number` of each row."""
+        """Samples token number `number` of each row."""
         if self.temperature == 0:
             return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
         logits_BV = logits_BV / self.temperature

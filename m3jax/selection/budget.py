@@ -1,4 +1,4 @@
-"""From measured drops and counts to the expected drop of every reference, and a choice by budget.
+"""Estimates the worth of every reference and chooses by budget.
 
 The expected drop of validation loss that a reference brings, in nats a token, is how often a row
 finds it times how much the row's loss falls then, over the tokens of a row:
@@ -29,7 +29,7 @@ _MOST = 10.0  # of k
 
 
 @dataclass(frozen=True)
-class Worth:
+class WorthEstimates:
     """Estimates of R references; arrays over all ids, removed ones have worth 0.
 
     Attributes:
@@ -60,7 +60,7 @@ def estimate(
     rows: int,
     tokens: float,
     live: Int[np.ndarray, " n"],
-) -> Worth:
+) -> WorthEstimates:
     """Estimates the worth of every reference.
 
     Args:
@@ -92,7 +92,7 @@ def estimate(
     uses = np.where(counted > 0, (1 - new) * counted / rows, 0.0)
     uses[unseen] = new * total / rows / max(int(unseen.sum()), 1)
     uses[~in_use] = 0.0
-    return Worth(
+    return WorthEstimates(
         worth=uses * value / tokens,
         error=uses * spread / tokens,
         measured=measured,

@@ -1,4 +1,4 @@
-"""Which heads matter: the loss of a model in which one head at a time sees less.
+"""Scores heads by the loss of a model in which one head at a time sees less.
 
 Memory³ names it as better than taking the first half of the layers: mask a head so that it sees
 only the last 100 tokens and BOS, score the model, and call those the memory heads whose mask hurts
@@ -33,7 +33,7 @@ HIDES = ("context", "memory")
 
 @dataclasses.dataclass(frozen=True)
 class HeadScores:
-    """What masking each head did.
+    """Rise of the loss by masking each head.
 
     Attributes:
       loss: nats a token of the model as it is.
@@ -52,13 +52,13 @@ class HeadScores:
     about: dict[str, Any]
 
     def ranking(self) -> list[tuple[int, int]]:
-        """Layer and head of all that were masked, the one whose mask hurts most first."""
+        """Ranks layer and head of all that were masked by the rise of the loss, largest first."""
         order = np.argsort(-self.increase, axis=None, kind="stable")  # NaN comes last
         masked = np.isfinite(self.increase).sum()
         return [divmod(int(i), self.increase.shape[1]) for i in order[:masked]]
 
     def best(self, share: float, layers: range) -> list[tuple[int, int]]:
-        """Layer and head of the share that hurts most, of the heads in some layers; at least one.
+        """Returns layer and head of the share with the largest rise in some layers; at least one.
 
         Raises:
           ConfigError: a share outside (0, 1].
@@ -128,8 +128,8 @@ def score_heads(
         if number >= len(done):
             losses = score(params, jax.device_put(batch.for_step()), candidates)
             weights = batch.weights.astype(np.float64).sum(1)
-            found = np.concatenate([weights[None], np.asarray(losses, np.float64)])[None]
-            done = np.concatenate([done.reshape(-1, *found.shape[1:]), found])
+            block = np.concatenate([weights[None], np.asarray(losses, np.float64)])[None]
+            done = np.concatenate([done.reshape(-1, *block.shape[1:]), block])
             write_array(store, done)
         bar.update()
     bar.close()
@@ -168,8 +168,10 @@ def _check(config: ConfigDict, hide: str, window: int, by_query: bool) -> None:
 def _candidates(
     config: ConfigDict, hide: str, by_query: bool
 ) -> tuple[tuple[int, int], np.ndarray]:
-    """Layers and heads; layer, key-value head and query head of its group (−1 = all) of those that
-    are masked in turn: all, or those that have memories."""
+    """Shape of the figures, and the heads to mask: layer, key-value head, query head (−1 = all).
+
+    They are all heads, or those that have memories.
+    """
     model = config.model
     L, K, G = model.layers, model.kv_heads, model.query_heads // model.kv_heads
     groups = range(G) if by_query else [-1]
@@ -178,8 +180,8 @@ def _candidates(
     if hide == "memory":
         inside = [pair for pair in pairs if first <= pair[0] < first + count]
         pairs = memory_heads(config.model, config.memory) or inside
-    found = [(layer, head, g) for layer, head in pairs for g in groups]
-    return (L, K * len(groups)), np.array(found, np.int32)
+    triples = [(layer, head, g) for layer, head in pairs for g in groups]
+    return (L, K * len(groups)), np.array(triples, np.int32)
 
 
 def _scores(
@@ -216,7 +218,7 @@ def _scores(
 
 # -- for people ------------------------------------------------------------------------------------
 def heads_report(scores: HeadScores, chosen: list[tuple[int, int]]) -> dict[str, Any]:
-    """The figures as plain JSON values, the ranking from most to least."""
+    """Returns the figures as plain JSON values, the ranking from most to least."""
     ranked = [
         {
             "layer": layer,
@@ -231,22 +233,22 @@ def heads_report(scores: HeadScores, chosen: list[tuple[int, int]]) -> dict[str,
     return {**scores.about, **figures, "heads": ranked, "memory_heads": format_heads(chosen)}
 
 
-def heads_table(found: dict[str, Any], most: int = 40) -> str:
-    """The ranking as Markdown."""
+def heads_table(report: dict[str, Any], most: int = 40) -> str:
+    """Returns the ranking as Markdown."""
     what = "memories hidden from it"
-    if found["hide"] == "context":
-        what = f"only its last {found['window']} tokens and the beginning seen by it"
+    if report["hide"] == "context":
+        what = f"only its last {report['window']} tokens and the beginning seen by it"
     lines = [
-        f"{found['checkpoint']} step {found['step']}: loss {found['loss']:.4f} nats a token"
-        f" ({found['rows']} rows, {found['tokens']} tokens); by how much it rises, one"
-        f" {'key-value' if found['by'] == 'kv' else 'query'} head at a time, {what}",
+        f"{report['checkpoint']} step {report['step']}: loss {report['loss']:.4f} nats a token"
+        f" ({report['rows']} rows, {report['tokens']} tokens); by how much it rises, one"
+        f" {'key-value' if report['by'] == 'kv' else 'query'} head at a time, {what}",
         "",
         "| rank | layer | head | rise | standard error | chosen |",
         "|---|---|---|---|---|---|",
     ]
-    for rank, one in enumerate(found["heads"][:most], 1):
-        mark = "yes" if one["chosen"] else ""
-        figures = f"{one['increase']:+.5f} | {one['error']:.5f}"
-        lines.append(f"| {rank} | {one['layer']} | {one['head']} | {figures} | {mark} |")
-    left = len(found["heads"]) - most
+    for rank, head in enumerate(report["heads"][:most], 1):
+        mark = "yes" if head["chosen"] else ""
+        figures = f"{head['increase']:+.5f} | {head['error']:.5f}"
+        lines.append(f"| {rank} | {head['layer']} | {head['head']} | {figures} | {mark} |")
+    left = len(report["heads"]) - most
     return "\n".join([*lines, *([f"… and {left} more"] if left > 0 else [])])

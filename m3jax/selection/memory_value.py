@@ -1,7 +1,7 @@
-"""What each reference is worth: the drop of validation loss that its memory brings (Memory³ §10).
+"""Measures the drop of validation loss that the memory of each reference brings (Memory³ §10).
 
-Measured of every pair of a row and a reference that its chunks find: the summed loss of the row
-where the memory of the reference is absent, from all chunks that found it, less that where it is
+For every pair of a row and a reference that its chunks find: the summed loss of the row where the
+memory of the reference is absent, from all chunks that found it, less that where it is
 present. All other memories of the row stay as they are. A pair costs a forward pass of the row.
 """
 
@@ -35,7 +35,7 @@ _BEGUN = "begun.json"
 
 
 class RowLosses:
-    """Summed losses of rows, with some of their memories absent.
+    """Computes summed losses of rows, with some of their memories absent.
 
     Args:
       config: a validated config with precomputed memories.
@@ -53,7 +53,7 @@ class RowLosses:
         rows: Int[np.ndarray, " n"],
         absent: Int[np.ndarray, " n"],
     ) -> Float[np.ndarray, " n"]:
-        """Nats of each row.
+        """Returns the nats of each row.
 
         Args:
           params: of a checkpoint that reads memories.
@@ -87,14 +87,14 @@ def row_losses(
     rows: Int[np.ndarray, " n"],
     absent: int = NOTHING,
 ) -> Shaped[np.ndarray, " n"]:
-    """Losses of rows in `MEASURED`, with nothing absent or with everything."""
-    found = []
+    """Returns losses of rows as `MEASURED`, with nothing absent or with everything."""
+    parts = []
     for ids, batch in _batches(pipeline, rows):
         places = np.arange(pipeline.batch_size)
         values = losses(params, batch, places, np.full(len(places), absent))[: len(ids)]
         weights = np.asarray(batch.weights, np.float64).sum(axis=1)[: len(ids)]
-        found.append(_measured(ids, np.full(len(ids), absent), values, weights))
-    return np.concatenate(found)
+        parts.append(_measured(ids, np.full(len(ids), absent), values, weights))
+    return np.concatenate(parts)
 
 
 def measure_drops(
@@ -106,37 +106,36 @@ def measure_drops(
     identity: dict[str, Any],
     progress: bool = True,
 ) -> Shaped[np.ndarray, " m"]:
-    """Losses of rows with nothing absent and with each of the references that they find.
+    """Measures losses of rows with nothing absent and with each reference that they find.
 
-    What was measured is in `folder`, a file a batch; a measurement that was stopped goes on where
-    it was, if `identity` is the same.
+    Writes a file a batch to `folder`; a stopped measurement continues if `identity` is the same.
 
     Args:
       losses: with the config and the codec of the pipeline.
       pipeline: that the rows are of.
       params: of a checkpoint that reads memories.
-      rows: which.
+      rows: numbers of rows.
       folder: for the files.
-      identity: what the losses depend on, for JSON.
+      identity: all that decides the losses, for JSON.
       progress: show a progress bar.
 
     Returns:
-      For every row one with `NOTHING` absent, then one for each reference, ascending.
+      For every row a loss with `NOTHING` absent, then one for each reference, ascending.
     """
     begun = json.dumps({**identity, "rows": rows.tolist()}, indent=1, sort_keys=True).encode()
     if not (folder / _BEGUN).is_file() or (folder / _BEGUN).read_bytes() != begun:
         shutil.rmtree(folder, ignore_errors=True)
         write_atomically(folder / _BEGUN, begun)
-    found, size = [], pipeline.batch_size
+    parts, size = [], pipeline.batch_size
     bar = tqdm(total=len(rows), unit=" rows", desc="measured", disable=not progress)
     with bar:
         for low in range(0, len(rows), size):
             part, path = rows[low : low + size], folder / f"{low:09d}.npy"
             if not path.is_file():
                 write_array(path, _measure_batch(losses, pipeline, params, part))
-            found.append(np.load(path))
+            parts.append(np.load(path))
             bar.update(len(part))
-    return np.concatenate(found)
+    return np.concatenate(parts)
 
 
 def _measure_batch(
@@ -174,13 +173,18 @@ def _batches(
 def _measured(
     rows: np.ndarray, absent: np.ndarray, loss: np.ndarray, weight: np.ndarray
 ) -> Shaped[np.ndarray, " m"]:
-    found = np.empty(len(rows), MEASURED)
-    found["row"], found["absent"], found["loss"], found["weight"] = rows, absent, loss, weight
-    return found
+    records = np.empty(len(rows), MEASURED)
+    records["row"], records["absent"], records["loss"], records["weight"] = (
+        rows,
+        absent,
+        loss,
+        weight,
+    )
+    return records
 
 
 def drops(measured: Shaped[np.ndarray, " m"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row, reference and drop of the row's loss (nats) of every pair in what `measure` found."""
+    """Returns row, reference and drop of the row's loss (nats) of every pair of `measure_drops`."""
     whole = measured[measured["absent"] == NOTHING]
     pairs = measured[measured["absent"] >= 0]
     order = np.argsort(whole["row"])

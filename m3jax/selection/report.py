@@ -1,4 +1,4 @@
-"""The report of a choice of references for people: a table and a picture."""
+"""Shows a choice of references: a table and a picture."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from jaxtyping import Int
 from matplotlib.figure import Figure
 
 from m3jax.files import committing
-from m3jax.selection.budget import Worth
+from m3jax.selection.budget import WorthEstimates
 
 _INK, _SOFT, _GRID, _GOOD, _BAD = "#22303c", "#7d8b99", "#e6eaee", "#0b7a75", "#b8336a"
 _BINS = 40
 
 
 def choice_table(report: dict[str, Any]) -> str:
-    """The report as Markdown."""
+    """Returns the report as Markdown."""
     rows, losses, expected = report["rows"], report["losses"], report["expected_drop"]
     names = {
         "all": f"all {report['references']} references",
@@ -49,7 +49,7 @@ def choice_table(report: dict[str, Any]) -> str:
 
 
 def choice_verdict(report: dict[str, Any]) -> str:
-    """Whether the choice is better than chance, in words."""
+    """Compares the choice with random ones, in words."""
     change, error = report["differences"].get("random - chosen", (float("nan"),) * 2)
     if not np.isfinite(change + error):
         return "not compared with random choices"
@@ -61,31 +61,31 @@ def choice_verdict(report: dict[str, Any]) -> str:
 
 
 def choice_picture(
-    found: Worth, live: Int[np.ndarray, " n"], report: dict[str, Any], path: str | Path
+    estimates: WorthEstimates, live: Int[np.ndarray, " n"], report: dict[str, Any], path: str | Path
 ) -> None:
     """Draws how the worth is distributed, and how much of it a budget buys.
 
     Args:
-      found: the estimates.
+      estimates: of the worth of every reference.
       live: ids in use.
       report: of `select_references`.
       path: the PNG, written atomically.
     """
-    worth = 1e6 * found.worth[live]
+    millionths = 1e6 * estimates.worth[live]
     figure = Figure(figsize=(11, 4.4), layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2)
-    edges = np.histogram_bin_edges(worth, _BINS)
+    edges = np.histogram_bin_edges(millionths, _BINS)
     for chosen, colour, label in (
-        (found.counted[live] > 0, _GOOD, "found by a row"),
-        (found.counted[live] == 0, _SOFT, "never found: estimated from the others"),
+        (estimates.counted[live] > 0, _GOOD, "found by a row"),
+        (estimates.counted[live] == 0, _SOFT, "never found: estimated from the others"),
     ):
         label = f"{int(chosen.sum())} {label}"
-        left.hist(worth[chosen], edges, color=colour, label=label, alpha=0.85)
+        left.hist(millionths[chosen], edges, color=colour, label=label, alpha=0.85)
     left.axvline(0, color=_BAD, linewidth=1)
     left.set_yscale("symlog", linthresh=1)
     left.set_xlabel("expected drop of the loss, millionths of a nat a token", color=_INK)
     left.set_ylabel("references", color=_INK)
-    ranked = np.cumsum(np.sort(found.worth[live])[::-1])
+    ranked = np.cumsum(np.sort(estimates.worth[live])[::-1])
     size = report["bytes_each"] * np.arange(1, len(ranked) + 1) / 1e6
     right.plot(size, ranked, color=_GOOD, label="best first")
     even = ranked[-1] * np.arange(1, len(ranked) + 1) / len(ranked)

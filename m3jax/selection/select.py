@@ -1,8 +1,8 @@
 """Chooses the references that are worth a memory within a budget, and checks the choice.
 
-The worth of a reference is measured on validation rows (`usefulness`), estimated for all of them
-(`worth`), and the choice is checked on validation rows of other documents, where retrieval searches
-what was chosen and nothing else: against all references, as many at random, and no memory.
+The worth of a reference is measured on validation rows (`memory_value`), estimated for all of them
+(`budget`), and the choice is checked on validation rows of other documents, where retrieval
+searches what was chosen and nothing else: against all references, as many at random, and no memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from m3jax.knowledge.memory_writer import check_reader
 from m3jax.knowledge.versions import open_version
 from m3jax.make_model import make_model
 from m3jax.model.parameters import Params
-from m3jax.selection.budget import Worth, choose, estimate
+from m3jax.selection.budget import WorthEstimates, choose, estimate
 from m3jax.selection.memory_value import RowLosses, drops, measure_drops
 from m3jax.selection.validate import check_choice, split_rows
 
@@ -37,7 +37,7 @@ _BLOCK = 4096  # references read at a time
 
 @dataclass(frozen=True)
 class Options:
-    """How much is measured.
+    """Numbers of rows and draws to measure with.
 
     Attributes:
       sample: validation rows in which drops are measured.
@@ -74,7 +74,7 @@ def select_references(
       budget: bytes that the memories of the chosen references may have together.
       checkpoint: stage folder or `checkpoints/<step>`; default `workdir/<stage>`.
       version: of the knowledge to choose from; default the current one, else with `dry_run`.
-      options: how much is measured.
+      options: numbers of rows and draws.
       dry_run: whether no version is made.
       progress: show progress bars.
 
@@ -117,13 +117,14 @@ def select_references(
     measured = measure_drops(
         losses, pipeline, params, sample, folder / "measured", identity, progress
     )
-    found = _estimate(config, workdir, pipeline, measured, options.count, progress)
+    estimates = _estimate(config, workdir, pipeline, measured, options.count, progress)
     live = references.live
-    chosen = choose(found.worth, np.full(len(found.worth), each), budget, config.seed)
+    chosen = choose(estimates.worth, np.full(len(estimates.worth), each), budget, config.seed)
     if not chosen.size:
         raise UsefulnessError(
             f"no reference is expected to lower the loss (on average one changes it by"
-            f" {-found.mean:+.4f} nats where it is read): the checkpoint gains nothing from this"
+            f" {-estimates.mean:+.4f} nats where it is read): the checkpoint gains nothing from"
+            f" this"
             " knowledge; train it on, or measure more rows with --sample"
         )
     report = {
@@ -132,10 +133,10 @@ def select_references(
         "version": opened.number,
         "shift": config.evaluation.shift,
         "rows": {"measured": len(sample), "checked": len(check)},
-        **_expected(found, live, chosen, budget, each),
+        **_expected(estimates, live, chosen, budget, each),
     }
     report |= check_choice(config, opened, losses, params, check, live, chosen, options.draws)
-    _write(folder, report, found, references, chosen, live)
+    _write(folder, report, estimates, references, chosen, live)
     if not dry_run:
         said = f"{len(chosen)} of {len(live)} references, by usefulness"
         report["new_version"] = keep_only(config, opened, chosen, note=said).number
@@ -143,7 +144,7 @@ def select_references(
 
 
 def _with_bank(config: ConfigDict) -> ConfigDict:
-    """The config, reading memories of the bank."""
+    """Returns the config, reading memories of the bank."""
     if config.memory.source == "none":
         raise UsefulnessError(
             f"config.memory.source = 'none': the stage {config.stage!r} reads no memory, so none is"
@@ -171,7 +172,7 @@ def _restore(
 
 
 def _age(checkpoint: Path) -> int:
-    """When a checkpoint was written: another one may have had its path and step."""
+    """Returns the time of writing: an earlier checkpoint may have had the same path and step."""
     return checkpoint_folder(checkpoint).stat().st_mtime_ns
 
 
@@ -182,29 +183,29 @@ def _estimate(
     measured: Shaped[np.ndarray, " m"],
     count: int,
     progress: bool,
-) -> Worth:
-    """Worth from what was measured, and from what training rows find."""
+) -> WorthEstimates:
+    """WorthEstimates from what was measured, and from what training rows find."""
     assert pipeline.references is not None
-    _, found, changes = drops(measured)
-    if not found.size:
+    _, references, changes = drops(measured)
+    if not references.size:
         raise UsefulnessError(
             "no chunk of the measured rows finds any reference: the validation text shares no word"
             " with the knowledge base; prepare again with other --knowledge"
         )
-    counted = np.bincount(found, minlength=len(pipeline.references))
+    counted = np.bincount(references, minlength=len(pipeline.references))
     whole = measured[measured["absent"] < 0]
     rows = len(whole)
     if count > 0:
         more, seen = _count(config, workdir, pipeline, count, progress)
         counted, rows = counted + more, rows + seen
     tokens = float(whole["weight"].mean())
-    return estimate(found, changes, counted, rows, tokens, pipeline.references.live)
+    return estimate(references, changes, counted, rows, tokens, pipeline.references.live)
 
 
 def _count(
     config: ConfigDict, workdir: Path, pipeline: Pipeline, count: int, progress: bool
 ) -> tuple[Int[np.ndarray, " R"], int]:
-    """For every reference how many training rows find it, and of how many; reads no memory."""
+    """Counts the training rows that find each reference, and all of them; reads no memory."""
     rows = open_rows(config, workdir, "train", pipeline.tokenizer)
     training = Pipeline(
         config,
@@ -227,27 +228,27 @@ def _count(
 
 
 def _expected(
-    found: Worth,
+    estimates: WorthEstimates,
     live: Int[np.ndarray, " m"],
     chosen: Int[np.ndarray, " k"],
     budget: int,
     each: int,
 ) -> dict[str, Any]:
-    """What is known of all references, and what the chosen ones are expected to bring."""
+    """Returns counts, and the drop of the loss that the chosen references should bring."""
     return {
         "references": len(live),
-        "measured": int((found.measured > 0).sum()),
-        "never_found": found.unseen,
-        "mean_drop": found.mean,
-        "shrinkage": found.shrinkage,
+        "measured": int((estimates.measured > 0).sum()),
+        "never_found": estimates.unseen,
+        "mean_drop": estimates.mean,
+        "shrinkage": estimates.shrinkage,
         "bytes_each": int(each),
         "budget": int(budget),
         "chosen": len(chosen),
-        "chosen_never_found": int((found.counted[chosen] == 0).sum()),
+        "chosen_never_found": int((estimates.counted[chosen] == 0).sum()),
         "chosen_bytes": int(each * len(chosen)),
         "expected_drop": {
-            "all": float(found.worth[live].sum()),
-            "chosen": float(found.worth[chosen].sum()),
+            "all": float(estimates.worth[live].sum()),
+            "chosen": float(estimates.worth[chosen].sum()),
         },
     }
 
@@ -255,22 +256,22 @@ def _expected(
 def _write(
     folder: Path,
     report: dict[str, Any],
-    found: Worth,
+    estimates: WorthEstimates,
     references: Any,
     chosen: Int[np.ndarray, " k"],
     live: Int[np.ndarray, " m"],
 ) -> None:
     from m3jax.selection.report import choice_picture  # draws: a slow import
 
-    order = chosen[np.argsort(-found.worth[chosen], kind="stable")]
+    order = chosen[np.argsort(-estimates.worth[chosen], kind="stable")]
     lines = []
     for low in range(0, len(order), _BLOCK):
         part = order[low : low + _BLOCK]
         for i, item in zip(part.tolist(), references.read(part), strict=True):
-            figures = {"worth": float(found.worth[i]), "error": float(found.error[i])}
-            counts = {"measured": int(found.measured[i]), "found": int(found.counted[i])}
+            figures = {"worth": float(estimates.worth[i]), "error": float(estimates.error[i])}
+            counts = {"measured": int(estimates.measured[i]), "found": int(estimates.counted[i])}
             record = {"key": item.key, "title": item.title, **figures, **counts}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     write_atomically(folder / "chosen.jsonl", "".join(lines).encode())
     write_atomically(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
-    choice_picture(found, live, report, folder / "usefulness.png")
+    choice_picture(estimates, live, report, folder / "usefulness.png")

@@ -1,4 +1,4 @@
-"""Whether a choice of references is a good one: losses on rows that it was not made on."""
+"""Validates a choice of references: losses on rows that it was not made on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from m3jax.selection.memory_value import EVERYTHING, RowLosses, row_losses
 def split_rows(
     pipeline: Pipeline, sample: int, check: int, seed: int
 ) -> tuple[Int[np.ndarray, " s"], Int[np.ndarray, " c"]]:
-    """Rows to measure on, and rows of other documents to check on, ascending; drawn at random.
+    """Draws rows to measure on, and rows of other documents to check on, ascending.
 
     Raises:
       UsefulnessError: fewer than two documents, or numbers below 1.
@@ -57,7 +57,7 @@ def check_choice(
     chosen: Int[np.ndarray, " k"],
     draws: int,
 ) -> dict[str, Any]:
-    """Losses of rows with several choices of references, and their differences.
+    """Compares losses of rows with several choices of references.
 
     Args:
       config: a validated config with precomputed memories.
@@ -66,7 +66,7 @@ def check_choice(
       params: of a checkpoint that reads memories.
       rows: validation rows that the choice was not made on.
       live: ids in use.
-      chosen: those that were chosen.
+      chosen: ids of the chosen references.
       draws: random choices of as many.
 
     Returns:
@@ -76,30 +76,30 @@ def check_choice(
 
     def with_only(ids: Int[np.ndarray, " k"], absent: int = -1) -> np.ndarray:
         removed = np.union1d(opened.tombstones, np.setdiff1d(live, ids))
-        one = dataclasses.replace(opened, number=opened.number + 1, tombstones=removed)
-        pipeline = open_pipeline(config, opened.workdir, split="validation", version=one)
+        version = dataclasses.replace(opened, number=opened.number + 1, tombstones=removed)
+        pipeline = open_pipeline(config, opened.workdir, split="validation", version=version)
         return row_losses(losses, pipeline, params, rows, absent)
 
     rng = np.random.default_rng([config.seed, 0xD2])
     everything = with_only(live)
-    found = {"all": everything["loss"], "chosen": with_only(chosen)["loss"]}
+    by_choice = {"all": everything["loss"], "chosen": with_only(chosen)["loss"]}
     drawn = [
         with_only(np.sort(rng.choice(live, len(chosen), replace=False)))["loss"]
         for _ in range(draws)
     ]
     if drawn:
-        found["random"] = np.mean(drawn, axis=0)
-    found["none"] = with_only(live, EVERYTHING)["loss"]
+        by_choice["random"] = np.mean(drawn, axis=0)
+    by_choice["none"] = with_only(live, EVERYTHING)["loss"]
     pipeline = open_pipeline(config, opened.workdir, split="validation", version=opened)
     assert isinstance(pipeline.rows, Rows)
     document, weight = pipeline.rows.document_of(rows), everything["weight"]
     figures: dict[str, Any] = {"losses": {}, "differences": {}}
-    for name, values in found.items():
+    for name, values in by_choice.items():
         figures["losses"][name] = ratio(values, weight, document)
     figures["random_draws"] = [ratio(values, weight, document)[0] for values in drawn]
     for more, less in (("random", "chosen"), ("chosen", "all"), ("none", "chosen")):
-        if more in found:
-            change = ratio(found[more] - found[less], weight, document)
+        if more in by_choice:
+            change = ratio(by_choice[more] - by_choice[less], weight, document)
             figures["differences"][f"{more} - {less}"] = change
     return figures
 
@@ -107,7 +107,7 @@ def check_choice(
 def ratio(
     values: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"], groups: Int[np.ndarray, " n"]
 ) -> tuple[float, float]:
-    """Sum of values over sum of weights, and its standard error over groups (linearised)."""
+    """Returns sum of values over sum of weights, and its standard error over groups."""
     mean = float(values.sum() / weights.sum())
     _, place = np.unique(groups, return_inverse=True)
     residuals = np.bincount(place, values - mean * weights)

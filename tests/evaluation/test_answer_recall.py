@@ -30,10 +30,10 @@ def write(path: Path, records: list) -> Path:
 
 def test_answers_are_runs_of_whole_words() -> None:
     finder = AnswerFinder(["The Dalaï Lama", "art", "New York"])
-    assert finder.found("He met a dalai-lama in new Yorkshire.") == {("dalai", "lama")}
+    assert finder.found("He met a dalaï-lama in new Yorkshire.") == {("dalaï", "lama")}
     assert finder.found("New new york, the art of it") == {("new", "york"), ("art",)}
     assert finder.found("party") == set() == AnswerFinder(["the", "?"]).found("the ? the")
-    assert words("L’été, a 3rd!") == ["l", "ete", "3rd"]
+    assert words("L’été, a 3rd!") == ["l", "été", "3rd"]
 
 
 def test_hits_are_counted_among_answerable_questions(workdir: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Worth: its formula by hand, planted references, and the choice."""
+"""WorthEstimates: its formula by hand, planted references, and the choice."""
 
 import itertools
 

@@ -1,9 +1,9 @@
-"""A checkpoint as a model of lm-evaluation-harness (the extra `eval`).
+"""Adapts a checkpoint to lm-evaluation-harness (the extra `eval`).
 
     from m3jax.evaluation.lm_eval.model import HarnessModel
     lm_eval.simple_evaluate(HarnessModel(session, "memory"), tasks=["arc_easy"])
 
-| mode | what the model reads |
+| mode | the model reads |
 |---|---|
 | `none` | the context |
 | `memory`, or `explicit` | memories that the context's chunks find |
@@ -96,9 +96,13 @@ class HarnessModel(TemplateLM):
             session.require_memories(mode)
             self.bank = session.open_bank(bank) if mode == "compressed" else session.bank
         if mode != "none":
-            found = session.retriever
+            retriever = session.retriever
             self.retriever = Retriever(
-                found.index, found.references, found.candidates, self.overlap, found.rank
+                retriever.index,
+                retriever.references,
+                retriever.candidates,
+                self.overlap,
+                retriever.rank,
             )
         self.scorer = Scorer(
             session.model,
@@ -113,24 +117,24 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
+        """Token that ends a text."""
         return END
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that begins a text."""
+        """Token that begins a text."""
         return BOS
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Tokens of a text, never a special one: BOS is put in front when it is scored."""
+        """Encodes a text without special tokens: BOS is put in front when it is scored."""
         return self.session.tokenizer.encode(string).tolist()
 
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, and whether it is the first choice throughout."""
+        """Scores continuations: log-probability, and whether each token is the first choice."""
         contexts = [request.args[0] for request in requests]
         encoded = []
         for request, shown in zip(requests, self._shown(contexts), strict=True):
@@ -163,8 +167,8 @@ class HarnessModel(TemplateLM):
         ids = None
         if self.bank is not None and self.retriever is not None:
             contexts = list(unique.values())
-            found = self.scorer.retrieve(contexts, self.retriever, self._against(contexts))
-            by_key = dict(zip(unique, found, strict=True))
+            retrieved = self.scorer.retrieve(contexts, self.retriever, self._against(contexts))
+            by_key = dict(zip(unique, retrieved, strict=True))
             ids = self._read([by_key[key] for key in keys], questions or keys)
         scores = self.scorer.score(pairs, ids, self.bank, progress=not disable_tqdm)
         return list(zip(scores.logprob.tolist(), scores.greedy.tolist(), strict=True))
@@ -172,7 +176,7 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-probability of each text. A chunk's memories are found with the chunk before it.
+        """Scores whole texts by log-probability; a chunk retrieves with the chunk before it.
 
         Raises:
           InferenceError: the mode `rag`, as a text has no question.
@@ -194,8 +198,8 @@ class HarnessModel(TemplateLM):
         ids = None
         if self.bank is not None and self.retriever is not None:
             rows = [np.concatenate([pair.context, pair.continuation[:-1]]) for pair in pairs]
-            found = self.scorer.retrieve(rows, self.retriever, self._against(rows), shift=1)
-            ids = self._read(found, owners)
+            retrieved = self.scorer.retrieve(rows, self.retriever, self._against(rows), shift=1)
+            ids = self._read(retrieved, owners)
         scores = self.scorer.score(pairs, ids, self.bank, progress=not disable_tqdm)
         return np.bincount(np.array(owners, int), scores.logprob, len(requests)).tolist()
 
@@ -205,7 +209,7 @@ class HarnessModel(TemplateLM):
         Raises:
           InferenceError: a request asks for sampling.
         """
-        found: list[str] = [""] * len(requests)
+        answers: list[str] = [""] * len(requests)
         by_length: dict[int, list[int]] = {}
         for number, request in enumerate(requests):
             by_length.setdefault(self._new_tokens(request.args[1]), []).append(number)
@@ -215,11 +219,11 @@ class HarnessModel(TemplateLM):
             questions = [_question(requests[i]) for i in numbers]
             texts = self._generate(prompts, new, questions)
             for number, text in zip(numbers, texts, strict=True):
-                found[number] = _until(text, requests[number].args[1].get("until") or [])
-        return found
+                answers[number] = _until(text, requests[number].args[1].get("until") or [])
+        return answers
 
     def _new_tokens(self, settings: dict[str, Any]) -> int:
-        """How many tokens a request may have; at most half of the model's context."""
+        """Most new tokens of a request; at most half of the model's context."""
         if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
             raise InferenceError("a task asks for sampling; only greedy generation is scored")
         named = settings.get("max_gen_toks") or settings.get("max_new_tokens") or NEW_TOKENS
@@ -268,20 +272,20 @@ class HarnessModel(TemplateLM):
         """References for each prompt's retrievals, found by the chunks of another question."""
         assert self.retriever is not None
         contexts = [np.concatenate([[BOS], row]).astype(np.int32) for row in tokens]
-        found = self.scorer.retrieve(contexts, self.retriever, self._against(contexts))
+        retrieved = self.scorer.retrieve(contexts, self.retriever, self._against(contexts))
         chunk = self.config.memory.chunk_length
         return [
             [
                 ids[min(c, len(ids) - 1)]
                 for c in range(len(retrieval_schedule(len(row), new, chunk)))
             ]
-            for row, ids in zip(contexts, self._read(found, questions), strict=True)
+            for row, ids in zip(contexts, self._read(retrieved, questions), strict=True)
         ]
 
-    def _read(self, found: list[np.ndarray], questions: Sequence[Hashable]) -> list[np.ndarray]:
+    def _read(self, retrieved: list[np.ndarray], questions: Sequence[Hashable]) -> list[np.ndarray]:
         """References that requests read: their own, or in the mode `wrong` another question's."""
         if self.mode != "wrong":
-            return found
+            return retrieved
         first: dict[Hashable, int] = {}
         for number, question in enumerate(questions):
             first.setdefault(question, number)
@@ -289,19 +293,21 @@ class HarnessModel(TemplateLM):
         if len(order) < 2:
             raise InferenceError("mode 'wrong' with a single question; give at least two")
         half = len(order) // 2
-        other = {one: first[order[(i + half) % len(order)]] for i, one in enumerate(order)}
-        return [found[other[question]] for question in questions]
+        other = {
+            question: first[order[(i + half) % len(order)]] for i, question in enumerate(order)
+        }
+        return [retrieved[other[question]] for question in questions]
 
     @property
     def _filters(self) -> bool:
         return self.overlap < 1
 
     def _against(self, contexts: list[np.ndarray]) -> list[np.ndarray] | None:
-        """What no reference may contain: the contexts, without BOS."""
+        """Tokens that no reference may contain: the contexts, without BOS."""
         return [row[row != BOS] for row in contexts] if self._filters else None
 
     def _shown(self, contexts: Sequence[str]) -> list[str]:
-        """What the model is shown: in the mode `rag` references and the context, else the context.
+        """Texts that the model reads: in the mode `rag` behind references.
 
         Counts the requests.
         """
@@ -312,8 +318,8 @@ class HarnessModel(TemplateLM):
         against = self.session.tokenizer.encode_batch(unique) if self._filters else None
         ids = self.retriever.retrieve(unique, against, self.references)
         texts = with_references(unique, ids, self.session.references)
-        found = dict(zip(unique, texts, strict=True))
-        return [found.get(context, context) for context in contexts]
+        shown = dict(zip(unique, texts, strict=True))
+        return [shown.get(context, context) for context in contexts]
 
     def _pair(self, context: Sequence[int], continuation: Sequence[int]) -> Pair:
         """Tokens with BOS in front, the context cut from the left to what fits."""
@@ -347,14 +353,14 @@ class HarnessModel(TemplateLM):
 
 
 def _question(request: Any) -> Hashable:
-    """Which question a request belongs to: all choices of one are one."""
+    """Identifies the question of a request; all choices of a question share it."""
     if request.doc_id is None:
         return request.args[0]
     return request.task_name, request.doc_id
 
 
 def _until(text: str, stops: str | Sequence[str]) -> str:
-    """A text up to the first of some strings."""
+    """Cuts a text at the first of some strings."""
     for stop in [stops] if isinstance(stops, str) else stops:
         if stop:
             text = text.partition(stop)[0]

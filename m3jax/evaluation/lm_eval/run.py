@@ -1,4 +1,4 @@
-"""What `launch/evaluate.py tasks` does: tasks from local files, in every mode, as one table.
+"""Evaluates tasks from local files in every mode, as one table.
 
 lm-evaluation-harness makes the prompts and scores them (the extra `eval`).
 """
@@ -22,40 +22,40 @@ from m3jax.train.metrics import dropped_share
 
 @dataclass(frozen=True)
 class Column:
-    """A mode with its filter; `overlap` None is that of the config."""
+    """Mode with its overlap filter; None is the filter of the config."""
 
     mode: str
     overlap: float | None = None
 
     @property
     def title(self) -> str:
-        """Its name in the table."""
+        """Name in the table."""
         if self.overlap is None or self.mode in ("none", "warmup"):
             return self.mode
         return f"{self.mode}, {'no filter' if self.overlap >= 1 else f'≤ {self.overlap:.3g}'}"
 
 
 def columns(modes: Sequence[str], overlaps: Sequence[float]) -> list[Column]:
-    """Every mode with every filter; a mode without references has none.
+    """Combines every mode with every filter; a mode without references has none.
 
     Raises:
       InferenceError: no such mode, or a filter that cannot be.
     """
-    found = []
+    chosen = []
     for mode in modes:
         if mode not in (*MODES, "explicit", "warmup"):
             raise InferenceError(f"mode {mode!r}; known: {', '.join(MODES)}, explicit, warmup")
         for limit in (overlaps or (None,)) if mode not in ("none", "warmup") else (None,):
             if limit is not None and not 0 < limit <= 1:
                 raise InferenceError(f"overlap {limit}; above 0, and at most 1, which drops none")
-            found.append(Column(mode, limit))
-    return found
+            chosen.append(Column(mode, limit))
+    return chosen
 
 
 def evaluate_tasks(
     session: Session,
     tasks: Sequence[LocalTask],
-    wanted: Sequence[Column],
+    chosen: Sequence[Column],
     *,
     shots: int = 0,
     limit: int | None = None,
@@ -69,7 +69,7 @@ def evaluate_tasks(
     Args:
       session: checkpoint and knowledge.
       tasks: of different names.
-      wanted: of `columns`.
+      chosen: of `columns`.
       shots: examples in front of every question.
       limit: most examples of a task; None takes all.
       references, batch_size: see `HarnessModel`.
@@ -91,7 +91,7 @@ def evaluate_tasks(
                 f"task {task.name} has {pool} examples for {shots} shots; give --shots={pool}"
             )
     kept = {task.name: task.docs[: limit or None] for task in tasks}
-    report: dict[str, Any] = {"shots": shots, "columns": [one.title for one in wanted]}
+    report: dict[str, Any] = {"shots": shots, "columns": [column.title for column in chosen]}
     report["tasks"] = {
         task.name: {
             "kind": task.kind,
@@ -102,14 +102,14 @@ def evaluate_tasks(
         for task in tasks
     }
     answerable = {}
-    if any(column.mode not in ("none", "warmup") for column in wanted):
+    if any(column.mode not in ("none", "warmup") for column in chosen):
         for task in tasks:
             if task.kind == "open":
                 answers = [doc["answers"] for doc in kept[task.name]]
                 answerable[task.name] = answerable_questions(session.references, answers)
                 report["tasks"][task.name]["answerable"] = int(answerable[task.name].sum())
     report["dropped"], report["truncated"] = {}, {}
-    for column in wanted:
+    for column in chosen:
         if column.mode == "warmup" and warmup is None:
             raise InferenceError("the mode `warmup` needs --warmup_config")
         model = HarnessModel(
@@ -136,20 +136,20 @@ def _scores(
     samples: Sequence[dict[str, Any]], kind: str, answerable: np.ndarray | None
 ) -> dict[str, float]:
     """Means of the measures; of open questions also over those that the references can answer."""
-    found = {}
+    means = {}
     for name in measures_of(kind):
         values = np.array([sample[name] for sample in samples], float)
-        found[name] = float(values.mean())
+        means[name] = float(values.mean())
         if answerable is not None and answerable.any():
-            found[f"{name}_answerable"] = float(values[answerable].mean())
-    return found
+            means[f"{name}_answerable"] = float(values[answerable].mean())
+    return means
 
 
 _MEASURES = {"exact_match": "exact match", "f1": "F1", "acc": "accuracy"}
 
 
 def tasks_table(report: dict[str, Any]) -> str:
-    """The report as a Markdown table; the average is that of each task's first measure."""
+    """Returns the report as a Markdown table; the average is of each task's first measure."""
     titles = report["columns"]
     lines = [["task", "measure", "examples", "chance", *titles]]
     lines.append(["---"] * len(lines[0]))

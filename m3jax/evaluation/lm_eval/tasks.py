@@ -71,14 +71,14 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def measures_of(kind: str) -> list[str]:
-    """What is measured of tasks of a kind, the one that counts first."""
-    return [one["metric"] for one in _SETTINGS[kind]["metric_list"]]
+    """Names the measures of tasks of a kind, the main one first."""
+    return [metric["metric"] for metric in _SETTINGS[kind]["metric_list"]]
 
 
 def run_task(
     model: HarnessModel, task: LocalTask, shots: int = 0, limit: int | None = None
 ) -> list[dict[str, Any]]:
-    """One task in one mode; what the harness says of each example, in their order."""
+    """Runs a task in one mode; returns the harness's record of each example, in order."""
     from lm_eval.evaluator import evaluate
 
     logger = logging.getLogger("lm_eval")
@@ -86,12 +86,12 @@ def run_task(
     logger.setLevel(logging.ERROR)
     try:
         made = as_harness_task(task, shots)
-        found = evaluate(
+        results = evaluate(
             model, {"tasks": {task.name: made}}, limit=limit, bootstrap_iters=0, verbosity="ERROR"
         )
     finally:
         logger.setLevel(level)
-    return sorted(found["samples"][task.name], key=lambda sample: sample["doc_id"])
+    return sorted(results["samples"][task.name], key=lambda sample: sample["doc_id"])
 
 
 class _Docs(list):
@@ -104,7 +104,7 @@ class _Docs(list):
 
 
 def as_harness_task(task: LocalTask, shots: int = 0) -> Any:
-    """A task of lm-evaluation-harness; the shots of an example are the same in every run."""
+    """Makes a task of the harness; the shots of an example are the same in every run."""
     from lm_eval.api.task import ConfigurableTask
 
     splits = {"test": _Docs(task.docs)}
