@@ -166,7 +166,7 @@ def test_a_refreshed_version_is_written_by_the_checkpoint(workdir: Path, tmp_pat
     jax.tree.map(np.testing.assert_array_equal, opened(workdir)[2].read(everything), stored)
     rollback(workdir, 2)
     del version, before, old_index, old, index, bank, references, pipeline
-    gc.compact()  # a reader keeps what it reads
+    gc.collect()  # a reader keeps what it reads
     collected, busy = compact(CONFIG, workdir, write=MemoryWriter(CONFIG, workdir))
     assert busy == [] and versions(workdir) == [collected.number]
     assert not (workdir / "bank").exists() and not (workdir / "versions" / "000002").exists()
@@ -178,7 +178,7 @@ def test_a_refreshed_version_is_written_by_the_checkpoint(workdir: Path, tmp_pat
 def test_collecting_a_refresh_deletes_the_old_bank_alone(workdir: Path) -> None:
     rewrite(CONFIG, workdir, workdir / "moved")
     memory = opened(workdir)[2].read(np.arange(20))
-    gc.compact()  # a reader keeps what it reads
+    gc.collect()  # a reader keeps what it reads
     version, busy = compact(CONFIG, workdir, write=MemoryWriter(CONFIG, workdir))
     assert (version.number, busy) == (1, []) and versions(workdir) == [1]
     assert not (workdir / "bank").exists() and (workdir / "references").exists()

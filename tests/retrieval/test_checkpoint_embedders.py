@@ -281,7 +281,7 @@ def test_saved_loaded_and_refused(
     assert (tmp_path / "saved" / "statistics.npz").read_bytes() == first
 
     del loaded, embedder
-    gc.compact()
+    gc.collect()
     write_checkpoint(run, "warmup", 1)
     with pytest.raises(RetrievalError, match="another checkpoint than .*7 holds now.*retrieval.ch"):
         load_embedder(tmp_path / "saved")
@@ -359,7 +359,7 @@ def test_what_an_edit_adds_is_found_and_an_edited_index_collected(
         return
     embedders = [
         json.loads((folder / "index" / "embedder" / "embedder.json").read_text())
-        for folder in open_version(run).layers
+        for folder in open_version(run).deltas
     ]
     assert len(embedders) == 2 and embedders[0] == embedders[1]
     compact(config, run, write=write)
@@ -368,7 +368,7 @@ def test_what_an_edit_adds_is_found_and_an_edited_index_collected(
 
 def test_an_index_refuses_another_checkpoint(indexed: tuple[Path, Any]) -> None:
     run, config = indexed
-    gc.compact()
+    gc.collect()
     write_checkpoint(run, "warmup", 1)
     with pytest.raises(RetrievalError, match="another checkpoint than .*holds now"):
         nearest(run, config, "Name3 has")
