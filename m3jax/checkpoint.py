@@ -1,6 +1,7 @@
-"""The parameters of a checkpoint, for whoever computes with them: `train.checkpoints` writes it.
+"""Reader of a checkpoint's parameters, for whoever computes with them.
 
-A checkpoint is a folder `<stage folder>/checkpoints/<step>` with `state` and `meta` (Orbax).
+A checkpoint is a folder `<stage folder>/checkpoints/<step>` with `state` and `meta` (Orbax), which
+`train.checkpoints` writes.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ SEGMENTS = ("lower", "memory", "upper")
 
 
 def checkpoint_folder(path: str | Path, step: int | None = None) -> Path:
-    """The folder of one checkpoint.
+    """Returns the folder of one checkpoint.
 
     Args:
       path: a stage folder (its newest checkpoint, or that of `step`) or a folder `…/<step>`.
-      step: the step wanted; default the newest.
+      step: default the newest.
 
     Raises:
       CheckpointError: no checkpoint there; names those that exist.
@@ -41,8 +42,8 @@ def checkpoint_folder(path: str | Path, step: int | None = None) -> Path:
     path = Path(path).absolute()
     if path.name.isdigit() and (path / "state").is_dir() and step in (None, int(path.name)):
         return path
-    found = (path / FOLDER).iterdir() if (path / FOLDER).is_dir() else ()
-    steps = sorted(int(entry.name) for entry in found if entry.name.isdigit())
+    entries = (path / FOLDER).iterdir() if (path / FOLDER).is_dir() else ()
+    steps = sorted(int(entry.name) for entry in entries if entry.name.isdigit())
     if not steps:
         raise CheckpointError(
             f"no checkpoint in {path}; name the folder of a stage that was trained, or its"
@@ -54,7 +55,7 @@ def checkpoint_folder(path: str | Path, step: int | None = None) -> Path:
 
 
 def read_meta(folder: str | Path) -> dict[str, Any]:
-    """The `meta` of a checkpoint folder `…/<step>`."""
+    """Reads the `meta` of a checkpoint folder `…/<step>`."""
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             return dict(reader.restore(Path(folder).absolute() / "meta"))
@@ -70,7 +71,7 @@ def restore_params(
     mesh: Mesh | None = None,
     tokenizer_fingerprint: str | None = None,
 ) -> tuple[Params, dict[str, Any]]:
-    """The parameters of a checkpoint, for another stage, the writer and evaluation.
+    """Restores the parameters of a checkpoint, for another stage, the writer and evaluation.
 
     Layers that lie in other segments (another range of memory layers) are restacked, and the dtype
     becomes the model's; all other shapes must be the model's.
@@ -86,7 +87,7 @@ def restore_params(
       The parameters and the checkpoint's `meta`.
 
     Raises:
-      CheckpointError: no checkpoint; one of another shape (names the first parameter that differs
+        CheckpointError: no checkpoint; one of another shape (names the first parameter that differs
         and both shapes) or of another tokenizer.
     """
     folder = checkpoint_folder(stage_folder, step)
@@ -109,10 +110,10 @@ def restore_params(
         block = axes["memory"]
         saved_axes = {k: block if k in SEGMENTS else axes[k] for k in saved}
         placed = parameter_shardings(mesh, saved_axes, saved)
-    wanted = jax.tree.map(
+    targets = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), saved, placed
     )
-    params = _read_params(folder, wanted)
+    params = _read_params(folder, targets)
 
     def convert(params: Params) -> Params:
         return jax.tree.map(lambda x, like: x.astype(like.dtype), restack(params, stacks), shapes)
@@ -123,14 +124,14 @@ def restore_params(
 def read_model(
     checkpoint: str | Path,
 ) -> tuple[Path, ConfigDict, Params, dict[str, Any], Tokenizer]:
-    """A checkpoint as it was trained, whatever the config at hand.
+    """Reads a checkpoint as it was trained, whatever the config at hand.
 
     Args:
       checkpoint: a stage folder, or a folder `checkpoints/<step>` of it, in its workdir.
 
     Returns:
-      The folder `…/<step>`; a config with the sections `model` and `memory` of the checkpoint's,
-      and attention that runs anywhere; the parameters, on one device; `meta`; and the tokenizer.
+        The folder `…/<step>`; a config with the sections `model` and `memory` of the checkpoint's,
+        and attention that runs anywhere; the parameters, on one device; `meta`; and the tokenizer.
 
     Raises:
       CheckpointError: no checkpoint, or one that this version cannot run.
@@ -154,11 +155,11 @@ def read_model(
 
 
 def restack(params: Params, stacks: Mapping[str, int]) -> Params:
-    """The same layers in other segments.
+    """Moves the layers to other segments.
 
     Args:
       params: parameters with layers stacked in any of `lower`, `memory`, `upper`.
-      stacks: layers of every segment wanted; their sum is the number of layers.
+      stacks: number of layers of every segment; their sum is the number of layers.
     """
     present = [params[name] for name in SEGMENTS if name in params]
     layers = jax.tree.map(lambda *x: jnp.concatenate(x), *present)
@@ -171,7 +172,7 @@ def restack(params: Params, stacks: Mapping[str, int]) -> Params:
 
 
 def unreadable(folder: Path, error: Exception) -> CheckpointError:
-    """The error of a damaged checkpoint."""
+    """Makes the error of a damaged checkpoint."""
     return CheckpointError(
         f"checkpoint {folder} cannot be read ({error}); delete it to use an earlier one"
     )
@@ -187,7 +188,7 @@ def check_tokenizer(folder: Path, meta: Mapping[str, Any], fingerprint: str) -> 
 
 
 def saved_shapes(folder: Path) -> Params:
-    """Shapes and dtypes of the parameters in a checkpoint, from its metadata."""
+    """Reads shapes and dtypes of the parameters in a checkpoint, from its metadata."""
     try:
         # The handler itself: a Checkpointer would warn that `state` is a part of a checkpoint.
         with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
@@ -197,12 +198,12 @@ def saved_shapes(folder: Path) -> Params:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def _read_params(folder: Path, wanted: Params) -> Params:
-    arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+def _read_params(folder: Path, targets: Params) -> Params:
+    arguments = ocp.checkpoint_utils.construct_restore_args(targets)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             options = ocp.args.PyTreeRestore(
-                {"params": wanted}, restore_args={"params": arguments}, partial_restore=True
+                {"params": targets}, restore_args={"params": arguments}, partial_restore=True
             )
             return reader.restore(folder / "state", args=options)["params"]
     except (ValueError, OSError, KeyError) as error:
@@ -210,30 +211,30 @@ def _read_params(folder: Path, wanted: Params) -> Params:
 
 
 def _layers(shapes: Params) -> int:
-    """Layers in all segments."""
+    """Counts the layers in all segments."""
     return sum(jax.tree.leaves(shapes[name])[0].shape[0] for name in SEGMENTS if name in shapes)
 
 
-def check_shapes(folder: Path, saved: Params, wanted: Params) -> None:
+def check_shapes(folder: Path, saved: Params, needed: Params) -> None:
     """Raises `CheckpointError`, naming the first parameter whose shape is another."""
     sides = [
         {
             parameter_name(path): leaf.shape
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         }
-        for tree in (saved, wanted)
+        for tree in (saved, needed)
     ]
     for name in sorted(sides[0].keys() | sides[1].keys()):
-        there, here = (side.get(name, "absent") for side in sides)
-        if there != here:
+        theirs, ours = (side.get(name, "absent") for side in sides)
+        if theirs != ours:
             raise CheckpointError(
-                f"checkpoint {folder} has another shape: parameter {name} is {there} there and"
-                f" {here} in this config; use the config it was trained with"
+                f"checkpoint {folder} has another shape: parameter {name} is {theirs} theirs and"
+                f" {ours} in this config; use the config it was trained with"
             )
 
 
 def stage_of(checkpoint: str | Path) -> Path:
-    """The stage folder of a checkpoint, which may be named by its `checkpoints/<step>`."""
+    """Returns the stage folder of a checkpoint, which may be named by its `checkpoints/<step>`."""
     path = Path(checkpoint).absolute()
     return path.parents[1] if path.parent.name == FOLDER else path
 
@@ -241,7 +242,7 @@ def stage_of(checkpoint: str | Path) -> Path:
 def reads(
     meta: Mapping[str, Any], checkpoint: str | Path, writer: Mapping[str, Any] | None
 ) -> bool:
-    """Whether a checkpoint reads memories of a writer.
+    """Tests whether a checkpoint reads memories of a writer.
 
     It does where it was trained on them, and where a refresh wrote them for it: with weights of its
     own stage. One that has read none reads all.

@@ -71,7 +71,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, shared: bool = F
 
 
 def lines(path: str | os.PathLike[str]) -> list[str]:
-    """Lines of a UTF-8 text, without their ends.
+    """Reads the lines of a UTF-8 text, without their ends.
 
     A line ends at a line feed: strings in JSON lines may hold U+0085, U+2028 and the like, at which
     `str.splitlines` would cut them.
@@ -81,7 +81,7 @@ def lines(path: str | os.PathLike[str]) -> list[str]:
 
 
 def digest(*parts: bytes | str) -> str:
-    """Hex BLAKE2b (32 characters) of the parts; `digest("a", "b")` differs from `digest("ab")`."""
+    """Hashes parts to 32 hex characters; `digest("a", "b")` differs from `digest("ab")`."""
     total = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
@@ -90,9 +90,11 @@ def digest(*parts: bytes | str) -> str:
     return total.hexdigest()
 
 
-def checksum(path: str | os.PathLike[str]) -> str:
-    """Hex BLAKE2b (32 characters) of a file's bytes."""
-    with open(path, "rb") as file:
+def checksum(source: bytes | str | os.PathLike[str]) -> str:
+    """Returns the hex BLAKE2b (32 characters) of bytes, or of the bytes of the file with a path."""
+    if isinstance(source, bytes):
+        return hashlib.blake2b(source, digest_size=16).hexdigest()
+    with open(source, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
@@ -103,7 +105,7 @@ def write_sealed(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
 
 
 def read_sealed(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What `write_sealed` wrote, without the checksum; None where the file is damaged."""
+    """Reads what `write_sealed` wrote, without the checksum; None where the file is damaged."""
     try:
         content = json.loads(Path(path).read_bytes())
         expected = content.pop("checksum")

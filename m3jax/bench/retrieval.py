@@ -12,7 +12,7 @@ from jaxtyping import Float32
 from m3jax.bench.rounds import Rounds, timed
 from m3jax.errors import RetrievalError
 from m3jax.retrieval.search import SHARD_ROWS, SPARE, Searcher, import_scann, scann_settings
-from m3jax.retrieval.tune import QUERIES, fit, share_found
+from m3jax.retrieval.tune import QUERIES, fit, recall_at_k
 
 _K = 5
 _TARGET = 0.95  # recall that the search is tuned to
@@ -52,7 +52,7 @@ def retrieval(rows: int = 100_000, dimension: int = 384) -> Rounds:
         loaded = scann.load_searcher(str(folder))
     shards = [embeddings[i : i + SHARD_ROWS] for i in range(0, rows, SHARD_ROWS)]
     exact, approximate = Searcher(shards), Searcher(shards, loaded, fitted["effort"])
-    recall = share_found(approximate.search(queries, _K)[0], exact.search(queries, _K + SPARE))
+    recall = recall_at_k(approximate.search(queries, _K)[0], exact.search(queries, _K + SPARE))
     effort = {f"{key}_searched": value for key, value in fitted["effort"].items()}
     settings = {**fitted["settings"], **effort, "tuned_recall": fitted["recall"]}
     calls = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import string
 from collections.abc import Sequence
@@ -15,10 +14,9 @@ from jaxtyping import Bool
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from m3jax.errors import TextError
 from m3jax.evaluation.squad_metrics import normalise
-from m3jax.files import lines
 from m3jax.knowledge.versions import open_references, open_retriever, open_version
+from m3jax.text.jsonl import read_records
 from m3jax.text.references import ReferenceReader
 from m3jax.text.tokenizer import Tokenizer
 
@@ -45,23 +43,15 @@ def read_open_questions(path: str | Path) -> list[OpenQuestion]:
     Raises:
       TextError: a line is something else, or there is none.
     """
-    found = []
-    for number, line in enumerate(lines(path), 1):
-        try:
-            record = json.loads(line)
-            name = next(field for field in ("question", "context", "prompt") if field in record)
-            answers = record["answer"]
-            answers = [answers] if isinstance(answers, str) else list(answers)
-            answers += record.get("aliases", [])
-            text = _TEMPLATE.sub(r"\1", record[name])
-        except (json.JSONDecodeError, KeyError, StopIteration, TypeError) as error:
-            raise TextError(
-                f"{path}:{number}: expected a JSON object with question and answer ({error!r})"
-            ) from error
-        found.append(OpenQuestion(text, tuple(answers)))
-    if not found:
-        raise TextError(f"{path} holds no questions")
-    return found
+
+    def parse(record: Any) -> OpenQuestion:
+        name = next(field for field in ("question", "context", "prompt") if field in record)
+        answers = record["answer"]
+        answers = [answers] if isinstance(answers, str) else list(answers)
+        answers += record.get("aliases", [])
+        return OpenQuestion(_TEMPLATE.sub(r"\1", record[name]), tuple(answers))
+
+    return read_records(path, parse, "questions", "a JSON object with question and answer")
 
 
 def words(text: str) -> list[str]:

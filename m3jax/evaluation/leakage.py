@@ -6,7 +6,6 @@ every reference found is compared with the whole row (Memory³ §6.1).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +15,10 @@ from tqdm import tqdm
 
 from m3jax.data.rows import Rows
 from m3jax.errors import LeakageError
-from m3jax.files import lines
 from m3jax.knowledge.versions import open_index, open_references, open_version
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
+from m3jax.text.jsonl import read_records
 from m3jax.text.overlap import overlap
 from m3jax.text.references import ReferenceReader
 from m3jax.text.tokenizer import PAD, Tokenizer
@@ -134,18 +133,14 @@ def _questions(
 ) -> list[Text]:
     if not path.is_file():
         raise LeakageError(f"{path}: no such file; give train, validation or a .jsonl of questions")
-    texts = []
-    for number, line in enumerate(lines(path), 1):
-        try:
-            record = json.loads(line)
-            prompt = record["prompt"] if "prompt" in record else record["question"]
-            tokens = np.asarray(tokenizer.encode(prompt))
-        except (ValueError, KeyError, TypeError) as error:
-            raise LeakageError(
-                f"{path}:{number}: expected a JSON object with a text in `prompt` or `question`"
-                f" ({error!r})"
-            ) from error
-        texts.append(Text(f"{path.name}:{number}", tokens))
+
+    def parse(record: Any) -> np.ndarray:
+        prompt = record["prompt"] if "prompt" in record else record["question"]
+        return np.asarray(tokenizer.encode(prompt))
+
+    form = "a JSON object with a text in `prompt` or `question`"
+    encoded = read_records(path, parse, "questions", form, error=LeakageError)
+    texts = [Text(f"{path.name}:{number}", tokens) for number, tokens in enumerate(encoded, 1)]
     if not any(len(text.tokens) for text in texts):
         raise LeakageError(f"{path} holds no question; give a JSON object with `prompt` on a line")
     return [texts[i] for i in np.sort(rng.permutation(len(texts))[:sample]).tolist()]

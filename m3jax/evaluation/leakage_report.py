@@ -12,14 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from m3jax.files import committing
+from m3jax.figures import AMBER, BLUE, INK, PINK, SOFT, finish_axes, save_figure
 
 _COLUMN = 52  # characters of a column of examples
-_INK, _SOFT, _GRID = "#22303c", "#7d8b99", "#e6eaee"
 _BANDS = {
-    0.0: ("#2f6fb3", "read in training and evaluation"),
-    2 / 3: ("#d99a2b", "dropped in evaluation (above 2/3)"),
-    0.9: ("#b8336a", "dropped in training too (above 0.9)"),
+    0.0: (BLUE, "read in training and evaluation"),
+    2 / 3: (AMBER, "dropped in evaluation (above 2/3)"),
+    0.9: (PINK, "dropped in training too (above 0.9)"),
 }
 
 
@@ -79,8 +78,7 @@ def leakage_histogram(report: dict[str, Any], path: str | Path) -> None:
             label=f"{of_band:.1%} {label}",
         )
     _decorate(axes, report)
-    with committing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
 def _share(above: dict[str, float], limit: float) -> float:
@@ -89,7 +87,7 @@ def _share(above: dict[str, float], limit: float) -> float:
 
 
 def _decorate(axes: Axes, report: dict[str, Any]) -> None:
-    axes.axvline(report["threshold"], color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+    axes.axvline(report["threshold"], color=INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate(
         f"threshold {report['threshold']:.3g}",
         (report["threshold"], 1),
@@ -98,23 +96,21 @@ def _decorate(axes: Axes, report: dict[str, Any]) -> None:
         textcoords="offset points",
         ha="right",
         va="top",
-        color=_INK,
+        color=INK,
         fontsize=9,
     )
     axes.set_xlim(0, 1)
-    axes.set_xlabel("overlap of a reference found with the text (Memory³ §6.1)", color=_INK)
-    axes.set_ylabel("share of references found", color=_INK)
+    axes.set_xlabel("overlap of a reference found with the text (Memory³ §6.1)", color=INK)
+    axes.set_ylabel("share of references found", color=INK)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_SOFT)
-    axes.tick_params(colors=_INK, labelsize=9, left=False)
+    finish_axes(axes, "y", ("top", "right", "left"))
+    axes.spines["bottom"].set_color(SOFT)
+    axes.tick_params(colors=INK, labelsize=9, left=False)
     axes.set_ylim(top=1.12 * axes.get_ylim()[1])
     axes.legend(
         loc="upper center",
         fontsize=10,
-        labelcolor=_INK,
+        labelcolor=INK,
         facecolor="white",
         edgecolor="white",
         framealpha=1,
@@ -123,7 +119,7 @@ def _decorate(axes: Axes, report: dict[str, Any]) -> None:
         f"What retrieval finds for {report['texts']} texts ({Path(report['against']).name}),"
         " before the filter",
         loc="left",
-        color=_INK,
+        color=INK,
         fontsize=13,
         pad=12,
     )

@@ -6,7 +6,6 @@ last `window` tokens as they are; what is older is a memory that it may recall, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from m3jax.errors import TextError
-from m3jax.files import lines
 from m3jax.inference.long_context import LongContextGenerator
 from m3jax.inference.session import Session
+from m3jax.text.jsonl import read_records
 from m3jax.text.references import ReferenceReader
 from m3jax.text.tokenizer import Tokenizer
 
@@ -40,22 +39,15 @@ def read_needles(path: str | Path) -> list[Needle]:
     Raises:
       TextError: no such file, none in it, or a line that is no needle.
     """
-    found = []
-    for number, line in enumerate(lines(path), 1):
-        try:
-            record = json.loads(line)
-            fields = [record[name] for name in ("needle", "prompt", "answer")]
-            if not all(isinstance(field, str) and field.strip() for field in fields):
-                raise TypeError("an empty field, or one that is no text")
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise TextError(
-                f"{path}:{number}: expected {{'needle': text, 'prompt': text, 'answer': text}}"
-                f" ({error!r})"
-            ) from error
-        found.append(Needle(*fields))
-    if not found:
-        raise TextError(f"{path} holds no needles")
-    return found
+
+    def parse(record: Any) -> Needle:
+        fields = [record[name] for name in ("needle", "prompt", "answer")]
+        if not all(isinstance(field, str) and field.strip() for field in fields):
+            raise TypeError("an empty field, or one that is no text")
+        return Needle(*fields)
+
+    form = "{'needle': text, 'prompt': text, 'answer': text}"
+    return read_records(path, parse, "needles", form)
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-INK, MEMORY, PLAIN, GRID = "#22303c", "#0b7a75", "#b8c4cc", "#e6eaed"
+from m3jax.figures import GRID, INK, PALE, PINK, TEAL, save_figure
 
 
 def accuracy_bars(
@@ -32,10 +31,11 @@ def accuracy_bars(
       title: of the picture.
     """
     names = [name for name in labels if name in accuracy]
-    figure, axes = plt.subplots(figsize=(8, 0.55 * len(names) + 1.6), constrained_layout=True)
+    figure = Figure(figsize=(8, 0.55 * len(names) + 1.6), layout="constrained")
+    axes = figure.subplots()
     for row, name in enumerate(names):
         value = accuracy[name]
-        axes.barh(row, value, color=MEMORY if value > 0.5 else PLAIN, height=0.62)
+        axes.barh(row, value, color=TEAL if value > 0.5 else PALE, height=0.62)
         axes.text(value + 0.012, row, f"{value:.3f}", va="center", color=INK, fontsize=10)
     axes.axvline(chance, color=INK, linestyle=":", linewidth=1.2)
     axes.text(chance + 0.006, -0.72, f"chance {chance:.3f}", color=INK, fontsize=9, va="center")
@@ -58,12 +58,13 @@ def speed_bars(
       title: of the picture.
     """
     modes = list(tokens_per_second)
-    figure, axes = plt.subplots(figsize=(8, 0.55 * len(modes) + 1.6), constrained_layout=True)
+    figure = Figure(figsize=(8, 0.55 * len(modes) + 1.6), layout="constrained")
+    axes = figure.subplots()
     most = max(tokens_per_second.values())
     for row, mode in enumerate(modes):
         value = tokens_per_second[mode]
         reads = mode in ("explicit", "compressed", "cold")
-        axes.barh(row, value, color=MEMORY if reads else PLAIN, height=0.62)
+        axes.barh(row, value, color=TEAL if reads else PALE, height=0.62)
         text = f"{value:.1f}"
         if mode in first_token:
             text += f"   first token {first_token[mode]:.1f} s"
@@ -86,8 +87,9 @@ def needle_lines(path: Path, report: dict[str, Any]) -> None:
       path: PNG to write.
       report: of `needle.needle_test`.
     """
-    figure, axes = plt.subplots(figsize=(8, 4.2), constrained_layout=True)
-    lines = (("memory", "older text recalled", MEMORY), ("window", "older text forgotten", INK))
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    lines = (("memory", "older text recalled", TEAL), ("window", "older text forgotten", INK))
     lengths = report["lengths"]
     for name, label, colour in lines:
         axes.plot(lengths, report[name], color=colour, marker="o", linewidth=1.8)
@@ -135,15 +137,16 @@ def head_map(
     """
     L, N = increase.shape
     small = L * N <= 160
-    figure, axes = plt.subplots(
+    figure = Figure(
         figsize=(
             max(5.0, 0.75 * N + 2.6) if small else max(5.0, 0.3 * N + 2.6),
             max(2.6, (0.5 if small else 0.24) * L + 1.4),
         ),
-        constrained_layout=True,
+        layout="constrained",
     )
+    axes = figure.subplots()
     largest = max(float(np.nanmax(np.abs(increase))), 1e-12)
-    colours = LinearSegmentedColormap.from_list("heads", ["#b8336a", "#ffffff", MEMORY])
+    colours = LinearSegmentedColormap.from_list("heads", [PINK, "#ffffff", TEAL])
     image = axes.imshow(increase, cmap=colours, vmin=-largest, vmax=largest, aspect="auto")
     if small:
         for layer in range(L):
@@ -155,7 +158,7 @@ def head_map(
                 text = f"{value:+.4f}" if largest < 1 else f"{value:+.2f}"
                 axes.text(head, layer, text, ha="center", va="center", fontsize=8, color=colour)
     for layer, head in chosen:
-        frame = plt.Rectangle(
+        frame = Rectangle(
             (head - 0.47, layer - 0.47), 0.94, 0.94, fill=False, edgecolor=INK, linewidth=1.6
         )
         axes.add_patch(frame)
@@ -182,7 +185,8 @@ def sweep_dots(
     """
     groups = list(dict.fromkeys(group for group, *_ in lines))
     rows = len(lines) + 0.6 * len(groups)
-    figure, axes = plt.subplots(figsize=(8, 0.27 * rows + 1.4), constrained_layout=True)
+    figure = Figure(figsize=(8, 0.27 * rows + 1.4), layout="constrained")
+    axes = figure.subplots()
     y, ticks, before = 0.0, [], None
     heading: dict[str, Any] = {"va": "center", "fontsize": 9, "color": INK, "fontweight": "bold"}
     for group, name, memory, none in lines:
@@ -191,8 +195,8 @@ def sweep_dots(
             before = group
             axes.text(0, y - 0.3, f" {group}", transform=axes.get_yaxis_transform(), **heading)
             y += 0.35
-        axes.plot(none, [y] * len(none), "o", color=PLAIN, markersize=5, clip_on=False)
-        axes.plot(memory, [y] * len(memory), "o", color=MEMORY, markersize=6, clip_on=False)
+        axes.plot(none, [y] * len(none), "o", color=PALE, markersize=5, clip_on=False)
+        axes.plot(memory, [y] * len(memory), "o", color=TEAL, markersize=6, clip_on=False)
         ticks.append((y, name))
         y += 1
     if lines[0][2]:
@@ -202,7 +206,7 @@ def sweep_dots(
     axes.set_xlabel(f"{axis}; a dot a seed", color=INK)
     axes.grid(axis="x", color=GRID)
     axes.set_axisbelow(True)
-    for colour, label in ((MEMORY, "with memory"), (PLAIN, "without")):
+    for colour, label in ((TEAL, "with memory"), (PALE, "without")):
         axes.plot([], [], "o", color=colour, label=label)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
     _finish(figure, axes, f"Sweep; dotted: mean of {lines[0][1]}, with memory", path)
@@ -230,11 +234,10 @@ def attention_map(path: Path, reads: Sequence[Read], title: str) -> None:
         sum(len(t.strip(" ")) + 1.5 for t in ref) for read in reads for ref in read.references
     )
     widest = max(widest, 60.0)
-    figure, axes = plt.subplots(
-        figsize=(0.13 * widest + 2, 0.36 * rows + 1.2), constrained_layout=True
-    )
+    figure = Figure(figsize=(0.13 * widest + 2, 0.36 * rows + 1.2), layout="constrained")
+    axes = figure.subplots()
     largest = max(float(np.max(m, initial=1e-9)) for read in reads for m in read.mass)
-    colours = plt.get_cmap("YlGnBu")
+    colours = colormaps["YlGnBu"]
     y = 0.0
     for read in reads:
         axes.text(0, y, f"{read.prompt} …", fontweight="bold", fontsize=10, color=INK, va="center")
@@ -247,7 +250,7 @@ def attention_map(path: Path, reads: Sequence[Read], title: str) -> None:
             x = 1.0
             for token, weight, share in zip(tokens, mass, kept, strict=True):
                 shown = token.replace("\n", "⏎").strip(" ")
-                box = plt.Rectangle(
+                box = Rectangle(
                     (x, y - 0.42),
                     len(shown) + 1.2,
                     0.84,
@@ -273,7 +276,7 @@ def attention_map(path: Path, reads: Sequence[Read], title: str) -> None:
     axes.set_ylim(y - 0.3, -0.8)
     axes.set_axis_off()
     bar = figure.colorbar(
-        plt.cm.ScalarMappable(plt.Normalize(0, largest), colours), ax=axes, shrink=0.6, pad=0.01
+        ScalarMappable(Normalize(0, largest), colours), ax=axes, shrink=0.6, pad=0.01
     )
     bar.set_label("attention of the answer, mean over memory layers and heads", fontsize=8)
     _finish(figure, axes, title, path)
@@ -284,5 +287,4 @@ def _finish(figure: Figure, axes: Axes, title: str, path: Path) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(left=False, colors=INK)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save_figure(figure, path)

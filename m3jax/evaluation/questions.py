@@ -7,23 +7,22 @@ never part of a query.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3jax.errors import TextError
 from m3jax.evaluation.scoring import Pair, Scorer, as_rows
-from m3jax.files import lines
 from m3jax.memory.bank import Bank
 from m3jax.memory.delta_bank import LayeredBank
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
 from m3jax.retrieval.retriever import Retriever
+from m3jax.text.jsonl import read_records
 from m3jax.text.references import References
 from m3jax.text.tokenizer import BOS, Tokenizer
 
@@ -42,19 +41,11 @@ class Question:
 
 def read_questions(path: str | Path) -> list[Question]:
     """Questions from JSON lines with `prompt`, `answer` and optional `references`."""
-    questions = []
-    for number, line in enumerate(lines(path), 1):
-        try:
-            record = json.loads(line)
-            keys = tuple(record["references"]) if "references" in record else ()
-            questions.append(Question(record["prompt"], record["answer"], keys))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise TextError(
-                f"{path}:{number}: expected a JSON object with prompt and answer ({error!r})"
-            ) from error
-    if not questions:
-        raise TextError(f"{path} holds no questions")
-    return questions
+
+    def parse(record: Any) -> Question:
+        return Question(record["prompt"], record["answer"], tuple(record.get("references", ())))
+
+    return read_records(path, parse, "questions", "a JSON object with prompt and answer")
 
 
 class Answerer:

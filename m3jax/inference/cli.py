@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3jax.errors import InferenceError, TextError
+from m3jax.errors import InferenceError
 from m3jax.files import lines, write_atomically
 from m3jax.inference.attribution import (
     AttributedReference,
@@ -30,6 +30,7 @@ from m3jax.inference.sampling import Sampling
 from m3jax.inference.session import Session
 from m3jax.text.chat.chats import Chat, question, read_questions
 from m3jax.text.chat.template import Template
+from m3jax.text.jsonl import read_records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,21 +64,15 @@ def read_prompts(path: str | Path) -> list[str]:
     Raises:
       TextError: no such file, or a line that is no prompt.
     """
-    prompts = []
-    for number, line in enumerate(lines(path), 1):
-        if not line.strip():
-            continue
-        if not str(path).endswith(".jsonl"):
-            prompts.append(line.rstrip("\n"))
-            continue
-        try:
-            prompt = json.loads(line)["prompt"]
-            if not isinstance(prompt, str):
-                raise TypeError(f"prompt is {type(prompt).__name__}")
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise TextError(f"{path}:{number}: expected {{'prompt': text}} ({error!r})") from error
-        prompts.append(prompt)
-    return prompts
+    if not str(path).endswith(".jsonl"):
+        return [line for line in lines(path) if line.strip()]
+
+    def parse(record: Any) -> str:
+        if not isinstance(record["prompt"], str):
+            raise TypeError(f"prompt is {type(record['prompt']).__name__}")
+        return record["prompt"]
+
+    return read_records(path, parse, "prompts", "{'prompt': text}")
 
 
 def read_chat_prompts(config: ConfigDict, path: str | Path) -> list[str] | list[Chat]:

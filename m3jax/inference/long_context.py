@@ -20,7 +20,7 @@ from m3jax.inference.generate import Generator, Listener
 from m3jax.inference.memory_retrieval import Memories, MemoryRetriever
 from m3jax.inference.results import Generation
 from m3jax.inference.retrieval_schedule import MemoryRetrieval
-from m3jax.retrieval.embed import Embedder
+from m3jax.retrieval.embedder import Embedder
 from m3jax.text.documents import Document
 from m3jax.text.reference_splitter import SHORTEST, Piece, cut_references
 from m3jax.text.references import Reference

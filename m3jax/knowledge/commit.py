@@ -1,4 +1,4 @@
-"""The folder in which an edit is built, and the rename that makes a version of it.
+"""Folder in which an edit is built, and the rename that makes a version of it.
 
 Before it, readers and other versions see nothing of the edit; after it, it is whole. A killed edit,
 repeated, goes on with what it had built.
@@ -39,7 +39,7 @@ WriteMemories = Callable[[References, Path, Bank], Any]
 
 
 def building_folder(workdir: Path, parent: Version, what: str) -> Path:
-    """The folder of the edit under way; what another edit left there is deleted."""
+    """Makes the folder of the edit under way; what another edit left there is deleted."""
     folder = workdir / VERSIONS / "building"
     identity = digest(str(parent.number), what)
     path = folder / "edit"
@@ -76,7 +76,7 @@ def in_one_part(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def commit(
+def commit_version(
     workdir: Path,
     parent: Version,
     building: Path,

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.errors import VersionError
-from m3jax.knowledge.commit import WriteMemories, build_delta, building_folder, commit
+from m3jax.knowledge.commit import WriteMemories, build_delta, building_folder, commit_version
 from m3jax.knowledge.versions import (
     BANKS,
     CURRENT,
@@ -74,13 +74,13 @@ def edit(
         references = open_references(config, parent, tokenizer)
         removed = [_ids_of(references, name) for name in delete]
         for document in documents:
-            there = references.of_document(document.id)
-            if there and not replace:
+            present = references.of_document(document.id)
+            if present and not replace:
                 raise VersionError(
                     f"document {document.id!r} is in {workdir} (version {parent.number}); replace"
                     " it (launch/edit_bank.py replace), or give another id"
                 )
-            removed.append(there)
+            removed.append(present)
         gone = np.array(sorted({i for part in removed for i in part}), np.int64)
         if not documents and not gone.size:
             raise VersionError("nothing to edit: give documents, or keys to delete")
@@ -91,7 +91,7 @@ def edit(
             write_references(documents, tokenizer, building / "references", length)
             build_delta(config, parent, building, references, write)
         said = f"{len(documents)} documents added or replaced, {gone.size} references removed"
-        return commit(workdir, parent, building, gone, note or said)
+        return commit_version(workdir, parent, building, gone, note or said)
 
 
 def merge(
@@ -118,18 +118,18 @@ def merge(
         _check_writer(parent, base)
         keys = added.live_keys()
         ids = list(dict.fromkeys(_document(key) for key in keys))
-        there = {i: found for i in ids if (found := references.of_document(i))}
-        if there and not replace:
+        common = {i: own for i in ids if (own := references.of_document(i))}
+        if common and not replace:
             raise VersionError(
-                f"{len(there)} documents are in both {workdir} and {other}, for example"
-                f" {next(iter(there))!r}; --replace takes those of {other}"
+                f"{len(common)} documents are in both {workdir} and {other}, for example"
+                f" {next(iter(common))!r}; --replace takes those of {other}"
             )
-        gone = np.array(sorted(i for found in there.values() for i in found), np.int64)
+        gone = np.array(sorted(i for own in common.values() for i in own), np.int64)
         what = json.dumps(["merge", added.fingerprint, gone.tolist()])
         building = building_folder(workdir, parent, what)
         copy_references(added, added.live, building / "references")
         build_delta(config, parent, building, references, write, base)
-        return commit(workdir, parent, building, gone, f"merged with {other}")
+        return commit_version(workdir, parent, building, gone, f"merged with {other}")
 
 
 def keep_only(config: ConfigDict, version: Version, ids: np.ndarray, *, note: str) -> Version:
@@ -161,7 +161,7 @@ def keep_only(config: ConfigDict, version: Version, ids: np.ndarray, *, note: st
         if not gone.size or gone.size == live.size:
             return parent
         building = building_folder(workdir, parent, json.dumps(["keep", gone.tolist()]))
-        return commit(workdir, parent, building, gone, note)
+        return commit_version(workdir, parent, building, gone, note)
 
 
 def refresh(workdir: str | Path, what: str, *, write: WriteMemories, note: str) -> Version:
@@ -169,7 +169,7 @@ def refresh(workdir: str | Path, what: str, *, write: WriteMemories, note: str) 
 
     Args:
       workdir: a prepared workdir with a bank.
-      what: tells this refresh from others; a killed one goes on where the same is asked for.
+      what: tells this refresh from others; a killed one goes on when repeated.
       write: writes the new bank of base or delta; its third argument is the old one.
       note: kept with the version.
 
@@ -187,7 +187,7 @@ def refresh(workdir: str | Path, what: str, *, write: WriteMemories, note: str) 
         for part, (folder, bank) in enumerate(zip(parent.folders, parent.banks, strict=True)):
             added = References.open(folder / "references")
             write(added, building / BANKS / str(part), Bank.open(bank))
-        return commit(workdir, parent, building, np.zeros(0, np.int64), note)
+        return commit_version(workdir, parent, building, np.zeros(0, np.int64), note)
 
 
 def rollback(workdir: str | Path, number: int) -> Version:

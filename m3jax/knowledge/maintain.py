@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.errors import VersionError
-from m3jax.knowledge.commit import WriteMemories, building_folder, commit, in_one_part
+from m3jax.knowledge.commit import WriteMemories, building_folder, commit_version, in_one_part
 from m3jax.knowledge.versions import (
     BANKS,
     MANIFEST,
@@ -29,7 +29,7 @@ from m3jax.knowledge.versions import (
 from m3jax.memory.bank import Bank
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.checkpoint_embedders import load_embedder, make_embedder
-from m3jax.retrieval.embed import Embedder
+from m3jax.retrieval.embedder import Embedder
 from m3jax.text.references import ReferenceReader, References, copy_references
 from m3jax.text.tokenizer import Tokenizer
 
@@ -64,7 +64,7 @@ def compact(
             said = f"compacted to {len(whole)} references, with {len(parent.deltas)} deltas"
             parent.close()
             nothing = np.zeros(0, np.int64)
-            parent = commit(workdir, parent, building, nothing, note or said, alone=True)
+            parent = commit_version(workdir, parent, building, nothing, note or said, alone=True)
         write_current(workdir, parent.number, parent.number)
         parent.close()
         return parent, _delete_older(workdir, parent)

@@ -1,4 +1,4 @@
-"""The versions of a workdir's knowledge: references, index and bank that belong together.
+"""Versions of a workdir's knowledge: references, index and bank that belong together.
 
 Version 0 is `references/ index/ bank/` of the workdir. An edit (`m3jax.knowledge.edit`) makes
 another:
@@ -47,7 +47,7 @@ MANIFEST = "manifest.json"  # of references and of a bank; readers lock it
 
 
 class _Lock:
-    """A shared lock on a file, until it is closed, forgotten, or the process ends."""
+    """Holds a shared lock on a file, until it is closed, forgotten, or the process ends."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor: int | None = os.open(path, os.O_RDONLY)
@@ -66,7 +66,7 @@ class _Lock:
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """A version. While it is in use, a compaction deletes nothing that it reads.
+    """Names a version's folders. While it is in use, a compaction deletes nothing that it reads.
 
     Attributes:
       number: 0 is the unedited one.
@@ -88,12 +88,12 @@ class Version:
 
     @property
     def deltas(self) -> tuple[Path, ...]:
-        """Folders of the deltas over the base, oldest first."""
+        """Returns the folders of the deltas over the base, oldest first."""
         return self.folders[1:]
 
     @property
     def has_bank(self) -> bool:
-        """True where its memories were written."""
+        """Returns True where its memories were written."""
         return (self.banks[0] / MANIFEST).exists()
 
     def close(self) -> None:
@@ -103,12 +103,12 @@ class Version:
 
 
 def folder_of(workdir: Path, number: int) -> Path:
-    """Folder of a version; the workdir itself for version 0."""
+    """Returns the folder of a version; the workdir itself for version 0."""
     return workdir if number == 0 else workdir / VERSIONS / f"{number:06d}"
 
 
 def read_current(workdir: Path) -> dict[str, int]:
-    """`version`, which readers open, and `oldest`, the first one that is kept.
+    """Reads `version`, which readers open, and `oldest`, the first one that is kept.
 
     Raises:
       VersionError: `current.json` is damaged.
@@ -116,16 +116,16 @@ def read_current(workdir: Path) -> dict[str, int]:
     path = workdir / VERSIONS / CURRENT
     if not path.exists():
         return {"version": 0, "oldest": 0}
-    found = read_sealed(path)
-    if found is None:
+    current = read_sealed(path)
+    if current is None:
         raise VersionError(
             f"{path} is damaged; write it anew with launch/edit_bank.py rollback --to=VERSION"
         )
-    return found
+    return current
 
 
 def recorded_oldest(workdir: Path) -> int:
-    """The oldest version that was kept when the newest one was made."""
+    """Returns the oldest version that was kept when the newest one was made."""
     contents = (read_sealed(path) for path in (workdir / VERSIONS).glob(f"[0-9]*/{VERSION}"))
     return max((content["oldest"] for content in contents if content is not None), default=0)
 
@@ -136,11 +136,11 @@ def write_current(workdir: Path, version: int, oldest: int) -> None:
 
 
 def versions(workdir: str | Path) -> list[int]:
-    """Numbers of the versions that can be opened, ascending."""
+    """Lists the versions that can be opened, ascending."""
     workdir = Path(workdir)
     oldest = read_current(workdir)["oldest"]
-    found = [int(path.parent.name) for path in (workdir / VERSIONS).glob(f"[0-9]*/{VERSION}")]
-    return sorted(number for number in [0, *found] if number >= oldest)
+    numbers = [int(path.parent.name) for path in (workdir / VERSIONS).glob(f"[0-9]*/{VERSION}")]
+    return sorted(number for number in [0, *numbers] if number >= oldest)
 
 
 def open_version(workdir: str | Path, number: int | None = None) -> Version:
@@ -156,18 +156,18 @@ def open_version(workdir: str | Path, number: int | None = None) -> Version:
     workdir = Path(workdir)
     for _ in range(3):  # a compaction may delete the current one between two lines
         current = read_current(workdir)
-        wanted = current["version"] if number is None else number
-        if wanted >= current["oldest"]:
+        chosen = current["version"] if number is None else number
+        if chosen >= current["oldest"]:
             with contextlib.suppress(FileNotFoundError):
-                return _lock(_read_version(workdir, wanted))
+                return _lock(_read_version(workdir, chosen))
         if number is not None:
             break
     kept = ", ".join(map(str, versions(workdir)))
-    if wanted < current["oldest"]:
+    if chosen < current["oldest"]:
         raise VersionError(
-            f"version {wanted} of {workdir} was deleted by a compaction; there are {kept}"
+            f"version {chosen} of {workdir} was deleted by a compaction; there are {kept}"
         )
-    raise VersionError(f"{workdir} has no version {wanted}; there are {kept}")
+    raise VersionError(f"{workdir} has no version {chosen}; there are {kept}")
 
 
 def _read_version(workdir: Path, number: int) -> Version:
@@ -197,7 +197,7 @@ def _lock(version: Version) -> Version:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether another process has opened a version with these references, or this bank."""
+    """Tests whether another process has opened a version with these references, or this bank."""
     path = folder / MANIFEST
     if not path.exists():
         return False
@@ -243,7 +243,7 @@ def require_unedited(workdir: Path) -> None:
 
 
 def open_references(config: ConfigDict, version: Version, tokenizer: Tokenizer) -> ReferenceReader:
-    """The knowledge base of a version, checked against tokenizer and config."""
+    """Opens the knowledge base of a version, checked against tokenizer and config."""
     sets = []
     for part in version.folders:
         folder = part / "references"
@@ -287,14 +287,14 @@ def open_retriever(
     candidates: int | None = None,
     bank: Any = None,
 ) -> Retriever:
-    """The retriever of a version.
+    """Opens the retriever of a version.
 
     Args:
       config: a validated config; `retrieval` is read.
       version, references: of `open_version` and `open_references`.
       overlap_limit: see `Retriever`.
       candidates: default `config.retrieval.candidates`.
-      bank: what candidates are ranked by with `config.retrieval.rerank`; default the version's.
+      bank: ranks candidates with `config.retrieval.rerank`; default the version's.
 
     Raises:
       RetrievalError: the index, or a bank to rank by, is missing or does not fit.
@@ -302,8 +302,8 @@ def open_retriever(
     index, rank = open_index(version, references), None
     if config.retrieval.rerank:
         rank = Ranking(index.embedder, bank or open_bank(version, references))
-    wanted = candidates or config.retrieval.candidates
-    return Retriever(index, references, wanted, overlap_limit, rank)
+    fetched = candidates or config.retrieval.candidates
+    return Retriever(index, references, fetched, overlap_limit, rank)
 
 
 def check_bank(

@@ -14,6 +14,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from m3jax.errors import BankError
+from m3jax.files import checksum
 from m3jax.memory import codec as codecs
 from m3jax.memory import head_subset
 from m3jax.memory.buffer_pool import Buffers
@@ -27,7 +28,6 @@ from m3jax.memory.storage import (
     HASHES,
     LENGTHS,
     MANIFEST,
-    checksum,
     read_checked,
     read_file,
     read_manifest,

@@ -17,7 +17,6 @@ exists is a shard that is finished.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -30,6 +29,7 @@ import numpy as np
 import tensorstore as ts
 
 from m3jax.errors import BankError
+from m3jax.files import checksum
 
 FORMAT = 2
 MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
@@ -230,11 +230,6 @@ def shards_of(manifest: dict[str, Any]) -> int:
 def shard_key(shard: int) -> str:
     """File of a shard, relative to the bank."""
     return f"{ARRAY}c/{shard}/0/0/0/0/0"
-
-
-def checksum(data: bytes) -> str:
-    """Hex BLAKE2b of bytes."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def write_file(folder: str | Path, name: str, data: bytes) -> None:

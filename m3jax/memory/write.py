@@ -17,6 +17,7 @@ import m3jax
 from m3jax.config import stored_heads
 from m3jax.distributed import first_alone, meet
 from m3jax.errors import BankError
+from m3jax.files import checksum
 from m3jax.memory import codec as codecs
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank, Binding, make_binding, writer_fingerprint
@@ -166,7 +167,7 @@ def make_manifest(
         "shape": [references, 2, *item, binding.layout["kept_tokens"], codec.width],
         "dtype": codec.stored_dtype,
         "shard_memories": min(config.writer.shard_memories, references),
-        "checksums": {name: storage.checksum(data) for name, data in sides.items()},
+        "checksums": {name: checksum(data) for name, data in sides.items()},
     }
 
 

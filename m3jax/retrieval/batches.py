@@ -30,7 +30,7 @@ def calls(
     devices: int,
     padding: int,
 ) -> Iterator[Call]:
-    """Positions of texts in `tokens`, and the tokens and lengths of the call that encodes them.
+    """Yields positions of texts in `tokens`, and tokens and lengths of the call that encodes them.
 
     Args:
       tokens: of every text.
@@ -39,7 +39,7 @@ def calls(
       devices: over which the rows of a call are split.
       padding: token that fills rows.
     """
-    lengths = np.array([len(found) for found in tokens], np.int32)
+    lengths = np.array([len(ids) for ids in tokens], np.int32)
     buckets = np.array(BUCKETS)[np.searchsorted(BUCKETS, lengths)]
     for bucket in np.unique(buckets[lengths >= least]).tolist():
         size = rows_of(bucket, rows) * devices
@@ -55,5 +55,5 @@ def calls(
 
 
 def rows_of(bucket: int, rows: int) -> int:
-    """Rows of one device in a call with texts of this length."""
+    """Returns the rows of one device in a call with texts of this length."""
     return max(1, min(rows, rows * _FULL // bucket))

@@ -1,4 +1,4 @@
-"""The BERT encoder (Devlin et al., arXiv 1810.04805): a pure function of a pytree of parameters.
+"""BERT encoder (Devlin et al., arXiv 1810.04805): a pure function of a pytree of parameters.
 
 Post-norm blocks, learnt positions, exact GELU. RoBERTa (arXiv 1907.11692) differs in how tokens are
 numbered: from the one after the padding token's id.
@@ -21,13 +21,13 @@ QUERY_BLOCK = 256  # queries whose scores exist at a time where a row is longer 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Sizes of an encoder.
+    """Holds the sizes of an encoder.
 
     Attributes:
       layers, heads, hidden, mlp_width, vocabulary: L, N, D, F, V.
       positions: rows of the table of positions.
       types: rows of the table of token types, of which only the first is used.
-      padding: None: positions count from 0 (BERT). Else the padding token's id, from which they
+        padding: None: positions count from 0 (BERT). Else the padding token's id, from which they
         count, padding left out (RoBERTa).
       norm_epsilon: of LayerNorm.
     """
@@ -44,7 +44,7 @@ class Architecture:
 
     @property
     def longest(self) -> int:
-        """Most tokens of a row that have positions."""
+        """Returns the most tokens of a row that have positions."""
         return self.positions - (0 if self.padding is None else self.padding + 1)
 
 
@@ -86,7 +86,7 @@ def hidden_states(
     tokens: Int32[Array, "B T"],
     lengths: Int32[Array, " B"],
 ) -> Float[Array, "B T D"]:
-    """The last layer's output, for the arguments of `encode`."""
+    """Computes the last layer's output, for the arguments of `encode`."""
     real_BT = _real(tokens, lengths)
     table = params["embedding"]
     h_BTD = table["words"][tokens] + table["types"][:1, None]
@@ -117,7 +117,7 @@ def _real(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
 
 
 def _positions(architecture: Architecture, tokens: jax.Array) -> jax.Array:
-    """(1 or B, T): rows of the table of positions."""
+    """Returns rows of the table of positions; (1 or B, T)."""
     if architecture.padding is None:
         # The length of a row may be padded beyond the table.
         return jnp.minimum(jnp.arange(tokens.shape[1]), architecture.positions - 1)[None, :]
@@ -126,7 +126,7 @@ def _positions(architecture: Architecture, tokens: jax.Array) -> jax.Array:
 
 
 def _precision(x: jax.Array) -> jax.lax.Precision:
-    """Accelerators would round float32 factors to fewer bits by default."""
+    """Chooses the precision: accelerators would round float32 factors to fewer bits by default."""
     exact = x.dtype == jnp.float32
     return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
 
@@ -147,7 +147,7 @@ def _norm(architecture: Architecture, x: jax.Array, scale: jax.Array, bias: jax.
 def _attention(
     architecture: Architecture, layer: Params, h_BTD: jax.Array, real_BT: jax.Array
 ) -> jax.Array:
-    """Every token attends to all real ones: (B, T, D)."""
+    """Lets every token attend to all real ones: (B, T, D)."""
     B, T, D = h_BTD.shape
     N, H = architecture.heads, architecture.hidden // architecture.heads
     qkv = _dense(h_BTD, layer["qkv"], layer["qkv_bias"]).reshape(B, T, 3, N, H)

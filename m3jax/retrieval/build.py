@@ -16,7 +16,7 @@ from tqdm import tqdm
 from m3jax.errors import RetrievalError
 from m3jax.files import TEMPORARY, committing, write_atomically
 from m3jax.retrieval import tune
-from m3jax.retrieval.embed import Embedder
+from m3jax.retrieval.embedder import Embedder, read_spec
 from m3jax.retrieval.folder import (
     BUILD,
     EMBEDDER,
@@ -32,7 +32,6 @@ from m3jax.retrieval.folder import (
     write_manifest,
 )
 from m3jax.retrieval.search import SHARD_ROWS, import_scann, scann_settings
-from m3jax.retrieval.spec import read_spec
 from m3jax.text.references import References
 
 _BATCH = 1024  # references embedded at a time
@@ -105,7 +104,7 @@ def build_index(
 
 
 def _texts(references: References, description: str, ids: range) -> Iterator[str]:
-    """Texts of these references, with a progress bar."""
+    """Yields texts of these references, with a progress bar."""
     size = len(references)
     with tqdm(total=size, initial=ids.start, desc=description, unit="ref") as bar:
         for first in range(ids.start, ids.stop, _BATCH):
@@ -115,7 +114,7 @@ def _texts(references: References, description: str, ids: range) -> Iterator[str
 
 
 def _holds(folder: Path, identity: dict[str, Any]) -> bool:
-    """Whether the folder has a whole index of this identity."""
+    """Tests whether the folder has a whole index of this identity."""
     try:
         manifest = read_manifest(folder)
         if manifest["identity"] != identity:

@@ -26,20 +26,18 @@ from m3jax.memory.sparsify import Written, sparsifier
 from m3jax.model.parameters import Params
 from m3jax.model.rope import rotate
 from m3jax.retrieval import embed
-from m3jax.retrieval.checkpoint_encoder import TrainedEmbedder
-from m3jax.retrieval.embed import Embedder
+from m3jax.retrieval.checkpoint_encoder import CheckpointEmbedder
+from m3jax.retrieval.embedder import Embedder, read_spec
 from m3jax.retrieval.pooling import centred, mean_of, unit, usable
-from m3jax.retrieval.spec import read_spec
 
 _SHRINK = 0.01  # share of the mean variance that whitening adds to every variance
 
 
 def make_embedder(config: ConfigDict, workdir: str | Path) -> Embedder:
-    """The embedder that `config.retrieval` names, not fitted yet if it learns from texts.
+    """Makes the embedder that `config.retrieval` names, not fitted yet if it learns from texts.
 
-    Args:
-      config: a validated config.
-      workdir: whose `warmup` is the checkpoint where `config.retrieval.checkpoint` is empty.
+    `workdir` holds the checkpoint `warmup` that serves where `config.retrieval.checkpoint` is
+    empty.
 
     Raises:
       RetrievalError: an unknown name, or an encoder or checkpoint that cannot be used.
@@ -54,13 +52,13 @@ def make_embedder(config: ConfigDict, workdir: str | Path) -> Embedder:
 
 
 def load_embedder(folder: str | Path) -> Embedder:
-    """The embedder saved in a folder, of whatever kind."""
+    """Loads the embedder saved in a folder, of whatever kind."""
     kind = _TRAINED.get(read_spec(folder).get("name", ""))
     return embed.load_embedder(folder) if kind is None else kind.load(folder)
 
 
-class ModelEmbedder(TrainedEmbedder):
-    """Mean over the tokens of the hidden states after a layer, whitened.
+class ModelEmbedder(CheckpointEmbedder):
+    """Embeds texts as the mean over their tokens of the hidden states after a layer, whitened.
 
     Hidden states of all texts share a few directions of large variance, along which everything is
     alike; whitening makes the variances equal. Smaller dimensions keep the largest ones.
@@ -85,13 +83,13 @@ class ModelEmbedder(TrainedEmbedder):
         return self.config.model.hidden
 
     def states(self, params: Params, tokens_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
-        """Hidden states `(B, T, D)`."""
+        """Computes hidden states `(B, T, D)`."""
         return self.model.hidden(params, tokens_BT)
 
     def pooled(
         self, params: Params, means: jax.Array, tokens_BT: jax.Array, real_BT: jax.Array
     ) -> jax.Array:
-        """Their mean `(B, D)`, each without the mean of its position."""
+        """Computes their mean `(B, D)`, each without the mean of its position."""
         return mean_of(centred(self.states(params, tokens_BT, real_BT), means), real_BT)
 
     def scales(self, variance: np.ndarray) -> np.ndarray:
@@ -99,18 +97,17 @@ class ModelEmbedder(TrainedEmbedder):
         return (variance + _SHRINK * max(variance.mean(), 1e-12)) ** -0.5
 
 
-class AttentionEmbedder(TrainedEmbedder):
-    """Sparse attention as search: queries of head h against the keys of head h.
+class AttentionEmbedder(CheckpointEmbedder):
+    """Searches by sparse attention: queries of head h against the keys of head h.
 
     A reference is the mean of the keys that its memory keeps, head after head, minus the mean of
     the knowledge base; a query is the mean of its tokens' queries, head after head, each without
     the mean of its position, and of those that share a key-value head. So their dot product is a
     mean of attention scores, less what every reference gets.
 
-    Positions: stored keys are turned to their place in the reference, which the bank does not
-    keep. All queries are turned to the middle of the interval of the references, so that no place
-    in the reference is farther than half a reference, and it does not matter where in the query a
-    token stands.
+    Stored keys are turned to their place in the reference, which the bank does not keep. So all
+    queries are turned to the middle of the interval of the references: no place in the reference is
+    farther than half a reference, and it does not matter where in the query a token stands.
     """
 
     name = "attention"
@@ -129,14 +126,14 @@ class AttentionEmbedder(TrainedEmbedder):
         return self.config.memory.layers * model.kv_heads * model.head_dim
 
     def states(self, params: Params, tokens_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
-        """Queries before RoPE `(B, T, L, K, G, H)` of texts read as references are."""
-        found, _ = self.model.encode(params, jnp.where(real_BT, tokens_BT, 0), _queries)
-        return jnp.moveaxis(found.keys, 1, 2)
+        """Computes queries before RoPE `(B, T, L, K, G, H)` of texts read as references are."""
+        written, _ = self.model.encode(params, jnp.where(real_BT, tokens_BT, 0), _queries)
+        return jnp.moveaxis(written.keys, 1, 2)
 
     def pooled(
         self, params: Params, means: jax.Array, tokens_BT: jax.Array, real_BT: jax.Array
     ) -> jax.Array:
-        """Mean kept key of every memory layer and head `(B, L·K·H)`."""
+        """Computes the mean kept key of every memory layer and head `(B, L·K·H)`."""
         keep = sparsifier(self.config.memory)
         memory, _ = self.model.encode(params, jnp.where(real_BT, tokens_BT, 0), keep)
         count_B = jnp.maximum(memory.length, 1).reshape(-1, 1, 1, 1)
@@ -144,7 +141,7 @@ class AttentionEmbedder(TrainedEmbedder):
         return (sums_BLKH / count_B).reshape(len(tokens_BT), -1)
 
     def scales(self, variance: np.ndarray) -> np.ndarray:
-        """None: the projection keeps dot products."""
+        """Returns ones: the projection keeps dot products."""
         return np.ones_like(variance)
 
     def _embed_queries(
@@ -158,7 +155,7 @@ class AttentionEmbedder(TrainedEmbedder):
     def searching(
         self, params: Params, means: jax.Array, tokens_BT: jax.Array, real_BT: jax.Array
     ) -> Float32[Array, "B T L K G H"]:
-        """Queries without the means of their positions, turned to the middle of the references."""
+        """Computes queries less position means, turned to the middle of the references."""
         q_BTLKGH = centred(self.states(params, tokens_BT, real_BT), means)
         middle = len(PREFIX_TOKENS) + self.longest // 2
         position_T = jnp.full(q_BTLKGH.shape[1], middle)
@@ -168,7 +165,7 @@ class AttentionEmbedder(TrainedEmbedder):
 def _queries(
     q_RWKGH: jax.Array, k: jax.Array, rotated: jax.Array, v: jax.Array, usable_RW: jax.Array
 ) -> Written:
-    """Stands for `sparsify` where a layer's queries are wanted, not its memories."""
+    """Stands for `sparsify` and returns a layer's queries instead of its memories."""
     R, _, K, _, _ = q_RWKGH.shape
     return Written(q_RWKGH, q_RWKGH[:, :0], usable_RW.sum(-1), jnp.zeros((R, K, 1), jnp.int32))
 
@@ -181,11 +178,7 @@ class Ranking:
     """
 
     def __init__(self, embedder: Embedder, bank: Bank | LayeredBank) -> None:
-        """Checks that the embedder's checkpoint wrote the bank.
-
-        Raises:
-          RetrievalError: another one did.
-        """
+        """Raises `RetrievalError` unless the embedder's checkpoint wrote the bank."""
         if not isinstance(embedder, AttentionEmbedder):
             raise RetrievalError(
                 f"config.retrieval.rerank needs an index of the embedder 'attention'; this one has"
@@ -216,17 +209,17 @@ class Ranking:
     def __call__(
         self, queries: Sequence[str], ids: Int64[np.ndarray, "n c"]
     ) -> Float32[np.ndarray, "n c"]:
-        """Scores of references for every query; −inf for the id −1."""
+        """Scores references for every query; −inf for the id −1."""
         scores = np.full(ids.shape, -np.inf, np.float32)
 
         def memories(places: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
-            wanted = np.full((rows, ids.shape[1]), -1, np.int64)
-            wanted[: len(places)] = ids[places]
-            found = self.bank.read(wanted)
-            return np.asarray(found.keys), np.asarray(found.length)
+            padded = np.full((rows, ids.shape[1]), -1, np.int64)
+            padded[: len(places)] = ids[places]
+            read = self.bank.read(padded)
+            return np.asarray(read.keys), np.asarray(read.length)
 
-        for places, found in self.embedder.run(self._program, queries, memories):
-            scores[places] = np.where(ids[places] < 0, -np.inf, found[: len(places)])
+        for places, read in self.embedder.run(self._program, queries, memories):
+            scores[places] = np.where(ids[places] < 0, -np.inf, read[: len(places)])
         return scores
 
     def _score(
@@ -253,6 +246,6 @@ class Ranking:
         return of_layers.sum(0) * keys.shape[-1] ** -0.5
 
 
-_TRAINED: dict[str, type[TrainedEmbedder]] = {
+_TRAINED: dict[str, type[CheckpointEmbedder]] = {
     kind.name: kind for kind in (ModelEmbedder, AttentionEmbedder)
 }

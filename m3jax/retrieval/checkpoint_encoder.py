@@ -1,4 +1,4 @@
-"""A checkpoint of our own model as what reads texts for an embedder, and what that embedder learns.
+"""Base class of embedders that run one of our checkpoints, and its statistics.
 
 The mean hidden state, or query, of a trained model depends more on its position in the text than on
 the text: short and long texts lie apart. So what is pooled is the difference from the mean, over
@@ -29,8 +29,8 @@ from m3jax.memory.bank import layout_of, writer_fingerprint, writer_params
 from m3jax.mesh import ACTIVATIONS, batch_sharding, local_mesh, on_devices, replicated
 from m3jax.model.parameters import Params
 from m3jax.retrieval.batches import calls
+from m3jax.retrieval.embedder import Embedder, read_spec, write_spec
 from m3jax.retrieval.pooling import directions, draw, like, position_means, unit, usable
-from m3jax.retrieval.spec import read_spec, write_spec
 from m3jax.text.tokenizer import PAD
 
 Statistics = dict[str, np.ndarray]
@@ -38,12 +38,13 @@ Statistics = dict[str, np.ndarray]
 SAMPLE = 8192  # texts of the knowledge base that `fit` learns from
 _STATISTICS = "statistics.npz"
 _BLOCK = 1024  # texts tokenized at a time
-_LOADED: WeakValueDictionary[str, TrainedEmbedder] = WeakValueDictionary()
+_LOADED: WeakValueDictionary[str, CheckpointEmbedder] = WeakValueDictionary()
 
 
-class TrainedEmbedder:
-    """What embedders made of a checkpoint have in common; an `Embedder` once it has the methods
-    that its subclasses define.
+class CheckpointEmbedder(Embedder):
+    """Base class of embedders that run one of our checkpoints: loads, pools, fits a projection.
+
+    Subclasses define `_part`, `_width`, `states`, `pooled` and `scales`.
 
     Attributes:
       config: model and memory of the checkpoint; `model.layers` is what is run.
@@ -63,8 +64,8 @@ class TrainedEmbedder:
         """Reads the checkpoint.
 
         Args:
-          checkpoint: a stage folder, or a folder `checkpoints/<step>` of it, in a workdir with the
-            tokenizer it was trained with.
+            checkpoint: a stage folder, or a folder `checkpoints/<step>` of it, in a workdir with
+            the tokenizer it was trained with.
           dimension: most components of an embedding.
           layer: the last layer that is run, counted from 1; 0 = the last memory layer.
           rows: texts one device encodes at a time.
@@ -81,7 +82,7 @@ class TrainedEmbedder:
             self.folder, self.config, params, self.meta, self.tokenizer = read_model(checkpoint)
         except (CheckpointError, TextError) as error:
             raise RetrievalError(f"{error}; {remedy}") from error
-        self.asked, self.layer, self.rows = dimension, layer, rows
+        self.requested, self.layer, self.rows = dimension, layer, rows
         self.longest = self.config.memory.reference_length
         self._part_config, prefix, params = self._part(params)
         self.model = make_model(self._part_config, prefix)
@@ -102,13 +103,13 @@ class TrainedEmbedder:
         raise NotImplementedError
 
     def _width(self) -> int:
-        """Numbers F of a pooled text."""
+        """Returns the numbers F of a pooled text."""
         raise NotImplementedError
 
     def states(
         self, params: Params, tokens_BT: Int32[Array, "B T"], real_BT: Bool[Array, "B T"]
     ) -> Float[Array, "B T *rest"]:
-        """What a query is made of, before the means of the positions are subtracted."""
+        """Computes the states that queries are pooled from, before subtracting position means."""
         raise NotImplementedError
 
     def pooled(
@@ -118,21 +119,19 @@ class TrainedEmbedder:
         tokens_BT: Int32[Array, "B T"],
         real_BT: Bool[Array, "B T"],
     ) -> Float32[Array, "B F"]:
-        """One vector a reference, not yet centred."""
+        """Pools one vector a reference, not yet centred."""
         raise NotImplementedError
 
     def scales(self, variance: Float[np.ndarray, " E"]) -> Float[np.ndarray, " E"]:
-        """Factors on the main directions of what is pooled, from the variances along them."""
+        """Returns factors on the main directions of pooled vectors, from their variances."""
         raise NotImplementedError
 
     @property
     def fitted(self) -> bool:
-        """Whether the knowledge base has been seen."""
         return "projection" in self._learnt
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of weights, config, tokenizer and what was learnt from the knowledge base."""
         layout = layout_of(self._part_config, self.model.prefix_tokens)
         setting = [self.name, 1, self.weights, layout, self.tokenizer.fingerprint, self.dimension]
         return digest(json.dumps(setting, sort_keys=True), *self._bytes())
@@ -144,27 +143,21 @@ class TrainedEmbedder:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What `save` writes beside the statistics."""
         return {
             "name": self.name,
-            "dimension": self.asked,
+            "dimension": self.requested,
             "checkpoint": str(self.folder),
             "layer": self.layer,
             "rows": self.rows,
             "fingerprint": self.fingerprint,
         }
 
-    @property
-    def family(self) -> str:
-        """The fingerprint: only vectors of one model and one centring can be compared."""
-        return self.fingerprint
-
     def fit(self, texts: Iterable[str]) -> None:
         """Learns means and main directions from up to 8192 texts, drawn uniformly."""
         drawn, total = draw(texts, SAMPLE), None
-        for _, found in self.run(self.program(self._sums), drawn):
-            found = [np.pad(x.sum(0, dtype=np.float64), _up_to(self.longest, x)) for x in found]
-            total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
+        for _, sums in self.run(self.program(self._sums), drawn):
+            sums = [np.pad(x.sum(0, dtype=np.float64), _up_to(self.longest, x)) for x in sums]
+            total = sums if total is None else [a + b for a, b in zip(total, sums, strict=True)]
         if total is None:
             raise RetrievalError(
                 f"none of the {len(drawn)} references has a token that the embedder {self.name!r}"
@@ -173,7 +166,7 @@ class TrainedEmbedder:
         means = position_means(*total)
         self.set_statistics({"means": means})
         pooled = self.run(self.program(self._pooled), drawn)
-        pooled_nF = np.concatenate([found[: len(places)] for places, found in pooled])
+        pooled_nF = np.concatenate([rows[: len(places)] for places, rows in pooled])
         pooled_nF = pooled_nF.astype(np.float64)
         centre_F = pooled_nF.mean(0)
         variance_E, axes_FE = directions(pooled_nF - centre_F, self.dimension)
@@ -185,7 +178,7 @@ class TrainedEmbedder:
     def _sums(
         self, params: Params, _: Any, tokens_BT: jax.Array, lengths_B: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Sums of the states (1, T, …) and numbers of real tokens (1, T) over a device's rows."""
+        """Sums states (1, T, …) and counts real tokens (1, T) over a device's rows."""
         real_BT = usable(tokens_BT, lengths_B)
         states = self.states(params, tokens_BT, real_BT).astype(jnp.float32)
         sums = jnp.where(like(real_BT, states), states, 0).sum(0)
@@ -205,17 +198,14 @@ class TrainedEmbedder:
     def _embed_queries(
         self, params: Params, learnt: Any, tokens_BT: jax.Array, lengths_B: jax.Array
     ) -> jax.Array:
-        """Queries are read as references are, unless a subclass knows better."""
+        """Embeds queries as references, unless a subclass knows better."""
         return self._embed(params, learnt, tokens_BT, lengths_B)
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
         """Embeds references; longer texts than `memory.reference_length` are cut.
 
-        Returns:
-          (n, dimension) float32; rows of length 1, or of zeros for a text without a token.
-
-        Raises:
-          RetrievalError: the embedder is not fitted.
+        Returns (n, dimension) float32; rows of length 1, or of zeros for a text without a token.
+        Raises `RetrievalError` before `fit`.
         """
         return self.embedded(self._programs["embed"], texts)
 
@@ -223,18 +213,13 @@ class TrainedEmbedder:
         """Embeds texts to search with; as `embed`."""
         return self.embedded(self._programs["embed_queries"], texts)
 
-    def extended(self, texts: Sequence[str]) -> TrainedEmbedder:
-        """Itself: it reads any text; means and directions stay those of the first ones."""
-        return self
-
     def set_statistics(self, learnt: Statistics) -> None:
-        """Takes what `fit` learnt: `means` (W, …), `centre` (F,) and `projection` (F, E)."""
+        """Sets the statistics: `means` (W, …), `centre` (F,) and `projection` (F, E)."""
         self._learnt = learnt
         self._placed = jax.device_put(learnt, replicated(self.mesh))
 
     def program(self, function: Callable[..., Any]) -> Any:
-        """A function of (params, statistics, tokens (B, T), lengths (B,), more…), jitted; every
-        device works on its rows."""
+        """Jits a function of (params, statistics, tokens (B, T), lengths (B,), …) by rows."""
         rows, whole = ACTIVATIONS.spec(("batch",)), replicated(self.mesh).spec
 
         def run(*arguments: Any) -> Any:
@@ -249,7 +234,7 @@ class TrainedEmbedder:
         texts: Sequence[str],
         more: Callable[[np.ndarray, int], tuple[np.ndarray, ...]] = lambda places, rows: (),
     ) -> Iterator[tuple[np.ndarray, Any]]:
-        """Results of a program for all texts that have a token: n places, and arrays.
+        """Runs a program for all texts that have a token; yields n places, and arrays.
 
         The first n rows of a result are theirs; others are of empty texts.
 
@@ -261,7 +246,7 @@ class TrainedEmbedder:
         statistics = {} if self._placed is None else self._placed
         for start in range(0, len(texts), _BLOCK):
             tokens = self.tokenizer.encode_batch(texts[start : start + _BLOCK])
-            tokens = [found[: self.longest] for found in tokens]
+            tokens = [ids[: self.longest] for ids in tokens]
             waiting: list[tuple[np.ndarray, Any]] = []
             for places, call in calls(tokens, 1, self.rows, self.mesh.size, PAD):
                 arguments = (*call, *more(start + places, len(call[1])))
@@ -272,7 +257,7 @@ class TrainedEmbedder:
             yield from map(jax.device_get, waiting)
 
     def embedded(self, program: Any, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
-        """Rows of a program's results; zeros for a text without a token.
+        """Returns rows of a program's results; zeros for a text without a token.
 
         Raises:
           RetrievalError: it is not fitted.
@@ -283,8 +268,8 @@ class TrainedEmbedder:
                 " knowledge base, or load it from an index"
             )
         embeddings = np.zeros((len(texts), self.dimension), np.float32)
-        for places, found in self.run(program, texts):
-            embeddings[places] = found[: len(places)]
+        for places, rows in self.run(program, texts):
+            embeddings[places] = rows[: len(places)]
         return embeddings
 
     def save(self, folder: str | Path) -> None:
@@ -295,7 +280,7 @@ class TrainedEmbedder:
         write_spec(folder, self.spec)
 
     @classmethod
-    def load(cls, folder: str | Path) -> TrainedEmbedder:
+    def load(cls, folder: str | Path) -> CheckpointEmbedder:
         """Reads what `save` wrote, and the checkpoint.
 
         Raises:
@@ -308,8 +293,8 @@ class TrainedEmbedder:
         )
         try:
             data = io.BytesIO((Path(folder) / _STATISTICS).read_bytes())
-            with np.load(data, allow_pickle=False) as found:
-                learnt = {name: found[name] for name in sorted(found.files)}
+            with np.load(data, allow_pickle=False) as file:
+                learnt = {name: file[name] for name in sorted(file.files)}
             path, expected = Path(spec["checkpoint"]), spec["fingerprint"]
             arguments = int(spec["dimension"]), int(spec["layer"]), int(spec["rows"])
         except (OSError, KeyError, TypeError, ValueError, BadZipFile) as error:
@@ -320,9 +305,9 @@ class TrainedEmbedder:
             raise RetrievalError(
                 f"{folder} needs the checkpoint {path}, which is missing; {remedy}"
             )
-        here = _LOADED.get(f"{path} {expected}")
-        if isinstance(here, cls):  # the layers of an edited index have one embedder
-            return here
+        loaded = _LOADED.get(f"{path} {expected}")
+        if isinstance(loaded, cls):  # the deltas of an index have the embedder of its base
+            return loaded
         embedder = cls(path, *arguments)
         embedder.set_statistics(learnt)
         if embedder.fingerprint != expected:
@@ -335,6 +320,6 @@ class TrainedEmbedder:
 
 
 def _up_to(longest: int, x: np.ndarray) -> list[tuple[int, int]]:
-    """Padding that gives sums (devices, T, …) the positions of all calls, whatever their T."""
+    """Pads sums (devices, T, …) to the positions of all calls, whatever their T."""
     most = 2 * max(longest, 16)  # a call is padded to at most a half more than that
     return [(0, most - x.shape[1]), *((0, 0) for _ in x.shape[2:])]

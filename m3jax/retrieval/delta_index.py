@@ -11,10 +11,10 @@ from m3jax.errors import RetrievalError
 from m3jax.files import digest
 from m3jax.numbering import Numbering
 from m3jax.retrieval.index import Index
-from m3jax.retrieval.search import Found
+from m3jax.retrieval.search import Found, SearchIndex
 
 
-class DeltaIndex:
+class DeltaIndex(SearchIndex):
     """`SearchIndex` over several indices of one embedder, without tombstones.
 
     Attributes: those of `SearchIndex`, and

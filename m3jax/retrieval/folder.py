@@ -1,9 +1,9 @@
-"""What an index looks like on disk: names, manifest, checksums.
+"""Layout of an index on disk: names, manifest, checksums.
 
-Layout: `embedder/`, one `part-*/` per part with `embeddings-*.npy` (2¹⁴ rows each) and, unless the
-search is exact, `scann/`; `build.json` (what the files belong to, so that a killed build can go
-on), and `manifest.json`, written last, with a checksum of every file: ScaNN itself loads flipped
-bytes without a word.
+`embedder/`, one `part-*/` per part with `embeddings-*.npy` (2¹⁴ rows each) and, unless the search
+is exact, `scann/`; `build.json` (what the files belong to, so that a killed build can go on), and
+`manifest.json`, written last, with a checksum of every file: ScaNN itself loads flipped bytes
+without a word.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ _EMBEDDINGS = "embeddings-*"
 
 
 def part_folder(folder: Path, part: int) -> Path:
-    """Where a part is."""
+    """Returns the folder of a part."""
     return folder / f"part-{part:05d}"
 
 
 def part_ranges(size: int, parts: int) -> list[range]:
-    """The ids of every part: contiguous, of nearly equal length."""
+    """Returns the ids of every part: contiguous, of nearly equal length."""
     cuts = [part * size // parts for part in range(parts + 1)]
     return [range(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
 
 
 def shards(folder: Path, size: int) -> list[Path]:
-    """Files of the embeddings of a part with that many references."""
+    """Lists files of the embeddings of a part with that many references."""
     return [folder / f"embeddings-{i:05d}.npy" for i in range(-(-size // SHARD_ROWS))]
 
 
 def embedding_files(folder: Path) -> list[Path]:
-    """All files of embeddings in an index, those of the older layout too."""
+    """Lists all files of embeddings in an index, those of the older layout too."""
     return [*folder.glob(_EMBEDDINGS), *folder.glob("part-*/" + _EMBEDDINGS)]
 
 
@@ -61,7 +61,7 @@ def write_manifest(folder: Path, identity: dict[str, Any], parts: list[dict[str,
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished index.
+    """Reads the manifest of a finished index.
 
     Raises:
       RetrievalError: there is none, it is damaged or of another format.
@@ -75,9 +75,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_sealed(path)
     if manifest is None:
         raise damaged(path, "is damaged")
-    found = manifest["identity"]["format"]
-    if found != FORMAT:
-        raise damaged(path, f"describes an index of format {found}; this version reads {FORMAT}")
+    stored = manifest["identity"]["format"]
+    if stored != FORMAT:
+        raise damaged(path, f"describes an index of format {stored}; this version reads {FORMAT}")
     return manifest
 
 
@@ -87,15 +87,15 @@ def verify(folder: Path, manifest: dict[str, Any], parts: Collection[int]) -> No
     Raises:
       RetrievalError: naming a missing part, or a missing or damaged file.
     """
-    wanted = {part_folder(folder, part).name for part in parts}
-    for part in sorted(wanted):
+    opened = {part_folder(folder, part).name for part in parts}
+    for part in sorted(opened):
         if not (folder / part).is_dir():
             raise damaged(
                 folder / part, "is missing (copy it here, or open the index without this part)"
             )
     for name, expected in manifest["files"].items():
         path, first = folder / name, name.split("/")[0]
-        if first.startswith("part-") and first not in wanted:
+        if first.startswith("part-") and first not in opened:
             continue
         if not path.is_file():
             raise damaged(path, "is missing")
@@ -104,5 +104,5 @@ def verify(folder: Path, manifest: dict[str, Any], parts: Collection[int]) -> No
 
 
 def damaged(path: Path, what: str) -> RetrievalError:
-    """The error of a file or folder that only a new build mends."""
+    """Makes the error of a file or folder that only a new build mends."""
     return RetrievalError(f"{path} {what}; run launch/prepare.py again to rebuild the index")

@@ -1,7 +1,7 @@
-"""The index of a knowledge base: a folder that is written once and then searched.
+"""Index of a knowledge base: a folder that is written once and then searched.
 
 It has one or more parts, each of a range of references with a searcher of its own, so that several
-hosts can hold one index together: each opens some parts, and `merge` joins what they find.
+hosts can hold one index together: each opens some parts, and `merge` joins their results.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from jaxtyping import Float32
 
 from m3jax.errors import RetrievalError
 from m3jax.files import digest
-from m3jax.retrieval.embed import Embedder, load_embedder
+from m3jax.retrieval.embed import load_embedder
+from m3jax.retrieval.embedder import Embedder
 from m3jax.retrieval.folder import (
     EMBEDDER,
     SCANN,
@@ -28,22 +29,16 @@ from m3jax.retrieval.folder import (
     shards,
     verify,
 )
-from m3jax.retrieval.search import Found, Searcher, import_scann, merge
+from m3jax.retrieval.search import Found, Searcher, SearchIndex, import_scann, merge
 from m3jax.text.references import ReferenceReader
 
 
-class Index:
-    """A searchable knowledge base. Safe to use from several threads; cannot be pickled.
+class Index(SearchIndex):
+    """Searches the embeddings of a knowledge base. Thread-safe; cannot be pickled.
 
-    Attributes:
-      size: number of references R; ids are 0 … R − 1, those of the `References` indexed.
-      kind: `exact` or `scann`, as it was built.
-      dimension: width E of the embeddings.
-      parts: the parts that are open; what is in others is not found.
-      recall: least recall at 5 of the open parts, measured when they were built; None if exact.
-      fingerprint: hex digest of the references, the embedder and the way of searching all parts.
-      references_fingerprint: that of the `References` indexed.
-      embedder: embeds queries as the references were embedded.
+    Attributes: those of `SearchIndex`, and
+      parts: the parts that are open; references of others are not returned.
+      recall: least recall@5 of the open parts, measured when they were built; None if exact.
     """
 
     def __init__(
@@ -97,27 +92,27 @@ class Index:
         Args:
           folder: the index.
           references: if given, the index must be of these.
-          parts: the parts to open, all by default; files of others need not be here.
-          load: loads the embedder; default `embed.load_embedder`, which knows all that need no
-            checkpoint (`data.embedders` has the others).
+          parts: the parts to open, all by default; files of others need not be present.
+            load: loads the embedder; default `embed.load_embedder`, which knows all that need no
+            checkpoint (`checkpoint_embedders.load_embedder` knows the others).
 
         Raises:
-          RetrievalError: an unfinished index, a missing or damaged file, parts that it does not
+            RetrievalError: an unfinished index, a missing or damaged file, parts that it does not
             have, or other references; the message names the thing and the remedy.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
         identity = manifest["identity"]
-        there = range(identity["parts"])
-        parts = there if parts is None else sorted(set(parts))
-        if not parts or not set(parts) <= set(there):
+        existing = range(identity["parts"])
+        parts = existing if parts is None else sorted(set(parts))
+        if not parts or not set(parts) <= set(existing):
             raise RetrievalError(
-                f"the index {folder} has parts 0 … {len(there) - 1}; asked for {list(parts)}; open"
-                " some of those, or build it again with another config.retrieval.index_parts"
+                f"the index {folder} has parts 0 … {len(existing) - 1}, not all of {list(parts)};"
+                " open some of its own, or build it again with another config.retrieval.index_parts"
             )
         if references is not None and identity["count"] > len(references):
             raise RetrievalError(
-                f"the index {folder} has ids 0 … {identity['count'] - 1}, but there are only"
+                f"the index {folder} has ids 0 … {identity['count'] - 1}, but existing are only"
                 f" {len(references)} references; run launch/prepare.py again to rebuild the index"
             )
         if references is not None and identity["references"] != references.fingerprint:
@@ -130,32 +125,11 @@ class Index:
         return cls(folder, manifest, parts, load or load_embedder)
 
     def search(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> Found:
-        """Finds the references whose embeddings have the largest dot products with the queries'.
-
-        What a query finds does not depend on the other queries of the call.
-
-        Args:
-          embeddings: (n, E) float32 queries, from `embedder`.
-          k: references per query, at least 1.
-
-        Returns:
-          ids (n, k) int64 and scores (n, k) float32, best first, equal scores by lower id; −1 and
-          −inf where fewer than k were found. Scores are those of the float32 embeddings, rounded
-          once; of an index without embeddings, those of ScaNN's 8 bits a number (within about
-          0.002 for unit vectors), and then so are the order and what counts as equal.
-
-        Raises:
-          RetrievalError: k below 1, or embeddings of another width or dtype.
-        """
         self._check(embeddings, k)
         return self._merged([searcher for _, searcher in self._searchers], embeddings, k)
 
     def search_exactly(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> Found:
-        """The same by comparing every embedding, however the index was built.
-
-        Raises:
-          RetrievalError: as `search`, or the index keeps no embeddings.
-        """
+        """Searches by comparing every embedding, however the index was built; needs embeddings."""
         self._check(embeddings, k)
         exact = [searcher.exact() for _, searcher in self._searchers]
         if not all(exact):
@@ -184,15 +158,15 @@ class Index:
 
 
 def _warn_or_refuse(folder: Path, keep_embeddings: bool) -> None:
-    """What opening an index of ScaNN means where it cannot be imported."""
+    """Warns of an exact search where ScaNN cannot be imported, or refuses without embeddings."""
     if not keep_embeddings:
         raise RetrievalError(
             f"{folder} was built with ScaNN and keeps no embeddings, and ScaNN cannot be imported"
-            " here; pip install scann where it has a wheel, or build the index with"
+            "; pip install scann where it has a wheel, or build the index with"
             " config.retrieval.keep_embeddings = True"
         )
     warnings.warn(
-        f"{folder} was built with ScaNN, which cannot be imported here; searching exactly,"
+        f"{folder} was built with ScaNN, which cannot be imported; searching exactly,"
         " which is slower on a large index (pip install scann where it has a wheel)",
         stacklevel=4,
     )

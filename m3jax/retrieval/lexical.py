@@ -1,4 +1,4 @@
-"""The embedder that needs no model: TF-IDF of words, hashed into a dense vector.
+"""Embedder that needs no model: TF-IDF of words, hashed into a dense vector.
 
 Feature hashing is that of Weinberger et al., arXiv 0902.2206. Every sum in it is exact, so that the
 same text has the same bytes in any batch, thread, process and order of texts.
@@ -22,7 +22,7 @@ from jaxtyping import Float32
 
 from m3jax.errors import RetrievalError
 from m3jax.files import digest, write_atomically
-from m3jax.retrieval.spec import read_spec, write_spec
+from m3jax.retrieval.embedder import Embedder, read_spec, write_spec
 
 _DF = "document_frequency.npy"
 _WORD = re.compile(r"\w+")
@@ -40,14 +40,14 @@ _IS_CJK = re.compile(f"[{_CJK}]")
 
 
 def words(text: str) -> list[str]:
-    """The lower-cased words of a text; of CJK runs every character and every pair of neighbours."""
+    """Splits a text into lower-cased words, CJK runs into characters and neighbouring pairs."""
     if text.isascii():
         return text.translate(_ASCII_WORDS).split()
-    found = _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    plain = _WORD.findall(unicodedata.normalize("NFKC", text).lower())
     if not _IS_CJK.search(text):
-        return found
+        return plain
     split: list[str] = []
-    for run in _CJK_RUN.findall(" ".join(found)):
+    for run in _CJK_RUN.findall(" ".join(plain)):
         if _IS_CJK.match(run):
             split.extend(run)
             split.extend(map("".join, itertools.pairwise(run)))
@@ -70,7 +70,7 @@ _EXACT = 2.0**16  # weights are multiples of 1/65536: float64 adds them without 
 def _hash(
     strings: Iterable[str], buckets: int, kind: bytes
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Stable hashes: slot (n,), numbers for the buckets (n, buckets), their signs (n, buckets)."""
+    """Hashes strings: slot (n,), numbers for the buckets (n, buckets), their signs (n, buckets)."""
     size = 4 * (buckets + 2)
     data = b"".join(
         hashlib.blake2b(s.encode("utf-8", "surrogatepass"), digest_size=size, person=kind).digest()
@@ -82,7 +82,7 @@ def _hash(
 
 
 class _Cache:
-    """Word → row of growing arrays (slots, buckets, signs), so that a word is hashed once.
+    """Maps words to rows of growing arrays (slots, buckets, signs), so that a word is hashed once.
 
     Rows are filled before their word becomes visible and never change, so readers need no lock.
     """
@@ -96,14 +96,14 @@ class _Cache:
         self._lock = threading.Lock()
 
     def lookup(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Position of the text and row, of every word of every text: two int64 arrays."""
-        found = [words(text) for text in texts]
-        flat = list(itertools.chain.from_iterable(found))
+        """Returns position of the text and row, of every word of every text: two int64 arrays."""
+        split = [words(text) for text in texts]
+        flat = list(itertools.chain.from_iterable(split))
         unknown = set(flat).difference(self.rows)
         if unknown:
             self._add(sorted(unknown))
         rows = np.fromiter(map(self.rows.__getitem__, flat), np.int64, len(flat))
-        return np.repeat(np.arange(len(texts)), [len(part) for part in found]), rows
+        return np.repeat(np.arange(len(texts)), [len(part) for part in split]), rows
 
     def _add(self, unknown: list[str]) -> None:
         with self._lock:
@@ -127,14 +127,14 @@ class _Cache:
             self.rows.update(zip(new, range(start, stop), strict=True))
 
 
-class LexicalEmbedder:
-    """Hashed TF-IDF with cosine similarity; deterministic and without a model.
+class LexicalEmbedder(Embedder):
+    """Embeds texts by hashed TF-IDF with cosine similarity; deterministic and without a model.
 
-    A word with tf occurrences in a text, found in df of n fitted texts, adds
-    `(1 + ln tf) · ln((n + 1) / df)` with hashed signs to four hashed buckets; its prefix of five
-    characters, which inflected forms share, adds the same with a df of its own to two more. Then
-    the vector is normalised. What is in none of the fitted texts cannot match and weighs nothing:
-    a text without a word, or with none that the knowledge base knows, embeds to zeros.
+    A word with tf occurrences in a text, in df of n fitted texts, adds `(1 + ln tf) · ln((n + 1) /
+    df)` with hashed signs to four hashed buckets; its prefix of five characters, which inflected
+    forms share, adds the same with a df of its own to two more. Then the vector is normalised. What
+    is in none of the fitted texts cannot match and weighs nothing: a text without a word, or with
+    none that the knowledge base knows, embeds to zeros.
     """
 
     name = "lexical"
@@ -155,17 +155,14 @@ class LexicalEmbedder:
 
     @property
     def fitted(self) -> bool:
-        """Whether document frequencies are known."""
         return self._df is not None
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of the hashing scheme, the dimension and the document frequencies."""
         return self._fingerprint
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What `save` writes beside the word frequencies."""
         return {
             "name": self.name,
             "dimension": self.dimension,
@@ -187,13 +184,13 @@ class LexicalEmbedder:
 
     @property
     def family(self) -> str:
-        """The hashing scheme and the dimension, whatever the frequencies."""
+        """Returns the hashing scheme and the dimension, whatever the frequencies."""
         return json.dumps([self.name, self.dimension, *_SCHEME])
 
     def extended(self, texts: Sequence[str]) -> LexicalEmbedder:
-        """One that has counted these texts, too, so that their new words are found.
+        """Counts these texts, too, so that their new words match.
 
-        Vectors of the older texts weigh words by the older counts; a little less is found than by
+        Vectors of the older texts weigh words by the older counts; recall is a little lower than by
         an embedder fitted to all texts at once.
         """
         frequencies, documents = self._counted(texts)
@@ -207,8 +204,8 @@ class LexicalEmbedder:
         remaining = iter(texts)
         while block := list(itertools.islice(remaining, _BLOCK)):
             text_of, rows = cache.lookup(block)
-            found = np.unique(text_of[:, None] * _SLOTS + cache.slots[rows])
-            slots, counts = np.unique(found % _SLOTS, return_counts=True)
+            pairs = np.unique(text_of[:, None] * _SLOTS + cache.slots[rows])
+            slots, counts = np.unique(pairs % _SLOTS, return_counts=True)
             frequencies[slots] += counts
             documents += len(block)
             if len(cache.rows) > _CACHED_WORDS:
@@ -227,10 +224,7 @@ class LexicalEmbedder:
         return digest(json.dumps(scheme), frequencies)
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
-        """Embeds texts.
-
-        Returns:
-          (n, dimension) float32; rows of length 1, or of zeros for a text without a known word.
+        """Embeds texts to (n, dimension) float32: rows of length 1, or zeros without a known word.
 
         Raises:
           RetrievalError: the embedder is not fitted.
@@ -241,10 +235,6 @@ class LexicalEmbedder:
             block = texts[start : start + _BLOCK]
             embeddings[start : start + len(block)] = self._embed_block(block)
         return embeddings
-
-    def embed_queries(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
-        """The same: queries and references are texts alike."""
-        return self.embed(texts)
 
     def _embed_block(self, texts: Sequence[str]) -> np.ndarray:
         cache = self._cache

@@ -18,22 +18,22 @@ from m3jax.files import digest
 from m3jax.mesh import ACTIVATIONS, batch_sharding, local_mesh, on_devices, replicated
 from m3jax.retrieval.batches import Call, calls
 from m3jax.retrieval.bert import Architecture, Pooling, encode
+from m3jax.retrieval.embedder import Embedder, read_spec, write_spec
 from m3jax.retrieval.pretrained import read_pretrained
-from m3jax.retrieval.spec import read_spec, write_spec
 
 _BLOCK = 4096  # texts tokenized at a time
 
 
 @functools.lru_cache(maxsize=8)
 def _program(architecture: Architecture, pooling: Pooling, mesh: Mesh) -> Any:
-    """The jitted `encode` of a mesh: every device encodes its rows."""
+    """Jits `encode` for a mesh: every device encodes its rows."""
     rows = ACTIVATIONS.spec(("batch",))
     function = functools.partial(encode, architecture, pooling)
     return jax.jit(on_devices(mesh, function, (replicated(mesh).spec, rows, rows), rows))
 
 
-class NeuralEmbedder:
-    """A pretrained encoder: mean or first token of the last layer, normalised.
+class NeuralEmbedder(Embedder):
+    """Embeds texts by a pretrained encoder: mean or first token of the last layer, normalised.
 
     Needs no fitting. The index stores the path and the fingerprint of the encoder's folder, not its
     weights.
@@ -63,28 +63,26 @@ class NeuralEmbedder:
           RetrievalError: something in the folder is missing or unfit.
         """
         self.folder = Path(folder).expanduser().resolve()
-        found = read_pretrained(self.folder, pooling)
-        self.dimension = found.architecture.hidden
-        self.pooling, self.max_length = found.pooling, found.max_length
+        pretrained = read_pretrained(self.folder, pooling)
+        self.dimension = pretrained.architecture.hidden
+        self.pooling, self.max_length = pretrained.pooling, pretrained.max_length
         self.rows, self.dtype = rows, dtype
-        self._fingerprint = digest(self.name, found.fingerprint, dtype)
-        self._tokenizer, self._lower = found.tokenizer, found.lower
-        self._special = found.tokenizer.num_special_tokens_to_add(False)
-        self._padding = found.architecture.padding or 0
+        self._fingerprint = digest(self.name, pretrained.fingerprint, dtype)
+        self._tokenizer, self._lower = pretrained.tokenizer, pretrained.lower
+        self._special = pretrained.tokenizer.num_special_tokens_to_add(False)
+        self._padding = pretrained.architecture.padding or 0
         self._mesh = local_mesh(devices)
         self._sharding = batch_sharding(self._mesh)
-        cast = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), found.params)
+        cast = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), pretrained.params)
         self._params = jax.device_put(cast, replicated(self._mesh))
-        self._encode = _program(found.architecture, found.pooling, self._mesh)
+        self._encode = _program(pretrained.architecture, pretrained.pooling, self._mesh)
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of weights, sizes, tokenizer, pooling, longest text and dtype."""
         return self._fingerprint
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What `save` writes."""
         return {
             "name": self.name,
             "dimension": self.dimension,
@@ -95,23 +93,13 @@ class NeuralEmbedder:
             "fingerprint": self.fingerprint,
         }
 
-    @property
-    def family(self) -> str:
-        """The fingerprint: only vectors of one encoder can be compared."""
-        return self.fingerprint
-
     def fit(self, texts: Iterable[str]) -> None:
         """Does nothing: the encoder has learnt already."""
-
-    def extended(self, texts: Sequence[str]) -> NeuralEmbedder:
-        """Itself: it knows all words."""
-        return self
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
         """Embeds texts; longer ones than `max_length` tokens are cut.
 
-        Returns:
-          (n, dimension) float32; rows of length 1, or of zeros for a text without a token.
+        Returns (n, dimension) float32; rows of length 1, or of zeros for a text without a token.
         """
         embeddings = np.zeros((len(texts), self.dimension), np.float32)
         for start in range(0, len(texts), _BLOCK):
@@ -120,8 +108,8 @@ class NeuralEmbedder:
                 (places, self._encode(self._params, *jax.device_put(call, self._sharding)))
                 for places, call in self._calls(texts[start : start + _BLOCK])
             ]
-            for places, found in running:
-                part[places] = jax.device_get(found)[: len(places)]
+            for places, rows in running:
+                part[places] = jax.device_get(rows)[: len(places)]
         return embeddings
 
     def _calls(self, texts: Sequence[str]) -> Iterator[Call]:
@@ -130,10 +118,6 @@ class NeuralEmbedder:
             cleaned = [text.lower() for text in cleaned]
         ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(cleaned)]
         return calls(ids, self._special + 1, self.rows, self._mesh.size, self._padding)
-
-    def embed_queries(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
-        """The same: queries and references are texts alike."""
-        return self.embed(texts)
 
     def save(self, folder: str | Path) -> None:
         """Writes `embedder.json`, which names the encoder's folder and its fingerprint."""

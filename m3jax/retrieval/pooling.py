@@ -1,4 +1,4 @@
-"""From the states of tokens to one vector a text, and the statistics that this takes."""
+"""Pooling of token states to one vector a text, and the statistics that this takes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _ENOUGH = 16  # texts that must reach a position for a mean of its own
 
 
 def usable(tokens_BT: Int32[Array, "B T"], lengths_B: Int32[Array, " B"]) -> Bool[Array, "B T"]:
-    """Which tokens are not padding."""
+    """Returns True where tokens are not padding."""
     return jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
 
 
 def like(real_BT: Bool[Array, "B T"], states: Float[Array, "B T *rest"]) -> Bool[Array, "B T ..."]:
-    """The mask with as many axes as the states."""
+    """Reshapes the mask to as many axes as the states."""
     return real_BT.reshape(*real_BT.shape, *(1 for _ in states.shape[2:]))
 
 
 def centred(
     states: Float[Array, "B T *rest"], means: Float32[Array, "W ..."]
 ) -> Float32[Array, "B T *rest"]:
-    """States minus the means of their positions; beyond the last one, that of the last."""
+    """Subtracts the means of their positions from states; beyond the last one, that of the last."""
     position_T = jnp.minimum(jnp.arange(states.shape[1]), len(means) - 1)
     return states.astype(jnp.float32) - means[position_T][None]
 
@@ -32,18 +32,18 @@ def centred(
 def mean_of(
     states: Float32[Array, "B T *rest"], real_BT: Bool[Array, "B T"]
 ) -> Float32[Array, B * rest]:
-    """Mean over the real tokens; zeros for a text without one."""
+    """Averages over the real tokens; zeros for a text without one."""
     mask = like(real_BT, states)
     return jnp.where(mask, states, 0).sum(1) / jnp.maximum(mask.sum(1), 1)
 
 
 def unit(x_BE: Float32[Array, "B E"]) -> Float32[Array, "B E"]:
-    """Rows of length 1; zeros stay zeros."""
+    """Scales rows to length 1; zeros stay zeros."""
     return x_BE / jnp.maximum(jnp.sqrt(jnp.square(x_BE).sum(-1, keepdims=True)), 1e-12)
 
 
 def draw(texts: Iterable[str], most: int) -> list[str]:
-    """Up to `most` of the texts, each with equal chance, the same every time."""
+    """Draws up to `most` of the texts, each with equal chance, the same every time."""
     drawn: list[str] = []
     random = np.random.default_rng(0)
     for count, text in enumerate(texts):
@@ -57,7 +57,7 @@ def draw(texts: Iterable[str], most: int) -> list[str]:
 def position_means(
     sums: Float64[np.ndarray, "W ..."], counts: Float64[np.ndarray, " W"]
 ) -> Float32[np.ndarray, "V ..."]:
-    """Means of every position, up to the last that 16 texts reach (or all, where they are fewer).
+    """Averages every position, up to the last that 16 texts reach (or all, where they are fewer).
 
     Args:
       sums: of the states of the texts that reach a position.
@@ -71,7 +71,7 @@ def position_means(
 def directions(
     centred_nF: Float64[np.ndarray, "n F"], most: int
 ) -> tuple[Float64[np.ndarray, " most"], Float64[np.ndarray, "F most"]]:
-    """Variances along the main directions of centred rows, largest first, and these.
+    """Returns the main directions of centred rows and the variances along them, largest first.
 
     Where the rows have fewer directions than `most`, the others are zeros.
     """

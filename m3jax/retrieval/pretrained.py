@@ -25,7 +25,7 @@ _DTYPES = ("F32", "F16", "BF16")
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """An encoder read from a folder.
+    """Holds an encoder read from a folder.
 
     Attributes:
       architecture: its sizes.
@@ -75,7 +75,7 @@ def read_pretrained(folder: Path, pooling: Literal["auto", "mean", "cls"]) -> Pr
 
 
 def _json(path: Path, remedy: str, required: bool = True) -> dict[str, Any]:
-    """Content of a JSON file; {} where one that is not required is missing."""
+    """Reads a JSON file; {} where one that is not required is missing."""
     if not path.is_file() and not required:
         return {}
     try:
@@ -104,7 +104,7 @@ def _architecture(folder: Path) -> Architecture:
                 " another encoder"
             )
     try:
-        found = Architecture(
+        sizes = Architecture(
             layers=int(config["num_hidden_layers"]),
             heads=int(config["num_attention_heads"]),
             hidden=int(config["hidden_size"]),
@@ -120,16 +120,16 @@ def _architecture(folder: Path) -> Architecture:
             f"{path} lacks a size, or one is no number ({error!r}); use the config.json that"
             " the encoder was published with"
         ) from error
-    if min(found.layers, found.heads, found.types) < 1 or found.hidden % found.heads:
+    if min(sizes.layers, sizes.heads, sizes.types) < 1 or sizes.hidden % sizes.heads:
         raise RetrievalError(
-            f"{path}: {found.heads} heads do not divide hidden_size = {found.hidden}, or a size is"
+            f"{path}: {sizes.heads} heads do not divide hidden_size = {sizes.hidden}, or a size is"
             " 0; use the config.json that the encoder was published with"
         )
-    return found
+    return sizes
 
 
 def _check_modules(folder: Path) -> None:
-    """Refuses what sentence-transformers would put after the encoder and the pooling."""
+    """Refuses modules that sentence-transformers would put after the encoder and the pooling."""
     path = folder / "modules.json"
     if not path.is_file():
         return
@@ -147,7 +147,7 @@ def _check_modules(folder: Path) -> None:
 
 
 def _pooling(folder: Path) -> Pooling:
-    """What the folder says of pooling."""
+    """Reads the folder's pooling."""
     path = folder / _POOLING
     if not path.is_file():
         raise RetrievalError(
@@ -171,7 +171,7 @@ def _pooling(folder: Path) -> Pooling:
 
 
 def _limits(folder: Path, architecture: Architecture) -> tuple[int, bool]:
-    """Most tokens of a text, and whether texts are lower-cased first."""
+    """Returns the most tokens of a text, and whether texts are lower-cased first."""
     sentence = _json(folder / "sentence_bert_config.json", "download it again", False)
     tokenizer = _json(folder / "tokenizer_config.json", "download it again", False)
     longest = sentence.get("max_seq_length") or tokenizer.get("model_max_length")
@@ -189,7 +189,7 @@ def _limits(folder: Path, architecture: Architecture) -> tuple[int, bool]:
 def _tokenizer(
     folder: Path, architecture: Architecture, max_length: int
 ) -> tuple[tokenizers.Tokenizer, str]:
-    """The tokenizer, set up, and the text of its file."""
+    """Returns the tokenizer, set up, and the text of its file."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise RetrievalError(
@@ -233,7 +233,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _params(files: list[Path], architecture: Architecture) -> Params:
-    """The parameters, matrices turned to (in, out), layers stacked."""
+    """Reads the parameters, matrices turned to (in, out), layers stacked."""
     D, F = architecture.hidden, architecture.mlp_width
     read = _reader(files)
 
@@ -278,7 +278,7 @@ _LAST = "embeddings.word_embeddings.weight"  # what precedes it in a name preced
 
 
 def _reader(files: list[Path]) -> Callable[[str, tuple[int, ...]], np.ndarray]:
-    """`read(name, shape)`: a tensor of the files in float32."""
+    """Returns `read(name, shape)`: a tensor of the files in float32."""
     handles, where = [], {}
     for path in files:
         try:

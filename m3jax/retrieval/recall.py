@@ -1,11 +1,9 @@
-"""The report that compares an index with exact search."""
+"""Report that compares an index with exact search."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +13,22 @@ from jaxtyping import Float32
 from m3jax.errors import RetrievalError
 from m3jax.retrieval.index import Index
 from m3jax.retrieval.search import SPARE, Found
-from m3jax.retrieval.tune import share_found
+from m3jax.retrieval.tune import recall_at_k
+from m3jax.text.jsonl import read_records
 
 
 def read_queries(path: str | Path, most: int) -> list[str]:
-    """The first texts of a file of JSON lines with `question` or `text`.
+    """Reads the first `most` texts of a file of JSON lines with `question` or `text`.
 
     Raises:
       RetrievalError: no file, no lines, or a line without either.
     """
-    try:
-        with Path(path).open(encoding="utf-8") as file:
-            lines = list(islice(filter(str.strip, file), most))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RetrievalError(f"{path} cannot be read ({error}); give a text file") from error
-    found = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-            found.append(str(record["question"] if "question" in record else record["text"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise RetrievalError(
-                f'{path}: {line.strip()[:60]!r} is no JSON object with "question" or "text"; mend'
-                " the line"
-            ) from error
-    if not found:
-        raise RetrievalError(f'{path} has no lines; give JSON lines with "question" or "text"')
-    return found
+
+    def parse(record: Any) -> str:
+        return str(record["question"] if "question" in record else record["text"])
+
+    form = 'a JSON object with "question" or "text"'
+    return read_records(path, parse, "questions", form, most=most, error=RetrievalError)
 
 
 def recall_report(index: Index, queries: Float32[np.ndarray, "n E"], k: int = 5) -> dict[str, Any]:
@@ -53,26 +40,26 @@ def recall_report(index: Index, queries: Float32[np.ndarray, "n E"], k: int = 5)
       k: references per query.
 
     Returns:
-      `queries`, `k`, `references`, `kind`, `recall` (share of the exact k best found, ties counted
-      right), `seconds` and `exact_seconds` a query, `time_over_exact`, and `built_recall`, what was
-      measured when the index was built (None for exact search).
+        `queries`, `k`, `references`, `kind`, `recall` (recall@k, ties counted right), `seconds` and
+        `exact_seconds` a query, `time_over_exact`, and `built_recall`, measured when the index was
+        built (None for exact search).
 
     Raises:
-      RetrievalError: no queries, k below 1, queries of another width, or an index without
+        RetrievalError: no queries, k below 1, queries of another width, or an index without
         embeddings to compare with.
     """
     queries = queries[queries.any(axis=1)]  # the rest finds nothing, exactly or not
     if not len(queries):
         raise RetrievalError("no query has a word that the knowledge base knows; give others")
     exact = index.search_exactly(queries, k + SPARE)
-    found, seconds = _timed(lambda: index.search(queries, k))
+    result, seconds = _timed(lambda: index.search(queries, k))
     _, exact_seconds = _timed(lambda: index.search_exactly(queries, k))
     return {
         "queries": len(queries),
         "k": k,
         "references": index.size,
         "kind": index.kind,
-        "recall": share_found(found[0], exact),
+        "recall": recall_at_k(result[0], exact),
         "seconds": seconds / len(queries),
         "exact_seconds": exact_seconds / len(queries),
         "time_over_exact": seconds / exact_seconds,
@@ -81,7 +68,7 @@ def recall_report(index: Index, queries: Float32[np.ndarray, "n E"], k: int = 5)
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as lines of text."""
+    """Formats the report as lines of text."""
     built = report["built_recall"]
     rows = {
         "references": str(report["references"]),
@@ -97,10 +84,10 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _timed(search: Callable[[], Found]) -> tuple[Found, float]:
-    """What a search found and the least seconds of three runs."""
+    """Returns the result of a search and the least seconds of three runs."""
     times = []
     for _ in range(3):
         begin = time.perf_counter()
-        found = search()
+        result = search()
         times.append(time.perf_counter() - begin)
-    return found, min(times)
+    return result, min(times)

@@ -1,4 +1,4 @@
-"""Text to references: search, minus the references that would give away the text they accompany."""
+"""Retriever: search, minus the references that would give away the text they accompany."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Rank = Callable[[Sequence[str], Int64[np.ndarray, "n c"]], Float32[np.ndarray, "
 
 
 class Retriever:
-    """An index with the overlap filter of Memory³ §6.1. Safe to call from several threads.
+    """Searches an index and drops references by the overlap filter of Memory³ §6.1. Thread-safe.
 
     Attributes:
       searched: queries that were searched: those with a word that the knowledge base knows.
-      returned: references that were found and given.
-      dropped: references that were found before the last of these and dropped for their overlap.
+      returned: references that were returned.
+      dropped: references that ranked before the last of these and were dropped for their overlap.
       unfilled: places of the results that stayed −1.
     """
 
@@ -35,7 +35,7 @@ class Retriever:
         overlap_limit: float,
         rank: Rank | None = None,
     ) -> None:
-        """Makes a retriever.
+        """Makes a retriever; raises `RetrievalError` if the index is of other references.
 
         Args:
           index: an index of the references.
@@ -43,9 +43,6 @@ class Retriever:
           candidates: references fetched per query, of which the filter leaves at most k.
           overlap_limit: a reference is dropped if its overlap with the text is above this.
           rank: scores by which the candidates are put in order, instead of those of the index.
-
-        Raises:
-          RetrievalError: the index is of other references.
         """
         if index.references_fingerprint != references.fingerprint:
             raise RetrievalError(
@@ -60,17 +57,16 @@ class Retriever:
     def retrieve(
         self, queries: Sequence[str], against: Sequence[np.ndarray] | None, k: int
     ) -> Int64[np.ndarray, "n k"]:
-        """Finds k references for every query.
+        """Returns ids (n, k) of k references for every query, best first, −1 for none.
+
+        Candidates with a score of 0 or less are not returned, so a query without a known word gets
+        none.
 
         Args:
           queries: n texts.
-          against: for every query the tokens of the text that its references must not contain; None
-            = no filter.
+            against: for every query the tokens of the text that its references must not contain;
+            None = no filter.
           k: references per query.
-
-        Returns:
-          (n, k) ids, best first, −1 where nothing (more) was found: candidates with a score of 0 or
-          less are not returned, so a query without a known word gets none.
 
         Raises:
           RetrievalError: k below 1, or `against` of another length than `queries`.
@@ -84,19 +80,21 @@ class Retriever:
         ids = np.full((len(queries), k), -1, np.int64)
         embeddings = self.index.embedder.embed_queries(queries)
         searched = np.flatnonzero(embeddings.any(axis=1))
-        found, scores = self.index.search(embeddings[searched], max(self.candidates, k))
-        found = np.where(scores > 0, found, -1)
+        candidates, scores = self.index.search(embeddings[searched], max(self.candidates, k))
+        candidates = np.where(scores > 0, candidates, -1)
         if self.rank is not None:
-            scores = self.rank([queries[query] for query in searched.tolist()], found)
-            order = np.lexsort((np.where(found < 0, self.index.size, found), -scores), axis=1)
-            found = np.take_along_axis(found, order, axis=1)
+            scores = self.rank([queries[query] for query in searched.tolist()], candidates)
+            order = np.lexsort(
+                (np.where(candidates < 0, self.index.size, candidates), -scores), axis=1
+            )
+            candidates = np.take_along_axis(candidates, order, axis=1)
         dropped = 0
         if against is None:
-            ids[searched] = found[:, :k]
+            ids[searched] = candidates[:, :k]
         else:
             for places in _by_text([against[query] for query in searched.tolist()]):
                 text = against[int(searched[places[0]])]
-                ids[searched[places]], leaking = self._survivors(found[places], text, k)
+                ids[searched[places]], leaking = self._survivors(candidates[places], text, k)
                 dropped += leaking
         with self._lock:
             self.searched += len(searched)
@@ -108,23 +106,25 @@ class Retriever:
     def _survivors(
         self, candidates: Int64[np.ndarray, "n c"], text: np.ndarray, k: int
     ) -> tuple[Int64[np.ndarray, "n k"], int]:
-        """The first k candidates of each query that do not leak; how many leaking came before them.
+        """Returns the first k candidates of each query that do not leak, and counts leaking ones.
 
-        Every round compares what the queries need next, each reference once: neighbouring chunks
-        of a text find the same ones.
+        Every round compares what the queries need next, each reference once: neighbouring chunks of
+        a text find the same ones.
         """
         leaks: dict[int, bool] = {}
         waiting = [row[row >= 0].tolist() for row in candidates]  # best first
         kept: list[list[int]] = [[] for _ in waiting]
         dropped = 0
-        while any(asked := [row[: k - len(have)] for row, have in zip(waiting, kept, strict=True)]):
-            new = np.array(sorted(set().union(*asked) - leaks.keys()), np.int64)
+        while any(
+            needed := [row[: k - len(have)] for row, have in zip(waiting, kept, strict=True)]
+        ):
+            new = np.array(sorted(set().union(*needed) - leaks.keys()), np.int64)
             if len(new):
                 lengths = np.asarray(self.references.lengths)[new]
                 tokens = self.references.tokens(new)
                 leaking = which_exceed(text, tokens, lengths, self.overlap_limit)
                 leaks.update(zip(new.tolist(), leaking.tolist(), strict=True))
-            for part, row, have in zip(asked, waiting, kept, strict=True):
+            for part, row, have in zip(needed, waiting, kept, strict=True):
                 del row[: len(part)]
                 have += [i for i in part if not leaks[i]]
                 dropped += sum(leaks[i] for i in part)
@@ -134,14 +134,14 @@ class Retriever:
         return filled, dropped
 
     def report(self) -> dict[str, int]:
-        """The counters since this retriever was made."""
+        """Returns the counters since this retriever was made."""
         with self._lock:
             names = ("searched", "returned", "dropped", "unfilled")
             return {name: getattr(self, name) for name in names}
 
 
 def _by_text(texts: Sequence[np.ndarray]) -> list[list[int]]:
-    """Places of the same array: the chunks of a row have one text, which is then prepared once."""
+    """Groups places of the same array: the chunks of a row share one text."""
     places: dict[int, list[int]] = {}
     for place, text in enumerate(texts):
         places.setdefault(id(text), []).append(place)

@@ -1,7 +1,7 @@
 """Nearest references by dot product: exact in NumPy, approximate with ScaNN.
 
-Both end in the same ranking of a few candidates, in float64 and one pair at a time, so that what a
-query finds does not depend on which other queries share its batch.
+Both end in the same ranking of a few candidates, in float64 and one pair at a time, so that the
+result of a query does not depend on which other queries share its batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from m3jax.retrieval.embed import Embedder
+from m3jax.retrieval.embedder import Embedder
 
 SHARD_ROWS = 2**14  # embeddings per file, and per block of the exact search
 SPARE = 16  # candidates beyond k, so that ties at the edge go to the lower id
@@ -34,10 +34,10 @@ class SearchIndex(Protocol):
 
     Attributes:
       size: number of ids R, tombstones included.
-      kind: `exact` or `scann`.
+      kind: `exact` or `scann`, as it was built.
       dimension: width E of the embeddings.
-      fingerprint, references_fingerprint: of all that decides what is returned, and of the
-        references.
+      fingerprint: hex digest of the references, the embedder and the way of searching.
+      references_fingerprint: of the references indexed.
       embedder: embeds queries as the references were embedded.
     """
 
@@ -49,11 +49,27 @@ class SearchIndex(Protocol):
     embedder: Embedder
 
     def search(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> Found:
-        """Returns ids and scores of the k best references of every query; see `Index.search`."""
+        """Finds the references whose embeddings have the largest dot products with the queries'.
+
+        The result of a query does not depend on the other queries of the call.
+
+        Args:
+          embeddings: (n, E) float32 queries, from `embedder`.
+          k: references per query, at least 1.
+
+        Returns:
+            ids (n, k) int64 and scores (n, k) float32, best first, equal scores by lower id; −1 and
+            −inf where there are fewer than k. Scores are those of the float32 embeddings, rounded
+            once; of an index without embeddings, those of ScaNN's 8 bits a number (within about
+            0.002 for unit vectors), and then so are the order and what counts as equal.
+
+        Raises:
+          RetrievalError: k below 1, or embeddings of another width or dtype.
+        """
 
 
 def import_scann() -> ModuleType | None:
-    """ScaNN's bindings without TensorFlow, or None where it has no wheel."""
+    """Imports ScaNN's bindings without TensorFlow; None where it has no wheel."""
     try:
         return importlib.import_module("scann").scann_ops_pybind
     except ImportError:
@@ -61,7 +77,7 @@ def import_scann() -> ModuleType | None:
 
 
 def scann_settings(references: int) -> dict[str, int]:
-    """What ScaNN trains for that many references, before `tune.fit` has measured anything.
+    """Returns settings to train ScaNN for that many references, before anything is measured.
 
     Up to 20 000 it computes every score. Beyond, references lie in `leaves` = √R clusters, each in
     two of them, and the codes (asymmetric hashing, `block` dimensions to one of 16 centres) of a
@@ -75,7 +91,7 @@ def scann_settings(references: int) -> dict[str, int]:
 
 
 def all_codes() -> dict[str, int]:
-    """Settings for embeddings that do not cluster: codes of two dimensions, all compared."""
+    """Returns settings for embeddings that do not cluster: all codes are compared."""
     return {"leaves": 0, "block": 2, "sample": 100_000}
 
 
@@ -96,7 +112,7 @@ def build_scann(
       embeddings: what is searched.
       settings: of `scann_settings` or `all_codes`.
       folder: a new folder.
-      standalone: stores the embeddings in 8 bits a number, so that the searcher can score its
+        standalone: stores the embeddings in 8 bits a number, so that the searcher can score its
         candidates itself; otherwise `Searcher` does, and codes alone are written.
     """
     builder, sample = scann.builder(embeddings, 1, "dot_product"), settings["sample"]
@@ -120,7 +136,7 @@ def build_scann(
 
 
 def _within(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where a row's scores are among its k best, or too close to them for float32 to tell."""
+    """Returns where a row's scores are among its k best, or too close for float32 to tell."""
     best = min(k, scores.shape[1])
     kth = np.partition(scores, scores.shape[1] - best, axis=1)[:, scores.shape[1] - best]
     row, column = np.nonzero((scores >= kth[:, None] - _MARGIN) & (scores > -np.inf))
@@ -128,9 +144,9 @@ def _within(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def merge(results: Sequence[Found]) -> Found:
-    """The best of what several parts of an index found for the same queries.
+    """Merges the results of several parts of an index for the same queries.
 
-    Ranks as `Index.search` does; −1 and −inf, where a part found fewer, come last.
+    Ranks as `SearchIndex.search` does; −1 and −inf, where a part has fewer, come last.
     """
     width = results[0][0].shape[1]
     ids, scores = (np.concatenate(columns, axis=1) for columns in zip(*results, strict=True))
@@ -139,10 +155,10 @@ def merge(results: Sequence[Found]) -> Found:
 
 
 class Searcher:
-    """Search over stored embeddings. Safe to use from several threads; cannot be pickled.
+    """Searches stored embeddings. Safe to use from several threads; cannot be pickled.
 
     Attributes:
-      effort: `leaves` to search and least number of `candidates` to score, of an approximate
+        effort: `leaves` to search and least number of `candidates` to score, of an approximate
         search; both 0 where ScaNN computes every score.
     """
 
@@ -170,11 +186,11 @@ class Searcher:
             self._shards = [self._whole[start : start + SHARD_ROWS] for start in starts]
 
     def exact(self) -> Searcher | None:
-        """An exact search of the same embeddings; None without them."""
+        """Makes an exact search of the same embeddings; None without them."""
         return Searcher(self._shards) if self._shards else None
 
     def search(self, queries: Float32[np.ndarray, "n E"], k: int) -> Found:
-        """The k best rows of every query, best first, ties by lower id; see `Index.search`."""
+        """Returns the k best rows of every query; see `SearchIndex.search`."""
         ids = np.full((len(queries), k), -1, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
         for start in range(0, len(queries), _QUERIES):
@@ -193,7 +209,7 @@ class Searcher:
         return ids, scores
 
     def _pairs_exact(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pairs (query, id) that hold the k best of every query, whatever the rounding."""
+        """Returns pairs (query, id) that hold the k best of every query, whatever the rounding."""
         pairs = []
         for shard, rows in enumerate(self._shards):
             query, row = _within(queries @ rows.T, k)
@@ -204,19 +220,19 @@ class Searcher:
     def _pairs_scann(
         self, queries: np.ndarray, k: int, ids: np.ndarray, scores: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The same among ScaNN's candidates: scored in float32, of which the best are pairs."""
+        """Scores ScaNN's candidates in float32 and returns the pairs of the best."""
         assert self._whole is not None
         # One query at a time: its rows stay in the cache between the gathering and the product.
         rows = np.empty((ids.shape[1], queries.shape[1]), np.float32)
         for query, row, score in zip(queries, ids, scores, strict=True):
-            self._whole.take(row, axis=0, out=rows, mode="wrap")  # −1, where none was found, too
+            self._whole.take(row, axis=0, out=rows, mode="wrap")  # the id −1, too
             np.matmul(rows, query, out=score)
         scores[ids < 0] = -np.inf
         query, column = _within(scores, k)
         return query, ids[query, column]
 
     def _candidates(self, queries: np.ndarray, k: int) -> Found:
-        """Candidates of ScaNN with its scores; −1 and −inf where it found no more.
+        """Returns candidates of ScaNN with its scores; −1 and −inf where there are no more.
 
         ScaNN searches a block of queries in one call, where each has its own leaves, in an order
         that does not depend on the others. What does depend on the call is the rounding of the
@@ -225,11 +241,11 @@ class Searcher:
         """
         n, leaves, candidates = len(queries), self.effort["leaves"], self.effort["candidates"]
         # Asked for more than there are, it fills up with zeros whose score is not a number.
-        wanted = min(max(k + SPARE, candidates, 4 * k if candidates else 0), self._size)
+        count = min(max(k + SPARE, candidates, 4 * k if candidates else 0), self._size)
         if n < _QUERIES and (candidates or self._whole is None):
             queries = np.concatenate([queries, np.repeat(queries[-1:], _QUERIES - n, axis=0)])
-        limits = (wanted, leaves or None) if candidates else ()
-        ids, scores = self._scann.search_batched(queries, wanted, *limits)
+        limits = (count, leaves or None) if candidates else ()
+        ids, scores = self._scann.search_batched(queries, count, *limits)
         ids, scores = ids[:n].astype(np.int64), scores[:n]
         missing = np.isnan(scores)
         return np.where(missing, -1, ids), np.where(missing, np.float32(-np.inf), scores)
@@ -261,6 +277,6 @@ class Searcher:
         rows = np.empty((len(ids), self._shards[0].shape[1]), np.float32)
         shards = ids // SHARD_ROWS
         for shard in np.unique(shards):
-            here = shards == shard
-            rows[here] = self._shards[shard][ids[here] % SHARD_ROWS]
+            inside = shards == shard
+            rows[inside] = self._shards[shard][ids[inside] % SHARD_ROWS]
         return rows

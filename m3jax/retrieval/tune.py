@@ -1,7 +1,7 @@
-"""ScaNN trained and tuned: the cheapest search that finds enough of the exact result.
+"""Training and tuning of ScaNN: the cheapest search that returns enough of the exact result.
 
 How many clusters to search depends on how the embeddings cluster, which their number does not tell:
-of sentence embeddings 4 % of the clusters hold what a query wants, of lexical ones half do not.
+of sentence embeddings 4 % of the clusters hold the results of a query, of lexical ones half do not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from m3jax.retrieval.embed import Embedder
+from m3jax.retrieval.embedder import Embedder
 from m3jax.retrieval.search import SHARD_ROWS, SPARE, Found, Searcher, all_codes, build_scann
 from m3jax.text.references import References
 
@@ -26,16 +26,10 @@ _CANDIDATES = (512, 384, 256, 192, 128, 96, 64, 48, 32, 24)
 def sample_queries(
     references: References, embedder: Embedder, count: int, ids: range | None = None
 ) -> Float32[np.ndarray, "n E"]:
-    """Embeddings of the second halves of up to `count` texts, evenly spread over the references.
+    """Embeds the second halves of up to `count` texts, evenly spread over the references `ids`.
 
     They find their own reference and its neighbours, as the text beside it in a corpus would.
     Halves without anything to search with are left out.
-
-    Args:
-      references: the knowledge base.
-      embedder: the index's.
-      count: most queries.
-      ids: references to take texts of; all by default.
     """
     ids = range(len(references)) if ids is None else ids
     places = np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(np.int64)
@@ -44,28 +38,30 @@ def sample_queries(
     return embeddings[embeddings.any(axis=1)]
 
 
-def share_found(found: Int64[np.ndarray, "n wanted"], exact: Found) -> float:
-    """Share of the exact k best that were found, over all queries.
+def recall_at_k(ids: Int64[np.ndarray, "n k"], exact: Found) -> float:
+    """Computes recall@k: the share of the exact k best that an approximate search returned.
 
     Args:
-      found: ids of the approximate search, −1 for none.
-      exact: of the exact search for `k + SPARE`: an id whose score equals the k-th counts as found
-        like the one that the tie went to.
+      ids: of the approximate search, −1 for none.
+        exact: of the exact search for `k + SPARE`: an id whose score equals the k-th counts like
+        the one that the tie went to.
     """
-    k, (ids, scores) = found.shape[1], exact
-    there = min(k, ids.shape[1])
-    kth = scores[:, there - 1 : there]
-    hits = ((found[:, :, None] == ids[:, None, :]) & (ids >= 0)[:, None, :]).any(axis=1)
+    best, scores = exact
+    k = min(ids.shape[1], best.shape[1])
+    kth = scores[:, k - 1 : k]
+    hits = ((ids[:, :, None] == best[:, None, :]) & (best >= 0)[:, None, :]).any(axis=1)
     better, tied = scores > kth, scores == kth
-    places = there - better.sum(axis=1)  # that the tied ones share
+    places = k - better.sum(axis=1)  # that equal scores share
     shared = np.minimum((hits & tied).sum(axis=1), places)
-    wanted = (ids[:, :there] >= 0).sum()
-    return float(((hits & better).sum() + shared.sum()) / max(wanted, 1))
+    existing = (best[:, :k] >= 0).sum()
+    return float(((hits & better).sum() + shared.sum()) / max(existing, 1))
 
 
-def recall(searcher: Searcher, queries: Float32[np.ndarray, "n E"], k: int, exact: Found) -> float:
-    """`share_found` of a searcher; `exact` as there, made once for several."""
-    return share_found(searcher.search(queries, k)[0], exact)
+def recall_of(
+    searcher: Searcher, queries: Float32[np.ndarray, "n E"], k: int, exact: Found
+) -> float:
+    """Computes `recall_at_k` of a searcher."""
+    return recall_at_k(searcher.search(queries, k)[0], exact)
 
 
 def fit(
@@ -88,7 +84,7 @@ def fit(
       queries: held-out queries, like those to come.
       settings: of `scann_settings`.
       folder: where the searcher goes; must not exist.
-      target: recall at 5 of the queries to reach, if the most that is tried reaches it.
+      target: recall@5 of the queries to reach, if the most that is tried reaches it.
       standalone: see `build_scann`.
 
     Returns:
@@ -109,8 +105,8 @@ def fit(
                 continue
             effort = best or {"leaves": 0, "candidates": _CANDIDATES[0]}
         searcher.effort = effort
-        found = recall(searcher, queries, _K, exact)
-        return {"settings": settings, "effort": effort, "recall": found}
+        reached = recall_of(searcher, queries, _K, exact)
+        return {"settings": settings, "effort": effort, "recall": reached}
 
 
 def _least_effort(
@@ -121,7 +117,7 @@ def _least_effort(
     exact: Found,
     target: float,
 ) -> dict[str, int] | None:
-    """The cheapest leaves and candidates that reach the target; None if half the leaves do not.
+    """Returns the cheapest leaves and candidates that reach the target, if any do.
 
     Fewer candidates need more leaves: so it walks along the border of what reaches the target.
     """
@@ -134,7 +130,7 @@ def _least_effort(
     remaining, leaves, best = list(_CANDIDATES), 0, {}
     while remaining and leaves < len(steps):
         searcher.effort = {"leaves": steps[leaves], "candidates": remaining[0]}
-        if recall(searcher, queries, _K, exact) >= target:
+        if recall_of(searcher, queries, _K, exact) >= target:
             best[_cost(searcher.effort, settings, shape)] = searcher.effort
             remaining.pop(0)
         else:
@@ -143,7 +139,7 @@ def _least_effort(
 
 
 def _cost(effort: dict[str, int], settings: dict[str, int], shape: tuple[int, ...]) -> float:
-    """Time of a query up to a constant: in nanoseconds on the machine where it was measured."""
+    """Estimates the time of a query: in nanoseconds on the machine where it was measured."""
     rows, dimension = shape
     compared = 2 * rows * effort["leaves"] / max(settings["leaves"], 1)  # each row is in two leaves
     codes = compared * dimension / settings["block"]

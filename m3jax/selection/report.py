@@ -9,10 +9,9 @@ import numpy as np
 from jaxtyping import Int
 from matplotlib.figure import Figure
 
-from m3jax.files import committing
+from m3jax.figures import INK, PINK, SOFT, TEAL, finish_axes, save_figure
 from m3jax.selection.budget import WorthEstimates
 
-_INK, _SOFT, _GRID, _GOOD, _BAD = "#22303c", "#7d8b99", "#e6eaee", "#0b7a75", "#b8336a"
 _BINS = 40
 
 
@@ -76,30 +75,27 @@ def choice_picture(
     left, right = figure.subplots(1, 2)
     edges = np.histogram_bin_edges(millionths, _BINS)
     for chosen, colour, label in (
-        (estimates.counted[live] > 0, _GOOD, "found by a row"),
-        (estimates.counted[live] == 0, _SOFT, "never found: estimated from the others"),
+        (estimates.counted[live] > 0, TEAL, "found by a row"),
+        (estimates.counted[live] == 0, SOFT, "never found: estimated from the others"),
     ):
         label = f"{int(chosen.sum())} {label}"
         left.hist(millionths[chosen], edges, color=colour, label=label, alpha=0.85)
-    left.axvline(0, color=_BAD, linewidth=1)
+    left.axvline(0, color=PINK, linewidth=1)
     left.set_yscale("symlog", linthresh=1)
-    left.set_xlabel("expected drop of the loss, millionths of a nat a token", color=_INK)
-    left.set_ylabel("references", color=_INK)
+    left.set_xlabel("expected drop of the loss, millionths of a nat a token", color=INK)
+    left.set_ylabel("references", color=INK)
     ranked = np.cumsum(np.sort(estimates.worth[live])[::-1])
     size = report["bytes_each"] * np.arange(1, len(ranked) + 1) / 1e6
-    right.plot(size, ranked, color=_GOOD, label="best first")
+    right.plot(size, ranked, color=TEAL, label="best first")
     even = ranked[-1] * np.arange(1, len(ranked) + 1) / len(ranked)
-    right.plot(size, even, color=_SOFT, linestyle=":", label="in any order")
-    right.axvline(report["budget"] / 1e6, color=_BAD, linewidth=1, label="budget")
+    right.plot(size, even, color=SOFT, linestyle=":", label="in any order")
+    right.axvline(report["budget"] / 1e6, color=PINK, linewidth=1, label="budget")
     right.set_xlim(0, 1.05 * size[-1])
-    right.set_xlabel("memories, MB", color=_INK)
-    right.set_ylabel("expected drop of the loss, nats a token", color=_INK)
+    right.set_xlabel("memories, MB", color=INK)
+    right.set_ylabel("expected drop of the loss, nats a token", color=INK)
     for axes in (left, right):
-        axes.grid(color=_GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
-    left.set_title("What references are worth", loc="left", color=_INK, fontsize=13)
-    right.set_title("What a budget buys", loc="left", color=_INK, fontsize=13)
-    with committing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
+        finish_axes(axes)
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    left.set_title("What references are worth", loc="left", color=INK, fontsize=13)
+    right.set_title("What a budget buys", loc="left", color=INK, fontsize=13)
+    save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""The token corpus: one record a document, `BOS text END`, in shards that are read at random."""
+"""Token corpus: one record a document, `BOS text END`, in shards that are read at random."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KIND = "corpus"
 
 @dataclass(frozen=True)
 class CorpusInfo:
-    """What `write_corpus` wrote. `bytes` is the UTF-8 size of the text."""
+    """Counts of a corpus. `bytes` is the UTF-8 size of the text."""
 
     documents: int
     tokens: int
@@ -36,12 +36,12 @@ class CorpusInfo:
 
 @dataclass(frozen=True)
 class TokenDocument:
-    """A document as tokens.
+    """Holds a document as tokens.
 
     Attributes:
       tokens: `BOS text END`.
-      weights: the loss weight of every token *as a target*: 0 where it touches a `no_loss` span,
-        else 1; None = all 1.
+        weights: loss weight of every token *as a target*: 0 where it touches a `no_loss` span, else
+        1; None = all 1.
       references: keys of references known in advance, one per chunk; "" = none; () = not known.
       id: name of the document.
     """
@@ -54,7 +54,7 @@ class TokenDocument:
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """A document as its record will be, and what is counted of it."""
+    """Holds a document as its record will be, and its counts."""
 
     record: dict[str, Any]
     tokens: int
@@ -63,7 +63,7 @@ class EncodedDocument:
 
     @classmethod
     def of(cls, document: TokenDocument, text: str, dtype: np.dtype) -> EncodedDocument:
-        """The record of a document; `text` is what its tokens say, for the counts."""
+        """Makes the record of a document; `text` is what its tokens say, for the counts."""
         tokens, weights = document.tokens, document.weights
         record: dict[str, Any] = {"id": document.id, "tokens": tokens.astype(dtype).tobytes()}
         if weights is not None:
@@ -74,17 +74,15 @@ class EncodedDocument:
 
 
 class CorpusWriter:
-    """Writes a corpus document by document; `finish` makes it one.
+    """Writes a corpus document by document; `finish` commits it.
 
-    Documents go round robin: document i is record i // S of shard i % S. `lengths.bin` holds the
-    tokens of every document (int64); `manifest.json` is written last.
+    Document i is record i // S of shard i % S. `lengths.bin` holds the tokens of every document
+    (int64); `manifest.json` is written last. A context manager: an error leaves no temporary files.
 
     Args:
       folder: where to write, replacing what is there.
       tokenizer: of the documents; its fingerprint goes into the manifest.
       shards: most shard files; there are no more than documents.
-
-    A context manager: an error leaves no temporary files.
     """
 
     def __init__(self, folder: str | os.PathLike[str], tokenizer: Tokenizer, shards: int) -> None:
@@ -112,11 +110,7 @@ class CorpusWriter:
         self._bytes += document.bytes
 
     def finish(self) -> CorpusInfo:
-        """Commits the corpus.
-
-        Raises:
-          TextError: it has no document.
-        """
+        """Commits the corpus; raises `TextError` if it has no document."""
         if not self._writer.count:
             raise TextError(f"no documents for {self.folder}; give documents with text")
         content = {
@@ -136,13 +130,7 @@ def write_corpus(
     folder: str | os.PathLike[str],
     shards: int,
 ) -> CorpusInfo:
-    """Tokenizes documents into `folder`, replacing what is there.
-
-    Args:
-      documents: documents, read once, about a million characters held at a time.
-      tokenizer: the tokenizer; its fingerprint goes into the manifest.
-      folder: where to write.
-      shards: most shard files; there are no more than documents.
+    """Tokenizes documents, a million characters at a time, and writes them by `CorpusWriter`.
 
     Raises:
       TextError: no documents, or a `no_loss` span outside its text.
@@ -156,17 +144,7 @@ def write_encoded(
     folder: str | os.PathLike[str],
     shards: int,
 ) -> CorpusInfo:
-    """Writes tokenized documents into `folder`, replacing what is there.
-
-    Args:
-      documents: what `encode_documents` yields, read once, one at a time.
-      tokenizer: the tokenizer they were encoded with.
-      folder: where to write.
-      shards: most shard files; there are no more than documents.
-
-    Raises:
-      TextError: no documents.
-    """
+    """Writes what `encode_documents` yields by `CorpusWriter`."""
     with CorpusWriter(folder, tokenizer, shards) as writer:
         for document in documents:
             writer.append(document)
@@ -191,7 +169,7 @@ def encode_documents(
 def _encode(
     batch: list[Document], tokenizer: Tokenizer
 ) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:
-    """Each document with its tokens `BOS text END` and their weights (None = all 1)."""
+    """Yields each document with its tokens `BOS text END` and their weights (None = all 1)."""
     plain = iter(tokenizer.encode_batch([d.text for d in batch if not d.no_loss]))
     for document in batch:
         weights = None
@@ -206,7 +184,7 @@ def _encode(
 
 
 def _target_weights(document: Document, spans: np.ndarray) -> np.ndarray:
-    """0 for tokens that share a character with a `no_loss` span, else 1; (T,)."""
+    """Returns 0 for tokens that share a character with a `no_loss` span, else 1; (T,)."""
     hidden = np.zeros(len(document.text) + 1, np.int64)
     for start, end in document.no_loss:
         if not 0 <= start <= end <= len(document.text):
@@ -220,13 +198,13 @@ def _target_weights(document: Document, spans: np.ndarray) -> np.ndarray:
 
 
 class Corpus:
-    """Random access to the documents of a corpus. Safe to use from several threads.
+    """Reads the documents of a corpus at random. Safe to use from several threads.
 
     Attributes:
       lengths: tokens of every document, `BOS` and `END` included; int64 (documents,).
       total_tokens: their sum.
       fingerprint: hex hash of all documents and the tokenizer.
-      tokenizer_fingerprint: the tokenizer the corpus was made with.
+      tokenizer_fingerprint: of the tokenizer the corpus was made with.
       folder: where it is.
     """
 
@@ -240,11 +218,7 @@ class Corpus:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Corpus:
-        """Opens what `write_corpus` wrote, after checking that every file has its size.
-
-        Raises:
-          TextError: an unfinished corpus, or a missing or truncated file, with the remedy.
-        """
+        """Opens what `write_corpus` wrote; raises `TextError` for an unfinished or cut one."""
         return cls(Records(folder, _KIND))
 
     def verify(self) -> None:
@@ -252,7 +226,7 @@ class Corpus:
         self._records.verify()
 
     def info(self) -> CorpusInfo:
-        """Counts, as `write_corpus` returned them."""
+        """Returns the counts that `write_corpus` returned."""
         m = self._records.manifest
         return CorpusInfo(m["count"], m["tokens"], m["characters"], m["text_bytes"])
 

@@ -1,4 +1,4 @@
-"""A knowledge base as a base and the deltas that edits added to it."""
+"""Knowledge base of a base and the deltas that edits added to it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from jaxtyping import Int32, Int64, UInt64
 from m3jax.errors import TextError
 from m3jax.files import digest
 from m3jax.numbering import Numbering
-from m3jax.text.references import Reference, References
+from m3jax.text.references import Reference, ReferenceReader, References
 
 
-class DeltaReferences:
-    """`ReferenceReader` over a base and its deltas, without tombstones. Safe for several threads.
+class DeltaReferences(ReferenceReader):
+    """Reads a base and its deltas as one knowledge base without tombstones. Thread-safe.
 
-    Attributes: those of `References`, and
+    Attributes: those of `ReferenceReader`, and
       sets: the base, then the deltas.
       numbering: ids over them.
     """
@@ -40,16 +40,14 @@ class DeltaReferences:
 
     @property
     def live(self) -> Int64[np.ndarray, " n"]:
-        """Ids of the references in use, ascending."""
         return self.numbering.live
 
     def live_keys(self) -> list[str]:
-        """Keys of the references in use, in the order of their ids."""
         keys = [key for part in self.sets for key in part.live_keys()]
         return [keys[i] for i in self.live]
 
     def documents(self) -> Int64[np.ndarray, " R"]:
-        """Number of every reference's document; a document of two sets counts as two."""
+        """Numbers every reference's document; a document of two sets counts as two."""
         numbers, first = [], 0
         for part in self.sets:
             inside = part.documents()
@@ -58,12 +56,10 @@ class DeltaReferences:
         return np.concatenate(numbers)
 
     def info(self) -> str:
-        """Counts, in words."""
         deltas, tombstones = len(self.sets) - 1, len(self.numbering.tombstones)
         return f"{len(self.live)} references in use, {deltas} deltas, {tombstones} tombstones"
 
     def verify(self) -> None:
-        """Reads all bytes and compares checksums; raises `TextError` naming a damaged file."""
         for part in self.sets:
             part.verify()
 
@@ -74,7 +70,6 @@ class DeltaReferences:
         return self.read([int(i)])[0]
 
     def read(self, ids: Sequence[int] | np.ndarray) -> list[Reference]:
-        """Reads references, in the order of `ids`."""
         ids = self._check(ids)
         references: dict[int, Reference] = {}
         for part, positions, rows in self.numbering.split(ids):
@@ -82,7 +77,6 @@ class DeltaReferences:
         return [references[position] for position in range(len(ids))]
 
     def texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """Reads texts of references, in the order of `ids`."""
         ids = self._check(ids)
         texts = [""] * len(ids)
         for part, positions, rows in self.numbering.split(ids):
@@ -91,7 +85,6 @@ class DeltaReferences:
         return texts
 
     def tokens(self, ids: Sequence[int] | np.ndarray) -> Int32[np.ndarray, "n W"]:
-        """Reads tokens of references, one row each, filled up with PAD."""
         ids = self._check(ids)
         tokens = np.zeros((len(ids), self.length), np.int32)
         for part, positions, rows in self.numbering.split(ids):
@@ -100,7 +93,6 @@ class DeltaReferences:
         return tokens
 
     def lookup(self, key: str) -> int | None:
-        """Returns the id of the reference in use with this key, or None."""
         for number in reversed(range(len(self.sets))):
             row = self.sets[number].lookup(key)
             if row is not None:
@@ -110,22 +102,12 @@ class DeltaReferences:
         return None
 
     def find(self, key: str) -> int:
-        """Returns the id of the reference in use with this key.
-
-        Raises:
-          TextError: no reference in use has it.
-        """
         id_ = self.lookup(key)
         if id_ is None:
             raise TextError(f"no reference in use has the key {key!r} ({self.info()})")
         return id_
 
     def find_or_removed(self, key: str) -> int:
-        """Returns the id of the reference with this key; −1 where it was removed.
-
-        Raises:
-          TextError: no reference has had it.
-        """
         id_ = self.lookup(key)
         if id_ is None and any(part.lookup(key) is not None for part in self.sets):
             return -1

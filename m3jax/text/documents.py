@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import glob
-import gzip
 import json
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,21 +12,22 @@ from typing import Any
 
 from m3jax.errors import TextError
 from m3jax.files import checksum, digest
+from m3jax.text.jsonl import json_lines
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".txt", ".parquet")
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text with where it comes from.
+    """Holds one text and where it comes from.
 
     Attributes:
       id: name of the document; must be unique within a knowledge base.
       text: the text; valid Unicode without lone surrogates.
       title: title, or "".
       source: file name and line (or data set and position) it was read from, or "".
-      no_loss: character spans `(start, end)` of the text on which no loss is computed; an empty
-        one at its end says that the text was cut there, and its end is not to be learnt.
+        no_loss: character spans `(start, end)` on which no loss is computed; an empty one at the
+        text's end says that the text was cut there, and its end is not to be learnt.
       references: keys of references known in advance, one per chunk of tokens; "" = none.
     """
 
@@ -41,10 +40,10 @@ class Document:
 
 
 def find_files(spec: str) -> list[str]:
-    """The parts of a spec, folders and globs expanded, in reading order.
+    """Lists the parts of a spec, folders and globs expanded, in reading order.
 
     Args:
-      spec: comma-separated files, globs, folders (searched recursively for `.jsonl`, `.jsonl.gz`,
+        spec: comma-separated files, globs, folders (searched recursively for `.jsonl`, `.jsonl.gz`,
         `.txt` and `.parquet`, sorted by path) or `tfds:NAME[:SPLIT]`. A path must not contain a
         comma.
 
@@ -54,10 +53,10 @@ def find_files(spec: str) -> list[str]:
     Raises:
       TextError: a path that does not exist, an ending that is not known, or no file at all.
     """
-    found: list[str] = []
+    files: list[str] = []
     for part in filter(None, (piece.strip() for piece in spec.split(","))):
         if part.startswith("tfds:"):
-            found.append(part)
+            files.append(part)
             continue
         path = Path(part)
         if path.is_dir():
@@ -75,10 +74,10 @@ def find_files(spec: str) -> list[str]:
         for name in inside:
             if not name.endswith(ENDINGS):
                 raise TextError(f"{name} has an unknown ending; accepted: {', '.join(ENDINGS)}")
-        found += inside
-    if not found:
+        files += inside
+    if not files:
         raise TextError(f"no documents: the spec {spec!r} names no file")
-    return found
+    return files
 
 
 def read_documents(spec: str) -> Iterator[Document]:
@@ -117,11 +116,9 @@ def read_documents(spec: str) -> Iterator[Document]:
 
 
 def is_validation(document: Document, share: float) -> bool:
-    """Whether the document is held out: a fixed function of its id and text, for any order.
+    """Decides by a hash of its id and text whether a document is held out.
 
-    Args:
-      document: the document.
-      share: share of documents to hold out, 0 … 1; raising it only adds documents.
+    `share` is the share of documents to hold out, 0 … 1; raising it only adds documents.
     """
     return int(digest(document.id, document.text)[:13], 16) < share * 16**13
 
@@ -129,7 +126,7 @@ def is_validation(document: Document, share: float) -> bool:
 def in_batches(
     documents: Iterable[Document], characters: int = 1 << 20
 ) -> Iterator[list[Document]]:
-    """The documents in lists of at least this many characters, to be worked on in parallel."""
+    """Yields documents in lists of at least this many characters, to be worked on in parallel."""
     batch: list[Document] = []
     held = 0
     for document in documents:
@@ -143,6 +140,7 @@ def in_batches(
 
 
 def read_text_file(path: Path) -> Document:
+    """Reads a text file as one document, whose id is the file's stem."""
     return Document(id=path.stem, text=_decode(path.read_bytes(), str(path)), source=path.name)
 
 
@@ -156,23 +154,6 @@ def _decode(data: bytes, where: str) -> str:
         ) from error
 
 
-def json_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a `.jsonl` or `.jsonl.gz` file, as bytes.
-
-    Raises:
-      TextError: a damaged gzip file, when the damage is reached.
-    """
-    line = 0
-    try:
-        with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as file:
-            for line, data in enumerate(file, start=1):  # noqa: B007 (named in the error below)
-                yield data
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise TextError(
-            f"{path} is truncated or damaged after line {line} ({error}); fetch it again"
-        ) from error
-
-
 def _read_json_lines(path: Path) -> Iterator[Document]:
     for line, data in enumerate(json_lines(path), start=1):
         if data.strip():
@@ -180,11 +161,7 @@ def _read_json_lines(path: Path) -> Iterator[Document]:
 
 
 def parse_line(data: bytes, path: Path, line: int) -> Document:
-    """The document of one line of a JSON-lines file.
-
-    Raises:
-      TextError: with file and line.
-    """
+    """Parses one line of a JSON-lines file; raises `TextError` with file and line."""
     where = f"{path}, line {line}"
     text = _decode(data, where)
     try:
@@ -210,18 +187,15 @@ def _open_parquet(path: Path) -> Any:
 
 
 def parquet_groups(path: Path) -> list[int]:
-    """The number of rows of every row group of a Parquet file."""
+    """Returns the number of rows of every row group of a Parquet file."""
     metadata = _open_parquet(path).metadata
     return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
 
 
 def parquet_rows(path: Path, group: int, first: int) -> Iterator[Callable[[], Document]]:
-    """For each row of a row group, what makes its document or raises `TextError`.
+    """Yields, for each row of a row group, a function that makes its document.
 
-    Args:
-      path: the file.
-      group: number of the row group.
-      first: number of its first row in the file, from 1.
+    `first` is the number, from 1, of the group's first row in the file.
     """
     file = _open_parquet(path)
     names = set(file.schema_arrow.names)
@@ -244,7 +218,7 @@ def _read_parquet(path: Path) -> Iterator[Document]:
 
 
 def _from_fields(fields: dict[str, Any], where: str, name: str, source: str) -> Document:
-    """A document from parsed fields; fields that are absent or null take their defaults."""
+    """Makes a document from parsed fields; fields that are absent or null take their defaults."""
     if "text" not in fields:
         raise TextError(f"{where} has no field 'text'; it has: {', '.join(fields) or 'nothing'}")
     values = {key: value for key, value in fields.items() if value is not None}
@@ -293,7 +267,7 @@ def _spans(spans: Any, length: int, where: str) -> tuple[tuple[int, int], ...]:
 def tfds_examples(
     part: str, low: int = 0, high: int | None = None
 ) -> Iterator[Callable[[], Document]]:
-    """For examples low … high − 1 of `tfds:NAME[:SPLIT]`, what makes its document, or raises.
+    """Yields functions that make the documents low … high − 1 of `tfds:NAME[:SPLIT]`.
 
     The examples have a `text` and may have a `title` and an `id`.
     """
@@ -304,7 +278,7 @@ def tfds_examples(
 
 
 def count_tfds(part: str) -> int:
-    """The number of examples of `tfds:NAME[:SPLIT]`."""
+    """Counts the examples of `tfds:NAME[:SPLIT]`."""
     return len(_open_tfds(part))
 
 
@@ -333,10 +307,9 @@ def _from_example(example: dict[str, Any], part: str, name: str, position: int) 
 
 
 def inputs_of(spec: str) -> list[str]:
-    """What a spec reads, to tell later whether it changed: file names with checksums of the bytes.
+    """Returns file names and checksums of a spec (`find_files`), to tell later whether it changed.
 
-    Args:
-      spec: see `find_files`. `tfds:…` parts stand for themselves.
+    `tfds:…` parts stand for themselves.
     """
     return [
         part if part.startswith("tfds:") else f"{Path(part).name} {checksum(part)}"

@@ -1,6 +1,6 @@
-"""A tokenizer for a model whose own is not at hand: every token is written as its number.
+"""Tokenizer for a model whose own is not at hand: every token is written as its id.
 
-A text is then a line of words like `t403 t17 t261`, in the model's own numbers. Documents and
+A text is then a line of words like `t403 t17 t261`, in the model's own ids. Documents and
 references can be cut, searched, stored and generated as any other text; nobody can read them.
 """
 
@@ -19,20 +19,20 @@ from m3jax.errors import TextError
 def numbered_tokenizer(
     size: int, named: Sequence[str] | None, special: Sequence[str]
 ) -> tuple[str, Int[np.ndarray, " n"]]:
-    """A tokenizer whose texts are numbers of tokens.
+    """Makes a tokenizer whose texts are ids of tokens.
 
     Args:
       size: tokens of the model.
-      named: numbers of the tokens that take the first places: padding, start of a text, mark of a
+        named: ids of the tokens that take the first places: padding, start of a text, mark of a
         reference, end of a text. Each is exchanged with the token whose place it takes.
       special: our special tokens, whose places are 0, 1, ….
 
     Returns:
-      Content of a `tokenizer.json`, and for each token the token of the model that it is, as
-      `m3jax.model.hf.read_params` takes it. A text has the model's numbers, not the places.
+        Content of a `tokenizer.json`, and the model's id of each token, as
+        `m3jax.model.hf.read_params` takes it. A text has the model's ids, not the places.
 
     Raises:
-      TextError: not as many different numbers of tokens.
+      TextError: not as many different ids of tokens.
     """
     numbers = [int(name) for name in named or () if name.isdecimal()]
     if len(set(numbers)) != len(special) or len(named or ()) != len(special):

@@ -1,9 +1,10 @@
-"""How much of a reference occurs in a text, in order and close together (Memory³ §6.1).
+"""Overlap of a reference with a text: the share of it that occurs in order, close together.
 
     overlap(t, r) = (1/|r|) · max N  such that  t[i_1..i_N] = r[j_1..j_N],  i and j increasing,
                                                 |i_N − i_1| ≤ 2|r|
 
-that is, the longest common subsequence of r with any window of 2|r| + 1 tokens of t.
+that is, the longest common subsequence of r with any window of 2|r| + 1 tokens of t
+(Memory³ §6.1).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Tokens = Sequence[int | np.integer] | Integer[np.ndarray, "_"]
 
 
 def overlap(text_tokens: Tokens, reference_tokens: Tokens) -> float:
-    """The overlap of a reference with a text, 0 … 1; exactly the definition above.
+    """Computes the overlap of a reference with a text, 0 … 1, exactly as defined above.
 
     Args:
       text_tokens: tokens of the text t.
@@ -36,7 +37,7 @@ def overlap(text_tokens: Tokens, reference_tokens: Tokens) -> float:
 
 
 def exceeds(text_tokens: Tokens, reference_tokens: Tokens, threshold: float) -> bool:
-    """Whether `overlap(text_tokens, reference_tokens) > threshold`, mostly without computing it."""
+    """Tests `overlap(text_tokens, reference_tokens) > threshold`, mostly without computing it."""
     tokens = np.asarray(reference_tokens, np.int64)[None]
     lengths = np.array([len(reference_tokens)])
     return bool(which_exceed(text_tokens, tokens, lengths, threshold)[0])
@@ -48,12 +49,11 @@ def which_exceed(
     lengths: Integer[np.ndarray, " n"],
     threshold: float,
 ) -> Bool[np.ndarray, " n"]:
-    """`exceeds` of many references against one text; the more at once, the less each costs.
+    """Tests many references against one text; the more at once, the less each costs.
 
-    Four measures, each tighter and dearer than the one before and taken only of what that left:
-    how many of the reference's tokens occur in the text, how many occur as often as in the
-    reference (both of all references at once), the common subsequence without a window, the
-    windowed one.
+    Four bounds, each tighter and dearer than the one before, are taken of the references that are
+    left: tokens that occur in the text, tokens that occur as often as in the reference (both of all
+    references at once), the common subsequence without a window, the windowed one.
 
     Args:
       text_tokens: tokens of the text.
@@ -66,9 +66,9 @@ def which_exceed(
     """
     text = np.asarray(text_tokens, np.int64)
     lengths = np.asarray(lengths)
-    found = np.zeros(len(lengths), bool)
+    above = np.zeros(len(lengths), bool)
     if not text.size or not references.size:
-        return found
+        return above
     size = max(int(text.max()), int(references.max())) + 1
     counts = np.bincount(text, minlength=size)
     left = np.arange(len(lengths))
@@ -83,8 +83,8 @@ def which_exceed(
             n for n in range(int(threshold * length), length + 1) if n / length > threshold
         )
         longest = _longest(text, references[i, :length], numbers, needed - 1, needed)
-        found[i] = longest >= needed
-    return found
+        above[i] = longest >= needed
+    return above
 
 
 def shared(
@@ -92,7 +92,7 @@ def shared(
     references: Integer[np.ndarray, "n W"],
     lengths: Integer[np.ndarray, " n"],
 ) -> Integer[np.ndarray, " n"]:
-    """Tokens that a text and each reference have in common, as multisets; bounds both overlaps.
+    """Counts tokens that a text and each reference share, as multisets; bounds both overlaps.
 
     Arguments as of `which_exceed`.
     """
@@ -108,7 +108,7 @@ def _occurring(
     references: Integer[np.ndarray, "n W"],
     lengths: Integer[np.ndarray, " n"],
 ) -> Integer[np.ndarray, " n"]:
-    """Tokens of each reference that the text has, given how often it has each."""
+    """Counts tokens of each reference that the text has, given how often it has each."""
     real = np.arange(references.shape[1]) < lengths[:, None]
     return np.count_nonzero((counts > 0).take(references) & real, axis=1)
 
@@ -118,7 +118,7 @@ def _occurring_as_often(
     references: Integer[np.ndarray, "n W"],
     lengths: Integer[np.ndarray, " n"],
 ) -> Integer[np.ndarray, " n"]:
-    """Size of the intersection of text and each reference as multisets."""
+    """Computes the size of the intersection of text and each reference as multisets."""
     offsets = np.arange(references.shape[1])
     padded = np.where(offsets < lengths[:, None], references, len(counts))
     padded.sort(axis=1)
@@ -129,7 +129,7 @@ def _occurring_as_often(
 
 
 def _no_numbers(size: int, width: int) -> Integer[np.ndarray, " V"]:
-    """The table that `_longest` uses, for `size` tokens and references of up to `width`."""
+    """Makes the table that `_longest` uses, for `size` tokens and references of up to `width`."""
     return np.zeros(size, np.uint8 if width <= 0xFF else np.uint32)
 
 
@@ -140,14 +140,14 @@ def _longest(
     above: int,
     stop: int,
 ) -> int:
-    """Longest common subsequence within any window, if more than `above`, else `above`.
+    """Finds the longest common subsequence within any window, if more than `above`, else `above`.
 
     The tokens of the reference are numbered from 1 (in the table `numbers`, zero before and after),
-    and all others taken out of the text: what is left is short, and fits in bytes.
+    and all others taken out of the text: the rest is short, and fits in bytes.
 
-    First the window with most tokens of the reference, which decides for nearly all copies. Then
-    branch and bound over the first position of the window: the subsequence with the union of many
-    windows bounds that with each of them. Ends early when `stop` is reached.
+    The window with most tokens of the reference comes first, which decides for nearly all copies.
+    Then branch and bound over the first position of the window: the subsequence with the union of
+    many windows bounds that with each of them. Ends early when `stop` is reached.
     """
     numbers[reference] = np.arange(1, len(reference) + 1)
     numbered, pattern = numbers.take(text), _as_sequence(numbers.take(reference))
@@ -176,7 +176,7 @@ def _longest(
 
 
 def _as_sequence(numbers: Integer[np.ndarray, " n"]) -> bytes | str:
-    """Numbers without zeros, one item each: rapidfuzz compares those without boxing integers."""
+    """Packs numbers without zeros so that rapidfuzz compares them without boxing integers."""
     if numbers.dtype == np.uint8:
         return numbers.tobytes().translate(None, b"\0")
     return numbers[numbers > 0].astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")

@@ -1,4 +1,4 @@
-"""From documents to a workdir with tokenizer, token corpus and references; resumable."""
+"""Preparation of a workdir from documents: tokenizer, token corpus, references; resumable."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from m3jax.config import ConfigDict
 from m3jax.errors import TextError
-from m3jax.text.cleaning.pipeline import Pipeline
+from m3jax.text.cleaning.pipeline import CleaningPipeline
 from m3jax.text.cleaning.workers import LocalRunner, Runner
 from m3jax.text.corpus import Corpus, write_corpus
 from m3jax.text.documents import Document, inputs_of, is_validation, read_documents
@@ -50,29 +50,26 @@ def prepare_text(
     `corpus/validation/`. Documents are streamed, once for every part.
 
     With a runner, `clean.enabled` or `text.shuffle` the documents go through blocks in `clean/`
-    first (`m3jax.text.cleaning.pipeline`), where other processes can take part; blocks that are
-    done are
+    first (`m3jax.text.cleaning.pipeline`), where other processes can take part; finished blocks are
     kept. The output is the same for every runner and, without cleaning and shuffling, the same as
-    without one. A knowledge base of its own is not cleaned.
-
-    With `knowledge.enabled` references are selected (`m3jax.text.reference_filter.select`), also
-    by the runner.
+    without one. A knowledge base of its own is not cleaned. With `knowledge.enabled` references are
+    selected (`m3jax.text.reference_filter.select`), also by the runner.
 
     Args:
-      config: its sections `text`, `clean` and `knowledge`, `model.vocabulary` and
+        config: its sections `text`, `clean` and `knowledge`, `model.vocabulary` and
         `memory.reference_length` are used.
       workdir: folder of the run.
       documents: spec of the training and validation documents (`read_documents`).
       knowledge: spec of the knowledge base; None = the same as `documents`.
       limit: most documents to use of each spec; None = all.
       say: gets one line for every part: whether it was kept, and what is in it.
-      runner: who does the work on blocks; None = this process.
+      runner: does the work on blocks; None = this process.
       quality: spec of a scorer (`load_scorer`), needed by `clean.quality_min`.
-      questions: texts of evaluation questions, which no reference may hold; for
+        questions: texts of evaluation questions, which no reference may hold; for
         `knowledge.enabled`.
 
     Raises:
-      TextError: bad documents; a finished part that was made from other inputs; a tokenizer with
+        TextError: bad documents; a finished part that was made from other inputs; a tokenizer with
         fewer than 260 entries or more than `model.vocabulary`; a library is missing.
     """
     _check_arguments(config, limit, questions)
@@ -82,7 +79,9 @@ def prepare_text(
     of_knowledge = {"knowledge": listed, "limit": limit}
     pipeline = None
     if runner is not None or config.clean.enabled or text.shuffle:
-        pipeline = Pipeline(config, workdir, documents, limit, runner or LocalRunner(), quality)
+        pipeline = CleaningPipeline(
+            config, workdir, documents, limit, runner or LocalRunner(), quality
+        )
         added = pipeline.inputs()
         of_documents |= added
         of_knowledge |= added if knowledge == documents else {}
@@ -101,7 +100,7 @@ def prepare_text(
 
 @dataclass(frozen=True)
 class _Sources:
-    """The specs of a run, and how documents are read from them."""
+    """Reads the documents of the specs of a run."""
 
     documents: str
     knowledge: str
@@ -114,33 +113,33 @@ class _Sources:
         return self.knowledge == self.documents
 
     def read(self, spec: str, what: str) -> Iterator[Document]:
-        """The documents of a spec; nothing is opened before the first is asked for."""
+        """Yields the documents of a spec; nothing is opened before the first is needed."""
         if self.cleaned is not None and spec == self.documents:
             yield from progress(self.cleaned, what)
         else:
             yield from progress(itertools.islice(read_documents(spec), self.limit), what)
 
     def split(self, held_out: bool, what: str) -> Iterator[Document]:
-        """The documents for validation, or the others."""
+        """Yields the documents for validation, or the others."""
         documents = self.read(self.documents, what)
         return (d for d in documents if is_validation(d, self.share) == held_out)
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """The parts of a workdir, each made of the documents by one method, or kept."""
+    """Makes or keeps the parts of a workdir, one a method."""
 
     config: ConfigDict
     workdir: Path
     sources: _Sources
     of_documents: dict[str, Any]  # what the documents are, compared with that of finished parts
     of_knowledge: dict[str, Any]
-    pipeline: Pipeline | None
+    pipeline: CleaningPipeline | None
     selection: Selection | None
     say: Say
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, trained or taken from a model."""
+        """Makes the tokenizer, or keeps that of a model."""
         folder, text = self.workdir / "tokenizer", self.config.text
         fields = ("vocabulary", "min_frequency", "tokenizer_bytes", "validation_share")
         inputs = self.of_documents | self.of_knowledge
@@ -155,7 +154,7 @@ class _Parts:
         return tokenizer
 
     def corpora(self, tokenizer: Tokenizer) -> None:
-        """The token shards of validation and training."""
+        """Makes the token shards of validation and training."""
         text, share = self.config.text, self.sources.share
         inputs = {"tokenizer": tokenizer.fingerprint, "text.shards": text.shards}
         inputs |= self.of_documents | {"text.validation_share": share}
@@ -171,7 +170,7 @@ class _Parts:
             self.say(_line(f"corpus/{name}", kept, str(Corpus.open(folder).info())))
 
     def references(self, tokenizer: Tokenizer) -> None:
-        """The references, selected where the config says so; what only they needed is removed."""
+        """Makes the references, selected where the config says so; removes intermediate files."""
         folder, length = self.workdir / "references", self.config.memory.reference_length
         inputs = self.of_knowledge | {"tokenizer": tokenizer.fingerprint}
         inputs |= {"memory.reference_length": length}
@@ -203,7 +202,7 @@ def _train_tokenizer(config: ConfigDict, sources: _Sources) -> Tokenizer:
 
 
 def _is_taken(folder: Path) -> bool:
-    """Whether the tokenizer came with the weights of a model, which no other one fits."""
+    """Tests whether the tokenizer came with the weights of a model, which no other one fits."""
     try:
         return _TAKEN in json.loads((folder / INPUTS).read_bytes())
     except (OSError, ValueError):
@@ -211,7 +210,7 @@ def _is_taken(folder: Path) -> bool:
 
 
 def progress(items: Iterable[_Item], what: str) -> Iterator[_Item]:
-    """The items with a progress bar on a terminal, without one elsewhere."""
+    """Yields the items with a progress bar on a terminal, without one elsewhere."""
     return iter(tqdm(items, desc=what, unit=" documents", disable=None, leave=False))
 
 
@@ -220,7 +219,7 @@ def _line(name: str, kept: bool, content: str) -> str:
 
 
 def _in_turn(sources: list[Iterator[_Item]]) -> Iterator[_Item]:
-    """An item of each source in turn, until all have ended."""
+    """Yields an item of each source in turn, until all have ended."""
     while sources:
         for source in list(sources):
             try:

@@ -25,15 +25,15 @@ _FORMAT = 1
 
 
 def dtype_of_tokens(vocabulary: int) -> np.dtype:
-    """Little-endian uint16 where every token fits, else uint32."""
+    """Returns little-endian uint16 where every token fits, else uint32."""
     return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
 
 
 class RecordWriter:
     """Writes records round robin: record i is record i // S of shard i % S, for S shards.
 
-    There are as many shards as asked for, or as records if those are fewer. Side files are
-    streams of raw bytes. Nothing counts until `finish` has written the manifest.
+    There are at most as many shards as records. Side files are streams of raw bytes. Nothing counts
+    until `finish` has written the manifest.
     """
 
     def __init__(self, folder: Path, shards: int, side_files: Sequence[str]) -> None:
@@ -110,7 +110,7 @@ class RecordWriter:
 def writing(
     folder: str | os.PathLike[str], shards: int, side: Sequence[str]
 ) -> Iterator[RecordWriter]:
-    """A `RecordWriter` whose files are closed and, after an error, removed."""
+    """Makes a `RecordWriter` whose files are closed and, after an error, removed."""
     writer = RecordWriter(Path(folder), shards, side)
     try:
         yield writer
@@ -122,7 +122,7 @@ def writing(
 
 
 class Records:
-    """Random access to a folder of records. Safe to use from several threads.
+    """Reads a folder of records at random. Safe to use from several threads.
 
     Attributes:
       folder: the folder.
@@ -130,11 +130,7 @@ class Records:
     """
 
     def __init__(self, folder: str | os.PathLike[str], kind: str) -> None:
-        """Reads the manifest and checks that every file is there with its size.
-
-        Raises:
-          TextError: no manifest, one of another kind, or a missing, cut or grown file.
-        """
+        """Reads the manifest; raises `TextError` for another kind or a file without its size."""
         self.folder = Path(folder)
         self.manifest = self._read_manifest(kind)
         for entry in self.manifest["files"]:
@@ -165,11 +161,7 @@ class Records:
         return manifest
 
     def verify(self) -> None:
-        """Compares every file with its checksum; reads all bytes.
-
-        Raises:
-          TextError: naming the first file that differs.
-        """
+        """Compares every file with its checksum; raises `TextError` naming one that differs."""
         for entry in self.manifest["files"]:
             path = self.folder / entry["name"]
             if checksum(path) != entry["blake2b"]:
@@ -179,7 +171,7 @@ class Records:
         return self.manifest["count"]
 
     def check(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The ids as int64; raises IndexError outside 0 … len − 1."""
+        """Returns the ids as int64; raises `IndexError` outside 0 … len − 1."""
         ids = np.asarray(ids, np.int64)
         if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
             wrong = ids[(ids < 0) | (ids >= len(self))][0]
@@ -187,7 +179,7 @@ class Records:
         return ids
 
     def read(self, ids: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
-        """Records in the order of `ids`.
+        """Reads records in the order of `ids`.
 
         Raises:
           IndexError: an id outside 0 … len − 1.

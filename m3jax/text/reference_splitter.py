@@ -1,4 +1,4 @@
-"""Cutting a document into references that respect paragraph ends where they can."""
+"""Splitter of documents into references that respect paragraph ends where they can."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SENTENCES = re.compile(r"""[.!?…]["'”’»)\]]*(?=\s)|[。!?][”’」』)
 
 @dataclass(frozen=True)
 class Piece:
-    """A reference before it has a key: `text` is `[start, end)` of the document's text."""
+    """Holds a reference before it has a key: `text` is `[start, end)` of the document's text."""
 
     start: int
     end: int
@@ -60,7 +60,7 @@ def cut_references(document: Document, tokenizer: Tokenizer, length: int) -> lis
     breaks = _breaks(text, token_starts, token_ends, length)
 
     def reach(start: int, most: int) -> int:
-        """Where a piece from `start` with `most` of the document's tokens ends."""
+        """Returns the end of a piece from `start` with `most` of the document's tokens."""
         after = np.searchsorted(token_ends, start, "right") + max(most, 0)
         limit = int(token_starts[after]) if after < len(token_starts) else len(text)
         # White space behind the limit is trimmed away, so a break behind it is within reach.
@@ -71,7 +71,7 @@ def cut_references(document: Document, tokenizer: Tokenizer, length: int) -> lis
         return max(space, start + 1)
 
     def encode(start: int, end: int) -> np.ndarray:
-        """Tokens of `text[start:end]` alone, from the document's where they are equal.
+        """Encodes `text[start:end]` alone, with the document's tokens where they are equal.
 
         No word crosses from a sign to white space, so behind the first white space they are.
         """
@@ -96,7 +96,7 @@ def cut_references(document: Document, tokenizer: Tokenizer, length: int) -> lis
 
 
 def _breaks(text: str, token_starts: np.ndarray, token_ends: np.ndarray, length: int) -> list[int]:
-    """Positions where a piece may end: paragraph ends, sentence ends of too long paragraphs."""
+    """Returns positions where a piece may end: of paragraphs, of sentences in too long ones."""
     ends: list[int] = []
     for start, end in _units(_PARAGRAPHS, text, 0, len(text)):
         content = text[start:end].strip()
@@ -110,7 +110,7 @@ def _breaks(text: str, token_starts: np.ndarray, token_ends: np.ndarray, length:
 
 
 def _units(pattern: re.Pattern[str], text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Parts of `[start, end)`, each up to the end of a match; the last one up to `end`."""
+    """Yields parts of `[start, end)`, each up to the end of a match; the last one up to `end`."""
     for match in pattern.finditer(text, start, end):
         yield start, match.end()
         start = match.end()

@@ -1,4 +1,4 @@
-"""The knowledge base: references cut from documents, each traceable to its text."""
+"""Knowledge base: references cut from documents, each traceable to its text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxtyping import Int, Int32, Int64, UInt64
 
 from m3jax.errors import TextError
 from m3jax.text.documents import Document, in_batches
-from m3jax.text.records import Records, dtype_of_tokens, writing
+from m3jax.text.records import Records, RecordWriter, dtype_of_tokens, writing
 from m3jax.text.reference_splitter import Piece, cut_references
 from m3jax.text.tokenizer import PAD, Tokenizer
 
@@ -28,7 +28,7 @@ _ROW = np.dtype([("key", "<u8"), ("content", "<u8"), ("length", "<i4")])
 
 @dataclass(frozen=True)
 class Reference:
-    """A piece of a document: `text` is characters `[start, end)` of the document's text.
+    """Holds a piece of a document: `text` is characters `[start, end)` of the document's text.
 
     `key` is `<document id>#<n>`, n counting the document's references from 0, also those that were
     left out since. `tokens` (≤ W) hold neither prefix nor padding. `source` is the document's.
@@ -49,9 +49,11 @@ class ReferenceReader(Protocol):
 
     Attributes:
       length: most tokens W of a reference.
-      lengths: tokens of every reference.
-      record_hashes: hash of every reference's tokens.
-      fingerprint, tokenizer_fingerprint: of the whole knowledge base, and of its tokenizer.
+      lengths: tokens of every reference; int32 (R,).
+        record_hashes: hash of every reference's tokens; uint64 (R,). Where it differs between two
+        sets made with one tokenizer, the reference's memory must be written again.
+      fingerprint: hex hash of all references, the length and the tokenizer.
+      tokenizer_fingerprint: of the tokenizer the references were made with.
       dtype: of the stored tokens.
     """
 
@@ -64,16 +66,16 @@ class ReferenceReader(Protocol):
 
     @property
     def live(self) -> Int64[np.ndarray, " n"]:
-        """Ids of the references in use, ascending."""
+        """Returns the ids of the references in use, ascending."""
 
     def live_keys(self) -> list[str]:
-        """Keys of the references in use, in the order of their ids."""
+        """Returns the keys of the references in use, in the order of ids; reads every record."""
 
     def documents(self) -> Int[np.ndarray, " R"]:
-        """Number of every reference's document, whose references are consecutive."""
+        """Numbers every reference's document; a document's references are consecutive."""
 
     def info(self) -> str:
-        """Counts, in words."""
+        """Describes the counts in words."""
 
     def verify(self) -> None:
         """Reads all bytes and compares checksums; raises `TextError` naming a damaged file."""
@@ -116,7 +118,7 @@ def write_references(
     Args:
       documents: the knowledge base, read once, about a million characters held at a time.
       tokenizer: the tokenizer; its fingerprint goes into the manifest.
-      folder: where to write: records, `tokens.bin` (all tokens, one reference after the other),
+        folder: where to write: records, `tokens.bin` (all tokens, one reference after the other),
         `table.bin` (hashes and lengths), `manifest.json` last.
       length: most tokens W of a reference, prefix not counted.
       shards: most shard files of the records, filled round robin.
@@ -137,7 +139,7 @@ def write_pieces(
     length: int,
     shards: int = 1,
 ) -> int:
-    """`write_references` of documents that are cut already; their texts are not read."""
+    """Writes references of documents that are cut already, as `write_references`."""
     dtype = dtype_of_tokens(tokenizer.size)
     seen: set[bytes] = set()
     with writing(folder, shards, ["tokens.bin", "table.bin"]) as writer:
@@ -150,18 +152,8 @@ def write_pieces(
                 )
             seen.add(name)
             for n, piece in enumerate(pieces):
-                key = f"{document.id}#{n}"
-                record = {
-                    "key": key,
-                    "title": document.title,
-                    "source": document.source,
-                    "start": piece.start,
-                    "end": piece.end,
-                    "text": piece.text,
-                }
-                data = piece.tokens.astype(dtype).tobytes()
-                row = np.array((_hash(key.encode()), _hash(data), len(piece.tokens)), _ROW)
-                writer.write(record, tokens=data, table=row.tobytes())
+                names = f"{document.id}#{n}", document.title, document.source
+                _write(writer, Reference(*names, **vars(piece)), dtype)
         if not seen:
             raise TextError("the knowledge base is empty: no documents; give at least one")
         if not writer.count:
@@ -169,58 +161,46 @@ def write_pieces(
                 f"the knowledge base has no usable tokens: its {len(seen)} documents are white"
                 " space only; give documents with text"
             )
-        content = {
-            "tokenizer": tokenizer.fingerprint,
-            "dtype": dtype.str,
-            "length": length,
-            "documents": len(seen),
-        }
-        writer.finish(_KIND, content)
+        _finish(writer, tokenizer.fingerprint, dtype, length, len(seen))
         return writer.count
 
 
 def copy_references(
     source: ReferenceReader, ids: Sequence[int] | np.ndarray, folder: str | Path
 ) -> None:
-    """Writes some references of a set, in the order of `ids`, as a set of its own.
-
-    Args:
-      source: the references.
-      ids: which; at least one.
-      folder: where to write, replacing what is there.
-    """
+    """Writes the references with these ids (at least one), in their order, as a set of its own."""
     ids, dtype, gaps = np.asarray(ids), source.dtype, False
     next_numbers: dict[str, int] = {}  # of every document, as far as it was written
     with writing(folder, 1, ["tokens.bin", "table.bin"]) as writer:
         for low in range(0, len(ids), _BLOCK):
-            part = ids[low : low + _BLOCK]
-            hashes = source.record_hashes[part]
-            for item, content_hash in zip(source.read(part), hashes, strict=True):
+            for item in source.read(ids[low : low + _BLOCK]):
                 document, _, number = item.key.rpartition("#")
                 gaps |= int(number) != next_numbers.get(document, 0)
                 next_numbers[document] = int(number) + 1
-                record = {
-                    name: getattr(item, name)
-                    for name in ("key", "title", "source", "start", "end", "text")
-                }
-                row = np.array((_hash(item.key.encode()), content_hash, len(item.tokens)), _ROW)
-                data = item.tokens.astype(dtype).tobytes()
-                writer.write(record, tokens=data, table=row.tobytes())
-        content = {
-            "tokenizer": source.tokenizer_fingerprint,
-            "dtype": dtype.str,
-            "length": source.length,
-            "documents": len(next_numbers),
-        }
-        if gaps:
-            content["numbers"] = max(next_numbers.values())
-        writer.finish(_KIND, content)
+                _write(writer, item, dtype)
+        numbers = {"numbers": max(next_numbers.values())} if gaps else {}
+        documents = len(next_numbers)
+        _finish(writer, source.tokenizer_fingerprint, dtype, source.length, documents, **numbers)
+
+
+def _write(writer: RecordWriter, item: Reference, dtype: np.dtype) -> None:
+    record = {name: value for name, value in vars(item).items() if name != "tokens"}
+    data = item.tokens.astype(dtype).tobytes()
+    row = np.array((_hash(item.key.encode()), _hash(data), len(item.tokens)), _ROW)
+    writer.write(record, tokens=data, table=row.tobytes())
+
+
+def _finish(
+    writer: RecordWriter, tokenizer: str, dtype: np.dtype, length: int, documents: int, **more: int
+) -> None:
+    content = {"tokenizer": tokenizer, "dtype": dtype.str, "length": length, "documents": documents}
+    writer.finish(_KIND, content | more)
 
 
 def _cut_all(
     documents: Iterable[Document], tokenizer: Tokenizer, length: int
 ) -> Iterator[tuple[Document, list[Piece]]]:
-    """Every document with its pieces, cut in threads: most of the time goes into tokenizing."""
+    """Yields every document with its pieces, cut in threads, as tokenizing takes most time."""
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
         for batch in in_batches(documents):
             pieces = pool.map(lambda document: cut_references(document, tokenizer, length), batch)
@@ -231,17 +211,10 @@ def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-class References:
-    """Random access to a knowledge base of R references. Safe to use from several threads.
+class References(ReferenceReader):
+    """Reads a knowledge base of R references at random. Safe to use from several threads.
 
-    Attributes:
-      length: most tokens W of a reference.
-      lengths: tokens of every reference; int32 (R,).
-      record_hashes: hash of every reference's tokens; uint64 (R,). Where it differs between two
-        sets made with one tokenizer, the reference's memory must be written again.
-      fingerprint: hex hash of all references, the length and the tokenizer.
-      tokenizer_fingerprint: the tokenizer the references were made with.
-      dtype: of the stored tokens.
+    Attributes: those of `ReferenceReader`.
     """
 
     def __init__(self, records: Records) -> None:
@@ -264,47 +237,33 @@ class References:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> References:
-        """Opens what `write_references` wrote, after checking that every file has its size.
-
-        Raises:
-          TextError: an unfinished set, or a missing or truncated file, with the remedy.
-        """
+        """Opens what `write_references` wrote; raises `TextError` for an unfinished or cut set."""
         return cls(Records(folder, _KIND))
 
     def verify(self) -> None:
-        """Reads all bytes and compares checksums; raises `TextError` naming a damaged file."""
         self._records.verify()
 
     @property
     def folder(self) -> Path:
-        """Where the references are."""
+        """Returns the folder of the references."""
         return self._records.folder
 
     @property
     def live(self) -> Int64[np.ndarray, " R"]:
-        """Ids of the references in use: all."""
         return np.arange(len(self))
 
     def live_keys(self) -> list[str]:
-        """All keys in order; reads every record."""
         blocks = (range(i, min(i + 4096, len(self))) for i in range(0, len(self), 4096))
         return [record["key"] for block in blocks for record in self._records.read(block)]
 
     def documents(self) -> Int32[np.ndarray, " R"]:
-        """Number of every reference's document, in order; reads every record at the first call."""
         if self._documents is None:
-            begins = np.zeros(len(self), np.int32)
-            last = None
-            for low in range(0, len(self), 4096):
-                ids = range(low, min(low + 4096, len(self)))
-                for i, record in zip(ids, self._records.read(ids), strict=True):
-                    name = record["key"].rpartition("#")[0]
-                    begins[i], last = i > 0 and name != last, name
+            names = [key.rpartition("#")[0] for key in self.live_keys()]
+            begins = [i > 0 and name != names[i - 1] for i, name in enumerate(names)]
             self._documents = np.cumsum(begins, dtype=np.int32)
         return self._documents
 
     def info(self) -> str:
-        """Counts, in words."""
         counts = f"{len(self)} references of {self._records.manifest['documents']} documents"
         mean = self.lengths.mean()
         return f"{counts}, {int(self._ends[-1])} tokens, {mean:.1f} of {self.length} on average"
@@ -316,7 +275,6 @@ class References:
         return self.read([int(i)])[0]
 
     def read(self, ids: Sequence[int] | np.ndarray) -> list[Reference]:
-        """References, in the order of `ids`."""
         rows = zip(self._records.read(ids), self.tokens(ids), ids, strict=True)
         return [Reference(**record, tokens=row[: self.lengths[i]]) for record, row, i in rows]
 
@@ -324,15 +282,9 @@ class References:
         return self._records.read([int(i)])[0]
 
     def texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """Texts of references, in the order of `ids`."""
         return [record["text"] for record in self._records.read(ids)]
 
     def tokens(self, ids: Sequence[int] | np.ndarray) -> Int32[np.ndarray, "n W"]:
-        """Tokens of references, one row each, filled up with PAD; no prefix inside.
-
-        Raises:
-          IndexError: an id outside 0 … R − 1.
-        """
         ids = self._records.check(ids)
         offsets = np.arange(self.length)
         real = offsets < self.lengths[ids][:, None]
@@ -340,43 +292,33 @@ class References:
         return np.where(real, self._tokens[np.where(real, places, 0)], PAD).astype(np.int32)
 
     def lookup(self, key: str) -> int | None:
-        """Id of the reference with this key; None where there is none."""
-        wanted = np.uint64(_hash(key.encode()))
-        first = np.searchsorted(self._sorted_keys, wanted, "left")
-        last = np.searchsorted(self._sorted_keys, wanted, "right")
+        hashed = np.uint64(_hash(key.encode()))
+        first = np.searchsorted(self._sorted_keys, hashed, "left")
+        last = np.searchsorted(self._sorted_keys, hashed, "right")
         for i in self._order[first:last].tolist():
             if self._record(i)["key"] == key:
                 return i
         return None
 
     def of_document(self, document: str) -> list[int]:
-        """Ids of a document's references, ascending; [] where there are none.
-
-        Where some were left out, their numbers in the keys are missing.
-        """
-        found = []
+        """Returns the ids of a document's references, some of whose numbers may be missing."""
+        ids = []
         for n in itertools.count():
             row = self.lookup(f"{document}#{n}")
             if row is not None:
-                found.append(row)
+                ids.append(row)
             elif n + 1 >= self._numbers:
-                return found
+                return ids
         raise AssertionError
 
     def find_or_removed(self, key: str) -> int:
-        """Returns the id of the reference with this key, as `find`: none was removed."""
         return self.find(key)
 
     def find(self, key: str) -> int:
-        """Id of the reference with this key.
-
-        Raises:
-          TextError: no reference has it.
-        """
-        found = self.lookup(key)
-        if found is None:
+        id_ = self.lookup(key)
+        if id_ is None:
             raise TextError(
                 f"no reference has the key {key!r} in {self.folder} ({len(self)} references; the"
                 f" first is {self._record(0)['key']!r})"
             )
-        return found
+        return id_

@@ -30,15 +30,15 @@ Tokens = Int32[np.ndarray, "_"]  # of any length
 
 
 class Tokenizer:
-    """A trained byte-level BPE tokenizer. Safe to use from several threads.
+    """Encodes and decodes text with a byte-level BPE. Safe to use from several threads.
 
-    A *word* is a run of letters, of digits or of other signs, with the space before it (the
-    pattern of GPT-2): merges never cross its borders, so `N217` is two words and `word` at the
-    start of a text is another token than ` word` within it.
+    A *word* is a run of letters, of digits or of other signs, with the space before it (the pattern
+    of GPT-2): merges never cross its borders, so `N217` is two words and `word` at the start of a
+    text is another token than ` word` within it.
 
     Attributes:
       size: number of entries, special tokens included.
-      fingerprint: hex hash of the saved JSON; what was made with another tokenizer differs.
+      fingerprint: hex hash of the saved JSON.
       prefix: `[BOS, REFERENCE]`, the constant `<s>Reference:` of the paper (Memory³ §3.3).
     """
 
@@ -49,9 +49,9 @@ class Tokenizer:
         self.size: int = self._tokenizer.get_vocab_size()
         self.fingerprint: str = digest(json_text)
         self.prefix: np.ndarray = np.array([BOS, REFERENCE], np.int32)
-        found = tuple(self._tokenizer.id_to_token(i) for i in range(len(SPECIAL_TOKENS)))
-        if found != SPECIAL_TOKENS:
-            raise TextError(f"the tokenizer begins with {found}; expected {SPECIAL_TOKENS}")
+        first = tuple(self._tokenizer.id_to_token(i) for i in range(len(SPECIAL_TOKENS)))
+        if first != SPECIAL_TOKENS:
+            raise TextError(f"the tokenizer begins with {first}; expected {SPECIAL_TOKENS}")
 
     @classmethod
     def train(
@@ -65,9 +65,8 @@ class Tokenizer:
 
         Args:
           texts: texts, read once, one at a time.
-          vocabulary: most entries, special tokens included, ≥ 260. Training ends with fewer when
-            no pair is left that occurs `min_frequency` times; with a vocabulary that is large
-            enough every word that occurs so often is one token.
+            vocabulary: most entries, special tokens included, ≥ 260. Training ends with fewer when
+            no pair is left that occurs `min_frequency` times.
           min_frequency: least count of a pair to be merged.
           most_bytes: UTF-8 bytes of text to learn from; the rest is not read.
 
@@ -105,11 +104,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Tokenizer:
-        """Reads what `save` wrote.
-
-        Raises:
-          TextError: a file is missing, or is not what was saved.
-        """
+        """Reads what `save` wrote; raises `TextError` where a file is missing or damaged."""
         path, manifest = Path(folder) / _FILE, Path(folder) / _MANIFEST
         for needed in (path, manifest):
             if not needed.is_file():
@@ -128,11 +123,11 @@ class Tokenizer:
             ) from error
 
     def encode(self, text: str) -> Tokens:
-        """Tokens of a text, never a special one; `decode` returns the text exactly."""
+        """Encodes a text, never to a special token; `decode` returns the text exactly."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
-        """`encode` of every text, in parallel over the cores."""
+        """Encodes every text, in parallel over the cores."""
         blocks = [list(_blocks(text)) for text in texts]
         flat = [block for parts in blocks for block in parts]
         with _naming_unknown_words():
@@ -143,10 +138,10 @@ class Tokenizer:
     def encode_with_offsets(
         self, text: str
     ) -> tuple[Int32[np.ndarray, " T"], Int32[np.ndarray, "T 2"]]:
-        """Tokens of a text and the characters `[start, end)` that each covers.
+        """Encodes a text; returns its tokens and the characters `[start, end)` that each covers.
 
-        Tokens that are parts of one character all carry its span; together the spans cover the
-        text without gaps.
+        Tokens that are parts of one character all carry its span; together the spans cover the text
+        without gaps.
         """
         ids, spans, start = [], [], 0
         for block in _blocks(text):
@@ -158,7 +153,7 @@ class Tokenizer:
         return np.concatenate(ids), np.concatenate(spans)
 
     def decode(self, ids: Iterable[int | np.integer]) -> str:
-        """Text of tokens; special tokens are skipped, broken UTF-8 becomes U+FFFD.
+        """Decodes tokens to text; special tokens are skipped, broken UTF-8 becomes U+FFFD.
 
         Raises:
           TextError: a token that is not in the vocabulary.
@@ -172,7 +167,7 @@ class Tokenizer:
 
 @contextlib.contextmanager
 def _naming_unknown_words() -> Iterator[None]:
-    """A text that is no text of the tokenizer: only one of numbers (`numbered.py`) refuses any."""
+    """Raises `TextError` where a text has no tokens, as only an id tokenizer does."""
     try:
         yield
     except Exception as error:  # the tokenizers library raises plain Exception
@@ -183,7 +178,7 @@ def _naming_unknown_words() -> Iterator[None]:
 
 
 def _limited(texts: Iterable[str], most_bytes: int | None, seen: list[int]) -> Iterator[str]:
-    """The texts up to a number of UTF-8 bytes, the last one cut; counts the bytes in `seen`."""
+    """Yields texts up to a number of UTF-8 bytes, the last one cut; counts the bytes in `seen`."""
     for block in (block for text in texts for block in _blocks(text)):
         data = block.encode()
         if most_bytes is not None and seen[0] + len(data) >= most_bytes:
@@ -196,10 +191,9 @@ def _limited(texts: Iterable[str], most_bytes: int | None, seen: list[int]) -> I
 
 
 def _blocks(text: str) -> Iterator[str]:
-    """A text in parts whose tokens, joined, are the text's.
+    """Yields a text in blocks whose tokens, joined, are the text's.
 
-    Words and runs of white space never cross from a sign to a line feed, so that is where a long
-    text is cut.
+    Words and runs of white space never cross from a sign to a line feed: long texts are cut there.
     """
     start = 0
     while len(text) - start > _BLOCK:

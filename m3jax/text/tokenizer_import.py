@@ -1,4 +1,4 @@
-"""Tokenizers of other models, renumbered so that they begin with our special tokens."""
+"""Import of other models' tokenizers, renumbered so that they begin with our special tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PROBES = (
 def adopt_tokenizer(
     text: str, named: Sequence[str] | None, special: Sequence[str]
 ) -> tuple[str, Int[np.ndarray, " n"]]:
-    """A byte-level BPE tokenizer of another model, renumbered so that it begins with our tokens.
+    """Renumbers a byte-level BPE tokenizer of another model so that it begins with our tokens.
 
     Each of the first places is exchanged with the token that takes it, which gets our name. NFC and
     the template of special tokens are left out: any text comes back exactly, as it is.
@@ -34,12 +34,12 @@ def adopt_tokenizer(
       special: our special tokens, whose places are 0, 1, ….
 
     Returns:
-      Content of a `tokenizer.json`, and for each of its n tokens the token of theirs that it is,
-      as `read_params` takes it.
+        Content of a `tokenizer.json`, and for each of its n tokens their token's id, as
+        `read_params` takes it.
 
     Raises:
-      TextError: it is damaged or no byte-level BPE tokenizer; the named tokens are not as
-        many different special tokens of it.
+        TextError: it is damaged or no byte-level BPE tokenizer; the named tokens are not as many
+        different special tokens of it.
     """
     try:
         content = json.loads(text)
@@ -92,7 +92,7 @@ def _check_named(
 
 
 def _check_byte_level(content: dict[str, Any], ids: Mapping[str, int]) -> None:
-    """Refuses what loses something of a text."""
+    """Refuses a tokenizer that loses something of a text."""
 
     def refuse(what: str) -> NoReturn:
         raise TextError(
@@ -118,7 +118,7 @@ def _check_byte_level(content: dict[str, Any], ids: Mapping[str, int]) -> None:
 
 
 def _check_adopted(theirs: str, ours: str, order: list[int]) -> None:
-    """Tokens are theirs in the new order, and give back the text."""
+    """Checks that tokens are theirs in the new order, and give back the text."""
     try:
         before, after = (tokenizers.Tokenizer.from_str(text) for text in (theirs, ours))
     except Exception as error:  # the tokenizers library raises plain Exception
@@ -126,8 +126,8 @@ def _check_adopted(theirs: str, ours: str, order: list[int]) -> None:
     before.encode_special_tokens = after.encode_special_tokens = True
     for probe in _PROBES:
         expected = before.encode(probe, add_special_tokens=False).ids
-        found = after.encode(probe, add_special_tokens=False).ids
-        if [order[i] for i in found] != expected or after.decode(found) != probe:
+        renumbered = after.encode(probe, add_special_tokens=False).ids
+        if [order[i] for i in renumbered] != expected or after.decode(renumbered) != probe:
             raise TextError(
                 f"tokenizer.json: {probe!r} does not come back from the renumbered tokenizer; only"
                 " byte-level BPE tokenizers can be taken. Choose another model"

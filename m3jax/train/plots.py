@@ -11,11 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from m3jax.files import committing
+from m3jax.figures import BLUE, GREEN, INK, ORANGE, PINK, RED, SOFT, finish_axes, save_figure
 from m3jax.train.metrics import read_metrics
 
-_INK, _SOFT, _GRID = "#22303c", "#7d8b99", "#e6eaee"
-_TRAIN, _RATE, _LEFT = "#2f6fb3", "#8a6fb0", "#c0392b"
+_RATE = "#8a6fb0"  # the learning rate
 _OTHERS = ("#c79a1b", "#5b5f97")  # evaluated losses that have no colour of their own
 _SMOOTHED_SHARE = 1 / 40  # of the points of the longest stage that the drawn mean spans
 _MODES = {
@@ -23,7 +22,7 @@ _MODES = {
     "loss_none": "validation, no memory",
     "loss_wrong": "validation, wrong memories",
 }
-_COLOURS = {"loss_memory": "#2a9d76", "loss_none": "#d9622b", "loss_wrong": "#b8336a"}
+_COLOURS = {"loss_memory": GREEN, "loss_none": ORANGE, "loss_wrong": PINK}
 
 
 def plot_stages(stage_folders: Sequence[str | Path], path: str | Path, title: str = "") -> None:
@@ -50,9 +49,8 @@ def plot_stages(stage_folders: Sequence[str | Path], path: str | Path, title: st
     ends = _draw_stages(losses, rates, stages)
     _decorate(losses, rates, stages, ends)
     names = " → ".join(name for name, _ in stages)
-    losses.set_title(title or f"Training: {names}", loc="left", color=_INK, fontsize=13, pad=12)
-    with committing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    losses.set_title(title or f"Training: {names}", loc="left", color=INK, fontsize=13, pad=12)
+    save_figure(figure, path, dpi=150)
 
 
 def _draw_stages(losses: Axes, rates: Axes, stages: Sequence[tuple[str, list]]) -> list[int]:
@@ -67,12 +65,12 @@ def _draw_stages(losses: Axes, rates: Axes, stages: Sequence[tuple[str, list]]) 
         steps = offset + np.array([line["step"] for line in trained])
         values = np.array([line["loss"] for line in trained])
         first = not ends
-        losses.plot(steps, values, color=_TRAIN, alpha=0.25, linewidth=0.9)
+        losses.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.9)
         label = "training" if first else None
         losses.plot(
             steps,
             _smoothed(values, longest * _SMOOTHED_SHARE),
-            color=_TRAIN,
+            color=BLUE,
             linewidth=1.9,
             label=label,
         )
@@ -110,13 +108,13 @@ def _draw_left(axes: Axes, offset: int, rollback: Mapping[str, Any], first: bool
     """The losses of a branch that was left, and the step that the run went back to."""
     points = [(offset + step, loss) for step, loss in rollback["losses"] if loss is not None]
     if points:
-        axes.plot(*zip(*points, strict=True), color=_LEFT, alpha=0.7, linewidth=1.0)
+        axes.plot(*zip(*points, strict=True), color=RED, alpha=0.7, linewidth=1.0)
     label = "left again; the run went back to ▲" if first else None
     axes.plot(
         [offset + rollback["to"]],
         [0.02],
         transform=axes.get_xaxis_transform(),
-        color=_LEFT,
+        color=RED,
         marker="^",
         markersize=5,
         linewidth=1.0,
@@ -128,13 +126,11 @@ def _decorate(
     losses: Axes, rates: Axes, stages: Sequence[tuple[str, list]], ends: list[int]
 ) -> None:
     for axes in (losses, rates):
-        axes.grid(color=_GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(_SOFT)
-        axes.tick_params(colors=_INK, labelsize=9)
+        finish_axes(axes)
+        axes.spines[["left", "bottom"]].set_color(SOFT)
+        axes.tick_params(colors=INK, labelsize=9)
         for end in ends[:-1]:
-            axes.axvline(end, color=_SOFT, linewidth=1, linestyle=(0, (4, 3)))
+            axes.axvline(end, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
     if len(stages) > 1:
         for (name, _), start in zip(stages, [0, *ends], strict=False):
             losses.annotate(
@@ -144,12 +140,12 @@ def _decorate(
                 xytext=(5, -4),
                 textcoords="offset points",
                 va="top",
-                color=_SOFT,
+                color=SOFT,
                 fontsize=9,
             )
-    losses.set_ylabel("loss, nats a token", color=_INK)
-    rates.set_ylabel("learning rate", color=_INK)
-    rates.set_xlabel("optimizer steps (tokens below)", color=_INK)
+    losses.set_ylabel("loss, nats a token", color=INK)
+    rates.set_ylabel("learning rate", color=INK)
+    rates.set_xlabel("optimizer steps (tokens below)", color=INK)
     rates.set_ylim(bottom=0)
     rates.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
     rates.set_xlim(0, ends[-1])
@@ -160,7 +156,7 @@ def _decorate(
         ncols=2,
         frameon=False,
         fontsize=9,
-        labelcolor=_INK,
+        labelcolor=INK,
         borderpad=0.2,
     )
 

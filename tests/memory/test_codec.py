@@ -17,6 +17,7 @@ from memory.memory_tiny import TinyReferences, build, flip, shard_files, tiny_co
 from m3jax import flops
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import BankError
+from m3jax.files import checksum
 from m3jax.make_model import make_model
 from m3jax.memory import codec as codecs
 from m3jax.memory import quantizer, storage
@@ -202,7 +203,7 @@ def test_codebooks_of_another_model_are_refused(own: Path, tmp_path: Path) -> No
     data = (tmp_path / "other" / storage.CODEBOOK).read_bytes()
     (own / storage.CODEBOOK).write_bytes(data)
     manifest = json.loads((own / storage.MANIFEST).read_text())
-    manifest["checksums"][storage.CODEBOOK] = storage.checksum(data)
+    manifest["checksums"][storage.CODEBOOK] = checksum(data)
     text = json.dumps(manifest).encode()
     (own / storage.MANIFEST).write_bytes(text)
     (own / storage.COMPLETE).write_bytes(storage.complete_stamp(text))

@@ -39,7 +39,7 @@ from m3jax.retrieval.checkpoint_embedders import (
     load_embedder,
     make_embedder,
 )
-from m3jax.retrieval.embed import Embedder
+from m3jax.retrieval.embedder import Embedder
 from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.retrieval.pooling import draw, position_means
 from m3jax.text.documents import Document

@@ -15,7 +15,8 @@ from m3jax.retrieval import index as index_module
 from m3jax.retrieval import neural
 from m3jax.retrieval.batches import BUCKETS, rows_of
 from m3jax.retrieval.build import build_index
-from m3jax.retrieval.embed import Embedder, load_embedder, make_embedder
+from m3jax.retrieval.embed import load_embedder, make_embedder
+from m3jax.retrieval.embedder import Embedder
 from m3jax.retrieval.index import Index
 from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.retrieval.neural import NeuralEmbedder

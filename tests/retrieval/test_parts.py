@@ -116,7 +116,7 @@ def test_parts_of_scann_find_at_least_what_the_whole_does(build, texts, config, 
     whole, split = (Index.open(build(f"index{n}", n, exact_below=0)) for n in (1, 3))
     queries = whole.embedder.embed([text[:50] for text in texts])
     exact = whole.search_exactly(queries, 5 + SPARE)
-    recalls = [tune.share_found(index.search(queries, 5)[0], exact) for index in (whole, split)]
+    recalls = [tune.recall_at_k(index.search(queries, 5)[0], exact) for index in (whole, split)]
     assert recalls[0] < 0.99 and recalls[1] >= recalls[0] - 0.02
     assert split.recall is not None and 0.7 <= split.recall <= 1
 
@@ -135,7 +135,7 @@ def test_an_index_without_embeddings(leaves, build, texts, config, monkeypatch):
     ids, scores = index.search(queries, 5)
     exact = kept.search_exactly(queries, 300)
     nearest = tuple(part[:, : 5 + SPARE] for part in exact)
-    assert tune.share_found(ids, nearest) >= (0.6 if leaves else 0.9)
+    assert tune.recall_at_k(ids, nearest) >= (0.6 if leaves else 0.9)
     every = np.full((len(texts), len(texts)), np.nan)
     np.put_along_axis(every, exact[0], exact[1], axis=1)  # all but the three last of each
     found = ids >= 0

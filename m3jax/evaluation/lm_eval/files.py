@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from m3jax.errors import TextError
-from m3jax.files import lines
+from m3jax.text.jsonl import read_records
 
 LETTERS = "ABCD"
 _ANSWER = "\nAnswer:"
@@ -102,14 +102,7 @@ def read_task(path: str | Path) -> LocalTask:
         return LocalTask(path.stem.removesuffix("_test"), kind, docs, shots)
     if path.suffix == ".json":
         return LocalTask(path.stem, "open", _read_squad(path))
-    records = []
-    for number, line in enumerate(lines(path), 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise TextError(f"{path}:{number}: not a line of JSON ({error})") from error
-    if not records:
-        raise TextError(f"{path} holds no examples")
+    records: list[Any] = read_records(path, lambda record: record, "examples", "a line of JSON")
     kind, make = _form(records[0], path)
     docs = []
     for number, record in enumerate(records, 1):

@@ -1,4 +1,4 @@
-"""Chats and preference pairs from JSON lines, in the usual forms; what is unusable is named.
+"""Chats and preference pairs from JSON lines, in the usual forms; unusable lines are named.
 
 Chats (other fields are ignored):
 
@@ -11,16 +11,14 @@ Preference pairs have a prompt (`prompt`, a text or turns, or turns in `messages
 both are whole chats that differ in the last answer only; so they may be with one, which they then
 begin with.
 
-A turn may name, as `reference`, the key of the reference that its chunks read (with
-retrieval.ids = "stored"); an answer without one has its question's.
+A turn may name, as `reference`, the key of the reference that its chunks read (with retrieval.ids =
+"stored"); an answer without one has its question's.
 """
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from typing import Any
 
 from m3jax.errors import TextError
 from m3jax.text.documents import find_files
+from m3jax.text.jsonl import json_lines
 
 ROLES = {
     "system": "system",
@@ -55,7 +54,7 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class Turn:
-    """What somebody says.
+    """Holds one turn of a chat.
 
     Attributes:
       role: `system`, `user` or `assistant`.
@@ -70,13 +69,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Chat:
-    """Turns with their name and place.
-
-    Attributes:
-      turns: of a whole chat, or up to a question.
-      id: name.
-      where: `file:line` it was read from.
-    """
+    """Holds the turns of a chat, or those up to a question, with `id` and `where` (`file:line`)."""
 
     turns: tuple[Turn, ...]
     id: str = ""
@@ -84,20 +77,20 @@ class Chat:
 
     @property
     def rounds(self) -> int:
-        """Questions."""
+        """Counts the questions."""
         return sum(turn.role == "user" for turn in self.turns)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two chats that differ in the last answer only; `chosen` is preferred."""
+    """Holds two chats that differ in the last answer only; `chosen` is preferred."""
 
     chosen: Chat
     rejected: Chat
 
 
 def read_chats(spec: str, most_rounds: int) -> Iterator[Chat | ChatError]:
-    """Chats of files, in order; a line that is none comes as the error that says why.
+    """Reads chats of files, in order; an unusable line comes as the error that says why.
 
     Args:
       spec: see `find_files`; JSON lines only.
@@ -114,7 +107,7 @@ def read_chats(spec: str, most_rounds: int) -> Iterator[Chat | ChatError]:
 
 
 def read_pairs(spec: str, most_rounds: int) -> Iterator[Pair | ChatError]:
-    """Preference pairs of files; arguments and errors as of `read_chats`."""
+    """Reads preference pairs of files; arguments and errors as of `read_chats`."""
     for fields, name, where in _records(spec):
         try:
             yield _pair(_object(fields, where), name, where, most_rounds)
@@ -123,44 +116,33 @@ def read_pairs(spec: str, most_rounds: int) -> Iterator[Pair | ChatError]:
 
 
 def read_questions(spec: str, most_rounds: int) -> list[Chat]:
-    """Chats that end with a question, for inference; also `{"prompt": …}` alone.
+    """Reads chats that end with a question, for inference; also `{"prompt": …}` alone.
 
     Raises:
-      ChatError: a line that is none, with file and line.
+      ChatError: an unusable line, with file and line.
     """
-    found = []
+    chats = []
     for given, name, where in _records(spec):
         fields = _object(given, where)
         turns = _prompt(fields, where)
-        found.append(Chat(_checked(turns, where, most_rounds, asks=True), name, where))
-    return found
+        chats.append(Chat(_checked(turns, where, most_rounds, asks=True), name, where))
+    return chats
 
 
 def question(text: str) -> Chat:
-    """A chat of one question.
-
-    Raises:
-      ChatError: an empty one.
-    """
+    """Makes a chat of one question; raises `ChatError` where it is empty."""
     return Chat(_checked((Turn("user", text.strip()),), "the prompt", 1, asks=True))
 
 
 def _records(spec: str) -> Iterator[tuple[bytes, str, str]]:
-    """Lines with their default names and places; empty lines are skipped."""
+    """Yields lines with their default names and places; empty lines are skipped."""
     for part in find_files(spec):
         if not part.endswith((".jsonl", ".jsonl.gz")):
             raise TextError(f"{part} is not JSON lines; give .jsonl or .jsonl.gz")
-        path, number = Path(part), 0
-        stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
-        try:
-            with gzip.open(path) if part.endswith(".gz") else open(path, "rb") as file:
-                for number, line in enumerate(file, 1):  # noqa: B007 (named in the error below)
-                    if line.strip():
-                        yield line, f"{stem}:{number}", f"{path}:{number}"
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise TextError(
-                f"{path} is truncated or damaged after line {number} ({error}); fetch it again"
-            ) from error
+        stem = Path(part).name.removesuffix(".gz").removesuffix(".jsonl")
+        for number, line in enumerate(json_lines(part), 1):
+            if line.strip():
+                yield line, f"{stem}:{number}", f"{part}:{number}"
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
@@ -204,7 +186,7 @@ def _pair(fields: dict[str, Any], name: str, where: str, most_rounds: int) -> Pa
 
 
 def _begins_with(turns: tuple[Turn, ...], prompt: tuple[Turn, ...]) -> bool:
-    """Whether the turns are a whole chat, the prompt included."""
+    """Tests whether the turns are a whole chat, the prompt included."""
     said = [(turn.role, turn.text) for turn in turns]
     return len(turns) > len(prompt) and said[: len(prompt)] == [(t.role, t.text) for t in prompt]
 
@@ -217,7 +199,7 @@ def _prompt(fields: dict[str, Any], where: str) -> tuple[Turn, ...]:
         if isinstance(given, str) and key == "prompt":
             return (_turn({"role": "user", "content": given}, where),)
         if isinstance(given, list):
-            return tuple(_turn(one, where) for one in given)
+            return tuple(_turn(turn, where) for turn in given)
         raise ChatError("form", where, f"{key!r} is {type(given).__name__}, not turns")
     raise ChatError("form", where, f"no chat in the fields {', '.join(fields) or '(none)'}")
 
@@ -228,7 +210,7 @@ def _answer(given: Any, where: str) -> tuple[Turn, ...]:
     if isinstance(given, dict):
         return (_turn(given, where),)
     if isinstance(given, list):
-        return tuple(_turn(one, where) for one in given)
+        return tuple(_turn(turn, where) for turn in given)
     raise ChatError("form", where, f"an answer is {type(given).__name__}, not text or turns")
 
 
@@ -259,14 +241,14 @@ def _name(fields: dict[str, Any], usual: str) -> str:
 def _checked(
     turns: tuple[Turn, ...], where: str, most_rounds: int, asks: bool = False
 ) -> tuple[Turn, ...]:
-    """The turns, in order, none empty and not too many; `asks`: they end with a question."""
+    """Returns the turns if in order, not empty, not too many; `asks`: the last is a question."""
     for number, turn in enumerate(turns, 1):
         if not turn.text:
             raise ChatError("empty", where, f"turn {number} ({turn.role}) is empty")
     spoken = turns[1:] if turns and turns[0].role == "system" else turns
-    for turn, wanted in zip(spoken, itertools.cycle(("user", "assistant"))):
-        if turn.role != wanted:
-            raise ChatError("order", where, f"a turn of {turn.role} where {wanted} is to speak")
+    for turn, speaker in zip(spoken, itertools.cycle(("user", "assistant"))):
+        if turn.role != speaker:
+            raise ChatError("order", where, f"a turn of {turn.role} where {speaker} is to speak")
     if len(spoken) % 2 != asks or not spoken:
         ends = spoken[-1].role if spoken else "nobody"
         raise ChatError("order", where, f"the last turn is of {ends}")
@@ -277,11 +259,7 @@ def _checked(
 
 
 class ChatError(TextError):
-    """A line that is no usable chat or pair.
-
-    Attributes:
-      reason: one of `REMEDIES`.
-    """
+    """Raised for a line that is no usable chat or pair; `reason` is a key of `REMEDIES`."""
 
     def __init__(self, reason: str, where: str, what: str) -> None:
         super().__init__(f"{where}: {what}; {REMEDIES[reason]}")

@@ -31,7 +31,7 @@ _TOGETHER = 256  # chats that are tokenized at once
 def prepare_chats(
     config: ConfigDict, workdir: str | os.PathLike[str], spec: str
 ) -> tuple[dict[str, Any], bool]:
-    """Writes `chats/` or `pairs/` of a workdir, whichever `config.data.packing` wants.
+    """Writes `chats/` or `pairs/` of a workdir, as `config.data.packing` says.
 
     Its `train` and `validation` are corpora (a pair is two documents, the chosen one first), and
     `report.json` says what was left out and why. A chat too long for a row loses its last rounds,
@@ -46,7 +46,7 @@ def prepare_chats(
       The report, and whether the part was there before.
 
     Raises:
-      TextError: no chats; more unusable ones than `chat.bad_share`, named by file and line; a
+        TextError: no chats; more unusable ones than `chat.bad_share`, named by file and line; a
         finished part of other inputs; a split that is empty.
     """
     kind = config.data.packing
@@ -73,19 +73,19 @@ def prepare_chats(
 
 @dataclasses.dataclass(frozen=True)
 class _Encoded:
-    """The chats of one line with their tokens: one of them, or the two of a pair."""
+    """Holds the chat of one line, or the two of a pair, with their tokens."""
 
     chats: tuple[Chat, ...]
     tokens: list[EncodedChat]
 
     @property
     def inputs(self) -> int:
-        """Tokens that they take in a row."""
-        return sum(len(one.tokens) - 1 for one in self.tokens)
+        """Counts the tokens that they take in a row."""
+        return sum(len(chat.tokens) - 1 for chat in self.tokens)
 
 
 class _Writing:
-    """Owns the counts of one pass over the files."""
+    """Writes the corpora in one pass over the files, and counts."""
 
     def __init__(self, config: ConfigDict, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer
@@ -106,10 +106,10 @@ class _Writing:
                 name: stack.enter_context(CorpusWriter(folder / name, self.tokenizer, shards))
                 for name in splits
             }
-            for one in self._encoded(progress(lines, config.data.packing), pairs):
-                document = Document(one.chats[0].id, _canonical(one.chats))
+            for encoded in self._encoded(progress(lines, config.data.packing), pairs):
+                document = Document(encoded.chats[0].id, _canonical(encoded.chats))
                 split = "validation" if is_validation(document, share) else "train"
-                self._write(one, writers[split], split)
+                self._write(encoded, writers[split], split)
             self._check(spec)
             for name, writer in writers.items():
                 if not self.counts[f"{name}/{config.data.packing}"]:
@@ -124,13 +124,13 @@ class _Writing:
     def _encoded(self, lines: Iterator[Any], pairs: bool) -> Iterator[_Encoded]:
         while batch := list(itertools.islice(lines, _TOGETHER)):
             self.read += len(batch)
-            for one in batch:
-                if isinstance(one, ChatError):
-                    self._leave_out(one)
-            good = [one for one in batch if not isinstance(one, ChatError)]
-            groups = [
-                (one.chosen, one.rejected) if isinstance(one, Pair) else (one,) for one in good
-            ]
+            groups: list[tuple[Chat, ...]] = []
+            for item in batch:
+                if isinstance(item, ChatError):
+                    self._leave_out(item)
+                else:
+                    pair = isinstance(item, Pair)
+                    groups.append((item.chosen, item.rejected) if pair else (item,))
             flat = [chat for group in groups for chat in group]
             tokens = iter(self.template.encode(flat, last_answer=pairs))
             for group in groups:
@@ -138,13 +138,13 @@ class _Writing:
                 if fitted is not None:
                     yield fitted
 
-    def _fitted(self, one: _Encoded, pair: bool) -> _Encoded | None:
-        """What fits a row, without its last rounds where need be."""
+    def _fitted(self, line: _Encoded, pair: bool) -> _Encoded | None:
+        """Returns what fits a row, without its last rounds where need be; None if nothing does."""
         room = self.config.data.sequence_length
-        if one.inputs <= room:
-            return one
+        if line.inputs <= room:
+            return line
         if not pair:
-            chat, encoded = one.chats[0], one.tokens[0]
+            chat, encoded = line.chats[0], line.tokens[0]
             # Ends of answers after which the chat may be cut; the first answer must be in.
             ends = [
                 (n, end)
@@ -157,23 +157,23 @@ class _Writing:
                 cut = EncodedChat(encoded.tokens[:end], encoded.weights[:end], encoded.ends[:turns])
                 return _Encoded((dataclasses.replace(chat, turns=chat.turns[:turns]),), [cut])
         what = "the two answers with their prompts have" if pair else "the first answer ends after"
-        size = one.inputs if pair else one.tokens[0].ends[_first_answer(one.chats[0])] - 1
+        size = line.inputs if pair else line.tokens[0].ends[_first_answer(line.chats[0])] - 1
         error = ChatError(
-            "length", one.chats[0].where, f"{what} {size} tokens, more than a row of {room}"
+            "length", line.chats[0].where, f"{what} {size} tokens, more than a row of {room}"
         )
         self._leave_out(error)
         return None
 
     def _leave_out(self, error: ChatError) -> None:
-        found = self.left_out.setdefault(error.reason, [])
+        samples = self.left_out.setdefault(error.reason, [])
         self.counts[f"left out/{error.reason}"] += 1
-        if len(found) < SAMPLES:
-            found.append(error)
+        if len(samples) < SAMPLES:
+            samples.append(error)
 
-    def _write(self, one: _Encoded, writer: CorpusWriter, split: str) -> None:
+    def _write(self, line: _Encoded, writer: CorpusWriter, split: str) -> None:
         self.counts[f"{split}/{self.config.data.packing}"] += 1
-        self.rounds[one.chats[0].rounds] += 1
-        for chat, encoded in zip(one.chats, one.tokens, strict=True):
+        self.rounds[line.chats[0].rounds] += 1
+        for chat, encoded in zip(line.chats, line.tokens, strict=True):
             references = chunk_references(
                 *(chat.turns, encoded.ends, len(encoded.tokens) - 1),
                 self.config.memory.chunk_length,
@@ -220,7 +220,7 @@ class _Writing:
 
 
 def describe(report: dict[str, Any]) -> str:
-    """The report as lines for people."""
+    """Formats the report as lines for people."""
     lines = [f"{name}: {value}" for name, value in report.items() if isinstance(value, int)]
     for reason, entry in report["left out"].items():
         lines.append(f"left out ({reason}): {entry['count']}, for example {entry['samples'][0]}")
@@ -232,5 +232,5 @@ def _first_answer(chat: Chat) -> int:
 
 
 def _canonical(chats: tuple[Chat, ...]) -> str:
-    """The text whose hash decides the split."""
+    """Returns the text whose hash decides the split."""
     return json.dumps([[(t.role, t.text) for t in chat.turns] for chat in chats])

@@ -1,10 +1,10 @@
-"""The chat template: the one way from turns to tokens, in training and at inference.
+"""Chat template: the one way from turns to tokens, in training and at inference.
 
     <s>\\nSystem: …</s>\\nUser: …</s>\\nAssistant: …</s>\\nUser: …</s>\\nAssistant: …</s>
 
 Markers and texts are tokenized apart, a text with a space in front, so that the tokens of a
-question are the same whatever follows. Every turn ends with `</s>`, which no text can contain:
-text that looks like a marker is only text. Loss is on answers and the `</s>` behind them.
+question are the same whatever follows. Every turn ends with `</s>`, which no text can contain: text
+that looks like a marker is only text. Loss is on answers and the `</s>` behind them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from m3jax.text.tokenizer import BOS, END, Tokenizer
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """A chat as tokens.
+    """Holds a chat as tokens.
 
     Attributes:
       tokens: `<s>` and the turns.
@@ -36,12 +36,7 @@ class EncodedChat:
 
 
 class Template:
-    """Makes tokens of chats.
-
-    Args:
-      chat: the section `chat` of a config, which has the markers.
-      tokenizer: of the model.
-    """
+    """Encodes chats with the markers of a config's section `chat` and the model's tokenizer."""
 
     def __init__(self, chat: ConfigDict, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -50,10 +45,10 @@ class Template:
         self._markers = dict(zip(roles, encoded, strict=True))
 
     def encode(self, chats: Sequence[Chat], last_answer: bool = False) -> list[EncodedChat]:
-        """Whole chats; with `last_answer` only the last turn bears loss, as in preference pairs."""
+        """Encodes whole chats; `last_answer`: only the last turn bears loss, as in pairs."""
         texts = [f" {turn.text}" for chat in chats for turn in chat.turns]
         bodies = iter(self.tokenizer.encode_batch(texts))
-        found = []
+        encoded = []
         for chat in chats:
             parts, weights, ends = [np.array([BOS], np.int32)], [np.zeros(1)], []
             for number, turn in enumerate(chat.turns, 1):
@@ -63,24 +58,24 @@ class Template:
                 weights += [np.zeros(len(marker)), np.full(len(body), float(scored))]
                 ends.append(sum(map(len, parts)))
             tokens = np.concatenate(parts).astype(np.int32)
-            found.append(
+            encoded.append(
                 EncodedChat(tokens, np.concatenate(weights).astype(np.float32), tuple(ends))
             )
-        return found
+        return encoded
 
     def prompts(self, chats: Sequence[Chat]) -> list[Int32[np.ndarray, " n"]]:
-        """Chats that end with a question, up to where the answer begins; without `<s>`."""
+        """Encodes chats that end with a question, up to where the answer begins; without `<s>`."""
         marker = self._markers["assistant"]
-        return [np.concatenate([one.tokens[1:], marker]) for one in self.encode(chats)]
+        return [np.concatenate([chat.tokens[1:], marker]) for chat in self.encode(chats)]
 
 
 def chunk_references(
     turns: Sequence[Turn], ends: Sequence[int], inputs: int, chunk_length: int
 ) -> tuple[str, ...]:
-    """The key of the reference that each chunk of a chat reads, "" for none; () if no turn has one.
+    """Returns the key of the reference that each chunk reads, "" for none; () if no turn has one.
 
-    A chunk reads what the first of its turns that no earlier chunk stood for is about, else what
-    its last turn is about.
+    A chunk reads the reference of the first of its turns that no earlier chunk stood for, else that
+    of its last turn.
 
     Args:
       turns: of the chat.
@@ -103,8 +98,8 @@ def chunk_references(
     keys = []
     for low in range(0, inputs, chunk_length):
         high = min(low + chunk_length, inputs)
-        here = [n for n, (a, b, key) in enumerate(spans) if a < high and b > low and key]
-        chosen = next((n for n in here if n not in served), here[-1] if here else None)
+        inside = [n for n, (a, b, key) in enumerate(spans) if a < high and b > low and key]
+        chosen = next((n for n in inside if n not in served), inside[-1] if inside else None)
         if chosen is None:
             keys.append("")
             continue

@@ -1,4 +1,4 @@
-"""The stages of the preparation as Apache Beam pipelines: in this process, Dataflow, Spark, Flink.
+"""Runner that makes Apache Beam pipelines: in this process, Dataflow, Spark, Flink.
 
 Every worker must see the folder of the run, with the same path: the elements of the pipelines are
 small (or blocks of lines), what the stages make is files.
@@ -10,21 +10,17 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from m3jax.errors import TextError
-from m3jax.text.cleaning.workers import Stage
+from m3jax.text.cleaning.workers import WorkStage
 
 
 class BeamRunner:
     """Runs stages as one pipeline each time, with Beam's own options."""
 
     def __init__(self, options: Sequence[str] = ()) -> None:
-        """Checks that Beam is there.
+        """Checks that Beam is installed, and raises `TextError` if it is not.
 
-        Args:
-          options: flags of Beam, such as `--runner=FlinkRunner`; without them the pipeline runs in
-            this process.
-
-        Raises:
-          TextError: Apache Beam is not installed.
+        `options` are flags of Beam, such as `--runner=FlinkRunner`; default: the pipeline runs in
+        this process.
         """
         try:
             import apache_beam
@@ -36,7 +32,7 @@ class BeamRunner:
         del apache_beam
         self._options = list(options) or ["--runner=FnApiRunner"]
 
-    def run(self, stages: Sequence[Stage]) -> None:
+    def run(self, stages: Sequence[WorkStage]) -> None:
         """Builds the pipeline of the stages, each behind the one before, and waits for its end.
 
         Raises:
@@ -50,13 +46,13 @@ class BeamRunner:
             with beam.Pipeline(options=options) as pipeline:
                 build(pipeline, stages)
         except Exception as error:
-            found = _user_error(error)
-            if found is None:
+            message = _user_error(error)
+            if message is None:
                 raise
-            raise TextError(found) from error
+            raise TextError(message) from error
 
 
-def build(pipeline: Any, stages: Sequence[Stage]) -> Any:
+def build(pipeline: Any, stages: Sequence[WorkStage]) -> Any:
     """Adds the stages to a pipeline; returns the collection of the last one's results.
 
     A stage waits for the one before, whose results are its side input.
@@ -78,14 +74,14 @@ def build(pipeline: Any, stages: Sequence[Stage]) -> Any:
     return done
 
 
-def _units(stage: Stage, before: Iterable[Any] = ()) -> Iterable[Any]:
+def _units(stage: WorkStage, before: Iterable[Any] = ()) -> Iterable[Any]:
     for _ in before:  # all of them: then the stage before has ended
         pass
     yield from stage.units()
 
 
 def _user_error(error: BaseException | None) -> str | None:
-    """The message of a `TextError` among an error and its causes, as Beam has changed it."""
+    """Returns the message of a `TextError` among an error, as Beam changed it, and its causes."""
     while error is not None:
         if isinstance(error, TextError):
             return str(error)

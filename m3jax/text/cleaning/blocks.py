@@ -1,4 +1,4 @@
-"""Documents in blocks of a few megabytes: units of work that processes share, in reading order."""
+"""Blocks of documents of a few megabytes: units of work that processes share, in reading order."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from m3jax.text.documents import (
     Document,
     count_tfds,
     find_files,
-    json_lines,
     parquet_groups,
     parquet_rows,
     parse_line,
     read_text_file,
     tfds_examples,
 )
+from m3jax.text.jsonl import json_lines
 
 BLOCK_BYTES = 4 << 20
 _MOST = 1 << 16  # documents of a block of lines, files or examples
@@ -28,8 +28,8 @@ INDEX_BITS, BLOCK_BITS, SOURCE_BITS = 24, 20, 20  # of a document's number
 
 
 @dataclass(frozen=True)
-class Source:
-    """What is read by one process from its beginning to its end.
+class BlockSource:
+    """Names files that one process reads from beginning to end.
 
     Attributes:
       number: place among all sources.
@@ -42,7 +42,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Block:
-    """Some neighbouring documents of a source.
+    """Names or holds some neighbouring documents of a source.
 
     Attributes:
       name: `<source>-<block>`, in digits, so that names sort in reading order.
@@ -63,19 +63,19 @@ class Block:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A line, row or file that is no document, and why."""
+    """Says why a line, row or file is no document."""
 
     reason: str
 
 
 def number_of(name: str, index: int) -> int:
-    """A number of 64 bits whose order is the reading order, from a block's name and a place."""
+    """Numbers a document, from its block's name and place, so that order is reading order."""
     source, block = map(int, name.split("-"))
     return (source << (BLOCK_BITS + INDEX_BITS)) | (block << INDEX_BITS) | index
 
 
 def place_of(number: int) -> tuple[str, int]:
-    """The inverse of `number_of`."""
+    """Inverts `number_of`: returns the block's name and the place."""
     block = number >> INDEX_BITS
     source, block = block >> BLOCK_BITS, block & ((1 << BLOCK_BITS) - 1)
     return _name(source, block), number & ((1 << INDEX_BITS) - 1)
@@ -85,8 +85,8 @@ def _name(source: int, block: int) -> str:
     return f"{source:07d}-{block:07d}"
 
 
-def sources_of(spec: str) -> list[Source]:
-    """The sources of a spec (`find_files`), in reading order.
+def sources_of(spec: str) -> list[BlockSource]:
+    """Lists the sources of a spec (`find_files`), in reading order.
 
     Raises:
       TextError: what `find_files` raises, or more sources than documents can be numbered by.
@@ -104,15 +104,13 @@ def sources_of(spec: str) -> list[Source]:
         size += os.path.getsize(part) if is_text else 0
     if len(gathered) >= 1 << SOURCE_BITS:
         raise TextError(f"{spec!r} names {len(gathered)} files; join them to fewer")
-    return [Source(number, tuple(parts)) for number, parts in enumerate(gathered)]
+    return [BlockSource(number, tuple(parts)) for number, parts in enumerate(gathered)]
 
 
-def blocks_of(sources: Iterable[Source], limit: int | None = None) -> Iterator[Block]:
-    """The blocks of sources, one at a time.
+def blocks_of(sources: Iterable[BlockSource], limit: int | None = None) -> Iterator[Block]:
+    """Yields the blocks of sources, one at a time.
 
-    Args:
-      sources: the sources.
-      limit: most lines, rows, files or examples of all; blank lines do not count; None = all.
+    `limit` is the most lines, rows, files or examples of all; blank lines do not count; None = all.
     """
     left = limit if limit is not None else 1 << 62
     for source in sources:
@@ -125,8 +123,8 @@ def blocks_of(sources: Iterable[Source], limit: int | None = None) -> Iterator[B
             left -= sum(1 for line in lines if line.strip()) if lines else count
 
 
-def _cut(source: Source, left: int) -> Iterator[tuple[int, int, tuple[bytes, ...], int]]:
-    """First, count, lines and first row of every block."""
+def _cut(source: BlockSource, left: int) -> Iterator[tuple[int, int, tuple[bytes, ...], int]]:
+    """Yields first, count, lines and first row of every block."""
     part = source.parts[0]
     if part.startswith("tfds:"):
         total = min(count_tfds(part), left)
@@ -162,14 +160,11 @@ def _cut_lines(path: Path, left: int) -> Iterator[tuple[int, int, tuple[bytes, .
 
 
 def read_block(block: Block, strict: bool) -> Iterator[Document | Unreadable]:
-    """The documents of a block, white space only included, blank lines not.
-
-    Args:
-      block: the block.
-      strict: whether what is unreadable raises instead of being handed out.
+    """Yields the documents of a block, white space only included, blank lines not.
 
     Raises:
-      TextError: see `strict`; a file that cannot be opened or is damaged.
+        TextError: `strict` and something is unreadable, which otherwise is yielded; a file that
+        cannot be opened or is damaged.
     """
     for place, make in enumerate(_makers(block)):
         if place >= block.count:
@@ -183,7 +178,7 @@ def read_block(block: Block, strict: bool) -> Iterator[Document | Unreadable]:
 
 
 def _makers(block: Block) -> Iterator[Callable[[], Document]]:
-    """For every document of a block, what makes it or raises `TextError`."""
+    """Yields, for every document of a block, a function that makes it or raises `TextError`."""
     part = block.parts[0]
     if part.startswith("tfds:"):
         yield from tfds_examples(part, block.first, block.first + block.count)

@@ -43,7 +43,7 @@ _VARIETIES = {"wuu": "zh", "yue": "zh"}
 
 @dataclass(frozen=True)
 class Cleaning:
-    """What the functions here need to know.
+    """Holds what the functions here need to know.
 
     Attributes:
       folder: where they read and write, seen by all processes.
@@ -57,17 +57,17 @@ class Cleaning:
 
     @property
     def blocks(self) -> Path:
-        """The folder of the blocks."""
+        """Returns the folder of the blocks."""
         return self.folder / "blocks"
 
 
 def names_of(cleaning: Cleaning) -> list[str]:
-    """The names of the finished blocks, in reading order."""
+    """Lists the names of the finished blocks, in reading order."""
     return sorted(path.stem for path in cleaning.blocks.glob("*.json"))
 
 
 def is_clean(cleaning: Cleaning, block: Block) -> bool:
-    """Whether a block is finished."""
+    """Tests whether a block is finished."""
     return (cleaning.blocks / f"{block.name}.json").is_file()
 
 
@@ -92,7 +92,7 @@ def clean_block(cleaning: Cleaning, block: Block) -> str:
 
 
 def _pass(document: Document, clean: Any, tally: Tally) -> tuple[Document, Measures, str] | None:
-    """The repaired document with its measures and language, if no rule takes it out."""
+    """Returns the repaired document with its measures and language, if no rule takes it out."""
     text = document.text
     tally.count("read", len(text))
     if not text or text.isspace():
@@ -153,8 +153,8 @@ def _language(text: str) -> str:
         import py3langid
     except ImportError as error:
         raise TextError("languages are told by py3langid: pip install -e '.[clean]'") from error
-    found = py3langid.classify(text[:_LANGUAGE_HEAD])[0]
-    return _VARIETIES.get(found, found)
+    language = py3langid.classify(text[:_LANGUAGE_HEAD])[0]
+    return _VARIETIES.get(language, language)
 
 
 @lru_cache(maxsize=1)
@@ -169,7 +169,7 @@ def _of_quality(
     for (document, _, _), score in zip(kept, scores, strict=True):
         if score < least:
             tally.take_out("quality_min", document, f"{score:.2f}")
-    return [one for one, score in zip(kept, scores, strict=True) if score >= least]
+    return [item for item, score in zip(kept, scores, strict=True) if score >= least]
 
 
 def _write(

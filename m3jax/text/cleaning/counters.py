@@ -1,4 +1,4 @@
-"""What a block of documents counted: what came in, what each step took out, and samples of it."""
+"""Counts of a block of documents: what came in, what each step took out, and samples of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHOWN = 400  # characters shown of each
 
 @dataclass
 class Tally:
-    """Counts that add up over blocks, in any order.
+    """Holds counts that add up over blocks, in any order.
 
     Attributes:
       counts: `<step>/documents` and `<step>/characters`; the step `read` is what came in.
@@ -47,7 +47,7 @@ class Tally:
         self.samples[step] = sorted(kept, key=lambda sample: sample["order"])[:SAMPLES]
 
     def add(self, other: Tally) -> None:
-        """Adds what another one counted."""
+        """Adds the counts of another tally."""
         self.counts.update(other.counts)
         self.languages.update(other.languages)
         self.lengths.update(other.lengths)
@@ -56,7 +56,7 @@ class Tally:
             self.samples[step] = sorted(together, key=lambda s: s["order"])[:SAMPLES]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Returns plain values for JSON."""
         return {
             "counts": dict(self.counts),
             "samples": self.samples,
@@ -66,7 +66,7 @@ class Tally:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Tally:
-        """The inverse of `to_json`."""
+        """Restores a tally from what `to_json` returned."""
         return cls(
             Counter(content["counts"]),
             content["samples"],

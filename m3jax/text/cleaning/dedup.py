@@ -1,4 +1,4 @@
-"""What is left of cleaned blocks: near-duplicates and repeated ids among all, and the documents."""
+"""Deduplication of cleaned blocks: near-duplicates and repeated ids among all, and the rest."""
 
 from __future__ import annotations
 
@@ -21,15 +21,10 @@ from m3jax.text.cleaning.clean import Cleaning, names_of
 from m3jax.text.cleaning.counters import Tally
 from m3jax.text.documents import Document
 
-_PART_BYTES = 256 << 20  # of band entries that are compared at once
-
 
 def parts_to_compare(cleaning: Cleaning) -> list[tuple[int, int]]:
-    """Ranges of keys, as `(part, parts)`, each of which fits in memory."""
-    files = cleaning.blocks.glob("*.bands.npy")
-    total = sum(path.stat().st_size for path in files)
-    parts = max(1, -(-total // _PART_BYTES))
-    return [(part, parts) for part in range(parts)]
+    """Lists parts of the keys of bands, as `minhash.parts_of`."""
+    return minhash.parts_of(cleaning.blocks.glob("*.bands.npy"))
 
 
 def compare_part(cleaning: Cleaning, part: tuple[int, int]) -> int:
@@ -38,13 +33,13 @@ def compare_part(cleaning: Cleaning, part: tuple[int, int]) -> int:
     if target.with_suffix(".renames.npy").is_file():
         return part[0]
     names = names_of(cleaning)
-    found = np.empty(0, minhash.DROP)
+    drops = np.empty(0, minhash.DROP)
     if cleaning.clean.similarity > 0:
         entries = _in_range(cleaning, names, "bands", part)
-        found = minhash.compare(entries, _signatures_of(cleaning), float(cleaning.clean.similarity))
+        drops = minhash.compare(entries, _signatures_of(cleaning), float(cleaning.clean.similarity))
     repeated = [members[1:] for members in minhash.groups(_in_range(cleaning, names, "ids", part))]
     renames = np.concatenate([np.empty(0, np.uint64), *repeated])
-    write_array(target.with_suffix(".drops.npy"), found, shared=True)
+    write_array(target.with_suffix(".drops.npy"), drops, shared=True)
     write_array(target.with_suffix(".renames.npy"), renames, shared=True)
     return part[0]
 
@@ -69,7 +64,7 @@ def _signatures_of(cleaning: Cleaning) -> Any:
 
 
 def decide(cleaning: Cleaning) -> Tally:
-    """Joins what the comparisons found, and counts the blocks; returns all counts.
+    """Joins the comparisons' results, and counts the blocks; returns all counts.
 
     Raises:
       TextError: more unreadable lines than `clean.unreadable_share`, or no document is left.
@@ -100,7 +95,7 @@ def decide(cleaning: Cleaning) -> Tally:
 
 
 class Cleaned:
-    """The documents that are left, in reading order.
+    """Reads the documents that are left, in reading order.
 
     An id that an earlier document has too gets the document's source behind it: `7~b.jsonl:12`.
 
@@ -121,7 +116,7 @@ class Cleaned:
             yield from self.block(name)
 
     def block(self, name: str) -> Iterator[Document]:
-        """The documents of a block that are left."""
+        """Yields the documents of a block that are left."""
         documents = self.unfiltered(name)
         dropped, renamed = self.left_out(name), self._inside(self.renames, name)
         for i, document in enumerate(documents):
@@ -131,7 +126,7 @@ class Cleaned:
                 yield document
 
     def unfiltered(self, name: str) -> list[Document]:
-        """The documents of a block before duplicates are left out, with the ids they had."""
+        """Reads the documents of a block before duplicates are left out, with the ids they had."""
         data = (self.cleaning.blocks / f"{name}.documents").read_bytes()
         rows = msgpack.unpackb(zlib.decompress(data))
         return [
@@ -140,7 +135,7 @@ class Cleaned:
         ]
 
     def left_out(self, name: str) -> set[int]:
-        """Places of a block's near-duplicates."""
+        """Returns the places of a block's near-duplicates."""
         return self._inside(self.drops["number"], name)
 
     def _inside(self, numbers: np.ndarray, name: str) -> set[int]:

@@ -23,14 +23,15 @@ ENTRY = np.dtype([("key", "<u8"), ("number", "<u8")])  # of a band, or of an id
 DROP = np.dtype([("number", "<u8"), ("witness", "<u8"), ("similarity", "<f4")])
 _SEED = 1
 _RECALL = 0.97  # share of pairs at the threshold that share a band
+_PART_BYTES = 256 << 20  # of band entries that are compared at once
 _NEIGHBOURS = 16  # members of a large group that each one is compared with, on both ends
 
 
 def bands_of(similarity: float, permutations: int) -> tuple[int, int]:
-    """Bands and rows of a band: the longest bands of which pairs at the threshold share one.
+    """Returns bands and rows: the longest bands of which pairs at the threshold share one.
 
-    The probability that two documents of similarity s share one of b bands of r values is
-    1 − (1 − s^r)^b.
+    The probability that two documents of similarity s share one of b bands of r values is 1 − (1 −
+    s^r)^b.
     """
     for rows in range(permutations, 1, -1):
         bands = permutations // rows
@@ -40,7 +41,7 @@ def bands_of(similarity: float, permutations: int) -> tuple[int, int]:
 
 
 def algorithm() -> str:
-    """Names the library's algorithm, whose change would change what is found.
+    """Names the library's algorithm, whose change would change the near-duplicates.
 
     Raises:
       TextError: the library is not installed.
@@ -57,21 +58,21 @@ def _rensa() -> Any:
 
 
 def signature(text: str, permutations: int, shingle_words: int) -> UInt32[np.ndarray, " n"]:
-    """MinHash signature of the runs of `shingle_words` words of a text.
+    """Computes the MinHash signature of the runs of `shingle_words` words of a text.
 
     A text of fewer words is one item, one without words is compared as it is.
     """
     minhash = _rensa().RMinHash(num_perm=permutations, seed=_SEED)
     short: list[str] = []
-    found = False
+    whole = False
     for words in normal_words(text):
         if len(words) >= shingle_words:
             runs = (itertools.islice(words, i, None) for i in range(shingle_words))
             minhash.update([" ".join(run) for run in zip(*runs, strict=False)])
-            found = True
-        elif not found:
+            whole = True
+        elif not whole:
             short += words
-    if not found:
+    if not whole:
         minhash.update([" ".join(short) or text])
     return np.array(minhash.digest(), np.uint32)
 
@@ -79,7 +80,7 @@ def signature(text: str, permutations: int, shingle_words: int) -> UInt32[np.nda
 def band_entries(
     signatures: UInt32[np.ndarray, "d n"], numbers: UInt64[np.ndarray, " d"], similarity: float
 ) -> Shaped[np.ndarray, " e"]:
-    """One entry a document and band, sorted by key; equal keys are equal bands."""
+    """Makes one entry a document and band, sorted by key; equal keys are equal bands."""
     documents, permutations = signatures.shape
     bands, rows = bands_of(similarity, permutations)
     values = signatures[:, : bands * rows].reshape(documents, bands, rows).astype(np.uint64)
@@ -92,19 +93,20 @@ def band_entries(
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 on uint64: a bijection in which every bit depends on all."""
+    """Applies the finalizer of SplitMix64, a bijection in which every bit depends on all."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-def in_part(files: Iterable[Path], part: tuple[int, int]) -> Shaped[np.ndarray, " e"]:
-    """Entries of all files whose keys are in one part of all keys.
+def parts_of(files: Iterable[Path]) -> list[tuple[int, int]]:
+    """Lists parts of all keys, as `(part, parts)`, each of whose entries fit in memory."""
+    parts = max(1, -(-sum(path.stat().st_size for path in files) // _PART_BYTES))
+    return [(part, parts) for part in range(parts)]
 
-    Args:
-      files: `.npy` of entries sorted by key.
-      part: `(part, parts)`.
-    """
+
+def in_part(files: Iterable[Path], part: tuple[int, int]) -> Shaped[np.ndarray, " e"]:
+    """Reads the entries of sorted `.npy` files in one part of all keys: `(part, parts)`."""
     low, high = (-(-(i << 64) // part[1]) for i in (part[0], part[0] + 1))
     pieces = [np.empty(0, ENTRY)]
     for path in files:
@@ -117,7 +119,7 @@ def in_part(files: Iterable[Path], part: tuple[int, int]) -> Shaped[np.ndarray, 
 
 
 def groups(entries: Shaped[np.ndarray, " e"]) -> Iterable[UInt64[np.ndarray, " g"]]:
-    """Numbers of the entries with equal keys, ascending, for every key that occurs twice."""
+    """Yields the numbers of entries with equal keys, ascending, for keys that occur twice."""
     entries = np.sort(entries, order=["key", "number"])
     starts = np.flatnonzero(np.append(True, entries["key"][1:] != entries["key"][:-1]))
     ends = np.append(starts[1:], len(entries))
@@ -130,13 +132,13 @@ def compare(
     signature_of: Callable[[int], UInt32[np.ndarray, " n"]],
     similarity: float,
 ) -> Shaped[np.ndarray, " k"]:
-    """The documents that an earlier one of the same band is similar to, sorted by number.
+    """Finds the documents that an earlier one of the same band is similar to, sorted by number.
 
     In a group of many each is compared with the 16 first and the 16 before it.
 
     Args:
       entries: of bands; all entries with a key that occurs at all.
-      signature_of: signature of a document by its number.
+      signature_of: returns the signature of a document by its number.
       similarity: the least that counts.
     """
     witnesses: dict[int, tuple[int, float]] = {}
@@ -160,7 +162,7 @@ def compare(
 
 
 def merged(parts: list[np.ndarray]) -> Shaped[np.ndarray, " k"]:
-    """One row a dropped document, with its earliest witness, sorted by number."""
+    """Joins parts to one row a dropped document, with its earliest witness, sorted by number."""
     drops = np.sort(np.concatenate([np.empty(0, DROP), *parts]), order=["number", "witness"])
     first = np.append(True, drops["number"][1:] != drops["number"][:-1])[: len(drops)]
     return drops[first]

@@ -1,10 +1,9 @@
-"""The preparation of documents in blocks, shared by processes: clean, compare, tokenize, join."""
+"""Cleaning pipeline of documents in blocks, shared by processes: clean, compare, tokenize, join."""
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,24 +13,24 @@ from m3jax.config import ConfigDict
 from m3jax.errors import TextError
 from m3jax.files import TEMPORARY, digest, write_atomically
 from m3jax.text.cleaning import minhash
-from m3jax.text.cleaning.blocks import Block, Source, blocks_of, sources_of
+from m3jax.text.cleaning.blocks import Block, BlockSource, blocks_of, sources_of
 from m3jax.text.cleaning.clean import Cleaning, clean_block, is_clean, names_of
 from m3jax.text.cleaning.dedup import Cleaned, compare_part, decide, parts_to_compare
 from m3jax.text.cleaning.quality import load_scorer
 from m3jax.text.cleaning.split import Cutting, cut_block, cut_documents
 from m3jax.text.cleaning.tokenize import Tokenizing, tokenize_block, tokenized
-from m3jax.text.cleaning.workers import Runner, Stage
+from m3jax.text.cleaning.workers import Runner, WorkStage
 from m3jax.text.corpus import CorpusInfo, write_encoded
 from m3jax.text.references import write_pieces
 from m3jax.text.tokenizer import Tokenizer
-from m3jax.workdir import make_part
+from m3jax.workdir import begin_part, make_part
 
-_BEGUN, _SUMMARY = "begun.json", "summary.txt"
+_SUMMARY = "summary.txt"
 _TOKENS, _PIECES = "tokens-", "pieces-"
 
 
-class Pipeline:
-    """The stages of a run on blocks of its documents, in the folder `clean/` of a workdir."""
+class CleaningPipeline:
+    """Runs the stages on blocks of a run's documents, in the folder `clean/` of a workdir."""
 
     def __init__(
         self,
@@ -42,11 +41,7 @@ class Pipeline:
         runner: Runner,
         quality: str | None,
     ) -> None:
-        """Checks what cannot work before anything is read.
-
-        Raises:
-          TextError: a quality threshold without a scorer or the other way round.
-        """
+        """Raises `TextError` for a quality threshold without a scorer or the other way round."""
         if (quality is not None) != (config.clean.enabled and config.clean.quality_min > 0):
             raise TextError(
                 f"clean.enabled = {config.clean.enabled} and clean.quality_min ="
@@ -60,7 +55,7 @@ class Pipeline:
         self._cleaning = Cleaning(self._folder.absolute(), clean, quality)
 
     def inputs(self) -> dict[str, Any]:
-        """What cleaning adds to the inputs of all that is made of its documents; {} without."""
+        """Returns what cleaning adds to the inputs of its documents; {} without cleaning."""
         clean = self._config.clean
         if not clean.enabled:
             return {}
@@ -73,14 +68,11 @@ class Pipeline:
 
     @property
     def summary(self) -> str:
-        """One line: how many documents came in, and how many are left."""
+        """Returns one line: how many documents came in, and how many are left."""
         return (self._folder / _SUMMARY).read_text("utf-8")
 
     def clean(self, inputs: dict[str, Any]) -> bool:
-        """Cleans the documents and writes the data report, unless that is finished.
-
-        Returns:
-          Whether it was finished before.
+        """Cleans the documents and writes the data report; returns True where it was finished.
 
         Raises:
           TextError: bad documents, or a folder that was made from other inputs.
@@ -88,23 +80,19 @@ class Pipeline:
         return make_part(self._folder, inputs, partial(self._clean, inputs))
 
     def _clean(self, inputs: dict[str, Any], folder: Path) -> None:
-        begun = json.dumps(inputs, indent=1, sort_keys=True).encode()
-        marker = folder / _BEGUN
-        if not marker.is_file() or marker.read_bytes() != begun:
-            shutil.rmtree(folder, ignore_errors=True)  # left by an unfinished run of other inputs
-            write_atomically(marker, begun)
+        begin_part(folder, inputs)
         cleaning = self._cleaning
         stages = [
-            Stage(
+            WorkStage(
                 "clean",
                 partial(_sources, self._documents, self._limit),
-                partial(_blocks_to_clean, cleaning, self._limit),
                 partial(clean_block, cleaning),
+                partial(_blocks_to_clean, cleaning, self._limit),
             )
         ]
         if cleaning.clean.enabled:
             units = partial(parts_to_compare, cleaning)
-            stages.append(Stage("compare", units, _alone, partial(compare_part, cleaning)))
+            stages.append(WorkStage("compare", units, partial(compare_part, cleaning)))
         self._runner.run(stages)
         for left in folder.rglob("*" + TEMPORARY):  # by processes that were killed
             left.unlink(missing_ok=True)
@@ -126,7 +114,7 @@ class Pipeline:
         return ", ".join(f"{name.split('/')[0]} {tally.counts[name]}" for name in steps)
 
     def documents(self) -> Cleaned:
-        """The documents that are left."""
+        """Returns the documents that are left."""
         return Cleaned(self._cleaning)
 
     def write_corpus(self, held_out: bool, tokenizer: Tokenizer, folder: Path) -> CorpusInfo:
@@ -141,7 +129,7 @@ class Pipeline:
             text.shuffle,
         )
         names = partial(names_of, self._cleaning)
-        self._runner.run([Stage("tokenize", names, _alone, partial(tokenize_block, tokenizing))])
+        self._runner.run([WorkStage("tokenize", names, partial(tokenize_block, tokenizing))])
         documents = tokenized(tokenizing, held_out)
         return write_encoded(documents, tokenizer, folder, text.shards)
 
@@ -156,7 +144,7 @@ class Pipeline:
             length,
         )
         names = partial(names_of, self._cleaning)
-        self._runner.run([Stage("cut", names, _alone, partial(cut_block, cutting))])
+        self._runner.run([WorkStage("cut", names, partial(cut_block, cutting))])
         return write_pieces(cut_documents(cutting), tokenizer, folder, length)
 
     def tidy(self) -> None:
@@ -166,17 +154,13 @@ class Pipeline:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sources(spec: str, limit: int | None) -> list[tuple[Source, ...]]:
-    """Units to read; one for all sources where their documents are counted."""
+def _sources(spec: str, limit: int | None) -> list[tuple[BlockSource, ...]]:
+    """Lists units to read; one for all sources where their documents are counted."""
     sources = sources_of(spec)
     return [tuple(sources)] if limit is not None else [(source,) for source in sources]
 
 
 def _blocks_to_clean(
-    cleaning: Cleaning, limit: int | None, sources: tuple[Source, ...]
+    cleaning: Cleaning, limit: int | None, sources: tuple[BlockSource, ...]
 ) -> Iterator[Block]:
     return (block for block in blocks_of(sources, limit) if not is_clean(cleaning, block))
-
-
-def _alone(unit: Any) -> Iterable[Any]:
-    return [unit]

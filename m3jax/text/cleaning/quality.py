@@ -1,4 +1,4 @@
-"""The learned quality score of a document, 0 … 5 (Memory³ §7): the interface, and one trained here.
+"""Learned quality score of a document, 0 … 5 (Memory³ §7): the interface, and one trained here.
 
 The paper scores with a model; ours is a linear regression on hashed words and pairs of words, cheap
 enough for a whole corpus. Anything with `fingerprint` and `score` can take its place.
@@ -7,7 +7,6 @@ enough for a whole corpus. Anything with `fingerprint` and `score` can take its 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +16,9 @@ import numpy as np
 from jaxtyping import Float32
 
 from m3jax.errors import TextError
-from m3jax.files import checksum, digest, lines, read_sealed, write_array, write_sealed
+from m3jax.files import checksum, digest, read_sealed, write_array, write_sealed
 from m3jax.text.cleaning.rules import normal_words
+from m3jax.text.jsonl import read_records
 
 LOWEST, HIGHEST = 0.0, 5.0
 _WEIGHTS, _MANIFEST = "weights.npy", "manifest.json"
@@ -28,20 +28,16 @@ _FEATURES = 1 << 18
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Gives documents a quality score.
-
-    Attributes:
-      fingerprint: changes whenever scores may change.
-    """
+    """Interface of a quality score; `fingerprint` changes when scores may change."""
 
     fingerprint: str
 
     def score(self, texts: Sequence[str]) -> Float32[np.ndarray, " n"]:
-        """Scores from 0 (useless) to 5 (excellent), one a text, each independent of the others."""
+        """Scores texts from 0 (useless) to 5 (excellent), each independently of the others."""
 
 
 class LinearScorer:
-    """Linear regression on hashed words and word pairs of the first 20 000 characters."""
+    """Scores by linear regression on hashed words and word pairs of the first 20 000 characters."""
 
     def __init__(self, weights: Float32[np.ndarray, " f"], bias: float) -> None:
         self._weights, self._bias = weights, bias
@@ -49,11 +45,11 @@ class LinearScorer:
         self.fingerprint = digest("linear", weights.tobytes(), repr(bias))
 
     def score(self, texts: Sequence[str]) -> Float32[np.ndarray, " n"]:
-        """Scores, 0 … 5."""
+        """Scores texts, 0 … 5."""
         if not texts:
             return np.empty(0, np.float32)
-        found = self._vectorizer.transform(texts) @ self._weights + self._bias
-        return np.clip(found, LOWEST, HIGHEST).astype(np.float32)
+        scores = self._vectorizer.transform(texts) @ self._weights + self._bias
+        return np.clip(scores, LOWEST, HIGHEST).astype(np.float32)
 
     @classmethod
     def train(
@@ -92,11 +88,7 @@ class LinearScorer:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> LinearScorer:
-        """Reads what `save` wrote.
-
-        Raises:
-          TextError: a file is missing or damaged.
-        """
+        """Reads what `save` wrote; raises `TextError` where a file is missing or damaged."""
         manifest, weights = Path(folder) / _MANIFEST, Path(folder) / _WEIGHTS
         if not manifest.is_file() or not weights.is_file():
             raise TextError(
@@ -109,7 +101,7 @@ class LinearScorer:
 
 
 def load_scorer(spec: str) -> Scorer:
-    """A scorer by the folder it was saved to, or by `MODULE:NAME` of a function that makes one.
+    """Loads a scorer from its folder, or by `MODULE:NAME` of a function that makes it.
 
     Raises:
       TextError: neither.
@@ -124,26 +116,17 @@ def load_scorer(spec: str) -> Scorer:
 
 
 def read_labelled(path: str | os.PathLike[str]) -> tuple[list[str], list[float]]:
-    """Texts and scores of JSON lines `{"text", "score"}`.
+    """Reads texts and scores of JSON lines `{"text", "score"}`."""
 
-    Raises:
-      TextError: a line that is not such an object.
-    """
-    texts, scores = [], []
-    for number, line in enumerate(lines(path), start=1):
-        try:
-            fields = json.loads(line)
-            text, score = fields["text"], fields["score"]
-            if not isinstance(text, str) or type(score) not in (int, float):
-                raise TypeError("text is a string and score a number")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise TextError(
-                f'{path}, line {number} is no labelled text ({error}); expected {{"text": "…",'
-                ' "score": 0 … 5}'
-            ) from error
-        texts.append(text)
-        scores.append(float(score))
-    return texts, scores
+    def parse(record: Any) -> tuple[str, float]:
+        text, score = record["text"], record["score"]
+        if not isinstance(text, str) or type(score) not in (int, float):
+            raise TypeError("text is a string and score a number")
+        return text, float(score)
+
+    form = '{"text": "…", "score": 0 … 5}'
+    texts, scores = zip(*read_records(path, parse, "labelled texts", form), strict=True)
+    return list(texts), list(scores)
 
 
 def held_out_error(
@@ -156,19 +139,21 @@ def held_out_error(
       Pearson's `correlation`; NaN where the fifth is too small.
     """
     held = np.array([int(digest(text)[:8], 16) % 5 == 0 for text in texts])
-    wanted = np.asarray(scores, np.float64)
-    if held.sum() < 2 or (~held).sum() < 2 or len(set(wanted[~held])) < 2:
+    labels = np.asarray(scores, np.float64)
+    if held.sum() < 2 or (~held).sum() < 2 or len(set(labels[~held])) < 2:
         return dict.fromkeys(("count", "error", "error_of_mean", "correlation"), float("nan"))
     scorer = LinearScorer.train(
-        [t for t, h in zip(texts, held, strict=True) if not h], wanted[~held].tolist(), penalty
+        [t for t, h in zip(texts, held, strict=True) if not h], labels[~held].tolist(), penalty
     )
-    found = scorer.score([t for t, h in zip(texts, held, strict=True) if h])
-    varied = found.std() > 0 and wanted[held].std() > 0
+    predicted = scorer.score([t for t, h in zip(texts, held, strict=True) if h])
+    correlation = float("nan")
+    if predicted.std() > 0 and labels[held].std() > 0:
+        correlation = float(np.corrcoef(predicted, labels[held])[0, 1])
     return {
         "count": float(held.sum()),
-        "error": float(np.abs(found - wanted[held]).mean()),
-        "error_of_mean": float(np.abs(wanted[~held].mean() - wanted[held]).mean()),
-        "correlation": float(np.corrcoef(found, wanted[held])[0, 1]) if varied else float("nan"),
+        "error": float(np.abs(predicted - labels[held]).mean()),
+        "error_of_mean": float(np.abs(labels[~held].mean() - labels[held]).mean()),
+        "correlation": correlation,
     }
 
 

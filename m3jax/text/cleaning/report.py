@@ -1,4 +1,4 @@
-"""The data report: what came in, what every step took out, with samples, and what is left."""
+"""Data report: what came in, what every step took out, with samples, and what is left."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from jaxtyping import Shaped
+from matplotlib.figure import Figure
 
-from m3jax.files import committing, write_atomically
+from m3jax.figures import INK, PALE, TEAL, finish_axes, save_figure
+from m3jax.files import write_atomically
 from m3jax.text.cleaning.blocks import place_of
 from m3jax.text.cleaning.counters import SAMPLES, SHOWN, Tally
 from m3jax.text.cleaning.dedup import Cleaned
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-
-INK, IN, LEFT, _GRID = "#22303c", "#b8c4cc", "#0b7a75", "#e6eaed"
 _LANGUAGES = 20  # shown in the picture
 # Steps that take documents out, in their order, with what the value of a sample is.
 _STEPS = {
@@ -38,15 +36,10 @@ _STEPS = {
 
 
 def write_data_report(cleaned: Cleaned, tally: Tally, folder: Path) -> str:
-    """Writes `report.json`, `report.md`, `lengths.png` and `languages.png`.
+    """Writes `report.json`, `report.md`, `lengths.png` and `languages.png` to `folder`.
 
-    Args:
-      cleaned: the documents that are left.
-      tally: what all blocks counted.
-      folder: where to write.
-
-    Returns:
-      One line of what came in and what is left.
+    `cleaned` are the documents that are left, `tally` what all blocks counted. Returns one line of
+    what came in and what is left.
     """
     lengths, languages, left, twins = _of_tables(cleaned)
     tally.counts.update(twins)
@@ -65,13 +58,32 @@ def write_data_report(cleaned: Cleaned, tally: Tally, folder: Path) -> str:
         "languages_left": dict(languages.most_common()),
         "samples": tally.samples,
     }
-    data = json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")
-    write_atomically(folder / "report.json", data)
     _draw_lengths(folder / "lengths.png", tally.lengths, lengths)
     _draw_languages(folder / "languages.png", tally.languages, languages)
-    write_atomically(folder / "report.md", _markdown(content).encode("utf-8", "backslashreplace"))
+    write_report(folder, content, _markdown(content))
     removed = read + lost - left["documents"]
     return f"{read + lost} documents read, {removed} removed, {left['documents']} left"
+
+
+def write_report(folder: Path, content: dict[str, Any], markdown: str) -> None:
+    """Writes `report.json` and `report.md`."""
+    data = json.dumps(content, indent=1, ensure_ascii=False)
+    for name, text in (("report.json", data), ("report.md", markdown)):
+        write_atomically(folder / name, text.encode("utf-8", "backslashreplace"))
+
+
+def near_duplicate_samples(drops: Shaped[np.ndarray, " d"]) -> list[tuple[int, int, float]]:
+    """Chooses near-duplicates to show, by a hash of their number: rows of `minhash.DROP`."""
+
+    def order(row: tuple[int, int, float]) -> bytes:
+        return hashlib.blake2b(row[0].to_bytes(8, "little"), digest_size=8).digest()
+
+    return sorted(drops.tolist(), key=order)[:SAMPLES]
+
+
+def side_by_side(dropped: str, kept: str) -> str:
+    """Joins the beginnings of a near-duplicate and of the text that stays."""
+    return f"{dropped[: SHOWN // 2]}\n— is like —\n{kept[: SHOWN // 2]}"
 
 
 def _pair(tally: Tally, step: str) -> dict[str, int]:
@@ -85,7 +97,7 @@ def _sorted(lengths: Counter[str]) -> dict[str, int]:
 def _of_tables(
     cleaned: Cleaned,
 ) -> tuple[Counter[str], Counter[str], dict[str, int], dict[str, int]]:
-    """Lengths, languages and counts of what is left; counts of the near-duplicates."""
+    """Counts lengths, languages and documents of what is left, and the near-duplicates."""
     lengths, languages = Counter[str](), Counter[str]()
     left, twins = np.zeros(2, np.int64), np.zeros(2, np.int64)
     for name in cleaned.names:
@@ -106,17 +118,12 @@ def _of_tables(
 
 
 def _twins(cleaned: Cleaned) -> Iterator[tuple[dict[str, Any], str]]:
-    """Some near-duplicates, beside the document that stays."""
-
-    def order(row: tuple[int, int, float]) -> bytes:
-        return hashlib.blake2b(row[0].to_bytes(8, "little"), digest_size=8).digest()
-
-    for number, witness, similarity in sorted(cleaned.drops.tolist(), key=order)[:SAMPLES]:
+    """Yields some near-duplicates, beside the document that stays."""
+    for number, witness, similarity in near_duplicate_samples(cleaned.drops):
         dropped, kept = (_document(cleaned, n) for n in (number, witness))
         value = f"{kept.id} ({kept.source}), {similarity:.2f}"
         names = {"id": dropped.id, "source": dropped.source, "value": value}
-        half = SHOWN // 2
-        yield names, f"{dropped.text[:half]}\n— is like —\n{kept.text[:half]}"
+        yield names, side_by_side(dropped.text, kept.text)
 
 
 def _document(cleaned: Cleaned, number: int) -> Any:
@@ -125,7 +132,7 @@ def _document(cleaned: Cleaned, number: int) -> Any:
 
 
 def _markdown(content: dict[str, Any]) -> str:
-    """The report to read, with the pictures beside it."""
+    """Formats the report to read, with the pictures beside it."""
 
     def row(name: str, pair: dict[str, int]) -> str:
         share = pair["characters"] / max(content["read"]["characters"], 1)
@@ -149,57 +156,56 @@ def _markdown(content: dict[str, Any]) -> str:
         "![languages](languages.png)",
     ]
     meanings = {**_STEPS, "repaired": "repaired Unicode: before, and after"}
-    for step, samples in content["samples"].items():
+    return "\n".join(lines) + "\n" + samples_markdown(content["samples"], meanings)
+
+
+def samples_markdown(samples: dict[str, list[dict[str, Any]]], meanings: dict[str, str]) -> str:
+    """Formats the samples of every step, under the meaning of their value."""
+    lines = []
+    for step, members in samples.items():
         lines += ["", f"## {step}", "", f"{meanings[step]}.", ""]
-        for sample in samples:
+        for sample in members:
             named = " · ".join(f"{sample[key]}" for key in ("id", "source") if sample.get(key))
-            lines += [f"* {named} **{one_line(sample['value'])}**", ""]
-            lines += [f"      {one_line(line)}" for line in sample["text"].split("\n") if line] + [
-                ""
-            ]
-    return "\n".join(lines) + "\n"
+            lines += [f"* {named} **{_printable(sample['value'])}**", ""]
+            lines += [f"      {_printable(line)}" for line in sample["text"].split("\n") if line]
+            lines += [""]
+    return "\n".join(lines) + "\n" if lines else ""
 
 
-def one_line(text: str) -> str:
-    """A text in one line, without signs that a terminal would obey."""
+def _printable(text: str) -> str:
+    """Replaces control characters, which a terminal would obey."""
     return "".join(c if c.isprintable() else "·" for c in text)
 
 
 def _draw_lengths(path: Path, read: Counter[str], left: Counter[str]) -> None:
-    """Documents by number of words, in powers of two: what came in, and what is left."""
+    """Draws documents by number of words, in powers of two: what came in, and what is left."""
     powers = sorted({int(power) for power in (*read, *left)}) or [0]
     places = range(powers[0], powers[-1] + 1)
-    figure, axes = plt.subplots(figsize=(8, 4), constrained_layout=True)
-    axes.bar(places, [read[str(i)] for i in places], color=IN, width=0.85, label="read")
-    axes.bar(places, [left[str(i)] for i in places], color=LEFT, width=0.55, label="left")
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(places, [read[str(i)] for i in places], color=PALE, width=0.85, label="read")
+    axes.bar(places, [left[str(i)] for i in places], color=TEAL, width=0.55, label="left")
     named = ["0" if i == 0 else f"{1 << (i - 1):,}–\n{(1 << i) - 1:,}" for i in places]
     axes.set_xticks(places, named, fontsize=8)
     axes.set_xlabel("words of a document", color=INK)
     axes.set_ylabel("documents", color=INK)
-    finish_picture(figure, axes, path)
+    axes.legend(frameon=False)
+    finish_axes(axes)
+    save_figure(figure, path)
 
 
 def _draw_languages(path: Path, read: Counter[str], left: Counter[str]) -> None:
-    """Documents by language, on a logarithmic scale."""
+    """Draws documents by language, on a logarithmic scale."""
     ranked = sorted(read, key=lambda name: (-read[name], name))[:_LANGUAGES] or ["–"]
-    figure, axes = plt.subplots(figsize=(8, 0.32 * len(ranked) + 1.4), constrained_layout=True)
+    figure = Figure(figsize=(8, 0.32 * len(ranked) + 1.4), layout="constrained")
+    axes = figure.subplots()
     rows = range(len(ranked))
-    axes.barh(rows, [read[name] for name in ranked], color=IN, height=0.8, label="read")
-    axes.barh(rows, [left[name] for name in ranked], color=LEFT, height=0.5, label="left")
+    axes.barh(rows, [read[name] for name in ranked], color=PALE, height=0.8, label="read")
+    axes.barh(rows, [left[name] for name in ranked], color=TEAL, height=0.5, label="left")
     axes.set_yticks(rows, ranked, fontsize=9)
     axes.invert_yaxis()
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlabel("documents", color=INK)
-    finish_picture(figure, axes, path)
-
-
-def finish_picture(figure: Any, axes: Any, path: Path) -> None:
-    """Legend, grid and edges as in all pictures of these reports; writes the PNG."""
     axes.legend(frameon=False)
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    with committing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
-    plt.close(figure)
+    finish_axes(axes)
+    save_figure(figure, path)

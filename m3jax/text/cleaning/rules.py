@@ -1,4 +1,4 @@
-"""Rule filters: what is measured of a document, and which rule it breaks (Memory³ §7).
+"""Rule filters of documents: their measures, and the first rule a text breaks (Memory³ §7).
 
 Ours, where the paper is silent: a *word* is a run of signs without white space, or one sign of
 Chinese or Japanese, so that the same thresholds serve texts without spaces; words are compared
@@ -24,7 +24,7 @@ _PIECE = 1 << 20  # about how many characters are split into words at once, to b
 
 @dataclass(frozen=True)
 class Measures:
-    """What the rules look at.
+    """Holds the measures that the rules compare with thresholds.
 
     Attributes:
       characters: of the text.
@@ -69,13 +69,13 @@ def measure(text: str) -> Measures:
 def broken_rule(
     measures: Any, limits: Any, rules: Sequence[str] = RULES
 ) -> tuple[str, float] | None:
-    """The first rule that a text breaks, and the value that breaks it; None = it passes.
+    """Returns the first rule that a text breaks, and the value that breaks it; None = it passes.
 
     Args:
       measures: of the text.
       limits: the section of a config that has the thresholds.
-      rules: names of the thresholds, in the order they are looked at: that of a measure and
-        `_min`, which it must not be below, or `_max`, which it must not be above.
+        rules: names of the thresholds, in order: that of a measure and `_min`, which it must not be
+        below, or `_max`, which it must not be above.
     """
     for rule in rules:
         name, _, bound = rule.rpartition("_")
@@ -86,13 +86,13 @@ def broken_rule(
 
 
 def normal_words(text: str) -> Iterator[list[str]]:
-    """Words without signs and case, as near-duplicates are compared; a list for each piece."""
+    """Yields words without signs and case, as near-duplicates are compared; a list a piece."""
     for piece in pieces(text):
         yield _NORMAL.findall(piece.casefold())
 
 
 def pieces(text: str) -> Iterator[str]:
-    """A text in parts of about a million characters, cut at line feeds or spaces where it can."""
+    """Yields a text in parts of about a million characters, cut at white space where it can."""
     start = 0
     while len(text) - start > _PIECE:
         end = max(text.rfind(mark, start + 1, start + _PIECE) for mark in "\n ")

@@ -1,4 +1,4 @@
-"""References of blocks on disk, each cut by whoever gets it: `<name>.pieces`, msgpack."""
+"""References of blocks on disk, each cut by one process: `<name>.pieces`, msgpack."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def cut_block(cutting: Cutting, name: str) -> str:
 
 
 def cut_documents(cutting: Cutting) -> Iterator[tuple[Document, list[Piece]]]:
-    """The documents of all blocks, without their texts, with their pieces; a block at a time."""
+    """Yields the documents of all blocks, without texts, with their pieces."""
     for path in sorted(cutting.folder.glob("*.pieces")):
         for name, title, source, pieces in msgpack.unpackb(path.read_bytes()):
             yield (

@@ -3,8 +3,8 @@
     <name>.bin     the block's documents as records, msgpack, one after the other, in their order
          .npy      one row a document: order, place and size of the record, counts
 
-The order of a document is its number, or a hash of seed, id and text; so the corpus does not
-depend on blocks or processes.
+The order of a document is its number, or a hash of seed, id and text; so the corpus does not depend
+on blocks or processes.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ def tokenize_block(tokenizing: Tokenizing, name: str) -> str:
     encoded = encode_documents(documents, tokenizer_of(tokenizing.tokenizer))
     rows = np.zeros(len(documents), _ROW)
     records = []
-    for i, (document, one) in enumerate(zip(documents, encoded, strict=True)):
-        records.append(msgpack.packb(one.record))
+    for i, (document, coded) in enumerate(zip(documents, encoded, strict=True)):
+        records.append(msgpack.packb(coded.record))
         order = _order(document, number_of(name, i), tokenizing.shuffle)
         held_out = is_validation(document, tokenizing.share)
-        counts = (len(records[-1]), one.tokens, one.characters, one.bytes)
+        counts = (len(records[-1]), coded.tokens, coded.characters, coded.bytes)
         rows[i] = (order, 0, *counts, held_out)
     places = np.argsort(rows["order"], kind="stable")
     rows = rows[places]
@@ -86,7 +86,7 @@ def tokenize_block(tokenizing: Tokenizing, name: str) -> str:
 
 @lru_cache(maxsize=1)
 def tokenizer_of(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder, loaded once a process, not once a block."""
+    """Loads the tokenizer of a folder, once a process, not once a block."""
     return Tokenizer.load(folder)
 
 
@@ -102,7 +102,7 @@ def _order(document: Document, number: int, seed: int) -> int:
 
 
 def tokenized(tokenizing: Tokenizing, held_out: bool) -> Iterator[EncodedDocument]:
-    """The documents for validation, or the others, of all blocks, in their order.
+    """Yields the documents for validation, or the others, of all blocks, in their order.
 
     In reading order a block is held in memory at a time, shuffled about 64 MB.
     """
@@ -120,9 +120,9 @@ def tokenized(tokenizing: Tokenizing, held_out: bool) -> Iterator[EncodedDocumen
 def _records(
     folder: Path, names: list[str], held_out: bool, bucket: int, buckets: int
 ) -> Iterator[EncodedDocument]:
-    """The documents whose order is in a part of all orders, sorted."""
+    """Yields the documents whose order is in a part of all orders, sorted."""
     low, high = (-(-(i << 64) // buckets) for i in (bucket, bucket + 1))
-    found: list[tuple[int, str, EncodedDocument]] = []
+    documents: list[tuple[int, str, EncodedDocument]] = []
     for name in names:
         rows = np.load(folder / f"{name}.npy", mmap_mode="r")
         first = int(np.searchsorted(rows["order"], np.uint64(low)))
@@ -134,8 +134,8 @@ def _records(
                 if validation == held_out:
                     file.seek(offset)
                     record = msgpack.unpackb(file.read(size))
-                    found.append((order, name, EncodedDocument(record, *counts)))
+                    documents.append((order, name, EncodedDocument(record, *counts)))
     # Equal orders are equal documents in all that is written; the sort is stable all the same.
-    found.sort(key=lambda one: one[:2])
-    for _, _, document in found:
+    documents.sort(key=lambda document: document[:2])
+    for _, _, document in documents:
         yield document

@@ -1,4 +1,4 @@
-"""Stages of work that processes share: in this process, in several of this machine, or in Beam."""
+"""Runners of work that processes share: in this process, in several of this machine, or in Beam."""
 
 from __future__ import annotations
 
@@ -17,31 +17,35 @@ from m3jax.errors import TextError
 _AHEAD = 2  # tasks of each process that are read before they are worked on
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Work that may be done in any order, once the stage before has ended.
+def _alone(unit: Any) -> Iterable[Any]:
+    return [unit]
 
-    All three are sent to other processes: functions of modules, or `functools.partial` of those.
-    The work of a task may be done twice, also at the same time, and must come to the same.
+
+@dataclass(frozen=True)
+class WorkStage:
+    """Describes work that may be done in any order, once the stage before has ended.
+
+    All three functions are sent to other processes: functions of modules, or `functools.partial` of
+    those. The work of a task may be done twice, also at the same time, and must come to the same.
 
     Attributes:
       name: for progress and messages.
-      units: what there is to split, each by one process from beginning to end.
-      split: the tasks of a unit, one at a time.
-      work: does a task; what it returns is small.
+      units: lists the units, each split by one process from beginning to end.
+      split: yields the tasks of a unit, one at a time; default: the unit is its only task.
+      work: does a task; its result is small.
     """
 
     name: str
     units: Callable[[], Iterable[Any]]
-    split: Callable[[Any], Iterable[Any]]
     work: Callable[[Any], Any]
+    split: Callable[[Any], Iterable[Any]] = _alone
 
 
 @runtime_checkable
 class Runner(Protocol):
     """Runs stages, one after the other."""
 
-    def run(self, stages: Sequence[Stage]) -> None:
+    def run(self, stages: Sequence[WorkStage]) -> None:
         """Returns when the work of all stages is done; an error of a task ends it."""
 
 
@@ -53,7 +57,7 @@ class LocalRunner:
             raise TextError(f"--workers={workers}; expected at least 1")
         self._workers = workers
 
-    def run(self, stages: Sequence[Stage]) -> None:
+    def run(self, stages: Sequence[WorkStage]) -> None:
         """Does all tasks; few are held in memory at a time.
 
         Raises:
@@ -76,7 +80,7 @@ class LocalRunner:
                         " lack of memory; run again, with fewer --workers: what is done is kept"
                     ) from error
 
-    def _share(self, pool: ProcessPoolExecutor, stage: Stage) -> None:
+    def _share(self, pool: ProcessPoolExecutor, stage: WorkStage) -> None:
         waiting: set[Future[Any]] = set()
         try:
             for task in _tasks(stage):
@@ -90,7 +94,7 @@ class LocalRunner:
                 future.cancel()
 
 
-def _tasks(stage: Stage) -> Iterator[Any]:
+def _tasks(stage: WorkStage) -> Iterator[Any]:
     for unit in stage.units():
         yield from stage.split(unit)
 
@@ -103,13 +107,13 @@ def _finish(waiting: set[Future[Any]]) -> set[Future[Any]]:
 
 
 def _begin(threads: int) -> None:
-    """In a new process: few threads, and an end when the process that started it has ended."""
+    """Sets up a new process: few threads, and an end when the process that started it has ended."""
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizers
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.join,), daemon=True).start()
 
+        def end_with_parent() -> None:
+            parent.join()
+            os._exit(1)
 
-def _end_with(join: Callable[[], None]) -> None:
-    join()
-    os._exit(1)
+        threading.Thread(target=end_with_parent, daemon=True).start()

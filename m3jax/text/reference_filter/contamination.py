@@ -1,4 +1,4 @@
-"""Which references hold a question of an evaluation, or stand in one (Memory³ §6.1).
+"""Contamination: references that hold a question of an evaluation, or stand in one (Memory³ §6.1).
 
 The measure is the overlap of `m3jax.text.overlap`, both ways, as in the leakage report: of the
 question with the reference, mostly the longer of the two, and of the reference with the question,
@@ -24,7 +24,7 @@ from m3jax.text.overlap import overlap, shared, which_exceed
 
 
 class Contamination:
-    """Questions, to be looked for in references.
+    """Finds questions in references.
 
     Every word of a question has a number, the more questions it stands in the larger; all other
     words have one together, the smallest. A reference and a question can only overlap enough if one
@@ -38,20 +38,20 @@ class Contamination:
         Args:
           questions: their texts.
           threshold: overlap above which a reference is contaminated.
-          least: questions of fewer words are left out, and references of fewer words are not looked
-            for in questions.
+            least: questions of fewer words are left out, and references of fewer words are not
+            searched for in questions.
         """
         split = [words_of(question) for question in questions]
         kept = [i for i, words in enumerate(split) if len(words) >= least]
         self.threshold, self.least, self.too_short = threshold, least, len(questions) - len(kept)
         self._texts = [questions[i] for i in kept]
-        found = Counter(word for i in kept for word in set(split[i]))
-        ranked = sorted(found, key=lambda word: (found[word], word))
+        counts = Counter(word for i in kept for word in set(split[i]))
+        ranked = sorted(counts, key=lambda word: (counts[word], word))
         self._numbers = {word: number for number, word in enumerate(ranked, 1)}
         self._questions = [self._number(split[i]) for i in kept]
         self._lengths = np.array([len(words) for words in self._questions], np.int64)
         size = len(ranked) + 1
-        times = np.array([1, *(found[word] for word in ranked)])  # a word of no question: once
+        times = np.array([1, *(counts[word] for word in ranked)])  # a word of no question: once
         self._information = np.log1p(len(kept) / times)
         rare = [_rarest(words, threshold) for words in self._questions]
         self._by_rare_word = _postings(rare, size)
@@ -61,7 +61,7 @@ class Contamination:
         return len(self._questions)
 
     def find(self, text: str) -> tuple[str, float] | None:
-        """The question that a reference overlaps most with, and how much; None: none too much."""
+        """Returns the question that a reference overlaps most with, and the overlap."""
         words = self._number(words_of(text))
         if not self._questions or not words.size:
             return None
@@ -75,17 +75,17 @@ class Contamination:
         return np.array([self._numbers.get(word, 0) for word in words], np.int64)
 
     def _inside(self, words: Integer[np.ndarray, " n"]) -> list[tuple[int, float]]:
-        """Questions that the reference holds."""
+        """Returns the questions that the reference holds."""
         near = _union(self._by_rare_word, np.unique(words))
         if not near.size:
             return []
         matrix, lengths = self._matrix(near)
-        found = near[which_exceed(words, matrix, lengths, self.threshold)].tolist()
-        told = (i for i in found if self._tells(self._questions[i], words))
+        above = near[which_exceed(words, matrix, lengths, self.threshold)].tolist()
+        told = (i for i in above if self._tells(self._questions[i], words))
         return [(i, overlap(words, self._questions[i])) for i in told]
 
     def _around(self, words: Integer[np.ndarray, " n"]) -> list[tuple[int, float]]:
-        """Questions that hold the reference."""
+        """Returns the questions that hold the reference."""
         if len(words) < self.least:
             return []
         rarest = np.unique(_rarest(words, self.threshold))
@@ -100,7 +100,7 @@ class Contamination:
         return [(i, value) for i, value in values if value > self.threshold]
 
     def _tells(self, inner: Integer[np.ndarray, " n"], outer: Integer[np.ndarray, " m"]) -> bool:
-        """Whether the words in common carry enough of what those of `inner` do."""
+        """Tests whether the words in common carry enough of the information of `inner`."""
         size = len(self._information)
         counts, others = (np.bincount(words, minlength=size) for words in (inner, outer))
         others[0] = 0  # where all words of no question are counted: they are not one word
@@ -118,12 +118,12 @@ class Contamination:
 
 
 def words_of(text: str) -> list[str]:
-    """Words of a text without signs and case."""
+    """Splits a text into words without signs and case."""
     return list(itertools.chain.from_iterable(normal_words(text)))
 
 
 def _rarest(words: Integer[np.ndarray, " n"], threshold: float) -> Integer[np.ndarray, " k"]:
-    """The words with the smallest numbers of which one at least must be shared."""
+    """Returns the words with the smallest numbers of which one at least must be shared."""
     needed = next(
         n for n in range(int(threshold * len(words)), len(words) + 2) if n / len(words) > threshold
     )
@@ -133,9 +133,9 @@ def _rarest(words: Integer[np.ndarray, " n"], threshold: float) -> Integer[np.nd
 def _postings(
     words: Sequence[Integer[np.ndarray, " _"]], size: int
 ) -> tuple[Integer[np.ndarray, " V"], Integer[np.ndarray, " e"]]:
-    """Where the questions of each word begin in a list of questions, and the list."""
+    """Returns where the questions of each word begin in a list of questions, and the list."""
     flat = np.concatenate([np.empty(0, np.int64), *words])
-    owners = np.repeat(np.arange(len(words)), [len(one) for one in words])
+    owners = np.repeat(np.arange(len(words)), [len(each) for each in words])
     order = np.argsort(flat, kind="stable")
     return np.searchsorted(flat[order], np.arange(size + 1)), owners[order]
 
@@ -144,7 +144,7 @@ def _union(
     postings: tuple[Integer[np.ndarray, " V"], Integer[np.ndarray, " e"]],
     words: Integer[np.ndarray, " n"],
 ) -> Integer[np.ndarray, " q"]:
-    """The questions of any of these words, ascending."""
+    """Returns the questions of any of these words, ascending."""
     starts, owners = postings
     parts = [owners[starts[word] : starts[word + 1]] for word in words.tolist()]
     return np.unique(np.concatenate([np.empty(0, np.int64), *parts]))

@@ -1,24 +1,24 @@
-"""The report of a selection of references: what each rule dropped, with samples, what is left."""
+"""Report of a selection of references: what each rule dropped, with samples, what is left."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from jaxtyping import Int, Shaped
+from matplotlib.figure import Figure
 
-from m3jax.files import write_atomically
-from m3jax.text.cleaning.counters import SAMPLES, SHOWN, Tally
-from m3jax.text.cleaning.report import IN, INK, LEFT, finish_picture, one_line
+from m3jax.figures import INK, PALE, TEAL, finish_axes, save_figure
+from m3jax.text.cleaning.counters import Tally
+from m3jax.text.cleaning.report import (
+    near_duplicate_samples,
+    samples_markdown,
+    side_by_side,
+    write_report,
+)
 from m3jax.text.reference_filter.contamination import Contamination
 from m3jax.text.references import References
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 _BINS = 16  # of the picture
 # Rules in their order, with what the value of a sample is.
@@ -37,21 +37,18 @@ def write_selection_report(
     kept: Int[np.ndarray, " n"],
     drops: Shaped[np.ndarray, " d"],
     tally: Tally,
-    looked_for: Contamination | None,
+    questions: Contamination | None,
     folder: Path,
 ) -> str:
-    """Writes `report.json`, `report.md` and `lengths.png`.
+    """Writes `report.json`, `report.md` and `lengths.png`; returns one line of what is left.
 
     Args:
       references: all that were cut.
       kept: ids of those that are kept.
-      drops: near-duplicates and their witnesses, of `duplicates.merged`.
+      drops: near-duplicates and their witnesses, of `minhash.merged`.
       tally: what all ranges counted.
-      looked_for: the evaluation questions, if there are some.
+      questions: the evaluation questions, if there are some.
       folder: where to write.
-
-    Returns:
-      One line of what came in and what is left.
     """
     _add_twins(references, drops, tally)
     content: dict[str, Any] = {
@@ -59,14 +56,12 @@ def write_selection_report(
         "removed": {rule: _counted(tally, rule) for rule in _RULES},
         "left": {"references": len(kept), "tokens": int(references.lengths[kept].sum())},
         "documents_left": len(np.unique(references.documents()[kept])),
-        "questions": 0 if looked_for is None else len(looked_for) + looked_for.too_short,
-        "questions_too_short": 0 if looked_for is None else looked_for.too_short,
+        "questions": 0 if questions is None else len(questions) + questions.too_short,
+        "questions_too_short": 0 if questions is None else questions.too_short,
         "samples": tally.samples,
     }
-    data = json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")
-    write_atomically(folder / "report.json", data)
     _draw_lengths(folder / "lengths.png", references, kept)
-    write_atomically(folder / "report.md", _markdown(content).encode("utf-8", "backslashreplace"))
+    write_report(folder, content, _markdown(content))
     dropped = len(references) - len(kept)
     return (
         f"selection: {len(references)} references cut, {dropped} dropped, {len(kept)} left, see"
@@ -81,23 +76,17 @@ def _counted(tally: Tally, step: str) -> dict[str, int]:
 
 def _add_twins(references: References, drops: Shaped[np.ndarray, " d"], tally: Tally) -> None:
     """Counts the near-duplicates, and shows some beside the reference that stays."""
-
-    def order(row: tuple[int, int, float]) -> bytes:
-        return hashlib.blake2b(row[0].to_bytes(8, "little"), digest_size=8).digest()
-
     for item in references.read(drops["number"].astype(np.int64)):
         tally.count("similarity", len(item.text))
-    for number, witness, similarity in sorted(drops.tolist(), key=order)[:SAMPLES]:
+    for number, witness, similarity in near_duplicate_samples(drops):
         dropped, stays = references.read([number, witness])
         value = f"{stays.key}, {similarity:.2f}"
         names = {"id": dropped.key, "source": dropped.title or dropped.source, "value": value}
-        half = SHOWN // 2
-        text = f"{dropped.text[:half]}\n— is like —\n{stays.text[:half]}"
-        tally.show("similarity", names, text)
+        tally.show("similarity", names, side_by_side(dropped.text, stays.text))
 
 
 def _markdown(content: dict[str, Any]) -> str:
-    """The report to read, with the picture beside it."""
+    """Formats the report to read, with the picture beside it."""
     total = max(content["cut"]["references"], 1)
 
     def row(name: str, references: int, characters: int | str) -> str:
@@ -121,27 +110,23 @@ def _markdown(content: dict[str, Any]) -> str:
         "",
         "![tokens of a reference](lengths.png)",
     ]
-    for rule, samples in content["samples"].items():
-        lines += ["", f"## {rule}", "", f"{_RULES[rule]}.", ""]
-        for sample in samples:
-            named = " · ".join(f"{sample[key]}" for key in ("id", "source") if sample.get(key))
-            lines += [f"* {named} **{one_line(sample['value'])}**", ""]
-            lines += [f"      {one_line(line)}" for line in sample["text"].split("\n") if line]
-            lines += [""]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + samples_markdown(content["samples"], _RULES)
 
 
 def _draw_lengths(path: Path, references: References, kept: Int[np.ndarray, " n"]) -> None:
-    """References by their number of tokens: those cut, and those left."""
+    """Draws references by their number of tokens: those cut, and those left."""
     edges = np.linspace(0, references.length, _BINS + 1)
     middles, width = (edges[1:] + edges[:-1]) / 2, edges[1]
-    figure, axes = plt.subplots(figsize=(8, 4), constrained_layout=True)
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
     for chosen, colour, share, label in (
-        (slice(None), IN, 0.85, "cut"),
-        (kept, LEFT, 0.55, "left"),
+        (slice(None), PALE, 0.85, "cut"),
+        (kept, TEAL, 0.55, "left"),
     ):
         counts, _ = np.histogram(references.lengths[chosen], edges)
         axes.bar(middles, counts, share * width, color=colour, label=label)
     axes.set_xlabel("tokens of a reference", color=INK)
     axes.set_ylabel("references", color=INK)
-    finish_picture(figure, axes, path)
+    axes.legend(frameon=False)
+    finish_axes(axes)
+    save_figure(figure, path)

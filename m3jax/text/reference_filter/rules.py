@@ -1,8 +1,8 @@
-"""Rules of references: what is measured of one, and which rule it breaks.
+"""Rule filters of references: their measures, and the first rule a reference breaks.
 
 Ours: the paper says of its knowledge base only that the texts were of high quality (Memory³ §7). A
-word is what it is in `m3jax.text.cleaning.rules`, so one sign of Chinese or Japanese is a word,
-and one set of thresholds serves texts with and without spaces.
+word is what it is in `m3jax.text.cleaning.rules`, so one sign of Chinese or Japanese is a word, and
+one set of thresholds serves texts with and without spaces.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CLOSING = "\"'”’»)]）】』」"
 
 @dataclass(frozen=True)
 class ReferenceMeasures:
-    """What the rules look at.
+    """Holds the measures that the rules compare with thresholds.
 
     Attributes:
       words: number of words.
@@ -46,7 +46,7 @@ def measure_reference(text: str) -> ReferenceMeasures:
 
 
 def broken_reference_rule(measures: ReferenceMeasures, knowledge: Any) -> tuple[str, float] | None:
-    """The first rule of the section `knowledge` that a reference breaks, as `broken_rule` does."""
+    """Returns the first rule of the section `knowledge` that a reference breaks."""
     return broken_rule(measures, knowledge, RULES)
 
 

@@ -1,4 +1,4 @@
-"""Which of the references that were cut are kept: rules, contamination, near-duplicates.
+"""Selection of the references that are kept: rules, contamination, near-duplicates.
 
 As in `m3jax.text.cleaning.clean`, every function here reads and writes files of one folder and may
 run in any process; a range of references is looked at by whoever gets it, and its last file,
@@ -30,16 +30,15 @@ from m3jax.errors import TextError
 from m3jax.files import digest, write_array, write_atomically
 from m3jax.text.cleaning import minhash
 from m3jax.text.cleaning.counters import Tally
-from m3jax.text.cleaning.workers import Runner, Stage
+from m3jax.text.cleaning.workers import Runner, WorkStage
 from m3jax.text.documents import Document
 from m3jax.text.records import MANIFEST
 from m3jax.text.reference_filter.contamination import Contamination
 from m3jax.text.reference_filter.rules import broken_reference_rule, measure_reference
 from m3jax.text.references import Reference, References, copy_references
+from m3jax.workdir import begin_part
 
 _RANGE = 4096  # references that are one task
-_PART_BYTES = 256 << 20  # of band entries that are compared at once
-_BEGUN = "begun.json"
 _SHOWN = 200  # characters of a question in a sample
 
 
@@ -62,29 +61,22 @@ class Selecting:
 
     @property
     def cut(self) -> Path:
-        """The references as they were cut."""
+        """Returns the folder of the references as they were cut."""
         return self.folder / "cut"
 
     @property
     def ranges(self) -> Path:
-        """The folder of the ranges."""
+        """Returns the folder of the ranges."""
         return self.folder / "ranges"
 
 
 class Selection:
-    """The selection of a workdir's references, in its folder `selection/` while it is under way."""
+    """Selects a workdir's references, in its folder `selection/` while it is under way."""
 
     def __init__(
         self, config: ConfigDict, workdir: Path, runner: Runner, questions: Sequence[str]
     ) -> None:
-        """Checks what cannot work before anything is read.
-
-        Args:
-          config: its sections `knowledge` and `clean` are used.
-          workdir: folder of the run.
-          runner: who does the work.
-          questions: texts that no reference may hold.
-        """
+        """Takes the config's sections `knowledge` and `clean`, and the questions' texts."""
         self._workdir, self._runner, self._questions = workdir, runner, list(questions)
         knowledge = SimpleNamespace(**config.knowledge.to_dict())
         self._selecting = Selecting(
@@ -96,7 +88,7 @@ class Selection:
         )
 
     def inputs(self) -> dict[str, Any]:
-        """What the selection adds to the inputs of the references."""
+        """Returns what the selection adds to the inputs of the references."""
         selecting = self._selecting
         inputs = {f"knowledge.{name}": value for name, value in vars(selecting.knowledge).items()}
         if selecting.knowledge.similarity > 0:
@@ -126,30 +118,24 @@ class Selection:
           TextError: nothing is left; or bad documents.
         """
         selecting = self._selecting
-        begun = json.dumps(inputs, indent=1, sort_keys=True).encode()
-        marker = selecting.folder / _BEGUN
-        if not marker.is_file() or marker.read_bytes() != begun:
-            shutil.rmtree(selecting.folder, ignore_errors=True)
-            write_atomically(marker, begun)
+        begin_part(selecting.folder, inputs)
         if not (selecting.cut / MANIFEST).is_file():
             cut(selecting.cut)
         write_atomically(selecting.folder / "questions.json", json.dumps(self._questions).encode())
-        stages = [Stage("select", partial(_ranges, selecting), _alone, partial(look_at, selecting))]
+        stages = [WorkStage("select", partial(_ranges, selecting), partial(look_at, selecting))]
         if selecting.knowledge.similarity > 0:
             parts = partial(_parts, selecting)
-            stages.append(Stage("compare", parts, _alone, partial(compare_part, selecting)))
+            stages.append(WorkStage("compare", parts, partial(compare_part, selecting)))
         self._runner.run(stages)
         references = _cut(selecting)
         kept, drops, tally = decide(selecting)
         if not len(kept):
             raise TextError(_nothing(references, drops, tally))
-        from m3jax.text.reference_filter.report import (
-            write_selection_report,  # draws: a slow import
-        )
+        from m3jax.text.reference_filter.report import write_selection_report  # draws: slow
 
         report = self._workdir / "report" / "knowledge"
-        looked_for = _looked_for(selecting) if selecting.questions else None
-        said = write_selection_report(references, kept, drops, tally, looked_for, report)
+        questions = _questions_of(selecting) if selecting.questions else None
+        said = write_selection_report(references, kept, drops, tally, questions, report)
         copy_references(references, kept, folder)
         say(said)
 
@@ -181,30 +167,24 @@ def _done(selecting: Selecting, first: int) -> bool:
     return (selecting.ranges / f"{_name(first)}.json").is_file()
 
 
-def _alone(unit: Any) -> Iterable[Any]:
-    return [unit]
-
-
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=1)  # by the time of change, too: another run may have had the path
 def _references(folder: Path, modified: int) -> References:
     return References.open(folder)
 
 
 def _cut(selecting: Selecting) -> References:
-    modified = (selecting.cut / MANIFEST).stat().st_mtime_ns  # another run's may have had its path
-    return _references(selecting.cut, modified)
+    return _references(selecting.cut, (selecting.cut / MANIFEST).stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=1)
-def _contamination(path: str, modified: int, threshold: float, least: int) -> Contamination:
-    return Contamination(json.loads(Path(path).read_bytes()), threshold, least)
+def _contamination(path: Path, modified: int, threshold: float, least: int) -> Contamination:
+    return Contamination(json.loads(path.read_bytes()), threshold, least)
 
 
-def _looked_for(selecting: Selecting) -> Contamination:
+def _questions_of(selecting: Selecting) -> Contamination:
     path, knowledge = selecting.folder / "questions.json", selecting.knowledge
-    modified = path.stat().st_mtime_ns
-    least = int(knowledge.question_words)
-    return _contamination(str(path), modified, float(knowledge.contamination), least)
+    limits = float(knowledge.contamination), int(knowledge.question_words)
+    return _contamination(path, path.stat().st_mtime_ns, *limits)
 
 
 def look_at(selecting: Selecting, part: tuple[int, int]) -> int:
@@ -242,19 +222,16 @@ def _passes(selecting: Selecting, item: Reference, tally: Tally) -> bool:
         tally.take_out(broken[0], named, f"{broken[1]:.4g}")
         return False
     if selecting.questions:
-        found = _looked_for(selecting).find(item.text)
-        if found is not None:
-            shown = " ".join(found[0].split())[:_SHOWN]
-            tally.take_out("contamination", named, f"{found[1]:.2f}, {shown}")
+        question = _questions_of(selecting).find(item.text)
+        if question is not None:
+            shown = " ".join(question[0].split())[:_SHOWN]
+            tally.take_out("contamination", named, f"{question[1]:.2f}, {shown}")
             return False
     return True
 
 
 def _parts(selecting: Selecting) -> list[tuple[int, int]]:
-    """Ranges of band keys, as `(part, parts)`, each of which fits in memory."""
-    total = sum(path.stat().st_size for path in selecting.ranges.glob("*.bands.npy"))
-    parts = max(1, -(-total // _PART_BYTES))
-    return [(part, parts) for part in range(parts)]
+    return minhash.parts_of(selecting.ranges.glob("*.bands.npy"))
 
 
 def compare_part(selecting: Selecting, part: tuple[int, int]) -> int:
@@ -282,7 +259,7 @@ def compare_part(selecting: Selecting, part: tuple[int, int]) -> int:
 
 
 def decide(selecting: Selecting) -> tuple[np.ndarray, np.ndarray, Tally]:
-    """Numbers of the references that are kept, the near-duplicates, and what was counted."""
+    """Returns the ids of the references that are kept, the near-duplicates, and all counts."""
     tally = Tally()
     for path in sorted(selecting.ranges.glob("*.json")):
         tally.add(Tally.from_json(json.loads(path.read_bytes())))

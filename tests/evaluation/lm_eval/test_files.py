@@ -145,7 +145,7 @@ def test_other_records_are_refused_by_line(tmp_path, records, message):
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text("{")
-    with pytest.raises(TextError, match="t.jsonl:1: not a line of JSON"):
+    with pytest.raises(TextError, match="t.jsonl:1: expected a line of JSON"):
         read_task(path)
     path = tmp_path / "t.csv"
     path.write_text("q,a,b,c,d\n")

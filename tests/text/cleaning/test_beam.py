@@ -10,7 +10,7 @@ import pytest
 from m3jax import config as configs
 from m3jax.errors import TextError
 from m3jax.text.cleaning.beam import BeamRunner
-from m3jax.text.cleaning.workers import LocalRunner, Runner, Stage
+from m3jax.text.cleaning.workers import LocalRunner, Runner, WorkStage
 from m3jax.text.prepare import prepare_text
 
 IN_PROCESS = ["--runner=FnApiRunner"]
@@ -62,11 +62,11 @@ def test_makes_the_same_bytes(options, tmp_path):
 def test_stages_wait_for_each_other_and_errors_keep_their_words(tmp_path):
     pytest.importorskip("apache_beam", reason="pip install -e '.[prepare]', see CONTRIBUTING.md")
     stages = [
-        Stage("write", partial(list, range(7)), _twice, partial(_touch, tmp_path)),
-        Stage("see", partial(_seen, tmp_path), _once, partial(_expect, 14)),
+        WorkStage("write", partial(list, range(7)), partial(_touch, tmp_path), _twice),
+        WorkStage("see", partial(_seen, tmp_path), partial(_expect, 14), _once),
     ]
     BeamRunner(IN_PROCESS).run(stages)
-    stages[1] = Stage("see", partial(_seen, tmp_path), _once, partial(_expect, 15))
+    stages[1] = WorkStage("see", partial(_seen, tmp_path), partial(_expect, 15), _once)
     with pytest.raises(TextError, match="14 files; expected 15"):
         BeamRunner(IN_PROCESS).run(stages)
 

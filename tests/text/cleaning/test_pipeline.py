@@ -124,7 +124,7 @@ def test_cleaned_documents_and_their_report(config, documents, tmp_path):
     for name in ("train", "validation"):
         for d in Corpus.open(workdir / f"corpus/{name}"):
             assert is_validation(read[d.id], 0.2) == (name == "validation")
-    keys = References.open(workdir / "references").keys
+    keys = References.open(workdir / "references").live_keys()
     assert {key.split("#")[0] for key in keys} == ids
 
     report = _report(workdir)

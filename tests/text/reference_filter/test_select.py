@@ -182,7 +182,7 @@ def test_an_unfinished_selection_of_other_rules_is_thrown_away(
             _prepare(config, tmp_path / "w", documents, workers=0)
     config.knowledge.words_min = 0
     _prepare(config, tmp_path / "w", documents, workers=0)
-    keys = References.open(tmp_path / "w/references").keys
+    keys = References.open(tmp_path / "w/references").live_keys()
     assert "short#0" in keys and "short again#0" in keys and "digits#0" not in keys
     config.knowledge.words_min = 8
     with pytest.raises(TextError, match=r"references was made from other.*knowledge\.words_min"):

@@ -1,0 +1,74 @@
+"""Reads JSON lines, plain or gzipped; every error names file and line."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from m3jax.errors import TextError, UserError
+
+_Item = TypeVar("_Item")
+
+
+def json_lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    """Yields the lines of a `.jsonl` or `.jsonl.gz` file as bytes, blank ones included.
+
+    Raises:
+      TextError: a damaged gzip file, when the damage is reached.
+    """
+    line = 0
+    try:
+        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
+            for line, data in enumerate(file, start=1):  # noqa: B007 (named in the error below)
+                yield data
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise TextError(
+            f"{path} is truncated or damaged after line {line} ({error}); fetch it again"
+        ) from error
+
+
+def read_records(
+    path: str | os.PathLike[str],
+    parse: Callable[[Any], _Item],
+    what: str,
+    form: str,
+    *,
+    most: int | None = None,
+    error: type[UserError] = TextError,
+) -> list[_Item]:
+    """Reads and parses every line of a JSON-lines file; blank lines are skipped.
+
+    Args:
+      path: the file.
+      parse: makes an item of the value of a line; may raise ValueError, KeyError, TypeError,
+        AttributeError or StopIteration.
+      what: plural of the items, for messages.
+      form: description of a line, for messages: `{"prompt": text, "answer": text}`.
+      most: number of items to read; None = all.
+      error: class of the errors raised.
+
+    Raises:
+      UserError: of the class `error`: the file cannot be read, a line is of another form, or there
+        is none.
+    """
+    items: list[_Item] = []
+    try:
+        numbered = ((n, data) for n, data in enumerate(json_lines(path), 1) if data.strip())
+        for number, data in itertools.islice(numbered, most):
+            try:
+                items.append(parse(json.loads(data.decode("utf-8").removeprefix("\ufeff"))))
+            except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as wrong:
+                raise error(f"{path}:{number}: expected {form} ({wrong!r})") from wrong
+            except RecursionError as wrong:
+                raise error(f"{path}:{number}: expected {form} (nested too deeply)") from wrong
+    except OSError as wrong:
+        raise error(f"{Path(path)} cannot be read ({wrong}); name a file of JSON lines") from wrong
+    if not items:
+        raise error(f"{path} holds no {what}; give lines of {form}")
+    return items
