@@ -130,14 +130,13 @@ def _answer_recall(given: FlagValues) -> None:
 
 
 def _index_recall(given: FlagValues) -> None:
-    from m3jax.retrieval.checkpoint_embedders import load_embedder
     from m3jax.retrieval.index import Index
     from m3jax.retrieval.recall import read_queries, recall_report, table
     from m3jax.retrieval.tune import sample_queries
     from m3jax.text.references import References
 
     references = References.open(given.workdir / "references")
-    index = Index.open(given.workdir / "index", references, load=load_embedder)
+    index = Index.open(given.workdir / "index", references)
     if given.queries is None:
         queries = sample_queries(references, index.embedder, given.sample)
     else:

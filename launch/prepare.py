@@ -37,7 +37,7 @@ def prepare(given: FlagValues) -> None:
     from m3jax.evaluation.lm_eval.files import question_texts
     from m3jax.knowledge.versions import require_unedited
     from m3jax.retrieval.build import build_index
-    from m3jax.retrieval.checkpoint_embedders import make_embedder
+    from m3jax.retrieval.embed import make_embedder
     from m3jax.text.prepare import prepare_text
     from m3jax.text.references import References
 

@@ -30,14 +30,9 @@ SEGMENTS = ("lower", "memory", "upper")
 
 
 def checkpoint_folder(path: str | Path, step: int | None = None) -> Path:
-    """Returns the folder of one checkpoint.
+    """Returns the folder of a stage's newest checkpoint or that of `step`, or `…/<step>` itself.
 
-    Args:
-      path: a stage folder (its newest checkpoint, or that of `step`) or a folder `…/<step>`.
-      step: default the newest.
-
-    Raises:
-      CheckpointError: no checkpoint there; names those that exist.
+    Raises `CheckpointError`, naming the steps there are.
     """
     path = Path(path).absolute()
     if path.name.isdigit() and (path / "state").is_dir() and step in (None, int(path.name)):
@@ -71,20 +66,16 @@ def restore_params(
     mesh: Mesh | None = None,
     tokenizer_fingerprint: str | None = None,
 ) -> tuple[Params, dict[str, Any]]:
-    """Restores the parameters of a checkpoint, for another stage, the writer and evaluation.
+    """Restores parameters and `meta` of a checkpoint, for another stage, the writer and evaluation.
 
     Layers that lie in other segments (another range of memory layers) are restacked, and the dtype
     becomes the model's; all other shapes must be the model's.
 
     Args:
-      stage_folder: a stage folder or a folder `checkpoints/<step>` of it.
+      stage_folder, step: as of `checkpoint_folder`.
       model: the model that will use the parameters.
-      step: step of the checkpoint; default the newest.
       mesh: place the parameters by the sharding rules; default the first local device.
       tokenizer_fingerprint: when given, must be the checkpoint's.
-
-    Returns:
-      The parameters and the checkpoint's `meta`.
 
     Raises:
         CheckpointError: no checkpoint; one of another shape (names the first parameter that differs
@@ -155,12 +146,7 @@ def read_model(
 
 
 def restack(params: Params, stacks: Mapping[str, int]) -> Params:
-    """Moves the layers to other segments.
-
-    Args:
-      params: parameters with layers stacked in any of `lower`, `memory`, `upper`.
-      stacks: number of layers of every segment; their sum is the number of layers.
-    """
+    """Moves layers, stacked in `lower`, `memory`, `upper`, to segments of the sizes `stacks`."""
     present = [params[name] for name in SEGMENTS if name in params]
     layers = jax.tree.map(lambda *x: jnp.concatenate(x), *present)
     result = {name: value for name, value in params.items() if name not in SEGMENTS}
@@ -211,7 +197,6 @@ def _read_params(folder: Path, targets: Params) -> Params:
 
 
 def _layers(shapes: Params) -> int:
-    """Counts the layers in all segments."""
     return sum(jax.tree.leaves(shapes[name])[0].shape[0] for name in SEGMENTS if name in shapes)
 
 
@@ -242,15 +227,10 @@ def stage_of(checkpoint: str | Path) -> Path:
 def reads(
     meta: Mapping[str, Any], checkpoint: str | Path, writer: Mapping[str, Any] | None
 ) -> bool:
-    """Tests whether a checkpoint reads memories of a writer.
+    """Tests whether a checkpoint reads memories of a bank's writer, `{"hash", "path", "step"}`.
 
     It does where it was trained on them, and where a refresh wrote them for it: with weights of its
     own stage. One that has read none reads all.
-
-    Args:
-      meta: of the checkpoint.
-      checkpoint: its stage folder, or its own.
-      writer: `{"hash", "path", "step"}` of a bank.
     """
     recorded = meta["writer"]
     if recorded is None or writer is None or recorded["hash"] == writer["hash"]:

@@ -85,14 +85,9 @@ def commit_version(
     *,
     alone: bool = False,
 ) -> Version:
-    """Names the built version, makes it current and opens it.
+    """Names the version in the folder `building`, made of `parent`, makes it current and opens it.
 
-    Args:
-      workdir, parent: what was edited.
-      building: its folder: a delta or banks, or neither.
-      gone: ids that become tombstones.
-      note: kept with it.
-      alone: it is a base of its own and has no other.
+    The ids `gone` become tombstones. With `alone` it is a base of its own and has no other.
     """
     number = max([*versions(workdir), parent.number]) + 1
     own = folder_of(workdir, number).relative_to(workdir)

@@ -51,20 +51,16 @@ def edit(
     """Adds, replaces and deletes references, and makes the result the current version.
 
     Args:
-      config: a validated config.
-      workdir: a prepared workdir.
+      config, workdir: a validated config and a prepared workdir.
       documents: to add; cut into references like those of `launch/prepare.py`.
       replace: documents may be there; their references are then removed.
       delete: keys of references (`id#n`), or ids of documents, to remove.
       write: writes the memories of what is added; needed where the workdir has a bank.
       note: kept with the version; default: counts.
 
-    Returns:
-      The new version.
-
     Raises:
       VersionError: nothing to do, a document that is there or a key that is not, another editor.
-      TextError, RetrievalError, BankError, OSError: as their makers raise them; the last version
+        TextError, RetrievalError, BankError, OSError: as their makers raise them; the last version
         is untouched.
     """
     workdir, documents, delete = Path(workdir), list(documents), list(delete)
@@ -133,16 +129,10 @@ def merge(
 
 
 def keep_only(config: ConfigDict, version: Version, ids: np.ndarray, *, note: str) -> Version:
-    """Removes all references but some, and makes the result the current version.
+    """Removes all references but those with `ids`, and makes the result the current version.
 
-    Args:
-      config: a validated config.
-      version: that the ids are of; still the current one.
-      ids: of references in use; at least one.
-      note: kept with the version.
-
-    Returns:
-      The new version; the same one where nothing is removed.
+    `version` is the one that the ids are of, and must be current. Returns the new version; the same
+    one where nothing is removed.
 
     Raises:
       VersionError: the knowledge was edited meanwhile, or another editor.
@@ -165,13 +155,10 @@ def keep_only(config: ConfigDict, version: Version, ids: np.ndarray, *, note: st
 
 
 def refresh(workdir: str | Path, what: str, *, write: WriteMemories, note: str) -> Version:
-    """Writes the memories of the current version anew, as another one; ids and index stay.
+    """Writes the memories of the current version anew, as another version; ids and index stay.
 
-    Args:
-      workdir: a prepared workdir with a bank.
-      what: tells this refresh from others; a killed one goes on when repeated.
-      write: writes the new bank of base or delta; its third argument is the old one.
-      note: kept with the version.
+    `what` tells this refresh from others: a killed one goes on when repeated. `write` writes the
+    new bank of base or delta; its third argument is the old one.
 
     Raises:
       VersionError: there is no bank, or another editor.

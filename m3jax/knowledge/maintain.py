@@ -28,7 +28,7 @@ from m3jax.knowledge.versions import (
 )
 from m3jax.memory.bank import Bank
 from m3jax.retrieval.build import build_index
-from m3jax.retrieval.checkpoint_embedders import load_embedder, make_embedder
+from m3jax.retrieval.embed import load_embedder, make_embedder
 from m3jax.retrieval.embedder import Embedder
 from m3jax.text.references import ReferenceReader, References, copy_references
 from m3jax.text.tokenizer import Tokenizer

@@ -31,7 +31,7 @@ from m3jax.errors import TextError, VersionError
 from m3jax.files import checksum, read_sealed, write_sealed
 from m3jax.memory.bank import Bank, make_binding
 from m3jax.memory.delta_bank import LayeredBank
-from m3jax.retrieval.checkpoint_embedders import Ranking, load_embedder
+from m3jax.retrieval.checkpoint_embedders import Ranking
 from m3jax.retrieval.delta_index import DeltaIndex
 from m3jax.retrieval.index import Index
 from m3jax.retrieval.retriever import Retriever
@@ -144,11 +144,7 @@ def versions(workdir: str | Path) -> list[int]:
 
 
 def open_version(workdir: str | Path, number: int | None = None) -> Version:
-    """Opens a version for reading.
-
-    Args:
-      workdir: a prepared workdir.
-      number: which; None = the current one.
+    """Opens a version of a prepared workdir for reading; default: the current one.
 
     Raises:
       VersionError: no such version, one that a compaction deleted, or a damaged file.
@@ -190,7 +186,6 @@ def _read_version(workdir: Path, number: int) -> Version:
 
 
 def _lock(version: Version) -> Version:
-    """Holds a shared lock on all it reads, until the version is forgotten or the process ends."""
     folders = [*(folder / "references" for folder in version.folders), *version.banks]
     locks = tuple(_Lock(folder / MANIFEST) for folder in folders if (folder / MANIFEST).exists())
     return dataclasses.replace(version, locks=locks)
@@ -263,7 +258,7 @@ def open_index(version: Version, references: ReferenceReader) -> SearchIndex:
     """Opens the index of a version, whose references are of `open_references`."""
     sets = references.sets if isinstance(references, DeltaReferences) else [references]
     indices = [
-        Index.open(folder / "index", part, load=load_embedder)
+        Index.open(folder / "index", part)
         for folder, part in zip(version.folders, sets, strict=True)
     ]
     if not isinstance(references, DeltaReferences):
@@ -287,17 +282,10 @@ def open_retriever(
     candidates: int | None = None,
     bank: Any = None,
 ) -> Retriever:
-    """Opens the retriever of a version.
+    """Opens the retriever of a version, whose references are of `open_references`.
 
-    Args:
-      config: a validated config; `retrieval` is read.
-      version, references: of `open_version` and `open_references`.
-      overlap_limit: see `Retriever`.
-      candidates: default `config.retrieval.candidates`.
-      bank: ranks candidates with `config.retrieval.rerank`; default the version's.
-
-    Raises:
-      RetrievalError: the index, or a bank to rank by, is missing or does not fit.
+    `candidates` defaults to `config.retrieval.candidates`. With `config.retrieval.rerank`, `bank`
+    (default the version's) ranks them. Raises `RetrievalError` where index or bank do not fit.
     """
     index, rank = open_index(version, references), None
     if config.retrieval.rerank:

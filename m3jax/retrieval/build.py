@@ -43,17 +43,12 @@ def build_index(
     """Embeds all references and writes a searchable index; replaces another index in `folder`.
 
     A build that was killed leaves no manifest; the next call keeps the embeddings it finished.
-    Where `folder` holds the very index asked for, nothing is done; but if its embedder is now kept
-    at another place, the index learns that place. The same arguments make the same bytes.
-
-    Args:
-      references: the knowledge base.
-      embedder: fitted on the references first if it is not `fitted`.
-      folder: where to write.
-      config: `retrieval.exact_below`, `index_parts`, `keep_embeddings` and `recall` are read.
+    Where `folder` holds the same index already, nothing is done; but if its embedder is now kept at
+    another place, the index learns that place. The same arguments make the same bytes. The embedder
+    is fitted first if it is not; the config's section `retrieval` is read.
 
     Raises:
-      RetrievalError: the knowledge base is empty or has fewer references than parts, or the
+        RetrievalError: the knowledge base is empty or has fewer references than parts, or the
         embedder makes vectors of another width than it says.
       OSError: from the file system, for example when the disk is full.
     """
@@ -155,7 +150,6 @@ def _build_part(
     scann: ModuleType | None,
     identity: dict[str, Any],
 ) -> dict[str, Any]:
-    """Embeds these references and trains their searcher; returns what the manifest says of it."""
     _embed(references, embedder, folder, ids)
     if scann is None:
         return {"settings": {}, "effort": {}, "recall": None}

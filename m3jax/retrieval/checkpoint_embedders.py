@@ -8,7 +8,6 @@ would. Both need no other model than the one that reads the memories.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,36 +24,11 @@ from m3jax.memory.delta_bank import LayeredBank
 from m3jax.memory.sparsify import Written, sparsifier
 from m3jax.model.parameters import Params
 from m3jax.model.rope import rotate
-from m3jax.retrieval import embed
 from m3jax.retrieval.checkpoint_encoder import CheckpointEmbedder
-from m3jax.retrieval.embedder import Embedder, read_spec
+from m3jax.retrieval.embedder import Embedder
 from m3jax.retrieval.pooling import centred, mean_of, unit, usable
 
 _SHRINK = 0.01  # share of the mean variance that whitening adds to every variance
-
-
-def make_embedder(config: ConfigDict, workdir: str | Path) -> Embedder:
-    """Makes the embedder that `config.retrieval` names, not fitted yet if it learns from texts.
-
-    `workdir` holds the checkpoint `warmup` that serves where `config.retrieval.checkpoint` is
-    empty.
-
-    Raises:
-      RetrievalError: an unknown name, or an encoder or checkpoint that cannot be used.
-    """
-    retrieval = config.retrieval
-    if retrieval.embedder not in _TRAINED:
-        return embed.make_embedder(config)
-    checkpoint = retrieval.checkpoint or Path(workdir) / "warmup"
-    kind = _TRAINED[retrieval.embedder]
-    layer = retrieval.layer if kind is ModelEmbedder else 0
-    return kind(checkpoint, retrieval.dimension, layer, retrieval.encoder_batch)
-
-
-def load_embedder(folder: str | Path) -> Embedder:
-    """Loads the embedder saved in a folder, of whatever kind."""
-    kind = _TRAINED.get(read_spec(folder).get("name", ""))
-    return embed.load_embedder(folder) if kind is None else kind.load(folder)
 
 
 class ModelEmbedder(CheckpointEmbedder):
@@ -244,8 +218,3 @@ class Ranking:
 
         of_layers = jax.lax.map(layer, (jnp.moveaxis(q_BTLKGH, 2, 0), jnp.moveaxis(keys, 2, 0)))
         return of_layers.sum(0) * keys.shape[-1] ** -0.5
-
-
-_TRAINED: dict[str, type[CheckpointEmbedder]] = {
-    kind.name: kind for kind in (ModelEmbedder, AttentionEmbedder)
-}

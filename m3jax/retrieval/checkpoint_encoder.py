@@ -61,7 +61,7 @@ class CheckpointEmbedder(Embedder):
         rows: int = 16,
         devices: Sequence[jax.Device] | None = None,
     ):
-        """Reads the checkpoint.
+        """Reads the checkpoint; raises `RetrievalError` where it is missing or cannot be used.
 
         Args:
             checkpoint: a stage folder, or a folder `checkpoints/<step>` of it, in a workdir with
@@ -70,9 +70,6 @@ class CheckpointEmbedder(Embedder):
           layer: the last layer that is run, counted from 1; 0 = the last memory layer.
           rows: texts one device encodes at a time.
           devices: default all of this process.
-
-        Raises:
-          RetrievalError: the checkpoint is missing or cannot be used.
         """
         remedy = (
             "config.retrieval.checkpoint names the stage folder of a trained model (default"
@@ -236,12 +233,8 @@ class CheckpointEmbedder(Embedder):
     ) -> Iterator[tuple[np.ndarray, Any]]:
         """Runs a program for all texts that have a token; yields n places, and arrays.
 
-        The first n rows of a result are theirs; others are of empty texts.
-
-        Args:
-          program: of `program`.
-          texts: longer ones than a reference are cut.
-          more: `(places, rows)` → further arguments with that many rows.
+        The first n rows of a result are theirs; others are of empty texts. Texts are cut to the
+        length of a reference. `more(places, rows)` makes further arguments with that many rows.
         """
         statistics = {} if self._placed is None else self._placed
         for start in range(0, len(texts), _BLOCK):
@@ -257,11 +250,6 @@ class CheckpointEmbedder(Embedder):
             yield from map(jax.device_get, waiting)
 
     def embedded(self, program: Any, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
-        """Returns rows of a program's results; zeros for a text without a token.
-
-        Raises:
-          RetrievalError: it is not fitted.
-        """
         if not self.fitted:
             raise RetrievalError(
                 f"the embedder {self.name!r} has no statistics yet; call fit on the texts of the"
@@ -281,11 +269,7 @@ class CheckpointEmbedder(Embedder):
 
     @classmethod
     def load(cls, folder: str | Path) -> CheckpointEmbedder:
-        """Reads what `save` wrote, and the checkpoint.
-
-        Raises:
-          RetrievalError: a file is missing or damaged, or the checkpoint is gone or another one.
-        """
+        """Reads what `save` wrote, and the checkpoint."""
         spec = read_spec(folder)
         remedy = (
             "put the checkpoint back there, or build the index again (launch/prepare.py) with"

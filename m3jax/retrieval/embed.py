@@ -1,7 +1,4 @@
-"""Choice of the embedder: text to unit vectors whose dot product ranks references.
-
-`lexical.LexicalEmbedder` needs no model; `neural.NeuralEmbedder` runs a pretrained encoder.
-"""
+"""Choice of the embedder: text to unit vectors whose dot product ranks references."""
 
 from __future__ import annotations
 
@@ -14,41 +11,45 @@ from m3jax.errors import RetrievalError
 from m3jax.retrieval.embedder import Embedder, read_spec
 from m3jax.retrieval.lexical import LexicalEmbedder
 
-_EMBEDDERS = (LexicalEmbedder.name, "bert")
+NAMES = ("lexical", "bert", "model", "attention")
 
 
-def make_embedder(config: ConfigDict) -> Embedder:
-    """Makes the embedder that `config.retrieval.embedder` names; the lexical one is not fitted yet.
+def make_embedder(config: ConfigDict, workdir: str | Path = "") -> Embedder:
+    """Makes the embedder that `config.retrieval` names, not fitted yet if it learns from texts.
+
+    `workdir/warmup` is the checkpoint where `config.retrieval.checkpoint` is empty.
 
     Raises:
-      RetrievalError: an unknown name, or an encoder that cannot be used.
+      RetrievalError: an unknown name, or an encoder or checkpoint that cannot be used.
     """
     retrieval = config.retrieval
-    if retrieval.embedder not in _EMBEDDERS:
-        raise RetrievalError(
-            f"config.retrieval.embedder = {retrieval.embedder!r} is unknown; one of"
-            f" {', '.join(_EMBEDDERS)}"
-        )
-    if retrieval.embedder == LexicalEmbedder.name:
-        return LexicalEmbedder(retrieval.dimension)
-    return _neural()(
-        retrieval.encoder, retrieval.pooling, retrieval.encoder_batch, retrieval.encoder_dtype
-    )
+    kind = _kind(retrieval.embedder, f"config.retrieval.embedder = {retrieval.embedder!r}")
+    if retrieval.embedder == "lexical":
+        return kind(retrieval.dimension)
+    rows = retrieval.encoder_batch
+    if retrieval.embedder == "bert":
+        return kind(retrieval.encoder, retrieval.pooling, rows, retrieval.encoder_dtype)
+    checkpoint = retrieval.checkpoint or Path(workdir) / "warmup"
+    layer = retrieval.layer if retrieval.embedder == "model" else 0
+    return kind(checkpoint, retrieval.dimension, layer, rows)
 
 
 def load_embedder(folder: str | Path) -> Embedder:
     """Loads the embedder saved in a folder, of whatever kind its `embedder.json` names."""
     name = read_spec(folder).get("name")
-    if name not in _EMBEDDERS:
-        raise RetrievalError(
-            f"{folder} was written by the embedder {name!r}, which this version does not have; it"
-            f" has {', '.join(_EMBEDDERS)}"
-        )
-    return LexicalEmbedder.load(folder) if name == LexicalEmbedder.name else _neural().load(folder)
+    return _kind(name, f"{folder} was written by the embedder {name!r}, which").load(folder)
 
 
-def _neural() -> Any:
-    """Imported where it is used: it brings JAX, which the lexical embedder does without."""
-    from m3jax.retrieval.neural import NeuralEmbedder
+def _kind(name: Any, named: str) -> Any:
+    """Imports a class on use: all but the lexical embedder bring JAX."""
+    if name == "lexical":
+        return LexicalEmbedder
+    if name == "bert":
+        from m3jax.retrieval.neural import NeuralEmbedder
 
-    return NeuralEmbedder
+        return NeuralEmbedder
+    if name not in NAMES:
+        raise RetrievalError(f"{named} is unknown; this version has {', '.join(NAMES)}")
+    from m3jax.retrieval.checkpoint_embedders import AttentionEmbedder, ModelEmbedder
+
+    return ModelEmbedder if name == "model" else AttentionEmbedder

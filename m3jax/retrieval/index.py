@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,7 @@ class Index(SearchIndex):
         folder: Path,
         manifest: dict[str, Any],
         parts: Sequence[int],
-        load: Callable[[Path], Embedder],
     ) -> None:
-        """Loads verified parts; call `open` instead."""
         identity = manifest["identity"]
         self.size: int = identity["count"]
         self.kind: str = identity["kind"]
@@ -57,7 +55,7 @@ class Index(SearchIndex):
         described = json.dumps([identity, manifest["parts"]], sort_keys=True)
         self.fingerprint: str = digest(described)
         self.references_fingerprint: str = identity["references"]
-        self.embedder: Embedder = load(folder / EMBEDDER)
+        self.embedder: Embedder = load_embedder(folder / EMBEDDER)
         if self.embedder.dimension != self.dimension:
             raise damaged(
                 folder / EMBEDDER,
@@ -85,16 +83,11 @@ class Index(SearchIndex):
         folder: str | Path,
         references: ReferenceReader | None = None,
         parts: Sequence[int] | None = None,
-        load: Callable[[Path], Embedder] | None = None,
     ) -> Index:
         """Opens what `build_index` wrote, after comparing every file with its checksum.
 
-        Args:
-          folder: the index.
-          references: if given, the index must be of these.
-          parts: the parts to open, all by default; files of others need not be present.
-            load: loads the embedder; default `embed.load_embedder`, which knows all that need no
-            checkpoint (`checkpoint_embedders.load_embedder` knows the others).
+        With `references` the index must be of these. `parts` are the parts to open, all by default;
+        files of others need not be present.
 
         Raises:
             RetrievalError: an unfinished index, a missing or damaged file, parts that it does not
@@ -122,7 +115,7 @@ class Index(SearchIndex):
                 " launch/prepare.py again to rebuild the index, or open the right references"
             )
         verify(folder, manifest, parts)
-        return cls(folder, manifest, parts, load or load_embedder)
+        return cls(folder, manifest, parts)
 
     def search(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> Found:
         self._check(embeddings, k)

@@ -265,11 +265,7 @@ class LexicalEmbedder(Embedder):
 
     @classmethod
     def load(cls, folder: str | Path) -> LexicalEmbedder:
-        """Reads what `save` wrote.
-
-        Raises:
-          RetrievalError: files are missing, damaged, or of another hashing scheme.
-        """
+        """Reads what `save` wrote, if it is of this hashing scheme."""
         spec = read_spec(folder)
         try:
             embedder = cls(int(spec["dimension"]))

@@ -50,17 +50,13 @@ class NeuralEmbedder(Embedder):
         dtype: Literal["float32", "bfloat16"] = "float32",
         devices: Sequence[jax.Device] | None = None,
     ):
-        """Reads an encoder and places it on the devices.
+        """Reads the encoder of a folder (`read_pretrained`) and places it on the devices.
 
         Args:
-          folder: a Hugging Face folder, see `read_pretrained`.
-          pooling: `auto` takes what the folder says.
+          folder, pooling: as of `read_pretrained`.
           rows: texts one device encodes at a time; fewer above 512 tokens.
           dtype: of weights and products.
           devices: default all of this process.
-
-        Raises:
-          RetrievalError: something in the folder is missing or unfit.
         """
         self.folder = Path(folder).expanduser().resolve()
         pretrained = read_pretrained(self.folder, pooling)
@@ -120,16 +116,11 @@ class NeuralEmbedder(Embedder):
         return calls(ids, self._special + 1, self.rows, self._mesh.size, self._padding)
 
     def save(self, folder: str | Path) -> None:
-        """Writes `embedder.json`, which names the encoder's folder and its fingerprint."""
         write_spec(folder, self.spec)
 
     @classmethod
     def load(cls, folder: str | Path) -> NeuralEmbedder:
-        """Reads what `save` wrote, and the encoder's folder.
-
-        Raises:
-          RetrievalError: the encoder's folder is gone, or holds another encoder than then.
-        """
+        """Reads what `save` wrote, and the encoder's folder, which must hold the same encoder."""
         spec = read_spec(folder)
         remedy = (
             "put the encoder back there, or run launch/prepare.py with config.retrieval.encoder ="

@@ -59,9 +59,7 @@ def position_means(
 ) -> Float32[np.ndarray, "V ..."]:
     """Averages every position, up to the last that 16 texts reach (or all, where they are fewer).
 
-    Args:
-      sums: of the states of the texts that reach a position.
-      counts: of these texts.
+    `sums` are of the states of the `counts` texts that reach a position.
     """
     last = int((counts >= min(_ENOUGH, counts[0])).sum())
     shape = (last, *(1 for _ in sums.shape[1:]))

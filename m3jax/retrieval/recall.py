@@ -18,11 +18,7 @@ from m3jax.text.jsonl import read_records
 
 
 def read_queries(path: str | Path, most: int) -> list[str]:
-    """Reads the first `most` texts of a file of JSON lines with `question` or `text`.
-
-    Raises:
-      RetrievalError: no file, no lines, or a line without either.
-    """
+    """Reads the first `most` texts of a file of JSON lines with `question` or `text`."""
 
     def parse(record: Any) -> str:
         return str(record["question"] if "question" in record else record["text"])
@@ -32,12 +28,7 @@ def read_queries(path: str | Path, most: int) -> list[str]:
 
 
 def recall_report(index: Index, queries: Float32[np.ndarray, "n E"], k: int = 5) -> dict[str, Any]:
-    """Compares `index.search` with exact search over the same embeddings.
-
-    Args:
-      index: an index that keeps its embeddings.
-      queries: (n, E) float32, from its embedder; see `tune.sample_queries`.
-      k: references per query.
+    """Compares `index.search` with exact search over the same embeddings, k references a query.
 
     Returns:
         `queries`, `k`, `references`, `kind`, `recall` (recall@k, ties counted right), `seconds` and

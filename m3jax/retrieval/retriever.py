@@ -37,12 +37,8 @@ class Retriever:
     ) -> None:
         """Makes a retriever; raises `RetrievalError` if the index is of other references.
 
-        Args:
-          index: an index of the references.
-          references: their tokens are what the filter compares.
-          candidates: references fetched per query, of which the filter leaves at most k.
-          overlap_limit: a reference is dropped if its overlap with the text is above this.
-          rank: scores by which the candidates are put in order, instead of those of the index.
+        Per query `candidates` references are fetched and, with `rank`, put in order by its scores;
+        one whose overlap with the text is above `overlap_limit` is dropped.
         """
         if index.references_fingerprint != references.fingerprint:
             raise RetrievalError(
@@ -60,13 +56,8 @@ class Retriever:
         """Returns ids (n, k) of k references for every query, best first, −1 for none.
 
         Candidates with a score of 0 or less are not returned, so a query without a known word gets
-        none.
-
-        Args:
-          queries: n texts.
-            against: for every query the tokens of the text that its references must not contain;
-            None = no filter.
-          k: references per query.
+        none. `against` are, for every query, the tokens of the text that its references must not
+        contain; None = no filter.
 
         Raises:
           RetrievalError: k below 1, or `against` of another length than `queries`.

@@ -102,7 +102,7 @@ def build_scann(
     folder: Path,
     standalone: bool = False,
 ) -> None:
-    """Trains a ScaNN searcher and writes it; the same bytes for the same embeddings.
+    """Trains a ScaNN searcher and writes it; the same embeddings give the same bytes.
 
     With random initial centres, ScaNN's default, two trainings differ; with k-means++ they do not,
     whatever the number of threads.
@@ -171,10 +171,10 @@ class Searcher:
         """Makes a searcher.
 
         Args:
-          shards: all embeddings in order, every shard but the last of `SHARD_ROWS` rows. Empty:
+            shards: all embeddings in order, every shard but the last of `SHARD_ROWS` rows. Empty:
             the ScaNN searcher was built `standalone`, and its scores are final.
-          scann: a loaded ScaNN searcher over them, or None for exact search. The embeddings then
-            are held in memory, as one array that candidates are gathered from.
+            scann: a loaded ScaNN searcher over them, or None for exact search. With it the
+            embeddings are held in memory, as one array that candidates are gathered from.
           effort: see the attribute.
         """
         self._scann, self.effort = scann, effort or {"leaves": 0, "candidates": 0}

@@ -79,13 +79,9 @@ def fit(
     cluster, comparing all codes is faster: then it is trained again without leaves.
 
     Args:
-      scann: `import_scann()`.
-      embeddings: what is searched.
+      scann, embeddings, settings, folder, standalone: as of `build_scann`.
       queries: held-out queries, like those to come.
-      settings: of `scann_settings`.
-      folder: where the searcher goes; must not exist.
       target: recall@5 of the queries to reach, if the most that is tried reaches it.
-      standalone: see `build_scann`.
 
     Returns:
       `settings` as trained, `effort` for `Searcher` and `recall` at 5 of the queries.

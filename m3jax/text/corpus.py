@@ -12,7 +12,7 @@ from jaxtyping import Float32, Int32
 
 from m3jax.errors import TextError
 from m3jax.text.documents import Document, in_batches
-from m3jax.text.records import Records, dtype_of_tokens, writing
+from m3jax.text.records import Records, RecordWriter, dtype_of_tokens
 from m3jax.text.tokenizer import BOS, END, Tokenizer
 
 _KIND = "corpus"
@@ -74,29 +74,24 @@ class EncodedDocument:
 
 
 class CorpusWriter:
-    """Writes a corpus document by document; `finish` commits it.
+    """Writes a corpus document by document, replacing the folder's; `finish` commits it.
 
-    Document i is record i // S of shard i % S. `lengths.bin` holds the tokens of every document
-    (int64); `manifest.json` is written last. A context manager: an error leaves no temporary files.
-
-    Args:
-      folder: where to write, replacing what is there.
-      tokenizer: of the documents; its fingerprint goes into the manifest.
-      shards: most shard files; there are no more than documents.
+    Document i is record i // S of shard i % S, for S = `shards` or fewer. `lengths.bin` holds the
+    tokens of every document (int64); `manifest.json`, with the tokenizer's fingerprint, is written
+    last. A context manager: an error leaves no temporary files.
     """
 
     def __init__(self, folder: str | os.PathLike[str], tokenizer: Tokenizer, shards: int) -> None:
         self.folder, self._tokenizer = folder, tokenizer
         self._dtype = dtype_of_tokens(tokenizer.size)
-        self._writing = writing(folder, shards, ["lengths.bin"])
+        self._writer = RecordWriter(folder, shards, ["lengths.bin"])
         self._tokens = self._characters = self._bytes = 0
 
     def __enter__(self) -> CorpusWriter:
-        self._writer = self._writing.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._writing.__exit__(*error)
+        self._writer.__exit__(*error)
 
     def write(self, document: TokenDocument, text: str) -> None:
         """Appends a document; `text` is what its tokens say, for the counts."""

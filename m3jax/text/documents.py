@@ -42,13 +42,9 @@ class Document:
 def find_files(spec: str) -> list[str]:
     """Lists the parts of a spec, folders and globs expanded, in reading order.
 
-    Args:
-        spec: comma-separated files, globs, folders (searched recursively for `.jsonl`, `.jsonl.gz`,
-        `.txt` and `.parquet`, sorted by path) or `tfds:NAME[:SPLIT]`. A path must not contain a
-        comma.
-
-    Returns:
-      Paths of files, and `tfds:…` parts as they are. A part named twice is read twice.
+    A spec is comma-separated files, globs, folders (searched recursively for `.jsonl`, `.jsonl.gz`,
+    `.txt` and `.parquet`, sorted by path) or `tfds:NAME[:SPLIT]`, which stays as it is. A path must
+    not contain a comma. A part named twice is read twice.
 
     Raises:
       TextError: a path that does not exist, an ending that is not known, or no file at all.
@@ -81,20 +77,17 @@ def find_files(spec: str) -> list[str]:
 
 
 def read_documents(spec: str) -> Iterator[Document]:
-    """Reads documents one at a time, in the order of `find_files`.
+    """Reads documents one at a time, in the order of `find_files`, which see for the spec.
 
     JSON lines have the field `text`, and may have `id` (default `<file stem>:<line>`), `title`,
     `source` (default `<file name>:<line>`), `no_loss` (pairs of character positions) and
     `references`; other fields are ignored. Rows of Parquet files and examples of TensorFlow
-    Datasets are read like JSON lines. A text file is one document whose id is its stem.
-    Documents of white space only are skipped.
-
-    Args:
-      spec: see `find_files`.
+    Datasets are read like JSON lines. A text file is one document whose id is its stem. Documents
+    of white space only are skipped.
 
     Raises:
-      TextError: what `find_files` raises; text that is not UTF-8, invalid JSON, a missing or
-        mistyped field, a damaged gzip file, each with file and line or byte; no document at all.
+        TextError: text that is not UTF-8, invalid JSON, a missing or mistyped field, a damaged gzip
+        file, each with file and line or byte; no document at all.
     """
     empty = True
     documents: Iterator[Document]

@@ -23,8 +23,7 @@ def numbered_tokenizer(
 
     Args:
       size: tokens of the model.
-        named: ids of the tokens that take the first places: padding, start of a text, mark of a
-        reference, end of a text. Each is exchanged with the token whose place it takes.
+      named: ids of the tokens that take the places of `special`, with which they are exchanged.
       special: our special tokens, whose places are 0, 1, ….
 
     Returns:

@@ -19,15 +19,7 @@ Tokens = Sequence[int | np.integer] | Integer[np.ndarray, "_"]
 
 
 def overlap(text_tokens: Tokens, reference_tokens: Tokens) -> float:
-    """Computes the overlap of a reference with a text, 0 … 1, exactly as defined above.
-
-    Args:
-      text_tokens: tokens of the text t.
-      reference_tokens: tokens of the reference r, without padding.
-
-    Returns:
-      The overlap; 0 if either is empty.
-    """
+    """Computes the overlap, 0 … 1, exactly as defined above; 0 if a side is empty."""
     if not len(text_tokens) or not len(reference_tokens):
         return 0.0
     text = np.asarray(text_tokens, np.int64)
@@ -59,10 +51,7 @@ def which_exceed(
       text_tokens: tokens of the text.
       references: tokens of the references, padded behind `lengths`.
       lengths: number of tokens of each reference.
-      threshold: 0 … 1.
-
-    Returns:
-      True where the overlap is larger than the threshold.
+      threshold: overlap, 0 … 1, above which the result is True.
     """
     text = np.asarray(text_tokens, np.int64)
     lengths = np.asarray(lengths)

@@ -59,14 +59,13 @@ def prepare_text(
         config: its sections `text`, `clean` and `knowledge`, `model.vocabulary` and
         `memory.reference_length` are used.
       workdir: folder of the run.
-      documents: spec of the training and validation documents (`read_documents`).
-      knowledge: spec of the knowledge base; None = the same as `documents`.
+        documents, knowledge: specs (`read_documents`) of the documents and of the knowledge base;
+        default the same.
       limit: most documents to use of each spec; None = all.
       say: gets one line for every part: whether it was kept, and what is in it.
       runner: does the work on blocks; None = this process.
       quality: spec of a scorer (`load_scorer`), needed by `clean.quality_min`.
-        questions: texts of evaluation questions, which no reference may hold; for
-        `knowledge.enabled`.
+      questions: texts of evaluation questions, which no reference may hold.
 
     Raises:
         TextError: bad documents; a finished part that was made from other inputs; a tokenizer with
@@ -127,8 +126,6 @@ class _Sources:
 
 @dataclass(frozen=True)
 class _Parts:
-    """Makes or keeps the parts of a workdir, one a method."""
-
     config: ConfigDict
     workdir: Path
     sources: _Sources
@@ -239,7 +236,6 @@ def _check_arguments(config: ConfigDict, limit: int | None, questions: Sequence[
 
 
 def _check_split(sources: _Sources) -> None:
-    """Refuses a split that leaves one side empty, before anything is made of it."""
     share = sources.share
     missing, count = {False, share > 0}, 0
     for document in sources.read(sources.documents, "documents"):

@@ -33,10 +33,13 @@ class RecordWriter:
     """Writes records round robin: record i is record i // S of shard i % S, for S shards.
 
     There are at most as many shards as records. Side files are streams of raw bytes. Nothing counts
-    until `finish` has written the manifest.
+    until `finish` has written the manifest. A context manager: an error leaves no temporary files.
     """
 
-    def __init__(self, folder: Path, shards: int, side_files: Sequence[str]) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], shards: int, side_files: Sequence[str]
+    ) -> None:
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
         for old in {*folder.glob("records-*"), *folder.glob("*" + TEMPORARY)}:
@@ -47,6 +50,15 @@ class RecordWriter:
         self._writers: list[Any] = []
         self._records = hashlib.blake2b(digest_size=16)
         self._streams = {n: (folder / (n + TEMPORARY)).open("wb") for n in side_files}
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
+        for temporary in self.folder.glob("*" + TEMPORARY):
+            temporary.unlink(missing_ok=True)
 
     def write(self, record: dict[str, Any], **side: bytes) -> None:
         """Appends a record and its bytes to side files, given as `name="bytes"` without ending."""
@@ -104,21 +116,6 @@ class RecordWriter:
         except RuntimeError as error:  # with riegeli's message, for example of a full disk
             path = self.folder / self._names[shard]
             raise OSError(f"{path} could not be written: {error}") from error
-
-
-@contextlib.contextmanager
-def writing(
-    folder: str | os.PathLike[str], shards: int, side: Sequence[str]
-) -> Iterator[RecordWriter]:
-    """Makes a `RecordWriter` whose files are closed and, after an error, removed."""
-    writer = RecordWriter(Path(folder), shards, side)
-    try:
-        yield writer
-    finally:
-        with contextlib.suppress(Exception):
-            writer.close()
-        for temporary in writer.folder.glob("*" + TEMPORARY):
-            temporary.unlink(missing_ok=True)
 
 
 class Records:

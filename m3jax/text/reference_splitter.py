@@ -33,19 +33,12 @@ class Piece:
 
 
 def cut_references(document: Document, tokenizer: Tokenizer, length: int) -> list[Piece]:
-    """Cuts a document into pieces of at most `length` tokens, in order, without overlap.
+    """Cuts a document into pieces of at most `length` ≥ 4 tokens, in order, without overlap.
 
     Whole paragraphs (lines) are joined while they fit. A paragraph that is too long for one piece
     is cut at sentence ends, such a sentence at white space, such a word anywhere. White space at
-    both ends of a piece is left out; nothing else is.
-
-    Args:
-      document: the document.
-      tokenizer: counts the tokens; a piece's tokens are those of its text alone.
-      length: most tokens W of a piece, prefix not counted; ≥ 4.
-
-    Returns:
-      Pieces; none if the document is white space only.
+    both ends of a piece is left out; nothing else is. A piece's tokens are those of its text alone.
+    A document of white space only has no pieces.
 
     Raises:
       TextError: a length below 4, in which a single character might not fit.

@@ -16,7 +16,7 @@ from jaxtyping import Int, Int32, Int64, UInt64
 
 from m3jax.errors import TextError
 from m3jax.text.documents import Document, in_batches
-from m3jax.text.records import Records, RecordWriter, dtype_of_tokens, writing
+from m3jax.text.records import Records, RecordWriter, dtype_of_tokens
 from m3jax.text.reference_splitter import Piece, cut_references
 from m3jax.text.tokenizer import PAD, Tokenizer
 
@@ -113,18 +113,11 @@ def write_references(
     length: int,
     shards: int = 1,
 ) -> int:
-    """Cuts documents into references and writes them to `folder`, replacing what is there.
+    """Cuts documents into references of at most `length` tokens and writes them to `folder`.
 
-    Args:
-      documents: the knowledge base, read once, about a million characters held at a time.
-      tokenizer: the tokenizer; its fingerprint goes into the manifest.
-        folder: where to write: records, `tokens.bin` (all tokens, one reference after the other),
-        `table.bin` (hashes and lengths), `manifest.json` last.
-      length: most tokens W of a reference, prefix not counted.
-      shards: most shard files of the records, filled round robin.
-
-    Returns:
-      The number of references.
+    The folder is replaced: records in `shards` files, round robin; `tokens.bin` (all tokens, one
+    reference after the other); `table.bin` (hashes and lengths); `manifest.json` last. Documents
+    are read once, about a million characters held at a time. Returns the number of references.
 
     Raises:
       TextError: no documents, no usable tokens in them, or an id that occurs twice.
@@ -142,7 +135,7 @@ def write_pieces(
     """Writes references of documents that are cut already, as `write_references`."""
     dtype = dtype_of_tokens(tokenizer.size)
     seen: set[bytes] = set()
-    with writing(folder, shards, ["tokens.bin", "table.bin"]) as writer:
+    with RecordWriter(folder, shards, ["tokens.bin", "table.bin"]) as writer:
         for document, pieces in cut:
             name = hashlib.blake2b(document.id.encode(), digest_size=12).digest()
             if name in seen:
@@ -171,7 +164,7 @@ def copy_references(
     """Writes the references with these ids (at least one), in their order, as a set of its own."""
     ids, dtype, gaps = np.asarray(ids), source.dtype, False
     next_numbers: dict[str, int] = {}  # of every document, as far as it was written
-    with writing(folder, 1, ["tokens.bin", "table.bin"]) as writer:
+    with RecordWriter(folder, 1, ["tokens.bin", "table.bin"]) as writer:
         for low in range(0, len(ids), _BLOCK):
             for item in source.read(ids[low : low + _BLOCK]):
                 document, _, number = item.key.rpartition("#")

@@ -61,12 +61,11 @@ class Tokenizer:
         min_frequency: int,
         most_bytes: int | None = None,
     ) -> Tokenizer:
-        """Learns merges; the same texts give the same tokenizer.
+        """Learns merges from texts, read once; the same texts give the same tokenizer.
 
         Args:
-          texts: texts, read once, one at a time.
-            vocabulary: most entries, special tokens included, ≥ 260. Training ends with fewer when
-            no pair is left that occurs `min_frequency` times.
+            vocabulary: most entries, special tokens included, ≥ 260; fewer when no pair is left
+            that occurs `min_frequency` times.
           min_frequency: least count of a pair to be merged.
           most_bytes: UTF-8 bytes of text to learn from; the rest is not read.
 

@@ -38,8 +38,7 @@ def adopt_tokenizer(
         `read_params` takes it.
 
     Raises:
-        TextError: it is damaged or no byte-level BPE tokenizer; the named tokens are not as many
-        different special tokens of it.
+      TextError: no byte-level BPE tokenizer; `named` are not as many special tokens of it.
     """
     try:
         content = json.loads(text)

@@ -36,9 +36,8 @@ from m3jax.retrieval.checkpoint_embedders import (
     AttentionEmbedder,
     ModelEmbedder,
     Ranking,
-    load_embedder,
-    make_embedder,
 )
+from m3jax.retrieval.embed import load_embedder, make_embedder
 from m3jax.retrieval.embedder import Embedder
 from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.retrieval.pooling import draw, position_means

@@ -141,7 +141,7 @@ def test_unfitted_and_wrong_settings_are_refused(config):
     with pytest.raises(RetrievalError, match="config.retrieval.dimension"):
         LexicalEmbedder(7)
     config.retrieval.embedder = "psychic"
-    with pytest.raises(RetrievalError, match="'psychic' is unknown; one of lexical"):
+    with pytest.raises(RetrievalError, match="'psychic' is unknown; this version has lexical"):
         make_embedder(config)
 
 
@@ -160,5 +160,5 @@ def test_damaged_folder_is_refused(embedder, tmp_path):
     with pytest.raises(RetrievalError, match="build the index again"):
         load_embedder(tmp_path)
     (tmp_path / "embedder.json").write_text(json.dumps({**spec, "name": "psychic"}))
-    with pytest.raises(RetrievalError, match="'psychic', which this version does not have"):
+    with pytest.raises(RetrievalError, match="'psychic', which is unknown"):
         load_embedder(tmp_path)

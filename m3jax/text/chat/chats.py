@@ -90,14 +90,9 @@ class Pair:
 
 
 def read_chats(spec: str, most_rounds: int) -> Iterator[Chat | ChatError]:
-    """Reads chats of files, in order; an unusable line comes as the error that says why.
+    """Reads chats of JSON lines (`find_files`); an unusable line comes as the error that says why.
 
-    Args:
-      spec: see `find_files`; JSON lines only.
-      most_rounds: rounds that a chat may have.
-
-    Raises:
-      TextError: no such file, or a damaged one.
+    A chat may have `most_rounds` rounds. Raises `TextError` for no such file, or a damaged one.
     """
     for fields, name, where in _records(spec):
         try:
@@ -116,11 +111,7 @@ def read_pairs(spec: str, most_rounds: int) -> Iterator[Pair | ChatError]:
 
 
 def read_questions(spec: str, most_rounds: int) -> list[Chat]:
-    """Reads chats that end with a question, for inference; also `{"prompt": …}` alone.
-
-    Raises:
-      ChatError: an unusable line, with file and line.
-    """
+    """Reads chats that end with a question, also `{"prompt": …}` alone; raises `ChatError`."""
     chats = []
     for given, name, where in _records(spec):
         fields = _object(given, where)

@@ -35,12 +35,9 @@ def prepare_chats(
 
     Its `train` and `validation` are corpora (a pair is two documents, the chosen one first), and
     `report.json` says what was left out and why. A chat too long for a row loses its last rounds,
-    unless its first does not fit. A finished part of the same inputs is kept.
-
-    Args:
-      config: its sections `chat`, `text` and `data` are used.
-      workdir: folder of the run, with a tokenizer.
-      spec: files of chats or pairs, see `find_files`.
+    unless its first does not fit. A finished part of the same inputs is kept. The sections `chat`,
+    `text` and `data` of the config are used, and the workdir's tokenizer; `spec` as of
+    `find_files`.
 
     Returns:
       The report, and whether the part was there before.
@@ -73,8 +70,6 @@ def prepare_chats(
 
 @dataclasses.dataclass(frozen=True)
 class _Encoded:
-    """Holds the chat of one line, or the two of a pair, with their tokens."""
-
     chats: tuple[Chat, ...]
     tokens: list[EncodedChat]
 
@@ -85,8 +80,6 @@ class _Encoded:
 
 
 class _Writing:
-    """Writes the corpora in one pass over the files, and counts."""
-
     def __init__(self, config: ConfigDict, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.template = Template(config.chat, tokenizer)

@@ -43,13 +43,7 @@ _VARIETIES = {"wuu": "zh", "yue": "zh"}
 
 @dataclass(frozen=True)
 class Cleaning:
-    """Holds what the functions here need to know.
-
-    Attributes:
-      folder: where they read and write, seen by all processes.
-      clean: the section `clean` of the config, as an object with its fields.
-      quality: spec of the scorer (`load_scorer`), or None.
-    """
+    """Names the folder, seen by all processes; the section `clean`; the scorer's spec."""
 
     folder: Path
     clean: Any
@@ -57,7 +51,6 @@ class Cleaning:
 
     @property
     def blocks(self) -> Path:
-        """Returns the folder of the blocks."""
         return self.folder / "blocks"
 
 

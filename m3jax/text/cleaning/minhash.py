@@ -134,12 +134,9 @@ def compare(
 ) -> Shaped[np.ndarray, " k"]:
     """Finds the documents that an earlier one of the same band is similar to, sorted by number.
 
-    In a group of many each is compared with the 16 first and the 16 before it.
-
-    Args:
-      entries: of bands; all entries with a key that occurs at all.
-      signature_of: returns the signature of a document by its number.
-      similarity: the least that counts.
+    `entries` are all band entries with a key that occurs at all, `signature_of` returns the
+    signature of a document by its number. In a group of many each is compared with the 16 first and
+    the 16 before it.
     """
     witnesses: dict[int, tuple[int, float]] = {}
     seen: set[tuple[int, int]] = set()

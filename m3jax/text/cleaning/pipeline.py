@@ -120,14 +120,9 @@ class CleaningPipeline:
     def write_corpus(self, held_out: bool, tokenizer: Tokenizer, folder: Path) -> CorpusInfo:
         """Tokenizes what is not tokenized yet, and joins one side of the split into a corpus."""
         text = self._config.text
-        work = digest(tokenizer.fingerprint, repr(text.validation_share), str(text.shuffle))
-        tokenizing = Tokenizing(
-            self._cleaning.folder / f"{_TOKENS}{work[:12]}",
-            self._cleaning,
-            (self._workdir / "tokenizer").absolute(),
-            text.validation_share,
-            text.shuffle,
-        )
+        share, shuffle = text.validation_share, text.shuffle
+        place = self._place(_TOKENS, tokenizer.fingerprint, repr(share), str(shuffle))
+        tokenizing = Tokenizing(*place, share, shuffle)
         names = partial(names_of, self._cleaning)
         self._runner.run([WorkStage("tokenize", names, partial(tokenize_block, tokenizing))])
         documents = tokenized(tokenizing, held_out)
@@ -136,16 +131,14 @@ class CleaningPipeline:
     def write_references(self, tokenizer: Tokenizer, folder: Path) -> int:
         """Cuts what is not cut yet into references, and joins them."""
         length = self._config.memory.reference_length
-        work = digest(tokenizer.fingerprint, str(length))
-        cutting = Cutting(
-            self._cleaning.folder / f"{_PIECES}{work[:12]}",
-            self._cleaning,
-            (self._workdir / "tokenizer").absolute(),
-            length,
-        )
+        cutting = Cutting(*self._place(_PIECES, tokenizer.fingerprint, str(length)), length)
         names = partial(names_of, self._cleaning)
         self._runner.run([WorkStage("cut", names, partial(cut_block, cutting))])
         return write_pieces(cut_documents(cutting), tokenizer, folder, length)
+
+    def _place(self, kind: str, *identity: str) -> tuple[Path, Cleaning, Path]:
+        folder = self._cleaning.folder / f"{kind}{digest(*identity)[:12]}"
+        return folder, self._cleaning, (self._workdir / "tokenizer").absolute()
 
     def tidy(self) -> None:
         """Removes what corpora and references were joined from, when they are finished."""

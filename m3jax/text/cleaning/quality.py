@@ -55,12 +55,9 @@ class LinearScorer:
     def train(
         cls, texts: Sequence[str], scores: Sequence[float], penalty: float = 0.1
     ) -> LinearScorer:
-        """Fits to labelled texts; the same examples in the same order give the same scorer.
+        """Fits to two or more texts with scores 0 … 5; the same examples give the same scorer.
 
-        Args:
-          texts: at least two.
-          scores: 0 … 5, one a text.
-          penalty: of squared weights (ridge regression).
+        `penalty` is that of squared weights (ridge regression).
 
         Raises:
           TextError: too few examples, all with one score, or a score outside 0 … 5.
@@ -134,9 +131,8 @@ def held_out_error(
 ) -> dict[str, float]:
     """Trains on four fifths of the examples, by hash of the text, and scores the last fifth.
 
-    Returns:
-      `count`, mean absolute `error`, that of always guessing the mean (`error_of_mean`), and
-      Pearson's `correlation`; NaN where the fifth is too small.
+    Returns `count`, mean absolute `error`, that of always guessing the mean (`error_of_mean`), and
+    Pearson's `correlation`; NaN where the fifth is too small.
     """
     held = np.array([int(digest(text)[:8], 16) % 5 == 0 for text in texts])
     labels = np.asarray(scores, np.float64)

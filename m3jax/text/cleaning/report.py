@@ -97,7 +97,6 @@ def _sorted(lengths: Counter[str]) -> dict[str, int]:
 def _of_tables(
     cleaned: Cleaned,
 ) -> tuple[Counter[str], Counter[str], dict[str, int], dict[str, int]]:
-    """Counts lengths, languages and documents of what is left, and the near-duplicates."""
     lengths, languages = Counter[str](), Counter[str]()
     left, twins = np.zeros(2, np.int64), np.zeros(2, np.int64)
     for name in cleaned.names:
@@ -118,7 +117,6 @@ def _of_tables(
 
 
 def _twins(cleaned: Cleaned) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields some near-duplicates, beside the document that stays."""
     for number, witness, similarity in near_duplicate_samples(cleaned.drops):
         dropped, kept = (_document(cleaned, n) for n in (number, witness))
         value = f"{kept.id} ({kept.source}), {similarity:.2f}"
@@ -132,7 +130,6 @@ def _document(cleaned: Cleaned, number: int) -> Any:
 
 
 def _markdown(content: dict[str, Any]) -> str:
-    """Formats the report to read, with the pictures beside it."""
 
     def row(name: str, pair: dict[str, int]) -> str:
         share = pair["characters"] / max(content["read"]["characters"], 1)
@@ -195,7 +192,6 @@ def _draw_lengths(path: Path, read: Counter[str], left: Counter[str]) -> None:
 
 
 def _draw_languages(path: Path, read: Counter[str], left: Counter[str]) -> None:
-    """Draws documents by language, on a logarithmic scale."""
     ranked = sorted(read, key=lambda name: (-read[name], name))[:_LANGUAGES] or ["–"]
     figure = Figure(figsize=(8, 0.32 * len(ranked) + 1.4), layout="constrained")
     axes = figure.subplots()

@@ -71,11 +71,8 @@ def broken_rule(
 ) -> tuple[str, float] | None:
     """Returns the first rule that a text breaks, and the value that breaks it; None = it passes.
 
-    Args:
-      measures: of the text.
-      limits: the section of a config that has the thresholds.
-        rules: names of the thresholds, in order: that of a measure and `_min`, which it must not be
-        below, or `_max`, which it must not be above.
+    A rule is the name of a threshold in the config section `limits`: that of a measure and `_min`,
+    which it must not be below, or `_max`, which it must not be above.
     """
     for rule in rules:
         name, _, bound = rule.rpartition("_")

@@ -4,33 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgpack
 import numpy as np
 
 from m3jax.files import write_atomically
-from m3jax.text.cleaning.clean import Cleaning
 from m3jax.text.cleaning.dedup import Cleaned
-from m3jax.text.cleaning.tokenize import tokenizer_of
+from m3jax.text.cleaning.tokenize import BlockWork, tokenizer_of
 from m3jax.text.documents import Document
 from m3jax.text.reference_splitter import Piece, cut_references
 
 
 @dataclass(frozen=True)
-class Cutting:
-    """What the functions here need to know.
+class Cutting(BlockWork):
+    """Adds the most tokens of a reference."""
 
-    Attributes:
-      folder: where the cut blocks are, seen by all processes.
-      cleaning: where the documents are.
-      tokenizer: folder of the tokenizer.
-      length: most tokens of a reference.
-    """
-
-    folder: Path
-    cleaning: Cleaning
-    tokenizer: Path
     length: int
 
 
@@ -55,10 +43,5 @@ def cut_documents(cutting: Cutting) -> Iterator[tuple[Document, list[Piece]]]:
     """Yields the documents of all blocks, without texts, with their pieces."""
     for path in sorted(cutting.folder.glob("*.pieces")):
         for name, title, source, pieces in msgpack.unpackb(path.read_bytes()):
-            yield (
-                Document(name, "", title, source),
-                [
-                    Piece(start, end, text, np.frombuffer(tokens, "<i4"))
-                    for start, end, text, tokens in pieces
-                ],
-            )
+            cut = [Piece(a, b, text, np.frombuffer(ids, "<i4")) for a, b, text, ids in pieces]
+            yield Document(name, "", title, source), cut

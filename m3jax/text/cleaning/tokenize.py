@@ -41,20 +41,18 @@ _BUCKET_BYTES = 64 << 20  # of records that are put in order at once
 
 
 @dataclass(frozen=True)
-class Tokenizing:
-    """What the functions here need to know.
-
-    Attributes:
-      folder: where the tokenized blocks are, seen by all processes.
-      cleaning: where the documents are.
-      tokenizer: folder of the tokenizer.
-      share: of the documents for validation.
-      shuffle: 0, or the seed of the order.
-    """
+class BlockWork:
+    """Names the folder of results, seen by all processes, the documents, the tokenizer's folder."""
 
     folder: Path
     cleaning: Cleaning
     tokenizer: Path
+
+
+@dataclass(frozen=True)
+class Tokenizing(BlockWork):
+    """Adds the share of documents for validation, and the seed of the order (0 = as read)."""
+
     share: float
     shuffle: int
 

@@ -35,11 +35,8 @@ class Contamination:
     def __init__(self, questions: Sequence[str], threshold: float, least: int) -> None:
         """Numbers the words of questions.
 
-        Args:
-          questions: their texts.
-          threshold: overlap above which a reference is contaminated.
-            least: questions of fewer words are left out, and references of fewer words are not
-            searched for in questions.
+        A reference is contaminated above the overlap `threshold`. Questions of fewer words than
+        `least` are left out, and references of fewer words are not searched for in questions.
         """
         split = [words_of(question) for question in questions]
         kept = [i for i, words in enumerate(split) if len(words) >= least]
@@ -75,7 +72,6 @@ class Contamination:
         return np.array([self._numbers.get(word, 0) for word in words], np.int64)
 
     def _inside(self, words: Integer[np.ndarray, " n"]) -> list[tuple[int, float]]:
-        """Returns the questions that the reference holds."""
         near = _union(self._by_rare_word, np.unique(words))
         if not near.size:
             return []
@@ -85,7 +81,6 @@ class Contamination:
         return [(i, overlap(words, self._questions[i])) for i in told]
 
     def _around(self, words: Integer[np.ndarray, " n"]) -> list[tuple[int, float]]:
-        """Returns the questions that hold the reference."""
         if len(words) < self.least:
             return []
         rarest = np.unique(_rarest(words, self.threshold))

@@ -42,13 +42,9 @@ def write_selection_report(
 ) -> str:
     """Writes `report.json`, `report.md` and `lengths.png`; returns one line of what is left.
 
-    Args:
-      references: all that were cut.
-      kept: ids of those that are kept.
-      drops: near-duplicates and their witnesses, of `minhash.merged`.
-      tally: what all ranges counted.
-      questions: the evaluation questions, if there are some.
-      folder: where to write.
+    Of all `references` that were cut, the ids `kept` stay; `drops` are near-duplicates with
+    witnesses (`minhash.merged`), `tally` is what all ranges counted, `questions` what was searched
+    for.
     """
     _add_twins(references, drops, tally)
     content: dict[str, Any] = {
@@ -75,7 +71,6 @@ def _counted(tally: Tally, step: str) -> dict[str, int]:
 
 
 def _add_twins(references: References, drops: Shaped[np.ndarray, " d"], tally: Tally) -> None:
-    """Counts the near-duplicates, and shows some beside the reference that stays."""
     for item in references.read(drops["number"].astype(np.int64)):
         tally.count("similarity", len(item.text))
     for number, witness, similarity in near_duplicate_samples(drops):
@@ -86,7 +81,6 @@ def _add_twins(references: References, drops: Shaped[np.ndarray, " d"], tally: T
 
 
 def _markdown(content: dict[str, Any]) -> str:
-    """Formats the report to read, with the picture beside it."""
     total = max(content["cut"]["references"], 1)
 
     def row(name: str, references: int, characters: int | str) -> str:

@@ -108,11 +108,8 @@ class Selection:
     ) -> None:
         """Cuts, selects and writes what is kept, and the report in `report/knowledge/`.
 
-        Args:
-          inputs: of the references; what an unfinished run of others left is deleted.
-          cut: writes the references of all documents to a folder.
-          say: gets one line of what came in and what is left.
-          folder: where the kept ones are written.
+        What an unfinished run of other `inputs` left is deleted. `cut` writes the references of all
+        documents to a folder; `say` gets one line of what came in and what is left.
 
         Raises:
           TextError: nothing is left; or bad documents.

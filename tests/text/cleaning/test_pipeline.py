@@ -188,7 +188,7 @@ def test_shuffled_documents_are_the_same_in_another_order(config, documents, tmp
     _prepare(config, tmp_path / "1", documents)
     with monkeypatch.context() as patched:
         patched.setattr(tokenize, "_BUCKET_BYTES", 2000)
-        patched.setattr(dedup, "_PART_BYTES", 4000)
+        patched.setattr(dedup.minhash, "_PART_BYTES", 4000)
         patched.setattr(blocks, "BLOCK_BYTES", 20000)
         _prepare(config, tmp_path / "1b", documents)
     config.text.shuffle = 2

@@ -143,7 +143,7 @@ def test_the_same_bytes_for_one_and_two_processes_and_for_blocks(config, documen
 )
 def test_stopped_at_any_stage_and_run_again(config, documents, tmp_path, monkeypatch, name, calls):
     monkeypatch.setattr(select, "_RANGE", 16)
-    monkeypatch.setattr(select, "_PART_BYTES", 20_000)
+    monkeypatch.setattr(select.minhash, "_PART_BYTES", 20_000)
     _prepare(config, tmp_path / "whole", documents, workers=0)
     usual, count = getattr(select, name), [0]
 
