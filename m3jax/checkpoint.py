@@ -78,7 +78,7 @@ def restore_params(
       tokenizer_fingerprint: when given, must be the checkpoint's.
 
     Raises:
-        CheckpointError: no checkpoint; one of another shape (names the first parameter that differs
+      CheckpointError: no checkpoint; one of another shape (names the first parameter that differs
         and both shapes) or of another tokenizer.
     """
     folder = checkpoint_folder(stage_folder, step)
@@ -121,7 +121,7 @@ def read_model(
       checkpoint: a stage folder, or a folder `checkpoints/<step>` of it, in its workdir.
 
     Returns:
-        The folder `…/<step>`; a config with the sections `model` and `memory` of the checkpoint's,
+      The folder `…/<step>`; a config with the sections `model` and `memory` of the checkpoint's,
         and attention that runs anywhere; the parameters, on one device; `meta`; and the tokenizer.
 
     Raises:

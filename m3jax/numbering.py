@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 
 
 class Numbering:
-    """Ids 0 … size − 1 over the parts base, first delta, second delta, …, some of them tombstones.
+    """Numbers the items of the parts base, first delta, second delta, … with ids 0 … size − 1.
 
     Attributes:
       sizes: items in each part.
@@ -31,12 +31,12 @@ class Numbering:
 
     @property
     def live(self) -> Int[np.ndarray, " n"]:
-        """Ids in use, ascending."""
+        """Returns the ids in use, ascending."""
         return np.setdiff1d(np.arange(self.size), self.tombstones, assume_unique=True)
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of the tombstones."""
+        """Returns the hex digest of the tombstones."""
         return hashlib.blake2b(self.tombstones.tobytes(), digest_size=16).hexdigest()
 
     def is_removed(self, ids: Int[np.ndarray, "*n"]) -> Bool[np.ndarray, "*n"]:

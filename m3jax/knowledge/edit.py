@@ -60,8 +60,8 @@ def edit(
 
     Raises:
       VersionError: nothing to do, a document that is there or a key that is not, another editor.
-        TextError, RetrievalError, BankError, OSError: as their makers raise them; the last version
-        is untouched.
+      TextError, RetrievalError, BankError, OSError: as their makers raise them; the last version is
+        untouched.
     """
     workdir, documents, delete = Path(workdir), list(documents), list(delete)
     with only_writer(workdir):

@@ -97,7 +97,7 @@ class MemoryWriter:
         base: Bank | LayeredBank | None = None,
         keep: Int[np.ndarray, " n"] | None = None,
     ) -> dict[str, Any]:
-        """`m3jax.memory.write.write_bank` with this writer."""
+        """Calls `m3jax.memory.write.write_bank` with this writer."""
         params, path, step = self.restore(references.tokenizer_fingerprint, base)
         config = self.config.copy_and_resolve_references()
         if self.like_base and base is not None:
@@ -133,7 +133,7 @@ class MemoryWriter:
 def _recorded(
     writer: Mapping[str, Any], workdir: Path, model: Model
 ) -> tuple[Params, Path, int] | None:
-    """The weights that a checkpoint or bank records, at their place or in the workdir."""
+    """Returns the weights that a checkpoint or bank records, at their place or in the workdir."""
     recorded = Path(writer["path"])
     for folder in (recorded, workdir / recorded.name):
         try:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from m3jax.retrieval.pooling import mean_of, unit, usable
+
 Params = dict[str, Any]
 Pooling = Literal["mean", "cls"]
 
@@ -27,7 +29,7 @@ class Architecture:
       layers, heads, hidden, mlp_width, vocabulary: L, N, D, F, V.
       positions: rows of the table of positions.
       types: rows of the table of token types, of which only the first is used.
-        padding: None: positions count from 0 (BERT). Else the padding token's id, from which they
+      padding: None: positions count from 0 (BERT). Else the padding token's id, from which they
         count, padding left out (RoBERTa).
       norm_epsilon: of LayerNorm.
     """
@@ -71,13 +73,7 @@ def encode(
       Rows of length 1.
     """
     h_BTD = hidden_states(architecture, params, tokens, lengths).astype(jnp.float32)
-    if pooling == "cls":
-        pooled_BD = h_BTD[:, 0]
-    else:
-        real_BT = _real(tokens, lengths).astype(jnp.float32)
-        pooled_BD = (h_BTD * real_BT[:, :, None]).sum(1) / jnp.maximum(real_BT.sum(1), 1)[:, None]
-    norm_B = jnp.sqrt(jnp.square(pooled_BD).sum(-1))
-    return pooled_BD / jnp.maximum(norm_B, 1e-12)[:, None]
+    return unit(h_BTD[:, 0] if pooling == "cls" else mean_of(h_BTD, usable(tokens, lengths)))
 
 
 def hidden_states(
@@ -87,7 +83,7 @@ def hidden_states(
     lengths: Int32[Array, " B"],
 ) -> Float[Array, "B T D"]:
     """Computes the last layer's output, for the arguments of `encode`."""
-    real_BT = _real(tokens, lengths)
+    real_BT = usable(tokens, lengths)
     table = params["embedding"]
     h_BTD = table["words"][tokens] + table["types"][:1, None]
     h_BTD = h_BTD + table["positions"][_positions(architecture, tokens)]
@@ -109,11 +105,6 @@ def hidden_states(
         return _norm(architecture, h_BTD + down_BTD, scale, bias), None
 
     return jax.lax.scan(block, h_BTD, params["layers"])[0]
-
-
-def _real(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-    """(B, T): which tokens are not padding."""
-    return jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
 
 
 def _positions(architecture: Architecture, tokens: jax.Array) -> jax.Array:
@@ -147,7 +138,6 @@ def _norm(architecture: Architecture, x: jax.Array, scale: jax.Array, bias: jax.
 def _attention(
     architecture: Architecture, layer: Params, h_BTD: jax.Array, real_BT: jax.Array
 ) -> jax.Array:
-    """Lets every token attend to all real ones: (B, T, D)."""
     B, T, D = h_BTD.shape
     N, H = architecture.heads, architecture.hidden // architecture.heads
     qkv = _dense(h_BTD, layer["qkv"], layer["qkv_bias"]).reshape(B, T, 3, N, H)

@@ -48,7 +48,7 @@ def build_index(
     is fitted first if it is not; the config's section `retrieval` is read.
 
     Raises:
-        RetrievalError: the knowledge base is empty or has fewer references than parts, or the
+      RetrievalError: the knowledge base is empty or has fewer references than parts, or the
         embedder makes vectors of another width than it says.
       OSError: from the file system, for example when the disk is full.
     """
@@ -99,7 +99,6 @@ def build_index(
 
 
 def _texts(references: References, description: str, ids: range) -> Iterator[str]:
-    """Yields texts of these references, with a progress bar."""
     size = len(references)
     with tqdm(total=size, initial=ids.start, desc=description, unit="ref") as bar:
         for first in range(ids.start, ids.stop, _BATCH):
@@ -109,7 +108,6 @@ def _texts(references: References, description: str, ids: range) -> Iterator[str
 
 
 def _holds(folder: Path, identity: dict[str, Any]) -> bool:
-    """Tests whether the folder has a whole index of this identity."""
     try:
         manifest = read_manifest(folder)
         if manifest["identity"] != identity:

@@ -64,8 +64,8 @@ class CheckpointEmbedder(Embedder):
         """Reads the checkpoint; raises `RetrievalError` where it is missing or cannot be used.
 
         Args:
-            checkpoint: a stage folder, or a folder `checkpoints/<step>` of it, in a workdir with
-            the tokenizer it was trained with.
+          checkpoint: a stage folder, or a folder `checkpoints/<step>` of it, in a workdir with the
+            tokenizer it was trained with.
           dimension: most components of an embedding.
           layer: the last layer that is run, counted from 1; 0 = the last memory layer.
           rows: texts one device encodes at a time.

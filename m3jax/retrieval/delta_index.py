@@ -11,11 +11,11 @@ from m3jax.errors import RetrievalError
 from m3jax.files import digest
 from m3jax.numbering import Numbering
 from m3jax.retrieval.index import Index
-from m3jax.retrieval.search import Found, SearchIndex
+from m3jax.retrieval.search import Found, SearchIndex, merge
 
 
 class DeltaIndex(SearchIndex):
-    """`SearchIndex` over several indices of one embedder, without tombstones.
+    """Searches several indices of one embedder as one index without tombstones.
 
     Attributes: those of `SearchIndex`, and
       indices: the base, then the deltas.
@@ -41,11 +41,7 @@ class DeltaIndex(SearchIndex):
 
     def search(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> Found:
         """Searches as `Index.search`; never returns a tombstone."""
-        results = [self._search_part(i, embeddings, k) for i in range(len(self.indices))]
-        ids, scores = (np.concatenate(columns, axis=1) for columns in zip(*results, strict=True))
-        order = np.lexsort((np.where(ids < 0, np.iinfo(np.int64).max, ids), -scores), axis=1)
-        order = order[:, :k]
-        return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+        return merge([self._search_part(i, embeddings, k) for i in range(len(self.indices))])
 
     def _search_part(self, part: int, embeddings: np.ndarray, k: int) -> Found:
         """Finds the k best of a part in use.

@@ -90,7 +90,7 @@ class Index(SearchIndex):
         files of others need not be present.
 
         Raises:
-            RetrievalError: an unfinished index, a missing or damaged file, parts that it does not
+          RetrievalError: an unfinished index, a missing or damaged file, parts that it does not
             have, or other references; the message names the thing and the remedy.
         """
         folder = Path(folder)

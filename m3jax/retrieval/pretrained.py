@@ -147,7 +147,6 @@ def _check_modules(folder: Path) -> None:
 
 
 def _pooling(folder: Path) -> Pooling:
-    """Reads the folder's pooling."""
     path = folder / _POOLING
     if not path.is_file():
         raise RetrievalError(
@@ -189,7 +188,6 @@ def _limits(folder: Path, architecture: Architecture) -> tuple[int, bool]:
 def _tokenizer(
     folder: Path, architecture: Architecture, max_length: int
 ) -> tuple[tokenizers.Tokenizer, str]:
-    """Returns the tokenizer, set up, and the text of its file."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise RetrievalError(
@@ -233,7 +231,6 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _params(files: list[Path], architecture: Architecture) -> Params:
-    """Reads the parameters, matrices turned to (in, out), layers stacked."""
     D, F = architecture.hidden, architecture.mlp_width
     read = _reader(files)
 

@@ -31,12 +31,12 @@ def recall_report(index: Index, queries: Float32[np.ndarray, "n E"], k: int = 5)
     """Compares `index.search` with exact search over the same embeddings, k references a query.
 
     Returns:
-        `queries`, `k`, `references`, `kind`, `recall` (recall@k, ties counted right), `seconds` and
+      `queries`, `k`, `references`, `kind`, `recall` (recall@k, ties counted right), `seconds` and
         `exact_seconds` a query, `time_over_exact`, and `built_recall`, measured when the index was
         built (None for exact search).
 
     Raises:
-        RetrievalError: no queries, k below 1, queries of another width, or an index without
+      RetrievalError: no queries, k below 1, queries of another width, or an index without
         embeddings to compare with.
     """
     queries = queries[queries.any(axis=1)]  # the rest finds nothing, exactly or not

@@ -58,7 +58,7 @@ class SearchIndex(Protocol):
           k: references per query, at least 1.
 
         Returns:
-            ids (n, k) int64 and scores (n, k) float32, best first, equal scores by lower id; −1 and
+          ids (n, k) int64 and scores (n, k) float32, best first, equal scores by lower id; −1 and
             −inf where there are fewer than k. Scores are those of the float32 embeddings, rounded
             once; of an index without embeddings, those of ScaNN's 8 bits a number (within about
             0.002 for unit vectors), and then so are the order and what counts as equal.
@@ -112,7 +112,7 @@ def build_scann(
       embeddings: what is searched.
       settings: of `scann_settings` or `all_codes`.
       folder: a new folder.
-        standalone: stores the embeddings in 8 bits a number, so that the searcher can score its
+      standalone: stores the embeddings in 8 bits a number, so that the searcher can score its
         candidates itself; otherwise `Searcher` does, and codes alone are written.
     """
     builder, sample = scann.builder(embeddings, 1, "dot_product"), settings["sample"]
@@ -158,7 +158,7 @@ class Searcher:
     """Searches stored embeddings. Safe to use from several threads; cannot be pickled.
 
     Attributes:
-        effort: `leaves` to search and least number of `candidates` to score, of an approximate
+      effort: `leaves` to search and least number of `candidates` to score, of an approximate
         search; both 0 where ScaNN computes every score.
     """
 
@@ -171,10 +171,10 @@ class Searcher:
         """Makes a searcher.
 
         Args:
-            shards: all embeddings in order, every shard but the last of `SHARD_ROWS` rows. Empty:
-            the ScaNN searcher was built `standalone`, and its scores are final.
-            scann: a loaded ScaNN searcher over them, or None for exact search. With it the
-            embeddings are held in memory, as one array that candidates are gathered from.
+          shards: all embeddings in order, every shard but the last of `SHARD_ROWS` rows. Empty: the
+            ScaNN searcher was built `standalone`, and its scores are final.
+          scann: a loaded ScaNN searcher over them, or None for exact search. With it the embeddings
+            are held in memory, as one array that candidates are gathered from.
           effort: see the attribute.
         """
         self._scann, self.effort = scann, effort or {"leaves": 0, "candidates": 0}

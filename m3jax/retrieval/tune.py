@@ -43,8 +43,8 @@ def recall_at_k(ids: Int64[np.ndarray, "n k"], exact: Found) -> float:
 
     Args:
       ids: of the approximate search, −1 for none.
-        exact: of the exact search for `k + SPARE`: an id whose score equals the k-th counts like
-        the one that the tie went to.
+      exact: of the exact search for `k + SPARE`: an id whose score equals the k-th counts like the
+        one that the tie went to.
     """
     best, scores = exact
     k = min(ids.shape[1], best.shape[1])

@@ -20,7 +20,7 @@ _KIND = "corpus"
 
 @dataclass(frozen=True)
 class CorpusInfo:
-    """Counts of a corpus. `bytes` is the UTF-8 size of the text."""
+    """Holds the counts of a corpus. `bytes` is the UTF-8 size of the text."""
 
     documents: int
     tokens: int
@@ -40,7 +40,7 @@ class TokenDocument:
 
     Attributes:
       tokens: `BOS text END`.
-        weights: loss weight of every token *as a target*: 0 where it touches a `no_loss` span, else
+      weights: loss weight of every token *as a target*: 0 where it touches a `no_loss` span, else
         1; None = all 1.
       references: keys of references known in advance, one per chunk; "" = none; () = not known.
       id: name of the document.

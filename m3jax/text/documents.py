@@ -26,7 +26,7 @@ class Document:
       text: the text; valid Unicode without lone surrogates.
       title: title, or "".
       source: file name and line (or data set and position) it was read from, or "".
-        no_loss: character spans `(start, end)` on which no loss is computed; an empty one at the
+      no_loss: character spans `(start, end)` on which no loss is computed; an empty one at the
         text's end says that the text was cut there, and its end is not to be learnt.
       references: keys of references known in advance, one per chunk of tokens; "" = none.
     """
@@ -86,7 +86,7 @@ def read_documents(spec: str) -> Iterator[Document]:
     of white space only are skipped.
 
     Raises:
-        TextError: text that is not UTF-8, invalid JSON, a missing or mistyped field, a damaged gzip
+      TextError: text that is not UTF-8, invalid JSON, a missing or mistyped field, a damaged gzip
         file, each with file and line or byte; no document at all.
     """
     empty = True
@@ -99,7 +99,8 @@ def read_documents(spec: str) -> Iterator[Document]:
         elif part.endswith(".parquet"):
             documents = _read_parquet(Path(part))
         else:
-            documents = _read_json_lines(Path(part))
+            lines = enumerate(json_lines(part), start=1)
+            documents = (parse_line(data, Path(part), n) for n, data in lines if data.strip())
         for document in documents:
             if document.text and not document.text.isspace():
                 empty = False
@@ -145,12 +146,6 @@ def _decode(data: bytes, where: str) -> str:
             f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at byte {error.start};"
             " convert the file to UTF-8"
         ) from error
-
-
-def _read_json_lines(path: Path) -> Iterator[Document]:
-    for line, data in enumerate(json_lines(path), start=1):
-        if data.strip():
-            yield parse_line(data, path, line)
 
 
 def parse_line(data: bytes, path: Path, line: int) -> Document:

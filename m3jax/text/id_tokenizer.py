@@ -27,7 +27,7 @@ def numbered_tokenizer(
       special: our special tokens, whose places are 0, 1, ….
 
     Returns:
-        Content of a `tokenizer.json`, and the model's id of each token, as
+      Content of a `tokenizer.json`, and the model's id of each token, as
         `m3jax.model.hf.read_params` takes it. A text has the model's ids, not the places.
 
     Raises:

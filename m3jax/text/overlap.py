@@ -118,7 +118,6 @@ def _occurring_as_often(
 
 
 def _no_numbers(size: int, width: int) -> Integer[np.ndarray, " V"]:
-    """Makes the table that `_longest` uses, for `size` tokens and references of up to `width`."""
     return np.zeros(size, np.uint8 if width <= 0xFF else np.uint32)
 
 

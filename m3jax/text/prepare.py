@@ -56,10 +56,10 @@ def prepare_text(
     selected (`m3jax.text.reference_filter.select`), also by the runner.
 
     Args:
-        config: its sections `text`, `clean` and `knowledge`, `model.vocabulary` and
+      config: its sections `text`, `clean` and `knowledge`, `model.vocabulary` and
         `memory.reference_length` are used.
       workdir: folder of the run.
-        documents, knowledge: specs (`read_documents`) of the documents and of the knowledge base;
+      documents, knowledge: specs (`read_documents`) of the documents and of the knowledge base;
         default the same.
       limit: most documents to use of each spec; None = all.
       say: gets one line for every part: whether it was kept, and what is in it.
@@ -68,7 +68,7 @@ def prepare_text(
       questions: texts of evaluation questions, which no reference may hold.
 
     Raises:
-        TextError: bad documents; a finished part that was made from other inputs; a tokenizer with
+      TextError: bad documents; a finished part that was made from other inputs; a tokenizer with
         fewer than 260 entries or more than `model.vocabulary`; a library is missing.
     """
     _check_arguments(config, limit, questions)

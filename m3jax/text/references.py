@@ -50,7 +50,7 @@ class ReferenceReader(Protocol):
     Attributes:
       length: most tokens W of a reference.
       lengths: tokens of every reference; int32 (R,).
-        record_hashes: hash of every reference's tokens; uint64 (R,). Where it differs between two
+      record_hashes: hash of every reference's tokens; uint64 (R,). Where it differs between two
         sets made with one tokenizer, the reference's memory must be written again.
       fingerprint: hex hash of all references, the length and the tokenizer.
       tokenizer_fingerprint: of the tokenizer the references were made with.

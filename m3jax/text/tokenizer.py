@@ -64,8 +64,8 @@ class Tokenizer:
         """Learns merges from texts, read once; the same texts give the same tokenizer.
 
         Args:
-            vocabulary: most entries, special tokens included, ≥ 260; fewer when no pair is left
-            that occurs `min_frequency` times.
+          vocabulary: most entries, special tokens included, ≥ 260; fewer when no pair is left that
+            occurs `min_frequency` times.
           min_frequency: least count of a pair to be merged.
           most_bytes: UTF-8 bytes of text to learn from; the rest is not read.
 

@@ -34,8 +34,8 @@ def adopt_tokenizer(
       special: our special tokens, whose places are 0, 1, ….
 
     Returns:
-        Content of a `tokenizer.json`, and for each of its n tokens their token's id, as
-        `read_params` takes it.
+      Content of a `tokenizer.json`, and for each of its n tokens their token's id, as `read_params`
+        takes it.
 
     Raises:
       TextError: no byte-level BPE tokenizer; `named` are not as many special tokens of it.

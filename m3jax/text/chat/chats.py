@@ -77,7 +77,7 @@ class Chat:
 
     @property
     def rounds(self) -> int:
-        """Counts the questions."""
+        """Returns the number of questions."""
         return sum(turn.role == "user" for turn in self.turns)
 
 

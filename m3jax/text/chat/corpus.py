@@ -43,7 +43,7 @@ def prepare_chats(
       The report, and whether the part was there before.
 
     Raises:
-        TextError: no chats; more unusable ones than `chat.bad_share`, named by file and line; a
+      TextError: no chats; more unusable ones than `chat.bad_share`, named by file and line; a
         finished part of other inputs; a split that is empty.
     """
     kind = config.data.packing

@@ -163,7 +163,7 @@ def read_block(block: Block, strict: bool) -> Iterator[Document | Unreadable]:
     """Yields the documents of a block, white space only included, blank lines not.
 
     Raises:
-        TextError: `strict` and something is unreadable, which otherwise is yielded; a file that
+      TextError: `strict` and something is unreadable, which otherwise is yielded; a file that
         cannot be opened or is damaged.
     """
     for place, make in enumerate(_makers(block)):

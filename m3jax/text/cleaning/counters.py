@@ -57,19 +57,10 @@ class Tally:
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values for JSON."""
-        return {
-            "counts": dict(self.counts),
-            "samples": self.samples,
-            "languages": dict(self.languages),
-            "lengths": dict(self.lengths),
-        }
+        return {name: dict(value) for name, value in vars(self).items()}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Tally:
         """Restores a tally from what `to_json` returned."""
-        return cls(
-            Counter(content["counts"]),
-            content["samples"],
-            Counter(content["languages"]),
-            Counter(content["lengths"]),
-        )
+        samples = content.pop("samples")
+        return cls(samples=samples, **{name: Counter(value) for name, value in content.items()})

@@ -47,7 +47,6 @@ def compare_part(cleaning: Cleaning, part: tuple[int, int]) -> int:
 def _in_range(
     cleaning: Cleaning, names: Iterable[str], kind: str, part: tuple[int, int]
 ) -> Shaped[np.ndarray, " e"]:
-    """The entries of all blocks whose keys are in a part of all keys."""
     return minhash.in_part((cleaning.blocks / f"{name}.{kind}.npy" for name in names), part)
 
 

@@ -41,11 +41,7 @@ def bands_of(similarity: float, permutations: int) -> tuple[int, int]:
 
 
 def algorithm() -> str:
-    """Names the library's algorithm, whose change would change the near-duplicates.
-
-    Raises:
-      TextError: the library is not installed.
-    """
+    """Names the library's algorithm; raises `TextError` where the library is not installed."""
     return f"rensa {_rensa().RMinHash.ALGORITHM_VERSION}"
 
 

@@ -84,7 +84,6 @@ def tokenize_block(tokenizing: Tokenizing, name: str) -> str:
 
 @lru_cache(maxsize=1)
 def tokenizer_of(folder: Path) -> Tokenizer:
-    """Loads the tokenizer of a folder, once a process, not once a block."""
     return Tokenizer.load(folder)
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
-from m3jax.text.cleaning.rules import broken_rule, measure, normal_words
+from m3jax.text.cleaning.rules import measure, normal_words
 
 RULES = ("words_min", "nonalphabetic_max", "listed_max", "repeated_max")
 
@@ -43,11 +42,6 @@ def measure_reference(text: str) -> ReferenceMeasures:
     """Measures a reference."""
     whole = measure(text)
     return ReferenceMeasures(whole.words, whole.nonalphabetic, _listed(text), _repeated(text))
-
-
-def broken_reference_rule(measures: ReferenceMeasures, knowledge: Any) -> tuple[str, float] | None:
-    """Returns the first rule of the section `knowledge` that a reference breaks."""
-    return broken_rule(measures, knowledge, RULES)
 
 
 def _listed(text: str) -> float:

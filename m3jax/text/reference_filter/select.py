@@ -30,11 +30,12 @@ from m3jax.errors import TextError
 from m3jax.files import digest, write_array, write_atomically
 from m3jax.text.cleaning import minhash
 from m3jax.text.cleaning.counters import Tally
+from m3jax.text.cleaning.rules import broken_rule
 from m3jax.text.cleaning.workers import Runner, WorkStage
 from m3jax.text.documents import Document
 from m3jax.text.records import MANIFEST
 from m3jax.text.reference_filter.contamination import Contamination
-from m3jax.text.reference_filter.rules import broken_reference_rule, measure_reference
+from m3jax.text.reference_filter.rules import RULES, measure_reference
 from m3jax.text.references import Reference, References, copy_references
 from m3jax.workdir import begin_part
 
@@ -44,13 +45,10 @@ _SHOWN = 200  # characters of a question in a sample
 
 @dataclass(frozen=True)
 class Selecting:
-    """What the functions here need to know.
+    """Names the folder, seen by all processes, and holds the settings of a selection.
 
-    Attributes:
-      folder: where they read and write, seen by all processes.
-      knowledge: the section `knowledge` of the config, as an object with its fields.
-      permutations, shingle_words: of MinHash, from the section `clean`.
-      questions: whether there are some to look for.
+    `knowledge` is the section of the config, `permutations` and `shingle_words` are MinHash's, from
+    the section `clean`; `questions` says whether there are some to search for.
     """
 
     folder: Path
@@ -61,12 +59,10 @@ class Selecting:
 
     @property
     def cut(self) -> Path:
-        """Returns the folder of the references as they were cut."""
         return self.folder / "cut"
 
     @property
     def ranges(self) -> Path:
-        """Returns the folder of the ranges."""
         return self.folder / "ranges"
 
 
@@ -214,7 +210,7 @@ def _passes(selecting: Selecting, item: Reference, tally: Tally) -> bool:
     named = Document(item.key, item.text, item.title, item.title or item.source)
     measures = measure_reference(item.text)
     tally.lengths[str(measures.words.bit_length())] += 1
-    broken = broken_reference_rule(measures, selecting.knowledge)
+    broken = broken_rule(measures, selecting.knowledge, RULES)
     if broken is not None:
         tally.take_out(broken[0], named, f"{broken[1]:.4g}")
         return False

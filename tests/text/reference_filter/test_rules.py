@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from m3jax.config import default
-from m3jax.text.reference_filter.rules import broken_reference_rule, measure_reference
+from m3jax.text.cleaning.rules import broken_rule
+from m3jax.text.reference_filter.rules import RULES, measure_reference
 
 PROSE = (
     "Endocarditis is an inflammation of the inner layer of the heart. It usually involves the"
@@ -37,18 +38,18 @@ DROPPED = {
 
 @pytest.mark.parametrize("text", [PROSE, CHINESE, PROSE[:200], CHINESE[:70]])
 def test_prose_passes_wherever_it_is_cut(text):
-    assert broken_reference_rule(measure_reference(text), default().knowledge) is None
+    assert broken_rule(measure_reference(text), default().knowledge, RULES) is None
 
 
 @pytest.mark.parametrize("rule, text", [(r, text) for r in DROPPED for text in DROPPED[r]])
 def test_each_rule_drops_what_it_is_for(rule, text):
     knowledge = default().knowledge
-    broken = broken_reference_rule(measure_reference(text), knowledge)
+    broken = broken_rule(measure_reference(text), knowledge, RULES)
     assert broken is not None and broken[0] == rule
     limit = getattr(knowledge, rule)
     assert broken[1] < limit if rule == "words_min" else broken[1] > limit
     off = {**knowledge.to_dict(), rule: 0 if rule == "words_min" else 1.0}
-    other = broken_reference_rule(measure_reference(text), SimpleNamespace(**off))
+    other = broken_rule(measure_reference(text), SimpleNamespace(**off), RULES)
     assert other is None or other[0] != rule
 
 
