@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,8 @@ def commit_version(
     workdir: Path,
     parent: Version,
     building: Path,
-    gone: np.ndarray,
     note: str,
+    gone: Sequence[int] | np.ndarray = (),
     *,
     alone: bool = False,
 ) -> Version:
@@ -93,12 +93,13 @@ def commit_version(
     own = folder_of(workdir, number).relative_to(workdir)
     parts = [] if alone else [0 if path == workdir else int(path.name) for path in parent.folders]
     banks = [] if alone else [str(path.relative_to(workdir)) for path in parent.banks]
-    tombstones = np.zeros(0, np.int64) if alone else np.union1d(parent.tombstones, gone)
+    removed = np.asarray(gone, np.int64)
+    tombstones = removed if alone else np.union1d(parent.tombstones, removed)
     if (building / "references").exists():
         parts, banks = [*parts, number], [*banks, str(own / "bank")]
     if (building / BANKS).exists():
         banks = [str(own / BANKS / str(part)) for part in range(len(parts))]
-    write_array(building / TOMBSTONES, tombstones.astype(np.int64))
+    write_array(building / TOMBSTONES, tombstones)
     content = {
         "version": number,
         "parent": parent.number,

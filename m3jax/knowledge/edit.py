@@ -17,6 +17,7 @@ from m3jax.knowledge.versions import (
     CURRENT,
     VERSIONS,
     Version,
+    editing,
     only_writer,
     open_bank,
     open_references,
@@ -64,8 +65,7 @@ def edit(
         untouched.
     """
     workdir, documents, delete = Path(workdir), list(documents), list(delete)
-    with only_writer(workdir):
-        parent = open_version(workdir)
+    with editing(workdir) as parent:
         tokenizer = Tokenizer.load(workdir / "tokenizer")
         references = open_references(config, parent, tokenizer)
         removed = [_ids_of(references, name) for name in delete]
@@ -77,8 +77,8 @@ def edit(
                     " it (launch/edit_bank.py replace), or give another id"
                 )
             removed.append(present)
-        gone = np.array(sorted({i for part in removed for i in part}), np.int64)
-        if not documents and not gone.size:
+        gone = sorted({i for part in removed for i in part})
+        if not documents and not gone:
             raise VersionError("nothing to edit: give documents, or keys to delete")
         texts = [[d.id, d.title, d.source, d.text] for d in documents]
         building = building_folder(workdir, parent, json.dumps([texts, delete, replace]))
@@ -86,8 +86,8 @@ def edit(
             length = config.memory.reference_length
             write_references(documents, tokenizer, building / "references", length)
             build_delta(config, parent, building, references, write)
-        said = f"{len(documents)} documents added or replaced, {gone.size} references removed"
-        return commit_version(workdir, parent, building, gone, note or said)
+        said = f"{len(documents)} documents added or replaced, {len(gone)} references removed"
+        return commit_version(workdir, parent, building, note or said, gone)
 
 
 def merge(
@@ -105,27 +105,25 @@ def merge(
       BankError: the other bank was written by other weights.
     """
     workdir, other = Path(workdir), Path(other)
-    with only_writer(workdir):
-        parent, theirs = open_version(workdir), open_version(other)
+    with editing(workdir) as parent:
+        theirs = open_version(other)
         tokenizer = Tokenizer.load(workdir / "tokenizer")
         references = open_references(config, parent, tokenizer)
         added = open_references(config, theirs, tokenizer)
         base = open_bank(theirs, added)
         _check_writer(parent, base)
-        keys = added.live_keys()
-        ids = list(dict.fromkeys(_document(key) for key in keys))
+        ids = dict.fromkeys(key.rpartition("#")[0] for key in added.live_keys())
         common = {i: own for i in ids if (own := references.of_document(i))}
         if common and not replace:
             raise VersionError(
                 f"{len(common)} documents are in both {workdir} and {other}, for example"
                 f" {next(iter(common))!r}; --replace takes those of {other}"
             )
-        gone = np.array(sorted(i for own in common.values() for i in own), np.int64)
-        what = json.dumps(["merge", added.fingerprint, gone.tolist()])
-        building = building_folder(workdir, parent, what)
+        gone = sorted(i for own in common.values() for i in own)
+        building = building_folder(workdir, parent, json.dumps(["merge", added.fingerprint, gone]))
         copy_references(added, added.live, building / "references")
         build_delta(config, parent, building, references, write, base)
-        return commit_version(workdir, parent, building, gone, f"merged with {other}")
+        return commit_version(workdir, parent, building, f"merged with {other}", gone)
 
 
 def keep_only(config: ConfigDict, version: Version, ids: np.ndarray, *, note: str) -> Version:
@@ -138,8 +136,7 @@ def keep_only(config: ConfigDict, version: Version, ids: np.ndarray, *, note: st
       VersionError: the knowledge was edited meanwhile, or another editor.
     """
     workdir = version.workdir
-    with only_writer(workdir):
-        parent = open_version(workdir)
+    with editing(workdir) as parent:
         if parent.number != version.number:
             raise VersionError(
                 f"{workdir} was edited meanwhile (version {parent.number}, was {version.number});"
@@ -151,7 +148,7 @@ def keep_only(config: ConfigDict, version: Version, ids: np.ndarray, *, note: st
         if not gone.size or gone.size == live.size:
             return parent
         building = building_folder(workdir, parent, json.dumps(["keep", gone.tolist()]))
-        return commit_version(workdir, parent, building, gone, note)
+        return commit_version(workdir, parent, building, note, gone)
 
 
 def refresh(workdir: str | Path, what: str, *, write: WriteMemories, note: str) -> Version:
@@ -164,8 +161,7 @@ def refresh(workdir: str | Path, what: str, *, write: WriteMemories, note: str) 
       VersionError: there is no bank, or another editor.
     """
     workdir = Path(workdir)
-    with only_writer(workdir):
-        parent = open_version(workdir)
+    with editing(workdir) as parent:
         if not parent.has_bank:
             raise VersionError(
                 f"{workdir} has no bank to refresh; write one with launch/write_bank.py"
@@ -174,11 +170,11 @@ def refresh(workdir: str | Path, what: str, *, write: WriteMemories, note: str) 
         for part, (folder, bank) in enumerate(zip(parent.folders, parent.banks, strict=True)):
             added = References.open(folder / "references")
             write(added, building / BANKS / str(part), Bank.open(bank))
-        return commit_version(workdir, parent, building, np.zeros(0, np.int64), note)
+        return commit_version(workdir, parent, building, note)
 
 
 def rollback(workdir: str | Path, number: int) -> Version:
-    """Makes an older (or newer) version the current one."""
+    """Makes the version `number` the current one."""
     workdir = Path(workdir)
     with only_writer(workdir):
         try:
@@ -190,10 +186,6 @@ def rollback(workdir: str | Path, number: int) -> Version:
         version = open_version(workdir, number)
         write_current(workdir, version.number, oldest)
         return version
-
-
-def _document(key: str) -> str:
-    return key.rpartition("#")[0]
 
 
 def _ids_of(references: ReferenceReader, name: str) -> list[int]:

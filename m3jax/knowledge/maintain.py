@@ -17,6 +17,7 @@ from m3jax.knowledge.versions import (
     VERSION,
     VERSIONS,
     Version,
+    editing,
     folder_of,
     in_use,
     only_writer,
@@ -47,8 +48,7 @@ def compact(
       VersionError: as of `edit`; older versions are deleted only when the new one is current.
     """
     workdir = Path(workdir)
-    with only_writer(workdir):
-        parent = open_version(workdir)
+    with editing(workdir) as parent:
         if parent.deltas or parent.tombstones.size:
             tokenizer = Tokenizer.load(workdir / "tokenizer")
             references = open_references(config, parent, tokenizer)
@@ -63,8 +63,7 @@ def compact(
                 write(whole, building / "bank", open_bank(parent, references))
             said = f"compacted to {len(whole)} references, with {len(parent.deltas)} deltas"
             parent.close()
-            nothing = np.zeros(0, np.int64)
-            parent = commit_version(workdir, parent, building, nothing, note or said, alone=True)
+            parent = commit_version(workdir, parent, building, note or said, alone=True)
         write_current(workdir, parent.number, parent.number)
         parent.close()
         return parent, _delete_older(workdir, parent)

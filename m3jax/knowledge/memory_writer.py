@@ -1,4 +1,4 @@
-"""Who writes memories for a checkpoint.
+"""Writer of memories for a checkpoint.
 
 A checkpoint that was trained on memories from a bank has learned to read the writer of that bank,
 and records it; every later write uses that writer. Other checkpoints write their own memories.
@@ -31,12 +31,9 @@ from m3jax.text.references import References
 def restore_writer(
     checkpoint: str | Path, model: Model, tokenizer: str
 ) -> tuple[Params, Path, int]:
-    """Parameters of a checkpoint's writer, their stage folder and step.
+    """Restores the parameters of a checkpoint's writer; returns also their stage folder and step.
 
-    Args:
-      checkpoint: a stage folder or a folder `checkpoints/<step>`.
-      model: the model that writes.
-      tokenizer: fingerprint of the tokenizer, which must be the checkpoint's.
+    `tokenizer` is the fingerprint of a tokenizer, which must be the checkpoint's.
 
     Raises:
       CheckpointError: no such checkpoint.
@@ -47,13 +44,13 @@ def restore_writer(
     writer = meta["writer"]
     if writer is None:
         return params, checkpoint.absolute(), meta["step"]
-    found = _recorded(writer, stage_of(checkpoint).parent, model)
-    if found is None:
+    weights = _recorded(writer, stage_of(checkpoint).parent, model)
+    if weights is None:
         raise BankError(
             f"checkpoint {checkpoint} reads memories of {_named(writer)}, but that is not there"
             " now. Put it back, or train again from the checkpoint that is to write"
         )
-    return found
+    return weights
 
 
 class MemoryWriter:
@@ -85,7 +82,7 @@ class MemoryWriter:
     def restore(
         self, tokenizer: str, base: Bank | LayeredBank | None = None
     ) -> tuple[Params, Path, int]:
-        """Parameters, stage folder and step of the writer; errors as of `restore_writer`."""
+        """Returns parameters, stage folder and step of the writer; errors as of `restore_writer`."""
         if self.writer is None:
             self.writer = self._restore(tokenizer, base)
         return self.writer
@@ -120,9 +117,9 @@ class MemoryWriter:
 
     def _restore(self, tokenizer: str, base: Bank | LayeredBank | None) -> tuple[Params, Path, int]:
         if self.checkpoint is None and base is not None:
-            found = _recorded(base.writer, self.workdir, self.model)
-            if found is not None:
-                return found
+            recorded = _recorded(base.writer, self.workdir, self.model)
+            if recorded is not None:
+                return recorded
         checkpoint = Path(self.checkpoint or self.workdir / "warmup")
         if not self.itself:
             return restore_writer(checkpoint, self.model, tokenizer)

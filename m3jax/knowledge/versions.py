@@ -227,6 +227,13 @@ def only_writer(workdir: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def editing(workdir: Path) -> Iterator[Version]:
+    """Opens the current version for an edit, as the only editor; errors as of `only_writer`."""
+    with only_writer(workdir):
+        yield open_version(workdir)
+
+
 def require_unedited(workdir: Path) -> None:
     """Refuses to write version 0 anew under later versions that read it."""
     if (workdir / VERSIONS / CURRENT).exists():
