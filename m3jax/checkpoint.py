@@ -213,7 +213,7 @@ def check_shapes(folder: Path, saved: Params, needed: Params) -> None:
         theirs, ours = (side.get(name, "absent") for side in sides)
         if theirs != ours:
             raise CheckpointError(
-                f"checkpoint {folder} has another shape: parameter {name} is {theirs} theirs and"
+                f"checkpoint {folder} has another shape: parameter {name} is {theirs} there and"
                 f" {ours} in this config; use the config it was trained with"
             )
 

@@ -105,7 +105,7 @@ class Index(SearchIndex):
             )
         if references is not None and identity["count"] > len(references):
             raise RetrievalError(
-                f"the index {folder} has ids 0 … {identity['count'] - 1}, but existing are only"
+                f"the index {folder} has ids 0 … {identity['count'] - 1}, but there are only"
                 f" {len(references)} references; run launch/prepare.py again to rebuild the index"
             )
         if references is not None and identity["references"] != references.fingerprint:
@@ -155,11 +155,11 @@ def _warn_or_refuse(folder: Path, keep_embeddings: bool) -> None:
     if not keep_embeddings:
         raise RetrievalError(
             f"{folder} was built with ScaNN and keeps no embeddings, and ScaNN cannot be imported"
-            "; pip install scann where it has a wheel, or build the index with"
+            " here; pip install scann where it has a wheel, or build the index with"
             " config.retrieval.keep_embeddings = True"
         )
     warnings.warn(
-        f"{folder} was built with ScaNN, which cannot be imported; searching exactly,"
+        f"{folder} was built with ScaNN, which cannot be imported here; searching exactly,"
         " which is slower on a large index (pip install scann where it has a wheel)",
         stacklevel=4,
     )

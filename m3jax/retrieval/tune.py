@@ -38,7 +38,7 @@ def sample_queries(
     return embeddings[embeddings.any(axis=1)]
 
 
-def recall_at_k(ids: Int64[np.ndarray, "n k"], exact: Found) -> float:
+def recall_at_k(ids: Int64[np.ndarray, "n first"], exact: Found) -> float:
     """Computes recall@k: the share of the exact k best that an approximate search returned.
 
     Args:
