@@ -82,7 +82,7 @@ class MemoryWriter:
     def restore(
         self, tokenizer: str, base: Bank | LayeredBank | None = None
     ) -> tuple[Params, Path, int]:
-        """Returns parameters, stage folder and step of the writer; errors as of `restore_writer`."""
+        """Returns parameters, stage folder and step of the writer, restored once."""
         if self.writer is None:
             self.writer = self._restore(tokenizer, base)
         return self.writer

@@ -149,7 +149,7 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
 def _chat(fields: dict[str, Any], name: str, where: str, most_rounds: int) -> Chat:
     turns = _prompt(fields, where)
     if fields.get("response") is not None:
-        turns = (*turns, *_answer(fields["response"], where))
+        turns = (*turns, *_turns(fields["response"], "assistant", where))
     return Chat(_checked(turns, where, most_rounds), _name(fields, name), where)
 
 
@@ -163,7 +163,7 @@ def _pair(fields: dict[str, Any], name: str, where: str, most_rounds: int) -> Pa
     name = _name(fields, name)
     sides = []
     for key in ("chosen", "rejected"):
-        given = _answer(fields[key], where)
+        given = _turns(fields[key], "assistant", where)
         if not shared or not _begins_with(given, shared):
             given = (*shared, *given)
         turns = _checked(given, where, most_rounds)
@@ -187,22 +187,19 @@ def _prompt(fields: dict[str, Any], where: str) -> tuple[Turn, ...]:
         given = fields.get(key)
         if given is None:
             continue
-        if isinstance(given, str) and key == "prompt":
-            return (_turn({"role": "user", "content": given}, where),)
-        if isinstance(given, list):
-            return tuple(_turn(turn, where) for turn in given)
+        if isinstance(given, list) or key == "prompt":
+            return _turns(given, "user", where)
         raise ChatError("form", where, f"{key!r} is {type(given).__name__}, not turns")
     raise ChatError("form", where, f"no chat in the fields {', '.join(fields) or '(none)'}")
 
 
-def _answer(given: Any, where: str) -> tuple[Turn, ...]:
+def _turns(given: Any, role: str, where: str) -> tuple[Turn, ...]:
+    """Returns the turns of a list, of one object, or of a text that `role` says."""
     if isinstance(given, str):
-        return (_turn({"role": "assistant", "content": given}, where),)
-    if isinstance(given, dict):
-        return (_turn(given, where),)
-    if isinstance(given, list):
-        return tuple(_turn(turn, where) for turn in given)
-    raise ChatError("form", where, f"an answer is {type(given).__name__}, not text or turns")
+        given = {"role": role, "content": given}
+    if not isinstance(given, dict | list):
+        raise ChatError("form", where, f"turns are {type(given).__name__}, not text or turns")
+    return tuple(_turn(turn, where) for turn in (given if isinstance(given, list) else [given]))
 
 
 def _turn(given: Any, where: str) -> Turn:
