@@ -13,6 +13,7 @@ from typing import Any
 from m3jax.errors import TextError
 from m3jax.files import checksum, digest
 from m3jax.text.jsonl import json_lines
+from m3jax.text.optional import optional
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".txt", ".parquet")
 
@@ -163,13 +164,9 @@ def parse_line(data: bytes, path: Path, line: int) -> Document:
 
 
 def _open_parquet(path: Path) -> Any:
+    pyarrow = optional("pyarrow", f"{path} needs pyarrow")
     try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise TextError(f"{path} needs pyarrow: pip install -e '.[clean]'") from error
-    try:
-        return parquet.ParquetFile(path)
+        return optional("pyarrow.parquet", f"{path} needs pyarrow").ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise TextError(f"{path} is no Parquet file ({error}); fetch it again") from error
 
@@ -271,13 +268,8 @@ def count_tfds(part: str) -> int:
 
 
 def _open_tfds(part: str) -> Any:
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise TextError(
-            f"{part} needs TensorFlow Datasets:"
-            " pip install tensorflow-datasets importlib_resources array_record"
-        ) from error
+    packages = "tensorflow-datasets importlib_resources array_record"
+    tfds = optional("tensorflow_datasets", f"{part} needs TensorFlow Datasets", packages)
     _, name, *split = part.split(":", 2)
     return tfds.data_source(name, split=split[0] if split else "train")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from m3jax.errors import TextError
 from m3jax.text.cleaning.workers import WorkStage
+from m3jax.text.optional import optional
 
 
 class BeamRunner:
@@ -22,14 +23,8 @@ class BeamRunner:
         `options` are flags of Beam, such as `--runner=FlinkRunner`; default: the pipeline runs in
         this process.
         """
-        try:
-            import apache_beam
-        except ImportError as error:
-            raise TextError(
-                "Apache Beam is not installed: pip install -c constraints-beam.txt -e '.[prepare]'"
-                " in an environment of its own"
-            ) from error
-        del apache_beam
+        install = "-c constraints-beam.txt -e '.[prepare]' in an environment of its own"
+        optional("apache_beam", "Apache Beam is not installed", install)
         self._options = list(options) or ["--runner=FnApiRunner"]
 
     def run(self, stages: Sequence[WorkStage]) -> None:

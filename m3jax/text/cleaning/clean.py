@@ -26,7 +26,6 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from m3jax.errors import TextError
 from m3jax.files import write_array, write_atomically
 from m3jax.text.cleaning import minhash
 from m3jax.text.cleaning.blocks import Block, Unreadable, number_of, read_block
@@ -34,6 +33,7 @@ from m3jax.text.cleaning.counters import SHOWN, Tally
 from m3jax.text.cleaning.quality import Scorer, load_scorer
 from m3jax.text.cleaning.rules import Measures, broken_rule, measure
 from m3jax.text.documents import Document
+from m3jax.text.optional import optional
 
 _TABLE = np.dtype([("words", "<u8"), ("characters", "<u8"), ("language", "<U8")])
 _LANGUAGE_HEAD = 500  # characters by which a document's language is told
@@ -126,10 +126,7 @@ def _show_repair(document: Document, repaired: str, tally: Tally) -> None:
 
 
 def _repair(text: str) -> str:
-    try:
-        import ftfy
-    except ImportError as error:
-        raise TextError("clean.repair needs ftfy: pip install -e '.[clean]'") from error
+    ftfy = optional("ftfy", "clean.repair needs ftfy")
     # What is damaged, not what is a matter of taste: quotes and wide letters stay as they are.
     return ftfy.fix_text(
         text,
@@ -142,10 +139,7 @@ def _repair(text: str) -> str:
 
 
 def _language(text: str) -> str:
-    try:
-        import py3langid
-    except ImportError as error:
-        raise TextError("languages are told by py3langid: pip install -e '.[clean]'") from error
+    py3langid = optional("py3langid", "languages are told by py3langid")
     language = py3langid.classify(text[:_LANGUAGE_HEAD])[0]
     return _VARIETIES.get(language, language)
 

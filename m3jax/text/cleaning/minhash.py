@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped, UInt32, UInt64
 
-from m3jax.errors import TextError
 from m3jax.text.cleaning.rules import normal_words
+from m3jax.text.optional import optional
 
 ENTRY = np.dtype([("key", "<u8"), ("number", "<u8")])  # of a band, or of an id
 DROP = np.dtype([("number", "<u8"), ("witness", "<u8"), ("similarity", "<f4")])
@@ -46,11 +46,7 @@ def algorithm() -> str:
 
 
 def _rensa() -> Any:
-    try:
-        import rensa
-    except ImportError as error:
-        raise TextError("near-duplicates need rensa: pip install -e '.[clean]'") from error
-    return rensa
+    return optional("rensa", "near-duplicates need rensa")
 
 
 def signature(text: str, permutations: int, shingle_words: int) -> UInt32[np.ndarray, " n"]:

@@ -19,6 +19,7 @@ from m3jax.errors import TextError
 from m3jax.files import checksum, digest, read_sealed, write_array, write_sealed
 from m3jax.text.cleaning.rules import normal_words
 from m3jax.text.jsonl import read_records
+from m3jax.text.optional import optional
 
 LOWEST, HIGHEST = 0.0, 5.0
 _WEIGHTS, _MANIFEST = "weights.npy", "manifest.json"
@@ -178,8 +179,5 @@ def _features(text: str) -> list[str]:
 
 
 def _vectorizer() -> Any:
-    try:
-        from sklearn.feature_extraction.text import HashingVectorizer
-    except ImportError as error:
-        raise TextError("quality needs scikit-learn: pip install -e '.[clean]'") from error
-    return HashingVectorizer(analyzer=_features, n_features=_FEATURES, alternate_sign=False)
+    sklearn = optional("sklearn.feature_extraction.text", "quality needs scikit-learn")
+    return sklearn.HashingVectorizer(analyzer=_features, n_features=_FEATURES, alternate_sign=False)
