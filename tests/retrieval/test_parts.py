@@ -101,7 +101,7 @@ def test_merging_ranks_ties_by_id_and_puts_unfilled_places_last():
 def test_wrong_parts_are_refused(build, references, config, tmp_path):
     folder = build("index", 3)
     for parts in ([3], [-1], []):
-        with pytest.raises(RetrievalError, match=r"parts 0 … 2; asked for \["):
+        with pytest.raises(RetrievalError, match=r"parts 0 … 2, not all of \["):
             Index.open(folder, parts=parts)
     config.retrieval.index_parts = len(references) + 1
     with pytest.raises(RetrievalError, match="there are only 303 references; set it to 303"):
