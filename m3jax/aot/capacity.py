@@ -106,7 +106,7 @@ Section = dict[str, Quantity]
 
 
 class Machine(NamedTuple):
-    """A slice: `hosts` of at most `chips_per_host` chips each."""
+    """Slice of `hosts` of at most `chips_per_host` chips each."""
 
     chip: Chip
     chips: int
@@ -450,7 +450,7 @@ _LARGE = ("million", "billion", "trillion", "quadrillion")
 
 
 def _scaled(value: float, step: int, names: list[str]) -> str:
-    """The value in the largest of the units, each `step` times the one before, that it reaches."""
+    """Formats a value in the largest unit that it reaches; each is `step` times the unit before."""
     power = 0
     while value >= step and power < len(names) - 1:
         value, power = value / step, power + 1

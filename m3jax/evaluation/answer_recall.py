@@ -1,4 +1,4 @@
-"""How often retrieval finds a reference that holds the answer to a question."""
+"""Measures answer recall@k: shares of questions whose retrieved references hold an answer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TEMPLATE = re.compile(r"^\s*Question:\s*(.*?)\s*(?:\n\s*Answer:\s*)?$", re.DOTA
 
 @dataclass(frozen=True)
 class OpenQuestion:
-    """A question and the strings that answer it."""
+    """Question with the strings that answer it."""
 
     question: str
     answers: tuple[str, ...]
@@ -60,22 +60,22 @@ def words(text: str) -> list[str]:
 
 
 class AnswerFinder:
-    """Which answers occur in a text, as a run of whole words."""
+    """Finds answers in texts, as runs of whole words."""
 
     def __init__(self, answers: Sequence[str]) -> None:
-        """Makes one for these answers; those without a word are never found."""
+        """Indexes answers by their first word; answers without a word never occur."""
         self._by_first: dict[str, list[tuple[str, ...]]] = {}
         for run in {tuple(words(answer)) for answer in answers}:
             if run:
                 self._by_first.setdefault(run[0], []).append(run)
 
-    def found(self, text: str) -> set[tuple[str, ...]]:
-        """The answers in a text, as words."""
-        here = words(text)
+    def find(self, text: str) -> set[tuple[str, ...]]:
+        """Returns the answers in a text, as words."""
+        text_words = words(text)
         runs: set[tuple[str, ...]] = set()
-        for place, word in enumerate(here):
+        for place, word in enumerate(text_words):
             for run in self._by_first.get(word, ()):
-                if run not in runs and tuple(here[place : place + len(run)]) == run:
+                if run not in runs and tuple(text_words[place : place + len(run)]) == run:
                     runs.add(run)
         return runs
 
@@ -88,7 +88,7 @@ def hit_rates(
     at: Sequence[int] = (1, 5),
     version: int | None = None,
 ) -> dict[str, Any]:
-    """Shares of questions for which one of the first references found holds an answer.
+    """Measures the shares of questions with an answer in one of the first k references.
 
     Args:
       config: a validated config.
@@ -99,7 +99,7 @@ def hit_rates(
 
     Returns:
       `questions`, `references`, `embedder`; `answerable`: questions with an answer in a reference,
-      which is what retrieval could find; `hits@k` for every k, of those, and `hits@k_of_all`.
+      the most that retrieval could find; `hits@k` for every k, of these, and `hits@k_of_all`.
     """
     opened = open_version(workdir, version)
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
@@ -107,20 +107,20 @@ def hit_rates(
     candidates = max(*at, config.retrieval.candidates if config.retrieval.rerank else 1)
     retriever = open_retriever(config, opened, references, 1.0, candidates)
     embedder = retriever.index.embedder
-    asked = read_open_questions(questions)
-    answerable = answerable_questions(references, [one.answers for one in asked])
-    rank = np.full(len(asked), np.inf)
-    for start in tqdm(range(0, len(asked), _QUERIES), desc="questions", unit="block"):
-        part = asked[start : start + _QUERIES]
-        ids = retriever.retrieve([one.question for one in part], None, max(at))
-        for row, one in enumerate(part):
-            finder, found = AnswerFinder(one.answers), ids[row][ids[row] >= 0]
-            hits = [bool(finder.found(text)) for text in references.texts(found)]
+    open_questions = read_open_questions(questions)
+    answerable = answerable_questions(references, [question.answers for question in open_questions])
+    rank = np.full(len(open_questions), np.inf)
+    for start in tqdm(range(0, len(open_questions), _QUERIES), desc="questions", unit="block"):
+        part = open_questions[start : start + _QUERIES]
+        ids = retriever.retrieve([question.question for question in part], None, max(at))
+        for row, question in enumerate(part):
+            finder, ids_read = AnswerFinder(question.answers), ids[row][ids[row] >= 0]
+            hits = [bool(finder.find(text)) for text in references.texts(ids_read)]
             if any(hits):
                 rank[start + row] = hits.index(True)
     ranked = f", best of {candidates} by its bank" if config.retrieval.rerank else ""
     report: dict[str, Any] = {
-        "questions": len(asked),
+        "questions": len(open_questions),
         "references": len(references),
         "embedder": f"{embedder.name}, {embedder.dimension}{ranked}",
         "answerable": int(answerable.sum()),
@@ -135,31 +135,31 @@ def hit_rates(
 def answerable_questions(
     references: ReferenceReader, answers: Sequence[Sequence[str]]
 ) -> Bool[np.ndarray, " n"]:
-    """Whether one of a question's answers occurs in any reference in use.
+    """Tells for each question if an answer occurs in any reference in use.
 
     Args:
       references: the knowledge base; all of it is read.
       answers: of each of n questions.
     """
-    present = _present(references, AnswerFinder([one for every in answers for one in every]))
-    return np.array([any(tuple(words(one)) in present for one in every) for every in answers])
+    present = _present(references, AnswerFinder([answer for every in answers for answer in every]))
+    return np.array([any(tuple(words(answer)) in present for answer in every) for every in answers])
 
 
 def _present(references: ReferenceReader, finder: AnswerFinder) -> set[tuple[str, ...]]:
-    """The answers that occur in any reference in use."""
+    """Returns the answers that occur in any reference in use."""
     present: set[tuple[str, ...]] = set()
     ids = references.live
     with tqdm(total=len(ids), desc="answers in references", unit="ref") as bar:
         for start in range(0, len(ids), _BLOCK):
             part = ids[start : start + _BLOCK]
             for text in references.texts(part):
-                present |= finder.found(text)
+                present |= finder.find(text)
             bar.update(len(part))
     return present
 
 
 def hit_rates_table(report: dict[str, Any]) -> str:
-    """The report as a Markdown table."""
+    """Returns the report as a Markdown table."""
     ranks = [name for name in report if name.startswith("hits@") and not name.endswith("_of_all")]
     head = ["embedder", "references", "questions", "answerable", *ranks]
     cells = [report["embedder"], *(str(report[name]) for name in head[1:4])]

@@ -1,4 +1,4 @@
-"""How much of what retrieval finds stands in the text already: the leakage report.
+"""Measures leakage: the overlap of retrieved references with the text that retrieves them.
 
 Rows of a corpus, or questions, retrieve without the overlap filter, each chunk with its own text;
 every reference found is compared with the whole row (Memory³ §6.1).
@@ -30,14 +30,14 @@ _EXAMPLES = 4  # of each kind
 
 
 class Text(NamedTuple):
-    """What must not leak: a row of a corpus, or a question."""
+    """Text that must not leak: a row of a corpus, or a question."""
 
     name: str
     tokens: np.ndarray
 
 
 class Pair(NamedTuple):
-    """A text, a reference that it found, and their overlap."""
+    """Text, a reference that it retrieved, and their overlap."""
 
     overlap: float
     text: Text
@@ -52,7 +52,7 @@ def leakage(
     sample: int = 1000,
     threshold: float = 0.9,
 ) -> dict[str, Any]:
-    """Retrieves for a sample of texts and measures the overlap of all that is found.
+    """Retrieves for a sample of texts and measures the overlap of all references.
 
     Args:
       config: a validated config.
@@ -92,9 +92,9 @@ def leakage(
     retriever = Retriever(index, references, config.retrieval.candidates, 1.0)
     pairs, of_queries = [], []
     for text in tqdm(texts, desc="leakage", unit="text", disable=None, dynamic_ncols=True):
-        ids = _found(text, tokenizer, retriever, config.memory.chunk_length)
-        found = np.unique(ids[ids >= 0]).tolist()
-        measured = {i: _overlap(text, references, i, against) for i in found}
+        ids = _retrieved_ids(text, tokenizer, retriever, config.memory.chunk_length)
+        unique = np.unique(ids[ids >= 0]).tolist()
+        measured = {i: _overlap(text, references, i, against) for i in unique}
         pairs += [Pair(value, text, i) for i, value in measured.items()]
         of_queries += [[measured[i] for i in row if i >= 0] for row in ids.tolist()]
     values = np.array([value for query in of_queries for value in query])
@@ -146,8 +146,10 @@ def _questions(
     return [texts[i] for i in np.sort(rng.permutation(len(texts))[:sample]).tolist()]
 
 
-def _found(text: Text, tokenizer: Tokenizer, retriever: Retriever, chunk: int) -> np.ndarray:
-    """Ids `(chunks, candidates)` of what every chunk finds, best first, −1 = nothing more."""
+def _retrieved_ids(
+    text: Text, tokenizer: Tokenizer, retriever: Retriever, chunk: int
+) -> np.ndarray:
+    """Retrieves ids `(chunks, candidates)` for every chunk, best first, −1 = none."""
     starts = range(0, max(1, len(text.tokens) - 1), chunk)  # the last token of a row is a target
     queries = [tokenizer.decode(text.tokens[low : low + chunk]) for low in starts]
     return retriever.retrieve(queries, None, retriever.candidates)
@@ -155,14 +157,14 @@ def _found(text: Text, tokenizer: Tokenizer, retriever: Retriever, chunk: int) -
 
 def _overlap(text: Text, references: ReferenceReader, i: int, against: str) -> float:
     reference = references.tokens([i])[0, : references.lengths[i]]
-    found = overlap(text.tokens, reference)
-    return found if against in SPLITS else max(found, overlap(reference, text.tokens))
+    share = overlap(text.tokens, reference)
+    return share if against in SPLITS else max(share, overlap(reference, text.tokens))
 
 
 def _examples(
     pairs: list[Pair], references: ReferenceReader, tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
-    """The pairs with most overlap; of the pairs of one title only the first."""
+    """Returns the pairs with most overlap, one of each title."""
     chosen: dict[str, dict[str, Any]] = {}
     for value, text, i in sorted(pairs, key=lambda pair: -pair.overlap):
         reference = references[i]
@@ -177,7 +179,7 @@ def _examples(
 
 
 def _densest(text: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """The part of the text, as long as the reference, with most tokens of the reference."""
+    """Returns the part of the text, as long as the reference, with most of its tokens."""
     shared = np.concatenate([[0], np.cumsum(np.isin(text, reference) & (text != PAD))])
     length = min(len(reference), len(text))
     begin = int(np.argmax(shared[length:] - shared[:-length]))

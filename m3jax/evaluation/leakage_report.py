@@ -1,4 +1,4 @@
-"""The leakage report for people: a table with examples side by side, and a histogram."""
+"""Shows the leakage report: a table with examples side by side, and a histogram."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BANDS = {
 
 
 def leakage_table(report: dict[str, Any]) -> str:
-    """The report as Markdown, examples side by side."""
+    """Returns the report as Markdown, examples side by side."""
     above = ", ".join(f"{share:.2%} above {limit}" for limit, share in report["above"].items())
     lines = [
         f"{report['pairs']} references found by {report['queries']} chunks of {report['texts']}"

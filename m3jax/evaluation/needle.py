@@ -1,7 +1,7 @@
-"""The needle test: is a fact found again in a text much longer than the model's context?
+"""Tests the retrieval of a fact from a text much longer than the model's context (needle test).
 
 A text of references, one of which is the needle, ends with a question about it. The model reads the
-last `window` tokens as they are; what is older is a memory that it may recall, or is forgotten.
+last `window` tokens as they are; what is older is a memory that it may retrieve, or is forgotten.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def read_needles(path: str | Path) -> list[Needle]:
 
 @dataclass(frozen=True)
 class Haystack:
-    """A prompt that holds a needle.
+    """Prompt that holds a needle.
 
     Attributes:
       prompt: the text, with the question at its end.
@@ -73,11 +73,11 @@ def make_haystack(
     depth: float,
     random: np.random.Generator,
 ) -> Haystack:
-    """Random references, a line end between them, with the needle among them.
+    """Joins random references, a line end between them, with the needle among them.
 
     Args:
-      needle: what is hidden; references that hold it or the question are not drawn.
-      references: what it is hidden among.
+      needle: the hidden fact; references that hold it or the question are not drawn.
+      references: surround the needle.
       tokenizer: of the model.
       length: tokens of the whole, about; never more.
       depth: where the needle is: 0 = at the begin, 1 = in front of the question.
@@ -120,12 +120,12 @@ def needle_test(
     batch: int = 16,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Share of needles whose answer the model gives, by length of the text.
+    """Measures the share of needles whose answer the model gives, by length of the text.
 
     Args:
       session: checkpoint, tokenizer and embedder.
       needles: in turn.
-      references: what they are hidden among.
+      references: surround the needles.
       lengths: tokens of the texts.
       count: texts of each length; the needle's depth goes from begin to end in even steps.
       window: see `LongContextGenerator`.
@@ -134,8 +134,8 @@ def needle_test(
       seed: of the draws.
 
     Returns:
-      `lengths`, and for each `memory` (older text is recalled), `window` (it is forgotten),
-      `beyond` (share of needles that end before what is read as it is), and the shares by
+      `lengths`, and for each `memory` (older text is retrieved), `window` (it is forgotten),
+      `beyond` (share of needles that end before the window), and the shares by
       quarters of the depth, from begin to end: `memory_by_depth` and `window_by_depth`.
     """
     new = max(len(session.tokenizer.encode(needle.answer)) for needle in needles)
@@ -158,15 +158,15 @@ def needle_test(
             for i, depth in enumerate(depths.tolist())
         ]
         reach = readers["memory"].window + readers["memory"].length
-        beyond = [one.behind >= reach for one in made]
+        beyond = [haystack.behind >= reach for haystack in made]
         report["beyond"].append(float(np.mean(beyond)))
         for name, reader in readers.items():
             right = np.zeros(count, bool)
             for low in range(0, count, batch):
                 part = made[low : low + batch]
-                found = reader.generate([one.prompt for one in part], new)
-                for i, (one, text) in enumerate(zip(part, found, strict=True), low):
-                    right[i] = text.text.strip().startswith(one.answer.strip())
+                generations = reader.generate([haystack.prompt for haystack in part], new)
+                for i, (haystack, text) in enumerate(zip(part, generations, strict=True), low):
+                    right[i] = text.text.strip().startswith(haystack.answer.strip())
                 bar.update(len(part))
             report.setdefault(name, []).append(float(right.mean()))
             by_depth = [float(right[quarters == q].mean()) for q in range(4) if q in quarters]
@@ -176,8 +176,8 @@ def needle_test(
 
 
 def needle_table(report: dict[str, Any]) -> str:
-    """The report as a Markdown table."""
-    rows = ["| tokens | needle beyond the window | older text recalled | older text forgotten |"]
+    """Returns the report as a Markdown table."""
+    rows = ["| tokens | needle beyond the window | older text retrieved | older text forgotten |"]
     rows.append("|---|---|---|---|")
     names = ("lengths", "beyond", "memory", "window")
     for length, beyond, memory, window in zip(*(report[name] for name in names), strict=True):

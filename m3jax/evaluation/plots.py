@@ -1,4 +1,4 @@
-"""Pictures of an evaluation."""
+"""Draws the pictures of evaluations."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from m3jax.figures import GRID, INK, PALE, PINK, TEAL, save_figure
 def accuracy_bars(
     path: Path, accuracy: dict[str, float], labels: dict[str, str], chance: float, title: str
 ) -> None:
-    """One bar per condition, those that read right memories in colour, chance as a line.
+    """Draws a bar for every condition, right memories in colour, chance as a line.
 
     Args:
       path: PNG to write.
       accuracy: condition → share of right answers.
-      labels: condition → what to call it; also the order, first on top.
+      labels: condition → name; also the order, first on top.
       chance: accuracy of guessing.
       title: of the picture.
     """
@@ -49,7 +49,7 @@ def accuracy_bars(
 def speed_bars(
     path: Path, tokens_per_second: dict[str, float], first_token: dict[str, float], title: str
 ) -> None:
-    """Tokens a second of each mode, and beside each bar the time to the first token.
+    """Draws tokens a second of each mode, and beside each bar the time to the first token.
 
     Args:
       path: PNG to write.
@@ -81,7 +81,7 @@ def speed_bars(
 
 
 def needle_lines(path: Path, report: dict[str, Any]) -> None:
-    """Share of needles found over the length of the text, with and without memory.
+    """Draws the share of needles found over the length of the text, with and without memory.
 
     Args:
       path: PNG to write.
@@ -89,7 +89,7 @@ def needle_lines(path: Path, report: dict[str, Any]) -> None:
     """
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
-    lines = (("memory", "older text recalled", TEAL), ("window", "older text forgotten", INK))
+    lines = (("memory", "older text retrieved", TEAL), ("window", "older text forgotten", INK))
     lengths = report["lengths"]
     for name, label, colour in lines:
         axes.plot(lengths, report[name], color=colour, marker="o", linewidth=1.8)
@@ -125,7 +125,7 @@ def head_map(
     layers: range | None = None,
     unit: str = "rise of the loss, nats a token",
 ) -> None:
-    """A figure for every layer and head as colours; chosen heads have a frame.
+    """Draws a figure for every layer and head as colours; chosen heads have a frame.
 
     Args:
       path: PNG to write.
@@ -176,7 +176,7 @@ def head_map(
 def sweep_dots(
     path: Path, lines: Sequence[tuple[str, str, Sequence[float], Sequence[float]]], axis: str
 ) -> None:
-    """A line of dots for every entry of a sweep, a dot a seed; the first entry's mean as a line.
+    """Draws dots for every entry of a sweep, a dot a seed; the first entry's mean as a line.
 
     Args:
       path: PNG to write.
@@ -214,7 +214,7 @@ def sweep_dots(
 
 @dataclass(frozen=True)
 class Read:
-    """How one answer read its memories."""
+    """Attention of an answer on its memories."""
 
     prompt: str
     answer: str
@@ -225,7 +225,7 @@ class Read:
 
 
 def attention_map(path: Path, reads: Sequence[Read], title: str) -> None:
-    """For each question, its references token by token, coloured by the answer's attention.
+    """Draws the references of each question token by token, coloured by the answer's attention.
 
     A token that no head kept is grey: the reader cannot see it.
     """

@@ -1,4 +1,4 @@
-"""Questions with one right continuation, answered with memories from a bank.
+"""Scores questions with one right continuation, answered with memories from a bank.
 
 The prompt is cut into chunks; each retrieves `memory.per_prompt_chunk` memories with its own text,
 and the answer's tokens read those of the last prompt chunk (Memory³ §3.5). A scored answer is
@@ -29,7 +29,7 @@ from m3jax.text.tokenizer import BOS, Tokenizer
 
 @dataclass(frozen=True)
 class Question:
-    """`answer` is the text that should follow `prompt`.
+    """Question whose `answer` is the text that should follow `prompt`.
 
     `references` are keys of the references to read instead of retrieved ones.
     """
@@ -40,7 +40,7 @@ class Question:
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Questions from JSON lines with `prompt`, `answer` and optional `references`."""
+    """Reads questions from JSON lines with `prompt`, `answer` and optional `references`."""
 
     def parse(record: Any) -> Question:
         return Question(record["prompt"], record["answer"], tuple(record.get("references", ())))
@@ -73,21 +73,21 @@ class Answerer:
         self._observe = jax.jit(model.memory_attention, static_argnums=3)
 
     def pairs(self, questions: Sequence[Question]) -> list[Pair]:
-        """Tokens of prompts and answers."""
+        """Encodes prompts and answers."""
         prompts = self.tokenizer.encode_batch([q.prompt for q in questions])
         answers = self.tokenizer.encode_batch([q.answer for q in questions])
         begin = np.array([BOS], np.int32)
         return [Pair(np.concatenate([begin, p]), a) for p, a in zip(prompts, answers, strict=True)]
 
     def retrieve(self, questions: Sequence[Question], retriever: Retriever) -> np.ndarray:
-        """References `(n, C, M)` each chunk of the questions' rows reads, −1 = none."""
+        """Retrieves references `(n, C, M)` for each chunk of the questions' rows, −1 = none."""
         pairs = self.pairs(questions)
-        found = self.scorer.retrieve([pair.context for pair in pairs], retriever)
+        retrieved = self.scorer.retrieve([pair.context for pair in pairs], retriever)
         chunk = np.arange(self._chunks(pairs))
-        return np.stack([ids[np.minimum(chunk, len(ids) - 1)] for ids in found])
+        return np.stack([ids[np.minimum(chunk, len(ids) - 1)] for ids in retrieved])
 
     def given(self, questions: Sequence[Question], references: References) -> np.ndarray:
-        """References `(n, C, M)` from the questions' own keys, read by every chunk of the row."""
+        """Finds references `(n, C, M)` by the questions' own keys, for every chunk of the row."""
         ids = np.array([[references.find(key) for key in q.references] for q in questions])
         return np.repeat(ids[:, None], self._chunks(self.pairs(questions)), axis=1)
 
@@ -102,7 +102,7 @@ class Answerer:
         ids: np.ndarray | None = None,
         bank: Bank | LayeredBank | None = None,
     ) -> np.ndarray:
-        """Whether every token of the answer is the model's first choice, `(n,)` bool.
+        """Tells if every token of the answer is the model's first choice, `(n,)` bool.
 
         Args:
           questions: the questions.
@@ -116,7 +116,7 @@ class Answerer:
     def first_choices(
         self, questions: Sequence[Question], ids: np.ndarray, bank: Bank
     ) -> tuple[list[str], np.ndarray]:
-        """The likeliest token after each prompt, as text, and how it read the kept tokens.
+        """Returns the likeliest token after each prompt, as text, and its attention on memories.
 
         Returns:
           The tokens, and their attention on every memory slot, `(n, L, N, M, P)`, N query heads.

@@ -1,9 +1,10 @@
-"""Texts that a checkpoint makes up, as something to train and measure its memory model on.
+"""Samples texts from a checkpoint, to train and measure its memory model on.
 
 A text is drawn token by token from the model itself. Its first part becomes a reference, the rest a
-document that stores this reference as the one of its first chunk: what the document goes on to say
-is likelier to a reader who knows how it began. How much likelier at most, the drawing model says:
-at temperature 1 nobody predicts its texts better than itself, with all of a text in its context.
+document that stores this reference as the reference of its first chunk: its continuation is
+likelier
+to a reader who knows its beginning. The drawing model bounds how much likelier: at temperature 1
+nobody predicts its texts better than itself, with all of a text in its context.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def open_session(config: ConfigDict, workdir: Path, checkpoint: str | None) -> S
 
 
 def describe(report: dict[str, Any]) -> str:
-    """The report of `make_texts` in words."""
+    """Returns the report of `make_texts` in words."""
     text = f"{report['kept']} of {report['texts']} texts are longer than their first part"
     if report["held_out"]:
         text += (
@@ -137,7 +138,7 @@ def make_texts(
 def draw(
     session: Session, count: int, tokens: int, sampling: Sampling, batch: int
 ) -> Iterator[tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]]:
-    """Texts of up to so many tokens, drawn from the model after `<s>`, and their logprobs.
+    """Draws texts of up to so many tokens after `<s>`; yields tokens and log-probabilities.
 
     A text ends at `</s>`, or where the model begins another one; the end is left out.
     """
@@ -170,7 +171,7 @@ def draw(
 def parts_of(
     text: Int[np.ndarray, " n"], tokenizer: Tokenizer, name: str, split: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The document and the reference of a text, as JSON lines have them."""
+    """Splits a text into a document and a reference, as records of JSON lines."""
     first = tokenizer.decode(text[:split]).rstrip("\N{REPLACEMENT CHARACTER}")
     later = tokenizer.decode(text)[len(first) :].lstrip()
     document = {"id": name, "text": later, "references": [f"{name}#0"]}

@@ -179,7 +179,7 @@ class Scorer:
     ) -> ExplicitMemory:
         assert bank is not None
         chunks = np.arange(rows.tokens.shape[1] // self.model.memory.chunk_length)
-        stacked = np.stack([one[np.minimum(chunks, len(one) - 1)] for one in ids])
+        stacked = np.stack([row[np.minimum(chunks, len(row) - 1)] for row in ids])
         return jax.tree.map(jnp.asarray, bank.read(stacked))
 
 

@@ -35,7 +35,7 @@ td.number { text-align: right; white-space: nowrap; }
 
 @dataclasses.dataclass(frozen=True)
 class AttributedReference:
-    """A reference that a text read.
+    """Reference that a text read.
 
     Attributes:
       id: of the version of the knowledge.

@@ -168,7 +168,7 @@ class LongContextRetriever(MemoryRetriever):
 
 @dataclasses.dataclass
 class _Text:
-    """A text while it grows; read as text from token `first`, character `begin` on."""
+    """Text while it grows; read as text from token `first`, character `begin` on."""
 
     number: int
     tokens: np.ndarray

@@ -1,4 +1,4 @@
-"""The RAG baseline: references as text in the prompt, by the same retriever (Memory³ §9)."""
+"""RAG baseline: references as text in the prompt, by the same retriever (Memory³ §9)."""
 
 from __future__ import annotations
 

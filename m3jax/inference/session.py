@@ -88,24 +88,24 @@ class Session:
 
     @cached_property
     def version(self) -> Version:
-        """The version of the knowledge."""
+        """Version of the knowledge."""
         return open_version(self.workdir, self._number)
 
     @cached_property
     def references(self) -> ReferenceReader:
-        """The references of the version."""
+        """References of the version."""
         return open_references(self.config, self.version, self.tokenizer)
 
     @cached_property
     def retriever(self) -> Retriever:
-        """The search of references; its overlap filter is that of evaluation."""
+        """Search of references, with the overlap filter of evaluation."""
         limit = self.config.retrieval.overlap_evaluation
         bank = self.bank if self.config.retrieval.rerank else None
         return open_retriever(self.config, self.version, self.references, limit, bank=bank)
 
     @cached_property
     def bank(self) -> AnyBank:
-        """The bank that the checkpoint reads; errors as of `open_bank`."""
+        """Bank that the checkpoint reads; errors as of `open_bank`."""
         return self.open_bank(self._bank_folder)
 
     def open_bank(self, folder: str | Path | None) -> AnyBank:

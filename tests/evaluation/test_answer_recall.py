@@ -30,9 +30,9 @@ def write(path: Path, records: list) -> Path:
 
 def test_answers_are_runs_of_whole_words() -> None:
     finder = AnswerFinder(["The Dalaï Lama", "art", "New York"])
-    assert finder.found("He met a dalaï-lama in new Yorkshire.") == {("dalaï", "lama")}
-    assert finder.found("New new york, the art of it") == {("new", "york"), ("art",)}
-    assert finder.found("party") == set() == AnswerFinder(["the", "?"]).found("the ? the")
+    assert finder.find("He met a dalaï-lama in new Yorkshire.") == {("dalaï", "lama")}
+    assert finder.find("New new york, the art of it") == {("new", "york"), ("art",)}
+    assert finder.find("party") == set() == AnswerFinder(["the", "?"]).find("the ? the")
     assert words("L’été, a 3rd!") == ["l", "été", "3rd"]
 
 

@@ -139,7 +139,7 @@ def learned_memory(workdir: Path) -> ExplicitMemory:
         length = jnp.full(batch.reference_ids.shape, CONFIG.memory.kept_tokens)
         memory = ExplicitMemory(many[0], many[1], length)
         tokens, targets, weights = (
-            jnp.asarray(batch[name]) for name in ("tokens", "targets", "weights")
+            jnp.asarray(getattr(batch, name)) for name in ("tokens", "targets", "weights")
         )
         hidden = model.hidden(initial_weights(), tokens, memory=memory)
         return model.summed_loss(initial_weights(), hidden, targets, weights)[0] / weights.sum()

@@ -1,4 +1,4 @@
-"""Tasks from local files. What a file holds is seen from its first record.
+"""Reads tasks from local files; the first record decides the kind.
 
 | fields of a record | kind | scored |
 |---|---|---|
@@ -64,32 +64,32 @@ class LocalTask:
 
 
 def task_files(paths: Sequence[str | Path]) -> list[Path]:
-    """Files that are named, and those in folders that are; without those of examples for shots.
+    """Lists the named files and the files in named folders, without examples for shots.
 
     Raises:
       TextError: nothing there.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES)
             inside = [p for p in inside if not p.name.endswith("_dev.csv")]
             if not inside:
                 raise TextError(f"{path} holds no task files ({', '.join(_SUFFIXES)})")
-            found += inside
+            files += inside
         elif path.is_file():
-            found.append(path)
+            files.append(path)
         else:
             raise TextError(f"there is no task file {path}")
-    names = [path.stem for path in found]
+    names = [path.stem for path in files]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise TextError(f"two task files have the name {min(twice)}; rename one")
-    return found
+    return files
 
 
 def read_task(path: str | Path) -> LocalTask:
-    """The examples of a file.
+    """Reads the examples of a file.
 
     Raises:
       TextError: a record of no known form, or of another one than the file's first.
@@ -117,22 +117,22 @@ def read_task(path: str | Path) -> LocalTask:
 
 
 def question_texts(paths: Sequence[str | Path]) -> list[str]:
-    """What the examples of some task files ask, without answers, choices and what stands around it.
+    """Returns the questions of task files, without answers, choices and the template.
 
-    A text that is asked twice is given once. Of a schema it is the sentence with the right context,
+    Each question is listed once. Of a schema it is the sentence with the right context,
     as it would stand somewhere.
 
     Raises:
       TextError: no such file, an empty one, or records of no known form.
     """
-    found: dict[str, None] = {}
+    texts: dict[str, None] = {}
     for path in task_files(paths):
         for doc in read_task(path).docs:
-            found[_asked(doc)] = None
-    return list(found)
+            texts[_question_text(doc)] = None
+    return list(texts)
 
 
-def _asked(doc: Doc) -> str:
+def _question_text(doc: Doc) -> str:
     if "contexts" in doc:
         return f"{doc['contexts'][doc['gold']]} {doc['continuation']}"
     text = doc.get("question") or doc["text"]
@@ -142,7 +142,7 @@ def _asked(doc: Doc) -> str:
 
 
 def _form(record: Any, path: Path) -> tuple[str, Callable[[Any], Doc]]:
-    """The kind of the records, and what makes an example of one."""
+    """Returns the kind of the records, and the function that makes an example of a record."""
     fields = set(record) if isinstance(record, dict) else set()
     for needed, kind, make in _FORMS:
         if needed <= fields:
@@ -187,7 +187,7 @@ def _continuation(text: str, continuation: str) -> Doc:
 
 
 def _open(question: str, answers: Sequence[str]) -> Doc:
-    """An open question; `Question: … Answer:` around it is written anew."""
+    """Makes an open question; `Question: … Answer:` around it is written anew."""
     question = question.strip().removesuffix("Answer:").strip()
     question = question.removeprefix(_QUESTION.strip()).strip()
     right = [answer for answer in answers if answer.strip()]
@@ -233,7 +233,7 @@ _FORMS: tuple[tuple[set[str], str, Callable[[Any], Doc]], ...] = (
 
 
 def _read_mmlu(path: Path) -> list[Doc]:
-    """Questions of MMLU: the answer is a letter, or counts from 0; a header is skipped."""
+    """Reads questions of MMLU: the answer is a letter, or counts from 0; skips a header."""
     docs = []
     with path.open(encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.reader(file), 1):
@@ -262,7 +262,7 @@ def _read_mmlu(path: Path) -> list[Doc]:
 
 
 def _read_squad(path: Path) -> list[Doc]:
-    """Questions of a file in the format of SQuAD, without their passages."""
+    """Reads questions of a file in the format of SQuAD, without their passages."""
     try:
         data = json.loads(path.read_text("utf-8"))["data"]
         docs = [
