@@ -187,8 +187,8 @@ def test_decoding_with_memories_at_the_shape_of_the_paper(paper: ConfigDict) -> 
     assert work_without == 2 * 32 * (
         44 * (2 * 3200**2 + 2 * 3200 * 640 + 3 * 3200**2) + 3200 * 60_416 + 44 * 2 * 192 * 3200
     )
-    assert work / work_without - 1 == pytest.approx(0.0021, abs=5e-5)
-    assert read / read_without - 1 == pytest.approx(0.0121, abs=5e-5)
+    assert work / work_without - 1 == pytest.approx(0.0021, rel=0.025)
+    assert read / read_without - 1 == pytest.approx(0.0121, rel=0.0045)
 
 
 def test_parameters_with_biases_and_tied_embeddings() -> None:

@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from tolerance import close
 from train.tiny import tiny_config
 
 from m3jax import flops
@@ -69,7 +69,7 @@ def test_a_warmup_step_is_useful_work_and_known_waste(remat):
     # Recomputing a layer spares its last product, down, which nothing in the backward pass reads.
     last = 2 * B * T * config.model.hidden * config.model.mlp_width * config.model.layers
     expected = useful + 3 * half + (forward - last if remat == "full" else 0)
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    close(found, expected, 1e-12)
 
 
 @pytest.mark.parametrize("packing", ["chats", "pairs"])

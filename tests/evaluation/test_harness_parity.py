@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 from model.oracle import oracle_config, random_params
+from tolerance import close
 
 from m3jax.evaluation.lm_eval.files import LocalTask
 from m3jax.inference import session as session_module
@@ -89,7 +90,7 @@ def test_log_likelihoods(both):
         ("\nq", "zz"),
     ]
     ours, theirs = (ask(model, "loglikelihood", *arguments) for model in both)
-    np.testing.assert_allclose([x for x, _ in ours], [x for x, _ in theirs], rtol=1e-4)
+    close([x for x, _ in ours], [x for x, _ in theirs], 1e-4)
     assert [bool(x) for _, x in ours] == [bool(x) for _, x in theirs]
     ours, theirs = (ask(model, "loglikelihood", ("", "the cat")) for model in both)
     assert ours[0][0] == pytest.approx(theirs[0][0], rel=1e-4)
@@ -101,7 +102,7 @@ def test_rolling_log_likelihoods_of_texts_longer_than_a_row(both, monkeypatch):
     texts = [(TEXT * 3,), ("the red mat",)]
     assert len(both[0].tok_encode(TEXT * 3)) > 2 * ROW
     ours, theirs = (ask(model, "loglikelihood_rolling", *texts) for model in both)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    close(ours, theirs, 1e-4)
 
 
 def test_generated_texts(both):
@@ -139,5 +140,5 @@ def test_a_task(both):
         found.append(
             (scores, [one["acc"] for one in samples], [one["arguments"] for one in samples])
         )
-    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-4)
+    close(found[0][0], found[1][0], 1e-4)
     assert found[0][1:] == found[1][1:] and 0 < np.mean(found[0][1]) < 1

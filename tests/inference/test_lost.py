@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from data.data_workdir import make_workdir, tiny_config
 from memory.served import serving
+from tolerance import close
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import BankError, InferenceError, VersionError
@@ -58,7 +59,7 @@ def generated(generator, listener=None):
 def same(one, other):
     for a, b in zip(one, other, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+        close(a.logprobs, b.logprobs)
 
 
 def test_a_bank_that_goes_away_ends_a_generation_with_its_name(workdir):

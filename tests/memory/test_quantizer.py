@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tolerance import close
 
 from m3jax.errors import QuantizerError
 from m3jax.memory import codebooks, quantizer
@@ -72,7 +73,7 @@ def test_decoded_are_the_sums_of_entries_turned_back(trained: Codebook) -> None:
     for row, (first, second) in zip(found, loops(trained, x), strict=True):
         entries = np.concatenate([trained.coarse[i][j] for i, j in enumerate(first)])
         entries = entries + np.concatenate([trained.fine[i][j] for i, j in enumerate(second)])
-        np.testing.assert_allclose(row, np.asarray(trained.rotation).T @ entries, atol=1e-5)
+        close(row, np.asarray(trained.rotation).T @ entries)
 
 
 @pytest.mark.parametrize("count, bits", [(2, 14), (8, 10), (1, 1), (3, 7), (5, 16), (4, 8)])
@@ -107,10 +108,10 @@ def test_axes_are_principal_and_balanced() -> None:
     turn = np.linalg.qr(random.normal(size=(H, H)))[0]
     x = (random.normal(size=(20_000, H)) * np.geomspace(1, 0.01, H)) @ turn
     rotation = np.asarray(codebooks._balanced_axes(jnp.asarray(x), 8))
-    np.testing.assert_allclose(rotation @ rotation.T, np.eye(H), atol=1e-6)
+    close(rotation @ rotation.T, np.eye(H))
     covariance = np.cov((x @ rotation.T).T)
     spread = np.sqrt(np.diag(covariance))
-    np.testing.assert_allclose(covariance / np.outer(spread, spread), np.eye(H), atol=0.01)
+    close(covariance / np.outer(spread, spread), np.eye(H), 0.01)
     products = spread.reshape(8, -1).prod(1)
     assert products.max() / products.min() < 1.2  # 4000 in the order of the axes
 
@@ -119,7 +120,7 @@ def test_axes_of_vectors_that_do_not_fill_the_space() -> None:
     flat = np.concatenate([vectors(200)[:, :10], np.zeros((200, 6))], axis=1)
     for x in (flat, np.ones((200, H))):
         rotation = np.asarray(codebooks._balanced_axes(jnp.asarray(x), 8))
-        np.testing.assert_allclose(rotation @ rotation.T, np.eye(H), atol=1e-6)
+        close(rotation @ rotation.T, np.eye(H))
 
 
 def test_what_a_coarse_entry_leaves_of_a_vector_it_has_not_seen() -> None:
@@ -133,7 +134,7 @@ def test_what_a_coarse_entry_leaves_of_a_vector_it_has_not_seen() -> None:
         mean = x[others].mean(0) if len(others) else means[1]  # the next one
         expected[i] = x[i] - mean
     found = codebooks._unseen_rest(jnp.asarray(x, jnp.float32), jnp.asarray(means, jnp.float32))
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    close(found, expected, 1e-4)
 
 
 def test_vectors_not_seen_have_less_error_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,14 +167,14 @@ def test_all_candidates_give_the_best_pair(trained: Codebook) -> None:
                 parts = (((fine[4 * i + j] - part) ** 2).sum(-1) for j, part in enumerate(rest))
                 tried.append(sum(part.min() for part in parts))
             least += min(tried)
-        np.testing.assert_allclose(error, least, rtol=1e-4, atol=1e-5)
+        close(error, least, 1e-4)
 
 
 def test_training_is_a_function_of_vectors_and_seed(trained: Codebook) -> None:
     again = train(vectors(2000), **BITS, iterations=8, refinements=3)
     for one, other in zip(trained, again, strict=True):
         np.testing.assert_array_equal(one, other)
-    np.testing.assert_allclose(trained.rotation @ trained.rotation.T, np.eye(H), atol=1e-5)
+    close(trained.rotation @ trained.rotation.T, np.eye(H))
 
 
 def test_no_entry_is_without_vectors_when_there_are_enough() -> None:
@@ -237,7 +238,7 @@ def test_faiss(require: Callable[[str], ModuleType], dim: int) -> None:
     codebook = of_faiss(faiss, index)
     assert codebook.bits == (6, 5) and codebook.code_bytes == theirs.shape[1]
     decoded = index.sa_decode(theirs)
-    np.testing.assert_allclose(decode(codebook, jnp.asarray(theirs)), decoded, atol=1e-5)
+    close(decode(codebook, jnp.asarray(theirs)), decoded)
     ours = np.asarray(encode(codebook, jnp.asarray(held_out), candidates=1))
     assert (ours == theirs).all(-1).mean() > 0.999  # two entries may be equally near
 

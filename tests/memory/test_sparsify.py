@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tolerance import close
 
 from m3jax.memory.sparsify import select, sparsify, token_weights
 
@@ -37,10 +38,10 @@ def test_exact_weights() -> None:
     q, k = arrays()
     found = np.asarray(token_weights(q, k, jnp.asarray(USABLE), "exact"))
     expected = loops(q, k, "exact")
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    close(found, expected)
     # Every usable query gives one unit of attention for each query head.
     total = np.where(USABLE[:, None], found, 0).sum(-1)
-    np.testing.assert_allclose(total, np.broadcast_to(G * USABLE.sum(1)[:, None], (R, K)), 1e-5)
+    close(total, np.broadcast_to(G * USABLE.sum(1)[:, None], (R, K)))
 
 
 def test_approximate_weights_up_to_one_factor_a_head() -> None:
@@ -50,7 +51,7 @@ def test_approximate_weights_up_to_one_factor_a_head() -> None:
     for r, head in np.ndindex(R - 1, K):
         n = USABLE[r].sum()
         factor = expected[r, head, 0] / found[r, head, 0]
-        np.testing.assert_allclose(factor * found[r, head, :n], expected[r, head, :n], rtol=1e-5)
+        close(factor * found[r, head, :n], expected[r, head, :n])
     assert (found[3] == -np.inf).all()
 
 

@@ -17,6 +17,7 @@ from memory.memory_tiny import (
     tiny_config,
     tiny_params,
 )
+from tolerance import close
 
 from m3jax.errors import BankError
 from m3jax.make_model import make_model
@@ -58,8 +59,8 @@ def test_the_bank_holds_what_encode_returns(folder: Path) -> None:
         tiny_params(config), references.tokens(np.arange(37))
     )
     found = Bank.open(folder).read(np.arange(37))
-    np.testing.assert_allclose(found.keys, memory.keys, atol=1e-5)
-    np.testing.assert_allclose(found.values, memory.values, atol=1e-5)
+    close(found.keys, memory.keys)
+    close(found.values, memory.values)
     np.testing.assert_array_equal(found.length, memory.length)
 
 
@@ -218,7 +219,7 @@ def test_on_a_mesh(folder: Path, tmp_path: Path) -> None:
     ours, theirs = Bank.open(tmp_path / "bank"), Bank.open(folder)
     assert ours.binding == theirs.binding
     ids = np.arange(37)
-    np.testing.assert_allclose(ours.read(ids).values, theirs.read(ids).values, atol=1e-5)
+    close(ours.read(ids).values, theirs.read(ids).values)
     config.writer.batch_references = 12
     with pytest.raises(BankError, match="batch_references = 12 cannot be split over the 8 devices"):
         build(tmp_path / "other", config, mesh=make_mesh(config))

@@ -100,13 +100,3 @@ def value_and_gradients(
 def weights(inputs: Inputs) -> Any:
     """Of the sum that is differentiated."""
     return np.random.default_rng(9).normal(size=inputs.q.shape).astype(np.float32)
-
-
-def assert_equal(found: Any, expected: Any, atol: float) -> None:
-    """Trees of the same structure, equal to `atol`; the message names the leaf."""
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for (path, ours), theirs in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
-    ):
-        message = jax.tree_util.keystr(path)
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol, err_msg=message)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model.attention_inputs import Inputs
+from tolerance import close
 
 from m3jax.model.attention import attend, attention_weights, resolve
 from m3jax.model.attention_mask import ExplicitMemory, KeyValues, memory_mask
@@ -90,23 +91,20 @@ def test_equals_explicit_concatenation(window: int, M: int, prefix: int) -> None
         found, gradients = value_and_gradients(
             partial(attended, window=window, **options), inputs, length
         )
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5, err_msg=str(options))
+        close(found, expected, what=str(options))
         for name, gradient, want in zip(Inputs._fields, gradients, wanted, strict=True):
             for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(want), strict=True):
-                np.testing.assert_allclose(
-                    ours, theirs, rtol=0, atol=1e-5, err_msg=f"{name}, {options}"
-                )
+                close(ours, theirs, what=f"{name}, {options}")
 
 
 @pytest.mark.parametrize("block", [2, 7])
 def test_blocked_equals_naive_without_prefix_and_memory(block: int) -> None:
     inputs, _ = make_inputs(1)
     arguments = inputs.q, inputs.k, inputs.v
-    np.testing.assert_allclose(
+    close(
         attend(*arguments, implementation="blocked", block=block),
         attend(*arguments, implementation="naive"),
-        rtol=0,
-        atol=1e-6,
+        1e-6,
     )
 
 
@@ -122,7 +120,7 @@ def test_fused_equals_naive_without_memory(prefix: int) -> None:
     fused = partial(attention, implementation="xla")
     found = value_and_gradients(fused, inputs, length)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+        close(ours, theirs)
     program = str(jax.make_jaxpr(fused)(inputs, length))
     assert f"{T + prefix},{T + prefix}]" in program  # square: causal from corner to corner
 
@@ -235,7 +233,7 @@ def test_invalid_slots_take_no_attention(implementation: str) -> None:
         chunk_length=CHUNK,
         window=2,
     )
-    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+    close(weights.sum(-1), 1)
     slots = np.asarray(weights[..., 2:-T]).reshape(B, K, G, T, 3, 2, P)
     assert not np.where((np.arange(P) >= length[..., None])[:, None, None, None], slots, 0).any()
     assert slots.max() > 0.1

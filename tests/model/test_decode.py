@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tolerance import close
 
 from m3jax import config as config_lib
 from m3jax.make_model import make_model
@@ -146,15 +147,15 @@ def test_equals_the_forward_of_training(with_memory, prefix, qk_norm):
     )
     np.testing.assert_array_equal(np.concatenate([x.tokens for x in written], 1), forced)
     found = np.concatenate([x.logprobs for x in written], 1)
-    np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=1e-5)
+    close(found, wanted)
     if attention is None:
         assert written[0].reading is None
         return
     by_token = np.concatenate([x.by_token for x in written], 1)
-    np.testing.assert_allclose(by_token[..., :M], attention.mean((2, 3, 4)), atol=1e-5)
-    np.testing.assert_allclose(by_token.sum(-1), 1, atol=1e-5)
+    close(by_token[..., :M], attention.mean((2, 3, 4)))
+    close(by_token.sum(-1), 1)
     summed = sum(np.asarray(x.reading) for x in written)
-    np.testing.assert_allclose(summed[..., :M], attention.sum(1), atol=1e-4)
+    close(summed[..., :M], attention.sum(1), 1e-4)
 
 
 @pytest.mark.slow
@@ -174,4 +175,4 @@ def test_a_mesh_generates_the_same():
     for a, b in zip(one, other, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         for x, y in zip(a[1:], b[1:], strict=True):
-            np.testing.assert_allclose(x, y, atol=1e-5)
+            close(x, y)

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from model.oracle import oracle_config, random_params, random_tokens
 from safetensors.numpy import load_file, save_file
 from text.test_tokenizer_import import NAMED, OURS, TEXTS, train_tokenizer
+from tolerance import close
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import HuggingFaceError
@@ -388,7 +389,7 @@ def _their_logits(
 
 def _same(found: Any, expected: np.ndarray) -> None:
     assert expected.std() > 0.5
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    close(found, expected, 1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parity

@@ -22,7 +22,8 @@ from model.test_attention import (
 )
 from model.test_decode import CHUNK as DECODED
 from model.test_decode import LENGTHS, M, expected, generated, memories, tiny
-from model.test_transformer import _batch, _written, close, logits
+from model.test_transformer import _batch, _written, logits
+from tolerance import close
 
 from m3jax.make_model import make_model
 from m3jax.memory.head_subset import heads_of
@@ -75,9 +76,9 @@ def test_heads_without_memories_see_none(heads: tuple[bool, ...]) -> None:
         found, gradients = value_and_gradients(
             partial(attended, window=2, heads=jnp.asarray(mask), **options), inputs, length
         )
-        np.testing.assert_allclose(found, expect, rtol=0, atol=1e-5, err_msg=str(options))
+        close(found, expect, what=str(options))
         for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5, err_msg=str(options))
+            close(ours, theirs, what=str(options))
         assert not gradients.keys[:, :, :, ~mask].any()
 
 
@@ -103,7 +104,7 @@ def test_texts_of_a_packed_row() -> None:
             own = (x[:, low:high] for x in inputs[:3])
             part = jax.tree.map(lambda x, c=chunks: x[:, c], memory)
             alone = attend(*own, inputs.prefix, part, **options)
-            np.testing.assert_allclose(found[:, low:high], alone, rtol=0, atol=1e-5)
+            close(found[:, low:high], alone)
 
 
 def test_attention_weights_of_hidden_memories_are_zero() -> None:
@@ -113,7 +114,7 @@ def test_attention_weights_of_hidden_memories_are_zero() -> None:
     weights = attention_weights(inputs.q, inputs.k, inputs.prefix, memory, 0, CHUNK, 5, heads=heads)
     slots = weights[..., 2 : 2 + length[0].size * 3]
     assert slots[:, 0].any() and not slots[:, 1].any()
-    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+    close(weights.sum(-1), 1)
 
 
 # -- the model
@@ -187,9 +188,9 @@ def test_generation_equals_the_forward_of_training() -> None:
     wanted, attention = expected(config, model, params, prompts, forced, prompt_memory, later)
     written = generated(config, model, params, prompts, forced, prompt_memory, later, observe=True)
     found = np.concatenate([x.logprobs for x in written], 1)
-    np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=1e-5)
+    close(found, wanted)
     summed = sum(np.asarray(x.reading) for x in written)
-    np.testing.assert_allclose(summed[..., :M], attention.sum(1), atol=1e-4)
+    close(summed[..., :M], attention.sum(1), 1e-4)
     assert not summed[:, 0, 1, :, :M].any() and summed[:, 0, 0, :, :M].any()
 
 
@@ -199,5 +200,5 @@ def test_prefixless_heads() -> None:
     heads = np.array([False, True])
     expect = listed(inputs, length, 5, heads)
     found = attended(inputs, length, 5, jnp.asarray(heads))
-    np.testing.assert_allclose(found, expect, rtol=0, atol=1e-5)
+    close(found, expect)
     assert isinstance(inputs.prefix, KeyValues | None)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from model.oracle import Oracle, oracle_config, random_params, random_references, random_tokens
+from tolerance import close
 
 from m3jax.make_model import make_model
 from m3jax.memory.sparsify import sparsifier
@@ -36,12 +37,6 @@ def encode(config: ConfigDict, params: Any, tokens: np.ndarray, prefix=(1, 2)) -
 
 def logits(config: ConfigDict, params: Any, *arguments: Any, prefix=(1, 2), **named: Any) -> Any:
     return _jitted("logits", config.to_json(), prefix)(params, *arguments, **named)
-
-
-def close(found: Any, expected: np.ndarray, tolerance: float = TOLERANCE) -> None:
-    """Equal to a tolerance relative to the largest value."""
-    scale = max(1.0, np.abs(expected).max())
-    np.testing.assert_allclose(np.asarray(found) / scale, expected / scale, rtol=0, atol=tolerance)
 
 
 # -- writing

@@ -21,6 +21,7 @@ from retrieval.encoders import (
     write_encoder,
     write_settings,
 )
+from tolerance import close
 
 from m3jax.retrieval import bert
 from m3jax.retrieval.neural import NeuralEmbedder
@@ -110,7 +111,7 @@ def test_embeddings_are_those_of_the_plain_loop(family, pooling, tmp_path):
         assert len(tokens) == 60 or len(tokens) < 40
         first_position = 0 if family == "bert" else 2
         expected = _slow_encode(tensors, tokens, first_position, pooling)
-        np.testing.assert_allclose(row, expected, rtol=0, atol=1e-5)
+        close(row, expected)
 
 
 # -- properties ------------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ def test_queries_in_blocks_change_nothing(read, monkeypatch):
     traced = jax.make_jaxpr(lambda t: bert.encode(read.architecture, "mean", params, t, lengths))
     text = str(traced(tokens))
     assert "2,4,16,64" in text and "2,4,64,64" not in text  # scores (B, N, T, S)
-    np.testing.assert_allclose(_encode(read, tokens, lengths), whole, rtol=0, atol=1e-6)
+    close(_encode(read, tokens, lengths), whole)
 
 
 def test_bfloat16_is_near_float32(tmp_path):
@@ -161,7 +162,7 @@ def test_bfloat16_is_near_float32(tmp_path):
     exact = NeuralEmbedder(tmp_path).embed(TEXTS)
     rough = NeuralEmbedder(tmp_path, dtype="bfloat16").embed(TEXTS)
     assert 1e-4 < np.linalg.norm(rough - exact, axis=1).max() < 2e-2
-    np.testing.assert_allclose(np.linalg.norm(rough, axis=1), 1, atol=1e-6)
+    close(np.linalg.norm(rough, axis=1), 1)
 
 
 # -- Hugging Face's models -------------------------------------------------------------------------
@@ -220,5 +221,5 @@ def test_embeddings_equal_transformers(
     for pooling, pooled in (("mean", mean), ("cls", states[:, 0])):
         expected = torch.nn.functional.normalize(pooled).numpy()
         found = NeuralEmbedder(tmp_path, pooling).embed(TEXTS)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+        close(found, expected)
         assert np.abs(expected[0] - expected[1]).max() > 0.01

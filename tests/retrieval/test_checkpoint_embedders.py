@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 from data.data_workdir import tiny_config
 from memory.memory_tiny import tiny_params
+from tolerance import close
 
 from m3jax.config import PREFIX_TOKENS, to_json
 from m3jax.errors import RetrievalError
@@ -173,7 +174,7 @@ def test_hidden_states_are_pooled_and_whitened_as_by_a_loop(
     found = embedder.embed(texts)
     assert embedder.dimension == 16 == found.shape[1] and not found[texts.index("")].any()
     real = found[[bool(text) for text in texts]]
-    np.testing.assert_allclose(real @ real.T, expected @ expected.T, atol=2e-4)
+    close(real @ real.T, expected @ expected.T, 2e-4)
     np.testing.assert_array_equal(embedder.embed_queries(texts), found)
     before = embedder.fingerprint
     embedder.fit(iter(texts))
@@ -218,7 +219,7 @@ def test_attention_searches_and_ranks_as_by_a_loop(
             for k, slots in enumerate(keys)
         )
     ranking = Ranking(embedder, bank)
-    np.testing.assert_allclose(ranking(asked, ids), scores, rtol=1e-4, atol=1e-4)
+    close(ranking(asked, ids), scores, 1e-4)
     np.testing.assert_array_equal(ranking(asked[1:3], ids[1:3]), ranking(asked, ids)[1:3])
 
     memory = bank.read(np.arange(30))  # of texts[:30]
@@ -227,11 +228,11 @@ def test_attention_searches_and_ranks_as_by_a_loop(
         [keys[0, :, :n].mean(1).ravel() for keys, n in zip(*memory[::2], strict=True)]
     ).astype(np.float64)
     found = embedder._learnt["projection"]
-    np.testing.assert_allclose(found.T @ found, np.eye(16), atol=1e-5)  # keeps dot products
+    close(found.T @ found, np.eye(16))  # keeps dot products
     expected = np.stack([norm(row) for row in slots - embedder._learnt["centre"]])
-    np.testing.assert_allclose(every[:30] @ every[:30].T, expected @ expected.T, atol=1e-4)
+    close(every[:30] @ every[:30].T, expected @ expected.T, 1e-4)
     wanted = np.stack([norm(q.mean((0, 2)).ravel()) for q in queries]) @ expected.T
-    np.testing.assert_allclose(embedder.embed_queries(asked) @ every[:30].T, wanted, atol=1e-4)
+    close(embedder.embed_queries(asked) @ every[:30].T, wanted, 1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -243,7 +244,7 @@ def test_same_bits_in_any_company_and_on_any_devices(
     for embed in (embedder.embed, embedder.embed_queries):
         rows = embed(texts)
         lengths = np.linalg.norm(rows, axis=1)
-        np.testing.assert_allclose(lengths, [float(bool(text)) for text in texts], atol=1e-5)
+        close(lengths, [float(bool(text)) for text in texts])
         order = np.random.default_rng(0).permutation(len(texts))
         np.testing.assert_array_equal(embed([texts[i] for i in order]), rows[order])
         np.testing.assert_array_equal([embed([text])[0] for text in texts[28:34]], rows[28:34])
@@ -336,7 +337,7 @@ def nearest(run: Path, config: Any, beginning: str) -> str:
     text = next(t for t in references.texts(range(len(references))) if t.startswith(beginning))
     index = open_index(version, references)
     ids, scores = index.search(index.embedder.embed([text]), 1)
-    np.testing.assert_allclose(scores, 1, atol=1e-5)
+    close(scores, 1)
     return references.texts(ids[0])[0][: len(beginning)]
 
 
@@ -405,5 +406,5 @@ def test_every_text_is_drawn_alike() -> None:
 
 def test_positions_that_few_texts_reach_have_no_mean_of_their_own() -> None:
     sums, counts = np.arange(8.0).reshape(4, 2) * 20, np.array([40.0, 20, 16, 15])
-    np.testing.assert_allclose(position_means(sums, counts), sums[:3] / counts[:3, None])
+    close(position_means(sums, counts), sums[:3] / counts[:3, None])
     assert len(position_means(sums, np.array([3.0, 3, 2, 0]))) == 2  # fewer than 16 in all

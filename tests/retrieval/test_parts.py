@@ -6,6 +6,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from tolerance import close
 
 from m3jax.errors import RetrievalError
 from m3jax.files import read_sealed, write_sealed
@@ -140,7 +141,8 @@ def test_an_index_without_embeddings(leaves, build, texts, config, monkeypatch):
     np.put_along_axis(every, exact[0], exact[1], axis=1)  # all but the three last of each
     found = ids >= 0
     error = (scores - np.take_along_axis(every, np.where(found, ids, 0), axis=1))[found]
-    assert np.nanmax(np.abs(error)) < 0.004 and np.isfinite(error).sum() > 1000
+    assert np.isfinite(error).sum() > 1000
+    close(error[np.isfinite(error)], 0.0, 0.004, size=1.0)  # scores of rows of length one
     assert (np.diff(scores, axis=1) <= 0).all()
     tied = scores[:, 1:] == scores[:, :-1]
     assert (ids[:, 1:] > ids[:, :-1])[tied & found[:, 1:]].all()

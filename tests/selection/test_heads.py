@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from data.data_workdir import make_workdir, tiny_config
 from model.oracle import Oracle, oracle_config, random_params, random_references, random_tokens
+from tolerance import close
 
 from m3jax.config import format_heads
 from m3jax.data.batch import Batch
@@ -130,7 +131,7 @@ def test_masked_losses_equal_the_loops(
         for row in range(2):
             logits = slow.row(tokens[row], chunks[row])
             expected = row_losses(logits, targets[row], weights[row])
-            np.testing.assert_allclose(found[place, row], expected, rtol=2e-5)
+            close(found[place, row], expected, 2e-5)
     apart = np.abs(found[1:] - found[0]).max(1)
     reads = [True, True, hide == "context"]  # the last layer has no memories
     np.testing.assert_array_equal(apart > 1e-3, reads)
@@ -184,7 +185,7 @@ def test_a_stopped_run_goes_on(workdir: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(heads, "write_array", lambda path, array: written.append(len(array)))
     again = score_heads(CONFIG, workdir, workdir / "continual", window=5, progress=False)
     assert written == [2, 3]
-    np.testing.assert_allclose(again.increase, whole.increase, atol=1e-6)
+    close(again.increase, whole.increase)
 
 
 @pytest.mark.parametrize(
@@ -221,11 +222,11 @@ def test_increase_and_standard_error_by_hand() -> None:
     candidates = np.array([[0, 0, 1], [0, 1, 0]])
     found = heads._scores(weights, base, masked, (1, 4), candidates, {})
     assert found.loss == pytest.approx(13 / 6) and (found.rows, found.tokens) == (2, 6)
-    np.testing.assert_allclose(found.increase, [[np.nan, 2 / 6, 0, np.nan]])
+    close(found.increase, [[np.nan, 2 / 6, 0, np.nan]])
     assert found.ranking() == [(0, 1), (0, 2)]
     residual = np.array([1 - 4 * 2 / 6, 1 - 2 * 2 / 6])
     error = np.sqrt(2 * (residual**2).sum()) / 6
-    np.testing.assert_allclose(found.error, [[np.nan, error, 0, np.nan]])
+    close(found.error, [[np.nan, error, 0, np.nan]])
 
 
 def test_the_best_heads_of_the_memory_layers() -> None:

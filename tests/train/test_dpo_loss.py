@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tolerance import close
 from train.tiny import tiny_config
 
 from m3jax.data.batch import Batch
@@ -95,10 +96,10 @@ def test_loss_is_the_formula_in_numpy(made):
             losses.append(-np.log(1 / (1 + np.exp(-BETA * h))))
             correct += h > 0
     total = preference_objective(model, params, batch, None, beta=BETA)[1]
-    np.testing.assert_allclose(total.loss, np.sum(losses), rtol=1e-5)
+    close(total.loss, np.sum(losses))
     assert (float(total.weight), float(total.correct)) == (3, correct)
     found = answer_logprobs(model, params, batch, None)
-    np.testing.assert_allclose(found, logprobs, rtol=1e-5, atol=1e-5)
+    close(found, logprobs)
 
 
 def test_gradient_is_that_of_the_formula(made):
@@ -111,7 +112,7 @@ def test_gradient_is_that_of_the_formula(made):
         want = expected
         for key in path:
             want = want[key.key]
-        np.testing.assert_allclose(leaf, want, atol=1e-5, rtol=1e-4, err_msg=str(path))
+        close(leaf, want, 1e-4, what=str(path))
 
 
 def test_a_step_makes_the_chosen_answer_likelier_and_the_other_less(made):
@@ -126,7 +127,7 @@ def test_a_step_makes_the_chosen_answer_likelier_and_the_other_less(made):
     before = logprobs(params)
     batch = batch._replace(base_logprobs=before)
     loss = jax.jit(lambda p: preference_objective(model, p, batch, None, beta=BETA)[0])
-    np.testing.assert_allclose(loss(params), np.log(2), rtol=1e-5)  # nothing has changed yet
+    close(loss(params), np.log(2))  # nothing has changed yet
     gradient = jax.jit(jax.grad(loss))(params)
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
     gain = np.asarray(logprobs(moved) - before)[0]
@@ -160,4 +161,4 @@ def test_training_lowers_the_loss_and_alike_on_every_mesh(made):
     assert losses[0] == pytest.approx(np.log(2), rel=1e-5)
     assert losses[-1] < 0.6 and accuracy == 1
     split = train_on({"mesh__fsdp": 2, "mesh__tensor": 2}, params, batch)
-    np.testing.assert_allclose(split[0], losses, rtol=1e-4)
+    close(split[0], losses, 1e-4)

@@ -7,6 +7,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from tolerance import close
 from train.tiny import (
     FINGERPRINT,
     SyntheticPipeline,
@@ -96,7 +97,7 @@ def test_a_run_says_where_its_time_went(undisturbed):
     assert sum(line["time"]["step"] for line in lines) == pytest.approx(spent["step"])
     assert spent["goodput"] == pytest.approx(spent["step"] / spent["seconds"])
     parts = ("step", "data_wait", "checkpoint", "evaluation", "start", "lost")
-    assert sum(spent[part] for part in parts) == pytest.approx(spent["seconds"], abs=0.5)
+    assert sum(spent[part] for part in parts) == pytest.approx(spent["seconds"], rel=0.2)
 
 
 @pytest.mark.slow
@@ -167,9 +168,7 @@ def test_resumed_run_may_log_and_save_at_other_steps_on_another_mesh(undisturbed
     lines = [line for line in read_metrics(tmp_path / "warmup") if "loss" in line]
     assert [line["step"] for line in lines] == [2, 4, 6, 9, 12]
     ours, theirs = (saved_state(tiny_config(), path) for path in (tmp_path, workdir))
-    np.testing.assert_allclose(
-        ours.params["embedding"], theirs.params["embedding"], rtol=1e-3, atol=1e-4
-    )
+    close(ours.params["embedding"], theirs.params["embedding"], 1e-3)
 
 
 def test_second_stage_starts_from_parameters_alone(undisturbed, tmp_path):

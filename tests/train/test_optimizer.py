@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tolerance import close
 from train.tiny import tiny_config
 
 from m3jax.make_model import make_model
@@ -25,13 +26,13 @@ def test_wsd_rises_stays_and_falls():
         optimizer__learning_rate=1.0,
     )
     expected = [0.25, 0.5, 0.75, 1.0] + [1.0] * 12 + [0.82, 0.64, 0.46, 0.28]
-    np.testing.assert_allclose(rates(config), [*expected[:15], 1.0, *expected[16:]], rtol=1e-6)
+    close(rates(config), [*expected[:15], 1.0, *expected[16:]])
 
 
 @pytest.mark.parametrize("rise", [0, 1])
 def test_wsd_without_rise_or_fall_is_constant(rise):
     config = tiny_config(optimizer__lr_warmup_steps=rise, optimizer__lr_decay_share=0.0)
-    np.testing.assert_allclose(rates(config), config.optimizer.learning_rate, rtol=1e-6)
+    close(rates(config), config.optimizer.learning_rate)
 
 
 def test_cosine():
@@ -44,7 +45,7 @@ def test_cosine():
     )
     share = np.arange(10) / 10
     cosine = 0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * share))
-    np.testing.assert_allclose(rates(config), [0.5, 1.0, *cosine], rtol=1e-6)
+    close(rates(config), [0.5, 1.0, *cosine])
 
 
 def parameters(config, seed=0):
@@ -106,7 +107,7 @@ def test_adamw_equals_a_numpy_loop():
     ours = flat(updated(config, params, gradients, 4)[0])
     expected = adamw_in_numpy(config, params, gradients, 4)
     for path in expected:
-        np.testing.assert_allclose(ours[path], expected[path], rtol=1e-5, atol=1e-6)
+        close(ours[path], expected[path])
 
 
 def test_norms_and_biases_are_not_decayed():
@@ -157,12 +158,10 @@ def test_muon_orthogonalises_every_layer_as_one_matrix():
     for path, p in before.items():
         name = str(path[-1].key)
         if name not in matrices:
-            np.testing.assert_allclose(ours[path], adamw[path], rtol=1e-5, atol=1e-6, err_msg=name)
+            close(ours[path], adamw[path], what=name)
             continue
         for layer in range(2):
             step = newton_schulz(slope[path][layer].reshape(matrices[name]))
             scale = np.sqrt(max(1, step.shape[1] / step.shape[0]))
             expected = p[layer] - rate * (scale * step.reshape(p[layer].shape) + decay * p[layer])
-            np.testing.assert_allclose(
-                ours[path][layer], expected, rtol=1e-4, atol=1e-5, err_msg=name
-            )
+            close(ours[path][layer], expected, 1e-4, what=name)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from data.data_workdir import make_workdir
 from quick import xla_flags
+from tolerance import close
 from train.process_run import STAGES, run_stage, stage_config
 
 from m3jax.checkpoint import restore_params
@@ -118,7 +119,7 @@ def parameters(runs, stage):
 
 def assert_same_parameters(ours, theirs):
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+        close(one, other)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ def test_two_processes_train_as_one(workdir, alone, tmp_path):
     pair = Pair("a", workdir, tmp_path / "runs", ",".join(STAGES))
     assert pair.wait() == [0, 0], pair.output(0) + pair.output(1)
     for stage in STAGES:
-        np.testing.assert_allclose(losses(pair.runs, stage), losses(alone, stage), rtol=1e-5)
+        close(losses(pair.runs, stage), losses(alone, stage))
         assert_same_parameters(parameters(pair.runs, stage), parameters(alone, stage))
         halves = [order(pair.runs, f"{stage}-a-{index}") for index in range(2)]
         assert {tuple(rows) for rows in halves[0].values()} == {(0, 1, 2, 3)}
@@ -178,7 +179,7 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(workdir, alone, tmp
     expected = order(alone, f"{stage}-alone")
     for folder in (one, runs):
         assert_same_parameters(parameters(folder, stage), parameters(alone, stage))
-        np.testing.assert_allclose(losses(folder, stage), losses(alone, stage), rtol=1e-5)
+        close(losses(folder, stage), losses(alone, stage))
         found = order(folder, f"{stage}-*")
         assert all(found[step] == expected[step] for step in range(1, 10))
 
@@ -200,7 +201,7 @@ def test_two_processes_go_back_together_and_a_kill_changes_nothing(workdir, tmp_
     for ours, theirs in zip(read_rollbacks(runs / stage), expected, strict=True):
         for name in ("reason", "first", "last", "seen", "to", "skipped", "learning_rate_scale"):
             assert ours[name] == theirs[name]
-    np.testing.assert_allclose(losses(runs, stage), losses(alone, stage), rtol=1e-5)
+    close(losses(runs, stage), losses(alone, stage))
     assert_same_parameters(parameters(runs, stage), parameters(alone, stage))
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tolerance import close
 from train.tiny import SyntheticPipeline, tiny_config
 
 from m3jax.config import prefix_tokens
@@ -69,8 +70,8 @@ def test_loss_equals_numpy(source):
         summed += weight * (np.log(np.exp(scores).sum()) - scores[target])
         correct += weight * (scores.argmax() == target)
     weight = batch.weights.sum()
-    np.testing.assert_allclose(total, (summed, weight, correct), rtol=1e-5)
-    np.testing.assert_allclose(ours, summed / weight, rtol=1e-5)
+    close(total, (summed, weight, correct))
+    close(ours, summed / weight)
 
 
 def test_z_loss_equals_numpy_and_is_not_reported():
@@ -98,7 +99,7 @@ def test_z_loss_equals_numpy_and_is_not_reported():
 
     arguments = [jnp.asarray(value, jnp.float32) for value in (x, table)]
     (minimised, (plain, _)), gradients = jax.value_and_grad(ours, (0, 1), has_aux=True)(*arguments)
-    np.testing.assert_allclose((minimised, plain), loops(x, table), rtol=1e-6)
+    close((minimised, plain), loops(x, table))
     for number, gradient in enumerate(gradients):
         expected = np.empty(gradient.shape)
         for place in np.ndindex(gradient.shape):
@@ -108,7 +109,7 @@ def test_z_loss_equals_numpy_and_is_not_reported():
                 moved[number][place] += step
                 sides.append(loops(*moved)[0])
             expected[place] = (sides[0] - sides[1]) / 2e-5
-        np.testing.assert_allclose(gradient, expected, atol=1e-5)
+        close(gradient, expected)
 
 
 def test_z_loss_changes_the_step_but_not_what_a_loss_means():
@@ -125,11 +126,11 @@ def test_normed_heads_and_z_loss_on_eight_devices_equal_one():
     one, eight = (run_on(mesh, "none", **changes) for mesh in ("one", "2x2x2"))
     for name in one[0][0]:
         ours, theirs = ([values[name] for values in metrics] for metrics in (eight[0], one[0]))
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, err_msg=name)
+        close(ours, theirs, what=name)
     ours, expected = (first_moments(state) for state in (eight[1], one[1]))
     assert np.abs(expected["memory"]["key_norm"]).max() > 1e-6
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-5)
+        close(x, y)
 
 
 def test_batch_without_weight_has_loss_zero_and_no_gradient():
@@ -145,10 +146,10 @@ def test_microbatches_equal_the_whole_batch():
     parts = run(tiny_config("precomputed", train__microbatches=4), 2)
     for name in ("loss", "accuracy", "gradient_norm", "mean_loss"):
         ours = [values[name] for values in parts[0]]
-        np.testing.assert_allclose(ours, [v[name] for v in whole[0]], rtol=1e-6, err_msg=name)
+        close(ours, [v[name] for v in whole[0]], what=name)
     ours, expected = (jax.tree.leaves(first_moments(state)) for _, state in (parts, whole))
     for x, y in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
+        close(x, y)
 
 
 MESHES = {
@@ -188,10 +189,10 @@ def test_eight_devices_equal_one(source, mesh, on_one_device):
     eight = run_on(mesh, source, train__microbatches=parts, train__loss_block=4)
     for name in one[0][0]:
         ours = [values[name] for values in eight[0]]
-        np.testing.assert_allclose(ours, [v[name] for v in one[0]], rtol=1e-5, err_msg=name)
+        close(ours, [v[name] for v in one[0]], what=name)
     ours, expected = (jax.tree.leaves(first_moments(state)) for _, state in (eight, one))
     for x, y in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-5)
+        close(x, y)
 
 
 def test_state_is_sharded_from_the_start():
@@ -215,8 +216,8 @@ def test_metrics_average_since_the_last_line():
     losses = [values["loss"] for values in metrics]
     for low in (0, 2):
         expected = np.average(losses[low : low + 2], weights=weights[low : low + 2])
-        np.testing.assert_allclose(metrics[low]["mean_loss"], losses[low], rtol=1e-6)
-        np.testing.assert_allclose(metrics[low + 1]["mean_loss"], expected, rtol=1e-6)
+        close(metrics[low]["mean_loss"], losses[low])
+        close(metrics[low + 1]["mean_loss"], expected)
 
 
 def test_model_learns():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from data.data_workdir import WORLD, make_workdir, tiny_config
+from tolerance import close, error
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import InferenceError
@@ -112,7 +113,7 @@ def test_log_likelihoods_are_those_of_the_plain_model(session, make):
     found = make("none").loglikelihood(requests("loglikelihood", *arguments), disable_tqdm=True)
     split = [*ARGUMENTS, ("", " wolf"), ("a b", "  c")]  # space belongs to what follows
     expected = [plain(session, *one) for one in split]
-    np.testing.assert_allclose([x for x, _ in found], expected, rtol=1e-5)
+    close([x for x, _ in found], expected)
 
 
 def test_a_continuation_reads_the_memories_of_its_context_and_is_in_no_query(
@@ -124,9 +125,9 @@ def test_a_continuation_reads_the_memories_of_its_context_and_is_in_no_query(
     found = model.loglikelihood(given, disable_tqdm=True)
     ids = [chunks_found(session, context) for context in CONTEXTS]
     expected = [plain(session, *one, ids[n]) for one, n in zip(ARGUMENTS, OF, strict=True)]
-    np.testing.assert_allclose([x for x, _ in found], expected, rtol=1e-5)
+    close([x for x, _ in found], expected)
     without = make("none").loglikelihood(given, disable_tqdm=True)
-    assert not np.allclose([x for x, _ in without], expected, rtol=1e-5)
+    assert error([x for x, _ in without], expected) > 1e-5
     assert "".join(query for query, _ in asked) == "".join(CONTEXTS)  # each once, and nothing else
     assert all(against is None for _, against in asked)
 
@@ -137,7 +138,7 @@ def test_wrong_memories_are_those_of_another_question(session, make):
     found = model.loglikelihood(given, disable_tqdm=True)
     ids = [chunks_found(session, context) for context in CONTEXTS]
     expected = [plain(session, *one, ids[1 - n]) for one, n in zip(ARGUMENTS, OF, strict=True)]
-    np.testing.assert_allclose([x for x, _ in found], expected, rtol=1e-5)
+    close([x for x, _ in found], expected)
     with pytest.raises(InferenceError, match="single question"):
         model.loglikelihood(given[:2], disable_tqdm=True)
 
@@ -203,7 +204,7 @@ def test_rolling_scores_every_token_once_with_memories_of_the_chunk_before(
     logprobs = np.asarray(jax.nn.log_softmax(logits[0], axis=-1), np.float64)
     rest = len(tokens) - 60
     expected = plain(session, "", first) + logprobs[np.arange(60 - rest, 60), tokens[60:]].sum()
-    np.testing.assert_allclose(found, [expected, plain(session, "", "wolf")], rtol=1e-5)
+    close(found, [expected, plain(session, "", "wolf")])
 
     model = make("memory", overlap=1.0)
     asked = spy_on(model, monkeypatch)
@@ -297,7 +298,7 @@ def test_compressed_memories_come_from_their_bank(session, make, tmp_path):
     model = make("compressed", overlap=1.0, bank=str(tmp_path / "bank"))
     found = model.loglikelihood(given, disable_tqdm=True)
     assert [x for x, _ in found] != [x for x, _ in plainly]
-    np.testing.assert_allclose([x for x, _ in found], [x for x, _ in plainly], rtol=1e-3)
+    close([x for x, _ in found], [x for x, _ in plainly], 1e-3)
 
 
 # Tasks, with answers that are known beforehand.

@@ -1,0 +1,65 @@
+"""Tests pass on every processor and at every load: what they may not do."""
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+REPLACED = {"allclose", "isclose", "assert_allclose", "assert_almost_equal"}
+
+
+def absolute(node: ast.AST) -> bool:
+    """Whether a comparison has a tolerance that knows nothing of the size of the numbers."""
+    if isinstance(node, ast.Attribute):
+        return node.attr in REPLACED
+    if isinstance(node, ast.Call):
+        return any(keyword.arg in ("atol", "abs") for keyword in node.keywords)
+    if isinstance(node, ast.Compare) and isinstance(node.ops[-1], ast.Lt | ast.LtE):
+        limit = node.comparators[-1]
+        small = isinstance(limit, ast.Constant) and 0 < limit.value < 0.01
+        calls = [part.func for part in ast.walk(node.left) if isinstance(part, ast.Call)]
+        return small and any(ast.unparse(call).split(".")[-1] == "abs" for call in calls)
+    return False
+
+
+def seen(refused: Callable[[ast.AST], bool], but: str) -> list[str]:
+    """Places of the tests, `but` one file, that are refused."""
+    return [
+        f"{path.relative_to(TESTS)}:{line}"
+        for path in sorted(TESTS.rglob("*.py"))
+        if path.name != but
+        for line in lines_of(path.read_text(encoding="utf-8"), refused)
+    ]
+
+
+def lines_of(text: str, refused: Callable[[ast.AST], bool]) -> list[int]:
+    return [node.lineno for node in ast.walk(ast.parse(text)) if refused(node)]
+
+
+def test_tolerances_are_relative_to_the_size_of_the_array() -> None:
+    """Use `close` of tests/tolerance.py instead."""
+    assert not seen(absolute, but="tolerance.py")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "np.testing.assert_allclose(a, b)",
+        "assert np.allclose(a, b, 1e-5)",
+        "assert a == pytest.approx(b, abs=1e-5)",
+        "assert equal(a, b, atol=1e-5)",
+        "assert abs(a - b) < 1e-5",
+        "assert np.abs(a - b).max() <= 1e-3",
+    ],
+)
+def test_absolute_tolerances_are_seen(text: str) -> None:
+    assert lines_of(text, absolute) == [1]
+
+
+@pytest.mark.parametrize(
+    "text", ["close(a, b, 1e-3)", "assert a == approx(b, rel=1e-3)", "assert abs(a) > 1e-3"]
+)
+def test_others_are_accepted(text: str) -> None:
+    assert not lines_of(text, absolute)
