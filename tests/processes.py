@@ -18,18 +18,23 @@ HANG = 1800.0
 _started: list[subprocess.Popen] = []
 
 
-def start(command: Sequence[object], devices: int | None = None, **options: Any) -> Any:
+def start(
+    command: Sequence[object], devices: int | None = None, inherit: bool = True, **options: Any
+) -> Any:
     """Starts a process that can import m3jax and the tests, in a session of its own.
 
     Args:
       command: words, of any type; "python" is this interpreter.
       devices: virtual ones of JAX; None: as many as here.
+      inherit: whether it has the variables of this process besides those of `env`.
       options: of `subprocess.Popen`; outputs are pipes of text and the folder is the repository's
-        if they do not say otherwise, `env` adds to the environment of this process.
+        if they do not say otherwise.
     """
     words = [sys.executable if word == "python" else str(word) for word in command]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
+    environment = {}
+    if inherit:
+        environment = {**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
     if devices is not None:
         environment["XLA_FLAGS"] = xla_flags(devices)
     environment |= {name: str(value) for name, value in options.pop("env", {}).items()}
@@ -40,15 +45,27 @@ def start(command: Sequence[object], devices: int | None = None, **options: Any)
     return process
 
 
-def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    """Waits for a process to end by itself; exit code and outputs."""
-    output, errors = process.communicate(timeout=HANG)
+def finish(process: subprocess.Popen, text: str | None = None) -> subprocess.CompletedProcess:
+    """Gives a process `text` to read and waits for its end; exit code and outputs."""
+    output, errors = process.communicate(text, timeout=HANG)
+    _end(process)
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
-def call(command: Sequence[object], **options: Any) -> subprocess.CompletedProcess:
-    """Runs a process to its end; arguments as for `start`."""
-    return finish(start(command, **options))
+def call(
+    command: Sequence[object], text: str | None = None, **options: Any
+) -> subprocess.CompletedProcess:
+    """Runs a process to its end; arguments as for `start` and `finish`."""
+    if text is not None:
+        options["stdin"] = subprocess.PIPE
+    return finish(start(command, **options), text)
+
+
+def succeed(command: Sequence[object], **options: Any) -> str:
+    """Runs a process to an end without error; what it printed."""
+    done = call(command, **options)
+    assert done.returncode == 0, f"{done.args}: {done.stderr}"
+    return str(done.stdout)
 
 
 def wait_until(happened: Callable[[], bool], *processes: subprocess.Popen) -> None:
@@ -64,11 +81,15 @@ def wait_until(happened: Callable[[], bool], *processes: subprocess.Popen) -> No
 
 def end_all() -> None:
     """Kills what is left of the groups of all started processes."""
-    for process in _started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for pipe in (process.stdin, process.stdout, process.stderr):
-            if pipe is not None:
-                pipe.close()
-    _started.clear()
+    for process in list(_started):
+        _end(process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()
+    _started.remove(process)

@@ -1,13 +1,11 @@
 """Command lines: flags, commands, help, and errors of the user that end with the message alone."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+import processes
 import pytest
 from absl import flags
 
@@ -196,9 +194,5 @@ def test_compilation_cache_that_cannot_be_used_is_refused(tmp_path, monkeypatch)
     ],
 )
 def test_a_script_ends_with_one_message(word: str, message: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), f"--workdir={tmp_path}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, CONFIG, word], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    done = processes.call(["python", "launch/train.py", f"--workdir={tmp_path}", CONFIG, word])
     assert done.returncode == (cli.USER_ERROR if message else 0) and done.stderr == message

@@ -4,6 +4,8 @@ import ast
 from collections.abc import Callable
 from pathlib import Path
 
+import processes
+import psutil
 import pytest
 
 TESTS = Path(__file__).parent
@@ -22,6 +24,38 @@ def absolute(node: ast.AST) -> bool:
         calls = [part.func for part in ast.walk(node.left) if isinstance(part, ast.Call)]
         return small and any(ast.unparse(call).split(".")[-1] == "abs" for call in calls)
     return False
+
+
+def starts_process(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and ast.unparse(node) in {
+        *("subprocess.Popen", "subprocess.run", "subprocess.check_output", "os.system"),
+        "multiprocessing.Process",
+    }
+
+
+def test_processes_end_with_the_test_that_started_them() -> None:
+    """Use `start`, `call` or `succeed` of tests/processes.py instead."""
+    assert not seen(starts_process, but="processes.py")
+
+
+def test_what_a_process_started_ends_with_it() -> None:
+    """A process that is killed leaves its own child, and one that hangs is ended."""
+    sleeper = "import subprocess, sys; print(subprocess.Popen(['sleep', '1000']).pid, flush=True)"
+    process = processes.start(["python", "-c", sleeper + "; sys.stdin.read()"], stdin=-1)
+    child = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    assert psutil.pid_exists(child)
+    processes.end_all()
+    processes.wait_until(lambda: not _runs(child))
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there and has not ended."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def seen(refused: Callable[[ast.AST], bool], but: str) -> list[str]:

@@ -1,7 +1,6 @@
 """Edits of a workdir's knowledge, against a workdir prepared with the edited text."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -13,9 +12,9 @@ from typing import Any
 
 import jax
 import numpy as np
+import processes
 import pytest
 from data.data_workdir import make_workdir, tiny_config
-from quick import xla_flags
 from tolerance import close, error
 
 from m3jax.config import PREFIX_TOKENS
@@ -369,19 +368,9 @@ def test_what_cannot_be_edited_is_refused(workdir: Path) -> None:
     assert rollback(workdir, 1).number == 1 and read_current(workdir)["version"] == 1
 
 
-def start(*arguments: Any) -> subprocess.Popen[str]:
+def start(*arguments: Any) -> Any:
     """This file as a process of its own."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {"PYTHONPATH": path, "XLA_FLAGS": xla_flags(1)}
-    process = subprocess.Popen(
-        [sys.executable, __file__, *map(str, arguments)],
-        env={**os.environ, **environment},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None and process.stdout is not None
-    return process
+    return processes.start(["python", __file__, *arguments], devices=1, stdin=subprocess.PIPE)
 
 
 @pytest.mark.slow

@@ -2,16 +2,13 @@
 
 import functools
 import json
-import os
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 from data.data_workdir import WORLD, write_text
-from quick import xla_flags
 from retrieval.encoders import write_encoder
 
 from m3jax import cli
@@ -55,11 +52,8 @@ def get_config(options=""):
 
 
 def call(script, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(1)}
     script, *command = script.split()  # "evaluate losses"
-    command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), *command]
-    command += map(str, arguments)
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return processes.call(["python", f"launch/{script}.py", *command, *arguments], devices=1)
 
 
 def succeed(*arguments):

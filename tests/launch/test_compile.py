@@ -1,11 +1,9 @@
 """The train step compiled for a TPU slice that is not there: what it holds and exchanges."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +17,7 @@ def compile_for(tmp_path, options, topology, *changes, program="train"):
     """Exit code, report and output of launch/compile.py."""
     path = tmp_path / "report.json"
     command = [
-        sys.executable,
+        "python",
         str(ROOT / "launch" / "compile.py"),
         f"--config={ROOT / CONFIG}{options}",
         f"--topology={topology}",
@@ -27,9 +25,8 @@ def compile_for(tmp_path, options, topology, *changes, program="train"):
         f"--json={path}",
         *(f"--config.{change}" for change in changes),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    environment = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    done = processes.call(command, env=environment)
     return done, json.loads(path.read_text()) if path.exists() else None
 
 

@@ -6,15 +6,14 @@ changed fields.
 
 import ast
 import json
-import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import processes
 import pytest
 from absl import flags
 from ml_collections import ConfigDict
@@ -108,9 +107,7 @@ def check(command: str, whole: bool, dry_run: bool) -> None:
             inner = rest[rest.index("--") + 1 :]
             check(shlex.join(inner), whole, dry_run)
         if dry_run and whole and script.name == "tpu_vm.sh":
-            call = ["bash", str(ROOT / script), "--dry_run", *rest]
-            done = subprocess.run(call, env={**os.environ, **TPU}, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
+            processes.succeed(["bash", ROOT / script, "--dry_run", *rest], env=TPU)
         return
     scope = SCRIPTS[script.stem]
     if "COMMANDS" not in scope:

@@ -1,11 +1,10 @@
 """launch/evaluate.py retrieval as a user calls it."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 from data.data_workdir import write_text
 
@@ -14,9 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 def call(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     script, *command = script.split()  # "evaluate retrieval"
-    command = [sys.executable, f"launch/{script}.py", *command, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = ["python", f"launch/{script}.py", *command, *map(str, arguments)]
+    return processes.call(command)
 
 
 @pytest.mark.slow

@@ -1,12 +1,11 @@
 """launch/plan.py as a user calls it."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -14,9 +13,8 @@ PAPER = ("--config=configs/memory3.py:stage=continual", "--topology=v5e:16x16")
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launch/plan.py", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = ["python", "launch/plan.py", *arguments]
+    return processes.call(command)
 
 
 def test_prints_a_table_and_writes_json(tmp_path: Path) -> None:

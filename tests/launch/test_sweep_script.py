@@ -1,16 +1,12 @@
 """launch/sweep.py as a user calls it: shared stages, entries that fail, a kill in the middle."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
-from quick import xla_flags
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -58,23 +54,14 @@ def get_sweep():
 """
 
 
-def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(1)}
-    command = [sys.executable, "launch/sweep.py", f"--sweep={folder}/sweep.py"]
-    return subprocess.Popen(
-        [*command, f"--workdir={folder}/run", *flags],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(folder: Path, *flags: str) -> Any:
+    command = ["python", "launch/sweep.py", f"--sweep={folder}/sweep.py"]
+    return processes.start([*command, f"--workdir={folder}/run", *flags], devices=1)
 
 
 def call(folder: Path, *flags: str) -> tuple[int, str, str]:
-    process = start(folder, *flags)
-    output, errors = process.communicate(timeout=300)
-    return process.returncode, output, errors
+    done = processes.finish(start(folder, *flags))
+    return done.returncode, done.stdout, done.stderr
 
 
 def write(folder: Path, steps: int = 4) -> None:
@@ -96,20 +83,16 @@ def trained_steps(folder: Path, stage: str) -> dict[str, list[int]]:
     return found
 
 
-def wait(process: subprocess.Popen[str], happened: Any) -> None:
-    end = time.monotonic() + 300
-    while not happened() and time.monotonic() < end:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
 def test_a_sweep_is_killed_and_goes_on(tmp_path: Path) -> None:
     write(tmp_path, steps=300)
     results = tmp_path / "run" / "results"
     process = start(tmp_path)
     # Killed in the middle of `kept`, when it has a checkpoint and steps after that.
-    wait(process, lambda: any(len(s) > 20 for s in trained_steps(tmp_path, "continual").values()))
+    processes.wait_until(
+        lambda: any(len(s) > 20 for s in trained_steps(tmp_path, "continual").values()),
+        process,
+    )
     process.send_signal(signal.SIGKILL)
     shown, _ = process.communicate()
     assert "impossible@0: refused: config.memory.kept_tokens = 99" in shown.splitlines()[0]

@@ -8,9 +8,10 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+
+import processes
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "launch/tpu_vm.sh"
@@ -134,15 +135,9 @@ def executable(path, text):
 def call(*arguments, path, cwd=ROOT, script=SCRIPT, **environment):
     base = {"PATH": str(path), "HOME": "/home/me", "LC_ALL": "C.UTF-8"}
     command = ["bash", str(script), *map(str, arguments)]
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        env={**base, **environment},
-        input="y\n",  # nobody asks, nobody reads it
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    environment = {**base, **environment}
+    text = "y\n"  # nobody asks, nobody reads it
+    return processes.call(command, text, inherit=False, cwd=cwd, env=environment)
 
 
 def dry(bare, *arguments, **environment):
@@ -172,7 +167,7 @@ class Cloud:
         self.path = f"{bin_}:{os.environ['PATH']}"
 
     def git(self, *arguments):
-        subprocess.run(["git", *arguments], cwd=self.checkout, check=True)
+        processes.succeed(["git", *arguments], cwd=self.checkout)
 
     def call(self, subcommand, *arguments):
         return call(

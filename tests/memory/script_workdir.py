@@ -1,16 +1,13 @@
 """A workdir with references and a tiny checkpoint for launch/write_bank.py, and its start."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import processes
 from memory.memory_tiny import tiny_config, tiny_params
 from ml_collections import ConfigDict
-from quick import xla_flags
 
 from m3jax.memory.bank import writer_fingerprint
 from m3jax.mesh import make_mesh
@@ -69,18 +66,8 @@ def make_workdir(workdir: Path, documents: int = 20, config_file: str = CONFIG) 
     return fingerprint
 
 
-def start(
-    workdir: Path, *flags: str, devices: int = 1, **environment: str
-) -> subprocess.Popen[str]:
+def start(workdir: Path, *flags: str, devices: int = 1, **environment: str) -> Any:
     """Starts launch/write_bank.py on a workdir with some CPU devices."""
-    command = [sys.executable, str(ROOT / "launch" / "write_bank.py"), f"--workdir={workdir}"]
+    command = ["python", "launch/write_bank.py", f"--workdir={workdir}"]
     command += [f"--config={workdir}/config.py", *flags]
-    variables: dict[str, Any] = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": xla_flags(devices),
-        **environment,
-    }
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=variables, stdout=pipe, stderr=pipe, text=True)
+    return processes.start(command, devices, env=environment)

@@ -65,7 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
             server.lock.notify_all()
             fault = server.fault(path)
             if fault == "gather":  # until others have come
-                server.lock.wait_for(lambda: server.most >= 4, timeout=5)
+                server.lock.wait_for(lambda: server.most >= 4, timeout=60)
         try:
             self._answer(path, fault)
         finally:

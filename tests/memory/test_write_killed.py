@@ -1,32 +1,22 @@
 """A build killed with SIGKILL at random moments ends byte for byte as an undisturbed one."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import processes
 import pytest
 from memory.memory_tiny import big, shard_files
-from quick import xla_flags
 
 from m3jax.memory.bank import Bank
 
 ROOT = Path(__file__).parents[2]
 
 
-def _start(folder: Path, context: str) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return subprocess.Popen(
-        [sys.executable, "-m", "memory.memory_tiny", str(folder), context],
-        # Without optimization a process compiles in a fraction of the time.
-        env={**os.environ, "PYTHONPATH": path, "XLA_FLAGS": xla_flags(1)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def _start(folder: Path, context: str) -> Any:
+    return processes.start(["python", "-m", "memory.memory_tiny", folder, context], devices=1)
 
 
 def _shards(folder: Path) -> int:
@@ -51,12 +41,11 @@ def test_kills_and_a_resume(tmp_path: Path, context: str, kills: int) -> None:
         assert not (folder / "COMPLETE").exists()
     assert reached == sorted(reached) and reached[-1] > 0
     process = _start(folder, context)
-    out, error = process.communicate()
-    assert process.returncode == 0, error
-    assert 0 < int(out) < len(big(context)["references"])
-    undisturbed = _start(tmp_path / "undisturbed", context)
-    undisturbed.communicate()
-    assert undisturbed.returncode == 0
+    done = processes.finish(process)
+    assert done.returncode == 0, done.stderr
+    assert 0 < int(done.stdout) < len(big(context)["references"])
+    undisturbed = processes.finish(_start(tmp_path / "undisturbed", context))
+    assert undisturbed.returncode == 0, undisturbed.stderr
     assert shard_files(folder) == shard_files(tmp_path / "undisturbed")
     assert not list(folder.rglob("*__lock*"))
     assert Bank.open(folder).verify() == []

@@ -3,11 +3,11 @@
 import shutil
 import signal
 import socket
-import subprocess
-import time
 from pathlib import Path
+from typing import Any
 
 import jax
+import processes
 import pytest
 from memory.memory_tiny import shard_files
 from memory.script_workdir import CONFIG, make_workdir, script_config, start
@@ -21,7 +21,6 @@ from m3jax.mesh import make_mesh
 from m3jax.text.references import References
 from m3jax.watch import PROCESS_LOST
 
-DEADLINE = 200.0  # seconds
 # References come slowly, so that a process can be killed on its way.
 SLOW = (
     CONFIG
@@ -44,21 +43,18 @@ References.tokens = tokens
 )
 
 
-def _pair(workdir: Path, pause: float) -> list[subprocess.Popen[str]]:
+def _pair(workdir: Path, pause: float) -> list[Any]:
     with socket.socket() as probe:
         probe.bind(("", 0))
         address = f"--coordinator=localhost:{probe.getsockname()[1]}"
-    flags = [address, "--processes=2", "--join_timeout=60", "--heartbeat_timeout=8"]
+    flags = [address, "--processes=2", "--join_timeout=600", "--heartbeat_timeout=20"]
     environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PAUSE": str(pause)}
     return [start(workdir, *flags, f"--process_id={i}", devices=2, **environment) for i in range(2)]
 
 
-def _outputs(pair: list[subprocess.Popen[str]]) -> list[str]:
-    try:
-        return ["".join(process.communicate(timeout=DEADLINE)) for process in pair]
-    finally:
-        for process in pair:
-            process.kill()
+def _outputs(pair: list[Any]) -> list[str]:
+    ended = [processes.finish(process) for process in pair]
+    return [done.stdout + done.stderr for done in ended]
 
 
 def _written(workdir: Path) -> int:
@@ -92,14 +88,12 @@ def test_two_processes_write_the_bank_of_one(tmp_path: Path) -> None:
     assert write_alone(alone) == len(references) > 400
     shards = len(shard_files(alone))
 
-    pair, end = _pair(workdir, pause=0.2), time.monotonic() + DEADLINE
-    while _written(workdir) < 6 and time.monotonic() < end:
-        assert all(process.poll() is None for process in pair), _outputs(pair)
-        time.sleep(0.01)
+    pair = _pair(workdir, pause=0.2)
+    processes.wait_until(lambda: _written(workdir) >= 6, *pair)
     pair[1].send_signal(signal.SIGKILL)
     first, _ = _outputs(pair)
     assert [process.returncode for process in pair] == [PROCESS_LOST, -signal.SIGKILL], first
-    assert "no sign of life from process 1 for 8 seconds" in first and "same command" in first
+    assert "no sign of life from process 1 for 20 seconds" in first and "same command" in first
     kept = _written(workdir)
     assert 6 <= kept < shards and not (workdir / "bank" / "COMPLETE").exists()
     by_one = Path(shutil.copytree(workdir / "bank", tmp_path / "by_one"))

@@ -3,11 +3,10 @@
 import collections
 import json
 import math
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import processes
 import pytest
 from tolerance import close
 
@@ -115,16 +114,14 @@ def test_same_bytes_in_another_process(embedder, texts, tmp_path):
     embedder.save(tmp_path)
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     script = (
-        "import json, sys, hashlib; from m3jax.retrieval.embed import *;"
+        "import json, sys; from m3jax.retrieval.embed import *;"
         "texts = json.load(open(sys.argv[1] + '/texts.json')); fresh = LexicalEmbedder(256);"
         "fresh.fit(texts); loaded = load_embedder(sys.argv[1]);"
-        "print(fresh.fingerprint, loaded.fingerprint);"
-        "sys.stdout.flush(); sys.stdout.buffer.write(loaded.embed(texts[::-1]).tobytes())"
+        "print(fresh.fingerprint, loaded.fingerprint, loaded.embed(texts[::-1]).tobytes().hex())"
     )
-    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, check=True)
-    line, data = done.stdout.split(b"\n", 1)
-    assert line.decode().split() == [embedder.fingerprint] * 2
-    assert data == embedder.embed(texts[::-1]).tobytes()
+    *fingerprints, data = processes.succeed(["python", "-c", script, tmp_path]).split()
+    assert fingerprints == [embedder.fingerprint] * 2
+    assert bytes.fromhex(data) == embedder.embed(texts[::-1]).tobytes()
 
 
 def test_fingerprint_depends_on_texts_and_dimension(embedder, texts):

@@ -1,13 +1,12 @@
 """The index: exact and ScaNN search, and what a folder may go through."""
 
 import inspect
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from tolerance import close
 
@@ -277,22 +276,15 @@ def test_wrong_queries_are_refused(build):
 @pytest.mark.parametrize("keep", ["keep", "drop"])
 def test_a_build_killed_at_any_moment_ends_as_an_undisturbed_one(keep, references, tmp_path):
     script = Path(__file__).with_name("killed_builds.py")
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, script, references.folder, tmp_path, keep],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(root)},
-    )
-    assert done.returncode == 0, done.stderr
-    kept = [int(line.split()[2]) for line in done.stdout.splitlines()]
+    lines = processes.succeed(["python", script, references.folder, tmp_path, keep]).splitlines()
+    kept = [int(line.split()[2]) for line in lines]
     assert len(kept) == 15 and min(kept) == 0 and max(kept) == 6
     undisturbed = tmp_path / "undisturbed"
     names = sorted(p.relative_to(undisturbed) for p in undisturbed.rglob("*") if p.is_file())
     for i in range(len(kept)):
         for name in names:
             same = (tmp_path / str(i) / name).read_bytes() == (undisturbed / name).read_bytes()
-            assert same, (done.stdout.splitlines()[i], name)
+            assert same, (lines[i], name)
 
 
 def test_shards_hold_all_rows_in_order(build, texts, monkeypatch):

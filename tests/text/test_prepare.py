@@ -1,11 +1,8 @@
 """Preparation of a workdir: parts, resuming, and refusing what belongs to another run."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import processes
 import pytest
 
 from m3jax import config as configs
@@ -150,13 +147,7 @@ def test_make_part_with_a_damaged_marker(tmp_path):
 
 
 def test_script_describes_its_flags():
-    root = Path(__file__).parents[2]
-    shown = subprocess.run(
-        [sys.executable, root / "launch" / "prepare.py", "--help"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(root)},
-    )
+    shown = processes.call(["python", "launch/prepare.py", "--help"])
     for flag in ("config", "workdir", "documents", "knowledge", "limit_documents"):
         assert f"--{flag}:" in shown.stdout
     assert "--documents=articles.jsonl.gz" in shown.stdout  # the command of its docstring

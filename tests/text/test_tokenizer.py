@@ -1,10 +1,7 @@
 """Tokenizer: exact round trips, character spans, determinism, and words as single tokens."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
+import processes
 import pytest
 
 from m3jax.errors import TextError
@@ -128,13 +125,9 @@ def test_training_is_deterministic_across_processes():
         f"texts = [t * 3 for t in {TEXTS!r}]\n"
         "print(Tokenizer.train(texts, 700, 1).fingerprint)"
     )
-    root = Path(__file__).parents[2]
     here = Tokenizer.train([t * 3 for t in TEXTS], 700, 1).fingerprint
     for _ in range(2):
-        there = subprocess.run(
-            [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True
-        )
-        assert there.stdout.strip() == here
+        assert processes.succeed(["python", "-c", script]).strip() == here
 
 
 def test_save_and_load(tokenizer, tmp_path):

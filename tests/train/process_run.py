@@ -112,7 +112,7 @@ def main(argv):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     jax.config.update("jax_disable_most_optimizations", True)
     configs = [stage_config(stage) for stage in stages.split(",")]
-    processes = Processes(address, 2, int(index), join_timeout=60, heartbeat_timeout=8)
+    processes = Processes(address, 2, int(index), join_timeout=600, heartbeat_timeout=20)
     with joined(processes, configs[0], cli.show_error):
         for config in configs:
             order = Path(runs) / f"{config.stage}-{tag}-{index}.jsonl"

@@ -1,12 +1,10 @@
 """A training process killed at random moments ends bitwise equal to an undisturbed one."""
 
-import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 from train.guarded import guarded_config
 from train.tiny import deterministic_lines, process_config
@@ -14,31 +12,19 @@ from train.tiny import deterministic_lines, process_config
 from m3jax.train.guard import read_rollbacks
 
 ROOT = Path(__file__).parents[2]
-DEADLINE = 300.0  # seconds
 
 
 def start(workdir, pause, compiled=None, script="tiny.py"):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
-    if compiled is not None:
-        environment["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
-    command = [sys.executable, str(Path(__file__).with_name(script)), str(workdir), str(pause)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = ["python", Path(__file__).with_name(script), workdir, pause]
+    cache = {} if compiled is None else {"JAX_COMPILATION_CACHE_DIR": compiled}
+    return processes.start(command, env=cache)
 
 
 def finish(process):
     """The digest of the final state that the process prints."""
-    output, errors = process.communicate(timeout=DEADLINE)
-    assert process.returncode == 0, errors
-    return output.strip()
-
-
-def wait_for(process, happened):
-    end = time.monotonic() + DEADLINE
-    while process.poll() is None and time.monotonic() < end and not happened():
-        time.sleep(0.0005)
-    assert process.poll() is None, f"ended before it could be killed: {process.stderr.read()}"
+    done = processes.finish(process)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def changed(path):
@@ -61,7 +47,9 @@ def test_killed_guarded_run_ends_bitwise_equal(tmp_path):
     for watched, longest in ((decided, 0.02), (decided, 0.3), (metrics, 0.5), (metrics, 1.0)):
         before = changed(watched)
         process = start(workdir, 0.05, script="guarded.py")
-        wait_for(process, lambda watched=watched, before=before: changed(watched) > before)
+        processes.wait_until(
+            lambda watched=watched, before=before: changed(watched) > before, process
+        )
         time.sleep(chance.uniform(0.0, longest))
         process.kill()
         process.communicate()
@@ -87,10 +75,10 @@ def test_killed_run_ends_bitwise_equal(tmp_path, seed):
         if moment == "starting":
             time.sleep(chance.uniform(0.5, 4.0))
         else:
-            wait_for(process, lambda before=before: changed(metrics) > before)
+            processes.wait_until(lambda before=before: changed(metrics) > before, process)
             time.sleep(chance.uniform(0.0, 0.5))
             if moment == "saving":
-                wait_for(process, lambda: saving(workdir))
+                processes.wait_until(lambda: saving(workdir), process)
                 time.sleep(chance.uniform(0.0, 0.05))
         process.kill()
         process.communicate()

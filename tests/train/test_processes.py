@@ -1,20 +1,16 @@
 """Two processes of four devices train as one process of eight, also when one of them dies."""
 
 import json
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
+import processes
 import pytest
 from data.data_workdir import make_workdir
-from quick import xla_flags
 from tolerance import close
 from train.process_run import STAGES, run_stage, stage_config
 
@@ -27,7 +23,6 @@ from m3jax.train.metrics import read_metrics
 from m3jax.watch import PROCESS_LOST
 
 ROOT = Path(__file__).parents[2]
-DEADLINE = 200.0  # seconds
 
 
 def free_port():
@@ -49,21 +44,14 @@ class Pair:
         self.tag, self.runs = tag, runs
         runs.mkdir(exist_ok=True)
         address = f"localhost:{free_port()}"
-        environment = {
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-            "XLA_FLAGS": xla_flags(4),
-        }
         script = str(Path(__file__).with_name("process_run.py"))
         self.processes = []
         for index in range(2):
             seen = runs if sees is None else sees(index)
-            command = [sys.executable, script, workdir, seen, tag, address, index, stages, pause]
+            command = ["python", script, workdir, seen, tag, address, index, stages, pause]
             with open(runs / f"output-{tag}-{index}", "w") as output:
                 self.processes.append(
-                    subprocess.Popen(
-                        list(map(str, command)), env=environment, stdout=output, stderr=output
-                    )
+                    processes.start(command, devices=4, stdout=output, stderr=output)
                 )
 
     def output(self, index):
@@ -71,21 +59,14 @@ class Pair:
 
     def wait(self):
         """Exit codes; processes that do not end are a failure."""
-        try:
-            return [process.wait(timeout=DEADLINE) for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()
+        return [process.wait(timeout=processes.HANG) for process in self.processes]
 
     def wait_for_step(self, stage, step):
         """Returns when both processes have handed out the batch of `step`."""
-        end = time.monotonic() + DEADLINE
-        while not all(step in order(self.runs, f"{stage}-{self.tag}-{i}") for i in range(2)):
-            ended = any(process.poll() is not None for process in self.processes)
-            if ended or time.monotonic() > end:
-                self.wait()
-                pytest.fail(self.output(0) + self.output(1))
-            time.sleep(0.05)
+        processes.wait_until(
+            lambda: all(step in order(self.runs, f"{stage}-{self.tag}-{i}") for i in range(2)),
+            *self.processes,
+        )
 
 
 def order(runs, names):
@@ -162,7 +143,7 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(workdir, alone, tmp
     pair.wait_for_step(stage, 6)
     pair.processes[1].kill()
     assert pair.wait() == [PROCESS_LOST, -signal.SIGKILL], pair.output(0)
-    words = "no sign of life from process 1 for 8 seconds"
+    words = "no sign of life from process 1 for 20 seconds"
     assert words in pair.output(0) and "The same command" in pair.output(0)
     shutil.copytree(runs, one)
     run_stage(stage_config(stage), workdir, one, one / f"{stage}-alone.jsonl")
@@ -229,11 +210,8 @@ def test_a_folder_that_is_not_shared_is_refused(workdir, tmp_path):
 )
 def test_train_script_refuses_what_cannot_work(tmp_path, flags, words):
     flags = [flag.replace("PORT", str(free_port())) for flag in flags]
-    command = [sys.executable, "launch/train.py", "--config=configs/wiki_small.py"]
+    command = ["python", "launch/train.py", "--config=configs/wiki_small.py"]
     command += [f"--workdir={tmp_path}", "--join_timeout=1", *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=DEADLINE
-    )
+    done = processes.call(command)
     assert done.returncode == USER_ERROR, done.stderr
     assert words in done.stderr and "Traceback" not in done.stderr

@@ -5,12 +5,12 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from subprocess import DEVNULL, TimeoutExpired
 
 import numpy as np
+import processes
 import pytest
 
 from m3jax import config as configs
@@ -350,11 +350,10 @@ def test_killed_at_random_moments_and_run_again(tmp_path):
     documents = _write(tmp_path / "a.jsonl", _texts(600))
 
     def start(folder, workers):
-        command = [sys.executable, str(script), str(folder), documents, str(workers)]
-        return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+        return processes.start(["python", script, folder, documents, workers], stdout=DEVNULL)
 
     began = time.monotonic()
-    assert start(tmp_path / "whole", 1).wait() == 0
+    assert start(tmp_path / "whole", 1).wait(processes.HANG) == 0
     usual = time.monotonic() - began
     rng, kills = random.Random(2), 0
     for attempt in range(8):
@@ -362,19 +361,16 @@ def test_killed_at_random_moments_and_run_again(tmp_path):
         try:
             process.wait(usual * rng.uniform(0.3, 0.9))
             shutil.rmtree(tmp_path / "w")  # finished: the next one begins anew
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)  # its workers must end by themselves
             process.wait()
             kills += 1
         if kills == 3:
             break
     assert kills >= 2
-    assert start(tmp_path / "w", 2).wait() == 0
+    assert start(tmp_path / "w", 2).wait(processes.HANG) == 0
     assert _snapshot(tmp_path / "w") == _snapshot(tmp_path / "whole")
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and _running(str(script)):
-        time.sleep(0.2)
-    assert not _running(str(script))
+    processes.wait_until(lambda: not _running(str(script)))
 
 
 def _running(script):
