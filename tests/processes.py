@@ -24,13 +24,15 @@ def start(
     """Starts a process that can import m3jax and the tests, in a session of its own.
 
     Args:
-      command: words, of any type; "python" is this interpreter.
+      command: words, of any type; "python" as the first is this interpreter.
       devices: virtual ones of JAX; None: as many as here.
       inherit: whether it has the variables of this process besides those of `env`.
       options: of `subprocess.Popen`; outputs are pipes of text and the folder is the repository's
         if they do not say otherwise.
     """
-    words = [sys.executable if word == "python" else str(word) for word in command]
+    words = [str(word) for word in command]
+    if words[0] == "python":
+        words[0] = sys.executable
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {}
     if inherit:

@@ -20,16 +20,17 @@ from m3jax.watch import PROCESS_LOST, Processes, Watch
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import sys, time
-from m3jax import launching
+from m3jax import cli
 from m3jax.config import default
-from m3jax.distributed import Processes, joined
+from m3jax.distributed import joined
+from m3jax.watch import Processes
 
 address, count, index, task = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 config = default()
 config.seed = index if task == "seeds" else 0
 join = 2 if task == "lonely" else 600
 processes = Processes(address, count, index, join_timeout=join, heartbeat_timeout=20)
-with joined(processes, config, launching.show_error):
+with joined(processes, config, cli.show_error):
     if task == "fail" and index == 1:
         raise OSError("no such disk")
     if task == "abort" and index == 1:

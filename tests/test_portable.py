@@ -1,6 +1,8 @@
 """Tests pass on every processor and at every load: what they may not do."""
 
 import ast
+import importlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,6 +58,17 @@ def _runs(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_programs_in_strings_import_what_there_is() -> None:
+    """No linter sees what a test gives an interpreter of its own."""
+    line = re.compile(r"^ *(?:from|import) (m3jax[\w.]*)(?: import \(?([\w, ]+))?", re.MULTILINE)
+    for path in sorted(TESTS.rglob("*.py")):
+        for name, parts in line.findall(path.read_text(encoding="utf-8")):
+            module = importlib.import_module(name)
+            for part in filter(None, (word.split(" as ")[0].strip() for word in parts.split(","))):
+                if not hasattr(module, part):
+                    importlib.import_module(f"{name}.{part}")
 
 
 def seen(refused: Callable[[ast.AST], bool], but: str) -> list[str]:

@@ -1,8 +1,8 @@
 """The interpreter that launch/environment.sh takes for a new environment."""
 
-import subprocess
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -43,13 +43,9 @@ def place(tmp_path):
 
 def call(folder, command, **environment):
     """Runs a bash command with the functions of the script, in a home with the fakes alone."""
-    return subprocess.run(
-        ["/bin/bash", "-c", f"set -euo pipefail; source {ROOT}/launch/environment.sh; {command}"],
-        env={"PATH": f"{folder}/bin", "HOME": str(folder), **environment},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    command = f"set -euo pipefail; source {ROOT}/launch/environment.sh; {command}"
+    environment = {"PATH": f"{folder}/bin", "HOME": folder, **environment}
+    return processes.call(["/bin/bash", "-c", command], inherit=False, env=environment)
 
 
 def test_the_newest_that_works_is_taken(place):

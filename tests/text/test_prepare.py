@@ -2,7 +2,6 @@
 
 import json
 
-import processes
 import pytest
 
 from m3jax import config as configs
@@ -144,10 +143,3 @@ def test_make_part_with_a_damaged_marker(tmp_path):
     (tmp_path / "p" / INPUTS).write_text("{")
     with pytest.raises(TextError, match="inputs.json is damaged"):
         make_part(tmp_path / "p", {"a": 1}, lambda folder: None)
-
-
-def test_script_describes_its_flags():
-    shown = processes.call(["python", "launch/prepare.py", "--help"])
-    for flag in ("config", "workdir", "documents", "knowledge", "limit_documents"):
-        assert f"--{flag}:" in shown.stdout
-    assert "--documents=articles.jsonl.gz" in shown.stdout  # the command of its docstring

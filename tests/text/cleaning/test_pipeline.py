@@ -327,7 +327,7 @@ KILLED = """
 import sys
 sys.path.insert(0, {root!r})
 from m3jax.config import default
-from m3jax.text import blocks
+from m3jax.text.cleaning import blocks
 from m3jax.text.prepare import prepare_text
 from m3jax.text.cleaning.workers import LocalRunner
 
