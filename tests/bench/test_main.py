@@ -7,11 +7,10 @@ import json
 import os
 import runpy
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 
 from m3jax.bench import main
@@ -113,16 +112,9 @@ def test_what_was_measured_before_a_signal_is_kept(counting, tmp_path, number):
 
 
 def test_the_script_runs_a_benchmark(tmp_path):
-    command = [sys.executable, "launch/bench.py", "overlap", "--size=smallest", "--rounds=2"]
-    done = subprocess.run(
-        [*command, f"--json={tmp_path}/result.json"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "round 2 of 2" in done.stdout and "least – largest" in done.stdout
+    command = ["python", "launch/bench.py", "overlap", "--size=smallest", "--rounds=2"]
+    shown = processes.succeed([*command, f"--json={tmp_path}/result.json"])
+    assert "round 2 of 2" in shown and "least – largest" in shown
     assert json.loads((tmp_path / "result.json").read_text())["rounds"]["taken"] == 2
 
 
