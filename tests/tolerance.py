@@ -25,7 +25,7 @@ def error(actual: Any, expected: Any, size: float | None = None) -> float:
     b = np.broadcast_to(b, a.shape)
     finite = np.isfinite(b)
     np.testing.assert_array_equal(a[~finite], b[~finite])
-    difference = np.abs(a - b)[finite].max(initial=0.0)
+    difference = np.abs(a[finite] - b[finite]).max(initial=0.0)
     if size is None:
         size = np.abs(b[finite]).max(initial=0.0)
     if np.isnan(difference):
