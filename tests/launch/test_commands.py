@@ -18,9 +18,7 @@ from m3jax.quickstart import people, people_chats
 from m3jax.retrieval.index import Index
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted(
-    path.stem for path in (ROOT / "launch").glob("*.py") if "COMMANDS" in path.read_text("utf-8")
-)
+SCRIPTS = sorted(path.stem for path in (ROOT / "launch").glob("*.py"))
 SMALL = """
 from m3jax.config import default, parse_options, validate
 

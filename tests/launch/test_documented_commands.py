@@ -110,8 +110,6 @@ def check(command: str, whole: bool, dry_run: bool) -> None:
             processes.succeed(["bash", ROOT / script, "--dry_run", *rest], env=TPU)
         return
     scope = SCRIPTS[script.stem]
-    if "COMMANDS" not in scope:
-        return
     named = rest[:1] if rest and rest[0] in scope["COMMANDS"] else []
     if not whole and not named and "" not in scope["COMMANDS"] and not rest:
         return  # the script by its name
