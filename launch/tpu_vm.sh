@@ -58,6 +58,8 @@ TEXT
 }
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# shellcheck source=launch/tpu_commands.sh
+source "$root/launch/tpu_commands.sh"
 remote=m3jax              # the tree in the home of a worker, as in launch/tpu_worker.sh
 unreachable_limit=30      # looks in a row without an answer before a wait ends
 subcommand="" user_command=()
@@ -176,57 +178,6 @@ runtime_version() { # the one Google names for JAX on the accelerator type
     v2-* | v3-* | v4-*) echo tpu-ubuntu2204-base ;;
     *) refuse "no runtime version known for --type=$type; name one with --version" ;;
   esac
-}
-
-# --- commands, printed or executed ---------------------------------------------------------------
-
-quoted() { # the arguments as one line for a shell
-  local argument line="" single="'" escaped="'\\''"
-  for argument in "$@"; do
-    line+=" "
-    if [[ "$argument" =~ ^--[a-z_-]+= ]]; then # --flag='a value' reads better than '--flag=a value'
-      line+="${BASH_REMATCH[0]}"
-      argument="${argument#*=}"
-    fi
-    if [[ "$argument" =~ ^[A-Za-z0-9_/.:,=@%+-]+$ ]]; then
-      line+="$argument"
-    elif [[ "$argument" == *[[:cntrl:]]* ]]; then
-      line+="$(printf %q "$argument")" # a line break must not break the line
-    else
-      line+="'${argument//$single/$escaped}'"
-    fi
-  done
-  printf '%s\n' "${line# }"
-}
-
-execute() {
-  if [[ -n "$dry_run" ]]; then
-    quoted "$@"
-  else
-    say "$(quoted "$@")"
-    "$@" </dev/null # a question would wait for ever
-  fi
-}
-
-answer=""
-ask() { # as execute, without a word; all the command says goes to `answer`
-  answer=""
-  if [[ -n "$dry_run" ]]; then
-    quoted "$@"
-  else
-    answer="$("$@" </dev/null 2>&1)"
-  fi
-}
-
-on_workers() { # $1: how (execute, ask), $2: which workers, $3: a line for their shell
-  "$1" gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker="$2" \
-    ${internal_ips:+--internal-ip} --quiet --command="$3"
-}
-
-on_run() { # $1: how, $2: which workers, then the arguments of launch/tpu_worker.sh
-  local how="$1" which="$2"
-  shift 2
-  on_workers "$how" "$which" "$(quoted bash "$remote/launch/tpu_worker.sh" "$@")"
 }
 
 # --- the slice -----------------------------------------------------------------------------------

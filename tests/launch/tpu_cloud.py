@@ -156,7 +156,13 @@ class Cloud:
         bin_ = folder / "bin"
         for path in (self.folder, self.checkout / "launch", bin_):
             path.mkdir(parents=True)
-        for name in ("setup.py", "constraints.txt", SCRIPT, "launch/tpu_worker.sh"):
+        for name in (
+            "setup.py",
+            "constraints.txt",
+            SCRIPT,
+            "launch/tpu_worker.sh",
+            "launch/tpu_commands.sh",
+        ):
             shutil.copy(ROOT / name, self.checkout / name)
         shutil.copy(ROOT / "launch/environment.sh", self.checkout / "launch")
         self.git("init", "-q")
