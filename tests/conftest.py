@@ -46,6 +46,12 @@ def no_process_is_left() -> Iterator[None]:
     processes.end_all()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_fork_is_left() -> Iterator[None]:
+    yield
+    processes.end_forks()
+
+
 @pytest.fixture(scope="session")
 def require() -> Callable[[str], ModuleType]:
     """`require("torch")` imports a foreign implementation, or skips the test where it is missing.

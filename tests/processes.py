@@ -1,12 +1,14 @@
 """Processes that tests start: each in a group of its own, which ends with the test."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 # Seconds after which a process hangs: many times what any takes, at any load.
 HANG = 1800.0
 _started: list[subprocess.Popen] = []
+_forks: subprocess.Popen | None = None
 
 
 def start(
@@ -33,18 +36,59 @@ def start(
     words = [str(word) for word in command]
     if words[0] == "python":
         words[0] = sys.executable
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {}
-    if inherit:
-        environment = {**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
-    if devices is not None:
-        environment["XLA_FLAGS"] = xla_flags(devices)
-    environment |= {name: str(value) for name, value in options.pop("env", {}).items()}
+    environment = _environment(devices, inherit, options.pop("env", {}))
     pipe = subprocess.PIPE
     options = {"stdout": pipe, "stderr": pipe, "text": True, "cwd": ROOT, **options}
     process = subprocess.Popen(words, env=environment, start_new_session=True, **options)
     _started.append(process)
     return process
+
+
+def _environment(
+    devices: int | None = None, inherit: bool = True, changes: Mapping[str, object] = {}
+) -> dict[str, str]:
+    environment = {}
+    if inherit:
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        environment = {**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
+    if devices is not None:
+        environment["XLA_FLAGS"] = xla_flags(devices)
+    return environment | {name: str(value) for name, value in changes.items()}
+
+
+def run_script(
+    script: str, *arguments: object, devices: int | None = None, **environment: object
+) -> subprocess.CompletedProcess:
+    """Runs a Python script to its end, in a process that need not import m3jax.
+
+    See `forked.py`. A test that kills a process, or talks with it, takes `start`.
+    """
+    global _forks
+    if _forks is None:
+        pipe = subprocess.PIPE
+        command = [sys.executable, str(ROOT / "tests" / "forked.py")]
+        _forks = subprocess.Popen(
+            command, env=_environment(), stdin=pipe, stdout=pipe, text=True, cwd=ROOT
+        )
+    assert _forks.stdin is not None and _forks.stdout is not None
+    words = [script, *map(str, arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = (Path(folder) / name for name in ("output", "errors"))
+        request = {
+            **{"words": words, "folder": str(ROOT), "seconds": HANG},
+            **{"output": str(output), "errors": str(errors)},
+            "environment": _environment(devices, changes=environment),
+        }
+        _forks.stdin.write(json.dumps(request) + "\n")
+        _forks.stdin.flush()
+        code = int(_forks.stdout.readline())
+        return subprocess.CompletedProcess(words, code, output.read_text(), errors.read_text())
+
+
+def end_forks() -> None:
+    """Ends the process that `run_script` forks."""
+    if _forks is not None:
+        _forks.communicate()
 
 
 def finish(process: subprocess.Popen, text: str | None = None) -> subprocess.CompletedProcess:

@@ -51,7 +51,7 @@ def get_config(options=""):
 
 def call(script, *arguments):
     script, *command = script.split()  # "evaluate losses"
-    return processes.call(["python", f"launch/{script}.py", *command, *arguments], devices=1)
+    return processes.run_script(f"launch/{script}.py", *command, *arguments, devices=1)
 
 
 def succeed(*arguments):

@@ -13,8 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 def call(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     script, *command = script.split()  # "evaluate retrieval"
-    command = ["python", f"launch/{script}.py", *command, *map(str, arguments)]
-    return processes.call(command)
+    return processes.run_script(f"launch/{script}.py", *command, *arguments)
 
 
 @pytest.mark.slow

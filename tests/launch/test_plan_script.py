@@ -13,8 +13,7 @@ PAPER = ("--config=configs/memory3.py:stage=continual", "--topology=v5e:16x16")
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = ["python", "launch/plan.py", *arguments]
-    return processes.call(command)
+    return processes.run_script("launch/plan.py", *arguments)
 
 
 def test_prints_a_table_and_writes_json(tmp_path: Path) -> None:

@@ -1,0 +1,86 @@
+"""Runs scripts in forks of a process that has imported m3jax; see `processes.run_script`.
+
+Importing JAX and what m3jax needs takes seconds, and tests of scripts start dozens of processes.
+This one imports everything, and starts no thread and no backend of JAX. For each line of its input,
+a JSON object, it forks; the fork has arguments, environment, folder and outputs of its own, as a
+new interpreter has. The answer is its exit code.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import signal
+import sys
+import time
+import traceback
+from typing import Any
+
+
+def import_all() -> None:
+    import m3jax
+
+    for module in pkgutil.walk_packages(m3jax.__path__, "m3jax."):
+        with contextlib.suppress(ImportError):  # of an extra that is not installed
+            importlib.import_module(module.name)
+
+
+def run(request: dict[str, Any]) -> None:
+    """Makes this fork the process of a script, and ends it as an interpreter ends."""
+    os.setsid()
+    os.chdir(request["folder"])
+    outputs = os.O_WRONLY | os.O_CREAT
+    for number, path in enumerate((os.devnull, request["output"], request["errors"])):
+        os.dup2(os.open(path, outputs if number else os.O_RDONLY), number)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    configure_jax()
+    sys.argv = request["words"]
+    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+    sys.exit(0)
+
+
+def configure_jax() -> None:
+    """Gives JAX the variables that it reads when it is imported."""
+    import jax
+
+    for name, text in os.environ.items():
+        old = jax.config.values.get(name.lower()) if name.startswith("JAX_") else None
+        kind = str if old is None else type(old)
+        if name.lower() in jax.config.values:
+            value = text.lower() in ("1", "true") if kind is bool else kind(text)
+            jax.config.update(name.lower(), value)
+
+
+def wait(child: int, seconds: float) -> int:
+    """Exit code of a fork, which is killed after some time; and whatever it has left is killed."""
+    end, done = time.monotonic() + seconds, 0
+    while not done:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if not done and time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.005)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(status)
+
+
+def main() -> None:
+    import_all()
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if not child:
+            run(request)
+        print(wait(child, request["seconds"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
