@@ -85,7 +85,7 @@ def trained_steps(folder: Path, stage: str) -> dict[str, list[int]]:
 
 @pytest.mark.slow
 def test_a_sweep_is_killed_and_goes_on(tmp_path: Path) -> None:
-    write(tmp_path, steps=300)
+    write(tmp_path, steps=120)
     results = tmp_path / "run" / "results"
     process = start(tmp_path)
     # Killed in the middle of `kept`, when it has a checkpoint and steps after that.
@@ -108,7 +108,7 @@ def test_a_sweep_is_killed_and_goes_on(tmp_path: Path) -> None:
     assert set(after) - set(before) == {"kept-seed-0.json", "together-seed-0.json"}
     assert list(trained_steps(tmp_path, "warmup").values()) == [[1, 2, 3, 4]]  # once, for all
     continued = trained_steps(tmp_path, "continual")
-    assert sorted(map(len, continued.values())) == [4, 4, 300]
+    assert sorted(map(len, continued.values())) == [4, 4, 120]
     assert all(steps == continued[name][: len(steps)] for name, steps in done.items())
     log = (results / "kept-seed-0.log").read_text()
     assert "continual: continuing from step" in log and log.count("starting from step 4 of") == 1
@@ -129,7 +129,7 @@ def test_a_sweep_is_killed_and_goes_on(tmp_path: Path) -> None:
     write(tmp_path)  # `kept` has changed: it is run again, and only it
     code, shown, _ = call(tmp_path, "--entries=base,kept")
     assert code == 0 and "[2/2] kept@0" in shown and "base@0" not in shown
-    assert sorted(map(len, trained_steps(tmp_path, "continual").values())) == [4, 4, 4, 300]
+    assert sorted(map(len, trained_steps(tmp_path, "continual").values())) == [4, 4, 4, 120]
     assert result(tmp_path, "kept")["figures"]["steps"] == 4
 
 
