@@ -131,7 +131,7 @@ def _answer_recall(given: FlagValues) -> None:
 
 def _index_recall(given: FlagValues) -> None:
     from m3jax.retrieval.index import Index
-    from m3jax.retrieval.recall import read_queries, recall_report, table
+    from m3jax.retrieval.recall import read_queries, recall_report, recall_table
     from m3jax.retrieval.tune import sample_queries
     from m3jax.text.references import References
 
@@ -142,7 +142,7 @@ def _index_recall(given: FlagValues) -> None:
     else:
         queries = index.embedder.embed_queries(read_queries(given.queries, given.sample))
     report = recall_report(index, queries, max(given.k))
-    cli.show(table(report), report, given.json)
+    cli.show(recall_table(report), report, given.json)
     if report["recall"] < given.least_recall:
         raise SystemExit(
             f"recall {report['recall']:.3f} is below --least_recall={given.least_recall}"

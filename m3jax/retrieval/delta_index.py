@@ -11,7 +11,7 @@ from m3jax.errors import RetrievalError
 from m3jax.files import digest
 from m3jax.numbering import Numbering
 from m3jax.retrieval.index import Index
-from m3jax.retrieval.search import Found, SearchIndex, merge
+from m3jax.retrieval.search import SearchIndex, SearchResult, merge
 
 
 class DeltaIndex(SearchIndex):
@@ -39,11 +39,11 @@ class DeltaIndex(SearchIndex):
         split = self.numbering.split(self.numbering.tombstones)
         self._tombstones_of = {part: len(rows) for part, _, rows in split}
 
-    def search(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> Found:
+    def search(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> SearchResult:
         """Searches as `Index.search`; never returns a tombstone."""
         return merge([self._search_part(i, embeddings, k) for i in range(len(self.indices))])
 
-    def _search_part(self, part: int, embeddings: np.ndarray, k: int) -> Found:
+    def _search_part(self, part: int, embeddings: np.ndarray, k: int) -> SearchResult:
         """Finds the k best of a part in use.
 
         Searches for more, twice as many each time, where tombstones took places.

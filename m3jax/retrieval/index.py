@@ -29,7 +29,7 @@ from m3jax.retrieval.folder import (
     shards,
     verify,
 )
-from m3jax.retrieval.search import Found, Searcher, SearchIndex, import_scann, merge
+from m3jax.retrieval.search import Searcher, SearchIndex, SearchResult, import_scann, merge
 from m3jax.text.references import ReferenceReader
 
 
@@ -117,11 +117,11 @@ class Index(SearchIndex):
         verify(folder, manifest, parts)
         return cls(folder, manifest, parts)
 
-    def search(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> Found:
+    def search(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> SearchResult:
         self._check(embeddings, k)
         return self._merged([searcher for _, searcher in self._searchers], embeddings, k)
 
-    def search_exactly(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> Found:
+    def search_exactly(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> SearchResult:
         """Searches by comparing every embedding, however the index was built; needs embeddings."""
         self._check(embeddings, k)
         exact = [searcher.exact() for _, searcher in self._searchers]
@@ -142,7 +142,9 @@ class Index(SearchIndex):
                 " as its own embedder makes them"
             )
 
-    def _merged(self, searchers: Sequence[Searcher], embeddings: np.ndarray, k: int) -> Found:
+    def _merged(
+        self, searchers: Sequence[Searcher], embeddings: np.ndarray, k: int
+    ) -> SearchResult:
         queries, results = np.ascontiguousarray(embeddings), []
         for (start, _), searcher in zip(self._searchers, searchers, strict=True):
             ids, scores = searcher.search(queries, k)

@@ -12,7 +12,7 @@ from jaxtyping import Float32
 
 from m3jax.errors import RetrievalError
 from m3jax.retrieval.index import Index
-from m3jax.retrieval.search import SPARE, Found
+from m3jax.retrieval.search import SPARE, SearchResult
 from m3jax.retrieval.tune import recall_at_k
 from m3jax.text.jsonl import read_records
 
@@ -58,7 +58,7 @@ def recall_report(index: Index, queries: Float32[np.ndarray, "n E"], k: int = 5)
     }
 
 
-def table(report: dict[str, Any]) -> str:
+def recall_table(report: dict[str, Any]) -> str:
     """Formats the report as lines of text."""
     built = report["built_recall"]
     rows = {
@@ -74,7 +74,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(f"{name:24}{value:>12}" for name, value in rows.items())
 
 
-def _timed(search: Callable[[], Found]) -> tuple[Found, float]:
+def _timed(search: Callable[[], SearchResult]) -> tuple[SearchResult, float]:
     """Returns the result of a search and the least seconds of three runs."""
     times = []
     for _ in range(3):

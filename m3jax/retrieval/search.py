@@ -25,7 +25,9 @@ _PAIRS = 128  # pairs scored at a time in float64: they fit a cache
 _MARGIN = 1e-5  # above the error of a float32 dot product of unit vectors
 _SCORE_ALL = 20_000  # references up to which ScaNN computes every score
 
-Found = tuple[Int64[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]  # ids and scores of n queries
+SearchResult = tuple[
+    Int64[np.ndarray, "n k"], Float32[np.ndarray, "n k"]
+]  # ids and scores of n queries
 
 
 @runtime_checkable
@@ -48,7 +50,7 @@ class SearchIndex(Protocol):
     references_fingerprint: str
     embedder: Embedder
 
-    def search(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> Found:
+    def search(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> SearchResult:
         """Finds the references whose embeddings have the largest dot products with the queries'.
 
         The result of a query does not depend on the other queries of the call.
@@ -143,7 +145,7 @@ def _within(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return row, column
 
 
-def merge(results: Sequence[Found]) -> Found:
+def merge(results: Sequence[SearchResult]) -> SearchResult:
     """Merges the results of several parts of an index for the same queries.
 
     Ranks as `SearchIndex.search` does; −1 and −inf, where a part has fewer, come last.
@@ -189,7 +191,7 @@ class Searcher:
         """Makes an exact search of the same embeddings; None without them."""
         return Searcher(self._shards) if self._shards else None
 
-    def search(self, queries: Float32[np.ndarray, "n E"], k: int) -> Found:
+    def search(self, queries: Float32[np.ndarray, "n E"], k: int) -> SearchResult:
         """Returns the k best rows of every query; see `SearchIndex.search`."""
         ids = np.full((len(queries), k), -1, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
@@ -231,7 +233,7 @@ class Searcher:
         query, column = _within(scores, k)
         return query, ids[query, column]
 
-    def _candidates(self, queries: np.ndarray, k: int) -> Found:
+    def _candidates(self, queries: np.ndarray, k: int) -> SearchResult:
         """Returns candidates of ScaNN with its scores; −1 and −inf where there are no more.
 
         ScaNN searches a block of queries in one call, where each has its own leaves, in an order

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from m3jax.retrieval.embedder import Embedder
-from m3jax.retrieval.search import SHARD_ROWS, SPARE, Found, Searcher, all_codes, build_scann
+from m3jax.retrieval.search import SHARD_ROWS, SPARE, Searcher, SearchResult, all_codes, build_scann
 from m3jax.text.references import References
 
 QUERIES = 512  # held-out queries that recall is measured with
@@ -38,7 +38,7 @@ def sample_queries(
     return embeddings[embeddings.any(axis=1)]
 
 
-def recall_at_k(ids: Int64[np.ndarray, "n first"], exact: Found) -> float:
+def recall_at_k(ids: Int64[np.ndarray, "n first"], exact: SearchResult) -> float:
     """Computes recall@k: the share of the exact k best that an approximate search returned.
 
     Args:
@@ -58,7 +58,7 @@ def recall_at_k(ids: Int64[np.ndarray, "n first"], exact: Found) -> float:
 
 
 def recall_of(
-    searcher: Searcher, queries: Float32[np.ndarray, "n E"], k: int, exact: Found
+    searcher: Searcher, queries: Float32[np.ndarray, "n E"], k: int, exact: SearchResult
 ) -> float:
     """Computes `recall_at_k` of a searcher."""
     return recall_at_k(searcher.search(queries, k)[0], exact)
@@ -110,7 +110,7 @@ def _least_effort(
     settings: dict[str, int],
     shape: tuple[int, ...],
     queries: np.ndarray,
-    exact: Found,
+    exact: SearchResult,
     target: float,
 ) -> dict[str, int] | None:
     """Returns the cheapest leaves and candidates that reach the target, if any do.

@@ -12,7 +12,7 @@ from m3jax.retrieval import tune
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.index import Index
 from m3jax.retrieval.lexical import LexicalEmbedder
-from m3jax.retrieval.recall import read_queries, recall_report, table
+from m3jax.retrieval.recall import read_queries, recall_report, recall_table
 from m3jax.retrieval.search import SPARE, Searcher, all_codes, import_scann
 
 needs_scann = pytest.mark.skipif(import_scann() is None, reason="ScaNN has no wheel here")
@@ -153,7 +153,7 @@ def test_the_report_agrees_with_counting(index, monkeypatch):
     )
     report = recall_report(index, queries, 3)
     assert report["recall"] == pytest.approx(2 / 3, rel=0.03)
-    assert f"{report['recall']:.4f}" in table(report)
+    assert f"{report['recall']:.4f}" in recall_table(report)
     with pytest.raises(RetrievalError, match="no query has a word"):
         recall_report(index, np.zeros((3, 64), np.float32))
 
