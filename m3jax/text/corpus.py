@@ -156,26 +156,19 @@ def encode_documents(
     """
     dtype = dtype_of_tokens(tokenizer.size)
     for batch in in_batches(documents):
-        for document, ids, weights in _encode(batch, tokenizer):
-            encoded = TokenDocument(ids, weights, document.references, document.id)
+        plain = iter(tokenizer.encode_batch([d.text for d in batch if not d.no_loss]))
+        for document in batch:
+            weights = None
+            if document.no_loss:
+                ids, spans = tokenizer.encode_with_offsets(document.text)
+                goes_on = (len(document.text),) * 2 in document.no_loss
+                weights = np.concatenate([[1], _target_weights(document, spans), [not goes_on]])
+                weights = weights.astype(np.float32)
+            else:
+                ids = next(plain)
+            tokens = np.concatenate([[BOS], ids, [END]]).astype(np.int32)
+            encoded = TokenDocument(tokens, weights, document.references, document.id)
             yield EncodedDocument.of(encoded, document.text, dtype)
-
-
-def _encode(
-    batch: list[Document], tokenizer: Tokenizer
-) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:
-    """Yields each document with its tokens `BOS text END` and their weights (None = all 1)."""
-    plain = iter(tokenizer.encode_batch([d.text for d in batch if not d.no_loss]))
-    for document in batch:
-        weights = None
-        if document.no_loss:
-            ids, spans = tokenizer.encode_with_offsets(document.text)
-            goes_on = (len(document.text),) * 2 in document.no_loss
-            weights = np.concatenate([[1], _target_weights(document, spans), [not goes_on]])
-            weights = weights.astype(np.float32)
-        else:
-            ids = next(plain)
-        yield document, np.concatenate([[BOS], ids, [END]]).astype(np.int32), weights
 
 
 def _target_weights(document: Document, spans: np.ndarray) -> np.ndarray:
