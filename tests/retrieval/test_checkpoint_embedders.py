@@ -341,7 +341,7 @@ def nearest(run: Path, config: Any, beginning: str) -> str:
     return references.texts(ids[0])[0][: len(beginning)]
 
 
-def test_what_an_edit_adds_is_found_and_an_edited_index_collected(
+def test_what_an_edit_adds_is_found_and_an_edited_index_is_compacted(
     indexed: tuple[Path, Any], tmp_path: Path
 ) -> None:
     run, config = Path(shutil.copytree(indexed[0], tmp_path / "run")), indexed[1]
@@ -359,7 +359,7 @@ def test_what_an_edit_adds_is_found_and_an_edited_index_collected(
         return
     embedders = [
         json.loads((folder / "index" / "embedder" / "embedder.json").read_text())
-        for folder in open_version(run).deltas
+        for folder in open_version(run).folders
     ]
     assert len(embedders) == 2 and embedders[0] == embedders[1]
     compact(config, run, write=write)
