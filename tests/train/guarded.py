@@ -63,7 +63,7 @@ def guarded_run(config, workdir, bad, before=lambda step: None, **options):
     from m3jax.train.stage_data import StageData
 
     pipeline = Spoiled(config, bad, before)
-    data = StageData(pipeline, options.pop("evaluate", evaluate))
+    data = StageData(pipeline, options.pop("evaluate", evaluate), options.pop("writer", None))
     summary = train(config, workdir, data, tokenizer_fingerprint=FINGERPRINT, **options)
     return summary, pipeline.given
 
