@@ -170,8 +170,8 @@ class _Stage:
         abstract = abstract_state(model, optimizer, self.mesh)
         self.state = init_state(config, model, optimizer, abstract, None)
         self.pipeline: Pipeline = open_pipeline(config, workdir, bank=bank)
-        decode = self.pipeline.decode
-        self.step = make_step(config, model, self.mesh, optimizer, abstract, decode)
+        dequantize = self.pipeline.dequantize
+        self.step = make_step(config, model, self.mesh, optimizer, abstract, dequantize)
         self.batches = self.pipeline.batches(0)
         self.same = self._place(next(self.batches))
         self.scale = [scale_on(self.mesh, 1.0)] if config.guard.on else []

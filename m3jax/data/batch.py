@@ -14,7 +14,7 @@ class Batch(NamedTuple):
 
     tokens, targets: `(B, T)` int32.
     weights: of the targets, `(B, T)` float32.
-    memory: axes `(B, C, M, L, K, P, H)`, or as the bank stores it (`Codec.decode`); of
+    memory: axes `(B, C, M, L, K, P, H)`, or as the bank stores it (`Pipeline.dequantize`); of
       `memory.source = precomputed`.
     reference_tokens: `(B, C, M, W)` int32; of references that are encoded in the step.
     reference_ids: `(B, C, M)` int32, −1 = none; None without references, and in a step.
@@ -36,9 +36,9 @@ class Batch(NamedTuple):
     base_logprobs: Float[Array, "B slots"] | None = None
 
     def for_step(self) -> Batch:
-        """Returns it without the reference ids, which no step reads."""
+        """Returns the batch without reference ids, which no step reads."""
         return self._replace(reference_ids=None)
 
     def without_memory(self) -> Batch:
-        """Returns it without what memories are read or made from."""
+        """Returns the batch without memories and references."""
         return self._replace(memory=None, reference_tokens=None)

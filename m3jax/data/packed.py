@@ -19,7 +19,7 @@ from m3jax.text.tokenizer import PAD
 
 
 def pack(sizes: Sequence[int] | np.ndarray, room: int) -> list[list[int]]:
-    """Groups of items whose sizes add up to at most `room`: best fit decreasing.
+    """Groups items whose sizes add up to at most `room`: best fit decreasing.
 
     The largest item first, each into the fullest group that it fits; of equal ones the first made.
     At most 11/9 of the fewest groups possible, plus one (Johnson 1974).
@@ -58,7 +58,7 @@ def pack(sizes: Sequence[int] | np.ndarray, room: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One row; see `m3jax.model.attention_mask.Packing`.
+    """Row of several texts; see `m3jax.model.attention_mask.Packing`.
 
     Attributes:
       inputs, targets, weights: tokens, their next tokens, and the weights of these.
@@ -85,7 +85,7 @@ class PackedRow:
         return self.keys
 
     def queries(self, shift: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Chunks that search: number, tokens of the query, tokens of the whole text."""
+        """Yields chunks that search: number, tokens of the query, tokens of the whole text."""
         Q = self.chunk_length
         for tokens, first in self.texts:
             for chunk in range(shift, -(-(len(tokens) - 1) // Q)):
@@ -106,7 +106,7 @@ class PackedRows:
     def __init__(
         self, corpus: Corpus, sequence_length: int, chunk_length: int, packing: str
     ) -> None:
-        """Packs.
+        """Packs chats or pairs into rows.
 
         Args:
           corpus: of `prepare_chats`.

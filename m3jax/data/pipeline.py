@@ -41,7 +41,7 @@ from m3jax.workdir import INPUTS
 
 
 class Pipeline:
-    """Random access to batches.
+    """Gives random access to batches.
 
     Args:
       config: a validated config; `memory.source` says what a batch carries.
@@ -85,7 +85,7 @@ class Pipeline:
         self._lock = threading.Lock()
 
     def batch(self, step: int, rows: np.ndarray | slice | None = None) -> Batch:
-        """The batch of a step, or only some of its rows (those of one host)."""
+        """Returns the batch of a step, or only some of its rows (those of one host)."""
         ids = np.asarray(self._order[step])
         selected = np.arange(self.batch_size)[slice(None) if rows is None else rows]
         return self.read(ids[selected], self._hidden(step)[selected])
@@ -93,7 +93,7 @@ class Pipeline:
     def read(
         self, ids: Int[np.ndarray, " n"], hidden: Bool[np.ndarray, "n C"] | None = None
     ) -> Batch:
-        """A batch of these rows; the memories of `hidden` chunks are left out."""
+        """Returns a batch of these rows; the memories of `hidden` chunks are left out."""
         items = [self.rows[int(row)] for row in ids]
         batch: dict[str, Any] = {
             "tokens": np.stack([item.inputs for item in items]).astype(np.int32),
@@ -135,25 +135,25 @@ class Pipeline:
         return Batch(**batch)
 
     def retrieved(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n C M"]:
-        """Ids of the references that the chunks of these rows find, −1 = none; reads no memory."""
+        """Returns ids of the retrieved references of these rows, −1 = none; reads no memory."""
         return self._reference_ids([self.rows[int(row)] for row in ids])
 
     def batches(
         self, first_step: int = 0, rows: np.ndarray | slice | None = None
     ) -> Iterator[Batch]:
-        """Batches from a step on, loaded ahead in threads of this process."""
+        """Yields batches from a step on, loaded ahead in threads of this process."""
         data = self.config.data
         steps = grain.MapDataset.range(first_step, 2**40).map(lambda step: self.batch(step, rows))
         options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.prefetch)
         return iter(steps.to_iter_dataset(options))
 
     @property
-    def decode(self) -> Callable[[ExplicitMemory], ExplicitMemory] | None:
-        """Makes memories of what batches hold; None where they hold memories."""
+    def dequantize(self) -> Callable[[ExplicitMemory], ExplicitMemory] | None:
+        """Returns what dequantizes the memories of batches; None where they are stored plain."""
         return None if self.bank is None or self.bank.codec.plain else self.bank.codec.decode
 
     def report(self) -> dict[str, int]:
-        """Counters since the start: chunks, those without a reference, of retriever and bank."""
+        """Returns counters since the start: of chunks, and of retriever and bank."""
         with self._lock:
             counts = dict(self._counts)
         if self.retriever is not None:
@@ -180,8 +180,7 @@ class Pipeline:
                 against.append(text)
                 places.append((row, chunk))
         if places:
-            found = self.retriever.retrieve(queries, against, M)
-            ids[tuple(np.array(places).T)] = found
+            ids[tuple(np.array(places).T)] = self.retriever.retrieve(queries, against, M)
         return ids
 
     def _hidden(self, step: int) -> np.ndarray:
@@ -195,8 +194,8 @@ class Pipeline:
         tokens = np.zeros((ids.size, W), np.int32)
         real = ids.ravel() >= 0
         if real.any():
-            found = self.references.tokens(ids.ravel()[real])
-            tokens[real, : found.shape[1]] = found
+            read = self.references.tokens(ids.ravel()[real])
+            tokens[real, : read.shape[1]] = read
         return tokens.reshape(*ids.shape, W)
 
 
@@ -257,7 +256,7 @@ def open_pipeline(
 def open_rows(
     config: ConfigDict, workdir: Path, split: str, tokenizer: Tokenizer
 ) -> Rows | PackedRows:
-    """The rows of a split of a prepared workdir.
+    """Opens the rows of a split of a prepared workdir.
 
     Raises:
       TextError: they are missing, or were made with another tokenizer.

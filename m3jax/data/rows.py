@@ -14,7 +14,7 @@ from m3jax.text.tokenizer import BOS, PAD
 
 
 class Row(NamedTuple):
-    """Inputs are `tokens[:-1]`, targets `tokens[1:]`."""
+    """Row of documents: inputs are `tokens[:-1]`, targets `tokens[1:]`."""
 
     tokens: Int[np.ndarray, T + 1]
     weights: Float[np.ndarray, T]  # of each target; 0 for padding, `<s>` and spans without loss
@@ -32,7 +32,7 @@ class Row(NamedTuple):
         return self.tokens[1:]
 
     def queries(self, shift: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Chunks that search: number, tokens of the query, tokens of the whole row."""
+        """Yields chunks that search: number, tokens of the query, tokens of the whole row."""
         Q = self.chunk_length
         for chunk in range(shift, len(self.inputs) // Q):
             low = (chunk - shift) * Q
@@ -79,7 +79,7 @@ class Rows:
         return self._count
 
     def document_of(self, rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """Number of the document that each row begins in."""
+        """Returns the number of the document that each row begins in."""
         starts = rows * self.sequence_length if self.packing == "concat" else rows
         return np.searchsorted(self._starts, starts, side="right") - 1
 

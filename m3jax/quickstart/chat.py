@@ -76,7 +76,7 @@ def run(demonstration: Demonstration, *, chats: int = CHATS, pairs: int = PAIRS)
 
 
 def _measure(demonstration: Demonstration, world: people.World, stage: str) -> dict[str, float]:
-    """Shares of the chat answers of a checkpoint about people it has never seen."""
+    """Measures chat answers of a checkpoint about people it has never seen."""
     config = demonstration.config("sft")  # the same model; the template of its chats
     session = Session(config, demonstration.workdir, checkpoint=demonstration.workdir / stage)
     asked = [(person, *fact) for person in world.unseen for fact in person.facts]
@@ -102,12 +102,12 @@ def _measure(demonstration: Demonstration, world: people.World, stage: str) -> d
         session.model, session.params, session.tokenizer, session.config.data.sequence_length
     )
     completions = [Question(f"{r} of {p.name}", f" {value}") for p, r, value in asked]
-    found = answerer.retrieve(completions, session.retriever)
+    ids = answerer.retrieve(completions, session.retriever)
     shares: dict[str, Any] = {
         "format": forms,
         "statement": statements,
         **right,
-        "completion": answerer.correct(completions, found, session.bank),
+        "completion": answerer.correct(completions, ids, session.bank),
     }
     return {name: float(np.mean(hits)) for name, hits in shares.items()}
 
@@ -115,10 +115,10 @@ def _measure(demonstration: Demonstration, world: people.World, stage: str) -> d
 def _answers(session: Session, mode: str, prompts: Sequence[np.ndarray]) -> list[str]:
     """Whole answers, as text; one that does not end is marked as unfinished."""
     generator = session.generator(mode)
-    found: list[Generation] = []
+    generations: list[Generation] = []
     for low in range(0, len(prompts), 96):
-        found += generator.generate(prompts[low : low + 96], NEW_TOKENS)
-    return [g.text.strip() if g.stopped else f"{g.text} …" for g in found]
+        generations += generator.generate(prompts[low : low + 96], NEW_TOKENS)
+    return [g.text.strip() if g.stopped else f"{g.text} …" for g in generations]
 
 
 def _report(workdir: Path, summary: dict[str, Any]) -> None:

@@ -28,8 +28,8 @@ def chats(world: World, seed: int, count: int, rounds: tuple[int, int] = (1, 4))
     rng = np.random.default_rng([seed, 6])
     groups = _groups(world)
     for number in range(count):
-        asked = _asked(rng, groups, int(rng.integers(rounds[0], rounds[1] + 1)))
-        turns = [turn for one in asked for turn in _round(*one, bool(rng.integers(2)))]
+        topics = _topics(rng, groups, int(rng.integers(rounds[0], rounds[1] + 1)))
+        turns = [turn for topic in topics for turn in _round(*topic, bool(rng.integers(2)))]
         yield {"id": f"chat-{number}", "messages": turns}
 
 
@@ -43,10 +43,10 @@ def preferences(
     rng = np.random.default_rng([seed, 7])
     groups = _groups(world)
     for number in range(count):
-        *before, (person, relation) = _asked(
+        *before, (person, relation) = _topics(
             rng, groups, int(rng.integers(rounds[0], rounds[1] + 1))
         )
-        turns = [turn for one in before for turn in _round(*one, bool(rng.integers(2)))]
+        turns = [turn for topic in before for turn in _round(*topic, bool(rng.integers(2)))]
         value = dict(person.facts)[relation]
         rejected = value
         if rng.integers(2):
@@ -61,7 +61,7 @@ def preferences(
 
 
 def question(name: str, relation: str) -> str:
-    """What a user asks."""
+    """Writes the question of a user."""
     return f"{relation} of {name}"
 
 
@@ -72,18 +72,18 @@ def _groups(world: World) -> list[list[Person]]:
     return list(groups.values())
 
 
-def _asked(
+def _topics(
     rng: np.random.Generator, groups: list[list[Person]], rounds: int
 ) -> list[tuple[Person, str]]:
-    """People of one group, of different names (two of one name would contradict each other)."""
+    """Draws people of a group, of different names (two of one name would contradict each other)."""
     group = groups[rng.integers(len(groups))]
     by_name: dict[str, Person] = {}
-    found = []
+    topics = []
     for _ in range(rounds):
         drawn = group[rng.integers(len(group))]
         person = by_name.setdefault(drawn.name, drawn)
-        found.append((person, str(rng.choice([relation for relation, _ in person.facts]))))
-    return found
+        topics.append((person, str(rng.choice([relation for relation, _ in person.facts]))))
+    return topics
 
 
 def _round(person: Person, relation: str, whole: bool) -> list[dict[str, str]]:

@@ -54,7 +54,7 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Demonstration:
-    """What the steps share.
+    """Settings that the steps share.
 
     Attributes:
       get_config: options text → config, as in `configs/quickstart.py`.
@@ -123,7 +123,7 @@ def _step(title: str, seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def prepare_people(config: ConfigDict, folder: Path, world: people.World) -> None:
-    """Text, tokenizer, corpus, references and index; parts that are there are kept.
+    """Makes text, tokenizer, corpus, references and index; parts that are there are kept.
 
     Args:
       config: of warmup; its steps, rows and seed say how much text there is, and which.
@@ -151,7 +151,7 @@ def prepare_people(config: ConfigDict, folder: Path, world: people.World) -> Non
 
 
 def make_index(config: ConfigDict, folder: Path) -> None:
-    """The index of the references of a folder."""
+    """Builds the index of the references of a folder."""
     references = References.open(folder / "references")
     build_index(references, make_embedder(config), folder / "index", config)
 
@@ -159,14 +159,14 @@ def make_index(config: ConfigDict, folder: Path) -> None:
 def _write(
     demonstration: Demonstration, folder: Path, checkpoint: str, base: Bank | None = None
 ) -> None:
-    """The bank of a folder, by the writer that the checkpoint of a stage records."""
+    """Writes the bank of a folder by the writer that the checkpoint of a stage records."""
     workdir = demonstration.workdir
     write = MemoryWriter(demonstration.config("continual"), workdir, workdir / checkpoint)
     write(References.open(folder / "references"), folder / "bank", base)
 
 
 def _rewrite(demonstration: Demonstration, folder: Path, known: tuple[people.Person, ...]) -> None:
-    """References, index and bank of a changed knowledge base; unchanged memories are copied."""
+    """Makes references, index and bank of a changed knowledge; copies unchanged memories."""
     folder.mkdir(exist_ok=True)
     config = demonstration.config("continual")
     source = folder / "knowledge.jsonl"
@@ -242,7 +242,7 @@ def _ask(
 
 
 def in_context(world: people.World, asked: list[people.Question]) -> list[Question]:
-    """The same questions with the facts of all five people stated in the prompt."""
+    """Writes the questions with the facts of all five people stated in the prompt."""
     by_key = {person.reference: person for person in world.unseen}
     questions = []
     for question in asked:
@@ -260,7 +260,7 @@ def _attention_picture(
     ids: np.ndarray,
     knowledge: _Knowledge,
 ) -> None:
-    """Which stored token each answer attended to: slots are mapped back to their tokens."""
+    """Draws the stored tokens that each answer attended to: slots mapped back to tokens."""
     tokenizer, model = answerer.tokenizer, answerer.model
     writer_params, _, _ = restore_writer(
         demonstration.workdir / "continual", model, tokenizer.fingerprint
@@ -295,7 +295,7 @@ def _attention_picture(
 
 
 def _compare_from_scratch(demonstration: Demonstration) -> dict[str, float]:
-    """Validation losses of memory from the start and of warmup-then-memory, at equal compute."""
+    """Returns validation losses of memory from the start and after a warmup, at equal compute."""
     from m3jax import flops
 
     stages = {name: demonstration.config(name) for name in ("warmup", "continual", "scratch")}

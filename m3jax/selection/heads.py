@@ -113,7 +113,7 @@ def score_heads(
     params, meta = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer)
     check_reader(pipeline.bank, meta, checkpoint)
     shape, candidates = _candidates(config, hide, by_query)
-    score = jax.jit(masked_losses(model, hide, window, pipeline.decode))
+    score = jax.jit(masked_losses(model, hide, window, pipeline.dequantize))
     evaluator = LossEvaluator(plain, pipeline)
     about = {
         **{"checkpoint": str(checkpoint), "step": meta["step"], "hide": hide},

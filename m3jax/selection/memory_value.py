@@ -26,7 +26,7 @@ from m3jax.data.pipeline import Pipeline
 from m3jax.files import write_array, write_atomically
 from m3jax.make_model import make_model
 from m3jax.model.parameters import Params
-from m3jax.train.loss import Decode, hidden_of
+from m3jax.train.loss import Dequantize, hidden_of
 
 NOTHING, EVERYTHING = -1, -2  # absent: no reference, or all memories
 # Loss of a row, nats, with a reference absent; `weight` is that of the row's targets.
@@ -39,11 +39,11 @@ class RowLosses:
 
     Args:
       config: a validated config with precomputed memories.
-      decode: of the pipelines whose rows it is given.
+      dequantize: of the pipelines whose rows it is given.
     """
 
-    def __init__(self, config: ConfigDict, decode: Decode | None) -> None:
-        self.model, self._decode = make_model(config, prefix_tokens(config)), decode
+    def __init__(self, config: ConfigDict, dequantize: Dequantize | None) -> None:
+        self.model, self._decode = make_model(config, prefix_tokens(config)), dequantize
         self._losses = jax.jit(self._token_losses)
 
     def __call__(

@@ -106,7 +106,7 @@ def select_references(
             f"--budget_bytes={budget} is less than one memory of this bank has: {each} bytes"
         )
     sample, check = split_rows(pipeline, options.sample, options.check, config.seed)
-    losses = RowLosses(config, pipeline.decode)
+    losses = RowLosses(config, pipeline.dequantize)
     identity = {
         "checkpoint": [str(checkpoint.absolute()), meta["step"], _age(checkpoint)],
         "corpus": pipeline.rows.corpus.fingerprint,

@@ -79,15 +79,15 @@ def _make_data(sweep: Sweep, data: SweepData) -> None:
 def _link(stage: SweepStage) -> None:
     """Makes the workdir of a stage, or what is missing of it."""
     parts = {name: stage.data.folder / name for name in (*_PARTS, *_PACKED)}
-    wanted = {name: path for name, path in parts.items() if name in _PARTS or path.exists()}
+    links = {name: path for name, path in parts.items() if name in _PARTS or path.exists()}
     if stage.bank is not None:
-        wanted["bank"] = stage.bank
+        links["bank"] = stage.bank
     before = stage.before
     while before is not None:  # whoever has written memories is found by this name
-        wanted[before.config.stage] = before.checkpoints
+        links[before.config.stage] = before.checkpoints
         before = before.before
     stage.folder.mkdir(parents=True, exist_ok=True)
-    for name, target in wanted.items():
+    for name, target in links.items():
         link, path = stage.folder / name, os.path.relpath(target, stage.folder)
         if link.is_symlink() and os.readlink(link) != path:
             link.unlink()  # made by a version that named parts otherwise
@@ -109,13 +109,13 @@ def _train(stage: SweepStage) -> None:
 
 
 def _write_bank(config: ConfigDict, bank: Path, reader: SweepStage, writer: SweepStage) -> None:
-    """The memories of the reader's references by the writer of a checkpoint."""
+    """Writes the memories of the reader's references by the writer of a checkpoint."""
     write = MemoryWriter(config, writer.folder, writer.checkpoints)
     write(References.open(reader.folder / "references"), bank)
 
 
 def _measure(sweep: Sweep, run: SweepRun) -> dict[str, float]:
-    """The figures of a trained run.
+    """Measures a trained run.
 
     Losses in nats a token and accuracies on the validation rows, shares of right answers, bytes of
     a memory in the bank, counted work of training in FLOP, and steps of the last stage.
@@ -132,11 +132,11 @@ def _measure(sweep: Sweep, run: SweepRun) -> dict[str, float]:
     check_reader(pipeline.bank, meta, last.checkpoints)
     figures: dict[str, float] = dict(LossEvaluator(config, pipeline)(params))
     if sweep.questions:
-        asked = answer_questions(
+        answers = answer_questions(
             config, pipeline, model, params, last.data.folder / sweep.questions
         )
-        figures["questions"] = asked.pop("count")
-        renamed = {name.replace("accuracy", "right"): value for name, value in asked.items()}
+        figures["questions"] = answers.pop("count")
+        renamed = {name.replace("accuracy", "right"): value for name, value in answers.items()}
         figures |= renamed
     if sweep.in_context:
         told = read_questions(last.data.folder / sweep.in_context)
@@ -154,6 +154,6 @@ def _bank_of(stage: SweepStage) -> Path:
 
 
 def _bytes_of_memory(bank: Path) -> int:
-    """Of one memory as the bank stores it, short references filled up."""
+    """Returns bytes of a memory as the bank stores it, short references filled up."""
     opened = Bank.open(bank)
     return math.prod(opened.manifest["shape"][1:]) * opened.dtype.itemsize

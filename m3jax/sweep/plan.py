@@ -95,7 +95,7 @@ class _Planner:
         return SweepRun(entry, seed, result, tuple(stages), read, bank, key)
 
     def stage(self, entry: Entry, seed: int, name: str, before: SweepStage | None) -> SweepStage:
-        """A stage of an entry."""
+        """Plans a stage of an entry."""
         options = ",".join(part for part in (f"stage={name}", entry.options) if part)
         base = self.get_config(options)
         chosen = {**_of(self.sweep.changes, name), **_of(entry.changes, name)}
@@ -122,7 +122,7 @@ class _Planner:
         return SweepStage(folder, config, data, before, bank)
 
     def data(self, seed: int, knowledge: str) -> SweepData:
-        """What all entries of a seed share; made with the first stage of the first of them."""
+        """Plans the data that all entries of a seed share, made for the first stage of all."""
         if self.given is not None:
             if knowledge:
                 raise ConfigError(
@@ -137,14 +137,14 @@ class _Planner:
         return SweepData(made, config, knowledge)
 
     def reading(self, entry: Entry, last: SweepStage) -> ConfigDict:
-        """The config with which the last stage is measured: all memories come from a bank."""
+        """Makes the config that the last stage is measured with: all memories of a bank."""
         changes = {**_of(self.sweep.read, last.config.stage), **_of(entry.read, last.config.stage)}
         if last.config.memory.source in IN_STEP:
             changes = {"memory.source": "precomputed", **changes}
         return _with(last.config, changes)
 
     def bank_to_read(self, last: SweepStage, read: ConfigDict) -> Path | None:
-        """Where the memories are that the last stage is measured with, unless it has read them."""
+        """Returns the bank that the last stage is measured with, unless it has read that."""
         if read.memory.source == "none":
             return None
         writer = last.before if last.bank else last
@@ -184,7 +184,7 @@ def _stage_of(path: str) -> str:
 
 
 def _of(changes: Mapping[str, Any], stage: str) -> dict[str, Any]:
-    """Changes that hold in a stage; those for it alone win."""
+    """Returns the changes that hold in a stage; its own win."""
     general = {path: value for path, value in changes.items() if ":" not in path}
     own = {p.partition(":")[2]: v for p, v in changes.items() if p.startswith(f"{stage}:")}
     return {**general, **own}
@@ -197,7 +197,7 @@ def _matters_without_memory(path: str, resized: bool) -> bool:
 
 
 def _with(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-    """A config with other values, validated; unknown fields and types raise `ConfigError`."""
+    """Returns a config with other values; unknown fields and types raise `ConfigError`."""
     values = config.to_dict()
     for path, value in changes.items():
         section, _, name = path.rpartition(".")
@@ -211,8 +211,9 @@ def _with(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
 def _changed(config: ConfigDict) -> dict[str, Any]:
     """Fields that differ from the defaults, so that a new field changes no hash; not the name."""
     defaults = flatten(default())
-    found = {path: value for path, value in flatten(config).items() if value != defaults[path]}
-    return {path: found[path] for path in sorted(found) if path != "name"}
+    values = flatten(config)
+    changed = sorted(path for path in values if values[path] != defaults[path])
+    return {path: values[path] for path in changed if path != "name"}
 
 
 def _short(made_of: Any) -> str:

@@ -89,7 +89,7 @@ def run_all(
 
 
 def _run(run: SweepRun, command: Sequence[str], lock: int) -> str:
-    """Runs one; returns what went wrong, or nothing."""
+    """Runs the process of an entry; returns its error, or ""."""
     log = run.result.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     run.result.unlink(missing_ok=True)  # of another config, or failed
@@ -250,7 +250,7 @@ def _missing(outcomes: Outcomes) -> list[str]:
 
 
 def write_report(runs: Sequence[SweepRun], folder: Path) -> None:
-    """`table.md` and `sweep.json`."""
+    """Writes `table.md` and `sweep.json`."""
     write_atomically(folder / "table.md", (sweep_table(runs) + "\n").encode())
     write_atomically(folder / "sweep.json", as_json(runs).encode())
 
@@ -268,7 +268,7 @@ def finish(
 
 
 def draw(runs: Sequence[SweepRun], path: Path) -> None:
-    """One line of dots an entry, a dot a seed: with memory and without; nothing if there is none.
+    """Draws a line of dots for every entry, a dot for every seed: with memory and without.
 
     Shares of right answers where questions were asked, else losses.
     """

@@ -24,7 +24,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Entry:
-    """One variant.
+    """Variant of a config.
 
     Attributes:
       name: of the row and of files: small letters, digits, dots, dashes, underscores.
@@ -75,7 +75,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class SweepData:
-    """Tokenizer, corpus, references and index: where, and how they are made if they are not there.
+    """Tokenizer, corpus, references and index: their folder, and the config that makes them.
 
     Attributes:
       folder: where.
@@ -95,7 +95,7 @@ class SweepData:
 
 @dataclass(frozen=True)
 class SweepStage:
-    """One stage of training.
+    """Stage of training, planned.
 
     Attributes:
       folder: its workdir.

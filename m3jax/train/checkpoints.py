@@ -91,7 +91,7 @@ class Checkpoints:
         )
 
     def reads(self, writer: Mapping[str, Any] | None, version: int | None) -> None:
-        """From now on the run reads memories of this writer, in this version of the knowledge."""
+        """Records the writer and the version of the memories that the run reads from now on."""
         self._meta["writer"] = None if writer is None else dict(writer)
         self._meta["knowledge"] = version
 
@@ -128,15 +128,15 @@ class Checkpoints:
         )
 
     def latest_step(self) -> int | None:
-        """The newest step with a whole checkpoint, or None."""
+        """Returns the newest step with a whole checkpoint, or None."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """The steps with a whole checkpoint, ascending."""
+        """Lists the steps with a whole checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The `meta` of a checkpoint."""
+        """Reads the `meta` of a checkpoint."""
         return read_meta(self.folder / str(step))
 
     def delete(self, steps: Iterable[int]) -> None:
@@ -145,11 +145,11 @@ class Checkpoints:
         Each is renamed to a temporary name first: a kill leaves none that looks whole. What stays
         under such a name goes when the folder is opened next.
         """
-        found = sorted(steps, reverse=True)
-        if not found:
+        ordered = sorted(steps, reverse=True)
+        if not ordered:
             return
         if jax.process_index() == 0:
-            for step in found:
+            for step in ordered:
                 gone = self.folder / f"{step}{_TEMPORARY}-deleted"
                 shutil.rmtree(gone, ignore_errors=True)
                 os.rename(self.folder / str(step), gone)
@@ -158,7 +158,7 @@ class Checkpoints:
         self._manager.reload()
 
     def restore(self, abstract: TrainState) -> TrainState:
-        """The newest state, on the shardings of `abstract` (which may be of another mesh).
+        """Restores the newest state, on the shardings of `abstract` (which may be of another mesh).
 
         Raises:
           CheckpointError: there is none; or its shapes, tokenizer or writer are others.
@@ -182,7 +182,7 @@ class Checkpoints:
         return restored["state"]
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether all processes were told to stop by a signal, and agree to do so at this step."""
+        """Returns whether all processes were told to stop, and agree to do so at this step."""
         return self._manager.reached_preemption(step)
 
     def wait(self) -> None:
@@ -195,7 +195,7 @@ class Checkpoints:
 
 
 def kept(steps: Sequence[int], config: ConfigDict) -> set[int]:
-    """Which of the checkpoints of a guarded run stay.
+    """Selects the checkpoints of a guarded run that stay.
 
     The newest; the `train.keep_last` newest at multiples of `train.checkpoint_every`, so that one
     written when a run was stopped takes nobody's place; those of `train.keep_every`; and that of
@@ -208,28 +208,28 @@ def kept(steps: Sequence[int], config: ConfigDict) -> set[int]:
 
 
 class _Guarded:
-    """`kept` for Orbax."""
+    """Preservation policy of Orbax by `kept`."""
 
     def __init__(self, config: ConfigDict):
         self._config = config
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        stay = kept([one.step for one in checkpoints], self._config)
-        return [one.step in stay for one in checkpoints]
+        stay = kept([checkpoint.step for checkpoint in checkpoints], self._config)
+        return [checkpoint.step in stay for checkpoint in checkpoints]
 
 
 def _policy(config: ConfigDict) -> Any:
-    """Which checkpoints stay."""
+    """Returns the rule that says which checkpoints stay."""
     if config.guard.on:
         return _Guarded(config)
-    found: list[Any] = [policies.LatestN(config.train.keep_last)]
+    rules: list[Any] = [policies.LatestN(config.train.keep_last)]
     if config.train.keep_every:
-        found.append(policies.EveryNSteps(config.train.keep_every))
-    return policies.AnyPreservationPolicy(found)
+        rules.append(policies.EveryNSteps(config.train.keep_every))
+    return policies.AnyPreservationPolicy(rules)
 
 
 def knowledge_version(stage_folder: str | Path) -> int | None:
-    """The version of the knowledge that the newest checkpoint of a stage has read.
+    """Returns the version of the knowledge that the newest checkpoint of a stage has read.
 
     None: there is no checkpoint, or it has read none.
     """

@@ -1,4 +1,4 @@
-"""Where the time of a run goes (steps, data, checkpoints, evaluations, starts), and its speed."""
+"""Time of a run by part (steps, data, checkpoints, evaluations, starts), and its speed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARTS = ("step", "data_wait", "checkpoint", "evaluation", "start")
 Now = Callable[[], float]
 
 
-class Clock:
+class RunClock:
     """Gives every second of a process to one of `PARTS`.
 
     Args:
@@ -38,12 +38,12 @@ class Clock:
         self._seconds = dict.fromkeys(PARTS, 0.0)
 
     def begin(self) -> None:
-        """The first step is done."""
+        """Ends `start`: the first step is done."""
         self._switch("step")
 
     @contextlib.contextmanager
     def spent_on(self, part: str) -> Iterator[None]:
-        """The time in here, but for blocks inside, goes to `part`."""
+        """Counts the time of the block, but for blocks inside it, as `part`."""
         before = self._part
         self._switch(part)
         try:
@@ -53,7 +53,7 @@ class Clock:
 
     @contextlib.contextmanager
     def waiting(self, idle_since: Callable[[], float | None]) -> Iterator[None]:
-        """Time in here waits for data: lost only where the device has nothing left to compute.
+        """Counts the time of the block as waiting for data, as far as the device is idle.
 
         Args:
           idle_since: when the device became idle, on this clock; None while it computes.
@@ -68,12 +68,12 @@ class Clock:
             self._seconds["data_wait"] += lost
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of every part since the last `take`."""
+        """Returns seconds of every part since the last `take`."""
         self._switch(self._part)
         return dict(self._seconds)
 
     def take(self) -> dict[str, float]:
-        """The same, and starts anew."""
+        """Returns `seconds()`, and starts anew."""
         seconds = self.seconds()
         self._seconds = dict.fromkeys(PARTS, 0.0)
         return seconds
@@ -104,12 +104,12 @@ class Device:
             self._done = (count, self._now())
 
     def give(self, arrays: Any) -> None:
-        """Results of work that has been started."""
+        """Notes results of work that has been started."""
         self._count += 1
         self._given.put((self._count, arrays))
 
     def idle_since(self) -> float | None:
-        """When the last work was done, None while it is not."""
+        """Returns the time at which the last work was done, None while it is not."""
         count, when = self._done
         return when if count == self._count else None
 
@@ -118,7 +118,7 @@ class Device:
 
 
 class Speed:
-    """Speed since the last report; compiling and evaluations are not counted.
+    """Measures speed since the last report; compiling and evaluations are not counted.
 
     Attributes:
       tokens_per_step: of the whole batch.
@@ -126,7 +126,7 @@ class Speed:
       seconds_before: run time of earlier processes of the run.
     """
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, clock: Clock):
+    def __init__(self, config: ConfigDict, mesh: Mesh, clock: RunClock):
         self.clock = clock
         self.tokens_per_step = config.data.batch_size * config.data.sequence_length
         self.seconds_before = 0.0
@@ -147,7 +147,7 @@ class Speed:
         self.tokens_per_second = self._steps * self.tokens_per_step / elapsed
 
     def report(self) -> dict[str, Any]:
-        """Since the last one: speed, seconds of every part (`time`), and the run time so far.
+        """Returns speed and seconds of every part (`time`) since the last report, and the run time.
 
         Without a peak FLOP/s it holds the FLOP/s reached instead of MFU.
         """

@@ -34,7 +34,7 @@ from m3jax.mesh import batch_sharding, host_rows, on_devices, replicated, to_glo
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
 from m3jax.train.dpo_loss import answer_logprobs
-from m3jax.train.loss import Decode, batch_specs
+from m3jax.train.loss import Dequantize, batch_specs
 
 FOLDER = "base_logprobs"
 _MANIFEST = "manifest.json"
@@ -133,12 +133,12 @@ def _base_model(params: Params, meta: Mapping[str, Any], config: ConfigDict, mes
     return f"step {meta['step']}, weights {writer_fingerprint(whole, config.memory)}"
 
 
-def row_logprobs(config: ConfigDict, model: Model, decode: Decode | None) -> Logprobs:
-    """`logprobs(params, batch)`: of every answer of a global batch, whole on every device."""
+def row_logprobs(config: ConfigDict, model: Model, dequantize: Dequantize | None) -> Logprobs:
+    """Returns `logprobs(params, batch)`: of every answer of a global batch, on every device."""
     sparsify = sparsifier(config.memory)
 
     def local(params: Params, batch: Batch) -> Array:
-        return answer_logprobs(model, params, batch, sparsify, decode)
+        return answer_logprobs(model, params, batch, sparsify, dequantize)
 
     def logprobs(params: Params, batch: Batch) -> Array:
         if model.mesh is None:
@@ -154,7 +154,7 @@ def row_logprobs(config: ConfigDict, model: Model, decode: Decode | None) -> Log
 def each_batch(
     pipeline: Pipeline, mesh: Mesh | None, first: int, last: int
 ) -> Iterator[tuple[int, Batch]]:
-    """Batches of the rows `first … last − 1` in their order, on the mesh; the real rows of each."""
+    """Yields batches of rows `first … last − 1` in order, on the mesh, and their real rows."""
     B = pipeline.batch_size
     here, place = np.arange(B), jax.device_put
     if mesh is not None:
@@ -186,7 +186,7 @@ def _compute(
             write_sealed(folder / _MANIFEST, manifest)
     missing = [(n, path) for n, path in enumerate(_parts(folder, manifest)) if not path.exists()]
     meet("base log-probability parts listed")
-    logprobs = row_logprobs(config, model, pipeline.decode)
+    logprobs = row_logprobs(config, model, pipeline.dequantize)
     started = shown = time.monotonic()
     each = _BATCHES * pipeline.batch_size
     for number, (part, path) in enumerate(missing, 1):

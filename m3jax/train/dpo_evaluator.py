@@ -30,7 +30,7 @@ class PreferenceEvaluator:
     def __init__(self, config: ConfigDict, pipeline: Pipeline, mesh: Mesh | None = None) -> None:
         self.config, self.pipeline, self.mesh = config, pipeline, mesh
         model = make_model(config, prefix_tokens(config), mesh)
-        self._logprobs = row_logprobs(config, model, pipeline.decode)
+        self._logprobs = row_logprobs(config, model, pipeline.dequantize)
         most = config.evaluation.batches * pipeline.batch_size
         self.rows = min(most, len(pipeline.rows))
 

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from m3jax.data.batch import Batch
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
-from m3jax.train.loss import Decode, Sums, hidden_of, objective
+from m3jax.train.loss import Dequantize, Sums, hidden_of, objective
 
 
 def objective_of(config: ConfigDict) -> Callable[..., tuple[Array, Sums]]:
@@ -34,20 +34,20 @@ def answer_logprobs(
     params: Params,
     batch: Batch,
     sparsify: Callable | None,
-    decode: Decode | None = None,
+    dequantize: Dequantize | None = None,
 ) -> Float[Array, "B slots"]:
-    """Log-probability of each answer of the rows, in nats, without a gradient; 0 in empty slots.
+    """Computes the log-probability of each answer, in nats, without a gradient; 0 in empty slots.
 
     Arguments as of `preference_objective`; of `base_logprobs` only the shape is read.
     """
-    hidden = hidden_of(model, params, batch, sparsify, decode)
+    hidden = hidden_of(model, params, batch, sparsify, dequantize)
     return _by_answer(model, params, hidden, batch)[0]
 
 
 def _by_answer(
     model: Model, params: Params, hidden: Array, batch: Batch
 ) -> tuple[Float[Array, "B slots"], Float[Array, "B T slots"]]:
-    """Log-probabilities of answers, and the share that every token has in each (0 or 1)."""
+    """Returns log-probabilities of answers, and the share that every token has in each (0 or 1)."""
     assert batch.answers is not None and batch.base_logprobs is not None
     slots = batch.base_logprobs.shape[1]
     share_BTS = jax.nn.one_hot(batch.answers, slots, dtype=jnp.float32)  # −1 is in none
@@ -61,12 +61,14 @@ def preference_objective(
     params: Params,
     batch: Batch,
     sparsify: Callable | None,
-    decode: Decode | None = None,
+    dequantize: Dequantize | None = None,
     *,
     beta: float,
 ) -> tuple[Float[Array, ""], Sums]:
-    """The sum that is minimised, of the pairs of a batch; and to report the summed loss, the number
-    of pairs, and how many the model now prefers right, which have no gradient.
+    """Returns the sum that is minimised, of the pairs of a batch, and the sums to report.
+
+    These are the loss, the number of pairs, and of the pairs that the model now prefers right; they
+    have no gradient.
 
     Right is a pair whose margin is above 0: the chosen answer has gained more log-probability over
     the base model than the rejected one. The gradient is that of the loss; it is computed as one
@@ -76,10 +78,10 @@ def preference_objective(
       model: the model.
       params: its parameters.
       batch: of pairs.
-      sparsify, decode: as of `m3jax.train.loss.objective`.
+      sparsify, dequantize: as of `m3jax.train.loss.objective`.
       beta: β, `preference.beta` of the config.
     """
-    hidden = hidden_of(model, params, batch, sparsify, decode)
+    hidden = hidden_of(model, params, batch, sparsify, dequantize)
     logprobs_BS, share_BTS = _by_answer(model, params, hidden, batch)
     assert batch.base_logprobs is not None
     gain_BS = logprobs_BS - batch.base_logprobs.astype(jnp.float32)

@@ -81,7 +81,7 @@ class LossEvaluator:
 
     def _summed(self, mode: str) -> Callable[[Params, Batch], Sums]:
         """The sums of a batch in one mode."""
-        total = global_sums(self.model, sparsifier(self.config.memory), self.pipeline.decode)
+        total = global_sums(self.model, sparsifier(self.config.memory), self.pipeline.dequantize)
 
         def summed(params: Params, batch: Batch) -> Sums:
             if mode == "none":

@@ -34,7 +34,7 @@ Item = TypeVar("Item")
 
 
 def read_rollbacks(stage_folder: str | Path) -> list[Rollback]:
-    """The rollbacks of a stage so far, oldest first.
+    """Reads the rollbacks of a stage so far, oldest first.
 
     Each has `reason`, `words`, `first`, `last` and `seen` of a `Trouble`; `to`, the step that the
     run went back to; `skipped`, the first and the last-plus-one batch, from 0, that were left out;
@@ -76,7 +76,7 @@ class Guard:
 
     @staticmethod
     def of(config: ConfigDict, stage_folder: Path) -> Guard | None:
-        """The guard of a run, None where the config has none.
+        """Returns the guard of a run, None where the config has none.
 
         Raises:
           ConfigError: the run went back before, and is to go on without a guard.
@@ -96,20 +96,20 @@ class Guard:
         self.trouble = self._monitor.observe(step, loss, gradient_norm)
 
     def meta(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the guard."""
+        """Returns the part of a checkpoint's `meta` that is the guard's."""
         return {META: {"rollbacks": len(self.rollbacks), "monitor": self._monitor.state()}}
 
     @property
     def scale(self) -> float:
-        """Factor on the learning rate."""
+        """Returns the factor on the learning rate."""
         return float(self.rollbacks[-1]["learning_rate_scale"]) if self.rollbacks else 1.0
 
     def first_batch(self, done: int) -> int:
-        """Number, from 0, of the batch of the step after `done` steps."""
+        """Returns the number, from 0, of the batch of the step after `done` steps."""
         return batch_number(done, self._skipped())
 
     def without_skipped(self, batches: Iterable[Item], first: int) -> Iterator[Item]:
-        """Batches, the first of which is number `first`, without those that are left out."""
+        """Yields batches, the first of which is number `first`, without the skipped ones."""
         skipped = self._skipped()
         for number, batch in enumerate(batches, first):
             if not any(low <= number < high for low, high in skipped):
@@ -125,9 +125,9 @@ class Guard:
         checkpoints.delete(set(checkpoints.steps()) - kept(checkpoints.steps(), self.config))
         self.trouble = None
         for step in reversed(checkpoints.steps()):
-            found = checkpoints.meta(step).get(META) or {"rollbacks": 0, "monitor": {}}
-            if all(step <= one["to"] for one in self.rollbacks[found["rollbacks"] :]):
-                self._monitor = Monitor(self.config, found["monitor"])
+            saved = checkpoints.meta(step).get(META) or {"rollbacks": 0, "monitor": {}}
+            if all(step <= later["to"] for later in self.rollbacks[saved["rollbacks"] :]):
+                self._monitor = Monitor(self.config, saved["monitor"])
                 return step
             checkpoints.delete({step})
         self._monitor = Monitor(self.config, {})
@@ -172,7 +172,7 @@ class Guard:
         }
 
     def _target(self, trouble: Trouble, steps: Sequence[int]) -> int:
-        """The step to go back to: the newest checkpoint before the first bad step, else the oldest.
+        """Returns the step to go back to: newest checkpoint before the trouble, else the oldest.
 
         A run that goes wrong again before it has a checkpoint behind the last trouble goes to the
         same one again, and after that to the one before: it may have been bad already. Only
@@ -187,7 +187,7 @@ class Guard:
         target = before[-1] if before else regular[0]
         if not self.rollbacks or target >= self.rollbacks[-1]["seen"]:
             return target
-        tried = [one["to"] for one in self.rollbacks[-2:]]
+        tried = [rollback["to"] for rollback in self.rollbacks[-2:]]
         twice = len(tried) == 2 and tried[0] == tried[1]
         latest = min(target, tried[-1] - twice)
         return max((step for step in regular if step <= latest), default=regular[0])
@@ -203,22 +203,22 @@ class Guard:
         )
 
     def _skipped(self) -> list[tuple[int, int]]:
-        return merged([one["skipped"] for one in self.rollbacks])
+        return merged([rollback["skipped"] for rollback in self.rollbacks])
 
 
 def merged(intervals: Iterable[Sequence[int]]) -> list[tuple[int, int]]:
-    """Half-open intervals as disjoint ones in order."""
-    found: list[tuple[int, int]] = []
+    """Merges half-open intervals into disjoint ones, in order."""
+    disjoint: list[tuple[int, int]] = []
     for low, high in sorted((low, high) for low, high in intervals):
-        if found and low <= found[-1][1]:
-            found[-1] = (found[-1][0], max(high, found[-1][1]))
+        if disjoint and low <= disjoint[-1][1]:
+            disjoint[-1] = (disjoint[-1][0], max(high, disjoint[-1][1]))
         else:
-            found.append((low, high))
-    return found
+            disjoint.append((low, high))
+    return disjoint
 
 
 def batch_number(done: int, skipped: Iterable[tuple[int, int]]) -> int:
-    """Number of the batch that comes after `done` others, without those in disjoint intervals."""
+    """Returns the number of the batch after `done` others, without disjoint intervals."""
     number = done
     for low, high in skipped:
         if low <= number:
@@ -227,7 +227,7 @@ def batch_number(done: int, skipped: Iterable[tuple[int, int]]) -> int:
 
 
 def describe_trouble(trouble: Mapping[str, Any]) -> str:
-    """What went wrong, as part of a sentence."""
+    """Describes trouble, as part of a sentence."""
     names = {
         "not_finite": "not finite",
         "spike": "loss spike",
@@ -237,7 +237,7 @@ def describe_trouble(trouble: Mapping[str, Any]) -> str:
 
 
 def describe(rollback: Rollback) -> str:
-    """A rollback as a sentence."""
+    """Describes a rollback in a sentence."""
     low, high = rollback["skipped"]
     return (
         f"{describe_trouble(rollback)}: back to step {rollback['to']}, without batches"

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from m3jax.errors import DivergenceError
 from m3jax.train.checkpoints import Checkpoints
-from m3jax.train.clock import Clock
+from m3jax.train.clock import RunClock
 from m3jax.train.guard import Guard, describe
 from m3jax.train.progress import Progress
 from m3jax.train.stage_data import Evaluate, StageData
@@ -92,7 +92,7 @@ class GuardHook(Hook):
         config: ConfigDict,
         guard: Guard,
         checkpoints: Checkpoints,
-        clock: Clock,
+        clock: RunClock,
         progress: Progress,
     ):
         self.stage, self.guard, self.checkpoints = config.stage, guard, checkpoints
@@ -118,7 +118,7 @@ class Evaluation(Hook):
     """
 
     def __init__(
-        self, config: ConfigDict, clock: Clock, write: Callable[[Mapping[str, Any]], None]
+        self, config: ConfigDict, clock: RunClock, write: Callable[[Mapping[str, Any]], None]
     ):
         self.train, self.clock, self.write = config.train, clock, write
         self.evaluate: Evaluate | None = None
@@ -155,7 +155,7 @@ class Save(Hook):
         config: ConfigDict,
         checkpoints: Checkpoints,
         termination: Termination,
-        clock: Clock,
+        clock: RunClock,
         progress: Progress,
         sync: Callable[[], None],
         guard: Guard | None,
@@ -207,7 +207,7 @@ class RefreshBank(Hook):
         config: ConfigDict,
         refresh: Callable[[int], StageData],
         checkpoints: Checkpoints,
-        clock: Clock,
+        clock: RunClock,
         progress: Progress,
     ):
         self.stage, self.train, self.refresh = config.stage, config.train, refresh

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from m3jax.train.clock import Clock, Speed
+from m3jax.train.clock import RunClock, Speed
 from m3jax.train.hooks import Hook
 from m3jax.train.metrics import Metrics, dropped_share, hit_share
 from m3jax.train.progress import Progress
@@ -35,7 +35,7 @@ class Log(Hook):
         self,
         config: ConfigDict,
         folder: Path,
-        clock: Clock,
+        clock: RunClock,
         speed: Speed,
         progress: Progress,
         rollbacks: Sequence[Mapping[str, Any]],

@@ -18,7 +18,7 @@ from m3jax.errors import CheckpointError, ConfigError
 from m3jax.files import write_atomically
 from m3jax.mesh import host_rows, make_mesh, to_global
 from m3jax.train.checkpoints import Checkpoints, check_owner, claim
-from m3jax.train.clock import Clock, Device, Speed
+from m3jax.train.clock import Device, RunClock, Speed
 from m3jax.train.guard import Guard
 from m3jax.train.hooks import (
     Evaluation,
@@ -86,7 +86,7 @@ def train(
     _check_shared(folder)
     check_owner(folder, config)
     guard = Guard.of(config, folder)
-    clock, profile = Clock(), Profile(profile_steps, config.train.steps, folder)
+    clock, profile = RunClock(), Profile(profile_steps, config.train.steps, folder)
     program = Program(config, make_mesh(config))
     checkpoints = Checkpoints(folder, config, tokenizer_fingerprint, data.writer, data.version)
     with contextlib.closing(checkpoints):
@@ -145,7 +145,7 @@ def _hooks(
     mesh: Mesh,
     checkpoints: Checkpoints,
     progress: Progress,
-    clock: Clock,
+    clock: RunClock,
     guard: Guard | None,
     termination: Termination,
     refresh: Callable[[int], StageData] | None,
@@ -188,7 +188,7 @@ class Loop:
         hooks: Sequence[Hook],
         guard: Guard | None,
         restore: Callable[[], TrainState],
-        clock: Clock,
+        clock: RunClock,
         profile: Profile,
         progress: Progress,
     ):
@@ -218,8 +218,8 @@ class Loop:
 
     def _read_from(self, data: StageData) -> None:
         """Reads from now on what `data` says; its memories may need tables of another bank."""
-        if self.step is None or data.pipeline.decode is not None:
-            self.step = self.program.step(data.pipeline.decode)
+        if self.step is None or data.pipeline.dequantize is not None:
+            self.step = self.program.step(data.pipeline.dequantize)
         self.data = data
         for hook in self.hooks:
             hook.read_from(data)
@@ -259,7 +259,7 @@ class Loop:
                 if isinstance(answer, StageData):
                     self._read_from(answer)
                     batches = self._batches(step)
-        return self._settle()
+        return None  # the checkpoint of the last step has settled it
 
     def _batches(self, done: int) -> Iterator[Batch]:
         """Returns batches of the steps after `done`."""

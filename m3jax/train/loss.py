@@ -16,7 +16,7 @@ from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
 
-Decode = Callable[[ExplicitMemory], ExplicitMemory]
+Dequantize = Callable[[ExplicitMemory], ExplicitMemory]
 
 
 class Sums(NamedTuple):
@@ -32,9 +32,9 @@ def objective(
     params: Params,
     batch: Batch,
     sparsify: Callable | None,
-    decode: Decode | None = None,
+    dequantize: Dequantize | None = None,
 ) -> tuple[Float[Array, ""], Sums]:
-    """The sum that is minimised, and the sums that are reported, which have no gradient.
+    """Returns the sum that is minimised, and the reported sums, which have no gradient.
 
     They are of a batch, on a mesh of a device's rows. What is minimised is the loss, and with
     `train.z_loss` that term.
@@ -44,9 +44,9 @@ def objective(
       params: its parameters.
       batch: with memory, or reference tokens, or neither.
       sparsify: `memory.sparsify.sparsifier(config.memory)`; needed with `reference_tokens`.
-      decode: makes memories of what the bank stores (`Codec.decode`); None: they are.
+      dequantize: makes memories of what the bank stores (`Codec.decode`); None: they are.
     """
-    hidden = hidden_of(model, params, batch, sparsify, decode)
+    hidden = hidden_of(model, params, batch, sparsify, dequantize)
     weights = batch.weights.astype(jnp.float32)
     total, loss, correct = model.summed_loss(params, hidden, batch.targets, weights)
     return total, Sums(loss, jnp.sum(weights), correct)
@@ -57,12 +57,12 @@ def hidden_of(
     params: Params,
     batch: Batch,
     sparsify: Callable | None,
-    decode: Decode | None = None,
+    dequantize: Dequantize | None = None,
 ) -> Float[Array, "B T D"]:
-    """Hidden states of a batch before the final norm; arguments as in `objective`."""
+    """Computes hidden states of a batch before the final norm; arguments as in `objective`."""
     memory = batch.memory
-    if memory is not None and decode is not None:
-        memory = decode(memory)
+    if memory is not None and dequantize is not None:
+        memory = dequantize(memory)
     return model.hidden(
         params,
         batch.tokens,
@@ -84,13 +84,13 @@ def batch_specs(batch: Batch) -> Batch:
 
 
 def global_sums(
-    model: Model, sparsify: Callable | None, decode: Decode | None = None
+    model: Model, sparsify: Callable | None, dequantize: Dequantize | None = None
 ) -> Callable[[Params, Batch], Sums]:
     """Returns `sums(params, batch)`: the reported sums of a global batch, on the model's mesh."""
 
     def total(params: Params, batch: Batch) -> Sums:
         def local(params: Params, batch: Batch) -> Sums:
-            return over_rows(model, objective(model, params, batch, sparsify, decode)[1])
+            return over_rows(model, objective(model, params, batch, sparsify, dequantize)[1])
 
         specs = (model.specs(), batch_specs(batch))
         return on_devices(model.mesh, local, specs, PartitionSpec())(params, batch)
@@ -99,14 +99,14 @@ def global_sums(
 
 
 def over_rows(model: Model, total: Sums) -> Sums:
-    """Sums over the rows of all devices."""
+    """Adds up the sums of the rows of all devices."""
     return jax.tree.map(lambda x: model.parallel.sum(x, *BATCH_AXES), total)
 
 
 def loss(
     model: Model, params: Params, batch: Batch, sparsify: Callable | None = None
 ) -> tuple[Float[Array, ""], Sums]:
-    """What is minimised as a mean over the weights, in nats a token, and the sums to report.
+    """Returns the minimised mean over the weights, in nats a token, and the sums to report.
 
     Arguments as in `objective`. A batch without weight has loss 0.
     """
@@ -115,5 +115,5 @@ def loss(
 
 
 def mean(total: Float[Array, ""], weight: Float[Array, ""]) -> Float[Array, ""]:
-    """total / weight, 0 where there is no weight."""
+    """Returns total / weight, 0 where there is no weight."""
     return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1.0), 0.0)

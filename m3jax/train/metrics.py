@@ -18,7 +18,7 @@ FILE = "metrics.jsonl"
 
 
 def read_metrics(stage_folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a stage's metrics, without a last line that was cut off by a kill."""
+    """Reads the lines of a stage's metrics, without a last line that was cut off by a kill."""
     path = Path(stage_folder) / FILE
     lines = []
     for text in path.read_text("utf-8").splitlines() if path.exists() else ():
@@ -30,7 +30,7 @@ def read_metrics(stage_folder: str | Path) -> list[dict[str, Any]]:
 
 
 def time_spent(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Where the time of a run went, over all its starts.
+    """Sums up the time of a run by part, over all its starts.
 
     Args:
       lines: of `read_metrics`.
@@ -54,7 +54,7 @@ def time_spent(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def describe_time(spent: Mapping[str, float]) -> str:
-    """The result of `time_spent` as a sentence."""
+    """Describes the result of `time_spent` in a sentence."""
     if not spent:
         return "not measured"
     total = max(1e-9, spent["seconds"])
@@ -71,20 +71,20 @@ def describe_time(spent: Mapping[str, float]) -> str:
 
 
 def dropped_share(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
-    """Of the references found between two reports of a retriever, the share that leaked.
+    """Returns the share that leaked of the references retrieved between two reports.
 
     Returns:
-      `dropped_share`, or {} where nothing was found in between.
+      `dropped_share`, or {} where nothing was retrieved in between.
     """
     dropped, returned = (now.get(n, 0) - before.get(n, 0) for n in ("dropped", "returned"))
     return {"dropped_share": dropped / (dropped + returned)} if dropped + returned > 0 else {}
 
 
 def hit_share(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
-    """Of the memories asked for between two reports of a bank, the share that was in its cache.
+    """Returns the share that was in the cache of the memories read between two reports.
 
     Returns:
-      `cache_hit_share`, or {} where there is no cache or nothing was asked for.
+      `cache_hit_share`, or {} where there is no cache or nothing was read.
     """
     hits, misses = (now.get(n, 0) - before.get(n, 0) for n in ("cache_hits", "cache_misses"))
     return {"cache_hit_share": hits / (hits + misses)} if hits + misses > 0 else {}
@@ -157,7 +157,7 @@ class Metrics:
 def _with_rollbacks(
     lines: list[dict[str, Any]], rollbacks: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The lines and those of the rollbacks: a rollback's place depends on no kill in between."""
+    """Adds the lines of the rollbacks: a rollback's place depends on no kill in between."""
     place = None
     for rollback in reversed(rollbacks):  # a later one may have gone back further
         place = rollback["to"] if place is None else min(place, rollback["to"])

@@ -1,4 +1,4 @@
-"""Says from loss and gradient norm, step by step, whether a run goes wrong.
+"""Detects from loss and gradient norm, step by step, that a run goes wrong.
 
 Losses of batches are noisy, and their noise has long tails: what is normal is the median of the
 last steps, and how far from it is still normal their median absolute deviation (MAD), which a few
@@ -21,7 +21,7 @@ _LEAST_NORM = 1e-30  # a batch without weight has a gradient of 0, which has no 
 
 
 class Trouble(NamedTuple):
-    """What went wrong.
+    """Trouble of a run.
 
     Attributes:
       reason: `not_finite`; `spike`, several bad steps close together; or `divergence`, a loss that
@@ -61,7 +61,7 @@ class Monitor:
         self._recent = options.window // 4
 
     def state(self) -> dict[str, Any]:
-        """All it remembers, for JSON."""
+        """Returns all that it remembers, for JSON."""
         state: dict[str, Any] = {
             "losses": list(self._losses),
             "norms": list(self._norms),
@@ -72,12 +72,12 @@ class Monitor:
         return state
 
     def losses(self, step: int, after: int) -> list[tuple[int, float]]:
-        """Remembered losses of the steps after `after`, when `step` was the last one."""
+        """Returns the remembered losses of the steps after `after`, up to the last, `step`."""
         first = step - len(self._losses) + 1
         return [(i, x) for i, x in enumerate(self._losses, first) if i > after]
 
     def observe(self, step: int, loss: float, gradient_norm: float) -> Trouble | None:
-        """What is wrong now that a step has this loss (nats a token) and gradient norm, or None."""
+        """Notes loss (nats a token) and gradient norm of a step; returns trouble, or None."""
         spike = None
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             words = f"loss {loss}, gradient norm {gradient_norm}"
@@ -97,14 +97,14 @@ class Monitor:
         return spike or self._risen(step)
 
     def _unusual(self, loss: float, norm: float) -> str:
-        """Why a step is bad, or nothing."""
+        """Returns the reason why a step is bad, or ""."""
         median, deviation = self._normal(self._losses)
         if loss > median + self.options.loss_deviations * deviation:
             return f"loss {loss:.4g}, median {median:.4g}, deviation {deviation:.2g}"
         usual, spread = self._normal(self._norms)
         if loss > median and norm > usual + self.options.norm_deviations * spread:
-            found, expected = math.exp(min(norm, 700.0)), math.exp(min(usual, 700.0))
-            return f"gradient norm {found:.4g}, median {expected:.4g}; loss {loss:.4g}"
+            now, expected = math.exp(min(norm, 700.0)), math.exp(min(usual, 700.0))
+            return f"gradient norm {now:.4g}, median {expected:.4g}; loss {loss:.4g}"
         return ""
 
     def _risen(self, step: int) -> Trouble | None:
@@ -144,7 +144,7 @@ class Monitor:
 
 
 def _median(values: np.ndarray) -> float:
-    """As `np.median`, which takes five times as long for so few."""
+    """Returns `np.median`, which takes five times as long for so few."""
     middle = len(values) // 2
     if len(values) % 2:
         return float(np.partition(values, middle)[middle])

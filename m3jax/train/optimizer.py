@@ -10,7 +10,7 @@ import optax
 from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, muon
 
-from m3jax.train.schedule import schedule
+from m3jax.train.schedule import lr_schedule
 
 # Axes of a stacked matrix that a product sums over, and those it makes. Axis 0 is the layer, which
 # Muon treats as a batch; heads are not split: the query makes K·G·H outputs at once.
@@ -26,7 +26,7 @@ _MATRICES = {
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW; with `muon`, Muon for the matrices of the blocks.
+    """Makes clipping by the global norm, then AdamW; with `muon`, Muon for the blocks' matrices.
 
     AdamW (Loshchilov & Hutter, arXiv 1711.05101) decays weights by learning rate · weight_decay,
     but not norms and biases. Arithmetic and moments are float32, also for bfloat16 parameters.
@@ -39,7 +39,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def is_decayed(path: Any) -> bool:
-    """Whether weight decay applies to a parameter: not to norms and biases."""
+    """Returns whether weight decay applies to a parameter: not to norms and biases."""
     return not _leaf_name(path).endswith(("_norm", "_bias"))
 
 
@@ -56,13 +56,13 @@ def _adamw(config: ConfigDict) -> optax.GradientTransformation:
     return optax.chain(
         optax.scale_by_adam(options.beta1, options.beta2, options.epsilon),
         optax.add_decayed_weights(options.weight_decay, _decay_mask),
-        optax.scale_by_learning_rate(schedule(config)),
+        optax.scale_by_learning_rate(lr_schedule(config)),
     )
 
 
 def _muon(config: ConfigDict) -> optax.GradientTransformation:
     return muon(
-        schedule(config, config.optimizer.muon_learning_rate),
+        lr_schedule(config, config.optimizer.muon_learning_rate),
         weight_decay=config.optimizer.weight_decay,
         muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(
             lambda path, _: _MATRICES[_leaf_name(path)], params

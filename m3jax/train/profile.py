@@ -14,7 +14,7 @@ FOLDER = "profile"
 
 
 def parse_steps(text: str) -> tuple[int, int]:
-    """`START:STOP` as numbers: the first and the last step of a trace.
+    """Parses `START:STOP`, the first and the last step of a trace.
 
     Raises:
       ConfigError: not of that form, or STOP before START.
@@ -58,7 +58,7 @@ class Profile:
             self._running = True
 
     def after(self, step: int, results: Any) -> bool:
-        """Ends the trace when `step` is the last; whether it did."""
+        """Ends the trace when `step` is the last; returns whether it did."""
         if not self._running or step < self._last:
             return False
         jax.block_until_ready(results)

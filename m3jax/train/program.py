@@ -11,7 +11,7 @@ from m3jax.checkpoint import restore_params
 from m3jax.config import prefix_tokens
 from m3jax.make_model import make_model
 from m3jax.train.checkpoints import Checkpoints
-from m3jax.train.loss import Decode
+from m3jax.train.loss import Dequantize
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.progress import Progress
 from m3jax.train.state import TrainState, abstract_state, init_state
@@ -27,9 +27,11 @@ class Program:
         self.optimizer = make_optimizer(config)
         self.abstract = abstract_state(self.model, self.optimizer, mesh)
 
-    def step(self, decode: Decode | None) -> Step:
+    def step(self, dequantize: Dequantize | None) -> Step:
         """Returns the step for batches of a pipeline; see `make_step`."""
-        return make_step(self.config, self.model, self.mesh, self.optimizer, self.abstract, decode)
+        return make_step(
+            self.config, self.model, self.mesh, self.optimizer, self.abstract, dequantize
+        )
 
     def start(
         self, checkpoints: Checkpoints, init_from: str | Path | None, progress: Progress

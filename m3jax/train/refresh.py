@@ -78,7 +78,7 @@ def _first_layer_errors(
     bank: Bank,
     tokenizer: str,
 ) -> Float[np.ndarray, " R"]:
-    """Relative squared error of every stored memory in the first memory layer alone.
+    """Computes the relative squared error of every stored memory in the first memory layer alone.
 
     Encodes up to that layer only, at a fraction of the price of a rewrite; reads the whole bank.
     """
@@ -103,14 +103,14 @@ class Squares:
     value_norms: np.ndarray
 
     def error(self, part: str) -> list[float]:
-        """Relative error of every layer."""
+        """Returns the relative error of every layer."""
         norms = self.key_norms if part == "keys" else self.value_norms
         tiny = np.finfo(np.float32).tiny  # a layer may have no memories
         return np.sqrt(getattr(self, part).sum(0) / np.maximum(norms.sum(0), tiny)).tolist()
 
     @property
     def relative(self) -> Float[np.ndarray, "n L"]:
-        """Squared error of keys and values, each over its norm."""
+        """Returns the squared error of keys and values, each over its norm."""
         tiny = np.finfo(np.float32).tiny
         keys = self.keys / np.maximum(self.key_norms, tiny)
         return keys + self.values / np.maximum(self.value_norms, tiny)
@@ -118,7 +118,7 @@ class Squares:
 
 @jax.jit
 def _squares(stored: ExplicitMemory, fresh: ExplicitMemory) -> tuple[jax.Array, ...]:
-    """Of every reference and layer: distances of keys and values, norms of the fresh ones.
+    """Returns distances of keys and values, and norms of the fresh ones, by reference and layer.
 
     A memory is a set: a stored slot is compared with the fresh one whose key is nearest. So a
     weight that moved another token into the memory counts, the order of the slots does not.
@@ -152,11 +152,11 @@ def compare_memories(
     ids: Int[np.ndarray, " n"],
     progress: bool,
 ) -> tuple[Squares, Squares | None]:
-    """Stored against fresh memories, and what compression alone does to the fresh ones."""
+    """Compares stored with fresh memories, and compressed fresh ones with fresh ones."""
     plain = codecs.plain(config.model.head_dim, config.memory.dtype)
     encoder = Encoder(config, model, params, references, plain)
     L = config.memory.layers
-    found, floors = [], []
+    squares, floors = [], []
     done = 0
     bar = tqdm(total=len(ids), unit=" memories", desc="compared", disable=not progress)
     with bar:
@@ -172,7 +172,7 @@ def compare_memories(
             parts: list[Any] = [both[:, 0], both[:, 1], stored.length]
             fresh = ExplicitMemory(*parts)
             first = stored._replace(keys=stored.keys[:, :L], values=stored.values[:, :L])
-            found.append(jax.device_get(_squares(first, fresh)))
+            squares.append(jax.device_get(_squares(first, fresh)))
             if bank.codec.name != codecs.NONE and stored.keys.shape[1] == L:
                 coded = jax.jit(bank.codec.encode)(both)
                 again = stored._replace(keys=coded[:, 0], values=coded[:, 1])
@@ -182,4 +182,4 @@ def compare_memories(
     def joined(parts: list[Any]) -> Squares:
         return Squares(*(np.concatenate(side) for side in zip(*parts, strict=True)))
 
-    return joined(found), joined(floors) if floors else None
+    return joined(squares), joined(floors) if floors else None

@@ -6,8 +6,8 @@ import optax
 from ml_collections import ConfigDict
 
 
-def schedule(config: ConfigDict, peak: float | None = None) -> optax.Schedule:
-    """The config's schedule: a linear rise, then wsd or cosine.
+def lr_schedule(config: ConfigDict, peak: float | None = None) -> optax.Schedule:
+    """Makes the config's schedule: a linear rise, then wsd or cosine.
 
     Steps count from 0: step s makes the update s + 1. The rise reaches the peak at step
     `lr_warmup_steps − 1`; the fall would reach `min_lr_ratio · peak` at step `train.steps`.

@@ -9,7 +9,7 @@ import numpy as np
 
 from m3jax.data.batch import Batch
 from m3jax.model.parameters import Params
-from m3jax.train.loss import Decode
+from m3jax.train.loss import Dequantize
 
 Evaluate = Callable[[Params], Mapping[str, float]]
 
@@ -25,7 +25,7 @@ class Batches(Protocol):
         """Counters for the metrics."""
 
     @property
-    def decode(self) -> Decode | None:
+    def dequantize(self) -> Dequantize | None:
         """Dequantizes stored memories inside the step; None if batches hold memories."""
 
 

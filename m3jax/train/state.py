@@ -1,4 +1,4 @@
-"""What a step transforms: made abstractly, sharded, then initialised in place."""
+"""State of a step: made abstractly, sharded, then initialised in place."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class TrainState(NamedTuple):
 
 
 def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Step 0 with the given parameters (pure)."""
+    """Makes the state of step 0 with the given parameters (pure)."""
     zero = jnp.zeros((), jnp.float32)
     step = jnp.zeros((), jnp.int32)
     return TrainState(params, optimizer.init(params), step, Sums(zero, zero, zero))
 
 
 def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state as `jax.ShapeDtypeStruct`s that carry their shardings; nothing is allocated."""
+    """Returns the state as `jax.ShapeDtypeStruct`s with shardings; nothing is allocated."""
     shapes, axes = model.abstract()
     params = parameter_shardings(mesh, axes, shapes)
     abstract = jax.eval_shape(lambda p: new_state(p, optimizer), shapes)
@@ -64,15 +64,15 @@ def _like_parameters(optimizer: Any, shapes: Any, shardings: Any, default: Named
     ):
         known[path, leaf.shape] = sharding
 
-    def one(path: Any, leaf: Any) -> NamedSharding:
+    def sharding_of(path: Any, leaf: Any) -> NamedSharding:
         ends = (known.get((path[start:], leaf.shape)) for start in range(len(path)))
         return next((sharding for sharding in ends if sharding is not None), default)
 
-    return jax.tree_util.tree_map_with_path(one, optimizer)
+    return jax.tree_util.tree_map_with_path(sharding_of, optimizer)
 
 
 def state_shardings(abstract: TrainState) -> TrainState:
-    """The shardings of an abstract state."""
+    """Returns the shardings of an abstract state."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
@@ -83,7 +83,7 @@ def init_state(
     abstract: TrainState,
     params: Params | None = None,
 ) -> TrainState:
-    """Step 0 on the mesh: every device makes its part, nothing is whole anywhere.
+    """Makes the state of step 0 on the mesh: every device its part, nothing is whole anywhere.
 
     Args:
       config: for the seed.

@@ -18,9 +18,9 @@ from m3jax.memory.sparsify import sparsifier
 from m3jax.mesh import batch_sharding, compiler_options, on_devices, replicated
 from m3jax.model.transformer import Model
 from m3jax.train.dpo_loss import objective_of
-from m3jax.train.loss import Decode, Sums, batch_specs, mean, over_rows
+from m3jax.train.loss import Dequantize, Sums, batch_specs, mean, over_rows
 from m3jax.train.optimizer import make_optimizer
-from m3jax.train.schedule import schedule
+from m3jax.train.schedule import lr_schedule
 from m3jax.train.state import TrainState, abstract_state, state_shardings
 
 Step = Callable[..., tuple[TrainState, dict[str, Array]]]
@@ -32,9 +32,9 @@ def make_step(
     mesh: Mesh,
     optimizer: optax.GradientTransformation | None = None,
     abstract: TrainState | None = None,
-    decode: Decode | None = None,
+    dequantize: Dequantize | None = None,
 ) -> Step:
-    """The step of a config: `step(state, batch) -> (state, metrics)`, the state donated.
+    """Makes the step of a config: `step(state, batch) -> (state, metrics)`, the state donated.
 
     With `guard.on` it is `step(state, batch, scale)`, scale being a factor on the learning rate, a
     float32 scalar that every device holds (`scale_on`): another one needs no other program.
@@ -50,12 +50,12 @@ def make_step(
       mesh: its mesh.
       optimizer: default `make_optimizer(config)`.
       abstract: default `abstract_state(model, optimizer, mesh)`.
-      decode: makes memories of what the bank stores (`Codec.decode`); None: they are.
+      dequantize: makes memories of what the bank stores (`Codec.decode`); None: they are.
     """
     optimizer = make_optimizer(config) if optimizer is None else optimizer
     abstract = abstract_state(model, optimizer, mesh) if abstract is None else abstract
-    learning_rate, log_every = schedule(config), config.train.log_every
-    gradient, guarded = _make_gradient(config, model, decode), config.guard.on
+    learning_rate, log_every = lr_schedule(config), config.train.log_every
+    gradient, guarded = _make_gradient(config, model, dequantize), config.guard.on
 
     def step(state: TrainState, batch: Batch, *scale: Array) -> tuple[TrainState, dict[str, Array]]:
         gradients, total = gradient(state.params, batch)
@@ -92,20 +92,20 @@ def make_step(
 
 
 def scale_on(mesh: Mesh, scale: float) -> Array:
-    """A factor on the learning rate, for the step."""
+    """Places a factor on the learning rate on the mesh, for the step."""
     with jax.transfer_guard("allow"):
         return jax.make_array_from_callback(
             (), replicated(mesh), lambda _: np.asarray(scale, np.float32)
         )
 
 
-def _make_gradient(config: ConfigDict, model: Model, decode: Decode | None) -> Callable:
+def _make_gradient(config: ConfigDict, model: Model, dequantize: Dequantize | None) -> Callable:
     """`gradient(params, batch)`: float32 gradients of the mean loss, and the sums behind it."""
     parts = config.train.microbatches
     sparsify, objective = sparsifier(config.memory), objective_of(config)
 
     def summed(params: Any, batch: Any) -> tuple[Array, Sums]:
-        return objective(model, params, batch, sparsify, decode)
+        return objective(model, params, batch, sparsify, dequantize)
 
     def part(params: Any, batch: Any) -> tuple[Any, Sums]:
         gradients, total = jax.grad(summed, has_aux=True)(params, batch)

@@ -220,7 +220,7 @@ def test_a_step_decodes_what_the_bank_stores(tmp_path: Path, compression: str) -
     )
     workdir = make_workdir(tmp_path, config)
     pipeline = open_pipeline(config, workdir, split="validation")
-    assert pipeline.bank is not None and pipeline.decode is not None
+    assert pipeline.bank is not None and pipeline.dequantize is not None
     evaluate, params = (
         evaluator(config, workdir),
         jax.jit(make_model(config).init)(jax.random.key(1)),
@@ -229,7 +229,7 @@ def test_a_step_decodes_what_the_bank_stores(tmp_path: Path, compression: str) -
     batches = [pipeline.batch(step) for step in range(evaluate.batches)]
     assert all(batch.memory.keys.dtype == np.uint8 for batch in batches)
     with jax.transfer_guard("disallow"):  # as in the training loop, where a step is compiled
-        jax.jit(pipeline.decode).lower(batches[0].memory)
+        jax.jit(pipeline.dequantize).lower(batches[0].memory)
     loss = weight = 0.0
     read = jax.jit(make_model(config).logits)
     for batch in batches:

@@ -138,9 +138,9 @@ def test_batches_are_placed_where_they_are_read(tmp_path: Path) -> None:
     params = jax.jit(make_model(config).init)(jax.random.key(1))
     pipeline = open_pipeline(config, workdir, split="validation")
     stored = pipeline.batch(0).memory
-    assert stored.keys.shape[3:5] == (1, 2) and pipeline.decode is not None
+    assert stored.keys.shape[3:5] == (1, 2) and pipeline.dequantize is not None
     found = evaluator(config, workdir)(params)
-    placed = jax.tree.map(np.asarray, pipeline.decode(stored))
+    placed = jax.tree.map(np.asarray, pipeline.dequantize(stored))
     assert placed.keys.shape[3:5] == (2, 2)
     batch = pipeline.batch(0)
     logits = np.asarray(

@@ -101,7 +101,7 @@ def plain_loss(batch: Any, ids: np.ndarray, bank: Any) -> float:
 def test_drops_equal_a_loop_of_forward_passes(prepared: Path, tmp_path: Path) -> None:
     pipeline = validation(prepared)
     rows = np.array([1, 4, 20, 21, 33, 40, 41, 42, 43, 50])  # a whole batch and a part of one
-    losses = RowLosses(CONFIG, pipeline.decode)
+    losses = RowLosses(CONFIG, pipeline.dequantize)
     measured = measure_drops(
         losses, pipeline, initial_weights(), rows, tmp_path / "m", {}, progress=False
     )

@@ -66,7 +66,7 @@ class Recorded:
                     batch = batch._replace(weights=weights)
                 yield batch
 
-    decode = None  # batches hold memories
+    dequantize = None  # batches hold memories
 
     def report(self):
         return self.pipeline.report()

@@ -7,7 +7,7 @@ import pytest
 from train.tiny import tiny_config
 
 from m3jax.mesh import make_mesh
-from m3jax.train.clock import PARTS, Clock, Device, Speed
+from m3jax.train.clock import PARTS, Device, RunClock, Speed
 from m3jax.train.metrics import Metrics, describe_time, read_metrics, time_spent
 
 
@@ -30,7 +30,7 @@ def spent(**parts):
 
 def test_every_second_has_one_part():
     hand = Hand()
-    clock = Clock(hand)
+    clock = RunClock(hand)
     hand.move(5)
     clock.begin()
     hand.move(1)
@@ -52,7 +52,7 @@ def test_every_second_has_one_part():
 )
 def test_only_waiting_with_an_idle_device_is_lost(idle, lost):
     hand = Hand()
-    clock = Clock(hand)
+    clock = RunClock(hand)
     clock.begin()
     hand.move(3)
     with clock.waiting(lambda: idle):
@@ -62,7 +62,7 @@ def test_only_waiting_with_an_idle_device_is_lost(idle, lost):
 
 def test_waiting_before_the_first_step_is_part_of_the_start():
     hand = Hand()
-    clock = Clock(hand)
+    clock = RunClock(hand)
     with clock.waiting(lambda: 0.0):
         hand.move(4)
     assert clock.take() == spent(start=4)
@@ -92,7 +92,7 @@ def test_the_device_is_idle_when_its_last_work_is_done():
 
 def test_speed_counts_neither_the_start_nor_evaluations():
     hand, config = Hand(), tiny_config()
-    clock = Clock(hand)
+    clock = RunClock(hand)
     speed = Speed(config, make_mesh(config), clock)
     hand.move(50)
     speed.step()

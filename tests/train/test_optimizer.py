@@ -10,11 +10,11 @@ from train.tiny import tiny_config
 
 from m3jax.make_model import make_model
 from m3jax.train.optimizer import is_decayed, make_optimizer
-from m3jax.train.schedule import schedule
+from m3jax.train.schedule import lr_schedule
 
 
 def rates(config):
-    return np.array([float(schedule(config)(step)) for step in range(config.train.steps)])
+    return np.array([float(lr_schedule(config)(step)) for step in range(config.train.steps)])
 
 
 def test_wsd_rises_stays_and_falls():
@@ -76,7 +76,7 @@ def adamw_in_numpy(config, params, gradients, steps):
     params, gradients = flat(params), clipped(flat(gradients), config)
     first, second = ({k: np.zeros_like(p) for k, p in params.items()} for _ in range(2))
     for step in range(steps):
-        rate = float(schedule(config)(step))
+        rate = float(lr_schedule(config)(step))
         for k, p in params.items():
             first[k] = o.beta1 * first[k] + (1 - o.beta1) * gradients[k]
             second[k] = o.beta2 * second[k] + (1 - o.beta2) * gradients[k] ** 2

@@ -99,7 +99,7 @@ class SyntheticPipeline:
             self.before(step)
             yield jax.tree.map(lambda x: x[rows], self.batch(step))
 
-    decode = None  # batches hold memories
+    dequantize = None  # batches hold memories
 
     def report(self):
         return {"chunks": 1}
