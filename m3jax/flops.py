@@ -1,4 +1,4 @@
-"""FLOPs, parameters and bytes of every path, counted from the config.
+"""Counts FLOP, parameters and bytes of every path from the config.
 
 A multiplication and an addition are two FLOP. Two kinds of counts live here. The **cost model**
 (Memory³ §2 and appendix) reproduces the paper's formulas: what a reference of full length costs in
@@ -32,7 +32,7 @@ class Parameters(NamedTuple):
 
 
 def parameters(config: ConfigDict) -> Parameters:
-    """Parameters of the model, norms and biases included (method: L(2D² + 2·D·H·K + 3DF))."""
+    """Counts parameters, norms and biases included (method: L(2D² + 2·D·H·K + 3DF))."""
     model = config.model
     biases = _query_width(config) + 2 * _kv_width(config) if model.attention_bias else 0
     norms = 2 * model.hidden + (2 * model.head_dim if model.qk_norm else 0)
@@ -67,7 +67,7 @@ def _mlp_weights(config: ConfigDict) -> int:
 
 # -- the paper's cost model ------------------------------------------------------------------------
 def implicit_write(config: ConfigDict) -> float:
-    """FLOP to train once on a reference inside a row: the floor of writing it into parameters."""
+    """Counts FLOP to train once on a reference: the floor of writing it into parameters."""
     model, length = config.model, config.memory.reference_length
     layer = length * (_projection_weights(config) + _mlp_weights(config))
     layer += 2 * length * (config.data.sequence_length / 2) * _query_width(config)
@@ -75,7 +75,7 @@ def implicit_write(config: ConfigDict) -> float:
 
 
 def explicit_write(config: ConfigDict) -> float:
-    """FLOP to write one explicit memory: layers up to the last memory layer, without its MLP."""
+    """Counts FLOP to write one explicit memory: up to the last memory layer, without its MLP."""
     length, width = config.memory.reference_length, _query_width(config)
     layers = config.memory.first_layer + config.memory.layers
     attention = layers * (length * _projection_weights(config) + length**2 * width)
@@ -84,14 +84,14 @@ def explicit_write(config: ConfigDict) -> float:
 
 
 def explicit_read(config: ConfigDict) -> float:
-    """FLOP for one chunk to attend to one explicit memory."""
+    """Counts FLOP for one chunk to attend to one explicit memory."""
     memory = config.memory
     pairs = memory.chunk_length * memory.kept_tokens
     return 2.0 * 2 * pairs * _reading_width(config)
 
 
 def text_read(config: ConfigDict) -> float:
-    """FLOP for one chunk to read a reference as text in its context, as RAG does at every use."""
+    """Counts FLOP for a chunk to read a reference as text, as RAG does at every use."""
     model, memory = config.model, config.memory
     length = memory.reference_length
     keys = length / 2 + memory.chunk_length
@@ -100,7 +100,7 @@ def text_read(config: ConfigDict) -> float:
 
 
 def usage_interval(config: ConfigDict) -> tuple[float, float]:
-    """Expected uses (low, high) of a piece of knowledge between which explicit memory is cheapest.
+    """Returns the expected uses (low, high) between which explicit memory is cheapest.
 
     Below `low` reading text is cheaper, above `high` training it into the parameters is.
     """
@@ -109,21 +109,21 @@ def usage_interval(config: ConfigDict) -> tuple[float, float]:
 
 
 def row_generation(config: ConfigDict, tokens: int = 256) -> float:
-    """FLOP of the layers, without the LM head, to process a row of `tokens` tokens, no memories."""
+    """Counts FLOP of the layers, without LM head and memories, for a row of `tokens` tokens."""
     products = tokens * (_projection_weights(config) + _mlp_weights(config))
     attention = 2 * tokens * (tokens / 2) * _query_width(config)
     return 2 * config.model.layers * (products + attention)
 
 
 def prompt_read_share(config: ConfigDict, tokens: int = 256) -> float:
-    """FLOP of reading all memories of a row of `tokens` tokens, over its `row_generation`."""
+    """Returns FLOP of reading all memories of a row of `tokens` tokens over `row_generation`."""
     memories = tokens // config.memory.chunk_length * config.memory.per_prompt_chunk
     return memories * explicit_read(config) / row_generation(config, tokens)
 
 
 # -- storage ---------------------------------------------------------------------------------------
 def memory_bytes(config: ConfigDict, bytes_per_vector: float | None = None) -> float:
-    """Bytes of one explicit memory with all its slots filled.
+    """Counts bytes of one explicit memory with all its slots filled.
 
     Args:
       config: a validated config.
@@ -137,65 +137,60 @@ def memory_bytes(config: ConfigDict, bytes_per_vector: float | None = None) -> f
 
 
 def full_memory_bytes(config: ConfigDict) -> float:
-    """Bytes of all keys and values of a reference: every layer, query head and token."""
+    """Counts bytes of all keys and values of a reference: every layer, query head and token."""
     vector = config.model.head_dim * jnp.dtype(config.memory.dtype).itemsize
     heads = config.model.layers * config.model.query_heads
     return 2 * heads * config.memory.reference_length * vector
 
 
 # -- useful work of our programs -------------------------------------------------------------------
-def forward(
-    config: ConfigDict,
-    rows: int | None = None,
-    sequence_length: int | None = None,
-    *,
-    prefix_tokens: int | None = None,
-) -> float:
-    """FLOP of the logits of `rows` rows that read memories unless `memory.source` is none.
+def forward(config: ConfigDict) -> float:
+    """Counts FLOP of the logits of a batch of rows that read memories unless `memory.source` is
+    none.
 
     References encoded in the step (`config.IN_STEP`) are counted too. Hidden memories
     (`memory.dropout`) count as read: the kernels compute them.
-
-    Args:
-      config: a validated config.
-      rows: default `data.batch_size`.
-      sequence_length: tokens of a row, a multiple of `memory.chunk_length` where there are
-        memories; default `data.sequence_length`.
-      prefix_tokens: default PREFIX_TOKENS where rows begin with the prefix, else 0.
     """
-    rows = config.data.batch_size if rows is None else rows
-    tokens = config.data.sequence_length if sequence_length is None else sequence_length
-    total = _context_forward(config, rows, tokens, prefix_tokens)
+    total = _context_forward(config)
     if config.memory.source in IN_STEP:
-        total += _encode(config, _row_references(config, rows, tokens))
+        total += writer(config, _row_references(config))
     return total
 
 
 def train_step(config: ConfigDict) -> float:
-    """Useful FLOP of one optimizer step over the whole batch: forward, and backward at twice that.
+    """Counts useful FLOP of an optimizer step: forward, and backward at twice that.
 
-    What recomputation (`model.remat`) and accumulation (`train.microbatches`) do costs time, not
-    useful work. In online training the selection of tokens has no gradient: its scores, and the
+    Recomputation (`model.remat`) and accumulation (`train.microbatches`) cost time, not useful
+    work. In online training the selection of tokens has no gradient: its scores, and the
     last memory layer's reference queries, which serve nothing else, count in the forward only. With
     `memory.source = stop_gradient` all of the encoding does.
     """
-    rows, tokens = config.data.batch_size, config.data.sequence_length
-    total = 3 * _context_forward(config, rows, tokens, None)
+    references = _row_references(config)
+    total = 3 * _context_forward(config)
     if config.memory.source == "online":
-        references = _row_references(config, rows, tokens)
-        total += 3 * _encode(config, references) - 2 * _selection(config, references)
+        total += 3 * writer(config, references) - 2 * _selection(config, references)
     if config.memory.source == "stop_gradient":
-        total += _encode(config, _row_references(config, rows, tokens))
+        total += writer(config, references)
     return total
 
 
 def writer(config: ConfigDict, references: int) -> float:
-    """FLOP to write the memories of `references` references, all of full length."""
-    return _encode(config, references)
+    """Counts FLOP to write the memories of `references` references, all of full length.
+
+    Layers up to the last memory layer, which stops after selecting its keys and values.
+    """
+    model, memory = config.model, config.memory
+    length, width = memory.reference_length, _query_width(config)
+    before_last = memory.first_layer + memory.layers - 1
+    pairs = length * (length + 1) // 2 + length * PREFIX_TOKENS
+    layer = length * (_projection_weights(config) + _mlp_weights(config)) + 2 * pairs * width
+    last = length * model.hidden * 2 * _kv_width(config)
+    selection = _selection(config, references)
+    return 2.0 * references * (before_last * layer + last) + selection
 
 
 def decode_step(config: ConfigDict, rows: int, context: int, memories: int | None = None) -> float:
-    """FLOP to decode one token of each row.
+    """Counts FLOP to generate one token of each row.
 
     Args:
       config: shape, and where memories are.
@@ -211,7 +206,7 @@ def decode_step(config: ConfigDict, rows: int, context: int, memories: int | Non
 
 
 def decode_bytes(config: ConfigDict, rows: int, context: int, memories: int | None = None) -> float:
-    """Bytes that decoding one token of each row reads: weights once, and keys and values.
+    """Counts bytes read to generate one token of each row: weights once, keys and values.
 
     Arguments as in `decode_step`; all numbers are in `model.compute_dtype`.
     """
@@ -228,17 +223,16 @@ def _memory_slots(config: ConfigDict, memories: int | None) -> int:
     return count * config.memory.kept_tokens
 
 
-def _row_references(config: ConfigDict, rows: int, tokens: int) -> int:
-    return rows * (tokens // config.memory.chunk_length) * config.memory.per_chunk
+def _row_references(config: ConfigDict) -> int:
+    chunks = config.data.sequence_length // config.memory.chunk_length
+    return config.data.batch_size * chunks * config.memory.per_chunk
 
 
-def _context_forward(
-    config: ConfigDict, rows: int, tokens: int, prefix_tokens: int | None
-) -> float:
+def _context_forward(config: ConfigDict) -> float:
     model, memory = config.model, config.memory
+    rows, tokens = config.data.batch_size, config.data.sequence_length
     with_memory = memory.source != "none"
-    if prefix_tokens is None:
-        prefix_tokens = PREFIX_TOKENS if with_memory or model.prefix == "always" else 0
+    prefix_tokens = PREFIX_TOKENS if with_memory or model.prefix == "always" else 0
     pairs = tokens * (tokens + 1) // 2 + tokens * prefix_tokens  # causal triangle, prefix
     weights = model.layers * (_projection_weights(config) + _mlp_weights(config))
     products = tokens * (weights + model.hidden * model.vocabulary)
@@ -255,18 +249,6 @@ def _memory_pairs(config: ConfigDict, tokens: int) -> int:
     window = min(chunks, memory.window)
     reads = chunks * window - window * (window - 1) // 2
     return reads * memory.chunk_length * memory.per_chunk * memory.kept_tokens
-
-
-def _encode(config: ConfigDict, references: int) -> float:
-    """Layers up to the last memory layer, which stops after selecting its keys and values."""
-    model, memory = config.model, config.memory
-    length, width = memory.reference_length, _query_width(config)
-    before_last = memory.first_layer + memory.layers - 1
-    pairs = length * (length + 1) // 2 + length * PREFIX_TOKENS
-    layer = length * (_projection_weights(config) + _mlp_weights(config)) + 2 * pairs * width
-    last = length * model.hidden * 2 * _kv_width(config)
-    selection = _selection(config, references)
-    return 2.0 * references * (before_last * layer + last) + selection
 
 
 def _selection(config: ConfigDict, references: int) -> float:
