@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
-from jax._src import clusters
 from ml_collections import ConfigDict
 
 import m3jax
 from m3jax.errors import ProcessError
+from m3jax.private_apis import coordination_client, detect_cluster
 from m3jax.watch import (
     LONGEST_WAIT,
     ROOT,
@@ -30,7 +30,6 @@ from m3jax.watch import (
     Report,
     Watch,
     address_of,
-    client_of,
 )
 
 _meetings = itertools.count()
@@ -88,7 +87,7 @@ def meet(name: str) -> None:
     Args:
       name: the same on all processes; all of them meet in the same order.
     """
-    client = client_of()
+    client = coordination_client()
     if client is not None and jax.process_count() > 1:
         client.wait_at_barrier(f"{ROOT}/meet/{next(_meetings)}/{name}", 1000 * LONGEST_WAIT)
 
@@ -123,9 +122,7 @@ def _detected(processes: Processes) -> Processes:
     if processes.coordinator is not None:
         return processes
     try:
-        address, count, index, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-            None, None, None, None, None, processes.join_timeout
-        )
+        address, count, index, devices = detect_cluster(processes.join_timeout)
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         raise ProcessError(f"--distributed: the cluster gives no processes: {error}") from error
     if address is None or count is None or index is None:
@@ -218,7 +215,7 @@ def _facts(config: ConfigDict) -> dict[str, Any]:
 
 def _agree(processes: Processes, facts: Mapping[str, Any]) -> None:
     """Refuses other facts than those of process 0, on all processes alike."""
-    client = client_of()
+    client = coordination_client()
     client.key_value_set(f"{ROOT}/facts/{processes.index}", json.dumps(facts))
     assert processes.count is not None
     everyone = []

@@ -26,7 +26,7 @@ MeshAxes = str | tuple[str, ...] | None
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Which mesh axes a logical axis is split over.
+    """Mesh axes over which logical axes are split.
 
     Attributes:
       kind: what the rules are for, in messages.
@@ -37,7 +37,7 @@ class Rules:
     mesh_axes: Mapping[str, MeshAxes]
 
     def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
-        """The partition of an array with these logical axes.
+        """Returns the partition of an array with these logical axes.
 
         Raises:
           ConfigError: an axis without a rule, or two axes of the array on one mesh axis.
@@ -82,7 +82,7 @@ ACTIVATIONS = Rules("activation", {"batch": BATCH_AXES, "kv_heads": "tensor"})
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of a config, with the axes `AXES`; `mesh.fsdp = -1` takes all devices left.
+    """Makes the mesh of a config, with the axes `AXES`; `mesh.fsdp = -1` takes all devices left.
 
     Axes are of type Auto: the compiler places what the rules leave open. A single process may use
     fewer devices than there are; several processes must use all of them. Devices are ordered so
@@ -122,7 +122,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def local_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh for what every process computes alone: rows are split over all of its devices.
+    """Makes a mesh for what every process computes alone: rows are split over all of its devices.
 
     Args:
       devices: devices of this process; default all.
@@ -133,7 +133,7 @@ def local_mesh(devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def writer_mesh(config: ConfigDict) -> Mesh | None:
-    """The mesh on which this process alone encodes references: all of its devices, or None for one.
+    """Makes the mesh on which this process alone encodes references; None on one device.
 
     Of the config's sizes only `mesh.tensor` counts, so that one config serves hosts and pods.
 
@@ -150,7 +150,7 @@ def writer_mesh(config: ConfigDict) -> Mesh | None:
 
 
 def _arrange(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
-    """Devices in the shape of the mesh, along the links of the machine."""
+    """Arranges devices in the shape of the mesh, along the links of the machine."""
     shape = tuple(sizes[axis] for axis in AXES)
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if len(slices) == 1:
@@ -166,8 +166,8 @@ def _arrange(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
 
 
 def _divisors(number: int, below: int = 1 << 30) -> str:
-    found = [size for size in range(1, min(number, below) + 1) if number % size == 0]
-    return ", ".join(map(str, found))
+    sizes = (size for size in range(1, min(number, below) + 1) if number % size == 0)
+    return ", ".join(map(str, sizes))
 
 
 def _check_shape(config: ConfigDict, sizes: Mapping[str, int]) -> None:
@@ -206,7 +206,7 @@ def _check_rows(config: ConfigDict, sizes: Mapping[str, int]) -> None:
 
 
 def parameter_shardings(mesh: Mesh, axes_tree: Any, shapes: Any, rules: Rules = PARAMETERS) -> Any:
-    """Shardings of a tree of parameters.
+    """Returns the shardings of a tree of parameters.
 
     Args:
       mesh: the mesh.
@@ -218,7 +218,7 @@ def parameter_shardings(mesh: Mesh, axes_tree: Any, shapes: Any, rules: Rules = 
       ConfigError: a dimension is not divisible by its mesh axis; names parameter, size and axis.
     """
 
-    def one(path: Any, leaf: Any, axes: Sequence[str | None]) -> NamedSharding:
+    def sharding(path: Any, leaf: Any, axes: Sequence[str | None]) -> NamedSharding:
         spec = rules.spec(axes)
         for axis, size, part in zip(axes, leaf.shape, spec, strict=True):
             names = (part,) if isinstance(part, str) else part or ()
@@ -231,16 +231,16 @@ def parameter_shardings(mesh: Mesh, axes_tree: Any, shapes: Any, rules: Rules = 
                 )
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(one, shapes, axes_tree)
+    return jax.tree_util.tree_map_with_path(sharding, shapes, axes_tree)
 
 
 def parameter_name(path: Any) -> str:
-    """A readable name of a leaf, `memory/query`."""
+    """Returns a readable name of a leaf, `memory/query`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
-    """Options of the compiler for programs on this mesh.
+    """Returns options of the compiler for programs on this mesh.
 
     On TPUs products next to a gather or scatter are by default unrolled into a ring of small ones:
     gradients would be added up in the dtype of the product, whatever the config says, and the
@@ -252,17 +252,17 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of anything whose first axis is the rows of a batch."""
+    """Returns the sharding of anything whose first axis is the rows of a batch."""
     return NamedSharding(mesh, ACTIVATIONS.spec(("batch",)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding of what every device holds whole."""
+    """Returns the sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def on_devices(mesh: Mesh | None, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """`function` of one device's parts as a function of global arrays (`jax.shard_map`).
+    """Makes `function` of one device's parts a function of global arrays (`jax.shard_map`).
 
     Args:
       mesh: the mesh; None, or one device: the function itself.
@@ -277,19 +277,19 @@ def on_devices(mesh: Mesh | None, function: Callable, in_specs: Any, out_specs: 
 
 
 class HostRows(NamedTuple):
-    """The rows of a global batch that this process loads, in the order it loads them."""
+    """Rows of a global batch that this process loads, in the order it loads them."""
 
     ids: Int[np.ndarray, " rows"]
     total: int  # rows of the global batch
 
     def find(self, low: int, high: int) -> slice:
-        """Where the global rows `low … high − 1` of a device lie among the loaded ones."""
+        """Finds the global rows `low … high − 1` of a device among the loaded ones."""
         first = int(np.searchsorted(self.ids, low))
         return slice(first, first + high - low)
 
 
 def host_rows(mesh: Mesh, total: int) -> HostRows:
-    """The rows of a global batch of `total` rows that lie on devices of this process.
+    """Returns the rows of a global batch of `total` rows on devices of this process.
 
     On a torus they need not be neighbours: hosts hold squares of chips, batches are split in lines.
 
@@ -308,22 +308,31 @@ def host_rows(mesh: Mesh, total: int) -> HostRows:
     return HostRows(np.unique(np.concatenate([np.arange(*span) for span in sorted(spans)])), total)
 
 
-def to_global(mesh: Mesh, batch: Any, rows: HostRows) -> Any:
-    """Global arrays from the rows that this process loaded.
+def row_spec(axis: int) -> PartitionSpec:
+    """Returns the partition of an array whose axis of this number is the rows of a batch."""
+    return ACTIVATIONS.spec((*(None,) * axis, "batch"))
+
+
+def to_global(mesh: Mesh, batch: Any, rows: HostRows, row_axes: Any = 0) -> Any:
+    """Makes global arrays from the rows that this process loaded.
 
     Args:
       mesh: the mesh.
-      batch: a tree of host arrays, first axis the rows `rows.ids`. They may be used without a copy:
+      batch: a tree of host arrays that hold the rows `rows.ids`. They may be used without a copy:
         do not write to them afterwards.
       rows: `host_rows` of the mesh.
+      row_axes: number of the axis of rows in every array, or in all.
     """
-    sharding = batch_sharding(mesh)
 
-    def one(x: np.ndarray) -> jax.Array:
+    def make(x: np.ndarray, axis: int) -> jax.Array:
         def part(index: Any) -> np.ndarray:
-            return x[rows.find(*index[0].indices(rows.total)[:2])]
+            own = rows.find(*index[axis].indices(rows.total)[:2])
+            return x[(slice(None),) * axis + (own,)]
 
-        return jax.make_array_from_callback((rows.total, *x.shape[1:]), sharding, part)
+        shape = (*x.shape[:axis], rows.total, *x.shape[axis + 1 :])
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, row_spec(axis)), part)
 
+    if isinstance(row_axes, int):
+        row_axes = jax.tree.map(lambda _: row_axes, batch)
     with jax.transfer_guard("allow"):  # this is the explicit transfer; JAX does not count it so
-        return jax.tree.map(one, batch)
+        return jax.tree.map(make, batch, row_axes)

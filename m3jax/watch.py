@@ -12,12 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
-from jax._src import distributed as jax_distributed
 
 from m3jax.errors import ProcessError
+from m3jax.private_apis import coordination_client
 
 PROCESS_LOST = 3  # exit code of a process whose run lost another process
 ROOT = "m3jax"  # of our keys in the store of JAX's coordination service
@@ -39,11 +38,6 @@ def address_of(coordinator: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def client_of() -> Any:
-    """Returns JAX's client of its coordination service; None for a process on its own."""
-    return jax_distributed.global_state.client
-
-
 class Watch:
     """Says every few seconds that this process lives, and hears of others that failed.
 
@@ -60,7 +54,7 @@ class Watch:
         self._thread.start()
 
     def _run(self) -> None:
-        client, beat = client_of(), 0
+        client, beat = coordination_client(), 0
         while True:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # JAX ends what has no service
                 client.key_value_set(f"{ROOT}/beat/{self.me}", str(beat), allow_overwrite=True)
@@ -76,7 +70,7 @@ class Watch:
                 return
 
     def _read(self, folder: str) -> dict[int, str]:
-        pairs = client_of().key_value_dir_get(f"{ROOT}/{folder}/")
+        pairs = coordination_client().key_value_dir_get(f"{ROOT}/{folder}/")
         return {int(key.rpartition("/")[2]): value for key, value in pairs}
 
     def _end_because(self, failed: Mapping[int, str]) -> None:
@@ -94,7 +88,9 @@ class Watch:
 
     def _mark(self, folder: str, text: str) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            client_of().key_value_set(f"{ROOT}/{folder}/{self.me}", text, allow_overwrite=True)
+            coordination_client().key_value_set(
+                f"{ROOT}/{folder}/{self.me}", text, allow_overwrite=True
+            )
 
     def fail(self, error: BaseException, report: Report) -> None:
         """Tells the others why this process ends, and ends it."""
@@ -152,7 +148,7 @@ class Watch:
     def wait_for_all(self) -> None:
         """Returns when all processes are here; `_run` or JAX ends the wait when one dies."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            client_of().wait_at_barrier(f"{ROOT}/end", 1000 * LONGEST_WAIT)
+            coordination_client().wait_at_barrier(f"{ROOT}/end", 1000 * LONGEST_WAIT)
 
     def close(self) -> None:
         self._stop.set()

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import processes
 import pytest
-from jax._src import clusters
 
 from m3jax import cli, distributed
 from m3jax.config import default
@@ -116,9 +115,7 @@ def test_a_port_that_is_taken_is_named():
 
 def test_no_cluster_is_an_error(monkeypatch):
     nothing = (None, None, None, None)
-    monkeypatch.setattr(
-        clusters.ClusterEnv, "auto_detect_unset_distributed_params", lambda *_: nothing
-    )
+    monkeypatch.setattr(distributed, "detect_cluster", lambda _: nothing)
     with pytest.raises(ProcessError, match="no TPU pod, Slurm, Open MPI or Kubernetes job found"):
         enter(Processes())
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from m3jax import flops
@@ -27,11 +26,12 @@ from m3jax.data.batch import Batch
 from m3jax.errors import CompileError, ConfigError
 from m3jax.hardware import Chip, chip_of_topology
 from m3jax.make_model import make_model
-from m3jax.memory.bank import writer_params
+from m3jax.memory.binding import writer_params
 from m3jax.memory.codec import plain
 from m3jax.memory.encode import encode_program, input_shapes
-from m3jax.mesh import AXES, batch_sharding, make_mesh, parameter_shardings, replicated
+from m3jax.mesh import AXES, batch_sharding, make_mesh, parameter_shardings, replicated, row_spec
 from m3jax.model.attention_mask import ExplicitMemory, Packing
+from m3jax.private_apis import needed_bytes
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import abstract_state
 from m3jax.train.step import make_step
@@ -139,8 +139,10 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> Batch:
         logprobs = array(B, 2 * max(1, C // 4), dtype=jnp.float32)
         batch = batch._replace(answers=array(B, T), base_logprobs=logprobs)
     if memory.source == "precomputed":
-        slots = (B, C, M, memory.layers, model.kv_heads, memory.kept_tokens, model.head_dim)
-        stored = array(*slots, dtype=jnp.dtype(memory.dtype))
+        slots = (memory.layers, B, C, M, model.kv_heads, memory.kept_tokens, model.head_dim)
+        stored: Any = jax.ShapeDtypeStruct(
+            slots, jnp.dtype(memory.dtype), sharding=NamedSharding(mesh, row_spec(1))
+        )
         batch = batch._replace(memory=ExplicitMemory(stored, stored, array(B, C, M)))
     if memory.source in IN_STEP:
         batch = batch._replace(reference_tokens=array(B, C, M, memory.reference_length))
@@ -153,7 +155,7 @@ def _compile(function: Any, *arguments: Any) -> CompiledProgram:
     try:
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = _needed_bytes(str(error))
+        needed = needed_bytes(str(error))
         if needed is None:
             raise
         seconds = time.perf_counter() - start
@@ -170,15 +172,6 @@ def _compile(function: Any, *arguments: Any) -> CompiledProgram:
         "peak": peak,
     }
     return CompiledProgram(traced.jaxpr, compiled.as_text(), memory, True, seconds)
-
-
-def _needed_bytes(message: str) -> float | None:
-    """Bytes that the compiler says it would need, where it ran out of a chip's memory."""
-    if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
-        return None
-    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    sizes = re.findall(r"([\d.]+)([KMGT])i?B?\b", message)
-    return max((float(size) * units[unit] for size, unit in sizes), default=float("nan"))
 
 
 def compile_report(

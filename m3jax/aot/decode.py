@@ -65,7 +65,7 @@ def arguments(config: ConfigDict, mesh: Mesh, context: int) -> tuple[Decoder, tu
     params = jax.eval_shape(lambda p: unstack(model, p), model.abstract()[0])
 
     def stored(*lead: int) -> ExplicitMemory:
-        size = (*lead, memory.layers, shape.kv_heads, memory.kept_tokens, shape.head_dim)
+        size = (memory.layers, *lead, shape.kv_heads, memory.kept_tokens, shape.head_dim)
         values: Any = jax.ShapeDtypeStruct(size, jnp.dtype(memory.dtype))
         length: Any = jax.ShapeDtypeStruct(lead, jnp.int32)
         return ExplicitMemory(values, values, length)

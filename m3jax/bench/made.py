@@ -15,7 +15,8 @@ from m3jax import config as config_lib
 from m3jax.config import PREFIX_TOKENS
 from m3jax.memory import codec as codecs
 from m3jax.memory import storage
-from m3jax.memory.bank import Bank, make_binding
+from m3jax.memory.bank import Bank
+from m3jax.memory.binding import make_binding
 from m3jax.memory.codec import Codec
 from m3jax.memory.quantizer import Codebook
 from m3jax.memory.write import finish, make_manifest, prepare_folder

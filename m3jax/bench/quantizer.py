@@ -53,9 +53,9 @@ def quantizer(
     training = {"train": time.perf_counter() - begin}
     errors = {}
     for name, sample in (("m3jax", held_out), ("m3jax_training", x[:tested])):
-        code = quantization.encode(book, sample)
+        code = quantization.quantize(book, sample)
         errors[name] = quantization.relative_error(book, sample, code)
-    code = quantization.encode(book, held_out, candidates=1)
+    code = quantization.quantize(book, held_out, candidates=1)
     errors["m3jax_single_candidate"] = quantization.relative_error(book, held_out, code)
 
     calls: dict[str, Callable[[], Any]] = {}
@@ -75,9 +75,9 @@ def quantizer(
         calls["encode_faiss"] = lambda: index.sa_encode(held_out)
         calls["dequantize_faiss"] = lambda: index.sa_decode(code)
     placed, placed_code = jnp.asarray(held_out), jnp.asarray(code)
-    encode = jax.jit(lambda x: quantization.encode(book, x, candidates=1))
+    encode = jax.jit(lambda x: quantization.quantize(book, x, candidates=1))
     known = jax.tree.map(np.asarray, book)  # as a bank's codec has it
-    dequantize = jax.jit(lambda code: quantization.decode(known, code))
+    dequantize = jax.jit(lambda code: quantization.dequantize(known, code))
     calls["encode"] = lambda: encode(placed).block_until_ready()
     calls["dequantize"] = lambda: dequantize(placed_code).block_until_ready()
     while True:

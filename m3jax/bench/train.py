@@ -25,10 +25,11 @@ from m3jax.memory import codec as codecs
 from m3jax.memory.bank import Bank
 from m3jax.memory.storage import CODEBOOK
 from m3jax.memory.write import write_bank
-from m3jax.mesh import host_rows, make_mesh, to_global
+from m3jax.mesh import host_rows, make_mesh
 from m3jax.quickstart import people
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
+from m3jax.train.loss import place_batch
 from m3jax.train.monitor import Monitor
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import abstract_state, init_state
@@ -194,7 +195,7 @@ class _Stage:
 
     def _place(self, batch: Batch) -> Batch:
         rows = host_rows(self.mesh, self.pipeline.batch_size)
-        return to_global(self.mesh, batch.for_step(), rows)
+        return place_batch(self.mesh, batch, rows)
 
     def _run(self, batch: Batch) -> None:
         self.state, metrics = self.step(self.state, batch, *self.scale)

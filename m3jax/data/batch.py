@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from m3jax.model.attention_mask import ExplicitMemory, Packing
@@ -14,7 +15,7 @@ class Batch(NamedTuple):
 
     tokens, targets: `(B, T)` int32.
     weights: of the targets, `(B, T)` float32.
-    memory: axes `(B, C, M, L, K, P, H)`, or as the bank stores it (`Pipeline.dequantize`); of
+    memory: axes `(L, B, C, M, K, P, H)`, or as the bank stores it (`Codec.dequantize`); of
       `memory.source = precomputed`.
     reference_tokens: `(B, C, M, W)` int32; of references that are encoded in the step.
     reference_ids: `(B, C, M)` int32, −1 = none; None without references, and in a step.
@@ -38,6 +39,13 @@ class Batch(NamedTuple):
     def for_step(self) -> Batch:
         """Returns the batch without reference ids, which no step reads."""
         return self._replace(reference_ids=None)
+
+    def row_axes(self) -> Any:
+        """Returns a batch of the number of the axis of rows in every array."""
+        axes = jax.tree.map(lambda _: 0, self)
+        if self.memory is None:
+            return axes
+        return axes._replace(memory=axes.memory._replace(keys=1, values=1))
 
     def without_memory(self) -> Batch:
         """Returns the batch without memories and references."""

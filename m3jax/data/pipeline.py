@@ -8,7 +8,7 @@ training.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ from m3jax.knowledge.versions import (
     open_version,
 )
 from m3jax.memory.bank import Bank
-from m3jax.memory.delta_bank import LayeredBank
-from m3jax.model.attention_mask import ExplicitMemory, Packing
+from m3jax.memory.reader import BankReader, Dequantize
+from m3jax.model.attention_mask import Packing
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
 from m3jax.text.references import ReferenceReader
@@ -67,7 +67,7 @@ class Pipeline:
         tokenizer: Tokenizer,
         references: ReferenceReader | None = None,
         retriever: Retriever | None = None,
-        bank: Bank | LayeredBank | None = None,
+        bank: BankReader | None = None,
         *,
         shift: int,
         batch_size: int,
@@ -148,9 +148,9 @@ class Pipeline:
         return iter(steps.to_iter_dataset(options))
 
     @property
-    def dequantize(self) -> Callable[[ExplicitMemory], ExplicitMemory] | None:
-        """Returns what dequantizes the memories of batches; None where they are stored plain."""
-        return None if self.bank is None or self.bank.codec.plain else self.bank.codec.decode
+    def dequantize(self) -> Dequantize | None:
+        """Dequantizes the memories of batches; None if they are plain keys and values."""
+        return None if self.bank is None else self.bank.dequantize
 
     def report(self) -> dict[str, int]:
         """Returns counters since the start: of chunks, and of retriever and bank."""

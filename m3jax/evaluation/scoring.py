@@ -16,8 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float64, Int
 from tqdm import tqdm
 
-from m3jax.memory.bank import Bank
-from m3jax.memory.delta_bank import LayeredBank
+from m3jax.memory.reader import BankReader
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
@@ -146,7 +145,7 @@ class Scorer:
         self,
         pairs: Sequence[Pair],
         ids: Sequence[Int[np.ndarray, "_ M"]] | None = None,
-        bank: Bank | LayeredBank | None = None,
+        bank: BankReader | None = None,
         *,
         progress: bool = False,
     ) -> Scores:
@@ -175,7 +174,7 @@ class Scorer:
         return Scores(logprob, greedy)
 
     def _memory(
-        self, ids: Sequence[np.ndarray], bank: Bank | LayeredBank | None, rows: Rows
+        self, ids: Sequence[np.ndarray], bank: BankReader | None, rows: Rows
     ) -> ExplicitMemory:
         assert bank is not None
         chunks = np.arange(rows.tokens.shape[1] // self.model.memory.chunk_length)

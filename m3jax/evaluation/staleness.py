@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from m3jax.checkpoint import restore_params
 from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import Pipeline, open_pipeline
+from m3jax.inference.cold_start import ColdMemories
 from m3jax.make_model import make_model
-from m3jax.memory.delta_bank import AnyBank, LayeredBank
 from m3jax.memory.document_context import writer_settings
-from m3jax.memory.encode import Clock, Encoder, ReferenceSet
-from m3jax.model.attention_mask import ExplicitMemory
-from m3jax.model.transformer import Model
 from m3jax.train.evaluator import LossEvaluator
 from m3jax.train.refresh import compare_memories
 
@@ -98,12 +95,11 @@ def measure_staleness(
     assert bank is not None and references is not None
     with config.unlocked():
         config.writer.update(writer_settings(bank.binding.layout))
-    live = bank.numbering.live if isinstance(bank, LayeredBank) else np.arange(bank.size)
-    drawn = np.random.default_rng(0).permutation(live)[:sample]
+    drawn = np.random.default_rng(0).permutation(bank.live)[:sample]
     squares, floor = compare_memories(
         config, model, params, references, bank, np.sort(drawn), progress
     )
-    fresh = _Fresh(config, model, params, references, bank)
+    fresh = ColdMemories(config, model, params, references, codec=bank.codec)
     losses = _losses(config, pipeline, fresh, params)
     gains = losses["stored"] - losses["fresh"]
     many = len(gains) > 1
@@ -147,34 +143,8 @@ def staleness_table(staleness: Staleness) -> str:
     return "\n".join(lines)
 
 
-class _Fresh:
-    """Writes memories when they are read, and stores them as the codec of a bank does."""
-
-    def __init__(
-        self, config: ConfigDict, model: Model, params: Any, references: ReferenceSet, bank: AnyBank
-    ) -> None:
-        self.codec, self.kept = bank.codec, config.memory.kept_tokens
-        self.references = references
-        self.encoder = Encoder(config, model, params, references, bank.codec)
-
-    def read_stored(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
-        """Reads like `Bank.read_stored`."""
-        flat = ids.reshape(-1)
-        unique, place = np.unique(flat[flat >= 0], return_inverse=True)
-        if not unique.size:
-            unique, place = np.zeros(1, np.int64), np.zeros(0, np.int64)
-        both = np.concatenate(list(self.encoder.batches(unique, Clock())))
-        memories = np.zeros((flat.size, *both.shape[1:]), both.dtype)
-        memories[flat >= 0] = both[place]
-        length = np.zeros(flat.size, np.int32)
-        lengths = np.asarray(self.references.lengths)[flat[flat >= 0]]
-        length[flat >= 0] = np.minimum(lengths, self.kept)
-        parts: list[Any] = [memories[:, 0], memories[:, 1], length]
-        return ExplicitMemory(*(x.reshape(*ids.shape, *x.shape[1:]) for x in parts))
-
-
 def _losses(
-    config: ConfigDict, pipeline: Pipeline, fresh: _Fresh, params: Any
+    config: ConfigDict, pipeline: Pipeline, fresh: ColdMemories, params: Any
 ) -> dict[str, Float[np.ndarray, " batches"]]:
     """Loss of every validation batch with stored, fresh and no memories."""
     evaluator = LossEvaluator(config, pipeline)

@@ -1,28 +1,28 @@
-"""Cold start: writes a memory when its reference is first retrieved (Memory³ §3.5)."""
+"""Cold start: a memory is written when its reference is first read, and kept (Memory³ §3.5)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from m3jax.errors import BankError
 from m3jax.memory.cache import MemoryCache
-from m3jax.memory.codec import plain
+from m3jax.memory.codec import Codec, plain
 from m3jax.memory.encode import Clock, Encoder, ReferenceSet, memory_lengths
+from m3jax.memory.reader import MemoryReader
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
 
 
-class ColdMemories:
-    """Writes memories when they are first read and caches them; a reader like `Bank`.
+class ColdMemories(MemoryReader):
+    """Writes memories when they are first read, without a bank.
 
     Attributes:
-      codec: they are kept as they are.
+      codec: how they are stored.
       written: memories that were written since the start.
     """
 
@@ -32,8 +32,9 @@ class ColdMemories:
         model: Model,
         params: Params,
         references: ReferenceSet,
-        limit: int,
+        limit: int = 0,
         grows: bool = False,
+        codec: Codec | None = None,
     ) -> None:
         """Prepares the writer.
 
@@ -41,22 +42,19 @@ class ColdMemories:
           config: a validated config; `writer.batch_references` are encoded by one call.
           model: of the writer.
           params: the writer's parameters.
-          references: what is retrieved.
+          references: the knowledge base.
           limit: bytes of memories that are kept; those read longest ago are written again.
-          grows: whether references may be added later; there may be none yet.
+          grows: whether references may be added later; there may be none yet. Not with
+            `writer.document_context`.
+          codec: how to store them; default as they are.
 
         Raises:
-          BankError: nothing to write, or memories that depend on more than their reference.
+          BankError: there is nothing to write.
         """
-        if config.writer.document_context:
-            raise BankError(
-                "config.writer.document_context = True: a cold start encodes references alone;"
-                " write a bank (launch/write_bank.py)"
-            )
-        model_, memory = config.model, config.memory
-        self.codec = plain(model_.head_dim, memory.dtype)
-        self._shape = (memory.layers, model_.kv_heads, memory.kept_tokens, model_.head_dim)
-        self._dtype = np.dtype(jnp.dtype(memory.dtype))
+        memory = config.memory
+        self.codec = plain(config.model.head_dim, memory.dtype) if codec is None else codec
+        item = (memory.layers, config.model.kv_heads, memory.kept_tokens)
+        self._nothing = np.zeros((2, *self.codec.item_shape(*item)), self.codec.numpy_dtype)
         self._config, self._references = config, references
         self._lengths: Any = np.zeros(0, np.int32)
         self._encoder = Encoder(config, model, params, references, self.codec)
@@ -71,8 +69,8 @@ class ColdMemories:
         return len(self._references)
 
     def read_stored(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
-        """Reads like `Bank.read_stored`; writes memories that are not cached."""
-        unique, places = np.unique(ids, return_inverse=True)
+        """Reads memories as they are stored; writes those that are not kept."""
+        unique = np.unique(ids)
         if len(unique) and not -1 <= unique[0] <= unique[-1] < self.size:
             raise BankError(f"reference id {unique[-1]} is not among the {self.size} references")
         memories = dict(zip(unique.tolist(), self._cache.find(unique.tolist()), strict=True))
@@ -85,13 +83,15 @@ class ColdMemories:
                 self._cache.keep(i, memory)
         if len(self._lengths) < self.size:
             self._lengths = memory_lengths(self._config, self._references)
-        nothing = np.zeros((2, *self._shape), self._dtype)
-        stacked = np.stack([nothing if (m := memories[i]) is None else m for i in unique.tolist()])
-        both = stacked[places.reshape(-1)].reshape(*ids.shape, *stacked.shape[1:])
-        keys, values = np.moveaxis(both, ids.ndim, 0)
+        two, layers, *item = self._nothing.shape
+        both = np.empty((two, layers, ids.size, *item), self._nothing.dtype)
+        for place, i in enumerate(ids.reshape(-1).tolist()):
+            memory = memories[i]
+            both[:, :, place] = self._nothing if memory is None else memory
+        keys, values = both.reshape(two, layers, *ids.shape, *item)
         length: Any = np.append(self._lengths, 0)[ids]  # −1 is the last
         return ExplicitMemory(keys, values, length.astype(np.int32))
 
     def report(self) -> dict[str, int]:
-        """Returns the counters of the cache, and `written`."""
+        """Returns counters of the cache, and `written`."""
         return {**self._cache.report(), "written": self.written}

@@ -78,7 +78,6 @@ class Generator:
           observe: whether to report the attention that the memories received.
           longest: most tokens of prompt and text together.
         """
-        codec = None if memory_retriever is None else memory_retriever.memories.codec
         self.model, self.tokenizer, self.memory_retriever = model, tokenizer, memory_retriever
         self.decoder = Decoder(
             model,
@@ -86,7 +85,7 @@ class Generator:
             stop=tuple(stop),
             pad=PAD,
             usable=tokenizer.size,
-            dequantize=None if codec is None or codec.plain else codec.decode,
+            dequantize=None if memory_retriever is None else memory_retriever.memories.dequantize,
             observe=observe and memory_retriever is not None,
         )
         self.params = jax.jit(lambda p: unstack(model, p))(params)

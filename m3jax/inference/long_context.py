@@ -17,9 +17,10 @@ from jaxtyping import Int, Int32, UInt64
 
 from m3jax.errors import InferenceError
 from m3jax.inference.generate import Generator, Listener
-from m3jax.inference.memory_retrieval import Memories, MemoryRetriever
+from m3jax.inference.memory_retrieval import MemoryRetriever
 from m3jax.inference.results import Generation
 from m3jax.inference.retrieval_schedule import MemoryRetrieval
+from m3jax.memory.reader import MemoryReader
 from m3jax.retrieval.embedder import Embedder
 from m3jax.text.documents import Document
 from m3jax.text.reference_splitter import SHORTEST, Piece, cut_references
@@ -146,7 +147,7 @@ class LongContextRetriever(MemoryRetriever):
     def __init__(
         self,
         references: LongContextReferences,
-        memories: Memories,
+        memories: MemoryReader,
         tokenizer: Tokenizer,
         count: int,
     ) -> None:

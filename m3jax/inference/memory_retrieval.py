@@ -5,32 +5,15 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from m3jax.memory.codec import Codec
+from m3jax.memory.reader import MemoryReader
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.tokenizer import Tokenizer
-
-
-@runtime_checkable
-class Memories(Protocol):
-    """Interface of a source of memories: a `Bank`, a `LayeredBank`, or `ColdMemories`."""
-
-    codec: Codec
-
-    @property
-    def size(self) -> int:
-        """References."""
-
-    def read_stored(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
-        """Memories as they are stored; −1 is none."""
-
-    def report(self) -> dict[str, int]:
-        """Counters."""
 
 
 @dataclasses.dataclass
@@ -59,7 +42,7 @@ class MemoryRetriever:
     """
 
     def __init__(
-        self, retriever: Retriever | None, memories: Memories, tokenizer: Tokenizer, count: int
+        self, retriever: Retriever | None, memories: MemoryReader, tokenizer: Tokenizer, count: int
     ) -> None:
         """Takes the search and the bank of the same references.
 
@@ -111,7 +94,7 @@ class MemoryRetriever:
         return self.retriever.retrieve(queries, against, self.count)
 
     def read(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
-        """Reads memories as they are stored, `(*shape, L, K, P, width)`."""
+        """Reads memories as they are stored, `(L, *shape, K, P, width)`."""
         begin = time.perf_counter()
         memory = self.memories.read_stored(ids)
         number = int((ids >= 0).sum())

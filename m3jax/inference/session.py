@@ -20,11 +20,11 @@ from ml_collections import ConfigDict
 
 from m3jax.checkpoint import restore_params
 from m3jax.config import PREFIX_TOKENS, prefix_tokens
-from m3jax.errors import InferenceError
+from m3jax.errors import BankError, InferenceError
 from m3jax.inference.cold_start import ColdMemories
 from m3jax.inference.generate import Generator
 from m3jax.inference.long_context import LongContextReferences, LongContextRetriever
-from m3jax.inference.memory_retrieval import Memories, MemoryRetriever
+from m3jax.inference.memory_retrieval import MemoryRetriever
 from m3jax.inference.rag import with_references
 from m3jax.inference.sampling import Sampling
 from m3jax.knowledge.memory_writer import check_reader, restore_writer
@@ -38,8 +38,8 @@ from m3jax.knowledge.versions import (
 )
 from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
-from m3jax.memory.delta_bank import AnyBank
 from m3jax.memory.encode import ReferenceSet
+from m3jax.memory.reader import BankReader, MemoryReader
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.references import ReferenceReader
 from m3jax.text.tokenizer import Tokenizer
@@ -104,11 +104,11 @@ class Session:
         return open_retriever(self.config, self.version, self.references, limit, bank=bank)
 
     @cached_property
-    def bank(self) -> AnyBank:
+    def bank(self) -> BankReader:
         """Bank that the checkpoint reads; errors as of `open_bank`."""
         return self.open_bank(self._bank_folder)
 
-    def open_bank(self, folder: str | Path | None) -> AnyBank:
+    def open_bank(self, folder: str | Path | None) -> BankReader:
         """Opens a bank, None that of the version, and checks that the checkpoint reads it.
 
         Raises:
@@ -116,7 +116,7 @@ class Session:
         """
         cache = self.config.memory.cache_bytes
         if folder:
-            bank: AnyBank = Bank.open(folder, cache_bytes=cache)
+            bank: BankReader = Bank.open(folder, cache_bytes=cache)
         else:
             bank = open_bank(self.version, self.references, cache)
         check_bank(self.config, bank, self.references, self.tokenizer)
@@ -152,7 +152,7 @@ class Session:
             )
             written = self._cold(references, cold_bytes, batch, grows=True)
             return LongContextRetriever(references, written, self.tokenizer, count)
-        memories: Memories = self.bank
+        memories: MemoryReader = self.bank
         if mode == "cold":
             if self._cold_memories is None:
                 self._cold_memories = self._cold(self.references, cold_bytes, batch)
@@ -172,6 +172,11 @@ class Session:
     ) -> ColdMemories:
         """Memories of references by the writer that the checkpoint reads."""
         config = self.config.copy_and_resolve_references()
+        if config.writer.document_context:
+            raise BankError(
+                "config.writer.document_context = True: a cold start encodes references alone;"
+                " write a bank (launch/write_bank.py)"
+            )
         with config.unlocked():
             config.writer.batch_references = batch
         model = make_model(config, PREFIX_TOKENS)

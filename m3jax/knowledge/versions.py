@@ -29,8 +29,10 @@ from ml_collections import ConfigDict
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import TextError, VersionError
 from m3jax.files import checksum, read_sealed, write_sealed
-from m3jax.memory.bank import Bank, make_binding
-from m3jax.memory.delta_bank import LayeredBank
+from m3jax.memory.bank import Bank
+from m3jax.memory.binding import make_binding
+from m3jax.memory.delta_bank import DeltaBank
+from m3jax.memory.reader import BankReader
 from m3jax.retrieval.checkpoint_embedders import Ranking
 from m3jax.retrieval.delta_index import DeltaIndex
 from m3jax.retrieval.index import Index
@@ -278,7 +280,7 @@ def open_bank(version: Version, references: ReferenceReader, cache_bytes: int = 
     banks = [Bank.open(folder, None, cache_bytes) for folder in version.banks]
     if not isinstance(references, DeltaReferences):
         return banks[0]
-    return LayeredBank(banks, version.tombstones, references.fingerprint)
+    return DeltaBank(banks, version.tombstones, references.fingerprint)
 
 
 def open_retriever(
@@ -303,7 +305,7 @@ def open_retriever(
 
 def check_bank(
     config: ConfigDict,
-    bank: Bank | LayeredBank,
+    bank: BankReader,
     references: ReferenceReader,
     tokenizer: Tokenizer,
 ) -> None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -21,12 +21,13 @@ from m3jax.distributed import meet
 from m3jax.errors import BankError
 from m3jax.memory import codec as codecs
 from m3jax.memory import storage
-from m3jax.memory.bank import Bank
 from m3jax.memory.codec import Codec
-from m3jax.memory.delta_bank import LayeredBank
 from m3jax.memory.encode import Clock, Encoder, ReferenceSet
+from m3jax.memory.reader import BankReader
+from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
+from m3jax.private_apis import is_disk_full
 
 _WRITERS = 4  # threads that write shards
 _WAITING = 2 * _WRITERS  # most shards held in memory, written or waiting for a thread
@@ -41,7 +42,7 @@ class Build:
         manifest: dict[str, Any],
         missing: list[int],
         sources: Int[np.ndarray, " R"],
-        base: Bank | LayeredBank | None,
+        base: BankReader | None,
         codec: Codec,
     ):
         self.folder, self.manifest, self.missing = folder, manifest, missing
@@ -51,14 +52,14 @@ class Build:
         self.ids = self.members(missing)
         own = self.members(self.part)
         self.encoded = own[sources[own] < 0]
-        self.recode = jax.jit(codec.encode)
+        self.recode = jax.jit(codec.quantize)
 
     def span(self, shard: int) -> tuple[int, int]:
-        """First and last-plus-one memory of a shard."""
+        """Returns first and last-plus-one memory of a shard."""
         return shard * self.shard, min((shard + 1) * self.shard, self.size)
 
     def members(self, shards: list[int]) -> Int[np.ndarray, " n"]:
-        """Ids of the memories of shards."""
+        """Returns the ids of the memories of shards."""
         return np.concatenate([np.zeros(0, np.int64), *(np.arange(*self.span(i)) for i in shards)])
 
     def run(
@@ -106,7 +107,7 @@ class Build:
         }
 
     def shards(self, batches: Iterator[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-        """Every shard of this process with its memories as they are stored, copied or encoded."""
+        """Yields every shard of this process with its stored memories, copied or encoded."""
         dtype = np.dtype(jnp.dtype(self.manifest["dtype"]))
         batch = np.zeros((0, *self.manifest["shape"][1:]), dtype)
         for shard in self.part:
@@ -124,15 +125,12 @@ class Build:
             yield shard, memories
 
     def copy(self, ids: np.ndarray) -> np.ndarray:
-        """Memories of the base as this bank stores them."""
+        """Reads memories of the base as this bank stores them."""
         assert self.base is not None
         if codecs.same(self.base.codec, self.codec):
-            found = self.base.read_stored(ids)
-            return np.stack([found.keys, found.values], axis=1)
+            return _items(self.base.read_stored(ids))
         padded = np.pad(ids, (0, self.shard - len(ids)), constant_values=-1)  # one shape, one jit
-        found = self.base.read(padded)
-        both = np.stack([found.keys, found.values], axis=1)
-        return np.asarray(self.recode(both))[: len(ids)]
+        return np.asarray(self.recode(_items(self.base.read(padded))))[: len(ids)]
 
     def write(self, shards: Iterator[tuple[int, np.ndarray]], bar: tqdm) -> None:
         """Writes shards in parallel, each whole and in one call."""
@@ -183,11 +181,11 @@ class Build:
             )
 
     def failure(self, shard: int, error: Exception) -> BankError:
-        """What a failed write of a shard means. This process writes nothing else."""
+        """Explains a failed write of a shard; this process writes nothing else."""
         if jax.process_count() == 1:
             storage.remove_locks(self.folder)
         name = f"{self.folder}/{storage.shard_key(shard)}"
-        if "No space left" in str(error) or "quota exceeded" in str(error):
+        if is_disk_full(error):
             self.missing = storage.missing_shards(self.folder, self.manifest)
             free, needed = storage.free_bytes(self.folder) or 0, self.needed_bytes()
             size = storage.readable_size
@@ -203,9 +201,14 @@ class Build:
         )
 
     def needed_bytes(self) -> int:
-        """Bytes of the files of the missing shards: memories, checksums, index of 16 bytes each."""
+        """Returns the bytes of the missing shards' files: memories, checksums and index."""
         item = int(np.prod(self.manifest["shape"][1:]))
         item = item * np.dtype(jnp.dtype(self.manifest["dtype"])).itemsize + 4
         spans = [self.span(shard) for shard in self.missing]
         blocks = [(high - low) * item + 16 * self.shard + 4 for low, high in spans]
         return sum(-(-block // 4096) * 4096 for block in blocks)
+
+
+def _items(memory: ExplicitMemory) -> Shaped[np.ndarray, "n 2 L K P width"]:
+    """Returns memories `(L, n, K, P, width)` in the order of the bank's array."""
+    return np.stack([np.moveaxis(np.asarray(x), 0, 1) for x in memory[:2]], axis=1)

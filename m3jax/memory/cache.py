@@ -14,30 +14,30 @@ class MemoryCache:
 
     Attributes:
       limit: most bytes of memories that it holds; 0 holds none.
-      hits, misses: memories that were asked for and found, or not.
+      hits, misses: memories that were looked up and were cached, or not.
       bytes: of the memories in it.
     """
 
     def __init__(self, limit: int) -> None:
-        """Makes an empty one."""
+        """Makes an empty cache."""
         self.limit = limit
         self.hits = self.misses = self.bytes = 0
         self._kept: collections.OrderedDict[Hashable, np.ndarray] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def find(self, names: Sequence[Hashable]) -> list[np.ndarray | None]:
-        """What is there of memories, as arrays that are not to be written to."""
+        """Looks memories up; None where one is not cached. The arrays are read-only."""
         with self._lock:
-            found = [self._kept.get(name) for name in names]
-            for name, memory in zip(names, found, strict=True):
+            memories = [self._kept.get(name) for name in names]
+            for name, memory in zip(names, memories, strict=True):
                 if memory is not None:
                     self._kept.move_to_end(name)
-            here = sum(memory is not None for memory in found)
-            self.hits, self.misses = self.hits + here, self.misses + len(found) - here
-        return found
+            hits = sum(memory is not None for memory in memories)
+            self.hits, self.misses = self.hits + hits, self.misses + len(memories) - hits
+        return memories
 
     def keep(self, name: Hashable, memory: np.ndarray) -> None:
-        """Takes a memory, which nobody writes to any more; those used longest ago leave for it."""
+        """Caches a memory, which nobody writes to any more; drops the least recently used ones."""
         if memory.nbytes > self.limit:
             return
         with self._lock:
@@ -48,7 +48,7 @@ class MemoryCache:
                 self.bytes -= self._kept.popitem(last=False)[1].nbytes
 
     def report(self) -> dict[str, int]:
-        """`cache_hits` and `cache_misses` since the start, `cache_bytes` now."""
+        """Returns `cache_hits` and `cache_misses` since the start, `cache_bytes` now."""
         with self._lock:
             return {
                 "cache_hits": self.hits,

@@ -1,4 +1,4 @@
-"""The memories in a bank's shards: each read once, out of RAM where it is, and damage by name."""
+"""Reads memories from shard files: deduplicates ids, serves cached ones, names damaged files."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 
 from m3jax.errors import BankError
 from m3jax.memory.cache import MemoryCache
 from m3jax.memory.http_probe import require_served
 from m3jax.memory.shard_reader import open_reader
 from m3jax.memory.storage import WRITE_AGAIN, is_http, open_array, shard_key, shards_of
+from m3jax.private_apis import is_damaged, is_missing, reason_of
 
 _ATTEMPTS = 3  # at memories whose fault passes
 
 
 class Shards:
-    """Random access to memories as they are stored. Safe to use from several threads.
+    """Reads memories as they are stored. Safe to use from several threads.
 
     Attributes:
-      cache: memories read last, in RAM; the banks of a `LayeredBank` share one.
+      cache: memories read last, in RAM; the banks of a `DeltaBank` share one.
     """
 
     def __init__(self, folder: str | Path, manifest: dict[str, Any], cache_bytes: int):
@@ -33,58 +34,61 @@ class Shards:
         self._reader = open_reader(folder, manifest)
 
     def read(
-        self, ids: Int[np.ndarray, " n"], wanted: Bool[np.ndarray, " n"], both: np.ndarray
+        self,
+        ids: Int[np.ndarray, " n"],
+        selected: Bool[np.ndarray, " n"],
+        memories: Shaped[np.ndarray, "n 2 L K P width"],
     ) -> None:
         """Reads memories; one that occurs more than once is read once.
 
         Args:
-          ids: which; those wanted are in the bank.
-          wanted: which of them; the others' places are not touched.
-          both: keys and values `(2, n, …)` of the stored dtype, filled here.
+          ids: of memories in the bank, where they are selected.
+          selected: which of them to read; the rows of others are not touched.
+          memories: filled here; of the stored dtype and any strides but those of the last three
+            axes, which are contiguous.
 
         Raises:
           BankError: a damaged or missing shard, naming its file, or a server that is gone.
         """
         _, first, copies = np.unique(ids, return_index=True, return_inverse=True)
-        once = np.zeros_like(wanted)
-        once[first] = wanted[first]
+        once = np.zeros_like(selected)
+        once[first] = selected[first]
         if self.cache.limit:
-            self._read_cached(ids, once, both)
+            self._read_cached(ids, once, memories)
         else:
-            self._read_files(ids, once, both)
-        again = np.flatnonzero(wanted & ~once)
+            self._read_files(ids, once, memories)
+        again = np.flatnonzero(selected & ~once)
         if again.size:
-            both[:, again] = both[:, first[copies[again]]]
+            memories[again] = memories[first[copies[again]]]
 
-    def _read_cached(self, ids: np.ndarray, wanted: np.ndarray, both: np.ndarray) -> None:
-        places = np.flatnonzero(wanted)
+    def _read_cached(self, ids: np.ndarray, selected: np.ndarray, memories: np.ndarray) -> None:
+        places = np.flatnonzero(selected)
         names = [(self._folder, int(i)) for i in ids[places]]
-        missing = np.zeros_like(wanted)
+        missing = np.zeros_like(selected)
         for place, memory in zip(places, self.cache.find(names), strict=True):
             if memory is None:
                 missing[place] = True
             else:
-                both[:, place] = memory
+                memories[place] = memory
         if not missing.any():
             return
-        self._read_files(ids, missing, both)
+        self._read_files(ids, missing, memories)
         for place, name in zip(places, names, strict=True):
             if missing[place]:
-                self.cache.keep(name, both[:, place].copy())
+                self.cache.keep(name, memories[place].copy())
 
-    def _read_files(self, ids: np.ndarray, wanted: np.ndarray, both: np.ndarray) -> None:
-        if self._reader.read(ids, wanted, both[0], both[1]):
+    def _read_files(self, ids: np.ndarray, selected: np.ndarray, memories: np.ndarray) -> None:
+        if self._reader.read(ids, selected, memories):
             return
         require_served(self._folder)
-        target = ts.array(both)[ts.d[0, 1].transpose[1, 0]]
-        self._read_slowly(ids[wanted], target[np.flatnonzero(wanted)])
+        self._read_slowly(ids[selected], ts.array(memories)[np.flatnonzero(selected)])
 
     def _read_slowly(self, ids: np.ndarray, target: ts.TensorStore) -> None:
         """Reads memories into a TensorStore view of a buffer, or names what is damaged.
 
         A fault that a second look does not find has passed: the memories are read again.
         """
-        of = ids // self._manifest["shard_memories"]
+        shards = ids // self._manifest["shard_memories"]
         for _ in range(_ATTEMPTS):
             try:
                 target.write(self._array[ids]).result()
@@ -92,8 +96,10 @@ class Shards:
             except ValueError as error:
                 # The slow way to the file's name: it does not depend on how messages are worded.
                 array = open_array(self._folder, self._manifest)
-                found = [self._problem(array, i, ids[of == i]) for i in np.unique(of).tolist()]
-                problems = "; ".join(filter(None, found))
+                each = (
+                    self._problem(array, i, ids[shards == i]) for i in np.unique(shards).tolist()
+                )
+                problems = "; ".join(filter(None, each))
                 cause = error
             if problems:
                 break
@@ -109,23 +115,23 @@ class Shards:
         """Reads everything; returns files of damaged or missing shards, and the reasons."""
         array = open_array(self._folder, self._manifest)
         shards = range(shards_of(self._manifest))
-        found = ((shard_key(shard), self._problem(array, shard)) for shard in shards)
-        return [(name, problem) for name, problem in found if problem]
+        problems = ((shard_key(shard), self._problem(array, shard)) for shard in shards)
+        return [(name, problem) for name, problem in problems if problem]
 
     def _problem(
         self, array: ts.TensorStore, shard: int, ids: np.ndarray | None = None
     ) -> str | None:
-        """What is wrong with a shard, or with some of its memories."""
+        """Says what is wrong with a shard, or with some of its memories; None: nothing."""
         low = shard * self._manifest["shard_memories"]
         high = min(low + self._manifest["shard_memories"], self._manifest["shape"][0])
         name = f"shard file {self._folder}/{shard_key(shard)} (memories {low} … {high - 1})"
         try:
             (array[low:high] if ids is None else array[ids]).read().result()
         except ValueError as error:
-            if "NOT_FOUND" in str(error):
+            if is_missing(error):
                 return f"{name} is missing"
-            if "igest" in str(error):
+            if is_damaged(error):
                 return f"{name} is damaged (checksum differs)"
             what = "cannot be read" if is_http(self._folder) else "is damaged"
-            return f"{name} {what} ({str(error).partition(' [')[0]})"
+            return f"{name} {what} ({reason_of(error)})"
         return None

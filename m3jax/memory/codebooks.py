@@ -47,7 +47,7 @@ def train(
         fine_parts · fine_bits, each rounded up to bytes.
       iterations: rounds of k-means for each table; all but the last five of ten vectors an entry.
       refinements: last rounds that fit rotation and both tables to each other.
-      candidates: as in `encode`, in those rounds.
+      candidates: as in `quantize`, in those rounds.
       progress: what the progress bar says; None shows none.
 
     Raises:
@@ -91,7 +91,7 @@ def _check(x: Array, coarse_bits: int, fine_parts: int, fine_bits: int) -> None:
 
 
 def _numbers(nearest: Array, count: int) -> Array:
-    """How many vectors each entry has."""
+    """Counts the vectors of each entry."""
     return jnp.zeros(count).at[nearest].add(1.0)
 
 
@@ -138,7 +138,7 @@ def _kmeans_of_parts(parts: Array, key: Array, count: int, iterations: int, bar:
 
 @jax.jit
 def _unseen_rest(x: Array, entries: Array) -> Array:
-    """What entries leave of vectors, had each not been among those whose mean its entry is."""
+    """Returns residuals of vectors, each against the mean of the other vectors of its entry."""
     columns = comparable(entries)
     two = by_block(lambda block: nearest_few(with_one(block) @ columns, 2), x)
     numbers = _numbers(two[:, 0], len(entries))[two[:, :1]]

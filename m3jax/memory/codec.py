@@ -1,7 +1,7 @@
-"""How a bank stores keys and values: as they are, as int8, or by the vector quantizer.
+"""Codecs of keys and values in a bank: plain, int8, or the vector quantizer.
 
 A stored number of a memory is a code, bytes on the last axis in the place of the head dim. Codes
-cross to the device and are decoded there, inside the step (`Codec.decode` may be traced).
+cross to the device and are dequantized there, in the step (`Codec.dequantize` may be traced).
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _SCALE_BYTES = 2  # bfloat16
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-    """One way of storing the keys and values of a bank.
+    """Way of storing the keys and values of a bank.
 
     Attributes:
       name: `none`, `int8` (a number a byte, and a scale a vector) or `vector` (14 bytes for a head
         dim of 80).
       head_dim: numbers of a key or value.
-      dtype: of decoded memories; of stored ones, if the name is `none`.
+      dtype: of dequantized memories; of stored ones, if the name is `none`.
       codebooks: of keys and of values; None unless the name is `vector`.
-      heads: those that are stored, where it is not all.
+      heads: the stored heads; None: all.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Codec:
 
     @property
     def width(self) -> int:
-        """Stored items of one key or value."""
+        """Number of stored items of a key or value."""
         if self.codebooks is not None:
             return self.codebooks[0].code_bytes
         return self.head_dim + (_SCALE_BYTES if self.name == INT8 else 0)
@@ -58,12 +58,22 @@ class Codec:
         return self.dtype if self.name == NONE else "uint8"
 
     @property
+    def numpy_dtype(self) -> np.dtype:
+        """Dtype of the stored items, of an array on the host."""
+        return np.dtype(jnp.dtype(self.stored_dtype))
+
+    def item_shape(self, layers: int, kv_heads: int, kept: int) -> tuple[int, ...]:
+        """Returns the shape of the stored keys, or values, of a memory."""
+        item = (layers, kv_heads) if self.heads is None else (1, len(self.heads.chosen))
+        return (*item, kept, self.width)
+
+    @property
     def plain(self) -> bool:
-        """Whether memories are stored as they are."""
+        """True if keys and values are stored as they are."""
         return self.name == NONE and self.heads is None
 
-    def encode(self, memories: Float[Array, "R 2 L K P H"]) -> Array:
-        """Keys and values as they are stored, `(R, 2, L, K, P, width)`; with `heads`
+    def quantize(self, memories: Float[Array, "R 2 L K P H"]) -> Array:
+        """Returns keys and values as they are stored, `(R, 2, L, K, P, width)`; with `heads`
         `(R, 2, 1, S, P, width)`."""
         if self.heads is not None:
             memories = self.heads.take(memories)
@@ -73,34 +83,34 @@ class Codec:
             return _to_int8(memories)
         assert self.codebooks is not None
         parts = [
-            quantizer.encode(book, memories[:, i].reshape(-1, self.head_dim))
+            quantizer.quantize(book, memories[:, i].reshape(-1, self.head_dim))
             for i, book in enumerate(self.codebooks)
         ]
         shape = (*memories.shape[:1], *memories.shape[2:-1], self.width)
         return jnp.stack([part.reshape(shape) for part in parts], axis=1)
 
-    def decode(self, memory: ExplicitMemory) -> ExplicitMemory:
-        """Memories of stored ones: `keys` and `values` `(…, width)` → `(…, H)`; with `heads`
-        `(…, 1, S, P, width)` → `(…, L, K, P, H)`."""
+    def dequantize(self, memory: ExplicitMemory) -> ExplicitMemory:
+        """Returns memories of stored ones: keys and values `(L, …, K, P, width)` → `(L, …, K, P,
+        H)`; with `heads` `(1, …, S, P, width)` → `(L, …, K, P, H)`."""
         if self.plain:
             return memory
-        keys, values = self._decode_part(0, memory.keys), self._decode_part(1, memory.values)
+        keys, values = (self._dequantize_part(part, memory[part]) for part in range(2))
         if self.heads is not None:
             keys, values = self.heads.place(keys), self.heads.place(values)
         return ExplicitMemory(keys, values, memory.length)
 
-    def _decode_part(self, part: int, codes: Any) -> Array:
+    def _dequantize_part(self, part: int, codes: Any) -> Array:
         codes = jnp.asarray(codes)
         if self.name == NONE:
             return codes
         if self.name == INT8:
             return _from_int8(codes).astype(self.dtype)
         assert self.codebooks is not None
-        return quantizer.decode(self.codebooks[part], codes).astype(self.dtype)
+        return quantizer.dequantize(self.codebooks[part], codes).astype(self.dtype)
 
 
 def plain(head_dim: int, dtype: str) -> Codec:
-    """Memories as they are."""
+    """Returns the codec that stores keys and values as they are."""
     return Codec(NONE, head_dim, dtype)
 
 
@@ -116,7 +126,7 @@ def train_codec(
     progress: bool = False,
     **options: Any,
 ) -> Codec:
-    """The codec of a name, fitted to the real slots of some memories.
+    """Fits the codec of a name to the real slots of some memories.
 
     Args:
       name: `none`, `int8` or `vector`.
@@ -150,17 +160,17 @@ def train_codec(
     return Codec(VECTOR, head_dim, dtype, (books[0], books[1]))
 
 
-def same(one: Codec, other: Codec) -> bool:
-    """Whether what one stores, the other reads."""
-    if one.codebooks is None or other.codebooks is None:
-        return one == other
-    tables = zip(jax.tree.leaves(one.codebooks), jax.tree.leaves(other.codebooks), strict=True)
-    alike = (one.dtype, one.heads) == (other.dtype, other.heads)
+def same(codec: Codec, other: Codec) -> bool:
+    """Returns True if a bank of one codec can be read by the other."""
+    if codec.codebooks is None or other.codebooks is None:
+        return codec == other
+    tables = zip(jax.tree.leaves(codec.codebooks), jax.tree.leaves(other.codebooks), strict=True)
+    alike = (codec.dtype, codec.heads) == (other.dtype, other.heads)
     return alike and all(np.array_equal(a, b) for a, b in tables)
 
 
 def to_bytes(codec: Codec, owner: str) -> bytes:
-    """The codebooks as the bytes of an `.npz` file, a function of codebooks and owner alone.
+    """Serializes the codebooks as an `.npz` file, a function of codebooks and owner alone.
 
     Args:
       codec: of the name `vector`.
@@ -178,7 +188,7 @@ def to_bytes(codec: Codec, owner: str) -> bytes:
 
 
 def from_bytes(data: bytes, dtype: str) -> tuple[Codec, str]:
-    """The inverse of `to_bytes`.
+    """Reads codebooks, the inverse of `to_bytes`.
 
     Raises:
       QuantizerError: the bytes are no codebooks.
@@ -197,7 +207,7 @@ def from_bytes(data: bytes, dtype: str) -> tuple[Codec, str]:
 
 
 def _to_int8(x: Float[Array, "*n H"]) -> UInt8[Array, "*n H+2"]:
-    """Numbers as multiples of a bfloat16 scale, which is in the last two bytes."""
+    """Quantizes to multiples of a bfloat16 scale, which is in the last two bytes."""
     x = x.astype(jnp.float32)
     # A little above the largest over 127, so that the scale may be rounded down.
     scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) * ((1 + 2.0**-8) / 127)

@@ -16,7 +16,7 @@ from jaxtyping import Int, UInt64
 from ml_collections import ConfigDict
 
 from m3jax.errors import BankError
-from m3jax.memory.bank import writer_params
+from m3jax.memory.binding import writer_params
 from m3jax.memory.codec import Codec
 from m3jax.memory.document_context import Row, identities, in_order, packed_rows, window_references
 from m3jax.memory.sparsify import sparsifier
@@ -34,7 +34,7 @@ from m3jax.model.transformer import Model
 
 @runtime_checkable
 class ReferenceSet(Protocol):
-    """What the writer asks of a set of references; `text.references.References` is one."""
+    """Interface of references that can be written; `text.references.References` is one."""
 
     @property
     def fingerprint(self) -> str:
@@ -75,10 +75,10 @@ class Clock:
 
 
 def encode_program(config: ConfigDict, model: Model, codec: Codec) -> Any:
-    """The jitted writer.
+    """Returns the jitted writer.
 
     `(writer_params, tokens (R, W)) → stored (R, 2, L, K, P, width), length (R,), finite (R,)`
-    (stored as `codec.encode` makes them);
+    (stored as `codec.quantize` makes them);
     with windows of a document `(writer_params, tokens (B, slots, W), first (B, slots)) → …`, where
     R = B · slots and `first` is that of `Model.encode`.
     """
@@ -88,11 +88,11 @@ def encode_program(config: ConfigDict, model: Model, codec: Codec) -> Any:
         params: Params, tokens: jax.Array, first: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         memory, _ = model.encode(params, tokens.reshape(-1, tokens.shape[-1]), keep, first)
-        memories = jnp.stack([memory.keys, memory.values], axis=1).astype(dtype)
+        memories = jnp.stack([jnp.moveaxis(x, 0, 1) for x in memory[:2]], axis=1).astype(dtype)
         finite = jnp.isfinite(memories).all(axis=range(1, memories.ndim))
         if model.mesh is not None:  # a device has a part of the heads
             finite = model.parallel.sum(1 - finite.astype(jnp.int32), "tensor") == 0
-        return codec.encode(memories), memory.length, finite
+        return codec.quantize(memories), memory.length, finite
 
     def program(params: Params, *inputs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         specs = model.specs()
@@ -108,7 +108,7 @@ def encode_program(config: ConfigDict, model: Model, codec: Codec) -> Any:
 
 
 def input_shapes(config: ConfigDict) -> list[tuple[int, ...]]:
-    """Shapes of what `encode_program` takes besides the parameters."""
+    """Returns the shapes of the inputs of `encode_program` besides the parameters."""
     batch, width = config.writer.batch_references, config.memory.reference_length
     slots = window_references(config)
     if slots == 1:
@@ -118,10 +118,10 @@ def input_shapes(config: ConfigDict) -> list[tuple[int, ...]]:
 
 
 class _Batch(NamedTuple):
-    """What one call encodes."""
+    """References that one call encodes."""
 
-    ids: np.ndarray  # references whose memories are asked for
-    places: slice | np.ndarray  # where those are in the result
+    ids: np.ndarray  # references whose memories are yielded
+    places: slice | np.ndarray  # of their memories in the result
     inputs: list[np.ndarray]
 
 
@@ -161,7 +161,7 @@ class Encoder:
         self.encode = encode_program(config, model, codec).lower(self.params, *inputs).compile()
 
     def batches(self, ids: Int[np.ndarray, " n"], clock: Clock) -> Iterator[np.ndarray]:
-        """Memories as they are stored, a batch at a time; the next is already being encoded.
+        """Yields stored memories, a batch at a time; the next is already being encoded.
 
         Args:
           ids: references, ascending.
@@ -185,8 +185,8 @@ class Encoder:
 
     def _tokens(self, ids: np.ndarray, places: slice | np.ndarray, size: int) -> np.ndarray:
         tokens = np.zeros((size, self.width), np.int32)
-        found = self.references.tokens(ids)
-        tokens[places, : found.shape[1]] = found
+        rows = self.references.tokens(ids)
+        tokens[places, : rows.shape[1]] = rows
         return tokens
 
     def _alone(self, ids: np.ndarray) -> Iterator[_Batch]:
@@ -196,9 +196,9 @@ class Encoder:
             yield _Batch(part, places, [self._tokens(part, places, self.rows)])
 
     def _in_windows(self, ids: np.ndarray) -> Iterator[_Batch]:
-        wanted = np.zeros(len(self.references), bool)
-        wanted[ids] = True
-        rows = packed_rows(self.references.documents(), self.slots, wanted)
+        selected = np.zeros(len(self.references), bool)
+        selected[ids] = True
+        rows = packed_rows(self.references.documents(), self.slots, selected)
         while part := list(itertools.islice(rows, self.rows)):
             filled = Row(*(np.concatenate(x) for x in zip(*part, strict=True)))
             used, own = np.flatnonzero(filled.ids >= 0), np.flatnonzero(filled.own)
@@ -230,7 +230,7 @@ class Encoder:
 
 
 def memory_hashes(config: ConfigDict, references: ReferenceSet) -> UInt64[np.ndarray, " R"]:
-    """Hash of all tokens that shape each memory: the reference's and those it attends to."""
+    """Hashes all tokens that shape each memory: the reference's and those it attends to."""
     slots = window_references(config)
     if slots == 1:
         return references.record_hashes
@@ -238,7 +238,7 @@ def memory_hashes(config: ConfigDict, references: ReferenceSet) -> UInt64[np.nda
 
 
 def memory_lengths(config: ConfigDict, references: ReferenceSet) -> np.ndarray:
-    """Lengths of the memories; raises where there is nothing to write or too much."""
+    """Returns the lengths of the memories; raises where there is nothing to write or too much."""
     if not len(references):
         raise BankError("the reference set is empty: there is nothing to write; add documents")
     tokens = np.asarray(references.lengths)

@@ -1,8 +1,8 @@
 """Banks of some heads only (Memory³ §7): which keys and values are stored, and where they belong.
 
 Such a bank has an axis of the S chosen heads of all layers in the place of layers and heads: stored
-memories are `(…, 1, S, P, width)`. What reads them gets `(…, L, K, P, H)`, with zeros for the heads
-that have no memories; attention does not see those (`model.keyvalues.seen_by_heads`).
+memories are `(1, …, S, P, width)`. What reads them gets `(L, …, K, P, H)`, with zeros for the heads
+that have no memories; attention does not see those (`model.attention_mask.seen_by_heads`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
@@ -20,7 +21,7 @@ from m3jax.config import format_heads, memory_heads, parse_heads
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """The heads that a bank has memories of, fewer than all.
+    """Heads that a bank has memories of, fewer than all.
 
     Attributes:
       layers: memory layers L.
@@ -34,35 +35,35 @@ class Heads:
 
     @property
     def mask(self) -> Bool[np.ndarray, "L K"]:
-        """Which heads those are."""
+        """Mask of the chosen heads."""
         places = np.arange(self.layers * self.kv_heads)
         return np.isin(places, self.chosen).reshape(self.layers, self.kv_heads)
 
     def take(self, memories: Array) -> Array:
-        """The chosen heads of keys or values: `(…, L, K, P, H)` → `(…, 1, S, P, H)`."""
+        """Selects the chosen heads of keys or values: `(…, L, K, P, H)` → `(…, 1, S, P, H)`."""
         *lead, P, H = memories.shape
         flat = memories.reshape(*lead[:-2], 1, self.layers * self.kv_heads, P, H)
         return jnp.take(flat, np.array(self.chosen), axis=-3)
 
     def place(self, chosen: Array) -> Array:
-        """The inverse of `take`, with zeros for the others."""
+        """Puts them in their layers, `(1, …, S, P, H)` → `(L, …, K, P, H)`; others are zeros."""
         *lead, S, P, H = chosen.shape
         source = np.full(self.layers * self.kv_heads, S)  # behind the chosen ones: zeros
         source[np.array(self.chosen)] = np.arange(S)
-        padded = jnp.concatenate([chosen, jnp.zeros((*lead, 1, P, H), chosen.dtype)], axis=-3)
-        whole = jnp.take(padded, source, axis=-3)
-        return whole.reshape(*lead[:-1], self.layers, self.kv_heads, P, H)
+        padded = jnp.concatenate([chosen, jnp.zeros((*lead, 1, P, H), chosen.dtype)], axis=-3)[0]
+        source_LK = source.reshape(self.layers, self.kv_heads)
+        return jax.vmap(lambda source_K: jnp.take(padded, source_K, axis=-3))(source_LK)
 
 
 def heads_of(config: ConfigDict) -> Heads | None:
-    """The heads that a bank of this config has memories of; None: all of its memory layers."""
+    """Returns the heads that a bank of this config has memories of; None: all."""
     memory = config.memory
     shape = {"first_layer": memory.first_layer, "layers": memory.layers}
     return heads_of_layout({**shape, "kv_heads": config.model.kv_heads, **layout_entries(config)})
 
 
 def layout_entries(config: ConfigDict) -> dict[str, Any]:
-    """What the layout of a bank states of its heads: nothing where it has all."""
+    """Entries of a bank's layout on its heads; empty where it has all."""
     chosen = memory_heads(config.model, config.memory)
     return {} if chosen is None else {"heads": format_heads(chosen)}
 

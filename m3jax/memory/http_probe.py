@@ -1,4 +1,4 @@
-"""Whether an HTTP server gives a bank, in words that name what it lacks."""
+"""Probe of the HTTP server of a bank, which names what the server lacks."""
 
 from __future__ import annotations
 

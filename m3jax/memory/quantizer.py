@@ -52,7 +52,7 @@ class Codebook(NamedTuple):
         return _bytes(HALVES * coarse) + _bytes(len(self.fine) * fine)
 
 
-def encode(
+def quantize(
     codebook: Codebook, vectors: Float[Array | np.ndarray, "n H"], *, candidates: int = 4
 ) -> UInt8[Array, "n bytes"]:
     """Codes of vectors.
@@ -68,7 +68,7 @@ def encode(
     return jnp.concatenate([_pack(coarse, coarse_bits), _pack(fine, fine_bits)], axis=-1)
 
 
-def decode(
+def dequantize(
     codebook: Codebook, codes: UInt8[Array | np.ndarray, "*n bytes"]
 ) -> Float[Array, "*n H"]:
     """The vectors that codes stand for, in float32; may be traced into a step.
@@ -89,7 +89,7 @@ def decode(
 
 
 def _turned_back(rotation: Any, table: Any) -> Any:
-    """What each entry adds to a decoded vector: `(parts, entries, d)` → `(parts, entries, H)`."""
+    """Rotates entries `(parts, entries, d)` back, to their share of a vector `(…, H)`."""
     return table @ rotation.reshape(len(table), table.shape[2], -1)
 
 
@@ -98,13 +98,13 @@ def relative_error(
     vectors: Float[Array | np.ndarray, "n H"],
     codes: UInt8[Array | np.ndarray, "n bytes"],
 ) -> float:
-    """Σ ‖x − decoded‖² / Σ ‖x‖²."""
+    """Returns Σ ‖x − dequantized‖² / Σ ‖x‖²."""
     x = jnp.asarray(vectors, jnp.float32)
-    return float(jnp.sum((x - decode(codebook, codes)) ** 2) / jnp.sum(x**2))
+    return float(jnp.sum((x - dequantize(codebook, codes)) ** 2) / jnp.sum(x**2))
 
 
 def rotated(codebook: Codebook, vectors: Array | np.ndarray) -> Array:
-    """What the tables of a codebook are about: its rotation of vectors `(n, H)`."""
+    """Rotates vectors `(n, H)` into the basis of a codebook's tables."""
     return jnp.asarray(vectors, jnp.float32) @ codebook.rotation.T
 
 
@@ -171,7 +171,7 @@ def _pack(indices: Int[Array, "*n count"], bits: int) -> UInt8[Array, "*n bytes"
 
 
 def _unpack(stream: UInt8[Array, "*n bytes"], count: int, bits: int) -> Int[Array, "*n count"]:
-    """What `_pack` packed."""
+    """Unpacks the result of `_pack`."""
     found = []
     for i in range(count):
         first, shift = divmod(i * bits, 8)

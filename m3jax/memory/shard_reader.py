@@ -1,9 +1,10 @@
 """Reading memories from the shard files of a bank, straight into arrays.
 
 TensorStore copies a memory three times on its way: out of the page cache, into its own cache, into
-the array. Here the kernel writes it into the array, and a second look compares its checksum; from
-a server or a bucket come the bytes of the memory and no others. What is unusual (a missing or
-damaged file) is left to TensorStore, which names it.
+the array. Here the kernel writes it into a small buffer that stays in the processor's cache, where
+its checksum is compared, and from there it goes to its place in the array; from a server or a
+bucket come the bytes of the memory and no others. What is unusual (a missing or damaged file) is
+left to TensorStore, which names it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import crc32c
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 
 from m3jax.memory.storage import IO_THREADS, SECONDS, is_url, shard_key, store
 
@@ -27,16 +28,23 @@ _CHECKSUM = 4  # bytes
 
 
 class Chunk(NamedTuple):
-    """A memory's place in the file of a shard, and where it is wanted."""
+    """Place of a memory in the file of a shard, and the bytes `(2, L, K, P, width)` it goes to."""
 
     shard: int
     offset: int
-    keys: memoryview
-    values: memoryview
+    target: np.ndarray
+
+    def fill(self, data: Any) -> bool:
+        """Copies a memory and its checksum into the target; returns False where it is damaged."""
+        memory, stored = memoryview(data)[:-_CHECKSUM], data[-_CHECKSUM:]
+        if crc32c.crc32c(memory) != int.from_bytes(stored, "little"):
+            return False
+        self.target[...] = np.frombuffer(memory, np.uint8).reshape(self.target.shape)
+        return True
 
 
 class DirectReader:
-    """Random access to the chunks of a bank's zarr3 shards. Safe to use from several threads."""
+    """Reads chunks of a bank's zarr3 shards at random. Safe to use from several threads."""
 
     threads = 16
     task = 1 << 21  # least bytes a task: threads that only wait for Python are slower than one
@@ -50,42 +58,35 @@ class DirectReader:
     def read(
         self,
         ids: Int[np.ndarray, " n"],
-        wanted: Bool[np.ndarray, " n"],
-        keys: np.ndarray,
-        values: np.ndarray,
+        selected: Bool[np.ndarray, " n"],
+        memories: Shaped[np.ndarray, "n 2 L K P width"],
     ) -> bool:
-        """Reads memories.
-
-        Args:
-          ids: which; those wanted are in the bank.
-          wanted: which of them; the others' places are not touched.
-          keys, values: contiguous arrays `(n, …)` of the stored dtype, filled here.
+        """Reads memories; arguments as in `Shards.read`.
 
         Returns:
-          Whether all were there and intact. If not, the arrays hold anything.
+          Whether all were there and intact. If not, the array holds anything.
         """
         order = np.argsort(ids, kind="stable")
-        order = order[wanted[order]]
-        keys, values = (part.reshape(len(ids), -1).view(np.uint8) for part in (keys, values))
+        order = order[selected[order]]
+        targets = memories.view(np.uint8)
 
         def read(group: np.ndarray) -> bool:
             try:
-                chunks = [self._chunk(int(ids[i]), keys[i].data, values[i].data) for i in group]
-                return self._load(chunks)
+                return self._load([self._chunk(int(ids[i]), targets[i]) for i in group])
             except (OSError, ValueError, IndexError):
                 return False
 
-        step = max(-(-len(order) // self.threads), -(-self.task // (2 * keys.shape[1])))
+        step = max(-(-len(order) // self.threads), -(-self.task // max(1, targets[0].nbytes)))
         groups = [order[i : i + step] for i in range(0, len(order), step)]
         # To the last one: a group still under way would write into arrays that others fill again.
         return all(list(self._pool.map(read, groups)))
 
-    def _chunk(self, memory: int, keys: memoryview, values: memoryview) -> Chunk:
+    def _chunk(self, memory: int, target: np.ndarray) -> Chunk:
         shard, row = divmod(memory, self._shard)
         offset, size = self._index(shard)[row].tolist()
-        if size != len(keys) + len(values) + _CHECKSUM:
+        if size != target.nbytes + _CHECKSUM:
             raise ValueError(f"{size} bytes of another memory")
-        return Chunk(shard, offset, keys, values)
+        return Chunk(shard, offset, target)
 
     def _read_index(self, shard: int) -> np.ndarray:
         """Place and size of every chunk of a shard, from the end of its file.
@@ -100,7 +101,7 @@ class DirectReader:
         return np.frombuffer(data[:size], "<u8").reshape(-1, 2)
 
     def _load(self, chunks: list[Chunk]) -> bool:
-        """Fills the buffers of chunks; whether all were there and intact.
+        """Fills the targets of chunks; returns True if all were there and intact.
 
         Raises:
           OSError, ValueError: one cannot be read.
@@ -113,7 +114,7 @@ class DirectReader:
 
 
 class FileReader(DirectReader):
-    """Of a local folder, on a system that reads into several buffers at once."""
+    """Reads from a local folder, on a system that reads into a given buffer."""
 
     def _load(self, chunks: list[Chunk]) -> bool:
         with contextlib.ExitStack() as files:
@@ -121,7 +122,12 @@ class FileReader(DirectReader):
             opened = {shard: files.enter_context(self._open(shard)).fileno() for shard in shards}
             for chunk in chunks:
                 _announce(opened[chunk.shard], chunk)
-            return all(_load_from(opened[chunk.shard], chunk) for chunk in chunks)
+            data = bytearray(chunks[0].target.nbytes + _CHECKSUM)
+            return all(
+                os.preadv(opened[chunk.shard], [data], chunk.offset) == len(data)
+                and chunk.fill(data)
+                for chunk in chunks
+            )
 
     def _open(self, shard: int) -> FileIO:
         return FileIO(Path(self._folder) / shard_key(shard))
@@ -133,7 +139,7 @@ class FileReader(DirectReader):
 
 
 class RangeReader(DirectReader):
-    """Of a server, a bucket or any store that TensorStore knows: as many requests as threads."""
+    """Reads from any store that TensorStore knows, with as many requests as threads."""
 
     threads, task = IO_THREADS, 1
 
@@ -142,43 +148,35 @@ class RangeReader(DirectReader):
         self._store = store(folder)
 
     def _load(self, chunks: list[Chunk]) -> bool:
-        return all(map(self._load_one, chunks))
-
-    def _load_one(self, chunk: Chunk) -> bool:
-        keys, size = len(chunk.keys), len(chunk.keys) + len(chunk.values)
-        data = self._range(chunk.shard, slice(chunk.offset, chunk.offset + size + _CHECKSUM))
-        if crc32c.crc32c(data[:size]) != int.from_bytes(data[size:], "little"):
-            return False
-        chunk.keys[:], chunk.values[:] = data[:keys], data[keys:size]
-        return True
+        return all(
+            chunk.fill(
+                self._range(
+                    chunk.shard,
+                    slice(chunk.offset, chunk.offset + chunk.target.nbytes + _CHECKSUM),
+                )
+            )
+            for chunk in chunks
+        )
 
     def _end(self, shard: int, size: int) -> bytes:
         return self._range(shard, slice(-size, None))
 
     def _range(self, shard: int, span: slice) -> bytes:
         future = self._store.read(shard_key(shard), byte_range=span)
-        found = future.result(timeout=SECONDS)  # TimeoutError is an OSError
-        if found.state != "value":
+        result = future.result(timeout=SECONDS)  # TimeoutError is an OSError
+        if result.state != "value":
             raise FileNotFoundError(shard_key(shard))
-        return bytes(found.value)
+        return bytes(result.value)
 
 
 def _announce(descriptor: int, chunk: Chunk) -> None:
     """Tells the disk what will be read: it looks for all of it at once, not for one at a time."""
     if hasattr(os, "posix_fadvise"):
-        size = len(chunk.keys) + len(chunk.values) + _CHECKSUM
+        size = chunk.target.nbytes + _CHECKSUM
         os.posix_fadvise(descriptor, chunk.offset, size, os.POSIX_FADV_WILLNEED)
 
 
-def _load_from(descriptor: int, chunk: Chunk) -> bool:
-    stored, (_, offset, keys, values) = bytearray(_CHECKSUM), chunk
-    found = os.preadv(descriptor, [keys, values, stored], offset)
-    if found != len(keys) + len(values) + _CHECKSUM:
-        return False
-    return crc32c.crc32c(values, crc32c.crc32c(keys)) == int.from_bytes(stored, "little")
-
-
 def open_reader(folder: str | Path, manifest: dict[str, Any]) -> DirectReader:
-    """The fastest reader of a bank's shards."""
+    """Returns the fastest reader of a bank's shards."""
     local = not is_url(folder) and hasattr(os, "preadv")
     return (FileReader if local else RangeReader)(folder, manifest)

@@ -1,4 +1,4 @@
-"""Which tokens of a reference are kept (Memory³ §3.3)."""
+"""Selection of the tokens that a memory keeps of its reference (Memory³ §3.3)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from m3jax.model.transformer import KEPT_TOKENS
 
 
 class Written(NamedTuple):
-    """What one memory layer keeps of every reference; slots past the length are zero."""
+    """Memories of one layer: all that it keeps of references; slots past the length are zero."""
 
     keys: Float[Array, "R K P H"]
     values: Float[Array, "R K P H"]
@@ -30,7 +30,7 @@ def token_weights(
     usable_RW: Bool[Array, "R W"],
     selection: str,
 ) -> Float[Array, "R K W"]:
-    """Total attention w[j] each token receives inside its reference, summed over query heads.
+    """Sums the attention w[j] that each token receives inside its reference, over query heads.
 
     exact: w[j] = Σ_i softmax_j(q_i · k_j / √H); approximate: w[j] = Σ_i exp(q_i · k_j / √H),
       scaled by the largest score of its reference and key-value head so that it cannot overflow.
@@ -104,7 +104,7 @@ def sparsify(
     kept: int,
     selection: str,
 ) -> Written:
-    """One layer's explicit memories of a batch of references.
+    """Writes one layer's explicit memories of a batch of references.
 
     Args:
       q_RWKGH, k_RWKH: queries and keys before RoPE, which decide what is kept.

@@ -30,6 +30,7 @@ import tensorstore as ts
 
 from m3jax.errors import BankError
 from m3jax.files import checksum
+from m3jax.private_apis import reason_of
 
 FORMAT = 2
 MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
@@ -49,12 +50,12 @@ _SILENCE = {
 
 
 def is_url(folder: str | Path) -> bool:
-    """Whether a bank is not a local folder."""
+    """Returns True if a bank is not a local folder."""
     return "://" in str(folder)
 
 
 def is_http(folder: str | Path) -> bool:
-    """Whether a bank is on an HTTP server: it can be read, but not listed or written to."""
+    """Returns True if a bank is on an HTTP server: readable, but not listed or written to."""
     return str(folder).startswith(("http://", "https://"))
 
 
@@ -68,18 +69,18 @@ def require_writable(folder: str | Path) -> None:
 
 
 def write_again(folder: str | Path) -> str:
-    """The script that writes what is missing, and where to run it."""
+    """Names the script that writes what is missing, and where to run it."""
     return f"{WRITE_AGAIN} on the server" if is_http(folder) else WRITE_AGAIN
 
 
 def file_url(folder: str | Path, name: str) -> str:
-    """URL of a file of a bank that is given by its URL, which may end in `?` and a query."""
+    """Returns the URL of a file of a bank; the URL of the bank may end in `?` and a query."""
     parts = urlsplit(str(folder))
     return parts._replace(path=f"{parts.path.rstrip('/')}/{name}").geturl()
 
 
 def store(folder: str | Path) -> ts.KvStore:
-    """The key-value store of a bank's files: a folder, or a URL that TensorStore knows."""
+    """Opens the key-value store of a bank's files: a folder, or a URL that TensorStore knows."""
     if is_url(folder):
         if is_http(folder):
             for name, value in _SILENCE.items():
@@ -102,20 +103,19 @@ def _context() -> ts.Context:
 
 
 def read_file(folder: str | Path, name: str) -> bytes | None:
-    """Bytes of a file of the bank; None when it does not exist."""
+    """Reads a file of the bank; None when it does not exist."""
     try:
         result = store(folder).read(name).result()
     except ValueError as error:
-        reason = str(error).partition(" [")[0]
         raise BankError(
-            f"{folder}/{name} cannot be read: {reason}. Check the drive, or server and network, and"
-            " run the same command again"
+            f"{folder}/{name} cannot be read: {reason_of(error)}. Check the drive, or server and"
+            " network, and run the same command again"
         ) from error
     return bytes(result.value) if result.state == "value" else None
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
-    """The manifest; None when there is none.
+    """Reads the manifest; None when there is none.
 
     Raises:
       BankError: it is no manifest, or of another format.
@@ -125,30 +125,30 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(data)
-        found = manifest["format"]
+        version = manifest["format"]
     except (ValueError, TypeError, KeyError) as error:
         raise BankError(
             f"{folder}/{MANIFEST} is no manifest of a bank ({error}); delete the folder and run"
             f" {write_again(folder)}"
         ) from error
-    if found != FORMAT:
+    if version != FORMAT:
         writer = manifest.get("info", {}).get("m3jax")
         raise BankError(
-            f"bank {folder} has format {found}, this version of m3jax reads {FORMAT}; write it"
+            f"bank {folder} has format {version}, this version of m3jax reads {FORMAT}; write it"
             f" again with {write_again(folder)}, or read it with m3jax {writer}"
         )
     return manifest
 
 
 def npy_bytes(values: np.ndarray) -> bytes:
-    """An array as the bytes of a `.npy` file."""
+    """Serializes an array as a `.npy` file."""
     buffer = io.BytesIO()
     np.save(buffer, values, allow_pickle=False)
     return buffer.getvalue()
 
 
 def read_checked(folder: str | Path, manifest: dict[str, Any], name: str) -> bytes:
-    """A side file of the bank, compared with its checksum in the manifest.
+    """Reads a side file of the bank and compares it with its checksum in the manifest.
 
     Raises:
       BankError: it is missing or damaged.
@@ -165,7 +165,7 @@ def read_checked(folder: str | Path, manifest: dict[str, Any], name: str) -> byt
 
 
 def read_side_file(folder: str | Path, manifest: dict[str, Any], name: str) -> np.ndarray:
-    """An array file of the bank, compared with its checksum in the manifest.
+    """Reads an array file of the bank and compares it with its checksum in the manifest.
 
     Raises:
       BankError: it is missing or damaged.
@@ -174,14 +174,14 @@ def read_side_file(folder: str | Path, manifest: dict[str, Any], name: str) -> n
 
 
 def complete_stamp(manifest: bytes) -> bytes:
-    """What COMPLETE holds."""
+    """Returns the content of COMPLETE."""
     return (checksum(manifest) + "\n").encode()
 
 
 def open_array(
     folder: str | Path, manifest: dict[str, Any], *, create: bool = False
 ) -> ts.TensorStore:
-    """The TensorStore array of all memories as they are stored, `(R, 2, L, K, P, width)` or, with
+    """Opens the TensorStore array of all stored memories, `(R, 2, L, K, P, width)` or, with
     some heads only, `(R, 2, 1, S, P, width)`.
 
     Args:
@@ -223,12 +223,12 @@ def open_array(
 
 
 def shards_of(manifest: dict[str, Any]) -> int:
-    """Number of shards."""
+    """Returns the number of shards."""
     return -(-manifest["shape"][0] // manifest["shard_memories"])
 
 
 def shard_key(shard: int) -> str:
-    """File of a shard, relative to the bank."""
+    """Returns the file of a shard, relative to the bank."""
     return f"{ARRAY}c/{shard}/0/0/0/0/0"
 
 
@@ -246,7 +246,7 @@ def write_file(folder: str | Path, name: str, data: bytes) -> None:
 
 
 def missing_shards(folder: str | Path, manifest: dict[str, Any]) -> list[int]:
-    """Shards that have no file."""
+    """Lists shards that have no file."""
     there = {bytes(key).decode() for key in store(folder).list().result()}
     shards = range(shards_of(manifest))
     return [shard for shard in shards if shard_key(shard) not in there]
@@ -260,12 +260,12 @@ def remove_locks(folder: str | Path) -> None:
 
 
 def free_bytes(folder: str | Path) -> int | None:
-    """Free bytes of the disk; None for a bucket."""
+    """Returns the free bytes of the disk; None for a bucket."""
     return None if is_url(folder) else shutil.disk_usage(folder).free
 
 
 def readable_size(count: int) -> str:
-    """Bytes for people: `12.3 MB`."""
+    """Formats bytes for people: `12.3 MB`."""
     value = float(count)
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
         if value < 1000:

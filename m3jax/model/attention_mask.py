@@ -1,4 +1,4 @@
-"""What a query can attend to, and which of it each query sees: prefix, memories, context."""
+"""Types of keys and values (prefix, memories, packed texts), and the mask of what a query sees."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class KeyValues(NamedTuple):
 class ExplicitMemory(NamedTuple):
     """Sparse attention key-values of references.
 
-    keys, values: `(…, L, K, P, H)`, or `(…, K, P, H)` once a layer is chosen. In a batch the
-      leading axes are `(B, C, M)`: row, chunk, memory of the chunk.
+    keys, values: `(L, …, K, P, H)`, in the order in which a scan over layers takes them, or
+      `(…, K, P, H)` of one layer. In a batch the axes … are `(B, C, M)`: row, chunk, memory.
     length: `(…)` int32, how many of the P slots are real. Real slots come first, in reference
       order; the others take no attention.
     """
@@ -70,7 +70,7 @@ def visible_mask(
     low: int = 0,
     packing: Packing | None = None,
 ) -> Bool[Array, "rows T keys"]:
-    """Which keys, in the order [prefix ; memories ; context], each query sees.
+    """Returns the mask of keys, in the order [prefix ; memories ; context], that each query sees.
 
     Args:
       query_T: positions in the row of the queries.
@@ -104,7 +104,7 @@ def memory_mask(
     low: int = 0,
     packing: Packing | None = None,
 ) -> Bool[Array, "B T slots"]:
-    """Which memory slots (C·M·P, chunk-major) each query of the row reads."""
+    """Returns the mask of memory slots (C·M·P, chunk-major) that each query of the row reads."""
     B, C, M = memory.length.shape
     P = memory.keys.shape[-2]
     chunk_C = (low + jnp.arange(C))[None, None]
@@ -126,7 +126,7 @@ def seen_by_heads(
     prefix: KeyValues | None,
     memory: ExplicitMemory | None,
 ) -> Bool[Array, "rows heads T keys"]:
-    """`visible_mask` for every key-value head: those that have no memories see none.
+    """Extends `visible_mask` to every key-value head: heads without memories see none.
 
     Args:
       mask_BTS: of `visible_mask`.
@@ -163,7 +163,7 @@ def keys_of_heads(
 
 
 def real_slots(memory: ExplicitMemory) -> Bool[Array, "B C M P"]:
-    """Which slots of the memories hold a token."""
+    """Returns the mask of memory slots that hold a token."""
     P = memory.keys.shape[-2]
     return jnp.arange(P)[None, None, None] < memory.length[..., None]
 
@@ -171,7 +171,7 @@ def real_slots(memory: ExplicitMemory) -> Bool[Array, "B C M P"]:
 def concatenate(
     k_BSKH: Array, v_BSKH: Array, prefix: KeyValues | None, memory: ExplicitMemory | None
 ) -> tuple[Array, Array]:
-    """Keys and values in the order [prefix ; memories ; context]."""
+    """Concatenates keys and values in the order [prefix ; memories ; context]."""
     B, _, K, H = k_BSKH.shape
     keys, values = [k_BSKH], [v_BSKH]
     if memory is not None:

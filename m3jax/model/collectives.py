@@ -1,8 +1,8 @@
 """The collectives of one device's program.
 
 On a mesh the model runs under `shard_map`: every function sees the rows, heads and parameters of
-one device, and what crosses between devices is written here and in `vocabulary.py`, nowhere else.
-So the program has exactly these collectives: weights are gathered over `fsdp` layer by layer,
+one device, and what crosses between devices is written here and in `vocab_parallel.py`, nowhere
+else. So the program has exactly these collectives: weights are gathered over `fsdp` layer by layer,
 their gradients leave the device in one reduce-scatter, and a layer adds up its two outputs over
 `tensor`. (Left to the compiler's partitioner, gradients became all-reduces of whole weights.)
 """
@@ -23,7 +23,7 @@ from m3jax.mesh import BATCH_AXES
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """What a device exchanges with the others of its mesh; nothing where there is one device.
+    """Exchanges of a device with the others of its mesh; none where there is one device.
 
     Attributes:
       mesh: the mesh, or None.
@@ -36,18 +36,18 @@ class Parallel:
     reduce_dtype: str = "float32"
 
     def axes(self, *names: str) -> tuple[str, ...]:
-        """Those of the mesh axes that have more than one device."""
+        """Returns the mesh axes of these that have more than one device."""
         if self.mesh is None:
             return ()
         return tuple(name for name in names if self.mesh.shape[name] > 1)
 
     def sum(self, x: Array, *names: str) -> Array:
-        """The sum over devices along mesh axes."""
+        """Sums over devices along mesh axes."""
         axes = self.axes(*names)
         return jax.lax.psum(x, axes) if axes else x
 
     def reduce(self, gradient: Array, axis: int | None, dtype: Any) -> Array:
-        """A parameter's gradient, summed over all rows, and split along `axis` over `fsdp`.
+        """Sums a parameter's gradient over all rows, and splits it along `axis` over `fsdp`.
 
         Args:
           gradient: of this device's rows, whole.
@@ -74,16 +74,16 @@ class Parallel:
         return gradient.astype(dtype)
 
     def size(self, name: str) -> int:
-        """Devices along a mesh axis."""
+        """Returns the number of devices along a mesh axis."""
         return 1 if self.mesh is None else self.mesh.shape[name]
 
     def whole(self, x: Array, axis: int) -> Array:
-        """A matrix that is split along `axis` over `fsdp`, whole and in the compute dtype."""
+        """Gathers a matrix that is split along `axis` over `fsdp`, in the compute dtype."""
         x = x.astype(self.dtype)
         return jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True) if self.axes("fsdp") else x
 
     def gather(self, params: Any, axes_tree: Any) -> Any:
-        """Parameters of a layer as it computes with them; their gradients come back reduced.
+        """Gathers the parameters of a layer; their gradients come back reduced.
 
         Args:
           params: this device's parts.
@@ -91,7 +91,7 @@ class Parallel:
             whole on every device and keeps its dtype.
         """
 
-        def one(x: Array, axes: Sequence[str | None]) -> Array:
+        def gather_one(x: Array, axes: Sequence[str | None]) -> Array:
             axis = axes.index("embed") if "embed" in axes else None
             if axis is None and not self.axes(*BATCH_AXES):
                 return x
@@ -104,23 +104,23 @@ class Parallel:
 
             return with_gradient(forward, backward)(x)
 
-        return jax.tree.map(one, params, axes_tree)
+        return jax.tree.map(gather_one, params, axes_tree)
 
     def enter(self, x: Array) -> Array:
-        """The input of matrices that are split over `tensor`: its gradients are added up."""
+        """Passes the input of matrices split over `tensor`, and sums its gradients."""
         if not self.axes("tensor"):
             return x
         return with_gradient(lambda x: x, lambda _, g: (jax.lax.psum(g, "tensor"),))(x)
 
     def leave(self, x: Array) -> Array:
-        """The output of matrices that are split over `tensor`, added up."""
+        """Sums the output of matrices that are split over `tensor`."""
         if not self.axes("tensor"):
             return x
         return with_gradient(lambda x: jax.lax.psum(x, "tensor"), lambda _, g: (g,))(x)
 
 
 def with_gradient(forward: Callable, backward: Callable) -> Callable:
-    """`forward` of one array, whose derivative is `backward(None, cotangent) -> (gradient,)`."""
+    """Gives `forward` of an array the derivative `backward(None, cotangent) -> (gradient,)`."""
 
     @jax.custom_vjp
     def function(x: Array) -> Array:

@@ -27,7 +27,7 @@ Dequantize = Callable[[ExplicitMemory], ExplicitMemory]
 
 
 class Written(NamedTuple):
-    """What one call generated.
+    """Tokens that one call generated.
 
     Attributes:
       tokens: `(B, n)`; `pad` after a stop token and in places that were not reached.
@@ -87,9 +87,9 @@ class Decoder:
         self.param_specs = unstack(
             self.model, self.model.specs(), lambda spec, _: PartitionSpec(*spec[1:])
         )
-        memories = part(("batch", None, None, None, "kv_heads"))
+        memories = part((None, "batch", None, None, "kv_heads"))
         self.prompt_memory_specs = ExplicitMemory(memories, memories, rows)
-        memories = part(("batch", None, None, "kv_heads"))
+        memories = part((None, "batch", None, "kv_heads"))
         self.memory_specs = ExplicitMemory(memories, memories, rows)
         cache = part(("batch", "kv_heads"))
         layers = tuple(KeyValues(cache, cache) for _ in self.layout.segments)
@@ -117,7 +117,7 @@ class Decoder:
           tokens_BT: prompts, padded at the end; T a multiple of the chunk length.
           prompt_length: their tokens, ≥ 1.
           rows: number of each row, for the sampler.
-          memory: what each chunk reads, as it is stored: `(B, C, M, L, K, P, width)`. The last
+          memory: what each chunk reads, as it is stored: `(L, B, C, M, K, P, width)`. The last
             chunk's stays in the cache.
           forced: what is generated, where it is not −1.
           slots: of what will be generated.
@@ -150,7 +150,7 @@ class Decoder:
         Args:
           params: of `unstack`.
           state: is given up.
-          memory: what the rows read from now on, as it is stored, `(B, M, L, K, P, width)`; None
+          memory: what the rows read from now on, as it is stored, `(L, B, M, K, P, width)`; None
             leaves what they read.
           steps: ≤ n.
           forced: what is generated, where it is not −1.

@@ -112,7 +112,7 @@ class CacheLayout:
         return jnp.concatenate([mass, 1 - mass.sum(-1, keepdims=True)], axis=-1)
 
     def recall(self, state: State, memory: ExplicitMemory) -> State:
-        """Returns the state with other memories `(B, M, L, K, P, H)` in its slots."""
+        """Returns the state with other memories `(L, B, M, K, P, H)` in its slots."""
         parts = iter(by_layer(memory))
         cache = list(state.cache)
         for index, segment in enumerate(self.segments):
@@ -160,13 +160,11 @@ def query_weights(
 
 
 def by_layer(memory: ExplicitMemory | None) -> list[ExplicitMemory]:
-    """Splits memories `(…, M, L, K, P, H)` into those of each layer."""
+    """Splits memories `(L, …, K, P, H)` into those of each layer."""
     if memory is None:
         return []
-    axis = memory.length.ndim
-    layers = range(memory.keys.shape[axis])
-    keys, values = (jnp.moveaxis(x, axis, 0) for x in memory[:2])
-    return [ExplicitMemory(keys[i], values[i], memory.length) for i in layers]
+    pairs = zip(memory.keys, memory.values, strict=True)
+    return [ExplicitMemory(keys, values, memory.length) for keys, values in pairs]
 
 
 def _as_slots(x_BMKPH: Array, dtype: Any) -> Array:

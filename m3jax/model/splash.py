@@ -33,6 +33,7 @@ from jaxtyping import Array, Bool, Float
 
 from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing, keys_of_heads, real_slots
 from m3jax.model.splash_mask import Layout, packed_codes, plan, row_mask
+from m3jax.private_apis import with_query_codes
 
 # Name of the kernel's output and log-sum-exp for `jax.checkpoint` policies: saving them spares the
 # forward kernel in the backward pass.
@@ -92,7 +93,7 @@ def splash_attend(
     same = jnp.zeros((layout.rows,), jnp.int32)
 
     def row(q: Array, k: Array, v: Array, codes: Array | None, segments: Array | None) -> Array:
-        of_row = kernel if codes is None else _with_codes(kernel, codes)
+        of_row = kernel if codes is None else with_query_codes(kernel, codes)
         if segments is None:
             return of_row(q, k, v)
         return of_row(q, k, v, splash.SegmentIds(same, segments))
@@ -159,10 +160,3 @@ def make_kernel(layout: Layout, kv_heads: int, interpret: bool = False) -> Any:
         residual_checkpoint_name=RESIDUALS,
         interpret=interpret,
     )
-
-
-def _with_codes(kernel: Any, codes: Array) -> Any:
-    """The kernel with the codes of one row of several texts."""
-    infos = (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)
-    coded = [info._replace(q_sequence=codes) for info in infos]
-    return type(kernel)(*coded, **kernel.kwargs)

@@ -15,11 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
 from jaxtyping import Array, Int
 
 from m3jax.errors import ConfigError
 from m3jax.model.attention_mask import Packing
+from m3jax.private_apis import computable_mask
+
+_ComputableMask: Any = computable_mask()
 
 LANES = 128  # a block of keys, and of query rows, is a multiple of this
 
@@ -178,7 +180,7 @@ def _shift(layout: Layout) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Visible:
-    """Whether a key is seen, from the code of the query and the position of the key.
+    """Computes whether a key is seen, from the code of the query and the position of the key.
 
     The code is the token's place in the run of prefix and context and, `shift` bits up, the first
     slot that it reads. The kernel evaluates this for every pair, beside the softmax: no division by
@@ -197,8 +199,8 @@ class _Visible:
         return seen
 
 
-class RowMask(mask_lib._ComputableMask):
-    """Mask of one row: `mask[rows, keys]` in the layout, computed when asked for.
+class RowMask(_ComputableMask):
+    """Mask of one row: `mask[rows, keys]` in the layout, computed on demand.
 
     The kernel gets `q_sequence`, the code of every row of queries, and `mask_function`. Rows that
     only pad have the code of the last token, so that no block is visited for them alone. The
@@ -240,7 +242,7 @@ def _packed_bits(layout: Layout) -> tuple[int, int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class _PackedVisible:
-    """Whether a key is seen, from the code of a query in a row of several texts.
+    """Computes whether a key is seen, from the code of a query in a row of several texts.
 
     The code is, from its low bits up, the place of the text's first token in the row, the query's
     place in its text, and the first chunk whose memories it reads; the second says how many follow.
@@ -288,8 +290,8 @@ def _like(x: Any, value: int) -> Any:
     return jnp.full(x.shape, value, x.dtype)
 
 
-class PackedMask(mask_lib._ComputableMask):
-    """What a query may see in a row of several texts, wherever they begin: `mask[rows, keys]`.
+class PackedMask(_ComputableMask):
+    """Mask of all that a query may see in a row of several texts, wherever they begin.
 
     The kernel skips the blocks that this hides, which are the same for all rows of a batch. The
     codes of a row (`packed_codes`) take the place of `q_sequence`.
@@ -337,7 +339,7 @@ class PackedMask(mask_lib._ComputableMask):
 
 
 def packed_codes(layout: Layout, packing: Packing) -> Int[Array, "B rows"]:
-    """The codes of the rows of queries; rows that only pad have that of the last token."""
+    """Returns the codes of the rows of queries; rows that only pad have that of the last token."""
     start_BT, place_BT = packing.starts, packing.positions
     low, middle, _ = _packed_bits(layout)
     code_BT = start_BT | place_BT << low
@@ -351,5 +353,5 @@ def packed_codes(layout: Layout, packing: Packing) -> Int[Array, "B rows"]:
 
 
 def row_mask(layout: Layout) -> RowMask | PackedMask:
-    """The mask of a layout, which says what blocks are visited."""
+    """Returns the mask of a layout, which says what blocks are visited."""
     return PackedMask(layout) if layout.packed else RowMask(layout)

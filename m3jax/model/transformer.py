@@ -131,7 +131,7 @@ class Model:
         Args:
           params: parameters.
           tokens_BT: context tokens.
-          memory: precomputed memories, `(B, C, M, L, K, P, H)`, length `(B, C, M)`.
+          memory: precomputed memories, `(L, B, C, M, K, P, H)`, length `(B, C, M)`.
           reference_tokens: instead of `memory`: references to encode here, with gradient unless
             `memory.source` is `stop_gradient`, 0-padded; a row of zeros is no reference.
           sparsify: `memory.sparsify.sparsifier(memory)`; needed with `reference_tokens`.
@@ -215,7 +215,7 @@ class Model:
         reference_tokens: Int[Array, "R W"],
         sparsify: Callable,
         windows: Int[Array, "B slots"] | None = None,
-    ) -> tuple[ExplicitMemory, Int[Array, "R L K P"]]:
+    ) -> tuple[ExplicitMemory, Int[Array, "L R K P"]]:
         """Writes memories: each reference through the layers up to the last memory layer.
 
         Keys are stored at the positions they have in a reference that is encoded alone.
@@ -228,7 +228,7 @@ class Model:
             is the slot of the row from which on each attends (`attend_in_windows`). None: nothing.
 
         Returns:
-          The memories, keys and values `(R, L, K, P, H)` in the compute dtype and length `(R,)`;
+          The memories, keys and values `(L, R, K, P, H)` in the compute dtype and length `(R,)`;
           and the position inside the reference of every kept token.
         """
         streams, hidden = self.embed(params, None, reference_tokens)
@@ -236,10 +236,7 @@ class Model:
         layer = self.layer(streams, sparsify=sparsify, usable_RW=usable_RW, windows=windows)
         hidden = self._scan_plain(params, "lower", layer, hidden)
         _, written = self._scan_memory(params, layer, hidden, None)
-        keys, values, indices = (
-            jnp.moveaxis(x, 0, 1) for x in (written.keys, written.values, written.indices)
-        )
-        return ExplicitMemory(keys, values, written.length[0]), indices
+        return ExplicitMemory(written.keys, written.values, written.length[0]), written.indices
 
     def _run(
         self,
@@ -289,7 +286,8 @@ class Model:
         *lead, W = reference_tokens.shape
         fixed = jax.lax.stop_gradient(params)
         memory, _ = self.encode(fixed, reference_tokens.reshape(-1, W), sparsify)
-        return ExplicitMemory(*(x.reshape(*lead, *x.shape[1:]) for x in memory))
+        keys, values = (x.reshape(len(x), *lead, *x.shape[2:]) for x in memory[:2])
+        return ExplicitMemory(keys, values, memory.length.reshape(lead))
 
     def embed(
         self, params: Params, tokens_BT: Array | None, reference_tokens: Array | None
@@ -349,21 +347,21 @@ class Model:
         and leaves the row without them.
         """
         stacked, L = params["memory"], self.segments["memory"]
-        sliced, length = None, None
-        if memory is not None:  # (B, C, M, L, …) → (L, B, C, M, …)
-            sliced = (jnp.moveaxis(memory.keys, 3, 0), jnp.moveaxis(memory.values, 3, 0))
-            length = memory.length
 
         def body(hidden: Array, inputs: Any, last: bool = False) -> tuple[Array, Any]:
-            block = self.merge(inputs[0])
-            memory = None
-            if length is not None:
-                memory = ExplicitMemory(inputs[1][0], inputs[1][1], length)
-            return layer.memory(block, hidden, memory, last, *inputs[2:])
+            part = None
+            if memory is not None:
+                part = ExplicitMemory(inputs[1][0], inputs[1][1], memory.length)
+            return layer.memory(self.merge(inputs[0]), hidden, part, last, *inputs[2:])
 
         heads = self.memory_heads if memory_heads is None else memory_heads
         heads_LK = None if heads is None else jnp.asarray(heads)
-        each = (stacked, sliced, heads_LK, self._sights(sight, "memory"))
+        each = (
+            stacked,
+            None if memory is None else memory[:2],
+            heads_LK,
+            self._sights(sight, "memory"),
+        )
         if layer.usable_RW is None:  # no references
             return jax.lax.scan(self._remat(body), hidden, each)
         outputs = []

@@ -3,7 +3,7 @@
 The tables are the largest matrices of the model, and logits its largest activation. The table is
 gathered once; its gradient is added up on the device and leaves it in one reduce-scatter. Gradients
 of the loss are computed together with it, block by block, so that no logits are kept and none are
-computed twice. All functions see one device's part (`parallel.py`).
+computed twice. All functions see one device's part (`collectives.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from m3jax.model.collectives import Parallel
 def lookup(
     parallel: Parallel, table_VD: Float[Array, "V D"], tokens: Int[Array, " n"]
 ) -> Float[Array, "n D"]:
-    """Rows of the embedding in the compute dtype.
+    """Looks rows of the embedding up, in the compute dtype.
 
     Args:
       parallel: of the mesh.
@@ -32,18 +32,18 @@ def lookup(
     @jax.custom_vjp
     def find(table: Array, tokens: Array) -> Array:
         table = parallel.whole(table, 0)
-        rows, here = _own_rows(parallel, tokens, table.shape[0])
-        found = table[rows]
-        if here is None:
-            return found
-        return parallel.sum(jnp.where(here[:, None], found, 0), "tensor")
+        rows, owned = _own_rows(parallel, tokens, table.shape[0])
+        embedded = table[rows]
+        if owned is None:
+            return embedded
+        return parallel.sum(jnp.where(owned[:, None], embedded, 0), "tensor")
 
     def backward(tokens: Array, gradient: Array) -> tuple[Array, None]:
         whole = jnp.zeros((part[0] * parallel.size("fsdp"), part[1]), jnp.float32)
-        rows, here = _own_rows(parallel, tokens, whole.shape[0])
+        rows, owned = _own_rows(parallel, tokens, whole.shape[0])
         gradient = gradient.astype(jnp.float32)
-        if here is not None:
-            gradient = jnp.where(here[:, None], gradient, 0)
+        if owned is not None:
+            gradient = jnp.where(owned[:, None], gradient, 0)
         return parallel.reduce(whole.at[rows].add(gradient), 0, dtype), None
 
     find.defvjp(lambda table, tokens: (find(table, tokens), tokens), backward)
@@ -59,7 +59,7 @@ def cross_entropy(
     block: int,
     z_loss: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """Sums over this device's tokens of weight · (cross-entropy + z_loss · log² Z), in nats, of
+    """Sums, over this device's tokens, weight · (cross-entropy + z_loss · log² Z), in nats, of
     weight · cross-entropy, and of the weights of right predictions; Z is the softmax normaliser
     (PaLM, arXiv 2204.02311, §5). Only the first has a gradient.
 
@@ -94,13 +94,13 @@ def token_losses(
     targets_BT: Int[Array, "B T"],
     block: int,
 ) -> Float[Array, "B T"]:
-    """Cross-entropy of every token in nats, without a gradient; arguments as in `cross_entropy`."""
+    """Returns the cross-entropy of every token in nats, without a gradient."""
     T = x_BTD.shape[1]
     block = next(size for size in range(min(block, T), 0, -1) if T % size == 0)
     x_BTD, table_VD = jax.lax.stop_gradient((x_BTD, table_VD))
     table = parallel.whole(table_VD, 0)
 
-    def one(inputs: tuple[Array, Array]) -> Array:
+    def block_losses(inputs: tuple[Array, Array]) -> Array:
         x, targets = inputs
         logits = jnp.einsum("BQD,VD->BQV", x, table, preferred_element_type=jnp.float32)
         normalizer, scored, _, _ = _scores(parallel, logits, targets)
@@ -110,21 +110,21 @@ def token_losses(
         lambda a: jnp.moveaxis(a.reshape(a.shape[0], T // block, block, *a.shape[2:]), 1, 0),
         (x_BTD, targets_BT),
     )
-    return jnp.moveaxis(jax.lax.map(one, blocks), 0, 1).reshape(targets_BT.shape)
+    return jnp.moveaxis(jax.lax.map(block_losses, blocks), 0, 1).reshape(targets_BT.shape)
 
 
 def _scores(parallel: Parallel, logits: Array, targets: Array) -> tuple[Array, Array, Array, Array]:
-    """Log-sum-exp, logit of the target, the most probable token, and where the target is."""
+    """Returns log-sum-exp, logit of the target, most probable token, and place of the target."""
     V = logits.shape[-1]
-    rows, here = _own_rows(parallel, targets, V)
+    rows, owned = _own_rows(parallel, targets, V)
     predicted, largest = _most_probable(parallel, logits)
     total = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
     normalizer = largest + jnp.log(parallel.sum(total, "tensor"))
     scored = jnp.take_along_axis(logits, rows[..., None], axis=-1)[..., 0]
     hit = jnp.arange(V)[None, None] == rows[..., None]
-    if here is not None:
-        scored = parallel.sum(jnp.where(here, scored, 0.0), "tensor")
-        hit = hit & here[..., None]
+    if owned is not None:
+        scored = parallel.sum(jnp.where(owned, scored, 0.0), "tensor")
+        hit = hit & owned[..., None]
     return normalizer, scored, predicted, hit
 
 
@@ -138,7 +138,7 @@ def _sums(
     targets: Array,
     weights: Array,
 ) -> Any:
-    """The three sums, and (with `gradient`) gradients of the first for `x` and `part`, or None."""
+    """Returns the three sums, and (with `gradient`) gradients of the first, or None."""
     table = parallel.whole(part, 0)
     length = x.shape[1]
     blocks = jax.tree.map(
@@ -146,7 +146,7 @@ def _sums(
         (x, targets, weights.astype(jnp.float32)),
     )
 
-    def one(carry: Any, inputs: tuple[Array, Array, Array]) -> tuple[Any, Any]:
+    def add_block(carry: Any, inputs: tuple[Array, Array, Array]) -> tuple[Any, Any]:
         x, targets, weights = inputs
         logits = jnp.einsum("BQD,VD->BQV", x, table, preferred_element_type=jnp.float32)
         normalizer, scored, predicted, hit = _scores(parallel, logits, targets)
@@ -171,20 +171,20 @@ def _sums(
     start: tuple[Array, ...] = (zero,) * (3 if z_loss else 2)
     if gradient:
         start += (jnp.zeros(table.shape, jnp.float32),)
-    carry, x_gradient = jax.lax.scan(one, start, blocks)
+    carry, x_gradient = jax.lax.scan(add_block, start, blocks)
     loss, correct = carry[:2]
-    found = (loss + z_loss * carry[2] if z_loss else loss, loss, correct)
+    sums = (loss + z_loss * carry[2] if z_loss else loss, loss, correct)
     if not gradient:
-        return found, None
+        return sums, None
     x_gradient = jnp.moveaxis(x_gradient, 0, 1).reshape(x.shape)
     # Together: the whole table's gradient must not wait while the layers run backward.
-    return found, jax.lax.optimization_barrier(
+    return sums, jax.lax.optimization_barrier(
         (x_gradient, parallel.reduce(carry[-1], 0, part.dtype))
     )
 
 
 def _most_probable(parallel: Parallel, logits: Array) -> tuple[Array, Array]:
-    """Token of the largest logit, the first of equal ones, and that logit."""
+    """Returns the token of the largest logit, the first of equal ones, and that logit."""
     token, largest = jnp.argmax(logits, axis=-1), jnp.max(logits, axis=-1)
     if not parallel.axes("tensor"):
         return token, largest
@@ -195,10 +195,10 @@ def _most_probable(parallel: Parallel, logits: Array) -> tuple[Array, Array]:
 
 
 def _own_rows(parallel: Parallel, tokens: Array, rows: int) -> tuple[Array, Array | None]:
-    """Row of every token in the `rows` that this device holds, and whether it holds the token;
-    None where it holds all."""
+    """Returns the row of every token in the `rows` that this device holds, and whether it holds
+    the token; None where it holds all."""
     if not parallel.axes("tensor"):
         return tokens, None
     local = tokens - jax.lax.axis_index("tensor") * rows
-    here = (local >= 0) & (local < rows)
-    return jnp.where(here, local, 0), here
+    owned = (local >= 0) & (local < rows)
+    return jnp.where(owned, local, 0), owned

@@ -269,6 +269,7 @@ def _attention_picture(
     tokens = knowledge.references.tokens(read_ids.ravel())
     encode = jax.jit(functools.partial(model.encode, sparsify=sparsifier(model.memory)))
     memory, indices = jax.device_get(encode(writer_params, tokens))
+    indices = np.moveaxis(indices, 0, 1)
     indices = indices.reshape(*read_ids.shape, *indices.shape[1:])  # (n, M, L, K, P)
     real = np.arange(indices.shape[-1]) < memory.length.reshape(*read_ids.shape, 1)
     predicted, attention = answerer.first_choices(questions, ids, knowledge.bank)

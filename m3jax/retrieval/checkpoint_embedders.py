@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 from m3jax.checkpoint import restack
 from m3jax.config import PREFIX_TOKENS, prefix_tokens
 from m3jax.errors import RetrievalError
-from m3jax.memory.bank import Bank, layout_of
-from m3jax.memory.delta_bank import LayeredBank
+from m3jax.memory.binding import layout_of
+from m3jax.memory.reader import BankReader
 from m3jax.memory.sparsify import Written, sparsifier
 from m3jax.model.parameters import Params
 from m3jax.model.rope import rotate
@@ -102,7 +102,7 @@ class AttentionEmbedder(CheckpointEmbedder):
     def states(self, params: Params, tokens_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
         """Computes queries before RoPE `(B, T, L, K, G, H)` of texts read as references are."""
         written, _ = self.model.encode(params, jnp.where(real_BT, tokens_BT, 0), _queries)
-        return jnp.moveaxis(written.keys, 1, 2)
+        return jnp.moveaxis(written.keys, 0, 2)
 
     def pooled(
         self, params: Params, means: jax.Array, tokens_BT: jax.Array, real_BT: jax.Array
@@ -111,7 +111,8 @@ class AttentionEmbedder(CheckpointEmbedder):
         keep = sparsifier(self.config.memory)
         memory, _ = self.model.encode(params, jnp.where(real_BT, tokens_BT, 0), keep)
         count_B = jnp.maximum(memory.length, 1).reshape(-1, 1, 1, 1)
-        sums_BLKH = memory.keys.astype(jnp.float32).sum(3)  # slots past the length are zero
+        keys_BLKPH = jnp.moveaxis(memory.keys, 0, 1)
+        sums_BLKH = keys_BLKPH.astype(jnp.float32).sum(3)  # slots past the length are zero
         return (sums_BLKH / count_B).reshape(len(tokens_BT), -1)
 
     def scales(self, variance: np.ndarray) -> np.ndarray:
@@ -151,7 +152,7 @@ class Ranking:
     query's tokens, the heads that share the key-value head, and the kept keys.
     """
 
-    def __init__(self, embedder: Embedder, bank: Bank | LayeredBank) -> None:
+    def __init__(self, embedder: Embedder, bank: BankReader) -> None:
         """Raises `RetrievalError` unless the embedder's checkpoint wrote the bank."""
         if not isinstance(embedder, AttentionEmbedder):
             raise RetrievalError(
@@ -190,7 +191,7 @@ class Ranking:
             padded = np.full((rows, ids.shape[1]), -1, np.int64)
             padded[: len(places)] = ids[places]
             read = self.bank.read(padded)
-            return np.asarray(read.keys), np.asarray(read.length)
+            return np.moveaxis(np.asarray(read.keys), 0, 1), np.asarray(read.length)
 
         for places, read in self.embedder.run(self._program, queries, memories):
             scores[places] = np.where(ids[places] < 0, -np.inf, read[: len(places)])
@@ -202,7 +203,7 @@ class Ranking:
         learnt: Any,
         tokens_BT: jax.Array,
         lengths_B: jax.Array,
-        keys: Float[Array, "B M L K P H"],
+        keys: Float[Array, "B L M K P H"],
         slots_BM: jax.Array,
     ) -> Float32[Array, "B M"]:
         real_BT = usable(tokens_BT, lengths_B)
@@ -216,5 +217,5 @@ class Ranking:
             scores = jnp.where(seen_BMTP[:, :, None, :, None, :], scores, -jnp.inf)
             return scores.max((3, 4, 5)).sum(2)
 
-        of_layers = jax.lax.map(layer, (jnp.moveaxis(q_BTLKGH, 2, 0), jnp.moveaxis(keys, 2, 0)))
+        of_layers = jax.lax.map(layer, (jnp.moveaxis(q_BTLKGH, 2, 0), jnp.moveaxis(keys, 1, 0)))
         return of_layers.sum(0) * keys.shape[-1] ** -0.5

@@ -25,7 +25,7 @@ from m3jax.checkpoint import read_model
 from m3jax.errors import CheckpointError, RetrievalError, TextError
 from m3jax.files import digest, write_atomically
 from m3jax.make_model import make_model
-from m3jax.memory.bank import layout_of, writer_fingerprint, writer_params
+from m3jax.memory.binding import layout_of, writer_fingerprint, writer_params
 from m3jax.mesh import ACTIVATIONS, batch_sharding, local_mesh, on_devices, replicated
 from m3jax.model.parameters import Params
 from m3jax.retrieval.batches import calls

@@ -25,8 +25,9 @@ from m3jax.data.batch import Batch
 from m3jax.data.pipeline import Pipeline
 from m3jax.files import write_array, write_atomically
 from m3jax.make_model import make_model
+from m3jax.memory.reader import Dequantize
 from m3jax.model.parameters import Params
-from m3jax.train.loss import Dequantize, hidden_of
+from m3jax.train.loss import hidden_of
 
 NOTHING, EVERYTHING = -1, -2  # absent: no reference, or all memories
 # Loss of a row, nats, with a reference absent; `weight` is that of the row's targets.
@@ -43,7 +44,7 @@ class RowLosses:
     """
 
     def __init__(self, config: ConfigDict, dequantize: Dequantize | None) -> None:
-        self.model, self._decode = make_model(config, prefix_tokens(config)), dequantize
+        self.model, self._dequantize = make_model(config, prefix_tokens(config)), dequantize
         self._losses = jax.jit(self._token_losses)
 
     def __call__(
@@ -70,13 +71,13 @@ class RowLosses:
         self, params: Params, batch: Batch, ids: Array, rows: Array, absent: Array
     ) -> Array:
         """Cross-entropy `(n, T)` of every token."""
-        picked = jax.tree.map(lambda x: x[rows], batch)
+        picked = jax.tree.map(lambda x, axis: jnp.take(x, rows, axis), batch, batch.row_axes())
         absent = absent[:, None, None]
         present = (ids[rows] != absent) & (absent != EVERYTHING)
         memory = picked.memory  # without a real slot it takes no attention
         memory = memory._replace(length=jnp.where(present, memory.length, 0))
         picked = picked._replace(memory=memory)
-        hidden = hidden_of(self.model, params, picked, None, self._decode)
+        hidden = hidden_of(self.model, params, picked, None, self._dequantize)
         return self.model.token_losses(params, hidden, picked.targets)
 
 

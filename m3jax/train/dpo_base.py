@@ -27,14 +27,15 @@ from m3jax.distributed import meet
 from m3jax.errors import CheckpointError
 from m3jax.files import read_sealed, write_atomically, write_sealed
 from m3jax.make_model import make_model
-from m3jax.memory.bank import writer_fingerprint, writer_params
+from m3jax.memory.binding import writer_fingerprint, writer_params
+from m3jax.memory.reader import Dequantize
 from m3jax.memory.sparsify import sparsifier
 from m3jax.memory.storage import npy_bytes
-from m3jax.mesh import batch_sharding, host_rows, on_devices, replicated, to_global
+from m3jax.mesh import batch_sharding, host_rows, on_devices, replicated
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
 from m3jax.train.dpo_loss import answer_logprobs
-from m3jax.train.loss import Dequantize, batch_specs
+from m3jax.train.loss import batch_specs, place_batch
 
 FOLDER = "base_logprobs"
 _MANIFEST = "manifest.json"
@@ -159,7 +160,7 @@ def each_batch(
     here, place = np.arange(B), jax.device_put
     if mesh is not None:
         of_host = host_rows(mesh, B)
-        here, place = of_host.ids, functools.partial(to_global, mesh, rows=of_host)
+        here, place = of_host.ids, functools.partial(place_batch, mesh, rows=of_host)
     for low in range(first, last, B):
         rows = np.minimum(low + here, last - 1)
         yield min(B, last - low), place(pipeline.read(rows).for_step())

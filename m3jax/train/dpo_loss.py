@@ -17,9 +17,10 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from m3jax.data.batch import Batch
+from m3jax.memory.reader import Dequantize
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
-from m3jax.train.loss import Dequantize, Sums, hidden_of, objective
+from m3jax.train.loss import Sums, hidden_of, objective
 
 
 def objective_of(config: ConfigDict) -> Callable[..., tuple[Array, Sums]]:

@@ -19,10 +19,10 @@ from m3jax.data.batch import Batch
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.make_model import make_model
 from m3jax.memory.sparsify import sparsifier
-from m3jax.mesh import host_rows, to_global
+from m3jax.mesh import host_rows
 from m3jax.model.parameters import Params
 from m3jax.train.dpo_evaluator import PreferenceEvaluator
-from m3jax.train.loss import Sums, global_sums
+from m3jax.train.loss import Sums, global_sums, place_batch
 
 MODES = ("memory", "none", "wrong")
 
@@ -52,7 +52,7 @@ class LossEvaluator:
         self._ids, self._place = None, jax.device_put
         if mesh is not None:
             here = host_rows(mesh, pipeline.batch_size)
-            self._ids, self._place = here.ids, functools.partial(to_global, mesh, rows=here)
+            self._ids, self._place = here.ids, functools.partial(place_batch, mesh, rows=here)
         self.modes = MODES if config.memory.source != "none" else ("none",)
         self._sums = {mode: jax.jit(self._summed(mode)) for mode in self.modes}
 
@@ -87,9 +87,8 @@ class LossEvaluator:
             if mode == "none":
                 batch = batch.without_memory()
             if mode == "wrong":
-                read = batch.memory, batch.reference_tokens
-                memory, tokens = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), read)
-                batch = batch._replace(memory=memory, reference_tokens=tokens)
+                other = jax.tree.map(lambda x, axis: jnp.roll(x, 1, axis), batch, batch.row_axes())
+                batch = batch._replace(memory=other.memory, reference_tokens=other.reference_tokens)
             return total(params, batch)
 
         return summed

@@ -16,7 +16,7 @@ from m3jax.data.batch import Batch
 from m3jax.distributed import meet
 from m3jax.errors import CheckpointError, ConfigError
 from m3jax.files import write_atomically
-from m3jax.mesh import host_rows, make_mesh, to_global
+from m3jax.mesh import host_rows, make_mesh
 from m3jax.train.checkpoints import Checkpoints, check_owner, claim
 from m3jax.train.clock import Device, RunClock, Speed
 from m3jax.train.guard import Guard
@@ -30,6 +30,7 @@ from m3jax.train.hooks import (
     StopAtNaN,
 )
 from m3jax.train.log import Log
+from m3jax.train.loss import place_batch
 from m3jax.train.plots import plot_stages
 from m3jax.train.profile import Profile
 from m3jax.train.program import Program
@@ -235,8 +236,8 @@ class Loop:
         batches = self._batches(first)
         for step in range(first + 1, steps + 1):
             with self.clock.waiting(self.device.idle_since):
-                batch = next(batches).for_step()
-            placed = to_global(mesh, batch, self.rows)
+                batch = next(batches)
+            placed = place_batch(mesh, batch, self.rows)
             if not self.compiled and jax.process_count() > 1:
                 self.step.lower(state, placed, *scale).compile()
                 meet("compiled")

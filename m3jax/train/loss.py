@@ -7,16 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from m3jax.data.batch import Batch
-from m3jax.mesh import ACTIVATIONS, BATCH_AXES, on_devices
+from m3jax.memory.reader import Dequantize
+from m3jax.mesh import ACTIVATIONS, BATCH_AXES, HostRows, on_devices, to_global
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
-
-Dequantize = Callable[[ExplicitMemory], ExplicitMemory]
 
 
 class Sums(NamedTuple):
@@ -44,7 +43,7 @@ def objective(
       params: its parameters.
       batch: with memory, or reference tokens, or neither.
       sparsify: `memory.sparsify.sparsifier(config.memory)`; needed with `reference_tokens`.
-      dequantize: makes memories of what the bank stores (`Codec.decode`); None: they are.
+      dequantize: of stored memories (`Codec.dequantize`); None if they are plain.
     """
     hidden = hidden_of(model, params, batch, sparsify, dequantize)
     weights = batch.weights.astype(jnp.float32)
@@ -73,10 +72,16 @@ def hidden_of(
     )
 
 
+def place_batch(mesh: Mesh, batch: Batch, rows: HostRows) -> Batch:
+    """Makes a global batch for the step from the rows that this process loaded."""
+    batch = batch.for_step()
+    return to_global(mesh, batch, rows, batch.row_axes())
+
+
 def batch_specs(batch: Batch) -> Batch:
     """Returns the partition of a batch: rows, and the heads of memories."""
     rows: Any = ACTIVATIONS.spec(("batch",))
-    slots: Any = ACTIVATIONS.spec(("batch", None, None, None, "kv_heads"))
+    slots: Any = ACTIVATIONS.spec((None, "batch", None, None, "kv_heads"))
     specs = jax.tree.map(lambda _: rows, batch)
     if batch.memory is None:
         return specs

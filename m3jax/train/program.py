@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from m3jax.checkpoint import restore_params
 from m3jax.config import prefix_tokens
 from m3jax.make_model import make_model
+from m3jax.memory.reader import Dequantize
 from m3jax.train.checkpoints import Checkpoints
-from m3jax.train.loss import Dequantize
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.progress import Progress
 from m3jax.train.state import TrainState, abstract_state, init_state

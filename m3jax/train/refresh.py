@@ -21,10 +21,11 @@ from m3jax.knowledge.memory_writer import MemoryWriter
 from m3jax.knowledge.versions import Version, open_version
 from m3jax.make_model import make_model
 from m3jax.memory import codec as codecs
-from m3jax.memory.bank import Bank, writer_fingerprint
-from m3jax.memory.delta_bank import AnyBank
+from m3jax.memory.bank import Bank
+from m3jax.memory.binding import writer_fingerprint
 from m3jax.memory.document_context import writer_settings
 from m3jax.memory.encode import Clock, Encoder, ReferenceSet
+from m3jax.memory.reader import BankReader
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.transformer import Model
 from m3jax.text.references import References
@@ -124,7 +125,7 @@ def _squares(stored: ExplicitMemory, fresh: ExplicitMemory) -> tuple[jax.Array, 
     weight that moved another token into the memory counts, the order of the slots does not.
     """
     keys, values, fresh_keys, fresh_values = (
-        x.astype(jnp.float32) for x in (stored.keys, stored.values, fresh.keys, fresh.values)
+        jnp.moveaxis(x, 0, 1).astype(jnp.float32) for x in (*stored[:2], *fresh[:2])
     )
     P = keys.shape[-2]
     real = jnp.arange(P)[None] < fresh.length[:, None]  # (n, P)
@@ -143,12 +144,17 @@ def _squares(stored: ExplicitMemory, fresh: ExplicitMemory) -> tuple[jax.Array, 
     return (*distances, total(fresh_keys), total(fresh_values))
 
 
+def _layers_first(both: Any, length: Any) -> ExplicitMemory:
+    """Returns memories of keys and values as the bank's array has them, `(n, 2, L, K, P, H)`."""
+    return ExplicitMemory(jnp.moveaxis(both[:, 0], 1, 0), jnp.moveaxis(both[:, 1], 1, 0), length)
+
+
 def compare_memories(
     config: ConfigDict,
     model: Model,
     params: Any,
     references: ReferenceSet,
-    bank: AnyBank,
+    bank: BankReader,
     ids: Int[np.ndarray, " n"],
     progress: bool,
 ) -> tuple[Squares, Squares | None]:
@@ -169,14 +175,12 @@ def compare_memories(
                 both = both * bank.codec.heads.mask[None, None, :L, :, None, None].astype(
                     both.dtype
                 )
-            parts: list[Any] = [both[:, 0], both[:, 1], stored.length]
-            fresh = ExplicitMemory(*parts)
-            first = stored._replace(keys=stored.keys[:, :L], values=stored.values[:, :L])
+            fresh = _layers_first(both, stored.length)
+            first = stored._replace(keys=stored.keys[:L], values=stored.values[:L])
             squares.append(jax.device_get(_squares(first, fresh)))
-            if bank.codec.name != codecs.NONE and stored.keys.shape[1] == L:
-                coded = jax.jit(bank.codec.encode)(both)
-                again = stored._replace(keys=coded[:, 0], values=coded[:, 1])
-                again = bank.codec.decode(again)
+            if bank.codec.name != codecs.NONE and len(stored.keys) == L:
+                coded = jax.jit(bank.codec.quantize)(both)
+                again = bank.codec.dequantize(_layers_first(coded, stored.length))
                 floors.append(jax.device_get(_squares(again, fresh)))
 
     def joined(parts: list[Any]) -> Squares:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from m3jax.data.batch import Batch
+from m3jax.memory.reader import Dequantize
 from m3jax.model.parameters import Params
-from m3jax.train.loss import Dequantize
 
 Evaluate = Callable[[Params], Mapping[str, float]]
 

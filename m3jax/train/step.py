@@ -14,11 +14,12 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from m3jax.data.batch import Batch
+from m3jax.memory.reader import Dequantize
 from m3jax.memory.sparsify import sparsifier
-from m3jax.mesh import batch_sharding, compiler_options, on_devices, replicated
+from m3jax.mesh import compiler_options, on_devices, replicated
 from m3jax.model.transformer import Model
 from m3jax.train.dpo_loss import objective_of
-from m3jax.train.loss import Dequantize, Sums, batch_specs, mean, over_rows
+from m3jax.train.loss import Sums, batch_specs, mean, over_rows
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.schedule import lr_schedule
 from m3jax.train.state import TrainState, abstract_state, state_shardings
@@ -50,7 +51,7 @@ def make_step(
       mesh: its mesh.
       optimizer: default `make_optimizer(config)`.
       abstract: default `abstract_state(model, optimizer, mesh)`.
-      dequantize: makes memories of what the bank stores (`Codec.decode`); None: they are.
+      dequantize: of stored memories (`Codec.dequantize`); None if they are plain.
     """
     optimizer = make_optimizer(config) if optimizer is None else optimizer
     abstract = abstract_state(model, optimizer, mesh) if abstract is None else abstract
@@ -84,7 +85,7 @@ def make_step(
     scales = [replicated(mesh)] if guarded else []
     return jax.jit(
         step,
-        in_shardings=(shardings, batch_sharding(mesh), *scales),
+        in_shardings=(shardings, None, *scales),  # a batch comes as `place_batch` makes it
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=(0,),
         compiler_options=compiler_options(mesh),
@@ -111,8 +112,12 @@ def _make_gradient(config: ConfigDict, model: Model, dequantize: Dequantize | No
         gradients, total = jax.grad(summed, has_aux=True)(params, batch)
         return jax.tree.map(lambda x: x.astype(jnp.float32), gradients), total
 
-    def split(x: Array) -> Array:
-        return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+    def microbatch(batch: Batch, number: Array) -> Batch:
+        def select(x: Array, axis: int) -> Array:
+            shape = (*x.shape[:axis], x.shape[axis] // parts, parts, *x.shape[axis + 1 :])
+            return jax.lax.dynamic_index_in_dim(x.reshape(shape), number, axis + 1, keepdims=False)
+
+        return jax.tree.map(select, batch, batch.row_axes())
 
     def local(params: Any, batch: Any) -> tuple[Any, Sums]:
         """On one device: gradients of its parts of the parameters, summed over all rows."""
@@ -120,13 +125,13 @@ def _make_gradient(config: ConfigDict, model: Model, dequantize: Dequantize | No
             gradients, total = part(params, batch)
         else:
 
-            def body(carry: Any, batch: Any) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, carry, part(params, batch)), None
+            def body(carry: Any, number: Array) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, carry, part(params, microbatch(batch, number))), None
 
             zero = jnp.zeros((), jnp.float32)
             start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
             (gradients, total), _ = jax.lax.scan(
-                body, (start, Sums(zero, zero, zero)), jax.tree.map(split, batch)
+                body, (start, Sums(zero, zero, zero)), jnp.arange(parts)
             )
         total = over_rows(model, total)
         # The loss is a mean over the whole batch: divide once, by the whole weight.

@@ -38,7 +38,8 @@ def test_hosts_together_load_the_whole_batch(workdir, hosts):
     whole = open_pipeline(config, workdir).batch(7)
     rows = np.split(np.arange(4), hosts)
     parts = [open_pipeline(config, workdir).batch(7, slice(r[0], r[-1] + 1)) for r in rows]
-    assert_same(whole, jax.tree.map(lambda *x: np.concatenate(x), *parts))
+    joined = jax.tree.map(lambda axis, *x: np.concatenate(x, axis), whole.row_axes(), *parts)
+    assert_same(whole, joined)
 
 
 def test_the_seed_decides_the_order_and_every_row_comes_once_an_epoch(workdir):

@@ -155,8 +155,8 @@ def test_cold_memories_are_those_of_the_bank(world):
     one, other = cold.read_stored(ids), again.read_stored(ids)
     for a, b in zip(one, other, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert one.keys.shape == (2, 3, 1, 2, 4, 8)
-    assert one.length[0, 1] == 0 and not one.keys[0, 1].any() and one.keys[0, 0].any()
+    assert one.keys.shape == (1, 2, 3, 2, 4, 8)
+    assert one.length[0, 1] == 0 and not one.keys[:, 0, 1].any() and one.keys[:, 0, 0].any()
     assert cold.written == again.written == 3
     cold.read_stored(ids), again.read_stored(ids)
     assert (cold.written, again.written) == (3, 6)

@@ -15,6 +15,7 @@ import numpy as np
 import processes
 import pytest
 from data.data_workdir import make_workdir, tiny_config
+from memory_axes import by_reference
 from tolerance import close, error
 
 from m3jax.config import PREFIX_TOKENS
@@ -105,11 +106,11 @@ def test_what_is_added_is_found_and_read(workdir: Path) -> None:
     new, old = references.find("Zork#0"), np.array([0, 5])
     assert new >= len(before)
     write(References.open(version.deltas[0] / "references"), workdir / "again", None)
-    again = Bank.open(workdir / "again").read(np.array([0, 1]))
-    memory = bank.read(np.array([new, -1, 5]))
+    again = by_reference(Bank.open(workdir / "again").read(np.array([0, 1])))
+    memory = by_reference(bank.read(np.array([new, -1, 5])))
     row = new - len(before)
     np.testing.assert_array_equal(memory.keys[0], again.keys[row])
-    np.testing.assert_array_equal(memory.values[2], old_bank.read(old).values[1])
+    np.testing.assert_array_equal(memory.values[2], by_reference(old_bank.read(old)).values[1])
     assert memory.length[1] == 0 and not memory.keys[1].any()
 
 
@@ -177,7 +178,7 @@ def test_a_version_equals_one_prepared_anew(workdir: Path, prepared: Path) -> No
 def test_nothing_of_a_deleted_reference_is_left_after_compaction(workdir: Path) -> None:
     """Not in a file, as its tokens, its memory or its embedding."""
     references, index, bank = opened(workdir)
-    everything = bank.read(np.arange(bank.size)).keys
+    everything = by_reference(bank.read(np.arange(bank.size))).keys
     alike = (everything[:, None] == everything[None]).all(axis=(2, 3, 4, 5)).sum(axis=0)
     gone = int(np.flatnonzero(alike == 1)[3])  # kept tokens may stand in others, too
     key = references[gone].key
@@ -221,7 +222,7 @@ def test_an_edit_follows_a_bank_with_context(workdir: Path) -> None:
     added = References.open(version.deltas[0] / "references")
     assert len(added) > 2
     in_context(added, workdir / "alone", None, context="reference")
-    alone = Bank.open(workdir / "alone").read(np.arange(2)).values
+    alone = by_reference(Bank.open(workdir / "alone").read(np.arange(2))).values
     references, _, bank = opened(workdir)
     keys = [f"Long#{n}" for n in range(2)]
     before = bank.read(np.array([references.find(key) for key in keys])).values

@@ -154,8 +154,8 @@ def read_by_threads(bank: Bank, values: np.ndarray) -> None:
 
     def work(seed: int) -> bool:
         random = np.random.default_rng(seed)
-        ids = [random.integers(0, len(values), 11) for _ in range(20)]
-        return all(np.array_equal(bank.read(some).values, values[some]) for some in ids)
+        ids = [random.integers(0, values.shape[1], 11) for _ in range(20)]
+        return all(np.array_equal(bank.read(some).values, values[:, some]) for some in ids)
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(4)))

@@ -9,7 +9,7 @@ import processes
 from memory.memory_tiny import tiny_config, tiny_params
 from ml_collections import ConfigDict
 
-from m3jax.memory.bank import writer_fingerprint
+from m3jax.memory.binding import writer_fingerprint
 from m3jax.mesh import make_mesh
 from m3jax.text.documents import Document
 from m3jax.text.references import write_references

@@ -16,10 +16,12 @@ from memory.memory_tiny import (
     tiny_config,
     tiny_params,
 )
+from memory_axes import by_reference
 from ml_collections import ConfigDict
 
 from m3jax.errors import BankError
-from m3jax.memory.bank import Bank, Binding, make_binding, writer_fingerprint
+from m3jax.memory.bank import Bank
+from m3jax.memory.binding import Binding, make_binding, writer_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +35,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_read_returns_every_memory_in_any_order_and_shape(folder: Path) -> None:
     bank = Bank.open(folder)
     everything = bank.read(np.arange(bank.size))
-    assert everything.keys.shape == (37, 2, 2, 4, 8)
+    assert everything.keys.shape == (2, 37, 2, 4, 8) and everything.keys.flags.c_contiguous
     assert everything.keys.dtype == np.float32 and everything.length.dtype == np.int32
     np.testing.assert_array_equal(everything.length, np.minimum(TinyReferences(37).lengths, 4))
     ids = np.random.default_rng(1).integers(-1, 37, (3, 5, 9)).astype(np.int32)
     assert (ids == -1).any() and len(np.unique(ids)) < ids.size
     found = bank.read(ids)
-    for part, whole in zip(found, everything, strict=True):
+    for part, whole in zip(by_reference(found), by_reference(everything), strict=True):
         absent = np.zeros((1, *whole.shape[1:]), whole.dtype)
         np.testing.assert_array_equal(part, np.concatenate([whole, absent])[ids])
     assert np.abs(everything.keys).max() > 0 and not np.array_equal(found.keys, found.values)
@@ -48,7 +50,7 @@ def test_read_returns_every_memory_in_any_order_and_shape(folder: Path) -> None:
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0, 3)])
 def test_read_takes_any_shape(folder: Path, shape: tuple[int, ...]) -> None:
     found = Bank.open(folder).read(np.full(shape, -1, np.int64))
-    assert found.keys.shape == found.values.shape == (*shape, 2, 2, 4, 8)
+    assert found.keys.shape == found.values.shape == (2, *shape, 2, 4, 8)
     assert found.length.shape == shape and not found.length.any() and not found.keys.any()
 
 

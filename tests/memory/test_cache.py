@@ -10,7 +10,7 @@ from memory.memory_tiny import TinyReferences, build, read_by_threads
 from m3jax.errors import BankError
 from m3jax.memory.bank import Bank
 from m3jax.memory.cache import MemoryCache
-from m3jax.memory.delta_bank import LayeredBank
+from m3jax.memory.delta_bank import DeltaBank
 
 ITEM = 2 * 2 * 2 * 4 * 8 * 4
 
@@ -61,7 +61,7 @@ def test_what_is_cached_is_not_read(folder: Path, tmp_path: Path) -> None:
     bank = Bank.open(own, cache_bytes=1 << 20)
     before = bank.read(np.arange(5))
     shutil.rmtree(own / "memories.zarr" / "c" / "0")
-    np.testing.assert_array_equal(bank.read(np.array([4, 0])).keys, before.keys[[4, 0]])
+    np.testing.assert_array_equal(bank.read(np.array([4, 0])).keys, before.keys[:, [4, 0]])
     with pytest.raises(BankError, match=r"is missing"):
         bank.read(np.array([4, 5]))
 
@@ -77,14 +77,16 @@ def test_layers_share_one_limit_and_a_removed_memory_is_not_served(
 ) -> None:
     build(tmp_path / "added", references=TinyReferences(11, seed=5))
     layers = [Bank.open(path, cache_bytes=20 * ITEM) for path in (folder, tmp_path / "added")]
-    both = LayeredBank(layers, np.zeros(0, np.int64), "references")
+    both = DeltaBank(layers, np.zeros(0, np.int64), "references")
     everything = both.read(np.arange(48))
-    np.testing.assert_array_equal(everything.keys[:37], Bank.open(folder).read(np.arange(37)).keys)
+    np.testing.assert_array_equal(
+        everything.keys[:, :37], Bank.open(folder).read(np.arange(37)).keys
+    )
     assert both.report() == {"cache_hits": 0, "cache_misses": 48, "cache_bytes": 20 * ITEM}
-    np.testing.assert_array_equal(both.read(np.array([40, 3])).keys, everything.keys[[40, 3]])
+    np.testing.assert_array_equal(both.read(np.array([40, 3])).keys, everything.keys[:, [40, 3]])
     assert both.report()["cache_hits"] == 1
 
-    later = LayeredBank(layers, np.array([40]), "references")  # the same layers and cache
+    later = DeltaBank(layers, np.array([40]), "references")  # the same layers and cache
     with pytest.raises(BankError, match="reference id 40 is not in this version"):
         later.read(np.array([3, 40]))
-    np.testing.assert_array_equal(later.read(np.array([41])).keys, everything.keys[[41]])
+    np.testing.assert_array_equal(later.read(np.array([41])).keys, everything.keys[:, [41]])

@@ -13,6 +13,7 @@ import pytest
 from data.data_workdir import make_workdir
 from data.data_workdir import tiny_config as workdir_config
 from memory.memory_tiny import TinyReferences, build, flip, shard_files, tiny_config, tiny_params
+from memory_axes import by_reference
 
 from m3jax import flops
 from m3jax.data.pipeline import open_pipeline
@@ -53,8 +54,8 @@ def own(banks: dict[str, Path], tmp_path: Path) -> Path:
 
 def real(memory: ExplicitMemory) -> np.ndarray:
     """Keys and values of the real slots, `(2, n, H)`."""
-    shown = np.arange(memory.keys.shape[3]) < np.asarray(memory.length)[:, None]
-    parts = (np.asarray(x).transpose(0, 3, 1, 2, 4)[shown] for x in (memory.keys, memory.values))
+    shown = np.arange(memory.keys.shape[-2]) < np.asarray(memory.length)[:, None]
+    parts = (x.transpose(0, 3, 1, 2, 4)[shown] for x in by_reference(memory)[:2])
     return np.stack([part.reshape(-1, part.shape[-1]) for part in parts])
 
 
@@ -63,10 +64,10 @@ def test_int8_is_the_nearest_multiple_of_a_scale() -> None:
     x *= 10.0 ** np.random.default_rng(1).integers(-6, 6, (50, 2, 1, 1, 3, 1))
     x[3] = 0
     codec = Codec("int8", 16, "float32")
-    codes = np.asarray(codec.encode(jnp.asarray(x)))
+    codes = np.asarray(codec.quantize(jnp.asarray(x)))
     assert codes.shape == (*x.shape[:-1], 18) and codes.dtype == np.uint8
     scale = np.abs(codes[..., -2:].copy().view(jnp.bfloat16).astype(np.float32))
-    found = codec.decode(ExplicitMemory(codes[:, 0], codes[:, 1], np.zeros(50)))
+    found = codec.dequantize(ExplicitMemory(codes[:, 0], codes[:, 1], np.zeros(50)))
     for part, decoded in enumerate((found.keys, found.values)):
         error = np.abs(np.asarray(decoded) - x[:, part])
         assert (error <= 0.5001 * scale[:, part]).all()
@@ -89,13 +90,13 @@ def test_errors_are_as_small_as_they_should_be(banks: dict[str, Path]) -> None:
 
 def test_banks_hold_what_codecs_make_of_memories(banks: dict[str, Path]) -> None:
     memory = Bank.open(banks["none"]).read(IDS)
-    both = jnp.stack([memory.keys, memory.values], axis=1)
+    both = jnp.stack(by_reference(memory)[:2], axis=1)
     for name, bytes_each in (("int8", 8 + 2), ("vector", 1 + 3)):
         bank = Bank.open(banks[name])
-        stored = bank.read_stored(IDS)
+        stored = by_reference(bank.read_stored(IDS))
         assert stored.keys.shape[-1] == bytes_each and stored.keys.dtype == np.uint8
         assert bank.bytes == 37 * 2 * 2 * 2 * 4 * bytes_each
-        codes = np.asarray(bank.codec.encode(both))
+        codes = np.asarray(bank.codec.quantize(both))
         np.testing.assert_array_equal(stored.keys, codes[:, 0])
         np.testing.assert_array_equal(stored.values, codes[:, 1])
         np.testing.assert_array_equal(stored.length, memory.length)
@@ -107,7 +108,7 @@ def test_keys_and_values_have_codebooks_of_their_own(banks: dict[str, Path]) -> 
     assert books is not None and not np.array_equal(books[0].coarse, books[1].coarse)
     expected = real(Bank.open(banks["none"]).read(IDS))
     error = [
-        [quantizer.relative_error(book, x, quantizer.encode(book, x)) for book in books]
+        [quantizer.relative_error(book, x, quantizer.quantize(book, x)) for book in books]
         for x in expected
     ]
     assert error[0][0] < error[0][1] and error[1][1] < error[1][0]

@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 from memory.memory_tiny import TinyReferences, build, shard_files, tiny_config, tiny_params
+from memory_axes import by_reference
 from ml_collections import ConfigDict
 from model.oracle import Oracle
 from tolerance import close, error
 
 from m3jax.errors import BankError
 from m3jax.memory import encode
-from m3jax.memory.bank import Bank, layout_of
+from m3jax.memory.bank import Bank
+from m3jax.memory.binding import layout_of
 from m3jax.memory.document_context import identities, packed_rows, writer_settings
 from m3jax.memory.storage import shard_key
 from m3jax.mesh import make_mesh
@@ -101,7 +103,7 @@ def test_a_memory_is_that_of_the_whole_window_in_one_text(folder: Path) -> None:
     asked = [0, 2, 5, 8, 9, 14, 20, 22, 34]  # alone, within a window, first and last of a later one
     assert {len(window_of(i)) for i in asked} == {1, 2, 3}
     assert window_of(14) == [10, 13, 14] and window_of(20) == [16, 19, 20]
-    found = bank.read(np.array(asked))
+    found = by_reference(bank.read(np.array(asked)))
     for row, reference in enumerate(asked):
         parts = [references.table[i, : references.lengths[i]] for i in window_of(reference)]
         keys, values = oracle.write_last(parts)
@@ -112,7 +114,7 @@ def test_a_memory_is_that_of_the_whole_window_in_one_text(folder: Path) -> None:
 def test_without_text_before_it_a_memory_is_that_of_the_reference_alone(
     folder: Path, alone: Bank
 ) -> None:
-    found, isolated = Bank.open(folder).read(ALL), alone.read(ALL)
+    found, isolated = by_reference(Bank.open(folder).read(ALL)), by_reference(alone.read(ALL))
     close(found.keys[LEADS], isolated.keys[LEADS])
     close(found.values[LEADS], isolated.values[LEADS])
     np.testing.assert_array_equal(found.length, isolated.length)
@@ -129,7 +131,7 @@ def test_only_the_text_before_it_in_its_window_reaches_a_memory(
     length = references.lengths[changed]
     references.table[changed, :length] = 60 + np.arange(length)
     build(tmp_path / "bank", context_config(), references=references)
-    ours, theirs = Bank.open(tmp_path / "bank").read(ALL), Bank.open(folder).read(ALL)
+    ours, theirs = (by_reference(Bank.open(f).read(ALL)) for f in (tmp_path / "bank", folder))
     differ = (ours.values != theirs.values).any(axis=(1, 2, 3, 4))
     differ |= (ours.keys != theirs.keys).any(axis=(1, 2, 3, 4))
     reached = [changed in window_of(i) for i in ALL]

@@ -12,6 +12,7 @@ import pytest
 from data.data_workdir import make_workdir
 from data.data_workdir import tiny_config as workdir_config
 from memory.memory_tiny import build, shard_files, tiny_config
+from memory_axes import by_reference
 
 from m3jax import flops
 from m3jax.data.pipeline import open_pipeline
@@ -19,7 +20,7 @@ from m3jax.errors import BankError
 from m3jax.make_model import make_model
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank
-from m3jax.memory.delta_bank import LayeredBank
+from m3jax.memory.delta_bank import DeltaBank
 from m3jax.memory.head_subset import Heads, heads_of
 from m3jax.train.evaluator import evaluator
 
@@ -51,8 +52,9 @@ def test_taking_and_placing() -> None:
     for place, (layer, head) in enumerate(((0, 0), (1, 1), (2, 0))):
         np.testing.assert_array_equal(taken[:, :, 0, place], x[:, :, layer, head])
     assert taken.shape == (5, 2, 1, 3, 4, 6)
-    placed = np.asarray(heads.place(jnp.asarray(taken)))
-    np.testing.assert_array_equal(placed, x * heads.mask[None, None, :, :, None, None])
+    placed = np.asarray(heads.place(jnp.moveaxis(jnp.asarray(taken), 2, 0)))
+    expected = np.moveaxis(x * heads.mask[None, None, :, :, None, None], 2, 0)
+    np.testing.assert_array_equal(placed, expected)
     assert heads_of(tiny_config()) is None
     assert heads_of(tiny_config(memory__heads="2,1")) is None
     assert heads_of(tiny_config(memory__heads=CHOSEN)) == Heads(2, 2, (1, 2, 3))
@@ -60,12 +62,12 @@ def test_taking_and_placing() -> None:
 
 def test_a_bank_holds_the_chosen_heads_of_one_with_all(banks: dict[str, Path]) -> None:
     whole, some = Bank.open(banks["all"]), Bank.open(banks["none"])
-    expected, found = whole.read(IDS), some.read(IDS)
+    expected, found = by_reference(whole.read(IDS)), by_reference(some.read(IDS))
     mask = np.array([[False, True], [True, True]])[None, :, :, None, None]
     np.testing.assert_array_equal(found.keys, expected.keys * mask)
     np.testing.assert_array_equal(found.values, expected.values * mask)
     np.testing.assert_array_equal(found.length, expected.length)
-    none = some.read(np.array([3, -1]))
+    none = by_reference(some.read(np.array([3, -1])))
     assert not none.keys[1].any() and none.length[1] == 0 and none.keys[0].any()
 
 
@@ -85,7 +87,7 @@ def test_bytes_are_those_of_the_heads(banks: dict[str, Path], name: str) -> None
 
 @pytest.mark.parametrize("name", ["int8", "vector"])
 def test_compressed_heads_are_near_the_plain_ones(banks: dict[str, Path], name: str) -> None:
-    plain, coded = (Bank.open(banks[kind]).read(IDS) for kind in ("none", name))
+    plain, coded = (by_reference(Bank.open(banks[kind]).read(IDS)) for kind in ("none", name))
     for ours, theirs in ((coded.keys, plain.keys), (coded.values, plain.values)):
         assert not ours[:, 0, 0].any()  # the head that is not stored
         real = np.arange(4) < np.asarray(plain.length)[:, None]
@@ -101,7 +103,7 @@ def test_other_heads_do_not_fit(banks: dict[str, Path], tmp_path: Path) -> None:
     some, other = Bank.open(banks["none"]), tmp_path / "other"
     build(other, config_of("none", memory__heads="1:0"))
     with pytest.raises(BankError, match="heads = '1:0', here '1:1,2:0[+]1'"):
-        LayeredBank([some, Bank.open(other)], np.zeros(0, int), "r")
+        DeltaBank([some, Bank.open(other)], np.zeros(0, int), "r")
     with pytest.raises(BankError, match="heads"):
         build(tmp_path / "copy", config_of("none", memory__heads="1:0"), base=some)
 
@@ -125,7 +127,7 @@ def test_resumed_and_copied(banks: dict[str, Path], tmp_path: Path) -> None:
     report = build(tmp_path / "int8", config_of("int8", memory__heads=CHOSEN), base=Bank.open(own))
     assert report["copied"] == 37
     assert shard_files(tmp_path / "int8") == shard_files(banks["int8"])
-    both = LayeredBank([Bank.open(own), Bank.open(banks["none"])], np.array([0]), "r")
+    both = DeltaBank([Bank.open(own), Bank.open(banks["none"])], np.array([0]), "r")
     found, expected = both.read(np.array([38, 5])), Bank.open(own).read(np.array([1, 5]))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
@@ -138,10 +140,10 @@ def test_batches_are_placed_where_they_are_read(tmp_path: Path) -> None:
     params = jax.jit(make_model(config).init)(jax.random.key(1))
     pipeline = open_pipeline(config, workdir, split="validation")
     stored = pipeline.batch(0).memory
-    assert stored.keys.shape[3:5] == (1, 2) and pipeline.dequantize is not None
+    assert stored.keys.shape[::4] == (1, 2) and pipeline.dequantize is not None
     found = evaluator(config, workdir)(params)
     placed = jax.tree.map(np.asarray, pipeline.dequantize(stored))
-    assert placed.keys.shape[3:5] == (2, 2)
+    assert placed.keys.shape[::4] == (2, 2)
     batch = pipeline.batch(0)
     logits = np.asarray(
         jax.jit(make_model(config).logits)(params, batch.tokens, placed), np.float64

@@ -14,7 +14,7 @@ from m3jax.errors import QuantizerError
 from m3jax.memory import codebooks, quantizer
 from m3jax.memory.codebooks import train
 from m3jax.memory.nearest import nearest_of
-from m3jax.memory.quantizer import Codebook, decode, encode, relative_error
+from m3jax.memory.quantizer import Codebook, dequantize, quantize, relative_error
 
 H = 16
 BITS = {"coarse_bits": 5, "fine_bits": 4}
@@ -61,7 +61,7 @@ def stream_of_bits(indices: list[int], bits: int) -> bytes:
 
 def test_codes_equal_the_loops(trained: Codebook) -> None:
     x = vectors(50, seed=3)
-    codes = np.asarray(encode(trained, jnp.asarray(x), candidates=1))
+    codes = np.asarray(quantize(trained, jnp.asarray(x), candidates=1))
     assert codes.shape == (50, trained.code_bytes) == (50, 2 + 4)
     for code, (first, second) in zip(codes, loops(trained, x), strict=True):
         assert bytes(code) == stream_of_bits(first, 5) + stream_of_bits(second, 4)
@@ -69,7 +69,7 @@ def test_codes_equal_the_loops(trained: Codebook) -> None:
 
 def test_decoded_are_the_sums_of_entries_turned_back(trained: Codebook) -> None:
     x = vectors(50, seed=3)
-    found = np.asarray(decode(trained, encode(trained, jnp.asarray(x), candidates=1)))
+    found = np.asarray(dequantize(trained, quantize(trained, jnp.asarray(x), candidates=1)))
     for row, (first, second) in zip(found, loops(trained, x), strict=True):
         entries = np.concatenate([trained.coarse[i][j] for i, j in enumerate(first)])
         entries = entries + np.concatenate([trained.fine[i][j] for i, j in enumerate(second)])
@@ -95,7 +95,9 @@ def test_more_candidates_and_refinement_lower_the_error(trained: Codebook) -> No
     x = vectors(3000, seed=4)
 
     def error(codebook: Codebook, candidates: int) -> float:
-        return relative_error(codebook, x, encode(codebook, jnp.asarray(x), candidates=candidates))
+        return relative_error(
+            codebook, x, quantize(codebook, jnp.asarray(x), candidates=candidates)
+        )
 
     errors = [error(trained, candidates) for candidates in (1, 2, 8)]
     assert errors[2] < errors[1] < errors[0] < 0.2
@@ -143,7 +145,7 @@ def test_vectors_not_seen_have_less_error_for_it(monkeypatch: pytest.MonkeyPatch
 
     def error() -> float:
         codebook = train(x, **few)
-        return relative_error(codebook, held_out, encode(codebook, held_out))
+        return relative_error(codebook, held_out, quantize(codebook, held_out))
 
     found = error()
     monkeypatch.setattr(
@@ -155,8 +157,8 @@ def test_vectors_not_seen_have_less_error_for_it(monkeypatch: pytest.MonkeyPatch
 def test_all_candidates_give_the_best_pair(trained: Codebook) -> None:
     x = vectors(10, seed=5)
     entries = 2**5
-    codes = encode(trained, jnp.asarray(x), candidates=entries)
-    found = ((np.asarray(decode(trained, codes)) - x) ** 2).sum(-1)
+    codes = quantize(trained, jnp.asarray(x), candidates=entries)
+    found = ((np.asarray(dequantize(trained, codes)) - x) ** 2).sum(-1)
     rotation, coarse, fine = (np.asarray(table, np.float64) for table in trained)
     for v, error in zip(x, found, strict=True):
         least = 0.0
@@ -204,7 +206,7 @@ def test_what_cannot_be_trained_is_refused(x: Any, changes: Any, message: str) -
 
 def test_codes_of_another_size_are_refused(trained: Codebook) -> None:
     with pytest.raises(QuantizerError, match="codes of 14 bytes, the codebook's have 6"):
-        decode(trained, jnp.zeros((3, 14), jnp.uint8))
+        dequantize(trained, jnp.zeros((3, 14), jnp.uint8))
 
 
 def of_faiss(faiss: ModuleType, index: Any) -> Codebook:
@@ -238,12 +240,12 @@ def test_faiss(require: Callable[[str], ModuleType], dim: int) -> None:
     codebook = of_faiss(faiss, index)
     assert codebook.bits == (6, 5) and codebook.code_bytes == theirs.shape[1]
     decoded = index.sa_decode(theirs)
-    close(decode(codebook, jnp.asarray(theirs)), decoded)
-    ours = np.asarray(encode(codebook, jnp.asarray(held_out), candidates=1))
+    close(dequantize(codebook, jnp.asarray(theirs)), decoded)
+    ours = np.asarray(quantize(codebook, jnp.asarray(held_out), candidates=1))
     assert (ours == theirs).all(-1).mean() > 0.999  # two entries may be equally near
 
     # At 16 numbers a few of the 64 entries decide, and which of both is better is chance.
     if dim == 80:
         trained = train(x, coarse_bits=6, fine_bits=5)
-        error = relative_error(trained, held_out, encode(trained, jnp.asarray(held_out)))
+        error = relative_error(trained, held_out, quantize(trained, jnp.asarray(held_out)))
         assert error <= ((held_out - decoded) ** 2).sum() / (held_out**2).sum()

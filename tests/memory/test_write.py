@@ -197,7 +197,7 @@ def test_a_reference_without_tokens_among_others(tmp_path: Path) -> None:
     build(tmp_path / "bank", references=_references([5, 6, 7, 8, 9], [], [6]))
     found = Bank.open(tmp_path / "bank").read(np.arange(3))
     np.testing.assert_array_equal(found.length, [4, 0, 1])
-    assert not found.keys[1].any() and not found.keys[2, :, :, 1:].any()
+    assert not found.keys[:, 1].any() and not found.keys[:, 2, :, 1:].any()
 
 
 def test_fewer_references_than_a_batch_or_shard(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from memory_axes import by_reference, layers_first
 from tolerance import close
 
 from m3jax import config as config_lib
@@ -43,11 +44,11 @@ def tiny(**changes):
 
 
 def memories(config, shape, seed=1):
-    """Random memories of some lengths, stored as `(*shape, L, K, P, H)`."""
+    """Random memories of some lengths, `(L, *shape, K, P, H)`."""
     rng, model = np.random.default_rng(seed), config.model
     size = (*shape, config.memory.layers, model.kv_heads, P, model.head_dim)
     keys, values = rng.standard_normal((2, *size), np.float32)
-    return ExplicitMemory(keys, values, rng.integers(0, P + 1, shape, dtype=np.int32))
+    return layers_first(ExplicitMemory(keys, values, rng.integers(0, P + 1, shape, dtype=np.int32)))
 
 
 def greedy(logits, rows, number):
@@ -74,12 +75,12 @@ def expected(config, model, params, prompts, forced, prompt_memory, later):
         places[row] = n - 1 + np.arange(n_forced)
     memory, rows = None, np.arange(B)[:, None]
     if prompt_memory is not None:
-        parts = [part[rows, chunk] for part in prompt_memory]
+        parts = [part[rows, chunk] for part in by_reference(prompt_memory)]
         for row, n in enumerate(LENGTHS):
             for g, recalled in enumerate(later, 1):
-                for part, new in zip(parts, recalled, strict=True):
+                for part, new in zip(parts, by_reference(recalled), strict=True):
                     part[row, n - 1 + CHUNK * g :] = new[row]
-        memory = ExplicitMemory(*map(jnp.asarray, parts))
+        memory = jax.tree.map(jnp.asarray, layers_first(ExplicitMemory(*parts)))
     logits = oracle.logits(params, jnp.asarray(tokens), memory, window=1)
     logprobs = np.asarray(jax.nn.log_softmax(logits))[rows, places, forced]
     if memory is None:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from memory_axes import layers_first
 from tolerance import close
 from train.tiny import tiny_config
 
@@ -24,7 +25,7 @@ def memories(rng: np.random.Generator, rows: int, chunks: int, layers: int = 1) 
     shape = (rows, chunks, 1, layers, 2, 2, 8)
     keys, values = rng.standard_normal((2, *shape), np.float32)
     length = rng.integers(1, 3, (rows, chunks, 1), dtype=np.int32)
-    return ExplicitMemory(*map(jnp.asarray, (keys, values, length)))
+    return jax.tree.map(jnp.asarray, layers_first(ExplicitMemory(keys, values, length)))
 
 
 def test_the_mask_as_a_table() -> None:

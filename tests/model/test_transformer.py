@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from memory_axes import by_reference
 from ml_collections import ConfigDict
 from model.oracle import Oracle, oracle_config, random_params, random_references, random_tokens
 from tolerance import close
@@ -65,7 +66,8 @@ def test_writing_equals_the_loops(name: str) -> None:
     keys, values, lengths, expected = (np.stack(part) for part in zip(*written, strict=True))
     np.testing.assert_array_equal(memory.length, lengths)
     np.testing.assert_array_equal(lengths, [3, 1, 2, 3, 3, 0])
-    np.testing.assert_array_equal(kept, expected)
+    np.testing.assert_array_equal(np.moveaxis(np.asarray(kept), 0, 1), expected)
+    memory = by_reference(memory)
     close(memory.keys, keys)
     close(memory.values, values)
     # Heads keep different tokens, and not just the first ones.
@@ -77,8 +79,8 @@ def test_writing_without_a_prefix() -> None:
     params, references = random_params(config), random_references(1, LENGTHS[:3])
     memory, kept = encode(config, params, references, prefix=())
     keys, _, _, expected = Oracle(config, params, ()).write(references[0])
-    np.testing.assert_array_equal(kept[0], expected)
-    close(memory.keys[0], keys)
+    np.testing.assert_array_equal(kept[:, 0], expected)
+    close(memory.keys[:, 0], keys)
 
 
 def test_a_reference_is_written_alone() -> None:
@@ -88,7 +90,7 @@ def test_a_reference_is_written_alone() -> None:
     together, _ = encode(config, params, references)
     order = np.array([3, 5, 0, 1, 4, 2])
     permuted, _ = encode(config, params, references[order])
-    np.testing.assert_array_equal(permuted.keys, together.keys[order])
+    np.testing.assert_array_equal(permuted.keys, together.keys[:, order])
     np.testing.assert_array_equal(permuted.length, together.length[order])
     wide = np.pad(references, ((0, 0), (0, 4)))
     close(encode(config, params, wide)[0].values, np.asarray(together.values))
@@ -279,15 +281,16 @@ def test_memory_gradients_equal_differences_of_the_loops() -> None:
         return jnp.sum(found * weights.astype(np.float32)) / 16
 
     def slow(pair: Any) -> float:
-        chunks = [[(pair[0][0, c, 0], pair[1][0, c, 0], memory.length[0, c, 0])] for c in (0, 1)]
+        parts = pair[0][:, 0, :, 0], pair[1][:, 0, :, 0]
+        chunks = [[(parts[0][:, c], parts[1][:, c], memory.length[0, c, 0])] for c in (0, 1)]
         found = Oracle(config, params).read(tokens[0], chunks)
         return float(np.sum(found * weights[0]) / 16)
 
     pair = (memory.keys, memory.values)
     gradient = jax.jit(jax.grad(loss))(pair)
     _check_gradients(gradient, _directional(slow, pair, 4))
-    assert np.abs(gradient[0][0, 0]).max() > 1e-3
-    assert not gradient[0][0, 1, 0, :, :, 2].any()  # the third slot of a two-token memory
+    assert np.abs(gradient[0][:, 0, 0]).max() > 1e-3
+    assert not gradient[0][:, 0, 1, 0, :, 2].any()  # the third slot of a two-token memory
 
 
 # -- who may know what

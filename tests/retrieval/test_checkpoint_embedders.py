@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 from data.data_workdir import tiny_config
 from memory.memory_tiny import tiny_params
+from memory_axes import by_reference
 from tolerance import close
 
 from m3jax.config import PREFIX_TOKENS, to_json
@@ -211,7 +212,7 @@ def test_attention_searches_and_ranks_as_by_a_loop(
     for place in np.ndindex(*ids.shape):
         if ids[place] < 0:
             continue
-        memory, q = bank.read(np.array(ids[place])), queries[place[0]]
+        memory, q = by_reference(bank.read(np.array(ids[place]))), queries[place[0]]
         keys = np.asarray(memory.keys[0, :, : memory.length], np.float64)  # (K, P, H)
         scores[place] = sum(
             max(q[t, k, g] @ key for t in range(len(q)) for g in range(q.shape[2]) for key in slots)
@@ -222,7 +223,7 @@ def test_attention_searches_and_ranks_as_by_a_loop(
     close(ranking(asked, ids), scores, 1e-4)
     np.testing.assert_array_equal(ranking(asked[1:3], ids[1:3]), ranking(asked, ids)[1:3])
 
-    memory = bank.read(np.arange(30))  # of texts[:30]
+    memory = by_reference(bank.read(np.arange(30)))  # of texts[:30]
     every = embedder.embed(texts)
     slots = np.stack(
         [keys[0, :, :n].mean(1).ravel() for keys, n in zip(*memory[::2], strict=True)]

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from data.data_workdir import make_workdir, tiny_config
+from memory_axes import layers_first
 from model.oracle import Oracle, oracle_config, random_params, random_references, random_tokens
 from tolerance import close
 
@@ -119,7 +120,7 @@ def test_masked_losses_equal_the_loops(
         )
         half = np.float32
         memory: list[Any] = [keys.astype(half), values.astype(half), length]
-        batch = batch._replace(memory=ExplicitMemory(*memory))
+        batch = batch._replace(memory=layers_first(ExplicitMemory(*memory)))
         chunks = [[[memory] for memory in row] for row in written]
     candidates = [(0, 1), (1, 0), (2, 1)]
     array = np.array([(layer, k, group) for layer, k in candidates], np.int32)

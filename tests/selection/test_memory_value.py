@@ -131,10 +131,13 @@ def learned_memory(workdir: Path) -> ExplicitMemory:
     pipeline, model = open_pipeline(CONFIG, workdir), make_model(CONFIG)
     batch = pipeline.read(np.arange(0, 60, 4))
     start = pipeline.bank.read(np.zeros(1, np.int64))
-    parts: Any = tuple(jnp.asarray(x[0]) for x in start[:2])
+    parts: Any = tuple(jnp.asarray(x[:, 0]) for x in start[:2])
 
     def loss(parts: Any) -> Any:
-        many = [jnp.broadcast_to(x, (*batch.reference_ids.shape, *x.shape)) for x in parts]
+        lead = batch.reference_ids.shape
+        many = [
+            jnp.broadcast_to(x[:, None, None, None], (len(x), *lead, *x.shape[1:])) for x in parts
+        ]
         length = jnp.full(batch.reference_ids.shape, CONFIG.memory.kept_tokens)
         memory = ExplicitMemory(many[0], many[1], length)
         tokens, targets, weights = (
@@ -165,7 +168,8 @@ def test_planted_memories_are_chosen_and_lower_the_loss_of_other_documents(
     def read_stored(self: Bank, ids: np.ndarray) -> ExplicitMemory:
         memory = real(self, ids)
         here = np.isin(ids, useful)
-        memory.keys[here], memory.values[here] = planted.keys, planted.values
+        memory.keys[:, here] = planted.keys[:, None]
+        memory.values[:, here] = planted.values[:, None]
         memory.length[here] = CONFIG.memory.kept_tokens
         return memory
 

@@ -7,7 +7,7 @@ import pytest
 
 from m3jax.errors import SweepError
 from m3jax.files import write_sealed
-from m3jax.memory.bank import layout_of
+from m3jax.memory.binding import layout_of
 from m3jax.sweep.entry import _link
 from m3jax.sweep.plan import launch_lines, plan_sweep
 from m3jax.sweep.run import BEGIN, END, as_json, finish, insert, sweep_table

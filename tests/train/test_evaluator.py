@@ -12,6 +12,7 @@ from m3jax.evaluation.questions import Answerer, Question, read_questions
 from m3jax.evaluation.report import answer_questions, losses_table
 from m3jax.knowledge.memory_writer import check_reader
 from m3jax.make_model import make_model
+from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.quickstart import people
 from m3jax.train.evaluator import evaluator
 
@@ -45,7 +46,12 @@ def test_losses_equal_a_plain_computation(workdir, params):
     evaluate_losses = evaluator(CONFIG, workdir)
     batches = [evaluate_losses.pipeline.batch(s) for s in range(CONFIG.evaluation.batches)]
     figures = evaluate_losses(params)
-    roll = lambda batch: jax.tree.map(lambda x: np.roll(x, 1, axis=0), batch.memory)  # noqa: E731
+
+    def roll(batch):
+        keys, values, length = batch.memory
+        rolled = (np.roll(keys, 1, axis=1), np.roll(values, 1, axis=1), np.roll(length, 1, axis=0))
+        return ExplicitMemory(*rolled)
+
     ways = {"memory": lambda b: b.memory, "none": lambda b: None, "wrong": roll}
     for mode, memory_of in ways.items():
         expected = plain_loss(params, batches, memory_of)

@@ -12,10 +12,10 @@ from train.tiny import SyntheticPipeline, tiny_config
 from m3jax.config import prefix_tokens
 from m3jax.make_model import make_model
 from m3jax.memory.sparsify import sparsifier
-from m3jax.mesh import host_rows, make_mesh, to_global
+from m3jax.mesh import host_rows, make_mesh
 from m3jax.model.collectives import Parallel
 from m3jax.model.vocab_parallel import cross_entropy
-from m3jax.train.loss import loss
+from m3jax.train.loss import loss, place_batch
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import abstract_state, init_state
 from m3jax.train.step import make_step
@@ -38,7 +38,7 @@ def run(config, steps, batches=None):
     for index in range(steps):
         batch = batches[index] if batches else pipeline.batch(index)
         with jax.transfer_guard("disallow"):
-            state, values = step(state, to_global(mesh, batch.for_step(), rows))
+            state, values = step(state, place_batch(mesh, batch, rows))
         metrics.append(jax.device_get(values))
     return metrics, jax.device_get(state)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from memory_axes import layers_first
 
 from m3jax import config as config_lib
 from m3jax.data.batch import Batch
@@ -87,7 +88,7 @@ class SyntheticPipeline:
             shape = (B, C, M, memory.layers, model.kv_heads, memory.kept_tokens, model.head_dim)
             keys, values = rng.standard_normal((2, *shape), np.float32)
             length = rng.integers(0, memory.kept_tokens + 1, (B, C, M), dtype=np.int32)
-            batch = batch._replace(memory=ExplicitMemory(keys, values, length))
+            batch = batch._replace(memory=layers_first(ExplicitMemory(keys, values, length)))
         if memory.source in config_lib.IN_STEP:
             shape = (B, C, M, memory.reference_length)
             tokens = rng.integers(4, 44, shape, dtype=np.int32)
@@ -97,7 +98,8 @@ class SyntheticPipeline:
     def batches(self, first_step, rows):
         for step in range(first_step, 1 << 30):
             self.before(step)
-            yield jax.tree.map(lambda x: x[rows], self.batch(step))
+            batch = self.batch(step)
+            yield jax.tree.map(lambda x, axis: np.take(x, rows, axis), batch, batch.row_axes())
 
     dequantize = None  # batches hold memories
 

@@ -1,0 +1,118 @@
+"""The binding of a bank: all that wrote it, and by name what of it a reader lacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from m3jax.files import checksum
+from m3jax.memory.document_context import UNSTATED
+from m3jax.memory.document_context import layout_entries as context_layout
+from m3jax.memory.head_subset import layout_entries as heads_layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """All that wrote a bank. Memories mean something only to a reader that fits all of it.
+
+    Attributes:
+      writer: `writer_fingerprint` of the weights.
+      tokenizer: fingerprint of the tokenizer.
+      references: fingerprint of the reference set.
+      layout: `layout_of` the config: all other things that shape the memories.
+    """
+
+    writer: str
+    tokenizer: str
+    references: str
+    layout: dict[str, Any]
+
+    @property
+    def owner(self) -> str:
+        """Hash of weights and layout, whatever the references: codebooks belong to it."""
+        return checksum(json.dumps([self.writer, self.layout], sort_keys=True).encode())
+
+    def differences(self, bank: Binding) -> list[str]:
+        """Names each part in which a bank's binding differs from this, the expected one."""
+        differences = []
+        for part, words in (
+            ("writer", "written by other weights"),
+            ("tokenizer", "written with another tokenizer"),
+            ("references", "written from other references"),
+        ):
+            ours, theirs = getattr(self, part), getattr(bank, part)
+            if ours != theirs:
+                differences.append(f"{words}: bank {theirs[:12]}, here {ours[:12]}")
+        for name in sorted({*self.layout, *bank.layout}):
+            default = UNSTATED.get(name)
+            ours, theirs = self.layout.get(name, default), bank.layout.get(name, default)
+            if ours != theirs:
+                differences.append(f"written with {name} = {theirs!r}, here {ours!r}")
+        return differences
+
+
+def writer_fingerprint(params: dict[str, Any], memory: ConfigDict) -> str:
+    """Hashes the weights that write memories: embedding and layers up to the last memory layer.
+
+    Args:
+      params: parameters of `Model`; layers above the memory layers and the head do not count.
+      memory: the section `memory` of the config, which decides which layers those are.
+
+    Returns:
+      Hex BLAKE2b over name, dtype, shape and bytes of every array.
+    """
+    total = hashlib.blake2b(digest_size=16)
+    ranges = f"{memory.first_layer}+{memory.layers}"
+    total.update(ranges.encode())
+    leaves = jax.tree_util.tree_leaves_with_path(writer_params(params))
+    for path, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
+        values = np.ascontiguousarray(leaf)
+        total.update(f"{path} {values.dtype.name} {values.shape}\n".encode())
+        total.update(values.reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
+
+
+def writer_params(params: dict[str, Any]) -> dict[str, Any]:
+    """Selects the parameters that write memories."""
+    return {name: params[name] for name in ("embedding", "lower", "memory") if name in params}
+
+
+def layout_of(config: ConfigDict, prefix_tokens: tuple[int, ...]) -> dict[str, Any]:
+    """Lists all but weights, tokenizer and references that shapes memories, as plain JSON."""
+    model, memory = config.model, config.memory
+    return {
+        "first_layer": memory.first_layer,
+        "layers": memory.layers,
+        "query_heads": model.query_heads,
+        "kv_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "kept_tokens": memory.kept_tokens,
+        "selection": memory.selection,
+        "reference_length": memory.reference_length,
+        "prefix_tokens": [int(token) for token in prefix_tokens],
+        "rope_base": float(model.rope_base),
+        "norm_epsilon": float(model.norm_epsilon),
+        "embedding_scale": float(model.embedding_scale),
+        "compute_dtype": model.compute_dtype,
+        "dtype": memory.dtype,
+        **context_layout(config),
+        **heads_layout(config),
+    }
+
+
+def make_binding(
+    config: ConfigDict,
+    *,
+    writer: str,
+    tokenizer: str,
+    references: str,
+    prefix_tokens: tuple[int, ...],
+) -> Binding:
+    """Returns the binding of a bank that a writer with this fingerprint and config writes."""
+    return Binding(writer, tokenizer, references, layout_of(config, prefix_tokens))

@@ -1,0 +1,108 @@
+"""Interfaces of what gives the memories of references."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from m3jax.memory.binding import Binding
+from m3jax.memory.codec import Codec
+from m3jax.model.attention_mask import ExplicitMemory
+
+Dequantize = Callable[[ExplicitMemory], ExplicitMemory]
+
+
+@runtime_checkable
+class MemoryReader(Protocol):
+    """Interface of what gives memories by id: `Bank`, `DeltaBank` or `ColdMemories`.
+
+    Attributes:
+      codec: how keys and values are stored.
+    """
+
+    codec: Codec
+
+    @property
+    def size(self) -> int:
+        """Number of ids."""
+
+    def read_stored(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
+        """Reads memories of references as they are stored, into NumPy arrays.
+
+        Args:
+          ids: reference ids of any shape; −1 is no memory: zeros, length 0. One that occurs more
+            than once is read once.
+
+        Returns:
+          Keys and values `(L, *shape, K, P, width)`, with some heads only `(1, *shape, S, P,
+          width)`, for `codec.dequantize`; length `shape` int32.
+
+        Raises:
+          BankError: an id that is not there; a damaged or missing shard, naming its file.
+        """
+
+    def report(self) -> dict[str, int]:
+        """Returns counters since the start."""
+
+    @property
+    def dequantize(self) -> Dequantize | None:
+        """Dequantizes stored memories; None if they are plain keys and values."""
+        return None if self.codec.plain else self.codec.dequantize
+
+    def read(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
+        """Reads memories of references, dequantized: keys and values `(L, *shape, K, P, H)`.
+
+        Arguments and errors as in `read_stored`, whose result a step dequantizes itself.
+        """
+        stored = self.read_stored(ids)
+        if self.codec.plain:
+            return stored
+        return jax.tree.map(np.asarray, jax.jit(self.codec.dequantize)(stored))
+
+
+class BankReader(MemoryReader):
+    """Base class of a bank on disk: `Bank`, or `DeltaBank` over several.
+
+    Attributes:
+      folder: of the bank, or of the base.
+      binding: what wrote it.
+      lengths: real slots of every memory `(R,)`.
+    """
+
+    folder: str | Path
+    binding: Binding
+    lengths: np.ndarray
+
+    @property
+    @abc.abstractmethod
+    def live(self) -> Int[np.ndarray, " n"]:
+        """Ids in use, ascending."""
+
+    @property
+    @abc.abstractmethod
+    def bytes(self) -> int:
+        """Bytes of all keys and values, as they are stored."""
+
+    @property
+    @abc.abstractmethod
+    def writer(self) -> dict[str, Any]:
+        """Checkpoint that wrote it: `hash` of the weights, `path` and `step`."""
+
+    @property
+    @abc.abstractmethod
+    def record_hashes(self) -> np.ndarray:
+        """Hash of all tokens that shaped each memory, uint64 `(R,)`."""
+
+    @abc.abstractmethod
+    def require(self, expect: Binding) -> None:
+        """Raises `BankError`, naming every part that differs, unless `expect` wrote this bank."""
+
+    @abc.abstractmethod
+    def verify(self) -> list[str]:
+        """Reads everything; returns files of damaged or missing shards, each with the reason."""
