@@ -67,8 +67,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer.load(workdir / "tokenizer").fingerprint
     writer = Bank.open(workdir / "bank").writer
     checkpoints = Checkpoints(workdir / CONFIG.stage, CONFIG, tokenizer, writer)
+    params = initial_weights()
     with jax.set_mesh(make_mesh(CONFIG, jax.devices()[:1])):
-        checkpoints.save(new_state(initial_weights(), make_optimizer(CONFIG)), 5)
+        checkpoints.save(new_state(params, make_optimizer(CONFIG)), 5)
     checkpoints.close()
     return workdir
 
