@@ -225,7 +225,7 @@ def test_an_edit_follows_a_bank_with_context(workdir: Path) -> None:
     alone = by_reference(Bank.open(workdir / "alone").read(np.arange(2))).values
     references, _, bank = opened(workdir)
     keys = [f"Long#{n}" for n in range(2)]
-    before = bank.read(np.array([references.find(key) for key in keys])).values
+    before = by_reference(bank.read(np.array([references.find(key) for key in keys]))).values
     close(before[0], alone[0])
     assert error(before[1], alone[1]) > 1e-3
 

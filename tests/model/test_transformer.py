@@ -117,7 +117,8 @@ def _oracle_logits(config: ConfigDict, params: Any, tokens, references, prefix=(
 def _written(config: ConfigDict, params: Any, references: np.ndarray) -> ExplicitMemory:
     lead = references.shape[:-1]
     memory, _ = encode(config, params, references.reshape(-1, references.shape[-1]))
-    return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), memory)
+    keys, values = (x.reshape(len(x), *lead, *x.shape[2:]) for x in memory[:2])
+    return ExplicitMemory(keys, values, memory.length.reshape(lead))
 
 
 READERS = {
