@@ -130,7 +130,7 @@ def test_normed_heads_and_z_loss_on_eight_devices_equal_one():
     ours, expected = (first_moments(state) for state in (eight[1], one[1]))
     assert np.abs(expected["memory"]["key_norm"]).max() > 1e-6
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
-        close(x, y)
+        close(x, y, 1e-4)  # steps of Adam magnify the rounding of another order
 
 
 def test_batch_without_weight_has_loss_zero_and_no_gradient():
@@ -149,7 +149,7 @@ def test_microbatches_equal_the_whole_batch():
         close(ours, [v[name] for v in whole[0]], what=name)
     ours, expected = (jax.tree.leaves(first_moments(state)) for _, state in (parts, whole))
     for x, y in zip(ours, expected, strict=True):
-        close(x, y)
+        close(x, y, 1e-4)  # steps of Adam magnify the rounding of another order
 
 
 MESHES = {
@@ -192,7 +192,7 @@ def test_eight_devices_equal_one(source, mesh, on_one_device):
         close(ours, [v[name] for v in one[0]], what=name)
     ours, expected = (jax.tree.leaves(first_moments(state)) for _, state in (eight, one))
     for x, y in zip(ours, expected, strict=True):
-        close(x, y)
+        close(x, y, 1e-4)  # steps of Adam magnify the rounding of another order
 
 
 def test_state_is_sharded_from_the_start():
