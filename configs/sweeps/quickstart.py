@@ -53,33 +53,33 @@ def get_sweep() -> Sweep:
 
 
 def _memories() -> list[Entry]:
-    """Where memories come from, and what they hold."""
+    """Lists entries on the source of memories and on their content."""
     group, kept = "memories in continual train (baseline: precomputed)", "memory.kept_tokens"
     refresh = {"continual:train.refresh_every": STEPS // 2, "continual:train.keep_every": 200}
-    found = [
+    entries = [
         Entry("online", {"continual:memory.source": "online"}, group),
         Entry("stop-gradient", {"continual:memory.source": "stop_gradient"}, group),
         Entry("refreshed", refresh, group),
     ]
     group = "kept tokens of a reference's 9 (baseline: 8)"
-    found += [Entry(f"kept-{count}", {kept: count}, group) for count in (1, 2, 4, 16)]
+    entries += [Entry(f"kept-{count}", {kept: count}, group) for count in (1, 2, 4, 16)]
     group = "token weight (baseline and kept-…: exact)"
     approximate = {"memory.selection": "approximate"}
-    found += [Entry(f"approximate-{n}", {kept: n, **approximate}, group) for n in (2, 4)]
+    entries += [Entry(f"approximate-{n}", {kept: n, **approximate}, group) for n in (2, 4)]
     group = "memory layers of 4 (baseline: the first 2)"
     for name, first, count in (("1", 0, 1), ("2-3", 1, 2), ("3-4", 2, 2), ("1-4", 0, 4)):
         layers = {"memory.first_layer": first, "memory.layers": count}
-        found.append(Entry(f"layers-{name}", layers, group))
+        entries.append(Entry(f"layers-{name}", layers, group))
     group = "memory heads (baseline: the 4 of both memory layers)"
     for name, heads in (("second-layer", "1"), ("half-of-each", "0:0+1,1:0+1")):
-        found.append(Entry(f"heads-{name}", {"memory.heads": heads}, group))
-    return found
+        entries.append(Entry(f"heads-{name}", {"memory.heads": heads}, group))
+    return entries
 
 
 def _rest() -> list[Entry]:
-    """What a chunk searches with, how references are encoded and stored, stages, and shapes."""
+    """Lists entries on queries, encoding and storage of references, stages, and shapes."""
     group = "retrieval in training (baseline: the reference that the text was made from)"
-    found = [
+    entries = [
         Entry("shift-0", {**SEARCH, "retrieval.shift": 0}, group),
         Entry("shift-1", {**SEARCH, "retrieval.shift": 1}, group),
         Entry(
@@ -89,7 +89,7 @@ def _rest() -> list[Entry]:
         ),
     ]
     context = {"writer.document_context": True, "writer.document_context_tokens": 4 * 32}
-    found.append(
+    entries.append(
         Entry(
             "contextual",
             context,
@@ -98,10 +98,10 @@ def _rest() -> list[Entry]:
         )
     )
     group = "stored memories after training (baseline: float32)"
-    found += [Entry(name, {}, group, read=read) for name, read in COMPRESSION.items()]
+    entries += [Entry(name, {}, group, read=read) for name, read in COMPRESSION.items()]
     group = "stages, at equal compute (baseline: warmup, then memories)"
     scratch = {"scratch:train.steps": equal_steps()}
-    found.append(Entry("from-scratch", scratch, group, stages=("scratch",)))
+    entries.append(Entry("from-scratch", scratch, group, stages=("scratch",)))
     group = "layers x heads x head dim (baseline: 4x4x64)"
     for layers, heads, head_dim, hidden in SHAPES:
         shape = {
@@ -113,8 +113,8 @@ def _rest() -> list[Entry]:
             "model.mlp_width": 2 * hidden,
             "memory.layers": layers // 2,
         }
-        found.append(Entry(f"shape-{layers}x{heads}x{head_dim}", shape, group))
-    return found
+        entries.append(Entry(f"shape-{layers}x{heads}x{head_dim}", shape, group))
+    return entries
 
 
 def equal_steps() -> int:

@@ -1,4 +1,4 @@
-"""What benchmarks share: a round of things timed in turn, ratios, optional peers."""
+"""Parts that benchmarks share: a round of programs timed in turn, ratios, optional peers."""
 
 from __future__ import annotations
 

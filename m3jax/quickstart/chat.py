@@ -79,14 +79,14 @@ def _measure(demonstration: Demonstration, world: people.World, stage: str) -> d
     """Measures chat answers of a checkpoint about people it has never seen."""
     config = demonstration.config("sft")  # the same model; the template of its chats
     session = Session(config, demonstration.workdir, checkpoint=demonstration.workdir / stage)
-    asked = [(person, *fact) for person in world.unseen for fact in person.facts]
-    chats = [question(people_chats.question(p.name, relation)) for p, relation, _ in asked]
+    facts = [(person, *fact) for person in world.unseen for fact in person.facts]
+    chats = [question(people_chats.question(p.name, relation)) for p, relation, _ in facts]
     prompts = Template(config.chat, Tokenizer.load(demonstration.workdir / "tokenizer")).prompts(
         chats
     )
     answers = {mode: _answers(session, mode, prompts) for mode in ("memory", "none")}
     statements, forms = [], []
-    for (person, relation, _), answer in zip(asked, answers["memory"], strict=True):
+    for (person, relation, _), answer in zip(facts, answers["memory"], strict=True):
         values = world.values[relation]
         whole = {people.statement(person.name, relation, value) for value in values}
         statements.append(answer in whole)
@@ -94,14 +94,14 @@ def _measure(demonstration: Demonstration, world: people.World, stage: str) -> d
     right = {
         mode: [
             answer in (value, people.statement(person.name, relation, value))
-            for (person, relation, value), answer in zip(asked, answers[mode], strict=True)
+            for (person, relation, value), answer in zip(facts, answers[mode], strict=True)
         ]
         for mode in answers
     }
     answerer = Answerer(
         session.model, session.params, session.tokenizer, session.config.data.sequence_length
     )
-    completions = [Question(f"{r} of {p.name}", f" {value}") for p, r, value in asked]
+    completions = [Question(f"{r} of {p.name}", f" {value}") for p, r, value in facts]
     ids = answerer.retrieve(completions, session.retriever)
     shares: dict[str, Any] = {
         "format": forms,

@@ -186,7 +186,7 @@ def questions(world: World, seed: int, distractors: int = 4) -> list[Question]:
     state the same relation, in random order.
     """
     rng = np.random.default_rng([seed, 4])
-    asked = []
+    made = []
     for person in world.unseen:
         for relation, value in person.facts:
             others = [
@@ -196,7 +196,7 @@ def questions(world: World, seed: int, distractors: int = 4) -> list[Question]:
             ]
             picked = [str(key) for key in rng.choice(others, distractors, replace=False)]
             keys = rng.permutation([person.reference, *picked])
-            asked.append(
+            made.append(
                 Question(
                     prompt=f"{relation} of {person.name}",
                     answer=f" {value}",
@@ -204,7 +204,7 @@ def questions(world: World, seed: int, distractors: int = 4) -> list[Question]:
                     references=tuple(str(key) for key in keys),
                 )
             )
-    return asked
+    return made
 
 
 def edited(world: World, seed: int) -> World:

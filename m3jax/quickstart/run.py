@@ -204,48 +204,50 @@ def _ask(
     answerer = Answerer(
         model, params, Tokenizer.load(workdir / "tokenizer"), config.data.sequence_length
     )
-    asked = people.questions(world, demonstration.seed)
-    questions = [Question(q.prompt, q.answer, q.references) for q in asked]
+    invented = people.questions(world, demonstration.seed)
+    questions = [Question(q.prompt, q.answer, q.references) for q in invented]
     people.write_jsonl(workdir / "text" / "questions.jsonl", map(dataclasses.asdict, questions))
     texts = {person.reference: person.text for person in world.unseen}
-    needles = [{"needle": texts[q.person], "prompt": q.prompt, "answer": q.answer} for q in asked]
+    needles = [
+        {"needle": texts[q.person], "prompt": q.prompt, "answer": q.answer} for q in invented
+    ]
     people.write_jsonl(workdir / "text" / "needles.jsonl", needles)
     new_facts = {person.reference: dict(person.facts) for person in changed.unseen}
     after_edit = [
-        Question(q.prompt, f" {new_facts[q.person][q.prompt.split(' ')[0]]}") for q in asked
+        Question(q.prompt, f" {new_facts[q.person][q.prompt.split(' ')[0]]}") for q in invented
     ]
     known = {name: _Knowledge(workdir / name, config) for name in (".", "edited", "deleted")}
     base = known["."]
     wrong = [
         Question(q.prompt, q.answer, tuple(key for key in q.references if key != q.person))
-        for q in asked
+        for q in invented
     ]
 
     correct = answerer.correct
 
-    def found(name: str, questions: list[Question]) -> np.ndarray:
+    def by_retrieval(name: str, questions: list[Question]) -> np.ndarray:
         knowledge = known[name]
         return correct(questions, answerer.retrieve(questions, knowledge.retriever), knowledge.bank)
 
     given = answerer.given(questions, base.references)
     right = {
-        "memory": found(".", questions),
+        "memory": by_retrieval(".", questions),
         "distractors": correct(questions, given, base.bank),
-        "edited": found("edited", after_edit),
-        "in_context": correct(in_context(world, asked)),
+        "edited": by_retrieval("edited", after_edit),
+        "in_context": correct(in_context(world, invented)),
         "none": correct(questions),
         "wrong": correct(questions, answerer.given(wrong, base.references), base.bank),
-        "deleted": found("deleted", questions),
+        "deleted": by_retrieval("deleted", questions),
     }
     _attention_picture(demonstration, answerer, questions[:4], given[:4], base)
     return {name: float(np.mean(hits)) for name, hits in right.items()}
 
 
-def in_context(world: people.World, asked: list[people.Question]) -> list[Question]:
+def in_context(world: people.World, invented: list[people.Question]) -> list[Question]:
     """Writes the questions with the facts of all five people stated in the prompt."""
     by_key = {person.reference: person for person in world.unseen}
     questions = []
-    for question in asked:
+    for question in invented:
         relation = question.prompt.split(" ")[0]
         told = (by_key[key] for key in question.references)
         lines = [people.statement(p.name, relation, dict(p.facts)[relation]) for p in told]

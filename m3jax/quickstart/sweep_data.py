@@ -43,16 +43,16 @@ def prepare(
         raise TextError(f"knowledge = {knowledge!r}; there is {IN_DOCUMENTS!r}, and '' for none")
     world = people.make_world(config.seed, **world_options)
     prepare_people(config, folder, world)
-    asked = people.questions(world, config.seed)
+    questions = people.questions(world, config.seed)
     keys = _keys(world) if knowledge else {}
     people.write_jsonl(
         folder / QUESTIONS,
         (
             {"prompt": q.prompt, "answer": q.answer, "references": _renamed(q.references, keys)}
-            for q in asked
+            for q in questions
         ),
     )
-    told = in_context(world, asked)
+    told = in_context(world, questions)
     people.write_jsonl(folder / IN_CONTEXT, map(dataclasses.asdict, told))
     if knowledge:
         _join(config, folder, world, keys)

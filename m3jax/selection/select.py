@@ -24,7 +24,7 @@ from m3jax.errors import UsefulnessError
 from m3jax.files import digest, write_atomically
 from m3jax.knowledge.edit import keep_only
 from m3jax.knowledge.memory_writer import check_reader
-from m3jax.knowledge.versions import open_version
+from m3jax.knowledge.versions import Version, open_version
 from m3jax.make_model import make_model
 from m3jax.model.parameters import Params
 from m3jax.selection.budget import WorthEstimates, choose, estimate
@@ -100,19 +100,14 @@ def select_references(
     params, meta = _restore(config, pipeline, checkpoint)
     bank, references = pipeline.bank, pipeline.references
     assert bank is not None and references is not None
-    each = bank.bytes // bank.size
+    each = bank.bytes // bank.size  # bytes of a memory
     if budget < each:
         raise UsefulnessError(
             f"--budget_bytes={budget} is less than one memory of this bank has: {each} bytes"
         )
     sample, check = split_rows(pipeline, options.sample, options.check, config.seed)
     losses = RowLosses(config, pipeline.dequantize)
-    identity = {
-        "checkpoint": [str(checkpoint.absolute()), meta["step"], _age(checkpoint)],
-        "corpus": pipeline.rows.corpus.fingerprint,
-        "bank": [bank.binding.writer, opened.number, references.fingerprint],
-        "config": digest(to_json(config)),
-    }
+    identity = _identity(config, pipeline, opened, checkpoint, meta["step"])
     folder = workdir / "report" / FOLDER
     measured = measure_drops(
         losses, pipeline, params, sample, folder / "measured", identity, progress
@@ -124,8 +119,7 @@ def select_references(
         raise UsefulnessError(
             f"no reference is expected to lower the loss (on average one changes it by"
             f" {-estimates.mean:+.4f} nats where it is read): the checkpoint gains nothing from"
-            f" this"
-            " knowledge; train it on, or measure more rows with --sample"
+            " this knowledge; train it on, or measure more rows with --sample"
         )
     report = {
         "checkpoint": str(checkpoint),
@@ -141,6 +135,20 @@ def select_references(
         said = f"{len(chosen)} of {len(live)} references, by usefulness"
         report["new_version"] = keep_only(config, opened, chosen, note=said).number
     return report
+
+
+def _identity(
+    config: ConfigDict, pipeline: Pipeline, version: Version, checkpoint: Path, step: int
+) -> dict[str, Any]:
+    """Returns all that measured drops depend on."""
+    bank, references = pipeline.bank, pipeline.references
+    assert bank is not None and references is not None
+    return {
+        "checkpoint": [str(checkpoint.absolute()), step, _age(checkpoint)],
+        "corpus": pipeline.rows.corpus.fingerprint,
+        "bank": [bank.binding.writer, version.number, references.fingerprint],
+        "config": digest(to_json(config)),
+    }
 
 
 def _with_bank(config: ConfigDict) -> ConfigDict:

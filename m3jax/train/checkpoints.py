@@ -260,11 +260,12 @@ def check_owner(stage_folder: str | Path, config: ConfigDict) -> None:
     for field in sorted(ours.keys() | theirs.keys()):
         if field in _FREE or field.split(".")[0] in _FREE_SECTIONS:
             continue
-        there, here = (side.get(field, "absent") for side in (theirs, ours))
-        if there != here:
+        theirs_value, our_value = (side.get(field, "absent") for side in (theirs, ours))
+        if theirs_value != our_value:
             raise CheckpointError(
-                f"{path.parent} belongs to another run: config.{field} is {there!r} there and"
-                f" {here!r} here. Use the same config, another --workdir, or delete the folder"
+                f"{path.parent} belongs to another run: config.{field} is {theirs_value!r} there"
+                f" and"
+                f" {our_value!r} here. Use the same config, another --workdir, or delete the folder"
             )
 
 

@@ -157,12 +157,12 @@ def each_batch(
 ) -> Iterator[tuple[int, Batch]]:
     """Yields batches of rows `first … last − 1` in order, on the mesh, and their real rows."""
     B = pipeline.batch_size
-    here, place = np.arange(B), jax.device_put
+    rows_of_host, place = np.arange(B), jax.device_put
     if mesh is not None:
         of_host = host_rows(mesh, B)
-        here, place = of_host.ids, functools.partial(place_batch, mesh, rows=of_host)
+        rows_of_host, place = of_host.ids, functools.partial(place_batch, mesh, rows=of_host)
     for low in range(first, last, B):
-        rows = np.minimum(low + here, last - 1)
+        rows = np.minimum(low + rows_of_host, last - 1)
         yield min(B, last - low), place(pipeline.read(rows).for_step())
 
 

@@ -51,8 +51,8 @@ class LossEvaluator:
         self.model = make_model(config, prefix_tokens(config), mesh)
         self._ids, self._place = None, jax.device_put
         if mesh is not None:
-            here = host_rows(mesh, pipeline.batch_size)
-            self._ids, self._place = here.ids, functools.partial(place_batch, mesh, rows=here)
+            of_host = host_rows(mesh, pipeline.batch_size)
+            self._ids, self._place = of_host.ids, functools.partial(place_batch, mesh, rows=of_host)
         self.modes = MODES if config.memory.source != "none" else ("none",)
         self._sums = {mode: jax.jit(self._summed(mode)) for mode in self.modes}
 
