@@ -178,8 +178,7 @@ def _refined(codebook: Codebook, x: Array, candidates: int) -> Codebook:
         return jnp.stack(entries)
 
     def rows(table: Array, indices: Array) -> Array:
-        found = [table[i][indices[:, i]] for i in range(len(table))]
-        return jnp.concatenate(found, axis=1)
+        return jnp.concatenate([table[i][indices[:, i]] for i in range(len(table))], axis=1)
 
     fine_rows = rows(codebook.fine, fine_index)
     coarse = fitted(codebook.coarse, coarse_index, y - fine_rows)

@@ -59,14 +59,14 @@ def identities(
       slots: references of a window.
     """
     place, previous = _places(documents, slots)
-    found = hashes.astype(np.uint64)
+    mixed = hashes.astype(np.uint64)
     for number in range(1, slots):
-        here = np.flatnonzero(place == number)
-        if not here.size:
+        ids = np.flatnonzero(place == number)
+        if not ids.size:
             break
-        mixed = _mix(found[previous[here]] ^ np.uint64(0x9E3779B97F4A7C15))
-        found[here] = _mix(mixed + hashes[here])
-    return found
+        before = _mix(mixed[previous[ids]] ^ np.uint64(0x9E3779B97F4A7C15))
+        mixed[ids] = _mix(before + hashes[ids])
+    return mixed
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -99,14 +99,14 @@ class Row(NamedTuple):
 
 
 def packed_rows(
-    documents: Int[np.ndarray, " R"], slots: int, wanted: Bool[np.ndarray, " R"]
+    documents: Int[np.ndarray, " R"], slots: int, requested: Bool[np.ndarray, " R"]
 ) -> Iterator[Row]:
-    """Rows that hold all windows of wanted references, in an order close to that of the ids.
+    """Yields rows that hold all windows of requested references, about in the order of the ids.
 
     Args:
       documents: number of every reference's document; a document's references are consecutive.
       slots: references of a row, and of a window.
-      wanted: references whose memories are asked for; rows without any are left out.
+      requested: references whose memories are encoded; rows without any are left out.
     """
     rows: list[list[tuple[int, int, int]]] = []
     spare: list[list[int]] = [[] for _ in range(slots + 1)]  # rows by the slots left in them
@@ -118,13 +118,13 @@ def packed_rows(
             number = spare[left].pop()
         else:
             if len(rows) == _BLOCK:
-                yield from _wanted_rows(rows, slots, wanted)
+                yield from _rows_of(rows, slots, requested)
                 rows, spare = [], [[] for _ in range(slots + 1)]
             number = len(rows)
             rows.append([])
         rows[number].append(window)
         spare[left - size].append(number)
-    yield from _wanted_rows(rows, slots, wanted)
+    yield from _rows_of(rows, slots, requested)
 
 
 def _windows(documents: Int[np.ndarray, " R"], slots: int) -> Iterator[tuple[int, int, int]]:
@@ -135,11 +135,11 @@ def _windows(documents: Int[np.ndarray, " R"], slots: int) -> Iterator[tuple[int
     return zip(low.tolist(), high.tolist(), previous[low].tolist(), strict=True)
 
 
-def _wanted_rows(
-    rows: list[list[tuple[int, int, int]]], slots: int, wanted: np.ndarray
+def _rows_of(
+    rows: list[list[tuple[int, int, int]]], slots: int, requested: np.ndarray
 ) -> Iterator[Row]:
     for windows in rows:
-        if not any(wanted[low:high].any() for low, high, _ in windows):
+        if not any(requested[low:high].any() for low, high, _ in windows):
             continue
         ids, first = np.full(slots, -1, np.int64), np.arange(slots, dtype=np.int32)
         own, slot = np.zeros(slots, bool), 0
@@ -148,30 +148,30 @@ def _wanted_rows(
             if lead >= 0:
                 ids[slot], slot = lead, slot + 1
             stop = slot + high - low
-            ids[slot:stop], own[slot:stop] = np.arange(low, high), wanted[low:high]
+            ids[slot:stop], own[slot:stop] = np.arange(low, high), requested[low:high]
             first[begin:stop], slot = begin, stop
         yield Row(ids, first, own)
 
 
 def in_order(
-    ids: Int[np.ndarray, " n"], found: Iterable[tuple[np.ndarray, np.ndarray]]
+    ids: Int[np.ndarray, " n"], parts: Iterable[tuple[np.ndarray, np.ndarray]]
 ) -> Iterator[np.ndarray]:
     """Memories in the order of `ids`, as soon as they and all before them are there.
 
     Args:
-      ids: what is asked for, ascending.
-      found: ids and their memories, in an order close to that of `ids`.
+      ids: requested references, ascending.
+      parts: ids and their memories, in an order close to that of `ids`.
     """
     ready: dict[int, np.ndarray] = {}
     done = 0
-    for part, memories in found:
+    for part, memories in parts:
         ready.update(zip(part.tolist(), memories, strict=True))
-        here: list[np.ndarray] = []
-        while done + len(here) < len(ids):
-            memory = ready.pop(int(ids[done + len(here)]), None)
+        run: list[np.ndarray] = []
+        while done + len(run) < len(ids):
+            memory = ready.pop(int(ids[done + len(run)]), None)
             if memory is None:
                 break
-            here.append(memory)
-        if here:
-            done += len(here)
-            yield np.stack(here)
+            run.append(memory)
+        if run:
+            done += len(run)
+            yield np.stack(run)

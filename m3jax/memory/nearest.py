@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 # Vectors compared at a time: on a CPU their 2¹⁴ distances, 8 MB, stay near the processor.
 _BLOCK, _BLOCK_OF_ACCELERATOR = 128, 4096
-_GROUP = 128  # entries whose best is found first; see `largest`
+_GROUP = 128  # entries whose best is blocks first; see `largest`
 
 
 def parts_of(x_nH: Array, parts: int) -> Array:
@@ -52,8 +52,8 @@ def by_block(f: Callable[[Array], Any], x: Array) -> Any:
     on_cpu = jax.default_backend() == "cpu"
     block = min(_BLOCK if on_cpu else _BLOCK_OF_ACCELERATOR, n)
     padded = jnp.pad(x, ((0, -n % block), (0, 0))).reshape(-1, block, x.shape[1])
-    found = jax.lax.map(f, padded)
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], found)
+    blocks = jax.lax.map(f, padded)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], blocks)
 
 
 def nearest_few(scores: Array, count: int) -> Array:

@@ -158,7 +158,7 @@ def _bytes(bits: int) -> int:
 def _pack(indices: Int[Array, "*n count"], bits: int) -> UInt8[Array, "*n bytes"]:
     """Indices one after another in a little-endian stream of bits."""
     values = indices.astype(jnp.uint32)
-    found = []
+    packed = []
     for byte in range(_bytes(indices.shape[-1] * bits)):
         total = jnp.zeros(values.shape[:-1], jnp.uint32)
         for i in range(indices.shape[-1]):
@@ -166,20 +166,20 @@ def _pack(indices: Int[Array, "*n count"], bits: int) -> UInt8[Array, "*n bytes"
             if -bits < shift < 8:
                 value = values[..., i]
                 total = total | (value << shift if shift >= 0 else value >> -shift)
-        found.append(total & 0xFF)
-    return jnp.stack(found, axis=-1).astype(jnp.uint8)
+        packed.append(total & 0xFF)
+    return jnp.stack(packed, axis=-1).astype(jnp.uint8)
 
 
 def _unpack(stream: UInt8[Array, "*n bytes"], count: int, bits: int) -> Int[Array, "*n count"]:
     """Unpacks the result of `_pack`."""
-    found = []
+    indices = []
     for i in range(count):
         first, shift = divmod(i * bits, 8)
         total = jnp.zeros(stream.shape[:-1], jnp.uint32)
         for byte in range(_bytes(shift + bits)):
             total = total | (stream[..., first + byte].astype(jnp.uint32) << (8 * byte))
-        found.append((total >> shift) & (2**bits - 1))
-    return jnp.stack(found, axis=-1).astype(jnp.int32)
+        indices.append((total >> shift) & (2**bits - 1))
+    return jnp.stack(indices, axis=-1).astype(jnp.int32)
 
 
 def _unpack_code(codebook: Codebook, codes: Array | np.ndarray) -> tuple[Array, Array]:

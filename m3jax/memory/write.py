@@ -281,9 +281,9 @@ def _copies(
     old = base.record_hashes
     order = np.argsort(old, kind="stable")
     place = np.minimum(np.searchsorted(old[order], hashes), len(old) - 1)
-    found = order[place]
-    same = (old[found] == hashes) & (base.lengths[found] == lengths)
-    return np.where(same, found, -1).astype(np.int64)
+    candidates = order[place]
+    same = (old[candidates] == hashes) & (base.lengths[candidates] == lengths)
+    return np.where(same, candidates, -1).astype(np.int64)
 
 
 def _kept(

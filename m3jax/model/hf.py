@@ -69,14 +69,14 @@ def read_params(
             f" {model.vocabulary}; take both from one download"
         )
     read, names = _open(_weight_files(folder))
-    wanted = {tensor.name for tensor in _tensors(model, memory)}
-    missing = sorted(wanted - names)
+    needed = {tensor.name for tensor in _tensors(model, memory)}
+    missing = sorted(needed - names)
     if missing:
         raise HuggingFaceError(
             f"{folder}: the tensor {missing[0]} is missing ({len(missing)} in all); take"
             f" {CONFIG} and the weights of a model with LM head from one download"
         )
-    _check_others(folder, model, read, names - wanted)
+    _check_others(folder, model, read, names - needed)
     dtype = np.dtype(jax.numpy.dtype(model.param_dtype))
     params: Params = {}
     for tensor in _tensors(model, memory):
@@ -156,7 +156,7 @@ _ROLES = ("bos", "eos", "pad")
 
 # -- tensors ---------------------------------------------------------------------------------------
 class _Tensor(NamedTuple):
-    """Where a tensor of theirs lies in our parameters.
+    """Place of a tensor of Hugging Face's in our parameters.
 
     Attributes:
       name: theirs.
@@ -278,10 +278,10 @@ def _open(files: list[Path]) -> tuple[_Read, set[str]]:
     def read(name: str, shape: tuple[int, ...] | None) -> np.ndarray:
         handle, path = where[name]
         part = handle.get_slice(name)
-        found, dtype = tuple(part.get_shape()), part.get_dtype()
-        if (shape is not None and found != shape) or dtype not in _DTYPES:
+        actual, dtype = tuple(part.get_shape()), part.get_dtype()
+        if (shape is not None and actual != shape) or dtype not in _DTYPES:
             raise HuggingFaceError(
-                f"{path}: the tensor {name} is {dtype} of shape {found}; {CONFIG} needs shape"
+                f"{path}: the tensor {name} is {dtype} of shape {actual}; {CONFIG} needs shape"
                 f" {shape} and one of {', '.join(_DTYPES)}; take both from one download"
             )
         return handle.get_tensor(name)

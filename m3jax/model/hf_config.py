@@ -31,24 +31,24 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
         compute: another family, activation, kind of RoPE, or attention in a sliding window.
     """
     path = Path(folder) / CONFIG
-    found = read_json(path)
-    family = found.get("model_type")
+    settings = read_json(path)
+    family = settings.get("model_type")
     if family not in _FAMILIES:
         _refuse(path, "model_type", family, f"choose a model of {', '.join(_FAMILIES)}")
     for key, (accepted, why) in _FIXED.items():
-        if found.get(key) not in (*accepted, None):
-            _refuse(path, key, found[key], f"{why}; choose another model")
-    if family == "llama" and found.get("sliding_window") is not None:
-        _refuse(path, "sliding_window", found["sliding_window"], _FIXED["use_sliding_window"][1])
-    kinds = found.get("layer_types") or []
+        if settings.get(key) not in (*accepted, None):
+            _refuse(path, key, settings[key], f"{why}; choose another model")
+    if family == "llama" and settings.get("sliding_window") is not None:
+        _refuse(path, "sliding_window", settings["sliding_window"], _FIXED["use_sliding_window"][1])
+    kinds = settings.get("layer_types") or []
     if set(kinds) - {"full_attention"}:
         _refuse(path, "layer_types", kinds, _FIXED["use_sliding_window"][1])
 
     def size(key: str, default: int | None = None) -> int:
-        value = default if found.get(key) is None else found[key]
+        value = default if settings.get(key) is None else settings[key]
         if type(value) is not int or value < 1:
             raise HuggingFaceError(
-                f"{path}: {key} = {found.get(key)!r} is not a size; use the config.json that the"
+                f"{path}: {key} = {settings.get(key)!r} is not a size; use the config.json that the"
                 " model was published with"
             )
         return value
@@ -56,7 +56,7 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
     heads, hidden = size("num_attention_heads"), size("hidden_size")
     kv_heads = size("num_key_value_heads", heads if family == "llama" else None)
     head_dim = size("head_dim", None if family == "qwen3" else hidden // heads)
-    if heads % kv_heads or head_dim % 2 or (found.get("head_dim") is None and hidden % heads):
+    if heads % kv_heads or head_dim % 2 or (settings.get("head_dim") is None and hidden % heads):
         raise HuggingFaceError(
             f"{path}: {kv_heads} key-value heads, {heads} query heads of {head_dim} and hidden_size"
             f" = {hidden} do not fit together; use the config.json that the model was published"
@@ -70,23 +70,23 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
         "hidden": hidden,
         "mlp_width": size("intermediate_size"),
         "vocabulary": size("vocab_size"),
-        "rope_base": _rope_base(path, found),
-        "norm_epsilon": _number(path, "rms_norm_eps", found.get("rms_norm_eps"), 1e-6),
-        "tied_embeddings": bool(found.get("tie_word_embeddings")),
+        "rope_base": _rope_base(path, settings),
+        "norm_epsilon": _number(path, "rms_norm_eps", settings.get("rms_norm_eps"), 1e-6),
+        "tied_embeddings": bool(settings.get("tie_word_embeddings")),
         "embedding_scale": 1.0,
-        "attention_bias": family == "qwen2" or bool(found.get("attention_bias")),
+        "attention_bias": family == "qwen2" or bool(settings.get("attention_bias")),
         "qk_norm": family == "qwen3",
     }
 
 
 def check_fields(folder: str | Path, model: ConfigDict) -> None:
     """Raises `HuggingFaceError`, naming all that differs, unless `model` is the folder's."""
-    wanted = read_fields(folder)
-    different = [name for name, value in wanted.items() if model[name] != value]
+    fields = read_fields(folder)
+    different = [name for name, value in fields.items() if model[name] != value]
     if different:
         raise HuggingFaceError(
             f"{folder} is a model of another shape than the config; set"
-            f" {', '.join(f'config.model.{name} = {wanted[name]!r}' for name in different)}"
+            f" {', '.join(f'config.model.{name} = {fields[name]!r}' for name in different)}"
         )
 
 
@@ -148,11 +148,11 @@ def _number(path: Path, key: str, value: Any, default: float) -> float:
     return float(value)
 
 
-def _rope_base(path: Path, found: dict[str, Any]) -> float:
+def _rope_base(path: Path, settings: dict[str, Any]) -> float:
     """The base of plain RoPE, from where newer versions keep it, or older ones."""
-    bases = {"rope_theta": found.get("rope_theta")}
+    bases = {"rope_theta": settings.get("rope_theta")}
     for key in ("rope_parameters", "rope_scaling"):
-        part = found.get(key) or {}
+        part = settings.get(key) or {}
         if not isinstance(part, dict):
             _refuse(path, key, part, "it must be an object")
         kind = part.get("rope_type") or part.get("type") or "default"

@@ -21,7 +21,7 @@ from m3jax.model.attention_mask import ExplicitMemory, KeyValues, keys_of_heads
 
 
 class State(NamedTuple):
-    """Where the generation of a batch of rows stands; stays on the device.
+    """State of the generation of a batch of rows; stays on the device.
 
     Attributes:
       cache: of every layer, keys (positions applied) and values `(B, K, S, H)`. S: prefix, in

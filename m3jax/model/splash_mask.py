@@ -1,4 +1,4 @@
-"""Where queries and keys lie in the splash kernel, and which keys each query sees.
+"""Mask of the splash kernel: places of queries and keys, and the keys each query sees.
 
 A mask is a function of two numbers, the code of a query and the position of a key, that the kernel
 evaluates for every pair, beside the softmax; it is never written down as an array of T × S. What is
