@@ -48,7 +48,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return fake_report(microbatches=parts, fits=remat == "full" and parts >= 2)
 
     monkeypatch.setattr(compile, "devices_of", lambda topology: [None] * 16)
-    monkeypatch.setattr(compile, "report", fake)
+    monkeypatch.setattr(compile, "compile_report", fake)
     return found
 
 

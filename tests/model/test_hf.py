@@ -360,9 +360,11 @@ def test_a_folder_is_written_once(folder: Path, config: ConfigDict) -> None:
     write_folder(folder, config.model, config.memory, params)
     equal(read_params(folder, config.model, config.memory), params)
     with pytest.raises(HuggingFaceError, match="parameter query is"):
-        write_folder(folder.parent / "other", oracle_config(model__hidden=20), params)
+        other = oracle_config(model__hidden=20)
+        write_folder(folder.parent / "other", other.model, other.memory, params)
     with pytest.raises(HuggingFaceError, match="query_heads = 10 does not divide .*hidden = 12"):
-        write_folder(folder.parent / "other", oracle_config(model__query_heads=10), params)
+        other = oracle_config(model__query_heads=10)
+        write_folder(folder.parent / "other", other.model, other.memory, params)
 
 
 # -- Hugging Face's models -------------------------------------------------------------------------
