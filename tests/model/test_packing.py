@@ -28,6 +28,12 @@ def memories(rng: np.random.Generator, rows: int, chunks: int, layers: int = 1) 
     return jax.tree.map(jnp.asarray, layers_first(ExplicitMemory(keys, values, length)))
 
 
+def of_chunks(memory: ExplicitMemory, chunks: slice) -> ExplicitMemory:
+    """Returns the memories of some chunks; keys and values are in the order of layers."""
+    keys, values, length = memory.keys[:, :, chunks], memory.values[:, :, chunks], memory.length
+    return ExplicitMemory(keys, values, length[:, chunks])
+
+
 def test_the_mask_as_a_table() -> None:
     """Texts of three and two tokens and padding; chunks of two, memories of a window of two."""
     starts = jnp.array([[0, 0, 0, 3, 3, 5]], jnp.int32)
@@ -85,7 +91,7 @@ def test_a_packed_text_is_predicted_as_it_is_alone(implementation: str, with_mem
         count = -(-length // 4)
         own = None
         if memory is not None:
-            own = jax.tree.map(lambda x, a=chunk, b=chunk + count: x[:, a:b], memory)
+            own = of_chunks(memory, slice(chunk, chunk + count))
         alone = jax.jit(model.logits)(params, tokens[:, start : start + length], own)
         close(packed[:, start : start + length], alone)
         start, chunk = start + length, chunk + count
@@ -103,7 +109,12 @@ def test_nothing_passes_between_texts() -> None:
     before = logits(params, jnp.asarray(tokens), memory, packing=packing())
     changed, other = tokens.copy(), memories(rng, 1, CHUNKS)
     changed[:, :6], changed[:, 9:] = 5, 6  # all but the second text, whose chunk is number 2
-    mixed = jax.tree.map(lambda x, y: y.at[:, 2].set(x[:, 2]), memory, other)
+    kept = of_chunks(memory, slice(2, 3))
+    mixed = ExplicitMemory(
+        other.keys.at[:, :, 2:3].set(kept.keys),
+        other.values.at[:, :, 2:3].set(kept.values),
+        other.length.at[:, 2:3].set(kept.length),
+    )
     after = logits(params, jnp.asarray(changed), mixed, packing=packing())
     np.testing.assert_array_equal(after[:, 6:9], before[:, 6:9])
     assert (np.abs(after - before) > 1e-3)[:, :6].any()
