@@ -33,7 +33,10 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     for room, modules in rooms().items():
         lines = [f"# {room}", ""]
         for module in modules:
-            lines += [f"::: {module}", "    options:", f"      heading_level: {2}", ""]
+            lines += [f"::: {module}", "    options:", "      heading_level: 2"]
+            if module == f"m3jax.{room}":  # the page has its name already
+                lines += ["      show_root_heading: false", "      show_root_toc_entry: false"]
+            lines.append("")
         files.append(File.generated(config, f"api/{room}.md", content="\n".join(lines)))
     return files
 
