@@ -28,13 +28,6 @@ def overlap(text_tokens: Tokens, reference_tokens: Tokens) -> float:
     return _longest(text, reference, numbers, above=0, stop=len(reference)) / len(reference)
 
 
-def exceeds(text_tokens: Tokens, reference_tokens: Tokens, threshold: float) -> bool:
-    """Tests `overlap(text_tokens, reference_tokens) > threshold`, mostly without computing it."""
-    tokens = np.asarray(reference_tokens, np.int64)[None]
-    lengths = np.array([len(reference_tokens)])
-    return bool(which_exceed(text_tokens, tokens, lengths, threshold)[0])
-
-
 def which_exceed(
     text_tokens: Tokens,
     references: Integer[np.ndarray, "n W"],
