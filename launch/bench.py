@@ -21,7 +21,7 @@ import sys
 from absl import flags
 
 from m3jax import cli
-from m3jax.cli import Flag
+from m3jax.flag import Flag
 
 # Read by NumPy's linear algebra when it is loaded.
 _THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")

@@ -28,7 +28,8 @@ from pathlib import Path
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag, count, counts, switch, words
+from m3jax.cli import count, counts, switch, words
+from m3jax.flag import Flag
 from m3jax.hardware import LIBTPU_ENVIRONMENT, chip_of_topology
 
 

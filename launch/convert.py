@@ -13,7 +13,8 @@ from pathlib import Path
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag, words
+from m3jax.cli import words
+from m3jax.flag import Flag
 
 
 def from_hf(given: FlagValues) -> None:

@@ -24,7 +24,8 @@ from typing import Any
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag, switch, words
+from m3jax.cli import switch, words
+from m3jax.flag import Flag
 
 
 def add(given: FlagValues, replace: bool = False) -> None:

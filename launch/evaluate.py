@@ -14,7 +14,8 @@ from pathlib import Path
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag, count, counts, share, words
+from m3jax.cli import count, counts, share, words
+from m3jax.flag import Flag
 
 
 def losses(given: FlagValues) -> None:

@@ -20,7 +20,8 @@ import functools
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag, count, switch
+from m3jax.cli import count, switch
+from m3jax.flag import Flag
 
 
 def main(given: FlagValues) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag
+from m3jax.flag import Flag
 
 
 def main(given: FlagValues) -> None:

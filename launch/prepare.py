@@ -28,8 +28,9 @@ from typing import Any
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag, count, words
+from m3jax.cli import count, words
 from m3jax.errors import CommandError
+from m3jax.flag import Flag
 
 
 def prepare(given: FlagValues) -> None:

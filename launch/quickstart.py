@@ -18,7 +18,8 @@ from absl import logging
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag, switch
+from m3jax.cli import switch
+from m3jax.flag import Flag
 
 
 def main(given: FlagValues) -> None:

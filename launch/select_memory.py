@@ -12,7 +12,8 @@ from pathlib import Path
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag, count, share, switch
+from m3jax.cli import count, share, switch
+from m3jax.flag import Flag
 
 
 def references(given: FlagValues) -> None:

@@ -25,7 +25,8 @@ from pathlib import Path
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag, switch, words
+from m3jax.cli import switch, words
+from m3jax.flag import Flag
 
 
 def main(given: FlagValues) -> None:

@@ -32,7 +32,7 @@ from pathlib import Path
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag
+from m3jax.flag import Flag
 
 
 def main(given: FlagValues) -> None:

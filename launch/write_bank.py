@@ -29,7 +29,8 @@ from pathlib import Path
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag, count, share
+from m3jax.cli import count, share
+from m3jax.flag import Flag
 
 
 def main(given: FlagValues) -> None:

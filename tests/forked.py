@@ -20,10 +20,10 @@ from typing import Any
 
 
 def import_all() -> None:
-    import m3jax
+    import m3jax.errors
 
     for module in pkgutil.walk_packages(m3jax.__path__, "m3jax."):
-        with contextlib.suppress(ImportError):  # of an extra that is not installed
+        with contextlib.suppress(ImportError, m3jax.errors.UserError):  # an extra is missing
             importlib.import_module(module.name)
 
 

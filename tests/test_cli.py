@@ -1,6 +1,7 @@
 """Command lines: flags, commands, help, and errors of the user that end with the message alone."""
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 from absl import flags
 
 from m3jax import cli
-from m3jax.cli import Command, Flag
+from m3jax.cli import Command
 from m3jax.errors import CommandError, ConfigError, UserError
+from m3jax.flag import Flag
 
 ROOT = Path(__file__).parents[1]
 CONFIG = f"--config={ROOT}/configs/wiki_small.py"
@@ -196,3 +198,38 @@ def test_compilation_cache_that_cannot_be_used_is_refused(tmp_path, monkeypatch)
 def test_a_script_ends_with_one_message(word: str, message: str, tmp_path: Path) -> None:
     done = processes.call(["python", "launch/train.py", f"--workdir={tmp_path}", CONFIG, word])
     assert done.returncode == (cli.USER_ERROR if message else 0) and done.stderr == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(options=''): return 3", "returns no ConfigDict|seed does not exist"),
+        ("import nothing_of_this_name", "ModuleNotFoundError: No module named 'nothing_of_this"),
+        ("def get_config(options=''", "SyntaxError"),
+        ("def get_config(options=''): return {}['seed']", "KeyError"),
+    ],
+)
+@pytest.mark.parametrize("override", [False, True])
+def test_config_files_that_fail_are_named(
+    text: str, message: str, override: bool, tmp_path: Path
+) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text(text)
+    words = ["--config.seed=1"] if override else []
+    with pytest.raises(UserError, match="--config") as caught:
+        parse("add", f"--config={file}", "--workdir=x", *words)
+    assert re.search(message, str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [("", "is empty"), (str(ROOT / "README.md"), "is a file"), ("gs://b/x", "in buckets")],
+)
+def test_folders_that_are_none_are_refused(folder: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse("add", CONFIG, f"--workdir={folder}")
+
+
+def test_values_are_not_taken_for_fields() -> None:
+    given = parse("add", CONFIG, "--workdir=x", "--prompt", "-3.5 degrees")
+    assert given.prompt == ["-3.5 degrees"]

@@ -10,6 +10,8 @@ import processes
 import psutil
 import pytest
 
+from m3jax.errors import InferenceError
+
 TESTS = Path(__file__).parent
 REPLACED = {"allclose", "isclose", "assert_allclose", "assert_almost_equal"}
 
@@ -65,7 +67,10 @@ def test_programs_in_strings_import_what_there_is() -> None:
     line = re.compile(r"^ *(?:from|import) (m3jax[\w.]*)(?: import \(?([\w, ]+))?", re.MULTILINE)
     for path in sorted(TESTS.rglob("*.py")):
         for name, parts in line.findall(path.read_text(encoding="utf-8")):
-            module = importlib.import_module(name)
+            try:
+                module = importlib.import_module(name)
+            except InferenceError:  # needs an extra
+                continue
             for part in filter(None, (word.split(" as ")[0].strip() for word in parts.split(","))):
                 if not hasattr(module, part):
                     importlib.import_module(f"{name}.{part}")

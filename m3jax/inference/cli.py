@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3jax.errors import InferenceError
+from m3jax.errors import InferenceError, TextError
 from m3jax.files import lines, write_atomically
 from m3jax.inference.attribution import (
     AttributedReference,
@@ -65,7 +65,10 @@ def read_prompts(path: str | Path) -> list[str]:
       TextError: no such file, or a line that is no prompt.
     """
     if not str(path).endswith(".jsonl"):
-        return [line for line in lines(path) if line.strip()]
+        try:
+            return [line for line in lines(path) if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise TextError(f"prompts cannot be read from {path}: {error}") from error
 
     def parse(record: Any) -> str:
         if not isinstance(record["prompt"], str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -29,9 +30,11 @@ class MemoryReader(Protocol):
     codec: Codec
 
     @property
+    @abc.abstractmethod
     def size(self) -> int:
         """Number of ids."""
 
+    @abc.abstractmethod
     def read_stored(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
         """Reads memories of references as they are stored, into NumPy arrays.
 
@@ -47,6 +50,7 @@ class MemoryReader(Protocol):
           BankError: an id that is not there; a damaged or missing shard, naming its file.
         """
 
+    @abc.abstractmethod
     def report(self) -> dict[str, int]:
         """Returns counters since the start."""
 
@@ -63,7 +67,11 @@ class MemoryReader(Protocol):
         stored = self.read_stored(ids)
         if self.codec.plain:
             return stored
-        return jax.tree.map(np.asarray, jax.jit(self.codec.dequantize)(stored))
+        return jax.tree.map(np.asarray, self._compiled(stored))
+
+    @functools.cached_property
+    def _compiled(self) -> Dequantize:
+        return jax.jit(self.codec.dequantize)  # compiled once a reader
 
 
 class BankReader(MemoryReader):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from m3jax.config import ConfigDict
-from m3jax.errors import SweepError
+from m3jax.errors import SweepError, UserError
 from m3jax.files import read_sealed
 
 Prepare = Callable[[ConfigDict, Path, str], Any]
@@ -163,8 +163,13 @@ def load_sweep(path: str | Path) -> Sweep:
     """
     if not Path(path).is_file():
         raise SweepError(f"there is no sweep {path}; configs/sweeps/ has some")
-    scope = runpy.run_path(str(path))
-    sweep = scope["get_sweep"]() if callable(scope.get("get_sweep")) else None
+    try:
+        scope = runpy.run_path(str(path))
+        sweep = scope["get_sweep"]() if callable(scope.get("get_sweep")) else None
+    except UserError:
+        raise
+    except Exception as error:  # of a file of the user's
+        raise SweepError(f"{path}: {type(error).__name__}: {error}") from error
     if not isinstance(sweep, Sweep):
         raise SweepError(f"{path} has no function get_sweep() that returns a Sweep")
     names = [entry.name for entry in sweep.entries]

@@ -271,7 +271,11 @@ def _open_tfds(part: str) -> Any:
     packages = "tensorflow-datasets importlib_resources array_record"
     tfds = optional("tensorflow_datasets", f"{part} needs TensorFlow Datasets", packages)
     _, name, *split = part.split(":", 2)
-    return tfds.data_source(name, split=split[0] if split else "train")
+    try:
+        return tfds.data_source(name, split=split[0] if split else "train")
+    except Exception as error:  # of many classes, with pages of text
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise TextError(f"{part} cannot be opened by TensorFlow Datasets: {reason}") from error
 
 
 def _from_example(example: dict[str, Any], part: str, name: str, position: int) -> Document:

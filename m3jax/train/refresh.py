@@ -163,6 +163,7 @@ def compare_memories(
     encoder = Encoder(config, model, params, references, plain)
     L = config.memory.layers
     squares, floors = [], []
+    quantize = jax.jit(bank.codec.quantize)
     done = 0
     bar = tqdm(total=len(ids), unit=" memories", desc="compared", disable=not progress)
     with bar:
@@ -179,7 +180,7 @@ def compare_memories(
             first = stored._replace(keys=stored.keys[:L], values=stored.values[:L])
             squares.append(jax.device_get(_squares(first, fresh)))
             if bank.codec.name != codecs.NONE and len(stored.keys) == L:
-                coded = jax.jit(bank.codec.quantize)(both)
+                coded = quantize(both)
                 again = bank.codec.dequantize(_layers_first(coded, stored.length))
                 floors.append(jax.device_get(_squares(again, fresh)))
 

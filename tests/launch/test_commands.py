@@ -72,7 +72,7 @@ def test_help_begins_with_a_command_and_names_every_flag(script):
             assert f"--{flag.name}" in shown or f"--[no]{flag.name}" in shown
             assert flag.help.endswith(".") and len(flag.help.split()) > 2, flag.name
     overview = cli.help_text(scope["__doc__"], commands, f"{script}.py", "").splitlines()
-    assert overview[2].startswith(f"    python launch/{script}.py")
+    assert overview[2].strip().startswith(f"python launch/{script}.py")
 
 
 @pytest.mark.slow
