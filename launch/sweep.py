@@ -32,6 +32,7 @@ from m3jax.flag import Flag
 def main(given: FlagValues) -> None:
     """Plans the sweep, then prints, prepares, runs or reports it."""
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/, which is not installed
+    from m3jax.errors import SweepError
     from m3jax.sweep.plan import launch_lines, plan_sweep
     from m3jax.sweep.run import alone, end_with_parent, finish, run_all, write_report
     from m3jax.sweep.spec import SweepRun, chosen, load_sweep
@@ -42,7 +43,10 @@ def main(given: FlagValues) -> None:
         end_with_parent()
         from m3jax.sweep.entry import run_entry
 
-        run_entry(sweep, next(run for run in runs if run.name == given.one))
+        run = next((run for run in runs if run.name == given.one), None)
+        if run is None:
+            raise SweepError(f"--one={given.one}: no such run; --dry_run lists all")
+        run_entry(sweep, run)
         return
     if given.dry_run:
         for line in launch_lines(sweep, runs, " ".join(["python", *_call(given)])):

@@ -137,9 +137,19 @@ def write_current(workdir: Path, version: int, oldest: int) -> None:
     write_sealed(workdir / VERSIONS / CURRENT, {"version": version, "oldest": oldest})
 
 
+def _existing(workdir: Path) -> Path:
+    if not workdir.is_dir():
+        raise VersionError(f"there is no workdir {workdir}; make it with launch/prepare.py")
+    return workdir
+
+
 def versions(workdir: str | Path) -> list[int]:
-    """Lists the versions that can be opened, ascending."""
-    workdir = Path(workdir)
+    """Lists the versions that can be opened, ascending.
+
+    Raises:
+      VersionError: there is no such workdir.
+    """
+    workdir = _existing(Path(workdir))
     oldest = read_current(workdir)["oldest"]
     numbers = [int(path.parent.name) for path in (workdir / VERSIONS).glob(f"[0-9]*/{VERSION}")]
     return sorted(number for number in [0, *numbers] if number >= oldest)
@@ -215,9 +225,7 @@ def only_writer(workdir: Path) -> Iterator[None]:
     Raises:
       VersionError: another process is editing, or there is no such workdir.
     """
-    if not workdir.is_dir():
-        raise VersionError(f"there is no workdir {workdir}; make it with launch/prepare.py")
-    (workdir / VERSIONS).mkdir(parents=True, exist_ok=True)
+    (_existing(workdir) / VERSIONS).mkdir(exist_ok=True)
     with (workdir / VERSIONS / "lock").open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from m3jax.errors import CheckpointError
 from m3jax.evaluation.questions import Answerer, Question
 from m3jax.files import write_atomically
 from m3jax.inference.results import Generation
@@ -44,8 +45,16 @@ def run(demonstration: Demonstration, *, chats: int = CHATS, pairs: int = PAIRS)
       demonstration: of the quickstart, whose workdir has `continual/` and `bank/`.
       chats: chats of SFT.
       pairs: preference pairs of DPO.
+
+    Raises:
+      CheckpointError: the quickstart was not run in the workdir.
     """
     workdir, seed = demonstration.workdir, demonstration.seed
+    if not (workdir / "continual").is_dir():
+        raise CheckpointError(
+            f"{workdir} holds no finished quickstart; run launch/quickstart.py --workdir={workdir}"
+            f" --seed={seed} first"
+        )
     world = people.make_world(seed, **demonstration.world)
     started = time.time()
     source = workdir / "text"
