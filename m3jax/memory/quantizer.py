@@ -2,8 +2,8 @@
 
 A vector is rotated; each half of it is replaced by the nearest of 2¹⁴ coarse entries, and what is
 left by eight fine entries of 2¹⁰, one for each eighth. That is `OPQ20_80,Residual2x14,PQ8x10` of
-FAISS, with its layout of codes, for any head dim that eight divides: its codebooks decode here and
-ours there.
+FAISS, with its layout of codes, for any head dim that eight divides: its codebooks dequantize here
+and ours there.
 
 The halves do not meet, so a code is the best of its half. `candidates` > 1 tries several coarse
 entries with their fine ones and keeps the pair with the least error, where FAISS takes the nearest

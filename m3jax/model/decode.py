@@ -218,7 +218,7 @@ class Decoder:
     ) -> tuple[State, Written]:
         memory = self._memories(stored)
         if memory is not None:
-            state = self.layout.recall(state, memory)
+            state = self.layout.load_memories(state, memory)
         written = self._nothing_written(state, forced)
 
         def going(carry: tuple[Array, State, Written]) -> Array:

@@ -1,7 +1,7 @@
 """The key-value cache of generation: what lies where in a layer's slots, and what a row sees of it.
 
 What a row attends to lies in one array a layer: the constant prefix, the slots of its memories, the
-context. An explicit memory is then nothing but some keys and values in front, and recalling others
+context. An explicit memory is then nothing but some keys and values in front, and loading others
 overwrites these slots. A row's generated tokens follow the slots of the longest prompt, so that one
 step writes the same slot in all rows; positions are those of the row itself.
 """
@@ -111,7 +111,7 @@ class CacheLayout:
         mass = mass.reshape(*mass.shape[:-1], M, -1).sum(-1)
         return jnp.concatenate([mass, 1 - mass.sum(-1, keepdims=True)], axis=-1)
 
-    def recall(self, state: State, memory: ExplicitMemory) -> State:
+    def load_memories(self, state: State, memory: ExplicitMemory) -> State:
         """Returns the state with other memories `(L, B, M, K, P, H)` in its slots."""
         parts = iter(by_layer(memory))
         cache = list(state.cache)
