@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 
 def use_alignment_settings(config: ConfigDict) -> None:
-    """Sets what Memory³ says of SFT and DPO (method §6.3 and §6.4), by `config.stage`, sft or dpo.
+    """Sets the fields of SFT and DPO that Memory³ states, by `config.stage`, sft or dpo.
 
     Cosine with a linear rise over 10 %, weight decay 0.1, batches of 512 rows; SFT has a peak of
     5e-5 and 3 epochs, DPO one of 4e-6 and β = 0.01. Of DPO the paper gives no more; its batch,

@@ -1,4 +1,4 @@
-"""The vector quantizer of memories: 14 bytes for a key or value (Memory³ §3.3, method.md §5).
+"""The vector quantizer of memories: 14 bytes for a key or value (Memory³ §3.3).
 
 A vector is rotated; each half of it is replaced by the nearest of 2¹⁴ coarse entries, and what is
 left by eight fine entries of 2¹⁰, one for each eighth. That is `OPQ20_80,Residual2x14,PQ8x10` of

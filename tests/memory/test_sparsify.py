@@ -21,7 +21,7 @@ def arrays(seed: int = 0, scale: float = 1.0) -> tuple[jax.Array, jax.Array]:
 
 
 def loops(q: Any, k: Any, selection: str) -> np.ndarray:
-    """w of method.md §3 in float64, each reference cut to its usable tokens."""
+    """w of Memory³ §3.3 in float64, each reference cut to its usable tokens."""
     q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
     result = np.full((R, K, W), -np.inf)
     for r, head in np.ndindex(R, K):

@@ -136,7 +136,7 @@ class Oracle:
 
     # -- writing
     def weights(self, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """w (K, n) of method.md §3 for one reference: no mask, no positions, prefix excluded."""
+        """w (K, n) of Memory³ §3.3 for one reference: no mask, no positions, prefix excluded."""
         n, K, G, H = queries.shape
         total = np.zeros((K, n))
         for k in range(K):
