@@ -285,15 +285,15 @@ def _check_config(name: str, config: Any) -> None:
     except UserError:
         raise
     except Exception as error:
-        raise _of_file(error) from error
+        raise _of_file(error, name) from error
     raise ConfigError(f"--{name}: get_config() of the file returns no ConfigDict")
 
 
-def _of_file(error: Exception) -> ConfigError:
+def _of_file(error: Exception, name: str = "config") -> ConfigError:
     """Returns the error of a config file as one of the user."""
     cause = error.__cause__ or error
     reason = " ".join(str(cause).split())
-    return ConfigError(f"--config: the file cannot be read: {type(cause).__name__}: {reason}")
+    return ConfigError(f"--{name}: the file cannot be read: {type(cause).__name__}: {reason}")
 
 
 def help_text(text: str | None, commands: Mapping[str, Command], script: str, named: str) -> str:

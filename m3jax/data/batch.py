@@ -48,5 +48,5 @@ class Batch(NamedTuple):
         return axes._replace(memory=axes.memory._replace(keys=1, values=1))
 
     def without_memory(self) -> Batch:
-        """Returns the batch without memories and references."""
+        """Returns the batch without memories and tokens of references; ids stay."""
         return self._replace(memory=None, reference_tokens=None)
