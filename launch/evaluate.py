@@ -160,8 +160,7 @@ def leakage(given: FlagValues) -> None:
     Prints quantiles of the overlap (Memory³ §6.1), shares above the thresholds and the worst pairs
     side by side, and draws a histogram. Questions are JSON lines with `prompt` or `question`.
     """
-    from m3jax.evaluation.leakage import leakage
-    from m3jax.evaluation.leakage_report import leakage_histogram, leakage_table
+    from m3jax.evaluation.leakage import leakage, leakage_histogram, leakage_table
 
     report = leakage(
         given.config,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -12,6 +16,39 @@ from m3jax.files import committing
 INK, SOFT, GRID = "#22303c", "#7d8b99", "#e6eaed"  # text; quiet lines and edges; the grid
 TEAL, PALE, PINK = "#0b7a75", "#b8c4cc", "#b8336a"  # the subject; what it is compared with; bad
 BLUE, AMBER, GREEN, ORANGE, RED = "#2f6fb3", "#d99a2b", "#2a9d76", "#d9622b", "#c0392b"
+REFERENCE_LINE: dict[str, Any] = {"color": INK, "linestyle": ":", "linewidth": 1.2}  # to compare
+
+_STYLE: Any = {
+    **{f"{name}.color": INK for name in ("text", "xtick", "ytick")},
+    "axes.axisbelow": True,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": INK,
+    **{f"axes.spines.{side}": False for side in ("left", "right", "top")},
+    "axes.titlelocation": "left",
+    "axes.titlesize": 12,
+    "figure.constrained_layout.use": True,
+    "grid.color": GRID,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+    "ytick.left": False,
+}
+
+
+@contextlib.contextmanager
+def drawing(path: str | os.PathLike[str], width: float, height: float) -> Iterator[Figure]:
+    """Gives an empty figure, and writes it as a PNG when the block has ended without an error.
+
+    What is drawn inside the block has the common style. The same figure gives the same bytes.
+
+    Args:
+      path: the PNG, written atomically.
+      width, height: inches.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height))
+        yield figure
+        save_figure(figure, path, None)
 
 
 def finish_axes(axes: Axes, grid: str = "both", hidden: tuple[str, ...] = ("top", "right")) -> None:
@@ -21,7 +58,7 @@ def finish_axes(axes: Axes, grid: str = "both", hidden: tuple[str, ...] = ("top"
     axes.spines[list(hidden)].set_visible(False)
 
 
-def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 130) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int | None = 130) -> None:
     """Writes a PNG atomically; the same figure gives the same bytes."""
     with committing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
+        figure.savefig(temporary, format="png", dpi=dpi or "figure", metadata={"Software": None})

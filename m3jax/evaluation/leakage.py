@@ -1,20 +1,24 @@
 """Measures leakage: the overlap of retrieved references with the text that retrieves them.
 
 Rows of a corpus, or questions, retrieve without the overlap filter, each chunk with its own text;
-every reference found is compared with the whole row (Memory³ §6.1).
+every retrieved reference is compared with the whole row (Memory³ §6.1).
 """
 
 from __future__ import annotations
 
+import itertools
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.ticker import PercentFormatter
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from m3jax.data.rows import Rows
 from m3jax.errors import LeakageError
+from m3jax.figures import AMBER, BLUE, INK, PINK, drawing
 from m3jax.knowledge.versions import open_index, open_references, open_version
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
@@ -27,6 +31,12 @@ SPLITS = ("train", "validation")
 BINS = 30  # of the histogram over 0 … 1; 2/3 and 0.9 are edges
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 _EXAMPLES = 4  # of each kind
+_COLUMN = 52  # characters of a column of examples
+_BANDS = (
+    (0.0, 2 / 3, BLUE, "read in training and evaluation"),
+    (2 / 3, 0.9, AMBER, "dropped in evaluation (above 2/3)"),
+    (0.9, 1.0, PINK, "dropped in training too (above 0.9)"),
+)
 
 
 class Text(NamedTuple):
@@ -66,13 +76,13 @@ def leakage(
     Returns:
       `texts`, `queries`, `pairs`: counts; `quantiles` of the overlap; `histogram` (counts of BINS
       equal bins over 0 … 1); `above`, share of pairs above the threshold, 0.9 and 2/3;
-      `queries_leaking`, share of queries whose best find is above the threshold, `queries_emptied`,
-      share of queries all of whose finds are; `dropped`, the pairs with most overlap, and
-      `kept`, those with most that the threshold lets through: `overlap`, `key`, `title`, `text`,
-      `reference`, `name` of the text, no title twice. And the arguments.
+      `queries_leaking`, share of queries whose best reference is above the threshold,
+      `queries_emptied`, share of queries all of whose references are; `dropped`, the pairs with
+      most overlap, and `kept`, the pairs with most that the threshold lets through: `overlap`,
+      `key`, `title`, `text`, `reference`, `name` of the text, no title twice. And the arguments.
 
     Raises:
-      LeakageError: arguments out of range, unusable questions, or nothing found.
+      LeakageError: arguments out of range, unusable questions, or nothing retrieved.
       TextError, RetrievalError: the workdir is not prepared.
     """
     if not 0 <= threshold <= 1:
@@ -184,3 +194,64 @@ def _densest(text: np.ndarray, reference: np.ndarray) -> np.ndarray:
     length = min(len(reference), len(text))
     begin = int(np.argmax(shared[length:] - shared[:-length]))
     return text[begin : begin + length]
+
+
+def leakage_table(report: dict[str, Any]) -> str:
+    """Returns the report as Markdown, examples side by side."""
+    above = ", ".join(f"{share:.2%} above {limit}" for limit, share in report["above"].items())
+    lines = [
+        f"{report['pairs']} references found by {report['queries']} chunks of {report['texts']}"
+        f" texts ({report['against']}), without filter",
+        "",
+        "| quantile | " + " | ".join(report["quantiles"]) + " |",
+        "|---" * (1 + len(report["quantiles"])) + "|",
+        "| overlap | " + " | ".join(f"{x:.3f}" for x in report["quantiles"].values()) + " |",
+        "",
+        f"Of the references found: {above}.",
+        f"Of the chunks: {report['queries_leaking']:.2%} find first a reference above"
+        f" {report['threshold']:.3g}, {report['queries_emptied']:.2%} find nothing else.",
+    ]
+    for kind in ("dropped", "kept"):
+        for example in report[kind]:
+            title = f"{example['title']} ({example['key']}) with {example['name']}"
+            lines += ["", f"{kind}, overlap {example['overlap']:.3f}: {title}"]
+            columns = [
+                [name, *textwrap.wrap(text.strip(), _COLUMN, max_lines=7, placeholder=" …")]
+                for name, text in (("REFERENCE", example["reference"]), ("TEXT", example["text"]))
+            ]
+            both = itertools.zip_longest(*columns, fillvalue="")
+            lines += [f"    {left:<{_COLUMN}} │ {right}" for left, right in both]
+    return "\n".join(lines)
+
+
+def leakage_histogram(report: dict[str, Any], path: str | Path) -> None:
+    """Draws the histogram of the overlap as a PNG, coloured by what the paper's limits drop.
+
+    Args:
+      report: of `leakage`.
+      path: the PNG, written atomically.
+    """
+    shares = np.array(report["histogram"]) / sum(report["histogram"])
+    middles = (np.arange(BINS) + 0.5) / BINS
+    above = [1.0, report["above"]["0.667"], report["above"]["0.9"], 0.0]
+    with drawing(path, 9, 4.6) as figure:
+        axes = figure.subplots()
+        for band, more, less in zip(_BANDS, above[:-1], above[1:], strict=True):
+            low, high, colour, meaning = band
+            inside = (middles > low) & (middles < high)
+            label = f"{more - less:.1%} {meaning}"
+            axes.bar(middles[inside], shares[inside], 0.9 / BINS, color=colour, label=label)
+        threshold, top = report["threshold"], axes.get_xaxis_transform()
+        axes.axvline(threshold, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.text(
+            threshold, 0.99, f"threshold {threshold:.3g} ", ha="right", va="top", transform=top
+        )
+        axes.set(xlim=(0, 1), ylim=(0, 1.2 * shares.max()), ylabel="share of references found")
+        axes.set_xlabel("overlap of a reference found with the text (Memory³ §6.1)")
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.grid(axis="y")
+        axes.legend(loc="upper center", frameon=True, edgecolor="white", framealpha=1, fontsize=10)
+        against = Path(report["against"]).name
+        axes.set_title(
+            f"What retrieval finds for {report['texts']} texts ({against}), before the filter"
+        )

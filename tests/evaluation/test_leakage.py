@@ -8,8 +8,7 @@ from data.data_workdir import tiny_config, write_text
 
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import LeakageError, TextError
-from m3jax.evaluation.leakage import BINS, leakage
-from m3jax.evaluation.leakage_report import leakage_histogram, leakage_table
+from m3jax.evaluation.leakage import BINS, leakage, leakage_histogram, leakage_table
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import make_embedder
 from m3jax.text.overlap import overlap
