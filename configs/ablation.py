@@ -39,10 +39,6 @@ from ml_collections import ConfigDict
 import m3jax.config
 
 AS_BASE = "as_base"
-VARIED = (
-    *("memories", "layers", "kept", "weight", "shift", "init", "decay", "z_loss", "qk_norm"),
-    "shape",
-)
 
 # Options that are a config field.
 FIELDS = {
@@ -88,7 +84,11 @@ def get_config(options: str = "") -> ConfigDict:
     config = _base(chosen["base"], chosen["stage"])
     if config.memory.source == "none":
         chosen["memories"] = AS_BASE  # warmup reads none
-    varied = [f"{option}-{chosen[option]}" for option in VARIED if chosen[option] != AS_BASE]
+    varied = [
+        f"{option}-{value}"
+        for option, value in chosen.items()
+        if option not in ("base", "stage") and value != AS_BASE
+    ]
     config.name = "-".join([chosen["base"], *varied])
     if chosen["memories"] != AS_BASE:
         config.memory.source = chosen["memories"]
@@ -117,8 +117,7 @@ def _set_shape(config: ConfigDict, base: str, shape: str) -> None:
             " choose that base or leave shape out"
         )
     layers, heads, head_dim = (int(part) for part in shape.split("x"))
-    config.model.layers = layers
-    config.model.query_heads = heads
-    config.model.head_dim = head_dim
-    config.model.hidden = config.model.mlp_width = heads * head_dim
+    width = heads * head_dim
+    config.model.update(layers=layers, query_heads=heads, head_dim=head_dim)
+    config.model.update(hidden=width, mlp_width=width)
     config.memory.layers = layers // 2

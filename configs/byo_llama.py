@@ -61,29 +61,16 @@ def get_config(options: str = "") -> ConfigDict:
     spare = layers - config.memory.layers
     config.memory.first_layer = spare // 2 if chosen["layers"] == "middle" else 0
 
-    config.memory.reference_length = 64
-    config.memory.kept_tokens = 8
-    config.memory.chunk_length = 16
-    config.memory.window = 8
+    config.memory.update(reference_length=64, kept_tokens=8, chunk_length=16, window=8)
     config.memory.dtype = config.model.compute_dtype
     config.text.validation_share = 0.1
     config.retrieval.shift = 1
-
-    config.data.sequence_length = 128
-    config.data.batch_size = 32
-    config.data.threads = 2
-    config.evaluation.batch_size = 32
-    config.evaluation.batches = 32
-
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.lr_warmup_steps = 50
-    config.optimizer.lr_decay_share = 0.5
-    config.train.steps = 2000
-    config.train.checkpoint_every = 500
-    config.train.evaluate_every = 500
+    config.data.update(sequence_length=128, batch_size=32, threads=2)
+    config.evaluation.update(batch_size=32, batches=32)
+    config.optimizer.update(learning_rate=1e-3, lr_warmup_steps=50, lr_decay_share=0.5)
+    config.train.update(steps=2000, checkpoint_every=500, evaluate_every=500)
     if config.stage == "continual":
-        config.memory.source = chosen["memories"]
-        config.memory.dropout = 0.15
+        config.memory.update(source=chosen["memories"], dropout=0.15)
     if chosen["documents"] == "made_up":  # the reference of a document is that of its first chunk
         config.retrieval.ids = "stored"
         config.data.packing = "document"

@@ -44,34 +44,18 @@ def get_config(options: str = "") -> ConfigDict:
     config.name = f"memory3_{chosen['shape']}"
     config.stage = chosen["stage"]
 
-    config.model.kv_heads = 8
-    config.model.vocabulary = 60_416  # 60 299 entries, rounded up to a multiple of 128
-    config.model.param_dtype = "bfloat16"
-    config.model.compute_dtype = "bfloat16"
-    config.model.remat = "full"
-    config.model.attention = "auto"
-
-    config.memory.first_layer = 0
-    config.memory.reference_length = 128
-    config.memory.kept_tokens = 8
-    config.memory.chunk_length = 64
-    config.memory.per_chunk = 1
-    config.memory.window = 5
-    config.memory.per_prompt_chunk = 5
-
+    # The tokenizer's 60 299 entries are rounded up to a multiple of 128.
+    config.model.update(kv_heads=8, vocabulary=60_416, remat="full", attention="auto")
+    config.model.update(param_dtype="bfloat16", compute_dtype="bfloat16")
+    config.memory.update(first_layer=0, reference_length=128, kept_tokens=8, chunk_length=64)
+    config.memory.update(per_chunk=1, window=5, per_prompt_chunk=5)
     config.writer.batch_references = 4096
     config.text.vocabulary = 60_299
-
-    config.data.sequence_length = 2048
-    config.data.batch_size = 2048
-    config.data.threads = 16
+    config.data.update(sequence_length=2048, batch_size=2048, threads=16)
     config.evaluation.batch_size = 256
-
-    config.optimizer.schedule = "wsd"
-    config.optimizer.weight_decay = 0.1
-
-    config.guard.on = True  # the paper's runs diverged, and were restarted by hand
-    config.guard.skip_after = 50  # of about 4M tokens each
+    config.optimizer.update(schedule="wsd", weight_decay=0.1)
+    # The paper's runs diverged, and were restarted by hand. Batches are of about 4M tokens.
+    config.guard.update(on=True, skip_after=50)
     config.mesh.fsdp = -1
 
     if config.stage != "warmup":
@@ -79,50 +63,34 @@ def get_config(options: str = "") -> ConfigDict:
     (_set_2b if chosen["shape"] == "2b" else _set_0p9b)(config)
     if config.stage in ("sft", "dpo"):
         m3jax.config.use_alignment_settings(config)
-        config.data.batch_size = 512
-        config.train.checkpoint_every = 100
-        config.train.keep_every = 0
-        config.train.evaluate_every = 100
+        config.train.update(checkpoint_every=100, keep_every=0, evaluate_every=100)
     return m3jax.config.validate(config)
 
 
 def _set_2b(config: ConfigDict) -> None:
-    config.model.layers = 44
-    config.model.query_heads = 40
-    config.model.head_dim = 80
-    config.model.hidden = config.model.mlp_width = 3200
+    config.model.update(layers=44, query_heads=40, head_dim=80, hidden=3200, mlp_width=3200)
     config.memory.layers = 22
     config.text.shards = 1024
-    config.optimizer.learning_rate = 4e-4
-    config.optimizer.lr_warmup_steps = 2000
-    config.train.steps = 953_674  # 4T tokens
-    config.train.checkpoint_every = 1000
+    config.optimizer.update(learning_rate=4e-4, lr_warmup_steps=2000)
+    config.train.update(checkpoint_every=1000, evaluate_every=1000)
     config.train.keep_every = 10_000  # the guard may have to go back further
-    config.train.evaluate_every = 1000
+    config.train.steps = 953_674  # 4T tokens
     # Eight shards: no gradient of a layer is padded when it is scattered (launch/compile.py).
     config.mesh.data = 32
     if config.stage == "continual":
         config.train.microbatches = 2 if config.memory.source == "online" else 1
-        config.optimizer.learning_rate = 1e-4
-        config.optimizer.lr_warmup_steps = 500
+        config.optimizer.update(learning_rate=1e-4, lr_warmup_steps=500)
         config.train.steps = 28_610  # 120B tokens
 
 
 def _set_0p9b(config: ConfigDict) -> None:
-    config.model.layers = 40
-    config.model.query_heads = 32
-    config.model.head_dim = 64
-    config.model.hidden = config.model.mlp_width = 2048
+    config.model.update(layers=40, query_heads=32, head_dim=64, hidden=2048, mlp_width=2048)
     config.memory.layers = 20
     config.text.shards = 256
-    config.optimizer.learning_rate = 6e-4
-    config.optimizer.lr_warmup_steps = 1000
+    config.optimizer.update(learning_rate=6e-4, lr_warmup_steps=1000)
+    config.train.update(checkpoint_every=500, keep_every=2000, evaluate_every=500)
     config.train.steps = 12_000  # 50B tokens
-    config.train.checkpoint_every = 500
-    config.train.keep_every = 2000
-    config.train.evaluate_every = 500
     config.mesh.data = 8
     if config.stage == "continual":
-        config.optimizer.learning_rate = 2e-4
-        config.optimizer.lr_warmup_steps = 100
+        config.optimizer.update(learning_rate=2e-4, lr_warmup_steps=100)
         config.train.steps = 2400  # 10B tokens

@@ -39,53 +39,25 @@ def get_config(options: str = "") -> ConfigDict:
     config.name = "wiki_small"
     config.stage = chosen["stage"]
 
-    config.model.layers = 8
-    config.model.query_heads = 6
-    config.model.kv_heads = 2
-    config.model.head_dim = 64
-    config.model.hidden = 384
-    config.model.mlp_width = 1024
-    config.model.vocabulary = 8_192
-    config.model.tied_embeddings = True
-    config.model.prefix = "always"
-
-    config.memory.first_layer = 0
-    config.memory.layers = 4
-    config.memory.reference_length = 128
-    config.memory.kept_tokens = 8
-    config.memory.chunk_length = 64
-    config.memory.window = 5
-    config.memory.per_prompt_chunk = 5
-
+    config.model.update(layers=8, query_heads=6, kv_heads=2, head_dim=64, hidden=384)
+    config.model.update(mlp_width=1024, vocabulary=8_192, tied_embeddings=True, prefix="always")
+    config.memory.update(layers=4, reference_length=128, kept_tokens=8, chunk_length=64)
+    config.memory.update(window=5, per_prompt_chunk=5)
     config.writer.batch_references = 64
-    config.text.vocabulary = 8_192
-    config.text.validation_share = 0.05
-    config.retrieval.dimension = 1024
-    config.retrieval.shift = chosen["shift"]
-
-    config.data.sequence_length = 512
-    config.data.batch_size = 4
-    config.data.threads = 2
+    config.text.update(vocabulary=8_192, validation_share=0.05)
+    config.retrieval.update(dimension=1024, shift=chosen["shift"])
+    config.data.update(sequence_length=512, batch_size=4, threads=2)
     config.evaluation.batch_size = 8
+    config.optimizer.update(learning_rate=1e-3, lr_warmup_steps=50, lr_decay_share=0.4)
+    config.train.update(steps=600, checkpoint_every=100, evaluate_every=100)
 
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.lr_warmup_steps = 50
-    config.optimizer.lr_decay_share = 0.4
-    config.train.steps = 600
-    config.train.checkpoint_every = 100
-    config.train.evaluate_every = 100
-
-    if config.stage == "continual":
+    if config.stage != "warmup":
         config.memory.source = chosen["memories"]
-        config.optimizer.learning_rate = 5e-4
-        config.optimizer.lr_warmup_steps = 10
-        config.optimizer.lr_decay_share = 0.8
-        config.train.steps = 200
-        config.train.checkpoint_every = 50
-        config.train.evaluate_every = 50
+    if config.stage == "continual":
+        config.optimizer.update(learning_rate=5e-4, lr_warmup_steps=10, lr_decay_share=0.8)
+        config.train.update(steps=200, checkpoint_every=50, evaluate_every=50)
     if config.stage in ("sft", "dpo"):
         m3jax.config.use_alignment_settings(config)
-        config.memory.source = chosen["memories"]
         config.data.batch_size = 8
-        config.train.checkpoint_every = config.train.evaluate_every = 50
+        config.train.update(checkpoint_every=50, evaluate_every=50)
     return m3jax.config.validate(config)

@@ -23,8 +23,9 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from m3jax.config import describe, validate
+from m3jax.config import validate
 from m3jax.config.fields import FIELDS, RENAMED
+from m3jax.config.reference import describe
 from m3jax.errors import CommandError, ConfigError, UserError
 from m3jax.flag import Flag
 from m3jax.hardware import quiet_libtpu

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from m3jax.config.fields import FIELDS
-from m3jax.config.reference import SECTIONS, markdown
+from m3jax.config.reference import markdown
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
 
@@ -15,5 +15,4 @@ def test_the_page_is_current() -> None:
 
 
 def test_every_field_is_on_the_page() -> None:
-    assert {path.rpartition(".")[0] for path in FIELDS} == set(SECTIONS)
     assert all(markdown().count(f"| `{path}` | `{FIELDS[path][0]!r}` |") == 1 for path in FIELDS)

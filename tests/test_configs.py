@@ -50,7 +50,6 @@ def test_every_option_builds(name: str, options: dict[str, Any]) -> None:
     config = build(name, **options)
     assert config.stage == options["stage"]
     assert (config.memory.source == "none") == (config.stage == "warmup")
-    assert m3jax.config.from_json(m3jax.config.to_json(config)).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -7,21 +7,19 @@ what cannot work before anything is allocated.
 from __future__ import annotations
 
 import json
-import textwrap
+from typing import Any
 
 from ml_collections import ConfigDict as ConfigDict
 
-from m3jax.config.alignment import use_alignment_settings as use_alignment_settings
 from m3jax.config.checks import IN_STEP as IN_STEP
 from m3jax.config.checks import PACKED as PACKED
 from m3jax.config.checks import flatten as flatten
 from m3jax.config.checks import validate as validate
-from m3jax.config.fields import FIELDS
+from m3jax.config.fields import SECTIONS
 from m3jax.config.heads import format_heads as format_heads
 from m3jax.config.heads import memory_heads as memory_heads
 from m3jax.config.heads import parse_heads as parse_heads
 from m3jax.config.heads import stored_heads as stored_heads
-from m3jax.config.options import parse_options as parse_options
 from m3jax.errors import ConfigError
 
 # The constant prefix `<s>Reference:` as tokens; m3jax.text.tokenizer reserves these entries.
@@ -30,43 +28,53 @@ PREFIX_TOKENS = (1, 2)
 
 def default() -> ConfigDict:
     """Returns a config with every field at its default, locked against unknown fields."""
-    config = ConfigDict()
-    for path, (value, _, _) in FIELDS.items():
-        node, *rest = path.split(".")
-        if rest:
-            if node not in config:
-                config[node] = ConfigDict()
-            config[node][rest[0]] = value
-        else:
-            config[node] = value
-    return config.lock()
+    values: dict[str, Any] = {}
+    for section, (_, fields) in SECTIONS.items():
+        defaults = {name: value for name, (value, _, _) in fields.items()}
+        values |= {section: defaults} if section else defaults
+    return ConfigDict(values).lock()
 
 
-def describe(section: str = "") -> str:
-    """Describes all fields of a section, or of all: default, accepted values, meaning with unit.
+def parse_options(text: str, **accepted: Any) -> dict[str, Any]:
+    """Parses the options of a config file, the TEXT of `--config=file.py:TEXT`.
+
+    Args:
+      text: comma-separated words, `name=value` or a bare value of one of the options.
+      **accepted: for each option a tuple: its default, then its other values.
+
+    Returns:
+      The chosen value of every option, of the same type as its default.
 
     Raises:
-      ConfigError: there is no such section.
+      ConfigError: an unknown option or value; the message lists what is accepted.
     """
-    chosen = {path: field for path, field in FIELDS.items() if section in ("", _section(path))}
-    if not chosen:
-        known = dict.fromkeys(filter(None, map(_section, FIELDS)))
-        raise ConfigError(f"{section} is no section of the config; known: {', '.join(known)}")
-    lines: list[str] = []
-    before = ""
-    for path, (value, meaning, accepted) in chosen.items():
-        if _section(path) != before:
-            lines.append("")
-            before = _section(path)
-        accepted = (False, True) if isinstance(value, bool) else accepted
-        choices = " | ".join(map(repr, accepted)) if isinstance(accepted, tuple) else accepted
-        lines.append(f"{path} = {value!r}" + (f"    accepts {choices}" if choices else ""))
-        lines.append(textwrap.indent(textwrap.fill(meaning, 96), " " * 4))
-    return "\n".join(lines).strip()
+    chosen = {name: values[0] for name, values in accepted.items()}
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = word.rpartition("=")
+        matches = [
+            (option, choice)
+            for option, choices in accepted.items()
+            for choice in choices
+            if str(choice) == value and name in ("", option)
+        ]
+        if len(matches) != 1:
+            listed = "; ".join(f"{o}={'|'.join(map(str, c))}" for o, c in accepted.items())
+            raise ConfigError(f"config option {word!r} is unknown or ambiguous; accepted: {listed}")
+        chosen.update(matches)
+    return chosen
 
 
-def _section(path: str) -> str:
-    return path.rpartition(".")[0]
+def use_alignment_settings(config: ConfigDict) -> None:
+    """Sets the fields of SFT and DPO that Memory³ §7 states, by `config.stage`, sft or dpo.
+
+    Of DPO the paper gives no more than peak and β; its batch, rise, decay and one epoch are ours.
+    """
+    sft = config.stage == "sft"
+    config.data.update(packing="chats" if sft else "pairs", batch_size=512)
+    config.preference.beta = 0.01
+    config.optimizer.update(schedule="cosine", learning_rate=5e-5 if sft else 4e-6)
+    config.optimizer.update(lr_warmup_share=0.1, lr_warmup_steps=0, weight_decay=0.1)
+    config.train.update(epochs=3.0 if sft else 1.0, microbatches=1)
 
 
 def with_epochs(config: ConfigDict, rows: int) -> ConfigDict:
@@ -81,31 +89,12 @@ def with_epochs(config: ConfigDict, rows: int) -> ConfigDict:
     return validate(resolved).lock()
 
 
-def uses_prefix(config: ConfigDict) -> bool:
-    """Returns True where rows of this stage begin with the constant prefix."""
-    return config.model.prefix == "always" or config.memory.source != "none"
-
-
 def prefix_tokens(config: ConfigDict) -> tuple[int, ...]:
-    """Returns the prefix of this stage's rows; references always have `PREFIX_TOKENS`."""
-    return PREFIX_TOKENS if uses_prefix(config) else ()
+    """Returns the constant prefix of this stage's rows; references always have `PREFIX_TOKENS`."""
+    begins = config.model.prefix == "always" or config.memory.source != "none"
+    return PREFIX_TOKENS if begins else ()
 
 
 def to_json(config: ConfigDict) -> str:
     """Writes the config as stable, readable JSON."""
     return json.dumps(config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
-
-
-def from_json(text: str) -> ConfigDict:
-    """Reads the config of `to_json`.
-
-    Raises:
-      ConfigError: it is no JSON object, or has unknown or missing fields.
-    """
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"not a config: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"not a config: expected a JSON object, got {text[:40]!r}")
-    return validate(ConfigDict(values)).lock()

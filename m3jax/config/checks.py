@@ -213,11 +213,9 @@ RULES = (
 def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """Returns values by path, `section.field`."""
     flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, (ConfigDict, Mapping)):
-            flat.update({f"{key}.{sub}": leaf for sub, leaf in value.items()})
-        else:
-            flat[key] = value
+    for name, value in config.items():
+        nested = isinstance(value, (ConfigDict, Mapping))
+        flat |= {f"{name}.{key}": leaf for key, leaf in value.items()} if nested else {name: value}
     return flat
 
 
@@ -228,8 +226,8 @@ def validate(config: ConfigDict) -> ConfigDict:
         if path in RENAMED:
             raise ConfigError(f"config.{path} is now config.{RENAMED[path]}")
         if path not in FIELDS:
-            section = path.split(".")[0] if "." in path else ""
-            known = [name for name in FIELDS if name.startswith(section + ".")] or list(FIELDS)
+            section = path.partition(".")[0] + "."
+            known = [name for name in FIELDS if name.startswith(section)] or list(FIELDS)
             raise ConfigError(f"config.{path} is not a field; known: {', '.join(known)}")
     for path in FIELDS:
         if path not in flat:
@@ -237,8 +235,7 @@ def validate(config: ConfigDict) -> ConfigDict:
         _check_field(path, flat[path])
     for path, holds, why in RULES:
         if not holds(config):
-            remedy = why.format_map(config)
-            raise ConfigError(f"config.{path} = {flat[path]!r}: {remedy}")
+            raise ConfigError(f"config.{path} = {flat[path]!r}: {why.format_map(config)}")
     return config
 
 
@@ -246,8 +243,7 @@ def _check_field(path: str, value: Any) -> None:
     initial, meaning, accepted = FIELDS[path]
     kind = type(initial)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    right_type = is_number if kind is float else type(value) is kind
-    if not right_type:
+    if not (is_number if kind is float else type(value) is kind):
         raise ConfigError(
             f"config.{path} = {value!r} has type {type(value).__name__}; expected {kind.__name__}"
             f" ({meaning})"
@@ -259,6 +255,6 @@ def _check_field(path: str, value: Any) -> None:
 
 
 def _inside(value: float, interval: str) -> bool:
-    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    low, high = map(float, interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
     return above and (value <= high if interval[-1] == "]" else value < high)

@@ -9,51 +9,50 @@ from __future__ import annotations
 
 from typing import Any
 
-from m3jax.config.preparation_fields import PREPARATION
+_DTYPES = ("float32", "bfloat16")
 
 # One entry per field: (default, meaning and unit, accepted values or None).
 # Accepted values are a tuple of choices, or a (low, high) pair written as a string interval.
-FIELDS: dict[str, tuple[Any, str, Any]] = {
+Fields = dict[str, tuple[Any, str, Any]]
+
+RUN: Fields = {
     "name": ("m3jax", "name of the run, used in logs and plots", None),
     "stage": ("warmup", "training stage; also the name of its folder in the workdir", None),
     "seed": (0, "seed of the parameters, the data order and memory dropout", "[0, inf)"),
-    # -- model ------------------------------------------------------------------------------------
-    "model.layers": (4, "transformer blocks L", "[1, inf)"),
-    "model.query_heads": (4, "query heads N", "[1, inf)"),
-    "model.kv_heads": (4, "key-value heads K; divides query_heads (GQA)", "[1, inf)"),
-    "model.head_dim": (32, "width H of one head; even (RoPE)", "[2, inf)"),
-    "model.hidden": (128, "hidden width D", "[1, inf)"),
-    "model.mlp_width": (256, "width F of the gated MLP", "[1, inf)"),
-    "model.vocabulary": (
-        1024,
-        "rows V of the embedding and LM head, at least the tokenizer's",
-        "[5, inf)",
-    ),
-    "model.rope_base": (10000.0, "base of the RoPE frequencies", "(0, inf)"),
-    "model.norm_epsilon": (1e-5, "epsilon of RMSNorm", "(0, 1)"),
-    "model.tied_embeddings": (False, "LM head shares the embedding matrix", None),
-    "model.embedding_scale": (1.0, "factor on embedding outputs", "(0, inf)"),
-    "model.attention_bias": (False, "biases on query, key and value (as Qwen2 has)", None),
-    "model.qk_norm": (
+}
+MODEL: Fields = {
+    "layers": (4, "transformer blocks L", "[1, inf)"),
+    "query_heads": (4, "query heads N", "[1, inf)"),
+    "kv_heads": (4, "key-value heads K; divides query_heads (GQA)", "[1, inf)"),
+    "head_dim": (32, "width H of one head; even (RoPE)", "[2, inf)"),
+    "hidden": (128, "hidden width D", "[1, inf)"),
+    "mlp_width": (256, "width F of the gated MLP", "[1, inf)"),
+    "vocabulary": (1024, "rows V of embedding and LM head, at least the tokenizer's", "[5, inf)"),
+    "rope_base": (10000.0, "base of the RoPE frequencies", "(0, inf)"),
+    "norm_epsilon": (1e-5, "epsilon of RMSNorm", "(0, 1)"),
+    "tied_embeddings": (False, "LM head shares the embedding matrix", None),
+    "embedding_scale": (1.0, "factor on embedding outputs", "(0, inf)"),
+    "attention_bias": (False, "biases on query, key and value (as Qwen2 has)", None),
+    "qk_norm": (
         False,
         "RMSNorm with a scale over head_dim on queries and keys, before RoPE (arXiv"
         " 2010.04245; as Qwen3 has): attention scores stay bounded. Memories keep normed keys",
         None,
     ),
-    "model.previous_token_head": (
+    "previous_token_head": (
         0.0,
         "size of the query/key biases that start one key-value head of the first layer as a"
         " previous-token head, a shortcut for tiny models (needs attention_bias); 0 = none",
         "[0, inf)",
     ),
-    "model.init_exponent": (
+    "init_exponent": (
         -0.5,
         "weights start with standard deviation fan_in ** init_exponent; Memory³ §7 advises < -0.5",
         "[-2, 0]",
     ),
-    "model.param_dtype": ("float32", "dtype of parameters", ("float32", "bfloat16")),
-    "model.compute_dtype": ("float32", "dtype of activations", ("float32", "bfloat16")),
-    "model.attention": (
+    "param_dtype": ("float32", "dtype of parameters", _DTYPES),
+    "compute_dtype": ("float32", "dtype of activations", _DTYPES),
+    "attention": (
         "blocked",
         "attention implementation: naive holds all scores; blocked runs anywhere; splash is"
         " the TPU kernel, splash_interpret the same in plain operations (tests); cudnn the"
@@ -61,260 +60,345 @@ FIELDS: dict[str, tuple[Any, str, Any]] = {
         " GPU in bfloat16, else blocked",
         ("naive", "blocked", "splash", "splash_interpret", "cudnn", "xla", "auto"),
     ),
-    "model.attention_block": (
-        256,
-        "queries per block of the blocked and splash attention, tokens",
-        "[1, inf)",
-    ),
-    "model.attention_kv_block": (256, "keys per block of the splash attention, tokens", "[1, inf)"),
-    "model.remat": (
+    "attention_block": (256, "queries per block of blocked and splash attention", "[1, inf)"),
+    "attention_kv_block": (256, "keys per block of the splash attention, tokens", "[1, inf)"),
+    "remat": (
         "none",
         "what the backward pass recomputes: nothing (none), all but matrix products (dots),"
         " all but the attention kernel's output (attention), everything (full)",
         ("none", "dots", "attention", "full"),
     ),
-    "model.prefix": (
+    "prefix": (
         "with_memory",
         "rows that begin with the constant prefix `<s>Reference:`: those of stages with"
         " memory (the paper), or of all stages, so that the writer has seen the marker in"
         " warmup",
         ("with_memory", "always"),
     ),
-    # -- memory -----------------------------------------------------------------------------------
-    "memory.source": (
+}
+MEMORY: Fields = {
+    "source": (
         "none",
         "source of a batch's memories: none (warmup), precomputed (the bank), online (encoded"
         " in the step, with gradient), stop_gradient (encoded in the step, without)",
         ("none", "precomputed", "online", "stop_gradient"),
     ),
-    "memory.first_layer": (0, "first memory layer", "[0, inf)"),
-    "memory.layers": (2, "memory layers, counted from first_layer", "[1, inf)"),
-    "memory.heads": (
+    "first_layer": (0, "first memory layer", "[0, inf)"),
+    "layers": (2, "memory layers, counted from first_layer", "[1, inf)"),
+    "heads": (
         "",
         "memory heads: LAYER:HEAD+HEAD or LAYER for all heads of a layer, separated by"
         " commas, counted from 0 (0:1+3,2). The bank stores these; other heads see no memories"
         " (Memory³ §7). Empty = all heads of the memory layers",
         None,
     ),
-    "memory.reference_length": (
-        128,
-        "most tokens W of a reference, without the prefix",
-        "[1, inf)",
-    ),
-    "memory.kept_tokens": (8, "tokens P kept per layer and key-value head", "[1, inf)"),
-    "memory.chunk_length": (64, "tokens Q of a chunk; divides data.sequence_length", "[1, inf)"),
-    "memory.per_chunk": (1, "memories M that a training chunk retrieves", "[1, inf)"),
-    "memory.window": (
-        5,
-        "chunks whose memories a training query reads: its own and the window − 1 before it",
-        "[1, inf)",
-    ),
-    "memory.per_prompt_chunk": (
-        5,
-        "memories that a prompt chunk retrieves at inference",
-        "[1, inf)",
-    ),
-    "memory.selection": (
+    "reference_length": (128, "most tokens W of a reference, without the prefix", "[1, inf)"),
+    "kept_tokens": (8, "tokens P kept per layer and key-value head", "[1, inf)"),
+    "chunk_length": (64, "tokens Q of a chunk; divides data.sequence_length", "[1, inf)"),
+    "per_chunk": (1, "memories M that a training chunk retrieves", "[1, inf)"),
+    "window": (5, "chunks whose memories a training query reads, its own included", "[1, inf)"),
+    "per_prompt_chunk": (5, "memories that a prompt chunk retrieves at inference", "[1, inf)"),
+    "selection": (
         "exact",
         "token weight of the writer: sum of softmax attention, or of exp scores (Memory³ §3.3)",
         ("exact", "approximate"),
     ),
-    "memory.dropout": (
-        0.0,
-        "share of training chunks whose memories are hidden, so that copying from the context"
-        " is not forgotten",
-        "[0, 1)",
-    ),
-    "memory.dtype": ("bfloat16", "dtype of memories in the bank", ("float32", "bfloat16")),
-    "memory.cache_bytes": (
+    "dropout": (0.0, "share of training chunks whose memories are hidden", "[0, 1)"),
+    "dtype": ("bfloat16", "dtype of memories in the bank", _DTYPES),
+    "cache_bytes": (
         0,
         "RAM of each process for the memories that it read last, bytes; 0 = none. For banks"
         " on servers, in buckets and on slow drives; the operating system caches local files",
         "[0, inf)",
     ),
-    # -- writer -----------------------------------------------------------------------------------
-    "writer.batch_references": (256, "references encoded by one call of the writer", "[1, inf)"),
-    "writer.shard_memories": (256, "memories per shard file of the bank", "[1, inf)"),
-    "writer.document_context": (
+}
+WRITER: Fields = {
+    "batch_references": (256, "references encoded by one call of the writer", "[1, inf)"),
+    "shard_memories": (256, "memories per shard file of the bank", "[1, inf)"),
+    "document_context": (
         False,
         "references attend to what stands before them in their document while their memory is"
         " written (Memory³ §10), not to themselves alone (§3.3); not for online memories",
         None,
     ),
-    "writer.document_context_tokens": (
+    "document_context_tokens": (
         1024,
         "tokens of a document that are encoded together, in whole references; further parts"
         " of a longer document are encoded behind its first reference",
         "[1, inf)",
     ),
-    "writer.compression": (
+    "compression": (
         "none",
         "storage of keys and values: as memory.dtype (none), int8 with a scale a vector, or"
         " the vector quantizer (Memory³ §3.3)",
         ("none", "int8", "vector"),
     ),
-    "writer.coarse_bits": (14, "bits of the quantizer's index of half a vector", "[1, 16]"),
-    "writer.fine_bits": (10, "bits of its index of an eighth of the residual", "[1, 16]"),
-    "writer.codebook_vectors": (
-        640_000,
-        "keys, and as many values, that the quantizer is trained on, if there are as many",
+    "coarse_bits": (14, "bits of the quantizer's index of half a vector", "[1, 16]"),
+    "fine_bits": (10, "bits of its index of an eighth of the residual", "[1, 16]"),
+    "codebook_vectors": (640_000, "most keys, and values, to train the quantizer on", "[1, inf)"),
+}
+TEXT: Fields = {
+    "vocabulary": (1024, "most entries of the tokenizer, special tokens included", "[260, inf)"),
+    "min_frequency": (2, "least count of a pair that the tokenizer merges", "[1, inf)"),
+    "tokenizer_bytes": (200_000_000, "bytes of text the tokenizer is trained on", "[1, inf)"),
+    "validation_share": (0.01, "share of documents, by hash, held out for validation", "[0, 1)"),
+    "shards": (4, "ArrayRecord shards of the token corpus", "[1, 100000)"),
+    "shuffle": (0, "seed of the order of documents; 0 = as they are read", "[0, 1000000000]"),
+}
+# Rules of Memory³ §7; a word is a run of signs without white space, or one sign of Chinese or
+# Japanese.
+CLEAN: Fields = {
+    "enabled": (False, "repair, filter and deduplicate documents; needs the extra `clean`", None),
+    "unreadable_share": (
+        0.01,
+        "share of unreadable lines, rows and files (not JSON, not UTF-8, without text) that"
+        " are counted and left out; more are refused",
+        "[0, 1]",
+    ),
+    "repair": (True, "repair damaged Unicode (ftfy)", None),
+    "characters_max": (10_000_000, "longest document that is read, characters", "[1, inf)"),
+    "words_min": (50, "fewest words of a document; 0 = any", "[0, inf)"),
+    "word_length_max": (10.0, "largest mean word length of a document, characters", "(0, inf)"),
+    "nonalphabetic_max": (0.7, "largest share of signs that are no letters; 1 = any", "[0, 1]"),
+    "unique_max": (0.9, "largest share of distinct words among all words; 1 = any", "(0, 1]"),
+    "entropy_min": (3.0, "least unigram entropy of a document's words, nats; 0 = any", "[0, inf)"),
+    "quality_min": (0.0, "least learned quality score, 0 … 5; 0 = no score is computed", "[0, 5]"),
+    "similarity": (
+        0.8,
+        "near-duplicates: a document is dropped from this Jaccard similarity (MinHash) with"
+        " an earlier one on; 0 = none is",
+        "[0, 1]",
+    ),
+    "shingle_words": (5, "neighbouring words that are compared as one item", "[1, 64]"),
+    "permutations": (128, "MinHash values of a document", "[16, 4096]"),
+}
+# Which references of the knowledge base are kept; words as of `clean`.
+KNOWLEDGE: Fields = {
+    "enabled": (
+        False,
+        "filter references by the rules below after cutting and before embedding; needs the"
+        " extra `clean` where near-duplicates are dropped",
+        None,
+    ),
+    "words_min": (8, "fewest words of a reference; 0 = any", "[0, inf)"),
+    "nonalphabetic_max": (0.5, "largest share of signs that are no letters; 1 = any", "[0, 1]"),
+    "listed_max": (
+        0.7,
+        "largest share of a reference's characters in lines of lists, tables and markup:"
+        " lines that begin with such a mark, or have less than 80 bytes and no end of a"
+        " sentence; 1 = any",
+        "[0, 1]",
+    ),
+    "repeated_max": (0.5, "largest share of repeated trigrams of words; 1 = any", "[0, 1]"),
+    "contamination": (
+        0.8,
+        "largest overlap (Memory³ §6.1, in words, either way) of a reference with a question"
+        " of `prepare.py --questions`, if the common words carry a larger share of the"
+        " information, too; 1 = any",
+        "(0, 1]",
+    ),
+    "question_words": (
+        8,
+        "fewest words of a question that is compared, and of a reference that is looked for"
+        " in questions: much text shares a few words",
         "[1, inf)",
     ),
-    **PREPARATION,  # text, clean, knowledge, retrieval, chat
-    # -- data -------------------------------------------------------------------------------------
-    "data.sequence_length": (2048, "tokens T of a row", "[1, inf)"),
-    "data.batch_size": (16, "rows B of a step, over all hosts", "[1, inf)"),
-    "data.packing": (
+    "similarity": (
+        0.8,
+        "near-duplicates: a reference is dropped from this similarity (as clean.similarity)"
+        " with an earlier one on; 0 = none is. Estimated by clean.shingle_words and"
+        " clean.permutations",
+        "[0, 1]",
+    ),
+}
+RETRIEVAL: Fields = {
+    "ids": (
+        "search",
+        "a training chunk's references: searched in the pipeline, or stored with the documents",
+        ("search", "stored"),
+    ),
+    "shift": (0, "training query of a chunk: 0 its own text, 1 the one before (causal)", (0, 1)),
+    "embedder": (
+        "lexical",
+        "embedder of queries and references: lexical (words, no model), bert (a pretrained"
+        " encoder of the BERT family), model (hidden states of a checkpoint) or attention (its"
+        " queries search the keys that its memories keep)",
+        ("lexical", "bert", "model", "attention"),
+    ),
+    "dimension": (
+        512,
+        "width of the lexical embedding, and the largest of model and attention; bert has the"
+        " encoder's own width, and only launch/plan.py reads this field",
+        "[8, inf)",
+    ),
+    "encoder": ("", "with bert: folder of config.json, model.safetensors and tokenizer.json", None),
+    "checkpoint": ("", "with model and attention: a checkpoint; empty = WORKDIR/warmup", None),
+    "layer": (0, "with model: layer, from 1, to pool; 0 = the last memory layer", "[0, inf)"),
+    "rerank": (False, "with attention: order candidates by all keys that the bank keeps", None),
+    "pooling": (
+        "auto",
+        "pooling of the encoder's tokens: mean, the first token (cls), or as"
+        " 1_Pooling/config.json of its folder says (auto)",
+        ("auto", "mean", "cls"),
+    ),
+    "encoder_batch": (
+        16,
+        "texts that a device encodes at a time; fewer above 512 tokens. A single query costs"
+        " as much as a batch, so that its embedding never depends on company",
+        "[1, inf)",
+    ),
+    "encoder_dtype": ("float32", "dtype of the encoder's weights and products", _DTYPES),
+    "candidates": (16, "references fetched before the overlap filter", "[1, inf)"),
+    "overlap_train": (0.9, "largest overlap of a reference with its training row", "(0, 1]"),
+    "overlap_evaluation": (2 / 3, "largest overlap of a reference with a question", "(0, 1]"),
+    "exact_below": (1000, "references up to which search is exact", "[0, inf)"),
+    "index_parts": (1, "parts of the index, which hosts can open separately", "[1, 100000)"),
+    "recall": (0.97, "recall@5 that an approximate index is tuned to; less is faster", "(0, 1)"),
+    "keep_embeddings": (
+        True,
+        "keep the float32 embeddings for exact scores in an approximate index; without them"
+        " it has 8 bits a number, and scores and order are ScaNN's",
+        None,
+    ),
+}
+DATA: Fields = {
+    "sequence_length": (2048, "tokens T of a row", "[1, inf)"),
+    "batch_size": (16, "rows B of a step, over all hosts", "[1, inf)"),
+    "packing": (
         "concat",
         "content of rows: documents end to end, cut (concat); each in rows of its own, padded"
         " (document); whole chats (chats, for SFT) or preference pairs (pairs, for DPO) that"
         " do not see each other",
         ("concat", "document", "chats", "pairs"),
     ),
-    "data.threads": (4, "threads that load batches", "[1, 1024]"),
-    "data.prefetch": (4, "batches loaded ahead", "[1, 1024]"),
-    # -- preference -------------------------------------------------------------------------------
-    "preference.beta": (
-        0.01,
-        "weight β of the log-probability ratios in DPO (Memory³ §6.4)",
-        "(0, inf)",
-    ),
-    # -- optimizer --------------------------------------------------------------------------------
-    "optimizer.name": (
-        "adamw",
-        "update rule; muon for matrices and adamw for the rest",
-        ("adamw", "muon"),
-    ),
-    "optimizer.learning_rate": (1e-3, "peak learning rate", "(0, inf)"),
-    "optimizer.muon_learning_rate": (0.01, "peak learning rate of Muon's matrices", "(0, inf)"),
-    "optimizer.schedule": (
+    "threads": (4, "threads that load batches", "[1, 1024]"),
+    "prefetch": (4, "batches loaded ahead", "[1, 1024]"),
+}
+CHAT: Fields = {
+    "user": ("\nUser:", "marker in front of a user's turn; not empty", None),
+    "assistant": ("\nAssistant:", "marker in front of an answer; not empty, unlike others", None),
+    "system": ("\nSystem:", "marker in front of a system turn", None),
+    "most_rounds": (8, "most rounds (question and answer) of a chat (Memory³ §6.3)", "[1, inf)"),
+    "bad_share": (0.01, "share of unusable chats or pairs to leave out; more is refused", "[0, 1)"),
+}
+PREFERENCE: Fields = {
+    "beta": (0.01, "weight β of the log-probability ratios in DPO (Memory³ §6.4)", "(0, inf)"),
+}
+OPTIMIZER: Fields = {
+    "name": ("adamw", "update rule; muon for matrices and adamw for the rest", ("adamw", "muon")),
+    "learning_rate": (1e-3, "peak learning rate", "(0, inf)"),
+    "muon_learning_rate": (0.01, "peak learning rate of Muon's matrices", "(0, inf)"),
+    "schedule": (
         "wsd",
         "learning rate: linear warmup, constant, fast decay (warmup-stable-decay), or cosine",
         ("wsd", "cosine"),
     ),
-    "optimizer.lr_warmup_steps": (100, "steps of the linear learning-rate warmup", "[0, inf)"),
-    "optimizer.lr_warmup_share": (
+    "lr_warmup_steps": (100, "steps of the linear learning-rate warmup", "[0, inf)"),
+    "lr_warmup_share": (
         0.0,
-        "learning-rate warmup as a share of all steps, with train.epochs; 0 = lr_warmup_steps",
+        "warmup as share of train.epochs' steps; 0 = lr_warmup_steps",
         "[0, 1]",
     ),
-    "optimizer.lr_decay_share": (0.1, "share of all steps in which wsd decays", "[0, 1]"),
-    "optimizer.min_lr_ratio": (0.0, "last learning rate over the peak", "[0, 1]"),
-    "optimizer.beta1": (0.9, "decay of the first moment", "[0, 1)"),
-    "optimizer.beta2": (0.95, "decay of the second moment", "[0, 1)"),
-    "optimizer.epsilon": (1e-8, "Adam's epsilon", "(0, 1)"),
-    "optimizer.weight_decay": (
-        0.1,
-        "decoupled weight decay; none for norms and biases",
-        "[0, inf)",
-    ),
-    "optimizer.clip_norm": (
-        1.0,
-        "global gradient norm to which larger gradients are scaled down",
-        "(0, inf)",
-    ),
-    # -- train ------------------------------------------------------------------------------------
-    "train.steps": (1000, "optimizer steps of the stage", "[1, inf)"),
-    "train.epochs": (
-        0.0,
-        "passes over the rows, from which the steps are counted; 0 = train.steps",
-        "[0, inf)",
-    ),
-    "train.microbatches": (1, "parts of a batch whose gradients are added up", "[1, inf)"),
-    "train.reduce_dtype": (
+    "lr_decay_share": (0.1, "share of all steps in which wsd decays", "[0, 1]"),
+    "min_lr_ratio": (0.0, "last learning rate over the peak", "[0, 1]"),
+    "beta1": (0.9, "decay of the first moment", "[0, 1)"),
+    "beta2": (0.95, "decay of the second moment", "[0, 1)"),
+    "epsilon": (1e-8, "Adam's epsilon", "(0, 1)"),
+    "weight_decay": (0.1, "decoupled weight decay; none for norms and biases", "[0, inf)"),
+    "clip_norm": (1.0, "global gradient norm to which larger ones are scaled down", "(0, inf)"),
+}
+TRAIN: Fields = {
+    "steps": (1000, "optimizer steps of the stage", "[1, inf)"),
+    "epochs": (0.0, "passes over the rows, which give the steps; 0 = train.steps", "[0, inf)"),
+    "microbatches": (1, "parts of a batch whose gradients are added up", "[1, inf)"),
+    "reduce_dtype": (
         "float32",
         "dtype in which devices add up gradients: bfloat16 halves their traffic, but sums of"
         " many devices lose low bits (8 bits of mantissa)",
-        ("float32", "bfloat16"),
+        _DTYPES,
     ),
-    "train.loss_block": (
-        256,
-        "tokens of a row whose logits exist at a time; loss and gradient are computed block"
-        " by block",
-        "[1, inf)",
-    ),
-    "train.z_loss": (
+    "loss_block": (256, "tokens of a row whose logits exist at a time", "[1, inf)"),
+    "z_loss": (
         0.0,
         "factor of the squared log of the softmax normaliser in the minimised loss (PaLM,"
         " arXiv 2204.02311, §5: 1e-4), so that logits do not drift; the reported loss is"
         " without it",
         "[0, inf)",
     ),
-    "train.log_every": (10, "steps between two lines of metrics", "[1, inf)"),
-    "train.checkpoint_every": (500, "steps between two checkpoints", "[1, inf)"),
-    "train.keep_last": (2, "newest checkpoints kept", "[1, inf)"),
-    "train.keep_every": (
-        0,
-        "checkpoints at multiples of this step are kept forever; 0 = none",
-        "[0, inf)",
-    ),
-    "train.refresh_every": (
+    "log_every": (10, "steps between two lines of metrics", "[1, inf)"),
+    "checkpoint_every": (500, "steps between two checkpoints", "[1, inf)"),
+    "keep_last": (2, "newest checkpoints kept", "[1, inf)"),
+    "keep_every": (0, "checkpoints at multiples of this are kept forever; 0 = none", "[0, inf)"),
+    "refresh_every": (
         0,
         "steps between rewrites of the bank's memories with the run's own weights, each a"
         " version of the knowledge; 0 = never",
         "[0, inf)",
     ),
-    "train.evaluate_every": (500, "steps between two evaluations; 0 = never", "[0, inf)"),
-    # -- guard ------------------------------------------------------------------------------------
-    "guard.on": (
+    "evaluate_every": (500, "steps between two evaluations; 0 = never", "[0, inf)"),
+}
+GUARD: Fields = {
+    "on": (
         False,
         "stability guard: a run whose loss is not finite, spikes or rises goes back to an"
         " earlier checkpoint, lowers the learning rate, leaves out the batches around it and"
         " goes on (docs/stability.md)",
         None,
     ),
-    "guard.window": (
-        128,
-        "last steps whose median and median absolute deviation (MAD) define normal",
-        "[16, 100000]",
-    ),
-    "guard.loss_deviations": (
-        6.0,
-        "deviations (1.4826 · MAD) above the median loss from which a step is bad",
-        "(0, inf)",
-    ),
-    "guard.norm_deviations": (
+    "window": (128, "last steps, whose median and absolute deviation are normal", "[16, 100000]"),
+    "loss_deviations": (6.0, "deviations (1.4826 · MAD) over the median of a bad loss", "(0, inf)"),
+    "norm_deviations": (
         8.0,
         "the same of the log gradient norm, where the loss is above its median, too",
         "(0, inf)",
     ),
-    "guard.least_deviation": (
-        0.02,
-        "least size of a deviation; nats of loss, or of the log gradient norm",
-        "(0, inf)",
-    ),
-    "guard.patience": (
-        3,
-        "bad steps, among twice as many in a row, that make a spike",
-        "[1, 10000]",
-    ),
-    "guard.rise_deviations": (
+    "least_deviation": (0.02, "least size of a deviation; nats of loss or log norm", "(0, inf)"),
+    "patience": (3, "bad steps, among twice as many in a row, that make a spike", "[1, 10000]"),
+    "rise_deviations": (
         5.0,
         "slow divergence: deviations of the median loss of the window's last quarter above"
         " its lowest value of the run",
         "(0, inf)",
     ),
-    "guard.factor": (0.5, "factor on the learning rate, each time the run goes back", "(0, 1]"),
-    "guard.skip_before": (2, "batches left out before the first bad step", "[0, inf)"),
-    "guard.skip_after": (8, "batches left out after the last bad step", "[0, inf)"),
-    "guard.tries": (8, "times that a run goes back before it ends with an error", "[0, 1000]"),
-    # -- evaluation -------------------------------------------------------------------------------
-    "evaluation.batches": (8, "validation batches of an evaluation", "[1, inf)"),
-    "evaluation.batch_size": (
-        16,
-        "rows of an evaluation batch; `wrong` memories are those of another row",
-        "[2, inf)",
-    ),
-    "evaluation.shift": (1, "retrieval shift of reported losses", (0, 1)),
-    # -- mesh -------------------------------------------------------------------------------------
-    "mesh.slice": (1, "slices of a multi-slice run; replicas over the slow network", "[1, inf)"),
-    "mesh.data": (1, "data-parallel replicas in a slice", "[1, inf)"),
-    "mesh.fsdp": (
-        -1,
-        "devices over which parameters are sharded; -1 = all that are left",
-        "[-1, inf)",
-    ),
-    "mesh.tensor": (1, "devices over which heads and MLP width are split", "[1, inf)"),
+    "factor": (0.5, "factor on the learning rate, each time the run goes back", "(0, 1]"),
+    "skip_before": (2, "batches left out before the first bad step", "[0, inf)"),
+    "skip_after": (8, "batches left out after the last bad step", "[0, inf)"),
+    "tries": (8, "times that a run goes back before it ends with an error", "[0, 1000]"),
+}
+EVALUATION: Fields = {
+    "batches": (8, "validation batches of an evaluation", "[1, inf)"),
+    "batch_size": (16, "rows of a batch; `wrong` memories are those of another row", "[2, inf)"),
+    "shift": (1, "retrieval shift of reported losses", (0, 1)),
+}
+MESH: Fields = {
+    "slice": (1, "slices of a multi-slice run; replicas over the slow network", "[1, inf)"),
+    "data": (1, "data-parallel replicas in a slice", "[1, inf)"),
+    "fsdp": (-1, "devices over which parameters are sharded; -1 = all that are left", "[-1, inf)"),
+    "tensor": (1, "devices over which heads and MLP width are split", "[1, inf)"),
+}
+# Heading and fields of every section; "" holds the fields of no section.
+SECTIONS = {
+    "": ("Run", RUN),
+    "model": ("model: shape and attention", MODEL),
+    "memory": ("memory: explicit memories and how they are read", MEMORY),
+    "writer": ("writer: memories in the bank", WRITER),
+    "text": ("text: tokenizer and corpus", TEXT),
+    "clean": ("clean: repair and filters of documents", CLEAN),
+    "knowledge": ("knowledge: filters of references", KNOWLEDGE),
+    "retrieval": ("retrieval: embedder, index, overlap", RETRIEVAL),
+    "data": ("data: rows and their loading", DATA),
+    "chat": ("chat: template and limits of chats", CHAT),
+    "preference": ("preference: DPO", PREFERENCE),
+    "optimizer": ("optimizer: update rule and learning rate", OPTIMIZER),
+    "train": ("train: steps, checkpoints, evaluation", TRAIN),
+    "guard": ("guard: the stability guard", GUARD),
+    "evaluation": ("evaluation: validation losses", EVALUATION),
+    "mesh": ("mesh: devices", MESH),
+}
+FIELDS: Fields = {
+    f"{section}.{name}".lstrip("."): field
+    for section, (_, fields) in SECTIONS.items()
+    for name, field in fields.items()
 }
 
 # Names of fields before the first release, and what they are called now.

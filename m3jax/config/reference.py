@@ -1,31 +1,15 @@
-"""Reference of all config fields, as the page docs/config.md.
+"""Reference of all config fields: the text of --config_help, and the page docs/config.md.
 
 python -m m3jax.config.reference > docs/config.md
 """
 
 from __future__ import annotations
 
-from m3jax.config.fields import FIELDS, RENAMED
+import textwrap
+from typing import Any
 
-# Headings of the sections, in the order of the page; "" holds the fields of no section.
-SECTIONS = {
-    "": "Run",
-    "model": "model: shape and attention",
-    "memory": "memory: explicit memories and how they are read",
-    "writer": "writer: memories in the bank",
-    "text": "text: tokenizer and corpus",
-    "clean": "clean: repair and filters of documents",
-    "knowledge": "knowledge: filters of references",
-    "retrieval": "retrieval: embedder, index, overlap",
-    "data": "data: rows and their loading",
-    "chat": "chat: template and limits of chats",
-    "preference": "preference: DPO",
-    "optimizer": "optimizer: update rule and learning rate",
-    "train": "train: steps, checkpoints, evaluation",
-    "guard": "guard: the stability guard",
-    "evaluation": "evaluation: validation losses",
-    "mesh": "mesh: devices",
-}
+from m3jax.config.fields import RENAMED, SECTIONS
+from m3jax.errors import ConfigError
 
 _HEAD = """# Config fields
 
@@ -36,29 +20,48 @@ there with `--config_help` or `--config_help=SECTION`. In intervals `[` and `]` 
 """
 
 
+def describe(section: str = "") -> str:
+    """Describes all fields of a section, or of all: default, accepted values, meaning with unit.
+
+    Raises:
+      ConfigError: there is no such section.
+    """
+    if section not in SECTIONS:
+        known = ", ".join(filter(None, SECTIONS))
+        raise ConfigError(f"{section} is no section of the config; known: {known}")
+    blocks = []
+    for name in [section] if section else SECTIONS:
+        lines = []
+        for field, (default, meaning, accepted) in SECTIONS[name][1].items():
+            values = _accepted(default, accepted)
+            choices = " | ".join(map(repr, values)) if isinstance(values, tuple) else values
+            path = f"{name}.{field}" if name else field
+            lines.append(f"{path} = {default!r}" + (f"    accepts {choices}" if choices else ""))
+            lines.append(textwrap.indent(textwrap.fill(meaning, 96), " " * 4))
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
 def markdown() -> str:
     """Returns the page: one table a section with default, accepted values and meaning."""
     lines = [_HEAD.rstrip()]
-    for section, title in SECTIONS.items():
+    for section, (title, fields) in SECTIONS.items():
         lines += ["", f"## {title}", "", "| field | default | accepted | meaning |"]
         lines.append("|---|---|---|---|")
-        for path, (default, meaning, accepted) in FIELDS.items():
-            owner, _, _ = path.rpartition(".")
-            if owner == section:
-                lines.append(
-                    f"| `{path}` | `{default!r}` | {_accepted(default, accepted)} | {meaning} |"
-                )
+        for name, (default, meaning, accepted) in fields.items():
+            values = _accepted(default, accepted)
+            listed = values if isinstance(values, tuple) else (values,)
+            choices = ", ".join(f"`{value}`" for value in listed) if values else "text"
+            path = f"{section}.{name}" if section else name
+            lines.append(f"| `{path}` | `{default!r}` | {choices} | {meaning} |")
     lines += ["", "## Renamed fields", "", "| before | now |", "|---|---|"]
     lines += [f"| `{old}` | `{new.split(' ')[0]}` |" for old, new in RENAMED.items()]
     return "\n".join(lines) + "\n"
 
 
-def _accepted(default: object, accepted: object) -> str:
-    if isinstance(accepted, tuple):
-        return ", ".join(f"`{value}`" for value in accepted)
-    if isinstance(accepted, str):
-        return f"`{accepted}`"
-    return "`True`, `False`" if isinstance(default, bool) else "text"
+def _accepted(default: Any, accepted: Any) -> Any:
+    """Returns the choices, the interval, or None for any text."""
+    return (False, True) if isinstance(default, bool) else accepted
 
 
 if __name__ == "__main__":
