@@ -31,7 +31,7 @@ from m3jax.knowledge.versions import (
     open_version,
 )
 from m3jax.memory.bank import Bank
-from m3jax.memory.reader import BankReader, Dequantize
+from m3jax.memory.reader import Dequantize
 from m3jax.model.attention_mask import Packing
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
@@ -67,7 +67,7 @@ class Pipeline:
         tokenizer: Tokenizer,
         references: ReferenceReader | None = None,
         retriever: Retriever | None = None,
-        bank: BankReader | None = None,
+        bank: Bank | None = None,
         *,
         shift: int,
         batch_size: int,

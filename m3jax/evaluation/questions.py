@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3jax.evaluation.scoring import Pair, Scorer, as_rows
-from m3jax.memory.reader import BankReader
+from m3jax.memory.bank import Bank
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
 from m3jax.retrieval.retriever import Retriever
@@ -99,7 +99,7 @@ class Answerer:
         self,
         questions: Sequence[Question],
         ids: np.ndarray | None = None,
-        bank: BankReader | None = None,
+        bank: Bank | None = None,
     ) -> np.ndarray:
         """Tells if every token of the answer is the model's first choice, `(n,)` bool.
 
@@ -113,7 +113,7 @@ class Answerer:
         ).greedy
 
     def first_choices(
-        self, questions: Sequence[Question], ids: np.ndarray, bank: BankReader
+        self, questions: Sequence[Question], ids: np.ndarray, bank: Bank
     ) -> tuple[list[str], np.ndarray]:
         """Returns the likeliest token after each prompt, as text, and its attention on memories.
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float64, Int
 from tqdm import tqdm
 
-from m3jax.memory.reader import BankReader
+from m3jax.memory.bank import Bank
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
@@ -145,7 +145,7 @@ class Scorer:
         self,
         pairs: Sequence[Pair],
         ids: Sequence[Int[np.ndarray, "_ M"]] | None = None,
-        bank: BankReader | None = None,
+        bank: Bank | None = None,
         *,
         progress: bool = False,
     ) -> Scores:
@@ -173,9 +173,7 @@ class Scorer:
             greedy[part] = np.all(first | ~rows.real, axis=1)
         return Scores(logprob, greedy)
 
-    def _memory(
-        self, ids: Sequence[np.ndarray], bank: BankReader | None, rows: Rows
-    ) -> ExplicitMemory:
+    def _memory(self, ids: Sequence[np.ndarray], bank: Bank | None, rows: Rows) -> ExplicitMemory:
         assert bank is not None
         chunks = np.arange(rows.tokens.shape[1] // self.model.memory.chunk_length)
         stacked = np.stack([row[np.minimum(chunks, len(row) - 1)] for row in ids])

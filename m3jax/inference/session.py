@@ -39,7 +39,7 @@ from m3jax.knowledge.versions import (
 from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
 from m3jax.memory.encode import ReferenceSet
-from m3jax.memory.reader import BankReader, MemoryReader
+from m3jax.memory.reader import MemoryReader
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.references import ReferenceReader
 from m3jax.text.tokenizer import Tokenizer
@@ -104,11 +104,11 @@ class Session:
         return open_retriever(self.config, self.version, self.references, limit, bank=bank)
 
     @cached_property
-    def bank(self) -> BankReader:
+    def bank(self) -> Bank:
         """Bank that the checkpoint reads; errors as of `open_bank`."""
         return self.open_bank(self._bank_folder)
 
-    def open_bank(self, folder: str | Path | None) -> BankReader:
+    def open_bank(self, folder: str | Path | None) -> Bank:
         """Opens a bank, None that of the version, and checks that the checkpoint reads it.
 
         Raises:
@@ -116,7 +116,7 @@ class Session:
         """
         cache = self.config.memory.cache_bytes
         if folder:
-            bank: BankReader = Bank.open(folder, cache_bytes=cache)
+            bank: Bank = Bank.open(folder, cache_bytes=cache)
         else:
             bank = open_bank(self.version, self.references, cache)
         check_bank(self.config, bank, self.references, self.tokenizer)

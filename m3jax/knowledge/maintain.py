@@ -116,7 +116,7 @@ def repair(
                 done.append(str(error))
             if not (bank / MANIFEST).exists():
                 continue
-            broken = Bank.open(bank).damaged_shards()
+            broken = Bank.open(bank).parts[0].damaged()
             for path, problem in broken:
                 (bank / path).unlink(missing_ok=True)
                 done.append(problem)

@@ -18,9 +18,9 @@ from m3jax.checkpoint import reads, restore_params, stage_of
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import BankError, CheckpointError
 from m3jax.make_model import make_model
+from m3jax.memory.bank import Bank
 from m3jax.memory.binding import writer_fingerprint
 from m3jax.memory.document_context import writer_settings
-from m3jax.memory.reader import BankReader
 from m3jax.memory.write import write_bank
 from m3jax.mesh import writer_mesh
 from m3jax.model.parameters import Params
@@ -79,7 +79,7 @@ class MemoryWriter:
         self.model = make_model(config, PREFIX_TOKENS, writer_mesh(config))
         self.writer: tuple[Params, Path, int] | None = None
 
-    def restore(self, tokenizer: str, base: BankReader | None = None) -> tuple[Params, Path, int]:
+    def restore(self, tokenizer: str, base: Bank | None = None) -> tuple[Params, Path, int]:
         """Returns parameters, stage folder and step of the writer, restored once."""
         if self.writer is None:
             self.writer = self._restore(tokenizer, base)
@@ -89,7 +89,7 @@ class MemoryWriter:
         self,
         references: References,
         folder: str | Path,
-        base: BankReader | None = None,
+        base: Bank | None = None,
         keep: Int[np.ndarray, " n"] | None = None,
     ) -> dict[str, Any]:
         """Calls `m3jax.memory.write.write_bank` with this writer."""
@@ -113,7 +113,7 @@ class MemoryWriter:
             keep=keep,
         )
 
-    def _restore(self, tokenizer: str, base: BankReader | None) -> tuple[Params, Path, int]:
+    def _restore(self, tokenizer: str, base: Bank | None) -> tuple[Params, Path, int]:
         if self.checkpoint is None and base is not None:
             recorded = _recorded(base.writer, self.workdir, self.model)
             if recorded is not None:
@@ -144,7 +144,7 @@ def _named(writer: Mapping[str, Any]) -> str:
     return f"the writer {writer['hash'][:12]}, which was step {writer['step']} of {writer['path']}"
 
 
-def check_reader(bank: BankReader | None, meta: dict[str, Any], checkpoint: Path) -> None:
+def check_reader(bank: Bank | None, meta: dict[str, Any], checkpoint: Path) -> None:
     """Refuses a bank whose writer the checkpoint has not learned to read."""
     if bank is not None and not reads(meta, checkpoint, bank.writer):
         written, read = bank.binding.writer, meta["writer"]["hash"]

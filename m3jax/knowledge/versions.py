@@ -21,7 +21,6 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -29,10 +28,8 @@ from ml_collections import ConfigDict
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import TextError, VersionError
 from m3jax.files import checksum, read_sealed, write_sealed
-from m3jax.memory.bank import Bank
+from m3jax.memory.bank import Bank, join_banks
 from m3jax.memory.binding import make_binding
-from m3jax.memory.delta_bank import DeltaBank
-from m3jax.memory.reader import BankReader
 from m3jax.retrieval.checkpoint_embedders import Ranking
 from m3jax.retrieval.delta_index import DeltaIndex
 from m3jax.retrieval.index import Index
@@ -283,12 +280,12 @@ def open_index(version: Version, references: ReferenceReader) -> SearchIndex:
     return DeltaIndex(indices, version.tombstones, references.fingerprint)
 
 
-def open_bank(version: Version, references: ReferenceReader, cache_bytes: int = 0) -> Any:
+def open_bank(version: Version, references: ReferenceReader, cache_bytes: int = 0) -> Bank:
     """Opens the bank of a version; `cache_bytes` as of `Bank.open`."""
-    banks = [Bank.open(folder, None, cache_bytes) for folder in version.banks]
+    banks = [Bank.open(folder, cache_bytes) for folder in version.banks]
     if not isinstance(references, DeltaReferences):
         return banks[0]
-    return DeltaBank(banks, version.tombstones, references.fingerprint)
+    return join_banks(banks, version.tombstones, references.fingerprint)
 
 
 def open_retriever(
@@ -297,7 +294,7 @@ def open_retriever(
     references: ReferenceReader,
     overlap_limit: float,
     candidates: int | None = None,
-    bank: Any = None,
+    bank: Bank | None = None,
 ) -> Retriever:
     """Opens the retriever of a version, whose references are of `open_references`.
 
@@ -313,7 +310,7 @@ def open_retriever(
 
 def check_bank(
     config: ConfigDict,
-    bank: BankReader,
+    bank: Bank,
     references: ReferenceReader,
     tokenizer: Tokenizer,
 ) -> None:

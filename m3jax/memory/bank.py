@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +19,11 @@ from m3jax.files import checksum
 from m3jax.memory import codec as codecs
 from m3jax.memory.binding import Binding
 from m3jax.memory.buffer_pool import Buffers
-from m3jax.memory.cached_reader import Shards
 from m3jax.memory.codec import Codec
 from m3jax.memory.head_subset import heads_of_layout
 from m3jax.memory.http_probe import require_served
-from m3jax.memory.reader import BankReader
+from m3jax.memory.reader import MemoryReader
+from m3jax.memory.shard_reader import ShardReader
 from m3jax.memory.storage import (
     CODEBOOK,
     COMPLETE,
@@ -33,19 +37,20 @@ from m3jax.memory.storage import (
     write_again,
 )
 from m3jax.model.attention_mask import ExplicitMemory
+from m3jax.numbering import Numbering
 
 
-class Bank(BankReader):
+class Bank(MemoryReader):
     """Reads the memories of R references at random. Safe to use from several threads.
 
     Attributes:
-      folder: where it is.
-      manifest: the parsed manifest.
+      folder, manifest: where it is, and its parsed manifest; with deltas, those of the base.
       binding: what wrote it.
       codec: how keys and values are stored.
       dtype: of what is stored.
-      lengths: real slots of every memory; uint16 or int32 (R,).
-      shards: their memories, and the cache.
+      lengths: real slots of every memory (R,).
+      numbering: ids of the memories, over base and deltas.
+      parts: base and deltas.
     """
 
     def __init__(
@@ -59,28 +64,22 @@ class Bank(BankReader):
         self.binding = Binding(**manifest["binding"])
         self.dtype = np.dtype(jax.numpy.dtype(manifest["dtype"]))
         self.codec = _read_codec(folder, manifest, self.binding)
-        self.shards = Shards(folder, manifest, cache_bytes)
+        self.numbering = Numbering(manifest["shape"][:1], np.zeros(0, np.int64))
+        self.parts = [ShardReader(folder, manifest, cache_bytes)]
         self._buffers = Buffers()
 
     @classmethod
-    def open(
-        cls,
-        folder: str | Path,
-        expect: Binding | None = None,
-        cache_bytes: int = 0,
-    ) -> Bank:
+    def open(cls, folder: str | Path, cache_bytes: int = 0) -> Bank:
         """Opens a finished bank.
 
         Args:
           folder: folder, or URL of a bucket (`gs://…/`) or of a folder on an HTTP server that gives
             ranges of bytes (`http://…`, `https://…`).
-          expect: what must have written it; None accepts anything.
           cache_bytes: of memories that were read last, kept in RAM and shared by threads; least
             recently used leaves first; 0 keeps none.
 
         Raises:
-          BankError: no bank, an unfinished or damaged one, one that something else wrote, naming
-            every part that differs, or a server that does not give it.
+          BankError: no bank, an unfinished or damaged one, or a server that does not give it.
         """
         require_served(folder)
         manifest = read_manifest(folder)
@@ -95,10 +94,7 @@ class Bank(BankReader):
                 f"{folder}/{MANIFEST} was changed after the bank was finished; restore it, or"
                 f" delete the folder and run {write_again(folder)}"
             )
-        bank = cls(folder, manifest, read_side_file(folder, manifest, LENGTHS), cache_bytes)
-        if expect is not None:
-            bank.require(expect)
-        return bank
+        return cls(folder, manifest, read_side_file(folder, manifest, LENGTHS), cache_bytes)
 
     def require(self, expect: Binding) -> None:
         """Raises `BankError`, naming every part that differs, unless `expect` wrote this bank."""
@@ -112,62 +108,98 @@ class Bank(BankReader):
 
     @property
     def size(self) -> int:
-        """Memories R."""
-        return int(self.manifest["shape"][0])
+        """Number of ids R, tombstones included."""
+        return self.numbering.size
 
     @property
     def live(self) -> Int[np.ndarray, " n"]:
-        """All ids."""
-        return np.arange(self.size)
+        """Returns the ids in use, ascending."""
+        return self.numbering.live
 
     @property
     def bytes(self) -> int:
         """Bytes of all keys and values, as they are stored."""
-        return int(np.prod(self.manifest["shape"], dtype=np.int64)) * self.dtype.itemsize
+        return self.size * math.prod(self.manifest["shape"][1:]) * self.dtype.itemsize
 
     @property
     def writer(self) -> dict[str, Any]:
-        """Checkpoint that wrote it: `hash` of the weights, `path` and `step`."""
+        """Checkpoint that wrote it, or its base: `hash` of the weights, `path` and `step`."""
         info = self.manifest["info"]
         step, path = info["writer_step"], info["writer_path"]
         return {"hash": self.binding.writer, "path": path, "step": step}
 
     @property
     def record_hashes(self) -> np.ndarray:
-        """Hash of all tokens that shaped each memory, uint64 (R,); read from disk at every call."""
-        return read_side_file(self.folder, self.manifest, HASHES)
+        """Hash of all tokens that shaped each memory, uint64 (R,); read from disk at every call.
+
+        That of a tombstone fits nothing.
+        """
+        files = (read_side_file(part.folder, part.manifest, HASHES) for part in self.parts)
+        hashes = np.concatenate(list(files))
+        for i in self.numbering.tombstones:
+            digest = hashlib.blake2b(f"removed {i}".encode(), digest_size=8).digest()
+            hashes[i] = int.from_bytes(digest, "little")
+        return hashes
 
     def read_stored(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
         """Reads memories as they are stored; see `MemoryReader.read_stored`."""
         flat = ids.reshape(-1)
-        real = flat >= 0
-        if flat.size and not -1 <= flat.min() <= flat.max() < self.size:
-            wrong = flat[(flat < -1) | (flat >= self.size)][0]
+        wrong = (flat < -1) | (flat >= self.size)
+        if self.numbering.tombstones.size:
+            wrong |= self.numbering.is_removed(flat)
+        if wrong.any():
+            removed = flat[wrong][0] in self.numbering.tombstones
+            why = "index, references and bank were made from different sets"
             raise BankError(
-                f"reference id {wrong} is not in bank {self.folder}, which holds 0 …"
-                f" {self.size - 1}: index, references and bank were made from different sets"
+                f"reference id {flat[wrong][0]} is not in bank {self.folder}, which holds 0 …"
+                f" {self.size - 1}: {'an edit removed it' if removed else why}"
             )
         _, layers, *item = self.manifest["shape"][1:]
         # In the order in which the scan over layers takes them, so that no step begins with a copy.
         buffer = self._buffers.take((2, layers, flat.size, *item), self.dtype)
-        buffer[:, :, ~real] = 0
-        if real.any():
-            self.shards.read(flat, real, np.moveaxis(buffer, 2, 0))
-        length: Any = np.where(real, self.lengths[np.where(real, flat, 0)], 0).astype(np.int32)
+        buffer[:, :, flat < 0] = 0
+        real = np.flatnonzero(flat >= 0)
+        for part, positions, rows in self.numbering.split(flat[real]):
+            self.parts[part].read(rows, real[positions], np.moveaxis(buffer, 2, 0))
+        length: Any = np.where(flat < 0, 0, self.lengths[np.maximum(flat, 0)]).astype(np.int32)
         keys, values = buffer.reshape(2, layers, *ids.shape, *item)
         return ExplicitMemory(keys, values, length.reshape(ids.shape))
 
     def verify(self) -> list[str]:
         """Reads everything; returns files of damaged or missing shards, each with the reason."""
-        return [problem for _, problem in self.damaged_shards()]
-
-    def damaged_shards(self) -> list[tuple[str, str]]:
-        """Reads everything; returns files of damaged or missing shards, and the reasons."""
-        return self.shards.damaged()
+        return [problem for part in self.parts for _, problem in part.damaged()]
 
     def report(self) -> dict[str, int]:
         """Returns counters of the cache: `cache_hits`, `cache_misses`, `cache_bytes` now."""
-        return self.shards.cache.report()
+        return self.parts[0].cache.report()
+
+
+def join_banks(banks: Sequence[Bank], tombstones: np.ndarray, references: str) -> Bank:
+    """Joins a base and its deltas to a bank without the memories of tombstones.
+
+    Args:
+      banks: base and deltas, of one writer, tokenizer and layout, stored alike.
+      tombstones: ids whose memories are not to be read.
+      references: fingerprint of all references.
+
+    Raises:
+      BankError: a delta was written by something else, or is stored differently.
+    """
+    base = banks[0]
+    for delta in banks[1:]:
+        delta.require(dataclasses.replace(base.binding, references=delta.binding.references))
+        if not codecs.same(delta.codec, base.codec):
+            raise BankError(
+                f"bank {delta.folder} is stored with {delta.codec.name!r} or other codebooks"
+                f" than {base.folder} ({base.codec.name!r}); write it with --base of that one"
+            )
+        delta.parts[0].cache = base.parts[0].cache  # one limit for all
+    whole = copy.copy(base)
+    whole.binding = dataclasses.replace(base.binding, references=references)
+    whole.numbering = Numbering([bank.size for bank in banks], tombstones)
+    whole.lengths = np.concatenate([bank.lengths for bank in banks])
+    whole.parts = [bank.parts[0] for bank in banks]
+    return whole
 
 
 def _read_codec(folder: str | Path, manifest: dict[str, Any], binding: Binding) -> Codec:

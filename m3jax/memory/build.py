@@ -21,9 +21,9 @@ from m3jax.distributed import meet
 from m3jax.errors import BankError
 from m3jax.memory import codec as codecs
 from m3jax.memory import storage
+from m3jax.memory.bank import Bank
 from m3jax.memory.codec import Codec
 from m3jax.memory.encode import Clock, Encoder, ReferenceSet
-from m3jax.memory.reader import BankReader
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
@@ -42,7 +42,7 @@ class Build:
         manifest: dict[str, Any],
         missing: list[int],
         sources: Int[np.ndarray, " R"],
-        base: BankReader | None,
+        base: Bank | None,
         codec: Codec,
     ):
         self.folder, self.manifest, self.missing = folder, manifest, missing

@@ -5,14 +5,12 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
-from m3jax.memory.binding import Binding
 from m3jax.memory.codec import Codec
 from m3jax.model.attention_mask import ExplicitMemory
 
@@ -21,7 +19,7 @@ Dequantize = Callable[[ExplicitMemory], ExplicitMemory]
 
 @runtime_checkable
 class MemoryReader(Protocol):
-    """Interface of what gives memories by id: `Bank`, `DeltaBank` or `ColdMemories`.
+    """Interface of what gives memories by id: `Bank` or `ColdMemories`.
 
     Attributes:
       codec: how keys and values are stored.
@@ -72,45 +70,3 @@ class MemoryReader(Protocol):
     @functools.cached_property
     def _compiled(self) -> Dequantize:
         return jax.jit(self.codec.dequantize)  # compiled once a reader
-
-
-class BankReader(MemoryReader):
-    """Base class of a bank on disk: `Bank`, or `DeltaBank` over several.
-
-    Attributes:
-      folder: of the bank, or of the base.
-      binding: what wrote it.
-      lengths: real slots of every memory `(R,)`.
-    """
-
-    folder: str | Path
-    binding: Binding
-    lengths: np.ndarray
-
-    @property
-    @abc.abstractmethod
-    def live(self) -> Int[np.ndarray, " n"]:
-        """Ids in use, ascending."""
-
-    @property
-    @abc.abstractmethod
-    def bytes(self) -> int:
-        """Bytes of all keys and values, as they are stored."""
-
-    @property
-    @abc.abstractmethod
-    def writer(self) -> dict[str, Any]:
-        """Checkpoint that wrote it: `hash` of the weights, `path` and `step`."""
-
-    @property
-    @abc.abstractmethod
-    def record_hashes(self) -> np.ndarray:
-        """Hash of all tokens that shaped each memory, uint64 `(R,)`."""
-
-    @abc.abstractmethod
-    def require(self, expect: Binding) -> None:
-        """Raises `BankError`, naming every part that differs, unless `expect` wrote this bank."""
-
-    @abc.abstractmethod
-    def verify(self) -> list[str]:
-        """Reads everything; returns files of damaged or missing shards, each with the reason."""

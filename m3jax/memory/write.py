@@ -20,12 +20,12 @@ from m3jax.errors import BankError
 from m3jax.files import checksum
 from m3jax.memory import codec as codecs
 from m3jax.memory import storage
+from m3jax.memory.bank import Bank
 from m3jax.memory.binding import Binding, make_binding, writer_fingerprint
 from m3jax.memory.build import Build
 from m3jax.memory.codec import Codec
 from m3jax.memory.encode import Clock, Encoder, ReferenceSet, memory_hashes, memory_lengths
 from m3jax.memory.head_subset import heads_of
-from m3jax.memory.reader import BankReader
 from m3jax.memory.storage import WRITE_AGAIN
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
@@ -43,7 +43,7 @@ def write_bank(
     writer_path: str = "",
     writer_step: int = 0,
     progress: bool = True,
-    base: BankReader | None = None,
+    base: Bank | None = None,
     keep: Int[np.ndarray, " n"] | None = None,
 ) -> dict[str, Any]:
     """Writes the memories of all references, or what is missing of them.
@@ -176,7 +176,7 @@ def _make_codec(
     references: ReferenceSet,
     folder: str | Path,
     binding: Binding,
-    base: BankReader | None,
+    base: Bank | None,
 ) -> Codec:
     """The codec of `writer.compression`: this folder's or the base's, else a new one."""
     writer, dtype = config.writer, config.memory.dtype
@@ -266,7 +266,7 @@ def _check_same(folder: str | Path, ours: dict[str, Any], there: dict[str, Any])
 
 
 def _copies(
-    base: BankReader | None, binding: Binding, lengths: np.ndarray, hashes: np.ndarray
+    base: Bank | None, binding: Binding, lengths: np.ndarray, hashes: np.ndarray
 ) -> Int[np.ndarray, " R"]:
     """For every reference the memory of `base` from the same tokens, −1 where there is none."""
     if base is None:
@@ -287,7 +287,7 @@ def _copies(
 
 
 def _kept(
-    base: BankReader | None, binding: Binding, size: int, keep: Int[np.ndarray, " n"]
+    base: Bank | None, binding: Binding, size: int, keep: Int[np.ndarray, " n"]
 ) -> Int[np.ndarray, " R"]:
     """As `_copies`, of memories that another writer wrote."""
     assert base is not None

@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 from m3jax.checkpoint import restack
 from m3jax.config import PREFIX_TOKENS, prefix_tokens
 from m3jax.errors import RetrievalError
+from m3jax.memory.bank import Bank
 from m3jax.memory.binding import layout_of
-from m3jax.memory.reader import BankReader
 from m3jax.memory.sparsify import Written, sparsifier
 from m3jax.model.parameters import Params
 from m3jax.model.rope import rotate
@@ -152,7 +152,7 @@ class Ranking:
     query's tokens, the heads that share the key-value head, and the kept keys.
     """
 
-    def __init__(self, embedder: Embedder, bank: BankReader) -> None:
+    def __init__(self, embedder: Embedder, bank: Bank) -> None:
         """Raises `RetrievalError` unless the embedder's checkpoint wrote the bank."""
         if not isinstance(embedder, AttentionEmbedder):
             raise RetrievalError(

@@ -11,7 +11,6 @@ before are links.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from pathlib import Path
@@ -156,4 +155,4 @@ def _bank_of(stage: SweepStage) -> Path:
 def _bytes_of_memory(bank: Path) -> int:
     """Returns bytes of a memory as the bank stores it, short references filled up."""
     opened = Bank.open(bank)
-    return math.prod(opened.manifest["shape"][1:]) * opened.dtype.itemsize
+    return opened.bytes // opened.size

@@ -25,7 +25,6 @@ from m3jax.memory.bank import Bank
 from m3jax.memory.binding import writer_fingerprint
 from m3jax.memory.document_context import writer_settings
 from m3jax.memory.encode import Clock, Encoder, ReferenceSet
-from m3jax.memory.reader import BankReader
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.transformer import Model
 from m3jax.text.references import References
@@ -154,7 +153,7 @@ def compare_memories(
     model: Model,
     params: Any,
     references: ReferenceSet,
-    bank: BankReader,
+    bank: Bank,
     ids: Int[np.ndarray, " n"],
     progress: bool,
 ) -> tuple[Squares, Squares | None]:

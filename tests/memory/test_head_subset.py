@@ -19,8 +19,7 @@ from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import BankError
 from m3jax.make_model import make_model
 from m3jax.memory import storage
-from m3jax.memory.bank import Bank
-from m3jax.memory.delta_bank import DeltaBank
+from m3jax.memory.bank import Bank, join_banks
 from m3jax.memory.head_subset import Heads, heads_of
 from m3jax.train.evaluator import evaluator
 
@@ -103,7 +102,7 @@ def test_other_heads_do_not_fit(banks: dict[str, Path], tmp_path: Path) -> None:
     some, other = Bank.open(banks["none"]), tmp_path / "other"
     build(other, config_of("none", memory__heads="1:0"))
     with pytest.raises(BankError, match="heads = '1:0', here '1:1,2:0[+]1'"):
-        DeltaBank([some, Bank.open(other)], np.zeros(0, int), "r")
+        join_banks([some, Bank.open(other)], np.zeros(0, int), "r")
     with pytest.raises(BankError, match="heads"):
         build(tmp_path / "copy", config_of("none", memory__heads="1:0"), base=some)
 
@@ -127,7 +126,7 @@ def test_resumed_and_copied(banks: dict[str, Path], tmp_path: Path) -> None:
     report = build(tmp_path / "int8", config_of("int8", memory__heads=CHOSEN), base=Bank.open(own))
     assert report["copied"] == 37
     assert shard_files(tmp_path / "int8") == shard_files(banks["int8"])
-    both = DeltaBank([Bank.open(own), Bank.open(banks["none"])], np.array([0]), "r")
+    both = join_banks([Bank.open(own), Bank.open(banks["none"])], np.array([0]), "r")
     found, expected = both.read(np.array([38, 5])), Bank.open(own).read(np.array([1, 5]))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
