@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from absl import flags
 
 from m3jax import cli
-from m3jax.flag import Flag
+from m3jax.cli import Flag
 
 # Read by NumPy's linear algebra when it is loaded.
 _THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -54,7 +55,7 @@ def _benchmark(name: str, text: str, *own: Flag) -> cli.Command:
             os._exit(code)
 
     main.__doc__ = text
-    return cli.Command(main, (*own, *_ROUNDS), required=())
+    return cli.Command(main, (*own, *_ROUNDS))
 
 
 COMMANDS = {
@@ -63,13 +64,13 @@ COMMANDS = {
     "overlap": _benchmark(
         "overlap",
         "Times the overlap filter over the exact measure, in pairs a second.",
-        cli.WORKDIR.with_help("Default: made text."),
+        Flag("workdir", "Folder of a run, whose text is compared; default: made text.", Path),
     ),
     "bank": _benchmark("bank", "Times random reads of a bank over plain reads of the same bytes."),
     "quantizer": _benchmark(
         "quantizer",
         "Compares speed and error of the vector quantizer with FAISS.",
-        cli.WORKDIR.with_help("Its bank gives the vectors; default: made ones."),
+        Flag("workdir", "Folder of a run, whose bank gives the vectors; default: made.", Path),
         Flag("vectors", "Vectors to train on.", int, 65536, low=1),
     ),
     "retrieval": _benchmark("retrieval", "Times the approximate search over the exact search."),

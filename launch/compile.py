@@ -28,8 +28,7 @@ from pathlib import Path
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import count, counts, switch, words
-from m3jax.flag import Flag
+from m3jax.cli import Flag, count, counts, switch, words
 from m3jax.hardware import LIBTPU_ENVIRONMENT, chip_of_topology
 
 
@@ -77,9 +76,7 @@ COMMANDS = {
         main,
         (
             cli.CONFIG,
-            words(
-                "topology", "TPU slices, CHIP:SHAPE, for example v5e:16x16, v5p:4x4x4, v6e:16x16."
-            ),
+            words("topology", "TPU slices, CHIP:SHAPE, for example v5e:16x16.", required=True),
             Flag(
                 "program",
                 "The train step, the encode of launch/write_bank.py, or the generation of a chunk"
@@ -89,7 +86,7 @@ COMMANDS = {
             ),
             count("rows", "--program=decode: rows on a device of mesh.data.", 32),
             Flag(
-                "context", "--program=decode: tokens of a prompt; whole chunks.", int, 128, low=64
+                "context", "--program=decode: tokens of a prompt, whole chunks.", int, 128, low=64
             ),
             Flag(
                 "paths",
@@ -98,16 +95,13 @@ COMMANDS = {
                 choices=("warmup", "precomputed", "online"),
                 many="comma",
             ),
-            switch(
-                "search", "Try meshes and microbatches, and end with the best and its config flags."
-            ),
+            switch("search", "Try meshes and microbatches, and end with the best config flags."),
             counts("fsdp", "Sizes of mesh.fsdp that --search tries.", [8, 16, 32]),
             counts("microbatches", "Microbatches that --search tries, until one fits.", [1, 2, 4]),
             words("remat", "Values of model.remat that --search tries; default: the config's.", []),
             cli.JSON.with_help("A list where there are several reports."),
             Flag("markdown", "File to write a table to, a row for each path and slice."),
         ),
-        required=("config", "topology"),
     )
 }
 

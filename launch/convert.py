@@ -13,8 +13,7 @@ from pathlib import Path
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import words
-from m3jax.flag import Flag
+from m3jax.cli import Flag, words
 
 
 def from_hf(given: FlagValues) -> None:
@@ -61,9 +60,8 @@ COMMANDS = {
     "from_hf": cli.Command(
         from_hf,
         (
-            cli.CONFIG,
-            cli.WORKDIR,
-            Flag("folder", "Folder of a downloaded model.", Path),
+            *cli.RUN,
+            Flag("folder", "Folder of a downloaded model.", Path, required=True),
             words(
                 "special_tokens",
                 "Tokens of its tokenizer that become padding, start of a text, mark of a"
@@ -75,13 +73,12 @@ COMMANDS = {
                 " texts are numbers of tokens.",
             ),
         ),
-        required=("config", "workdir", "folder"),
     ),
     "to_hf": cli.Command(
         to_hf,
         (
             cli.WORKDIR,
-            Flag("folder", "Folder to write; it must not hold a model.", Path),
+            Flag("folder", "Folder to write; it must not hold a model.", Path, required=True),
             cli.CHECKPOINT.with_help("Default WORKDIR/warmup."),
             Flag(
                 "dtype",
@@ -89,7 +86,6 @@ COMMANDS = {
                 choices=("float32", "bfloat16"),
             ),
         ),
-        required=("workdir", "folder"),
     ),
 }
 

@@ -24,8 +24,7 @@ from typing import Any
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import switch, words
-from m3jax.flag import Flag
+from m3jax.cli import Flag, switch, words
 
 
 def add(given: FlagValues, replace: bool = False) -> None:
@@ -47,9 +46,8 @@ def delete(given: FlagValues) -> None:
     """Deletes references by key, or all of a document."""
     from m3jax.knowledge.edit import edit
 
-    _say(
-        edit(given.config, given.workdir, delete=given.keys, write=_writer(given), note=given.note)
-    )
+    at = given.config, given.workdir
+    _say(edit(*at, delete=given.keys, write=_writer(given), note=given.note))
 
 
 def merge(given: FlagValues) -> None:
@@ -120,31 +118,25 @@ def _writer(given: FlagValues) -> Any:
     return MemoryWriter(given.config, given.workdir, given.checkpoint, like_base=True)
 
 
-_RUN = (cli.CONFIG, cli.WORKDIR)
-_WRITE = (
-    *_RUN,
-    cli.CHECKPOINT.with_help("Its writer writes; default the writer of the bank."),
-    cli.CACHE,
-)
+_WRITER = cli.CHECKPOINT.with_help("Its writer writes; default the writer of the bank.")
+_WRITE = (*cli.RUN, _WRITER, cli.CACHE)
 _NOTE = Flag("note", "Text that is kept with the version.", default="")
-_DOCUMENTS = Flag("documents", "Documents as launch/prepare.py reads them.")
-_KEYS = words("keys", "Keys of references (ID#N) or ids of documents.", [])
+_DOCUMENTS = Flag("documents", "Documents as launch/prepare.py reads them.", required=True)
+_KEYS = words("keys", "Keys of references (ID#N) or ids of documents.", [], required=True)
 _MERGE = (
-    Flag("other", "Workdir whose knowledge is added."),
+    Flag("other", "Workdir whose knowledge is added.", required=True),
     switch("replace", "Documents in both are taken from --other."),
 )
-_REQUIRED = ("config", "workdir")
+_TO = Flag("to", "Version to go back to.", int, required=True)
 COMMANDS = {
-    "add": cli.Command(add, (*_WRITE, _DOCUMENTS, _NOTE), (*_REQUIRED, "documents")),
-    "replace": cli.Command(replace, (*_WRITE, _DOCUMENTS, _NOTE), (*_REQUIRED, "documents")),
-    "delete": cli.Command(delete, (*_WRITE, _KEYS, _NOTE), (*_REQUIRED, "keys")),
-    "merge": cli.Command(merge, (*_WRITE, *_MERGE), (*_REQUIRED, "other")),
-    "list": cli.Command(list_versions, _RUN),
-    "rollback": cli.Command(
-        rollback, (*_RUN, Flag("to", "Version to go back to.", int)), (*_REQUIRED, "to")
-    ),
-    "compact": cli.Command(compact, (*_WRITE, _NOTE), renamed=("collect",)),
-    "verify": cli.Command(verify, (*_RUN, cli.BANK_VERSION)),
+    "add": cli.Command(add, (*_WRITE, _DOCUMENTS, _NOTE)),
+    "replace": cli.Command(replace, (*_WRITE, _DOCUMENTS, _NOTE)),
+    "delete": cli.Command(delete, (*_WRITE, _KEYS, _NOTE)),
+    "merge": cli.Command(merge, (*_WRITE, *_MERGE)),
+    "list": cli.Command(list_versions, cli.RUN),
+    "rollback": cli.Command(rollback, (*cli.RUN, _TO)),
+    "compact": cli.Command(compact, (*_WRITE, _NOTE)),
+    "verify": cli.Command(verify, (*cli.RUN, cli.BANK_VERSION)),
     "repair": cli.Command(repair, (*_WRITE, cli.BANK_VERSION)),
 }
 

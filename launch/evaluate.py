@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import count, counts, share, words
-from m3jax.flag import Flag
+from m3jax.cli import Flag, count, counts, share, words
 
 
 def losses(given: FlagValues) -> None:
@@ -27,7 +27,7 @@ def losses(given: FlagValues) -> None:
     Memories of a chunk are retrieved with the text before it (config.evaluation.shift = 1), or with
     its own (0).
     """
-    _report(given, None)
+    _report(given)
 
 
 def questions(given: FlagValues) -> None:
@@ -37,21 +37,18 @@ def questions(given: FlagValues) -> None:
 
     Questions are JSON lines with `prompt` and `answer`.
     """
-    _report(given, given.questions)
+    _report(given, questions=given.questions)
 
 
-def _report(given: FlagValues, path: str | None) -> None:
+def _report(given: FlagValues, questions: str | None = None) -> None:
     from m3jax.evaluation.report import evaluate_losses, losses_table
 
-    report = evaluate_losses(
-        given.config,
-        given.workdir,
-        checkpoint=given.checkpoint,
-        bank=given.bank,
-        questions=path,
-        version=given.bank_version,
-    )
+    report = evaluate_losses(given.config, given.workdir, **_source(given), questions=questions)
     cli.show(losses_table(report), report, given.json)
+
+
+def _source(given: FlagValues) -> dict[str, Any]:
+    return {"checkpoint": given.checkpoint, "bank": given.bank, "version": given.bank_version}
 
 
 def tasks(given: FlagValues) -> None:
@@ -80,13 +77,7 @@ def tasks(given: FlagValues) -> None:
         warmup = Session(given.warmup_config, given.workdir)
     chosen = columns(modes, given.overlap)
     read = [read_task(path) for path in task_files(given.tasks)]
-    session = Session(
-        given.config,
-        given.workdir,
-        checkpoint=given.checkpoint,
-        bank=given.bank,
-        version=given.bank_version,
-    )
+    session = Session(given.config, given.workdir, **_source(given))
     report = evaluate_tasks(
         *(session, read, chosen),
         shots=given.shots,
@@ -162,13 +153,7 @@ def leakage(given: FlagValues) -> None:
     """
     from m3jax.evaluation.leakage import leakage, leakage_histogram, leakage_table
 
-    report = leakage(
-        given.config,
-        given.workdir,
-        against=given.against,
-        sample=given.sample,
-        threshold=given.threshold,
-    )
+    report = leakage(given.config, given.workdir, **cli.values_of(given, _LEAKAGE))
     path = Path(given.picture or given.workdir / "report" / "leakage.png")
     cli.show(leakage_table(report), report, given.json)
     leakage_histogram(report, path)
@@ -195,28 +180,31 @@ def needle(given: FlagValues) -> None:
     needles = read_needles(given.needles)
     session = Session(given.config, given.workdir, checkpoint=given.checkpoint)
     haystack = References.open(given.haystack) if given.haystack else session.references
-    report = needle_test(
-        *(session, needles, haystack, given.lengths),
-        count=given.count,
-        window=given.window,
-        cut=given.cut,
-        batch=given.batch,
-        seed=given.seed,
-    )
+    report = needle_test(session, needles, haystack, **cli.values_of(given, _NEEDLE))
     cli.show(needle_table(report), report, given.json)
     if given.picture:
         needle_lines(Path(given.picture), report)
 
 
-_RUN = (cli.CONFIG, cli.WORKDIR)
-_LOSSES = (*_RUN, cli.STAGE_CHECKPOINT, cli.BANK, cli.BANK_VERSION, cli.JSON, cli.CACHE)
+_LOSSES = (*cli.RUN, cli.STAGE_CHECKPOINT, cli.BANK, cli.BANK_VERSION, cli.JSON, cli.CACHE)
+# Arguments of `leakage` and `needle_test`, by their names.
+_LEAKAGE = (
+    Flag("against", "train, validation, or a .jsonl file of questions.", default="train"),
+    count("sample", "Most rows or questions, drawn at random.", 1000),
+    Flag("threshold", "Overlap above which a reference is dropped.", float, 0.9),
+)
+_NEEDLE = (
+    counts("lengths", "Tokens of the texts.", [512, 1024, 2048, 4096]),
+    count("count", "Texts of each length.", 64),
+    *(cli.WINDOW, cli.CUT, cli.BATCH, cli.SEED),
+)
 COMMANDS = {
     "losses": cli.Command(losses, _LOSSES),
     "tasks": cli.Command(
         tasks,
         (
             *_LOSSES,
-            words("tasks", "Task files, or folders of them, to score."),
+            words("tasks", "Task files, or folders of them, to score.", required=True),
             words(
                 "modes",
                 "What the model reads: nothing, memories (also called explicit), references as"
@@ -227,8 +215,8 @@ COMMANDS = {
             dataclasses.replace(
                 cli.CONFIG,
                 name="warmup_config",
-                help="Config of the stage before: its checkpoint, in WORKDIR/warmup, makes a first"
-                " column.",
+                help="Config of warmup: its checkpoint, in WORKDIR/warmup, makes a first column.",
+                required=False,
             ),
             Flag("shots", "Examples in front of every question.", int, 0, low=0),
             count("limit", "Most examples of a task, from its first; default all."),
@@ -243,17 +231,15 @@ COMMANDS = {
             cli.RAG_REFERENCES,
             cli.BATCH,
         ),
-        required=("config", "workdir", "tasks"),
     ),
     "questions": cli.Command(
         questions,
-        (*_LOSSES, Flag("questions", "Questions to answer (JSON lines).")),
-        required=("config", "workdir", "questions"),
+        (*_LOSSES, Flag("questions", "Questions to answer (JSON lines).", required=True)),
     ),
     "retrieval": cli.Command(
         retrieval,
         (
-            *_RUN,
+            *cli.RUN,
             counts("k", "References per query; exact search takes the largest.", [1, 5]),
             Flag("queries", "JSON lines with `question` or `text`; default halves of references."),
             count("sample", "Most queries to compare.", 200),
@@ -266,14 +252,7 @@ COMMANDS = {
     "leakage": cli.Command(
         leakage,
         (
-            *_RUN,
-            Flag(
-                "against",
-                "What must not leak: train, validation, or a .jsonl file of questions.",
-                default="train",
-            ),
-            count("sample", "Most rows or questions, drawn at random.", 1000),
-            Flag("threshold", "Overlap above which a reference is dropped.", float, 0.9),
+            *(*cli.RUN, *_LEAKAGE),
             cli.PICTURE.with_help("Default WORKDIR/report/leakage.png."),
             cli.JSON,
         ),
@@ -281,18 +260,10 @@ COMMANDS = {
     "needle": cli.Command(
         needle,
         (
-            *(*_RUN, cli.STAGE_CHECKPOINT, cli.CACHE, cli.SEED),
-            Flag("needles", "File of needles, .jsonl."),
-            Flag(
-                "haystack",
-                "Folder of references to hide them among, as launch/prepare.py makes; default the"
-                " knowledge base.",
-            ),
-            counts("lengths", "Tokens of the texts.", [512, 1024, 2048, 4096]),
-            count("count", "Texts of each length.", 64),
-            *(cli.WINDOW, cli.CUT, cli.BATCH, cli.PICTURE, cli.JSON),
+            *(*cli.RUN, cli.STAGE_CHECKPOINT, cli.CACHE, *_NEEDLE, cli.PICTURE, cli.JSON),
+            Flag("needles", "File of needles, .jsonl.", required=True),
+            Flag("haystack", "Folder of references to hide them among; default the workdir's."),
         ),
-        required=("config", "workdir", "needles"),
     ),
 }
 

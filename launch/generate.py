@@ -15,13 +15,13 @@ question. The text goes to standard output; sources follow it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import count, switch
-from m3jax.flag import Flag
+from m3jax.cli import Flag, count, switch
 
 
 def main(given: FlagValues) -> None:
@@ -35,14 +35,9 @@ def main(given: FlagValues) -> None:
         sampling=Sampling(given.temperature, given.top_k, given.top_p, given.seed),
         **cli.values_of(given, REQUEST),
     )
+    versions = given.bank_version or [None]
     at = given.config, given.workdir
-    run(
-        *at,
-        request,
-        checkpoint=given.checkpoint,
-        bank=given.bank,
-        versions=given.bank_version or [None],
-    )
+    run(*at, request, checkpoint=given.checkpoint, bank=given.bank, versions=versions)
 
 
 # Fields of `Request`, by their names.
@@ -61,7 +56,7 @@ REQUEST = (
         " they are put into the template of config.chat, and the answer is printed.",
     ),
     count("new_tokens", "Most tokens generated a prompt.", 64),
-    cli.BATCH.with_default(32),
+    dataclasses.replace(cli.BATCH, default=32),
     count(
         "groups",
         "Parts of a batch that take turns on the device: while one computes, memories of another"
@@ -82,12 +77,9 @@ COMMANDS = {
     "": cli.Command(
         main,
         (
-            *(cli.CONFIG, cli.WORKDIR, cli.STAGE_CHECKPOINT, cli.BANK, cli.CACHE, cli.SEED),
-            Flag(
-                "bank_version",
-                "Version of the knowledge, of launch/edit_bank.py list; default the current one."
-                " Given twice, the text is generated from both.",
-                int,
+            *(*cli.RUN, cli.STAGE_CHECKPOINT, cli.BANK, cli.CACHE, cli.SEED),
+            dataclasses.replace(
+                cli.BANK_VERSION.with_help("Given twice, the text is generated from both."),
                 many="repeat",
             ),
             Flag("prompt", "A prompt to continue.", default=[], many="repeat"),

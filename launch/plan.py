@@ -12,7 +12,7 @@ from __future__ import annotations
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.flag import Flag
+from m3jax.cli import Flag
 
 
 def main(given: FlagValues) -> None:
@@ -29,47 +29,20 @@ def main(given: FlagValues) -> None:
 
 # Fields of `Assumptions`, by their names.
 ASSUMPTIONS = (
-    Flag("topology", "TPU slice as CHIP:SHAPE, for example v5e:16x16 or v5p:4x4x8."),
-    Flag(
-        "references", "References of the knowledge base, one memory each, for example 1.1e8.", float
-    ),
-    Flag(
-        "bytes_per_vector",
-        "Bytes of a compressed key or value vector; the paper stores 14.",
-        float,
-        14.0,
-    ),
-    Flag(
-        "mfu",
-        "Model FLOPs utilisation in training and writing, in (0, 1]: an assumption, not a"
-        " measurement.",
-        float,
-        0.4,
-    ),
-    Flag(
-        "price_per_chip_hour",
-        "Price of one chip for one hour, in any currency; adds the costs.",
-        float,
-    ),
+    Flag("topology", "TPU slice, CHIP:SHAPE, for example v5e:16x16 or v5p:4x4x8.", required=True),
+    Flag("references", "References, one memory each, for example 1.1e8.", float, required=True),
+    Flag("bytes_per_vector", "Bytes of a compressed vector; the paper stores 14.", float, 14.0),
+    Flag("mfu", "Assumed model FLOPs utilisation in training and writing, in (0, 1].", float, 0.4),
+    Flag("price_per_chip_hour", "Price of a chip, in any currency; adds the costs.", float),
     Flag("chips_per_host", "Chips that share one host process and its network.", int, 4),
-    Flag(
-        "host_bandwidth",
-        "Bytes/s between one host and the storage of the bank; default the network of the data"
-        " sheet.",
-        float,
-    ),
+    Flag("host_bandwidth", "Bytes/s of a host from the bank; default its network's.", float),
     Flag("decode_batch", "Rows generated at once.", int, 32),
-    Flag(
-        "decode_length",
-        "Tokens of a generated row, prompt included; default data.sequence_length.",
-        int,
-    ),
+    Flag("decode_length", "Tokens of a generated row; default data.sequence_length.", int),
 )
 COMMANDS = {
     "": cli.Command(
         main,
         (cli.CONFIG, *ASSUMPTIONS, cli.JSON.with_help("All quantities, in base units.")),
-        required=("config", "topology", "references"),
     )
 }
 

@@ -22,15 +22,15 @@ With Apache Beam, on machines that all see the workdir:
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import count, words
+from m3jax.cli import Flag, count, words
 from m3jax.errors import CommandError
-from m3jax.flag import Flag
 
 
 def prepare(given: FlagValues) -> None:
@@ -135,29 +135,29 @@ def texts(given: FlagValues) -> None:
     from m3jax.evaluation.sampled_texts import describe, make_texts, open_session
 
     session = open_session(given.config, given.workdir, given.checkpoint)
-    report = make_texts(
-        session,
-        given.texts,
-        count=given.count,
-        tokens=given.tokens,
-        split=given.split,
-        temperature=given.temperature,
-        seed=given.seed,
-        batch=given.batch,
-    )
+    report = make_texts(session, given.texts, **cli.values_of(given, _TEXTS))
     print(f"{given.texts}: {describe(report)}")
 
 
+# Arguments of `make_texts`, by their names.
+_TEXTS = (
+    count("count", "Texts to draw.", 8000),
+    Flag("tokens", "Most tokens of a text.", int, 128, low=2),
+    count("split", "Tokens of the first part.", 64),
+    Flag("temperature", "Temperature of the draws; 1 is the model's own.", float, 1.0),
+    dataclasses.replace(cli.BATCH, default=256),
+    cli.SEED,
+)
 COMMANDS = {
     "": cli.Command(
         prepare,
         (
-            cli.CONFIG,
-            cli.WORKDIR,
+            *cli.RUN,
             Flag(
                 "documents",
                 "Documents to train on: comma-separated .jsonl, .jsonl.gz, .txt or .parquet"
                 " files, globs, folders, or tfds:NAME[:SPLIT].",
+                required=True,
             ),
             Flag(
                 "knowledge", "Documents of the knowledge base, as --documents; default: the same."
@@ -187,43 +187,28 @@ COMMANDS = {
                 [],
             ),
         ),
-        required=("config", "workdir", "documents"),
     ),
     "chats": cli.Command(
         chats,
         (
-            cli.CONFIG,
-            cli.WORKDIR,
-            Flag("chats", "Chats or pairs: comma-separated .jsonl(.gz) files, globs, folders."),
+            *cli.RUN,
+            Flag("chats", "Chats or pairs: .jsonl(.gz) files, globs, folders.", required=True),
         ),
-        required=("config", "workdir", "chats"),
     ),
     "quality": cli.Command(
         quality,
         (
-            Flag("labelled", "JSON lines of texts with their scores, 0 … 5."),
-            Flag("scorer", "Folder to write the scorer to."),
+            Flag("labelled", "JSON lines of texts with their scores, 0 … 5.", required=True),
+            Flag("scorer", "Folder to write the scorer to.", required=True),
             Flag("penalty", "Ridge penalty; more for fewer or noisier labels.", float, 0.1, low=0),
         ),
-        required=("labelled", "scorer"),
     ),
     "texts": cli.Command(
         texts,
         (
-            *(cli.CONFIG, cli.WORKDIR, cli.STAGE_CHECKPOINT, cli.CACHE, cli.SEED),
-            Flag("texts", "Folder to write; finished files are kept.", Path),
-            count("count", "Texts to draw.", 8000),
-            Flag("tokens", "Most tokens of a text.", int, 128, low=2),
-            count("split", "Tokens of the first part.", 64),
-            Flag(
-                "temperature",
-                "Temperature of the draws; 1 is the model's own distribution.",
-                float,
-                1.0,
-            ),
-            cli.BATCH.with_default(256),
+            *(*cli.RUN, cli.STAGE_CHECKPOINT, cli.CACHE, *_TEXTS),
+            Flag("texts", "Folder to write; finished files are kept.", Path, required=True),
         ),
-        required=("config", "workdir", "texts"),
     ),
 }
 

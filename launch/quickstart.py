@@ -18,8 +18,7 @@ from absl import logging
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import switch
-from m3jax.flag import Flag
+from m3jax.cli import Flag, switch
 
 
 def main(given: FlagValues) -> None:
@@ -70,8 +69,8 @@ _SCRATCH = switch(
     "Also train with memory from the start, at equal compute (Memory³ §6.1); doubles the time.",
 )
 COMMANDS = {
-    "": cli.Command(main, (*_RUN, _SCRATCH), required=()),
-    "chat": cli.Command(chat, _RUN, required=()),
+    "": cli.Command(main, (*_RUN, _SCRATCH)),
+    "chat": cli.Command(chat, _RUN),
 }
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ from pathlib import Path
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import count, share, switch
-from m3jax.flag import Flag
+from m3jax.cli import Flag, count, share, switch
 
 
 def references(given: FlagValues) -> None:
@@ -35,12 +34,10 @@ def references(given: FlagValues) -> None:
     from m3jax.selection.select import Options, select_references
 
     report = select_references(
-        given.config,
-        given.workdir,
-        given.budget_bytes,
+        *(given.config, given.workdir, given.budget_bytes),
         checkpoint=given.checkpoint,
         version=given.bank_version,
-        options=Options(given.sample, given.count, given.check, given.draws),
+        options=Options(**cli.values_of(given, _OPTIONS)),
         dry_run=given.dry_run,
     )
     cli.show(choice_table(report), report, given.json)
@@ -69,14 +66,8 @@ def heads(given: FlagValues) -> None:
     from m3jax.selection.heads import heads_report, heads_table, score_heads
 
     config, by_query = given.config, given.by == "query"
-    scores = score_heads(
-        config,
-        given.workdir,
-        given.checkpoint,
-        hide=given.hide,
-        window=given.window,
-        by_query=by_query,
-    )
+    at = config, given.workdir, given.checkpoint
+    scores = score_heads(*at, hide=given.hide, window=given.window, by_query=by_query)
     first = config.memory.first_layer
     layers = range(first, first + config.memory.layers)
     chosen = [] if by_query else scores.best(given.keep, layers)
@@ -95,33 +86,23 @@ def heads(given: FlagValues) -> None:
     print(f"figures: {json}\npicture: {picture}")
 
 
-_MODEL = (cli.CONFIG, cli.WORKDIR, cli.STAGE_CHECKPOINT, cli.CACHE)
+# Fields of `Options`, by their names.
+_OPTIONS = (
+    count("sample", "Validation rows in which drops are measured.", 256),
+    Flag("count", "Most training rows to count references in; 0 = none.", int, 4096, low=0),
+    count("check", "Validation rows on which the selection is validated.", 256),
+    Flag("draws", "Random selections that it is compared with.", int, 3, low=0),
+)
+_MODEL = (*cli.RUN, cli.STAGE_CHECKPOINT, cli.CACHE)
 COMMANDS = {
     "references": cli.Command(
         references,
         (
             *_MODEL,
-            Flag(
-                "budget_bytes",
-                "Bytes that the memories of the selected references may have together.",
-                int,
-            ),
-            cli.BANK_VERSION,
-            count("sample", "Validation rows in which drops are measured.", 256),
-            Flag(
-                "count",
-                "Training rows, at most, in which references are counted; 0 = validation rows"
-                " alone.",
-                int,
-                4096,
-                low=0,
-            ),
-            count("check", "Validation rows on which the selection is validated.", 256),
-            Flag("draws", "Random selections that it is compared with.", int, 3, low=0),
+            Flag("budget_bytes", "Bytes of the selected references' memories.", int, required=True),
+            *(cli.BANK_VERSION, *_OPTIONS, cli.JSON),
             switch("dry_run", "Make no version: report and list only."),
-            cli.JSON,
         ),
-        required=("config", "workdir", "budget_bytes"),
     ),
     "heads": cli.Command(
         heads,

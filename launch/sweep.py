@@ -18,15 +18,13 @@ launch/tpu_vm.sh that train the same on a pod; afterwards the same call measures
 
 from __future__ import annotations
 
-import functools
 import sys
 from pathlib import Path
 
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import switch, words
-from m3jax.flag import Flag
+from m3jax.cli import Flag, switch, words
 
 
 def main(given: FlagValues) -> None:
@@ -34,8 +32,8 @@ def main(given: FlagValues) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/, which is not installed
     from m3jax.errors import SweepError
     from m3jax.sweep.plan import launch_lines, plan_sweep
-    from m3jax.sweep.run import alone, end_with_parent, finish, run_all, write_report
-    from m3jax.sweep.spec import SweepRun, chosen, load_sweep
+    from m3jax.sweep.run import alone, end_with_parent, finish, run_all
+    from m3jax.sweep.spec import chosen, load_sweep
 
     sweep, workdir = load_sweep(given.sweep), given.workdir.absolute()
     runs = chosen(plan_sweep(sweep, workdir, given.data), given.entries, given.seeds)
@@ -49,8 +47,7 @@ def main(given: FlagValues) -> None:
         run_entry(sweep, run)
         return
     if given.dry_run:
-        for line in launch_lines(sweep, runs, " ".join(["python", *_call(given)])):
-            print(line)
+        print("\n".join(launch_lines(sweep, runs, " ".join(["python", *_call(given)]))))
         return
     if given.prepare_only:
         from m3jax.sweep.entry import prepare
@@ -60,12 +57,9 @@ def main(given: FlagValues) -> None:
                 prepare(sweep, run)
         return
 
-    def command(run: SweepRun) -> list[str]:
-        return [sys.executable, *_call(given), f"--one={run.name}"]
-
     if not given.report_only:
-        report = functools.partial(write_report, runs, workdir / "report")
-        run_all(runs, workdir, command, retry=given.retry, after=report)
+        own = [sys.executable, *_call(given)]
+        run_all(runs, workdir, lambda run: [*own, f"--one={run.name}"], retry=given.retry)
     print(finish(runs, workdir / "report", given.markdown, given.picture))
     if any("error" in (run.outcome() or {}) for run in runs):
         raise SystemExit(1)
@@ -79,8 +73,8 @@ def _call(given: FlagValues) -> list[str]:
 
 
 SWEEP = (
-    Flag("sweep", "Python file with get_sweep()."),
-    Flag("workdir", "Folder for all that it makes.", Path),
+    Flag("sweep", "Python file with get_sweep().", required=True),
+    Flag("workdir", "Folder for all that it makes.", Path, required=True),
     Flag("data", "Workdir of launch/prepare.py, for sweeps that prepare no data of their own."),
     words("entries", "Only these entries; default all."),
     words("seeds", "Only these seeds; default those of the sweep."),
@@ -94,13 +88,10 @@ COMMANDS = {
             switch("dry_run", "Print the commands for a pod; do nothing."),
             switch("prepare_only", "Make data and folders, and train nothing."),
             switch("report_only", "Make table and picture of what is there."),
-            Flag(
-                "markdown", "File to write the table to, too: between its marks, where it has them."
-            ),
+            Flag("markdown", "File for the table, too: between its marks, where it has them."),
             cli.PICTURE,
             Flag("one", "ENTRY@SEED: the flag of the script's own processes, for a single entry."),
         ),
-        required=("sweep", "workdir"),
     )
 }
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.flag import Flag
+from m3jax.cli import Flag
 
 
 def main(given: FlagValues) -> None:
@@ -60,8 +60,7 @@ COMMANDS = {
     "": cli.Command(
         main,
         (
-            cli.CONFIG,
-            cli.WORKDIR,
+            *cli.RUN,
             Flag(
                 "init_from",
                 "Stage folder, or checkpoints/STEP in it, whose parameters a new run starts from;"

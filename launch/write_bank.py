@@ -29,8 +29,7 @@ from pathlib import Path
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import count, share
-from m3jax.flag import Flag
+from m3jax.cli import Flag, count, share
 
 
 def main(given: FlagValues) -> None:
@@ -101,15 +100,11 @@ COMMANDS = {
     "": cli.Command(
         main,
         (
-            cli.CONFIG,
-            cli.WORKDIR,
+            *cli.RUN,
             cli.CHECKPOINT.with_help("Default WORKDIR/warmup; with --refresh that of the stage."),
             Flag("references", "Folder of the references; default WORKDIR/references."),
             cli.BANK,
-            Flag(
-                "base",
-                "Older bank of the same writer: memories of unchanged references are copied.",
-            ),
+            Flag("base", "Older bank of the writer: memories of unchanged references are copied."),
             Flag(
                 "refresh",
                 "Compare the current version's bank with what --checkpoint writes, or make a"

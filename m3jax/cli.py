@@ -1,4 +1,4 @@
-"""Command lines of launch scripts: shared flags, commands, help, and how a script starts and ends.
+"""Command lines of launch scripts: flags, commands, help, and how a script starts and ends.
 
 A script declares its commands (`Command`), each with the flags that it takes, and calls `run`.
 Mistakes of the user end with one message and exit code 2, not a traceback.
@@ -18,26 +18,130 @@ import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from m3jax.config import validate
 from m3jax.config.fields import FIELDS, RENAMED
 from m3jax.config.reference import describe
 from m3jax.errors import CommandError, ConfigError, UserError
-from m3jax.flag import Flag
 from m3jax.hardware import quiet_libtpu
 
 USER_ERROR = 2  # exit code
-# Names and values of flags before the first release, and what to give now.
+# Names and values of flags and commands before the first release, and what to give now.
 RENAMED_FLAGS = {
     "at": "--k",
     "mode=context": "--mode=long_context",
     "png": "--picture",
     "shift": "--config.evaluation.shift",
 }
+RENAMED_COMMANDS = {"collect": "compact"}
+
+
+# -- flags -----------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A flag of launch scripts.
+
+    Attributes:
+      name: without dashes.
+      help: its meaning, with unit.
+      kind: type of a value: str, int, float, bool, Path (a local folder) or ConfigDict (a config
+        file).
+      default: of the value; None where the help says what stands for it; a switch is off.
+      choices: accepted values.
+      low, high: bounds of a number, inclusive.
+      many: "comma" for a list of values, "repeat" for a flag that may be given more than once.
+      required: whether a command that takes the flag needs it.
+    """
+
+    name: str
+    help: str
+    kind: type = str
+    default: Any = None
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    many: str = ""
+    required: bool = False
+
+    def with_help(self, text: str) -> Flag:
+        """Returns the flag with a sentence behind its help, such as its default in a script."""
+        return dataclasses.replace(self, help=f"{self.help} {text}")
+
+    def define(self, values: flags.FlagValues, argv: Sequence[str]) -> None:
+        """Defines it in `values`; overrides of config fields are read from `argv`."""
+        about: Any = {"name": self.name, "default": self.default, "flag_values": values}
+        if self.kind is ConfigDict:
+            config_flags.DEFINE_config_file(**about, help_string=self.help, sys_argv=list(argv))
+        elif self.kind is bool:
+            flags.DEFINE_boolean(**about | {"default": bool(self.default)}, help=self.help)
+        elif self.many == "repeat":
+            flags.DEFINE_multi(_Parser(self), flags.ArgumentSerializer(), **about, help=self.help)
+        else:
+            flags.DEFINE(_Parser(self), **about, help=self.help)
+
+    def describe(self) -> str:
+        """Returns name, accepted values, default and meaning, for `--help`."""
+        if self.kind is bool:
+            title = f"--[no]{self.name}" if self.default else f"--{self.name}"
+        else:
+            kinds = {int: "N", float: "X", Path: "FOLDER", ConfigDict: "FILE[:OPTIONS]"}
+            value = "|".join(self.choices) or kinds.get(self.kind, "TEXT")
+            title = f"--{self.name}={value}" + (f",{value}" if self.many == "comma" else "")
+            title += " …" if self.many else ""
+            if self.default not in (None, "", []):
+                default = self.default
+                default = ",".join(map(str, default)) if isinstance(default, list) else default
+                title += f"  (default {default})"
+        title += "  (required)" if self.required else ""
+        indent = " " * 6
+        text = textwrap.fill(self.help, 100, initial_indent=indent, subsequent_indent=indent)
+        return f"  {title}\n{text}"
+
+
+class _Parser(flags.ArgumentParser):
+    """Parses the values of a flag: texts, numbers, folders, or lists of them."""
+
+    def __init__(self, flag: Flag) -> None:
+        self.flag = flag
+        if flag.choices:
+            self.value: Any = flags.EnumParser(list(flag.choices)).parse
+        elif flag.kind is Path:
+            self.value = self._folder
+        elif flag.kind is str:
+            self.value = self._text
+        else:
+            number: Any = flags.IntegerParser if flag.kind is int else flags.FloatParser
+            self.value = number(flag.low, flag.high).parse
+
+    def parse(self, argument: Any) -> Any:
+        """Returns the value; a list is split, or is one already."""
+        if self.flag.many != "comma":
+            return self.value(argument)
+        if isinstance(argument, str):
+            argument = [word.strip() for word in argument.split(",") if word.strip()]
+        return [self.value(word) for word in argument]
+
+    def _text(self, argument: str) -> str:
+        if not argument and self.flag.default is None and not self.flag.many:
+            raise CommandError(f"--{self.flag.name} is empty; leave it out, or give a value")
+        return argument
+
+    def _folder(self, argument: Any) -> Path:
+        given = f"--{self.flag.name}={argument}"
+        if not str(argument).strip():
+            raise ConfigError(f"--{self.flag.name} is empty; name a folder ('.' is this one)")
+        if "://" in str(argument):  # a path would turn gs://b/x into the folder gs:/b/x
+            raise ConfigError(
+                f"{given}: workdirs in buckets are not supported yet; mount the bucket (Cloud"
+                " Storage FUSE) and name the folder"
+            )
+        if Path(argument).is_file():
+            raise ConfigError(f"{given} is a file; name a folder")
+        return Path(argument)
 
 
 def switch(name: str, help: str) -> Flag:
@@ -60,9 +164,9 @@ def share(name: str, help: str, default: float) -> Flag:
     return Flag(name, help, float, default, low=0, high=1)
 
 
-def words(name: str, help: str, default: list[str] | None = None) -> Flag:
+def words(name: str, help: str, default: list[str] | None = None, required: bool = False) -> Flag:
     """Returns a flag with texts, separated by commas."""
-    return Flag(name, help, default=default, many="comma")
+    return Flag(name, help, default=default, many="comma", required=required)
 
 
 CONFIG = Flag(
@@ -70,8 +174,10 @@ CONFIG = Flag(
     "Config file and its options, for example configs/wiki_small.py:stage=continual."
     " --config.SECTION.FIELD=VALUE changes a field; --config_help[=SECTION] shows them.",
     ConfigDict,
+    required=True,
 )
-WORKDIR = Flag("workdir", "Folder of the run, made by launch/prepare.py.", Path)
+WORKDIR = Flag("workdir", "Folder of the run, made by launch/prepare.py.", Path, required=True)
+RUN = (CONFIG, WORKDIR)
 CHECKPOINT = Flag("checkpoint", "Stage folder, or checkpoints/STEP in it.")
 STAGE_CHECKPOINT = CHECKPOINT.with_help("Default WORKDIR/<config.stage>.")
 BANK = Flag("bank", "Folder or URL of a bank of explicit memories; default WORKDIR/bank.")
@@ -84,13 +190,8 @@ JSON = Flag("json", "File to write the figures to.")
 PICTURE = Flag("picture", "File (PNG) to write the picture to.")
 BATCH = count("batch", "Rows that the device works on together.", 16)
 SEED = Flag("seed", "Seed of the draws.", int, 0)
-WINDOW = count(
-    "window",
-    "Tokens of a text longer than the context that stay as they are; default half of the context.",
-)
-CUT = count(
-    "cut", "Most tokens of a memory of the older text; default config.memory.reference_length."
-)
+WINDOW = count("window", "Last tokens of a long text that stay text; default half of the context.")
+CUT = count("cut", "Most tokens of a memory of older text; default memory.reference_length.")
 RAG_REFERENCES = count("references", "References in the prompt, with RAG.", 5)
 CACHE = Flag(
     "compilation_cache",
@@ -103,35 +204,29 @@ PROCESSES = (
         " Kubernetes. Start the same command on every host.",
     ),
     Flag("coordinator", "HOST:PORT of process 0; with --processes and --process_id."),
-    Flag("processes", "Number of processes.", int),
-    Flag("process_id", "Number of this process, from 0.", int),
-    Flag("join_timeout", "Seconds to wait for the other processes at start.", int, 300),
-    Flag(
+    count("processes", "Number of processes."),
+    Flag("process_id", "Number of this process, from 0.", int, low=0),
+    count("join_timeout", "Seconds to wait for the other processes at start.", 300),
+    count(
         "heartbeat_timeout",
         "Seconds without a sign of life after which a process counts as dead and the others end.",
-        int,
         100,
     ),
 )
 
 
 # -- commands --------------------------------------------------------------------------------------
-@dataclasses.dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """A command of a launch script.
 
     Attributes:
       main: takes the values of the flags as attributes; configs are validated. Its docstring is the
         help of the command.
       flags: that it takes.
-      required: names of flags that must be given.
-      renamed: its names before the first release.
     """
 
     main: Callable[[flags.FlagValues], None]
     flags: tuple[Flag, ...]
-    required: tuple[str, ...] = ("config", "workdir")
-    renamed: tuple[str, ...] = ()
 
 
 def run(text: str | None, commands: Mapping[str, Command]) -> None:
@@ -167,6 +262,13 @@ def _call(command: Command) -> None:
         command.main(values)
     except UserError as error:
         raise SystemExit(show_error(error)) from None
+    except OSError as error:
+        for flag in command.flags:
+            folder = values[flag.name].value
+            if flag.kind is Path and folder is not None and not folder.is_dir():
+                reason = CommandError(f"--{flag.name}={folder} cannot be made: {error.strerror}")
+                raise SystemExit(show_error(reason)) from None
+        raise
 
 
 def parse(
@@ -191,25 +293,21 @@ def parse(
       ConfigError: a config that cannot work.
     """
     script, *rest = argv
-    named = rest[0] if rest and not rest[0].startswith("-") else ""
-    helps = [word.lstrip("-") for word in rest if word.startswith("-")]
-    if any(word in ("help", "h", "?", "helpshort") for word in helps):
-        print(help_text(text, commands, os.path.basename(script), named))
-        raise SystemExit(0)
-    for word in helps:
+    named = rest.pop(0) if rest and not rest[0].startswith("-") else ""
+    for word in (word.lstrip("-") for word in rest if word.startswith("-")):
+        if word in ("help", "h", "?", "helpshort"):
+            _print_and_end(help_text(text, commands, os.path.basename(script), named))
         if word == "config_help" or word.startswith("config_help="):
-            print(describe(word.partition("=")[2]))
-            raise SystemExit(0)
-    listed = ", ".join(filter(None, commands))
-    if named and not listed:
-        raise CommandError(f"unknown argument {named!r}; every option begins with --")
-    for name, command in commands.items():
-        if named in command.renamed:
-            raise CommandError(f"the command {named} is now {name}")
+            _print_and_end(describe(word.partition("=")[2]))
     if named not in commands:
+        listed = ", ".join(filter(None, commands))
+        if not listed:
+            raise CommandError(f"unknown argument {named!r}; every option begins with --")
+        if RENAMED_COMMANDS.get(named) in commands:
+            raise CommandError(f"the command {named} is now {RENAMED_COMMANDS[named]}")
         begin = f"{named!r} is no command" if named else "no command given"
         raise CommandError(f"{begin}; give one of {listed} (--help explains)")
-    command, rest = commands[named], rest[1:] if named else rest
+    command = commands[named]
     _refuse_renamed(command, rest)
     try:
         for flag in command.flags:
@@ -223,7 +321,8 @@ def parse(
         raise _of_file(error) from error
     if remaining[1:]:
         raise CommandError(f"unknown argument {remaining[1]!r}; every option begins with --")
-    missing = [f"--{name}" for name in command.required if values[name].value in (None, [])]
+    needed = [flag.name for flag in command.flags if flag.required]
+    missing = [f"--{name}" for name in needed if values[name].value in (None, [])]
     if missing:
         called = " ".join(filter(None, (os.path.basename(script), named)))
         raise CommandError(f"{called} needs {', '.join(missing)} (--help explains)")
@@ -233,24 +332,32 @@ def parse(
     return command
 
 
+def _print_and_end(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # of `| head`; nothing more may be written when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(0)
+
+
 def _refuse_renamed(command: Command, arguments: Sequence[str]) -> None:
     """Refuses old names of flags and fields, and unknown fields, with the name of today."""
     own = {flag.name for flag in command.flags}
     for word in arguments:
+        if not word.startswith("-"):
+            continue
         name, _, value = word.lstrip("-").partition("=")
         for old in (name, f"{name}={value}"):
-            if word.startswith("-") and old in RENAMED_FLAGS and old not in own:
+            if old in RENAMED_FLAGS and old not in own:
                 raise CommandError(f"--{old} is now {RENAMED_FLAGS[old]}")
         config, _, path = name.partition(".")
-        if not word.startswith("-") or not path or config not in own:
+        if not path or config not in own or path in FIELDS:
             continue
-        prefix = f"--{config}."
         if path in RENAMED:
-            raise CommandError(f"{prefix}{path} is now {prefix}{RENAMED[path]}")
-        if path not in FIELDS:
-            near = difflib.get_close_matches(path, FIELDS, 3)
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise CommandError(f"{prefix}{path}: no such field; {hint}--config_help lists all")
+            raise CommandError(f"--{name} is now --{config}.{RENAMED[path]}")
+        near = difflib.get_close_matches(path, FIELDS, 3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise CommandError(f"--{name}: no such field; {hint}--config_help lists all")
 
 
 def _reason(error: flags.Error, commands: Mapping[str, Command], named: str) -> UserError:
@@ -261,18 +368,15 @@ def _reason(error: flags.Error, commands: Mapping[str, Command], named: str) -> 
         if isinstance(cause, UserError) and not isinstance(inner, UserError):
             return cause
         cause = inner
-    if isinstance(error, flags.UnrecognizedFlagError):
-        name = error.flagname
-        owners = [
-            other or "the script without a command"
-            for other, command in commands.items()
-            if name in {flag.name for flag in command.flags}
-        ]
-        if owners:
-            return CommandError(
-                f"--{name} is a flag of {', '.join(owners)}, not of {named or 'this call'};"
-                " leave it out"
-            )
+    flag = getattr(error, "flagname", None)  # where it is unknown
+    owners = ", ".join(
+        name or "the script without a command"
+        for name, command in commands.items()
+        if any(flag == own.name for own in command.flags)
+    )
+    if owners:
+        called = named or "this call"
+        return CommandError(f"--{flag} is a flag of {owners}, not of {called}; leave it out")
     return CommandError(str(error))
 
 
@@ -304,9 +408,8 @@ def help_text(text: str | None, commands: Mapping[str, Command], script: str, na
         command = commands[named]
         if named:
             parts = [inspect.getdoc(command.main) or ""]
-        ordered = sorted(command.flags, key=lambda flag: flag.name not in command.required)
-        described = [flag.describe(flag.name in command.required) for flag in ordered]
-        parts.append("Flags:\n" + "\n".join(described))
+        ordered = sorted(command.flags, key=lambda flag: not flag.required)
+        parts.append("\n".join(["Flags:", *(flag.describe() for flag in ordered)]))
     others = {name: command for name, command in commands.items() if name}
     if others and (not named or named not in commands):
         width = max(map(len, others))
@@ -314,7 +417,7 @@ def help_text(text: str | None, commands: Mapping[str, Command], script: str, na
             f"  {name:{width}}  {(inspect.getdoc(command.main) or '').splitlines()[0]}"
             for name, command in others.items()
         ]
-        parts.append("Commands:\n" + "\n".join(lines))
+        parts.append("\n".join(["Commands:", *lines]))
         parts.append(f"python launch/{script} COMMAND --help shows the flags of a command.")
     return "\n\n".join(parts)
 
@@ -345,11 +448,10 @@ def show(table: str, figures: Any, path: str | None) -> None:
     from m3jax.files import write_atomically
 
     print(table)
-    if not path:
-        return
     text = json.dumps(figures, indent=2, ensure_ascii=False) + "\n"
     try:
-        write_atomically(path, text.encode())
+        if path:
+            write_atomically(path, text.encode())
     except OSError as error:
         raise CommandError(f"--json={path} could not be written: {error}") from error
 
@@ -365,14 +467,7 @@ def processes(values: flags.FlagValues) -> contextlib.AbstractContextManager[Non
     from m3jax.distributed import joined
     from m3jax.watch import Processes
 
-    described = Processes.of_flags(
-        values.distributed,
-        values.coordinator,
-        values.processes,
-        values.process_id,
-        join_timeout=values.join_timeout,
-        heartbeat_timeout=values.heartbeat_timeout,
-    )
+    described = Processes.of_flags(**values_of(values, PROCESSES))
     return joined(described, values.config, show_error)
 
 
@@ -392,10 +487,9 @@ def use_compilation_cache(folder: str | None) -> None:
     else:
         try:
             os.makedirs(folder, exist_ok=True)
-            writable = os.access(folder, os.W_OK)
         except OSError as error:
             raise ConfigError(f"--compilation_cache={folder}: {error.strerror}") from error
-        if not writable:
+        if not os.access(folder, os.W_OK):
             raise ConfigError(f"--compilation_cache={folder}: cannot be written to")
         folder = os.path.abspath(folder)
     jax.config.update("jax_compilation_cache_dir", folder)

@@ -13,24 +13,17 @@ import itertools
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import jax
 from ml_collections import ConfigDict
 
 import m3jax
+from m3jax.config import flatten
 from m3jax.errors import ProcessError
 from m3jax.private_apis import coordination_client, detect_cluster
-from m3jax.watch import (
-    LONGEST_WAIT,
-    ROOT,
-    LastWords,
-    Processes,
-    Report,
-    Watch,
-    address_of,
-)
+from m3jax.watch import LONGEST_WAIT, ROOT, LastWords, Processes, Report, Watch, address_of
 
 _meetings = itertools.count()
 
@@ -69,7 +62,7 @@ def joined(processes: Processes | None, config: ConfigDict, report: Report) -> I
         watch = Watch(processes)
         last_words.speak = watch.last_words
         try:
-            _agree(processes, _facts(config))
+            _agree(processes, config)
             yield
         except BaseException as error:
             if not (isinstance(error, SystemExit) and error.code in (0, None)):
@@ -132,11 +125,7 @@ def _detected(processes: Processes) -> Processes:
             " process"
         )
     return dataclasses.replace(
-        processes,
-        coordinator=address,
-        count=count,
-        index=index,
-        devices=None if devices is None else tuple(devices),
+        processes, coordinator=address, count=count, index=index, devices=devices
     )
 
 
@@ -198,23 +187,10 @@ def _wait_for_port(processes: Processes, end: float) -> None:
             time.sleep(min(0.2, max(0.0, end - time.monotonic())))
 
 
-def _facts(config: ConfigDict) -> dict[str, Any]:
-    """Values that must be the same on all processes."""
-    facts: dict[str, Any] = {"m3jax": m3jax.__version__, "jax": jax.__version__}
-
-    def add(prefix: str, tree: Mapping[str, Any]) -> None:
-        for name, value in tree.items():
-            if isinstance(value, Mapping):
-                add(f"{prefix}{name}.", value)
-            else:
-                facts[prefix + name] = value
-
-    add("config.", config.to_dict())
-    return facts
-
-
-def _agree(processes: Processes, facts: Mapping[str, Any]) -> None:
-    """Refuses other facts than those of process 0, on all processes alike."""
+def _agree(processes: Processes, config: ConfigDict) -> None:
+    """Refuses another version or config than that of process 0, on all processes alike."""
+    fields = {f"config.{path}": value for path, value in flatten(config).items()}
+    facts = {"m3jax": m3jax.__version__, "jax": jax.__version__, **fields}
     client = coordination_client()
     client.key_value_set(f"{ROOT}/facts/{processes.index}", json.dumps(facts))
     assert processes.count is not None

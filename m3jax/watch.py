@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
@@ -47,6 +47,7 @@ class Watch:
     def __init__(self, processes: Processes):
         assert processes.index is not None and processes.count is not None
         self.me, self.count, self.processes = processes.index, processes.count, processes
+        self.name = f"process {self.me} of {self.count}"
         self.interval = min(2.0, processes.heartbeat_timeout / 20)
         self._beats: dict[int, tuple[str, float]] = {}
         self._stop = threading.Event()
@@ -76,15 +77,11 @@ class Watch:
     def _end_because(self, failed: Mapping[int, str]) -> None:
         index, reason = min(failed.items())
         _say(
-            f"{self._name}: process {index} failed, so this one ends: {reason}. When that is"
-            " solved, the same command continues from what was saved"
+            f"{self.name}: process {index} failed, so this one ends: {reason}. When that is solved,"
+            " the same command continues from what was saved"
         )
         self._mark("ended", "")
         os._exit(PROCESS_LOST)
-
-    @property
-    def _name(self) -> str:
-        return f"process {self.me} of {self.count}"
 
     def _mark(self, folder: str, text: str) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -134,14 +131,14 @@ class Watch:
         # All others are heard of through process 0.
         if self.me != 0 and (0 in silent or not _answers(address)):
             return (
-                f"{self._name}: process 0, at {address}, is gone: it died, or its host or network"
+                f"{self.name}: process 0, at {address}, is gone: it died, or its host or network"
                 f" did. {_AGAIN}"
             )
         if not silent:
             return None
         names = " and ".join(f"process {index}" for index in silent)
         return (
-            f"{self._name}: no sign of life from {names} for {timeout} seconds: it died, or its"
+            f"{self.name}: no sign of life from {names} for {timeout} seconds: it died, or its"
             f" host or network did. {_AGAIN}"
         )
 
@@ -222,50 +219,44 @@ class Processes:
     index: int | None = None
     join_timeout: int = 300
     heartbeat_timeout: int = 100
-    devices: tuple[int, ...] | None = None
+    devices: Sequence[int] | None = None
 
-    @staticmethod
+    @classmethod
     def of_flags(
+        cls,
+        *,
         distributed: bool,
         coordinator: str | None,
-        count: int | None,
-        index: int | None,
-        *,
+        processes: int | None,
+        process_id: int | None,
         join_timeout: int,
         heartbeat_timeout: int,
     ) -> Processes | None:
         """Reads the flags of a launch script; None for a process on its own.
 
         Raises:
-          ProcessError: flags that do not go together, or a value out of range; names the flag.
+          ProcessError: flags that do not go together; names them.
         """
-        flags = {"--coordinator": coordinator, "--processes": count, "--process_id": index}
-        given = [name for name, value in flags.items() if value is not None]
-        missing = [name for name in flags if name not in given]
-        timeouts = {"join_timeout": join_timeout, "heartbeat_timeout": heartbeat_timeout}
-        for name, seconds in timeouts.items():
-            if seconds < 1:
-                raise ProcessError(f"--{name}={seconds}: must be at least 1 second")
+        timeouts = join_timeout, heartbeat_timeout
+        flags = {"coordinator": coordinator, "processes": processes, "process_id": process_id}
+        given = ", ".join(f"--{name}" for name, value in flags.items() if value is not None)
+        missing = ", ".join(f"--{name}" for name, value in flags.items() if value is None)
         if distributed and given:
             raise ProcessError(
-                f"--distributed asks the cluster for everything; leave out {', '.join(given)}, or"
-                " leave out --distributed"
+                f"--distributed asks the cluster for everything; leave out {given}, or leave out"
+                " --distributed"
             )
         if not given:
-            processes = Processes(join_timeout=join_timeout, heartbeat_timeout=heartbeat_timeout)
-            return processes if distributed else None
-        if missing:
+            return cls(None, None, None, *timeouts) if distributed else None
+        if coordinator is None or processes is None or process_id is None:
             raise ProcessError(
-                f"{', '.join(given)} given, but not {', '.join(missing)}: several processes need"
-                " --coordinator=HOST:PORT --processes=N --process_id=I; on a TPU pod or under"
-                " Slurm --distributed alone"
+                f"{given} given, but not {missing}: several processes need --coordinator=HOST:PORT"
+                " --processes=N --process_id=I; on a TPU pod or under Slurm --distributed alone"
             )
-        assert coordinator is not None and count is not None and index is not None
         address_of(coordinator)
-        if count < 1:
-            raise ProcessError(f"--processes={count}: must be at least 1")
-        if not 0 <= index < count:
+        if process_id >= processes:
             raise ProcessError(
-                f"--process_id={index}: must be in 0…{count - 1}, as --processes={count}"
+                f"--process_id={process_id}: must be in 0…{processes - 1}, as"
+                f" --processes={processes}"
             )
-        return Processes(coordinator, count, index, join_timeout, heartbeat_timeout)
+        return cls(coordinator, processes, process_id, *timeouts)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ import pytest
 from absl import flags
 
 from m3jax import cli
-from m3jax.cli import Command
+from m3jax.cli import Command, Flag
 from m3jax.errors import CommandError, ConfigError, UserError
-from m3jax.flag import Flag
 
 ROOT = Path(__file__).parents[1]
 CONFIG = f"--config={ROOT}/configs/wiki_small.py"
@@ -41,8 +41,13 @@ COMMANDS = {
             Flag("exact", "More exact.", bool, True),
         ),
     ),
-    "drop": Command(
-        drop, (Flag("sizes", "Others.", int, 7), Flag("keys", "Keys.")), ("keys",), ("remove",)
+    "compact": Command(
+        drop,
+        (
+            Flag("sizes", "Others.", int, 7),
+            Flag("keys", "Keys.", required=True),
+            *(cli.BANK, *cli.PROCESSES),
+        ),
     ),
 }
 
@@ -62,23 +67,27 @@ def test_values_of_flags() -> None:
     given = parse("add", CONFIG, "--workdir=x", *more)
     assert (given.sizes, given.limits, given.exact) == ([3, 4], [1.0, 0.5], False)
     assert given.prompt == ["a,b", "c"]
-    given = parse("drop", "--keys=k")
+    given = parse("compact", "--keys=k")
     assert given.sizes == 7 and "workdir" not in given
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "no command given; give one of add, drop"),
-        (("--keys=k",), "no command given; give one of add, drop"),
-        (("edit", "--keys=k"), "'edit' is no command; give one of add, drop"),
-        (("remove", "--keys=k"), "the command remove is now drop"),
+        ((), "no command given; give one of add, compact"),
+        (("--keys=k",), "no command given; give one of add, compact"),
+        (("edit", "--keys=k"), "'edit' is no command; give one of add, compact"),
+        (("collect", "--keys=k"), "the command collect is now compact"),
         (("add", CONFIG), "edit.py add needs --workdir"),
-        (("drop", "--keys=k", "--workdir=x"), "--workdir is a flag of add, not of drop"),
-        (("drop", "--kes=k"), "Unknown command line flag 'kes'. Did you mean: keys"),
-        (("drop", "--keys=k", "more"), "unknown argument 'more'; every option begins with --"),
-        (("drop", "--keys=k", "--sizes=x"), "--sizes=x: invalid literal"),
+        (("compact", "--keys=k", "--workdir=x"), "--workdir is a flag of add, not of compact"),
+        (("compact", "--kes=k"), "Unknown command line flag 'kes'. Did you mean: keys"),
+        (("compact", "--keys=k", "more"), "unknown argument 'more'; every option begins with --"),
+        (("compact", "--keys=k", "--sizes=x"), "--sizes=x: invalid literal"),
         (("add", "--sizes=3,0"), "--sizes=3,0: 0 is not a positive integer"),
+        (("compact", "--keys=k", "--processes=0"), "--processes=0: 0 is not a positive integer"),
+        (("compact", "--keys=k", "--process_id=-1"), "--process_id=-1: -1 is not a non-negative"),
+        (("compact", "--keys=k", "--heartbeat_timeout=0"), "--heartbeat_timeout=0: 0 is not a pos"),
+        (("compact", "--keys=k", "--bank="), "--bank is empty; leave it out, or give a value"),
         (("add", "--png=3"), "--png is now --picture"),
         (("add", "--mode=context"), "--mode=context is now --mode=long_context"),
         (("add", "--mode=d"), "--mode=d: value should be one of <a|b>"),
@@ -115,15 +124,17 @@ def test_unfit_configs_are_named(config: str, message: str) -> None:
 
 
 def test_a_script_without_commands_takes_no_words() -> None:
-    with pytest.raises(CommandError, match="unknown argument 'drop'; every option begins with --"):
-        parse("drop", commands={"": COMMANDS["drop"]})
-    assert parse("--keys=k", commands={"": COMMANDS["drop"]}).keys == "k"
+    with pytest.raises(
+        CommandError, match="unknown argument 'compact'; every option begins with --"
+    ):
+        parse("compact", commands={"": COMMANDS["compact"]})
+    assert parse("--keys=k", commands={"": COMMANDS["compact"]}).keys == "k"
 
 
 @pytest.mark.parametrize(
     ("words", "shown", "hidden"),
     [
-        (("--help",), ["Edits.", "  add   Adds documents.", "COMMAND --help"], ["--sizes"]),
+        (("--help",), ["Edits.", "  add      Adds documents.", "COMMAND --help"], ["--sizes"]),
         (
             ("add", "--help", "--unknown"),
             ["Adds documents.", "--config=FILE[:OPTIONS]  (required)", "--[no]exact", "--fast"]
@@ -131,7 +142,11 @@ def test_a_script_without_commands_takes_no_words() -> None:
             ["Edits.", "--keys"],
         ),
         (("add", "--config_help"), ["model.layers = 4", "mesh.fsdp = -1"], []),
-        (("drop", "--config_help=guard"), ["guard.on = False    accepts False | True"], ["mesh."]),
+        (
+            ("compact", "--config_help=guard"),
+            ["guard.on = False    accepts False | True"],
+            ["mesh."],
+        ),
     ],
 )
 def test_help(words: tuple[str, ...], shown: list[str], hidden: list[str], capsys: Any) -> None:
@@ -198,6 +213,21 @@ def test_compilation_cache_that_cannot_be_used_is_refused(tmp_path, monkeypatch)
 def test_a_script_ends_with_one_message(word: str, message: str, tmp_path: Path) -> None:
     done = processes.call(["python", "launch/train.py", f"--workdir={tmp_path}", CONFIG, word])
     assert done.returncode == (cli.USER_ERROR if message else 0) and done.stderr == message
+
+
+@pytest.mark.parametrize("script", ["quickstart", "sweep"])
+def test_a_workdir_that_cannot_be_made_is_named(script: str) -> None:
+    sweep = ["--sweep=configs/sweeps/quickstart.py"] if script == "sweep" else []
+    done = processes.call(["python", f"launch/{script}.py", "--workdir=/proc/x", *sweep])
+    message = "CommandError: --workdir=/proc/x cannot be made: No such file or directory\n"
+    assert done.returncode == cli.USER_ERROR and done.stderr == message
+
+
+@pytest.mark.parametrize("word", ["--help", "--config_help"])
+def test_help_may_be_cut_off(word: str) -> None:
+    script = f"{sys.executable} launch/train.py {word} | true"
+    done = processes.call(["bash", "-o", "pipefail", "-c", script])
+    assert done.returncode == 0 and not done.stderr
 
 
 @pytest.mark.parametrize(

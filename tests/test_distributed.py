@@ -60,29 +60,31 @@ def start(task, count, indices):
     return [(done.returncode, done.stdout) for done in ended]
 
 
-def of_flags(distributed=False, coordinator=None, count=None, index=None, **timeouts):
-    timeouts = {"join_timeout": 7, "heartbeat_timeout": 9} | timeouts
-    return Processes.of_flags(distributed, coordinator, count, index, **timeouts)
+def of_flags(**given):
+    flags = dict.fromkeys(("coordinator", "processes", "process_id"))
+    flags |= {"distributed": False, "join_timeout": 7, "heartbeat_timeout": 9}
+    return Processes.of_flags(**(flags | given))
 
 
 def test_flags_name_the_processes():
     assert of_flags() is None
-    assert of_flags(True) == Processes(None, None, None, 7, 9)
-    assert of_flags(False, "[::1]:80", 4, 3) == Processes("[::1]:80", 4, 3, 7, 9)
+    assert of_flags(distributed=True) == Processes(None, None, None, 7, 9)
+    flags = {"coordinator": "[::1]:80", "processes": 4, "process_id": 3}
+    assert of_flags(**flags) == Processes("[::1]:80", 4, 3, 7, 9)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({"coordinator": "a:1"}, "--coordinator given, but not --processes, --process_id"),
-        ({"count": 2, "index": 0}, "--processes, --process_id given, but not --coordinator"),
-        ({"distributed": True, "index": 0}, "leave out --process_id"),
-        ({"coordinator": "a", "count": 2, "index": 0}, "--coordinator=a: not HOST:PORT"),
-        ({"coordinator": "a:70000", "count": 2, "index": 0}, "a:70000: not HOST:PORT"),
-        ({"coordinator": "a:1", "count": 0, "index": 0}, "--processes=0"),
-        ({"coordinator": "a:1", "count": 2, "index": 2}, "--process_id=2: must be in 0…1"),
-        ({"coordinator": "a:1", "count": 2, "index": -1}, "--process_id=-1: must be in 0…1"),
-        ({"distributed": True, "heartbeat_timeout": 0}, "--heartbeat_timeout=0"),
+        (
+            {"processes": 2, "process_id": 0},
+            "--processes, --process_id given, but not --coordinator",
+        ),
+        ({"distributed": True, "process_id": 0}, "leave out --process_id"),
+        ({"coordinator": "a", "processes": 2, "process_id": 0}, "--coordinator=a: not HOST:PORT"),
+        ({"coordinator": "a:70000", "processes": 2, "process_id": 0}, "a:70000: not HOST:PORT"),
+        ({"coordinator": "a:1", "processes": 2, "process_id": 2}, "--process_id=2: must be in 0…1"),
     ],
 )
 def test_flags_that_cannot_work_are_refused(flags, message):
@@ -167,7 +169,7 @@ def test_a_process_whose_others_do_not_come_ends():
 def test_who_was_silent_when_jax_gives_up(timeout: int) -> None:
     """JAX may have heard of a dead process half a timeout before it died; the living beat on."""
     watch = object.__new__(Watch)
-    watch.me, watch.count = 0, 2
+    watch.me, watch.count, watch.name = 0, 2, "process 0 of 2"
     watch.processes = distributed.Processes("localhost:1", 2, 0, heartbeat_timeout=timeout)
     interval = min(2.0, timeout / 20)
     now = time.monotonic()

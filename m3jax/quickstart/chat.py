@@ -18,12 +18,11 @@ from m3jax.evaluation.questions import Answerer, Question
 from m3jax.files import write_atomically
 from m3jax.inference.results import Generation
 from m3jax.inference.session import Session
-from m3jax.quickstart import people, people_chats
+from m3jax.quickstart import people
 from m3jax.quickstart.run import Demonstration
 from m3jax.text.chat.chats import question
 from m3jax.text.chat.corpus import prepare_chats
 from m3jax.text.chat.template import Template
-from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.stage import train_stage
 
 CHATS, PAIRS = 6000, 2400
@@ -60,8 +59,8 @@ def run(demonstration: Demonstration, *, chats: int = CHATS, pairs: int = PAIRS)
     source = workdir / "text"
     made: dict[str, Any] = {}
     for stage, before, records in (
-        ("sft", "continual", lambda: people_chats.chats(world, seed, chats)),
-        ("dpo", "sft", lambda: people_chats.preferences(world, seed, pairs)),
+        ("sft", "continual", lambda: people.chats(world, seed, chats)),
+        ("dpo", "sft", lambda: people.preferences(world, seed, pairs)),
     ):
         config = demonstration.config(stage)
         path = source / f"{config.data.packing}.jsonl"
@@ -71,12 +70,11 @@ def run(demonstration: Demonstration, *, chats: int = CHATS, pairs: int = PAIRS)
         made[stage] = prepare_chats(config, workdir, str(path))[0]
         trained = train_stage(config, workdir, init_from=workdir / before)
         made[stage]["evaluation"] = trained.evaluation
+    stages = ("continual", "sft", "dpo")
     summary = {
         "seed": seed,
         "questions": sum(len(person.facts) for person in world.unseen),
-        "stages": {
-            stage: _measure(demonstration, world, stage) for stage in ("continual", "sft", "dpo")
-        },
+        "stages": {stage: _measure(demonstration, world, stage) for stage in stages},
         "dpo": made["dpo"]["evaluation"],
         "seconds": round(time.time() - started, 1),
     }
@@ -89,10 +87,9 @@ def _measure(demonstration: Demonstration, world: people.World, stage: str) -> d
     config = demonstration.config("sft")  # the same model; the template of its chats
     session = Session(config, demonstration.workdir, checkpoint=demonstration.workdir / stage)
     facts = [(person, *fact) for person in world.unseen for fact in person.facts]
-    chats = [question(people_chats.question(p.name, relation)) for p, relation, _ in facts]
-    prompts = Template(config.chat, Tokenizer.load(demonstration.workdir / "tokenizer")).prompts(
-        chats
-    )
+    texts = [people.question(person.name, relation) for person, relation, _ in facts]
+    template = Template(config.chat, session.tokenizer)
+    prompts = template.prompts([question(text) for text in texts])
     answers = {mode: _answers(session, mode, prompts) for mode in ("memory", "none")}
     statements, forms = [], []
     for (person, relation, _), answer in zip(facts, answers["memory"], strict=True):
@@ -107,10 +104,11 @@ def _measure(demonstration: Demonstration, world: people.World, stage: str) -> d
         ]
         for mode in answers
     }
-    answerer = Answerer(
-        session.model, session.params, session.tokenizer, session.config.data.sequence_length
-    )
-    completions = [Question(f"{r} of {p.name}", f" {value}") for p, r, value in facts]
+    length = session.config.data.sequence_length
+    answerer = Answerer(session.model, session.params, session.tokenizer, length)
+    completions = [
+        Question(text, f" {value}") for text, (_, _, value) in zip(texts, facts, strict=True)
+    ]
     ids = answerer.retrieve(completions, session.retriever)
     shares: dict[str, Any] = {
         "format": forms,

@@ -4,10 +4,14 @@ A person has a few facts, each stated as a line `pet of Tavo otter`. Training pe
 set of names, which recur with other facts, so that no weights can learn who has what; their
 documents carry the keys of the references that hold the facts. People of the evaluation have names
 of their own, which training text uses only as meaningless words, and are found by search.
+
+A question is `pet of Tavo`. Chats of SFT answer it in either of two forms, at random: the whole
+statement, or the value `otter` alone. Preferences want the statement, and the right value.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -54,6 +58,11 @@ class World:
     people: tuple[Person, ...]
     unseen: tuple[Person, ...]
 
+    @property
+    def everyone(self) -> tuple[Person, ...]:
+        """All people, in the order of the knowledge base."""
+        return (*self.people, *self.unseen)
+
 
 @dataclass(frozen=True)
 class Question:
@@ -68,9 +77,14 @@ class Question:
     references: tuple[str, ...]
 
 
+def question(name: str, relation: str) -> str:
+    """Writes a question, which a statement begins with."""
+    return f"{relation} of {name}"
+
+
 def statement(name: str, relation: str, value: str) -> str:
-    """One fact as text."""
-    return f"{relation} of {name} {value}"
+    """Writes a fact."""
+    return f"{question(name, relation)} {value}"
 
 
 def make_world(
@@ -133,12 +147,9 @@ def fact_documents(
     Yields JSON-able records with `text` and `references`, one key per chunk.
     """
     rng = np.random.default_rng([seed, 2])
-    groups: dict[frozenset, list[Person]] = {}
-    for person in world.people:
-        groups.setdefault(frozenset(r for r, _ in person.facts), []).append(person)
-    members = list(groups.values())
+    groups = _groups(world)
     for number in range(count):
-        group = members[rng.integers(len(members))]
+        group = groups[rng.integers(len(groups))]
         most = len({person.name for person in group})
         size = min(int(rng.integers(pool[0], pool[1] + 1)), most)
         by_name: dict[str, Person] = {}
@@ -157,6 +168,14 @@ def fact_documents(
             "text": "\n".join(lines),
             "references": [person.reference for person in told],
         }
+
+
+def _groups(world: World) -> list[list[Person]]:
+    """Groups the people of training by the relations of their facts."""
+    groups: dict[frozenset, list[Person]] = {}
+    for person in world.people:
+        groups.setdefault(frozenset(r for r, _ in person.facts), []).append(person)
+    return list(groups.values())
 
 
 def echo_documents(
@@ -180,7 +199,7 @@ def echo_documents(
 
 
 def questions(world: World, seed: int, distractors: int = 4) -> list[Question]:
-    """One question per fact of every unseen person.
+    """Asks for every fact of every unseen person.
 
     `references` are the person's own and `distractors` of other unseen people whose references
     state the same relation, in random order.
@@ -195,15 +214,9 @@ def questions(world: World, seed: int, distractors: int = 4) -> list[Question]:
                 if other.key != person.key and relation in dict(other.facts)
             ]
             picked = [str(key) for key in rng.choice(others, distractors, replace=False)]
-            keys = rng.permutation([person.reference, *picked])
-            made.append(
-                Question(
-                    prompt=f"{relation} of {person.name}",
-                    answer=f" {value}",
-                    person=person.reference,
-                    references=tuple(str(key) for key in keys),
-                )
-            )
+            keys = tuple(map(str, rng.permutation([person.reference, *picked])))
+            prompt = question(person.name, relation)
+            made.append(Question(prompt, f" {value}", person.reference, keys))
     return made
 
 
@@ -216,15 +229,9 @@ def edited(world: World, seed: int) -> World:
         for relation, value in person.facts:
             others = [other for other in world.values[relation] if other != value]
             facts.append((relation, str(rng.choice(others))))
-        return Person(person.key, person.name, tuple(facts))
+        return dataclasses.replace(person, facts=tuple(facts))
 
-    return World(
-        world.values,
-        world.names,
-        world.unseen_names,
-        world.people,
-        tuple(change(person) for person in world.unseen),
-    )
+    return dataclasses.replace(world, unseen=tuple(map(change, world.unseen)))
 
 
 def write_jsonl(path: Path, records: Iterable[dict]) -> None:
@@ -236,3 +243,73 @@ def write_jsonl(path: Path, records: Iterable[dict]) -> None:
 def knowledge(people: Iterable[Person]) -> list[dict]:
     """People as documents of a knowledge base; each is short enough to be one reference."""
     return [{"id": person.key, "title": person.name, "text": person.text} for person in people]
+
+
+def chats(world: World, seed: int, count: int, rounds: tuple[int, int] = (1, 4)) -> Iterable[dict]:
+    """Chats about people of training who share relations, each round about one of them.
+
+    Args:
+      world: the people.
+      seed: of all draws.
+      count: chats.
+      rounds: fewest and most of a chat.
+
+    Yields JSON-able records with `id` and `messages`.
+    """
+    rng = np.random.default_rng([seed, 6])
+    groups = _groups(world)
+    for number in range(count):
+        topics = _topics(rng, groups, int(rng.integers(rounds[0], rounds[1] + 1)))
+        turns = [turn for topic in topics for turn in _round(*topic, bool(rng.integers(2)))]
+        yield {"id": f"chat-{number}", "messages": turns}
+
+
+def preferences(
+    world: World, seed: int, count: int, rounds: tuple[int, int] = (1, 2)
+) -> Iterable[dict]:
+    """Preference pairs: a right statement over the bare value, or over a wrong statement.
+
+    Arguments as of `chats`. Yields records with `id`, `prompt` (turns), `chosen` and `rejected`.
+    """
+    rng = np.random.default_rng([seed, 7])
+    groups = _groups(world)
+    for number in range(count):
+        *before, (person, relation) = _topics(
+            rng, groups, int(rng.integers(rounds[0], rounds[1] + 1))
+        )
+        turns = [turn for topic in before for turn in _round(*topic, bool(rng.integers(2)))]
+        value = dict(person.facts)[relation]
+        rejected = value
+        if rng.integers(2):
+            others = [other for other in world.values[relation] if other != value]
+            rejected = statement(person.name, relation, str(rng.choice(others)))
+        yield {
+            "id": f"preference-{number}",
+            "prompt": [*turns, _round(person, relation, True)[0]],
+            "chosen": statement(person.name, relation, value),
+            "rejected": rejected,
+        }
+
+
+def _topics(
+    rng: np.random.Generator, groups: list[list[Person]], rounds: int
+) -> list[tuple[Person, str]]:
+    """Draws people of a group, of different names (two of one name would contradict each other)."""
+    group = groups[rng.integers(len(groups))]
+    by_name: dict[str, Person] = {}
+    topics = []
+    for _ in range(rounds):
+        drawn = group[rng.integers(len(group))]
+        person = by_name.setdefault(drawn.name, drawn)
+        topics.append((person, str(rng.choice([relation for relation, _ in person.facts]))))
+    return topics
+
+
+def _round(person: Person, relation: str, whole: bool) -> list[dict[str, str]]:
+    value = dict(person.facts)[relation]
+    answer = statement(person.name, relation, value) if whole else value
+    user = {"role": "user", "content": question(person.name, relation)}
+    return [
+        {**user, "reference": person.reference},
+        {"role": "assistant", "content": answer},
+    ]

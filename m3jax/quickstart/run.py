@@ -80,6 +80,7 @@ def run(demonstration: Demonstration, *, compare_from_scratch: bool = False) -> 
     seconds: dict[str, float] = {}
     started = time.time()
     workdir = demonstration.workdir
+    (workdir / "report").mkdir(parents=True, exist_ok=True)
     world = people.make_world(demonstration.seed, **demonstration.world)
 
     with _step("1/7 invented people, tokenizer, corpus, references, index", seconds, "prepare"):
@@ -92,7 +93,7 @@ def run(demonstration: Demonstration, *, compare_from_scratch: bool = False) -> 
         train_stage(demonstration.config("continual"), workdir, init_from=workdir / "warmup")
     with _step("5/7 edited bank: other facts, nothing trained", seconds, "edit"):
         changed = people.edited(world, demonstration.seed)
-        _rewrite(demonstration, workdir / "edited", (*world.people, *changed.unseen))
+        _rewrite(demonstration, workdir / "edited", changed.everyone)
     with _step("6/7 deleted bank: the people of the questions are gone", seconds, "delete"):
         _rewrite(demonstration, workdir / "deleted", world.people)
     with _step("7/7 questions", seconds, "questions"):
@@ -142,8 +143,7 @@ def prepare_people(config: ConfigDict, folder: Path, world: people.World) -> Non
             ),
         ]
         people.write_jsonl(source / "documents.jsonl", documents)
-        everyone = (*world.people, *world.unseen)
-        people.write_jsonl(source / "knowledge.jsonl", people.knowledge(everyone))
+        people.write_jsonl(source / "knowledge.jsonl", people.knowledge(world.everyone))
     prepare_text(
         config, folder, str(source / "documents.jsonl"), str(source / "knowledge.jsonl"), None
     )
@@ -157,11 +157,11 @@ def make_index(config: ConfigDict, folder: Path) -> None:
 
 
 def _write(
-    demonstration: Demonstration, folder: Path, checkpoint: str, base: Bank | None = None
+    demonstration: Demonstration, folder: Path, stage: str, base: Bank | None = None
 ) -> None:
     """Writes the bank of a folder by the writer that the checkpoint of a stage records."""
     workdir = demonstration.workdir
-    write = MemoryWriter(demonstration.config("continual"), workdir, workdir / checkpoint)
+    write = MemoryWriter(demonstration.config("continual"), workdir, workdir / stage)
     write(References.open(folder / "references"), folder / "bank", base)
 
 
@@ -199,11 +199,9 @@ def _ask(
     demonstration: Demonstration, world: people.World, changed: people.World
 ) -> dict[str, float]:
     workdir, config = demonstration.workdir, demonstration.config("continual")
-    model = make_model(config)
+    model, tokenizer = make_model(config), Tokenizer.load(workdir / "tokenizer")
     params, _ = restore_params(workdir / "continual", model)
-    answerer = Answerer(
-        model, params, Tokenizer.load(workdir / "tokenizer"), config.data.sequence_length
-    )
+    answerer = Answerer(model, params, tokenizer, config.data.sequence_length)
     invented = people.questions(world, demonstration.seed)
     questions = [Question(q.prompt, q.answer, q.references) for q in invented]
     people.write_jsonl(workdir / "text" / "questions.jsonl", map(dataclasses.asdict, questions))
@@ -217,13 +215,11 @@ def _ask(
         Question(q.prompt, f" {new_facts[q.person][q.prompt.split(' ')[0]]}") for q in invented
     ]
     known = {name: _Knowledge(workdir / name, config) for name in (".", "edited", "deleted")}
-    base = known["."]
+    base, correct = known["."], answerer.correct
     wrong = [
         Question(q.prompt, q.answer, tuple(key for key in q.references if key != q.person))
         for q in invented
     ]
-
-    correct = answerer.correct
 
     def by_retrieval(name: str, questions: list[Question]) -> np.ndarray:
         knowledge = known[name]
@@ -292,9 +288,8 @@ def _attention_picture(
             kept.append(count / share)
         answer = question.answer.strip(), predicted[n].strip()
         reads.append(Read(question.prompt, *answer, names, mass, kept))
-    folder = demonstration.workdir / "report"
-    folder.mkdir(exist_ok=True)
-    attention_map(folder / "attention.png", reads, "Which stored token each answer attended to")
+    picture = demonstration.workdir / "report" / "attention.png"
+    attention_map(picture, reads, "Which stored token each answer attended to")
 
 
 def _compare_from_scratch(demonstration: Demonstration) -> dict[str, float]:
@@ -324,7 +319,6 @@ def _report(demonstration: Demonstration, summary: dict[str, Any]) -> None:
     from m3jax.train.plots import plot_stages
 
     folder = demonstration.workdir / "report"
-    folder.mkdir(exist_ok=True)
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2).encode())
     accuracy, chance = summary["accuracy"], summary["chance"]
     title = "Facts about people never seen in training"

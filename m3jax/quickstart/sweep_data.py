@@ -45,13 +45,11 @@ def prepare(
     prepare_people(config, folder, world)
     questions = people.questions(world, config.seed)
     keys = _keys(world) if knowledge else {}
-    people.write_jsonl(
-        folder / QUESTIONS,
-        (
-            {"prompt": q.prompt, "answer": q.answer, "references": _renamed(q.references, keys)}
-            for q in questions
-        ),
-    )
+    records = [
+        {"prompt": q.prompt, "answer": q.answer, "references": _renamed(q.references, keys)}
+        for q in questions
+    ]
+    people.write_jsonl(folder / QUESTIONS, records)
     told = in_context(world, questions)
     people.write_jsonl(folder / IN_CONTEXT, map(dataclasses.asdict, told))
     if knowledge:
@@ -60,10 +58,9 @@ def prepare(
 
 def _keys(world: people.World) -> dict[str, str]:
     """Key of every person's reference → what it is called in a document of several."""
-    everyone = (*world.people, *world.unseen)
     return {
         person.reference: f"group-{i // TOGETHER}#{i % TOGETHER}"
-        for i, person in enumerate(everyone)
+        for i, person in enumerate(world.everyone)
     }
 
 
@@ -92,9 +89,8 @@ def _join(config: ConfigDict, folder: Path, world: people.World, keys: Mapping[s
 
 
 def _documents(world: people.World, tokenizer: Tokenizer) -> Iterator[tuple[Document, list[Piece]]]:
-    everyone = (*world.people, *world.unseen)
-    for low in range(0, len(everyone), TOGETHER):
-        members, pieces, start = everyone[low : low + TOGETHER], [], 0
+    for low in range(0, len(world.everyone), TOGETHER):
+        members, pieces, start = world.everyone[low : low + TOGETHER], [], 0
         for person in members:
             text = person.text
             pieces.append(Piece(start, start + len(text), text, tokenizer.encode(text)))

@@ -98,13 +98,12 @@ def _train(stage: SweepStage) -> None:
     """Writes the bank of a stage and trains it."""
     if (stage.folder / FINISHED).exists():
         return
-    config, folder = stage.config, stage.folder
     if stage.bank is not None:
         assert stage.before is not None
-        _write_bank(config, stage.bank, stage, stage.before)
+        _write_bank(stage.config, stage.bank, stage, stage.before)
     before = None if stage.before is None else stage.before.checkpoints
-    summary = train_stage(config, folder, init_from=before)
-    write_sealed(folder / FINISHED, {"step": summary.step, "seconds": summary.seconds})
+    summary = train_stage(stage.config, stage.folder, init_from=before)
+    write_sealed(stage.folder / FINISHED, {"step": summary.step, "seconds": summary.seconds})
 
 
 def _write_bank(config: ConfigDict, bank: Path, reader: SweepStage, writer: SweepStage) -> None:
@@ -135,24 +134,13 @@ def _measure(sweep: Sweep, run: SweepRun) -> dict[str, float]:
             config, pipeline, model, params, last.data.folder / sweep.questions
         )
         figures["questions"] = answers.pop("count")
-        renamed = {name.replace("accuracy", "right"): value for name, value in answers.items()}
-        figures |= renamed
+        figures |= {name.replace("accuracy", "right"): value for name, value in answers.items()}
     if sweep.in_context:
         told = read_questions(last.data.folder / sweep.in_context)
-        figures["right_in_context"] = float(
-            np.mean(Answerer(model, params, tokenizer, config.data.sequence_length).correct(told))
-        )
+        answerer = Answerer(model, params, tokenizer, config.data.sequence_length)
+        figures["right_in_context"] = float(np.mean(answerer.correct(told)))
     if config.memory.source != "none":
-        figures["memory_bytes"] = _bytes_of_memory(run.bank or _bank_of(last))
+        bank = Bank.open(run.bank or open_version(last.folder).banks[0])
+        figures["memory_bytes"] = bank.bytes // bank.size  # short references are filled up
     figures["flops"] = sum(flops.train_step(s.config) * s.config.train.steps for s in run.stages)
     return {**figures, "steps": meta["step"]}
-
-
-def _bank_of(stage: SweepStage) -> Path:
-    return open_version(stage.folder).banks[0]
-
-
-def _bytes_of_memory(bank: Path) -> int:
-    """Returns bytes of a memory as the bank stores it, short references filled up."""
-    opened = Bank.open(bank)
-    return opened.bytes // opened.size

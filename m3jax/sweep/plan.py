@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import runpy
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,46 +58,36 @@ def plan_sweep(sweep: Sweep, workdir: str | Path, data: str | Path | None = None
         )
     if not Path(sweep.config).is_file():
         raise SweepError(f"there is no config {sweep.config}; start in the folder above configs/")
-    get_config = runpy.run_path(sweep.config)["get_config"]
-    planner = _Planner(sweep, Path(workdir).absolute(), data, get_config)
+    planner = _Planner(sweep, Path(workdir).absolute(), data)
     return [planner.run(entry, seed) for seed in sweep.seeds for entry in sweep.entries]
 
 
 class _Planner:
     """Plans the runs of one sweep."""
 
-    def __init__(
-        self,
-        sweep: Sweep,
-        workdir: Path,
-        data: str | Path | None,
-        get_config: Callable[[str], ConfigDict],
-    ):
+    def __init__(self, sweep: Sweep, workdir: Path, data: str | Path | None):
         self.sweep, self.workdir, self.given = sweep, workdir, data
-        self.get_config = get_config
+        self.get_config = runpy.run_path(sweep.config)["get_config"]
 
     def run(self, entry: Entry, seed: int) -> SweepRun:
         result = self.workdir / "results" / f"{entry.name}-seed-{seed}.json"
         try:
             _check_entry(entry)
-            before: SweepStage | None = None
-            stages = []
+            stages: list[SweepStage] = []
             for name in entry.stages:
-                before = self.stage(entry, seed, name, before)
-                stages.append(before)
+                stages.append(self.stage(entry, seed, name, stages[-1] if stages else None))
             read = self.reading(entry, stages[-1])
         except ConfigError as error:
             return SweepRun(entry, seed, result, refused=str(error), key=digest(str(error)))
         bank = self.bank_to_read(stages[-1], read)
-        sweep = self.sweep
         measured = [stages[-1].folder.name, _changed(read), bank.name if bank else None]
-        key = digest(json.dumps([*measured, sweep.questions, sweep.in_context], sort_keys=True))
+        measured += [self.sweep.questions, self.sweep.in_context]
+        key = digest(json.dumps(measured, sort_keys=True))
         return SweepRun(entry, seed, result, tuple(stages), read, bank, key)
 
     def stage(self, entry: Entry, seed: int, name: str, before: SweepStage | None) -> SweepStage:
         """Plans a stage of an entry."""
-        options = ",".join(part for part in (f"stage={name}", entry.options) if part)
-        base = self.get_config(options)
+        base = self.get_config(_options(entry, name))
         chosen = {**_of(self.sweep.changes, name), **_of(entry.changes, name)}
         if base.memory.source == "none":
             resized = any(path.startswith("model.") for path in chosen)
@@ -172,15 +162,15 @@ def _check_entry(entry: Entry) -> None:
             )
     if len(set(entry.stages)) < len(entry.stages):
         raise ConfigError(f"stages = {', '.join(entry.stages)}: each stage once")
-    stray = [path for path in entry.changes if ":" in path and _stage_of(path) not in entry.stages]
+    stray = [path for path in entry.changes if path.rpartition(":")[0] not in ("", *entry.stages)]
     if stray:
         raise ConfigError(
             f"{stray[0]} is of a stage that the entry has not; it has {', '.join(entry.stages)}"
         )
 
 
-def _stage_of(path: str) -> str:
-    return path.partition(":")[0]
+def _options(entry: Entry, stage: str) -> str:
+    return ",".join(filter(None, (f"stage={stage}", entry.options)))
 
 
 def _of(changes: Mapping[str, Any], stage: str) -> dict[str, Any]:
@@ -210,10 +200,8 @@ def _with(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
 
 def _changed(config: ConfigDict) -> dict[str, Any]:
     """Fields that differ from the defaults, so that a new field changes no hash; not the name."""
-    defaults = flatten(default())
-    values = flatten(config)
-    changed = sorted(path for path in values if values[path] != defaults[path])
-    return {path: values[path] for path in changed if path != "name"}
+    defaults = {**flatten(default()), "name": config.name}
+    return {path: value for path, value in flatten(config).items() if value != defaults[path]}
 
 
 def _short(made_of: Any) -> str:
@@ -232,36 +220,32 @@ def launch_lines(sweep: Sweep, runs: Sequence[SweepRun], own: str) -> Iterator[s
       own: the call of `launch/sweep.py` without `--dry_run`.
     """
     yield f"{own} --prepare_only"
-    banks: set[Path] = set()
-    done: set[Path] = set()
+    done: set[Path] = set()  # banks and stages
     for run in runs:
         for stage in run.stages:
             if stage.folder in done:
                 continue
+            flags = [*_flags(sweep, run, stage), f"--workdir={stage.folder}"]
+            before = stage.before.checkpoints if stage.before else None
+            if stage.bank is not None and stage.bank not in done:
+                done.add(stage.bank)
+                more = [f"--checkpoint={before}", f"--bank={stage.bank}"]
+                yield _watched(f"bank-{stage.bank.name}", "write_bank", [*flags, *more])
             done.add(stage.folder)
-            flags = _flags(sweep, run, stage)
-            if stage.bank is not None and stage.bank not in banks:
-                banks.add(stage.bank)
-                assert stage.before is not None
-                write = ["launch/write_bank.py", *flags, f"--workdir={stage.folder}"]
-                write += [f"--checkpoint={stage.before.checkpoints}", f"--bank={stage.bank}"]
-                yield _watched(f"bank-{stage.bank.name}", write)
-            train = ["launch/train.py", *flags, f"--workdir={stage.folder}"]
-            if stage.before is not None:
-                train.append(f"--init_from={stage.before.checkpoints}")
-            yield _watched(stage.folder.name, train)
+            start = [f"--init_from={before}"] if before else []
+            yield _watched(stage.folder.name, "train", [*flags, *start])
     yield own
 
 
-def _watched(name: str, command: list[str]) -> str:
-    words = ["python", *command, "--distributed"]
-    return f"bash launch/tpu_vm.sh watch --run={name} -- {shlex.join(words)}"
+def _watched(name: str, script: str, flags: list[str]) -> str:
+    words = shlex.join(["python", f"launch/{script}.py", *flags, "--distributed"])
+    return f"bash launch/tpu_vm.sh watch --run={name} -- {words}"
 
 
 def _flags(sweep: Sweep, run: SweepRun, stage: SweepStage) -> list[str]:
     """`--config=…` and the fields that differ from what that gives."""
-    options = ",".join(part for part in (f"stage={stage.config.stage}", run.entry.options) if part)
+    options = _options(run.entry, stage.config.stage)
     base = flatten(runpy.run_path(sweep.config)["get_config"](options))
-    changed = {p: value for p, value in flatten(stage.config).items() if value != base[p]}
-    named = [f"--config.{path}={value}" for path, value in changed.items()]
-    return [f"--config={sweep.config}:{options}", *named]
+    values = flatten(stage.config).items()
+    changed = [f"--config.{path}={value}" for path, value in values if value != base[path]]
+    return [f"--config={sweep.config}:{options}", *changed]

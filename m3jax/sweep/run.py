@@ -24,27 +24,21 @@ from m3jax.sweep.spec import SweepRun
 
 BEGIN, END = "<!-- sweep: begin -->", "<!-- sweep: end -->"
 
-# Figure → heading and form.
+# Figure → heading, form and factor.
 COLUMNS = {
-    "right_memory": ("right answers with memory", "{:.3f}"),
-    "right_none": ("without", "{:.3f}"),
-    "right_wrong": ("wrong memories", "{:.3f}"),
-    "right_in_context": ("facts in the prompt", "{:.3f}"),
-    "loss_memory": ("loss with memory", "{:.3f}"),
-    "loss_none": ("without", "{:.3f}"),
-    "memory_bytes": ("bytes a memory", "{:,.0f}"),
-    "flops": ("training, TFLOP", "{:.2f}"),
+    "right_memory": ("right answers with memory", "{:.3f}", 1),
+    "right_none": ("without", "{:.3f}", 1),
+    "right_wrong": ("wrong memories", "{:.3f}", 1),
+    "right_in_context": ("facts in the prompt", "{:.3f}", 1),
+    "loss_memory": ("loss with memory", "{:.3f}", 1),
+    "loss_none": ("without", "{:.3f}", 1),
+    "memory_bytes": ("bytes a memory", "{:,.0f}", 1),
+    "flops": ("training, TFLOP", "{:.2f}", 1e-12),
 }
-_SCALE = {"flops": 1e-12}
 _SPREAD = ("right_memory", "loss_memory")  # figures shown with the range of the seeds
 
-Outcomes = dict[str, dict[int, dict[str, Any] | None]]  # by entry and seed
 _PATIENCE = 60.0  # seconds to wait for the end of a process that was told to end
 _STOPPED = (0, -signal.SIGTERM, -signal.SIGINT)  # how one ends that was told to
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def run_all(
@@ -53,18 +47,16 @@ def run_all(
     command: Callable[[SweepRun], Sequence[str]],
     *,
     retry: bool = False,
-    after: Callable[[], None] = lambda: None,
-    say: Callable[[str], None] = _say,
 ) -> None:
     """Runs what has no result yet, in order; stopped at any moment, the same call goes on.
+
+    Prints a line for each, and writes the report after each.
 
     Args:
       runs: of `plan_sweep`.
       workdir: of the sweep; one call at a time works in it.
       command: the command of a run, which writes its result (`run_entry`).
       retry: whether runs that have failed are run again.
-      after: called after each.
-      say: gets a line for each.
 
     Raises:
       SweepError: another call works in the workdir.
@@ -72,20 +64,20 @@ def run_all(
     """
     for run in runs:
         if run.refused:
-            say(f"{run.name}: refused: {run.refused}")
+            print(f"{run.name}: refused: {run.refused}", flush=True)
     with alone(workdir) as lock:
         for number, run in enumerate(runs, 1):
             outcome = run.outcome()
             if run.refused or (outcome is not None and not (retry and "error" in outcome)):
                 continue
-            say(f"[{number}/{len(runs)}] {run.name}")
+            print(f"[{number}/{len(runs)}] {run.name}", flush=True)
             started = time.monotonic()
             error = _run(run, command(run), lock)
             if error:
                 write_sealed(run.result, {"key": run.key, "name": run.name, "error": error})
-            said = f"failed: {error}" if error else _said((run.outcome() or {})["figures"])
-            say(f"  {said} ({time.monotonic() - started:.0f} s)")
-            after()
+            told = f"failed: {error}" if error else _in_words((run.outcome() or {})["figures"])
+            print(f"  {told} ({time.monotonic() - started:.0f} s)", flush=True)
+            write_report(runs, workdir / "report")
 
 
 def _run(run: SweepRun, command: Sequence[str], lock: int) -> str:
@@ -111,7 +103,7 @@ def _run(run: SweepRun, command: Sequence[str], lock: int) -> str:
     return lines[-1].strip() if lines else f"ended with code {code}, without a word"
 
 
-def _said(figures: dict[str, Any]) -> str:
+def _in_words(figures: dict[str, Any]) -> str:
     named = {"right_memory": "right answers", "loss_memory": "loss", "loss_none": "loss without"}
     return ", ".join(f"{name} {figures[key]:.4f}" for key, name in named.items() if key in figures)
 
@@ -155,28 +147,26 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-# -- the report
-
-
-def collect(runs: Sequence[SweepRun]) -> Outcomes:
-    """Returns the outcome of every run; None: not run yet."""
-    outcomes: Outcomes = {}
+# -- the report ------------------------------------------------------------------------------------
+def collect(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
+    """Returns name and group of every entry, and by seed its figures, its error, or nothing yet."""
+    entries: dict[str, dict[str, Any]] = {}
     for run in runs:
-        outcomes.setdefault(run.entry.name, {})[run.seed] = run.outcome()
-    return outcomes
+        entry = {"name": run.entry.name, "group": run.entry.group, "seeds": {}}
+        outcome = run.outcome() or {}
+        entries.setdefault(run.entry.name, entry)["seeds"][str(run.seed)] = {
+            key: outcome[key] for key in ("figures", "error") if key in outcome
+        }
+    return list(entries.values())
+
+
+def _figures(entry: Mapping[str, Any]) -> list[dict[str, float]]:
+    return [seed["figures"] for seed in entry["seeds"].values() if "figures" in seed]
 
 
 def as_json(runs: Sequence[SweepRun]) -> str:
     """Writes figures and errors of every entry and seed as stable JSON."""
-    groups = {run.entry.name: run.entry.group for run in runs}
-    entries = []
-    for name, seeds in collect(runs).items():
-        seeds_as_json = {
-            str(seed): {k: v for k, v in (outcome or {}).items() if k in ("figures", "error")}
-            for seed, outcome in seeds.items()
-        }
-        entries.append({"name": name, "group": groups[name], "seeds": seeds_as_json})
-    return json.dumps({"entries": entries}, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps({"entries": collect(runs)}, indent=1, ensure_ascii=False) + "\n"
 
 
 def sweep_table(runs: Sequence[SweepRun]) -> str:
@@ -184,37 +174,25 @@ def sweep_table(runs: Sequence[SweepRun]) -> str:
 
     Below it the runs that failed and why, and those that are missing.
     """
-    outcomes = collect(runs)
-    figures = {name: _figures(seeds) for name, seeds in outcomes.items()}
-    known = {key for rows in figures.values() for row in rows for key in row}
+    entries = collect(runs)
+    known = {key for entry in entries for row in _figures(entry) for key in row}
     columns = [key for key in COLUMNS if key in known]
-    lines = [
-        "| " + " | ".join(["", *(COLUMNS[key][0] for key in columns), "seeds"]) + " |",
-        "|---" * (len(columns) + 2) + "|",
-    ]
+    headings = " | ".join(["", *(COLUMNS[key][0] for key in columns), "seeds"])
+    lines = [f"| {headings} |", "|---" * (len(columns) + 2) + "|"]
     group = ""
-    for run in runs[: len(outcomes)]:
-        entry = run.entry
-        if entry.group and entry.group != group:
-            lines.append(f"| **{entry.group}** |" + " |" * (len(columns) + 1))
-        group = entry.group
-        rows = figures[entry.name]
-        cells = [_cell(key, rows) for key in columns]
-        lines.append("| " + " | ".join([entry.name, *cells, _count(outcomes[entry.name])]) + " |")
-    return "\n".join([*lines, *_missing(outcomes)])
-
-
-def _figures(seeds: Mapping[int, Mapping[str, Any] | None]) -> list[dict[str, float]]:
-    return [
-        outcome["figures"]
-        for outcome in seeds.values()
-        if outcome is not None and "figures" in outcome
-    ]
+    for entry in entries:
+        if entry["group"] and entry["group"] != group:
+            lines.append(f"| **{entry['group']}** |" + " |" * (len(columns) + 1))
+        group, rows = entry["group"], _figures(entry)
+        finished = len(rows) or ("failed" if any(entry["seeds"].values()) else "not run")
+        cells = [entry["name"], *(_cell(key, rows) for key in columns), str(finished)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, *_missing(entries)])
 
 
 def _cell(key: str, rows: Sequence[Mapping[str, float]]) -> str:
-    values = [row[key] * _SCALE.get(key, 1) for row in rows if key in row]
-    form = COLUMNS[key][1]
+    _, form, factor = COLUMNS[key]
+    values = [row[key] * factor for row in rows if key in row]
     if not values:
         return "–"
     mean = form.format(sum(values) / len(values))
@@ -223,28 +201,18 @@ def _cell(key: str, rows: Sequence[Mapping[str, float]]) -> str:
     return f"{mean} ({form.format(min(values))}…{form.format(max(values))})"
 
 
-def _count(seeds: Mapping[int, Mapping[str, Any] | None]) -> str:
-    """Number of finished seeds, or why there is none."""
-    if _figures(seeds):
-        return str(len(_figures(seeds)))
-    return "failed" if any(seeds.values()) else "not run"
-
-
-def _missing(outcomes: Outcomes) -> list[str]:
-    failed = [
-        f"* {name}, seed {seed}: {outcome['error']}"
-        for name, seeds in outcomes.items()
-        for seed, outcome in seeds.items()
-        if outcome is not None and "error" in outcome
-    ]
-    absent: dict[int, list[str]] = {}
-    for name, seeds in outcomes.items():
-        for seed, outcome in seeds.items():
-            if outcome is None:
-                absent.setdefault(seed, []).append(name)
+def _missing(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    failed: list[str] = []
+    absent: dict[str, list[str]] = {}
+    for entry in entries:
+        for seed, outcome in entry["seeds"].items():
+            if "error" in outcome:
+                failed.append(f"* {entry['name']}, seed {seed}: {outcome['error']}")
+            elif not outcome:
+                absent.setdefault(seed, []).append(entry["name"])
     lines = ["", "Failed:", "", *failed] if failed else []
-    for seed, names in sorted(absent.items()):
-        every = "all entries" if len(names) == len(outcomes) else ", ".join(names)
+    for seed, names in sorted(absent.items(), key=lambda item: int(item[0])):
+        every = "all entries" if len(names) == len(entries) else ", ".join(names)
         lines += ["", f"Not run with seed {seed}: {every}."]
     return lines
 
@@ -260,7 +228,7 @@ def finish(
 ) -> str:
     """Writes the report with its picture, and both to other files, too; returns the table."""
     write_report(runs, folder)
-    for path in (folder / "sweep.png", *([Path(picture)] if picture else ())):
+    for path in [folder / "sweep.png", *([Path(picture)] if picture else [])]:
         draw(runs, path)
     if markdown:
         insert(Path(markdown), sweep_table(runs))
@@ -274,18 +242,16 @@ def draw(runs: Sequence[SweepRun], path: Path) -> None:
     """
     from m3jax.evaluation.plots import sweep_dots
 
-    figures = {name: _figures(seeds) for name, seeds in collect(runs).items()}
-    answered = any("right_memory" in row for rows in figures.values() for row in rows)
+    entries = [(entry, _figures(entry)) for entry in collect(runs) if _figures(entry)]
+    answered = any("right_memory" in row for _, rows in entries for row in rows)
     kind, axis = ("right", "share of right answers") if answered else ("loss", "loss, nats a token")
-    entries = {run.entry.name: run.entry for run in runs if figures[run.entry.name]}
 
-    def values(name: str, mode: str) -> list[float]:
-        key = f"{kind}_{mode}"
-        return [row[key] for row in figures[name] if key in row]
+    def values(rows: Sequence[Mapping[str, float]], mode: str) -> list[float]:
+        return [row[f"{kind}_{mode}"] for row in rows if f"{kind}_{mode}" in row]
 
     lines = [
-        (entry.group, name, values(name, "memory"), values(name, "none"))
-        for name, entry in entries.items()
+        (entry["group"], entry["name"], values(rows, "memory"), values(rows, "none"))
+        for entry, rows in entries
     ]
     if lines:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -295,10 +261,8 @@ def draw(runs: Sequence[SweepRun], path: Path) -> None:
 def insert(path: Path, text: str) -> None:
     """Puts the table between the marks of a Markdown file, or makes the file of it."""
     old = path.read_text("utf-8") if path.exists() else ""
-    if BEGIN in old and END in old:
-        head, _, rest = old.partition(BEGIN)
-        tail = rest.partition(END)[2]
-        text = f"{head}{BEGIN}\n{text}\n{END}{tail}"
-    else:
-        text = f"{BEGIN}\n{text}\n{END}\n"
-    write_atomically(path, text.encode())
+    head, begin, rest = old.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        head, tail = "", "\n"
+    write_atomically(path, f"{head}{BEGIN}\n{text}\n{END}{tail}".encode())

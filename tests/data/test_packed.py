@@ -9,7 +9,7 @@ from data.data_workdir import WORLD, make_workdir, tiny_config
 from m3jax.data.packed import PackedRows, pack
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import TextError
-from m3jax.quickstart import people, people_chats
+from m3jax.quickstart import people
 from m3jax.text.chat.corpus import prepare_chats
 from m3jax.text.corpus import Corpus
 from m3jax.text.tokenizer import PAD
@@ -51,7 +51,7 @@ def folder_of(tmp_path_factory, name, records, **changes):
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory):
-    return folder_of(tmp_path_factory, "chats", people_chats.chats(WORLD, 0, 40))
+    return folder_of(tmp_path_factory, "chats", people.chats(WORLD, 0, 40))
 
 
 def rows_of(folder, name, length=60):
@@ -150,7 +150,7 @@ def test_a_missing_part_names_the_script(chats):
 
 def test_a_pair_is_in_one_row_with_its_answers_in_neighbouring_slots(tmp_path_factory):
     _, folder = folder_of(
-        tmp_path_factory, "pairs", people_chats.preferences(WORLD, 0, 40, rounds=(1, 1))
+        tmp_path_factory, "pairs", people.preferences(WORLD, 0, 40, rounds=(1, 1))
     )
     rows, texts = rows_of(folder, "pairs"), {}
     for record in map(json.loads, (folder / "pairs.jsonl").read_text().splitlines()):

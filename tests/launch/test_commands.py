@@ -14,7 +14,7 @@ from retrieval.encoders import write_encoder
 from m3jax import cli
 from m3jax.errors import InferenceError
 from m3jax.inference.cli import Request, run
-from m3jax.quickstart import people, people_chats
+from m3jax.quickstart import people
 from m3jax.retrieval.index import Index
 
 ROOT = Path(__file__).parents[2]
@@ -185,8 +185,8 @@ def test_from_chats_to_answers(tmp_path):
     refused = call("prepare chats", f"{config}:sft", *at, f"--chats={bad}")
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert f"{bad}:1: turn 1 (user) is empty; give every turn some text" in refused.stderr
-    people.write_jsonl(tmp_path / "chats.jsonl", people_chats.chats(WORLD, 0, 60))
-    people.write_jsonl(tmp_path / "pairs.jsonl", people_chats.preferences(WORLD, 0, 60))
+    people.write_jsonl(tmp_path / "chats.jsonl", people.chats(WORLD, 0, 60))
+    people.write_jsonl(tmp_path / "pairs.jsonl", people.preferences(WORLD, 0, 60))
     for stage, before, name in (("sft", "warmup", "chats"), ("dpo", "sft", "pairs")):
         of = f"{config}:{stage}"
         unprepared = call("train", of, *at)

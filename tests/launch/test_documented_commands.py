@@ -70,7 +70,7 @@ def commands(text: str) -> Iterator[tuple[str, bool]]:
             yield f"launch/{code}", False
 
 
-def completed(words: list[str], flags_: tuple[cli.Flag, ...], required: tuple[str, ...]):
+def completed(words: list[str], flags_: tuple[cli.Flag, ...]):
     """The words of a command that is a part, with values where it leaves them to the reader."""
     given = [word for word in words if not word.endswith(ELLIPSIS)]
     for word in list(given):  # --config.writer.compression=C: any value
@@ -82,7 +82,7 @@ def completed(words: list[str], flags_: tuple[cli.Flag, ...], required: tuple[st
     values = {ConfigDict: "configs/wiki_small.py:stage=continual", int: "1", float: "1"}
     for flag in flags_:
         valued = f"--{flag.name}={values.get(flag.kind, 'x')}"
-        if flag.name in required and flag.name not in names:
+        if flag.required and flag.name not in names:
             given.insert(0, valued)
         elif f"--{flag.name}" in given and flag.kind is not bool:
             given[given.index(f"--{flag.name}")] = valued
@@ -117,7 +117,7 @@ def check(command: str, whole: bool, dry_run: bool) -> None:
         chosen = scope["COMMANDS"][named[0] if named else ""]
         if rest[:1] and not rest[0].startswith(("-", *ELLIPSIS)) and not named:
             raise AssertionError(f"{rest[0]} is no command of {script}")
-        rest = [*named, *completed(rest[len(named) :], chosen.flags, chosen.required)]
+        rest = [*named, *completed(rest[len(named) :], chosen.flags)]
     cli.parse(scope["__doc__"], scope["COMMANDS"], [script.name, *rest], flags.FlagValues())
 
 

@@ -13,7 +13,7 @@ from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import CheckpointError
 from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
-from m3jax.quickstart import people, people_chats
+from m3jax.quickstart import people
 from m3jax.text.chat.corpus import prepare_chats
 from m3jax.train import loop
 from m3jax.train.dpo_base import hold_base_logprobs, load
@@ -70,8 +70,8 @@ def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("aligned")
     sft, dpo = config_of("sft"), config_of("dpo")
     make_workdir(folder, sft)
-    people.write_jsonl(folder / "chats.jsonl", people_chats.chats(WORLD, 0, 40))
-    people.write_jsonl(folder / "pairs.jsonl", people_chats.preferences(WORLD, 0, 60))
+    people.write_jsonl(folder / "chats.jsonl", people.chats(WORLD, 0, 40))
+    people.write_jsonl(folder / "pairs.jsonl", people.preferences(WORLD, 0, 60))
     prepare_chats(sft, folder, str(folder / "chats.jsonl"))
     prepare_chats(dpo, folder, str(folder / "pairs.jsonl"))
     first, _ = run(sft, folder, None)
