@@ -84,7 +84,7 @@ def chats(given: FlagValues) -> None:
     finished part is kept.
     """
     from m3jax.config import with_epochs
-    from m3jax.data.packed import PackedRows
+    from m3jax.data.rows import PackedRows
     from m3jax.text.chat.corpus import REPORT, describe, prepare_chats
     from m3jax.text.corpus import Corpus
 

@@ -37,7 +37,7 @@ from m3jax.cli import Flag
 
 def main(given: FlagValues) -> None:
     """Joins the other processes and trains."""
-    from m3jax.train.profile import parse_steps
+    from m3jax.train.hooks import parse_steps
     from m3jax.train.stage import train_stage
 
     profile = None if given.profile_steps is None else parse_steps(given.profile_steps)

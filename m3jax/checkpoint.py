@@ -7,7 +7,7 @@ A checkpoint is a folder `<stage folder>/checkpoints/<step>` with `state` and `m
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,13 @@ FOLDER = "checkpoints"
 SEGMENTS = ("lower", "memory", "upper")
 
 
+def checkpoint_steps(stage_folder: str | Path) -> list[int]:
+    """Lists the steps of which a stage has a checkpoint, ascending."""
+    folder = Path(stage_folder) / FOLDER
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(entry.name) for entry in entries if entry.name.isdigit())
+
+
 def checkpoint_folder(path: str | Path, step: int | None = None) -> Path:
     """Returns the folder of a stage's newest checkpoint or that of `step`, or `…/<step>` itself.
 
@@ -37,8 +44,7 @@ def checkpoint_folder(path: str | Path, step: int | None = None) -> Path:
     path = Path(path).absolute()
     if path.name.isdigit() and (path / "state").is_dir() and step in (None, int(path.name)):
         return path
-    entries = (path / FOLDER).iterdir() if (path / FOLDER).is_dir() else ()
-    steps = sorted(int(entry.name) for entry in entries if entry.name.isdigit())
+    steps = checkpoint_steps(path)
     if not steps:
         raise CheckpointError(
             f"no checkpoint in {path}; name the folder of a stage that was trained, or its"
@@ -51,11 +57,8 @@ def checkpoint_folder(path: str | Path, step: int | None = None) -> Path:
 
 def read_meta(folder: str | Path) -> dict[str, Any]:
     """Reads the `meta` of a checkpoint folder `…/<step>`."""
-    try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            return dict(reader.restore(Path(folder).absolute() / "meta"))
-    except (ValueError, OSError) as error:
-        raise unreadable(Path(folder), error) from error
+    with damage_named(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return dict(reader.restore(Path(folder).absolute() / "meta"))
 
 
 def restore_params(
@@ -88,14 +91,12 @@ def restore_params(
     shapes, axes = model.abstract()
     saved = saved_shapes(folder)
     stacks = {name: model.segments[name] for name in SEGMENTS if name in shapes}
-    if _layers(saved) == sum(stacks.values()):
-        check_shapes(folder, jax.eval_shape(lambda p: restack(p, stacks), saved), shapes)
-    else:
-        check_shapes(folder, saved, shapes)
+    alike = _layers(saved) == sum(stacks.values())
+    moved = jax.eval_shape(lambda p: restack(p, stacks), saved) if alike else saved
+    check_shapes(folder, moved, shapes)
     if mesh is None:
         device = SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: device, shapes)
-        placed = jax.tree.map(lambda _: device, saved)
+        shardings, placed = (jax.tree.map(lambda _: device, tree) for tree in (shapes, saved))
     else:
         shardings = parameter_shardings(mesh, axes, shapes)
         block = axes["memory"]
@@ -157,11 +158,15 @@ def restack(params: Params, stacks: Mapping[str, int]) -> Params:
     return result
 
 
-def unreadable(folder: Path, error: Exception) -> CheckpointError:
-    """Makes the error of a damaged checkpoint."""
-    return CheckpointError(
-        f"checkpoint {folder} cannot be read ({error}); delete it to use an earlier one"
-    )
+@contextlib.contextmanager
+def damage_named(folder: str | Path) -> Iterator[None]:
+    """Raises `CheckpointError`, naming the checkpoint, where the block cannot read it."""
+    try:
+        yield
+    except (ValueError, OSError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"checkpoint {folder} cannot be read ({error}); delete it to use an earlier one"
+        ) from error
 
 
 def check_tokenizer(folder: Path, meta: Mapping[str, Any], fingerprint: str) -> None:
@@ -175,25 +180,19 @@ def check_tokenizer(folder: Path, meta: Mapping[str, Any], fingerprint: str) -> 
 
 def saved_shapes(folder: Path) -> Params:
     """Reads shapes and dtypes of the parameters in a checkpoint, from its metadata."""
-    try:
-        # The handler itself: a Checkpointer would warn that `state` is a part of a checkpoint.
-        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-            tree = handler.metadata(folder / "state").tree["params"]
-    except (ValueError, OSError, KeyError, AttributeError) as error:
-        raise unreadable(folder, error) from error
+    # The handler itself: a Checkpointer would warn that `state` is a part of a checkpoint.
+    with damage_named(folder), contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        tree = handler.metadata(folder / "state").tree["params"]
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def _read_params(folder: Path, targets: Params) -> Params:
     arguments = ocp.checkpoint_utils.construct_restore_args(targets)
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            options = ocp.args.PyTreeRestore(
-                {"params": targets}, restore_args={"params": arguments}, partial_restore=True
-            )
-            return reader.restore(folder / "state", args=options)["params"]
-    except (ValueError, OSError, KeyError) as error:
-        raise unreadable(folder, error) from error
+    with damage_named(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        options = ocp.args.PyTreeRestore(
+            {"params": targets}, restore_args={"params": arguments}, partial_restore=True
+        )
+        return reader.restore(folder / "state", args=options)["params"]
 
 
 def _layers(shapes: Params) -> int:
@@ -202,13 +201,8 @@ def _layers(shapes: Params) -> int:
 
 def check_shapes(folder: Path, saved: Params, needed: Params) -> None:
     """Raises `CheckpointError`, naming the first parameter whose shape is another."""
-    sides = [
-        {
-            parameter_name(path): leaf.shape
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for tree in (saved, needed)
-    ]
+    trees = [jax.tree.leaves_with_path(tree) for tree in (saved, needed)]
+    sides = [{parameter_name(path): leaf.shape for path, leaf in leaves} for leaves in trees]
     for name in sorted(sides[0].keys() | sides[1].keys()):
         theirs, ours = (side.get(name, "absent") for side in sides)
         if theirs != ours:

@@ -288,14 +288,18 @@ class HostRows(NamedTuple):
         return slice(first, first + high - low)
 
 
-def host_rows(mesh: Mesh, total: int) -> HostRows:
+def host_rows(mesh: Mesh | None, total: int) -> HostRows:
     """Returns the rows of a global batch of `total` rows on devices of this process.
+
+    Without a mesh these are all rows.
 
     On a torus they need not be neighbours: hosts hold squares of chips, batches are split in lines.
 
     Raises:
       ConfigError: the rows cannot be split evenly.
     """
+    if mesh is None:
+        return HostRows(np.arange(total), total)
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if total % ways:
         raise ConfigError(
@@ -313,16 +317,18 @@ def row_spec(axis: int) -> PartitionSpec:
     return ACTIVATIONS.spec((*(None,) * axis, "batch"))
 
 
-def to_global(mesh: Mesh, batch: Any, rows: HostRows, row_axes: Any = 0) -> Any:
+def to_global(mesh: Mesh | None, batch: Any, rows: HostRows, row_axes: Any = 0) -> Any:
     """Makes global arrays from the rows that this process loaded.
 
     Args:
-      mesh: the mesh.
+      mesh: the mesh; None: the default device.
       batch: a tree of host arrays that hold the rows `rows.ids`. They may be used without a copy:
         do not write to them afterwards.
       rows: `host_rows` of the mesh.
       row_axes: number of the axis of rows in every array, or in all.
     """
+    if mesh is None:
+        return jax.device_put(batch)
 
     def make(x: np.ndarray, axis: int) -> jax.Array:
         def part(index: Any) -> np.ndarray:

@@ -21,7 +21,7 @@ from m3jax import flops
 from m3jax.aot.collectives import by_kind, collectives
 from m3jax.aot.decode import arguments, serving, serving_mesh
 from m3jax.aot.jaxpr_flops import attention_blocks, chunks_of_row, executed_flops
-from m3jax.config import IN_STEP, PACKED, PREFIX_TOKENS, prefix_tokens, validate
+from m3jax.config import IN_STEP, PACKED, PREFIX_TOKENS, validate
 from m3jax.data.batch import Batch
 from m3jax.errors import CompileError, ConfigError
 from m3jax.hardware import Chip, chip_of_topology
@@ -32,8 +32,7 @@ from m3jax.memory.encode import encode_program, input_shapes
 from m3jax.mesh import AXES, batch_sharding, make_mesh, parameter_shardings, replicated, row_spec
 from m3jax.model.attention_mask import ExplicitMemory, Packing
 from m3jax.private_apis import needed_bytes
-from m3jax.train.optimizer import make_optimizer
-from m3jax.train.state import abstract_state
+from m3jax.train.state import Program
 from m3jax.train.step import make_step
 
 PATHS = ("warmup", "precomputed", "online")  # what a train step reads
@@ -90,13 +89,11 @@ def devices_of(topology: str) -> list[Any]:
 
 def compile_train(config: ConfigDict, mesh: Mesh) -> CompiledProgram:
     """Compiles the train step on abstract arrays."""
-    model, optimizer = make_model(config, prefix_tokens(config), mesh), make_optimizer(config)
-    state = abstract_state(model, optimizer, mesh)
-    step = make_step(config, model, mesh, optimizer, state)
-    arguments: list[Any] = [state, abstract_batch(config, mesh)]
+    program = Program(config, mesh)
+    arguments: list[Any] = [program.abstract, abstract_batch(config, mesh)]
     if config.guard.on:  # the factor on the learning rate
         arguments.append(jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh)))
-    return _compile(step, *arguments)
+    return _compile(make_step(program), *arguments)
 
 
 def compile_writer(config: ConfigDict, mesh: Mesh) -> CompiledProgram:

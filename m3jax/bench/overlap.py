@@ -104,7 +104,7 @@ def _retrieved(workdir: str | Path, length: int, rows: int) -> list[Pairs]:
     chosen = np.random.default_rng(0).permutation(len(corpus))[:rows]
     pairs = []
     for row in chosen.tolist():
-        text = corpus[row].tokens
+        ((text, _),) = corpus[row].texts
         queries = [tokenizer.decode(text[low : low + CHUNK]) for low in range(0, length, CHUNK)]
         ids, scores = index.search(index.embedder.embed_queries(queries), CANDIDATES)
         ids = ids[(ids >= 0) & (scores > 0)]

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from m3jax.bench.hf_llama import llama_step
 from m3jax.bench.made import configured, prepare, random_codec, section
 from m3jax.bench.rounds import Rounds, import_peer, quotients, timed
-from m3jax.config import PREFIX_TOKENS, prefix_tokens
+from m3jax.config import PREFIX_TOKENS
 from m3jax.data.batch import Batch
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.make_model import make_model
@@ -31,8 +31,7 @@ from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.loss import place_batch
 from m3jax.train.monitor import Monitor
-from m3jax.train.optimizer import make_optimizer
-from m3jax.train.state import abstract_state, init_state
+from m3jax.train.state import Program
 from m3jax.train.step import make_step, scale_on
 
 # Small enough for a CPU, in the proportions of a real model.
@@ -166,13 +165,10 @@ class _Stage:
 
     def __init__(self, config: ConfigDict, workdir: Path, bank: Path | None = None):
         self.mesh = make_mesh(config)
-        model = make_model(config, prefix_tokens(config), self.mesh)
-        optimizer = make_optimizer(config)
-        abstract = abstract_state(model, optimizer, self.mesh)
-        self.state = init_state(config, model, optimizer, abstract, None)
+        program = Program(config, self.mesh)
+        self.state = program.init()
         self.pipeline: Pipeline = open_pipeline(config, workdir, bank=bank)
-        dequantize = self.pipeline.dequantize
-        self.step = make_step(config, model, self.mesh, optimizer, abstract, dequantize)
+        self.step = make_step(program, self.pipeline.dequantize)
         self.batches = self.pipeline.batches(0)
         self.same = self._place(next(self.batches))
         self.scale = [scale_on(self.mesh, 1.0)] if config.guard.on else []

@@ -46,7 +46,3 @@ class Batch(NamedTuple):
         if self.memory is None:
             return axes
         return axes._replace(memory=axes.memory._replace(keys=1, values=1))
-
-    def without_memory(self) -> Batch:
-        """Returns the batch without memories and tokens of references; ids stay."""
-        return self._replace(memory=None, reference_tokens=None)

@@ -8,19 +8,20 @@ training.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 from jaxtyping import Bool, Int
 from ml_collections import ConfigDict
 
 from m3jax.config import PACKED
 from m3jax.data.batch import Batch
-from m3jax.data.packed import PackedRow, PackedRows
-from m3jax.data.rows import Row, Rows
+from m3jax.data.rows import PackedRows, Row, Rows
 from m3jax.errors import TextError
 from m3jax.knowledge.versions import (
     Version,
@@ -32,7 +33,6 @@ from m3jax.knowledge.versions import (
 )
 from m3jax.memory.bank import Bank
 from m3jax.memory.reader import Dequantize
-from m3jax.model.attention_mask import Packing
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
 from m3jax.text.references import ReferenceReader
@@ -81,7 +81,7 @@ class Pipeline:
         self._order = order.batch(batch_size, drop_remainder=True)
         self.version: Version | None = None
         self.base_logprobs: np.ndarray | None = None
-        self._counts = {"chunks": 0, "chunks_without_reference": 0}
+        self._counts = Counter(chunks=0, chunks_without_reference=0)
         self._lock = threading.Lock()
 
     def batch(self, step: int, rows: np.ndarray | slice | None = None) -> Batch:
@@ -95,44 +95,41 @@ class Pipeline:
     ) -> Batch:
         """Returns a batch of these rows; the memories of `hidden` chunks are left out."""
         items = [self.rows[int(row)] for row in ids]
-        batch: dict[str, Any] = {
-            "tokens": np.stack([item.inputs for item in items]).astype(np.int32),
-            "targets": np.stack([item.targets for item in items]).astype(np.int32),
-            "weights": np.stack([item.weights for item in items]).astype(np.float32),
-        }
-        packed = [item for item in items if isinstance(item, PackedRow)]
-        if packed:
-            places: list[Any] = [
-                np.stack([item.starts for item in packed]),
-                np.stack([item.first_chunks for item in packed]),
-            ]
-            batch["packing"] = Packing(*places)
+
+        def stacked(name: str, dtype: Any) -> Any:
+            return np.stack([getattr(item, name) for item in items]).astype(dtype, copy=False)
+
+        batch = Batch(
+            tokens=stacked("inputs", np.int32),
+            targets=stacked("targets", np.int32),
+            weights=stacked("weights", np.float32),
+        )
+        packings = [item.packing for item in items if item.packing is not None]
+        if packings:
+            batch = batch._replace(packing=jax.tree.map(lambda *x: np.stack(x), *packings))
         if self.rows.slots:
-            batch["answers"] = np.stack([item.answers for item in packed])
             logprobs = self.base_logprobs
             if logprobs is None:
                 logprobs = np.zeros((len(self.rows), self.rows.slots), np.float32)
-            batch["base_logprobs"] = logprobs[ids]
-        if self.config.memory.source == "none":
-            return Batch(**batch)
-        reference_ids = self._reference_ids(items)
+            answers = stacked("answers", np.int32)
+            batch = batch._replace(answers=answers, base_logprobs=logprobs[ids])
+        source = self.config.memory.source
+        if source == "none":
+            return batch
+        reference_ids: Any = self._reference_ids(items)
         if hidden is not None:
             reference_ids = np.where(hidden[..., None], -1, reference_ids)
-        batch["reference_ids"] = reference_ids.astype(np.int32)
+        batch = batch._replace(reference_ids=reference_ids.astype(np.int32))
         chunks = len(items) * self.rows.chunks
-        if packed:  # a row has places for as many chunks as the fullest
-            chunks = sum(len(item.references) for item in packed)
+        if packings:  # a row has places for as many chunks as the fullest
+            chunks = sum(len(item.references) for item in items)
+        without = chunks - int((reference_ids[..., 0] >= 0).sum())
         with self._lock:
-            self._counts["chunks"] += chunks
-            self._counts["chunks_without_reference"] += chunks - int(
-                (reference_ids[..., 0] >= 0).sum()
-            )
-        if self.config.memory.source == "precomputed":
+            self._counts.update(chunks=chunks, chunks_without_reference=without)
+        if source == "precomputed":
             assert self.bank is not None
-            batch["memory"] = self.bank.read_stored(reference_ids)
-        else:
-            batch["reference_tokens"] = self._reference_tokens(reference_ids)
-        return Batch(**batch)
+            return batch._replace(memory=self.bank.read_stored(reference_ids))
+        return batch._replace(reference_tokens=self._reference_tokens(reference_ids))
 
     def retrieved(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n C M"]:
         """Returns ids of the retrieved references of these rows, −1 = none; reads no memory."""
@@ -162,7 +159,7 @@ class Pipeline:
             counts.update(self.bank.report())
         return counts
 
-    def _reference_ids(self, items: Sequence[Row | PackedRow]) -> np.ndarray:
+    def _reference_ids(self, items: Sequence[Row]) -> np.ndarray:
         """Retrieved references `(B, C, M)` of every chunk, −1 where there is none."""
         C, M = self.rows.chunks, self.config.memory.per_chunk
         ids = np.full((len(items), C, M), -1, np.int64)
@@ -188,7 +185,7 @@ class Pipeline:
         generator = np.random.default_rng([self.config.seed, 0x6D33, step])
         return generator.random((self.batch_size, self.rows.chunks)) < self.dropout
 
-    def _reference_tokens(self, ids: np.ndarray) -> np.ndarray:
+    def _reference_tokens(self, ids: np.ndarray) -> Any:
         assert self.references is not None
         W = self.config.memory.reference_length
         tokens = np.zeros((ids.size, W), np.int32)
@@ -239,10 +236,9 @@ def open_pipeline(
     memories = None
     if config.memory.source == "precomputed":
         cache = config.memory.cache_bytes
-        if bank:
-            memories = Bank.open(bank, cache_bytes=cache)
-        else:
-            memories = open_bank(opened, references, cache)
+        memories = (
+            Bank.open(bank, cache_bytes=cache) if bank else open_bank(opened, references, cache)
+        )
         check_bank(config, memories, references, tokenizer)
     retriever = None
     if config.retrieval.ids == "search":

@@ -135,7 +135,7 @@ def _rows(config: ConfigDict, folder: Path, sample: int, rng: np.random.Generato
     data = config.data
     rows = Rows(Corpus.open(folder), data.sequence_length, config.memory.chunk_length, data.packing)
     chosen = np.sort(rng.permutation(len(rows))[:sample]).tolist()
-    return [Text(f"row {row} of {folder.name}", rows[row].tokens) for row in chosen]
+    return [Text(f"row {row} of {folder.name}", rows[row].texts[0][0]) for row in chosen]
 
 
 def _questions(

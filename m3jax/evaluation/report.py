@@ -19,7 +19,7 @@ from m3jax.make_model import make_model
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
 from m3jax.train.evaluator import MODES, LossEvaluator
-from m3jax.train.metrics import dropped_share, hit_share
+from m3jax.train.metrics import retrieval_shares
 
 
 def evaluate_losses(
@@ -66,7 +66,7 @@ def evaluate_losses(
         "rows": evaluator.rows,
         "bank_version": None if pipeline.version is None else pipeline.version.number,
         **losses,
-        "retrieval": {**counts, **dropped_share({}, counts), **hit_share({}, counts)},
+        "retrieval": {**counts, **retrieval_shares(counts)},
     }
     if questions is not None:
         report["questions"] = answer_questions(config, pipeline, model, params, questions)

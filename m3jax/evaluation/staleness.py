@@ -103,13 +103,15 @@ def measure_staleness(
     losses = _losses(config, pipeline, fresh, params)
     gains = losses["stored"] - losses["fresh"]
     many = len(gains) > 1
+    keys, values = squares.errors
+    key_floor, value_floor = (0.0, 0.0) if floor is None else floor.errors.mean(axis=1)
     per_reference = squares.relative
     return Staleness(
         references=len(drawn),
-        keys=squares.error("keys"),
-        values=squares.error("values"),
-        key_floor=0.0 if floor is None else float(np.mean(floor.error("keys"))),
-        value_floor=0.0 if floor is None else float(np.mean(floor.error("values"))),
+        keys=keys.tolist(),
+        values=values.tolist(),
+        key_floor=float(key_floor),
+        value_floor=float(value_floor),
         first_layer=_held(per_reference[:, 0], per_reference.mean(axis=1), 0.25),
         losses={name: float(values.mean()) for name, values in losses.items()},
         gain=float(gains.mean()),

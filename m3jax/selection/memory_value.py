@@ -27,7 +27,7 @@ from m3jax.files import write_array, write_atomically
 from m3jax.make_model import make_model
 from m3jax.memory.reader import Dequantize
 from m3jax.model.parameters import Params
-from m3jax.train.loss import hidden_of
+from m3jax.train.loss import Forward
 
 NOTHING, EVERYTHING = -1, -2  # absent: no reference, or all memories
 # Loss of a row, nats, with a reference absent; `weight` is that of the row's targets.
@@ -77,7 +77,7 @@ class RowLosses:
         memory = picked.memory  # without a real slot it takes no attention
         memory = memory._replace(length=jnp.where(present, memory.length, 0))
         picked = picked._replace(memory=memory)
-        hidden = hidden_of(self.model, params, picked, None, self._dequantize)
+        hidden = Forward(self.model, dequantize=self._dequantize).hidden(params, picked)
         return self.model.token_losses(params, hidden, picked.targets)
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
-from orbax.checkpoint import checkpoint_managers as policies
 
 import m3jax
 from m3jax.checkpoint import (
@@ -24,10 +23,11 @@ from m3jax.checkpoint import (
     check_shapes,
     check_tokenizer,
     checkpoint_folder,
+    checkpoint_steps,
+    damage_named,
     read_meta,
     reads,
     saved_shapes,
-    unreadable,
 )
 from m3jax.config import flatten, to_json
 from m3jax.distributed import meet
@@ -62,6 +62,9 @@ class Checkpoints:
       tokenizer_fingerprint: of the tokenizer the run reads.
       writer: `{"hash", "path", "step"}` of whose memories the run reads, or None.
       version: of the knowledge that it reads, or None.
+
+    Attributes:
+      manager: of Orbax.
     """
 
     def __init__(
@@ -82,62 +85,51 @@ class Checkpoints:
         }
         self.reads(writer, version)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=_policy(config),
-                cleanup_tmp_directories=True,
-            ),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_Retention(config), cleanup_tmp_directories=True
         )
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def reads(self, writer: Mapping[str, Any] | None, version: int | None) -> None:
         """Records the writer and the version of the memories that the run reads from now on."""
         self._meta["writer"] = None if writer is None else dict(writer)
         self._meta["knowledge"] = version
 
-    def check_reads(self, meta: Mapping[str, Any], checkpoint: str | Path) -> None:
-        """Refuses to start from a checkpoint that has learned to read another writer's memories.
+    def check_reads(
+        self, meta: Mapping[str, Any], checkpoint: str | Path, own: bool = False
+    ) -> None:
+        """Refuses a checkpoint that has learned to read another writer's memories.
 
         Args:
           meta: of the checkpoint.
           checkpoint: its stage folder, or its own.
+          own: it is one of the run, which has read memories only if the run does.
         """
-        if not reads(meta, checkpoint, self._meta["writer"]):
+        ours, theirs = self._meta["writer"], meta["writer"]
+        if (own and (ours is None) != (theirs is None)) or not reads(meta, checkpoint, ours):
             raise CheckpointError(
-                f"checkpoint {checkpoint} was trained on memories of the writer {meta['writer']},"
-                f" but this run reads memories of {self._meta['writer']}; use the bank that the"
-                " checkpoint has read"
+                f"checkpoint {checkpoint} was trained on memories of the writer {theirs}, but this"
+                f" run reads memories of {ours}; use the bank that the checkpoint has read"
             )
 
-    def save(self, state: TrainState, step: int, more: Mapping[str, Any] | None = None) -> None:
+    def save(self, state: TrainState, step: int, more: Mapping[str, Any] = {}) -> None:
         """Copies the state and writes it in the background; does nothing when `step` is saved.
 
-        Args:
-          state: what `restore` will return.
-          step: its step.
-          more: goes into `meta`.
+        `more` goes into `meta`.
         """
-        if self._manager.latest_step() == step:
+        if self.manager.latest_step() == step:
             return
-        self._manager.save(
+        self.manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                meta=ocp.args.JsonSave({**self._meta, **(more or {}), "step": step}),
+                meta=ocp.args.JsonSave({**self._meta, **more, "step": step}),
             ),
         )
 
-    def latest_step(self) -> int | None:
-        """Returns the newest step with a whole checkpoint, or None."""
-        return self._manager.latest_step()
-
     def steps(self) -> list[int]:
         """Lists the steps with a whole checkpoint, ascending."""
-        return sorted(self._manager.all_steps())
-
-    def meta(self, step: int) -> dict[str, Any]:
-        """Reads the `meta` of a checkpoint."""
-        return read_meta(self.folder / str(step))
+        return sorted(self.manager.all_steps())
 
     def delete(self, steps: Iterable[int]) -> None:
         """Deletes checkpoints; all processes call it alike.
@@ -155,7 +147,7 @@ class Checkpoints:
                 os.rename(self.folder / str(step), gone)
                 shutil.rmtree(gone)
         meet("checkpoints deleted")
-        self._manager.reload()
+        self.manager.reload()
 
     def restore(self, abstract: TrainState) -> TrainState:
         """Restores the newest state, on the shardings of `abstract` (which may be of another mesh).
@@ -166,48 +158,32 @@ class Checkpoints:
         folder = checkpoint_folder(self.folder.parent)
         meta = read_meta(folder)
         check_tokenizer(folder, meta, self.tokenizer_fingerprint)
-        ours, theirs = self._meta["writer"], meta["writer"]
-        if (ours is None) != (theirs is None) or not reads(meta, folder, ours):
-            raise CheckpointError(
-                f"checkpoint {folder} was trained on memories of the writer {theirs}, but this run"
-                f" reads memories of {ours}; use the bank of the run's own writer"
-            )
+        self.check_reads(meta, folder, own=True)
         check_shapes(folder, saved_shapes(folder), abstract.params)
-        try:
-            restored = self._manager.restore(
-                int(folder.name), args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            )
-        except (ValueError, OSError, KeyError) as error:
-            raise unreadable(folder, error) from error
-        return restored["state"]
-
-    def reached_preemption(self, step: int) -> bool:
-        """Returns whether all processes were told to stop, and agree to do so at this step."""
-        return self._manager.reached_preemption(step)
-
-    def wait(self) -> None:
-        """Waits until the last save is whole."""
-        self._manager.wait_until_finished()
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        with damage_named(folder):
+            return self.manager.restore(int(folder.name), args=arguments)["state"]
 
     def close(self) -> None:
         """Waits for the last save and stops the background threads."""
-        self._manager.close()
+        self.manager.close()
 
 
 def kept(steps: Sequence[int], config: ConfigDict) -> set[int]:
-    """Selects the checkpoints of a guarded run that stay.
+    """Selects the checkpoints that stay: the `train.keep_last` newest and those of `keep_every`.
 
-    The newest; the `train.keep_last` newest at multiples of `train.checkpoint_every`, so that one
-    written when a run was stopped takes nobody's place; those of `train.keep_every`; and that of
-    step 0, which an imported model begins with.
+    Of a guarded run the newest, whatever its step, and of the others the `train.keep_last` newest
+    at multiples of `train.checkpoint_every`: one written when a run was stopped takes nobody's
+    place. Also that of step 0, which an imported model begins with.
     """
-    train = config.train
-    regular = sorted(step for step in steps if step and step % train.checkpoint_every == 0)
-    forever = {step for step in steps if train.keep_every and step % train.keep_every == 0}
-    return {0, max(steps, default=0), *regular[-train.keep_last :], *forever} & set(steps)
+    train, guarded = config.train, config.guard.on
+    regular = [s for s in steps if not guarded or (s and s % train.checkpoint_every == 0)]
+    forever = [s for s in steps if train.keep_every and s % train.keep_every == 0]
+    stay = {max(steps, default=0), *sorted(regular)[-train.keep_last :], *forever}
+    return (stay | {0} if guarded else stay) & set(steps)
 
 
-class _Guarded:
+class _Retention:
     """Preservation policy of Orbax by `kept`."""
 
     def __init__(self, config: ConfigDict):
@@ -218,26 +194,13 @@ class _Guarded:
         return [checkpoint.step in stay for checkpoint in checkpoints]
 
 
-def _policy(config: ConfigDict) -> Any:
-    """Returns the rule that says which checkpoints stay."""
-    if config.guard.on:
-        return _Guarded(config)
-    rules: list[Any] = [policies.LatestN(config.train.keep_last)]
-    if config.train.keep_every:
-        rules.append(policies.EveryNSteps(config.train.keep_every))
-    return policies.AnyPreservationPolicy(rules)
-
-
 def knowledge_version(stage_folder: str | Path) -> int | None:
     """Returns the version of the knowledge that the newest checkpoint of a stage has read.
 
     None: there is no checkpoint, or it has read none.
     """
-    try:
-        folder = checkpoint_folder(stage_folder)
-    except CheckpointError:
-        return None
-    return read_meta(folder).get("knowledge")
+    steps = checkpoint_steps(stage_folder)
+    return read_meta(Path(stage_folder) / FOLDER / str(steps[-1]))["knowledge"] if steps else None
 
 
 def check_owner(stage_folder: str | Path, config: ConfigDict) -> None:

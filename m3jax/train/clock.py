@@ -1,9 +1,10 @@
-"""Time of a run by part (steps, data, checkpoints, evaluations, starts), and its speed."""
+"""Time of a run by part (steps, data, checkpoints, evaluations, starts), its speed and progress."""
 
 from __future__ import annotations
 
 import contextlib
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from m3jax import flops
 from m3jax.hardware import chip_of_kind
@@ -19,14 +21,13 @@ from m3jax.hardware import chip_of_kind
 # `start` is all until the first step is done: opening, restoring, compiling.
 PARTS = ("step", "data_wait", "checkpoint", "evaluation", "start")
 
+SECONDS_BETWEEN_LINES = 15.0
+
 Now = Callable[[], float]
 
 
 class RunClock:
     """Gives every second of a process to one of `PARTS`.
-
-    Args:
-      now: the time, seconds.
 
     What is not inside `spent_on` is `start` until `begin` is called, and `step` from then on.
     """
@@ -170,3 +171,54 @@ class Speed:
 
 def _training(spent: dict[str, float]) -> float:
     return max(1e-9, spent["step"] + spent["data_wait"] + spent["checkpoint"])
+
+
+class Progress:
+    """Shows step, loss, speed and time left on stderr.
+
+    Args:
+      description: what runs.
+      total: steps of the whole run.
+      initial: steps done before.
+      shown: false on all processes but the first.
+    """
+
+    def __init__(self, description: str, total: int, initial: int = 0, shown: bool = True):
+        self._description, self._total, self._shown = description, total, shown
+        self._first, self._start = initial, time.monotonic()
+        self._last_line = self._start - SECONDS_BETWEEN_LINES  # the first line comes at once
+        self._bar = None
+        if shown and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total, initial=initial, desc=description, unit="step", dynamic_ncols=True
+            )
+
+    def update(self, step: int, loss: float, tokens_per_second: float | None = None) -> None:
+        """Shows that `step` is done."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(_facts(loss, tokens_per_second), refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif self._shown:
+            now = time.monotonic()
+            if now - self._last_line >= SECONDS_BETWEEN_LINES or step == self._total:
+                self._last_line = now
+                left = (now - self._start) / max(1, step - self._first) * (self._total - step)
+                self.message(
+                    f"{self._description}: step {step}/{self._total},"
+                    f" {_facts(loss, tokens_per_second)}, {tqdm.format_interval(left)} left"
+                )
+
+    def message(self, text: str) -> None:
+        """Prints a line without breaking the bar."""
+        if self._shown:
+            tqdm.write(text, file=sys.stderr)
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _facts(loss: float, tokens_per_second: float | None) -> str:
+    facts = f"loss {loss:.3f}"
+    return facts if tokens_per_second is None else f"{facts}, {tokens_per_second:,.0f} tokens/s"

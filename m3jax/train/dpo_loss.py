@@ -17,10 +17,9 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from m3jax.data.batch import Batch
-from m3jax.memory.reader import Dequantize
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
-from m3jax.train.loss import Sums, hidden_of, objective
+from m3jax.train.loss import Forward, Sums, objective
 
 
 def objective_of(config: ConfigDict) -> Callable[..., tuple[Array, Sums]]:
@@ -30,19 +29,12 @@ def objective_of(config: ConfigDict) -> Callable[..., tuple[Array, Sums]]:
     return functools.partial(preference_objective, beta=config.preference.beta)
 
 
-def answer_logprobs(
-    model: Model,
-    params: Params,
-    batch: Batch,
-    sparsify: Callable | None,
-    dequantize: Dequantize | None = None,
-) -> Float[Array, "B slots"]:
+def answer_logprobs(forward: Forward, params: Params, batch: Batch) -> Float[Array, "B slots"]:
     """Computes the log-probability of each answer, in nats, without a gradient; 0 in empty slots.
 
-    Arguments as of `preference_objective`; of `base_logprobs` only the shape is read.
+    Of the batch's `base_logprobs` only the shape is read.
     """
-    hidden = hidden_of(model, params, batch, sparsify, dequantize)
-    return _by_answer(model, params, hidden, batch)[0]
+    return _by_answer(forward.model, params, forward.hidden(params, batch), batch)[0]
 
 
 def _by_answer(
@@ -58,13 +50,7 @@ def _by_answer(
 
 
 def preference_objective(
-    model: Model,
-    params: Params,
-    batch: Batch,
-    sparsify: Callable | None,
-    dequantize: Dequantize | None = None,
-    *,
-    beta: float,
+    forward: Forward, params: Params, batch: Batch, *, beta: float
 ) -> tuple[Float[Array, ""], Sums]:
     """Returns the sum that is minimised, of the pairs of a batch, and the sums to report.
 
@@ -76,13 +62,11 @@ def preference_objective(
     weighted cross-entropy, since ∂loss/∂log π(answer) is the same for all tokens of the answer.
 
     Args:
-      model: the model.
-      params: its parameters.
+      forward, params: of the model.
       batch: of pairs.
-      sparsify, dequantize: as of `m3jax.train.loss.objective`.
       beta: β, `preference.beta` of the config.
     """
-    hidden = hidden_of(model, params, batch, sparsify, dequantize)
+    model, hidden = forward.model, forward.hidden(params, batch)
     logprobs_BS, share_BTS = _by_answer(model, params, hidden, batch)
     assert batch.base_logprobs is not None
     gain_BS = logprobs_BS - batch.base_logprobs.astype(jnp.float32)

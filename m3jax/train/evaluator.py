@@ -1,8 +1,7 @@
-"""Validation loss and accuracy with memory, without, and with the wrong memories."""
+"""Validation: losses with memory, without and with the wrong ones; of DPO, gains over its base."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -10,19 +9,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from m3jax.config import prefix_tokens
 from m3jax.data.batch import Batch
 from m3jax.data.pipeline import Pipeline, open_pipeline
+from m3jax.data.rows import PackedRows
+from m3jax.errors import CheckpointError
 from m3jax.make_model import make_model
 from m3jax.memory.sparsify import sparsifier
 from m3jax.mesh import host_rows
 from m3jax.model.parameters import Params
-from m3jax.train.dpo_evaluator import PreferenceEvaluator
-from m3jax.train.loss import Sums, global_sums, place_batch
+from m3jax.train.dpo_base import RowLogprobs
+from m3jax.train.loss import Forward, Sums, objective, on_rows, over_rows, place_batch
 
 MODES = ("memory", "none", "wrong")
 
@@ -44,24 +45,21 @@ class LossEvaluator:
     """
 
     def __init__(self, config: ConfigDict, pipeline: Pipeline, mesh: Mesh | None = None):
-        self.config, self.pipeline = config, pipeline
+        self.config, self.pipeline, self.mesh = config, pipeline, mesh
         whole = max(1, len(pipeline.rows) // pipeline.batch_size)
         self.batches = min(config.evaluation.batches, whole)
         self.rows = min(self.batches * pipeline.batch_size, len(pipeline.rows))
         self.model = make_model(config, prefix_tokens(config), mesh)
-        self._ids, self._place = None, jax.device_put
-        if mesh is not None:
-            of_host = host_rows(mesh, pipeline.batch_size)
-            self._ids, self._place = of_host.ids, functools.partial(place_batch, mesh, rows=of_host)
+        self._rows = host_rows(mesh, pipeline.batch_size)
         self.modes = MODES if config.memory.source != "none" else ("none",)
         self._sums = {mode: jax.jit(self._summed(mode)) for mode in self.modes}
 
     def __call__(self, params: Params) -> dict[str, float]:
         totals = {mode: np.zeros(3) for mode in self.modes}
         for batch in self.each():
-            placed = self._place(batch.for_step())
+            placed = place_batch(self.mesh, batch, self._rows)
             for mode in self.modes:
-                totals[mode] += self._summed_up(params, placed, mode)
+                totals[mode] += self._placed_sums(params, placed, mode)
         return {
             f"{name}_{mode}": float(value)
             for mode, (loss, weight, correct) in totals.items()
@@ -69,29 +67,80 @@ class LossEvaluator:
         }
 
     def each(self) -> Iterator[Batch]:
-        """The validation batches."""
-        return islice(self.pipeline.batches(0, self._ids), self.batches)
+        """Yields the validation batches."""
+        return islice(self.pipeline.batches(0, self._rows.ids), self.batches)
 
     def sums(self, params: Params, batch: Batch, mode: str) -> Float[np.ndarray, " 3"]:
-        """Summed loss, weight and correct tokens of a batch, in one of `modes`."""
-        return self._summed_up(params, self._place(batch.for_step()), mode)
+        """Returns summed loss, weight and correct tokens of a batch, in one of `modes`."""
+        return self._placed_sums(params, place_batch(self.mesh, batch, self._rows), mode)
 
-    def _summed_up(self, params: Params, placed: Batch, mode: str) -> np.ndarray:
+    def _placed_sums(self, params: Params, placed: Batch, mode: str) -> np.ndarray:
         return np.asarray(jax.device_get(self._sums[mode](params, placed)), np.float64)
 
     def _summed(self, mode: str) -> Callable[[Params, Batch], Sums]:
-        """The sums of a batch in one mode."""
-        total = global_sums(self.model, sparsifier(self.config.memory), self.pipeline.dequantize)
+        """Makes the function that sums a batch in one mode."""
+        sparsify = sparsifier(self.config.memory)
+        forward = Forward(self.model, sparsify, self.pipeline.dequantize)
+
+        def local(params: Params, batch: Batch) -> Sums:
+            return over_rows(self.model, objective(forward, params, batch)[1])
+
+        total = on_rows(self.model, local, PartitionSpec())
 
         def summed(params: Params, batch: Batch) -> Sums:
+            memory, tokens = batch.memory, batch.reference_tokens
             if mode == "none":
-                batch = batch.without_memory()
+                memory = tokens = None
             if mode == "wrong":
                 other = jax.tree.map(lambda x, axis: jnp.roll(x, 1, axis), batch, batch.row_axes())
-                batch = batch._replace(memory=other.memory, reference_tokens=other.reference_tokens)
-            return total(params, batch)
+                memory, tokens = other.memory, other.reference_tokens
+            return total(params, batch._replace(memory=memory, reference_tokens=tokens))
 
         return summed
+
+
+class PreferenceEvaluator:
+    """Evaluates parameters on the same validation pairs every time.
+
+    Calling it with parameters returns, of all pairs of the first `evaluation.batches` batches:
+    `loss` (nats a pair), `accuracy` (share of pairs whose margin is above 0), `preferred` (share
+    whose chosen answer is the likelier one), and `gain_chosen` and `gain_rejected`, the mean change
+    of an answer's log-probability over the base model's, in nats.
+
+    Attributes:
+      pipeline: of the validation split; its `base_logprobs` must be there.
+    """
+
+    def __init__(self, config: ConfigDict, pipeline: Pipeline, mesh: Mesh | None = None) -> None:
+        self.config, self.pipeline = config, pipeline
+        model = make_model(config, prefix_tokens(config), mesh)
+        self._logprobs = RowLogprobs(config, pipeline, model)
+        most = config.evaluation.batches * pipeline.batch_size
+        self.rows = min(most, len(pipeline.rows))
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        base = self.pipeline.base_logprobs
+        if base is None:
+            raise CheckpointError(
+                "the log-probabilities of the base model are missing; training computes them"
+            )
+        parts = list(self._logprobs(params, 0, self.rows))
+        logprobs = np.concatenate(parts).astype(np.float64)
+        gains = logprobs - base[: self.rows]
+        chosen = np.zeros(gains.shape, bool)
+        rows = self.pipeline.rows
+        assert isinstance(rows, PackedRows)
+        for row, group in enumerate(rows.plan[: self.rows]):
+            chosen[row, 0 : 2 * len(group) : 2] = True
+        rejected = np.roll(chosen, 1, axis=1)
+        margin = self.config.preference.beta * (gains[chosen] - gains[rejected])
+        return {
+            "loss": float(np.mean(np.logaddexp(0, -margin))),
+            "accuracy": float(np.mean(margin > 0)),
+            "preferred": float(np.mean(logprobs[chosen] > logprobs[rejected])),
+            "gain_chosen": float(np.mean(gains[chosen])),
+            "gain_rejected": float(np.mean(gains[rejected])),
+        }
 
 
 def evaluator(
@@ -102,7 +151,7 @@ def evaluator(
     version: int | None = None,
     mesh: Mesh | None = None,
 ) -> LossEvaluator | PreferenceEvaluator:
-    """The validation evaluator of a prepared workdir; arguments as of `open_pipeline`."""
+    """Makes the validation evaluator of a prepared workdir; arguments as of `open_pipeline`."""
     pipeline = open_pipeline(config, workdir, split="validation", bank=bank, version=version)
     if config.data.packing == "pairs":
         return PreferenceEvaluator(config, pipeline, mesh)

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from m3jax.checkpoint import read_meta
+from m3jax.data.batch import Batch
 from m3jax.distributed import meet
 from m3jax.errors import CheckpointError, ConfigError, DivergenceError
 from m3jax.files import write_atomically
@@ -30,7 +32,6 @@ META = "guard"  # what a checkpoint's `meta` calls it
 _SHOWN = 256  # most losses of a branch that a rollback keeps for pictures
 
 Rollback = dict[str, Any]
-Item = TypeVar("Item")
 
 
 def read_rollbacks(stage_folder: str | Path) -> list[Rollback]:
@@ -65,13 +66,11 @@ class Guard:
 
     Attributes:
       rollbacks: so far, see `read_rollbacks`.
-      trouble: what was noticed and not answered yet, or None.
     """
 
     def __init__(self, config: ConfigDict, stage_folder: Path):
         self.config, self.folder = config, stage_folder
         self.rollbacks = read_rollbacks(stage_folder)
-        self.trouble: Trouble | None = None
         self._monitor = Monitor(config, {})
 
     @staticmethod
@@ -91,9 +90,9 @@ class Guard:
         return None
 
     # -- while training runs
-    def observe(self, step: int, loss: float, gradient_norm: float) -> None:
-        """Notes a step; `trouble` says whether something is wrong."""
-        self.trouble = self._monitor.observe(step, loss, gradient_norm)
+    def observe(self, step: int, loss: float, gradient_norm: float) -> Trouble | None:
+        """Notes a step; returns trouble, or None."""
+        return self._monitor.observe(step, loss, gradient_norm)
 
     def meta(self) -> dict[str, Any]:
         """Returns the part of a checkpoint's `meta` that is the guard's."""
@@ -104,15 +103,17 @@ class Guard:
         """Returns the factor on the learning rate."""
         return float(self.rollbacks[-1]["learning_rate_scale"]) if self.rollbacks else 1.0
 
-    def first_batch(self, done: int) -> int:
-        """Returns the number, from 0, of the batch of the step after `done` steps."""
-        return batch_number(done, self._skipped())
+    def batches(self, read: Callable[[int], Iterator[Batch]], done: int) -> Iterator[Batch]:
+        """Yields the batches of the steps after `done`, without the skipped ones.
 
-    def without_skipped(self, batches: Iterable[Item], first: int) -> Iterator[Item]:
-        """Yields batches, the first of which is number `first`, without the skipped ones."""
+        Args:
+          read: yields batches from a number, from 0, on.
+          done: steps that are done.
+        """
         skipped = self._skipped()
-        for number, batch in enumerate(batches, first):
-            if not any(low <= number < high for low, high in skipped):
+        first = batch_number(done, skipped)
+        for number, batch in enumerate(read(first), first):
+            if number not in skipped:
                 yield batch
 
     # -- going back
@@ -123,9 +124,9 @@ class Guard:
           The step to go on from.
         """
         checkpoints.delete(set(checkpoints.steps()) - kept(checkpoints.steps(), self.config))
-        self.trouble = None
         for step in reversed(checkpoints.steps()):
-            saved = checkpoints.meta(step).get(META) or {"rollbacks": 0, "monitor": {}}
+            meta = read_meta(checkpoints.folder / str(step))
+            saved = meta.get(META, {"rollbacks": 0, "monitor": {}})
             if all(step <= later["to"] for later in self.rollbacks[saved["rollbacks"] :]):
                 self._monitor = Monitor(self.config, saved["monitor"])
                 return step
@@ -133,15 +134,14 @@ class Guard:
         self._monitor = Monitor(self.config, {})
         return 0
 
-    def roll_back(self, checkpoints: Checkpoints) -> Rollback:
-        """Decides on the trouble and writes it down; `resume` then does it.
+    def roll_back(self, trouble: Trouble, checkpoints: Checkpoints) -> Rollback:
+        """Decides on trouble and writes it down; `resume` then does it.
 
         Raises:
           DivergenceError: no try is left.
         """
-        assert self.trouble is not None
-        checkpoints.wait()
-        rollback = self._decide(self.trouble, checkpoints.steps())
+        checkpoints.manager.wait_until_finished()
+        rollback = self._decide(trouble, checkpoints.steps())
         self.rollbacks.append(rollback)
         if jax.process_index() == 0:
             text = json.dumps({"rollbacks": self.rollbacks}, indent=1, allow_nan=False)
@@ -157,7 +157,13 @@ class Guard:
     def _decide(self, trouble: Trouble, steps: Sequence[int]) -> Rollback:
         guard = self.config.guard
         if len(self.rollbacks) >= guard.tries:
-            self._give_up(trouble)
+            raise DivergenceError(
+                f"{self.config.stage}: {describe_trouble(trouble._asdict())}. The run has gone back"
+                f" {guard.tries} times, which is config.guard.tries (see {self.folder / FILE}), and"
+                f" the learning rate is at {self.scale:.3g} of the config's. Start anew with a"
+                " lower optimizer.learning_rate or a longer optimizer.lr_warmup_steps, look at the"
+                " data, or raise guard.tries and run the same command"
+            )
         to = self._target(trouble, steps)
         skipped = self._skipped()
         low = max(to + 1, trouble.first - guard.skip_before)
@@ -192,47 +198,22 @@ class Guard:
         latest = min(target, tried[-1] - twice)
         return max((step for step in regular if step <= latest), default=regular[0])
 
-    def _give_up(self, trouble: Trouble) -> None:
-        tries, stage = self.config.guard.tries, self.config.stage
-        raise DivergenceError(
-            f"{stage}: {describe_trouble(trouble._asdict())}. The run has gone back {tries} times,"
-            f" which is config.guard.tries (see {self.folder / FILE}), and the learning rate is at"
-            f" {self.scale:.3g} of the config's. Start anew with a lower optimizer.learning_rate or"
-            " a longer optimizer.lr_warmup_steps, look at the data, or raise guard.tries and run"
-            " the same command"
-        )
-
-    def _skipped(self) -> list[tuple[int, int]]:
-        return merged([rollback["skipped"] for rollback in self.rollbacks])
+    def _skipped(self) -> list[int]:
+        """Lists the numbers of the skipped batches, ascending."""
+        return sorted({n for rollback in self.rollbacks for n in range(*rollback["skipped"])})
 
 
-def merged(intervals: Iterable[Sequence[int]]) -> list[tuple[int, int]]:
-    """Merges half-open intervals into disjoint ones, in order."""
-    disjoint: list[tuple[int, int]] = []
-    for low, high in sorted((low, high) for low, high in intervals):
-        if disjoint and low <= disjoint[-1][1]:
-            disjoint[-1] = (disjoint[-1][0], max(high, disjoint[-1][1]))
-        else:
-            disjoint.append((low, high))
-    return disjoint
-
-
-def batch_number(done: int, skipped: Iterable[tuple[int, int]]) -> int:
-    """Returns the number of the batch after `done` others, without disjoint intervals."""
+def batch_number(done: int, skipped: Iterable[int]) -> int:
+    """Returns the number of the batch after `done` others, without the skipped ones, ascending."""
     number = done
-    for low, high in skipped:
-        if low <= number:
-            number += high - low
+    for batch in skipped:
+        number += batch <= number
     return number
 
 
 def describe_trouble(trouble: Mapping[str, Any]) -> str:
     """Describes trouble, as part of a sentence."""
-    names = {
-        "not_finite": "not finite",
-        "spike": "loss spike",
-        "divergence": "loss rising",
-    }
+    names = {"not_finite": "not finite", "spike": "loss spike", "divergence": "loss rising"}
     return f"{names[trouble['reason']]} at step {trouble['seen']} ({trouble['words']})"
 
 

@@ -10,19 +10,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3jax.checkpoint import checkpoint_folder, read_model
-from m3jax.config import prefix_tokens
+from m3jax.checkpoint import checkpoint_folder, checkpoint_steps, read_model
 from m3jax.errors import CheckpointError, ConfigError, HuggingFaceError
 from m3jax.files import write_atomically
-from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
 from m3jax.model.hf import read_params, write_folder
 from m3jax.text.id_tokenizer import numbered_tokenizer
 from m3jax.text.tokenizer import BOS, END, PAD, SPECIAL_TOKENS, Tokenizer
 from m3jax.text.tokenizer_import import adopt_tokenizer
 from m3jax.train.checkpoints import Checkpoints, check_owner, claim
-from m3jax.train.optimizer import make_optimizer
-from m3jax.train.state import abstract_state, init_state, state_shardings
+from m3jax.train.state import Program
 from m3jax.workdir import INPUTS
 
 
@@ -50,40 +47,30 @@ def import_folder(
       ConfigError, HuggingFaceError, CheckpointError: a part is missing, in the way or does not fit.
     """
     stage = workdir / config.stage
-    _check_stage(config, stage)
-    size = config.model.vocabulary
-    own, order, ours = _tokenizer(workdir, folder, size, tokenizer, special)
-    params = read_params(folder, config.model, config.memory, order)
-    model, optimizer = make_model(config, prefix_tokens(config)), make_optimizer(config)
-    abstract = abstract_state(model, optimizer, make_mesh(config))
-    state = init_state(
-        *(config, model, optimizer, abstract),
-        jax.device_put(params, state_shardings(abstract).params),
-    )
-    if not ours:
-        _save_tokenizer(own, workdir, folder)
-    claim(stage, config)
-    with contextlib.closing(Checkpoints(stage, config, own.fingerprint)) as checkpoints:
-        checkpoints.save(state, 0)
-    count = sum(x.size for x in jax.tree.leaves(params))
-    return f"{stage}: step 0 with {count} parameters of {folder}; {own.size} tokens"
-
-
-def _check_stage(config: ConfigDict, stage: Path) -> None:
-    """Refuses a stage that reads memories or has begun."""
     if config.memory.source != "none":
         raise ConfigError(
             f"config.memory.source = {config.memory.source!r}: a Llama has read no memories; use"
             " the config of the warmup stage, then launch/train.py --init_from"
         )
     check_owner(stage, config)
-    try:
-        checkpoint = checkpoint_folder(stage)
-    except CheckpointError:
-        return
-    raise CheckpointError(
-        f"{checkpoint} is there already; use another --workdir, or delete {stage}"
-    )
+    if checkpoint_steps(stage):
+        raise CheckpointError(
+            f"{checkpoint_folder(stage)} is there already; use another --workdir, or delete {stage}"
+        )
+    size = config.model.vocabulary
+    own, order, ours = _tokenizer(workdir, folder, size, tokenizer, special)
+    params = read_params(folder, config.model, config.memory, order)
+    program = Program(config, make_mesh(config))
+    state = program.init(jax.device_put(params, program.shardings.params))
+    if not ours:  # marked as finished, so that launch/prepare.py trains no other in its place
+        own.save(workdir / "tokenizer")
+        mark = {"taken_from": str(folder.absolute())}
+        write_atomically(workdir / "tokenizer" / INPUTS, json.dumps(mark).encode())
+    claim(stage, config)
+    with contextlib.closing(Checkpoints(stage, config, own.fingerprint)) as checkpoints:
+        checkpoints.save(state, 0)
+    count = sum(x.size for x in jax.tree.leaves(params))
+    return f"{stage}: step 0 with {count} parameters of {folder}; {own.size} tokens"
 
 
 def _tokenizer(
@@ -111,13 +98,6 @@ def _tokenizer(
             f"{own} is another tokenizer than that of {given or folder}; use another --workdir"
         )
     return tokenizer, order, there
-
-
-def _save_tokenizer(tokenizer: Tokenizer, workdir: Path, folder: Path) -> None:
-    """With the mark of a finished part, so that launch/prepare.py trains no other in its place."""
-    tokenizer.save(workdir / "tokenizer")
-    mark = {"taken_from": str(folder.absolute())}
-    write_atomically(workdir / "tokenizer" / INPUTS, json.dumps(mark).encode())
 
 
 def export_folder(checkpoint: str | Path, folder: Path, *, dtype: str | None = None) -> str:

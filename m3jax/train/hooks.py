@@ -1,58 +1,53 @@
-"""Hooks of the training loop: stability, evaluation, checkpoints, refresh of the bank.
-
-Another hook, the log, has a file of its own (`m3jax.train.log`).
-"""
+"""Hooks of the training loop: stability, log, evaluation, checkpoints, trace, refresh of a bank."""
 
 from __future__ import annotations
 
 import math
+import re
+import signal
+import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ml_collections import ConfigDict
+import jax
+from jax.sharding import Mesh
 
-from m3jax.errors import DivergenceError
-from m3jax.train.checkpoints import Checkpoints
-from m3jax.train.clock import RunClock
-from m3jax.train.guard import Guard, describe
-from m3jax.train.progress import Progress
-from m3jax.train.stage_data import Evaluate, StageData
+from m3jax.errors import ConfigError, DivergenceError
+from m3jax.train.clock import Speed
+from m3jax.train.guard import describe
+from m3jax.train.metrics import Metrics, retrieval_shares
+from m3jax.train.run import Batches, Evaluate, Run, StageData
 from m3jax.train.state import TrainState
-from m3jax.train.termination import Termination
-
-
-class RollBack(NamedTuple):
-    """Answer of a hook: go on from the checkpoint of `step`, 0 for the start."""
-
-    step: int
-
-
-Answer = RollBack | StageData | None
 
 
 class Hook:
     """Base class of hooks.
 
-    A hook that is `late` is called for every step, one step late: with the metrics as floats and
-    without a state, while the device computes the next step. The others are called with the state
-    of the steps that they are `due` at, after the late ones have been called for that step.
+    `after` is called for every step, one step late: while the device computes the next one. `at` is
+    called at the steps that are `due`, when `after` has been called for them.
     """
 
-    late = False
+    def __init__(self, run: Run):
+        self.run, self.train = run, run.config.train
 
     def read_from(self, data: StageData) -> None:
         """Notes the data that the loop reads from now on."""
 
-    def start(self, step: int) -> Answer:
-        """Begins, or goes on, behind a step: at first, and after every rollback."""
+    def start(self, step: int) -> StageData | None:
+        """Begins behind a step, at first and after every rollback; returns data as `at` does."""
+
+    def before(self, step: int) -> None:
+        """Prepares for a step, which is started next."""
+
+    def after(self, step: int, metrics: Mapping[str, float]) -> int | None:
+        """Notes the metrics of a step; returns the step to go back to (0: the start), or None."""
 
     def due(self, step: int) -> bool:
-        """Returns whether to call it at a step; asked once for each step."""
+        """Returns whether to call `at`; called once for each step."""
         return False
 
-    def __call__(self, step: int, state: TrainState | None, metrics: Mapping[str, float]) -> Answer:
-        """Returns None to go on, `RollBack` to go back, or `StageData` to read from instead."""
+    def at(self, step: int, state: TrainState) -> StageData | None:
+        """Works with the state after a step; returns what to read from instead, or None."""
 
     def finish(self) -> None:
         """Ends after the last step; not called when a run ends otherwise."""
@@ -64,63 +59,105 @@ class Hook:
 class StopAtNaN(Hook):
     """Ends a run without a guard whose loss or gradient is not finite."""
 
-    late = True
-
-    def __init__(self, config: ConfigDict, folder: Path, checkpoints: Checkpoints):
-        self.stage, self.folder, self.checkpoints = config.stage, folder, checkpoints
-
-    def __call__(self, step: int, state: TrainState | None, metrics: Mapping[str, float]) -> None:
+    def after(self, step: int, metrics: Mapping[str, float]) -> None:
         loss, norm = metrics["loss"], metrics["gradient_norm"]
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        latest = self.checkpoints.latest_step()
+        latest = self.run.checkpoints.manager.latest_step()
         saved = "there is no checkpoint" if latest is None else f"last checkpoint: step {latest}"
         raise DivergenceError(
-            f"{self.stage}: not finite at step {step} (loss {loss}, gradient norm {norm}); {saved}"
-            f" in {self.folder}. Lower optimizer.learning_rate, lengthen optimizer.lr_warmup_steps,"
-            " look at the data, or let guard.on = True go back by itself"
+            f"{self.run.config.stage}: not finite at step {step} (loss {loss}, gradient norm"
+            f" {norm}); {saved} in {self.run.folder}. Lower optimizer.learning_rate, lengthen"
+            " optimizer.lr_warmup_steps, look at the data, or let guard.on = True go back by itself"
         )
 
 
-class GuardHook(Hook):
+class GoBack(Hook):
     """Lets the guard observe every step, and goes back when it notices trouble."""
 
-    late = True
-
-    def __init__(
-        self,
-        config: ConfigDict,
-        guard: Guard,
-        checkpoints: Checkpoints,
-        clock: RunClock,
-        progress: Progress,
-    ):
-        self.stage, self.guard, self.checkpoints = config.stage, guard, checkpoints
-        self.clock, self.progress = clock, progress
-
-    def __call__(self, step: int, state: TrainState | None, metrics: Mapping[str, float]) -> Answer:
-        self.guard.observe(step, metrics["loss"], metrics["gradient_norm"])
-        if self.guard.trouble is None:
+    def after(self, step: int, metrics: Mapping[str, float]) -> int | None:
+        guard, checkpoints = self.run.guard, self.run.checkpoints
+        assert guard is not None
+        trouble = guard.observe(step, metrics["loss"], metrics["gradient_norm"])
+        if trouble is None:
             return None
-        with self.clock.spent_on("checkpoint"):
-            rollback = self.guard.roll_back(self.checkpoints)
-            self.progress.message(f"{self.stage}: {describe(rollback)}")
-            return RollBack(self.guard.resume(self.checkpoints))
+        with self.run.clock.spent_on("checkpoint"):
+            self.run.say(describe(guard.roll_back(trouble, checkpoints)))
+            return guard.resume(checkpoints)
+
+
+class Log(Hook):
+    """Shows every step, and writes a line every `train.log_every` steps (the first process)."""
+
+    def __init__(self, run: Run, mesh: Mesh):
+        super().__init__(run)
+        self.speed = Speed(run.config, mesh, run.clock)
+        self.metrics: Metrics | None = None  # on the first process only
+        self._pipeline: Batches | None = None
+        self._counters: Mapping[str, float] = {}  # of the line before
+        self._started = False
+
+    def read_from(self, data: StageData) -> None:
+        self._pipeline, self._counters = data.pipeline, {}
+
+    def start(self, step: int) -> None:
+        if jax.process_index() == 0:
+            self.close()
+            running = self.run.clock.now() - self.run.clock.born
+            rollbacks = [] if self.run.guard is None else self.run.guard.rollbacks
+            self.metrics = Metrics(self.run.folder, step, running, rollbacks=rollbacks)
+        if self._started:
+            self.speed.report()  # the seconds of what was undone are lost, as after a kill
+        elif self.metrics is not None:
+            (self.run.folder / "loss.png").unlink(missing_ok=True)
+            self.speed.seconds_before = self.metrics.seconds
+        self._started = True
+
+    def after(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.speed.step()
+        self.run.progress.update(step, metrics["loss"], self.speed.tokens_per_second)
+        if step % self.train.log_every and step != self.train.steps:
+            return
+        assert self._pipeline is not None
+        before, self._counters = self._counters, dict(self._pipeline.report())
+        line = {
+            "step": step,
+            "tokens": step * self.speed.tokens_per_step,
+            "loss": metrics["mean_loss"],
+            "accuracy": metrics["mean_accuracy"],
+            "gradient_norm": metrics["gradient_norm"],
+            "parameter_norm": metrics["parameter_norm"],
+            "learning_rate": metrics["learning_rate"],
+            **self.speed.report(),
+            "retrieval": {**self._counters, **retrieval_shares(self._counters, before)},
+        }
+        self.write(line)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Appends a line; `step` is among its keys."""
+        if self.metrics is not None:
+            self.metrics.write(line)
+
+    def sync(self) -> None:
+        """Makes all lines durable."""
+        if self.metrics is not None:
+            self.metrics.sync()
+
+    def finish(self) -> None:
+        """Writes the seconds since the last line."""
+        self.write({"step": self.train.steps, "time": self.run.clock.take()})
+
+    def close(self) -> None:
+        if self.metrics is not None:
+            self.metrics.close()
 
 
 class Evaluation(Hook):
-    """Evaluates every `train.evaluate_every` steps and at the end.
+    """Evaluates every `train.evaluate_every` steps and at the end, and writes a line."""
 
-    Args:
-      config: of the stage.
-      clock: gets the seconds.
-      write: writes a line of metrics.
-    """
-
-    def __init__(
-        self, config: ConfigDict, clock: RunClock, write: Callable[[Mapping[str, Any]], None]
-    ):
-        self.train, self.clock, self.write = config.train, clock, write
+    def __init__(self, run: Run, log: Log):
+        super().__init__(run)
+        self.log = log
         self.evaluate: Evaluate | None = None
 
     def read_from(self, data: StageData) -> None:
@@ -130,100 +167,130 @@ class Evaluation(Hook):
         every, last = self.train.evaluate_every, step == self.train.steps
         return self.evaluate is not None and bool(last or (every and step % every == 0))
 
-    def __call__(self, step: int, state: TrainState | None, metrics: Mapping[str, float]) -> None:
-        assert self.evaluate is not None and state is not None
-        with self.clock.spent_on("evaluation"):
+    def at(self, step: int, state: TrainState) -> None:
+        assert self.evaluate is not None
+        with self.run.clock.spent_on("evaluation"):
             values = {name: float(x) for name, x in self.evaluate(state.params).items()}
-        self.write({"step": step, "evaluation": values})
+        self.log.write({"step": step, "evaluation": values})
 
 
 class Save(Hook):
     """Saves every `train.checkpoint_every` steps and at the end; on SIGTERM saves and ends the run.
 
-    Args:
-      config: of the stage.
-      checkpoints: of the run.
-      termination: notes SIGTERM.
-      clock: gets the seconds.
-      progress: for the message.
-      sync: makes all lines of metrics durable, which a checkpoint must not be ahead of.
-      guard: has its own place in a checkpoint; or None.
+    The lines of `log` are made durable first: a checkpoint must not be ahead of them.
     """
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        checkpoints: Checkpoints,
-        termination: Termination,
-        clock: RunClock,
-        progress: Progress,
-        sync: Callable[[], None],
-        guard: Guard | None,
-    ):
-        self.stage, self.train, self.checkpoints = config.stage, config.train, checkpoints
-        self.termination, self.clock, self.progress = termination, clock, progress
-        self.sync, self.guard = sync, guard
-        self._stopping = False
+    def __init__(self, run: Run, log: Log):
+        super().__init__(run)
+        self.log, self._told = log, False  # to stop
+        self._previous: Any = None  # handler of SIGTERM
 
     def read_from(self, data: StageData) -> None:
-        self.checkpoints.reads(data.writer, data.version)
+        self.run.checkpoints.reads(data.writer, data.version)
+
+    def start(self, step: int) -> None:
+        # With several processes JAX's own service notes the signal and agrees on a step.
+        alone = jax.process_count() == 1 and self._previous is None
+        if alone and threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_: Any) -> None:
+        self._told = True
 
     def due(self, step: int) -> bool:
-        self._stopping = self.termination.requested(step)
-        return self._stopping or step == self.train.steps or step % self.train.checkpoint_every == 0
+        if jax.process_count() > 1:  # said once; remembered where the guard goes back in between
+            self._told = self._told or self.run.checkpoints.manager.reached_preemption(step)
+        return self._told or step == self.train.steps or step % self.train.checkpoint_every == 0
 
-    def __call__(self, step: int, state: TrainState | None, metrics: Mapping[str, float]) -> None:
-        assert state is not None
-        with self.clock.spent_on("checkpoint"):
-            self.sync()
-            self.checkpoints.save(state, step, None if self.guard is None else self.guard.meta())
-        if self._stopping and step < self.train.steps:
+    def at(self, step: int, state: TrainState) -> None:
+        guard = self.run.guard
+        with self.run.clock.spent_on("checkpoint"):
+            self.log.sync()
+            self.run.checkpoints.save(state, step, {} if guard is None else guard.meta())
+        if self._told and step < self.train.steps:
             self.finish()
-            self.progress.message(
-                f"{self.stage}: told to stop; saved at step {step} of {self.train.steps}."
-                " The same command continues"
+            self.run.say(
+                f"told to stop; saved at step {step} of {self.train.steps}. The same command"
+                " continues"
             )
             raise SystemExit(0)
 
     def finish(self) -> None:
         """Waits for the last checkpoint."""
-        with self.clock.spent_on("checkpoint"):
-            self.checkpoints.wait()
+        with self.run.clock.spent_on("checkpoint"):
+            self.run.checkpoints.manager.wait_until_finished()
+
+    def close(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+
+class Trace(Hook):
+    """Traces this process from the first to the last of two steps, for TensorBoard or XProf."""
+
+    def __init__(self, run: Run, steps: tuple[int, int]):
+        super().__init__(run)
+        self._first, self._last = steps[0], min(steps[1], run.config.train.steps)
+        self._running = False
+
+    def before(self, step: int) -> None:
+        """Starts at the first step, or at a later one of a run that continues behind it."""
+        if not self._running and self._first <= step <= self._last:
+            jax.profiler.start_trace(str(self.run.folder / "profile"))
+            self._running = True
+
+    def due(self, step: int) -> bool:
+        return self._running and step == self._last
+
+    def at(self, step: int, state: TrainState) -> None:
+        jax.block_until_ready(state)
+        self.close()
+        self.run.say(f"trace in {self.run.folder / 'profile'}")
+
+    def close(self) -> None:
+        """Ends a trace that runs; what it has is written."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
 
 
 class RefreshBank(Hook):
     """Reads memories that the run's own checkpoint has written, every `train.refresh_every` steps.
 
-    Args:
-      config: of the stage.
-      refresh: writes the memories with the checkpoint of a step, and returns what to read then.
-      checkpoints: of the run.
-      clock: gets the seconds.
-      progress: for the message.
+    `refresh` writes them with the checkpoint of a step, and returns what to read then.
     """
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        refresh: Callable[[int], StageData],
-        checkpoints: Checkpoints,
-        clock: RunClock,
-        progress: Progress,
-    ):
-        self.stage, self.train, self.refresh = config.stage, config.train, refresh
-        self.checkpoints, self.clock, self.progress = checkpoints, clock, progress
+    def __init__(self, run: Run, refresh: Callable[[int], StageData]):
+        super().__init__(run)
+        self.refresh = refresh
 
-    def start(self, step: int) -> Answer:
-        return self(step, None, {}) if step and self.due(step) else None
+    def start(self, step: int) -> StageData | None:
+        return self._read_anew(step) if step and self.due(step) else None
 
     def due(self, step: int) -> bool:
         return step % self.train.refresh_every == 0 and step < self.train.steps
 
-    def __call__(
-        self, step: int, state: TrainState | None, metrics: Mapping[str, float]
-    ) -> StageData:
-        with self.clock.spent_on("checkpoint"):
-            self.checkpoints.wait()
-        self.progress.message(f"{self.stage}: refreshing the bank at step {step}")
-        with self.clock.spent_on("checkpoint"):
+    def at(self, step: int, state: TrainState) -> StageData:
+        return self._read_anew(step)
+
+    def _read_anew(self, step: int) -> StageData:
+        with self.run.clock.spent_on("checkpoint"):
+            self.run.checkpoints.manager.wait_until_finished()
+            self.run.say(f"refreshing the bank at step {step}")
             return self.refresh(step)
+
+
+def parse_steps(text: str) -> tuple[int, int]:
+    """Parses `START:STOP`, the first and the last step of a trace.
+
+    Raises:
+      ConfigError: not of that form, or STOP before START.
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    first, last = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise ConfigError(
+            f"--profile_steps={text}: not START:STOP, the first and the last step to trace, counted"
+            " from 1; for example 10:12 traces three steps"
+        )
+    return first, last

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from m3jax.checkpoint import restore_params
 from m3jax.config import validate
 from m3jax.data.batch import Batch
 from m3jax.distributed import meet
@@ -18,28 +19,15 @@ from m3jax.errors import CheckpointError, ConfigError
 from m3jax.files import write_atomically
 from m3jax.mesh import host_rows, make_mesh
 from m3jax.train.checkpoints import Checkpoints, check_owner, claim
-from m3jax.train.clock import Device, RunClock, Speed
+from m3jax.train.clock import Device, Progress, RunClock
 from m3jax.train.guard import Guard
-from m3jax.train.hooks import (
-    Evaluation,
-    GuardHook,
-    Hook,
-    RefreshBank,
-    RollBack,
-    Save,
-    StopAtNaN,
-)
-from m3jax.train.log import Log
+from m3jax.train.hooks import Evaluation, GoBack, Hook, Log, RefreshBank, Save, StopAtNaN, Trace
 from m3jax.train.loss import place_batch
+from m3jax.train.metrics import Summary, summarize
 from m3jax.train.plots import plot_stages
-from m3jax.train.profile import Profile
-from m3jax.train.program import Program
-from m3jax.train.progress import Progress
-from m3jax.train.stage_data import StageData
-from m3jax.train.state import TrainState
-from m3jax.train.step import scale_on
-from m3jax.train.summary import Summary, summarize
-from m3jax.train.termination import Termination
+from m3jax.train.run import Run, StageData
+from m3jax.train.state import Program, TrainState
+from m3jax.train.step import make_step, scale_on
 
 
 def train(
@@ -77,47 +65,34 @@ def train(
         it has gone back as often as it may.
     """
     validate(config)
-    folder = Path(workdir).absolute() / config.stage
+    folder, steps = Path(workdir).absolute() / config.stage, config.train.steps
     if config.train.refresh_every and jax.process_count() > 1:
         raise ConfigError(
             f"config.train.refresh_every = {config.train.refresh_every}: only a run of one process"
             " refreshes its bank. Set it to 0; launch/write_bank.py --refresh=all does it between"
             " two calls"
         )
+    if profile_steps is not None and profile_steps[0] > steps:
+        raise ConfigError(
+            f"--profile_steps={profile_steps[0]}:{profile_steps[1]} begins after the last step,"
+            f" config.train.steps = {steps}"
+        )
     _check_shared(folder)
     check_owner(folder, config)
-    guard = Guard.of(config, folder)
-    clock, profile = RunClock(), Profile(profile_steps, config.train.steps, folder)
+    guard, clock = Guard.of(config, folder), RunClock()
     program = Program(config, make_mesh(config))
     checkpoints = Checkpoints(folder, config, tokenizer_fingerprint, data.writer, data.version)
     with contextlib.closing(checkpoints):
-        first = checkpoints.latest_step() or 0 if guard is None else guard.resume(checkpoints)
+        latest = checkpoints.manager.latest_step()
+        first = latest or 0 if guard is None else guard.resume(checkpoints)
         shown = jax.process_index() == 0
-        progress = Progress(config.stage, config.train.steps, first, shown)
-        with contextlib.closing(progress):
-
-            def restore() -> TrainState:
-                return program.start(checkpoints, init_from, progress)
-
-            if first == config.train.steps:
-                progress.message(f"{config.stage}: finished before, at step {first}; nothing to do")
+        with contextlib.closing(Progress(config.stage, steps, first, shown)) as progress:
+            run = Run(config, folder, checkpoints, guard, clock, progress)
+            if first == steps:
+                run.say(f"finished before, at step {first}; nothing to do")
             else:
-                state = restore()
-                claim(folder, config)
-                with Termination(checkpoints) as termination:
-                    hooks = _hooks(
-                        config,
-                        folder,
-                        program.mesh,
-                        checkpoints,
-                        progress,
-                        clock,
-                        guard,
-                        termination,
-                        refresh,
-                    )
-                    loop = Loop(program, data, hooks, guard, restore, clock, profile, progress)
-                    loop.run(state, first)
+                hooks = _hooks(run, program, refresh, profile_steps)
+                Loop(run, program, data, hooks, init_from).train(first)
     if shown and not (folder / "loss.png").exists():
         plot_stages([folder], folder / "loss.png")
     meet("finished")  # the first process has written
@@ -141,30 +116,20 @@ def _check_shared(folder: Path) -> None:
 
 
 def _hooks(
-    config: ConfigDict,
-    folder: Path,
-    mesh: Mesh,
-    checkpoints: Checkpoints,
-    progress: Progress,
-    clock: RunClock,
-    guard: Guard | None,
-    termination: Termination,
+    run: Run,
+    program: Program,
     refresh: Callable[[int], StageData] | None,
+    profile_steps: tuple[int, int] | None,
 ) -> list[Hook]:
     """Returns the hooks of a run, in the order in which they are called."""
-    rollbacks = [] if guard is None else guard.rollbacks
-    log = Log(config, folder, clock, Speed(config, mesh, clock), progress, rollbacks)
-    hooks: list[Hook] = [
-        StopAtNaN(config, folder, checkpoints)
-        if guard is None
-        else GuardHook(config, guard, checkpoints, clock, progress),
-        log,
-        Evaluation(config, clock, log.write),
-        Save(config, checkpoints, termination, clock, progress, log.sync, guard),
-    ]
-    if config.train.refresh_every:
+    log = Log(run, program.mesh)
+    hooks: list[Hook] = [StopAtNaN(run) if run.guard is None else GoBack(run), log]
+    if profile_steps is not None:
+        hooks.append(Trace(run, profile_steps))
+    hooks += [Evaluation(run, log), Save(run, log)]
+    if run.config.train.refresh_every:
         assert refresh is not None
-        hooks.append(RefreshBank(config, refresh, checkpoints, clock, progress))
+        hooks.append(RefreshBank(run, refresh))
     return hooks
 
 
@@ -172,113 +137,116 @@ class Loop:
     """Steps from one checkpoint to the end of a stage.
 
     Args:
-      program: makes the step.
+      run: its guard leaves out batches and scales the learning rate; its clock gets the seconds
+        that are waited for batches, and for a rollback.
+      program: of the stage.
       data: batches to begin with.
       hooks: called in this order, see `Hook`.
-      guard: says which batches are left out, and scales the learning rate; or None.
-      restore: returns the state of the newest checkpoint.
-      clock: gets the seconds that are waited for batches, and for a rollback.
-      profile: of some steps.
-      progress: for messages.
+      init_from: as of `train`.
     """
 
     def __init__(
         self,
+        run: Run,
         program: Program,
         data: StageData,
         hooks: Sequence[Hook],
-        guard: Guard | None,
-        restore: Callable[[], TrainState],
-        clock: RunClock,
-        profile: Profile,
-        progress: Progress,
+        init_from: str | Path | None,
     ):
-        self.program, self.data, self.hooks, self.guard = program, data, hooks, guard
-        self.restore, self.clock, self.profile, self.progress = restore, clock, profile, progress
-        self.config, self.device = program.config, Device()
-        self.rows = host_rows(program.mesh, self.config.data.batch_size)
-        self.pending: tuple[int, dict[str, jax.Array]] | None = None  # not called late yet
-        self.metrics: Mapping[str, float] = {}  # of the last settled step
+        self.run, self.program, self.data, self.hooks = run, program, data, hooks
+        self.init_from, self.device = init_from, Device()
+        self.rows = host_rows(program.mesh, run.config.data.batch_size)
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None  # hooks have not seen it yet
         self.step: Any = None
         self.compiled = False
 
-    def run(self, state: TrainState, first: int) -> None:
-        """Trains behind the step `first`, with its state, to the end."""
+    def train(self, first: int) -> None:
+        """Trains behind the step `first`, that of the newest checkpoint, to the end."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.device.close)
+            state = self._restore()
+            claim(self.run.folder, self.run.config)
             for hook in self.hooks:
                 stack.callback(hook.close)
-            stack.callback(self.profile.close)
             self._read_from(self.data)
-            while back := self._steps(state, first):
-                self.pending, first = None, back.step
-                with self.clock.spent_on("checkpoint"):
-                    state = self.restore()
+            while (back := self._steps(state, first)) is not None:
+                self.pending, first = None, back
+                with self.run.clock.spent_on("checkpoint"):
+                    state = self._restore()
             for hook in reversed(self.hooks):
                 hook.finish()
+
+    def _restore(self) -> TrainState:
+        """Returns the newest checkpoint, else the parameters of `init_from`, else random ones."""
+        checkpoints, program = self.run.checkpoints, self.program
+        latest = checkpoints.manager.latest_step()
+        if latest is not None:
+            self.run.say(f"continuing from step {latest} of {self.run.config.train.steps}")
+            return checkpoints.restore(program.abstract)
+        params = None
+        if self.init_from is not None:
+            params, meta = restore_params(
+                self.init_from,
+                program.model,
+                mesh=program.mesh,
+                tokenizer_fingerprint=checkpoints.tokenizer_fingerprint,
+            )
+            checkpoints.check_reads(meta, self.init_from)
+            self.run.say(f"starting from step {meta['step']} of {self.init_from}")
+        return program.init(params)
 
     def _read_from(self, data: StageData) -> None:
         """Reads from now on what `data` says; its memories may need tables of another bank."""
         if self.step is None or data.pipeline.dequantize is not None:
-            self.step = self.program.step(data.pipeline.dequantize)
+            self.step = make_step(self.program, data.pipeline.dequantize)
         self.data = data
         for hook in self.hooks:
             hook.read_from(data)
 
-    def _steps(self, state: TrainState, first: int) -> RollBack | None:
-        """Trains from a step on, to the end or until a hook wants to go back."""
+    def _steps(self, state: TrainState, first: int) -> int | None:
+        """Trains from a step on to the end; returns the step that a hook wants to go back to."""
         for hook in self.hooks:
-            answer = hook.start(first)
-            if isinstance(answer, StageData):
-                self._read_from(answer)
-        mesh, steps = self.program.mesh, self.config.train.steps
-        scale = () if self.guard is None else (scale_on(mesh, self.guard.scale),)
+            if data := hook.start(first):
+                self._read_from(data)
+        mesh, guard = self.program.mesh, self.run.guard
+        scale = () if guard is None else (scale_on(mesh, guard.scale),)
         batches = self._batches(first)
-        for step in range(first + 1, steps + 1):
-            with self.clock.waiting(self.device.idle_since):
+        for step in range(first + 1, self.run.config.train.steps + 1):
+            with self.run.clock.waiting(self.device.idle_since):
                 batch = next(batches)
             placed = place_batch(mesh, batch, self.rows)
             if not self.compiled and jax.process_count() > 1:
                 self.step.lower(state, placed, *scale).compile()
                 meet("compiled")
             self.compiled = True
-            self.profile.before(step)
+            for hook in self.hooks:
+                hook.before(step)
             with jax.transfer_guard("disallow"):
                 state, metrics = self.step(state, placed, *scale)
             self.device.give(metrics)
-            if back := self._settle():
+            if (back := self._settle()) is not None:
                 return back
             self.pending = (step, metrics)
-            if self.profile.after(step, metrics):
-                self.progress.message(f"{self.config.stage}: trace in {self.profile.folder}")
             for hook in [hook for hook in self.hooks if hook.due(step)]:
-                if back := self._settle():
+                if (back := self._settle()) is not None:
                     return back
-                answer = hook(step, state, self.metrics)
-                if isinstance(answer, RollBack):
-                    return answer
-                if isinstance(answer, StageData):
-                    self._read_from(answer)
+                if data := hook.at(step, state):
+                    self._read_from(data)
                     batches = self._batches(step)
         return None  # the checkpoint of the last step has settled it
 
     def _batches(self, done: int) -> Iterator[Batch]:
         """Returns batches of the steps after `done`."""
-        pipeline = self.data.pipeline
-        if self.guard is None:
-            return iter(pipeline.batches(done, self.rows.ids))
-        first = self.guard.first_batch(done)
-        return self.guard.without_skipped(pipeline.batches(first, self.rows.ids), first)
+        read = functools.partial(self.data.pipeline.batches, rows=self.rows.ids)
+        return read(done) if self.run.guard is None else self.run.guard.batches(read, done)
 
-    def _settle(self) -> RollBack | None:
-        """Calls the late hooks for the step before, while the present one computes."""
+    def _settle(self) -> int | None:
+        """Shows the hooks the metrics of the step before, while the present one computes."""
         if self.pending is None:
             return None
-        step, metrics = self.pending
-        self.pending = None
-        self.metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        (step, metrics), self.pending = self.pending, None
+        values: Mapping[str, float] = jax.tree.map(float, jax.device_get(metrics))
         for hook in self.hooks:
-            answer = hook(step, None, self.metrics) if hook.late else None
-            if isinstance(answer, RollBack):
-                return answer
+            if (back := hook.after(step, values)) is not None:
+                return back
         return None

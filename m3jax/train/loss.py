@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from m3jax.data.batch import Batch
@@ -26,53 +26,47 @@ class Sums(NamedTuple):
     correct: Float[Array, ""]  # weight of tokens whose target is the most probable
 
 
-def objective(
-    model: Model,
-    params: Params,
-    batch: Batch,
-    sparsify: Callable | None,
-    dequantize: Dequantize | None = None,
-) -> tuple[Float[Array, ""], Sums]:
+class Forward(NamedTuple):
+    """Model that reads batches.
+
+    Attributes:
+      model: the model.
+      sparsify: `memory.sparsify.sparsifier(config.memory)`; needed with `reference_tokens`.
+      dequantize: of stored memories (`Codec.dequantize`); None if they are plain.
+    """
+
+    model: Model
+    sparsify: Callable | None = None
+    dequantize: Dequantize | None = None
+
+    def hidden(self, params: Params, batch: Batch) -> Float[Array, "B T D"]:
+        """Computes hidden states of a batch, with its memories, before the final norm."""
+        memory = batch.memory
+        if memory is not None and self.dequantize is not None:
+            memory = self.dequantize(memory)
+        return self.model.hidden(
+            params,
+            batch.tokens,
+            memory=memory,
+            reference_tokens=batch.reference_tokens,
+            sparsify=self.sparsify,
+            packing=batch.packing,
+        )
+
+
+def objective(forward: Forward, params: Params, batch: Batch) -> tuple[Float[Array, ""], Sums]:
     """Returns the sum that is minimised, and the reported sums, which have no gradient.
 
     They are of a batch, on a mesh of a device's rows. What is minimised is the loss, and with
     `train.z_loss` that term.
-
-    Args:
-      model: the model.
-      params: its parameters.
-      batch: with memory, or reference tokens, or neither.
-      sparsify: `memory.sparsify.sparsifier(config.memory)`; needed with `reference_tokens`.
-      dequantize: of stored memories (`Codec.dequantize`); None if they are plain.
     """
-    hidden = hidden_of(model, params, batch, sparsify, dequantize)
+    hidden = forward.hidden(params, batch)
     weights = batch.weights.astype(jnp.float32)
-    total, loss, correct = model.summed_loss(params, hidden, batch.targets, weights)
+    total, loss, correct = forward.model.summed_loss(params, hidden, batch.targets, weights)
     return total, Sums(loss, jnp.sum(weights), correct)
 
 
-def hidden_of(
-    model: Model,
-    params: Params,
-    batch: Batch,
-    sparsify: Callable | None,
-    dequantize: Dequantize | None = None,
-) -> Float[Array, "B T D"]:
-    """Computes hidden states of a batch before the final norm; arguments as in `objective`."""
-    memory = batch.memory
-    if memory is not None and dequantize is not None:
-        memory = dequantize(memory)
-    return model.hidden(
-        params,
-        batch.tokens,
-        memory=memory,
-        reference_tokens=batch.reference_tokens,
-        sparsify=sparsify,
-        packing=batch.packing,
-    )
-
-
-def place_batch(mesh: Mesh, batch: Batch, rows: HostRows) -> Batch:
+def place_batch(mesh: Mesh | None, batch: Batch, rows: HostRows) -> Batch:
     """Makes a global batch for the step from the rows that this process loaded."""
     batch = batch.for_step()
     return to_global(mesh, batch, rows, batch.row_axes())
@@ -88,35 +82,22 @@ def batch_specs(batch: Batch) -> Batch:
     return specs._replace(memory=ExplicitMemory(slots, slots, rows))
 
 
-def global_sums(
-    model: Model, sparsify: Callable | None, dequantize: Dequantize | None = None
-) -> Callable[[Params, Batch], Sums]:
-    """Returns `sums(params, batch)`: the reported sums of a global batch, on the model's mesh."""
+def on_rows(model: Model, function: Callable, results: Any) -> Callable[[Params, Batch], Any]:
+    """Makes `function(params, batch)` of one device's rows a function of a global batch.
 
-    def total(params: Params, batch: Batch) -> Sums:
-        def local(params: Params, batch: Batch) -> Sums:
-            return over_rows(model, objective(model, params, batch, sparsify, dequantize)[1])
+    `results` are the partitions of what it returns; see `m3jax.mesh.on_devices`.
+    """
 
+    def on_mesh(params: Params, batch: Batch) -> Any:
         specs = (model.specs(), batch_specs(batch))
-        return on_devices(model.mesh, local, specs, PartitionSpec())(params, batch)
+        return on_devices(model.mesh, function, specs, results)(params, batch)
 
-    return total
+    return on_mesh
 
 
 def over_rows(model: Model, total: Sums) -> Sums:
     """Adds up the sums of the rows of all devices."""
     return jax.tree.map(lambda x: model.parallel.sum(x, *BATCH_AXES), total)
-
-
-def loss(
-    model: Model, params: Params, batch: Batch, sparsify: Callable | None = None
-) -> tuple[Float[Array, ""], Sums]:
-    """Returns the minimised mean over the weights, in nats a token, and the sums to report.
-
-    Arguments as in `objective`. A batch without weight has loss 0.
-    """
-    minimised, total = objective(model, params, batch, sparsify)
-    return mean(minimised, total.weight), total
 
 
 def mean(total: Float[Array, ""], weight: Float[Array, ""]) -> Float[Array, ""]:

@@ -1,18 +1,25 @@
-"""Metrics of a stage: one JSON object a line in `metrics.jsonl`, and TensorBoard events."""
+"""Metrics of a stage: one JSON object a line in `metrics.jsonl`, TensorBoard events, a summary."""
 
 from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+from jax.tree_util import keystr
+from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
+from m3jax.checkpoint import FOLDER
 from m3jax.files import write_atomically
+from m3jax.train.guard import describe
 
 FILE = "metrics.jsonl"
 
@@ -30,10 +37,7 @@ def read_metrics(stage_folder: str | Path) -> list[dict[str, Any]]:
 
 
 def time_spent(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Sums up the time of a run by part, over all its starts.
-
-    Args:
-      lines: of `read_metrics`.
+    """Sums up the time of a run by part, over all its starts, from lines of `read_metrics`.
 
     Returns:
       `goodput`, the share of the time since the first start that went into steps whose result was
@@ -44,10 +48,9 @@ def time_spent(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     timed = [line for line in lines if "time" in line]
     if not timed:
         return {}
-    spent: dict[str, float] = {}
+    spent = Counter[str]()
     for line in timed:
-        for part, seconds in line["time"].items():
-            spent[part] = spent.get(part, 0.0) + seconds
+        spent.update(line["time"])
     elapsed = timed[-1]["since_first_start"]
     lost = max(0.0, elapsed - sum(spent.values()))
     return {"goodput": timed[-1]["goodput"], "seconds": elapsed, **spent, "lost": lost}
@@ -70,24 +73,24 @@ def describe_time(spent: Mapping[str, float]) -> str:
     return f"{duration} since the first start: {spent['goodput']:.0%} steps (goodput), {parts}"
 
 
-def dropped_share(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
-    """Returns the share that leaked of the references retrieved between two reports.
+def retrieval_shares(
+    counts: Mapping[str, float], before: Mapping[str, float] = {}
+) -> dict[str, float]:
+    """Computes shares of what was retrieved and read between two reports of a pipeline.
 
     Returns:
-      `dropped_share`, or {} where nothing was retrieved in between.
+      `dropped_share`, of retrieved references that leak, and `cache_hit_share`, of memories that
+      were in the cache; without that of which there was nothing in between.
     """
-    dropped, returned = (now.get(n, 0) - before.get(n, 0) for n in ("dropped", "returned"))
-    return {"dropped_share": dropped / (dropped + returned)} if dropped + returned > 0 else {}
-
-
-def hit_share(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
-    """Returns the share that was in the cache of the memories read between two reports.
-
-    Returns:
-      `cache_hit_share`, or {} where there is no cache or nothing was read.
-    """
-    hits, misses = (now.get(n, 0) - before.get(n, 0) for n in ("cache_hits", "cache_misses"))
-    return {"cache_hit_share": hits / (hits + misses)} if hits + misses > 0 else {}
+    shares = {}
+    for name, part, rest in (
+        ("dropped_share", "dropped", "returned"),
+        ("cache_hit_share", "cache_hits", "cache_misses"),
+    ):
+        new = {key: counts.get(key, 0) - before.get(key, 0) for key in (part, rest)}
+        if sum(new.values()) > 0:
+            shares[name] = new[part] / sum(new.values())
+    return shares
 
 
 class Metrics:
@@ -141,8 +144,9 @@ class Metrics:
             line = {**line, "goodput": self._stepping / elapsed, "since_first_start": elapsed}
         self._file.write(_to_line(line))
         self._file.flush()
-        for name, value in _flatten("", line):
-            if name != "step":
+        for path, value in jax.tree.leaves_with_path(line):
+            name = keystr(path, simple=True, separator="/")
+            if name != "step" and isinstance(value, (int, float)):
                 self._events.add_scalar(name, value, int(line["step"]))
 
     def sync(self) -> None:
@@ -170,12 +174,55 @@ def _to_line(line: Mapping[str, Any]) -> str:
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 
-def _flatten(prefix: str, tree: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Numbers of nested dicts under `a/b` names."""
-    numbers = []
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            numbers += _flatten(f"{prefix}{key}/", value)
-        elif isinstance(value, (int, float)):
-            numbers.append((prefix + key, float(value)))
-    return numbers
+class Summary(NamedTuple):
+    """Outcome of a stage; `str` gives lines for people.
+
+    Attributes:
+      stage: its name.
+      step: of the last checkpoint.
+      checkpoint: folder of that.
+      seconds: run time over all starts.
+      loss, accuracy: of the last logged line.
+      evaluation: numbers of the last evaluation, {} if there was none.
+      time: see `time_spent`.
+      rollbacks: of the guard, see `m3jax.train.guard.read_rollbacks`.
+    """
+
+    stage: str
+    step: int
+    checkpoint: str
+    seconds: float
+    loss: float
+    accuracy: float
+    evaluation: dict[str, float]
+    time: dict[str, float]
+    rollbacks: list[dict[str, Any]]
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                f"{self.stage}: loss {self.loss:.4f} after {self.step} steps",
+                *(f"  {name}: {value:.4f}" for name, value in self.evaluation.items()),
+                *(f"  {describe(rollback)}" for rollback in self.rollbacks),
+                f"checkpoint: {self.checkpoint}",
+                f"time: {describe_time(self.time)}",
+            ]
+        )
+
+
+def summarize(config: ConfigDict, folder: Path) -> Summary:
+    """Returns the summary of a finished stage, from the metrics in its folder."""
+    lines = read_metrics(folder)
+    trained = [line for line in lines if "loss" in line][-1:]
+    evaluated = [line["evaluation"] for line in lines if "evaluation" in line][-1:]
+    return Summary(
+        stage=config.stage,
+        step=config.train.steps,
+        checkpoint=str(folder / FOLDER / str(config.train.steps)),
+        seconds=max((line.get("seconds", 0.0) for line in lines), default=0.0),
+        loss=trained[0]["loss"] if trained else math.nan,
+        accuracy=trained[0]["accuracy"] if trained else math.nan,
+        evaluation=evaluated[0] if evaluated else {},
+        time=time_spent(lines),
+        rollbacks=[line["guard"] for line in lines if "guard" in line],
+    )

@@ -21,22 +21,13 @@ _LEAST_NORM = 1e-30  # a batch without weight has a gradient of 0, which has no 
 
 
 class Trouble(NamedTuple):
-    """Trouble of a run.
+    """Trouble of a run: `spike` is several bad steps close together, `divergence` a rising loss."""
 
-    Attributes:
-      reason: `not_finite`; `spike`, several bad steps close together; or `divergence`, a loss that
-        creeps up.
-      first: first bad step, from 1; of a divergence the last good one, plus 1.
-      last: last bad step; of a divergence as `first`, since no batch is to blame.
-      seen: step after which it was noticed.
-      words: what was seen, for people.
-    """
-
-    reason: str
-    first: int
-    last: int
-    seen: int
-    words: str
+    reason: str  # `not_finite`, `spike` or `divergence`
+    first: int  # first bad step, from 1; of a divergence the last good one, plus 1
+    last: int  # last bad step; of a divergence as `first`, since no batch is to blame
+    seen: int  # step after which it was noticed
+    words: str  # what was seen, for people
 
 
 class Monitor:
@@ -62,14 +53,11 @@ class Monitor:
 
     def state(self) -> dict[str, Any]:
         """Returns all that it remembers, for JSON."""
-        state: dict[str, Any] = {
-            "losses": list(self._losses),
-            "norms": list(self._norms),
-            "bad": list(self._bad),
-        }
-        if self._losses:
-            state |= {"best": self._best, "calm": self._calm, "usual": self._usual}
-        return state
+        if not self._losses:
+            return {}
+        lists = {"losses": self._losses, "norms": self._norms, "bad": self._bad}
+        state = {"best": self._best, "calm": self._calm, "usual": self._usual}
+        return {name: list(values) for name, values in lists.items()} | state
 
     def losses(self, step: int, after: int) -> list[tuple[int, float]]:
         """Returns the remembered losses of the steps after `after`, up to the last, `step`."""

@@ -1,7 +1,8 @@
-"""Update rules: AdamW with float32 moments, and Muon for the matrices of the blocks."""
+"""Update rules: AdamW with float32 moments, Muon for the matrices of the blocks; learning rate."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,8 +10,6 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, muon
-
-from m3jax.train.schedule import lr_schedule
 
 # Axes of a stacked matrix that a product sums over, and those it makes. Axis 0 is the layer, which
 # Muon treats as a batch; heads are not split: the query makes K·G·H outputs at once.
@@ -35,7 +34,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     if config.optimizer.name == "adamw":
         return _in_float32(optax.chain(clip, _adamw(config)))
     rules = {"matrices": _muon(config), "others": _adamw(config)}
-    return _in_float32(optax.chain(clip, optax.partition(rules, _labels)))
+    return _in_float32(optax.chain(clip, optax.partition(rules, _by_path(_label))))
 
 
 def is_decayed(path: Any) -> bool:
@@ -47,15 +46,16 @@ def _leaf_name(path: Any) -> str:
     return str(path[-1].key)
 
 
-def _decay_mask(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: is_decayed(path), params)
+def _by_path(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Makes a function of parameters that maps the path of each one."""
+    return lambda params: jax.tree.map_with_path(lambda path, _: function(path), params)
 
 
 def _adamw(config: ConfigDict) -> optax.GradientTransformation:
     options = config.optimizer
     return optax.chain(
         optax.scale_by_adam(options.beta1, options.beta2, options.epsilon),
-        optax.add_decayed_weights(options.weight_decay, _decay_mask),
+        optax.add_decayed_weights(options.weight_decay, _by_path(is_decayed)),
         optax.scale_by_learning_rate(lr_schedule(config)),
     )
 
@@ -64,18 +64,13 @@ def _muon(config: ConfigDict) -> optax.GradientTransformation:
     return muon(
         lr_schedule(config, config.optimizer.muon_learning_rate),
         weight_decay=config.optimizer.weight_decay,
-        muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(
-            lambda path, _: _MATRICES[_leaf_name(path)], params
-        ),
+        muon_weight_dimension_numbers=_by_path(lambda path: _MATRICES[_leaf_name(path)]),
     )
 
 
-def _labels(params: Any) -> Any:
-    def label(path: Any, _: Any) -> str:
-        in_block = len(path) > 1  # parameters of the blocks lie inside a segment
-        return "matrices" if in_block and _leaf_name(path) in _MATRICES else "others"
-
-    return jax.tree_util.tree_map_with_path(label, params)
+def _label(path: Any) -> str:
+    in_block = len(path) > 1  # parameters of the blocks lie inside a segment
+    return "matrices" if in_block and _leaf_name(path) in _MATRICES else "others"
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -86,3 +81,32 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
         return inner.update(cast(updates), state, cast(params))
 
     return optax.GradientTransformation(lambda params: inner.init(cast(params)), update)
+
+
+def lr_schedule(config: ConfigDict, peak: float | None = None) -> optax.Schedule:
+    """Makes the config's schedule: a linear rise, then wsd or cosine.
+
+    Steps count from 0: step s makes the update s + 1. The rise reaches the peak at step
+    `lr_warmup_steps − 1`; the fall would reach `min_lr_ratio · peak` at step `train.steps`.
+
+    Args:
+      config: a validated config.
+      peak: peak learning rate; default `optimizer.learning_rate`.
+    """
+    optimizer, steps = config.optimizer, config.train.steps
+    peak = optimizer.learning_rate if peak is None else peak
+    rise, final = optimizer.lr_warmup_steps, optimizer.min_lr_ratio * peak
+    pieces: list[tuple[int, optax.Schedule]] = []  # (first step, schedule)
+    if rise:
+        pieces.append((0, optax.linear_schedule(peak / rise, peak, max(1, rise - 1))))
+    if optimizer.schedule == "cosine":
+        length = max(1, steps - rise)
+        cosine = optax.cosine_decay_schedule(peak, length, alpha=optimizer.min_lr_ratio)
+        pieces.append((rise, cosine))
+    else:
+        fall = min(round(optimizer.lr_decay_share * steps), steps - rise)
+        pieces.append((rise, optax.constant_schedule(peak)))
+        if fall:
+            pieces.append((steps - fall, optax.linear_schedule(peak, final, fall)))
+    starts, schedules = zip(*pieces, strict=True)
+    return optax.join_schedules(schedules, starts[1:])

@@ -55,61 +55,52 @@ def plot_stages(stage_folders: Sequence[str | Path], path: str | Path, title: st
 
 def _draw_stages(losses: Axes, rates: Axes, stages: Sequence[tuple[str, list]]) -> list[int]:
     """Draws the curves; returns the step at which every stage ends, over all stages."""
-    ends: list[int] = []
-    colours: dict[str, str] = dict(_COLOURS)
-    labelled: set[str] = set()
+    ends, colours, labelled = [0], dict(_COLOURS), set[str]()
     longest = max(sum("loss" in line for line in lines) for _, lines in stages)
+
+    def once(label: str) -> str | None:
+        """Returns the label for the legend, None where it is there already."""
+        new = label not in labelled
+        labelled.add(label)
+        return label if new else None
+
     for _, lines in stages:
-        offset = ends[-1] if ends else 0
+        offset = ends[-1]
         trained = [line for line in lines if "loss" in line]
         steps = offset + np.array([line["step"] for line in trained])
         values = np.array([line["loss"] for line in trained])
-        first = not ends
         losses.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.9)
-        label = "training" if first else None
-        losses.plot(
-            steps,
-            _smoothed(values, longest * _SMOOTHED_SHARE),
-            color=BLUE,
-            linewidth=1.9,
-            label=label,
-        )
+        mean = _smoothed(values, longest * _SMOOTHED_SHARE)
+        losses.plot(steps, mean, color=BLUE, linewidth=1.9, label=once("training"))
         rate = [line["learning_rate"] for line in trained]
         rates.plot(steps, rate, color=_RATE, linewidth=1.4)
         rates.fill_between(steps, rate, color=_RATE, alpha=0.15, linewidth=0)
         for rollback in (line["guard"] for line in lines if "guard" in line):
-            _draw_left(losses, offset, rollback, "went back" not in labelled)
-            labelled.add("went back")
-        evaluated = [line for line in lines if "evaluation" in line]
-        names = sorted(
-            {name for line in evaluated for name in line["evaluation"] if "loss" in name}
-        )
-        for name in names:
+            _draw_left(losses, offset, rollback, once("left again; the run went back to ▲"))
+        points: dict[str, list[tuple[int, float]]] = {}
+        for line in lines:
+            for name, value in line.get("evaluation", {}).items():
+                if "loss" in name:
+                    points.setdefault(name, []).append((offset + line["step"], value))
+        for name in sorted(points):
             colour = colours.setdefault(name, _OTHERS[len(colours) % len(_OTHERS)])
-            points = [
-                (offset + line["step"], line["evaluation"][name])
-                for line in evaluated
-                if name in line["evaluation"]
-            ]
             losses.plot(
-                *zip(*points, strict=True),
+                *zip(*points[name], strict=True),
                 color=colour,
                 marker="o",
                 markersize=3.5,
                 linewidth=1.3,
-                label=None if name in labelled else _readable(name),
+                label=once(_readable(name)),
             )
-            labelled.add(name)
         ends.append(offset + max(line["step"] for line in lines))
-    return ends
+    return ends[1:]
 
 
-def _draw_left(axes: Axes, offset: int, rollback: Mapping[str, Any], first: bool) -> None:
+def _draw_left(axes: Axes, offset: int, rollback: Mapping[str, Any], label: str | None) -> None:
     """The losses of a branch that was left, and the step that the run went back to."""
     points = [(offset + step, loss) for step, loss in rollback["losses"] if loss is not None]
     if points:
         axes.plot(*zip(*points, strict=True), color=RED, alpha=0.7, linewidth=1.0)
-    label = "left again; the run went back to ▲" if first else None
     axes.plot(
         [offset + rollback["to"]],
         [0.02],

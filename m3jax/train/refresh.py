@@ -1,11 +1,9 @@
-"""Rewrites the memories of a bank with a checkpoint's own weights, as a version of the
-knowledge."""
+"""Rewrites memories of a bank with a checkpoint's own weights, as a version of the knowledge."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +27,8 @@ from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.transformer import Model
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
+
+_TINY = np.finfo(np.float32).tiny  # a layer may have no memories
 
 
 def rewrite(
@@ -93,54 +93,46 @@ def _first_layer_errors(
     return squares.relative[:, 0]
 
 
-@dataclasses.dataclass(frozen=True)
-class Squares:
-    """Summed squares `(n, L)` of every reference and layer: distances, and norms."""
+class Squares(NamedTuple):
+    """Summed squares of keys and values (axis 0) of every reference and layer, `(2, n, L)`."""
 
-    keys: np.ndarray
-    values: np.ndarray
-    key_norms: np.ndarray
-    value_norms: np.ndarray
+    distances: Any
+    norms: Any  # of fresh memories
 
-    def error(self, part: str) -> list[float]:
-        """Returns the relative error of every layer."""
-        norms = self.key_norms if part == "keys" else self.value_norms
-        tiny = np.finfo(np.float32).tiny  # a layer may have no memories
-        return np.sqrt(getattr(self, part).sum(0) / np.maximum(norms.sum(0), tiny)).tolist()
+    @property
+    def errors(self) -> Float[np.ndarray, "2 L"]:
+        """Returns the relative error of keys and values in every layer."""
+        norms = np.maximum(self.norms.sum(1), _TINY)
+        return np.sqrt(self.distances.sum(1) / norms)
 
     @property
     def relative(self) -> Float[np.ndarray, "n L"]:
         """Returns the squared error of keys and values, each over its norm."""
-        tiny = np.finfo(np.float32).tiny
-        keys = self.keys / np.maximum(self.key_norms, tiny)
-        return keys + self.values / np.maximum(self.value_norms, tiny)
+        return (self.distances / np.maximum(self.norms, _TINY)).sum(0)
 
 
 @jax.jit
-def _squares(stored: ExplicitMemory, fresh: ExplicitMemory) -> tuple[jax.Array, ...]:
-    """Returns distances of keys and values, and norms of the fresh ones, by reference and layer.
+def _squares(stored: ExplicitMemory, fresh: ExplicitMemory) -> Squares:
+    """Compares memories, `(L, n, K, P, H)`.
 
     A memory is a set: a stored slot is compared with the fresh one whose key is nearest. So a
     weight that moved another token into the memory counts, the order of the slots does not.
     """
-    keys, values, fresh_keys, fresh_values = (
-        jnp.moveaxis(x, 0, 1).astype(jnp.float32) for x in (*stored[:2], *fresh[:2])
+    stored_pair, fresh_pair = (  # keys and values, (2, n, L, K, P, H)
+        jnp.moveaxis(jnp.stack(memory[:2]).astype(jnp.float32), 1, 2) for memory in (stored, fresh)
     )
-    P = keys.shape[-2]
-    real = jnp.arange(P)[None] < fresh.length[:, None]  # (n, P)
+    keys, fresh_keys = stored_pair[0], fresh_pair[0]
+    real = jnp.arange(keys.shape[-2])[None] < fresh.length[:, None]  # (n, P)
     pairs = jnp.einsum("nlkph,nlkqh->nlkpq", keys, fresh_keys, precision="highest")
     norms = jnp.square(fresh_keys).sum(-1)
     apart = jnp.square(keys).sum(-1)[..., None] + norms[..., None, :] - 2 * pairs
     apart = jnp.where(real[:, None, None, None, :], apart, jnp.inf)
-    nearest = apart.argmin(-1)[..., None]
-    sides = (keys, fresh_keys), (values, fresh_values)
-    weight = real[:, None, None, :, None]
+    nearest = jnp.take_along_axis(fresh_pair, apart.argmin(-1)[None, ..., None], axis=4)
 
     def total(x: jax.Array) -> jax.Array:
-        return jnp.where(weight, jnp.square(x), 0).sum((2, 3, 4))
+        return jnp.where(real[None, :, None, None, :, None], jnp.square(x), 0).sum((3, 4, 5))
 
-    distances = [total(a - jnp.take_along_axis(b, nearest, axis=3)) for a, b in sides]
-    return (*distances, total(fresh_keys), total(fresh_values))
+    return Squares(total(stored_pair - nearest), total(fresh_pair))
 
 
 def _layers_first(both: Any, length: Any) -> ExplicitMemory:
@@ -164,8 +156,7 @@ def compare_memories(
     squares, floors = [], []
     quantize = jax.jit(bank.codec.quantize)
     done = 0
-    bar = tqdm(total=len(ids), unit=" memories", desc="compared", disable=not progress)
-    with bar:
+    with tqdm(total=len(ids), unit=" memories", desc="compared", disable=not progress) as bar:
         for both in encoder.batches(ids, Clock()):
             part = ids[done : done + len(both)]
             done += len(part)
@@ -183,7 +174,7 @@ def compare_memories(
                 again = bank.codec.dequantize(_layers_first(coded, stored.length))
                 floors.append(jax.device_get(_squares(again, fresh)))
 
-    def joined(parts: list[Any]) -> Squares:
-        return Squares(*(np.concatenate(side) for side in zip(*parts, strict=True)))
+    def joined(parts: list[Squares]) -> Squares:
+        return Squares(*(np.concatenate(side, axis=1) for side in zip(*parts, strict=True)))
 
     return joined(squares), joined(floors) if floors else None

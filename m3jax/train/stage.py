@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from m3jax.checkpoint import FOLDER
+from m3jax.checkpoint import FOLDER, checkpoint_steps
 from m3jax.config import validate, with_epochs
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.errors import ConfigError
@@ -18,9 +17,9 @@ from m3jax.train.checkpoints import knowledge_version
 from m3jax.train.dpo_base import hold_base_logprobs
 from m3jax.train.evaluator import evaluator
 from m3jax.train.loop import train
+from m3jax.train.metrics import Summary
 from m3jax.train.refresh import rewrite
-from m3jax.train.stage_data import StageData
-from m3jax.train.summary import Summary
+from m3jax.train.run import StageData
 
 
 def train_stage(
@@ -57,21 +56,30 @@ def train_stage(
             f"config.train.refresh_every = {config.train.refresh_every} refreshes the workdir's"
             " bank; leave out --bank"
         )
-    if version is None:
-        version = _recorded_version(config, workdir)
+    goes_on = knowledge_version(workdir / config.stage) if version is None else None
     mesh = make_mesh(config)
 
     def read(version: int | None) -> tuple[Pipeline, StageData]:
-        return _open(config, workdir, mesh, init_from, bank, version)
+        """Opens all that a stage reads of a version of the knowledge; None: the current one."""
+        pipeline = open_pipeline(config, workdir, bank=bank, version=version)
+        evaluate = evaluator(config, workdir, bank=bank, version=version, mesh=mesh)
+        if config.data.packing == "pairs":
+            pipelines = {"train": pipeline, "validation": evaluate.pipeline}
+            hold_base_logprobs(config, workdir / config.stage, pipelines, init_from, mesh)
+        writer = None if pipeline.bank is None else pipeline.bank.writer
+        number = None if pipeline.version is None else pipeline.version.number
+        return pipeline, StageData(pipeline, evaluate, writer, number)
 
     def refresh(step: int) -> StageData:
         checkpoint = workdir / config.stage / FOLDER / str(step)
         return read(rewrite(config, workdir, checkpoint).number)[1]
 
-    pipeline, data = read(version)
+    pipeline, data = read(goes_on if version is None else version)
     config = with_epochs(config, len(pipeline.rows))
     if config.train.epochs:
         _say(f"{config.stage}: {config.train.epochs:g} epochs are {config.train.steps} steps")
+    if goes_on is not None:
+        _tell_version(config, workdir, goes_on)
     return train(
         config,
         workdir,
@@ -83,35 +91,16 @@ def train_stage(
     )
 
 
-def _open(
-    config: ConfigDict,
-    workdir: Path,
-    mesh: Mesh,
-    init_from: str | Path | None,
-    bank: str | Path | None,
-    version: int | None,
-) -> tuple[Pipeline, StageData]:
-    """Opens all that a stage reads of a version of the knowledge; None: the current one."""
-    pipeline = open_pipeline(config, workdir, bank=bank, version=version)
-    evaluate = evaluator(config, workdir, bank=bank, version=version, mesh=mesh)
-    if config.data.packing == "pairs":
-        pipelines = {"train": pipeline, "validation": evaluate.pipeline}
-        hold_base_logprobs(config, workdir / config.stage, pipelines, init_from, mesh)
-    writer = None if pipeline.bank is None else pipeline.bank.writer
-    number = None if pipeline.version is None else pipeline.version.number
-    return pipeline, StageData(pipeline, evaluate, writer, number)
-
-
-def _recorded_version(config: ConfigDict, workdir: Path) -> int | None:
-    """Returns the version of the knowledge that a run has read, None for a new run."""
-    version = knowledge_version(workdir / config.stage)
+def _tell_version(config: ConfigDict, workdir: Path, version: int) -> None:
+    """Says where a run goes on with another version than the current one."""
+    train, step = config.train, checkpoint_steps(workdir / config.stage)[-1]
+    refreshes = train.refresh_every and step % train.refresh_every == 0
     current = read_current(workdir)["version"]
-    if version not in (None, current):
+    if version != current and step < train.steps and not refreshes:
         _say(
             f"{config.stage} goes on with version {version} of the knowledge, which it has read"
             f" before; the current one is {current} (--bank_version={current})"
         )
-    return version
 
 
 def _say(line: str) -> None:

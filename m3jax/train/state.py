@@ -12,10 +12,12 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
+from m3jax.config import prefix_tokens
+from m3jax.make_model import make_model
 from m3jax.mesh import parameter_shardings, replicated
 from m3jax.model.parameters import Params
-from m3jax.model.transformer import Model
 from m3jax.train.loss import Sums
+from m3jax.train.optimizer import make_optimizer
 
 
 class TrainState(NamedTuple):
@@ -37,20 +39,50 @@ def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainS
     return TrainState(params, optimizer.init(params), step, Sums(zero, zero, zero))
 
 
-def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Returns the state as `jax.ShapeDtypeStruct`s with shardings; nothing is allocated."""
-    shapes, axes = model.abstract()
-    params = parameter_shardings(mesh, axes, shapes)
-    abstract = jax.eval_shape(lambda p: new_state(p, optimizer), shapes)
-    whole = replicated(mesh)
-    shardings = jax.tree.map(lambda _: whole, abstract)._replace(
-        params=params, optimizer=_like_parameters(abstract.optimizer, shapes, params, whole)
-    )
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        shardings,
-    )
+class Program:
+    """Model, optimizer and state of a stage on a mesh.
+
+    Attributes:
+      config, mesh: of the stage.
+      model, optimizer: as the config says.
+      abstract: the state as `jax.ShapeDtypeStruct`s with shardings; nothing is allocated.
+    """
+
+    def __init__(self, config: ConfigDict, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        self.model = make_model(config, prefix_tokens(config), mesh)
+        self.optimizer = make_optimizer(config)
+        shapes, axes = self.model.abstract()
+        params, whole = parameter_shardings(mesh, axes, shapes), replicated(mesh)
+        abstract = jax.eval_shape(lambda p: new_state(p, self.optimizer), shapes)
+        shardings = jax.tree.map(lambda _: whole, abstract)._replace(
+            params=params, optimizer=_like_parameters(abstract.optimizer, shapes, params, whole)
+        )
+        self.abstract: TrainState = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            *(abstract, shardings),
+        )
+
+    @property
+    def shardings(self) -> TrainState:
+        """Returns the shardings of the state."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+
+    def init(self, params: Params | None = None) -> TrainState:
+        """Makes the state of step 0 on the mesh: every device its part, nothing is whole anywhere.
+
+        Args:
+          params: parameters of an earlier stage, with the shardings of `abstract`; default random
+            ones.
+        """
+        # CPUs would take ten times longer to optimise a program that runs once.
+        cpu = jax.default_backend() == "cpu"
+        options = {"xla_backend_optimization_level": 0} if cpu else None
+        jit = functools.partial(jax.jit, out_shardings=self.shardings, compiler_options=options)
+        if params is not None:
+            return jit(lambda params: new_state(params, self.optimizer))(params)
+        model, seed = self.model, self.config.seed
+        return jit(lambda: new_state(model.init(jax.random.key(seed)), self.optimizer))()
 
 
 def _like_parameters(optimizer: Any, shapes: Any, shardings: Any, default: NamedSharding) -> Any:
@@ -58,49 +90,14 @@ def _like_parameters(optimizer: Any, shapes: Any, shardings: Any, default: Named
 
     (`optax.tree_map_params` cannot do it: under `optax.partition` parts of the moments are masked.)
     """
-    known = {}
-    for (path, leaf), sharding in zip(
-        jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
-    ):
-        known[path, leaf.shape] = sharding
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    known = {
+        (path, leaf.shape): sharding
+        for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)
+    }
 
     def sharding_of(path: Any, leaf: Any) -> NamedSharding:
         ends = (known.get((path[start:], leaf.shape)) for start in range(len(path)))
         return next((sharding for sharding in ends if sharding is not None), default)
 
     return jax.tree_util.tree_map_with_path(sharding_of, optimizer)
-
-
-def state_shardings(abstract: TrainState) -> TrainState:
-    """Returns the shardings of an abstract state."""
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-
-def init_state(
-    config: ConfigDict,
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    abstract: TrainState,
-    params: Params | None = None,
-) -> TrainState:
-    """Makes the state of step 0 on the mesh: every device its part, nothing is whole anywhere.
-
-    Args:
-      config: for the seed.
-      model: the model.
-      optimizer: the update rule.
-      abstract: `abstract_state` of the same.
-      params: parameters of an earlier stage, with the shardings of `abstract`; default random ones.
-    """
-    jit = functools.partial(
-        jax.jit, out_shardings=state_shardings(abstract), compiler_options=_compiled_once()
-    )
-    if params is not None:
-        return jit(lambda params: new_state(params, optimizer))(params)
-    seed = config.seed
-    return jit(lambda: new_state(model.init(jax.random.key(seed)), optimizer))()
-
-
-def _compiled_once() -> dict[str, int] | None:
-    """Options for a program that runs once: CPUs would take ten times longer to optimise it."""
-    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None

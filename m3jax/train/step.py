@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,26 +17,18 @@ from ml_collections import ConfigDict
 from m3jax.data.batch import Batch
 from m3jax.memory.reader import Dequantize
 from m3jax.memory.sparsify import sparsifier
-from m3jax.mesh import compiler_options, on_devices, replicated
+from m3jax.mesh import compiler_options, replicated
 from m3jax.model.transformer import Model
 from m3jax.train.dpo_loss import objective_of
-from m3jax.train.loss import Sums, batch_specs, mean, over_rows
-from m3jax.train.optimizer import make_optimizer
-from m3jax.train.schedule import lr_schedule
-from m3jax.train.state import TrainState, abstract_state, state_shardings
+from m3jax.train.loss import Forward, Sums, mean, on_rows, over_rows
+from m3jax.train.optimizer import lr_schedule
+from m3jax.train.state import Program, TrainState
 
 Step = Callable[..., tuple[TrainState, dict[str, Array]]]
 
 
-def make_step(
-    config: ConfigDict,
-    model: Model,
-    mesh: Mesh,
-    optimizer: optax.GradientTransformation | None = None,
-    abstract: TrainState | None = None,
-    dequantize: Dequantize | None = None,
-) -> Step:
-    """Makes the step of a config: `step(state, batch) -> (state, metrics)`, the state donated.
+def make_step(program: Program, dequantize: Dequantize | None = None) -> Step:
+    """Makes the step of a stage: `step(state, batch) -> (state, metrics)`, the state donated.
 
     With `guard.on` it is `step(state, batch, scale)`, scale being a factor on the learning rate, a
     float32 scalar that every device holds (`scale_on`): another one needs no other program.
@@ -46,17 +39,12 @@ def make_step(
     before clipping, `learning_rate`, `parameter_norm` before the update.
 
     Args:
-      config: a validated config.
-      model: its model, made for the mesh.
-      mesh: its mesh.
-      optimizer: default `make_optimizer(config)`.
-      abstract: default `abstract_state(model, optimizer, mesh)`.
+      program: model, optimizer and state.
       dequantize: of stored memories (`Codec.dequantize`); None if they are plain.
     """
-    optimizer = make_optimizer(config) if optimizer is None else optimizer
-    abstract = abstract_state(model, optimizer, mesh) if abstract is None else abstract
+    config, mesh, optimizer = program.config, program.mesh, program.optimizer
     learning_rate, log_every = lr_schedule(config), config.train.log_every
-    gradient, guarded = _make_gradient(config, model, dequantize), config.guard.on
+    gradient, guarded = _make_gradient(config, program.model, dequantize), config.guard.on
 
     def step(state: TrainState, batch: Batch, *scale: Array) -> tuple[TrainState, dict[str, Array]]:
         gradients, total = gradient(state.params, batch)
@@ -81,12 +69,11 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, optimizer_state, state.step + 1, window), metrics
 
-    shardings = state_shardings(abstract)
     scales = [replicated(mesh)] if guarded else []
     return jax.jit(
         step,
-        in_shardings=(shardings, None, *scales),  # a batch comes as `place_batch` makes it
-        out_shardings=(shardings, replicated(mesh)),
+        in_shardings=(program.shardings, None, *scales),  # a batch comes as `place_batch` makes it
+        out_shardings=(program.shardings, replicated(mesh)),
         donate_argnums=(0,),
         compiler_options=compiler_options(mesh),
     )
@@ -103,13 +90,11 @@ def scale_on(mesh: Mesh, scale: float) -> Array:
 def _make_gradient(config: ConfigDict, model: Model, dequantize: Dequantize | None) -> Callable:
     """`gradient(params, batch)`: float32 gradients of the mean loss, and the sums behind it."""
     parts = config.train.microbatches
-    sparsify, objective = sparsifier(config.memory), objective_of(config)
-
-    def summed(params: Any, batch: Any) -> tuple[Array, Sums]:
-        return objective(model, params, batch, sparsify, dequantize)
+    forward = Forward(model, sparsifier(config.memory), dequantize)
+    gradient = jax.grad(functools.partial(objective_of(config), forward), has_aux=True)
 
     def part(params: Any, batch: Any) -> tuple[Any, Sums]:
-        gradients, total = jax.grad(summed, has_aux=True)(params, batch)
+        gradients, total = gradient(params, batch)
         return jax.tree.map(lambda x: x.astype(jnp.float32), gradients), total
 
     def microbatch(batch: Batch, number: Array) -> Batch:
@@ -138,9 +123,4 @@ def _make_gradient(config: ConfigDict, model: Model, dequantize: Dequantize | No
         scale = mean(jnp.ones((), jnp.float32), total.weight)
         return jax.tree.map(lambda x: x * scale, gradients), total
 
-    def gradient(params: Any, batch: Any) -> tuple[Any, Sums]:
-        specs = (model.specs(), batch_specs(batch))
-        results = (model.specs(), PartitionSpec())
-        return on_devices(model.mesh, local, specs, results)(params, batch)
-
-    return gradient
+    return on_rows(model, local, (model.specs(), PartitionSpec()))

@@ -10,13 +10,10 @@ from train.tiny import tiny_config
 from m3jax import flops
 from m3jax.aot.compile import abstract_batch
 from m3jax.aot.jaxpr_flops import attention_blocks, executed_flops
-from m3jax.config import prefix_tokens
-from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
 from m3jax.model.attention import attend
 from m3jax.model.attention_mask import ExplicitMemory, KeyValues
-from m3jax.train.optimizer import make_optimizer
-from m3jax.train.state import abstract_state
+from m3jax.train.state import Program
 from m3jax.train.step import make_step
 
 
@@ -55,10 +52,9 @@ def test_every_device_counts():
 def test_a_warmup_step_is_useful_work_and_known_waste(remat):
     config = tiny_config(model__remat=remat, model__attention="naive", data__sequence_length=16)
     mesh = make_mesh(config)
-    model, optimizer = make_model(config, prefix_tokens(config), mesh), make_optimizer(config)
-    state = abstract_state(model, optimizer, mesh)
-    step = make_step(config, model, mesh, optimizer, state)
-    found = executed_flops(step.trace(state, abstract_batch(config, mesh)).jaxpr)
+    program = Program(config, mesh)
+    traced = make_step(program).trace(program.abstract, abstract_batch(config, mesh))
+    found = executed_flops(traced.jaxpr)
     useful = flops.train_step(config)
     # Naive attention computes the whole square instead of the causal half.
     B, T = config.data.batch_size, config.data.sequence_length
@@ -77,15 +73,13 @@ def test_steps_of_packed_rows_are_traced_as_they_are(packing):
     """The abstract batch has what such a step reads."""
     config = tiny_config("precomputed", data__packing=packing, model__attention="naive")
     mesh = make_mesh(config, jax.devices()[:1])
-    model, optimizer = make_model(config, prefix_tokens(config), mesh), make_optimizer(config)
-    state = abstract_state(model, optimizer, mesh)
-    step, batch = make_step(config, model, mesh, optimizer, state), abstract_batch(config, mesh)
+    program, batch = Program(config, mesh), abstract_batch(config, mesh)
     assert batch.packing is not None
     assert (batch.base_logprobs is not None) == (packing == "pairs")
     B, T = config.data.batch_size, config.data.sequence_length
     C = 2 * T // config.memory.chunk_length
     assert batch.memory.length.shape == (B, C, 1)
-    found = executed_flops(step.trace(state, batch).jaxpr)
+    found = executed_flops(make_step(program).trace(program.abstract, batch).jaxpr)
     assert found > 0
 
 

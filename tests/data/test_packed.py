@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from data.data_workdir import WORLD, make_workdir, tiny_config
 
-from m3jax.data.packed import PackedRows, pack
 from m3jax.data.pipeline import open_pipeline
+from m3jax.data.rows import PackedRows, pack
 from m3jax.errors import TextError
 from m3jax.quickstart import people
 from m3jax.text.chat.corpus import prepare_chats
@@ -72,12 +72,12 @@ def test_a_row_holds_its_chats_token_by_token(chats):
             assert row.inputs[place:end].tolist() == tokens[:-1].tolist()
             assert row.targets[place:end].tolist() == tokens[1:].tolist()
             assert row.weights[place:end].tolist() == weights[1:].tolist()
-            assert set(row.starts[place:end]) == {place}
-            assert set(row.first_chunks[place:end]) == {chunk}
+            assert set(row.packing.starts[place:end]) == {place}
+            assert set(row.packing.first_chunks[place:end]) == {chunk}
             place, chunk = end, chunk + -(-(end - place) // 10)
         assert chunk <= rows.chunks and len(row.references) == chunk
         assert not row.weights[place:].any() and (row.inputs[place:] == PAD).all()
-        assert set(row.first_chunks[place:]) <= {rows.chunks}  # padding reads no memory
+        assert set(row.packing.first_chunks[place:]) <= {rows.chunks}  # padding reads no memory
         filled += place
     assert rows.padding == pytest.approx(1 - filled / (60 * len(rows)))
 

@@ -50,7 +50,8 @@ def test_concatenated_rows_are_the_stream_cut_every_t_tokens(lengths):
     weights = expected_weights(documents)
     assert len(rows) == (len(stream) - 1) // 8
     for r in range(len(rows)):
-        np.testing.assert_array_equal(rows[r].tokens, stream[8 * r : 8 * r + 9])
+        np.testing.assert_array_equal(rows[r].inputs, stream[8 * r : 8 * r + 8])
+        np.testing.assert_array_equal(rows[r].targets, stream[8 * r + 1 : 8 * r + 9])
         np.testing.assert_array_equal(rows[r].weights, weights[8 * r + 1 : 8 * r + 9])
 
 
@@ -58,11 +59,11 @@ def test_document_rows_begin_with_their_document_and_are_padded():
     documents = corpus(6, 9, 10, 18)
     rows = Rows(documents, 8, 4, "document")
     assert len(rows) == 1 + 1 + 2 + 3
-    np.testing.assert_array_equal(rows[0].tokens, [*documents[0].tokens, 0, 0, 0])
+    np.testing.assert_array_equal(rows[0].inputs, [*documents[0].tokens, 0, 0])
     np.testing.assert_array_equal(rows[0].weights, [1, 1, 1, 1, 1, 0, 0, 0])
-    np.testing.assert_array_equal(rows[1].tokens, documents[1].tokens)
-    np.testing.assert_array_equal(rows[3].tokens[:2], documents[2].tokens[8:])
-    assert rows[3].tokens[2:].sum() == 0 and rows[3].weights[1:].sum() == 0
+    np.testing.assert_array_equal(rows[1].targets, documents[1].tokens[1:])
+    np.testing.assert_array_equal(rows[3].inputs[:2], documents[2].tokens[8:])
+    assert rows[3].inputs[2:].sum() == 0 and rows[3].weights[1:].sum() == 0
     assert rows[4].references == ("3-0", "3-1") and rows[5].references == ("3-2", "3-3")
 
 

@@ -47,7 +47,7 @@ def test_figures_equal_a_recount(config, workdir, against):
     pipeline = open_pipeline(config, workdir, split=against)
     values, first, emptied = [], [], []
     for row in range(len(pipeline.rows)):
-        tokens = pipeline.rows[row].tokens
+        tokens = pipeline.rows[row].texts[0][0]
         texts = [pipeline.tokenizer.decode(tokens[low : low + 10]) for low in range(0, 60, 10)]
         for ids in pipeline.retriever.retrieve(texts, None, 8):
             found = [pipeline.references[i].tokens for i in ids[ids >= 0]]

@@ -208,8 +208,8 @@ def test_the_worst_are_written_anew_the_others_kept(workdir: Path, tmp_path: Pat
     for i in ids:
         stored, fresh_one = old.read(ids[i : i + 1]), again.read(ids[i : i + 1])
         squares = refresh._squares(stored, fresh_one)  # checked against NumPy above
-        keys, values, key_norms, value_norms = (np.asarray(x)[0, 0] for x in squares)
-        errors[i] = keys / key_norms + values / value_norms
+        distances, norms = (np.asarray(x)[:, 0, 0] for x in squares)
+        errors[i] = (distances / norms).sum()
     assert errors[new].min() >= 0.99 * errors[kept].max() and errors[new].min() > 0
     assert bank.binding.writer == again.binding.writer
     measured = measure_staleness(CONFIG, workdir, workdir / "moved", progress=False)
@@ -251,7 +251,9 @@ def test_one_batch_says_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_refreshes_its_bank_and_resumes(workdir: Path, tmp_path: Path) -> None:
+def test_a_run_refreshes_its_bank_and_resumes(
+    workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every second step, killed between a refresh and the next checkpoint or not."""
     schedule = {
         "train__steps": 5,
@@ -280,19 +282,20 @@ def test_a_run_refreshes_its_bank_and_resumes(workdir: Path, tmp_path: Path) -> 
 
     # The first dies in step 3, after the refresh of step 2; the checkpoint of step 2 is the newest.
     with pytest.MonkeyPatch.context() as patch:
-        real = hooks.RefreshBank.__call__
+        real = hooks.RefreshBank.at
 
         def refresh_and_die(self: Any, *arguments: Any) -> Any:
             data = real(self, *arguments)
-            patch.setattr(self.checkpoints, "save", dies)
+            patch.setattr(self.run.checkpoints, "save", dies)
             return data
 
-        patch.setattr(hooks.RefreshBank, "__call__", refresh_and_die)
+        patch.setattr(hooks.RefreshBank, "at", refresh_and_die)
         with pytest.raises(Stopped):
             train_stage(config, other)
     assert knowledge_version(other / "living") == 0 and versions(other) == [0, 1]
     again = train_stage(config, other)
     assert versions(other) == [0, 1, 2] and again.loss == whole.loss
+    assert "goes on with version" not in capsys.readouterr().out  # it begins with the refresh
     resumed = [line["loss"] for line in read_metrics(other / "living") if "loss" in line]
     assert resumed == losses
     with pytest.raises(ConfigError, match="must be a multiple of train.keep_every = 0"):

@@ -22,7 +22,7 @@ CASES = [
 def random_packing(case: Case, seed: int = 0) -> tuple[Packing, int]:
     """Texts of random lengths, short and long; some rows end with padding. And chunks of a row.
 
-    As `m3jax.data.packed` makes them: padding is a text behind the last chunk.
+    As `m3jax.data.rows` makes them: padding is a text behind the last chunk.
     """
     random = np.random.default_rng(seed)
     starts, first = np.zeros((2, case.B, case.T), np.int32)

@@ -282,7 +282,7 @@ def test_the_same_documents_are_not_on_both_sides(prepared: Path) -> None:
         for row in (0, 7, len(document) - 1):
             starts = pipeline.rows.corpus[int(document[row])].tokens
             if packing == "document":
-                inside = pipeline.rows[row].tokens[:10]
+                inside = pipeline.rows[row].inputs[:10]
                 assert inside.tobytes() in np.asarray(starts, inside.dtype).tobytes()
         sample, check = split_rows(pipeline, 15, 10, 0)
         assert len(np.intersect1d(document[sample], document[check])) == 0

@@ -60,7 +60,7 @@ BAD = {13: "nan", **dict.fromkeys(range(29, 32), "noise")}  # a NaN, and later a
 def guarded_run(config, workdir, bad, before=lambda step: None, **options):
     """Trains, and returns what `train` returns and the numbers of the batches it has read."""
     from m3jax.train.loop import train
-    from m3jax.train.stage_data import StageData
+    from m3jax.train.run import StageData
 
     pipeline = Spoiled(config, bad, before)
     data = StageData(pipeline, options.pop("evaluate", evaluate), options.pop("writer", None))

@@ -86,7 +86,7 @@ def run_stage(config, workdir, runs, order, pause=0.0):
     from m3jax.mesh import make_mesh
     from m3jax.train.evaluator import evaluator
     from m3jax.train.loop import train
-    from m3jax.train.stage_data import StageData
+    from m3jax.train.run import StageData
 
     pipeline = open_pipeline(config, workdir)
     evaluate = None

@@ -7,14 +7,11 @@ import numpy as np
 import pytest
 from train.tiny import SyntheticPipeline, tiny_config
 
-from m3jax.config import prefix_tokens
-from m3jax.make_model import make_model
 from m3jax.memory.codec import Codec
 from m3jax.mesh import host_rows, make_mesh
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.train.loss import place_batch
-from m3jax.train.optimizer import make_optimizer
-from m3jax.train.state import abstract_state
+from m3jax.train.state import Program
 from m3jax.train.step import make_step
 
 LAYERS, KEPT = 3, 7  # in no other array of the step
@@ -47,8 +44,7 @@ def test_no_step_begins_with_a_copy_of_the_memories(
         mesh__fsdp=devices,
     )
     mesh = make_mesh(config, jax.devices()[:devices])
-    model, optimizer = make_model(config, prefix_tokens(config), mesh), make_optimizer(config)
-    abstract = abstract_state(model, optimizer, mesh)
+    program = Program(config, mesh)
     batch = SyntheticPipeline(config).batch(0)
     numbers = batch.memory.keys.size // (devices * microbatches)  # of all layers
     stored, dequantize = batch.memory, None
@@ -58,8 +54,8 @@ def test_no_step_begins_with_a_copy_of_the_memories(
         codes = np.zeros(shape, np.uint8)
         stored, dequantize = ExplicitMemory(codes, codes, stored.length), quantizer.dequantize
     batch = batch._replace(memory=stored)
-    step = make_step(config, model, mesh, optimizer, abstract, dequantize)
+    step = make_step(program, dequantize)
     placed = place_batch(mesh, batch, host_rows(mesh, config.data.batch_size))
-    text = step.lower(abstract, placed).compile().as_text()
+    text = step.lower(program.abstract, placed).compile().as_text()
     # A layer's memories may be moved, as attention takes them; those of all layers may not.
     assert copies_of_memories(text, numbers) == []

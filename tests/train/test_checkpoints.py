@@ -10,8 +10,7 @@ from m3jax.errors import CheckpointError
 from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
 from m3jax.train.checkpoints import Checkpoints
-from m3jax.train.optimizer import make_optimizer
-from m3jax.train.state import abstract_state, init_state
+from m3jax.train.state import Program
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +18,7 @@ def saved(tmp_path_factory):
     """A stage folder with the checkpoints 3 and 4 of a model with memory layer 0 of 3."""
     config = tiny_config(model__layers=3, train__keep_last=2)
     folder = tmp_path_factory.mktemp("run") / "warmup"
-    model, optimizer = make_model(config, ()), make_optimizer(config)
-    abstract = abstract_state(model, optimizer, make_mesh(config))
-    state = init_state(config, model, optimizer, abstract)
+    state = Program(config, make_mesh(config)).init()
     checkpoints = Checkpoints(folder, config, FINGERPRINT)
     for step in (2, 3, 4):
         checkpoints.save(state, step)
@@ -110,10 +107,7 @@ def test_damaged_checkpoint_is_refused(saved, tmp_path):
 
 def test_kept_checkpoints(tmp_path):
     config = tiny_config(train__keep_last=1, train__keep_every=4)
-    model, optimizer = make_model(config, ()), make_optimizer(config)
-    state = init_state(
-        config, model, optimizer, abstract_state(model, optimizer, make_mesh(config))
-    )
+    state = Program(config, make_mesh(config)).init()
     checkpoints = Checkpoints(tmp_path, config, FINGERPRINT)
     for step in (2, 4, 6, 8, 10):
         checkpoints.save(state, step)

@@ -9,7 +9,7 @@ from data.data_workdir import WORLD, make_workdir, tiny_config
 from tolerance import close
 
 from m3jax.checkpoint import restore_params
-from m3jax.data.pipeline import open_pipeline
+from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.errors import CheckpointError
 from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
@@ -20,7 +20,7 @@ from m3jax.train.dpo_base import hold_base_logprobs, load
 from m3jax.train.evaluator import evaluator
 from m3jax.train.loop import train
 from m3jax.train.metrics import read_metrics
-from m3jax.train.stage_data import StageData
+from m3jax.train.run import StageData
 
 SETTINGS = {
     "data__batch_size": 2,
@@ -49,11 +49,8 @@ def run(config, workdir, init_from, **options):
     pipeline, evaluate = open_pipeline(config, workdir), evaluator(config, workdir, mesh=mesh)
     if config.data.packing == "pairs":
         both = {"train": pipeline, "validation": evaluate.pipeline}
-        said = []
-        hold_base_logprobs(config, workdir / config.stage, both, init_from, mesh, said.append)
-        options["said"] = said
-    said = options.pop("said", [])
-    summary = train(
+        hold_base_logprobs(config, workdir / config.stage, both, init_from, mesh)
+    return train(
         config,
         workdir,
         StageData(pipeline, evaluate, pipeline.bank.writer),
@@ -61,7 +58,6 @@ def run(config, workdir, init_from, **options):
         tokenizer_fingerprint=pipeline.tokenizer.fingerprint,
         **options,
     )
-    return summary, said
 
 
 @pytest.fixture(scope="module")
@@ -74,21 +70,19 @@ def workdir(tmp_path_factory):
     people.write_jsonl(folder / "pairs.jsonl", people.preferences(WORLD, 0, 60))
     prepare_chats(sft, folder, str(folder / "chats.jsonl"))
     prepare_chats(dpo, folder, str(folder / "pairs.jsonl"))
-    first, _ = run(sft, folder, None)
+    first = run(sft, folder, None)
     assert first.step == 6 and "loss_memory" in first.evaluation
     return folder
 
 
 def hashes(folder):
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*/*")
-    } | {"parts": len(list(folder.glob("*/part-*")))}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
-def hold(config, workdir, stage_folder, init_from="sft", say=lambda line: None):
+def hold(config, workdir, stage_folder, init_from="sft"):
     mesh = make_mesh(config, jax.devices()[:1])
     pipelines = {"train": open_pipeline(config, workdir)}
-    hold_base_logprobs(config, stage_folder, pipelines, workdir / init_from, mesh, say)
+    hold_base_logprobs(config, stage_folder, pipelines, workdir / init_from, mesh)
     return pipelines["train"].base_logprobs
 
 
@@ -96,25 +90,29 @@ def hold(config, workdir, stage_folder, init_from="sft", say=lambda line: None):
 def test_a_killed_computation_goes_on_to_the_same_bytes(workdir, tmp_path, monkeypatch):
     config = config_of("dpo")
     whole = hold(config, workdir, tmp_path / "whole")
-    assert hashes(tmp_path / "whole" / "base_logprobs")["parts"] >= 2
-    written = []
+    computed, read = [], Pipeline.read
 
-    def dying(path, data):
-        if len(written) == 1:
+    def dying(self, rows):
+        if len(computed) == 3:
             raise KeyboardInterrupt
-        written.append(path)
-        path.write_bytes(data)
+        computed.append(rows)
+        return read(self, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr("m3jax.train.dpo_base.write_atomically", dying)
+        patch.setattr(Pipeline, "read", dying)
         with pytest.raises(KeyboardInterrupt):
             hold(config, workdir, tmp_path / "cut")
-    kept = written[0].stat().st_mtime_ns
-    resumed = hold(config, workdir, tmp_path / "cut")
-    assert written[0].stat().st_mtime_ns == kept  # not computed again
-    assert hashes(tmp_path / "cut" / "base_logprobs") == hashes(
-        tmp_path / "whole" / "base_logprobs"
-    )
+    folders = [tmp_path / name / "base_logprobs" / "train" for name in ("cut", "whole")]
+    left = np.isnan(np.load(folders[0] / "logprobs.npy")).all(axis=1)
+    assert not left[:6].any() and left[6:].all()
+    computed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Pipeline, "read", lambda self, rows: computed.append(rows) or read(self, rows)
+        )
+        resumed = hold(config, workdir, tmp_path / "cut")
+    assert computed[0].tolist() == [6, 7]  # the others are not computed again
+    assert hashes(folders[0]) == hashes(folders[1])
     np.testing.assert_array_equal(resumed, whole)
     pairs = np.array([len(group) for group in open_pipeline(config, workdir).rows.plan])
     assert ((whole < 0).sum(axis=1) == 2 * pairs).all()
@@ -135,9 +133,9 @@ def test_another_checkpoint_or_other_data_are_refused_by_name(workdir, tmp_path)
     pipeline = open_pipeline(config, workdir)
     with pytest.raises(CheckpointError, match="another pairs: "):
         load(folder / "base_logprobs" / "train", {"pairs": "other"})
-    part = next((folder / "base_logprobs" / "train").glob("part-*"))
-    part.write_bytes(part.read_bytes()[:-4])
-    with pytest.raises(CheckpointError, match=rf"{part.name} is damaged .* delete it"):
+    stored = folder / "base_logprobs" / "train" / "logprobs.npy"
+    stored.write_bytes(stored.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=r"logprobs.npy is damaged .* delete .*train, and"):
         hold(config, workdir, folder)
     mesh = make_mesh(config, jax.devices()[:1])
     with pytest.raises(CheckpointError, match="--init_from"):
@@ -161,9 +159,8 @@ def test_dpo_trains_resumes_and_keeps_one_copy_of_the_weights(workdir, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(loop.Loop, "_settle", count)
         before = sum(x.shape == shape for x in jax.live_arrays())
-        summary, said = run(config, workdir, workdir / "sft")
+        summary = run(config, workdir, workdir / "sft")
     assert held and max(held) - before == 3
-    assert [line.split("(")[1].split(")")[0] for line in said] == ["train", "validation"]
     assert summary.evaluation["gain_chosen"] != 0
     evaluate = evaluator(config, workdir)
     folder = workdir / "dpo" / "base_logprobs" / "validation"
@@ -174,8 +171,7 @@ def test_dpo_trains_resumes_and_keeps_one_copy_of_the_weights(workdir, monkeypat
     lines = [line for line in read_metrics(workdir / "dpo") if "loss" in line]
     assert lines[-1]["loss"] < lines[0]["loss"]
     # Again: finished, and neither the base model nor its log-probabilities are computed.
-    _, said = run(config, workdir, None)
-    assert said == []
+    run(config, workdir, None)
 
 
 def test_a_stage_that_reads_another_writer_is_not_a_start(workdir):

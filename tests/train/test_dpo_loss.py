@@ -12,9 +12,8 @@ from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
 from m3jax.model.attention_mask import Packing
 from m3jax.train.dpo_loss import answer_logprobs, objective_of, preference_objective
-from m3jax.train.loss import objective
-from m3jax.train.optimizer import make_optimizer
-from m3jax.train.state import abstract_state, init_state
+from m3jax.train.loss import Forward, objective
+from m3jax.train.state import Program
 from m3jax.train.step import make_step
 
 BETA = 0.3
@@ -95,19 +94,19 @@ def test_loss_is_the_formula_in_numpy(made):
             h = gain[chosen] - gain[chosen + 1]
             losses.append(-np.log(1 / (1 + np.exp(-BETA * h))))
             correct += h > 0
-    total = preference_objective(model, params, batch, None, beta=BETA)[1]
+    total = preference_objective(Forward(model), params, batch, beta=BETA)[1]
     close(total.loss, np.sum(losses))
     assert (float(total.weight), float(total.correct)) == (3, correct)
-    found = answer_logprobs(model, params, batch, None)
+    found = answer_logprobs(Forward(model), params, batch)
     close(found, logprobs)
 
 
 def test_gradient_is_that_of_the_formula(made):
     _, model, params, batch = made
     expected = jax.jit(jax.grad(lambda p: by_hand(model, p, batch).sum()))(params)
-    found = jax.jit(jax.grad(lambda p: preference_objective(model, p, batch, None, beta=BETA)[0]))(
-        params
-    )
+    found = jax.jit(
+        jax.grad(lambda p: preference_objective(Forward(model), p, batch, beta=BETA)[0])
+    )(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(found):
         want = expected
         for key in path:
@@ -123,10 +122,10 @@ def test_a_step_makes_the_chosen_answer_likelier_and_the_other_less(made):
     batch = jax.tree.map(lambda x: np.array(x[1:]), batch_of())
     batch = batch._replace(answers=answers, weights=(answers >= 0).astype(np.float32))
     batch = as_arrays(batch)
-    logprobs = jax.jit(lambda p: answer_logprobs(model, p, batch, None))
+    logprobs = jax.jit(lambda p: answer_logprobs(Forward(model), p, batch))
     before = logprobs(params)
     batch = batch._replace(base_logprobs=before)
-    loss = jax.jit(lambda p: preference_objective(model, p, batch, None, beta=BETA)[0])
+    loss = jax.jit(lambda p: preference_objective(Forward(model), p, batch, beta=BETA)[0])
     close(loss(params), np.log(2))  # nothing has changed yet
     gradient = jax.jit(jax.grad(loss))(params)
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
@@ -141,13 +140,12 @@ def test_the_objective_follows_the_config(made):
 
 
 def train_on(changes, params, batch):
-    config = config_of(train__steps=8, optimizer__learning_rate=3e-3, **changes)
+    changes = {"model__prefix": "always", "train__steps": 8, **changes}
+    config = config_of(optimizer__learning_rate=3e-3, **changes)
     mesh = make_mesh(config, jax.devices()[: config.mesh.fsdp * config.mesh.tensor])
-    model, optimizer = make_model(config, mesh=mesh), make_optimizer(config)
-    abstract = abstract_state(model, optimizer, mesh)
-    placed = jax.device_put(params, jax.tree.map(lambda x: x.sharding, abstract.params))
-    state = init_state(config, model, optimizer, abstract, placed)
-    step, losses = make_step(config, model, mesh, optimizer, abstract), []
+    program = Program(config, mesh)
+    state = program.init(jax.device_put(params, program.shardings.params))
+    step, losses = make_step(program), []
     for _ in range(8):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
@@ -156,7 +154,7 @@ def train_on(changes, params, batch):
 
 def test_training_lowers_the_loss_and_alike_on_every_mesh(made):
     _, model, params, batch = made
-    batch = batch._replace(base_logprobs=answer_logprobs(model, params, batch, None))
+    batch = batch._replace(base_logprobs=answer_logprobs(Forward(model), params, batch))
     losses, accuracy = train_on({"train__microbatches": 2}, params, batch)
     assert losses[0] == pytest.approx(np.log(2), rel=1e-5)
     assert losses[-1] < 0.6 and accuracy == 1

@@ -22,11 +22,11 @@ from m3jax.checkpoint import restore_params
 from m3jax.config import prefix_tokens
 from m3jax.errors import CheckpointError, ConfigError, DivergenceError
 from m3jax.make_model import make_model
+from m3jax.train.clock import Progress
+from m3jax.train.hooks import parse_steps
 from m3jax.train.loop import train
 from m3jax.train.metrics import Metrics, read_metrics
-from m3jax.train.profile import parse_steps
-from m3jax.train.progress import Progress
-from m3jax.train.stage_data import StageData
+from m3jax.train.run import StageData
 
 
 class Crash(Exception):

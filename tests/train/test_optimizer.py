@@ -9,8 +9,7 @@ from tolerance import close
 from train.tiny import tiny_config
 
 from m3jax.make_model import make_model
-from m3jax.train.optimizer import is_decayed, make_optimizer
-from m3jax.train.schedule import lr_schedule
+from m3jax.train.optimizer import is_decayed, lr_schedule, make_optimizer
 
 
 def rates(config):

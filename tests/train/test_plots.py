@@ -37,9 +37,9 @@ def test_branches_that_were_left_are_drawn(tmp_path, monkeypatch):
     Metrics(tmp_path / "continual", 20, rollbacks=[rollback, {**rollback, "to": 4}]).close()
     plot_stages([tmp_path / "warmup", tmp_path / "continual"], tmp_path / "loss.png")
     assert [call[1:] for call in drawn.calls] == [
-        (0, rollback, True),
-        (30, rollback, False),
-        (30, {**rollback, "to": 4}, False),
+        (0, rollback, "left again; the run went back to ▲"),
+        (30, rollback, None),
+        (30, {**rollback, "to": 4}, None),
     ]
     left, mark, *_ = drawn.lines
     assert left.get_xdata().tolist() == [11, 12] and left.get_ydata().tolist() == [0.5, 9.0]

@@ -22,7 +22,7 @@ from m3jax.sweep import entry
 from m3jax.sweep.spec import SweepData, SweepStage
 from m3jax.text.references import References
 from m3jax.train.metrics import read_metrics
-from m3jax.train.stage import train_stage
+from m3jax.train.stage import _tell_version, train_stage
 
 ROOT = Path(__file__).parents[2]
 CONFIG_FILE = """
@@ -155,6 +155,22 @@ def test_every_caller_trains_and_evaluates_alike(
     meta = read_meta(workdir / stage / "checkpoints" / "2")
     assert meta["knowledge"] == 0
     assert meta["writer"]["hash"] == Bank.open(workdir / "bank").binding.writer
+
+
+def test_a_run_that_goes_on_with_an_old_version_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = stage_config("continual")
+    (tmp_path / config.stage / "checkpoints" / "1").mkdir(parents=True)
+    monkeypatch.setattr("m3jax.train.stage.read_current", lambda workdir: {"version": 3})
+    _tell_version(config, tmp_path, 3)
+    assert capsys.readouterr().out == ""
+    _tell_version(config, tmp_path, 2)
+    assert "goes on with version 2 of the knowledge, which it" in capsys.readouterr().out
+    with config.unlocked():
+        config.train.refresh_every = 1
+    _tell_version(config, tmp_path, 2)  # it refreshes the bank first
+    assert capsys.readouterr().out == ""
 
 
 def test_a_bank_of_its_own_cannot_be_refreshed(prepared: Path) -> None:

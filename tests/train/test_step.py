@@ -15,9 +15,8 @@ from m3jax.memory.sparsify import sparsifier
 from m3jax.mesh import host_rows, make_mesh
 from m3jax.model.collectives import Parallel
 from m3jax.model.vocab_parallel import cross_entropy
-from m3jax.train.loss import loss, place_batch
-from m3jax.train.optimizer import make_optimizer
-from m3jax.train.state import abstract_state, init_state
+from m3jax.train.loss import Forward, mean, objective, place_batch
+from m3jax.train.state import Program
 from m3jax.train.step import make_step
 
 SOURCES = ("none", "precomputed", "online")
@@ -29,11 +28,9 @@ def model_of(config):
 
 def run(config, steps, batches=None):
     """Metrics of some steps, and the state after them."""
-    mesh, model, optimizer = make_mesh(config), model_of(config), make_optimizer(config)
-    rows = host_rows(mesh, config.data.batch_size)
-    abstract = abstract_state(model, optimizer, mesh)
-    state = init_state(config, model, optimizer, abstract)
-    step = make_step(config, model, mesh)
+    mesh = make_mesh(config)
+    rows, program = host_rows(mesh, config.data.batch_size), Program(config, mesh)
+    state, step = program.init(), make_step(program)
     pipeline, metrics = SyntheticPipeline(config), []
     for index in range(steps):
         batch = batches[index] if batches else pipeline.batch(index)
@@ -59,7 +56,8 @@ def test_loss_equals_numpy(source):
         params = jax.jit(model.init)(jax.random.key(0))
         context = {"memory": batch.memory, "reference_tokens": batch.reference_tokens}
         logits = model.logits(params, batch.tokens, **context, sparsify=sparsifier(config.memory))
-        return loss(model, params, batch, sparsifier(config.memory)), logits
+        minimised, total = objective(Forward(model, sparsifier(config.memory)), params, batch)
+        return (mean(minimised, total.weight), total), logits
 
     (ours, total), logits = compute(batch)
     logits = np.asarray(logits, np.float64)
@@ -197,8 +195,7 @@ def test_eight_devices_equal_one(source, mesh, on_one_device):
 
 def test_state_is_sharded_from_the_start():
     config = tiny_config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2, optimizer__name="muon")
-    model, optimizer, mesh = model_of(config), make_optimizer(config), make_mesh(config)
-    state = init_state(config, model, optimizer, abstract_state(model, optimizer, mesh))
+    state = Program(config, make_mesh(config)).init()
     sharded = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = jax.tree_util.keystr(path[-2:], simple=True, separator="/")

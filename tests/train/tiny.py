@@ -124,17 +124,13 @@ def digest_of(tree):
 
 def saved_state(config, workdir):
     """The newest checkpoint's whole state."""
-    from m3jax.config import prefix_tokens
-    from m3jax.make_model import make_model
     from m3jax.mesh import make_mesh
     from m3jax.train.checkpoints import Checkpoints
-    from m3jax.train.optimizer import make_optimizer
-    from m3jax.train.state import abstract_state
+    from m3jax.train.state import Program
 
-    model, optimizer = make_model(config, prefix_tokens(config)), make_optimizer(config)
     checkpoints = Checkpoints(Path(workdir) / config.stage, config, FINGERPRINT)
     try:
-        return checkpoints.restore(abstract_state(model, optimizer, make_mesh(config)))
+        return checkpoints.restore(Program(config, make_mesh(config)).abstract)
     finally:
         checkpoints.close()
 
@@ -160,7 +156,7 @@ def process_config():
 
 def main(workdir, pause):
     from m3jax.train.loop import train
-    from m3jax.train.stage_data import StageData
+    from m3jax.train.run import StageData
 
     config = process_config()
     pipeline = SyntheticPipeline(config, before=lambda step: time.sleep(pause))

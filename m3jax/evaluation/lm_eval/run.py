@@ -17,7 +17,7 @@ from m3jax.evaluation.lm_eval.files import LocalTask
 from m3jax.evaluation.lm_eval.model import MODES, HarnessModel
 from m3jax.evaluation.lm_eval.tasks import measures_of, run_task
 from m3jax.inference.session import Session
-from m3jax.train.metrics import dropped_share
+from m3jax.train.metrics import retrieval_shares
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def evaluate_tasks(
             scores = _scores(samples, task.kind, answerable.get(task.name))
             report["tasks"][task.name]["scores"][column.title] = scores
         if model.retriever is not None:
-            share = dropped_share({}, model.retriever.report())
+            share = retrieval_shares(model.retriever.report())
             report["dropped"][column.title] = share.get("dropped_share", 0.0)
         cut = model.counts["truncated"] / max(model.counts["requests"], 1)
         report["truncated"][column.title] = cut
