@@ -70,16 +70,6 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, shared: bool = F
         temporary.write_bytes(data)
 
 
-def lines(path: str | os.PathLike[str]) -> list[str]:
-    """Reads the lines of a UTF-8 text, without their ends.
-
-    A line ends at a line feed: strings in JSON lines may hold U+0085, U+2028 and the like, at which
-    `str.splitlines` would cut them.
-    """
-    with Path(path).open(encoding="utf-8") as file:
-        return [line.rstrip("\n") for line in file]
-
-
 def digest(*parts: bytes | str) -> str:
     """Hashes parts to 32 hex characters; `digest("a", "b")` differs from `digest("ab")`."""
     total = hashlib.blake2b(digest_size=16)

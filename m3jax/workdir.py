@@ -11,13 +11,14 @@ from typing import Any
 from m3jax.errors import TextError
 from m3jax.files import write_atomically
 
+BEGUN = "begun.json"  # what an unfinished part is made from
 INPUTS = "inputs.json"  # what a part was made from; written last, so it marks a finished part
 
 
 def begin_part(folder: Path, inputs: dict[str, Any]) -> None:
     """Makes an unfinished folder ready to go on; what other inputs left there is deleted."""
     begun = json.dumps(inputs, indent=1, sort_keys=True).encode()
-    marker = folder / "begun.json"
+    marker = folder / BEGUN
     if not marker.is_file() or marker.read_bytes() != begun:
         shutil.rmtree(folder, ignore_errors=True)
         write_atomically(marker, begun)

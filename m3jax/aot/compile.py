@@ -27,7 +27,7 @@ from m3jax.errors import CompileError, ConfigError
 from m3jax.hardware import Chip, chip_of_topology
 from m3jax.make_model import make_model
 from m3jax.memory.binding import writer_params
-from m3jax.memory.codec import plain
+from m3jax.memory.codec import NONE, Codec
 from m3jax.memory.encode import encode_program, input_shapes
 from m3jax.mesh import AXES, batch_sharding, make_mesh, parameter_shardings, replicated, row_spec
 from m3jax.model.attention_mask import ExplicitMemory, Packing
@@ -107,7 +107,7 @@ def compile_writer(config: ConfigDict, mesh: Mesh) -> CompiledProgram:
     )
     sharding = batch_sharding(mesh)
     inputs = [jax.ShapeDtypeStruct(s, jnp.int32, sharding=sharding) for s in input_shapes(config)]
-    stored = plain(config.model.head_dim, config.memory.dtype)
+    stored = Codec(NONE, config.model.head_dim, config.memory.dtype)
     return _compile(encode_program(config, model, stored), writer_params(params), *inputs)
 
 

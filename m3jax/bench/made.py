@@ -16,10 +16,10 @@ from m3jax.config import PREFIX_TOKENS
 from m3jax.memory import codec as codecs
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank
-from m3jax.memory.binding import make_binding
+from m3jax.memory.binding import Binding, layout_of
 from m3jax.memory.codec import Codec
 from m3jax.memory.quantizer import Codebook
-from m3jax.memory.write import finish, make_manifest, prepare_folder
+from m3jax.memory.write import finish, prepare_folder
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import make_embedder
 from m3jax.text.prepare import prepare_text
@@ -76,18 +76,11 @@ def made_bank(folder: Path, config: ConfigDict, memories: int) -> Bank:
       memories: how many.
     """
     codec = random_codec(config)
-    binding = make_binding(
-        config, writer="made", tokenizer="made", references="made", prefix_tokens=PREFIX_TOKENS
-    )
-    sides = {
-        storage.LENGTHS: storage.npy_bytes(np.full(memories, config.memory.kept_tokens, np.uint16)),
-        storage.HASHES: storage.npy_bytes(np.arange(memories, dtype=np.uint64)),
-    }
-    if codec.codebooks is not None:
-        sides[storage.CODEBOOK] = codecs.to_bytes(codec, binding.owner)
+    binding = Binding("made", "made", "made", layout_of(config, PREFIX_TOKENS))
     info = {"writer_step": 0, "writer_path": ""}
-    manifest = make_manifest(config, binding, info, memories, codec, sides)
-    prepare_folder(folder, manifest, sides)
+    lengths = np.full(memories, config.memory.kept_tokens, np.uint16)
+    hashes = np.arange(memories, dtype=np.uint64)
+    manifest, _ = prepare_folder(folder, config, binding, info, codec, lengths, hashes)
     random, shard = np.random.default_rng(1), manifest["shard_memories"]
     size = (shard, *manifest["shape"][1:])
     if codec.plain:

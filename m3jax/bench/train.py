@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 from m3jax.bench.hf_llama import llama_step
 from m3jax.bench.made import configured, prepare, random_codec, section
 from m3jax.bench.rounds import Rounds, import_peer, quotients, timed
-from m3jax.config import PREFIX_TOKENS
 from m3jax.data.batch import Batch
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.make_model import make_model
@@ -28,7 +27,6 @@ from m3jax.memory.write import write_bank
 from m3jax.mesh import host_rows, make_mesh
 from m3jax.quickstart import people
 from m3jax.text.references import References
-from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.loss import place_batch
 from m3jax.train.monitor import Monitor
 from m3jax.train.state import Program
@@ -153,8 +151,6 @@ def _write(
         model.init(jax.random.key(0)),
         References.open(workdir / "references"),
         folder,
-        tokenizer_fingerprint=Tokenizer.load(workdir / "tokenizer").fingerprint,
-        prefix_tokens=PREFIX_TOKENS,
         progress=False,
         base=base,
     )

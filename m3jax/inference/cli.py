@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.errors import InferenceError, TextError
-from m3jax.files import lines, write_atomically
+from m3jax.files import write_atomically
 from m3jax.inference.attribution import (
     AttributedReference,
     as_dict,
@@ -66,7 +66,7 @@ def read_prompts(path: str | Path) -> list[str]:
     """
     if not str(path).endswith(".jsonl"):
         try:
-            return [line for line in lines(path) if line.strip()]
+            return [line for line in Path(path).read_text("utf-8").split("\n") if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise TextError(f"prompts cannot be read from {path}: {error}") from error
 

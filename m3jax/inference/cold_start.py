@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from m3jax.errors import BankError
 from m3jax.memory.cache import MemoryCache
-from m3jax.memory.codec import Codec, plain
-from m3jax.memory.encode import Clock, Encoder, ReferenceSet, memory_lengths
+from m3jax.memory.codec import NONE, Codec
+from m3jax.memory.encode import Encoder, ReferenceTokens, memory_lengths
 from m3jax.memory.reader import MemoryReader
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.parameters import Params
@@ -31,7 +32,7 @@ class ColdMemories(MemoryReader):
         config: ConfigDict,
         model: Model,
         params: Params,
-        references: ReferenceSet,
+        references: ReferenceTokens,
         limit: int = 0,
         grows: bool = False,
         codec: Codec | None = None,
@@ -52,13 +53,15 @@ class ColdMemories(MemoryReader):
           BankError: there is nothing to write.
         """
         memory = config.memory
-        self.codec = plain(config.model.head_dim, memory.dtype) if codec is None else codec
+        self.codec = Codec(NONE, config.model.head_dim, memory.dtype) if codec is None else codec
         item = (memory.layers, config.model.kv_heads, memory.kept_tokens)
-        self._nothing = np.zeros((2, *self.codec.item_shape(*item)), self.codec.numpy_dtype)
+        self._nothing = np.zeros(
+            (2, *self.codec.item_shape(*item)), jnp.dtype(self.codec.stored_dtype)
+        )
         self._config, self._references = config, references
         self._lengths: Any = np.zeros(0, np.int32)
         self._encoder = Encoder(config, model, params, references, self.codec)
-        self._cache, self._clock = MemoryCache(limit), Clock()
+        self._cache = MemoryCache(limit)
         self.written = 0
         if not grows:
             self._lengths = memory_lengths(config, references)
@@ -76,7 +79,7 @@ class ColdMemories(MemoryReader):
         memories = dict(zip(unique.tolist(), self._cache.find(unique.tolist()), strict=True))
         missing = np.array([i for i, memory in memories.items() if memory is None and i >= 0], int)
         if len(missing):
-            batches = np.concatenate(list(self._encoder.batches(missing, self._clock)))
+            batches = np.concatenate(list(self._encoder.batches(missing)))
             self.written += len(missing)
             for i, memory in zip(missing.tolist(), batches, strict=True):
                 memories[i] = memory

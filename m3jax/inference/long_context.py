@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int, Int32, UInt64
+from jaxtyping import Int, Int32
 
 from m3jax.errors import InferenceError
 from m3jax.inference.generate import Generator, Listener
@@ -38,7 +37,7 @@ class _Search:
 
 
 class LongContextReferences:
-    """References cut from the older parts of some texts. A `ReferenceSet` that grows.
+    """References cut from the older parts of some texts. `ReferenceTokens` that grow.
 
     A search finds only references cut from its own text. Their keys are `text <number>#<n>`.
 
@@ -117,18 +116,6 @@ class LongContextReferences:
     def lengths(self) -> Int32[np.ndarray, " R"]:
         """Tokens of every reference."""
         return np.array([len(reference.tokens) for reference in self._references], np.int32)
-
-    @property
-    def record_hashes(self) -> UInt64[np.ndarray, " R"]:
-        """Hash of every reference's tokens."""
-        data = [reference.tokens.tobytes() for reference in self._references]
-        digests = [hashlib.blake2b(tokens, digest_size=8).digest() for tokens in data]
-        return np.array([int.from_bytes(digest, "little") for digest in digests], np.uint64)
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the whole set."""
-        return hashlib.blake2b(self.record_hashes.tobytes(), digest_size=16).hexdigest()
 
     def documents(self) -> Int32[np.ndarray, " R"]:
         """Returns the number of every reference's text; every addition begins a new text."""

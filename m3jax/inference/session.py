@@ -38,7 +38,7 @@ from m3jax.knowledge.versions import (
 )
 from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
-from m3jax.memory.encode import ReferenceSet
+from m3jax.memory.encode import ReferenceTokens
 from m3jax.memory.reader import MemoryReader
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.references import ReferenceReader
@@ -168,7 +168,7 @@ class Session:
             )
 
     def _cold(
-        self, references: ReferenceSet, limit: int, batch: int, grows: bool = False
+        self, references: ReferenceTokens, limit: int, batch: int, grows: bool = False
     ) -> ColdMemories:
         """Memories of references by the writer that the checkpoint reads."""
         config = self.config.copy_and_resolve_references()

@@ -1,9 +1,15 @@
-"""Edits of a workdir's knowledge: each makes a version, or nothing."""
+"""Edits of a workdir's knowledge: each makes a version, or nothing.
+
+An edit is built in a folder, which a rename makes a version. Before it, readers and other versions
+see nothing of the edit; after it, it is whole. A killed edit, repeated, goes on with what it had
+built.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +17,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.errors import VersionError
-from m3jax.knowledge.commit import WriteMemories, build_delta, building_folder, commit_version
+from m3jax.files import checksum, digest, sync_folder, write_array, write_sealed
 from m3jax.knowledge.versions import (
     BANKS,
     CURRENT,
+    TOMBSTONES,
+    VERSION,
     VERSIONS,
     Version,
     editing,
+    folder_of,
     only_writer,
     open_bank,
+    open_index,
     open_references,
     open_version,
     read_current,
@@ -27,8 +37,8 @@ from m3jax.knowledge.versions import (
     versions,
     write_current,
 )
-from m3jax.memory.bank import Bank
-from m3jax.memory.codec import same
+from m3jax.memory.bank import Bank, require_alike
+from m3jax.retrieval.build import build_index
 from m3jax.text.documents import Document
 from m3jax.text.references import (
     ReferenceReader,
@@ -37,6 +47,10 @@ from m3jax.text.references import (
     write_references,
 )
 from m3jax.text.tokenizer import Tokenizer
+from m3jax.workdir import BEGUN, begin_part
+
+# Writes the memories of references: (references, folder, a bank whose codebooks and memories serve)
+WriteMemories = Callable[[References, Path, Bank], Any]
 
 
 def edit(
@@ -86,8 +100,8 @@ def edit(
             length = config.memory.reference_length
             write_references(documents, tokenizer, building / "references", length)
             build_delta(config, parent, building, references, write)
-        said = f"{len(documents)} documents added or replaced, {len(gone)} references removed"
-        return commit_version(workdir, parent, building, note or said, gone)
+        summary = f"{len(documents)} documents added or replaced, {len(gone)} references removed"
+        return commit_version(workdir, parent, building, note or summary, gone)
 
 
 def merge(
@@ -102,7 +116,7 @@ def merge(
 
     Raises:
       VersionError: a document is in both, and `replace` is not given.
-      BankError: the other bank was written by other weights.
+      BankError: the other bank was written by other weights, or is stored differently.
     """
     workdir, other = Path(workdir), Path(other)
     with editing(workdir) as parent:
@@ -111,7 +125,7 @@ def merge(
         references = open_references(config, parent, tokenizer)
         added = open_references(config, theirs, tokenizer)
         base = open_bank(theirs, added)
-        _check_writer(parent, base)
+        require_alike(base, Bank.open(parent.banks[0]))
         ids = dict.fromkeys(key.rpartition("#")[0] for key in added.live_keys())
         common = {i: own for i in ids if (own := references.of_document(i))}
         if common and not replace:
@@ -200,12 +214,76 @@ def _ids_of(references: ReferenceReader, name: str) -> list[int]:
     return ids
 
 
-def _check_writer(parent: Version, base: Any) -> None:
-    bank = Bank.open(parent.banks[0])
-    first = bank.binding
-    base.require(type(first)(first.writer, first.tokenizer, base.binding.references, first.layout))
-    if not same(bank.codec, base.codec):
-        raise VersionError(
-            f"the banks {bank.folder} ({bank.codec.name}) and {base.folder} ({base.codec.name}) are"
-            " stored differently; write the other one with --base of the first, then merge"
-        )
+def building_folder(workdir: Path, parent: Version, what: str) -> Path:
+    """Makes the folder of the edit under way; what another edit left there is deleted."""
+    folder = workdir / VERSIONS / "building"
+    begin_part(folder, {"parent": parent.number, "edit": digest(what)})
+    return folder
+
+
+def build_delta(
+    config: ConfigDict,
+    parent: Version,
+    building: Path,
+    references: ReferenceReader,
+    write: WriteMemories | None,
+    base: Any = None,
+) -> None:
+    """Builds index and memories of the references in `building`."""
+    added = References.open(building / "references")
+    embedder = open_index(parent, references).embedder.extended(added.texts(range(len(added))))
+    build_index(added, embedder, building / "index", in_one_part(config))
+    if parent.has_bank:
+        if write is None:
+            raise VersionError("the workdir has a bank; an edit needs a writer of memories")
+        write(added, building / "bank", base or Bank.open(parent.banks[0]))
+
+
+def in_one_part(config: ConfigDict) -> ConfigDict:
+    """Returns the config with one index part: a delta may have fewer references than parts."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.retrieval.index_parts = 1
+    return config
+
+
+def commit_version(
+    workdir: Path,
+    parent: Version,
+    building: Path,
+    note: str,
+    gone: Sequence[int] | np.ndarray = (),
+    *,
+    alone: bool = False,
+) -> Version:
+    """Names the version in the folder `building`, made of `parent`, makes it current and opens it.
+
+    The ids `gone` become tombstones. With `alone` it is a base of its own and has no other.
+    """
+    number = max([*versions(workdir), parent.number]) + 1
+    own = folder_of(workdir, number).relative_to(workdir)
+    parts = [] if alone else [0 if path == workdir else int(path.name) for path in parent.folders]
+    banks = [] if alone else [str(path.relative_to(workdir)) for path in parent.banks]
+    removed = np.asarray(gone, np.int64)
+    tombstones = removed if alone else np.union1d(parent.tombstones, removed)
+    if (building / "references").exists():
+        parts, banks = [*parts, number], [*banks, str(own / "bank")]
+    if (building / BANKS).exists():
+        banks = [str(own / BANKS / str(part)) for part in range(len(parts))]
+    write_array(building / TOMBSTONES, tombstones)
+    content = {
+        "version": number,
+        "parent": parent.number,
+        "base": parts[0],
+        "deltas": parts[1:],
+        "banks": banks,
+        "tombstones": checksum(building / TOMBSTONES),
+        "oldest": number if alone else read_current(workdir)["oldest"],
+        "note": note,
+    }
+    write_sealed(building / VERSION, content)
+    (building / BEGUN).unlink()
+    os.replace(building, folder_of(workdir, number))
+    sync_folder(workdir / VERSIONS)
+    write_current(workdir, number, read_current(workdir)["oldest"])
+    return open_version(workdir, number)

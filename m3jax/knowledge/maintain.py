@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.errors import VersionError
-from m3jax.knowledge.commit import WriteMemories, building_folder, commit_version, in_one_part
+from m3jax.knowledge.edit import WriteMemories, building_folder, commit_version, in_one_part
 from m3jax.knowledge.versions import (
     BANKS,
     MANIFEST,
@@ -31,7 +32,8 @@ from m3jax.memory.bank import Bank
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import load_embedder, make_embedder
 from m3jax.retrieval.embedder import Embedder
-from m3jax.text.references import ReferenceReader, References, copy_references
+from m3jax.retrieval.index import Index
+from m3jax.text.references import References, copy_references
 from m3jax.text.tokenizer import Tokenizer
 
 
@@ -61,9 +63,9 @@ def compact(
             build_index(whole, make_embedder(config, workdir), building / "index", config)
             if parent.has_bank:
                 write(whole, building / "bank", open_bank(parent, references))
-            said = f"compacted to {len(whole)} references, with {len(parent.deltas)} deltas"
+            summary = f"compacted to {len(whole)} references, with {len(parent.deltas)} deltas"
             parent.close()
-            parent = commit_version(workdir, parent, building, note or said, alone=True)
+            parent = commit_version(workdir, parent, building, note or summary, alone=True)
         write_current(workdir, parent.number, parent.number)
         parent.close()
         return parent, _delete_older(workdir, parent)
@@ -71,25 +73,25 @@ def compact(
 
 def verify(config: ConfigDict, workdir: str | Path, number: int | None = None) -> list[str]:
     """Reads everything of a version; returns what is damaged or missing, each with its file."""
-    version = open_version(workdir, number)
+    version, problems = open_version(workdir, number), []
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
-    problems = []
-    references: ReferenceReader | None = None
-    try:
+
+    @contextlib.contextmanager
+    def noting() -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            problems.append(str(error))
+
+    with noting():
         references = open_references(config, version, tokenizer)
-        references.verify()
-    except ValueError as error:
-        problems.append(str(error))
-    if references is None:
-        return problems
-    try:
-        open_index(version, references)
-    except ValueError as error:
-        problems.append(str(error))
-    try:
-        problems += open_bank(version, references).verify() if version.has_bank else []
-    except ValueError as error:
-        problems.append(str(error))
+        with noting():
+            references.verify()
+        with noting():
+            open_index(version, references)
+        with noting():
+            if version.has_bank:
+                problems += open_bank(version, references).verify()
     return problems
 
 
@@ -98,8 +100,7 @@ def repair(
 ) -> list[str]:
     """Rewrites damaged or missing shards and indices of a version; returns what it rewrote.
 
-    Raises:
-      TextError: references are damaged: they are the source of all else.
+    Raises `TextError` if references are damaged: they are the source of all else.
     """
     version = open_version(workdir, number)
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
@@ -109,7 +110,7 @@ def repair(
             references = References.open(folder / "references")
             references.verify()
             try:
-                open_index(_alone(version, folder), references)
+                Index.open(folder / "index", references)
             except ValueError as error:
                 embedder = _embedder(config, version, folder, references)
                 build_index(references, embedder, folder / "index", in_one_part(config))
@@ -124,11 +125,6 @@ def repair(
                 write(references, bank, Bank.open(version.banks[0]))
     open_references(config, version, tokenizer)
     return done
-
-
-def _alone(version: Version, folder: Path) -> Version:
-    nothing = np.zeros(0, np.int64)
-    return Version(version.workdir, 0, -1, "", (folder,), (folder / "bank",), nothing)
 
 
 def _embedder(

@@ -47,8 +47,9 @@ def restore_writer(
     weights = _recorded(writer, stage_of(checkpoint).parent, model)
     if weights is None:
         raise BankError(
-            f"checkpoint {checkpoint} reads memories of {_named(writer)}, but that is not there"
-            " now. Put it back, or train again from the checkpoint that is to write"
+            f"checkpoint {checkpoint} reads memories of the writer {writer['hash'][:12]}, which was"
+            f" step {writer['step']} of {writer['path']}, but that is not there now. Put it back,"
+            " or train again from the checkpoint that is to write"
         )
     return weights
 
@@ -105,8 +106,6 @@ class MemoryWriter:
             params,
             references,
             folder,
-            tokenizer_fingerprint=references.tokenizer_fingerprint,
-            prefix_tokens=PREFIX_TOKENS,
             writer_path=str(path),
             writer_step=step,
             base=base,
@@ -138,10 +137,6 @@ def _recorded(
         if writer_fingerprint(params, model.memory) == writer["hash"]:
             return params, folder, meta["step"]
     return None
-
-
-def _named(writer: Mapping[str, Any]) -> str:
-    return f"the writer {writer['hash'][:12]}, which was step {writer['step']} of {writer['path']}"
 
 
 def check_reader(bank: Bank | None, meta: dict[str, Any], checkpoint: Path) -> None:

@@ -19,6 +19,7 @@ import dataclasses
 import fcntl
 import io
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import TextError, VersionError
 from m3jax.files import checksum, read_sealed, write_sealed
 from m3jax.memory.bank import Bank, join_banks
-from m3jax.memory.binding import make_binding
+from m3jax.memory.binding import Binding, layout_of
 from m3jax.retrieval.checkpoint_embedders import Ranking
 from m3jax.retrieval.delta_index import DeltaIndex
 from m3jax.retrieval.index import Index
@@ -49,18 +50,10 @@ class _Lock:
     """Holds a shared lock on a file, until it is closed, forgotten, or the process ends."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor: int | None = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
+        self.close = weakref.finalize(self, os.close, descriptor)
         with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
-
-    def close(self) -> None:
-        """Releases it."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def __del__(self) -> None:
-        self.close()
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +102,7 @@ def folder_of(workdir: Path, number: int) -> Path:
 def read_current(workdir: Path) -> dict[str, int]:
     """Reads `version`, which readers open, and `oldest`, the first one that is kept.
 
-    Raises:
-      VersionError: `current.json` is damaged.
+    Raises `VersionError` if `current.json` is damaged.
     """
     path = workdir / VERSIONS / CURRENT
     if not path.exists():
@@ -141,11 +133,7 @@ def _existing(workdir: Path) -> Path:
 
 
 def versions(workdir: str | Path) -> list[int]:
-    """Lists the versions that can be opened, ascending.
-
-    Raises:
-      VersionError: there is no such workdir.
-    """
+    """Lists the versions that can be opened, ascending; raises `VersionError` for no workdir."""
     workdir = _existing(Path(workdir))
     oldest = read_current(workdir)["oldest"]
     numbers = [int(path.parent.name) for path in (workdir / VERSIONS).glob(f"[0-9]*/{VERSION}")]
@@ -155,8 +143,7 @@ def versions(workdir: str | Path) -> list[int]:
 def open_version(workdir: str | Path, number: int | None = None) -> Version:
     """Opens a version of a prepared workdir for reading; default: the current one.
 
-    Raises:
-      VersionError: no such version, one that a compaction deleted, or a damaged file.
+    Raises `VersionError` for a version that is not there or damaged.
     """
     workdir = Path(workdir)
     for _ in range(3):  # a compaction may delete the current one between two lines
@@ -167,12 +154,9 @@ def open_version(workdir: str | Path, number: int | None = None) -> Version:
                 return _lock(_read_version(workdir, chosen))
         if number is not None:
             break
-    kept = ", ".join(map(str, versions(workdir)))
-    if chosen < current["oldest"]:
-        raise VersionError(
-            f"version {chosen} of {workdir} was deleted by a compaction; there are {kept}"
-        )
-    raise VersionError(f"{workdir} has no version {chosen}; there are {kept}")
+    lost = f"version {chosen} of {workdir} was deleted by a compaction"
+    reason = lost if chosen < current["oldest"] else f"{workdir} has no version {chosen}"
+    raise VersionError(f"{reason}; there are {', '.join(map(str, versions(workdir)))}")
 
 
 def _read_version(workdir: Path, number: int) -> Version:
@@ -217,11 +201,7 @@ def in_use(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def only_writer(workdir: Path) -> Iterator[None]:
-    """Keeps other editors of the workdir out.
-
-    Raises:
-      VersionError: another process is editing, or there is no such workdir.
-    """
+    """Keeps other editors out; raises `VersionError` if there is one, or no such workdir."""
     (_existing(workdir) / VERSIONS).mkdir(exist_ok=True)
     with (workdir / VERSIONS / "lock").open("wb") as file:
         try:
@@ -270,20 +250,17 @@ def open_references(config: ConfigDict, version: Version, tokenizer: Tokenizer) 
 
 def open_index(version: Version, references: ReferenceReader) -> SearchIndex:
     """Opens the index of a version, whose references are of `open_references`."""
-    sets = references.sets if isinstance(references, DeltaReferences) else [references]
-    indices = [
-        Index.open(folder / "index", part)
-        for folder, part in zip(version.folders, sets, strict=True)
-    ]
     if not isinstance(references, DeltaReferences):
-        return indices[0]
+        return Index.open(version.folders[0] / "index", references)
+    parts = zip(version.folders, references.sets, strict=True)
+    indices = [Index.open(folder / "index", part) for folder, part in parts]
     return DeltaIndex(indices, version.tombstones, references.fingerprint)
 
 
 def open_bank(version: Version, references: ReferenceReader, cache_bytes: int = 0) -> Bank:
     """Opens the bank of a version; `cache_bytes` as of `Bank.open`."""
     banks = [Bank.open(folder, cache_bytes) for folder in version.banks]
-    if not isinstance(references, DeltaReferences):
+    if not version.number:
         return banks[0]
     return join_banks(banks, version.tombstones, references.fingerprint)
 
@@ -309,18 +286,8 @@ def open_retriever(
 
 
 def check_bank(
-    config: ConfigDict,
-    bank: Bank,
-    references: ReferenceReader,
-    tokenizer: Tokenizer,
+    config: ConfigDict, bank: Bank, references: ReferenceReader, tokenizer: Tokenizer
 ) -> None:
     """Refuses a bank that does not fit config, references or tokenizer, whoever wrote it."""
-    bank.require(
-        make_binding(
-            config,
-            writer=bank.binding.writer,
-            tokenizer=tokenizer.fingerprint,
-            references=references.fingerprint,
-            prefix_tokens=PREFIX_TOKENS,
-        )
-    )
+    layout, writer = layout_of(config, PREFIX_TOKENS), bank.binding.writer
+    bank.require(Binding(writer, tokenizer.fingerprint, references.fingerprint, layout))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -19,9 +18,7 @@ from m3jax.files import checksum
 from m3jax.memory import codec as codecs
 from m3jax.memory.binding import Binding
 from m3jax.memory.buffer_pool import Buffers
-from m3jax.memory.codec import Codec
-from m3jax.memory.head_subset import heads_of_layout
-from m3jax.memory.http_probe import require_served
+from m3jax.memory.codec import Codec, heads_of
 from m3jax.memory.reader import MemoryReader
 from m3jax.memory.shard_reader import ShardReader
 from m3jax.memory.storage import (
@@ -30,10 +27,12 @@ from m3jax.memory.storage import (
     HASHES,
     LENGTHS,
     MANIFEST,
+    memory_bytes,
     read_checked,
     read_file,
     read_manifest,
     read_side_file,
+    require_served,
     write_again,
 )
 from m3jax.model.attention_mask import ExplicitMemory
@@ -54,15 +53,11 @@ class Bank(MemoryReader):
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        manifest: dict[str, Any],
-        lengths: np.ndarray,
-        cache_bytes: int = 0,
-    ):
+        self, folder: str | Path, manifest: dict[str, Any], lengths: np.ndarray, cache_bytes: int
+    ) -> None:
         self.folder, self.manifest, self.lengths = folder, manifest, lengths
         self.binding = Binding(**manifest["binding"])
-        self.dtype = np.dtype(jax.numpy.dtype(manifest["dtype"]))
+        self.dtype = jnp.dtype(manifest["dtype"])
         self.codec = _read_codec(folder, manifest, self.binding)
         self.numbering = Numbering(manifest["shape"][:1], np.zeros(0, np.int64))
         self.parts = [ShardReader(folder, manifest, cache_bytes)]
@@ -119,7 +114,7 @@ class Bank(MemoryReader):
     @property
     def bytes(self) -> int:
         """Bytes of all keys and values, as they are stored."""
-        return self.size * math.prod(self.manifest["shape"][1:]) * self.dtype.itemsize
+        return self.size * memory_bytes(self.manifest)
 
     @property
     def writer(self) -> dict[str, Any]:
@@ -130,16 +125,9 @@ class Bank(MemoryReader):
 
     @property
     def record_hashes(self) -> np.ndarray:
-        """Hash of all tokens that shaped each memory, uint64 (R,); read from disk at every call.
-
-        That of a tombstone fits nothing.
-        """
-        files = (read_side_file(part.folder, part.manifest, HASHES) for part in self.parts)
-        hashes = np.concatenate(list(files))
-        for i in self.numbering.tombstones:
-            digest = hashlib.blake2b(f"removed {i}".encode(), digest_size=8).digest()
-            hashes[i] = int.from_bytes(digest, "little")
-        return hashes
+        """Hash of all tokens that shaped each memory, uint64 (R,); read from disk at every call."""
+        parts = [read_side_file(part.folder, part.manifest, HASHES) for part in self.parts]
+        return np.concatenate(parts)
 
     def read_stored(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
         """Reads memories as they are stored; see `MemoryReader.read_stored`."""
@@ -157,10 +145,11 @@ class Bank(MemoryReader):
         _, layers, *item = self.manifest["shape"][1:]
         # In the order in which the scan over layers takes them, so that no step begins with a copy.
         buffer = self._buffers.take((2, layers, flat.size, *item), self.dtype)
-        buffer[:, :, flat < 0] = 0
+        memories = np.moveaxis(buffer.reshape(2 * layers, flat.size, math.prod(item)), 1, 0)
+        memories[flat < 0] = 0
         real = np.flatnonzero(flat >= 0)
         for part, positions, rows in self.numbering.split(flat[real]):
-            self.parts[part].read(rows, real[positions], np.moveaxis(buffer, 2, 0))
+            self.parts[part].read(rows, real[positions], memories)
         length: Any = np.where(flat < 0, 0, self.lengths[np.maximum(flat, 0)]).astype(np.int32)
         keys, values = buffer.reshape(2, layers, *ids.shape, *item)
         return ExplicitMemory(keys, values, length.reshape(ids.shape))
@@ -172,6 +161,16 @@ class Bank(MemoryReader):
     def report(self) -> dict[str, int]:
         """Returns counters of the cache: `cache_hits`, `cache_misses`, `cache_bytes` now."""
         return self.parts[0].cache.report()
+
+
+def require_alike(bank: Bank, base: Bank) -> None:
+    """Raises `BankError` unless one writer wrote both banks, and they are stored alike."""
+    bank.require(dataclasses.replace(base.binding, references=bank.binding.references))
+    if not codecs.same(bank.codec, base.codec):
+        raise BankError(
+            f"bank {bank.folder} is stored with {bank.codec.name!r} or other codebooks than"
+            f" {base.folder} ({base.codec.name!r}); write it with --base of that one"
+        )
 
 
 def join_banks(banks: Sequence[Bank], tombstones: np.ndarray, references: str) -> Bank:
@@ -187,12 +186,7 @@ def join_banks(banks: Sequence[Bank], tombstones: np.ndarray, references: str) -
     """
     base = banks[0]
     for delta in banks[1:]:
-        delta.require(dataclasses.replace(base.binding, references=delta.binding.references))
-        if not codecs.same(delta.codec, base.codec):
-            raise BankError(
-                f"bank {delta.folder} is stored with {delta.codec.name!r} or other codebooks"
-                f" than {base.folder} ({base.codec.name!r}); write it with --base of that one"
-            )
+        require_alike(delta, base)
         delta.parts[0].cache = base.parts[0].cache  # one limit for all
     whole = copy.copy(base)
     whole.binding = dataclasses.replace(base.binding, references=references)
@@ -204,7 +198,7 @@ def join_banks(banks: Sequence[Bank], tombstones: np.ndarray, references: str) -
 
 def _read_codec(folder: str | Path, manifest: dict[str, Any], binding: Binding) -> Codec:
     head_dim, dtype = binding.layout["head_dim"], binding.layout["dtype"]
-    heads = heads_of_layout(binding.layout)
+    heads = heads_of(binding.layout)
     if manifest["codec"] != codecs.VECTOR:
         return Codec(manifest["codec"], head_dim, dtype, heads=heads)
     codec, owner = codecs.from_bytes(read_checked(folder, manifest, CODEBOOK), dtype)

@@ -12,9 +12,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.files import checksum
+from m3jax.memory.codec import heads_layout
 from m3jax.memory.document_context import UNSTATED
 from m3jax.memory.document_context import layout_entries as context_layout
-from m3jax.memory.head_subset import layout_entries as heads_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,33 +86,14 @@ def writer_params(params: dict[str, Any]) -> dict[str, Any]:
 def layout_of(config: ConfigDict, prefix_tokens: tuple[int, ...]) -> dict[str, Any]:
     """Lists all but weights, tokenizer and references that shapes memories, as plain JSON."""
     model, memory = config.model, config.memory
+    of_memory = "first_layer", "layers", "kept_tokens", "selection", "reference_length", "dtype"
+    of_model = "query_heads", "kv_heads", "head_dim", "compute_dtype"
+    floats = "rope_base", "norm_epsilon", "embedding_scale"
     return {
-        "first_layer": memory.first_layer,
-        "layers": memory.layers,
-        "query_heads": model.query_heads,
-        "kv_heads": model.kv_heads,
-        "head_dim": model.head_dim,
-        "kept_tokens": memory.kept_tokens,
-        "selection": memory.selection,
-        "reference_length": memory.reference_length,
+        **{name: memory[name] for name in of_memory},
+        **{name: model[name] for name in of_model},
+        **{name: float(model[name]) for name in floats},
         "prefix_tokens": [int(token) for token in prefix_tokens],
-        "rope_base": float(model.rope_base),
-        "norm_epsilon": float(model.norm_epsilon),
-        "embedding_scale": float(model.embedding_scale),
-        "compute_dtype": model.compute_dtype,
-        "dtype": memory.dtype,
         **context_layout(config),
         **heads_layout(config),
     }
-
-
-def make_binding(
-    config: ConfigDict,
-    *,
-    writer: str,
-    tokenizer: str,
-    references: str,
-    prefix_tokens: tuple[int, ...],
-) -> Binding:
-    """Returns the binding of a bank that a writer with this fingerprint and config writes."""
-    return Binding(writer, tokenizer, references, layout_of(config, prefix_tokens))

@@ -7,6 +7,7 @@ a buffer that an earlier batch has left costs nothing.
 
 from __future__ import annotations
 
+import math
 import mmap
 import weakref
 from collections import deque
@@ -30,21 +31,19 @@ class Buffers:
         Its memory comes back by itself when neither the array nor a view of it is in use any more,
         be it by JAX: on a CPU it computes with the array itself, for it begins at a page.
         """
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         if size < _SMALL:
             return np.empty(shape, dtype)
-        memory = self._large_enough(size) or _mapped(size)
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = _mapped(size)
+        if len(memory) < size:
+            memory = _mapped(size)
         array = np.frombuffer(memory, np.uint8, size)
         # All views hold on to `array`: what is below it is no array.
         weakref.finalize(array, self._free.append, memory).atexit = False
         return array.view(dtype).reshape(shape)
-
-    def _large_enough(self, size: int) -> mmap.mmap | None:
-        try:
-            memory = self._free.pop()
-        except IndexError:
-            return None
-        return memory if len(memory) >= size else None
 
 
 def _mapped(size: int) -> mmap.mmap:

@@ -18,8 +18,19 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from m3jax.errors import QuantizerError
-from m3jax.memory.nearest import by_block, comparable, nearest_few, nearest_of, parts_of, with_one
-from m3jax.memory.quantizer import HALVES, Codebook, indices_of, rotated
+from m3jax.memory.quantizer import (
+    CANDIDATES,
+    HALVES,
+    Codebook,
+    by_block,
+    comparable,
+    indices_of,
+    nearest_few,
+    nearest_of,
+    parts_of,
+    rotated,
+    with_one,
+)
 
 COARSE_BITS, FINE_PARTS, FINE_BITS = 14, 8, 10  # of Memory³
 # Of k-means: vectors of the iterations before the last ones, for each entry and at least.
@@ -31,11 +42,9 @@ def train(
     *,
     seed: int = 0,
     coarse_bits: int = COARSE_BITS,
-    fine_parts: int = FINE_PARTS,
     fine_bits: int = FINE_BITS,
     iterations: int = 25,
     refinements: int = 6,
-    candidates: int = 4,
     progress: str | None = None,
 ) -> Codebook:
     """Fits a quantizer.
@@ -43,11 +52,10 @@ def train(
     Args:
       vectors: n training vectors, at least one for every entry of a codebook.
       seed: of initial entries.
-      coarse_bits, fine_parts, fine_bits: the code's size: 2 · coarse_bits and
-        fine_parts · fine_bits, each rounded up to bytes.
+      coarse_bits, fine_bits: the code's size: 2 · coarse_bits and 8 · fine_bits, each rounded up to
+        bytes.
       iterations: rounds of k-means for each table; all but the last five of ten vectors an entry.
       refinements: last rounds that fit rotation and both tables to each other.
-      candidates: as in `quantize`, in those rounds.
       progress: what the progress bar says; None shows none.
 
     Raises:
@@ -55,30 +63,30 @@ def train(
         split into the parts.
     """
     x = jnp.asarray(vectors, jnp.float32)
-    _check(x, coarse_bits, fine_parts, fine_bits)
+    _check(x, coarse_bits, fine_bits)
     keys = jax.random.split(jax.random.key(seed))
-    rotation = _balanced_axes(x, fine_parts)
-    total = (HALVES + fine_parts) * iterations + refinements
+    rotation = _balanced_axes(x, FINE_PARTS)
+    total = (HALVES + FINE_PARTS) * iterations + refinements
     with tqdm(total=total, desc=progress, unit="round", disable=progress is None) as bar:
         halves = parts_of(x @ rotation.T, HALVES)
         coarse = _kmeans_of_parts(halves, keys[0], 2**coarse_bits, iterations, bar)
         rest = jnp.concatenate(
             [_unseen_rest(*half) for half in zip(halves, coarse, strict=True)], axis=1
         )
-        fine = _kmeans_of_parts(parts_of(rest, fine_parts), keys[1], 2**fine_bits, iterations, bar)
+        fine = _kmeans_of_parts(parts_of(rest, FINE_PARTS), keys[1], 2**fine_bits, iterations, bar)
         codebook = Codebook(rotation, coarse, fine)
         for _ in range(refinements):
-            codebook = jax.block_until_ready(_refined(codebook, x, candidates))
+            codebook = jax.block_until_ready(_refined(codebook, x))
             bar.update()
     return codebook
 
 
-def _check(x: Array, coarse_bits: int, fine_parts: int, fine_bits: int) -> None:
+def _check(x: Array, coarse_bits: int, fine_bits: int) -> None:
     n, H = x.shape
-    if H % fine_parts or fine_parts % HALVES or H < 4 * HALVES:
+    if H % FINE_PARTS:
         raise QuantizerError(
-            f"vectors of {H} numbers do not split into {HALVES} halves and {fine_parts} parts; the"
-            f" head dim must be a multiple of {fine_parts}, or store memories without compression"
+            f"vectors of {H} numbers do not split into {HALVES} halves and {FINE_PARTS} parts; the"
+            f" head dim must be a multiple of {FINE_PARTS}, or store memories without compression"
         )
     least = 2 ** max(coarse_bits, fine_bits)
     if n < least:
@@ -115,7 +123,7 @@ def _split_large(means: Array, numbers: Array) -> Array:
     return jnp.where(empty[:, None], means[donor] * (1 + apart), kept)
 
 
-def _kmeans(x: Array, key: Array, count: int, iterations: int, bar: tqdm | None = None) -> Array:
+def _kmeans(x: Array, key: Array, count: int, iterations: int, bar: tqdm) -> Array:
     """Lloyd's algorithm: entries `(count, d)`. Most of the iterations take a sample of x."""
     order = jax.random.permutation(key, len(x))
     sample = x[order[: max(_SAMPLED_OF_ENTRY * count, _SAMPLED)]]
@@ -123,9 +131,8 @@ def _kmeans(x: Array, key: Array, count: int, iterations: int, bar: tqdm | None 
     for i in range(iterations):
         of = x if i >= iterations - _LAST else sample
         entries = _split_large(*_means(of, nearest_of(of, entries), count))
-        if bar is not None:
-            entries.block_until_ready()
-            bar.update()
+        entries.block_until_ready()
+        bar.update()
     return entries
 
 
@@ -165,10 +172,10 @@ def _procrustes(x: Array, target: Array) -> Array:
     return u @ vt
 
 
-def _refined(codebook: Codebook, x: Array, candidates: int) -> Codebook:
+def _refined(codebook: Codebook, x: Array) -> Codebook:
     """One round of fitting: codes of all vectors, then each table and the rotation by the rest."""
     y = rotated(codebook, x)
-    coarse_index, fine_index = indices_of(codebook, y, candidates)
+    coarse_index, fine_index = indices_of(codebook, y, CANDIDATES)
 
     def fitted(table: Array, indices: Array, target: Array) -> Array:
         entries = []

@@ -14,16 +14,74 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
+from ml_collections import ConfigDict
 
+from m3jax.config import format_heads, memory_heads, parse_heads
 from m3jax.errors import QuantizerError
 from m3jax.memory import codebooks, quantizer
-from m3jax.memory.head_subset import Heads
 from m3jax.memory.quantizer import Codebook
 from m3jax.model.attention_mask import ExplicitMemory
 
 NONE, INT8, VECTOR = "none", "int8", "vector"
 _SCALE_BYTES = 2  # bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Heads that a bank has memories of, fewer than all (Memory³ §7).
+
+    Such a bank has an axis of the S chosen heads of all layers in the place of layers and heads:
+    stored memories are `(1, …, S, P, width)`. What reads them gets `(L, …, K, P, H)`, with zeros
+    for the heads without memories; attention does not see these
+    (`model.attention_mask.seen_by_heads`).
+
+    Attributes:
+      layers: memory layers L.
+      kv_heads: key-value heads K of a layer.
+      chosen: layer · K + head of each, ascending; layers counted from the first memory layer.
+    """
+
+    layers: int
+    kv_heads: int
+    chosen: tuple[int, ...]
+
+    @property
+    def mask(self) -> Bool[np.ndarray, "L K"]:
+        """Mask of the chosen heads."""
+        places = np.arange(self.layers * self.kv_heads)
+        return np.isin(places, self.chosen).reshape(self.layers, self.kv_heads)
+
+    def take(self, memories: Array) -> Array:
+        """Selects the chosen heads of keys or values: `(…, L, K, P, H)` → `(…, 1, S, P, H)`."""
+        *lead, P, H = memories.shape
+        flat = memories.reshape(*lead[:-2], 1, self.layers * self.kv_heads, P, H)
+        return jnp.take(flat, np.array(self.chosen), axis=-3)
+
+    def place(self, chosen: Array) -> Array:
+        """Puts them in their layers, `(1, …, S, P, H)` → `(L, …, K, P, H)`; others are zeros."""
+        *lead, S, P, H = chosen.shape
+        source = np.full(self.layers * self.kv_heads, S)  # behind the chosen ones: zeros
+        source[np.array(self.chosen)] = np.arange(S)
+        padded = jnp.concatenate([chosen, jnp.zeros((*lead, 1, P, H), chosen.dtype)], axis=-3)[0]
+        source_LK = source.reshape(self.layers, self.kv_heads)
+        return jax.vmap(lambda source_K: jnp.take(padded, source_K, axis=-3))(source_LK)
+
+
+def heads_layout(config: ConfigDict) -> dict[str, Any]:
+    """Entries of a bank's layout on its heads; empty where it has all."""
+    chosen = memory_heads(config.model, config.memory)
+    return {} if chosen is None else {"heads": format_heads(chosen)}
+
+
+def heads_of(layout: dict[str, Any]) -> Heads | None:
+    """Returns the heads that a bank with this layout has memories of; None: all."""
+    first, layers, kv_heads = (layout[name] for name in ("first_layer", "layers", "kv_heads"))
+    chosen = parse_heads(layout.get("heads", ""), range(first, first + layers), kv_heads)
+    if chosen is None:
+        return None
+    places = tuple((layer - first) * kv_heads + head for layer, head in chosen)
+    return Heads(layers, kv_heads, places)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +114,6 @@ class Codec:
     def stored_dtype(self) -> str:
         """Dtype of the stored items."""
         return self.dtype if self.name == NONE else "uint8"
-
-    @property
-    def numpy_dtype(self) -> np.dtype:
-        """Dtype of the stored items, of an array on the host."""
-        return np.dtype(jnp.dtype(self.stored_dtype))
 
     def item_shape(self, layers: int, kv_heads: int, kept: int) -> tuple[int, ...]:
         """Returns the shape of the stored keys, or values, of a memory."""
@@ -109,55 +162,38 @@ class Codec:
         return quantizer.dequantize(self.codebooks[part], codes).astype(self.dtype)
 
 
-def plain(head_dim: int, dtype: str) -> Codec:
-    """Returns the codec that stores keys and values as they are."""
-    return Codec(NONE, head_dim, dtype)
-
-
 def train_codec(
-    name: str,
     memories: Float[np.ndarray, "R 2 L K P H"],
     lengths: np.ndarray,
     dtype: str,
-    *,
     coarse_bits: int,
     fine_bits: int,
-    seed: int = 0,
-    progress: bool = False,
-    **options: Any,
 ) -> Codec:
-    """Fits the codec of a name to the real slots of some memories.
+    """Fits the codec `vector` to the real slots of some memories.
 
     Args:
-      name: `none`, `int8` or `vector`.
-      memories: of uniformly sampled references; only `vector` looks at them.
+      memories: of uniformly sampled references.
       lengths: real slots of each.
       dtype: of the bank's memories.
-      coarse_bits, fine_bits, options: see `codebooks.train`.
-      seed: of the training.
-      progress: whether to show it.
+      coarse_bits, fine_bits: see `codebooks.train`.
 
     Raises:
       QuantizerError: too few vectors, numbers that are not finite, a head dim that does not split.
     """
     head_dim = memories.shape[-1]
-    if name != VECTOR:
-        return Codec(name, head_dim, dtype)
     real = np.arange(memories.shape[4]) < np.asarray(lengths)[:, None]
-    books = []
-    for part in range(2):
+
+    def book(part: int, name: str) -> Codebook:
         vectors = memories[:, part].transpose(0, 3, 1, 2, 4)[real].reshape(-1, head_dim)
-        books.append(
-            codebooks.train(
-                vectors.astype(np.float32),
-                seed=seed + part,
-                coarse_bits=coarse_bits,
-                fine_bits=fine_bits,
-                progress=f"codebook of {('keys', 'values')[part]}" if progress else None,
-                **options,
-            )
+        return codebooks.train(
+            vectors.astype(np.float32),
+            seed=part,
+            coarse_bits=coarse_bits,
+            fine_bits=fine_bits,
+            progress=f"codebook of {name}",
         )
-    return Codec(VECTOR, head_dim, dtype, (books[0], books[1]))
+
+    return Codec(VECTOR, head_dim, dtype, (book(0, "keys"), book(1, "values")))
 
 
 def same(codec: Codec, other: Codec) -> bool:
@@ -170,29 +206,23 @@ def same(codec: Codec, other: Codec) -> bool:
 
 
 def to_bytes(codec: Codec, owner: str) -> bytes:
-    """Serializes the codebooks as an `.npz` file, a function of codebooks and owner alone.
+    """Serializes the codebooks of a codec `vector`, and their `Binding.owner`, as an `.npz` file.
 
-    Args:
-      codec: of the name `vector`.
-      owner: whose memories they were trained on, see `m3jax.memory.bank.Binding.owner`.
+    The bytes are a function of codebooks and owner alone.
     """
     assert codec.codebooks is not None
     buffer = io.BytesIO()
     tables: dict[str, Any] = {
         f"{part}_{name}": table
         for part, book in zip(("keys", "values"), codec.codebooks, strict=True)
-        for name, table in quantizer.as_numpy(book).items()
+        for name, table in book._asdict().items()
     }
     np.savez(buffer, owner=np.frombuffer(owner.encode(), np.uint8), **tables)
     return buffer.getvalue()
 
 
 def from_bytes(data: bytes, dtype: str) -> tuple[Codec, str]:
-    """Reads codebooks, the inverse of `to_bytes`.
-
-    Raises:
-      QuantizerError: the bytes are no codebooks.
-    """
+    """Reads the result of `to_bytes`; raises `QuantizerError` for other bytes."""
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as tables:
             books = [

@@ -13,6 +13,7 @@ alone, so that a build which was interrupted puts every reference into the slot 
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -156,22 +157,18 @@ def _rows_of(
 def in_order(
     ids: Int[np.ndarray, " n"], parts: Iterable[tuple[np.ndarray, np.ndarray]]
 ) -> Iterator[np.ndarray]:
-    """Memories in the order of `ids`, as soon as they and all before them are there.
+    """Yields memories in the order of `ids`, as soon as they and all before them are there.
 
     Args:
       ids: requested references, ascending.
       parts: ids and their memories, in an order close to that of `ids`.
     """
     ready: dict[int, np.ndarray] = {}
-    done = 0
+    remaining = collections.deque(ids.tolist())
     for part, memories in parts:
         ready.update(zip(part.tolist(), memories, strict=True))
-        run: list[np.ndarray] = []
-        while done + len(run) < len(ids):
-            memory = ready.pop(int(ids[done + len(run)]), None)
-            if memory is None:
-                break
-            run.append(memory)
+        run = []
+        while remaining and remaining[0] in ready:
+            run.append(ready.pop(remaining.popleft()))
         if run:
-            done += len(run)
             yield np.stack(run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import itertools
 import math
 import time
@@ -33,20 +32,12 @@ from m3jax.model.transformer import Model
 
 
 @runtime_checkable
-class ReferenceSet(Protocol):
-    """Interface of references that can be written; `text.references.References` is one."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the whole set."""
+class ReferenceTokens(Protocol):
+    """Interface of references that can be encoded."""
 
     @property
     def lengths(self) -> Int[np.ndarray, " R"]:
         """Tokens of every reference."""
-
-    @property
-    def record_hashes(self) -> UInt64[np.ndarray, " R"]:
-        """Hash of every reference's tokens."""
 
     def documents(self) -> Int[np.ndarray, " R"]:
         """Number of every reference's document, whose references are consecutive."""
@@ -57,21 +48,21 @@ class ReferenceSet(Protocol):
         """Tokens, 0-padded, no prefix."""
 
 
-class Clock:
-    """Wall time since the start, and the part of it spent in the jitted encode."""
+@runtime_checkable
+class ReferenceSet(ReferenceTokens, Protocol):
+    """Interface of references that a bank is of; `text.references.References` is one."""
 
-    def __init__(self) -> None:
-        self.start, self.encode = time.perf_counter(), 0.0
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the whole set."""
 
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Fingerprint of the tokenizer that made them."""
 
-    def timed(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls and counts the time as encoding."""
-        begin = time.perf_counter()
-        result = call(*arguments)
-        self.encode += time.perf_counter() - begin
-        return result
+    @property
+    def record_hashes(self) -> UInt64[np.ndarray, " R"]:
+        """Hash of every reference's tokens."""
 
 
 def encode_program(config: ConfigDict, model: Model, codec: Codec) -> Any:
@@ -126,17 +117,21 @@ class _Batch(NamedTuple):
 
 
 class Encoder:
-    """The jitted encode at one fixed shape, compiled once."""
+    """The jitted encode at one fixed shape, compiled once.
+
+    Attributes:
+      seconds: spent in encoding, or in waiting for it.
+    """
 
     def __init__(
         self,
         config: ConfigDict,
         model: Model,
         params: Params,
-        references: ReferenceSet,
+        references: ReferenceTokens,
         codec: Codec,
     ):
-        self.references = references
+        self.references, self.seconds = references, 0.0
         shapes = input_shapes(config)
         self.slots, self.rows, self.width = window_references(config), shapes[0][0], shapes[0][-1]
         self.kept = config.memory.kept_tokens
@@ -160,28 +155,28 @@ class Encoder:
         self.params = jax.device_put(self.params)
         self.encode = encode_program(config, model, codec).lower(self.params, *inputs).compile()
 
-    def batches(self, ids: Int[np.ndarray, " n"], clock: Clock) -> Iterator[np.ndarray]:
-        """Yields stored memories, a batch at a time; the next is already being encoded.
-
-        Args:
-          ids: references, ascending.
-          clock: counts the time.
-        """
+    def batches(self, ids: Int[np.ndarray, " n"]) -> Iterator[np.ndarray]:
+        """Yields stored memories of ascending `ids`; the next batch is already being encoded."""
         if self.slots == 1:
-            return (memories for _, memories in self._encoded(self._alone(ids), clock))
-        return in_order(ids, self._encoded(self._in_windows(ids), clock))
+            return (memories for _, memories in self._encoded(self._alone(ids)))
+        return in_order(ids, self._encoded(self._in_windows(ids)))
 
-    def _encoded(
-        self, batches: Iterator[_Batch], clock: Clock
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        waiting: collections.deque[tuple[_Batch, Any]] = collections.deque()
+    def _encoded(self, batches: Iterator[_Batch]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        waiting: tuple[_Batch, Any] | None = None
         for batch in batches:
-            placed = (jax.device_put(array, self.sharding) for array in batch.inputs)
-            waiting.append((batch, clock.timed(self.encode, self.params, *placed)))
-            if len(waiting) > 1:
-                yield self.collect(*waiting.popleft(), clock)
-        while waiting:
-            yield self.collect(*waiting.popleft(), clock)
+            placed = [jax.device_put(array, self.sharding) for array in batch.inputs]
+            encoding = batch, self._timed(self.encode, self.params, *placed)
+            if waiting is not None:
+                yield self.collect(*waiting)
+            waiting = encoding
+        if waiting is not None:
+            yield self.collect(*waiting)
+
+    def _timed(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        begin = time.perf_counter()
+        result = call(*arguments)
+        self.seconds += time.perf_counter() - begin
+        return result
 
     def _tokens(self, ids: np.ndarray, places: slice | np.ndarray, size: int) -> np.ndarray:
         tokens = np.zeros((size, self.width), np.int32)
@@ -208,9 +203,9 @@ class Encoder:
             inputs = [tokens.reshape(self.rows, self.slots, -1), first]
             yield _Batch(filled.ids[own], own, inputs)
 
-    def collect(self, batch: _Batch, result: Any, clock: Clock) -> tuple[np.ndarray, np.ndarray]:
+    def collect(self, batch: _Batch, result: Any) -> tuple[np.ndarray, np.ndarray]:
         """Waits for a batch; checks that its memories are finite and as long as the bank states."""
-        waited = clock.timed(jax.block_until_ready, result)
+        waited = self._timed(jax.block_until_ready, result)
         ids = batch.ids
         memories, length, finite = (np.asarray(x)[batch.places] for x in waited)
         broken = np.flatnonzero(~finite)
@@ -237,7 +232,7 @@ def memory_hashes(config: ConfigDict, references: ReferenceSet) -> UInt64[np.nda
     return identities(references.documents(), references.record_hashes, slots)
 
 
-def memory_lengths(config: ConfigDict, references: ReferenceSet) -> np.ndarray:
+def memory_lengths(config: ConfigDict, references: ReferenceTokens) -> np.ndarray:
     """Returns the lengths of the memories; raises where there is nothing to write or too much."""
     if not len(references):
         raise BankError("the reference set is empty: there is nothing to write; add documents")

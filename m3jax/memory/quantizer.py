@@ -13,7 +13,7 @@ coarse entry first; the bytes and the decoder are the same.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +22,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from m3jax.errors import QuantizerError
-from m3jax.memory.nearest import by_block, comparable, largest, nearest_few, parts_of, with_one
 
 HALVES = 2
+CANDIDATES = 4  # coarse entries tried for each half
+# Vectors compared at a time: on a CPU their 2¹⁴ distances, 8 MB, stay near the processor.
+_BLOCK, _BLOCK_OF_ACCELERATOR = 128, 4096
+_GROUP = 128  # entries whose best is blocks first; see `largest`
 
 
 class Codebook(NamedTuple):
@@ -53,7 +56,7 @@ class Codebook(NamedTuple):
 
 
 def quantize(
-    codebook: Codebook, vectors: Float[Array | np.ndarray, "n H"], *, candidates: int = 4
+    codebook: Codebook, vectors: Float[Array | np.ndarray, "n H"], *, candidates: int = CANDIDATES
 ) -> UInt8[Array, "n bytes"]:
     """Codes of vectors.
 
@@ -156,18 +159,15 @@ def _bytes(bits: int) -> int:
 
 
 def _pack(indices: Int[Array, "*n count"], bits: int) -> UInt8[Array, "*n bytes"]:
-    """Indices one after another in a little-endian stream of bits."""
-    values = indices.astype(jnp.uint32)
-    packed = []
-    for byte in range(_bytes(indices.shape[-1] * bits)):
-        total = jnp.zeros(values.shape[:-1], jnp.uint32)
-        for i in range(indices.shape[-1]):
-            shift = i * bits - 8 * byte
-            if -bits < shift < 8:
-                value = values[..., i]
-                total = total | (value << shift if shift >= 0 else value >> -shift)
-        packed.append(total & 0xFF)
-    return jnp.stack(packed, axis=-1).astype(jnp.uint8)
+    """Packs indices, one after another, into a little-endian stream of bits."""
+    count = indices.shape[-1]
+    packed = [jnp.zeros(indices.shape[:-1], jnp.uint32)] * _bytes(count * bits)
+    for i in range(count):
+        first, shift = divmod(i * bits, 8)
+        value = indices[..., i].astype(jnp.uint32) << shift
+        for byte in range(_bytes(shift + bits)):
+            packed[first + byte] |= value >> (8 * byte)
+    return (jnp.stack(packed, axis=-1) & 0xFF).astype(jnp.uint8)
 
 
 def _unpack(stream: UInt8[Array, "*n bytes"], count: int, bits: int) -> Int[Array, "*n count"]:
@@ -195,6 +195,63 @@ def _unpack_code(codebook: Codebook, codes: Array | np.ndarray) -> tuple[Array, 
     return coarse, _unpack(codes[..., split:], len(codebook.fine), fine_bits)
 
 
-def as_numpy(codebook: Codebook) -> dict[str, np.ndarray]:
-    """The tables by name."""
-    return {name: np.asarray(table) for name, table in codebook._asdict().items()}
+def parts_of(x_nH: Array, parts: int) -> Array:
+    """`(n, H)` → `(parts, n, H/parts)`."""
+    return x_nH.reshape(len(x_nH), parts, -1).swapaxes(0, 1)
+
+
+def largest(scores: Array) -> Array:
+    """argmax over the last axis, the first of equals; `(*n, entries)` → `(*n,)`.
+
+    The largest of each group first, then inside the best group: plain maxima vectorize where a
+    maximum that carries its index does not.
+    """
+    size = scores.shape[-1]
+    if size % _GROUP:
+        return jnp.argmax(scores, axis=-1)
+    groups = scores.reshape(*scores.shape[:-1], -1, _GROUP)
+    group = jnp.argmax(jnp.max(groups, axis=-1), axis=-1)
+    inside = jnp.take_along_axis(groups, group[..., None, None], axis=-2)[..., 0, :]
+    return group * _GROUP + jnp.argmax(inside, axis=-1)
+
+
+def comparable(entries: Array) -> Array:
+    """Entries `(*parts, n, d)` as columns with −‖e‖²/2 below, `(*parts, d + 1, n)`."""
+    norms = -0.5 * jnp.sum(entries**2, axis=-1, keepdims=True)
+    return jnp.concatenate([entries, norms], axis=-1).swapaxes(-1, -2)
+
+
+def with_one(x: Array) -> Array:
+    """Vectors with a last number 1, so that one product with `comparable` entries gives
+    x · e − ‖e‖²/2, which is largest for the nearest entry."""
+    return jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1)
+
+
+def by_block(f: Callable[[Array], Any], x: Array) -> Any:
+    """`f` of vectors `(n, d)`, a block at a time."""
+    n = len(x)
+    on_cpu = jax.default_backend() == "cpu"
+    block = min(_BLOCK if on_cpu else _BLOCK_OF_ACCELERATOR, n)
+    padded = jnp.pad(x, ((0, -n % block), (0, 0))).reshape(-1, block, x.shape[1])
+    blocks = jax.lax.map(f, padded)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], blocks)
+
+
+def nearest_few(scores: Array, count: int) -> Array:
+    """Returns indices of the `count` largest scores `(*n, entries)`, each of another group.
+
+    Fewer come where there are fewer groups.
+    """
+    if count == 1 or scores.shape[-1] % _GROUP:
+        return jax.lax.top_k(scores, count)[1] if count > 1 else largest(scores)[..., None]
+    groups = scores.reshape(*scores.shape[:-1], -1, _GROUP)
+    group = jax.lax.top_k(jnp.max(groups, axis=-1), min(count, groups.shape[-2]))[1]
+    inside = jnp.take_along_axis(groups, group[..., None], axis=-2)
+    return group * _GROUP + jnp.argmax(inside, axis=-1)
+
+
+@jax.jit
+def nearest_of(x: Array, entries: Array) -> Array:
+    """Index of the entry `(entries, d)` nearest to each vector `(n, d)`."""
+    columns = comparable(entries)
+    return by_block(lambda block: largest(with_one(block) @ columns), x)

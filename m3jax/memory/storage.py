@@ -17,14 +17,21 @@ exists is a shard that is finished.
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
+import math
 import os
 import shutil
+import ssl
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
@@ -47,6 +54,10 @@ _SILENCE = {
     "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "30",
     "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
 }
+
+
+# Of the probe of a server: attempts, seconds between two of them, seconds for an answer.
+_ATTEMPTS, _PAUSE, _TIMEOUT = 3, 0.5, 10
 
 
 def is_url(folder: str | Path) -> bool:
@@ -102,6 +113,48 @@ def _context() -> ts.Context:
     )
 
 
+def require_served(folder: str | Path) -> None:
+    """Asks the server of a bank for one byte; does nothing for a bank that is elsewhere.
+
+    Raises:
+      BankError: the server is not there, stays silent for 10 s, refuses, has no bank there, or
+        gives no parts of files.
+    """
+    if not is_http(folder):
+        return
+    request = urllib.request.Request(file_url(folder, MANIFEST), headers={"Range": "bytes=0-0"})
+    for attempt in range(_ATTEMPTS):
+        time.sleep(_PAUSE if attempt else 0)
+        try:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
+                if answer.status == 206:
+                    answer.read()  # raises where it ends too soon
+                    return
+                raise BankError(
+                    f"the server of bank {folder} cannot give parts of files (it answers"
+                    f" {answer.status} to a request for a range of bytes), so that each memory"
+                    " would cost a whole shard. Serve the folder with one that can, such as nginx,"
+                    " Caddy or `rclone serve http`"
+                )
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code == 404:
+                raise BankError(
+                    f"{folder} holds no bank: its server has no {MANIFEST} there (404). Check the"
+                    " URL; it is that of the folder that launch/write_bank.py wrote"
+                ) from None
+            problem = f"the server answers {error.code} {error.reason}"
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, ssl.SSLError):  # TensorStore has certificates of its own
+                return
+            problem = f"no answer from the server ({reason})"
+    raise BankError(
+        f"bank {folder} cannot be reached: {problem}, {_ATTEMPTS} times. Check host, port and path,"
+        " and that the server runs; then run the same command again"
+    )
+
+
 def read_file(folder: str | Path, name: str) -> bytes | None:
     """Reads a file of the bank; None when it does not exist."""
     try:
@@ -115,11 +168,7 @@ def read_file(folder: str | Path, name: str) -> bytes | None:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
-    """Reads the manifest; None when there is none.
-
-    Raises:
-      BankError: it is no manifest, or of another format.
-    """
+    """Reads the manifest; None when there is none. Raises `BankError` for one of another format."""
     data = read_file(folder, MANIFEST)
     if data is None:
         return None
@@ -148,11 +197,7 @@ def npy_bytes(values: np.ndarray) -> bytes:
 
 
 def read_checked(folder: str | Path, manifest: dict[str, Any], name: str) -> bytes:
-    """Reads a side file of the bank and compares it with its checksum in the manifest.
-
-    Raises:
-      BankError: it is missing or damaged.
-    """
+    """Reads a side file of the bank; raises `BankError` if it is missing or damaged."""
     data = read_file(folder, name)
     if data is None or checksum(data) != manifest["checksums"][name]:
         what = "is missing" if data is None else "is damaged (its checksum differs)"
@@ -165,11 +210,7 @@ def read_checked(folder: str | Path, manifest: dict[str, Any], name: str) -> byt
 
 
 def read_side_file(folder: str | Path, manifest: dict[str, Any], name: str) -> np.ndarray:
-    """Reads an array file of the bank and compares it with its checksum in the manifest.
-
-    Raises:
-      BankError: it is missing or damaged.
-    """
+    """Reads an array file of the bank; errors as of `read_checked`."""
     return np.load(io.BytesIO(read_checked(folder, manifest, name)), allow_pickle=False)
 
 
@@ -181,16 +222,10 @@ def complete_stamp(manifest: bytes) -> bytes:
 def open_array(
     folder: str | Path, manifest: dict[str, Any], *, create: bool = False
 ) -> ts.TensorStore:
-    """Opens the TensorStore array of all stored memories, `(R, 2, L, K, P, width)` or, with
-    some heads only, `(R, 2, 1, S, P, width)`.
+    """Opens the array of memories, `(R, 2, L, K, P, width)` or, of heads, `(R, 2, 1, S, P, width)`.
 
-    Args:
-      folder: the bank.
-      manifest: its manifest: shape, dtype, memories a shard.
-      create: replace what is there by an empty array.
-
-    Raises:
-      BankError: it is missing, or its shape is not the manifest's.
+    `create` replaces what is there by an empty array. Raises `BankError` where it is missing, or is
+    not that of the manifest.
     """
     shape = list(manifest["shape"])
     item, shard = [1, *shape[1:]], [manifest["shard_memories"], *shape[1:]]
@@ -227,18 +262,24 @@ def shards_of(manifest: dict[str, Any]) -> int:
     return -(-manifest["shape"][0] // manifest["shard_memories"])
 
 
+def shard_span(manifest: dict[str, Any], shard: int) -> tuple[int, int]:
+    """Returns first and last-plus-one memory of a shard."""
+    low = shard * manifest["shard_memories"]
+    return low, min(low + manifest["shard_memories"], manifest["shape"][0])
+
+
+def memory_bytes(manifest: dict[str, Any]) -> int:
+    """Returns the bytes of the stored keys and values of a memory."""
+    return math.prod(manifest["shape"][1:]) * jnp.dtype(manifest["dtype"]).itemsize
+
+
 def shard_key(shard: int) -> str:
     """Returns the file of a shard, relative to the bank."""
     return f"{ARRAY}c/{shard}/0/0/0/0/0"
 
 
 def write_file(folder: str | Path, name: str, data: bytes) -> None:
-    """Writes a file of the bank so that it is there whole or not at all.
-
-    Raises:
-      BankError: it cannot be written; names the file.
-    """
-    require_writable(folder)
+    """Writes a file of the bank, whole or not at all; raises `BankError` if it cannot."""
     try:
         store(folder).write(name, data).result()
     except (OSError, ValueError) as error:
@@ -262,13 +303,3 @@ def remove_locks(folder: str | Path) -> None:
 def free_bytes(folder: str | Path) -> int | None:
     """Returns the free bytes of the disk; None for a bucket."""
     return None if is_url(folder) else shutil.disk_usage(folder).free
-
-
-def readable_size(count: int) -> str:
-    """Formats bytes for people: `12.3 MB`."""
-    value = float(count)
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} PB"

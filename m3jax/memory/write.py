@@ -1,17 +1,24 @@
-"""Writing the bank: what it is to hold, its codec, what is copied; killed, it goes on."""
+"""Writes the bank: missing shards are encoded or copied, and written whole; killed, it goes on."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+import tensorstore as ts
+from jaxtyping import Int, Shaped
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 import m3jax
 from m3jax.config import stored_heads
@@ -21,14 +28,17 @@ from m3jax.files import checksum
 from m3jax.memory import codec as codecs
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank
-from m3jax.memory.binding import Binding, make_binding, writer_fingerprint
-from m3jax.memory.build import Build
-from m3jax.memory.codec import Codec
-from m3jax.memory.encode import Clock, Encoder, ReferenceSet, memory_hashes, memory_lengths
-from m3jax.memory.head_subset import heads_of
+from m3jax.memory.binding import Binding, layout_of, writer_fingerprint
+from m3jax.memory.codec import Codec, heads_of
+from m3jax.memory.encode import Encoder, ReferenceSet, memory_hashes, memory_lengths
 from m3jax.memory.storage import WRITE_AGAIN
+from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
+from m3jax.private_apis import is_disk_full
+
+_WRITERS = 4  # threads that write shards
+_WAITING = 2 * _WRITERS  # most shards held in memory, written or waiting for a thread
 
 
 def write_bank(
@@ -38,8 +48,6 @@ def write_bank(
     references: ReferenceSet,
     folder: str | Path,
     *,
-    tokenizer_fingerprint: str,
-    prefix_tokens: tuple[int, ...],
     writer_path: str = "",
     writer_step: int = 0,
     progress: bool = True,
@@ -54,12 +62,10 @@ def write_bank(
 
     Args:
       config: a validated config; `writer` and `memory` say how.
-      model: the writer, with the same prefix tokens.
+      model: the writer, with the prefix tokens of `<s>Reference:`.
       params: the writer's parameters.
       references: the knowledge base.
       folder: where to write; made when missing.
-      tokenizer_fingerprint: of the tokenizer that made the references.
-      prefix_tokens: tokens of `<s>Reference:`.
       writer_path, writer_step: where the parameters come from; recorded, not compared.
       progress: show a progress bar.
       base: an older bank of the same writer, tokenizer and layout: memories of references with the
@@ -79,17 +85,12 @@ def write_bank(
         another writer, a full disk, a folder on an HTTP server or one that not all processes see.
     """
     storage.require_writable(folder)
-    if tuple(prefix_tokens) != model.prefix_tokens:
-        raise BankError(
-            f"prefix_tokens {tuple(prefix_tokens)} are not the model's {model.prefix_tokens}"
-        )
     lengths = memory_lengths(config, references)
-    binding = make_binding(
-        config,
-        writer=writer_fingerprint(params, config.memory),
-        tokenizer=tokenizer_fingerprint,
-        references=references.fingerprint,
-        prefix_tokens=prefix_tokens,
+    binding = Binding(
+        writer_fingerprint(params, config.memory),
+        references.tokenizer_fingerprint,
+        references.fingerprint,
+        layout_of(config, model.prefix_tokens),
     )
     info = {
         "name": config.name,
@@ -99,29 +100,18 @@ def write_bank(
         "foreign": 0 if keep is None else len(keep),  # memories by another writer
     }
     hashes = memory_hashes(config, references)
-    if keep is None:
-        sources = _copies(base, binding, lengths, hashes)
-    else:
-        sources = _kept(base, binding, len(lengths), keep)
+    sources = _sources(base, keep, binding, lengths, hashes)
 
-    def prepare() -> tuple[Codec, list[int]]:
+    def prepare() -> tuple[Codec, dict[str, Any], list[int]]:
         codec = _make_codec(config, model, params, references, folder, binding, base)
-        sides = {
-            storage.LENGTHS: storage.npy_bytes(lengths),
-            storage.HASHES: storage.npy_bytes(hashes),
-        }
-        if codec.codebooks is not None:
-            sides[storage.CODEBOOK] = codecs.to_bytes(codec, binding.owner)
-        manifest = make_manifest(config, binding, info, len(lengths), codec, sides)
-        return codec, prepare_folder(folder, manifest, sides)
+        codec = dataclasses.replace(codec, heads=heads_of(binding.layout))
+        return codec, *prepare_folder(folder, config, binding, info, codec, lengths, hashes)
 
-    codec, missing = first_alone(prepare, lambda: _check_seen(folder))
-    there = storage.read_manifest(folder)
-    assert there is not None
-    build = Build(folder, there, missing, sources, base, codec)
+    codec, manifest, missing = first_alone(prepare, lambda: _check_seen(folder))
+    build = Build(folder, manifest, missing, sources, base, codec)
     report = build.run(config, model, params, references, progress)
     if jax.process_index() == 0:
-        finish(folder, there)
+        finish(folder, manifest)
     meet("bank complete")
     return report
 
@@ -148,27 +138,6 @@ def finish(folder: str | Path, manifest: dict[str, Any]) -> None:
     storage.write_file(folder, storage.COMPLETE, storage.complete_stamp(stamp))
 
 
-def make_manifest(
-    config: ConfigDict,
-    binding: Binding,
-    info: dict[str, Any],
-    references: int,
-    codec: Codec,
-    sides: dict[str, bytes],
-) -> dict[str, Any]:
-    item = (binding.layout[name] for name in ("layers", "kv_heads", "kept_tokens"))
-    return {
-        "format": storage.FORMAT,
-        "binding": vars(binding),
-        "info": info,
-        "codec": codec.name,
-        "shape": [references, 2, *codec.item_shape(*item)],
-        "dtype": codec.stored_dtype,
-        "shard_memories": min(config.writer.shard_memories, references),
-        "checksums": {name: checksum(data) for name, data in sides.items()},
-    }
-
-
 def _make_codec(
     config: ConfigDict,
     model: Model,
@@ -178,39 +147,27 @@ def _make_codec(
     binding: Binding,
     base: Bank | None,
 ) -> Codec:
-    """The codec of `writer.compression`: this folder's or the base's, else a new one."""
-    writer, dtype = config.writer, config.memory.dtype
-    heads = heads_of(config)
+    """Returns the codec of `writer.compression`: this folder's or the base's, else a new one."""
+    writer, dtype, head_dim = config.writer, config.memory.dtype, config.model.head_dim
     if writer.compression != codecs.VECTOR:
-        return Codec(writer.compression, config.model.head_dim, dtype, heads=heads)
+        return Codec(writer.compression, head_dim, dtype)
     written = storage.read_file(folder, storage.CODEBOOK)
     if written is not None:  # of a killed build, or of a finished bank
         with contextlib.suppress(codecs.QuantizerError):
             codec, owner = codecs.from_bytes(written, dtype)
             if owner == binding.owner:
-                return dataclasses.replace(codec, heads=heads)
-    theirs = None if base is None or base.codec.codebooks is None else base
-    if theirs is not None and theirs.binding.writer == binding.writer:
-        return dataclasses.replace(theirs.codec, heads=heads)
+                return codec
+    if base is not None and base.codec.codebooks and base.binding.writer == binding.writer:
+        return base.codec
     ids = _sample(config, references)
     print(f"bank {folder}: training codebooks on {len(ids)} references", flush=True)
-    whole = dataclasses.replace(codecs.plain(config.model.head_dim, dtype), heads=heads)
-    encoder = Encoder(config, model, params, references, whole)
-    memories = np.concatenate(list(encoder.batches(ids, Clock())))
+    uncompressed = Codec(codecs.NONE, head_dim, dtype, heads=heads_of(binding.layout))
+    encoder = Encoder(config, model, params, references, uncompressed)
+    memories = np.concatenate(list(encoder.batches(ids)))
     lengths = np.minimum(references.lengths[ids], config.memory.kept_tokens)
-    codec = codecs.train_codec(
-        codecs.VECTOR,
-        memories,
-        lengths,
-        dtype,
-        coarse_bits=writer.coarse_bits,
-        fine_bits=writer.fine_bits,
-        progress=True,
-    )
-    if not storage.is_url(folder):
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    codec = codecs.train_codec(memories, lengths, dtype, writer.coarse_bits, writer.fine_bits)
     storage.write_file(folder, storage.CODEBOOK, codecs.to_bytes(codec, binding.owner))
-    return dataclasses.replace(codec, heads=heads)
+    return codec
 
 
 def _sample(config: ConfigDict, references: ReferenceSet) -> Int[np.ndarray, " n"]:
@@ -223,11 +180,36 @@ def _sample(config: ConfigDict, references: ReferenceSet) -> Int[np.ndarray, " n
 
 
 def prepare_folder(
-    folder: str | Path, manifest: dict[str, Any], sides: dict[str, bytes]
-) -> list[int]:
-    """Makes the folder ready for shards, or checks that it is; returns the missing shards."""
-    if not storage.is_url(folder):
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    folder: str | Path,
+    config: ConfigDict,
+    binding: Binding,
+    info: dict[str, Any],
+    codec: Codec,
+    lengths: np.ndarray,
+    hashes: np.ndarray,
+) -> tuple[dict[str, Any], list[int]]:
+    """Makes a folder ready for the shards of a bank, or checks that it is.
+
+    `lengths` and `hashes` are real slots of every memory, and hash of all tokens that shape it.
+    Returns the manifest and the missing shards.
+    """
+    sides = {
+        storage.LENGTHS: storage.npy_bytes(lengths),
+        storage.HASHES: storage.npy_bytes(hashes),
+    }
+    if codec.codebooks is not None:
+        sides[storage.CODEBOOK] = codecs.to_bytes(codec, binding.owner)
+    item = (binding.layout[name] for name in ("layers", "kv_heads", "kept_tokens"))
+    manifest = {
+        "format": storage.FORMAT,
+        "binding": vars(binding),
+        "info": info,
+        "codec": codec.name,
+        "shape": [len(lengths), 2, *codec.item_shape(*item)],
+        "dtype": codec.stored_dtype,
+        "shard_memories": min(config.writer.shard_memories, len(lengths)),
+        "checksums": {name: checksum(data) for name, data in sides.items()},
+    }
     storage.remove_locks(folder)
     there = storage.read_manifest(folder)
     if there is not None:
@@ -242,7 +224,7 @@ def prepare_folder(
     missing = storage.missing_shards(folder, manifest)
     if missing:
         storage.store(folder).write(storage.COMPLETE, None).result()
-    return missing
+    return manifest, missing
 
 
 def _check_same(folder: str | Path, ours: dict[str, Any], there: dict[str, Any]) -> None:
@@ -265,34 +247,209 @@ def _check_same(folder: str | Path, ours: dict[str, Any], there: dict[str, Any])
         )
 
 
-def _copies(
-    base: Bank | None, binding: Binding, lengths: np.ndarray, hashes: np.ndarray
+def _sources(
+    base: Bank | None,
+    keep: Int[np.ndarray, " n"] | None,
+    binding: Binding,
+    lengths: np.ndarray,
+    hashes: np.ndarray,
 ) -> Int[np.ndarray, " R"]:
-    """For every reference the memory of `base` from the same tokens, −1 where there is none."""
+    """Returns for every reference the memory of `base` to copy; −1: it is encoded."""
+    sources = np.full(len(lengths), -1, np.int64)
     if base is None:
-        return np.full(len(lengths), -1, np.int64)
-    anything = Binding(binding.writer, binding.tokenizer, base.binding.references, binding.layout)
+        return sources
+    if keep is not None:
+        base.require(dataclasses.replace(binding, writer=base.binding.writer))
+        sources[keep] = keep
+        return sources
+    anything = dataclasses.replace(binding, references=base.binding.references)
     different = anything.differences(base.binding)
     if different:
         raise BankError(
             f"memories cannot be copied from the base bank {base.folder}: {'; '.join(different)}."
             f" Run {WRITE_AGAIN} without --base"
         )
-    old = base.record_hashes
-    order = np.argsort(old, kind="stable")
-    place = np.minimum(np.searchsorted(old[order], hashes), len(old) - 1)
-    candidates = order[place]
-    same = (old[candidates] == hashes) & (base.lengths[candidates] == lengths)
-    return np.where(same, candidates, -1).astype(np.int64)
+    live, written = base.live, base.record_hashes
+    order = live[np.argsort(written[live], kind="stable")]
+    candidates = order[np.minimum(np.searchsorted(written[order], hashes), len(order) - 1)]
+    same = (written[candidates] == hashes) & (base.lengths[candidates] == lengths)
+    return np.where(same, candidates, sources)
 
 
-def _kept(
-    base: Bank | None, binding: Binding, size: int, keep: Int[np.ndarray, " n"]
-) -> Int[np.ndarray, " R"]:
-    """As `_copies`, of memories that another writer wrote."""
-    assert base is not None
-    anyone = Binding(base.binding.writer, binding.tokenizer, binding.references, binding.layout)
-    base.require(anyone)
-    sources = np.full(size, -1, np.int64)
-    sources[keep] = keep
-    return sources
+class Build:
+    """One run over the missing shards of a bank, of which each process writes some."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        manifest: dict[str, Any],
+        missing: list[int],
+        sources: Int[np.ndarray, " R"],
+        base: Bank | None,
+        codec: Codec,
+    ):
+        self.folder, self.manifest, self.missing = folder, manifest, missing
+        self.sources, self.base, self.codec = sources, base, codec
+        self.size, self.shard = manifest["shape"][0], manifest["shard_memories"]
+        self.part = missing[jax.process_index() :: jax.process_count()]
+        self.ids = self.members(missing)
+        own = self.members(self.part)
+        self.encoded = own[sources[own] < 0]
+        self.recode = jax.jit(codec.quantize)
+
+    def span(self, shard: int) -> tuple[int, int]:
+        """Returns first and last-plus-one memory of a shard."""
+        return storage.shard_span(self.manifest, shard)
+
+    def members(self, shards: list[int]) -> Int[np.ndarray, " n"]:
+        """Returns the ids of the memories of shards."""
+        return np.concatenate([np.zeros(0, np.int64), *(np.arange(*self.span(i)) for i in shards)])
+
+    def run(
+        self,
+        config: ConfigDict,
+        model: Model,
+        params: Params,
+        references: ReferenceSet,
+        progress: bool,
+    ) -> dict[str, Any]:
+        """Encodes, copies and writes; returns the report of `write_bank`."""
+        progress = progress and jax.process_index() == 0
+        self.check_space(progress)
+        compiling = time.perf_counter()
+        encoder = None
+        if self.encoded.size:
+            encoder = Encoder(config, model, params, references, self.codec)
+        compile_seconds = time.perf_counter() - compiling
+        start = time.perf_counter()
+        batches = iter(()) if encoder is None else encoder.batches(self.encoded)
+        done = self.size - self.ids.size
+        bar = tqdm(
+            total=done + len(self.members(self.part)),
+            initial=done,
+            unit=" memories",
+            desc="bank" if jax.process_count() == 1 else "bank, share of process 0",
+            disable=not progress,
+        )
+        with bar:
+            self.write(self.shards(batches), bar)
+        meet("bank written")
+        seconds = time.perf_counter() - start
+        encoded = int((self.sources[self.ids] < 0).sum())
+        return {
+            "references": self.size,
+            "kept": done,
+            "encoded": encoded,
+            "copied": self.ids.size - encoded,
+            "seconds": seconds,
+            "compile_seconds": compile_seconds,
+            "memories_per_second": self.ids.size / seconds,
+            "encode_share": 0.0 if encoder is None else encoder.seconds / seconds,
+            "bytes": self.size * storage.memory_bytes(self.manifest),
+        }
+
+    def shards(self, batches: Iterator[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields every shard of this process with its stored memories, copied or encoded."""
+        dtype = jnp.dtype(self.manifest["dtype"])
+        batch = np.zeros((0, *self.manifest["shape"][1:]), dtype)
+        for shard in self.part:
+            low, high = self.span(shard)
+            sources = self.sources[low:high]
+            memories = np.empty((high - low, *batch.shape[1:]), dtype)
+            copied, rows = np.flatnonzero(sources >= 0), np.flatnonzero(sources < 0)
+            if copied.size:
+                memories[copied] = self.copy(sources[copied])
+            while rows.size:
+                if not len(batch):
+                    batch = next(batches)
+                memories[rows[: len(batch)]] = batch[: len(rows)]
+                rows, batch = rows[len(batch) :], batch[len(rows) :]
+            yield shard, memories
+
+    def copy(self, ids: np.ndarray) -> np.ndarray:
+        """Reads memories of the base as this bank stores them."""
+        assert self.base is not None
+        if codecs.same(self.base.codec, self.codec):
+            return _items(self.base.read_stored(ids))
+        padded = np.pad(ids, (0, self.shard - len(ids)), constant_values=-1)  # one shape, one jit
+        return np.asarray(self.recode(_items(self.base.read(padded))))[: len(ids)]
+
+    def write(self, shards: Iterator[tuple[int, np.ndarray]], bar: tqdm) -> None:
+        """Writes shards in parallel, each whole and in one call."""
+        array = storage.open_array(self.folder, self.manifest)
+        running: collections.deque[tuple[int, Future[None]]] = collections.deque()
+
+        def write_shard(shard: int, memories: np.ndarray) -> None:
+            low, high = self.span(shard)
+            view = ts.array(memories)
+            array[low:high].write(view, can_reference_source_data_indefinitely=True).result()
+
+        with ThreadPoolExecutor(_WRITERS, thread_name_prefix="bank") as pool:
+
+            def wait_for_oldest() -> None:
+                shard, future = running.popleft()
+                try:
+                    future.result()
+                except (OSError, ValueError) as error:
+                    pool.shutdown(cancel_futures=True)
+                    raise self.failure(shard, error) from error
+                low, high = self.span(shard)
+                bar.update(high - low)
+
+            for shard, memories in shards:
+                running.append((shard, pool.submit(write_shard, shard, memories)))
+                while running and (len(running) >= _WAITING or running[0][1].done()):
+                    wait_for_oldest()
+            while running:
+                wait_for_oldest()
+
+    def check_space(self, progress: bool) -> None:
+        """Refuses to start where the disk cannot hold what is still to be written."""
+        free, needed = storage.free_bytes(self.folder), self.needed_bytes()
+        if progress and self.ids.size:
+            shown = "" if free is None else f", {_size(free)} free"
+            print(
+                f"bank {self.folder}: {self.ids.size} of {self.size} memories to write,"
+                f" {_size(needed)}{shown}"
+            )
+        if free is not None and free < needed:
+            raise BankError(self.lacking_space(free))
+
+    def lacking_space(self, free: int) -> str:
+        """Says how much of the disk must be made free for the missing shards."""
+        needed = self.needed_bytes()
+        return (
+            f"bank {self.folder} needs {_size(needed)} for {len(self.missing)} missing shards, but"
+            f" the disk has {_size(free)} free: make room for {_size(max(needed - free, 0))} more"
+            " and run the same command again; what is written is kept"
+        )
+
+    def failure(self, shard: int, error: Exception) -> BankError:
+        """Explains a failed write of a shard; this process writes nothing else."""
+        if jax.process_count() == 1:
+            storage.remove_locks(self.folder)
+        name = f"{self.folder}/{storage.shard_key(shard)}"
+        if is_disk_full(error):
+            self.missing = storage.missing_shards(self.folder, self.manifest)
+            lacking = self.lacking_space(storage.free_bytes(self.folder) or 0)
+            return BankError(f"the disk is full: shard file {name} could not be written; {lacking}")
+        return BankError(
+            f"shard file {name} could not be written: {error}. Run the same command again, which"
+            " resumes"
+        )
+
+    def needed_bytes(self) -> int:
+        """Returns the bytes of the missing shards' files: memories, checksums and index."""
+        item = storage.memory_bytes(self.manifest) + 4
+        spans = [self.span(shard) for shard in self.missing]
+        blocks = [(high - low) * item + 16 * self.shard + 4 for low, high in spans]
+        return sum(-(-block // 4096) * 4096 for block in blocks)
+
+
+def _items(memory: ExplicitMemory) -> Shaped[np.ndarray, "n 2 L K P width"]:
+    """Returns memories `(L, n, K, P, width)` in the order of the bank's array."""
+    return np.stack([np.moveaxis(np.asarray(x), 0, 1) for x in memory[:2]], axis=1)
+
+
+def _size(count: int) -> str:
+    return tqdm.format_sizeof(count, "B")

@@ -22,7 +22,7 @@ from m3jax.memory import codec as codecs
 from m3jax.memory.bank import Bank
 from m3jax.memory.binding import writer_fingerprint
 from m3jax.memory.document_context import writer_settings
-from m3jax.memory.encode import Clock, Encoder, ReferenceSet
+from m3jax.memory.encode import Encoder, ReferenceSet
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.transformer import Model
 from m3jax.text.references import References
@@ -150,14 +150,14 @@ def compare_memories(
     progress: bool,
 ) -> tuple[Squares, Squares | None]:
     """Compares stored with fresh memories, and compressed fresh ones with fresh ones."""
-    plain = codecs.plain(config.model.head_dim, config.memory.dtype)
+    plain = codecs.Codec(codecs.NONE, config.model.head_dim, config.memory.dtype)
     encoder = Encoder(config, model, params, references, plain)
     L = config.memory.layers
     squares, floors = [], []
     quantize = jax.jit(bank.codec.quantize)
     done = 0
     with tqdm(total=len(ids), unit=" memories", desc="compared", disable=not progress) as bar:
-        for both in encoder.batches(ids, Clock()):
+        for both in encoder.batches(ids):
             part = ids[done : done + len(both)]
             done += len(part)
             bar.update(len(part))

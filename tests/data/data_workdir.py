@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from m3jax.config import PREFIX_TOKENS, default, validate
+from m3jax.config import default, validate
 from m3jax.make_model import make_model
 from m3jax.memory.write import write_bank
 from m3jax.quickstart import people
@@ -14,7 +14,6 @@ from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import make_embedder
 from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References
-from m3jax.text.tokenizer import Tokenizer
 
 WORLD = people.make_world(3, names=12, people=60, unseen=20, values=4, facts=2)
 
@@ -83,8 +82,6 @@ def make_workdir(folder: Path, config: ConfigDict) -> Path:
         jax.jit(model.init)(jax.random.key(0)),
         references,
         folder / "bank",
-        tokenizer_fingerprint=Tokenizer.load(folder / "tokenizer").fingerprint,
-        prefix_tokens=PREFIX_TOKENS,
         progress=False,
     )
     return folder

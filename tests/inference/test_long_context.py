@@ -197,7 +197,6 @@ def test_references_are_a_set_that_the_writer_takes():
     embedder.fit(["a"])
     references = LongContextReferences(embedder, 5)
     assert len(references) == 0 and references.search("x", 0, 2).tolist() == [-1, -1]
-    before = references.fingerprint
     tokens = np.array([7, 8], np.int32)
     references.add(4, [Piece(0, 3, "red", tokens), Piece(3, 8, "green", tokens[::-1])])
     references.add(5, [Piece(1, 5, "blue", tokens[:1])])
@@ -209,9 +208,6 @@ def test_references_are_a_set_that_the_writer_takes():
     assert references.lengths.tolist() == [2, 2, 1, 2]
     assert references.texts([2, 1]) == ["blue", "green"]
     assert references.documents().tolist() == [0, 0, 1, 2]
-    hashes = references.record_hashes.tolist()
-    assert len(set(hashes)) == 3 and hashes[0] == hashes[3]
-    assert references.fingerprint != before
     assert references.search("green", 4, 2).tolist() == [1, -1]
     assert references.search("white", 4, 2).tolist() == [3, -1]
     assert references.search("green", 5, 2).tolist() == [-1, -1]

@@ -20,7 +20,7 @@ from m3jax.knowledge.edit import edit
 from m3jax.knowledge.maintain import compact
 from m3jax.knowledge.versions import open_version
 from m3jax.make_model import make_model
-from m3jax.memory import http_probe, storage
+from m3jax.memory import storage
 from m3jax.memory.bank import Bank
 
 CONFIG = tiny_config(stage="continual")
@@ -40,7 +40,7 @@ def checkpoint(monkeypatch):
     meta = {"step": 3, "writer": None}
     monkeypatch.setattr(session_module, "restore_params", lambda *_, **__: (params, meta))
     monkeypatch.setattr(session_module, "check_reader", lambda *_: None)
-    monkeypatch.setattr(http_probe, "_PAUSE", 0.01)
+    monkeypatch.setattr(storage, "_PAUSE", 0.01)
     pauses = {"initial_delay": "5ms", "max_delay": "10ms"}
     monkeypatch.setattr(storage, "_RETRIES", {**storage._RETRIES, **pauses})
 
@@ -145,8 +145,6 @@ def _no_memories(references, folder, base):
         jax.jit(model.init)(jax.random.key(0)),
         references,
         folder,
-        tokenizer_fingerprint=references.tokenizer_fingerprint,
-        prefix_tokens=PREFIX_TOKENS,
         progress=False,
         base=base,
     )

@@ -18,7 +18,6 @@ from data.data_workdir import make_workdir, tiny_config
 from memory_axes import by_reference
 from tolerance import close, error
 
-from m3jax.config import PREFIX_TOKENS
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import BankError, VersionError
 from m3jax.knowledge.edit import edit, merge, refresh, rollback
@@ -60,8 +59,6 @@ def write(
         WEIGHTS[weights],
         references,
         folder,
-        tokenizer_fingerprint=references.tokenizer_fingerprint,
-        prefix_tokens=PREFIX_TOKENS,
         progress=False,
         base=base,
     )
@@ -286,7 +283,7 @@ def test_banks_stored_differently_are_not_merged(workdir: Path, tmp_path: Path) 
         write(References.open(other / "references"), other / "bank", None)
     finally:
         CONFIG.writer.compression = manifest["codec"]
-    with pytest.raises(VersionError, match=r"\(none\) and .* \(int8\) are stored differently"):
+    with pytest.raises(BankError, match=r"is stored with 'int8' .* \('none'\)"):
         merge(CONFIG, workdir, other, write=write, replace=True)
     assert versions(workdir) == [0]
 

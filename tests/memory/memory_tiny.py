@@ -99,11 +99,11 @@ def build(folder: Path, config: ConfigDict | None = None, **options: Any) -> dic
     """Writes a bank of 37 references (or those given) by random weights of one seed."""
     config = tiny_config() if config is None else config
     model = make_model(config, mesh=options.pop("mesh", None))
+    references = options.pop("references", TinyReferences(37))
+    references.tokenizer_fingerprint = options.pop("tokenizer", "tokenizer")
     arguments = {
         "params": tiny_params(config, options.pop("weights", 0)),
-        "references": TinyReferences(37),
-        "tokenizer_fingerprint": "tokenizer",
-        "prefix_tokens": model.prefix_tokens,
+        "references": references,
         "progress": False,
         **options,
     }

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from m3jax.errors import BankError
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank
-from m3jax.memory.binding import Binding, make_binding, writer_fingerprint
+from m3jax.memory.binding import Binding, layout_of, writer_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def _expected(config: ConfigDict | None = None, weights: int = 0, **changes: str
         "references": TinyReferences(37).fingerprint,
         **changes,
     }
-    return make_binding(config, prefix_tokens=(1, 2), **parts)
+    return Binding(**parts, layout=layout_of(config, (1, 2)))
 
 
 def test_a_fitting_bank_opens(folder: Path) -> None:
@@ -182,11 +182,8 @@ def test_every_difference_is_named(folder: Path) -> None:
 
 
 def test_prefix_tokens_are_bound() -> None:
-    ours = make_binding(
-        tiny_config(), writer="w", tokenizer="t", references="r", prefix_tokens=(1,)
-    )
-    theirs = make_binding(
-        tiny_config(), writer="w", tokenizer="t", references="r", prefix_tokens=(1, 2)
+    ours, theirs = (
+        Binding("w", "t", "r", layout_of(tiny_config(), prefix)) for prefix in ((1,), (1, 2))
     )
     assert ours.differences(theirs) == ["written with prefix_tokens = [1, 2], here [1]"]
     # A binding survives JSON.

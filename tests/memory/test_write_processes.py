@@ -77,8 +77,6 @@ def test_two_processes_write_the_bank_of_one(tmp_path: Path) -> None:
             params,
             references,
             folder,
-            tokenizer_fingerprint=tokenizer,
-            prefix_tokens=PREFIX_TOKENS,
             writer_path=str(path),
             writer_step=step,
             progress=False,

@@ -26,7 +26,8 @@ from model.test_transformer import _batch, _written, logits
 from tolerance import close
 
 from m3jax.make_model import make_model
-from m3jax.memory.head_subset import heads_of
+from m3jax.memory.binding import layout_of
+from m3jax.memory.codec import heads_of
 from m3jax.model.attention import attend, attention_weights
 from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing
 
@@ -135,7 +136,7 @@ CASES = {
 def without(config: ConfigDict, memory: tuple[np.ndarray, np.ndarray, int]) -> Any:
     """A memory of the loops, in which heads that have none have NaN."""
     keys, values, length = memory
-    heads = heads_of(config)
+    heads = heads_of(layout_of(config, ()))
     assert heads is not None
     keys = np.where(heads.mask[:, :, None, None], keys, np.nan)
     return keys, values, length

@@ -18,7 +18,7 @@ from memory.memory_tiny import tiny_params
 from memory_axes import by_reference
 from tolerance import close
 
-from m3jax.config import PREFIX_TOKENS, to_json
+from m3jax.config import to_json
 from m3jax.errors import RetrievalError
 from m3jax.evaluation.answer_recall import hit_rates
 from m3jax.knowledge.edit import edit
@@ -88,8 +88,6 @@ def write(references: References, folder: Path, base: Any) -> None:
         weights(0),
         references,
         folder,
-        tokenizer_fingerprint=references.tokenizer_fingerprint,
-        prefix_tokens=PREFIX_TOKENS,
         progress=False,
         base=base,
     )

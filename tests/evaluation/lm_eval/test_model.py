@@ -289,8 +289,6 @@ def test_compressed_memories_come_from_their_bank(session, make, tmp_path):
         jax.jit(make_model(config).init)(jax.random.key(0)),
         References.open(session.workdir / "references"),
         tmp_path / "bank",
-        tokenizer_fingerprint=session.tokenizer.fingerprint,
-        prefix_tokens=PREFIX_TOKENS,
         progress=False,
     )
     given = requests("loglikelihood", *ARGUMENTS)

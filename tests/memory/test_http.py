@@ -17,7 +17,7 @@ from memory.memory_tiny import build, flip, tiny_config
 from memory.served import Server, serving
 
 from m3jax.errors import BankError
-from m3jax.memory import http_probe, storage
+from m3jax.memory import storage
 from m3jax.memory.bank import Bank
 
 SHARD, ITEM = 10, 2 * 2 * 2 * 4 * 8 * 4
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_probe, "_PAUSE", 0.01)
+    monkeypatch.setattr(storage, "_PAUSE", 0.01)
     pauses = {"initial_delay": "5ms", "max_delay": "10ms"}
     monkeypatch.setattr(storage, "_RETRIES", {**storage._RETRIES, **pauses})
 
@@ -176,7 +176,7 @@ def test_a_server_that_refuses(server: Server, fault: str | int, words: str) -> 
 
 
 def test_a_server_that_stays_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_probe, "_TIMEOUT", 0.2)
+    monkeypatch.setattr(storage, "_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/bank"
         with _refused(url, "no answer", "timed out"):

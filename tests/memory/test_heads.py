@@ -20,7 +20,8 @@ from m3jax.errors import BankError
 from m3jax.make_model import make_model
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank, join_banks
-from m3jax.memory.head_subset import Heads, heads_of
+from m3jax.memory.binding import layout_of
+from m3jax.memory.codec import Heads, heads_of
 from m3jax.train.evaluator import evaluator
 
 IDS = np.arange(37)
@@ -54,9 +55,9 @@ def test_taking_and_placing() -> None:
     placed = np.asarray(heads.place(jnp.moveaxis(jnp.asarray(taken), 2, 0)))
     expected = np.moveaxis(x * heads.mask[None, None, :, :, None, None], 2, 0)
     np.testing.assert_array_equal(placed, expected)
-    assert heads_of(tiny_config()) is None
-    assert heads_of(tiny_config(memory__heads="2,1")) is None
-    assert heads_of(tiny_config(memory__heads=CHOSEN)) == Heads(2, 2, (1, 2, 3))
+    assert heads_of(layout_of(tiny_config(), ())) is None
+    assert heads_of(layout_of(tiny_config(memory__heads="2,1"), ())) is None
+    assert heads_of(layout_of(tiny_config(memory__heads=CHOSEN), ())) == Heads(2, 2, (1, 2, 3))
 
 
 def test_a_bank_holds_the_chosen_heads_of_one_with_all(banks: dict[str, Path]) -> None:
