@@ -60,12 +60,12 @@ def tasks(given: FlagValues) -> None:
         python launch/evaluate.py tasks … --tasks=arc_easy.jsonl \\
             --warmup_config=configs/wiki_small.py
 
-    m3jax/evaluation/lm_eval/files.py lists what a file may hold: multiple choice, MMLU (.csv),
+    m3jax/evaluation/task_files.py lists what a file may hold: multiple choice, MMLU (.csv),
     schemas, continuations, open questions (JSON lines, or SQuAD's .json), questions with a number
     as the answer, and questions.jsonl of a quickstart.
     """
-    from m3jax.evaluation.lm_eval.files import read_task, task_files
     from m3jax.evaluation.lm_eval.run import columns, evaluate_tasks, tasks_table
+    from m3jax.evaluation.task_files import read_task, task_files
     from m3jax.inference.session import Session
 
     modes = list(given.modes)

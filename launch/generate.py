@@ -16,7 +16,6 @@ question. The text goes to standard output; sources follow it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 from absl.flags import FlagValues
 
@@ -26,12 +25,12 @@ from m3jax.cli import Flag, count, switch
 
 def main(given: FlagValues) -> None:
     """Generates texts and prints them with their sources."""
-    from m3jax.inference.cli import Request, read_chat_prompts, read_prompts, run
+    from m3jax.inference.cli import Request, read_prompts, run
     from m3jax.inference.sampling import Sampling
 
-    read = functools.partial(read_chat_prompts, given.config) if given.chat else read_prompts
+    rounds = given.config.chat.most_rounds if given.chat else None
     request = Request(
-        prompts=[*given.prompt, *(read(given.prompts) if given.prompts else [])],
+        prompts=[*given.prompt, *(read_prompts(given.prompts, rounds) if given.prompts else [])],
         sampling=Sampling(given.temperature, given.top_k, given.top_p, given.seed),
         **cli.values_of(given, REQUEST),
     )

@@ -35,7 +35,7 @@ from m3jax.errors import CommandError
 
 def prepare(given: FlagValues) -> None:
     """Prepares the text, then the index over its references."""
-    from m3jax.evaluation.lm_eval.files import question_texts
+    from m3jax.evaluation.task_files import question_texts
     from m3jax.knowledge.versions import require_unedited
     from m3jax.retrieval.build import build_index
     from m3jax.retrieval.embed import make_embedder

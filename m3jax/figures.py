@@ -45,10 +45,10 @@ def drawing(path: str | os.PathLike[str], width: float, height: float) -> Iterat
       path: the PNG, written atomically.
       width, height: inches.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE), committing(path) as temporary:
         figure = Figure(figsize=(width, height))
         yield figure
-        save_figure(figure, path, None)
+        figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
 def finish_axes(axes: Axes, grid: str = "both", hidden: tuple[str, ...] = ("top", "right")) -> None:
@@ -58,7 +58,7 @@ def finish_axes(axes: Axes, grid: str = "both", hidden: tuple[str, ...] = ("top"
     axes.spines[list(hidden)].set_visible(False)
 
 
-def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int | None = 130) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 130) -> None:
     """Writes a PNG atomically; the same figure gives the same bytes."""
     with committing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=dpi or "figure", metadata={"Software": None})
+        figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})

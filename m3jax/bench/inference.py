@@ -31,7 +31,7 @@ from m3jax.evaluation.plots import speed_bars
 from m3jax.inference.cold_start import ColdMemories
 from m3jax.inference.generate import Generator
 from m3jax.inference.memory_retrieval import MemoryRetriever
-from m3jax.inference.rag import HEADER, with_references
+from m3jax.inference.rag import HEADER, rag_prompts
 from m3jax.inference.sampling import Sampling
 from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
@@ -156,22 +156,22 @@ class _Mode:
 
     def __call__(self) -> None:
         memories = self.generator.memory_retriever
-        before = None if memories is None else dataclasses.replace(memories.costs)
+        before = {} if memories is None else dict(memories.costs)
         begin = time.perf_counter()
         prompts = self.prompts()
         prepared = time.perf_counter() - begin
         rows = self.generator.generate(prompts, self.tokens)
         seconds = time.perf_counter() - begin
-        timing = self.generator.timing
-        self.first_token, self.state_bytes = prepared + timing.first_token, timing.state_bytes
-        if memories is not None and before is not None:
-            after = memories.costs
+        self.first_token = prepared + self.generator.first_token
+        self.state_bytes = self.generator.state_bytes
+        if memories is not None:
+            costs = {name: cost - before[name] for name, cost in memories.costs.items()}
             ids = np.concatenate([chunk.ids for row in rows for chunk in row.chunks])
             self.retrieval = {
-                "search_share": (after.search_seconds - before.search_seconds) / seconds,
-                "read_share": (after.read_seconds - before.read_seconds) / seconds,
-                "read_MB": (after.bytes - before.bytes) / 1e6,
-                "memories": after.memories - before.memories,
+                "search_share": costs["search_seconds"] / seconds,
+                "read_share": costs["read_seconds"] / seconds,
+                "read_MB": costs["bytes"] / 1e6,
+                "memories": costs["memories"],
                 "different_references": len(np.unique(ids[ids >= 0])),
             }
 
@@ -197,7 +197,7 @@ def _modes(
         return Generator(model, params, tokenizer, reads, sampling=drawn, stop=(), longest=longest)
 
     def with_text() -> list[str]:
-        return with_references(prompts, retriever.retrieve(prompts, None, count), references)
+        return rag_prompts(retriever, prompts, count)[0]
 
     vector = config.copy_and_resolve_references()
     vector.writer.compression = "vector"

@@ -100,32 +100,34 @@ def leakage(
     references = open_references(config, version, tokenizer)
     index = open_index(version, references)
     retriever = Retriever(index, references, config.retrieval.candidates, 1.0)
-    pairs, of_queries = [], []
+    pairs, overlaps, chunk = [], [], config.memory.chunk_length
     for text in tqdm(texts, desc="leakage", unit="text", disable=None, dynamic_ncols=True):
-        ids = _retrieved_ids(text, tokenizer, retriever, config.memory.chunk_length)
+        inputs = max(1, len(text.tokens) - 1)  # the last token of a row is a target
+        starts = range(0, inputs, chunk)
+        queries = [tokenizer.decode(text.tokens[low : low + chunk]) for low in starts]
+        ids = retriever.retrieve(queries, None, retriever.candidates)
         unique = np.unique(ids[ids >= 0]).tolist()
         measured = {i: _overlap(text, references, i, against) for i in unique}
         pairs += [Pair(value, text, i) for i, value in measured.items()]
-        of_queries += [[measured[i] for i in row if i >= 0] for row in ids.tolist()]
-    values = np.array([value for query in of_queries for value in query])
+        overlaps += [[measured[i] for i in row if i >= 0] for row in ids.tolist() if max(row) >= 0]
+    values = np.array([value for of_query in overlaps for value in of_query])
     if not len(values):
         raise LeakageError(
             f"no reference was found for any of {len(texts)} texts of {against}: they share no word"
             " with the knowledge base; look at the text, or prepare again with other --knowledge"
         )
-    queries = [query for query in of_queries if query]
     limits = {f"{limit:.3g}": limit for limit in sorted({2 / 3, 0.9, threshold})}
     return {
         "against": against,
         "threshold": threshold,
         "texts": len(texts),
-        "queries": len(queries),
+        "queries": len(overlaps),
         "pairs": len(values),
         "quantiles": {str(q): float(np.quantile(values, q)) for q in _QUANTILES},
         "histogram": np.histogram(values, BINS, (0, 1))[0].tolist(),
         "above": {name: float(np.mean(values > limit)) for name, limit in limits.items()},
-        "queries_leaking": float(np.mean([query[0] > threshold for query in queries])),
-        "queries_emptied": float(np.mean([min(query) > threshold for query in queries])),
+        "queries_leaking": float(np.mean([of_query[0] > threshold for of_query in overlaps])),
+        "queries_emptied": float(np.mean([min(of_query) > threshold for of_query in overlaps])),
         "dropped": _examples([p for p in pairs if p.overlap > threshold], references, tokenizer),
         "kept": _examples([p for p in pairs if p.overlap <= threshold], references, tokenizer),
     }
@@ -154,15 +156,6 @@ def _questions(
     if not any(len(text.tokens) for text in texts):
         raise LeakageError(f"{path} holds no question; give a JSON object with `prompt` on a line")
     return [texts[i] for i in np.sort(rng.permutation(len(texts))[:sample]).tolist()]
-
-
-def _retrieved_ids(
-    text: Text, tokenizer: Tokenizer, retriever: Retriever, chunk: int
-) -> np.ndarray:
-    """Retrieves ids `(chunks, candidates)` for every chunk, best first, −1 = none."""
-    starts = range(0, max(1, len(text.tokens) - 1), chunk)  # the last token of a row is a target
-    queries = [tokenizer.decode(text.tokens[low : low + chunk]) for low in starts]
-    return retriever.retrieve(queries, None, retriever.candidates)
 
 
 def _overlap(text: Text, references: ReferenceReader, i: int, against: str) -> float:

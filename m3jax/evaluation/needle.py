@@ -7,9 +7,8 @@ last `window` tokens as they are; what is older is a memory that it may retrieve
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -24,8 +23,7 @@ from m3jax.text.tokenizer import Tokenizer
 _TRIES = 64  # references drawn for a place before those left are said to be too few
 
 
-@dataclass(frozen=True)
-class Needle:
+class Needle(NamedTuple):
     """`answer` should follow `prompt` where the text in front of it holds `text`."""
 
     text: str
@@ -50,19 +48,12 @@ def read_needles(path: str | Path) -> list[Needle]:
     return read_records(path, parse, "needles", form)
 
 
-@dataclass(frozen=True)
-class Haystack:
-    """Prompt that holds a needle.
-
-    Attributes:
-      prompt: the text, with the question at its end.
-      answer: what should follow.
-      behind: tokens from the needle's end to the end of the prompt.
-    """
+class Haystack(NamedTuple):
+    """Text that holds a needle, with the question at its end."""
 
     prompt: str
-    answer: str
-    behind: int
+    answer: str  # that should follow
+    behind: int  # tokens from the needle's end to the end of the prompt
 
 
 def make_haystack(
@@ -148,38 +139,43 @@ def needle_test(
     report["context_tokens"] = readers["memory"].generator.longest
     depths = np.linspace(0, 1, count)
     quarters = np.minimum((4 * depths).astype(int), 3)
+    reach = readers["memory"].window + readers["memory"].length
     bar = tqdm(total=2 * count * len(lengths), desc="needles", unit="text")
     for length in lengths:
         random = np.random.default_rng([seed, length])
-        made = [
+        haystacks = [
             make_haystack(
                 needles[i % len(needles)], references, session.tokenizer, length, depth, random
             )
             for i, depth in enumerate(depths.tolist())
         ]
-        reach = readers["memory"].window + readers["memory"].length
-        beyond = [haystack.behind >= reach for haystack in made]
+        beyond = [haystack.behind >= reach for haystack in haystacks]
         report["beyond"].append(float(np.mean(beyond)))
         for name, reader in readers.items():
-            right = np.zeros(count, bool)
+            right: list[bool] = []
             for low in range(0, count, batch):
-                part = made[low : low + batch]
+                part = haystacks[low : low + batch]
                 generations = reader.generate([haystack.prompt for haystack in part], new)
-                for i, (haystack, text) in enumerate(zip(part, generations, strict=True), low):
-                    right[i] = text.text.strip().startswith(haystack.answer.strip())
+                right += [
+                    generation.text.strip().startswith(haystack.answer.strip())
+                    for haystack, generation in zip(part, generations, strict=True)
+                ]
                 bar.update(len(part))
-            report.setdefault(name, []).append(float(right.mean()))
-            by_depth = [float(right[quarters == q].mean()) for q in range(4) if q in quarters]
-            report.setdefault(f"{name}_by_depth", []).append(by_depth)
+            by_depth = [np.array(right)[quarters == q] for q in range(4) if q in quarters]
+            report.setdefault(name, []).append(float(np.mean(right)))
+            shares = [float(quarter.mean()) for quarter in by_depth]
+            report.setdefault(f"{name}_by_depth", []).append(shares)
     bar.close()
     return report
 
 
 def needle_table(report: dict[str, Any]) -> str:
     """Returns the report as a Markdown table."""
-    rows = ["| tokens | needle beyond the window | older text retrieved | older text forgotten |"]
-    rows.append("|---|---|---|---|")
-    names = ("lengths", "beyond", "memory", "window")
-    for length, beyond, memory, window in zip(*(report[name] for name in names), strict=True):
-        rows.append(f"| {length} | {beyond:.0%} | {memory:.3f} | {window:.3f} |")
-    return "\n".join(rows)
+    lines = [
+        "| tokens | needle beyond the window | older text retrieved | older text forgotten |",
+        "|---|---|---|---|",
+    ]
+    rows = zip(*(report[name] for name in ("lengths", "beyond", "memory", "window")), strict=True)
+    for length, beyond, memory, window in rows:
+        lines.append(f"| {length} | {beyond:.0%} | {memory:.3f} | {window:.3f} |")
+    return "\n".join(lines)

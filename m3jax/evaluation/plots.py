@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -113,7 +112,7 @@ def head_map(
     title: str,
     *,
     chosen: Sequence[tuple[int, int]] = (),
-    layers: range | None = None,
+    layers: Container[int] = (),
 ) -> None:
     """Draws the rise of the loss for every layer and head as colours; chosen heads have a frame.
 
@@ -142,10 +141,8 @@ def head_map(
             corner = head - 0.47, layer - 0.47
             axes.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, edgecolor=INK, linewidth=1.6))
         axes.set_xticks(range(0, N, 1 if N <= 16 else 4))
-        marked = range(0) if layers is None else layers
-        axes.set_yticks(range(L), [f"{i} •" if i in marked else str(i) for i in range(L)])
-        axes.set(xlabel="head", title=title)
-        axes.set_ylabel("layer" if layers is None else "layer (• memory layer)")
+        axes.set_yticks(range(L), [f"{i} •" if i in layers else str(i) for i in range(L)])
+        axes.set(xlabel="head", ylabel="layer (• memory layer)", title=title)
         bar = figure.colorbar(image, ax=axes, pad=0.02)
         bar.set_label("rise of the loss, nats a token", fontsize=8)
 
@@ -186,8 +183,7 @@ def sweep_dots(
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
 
 
-@dataclass(frozen=True)
-class Read:
+class Read(NamedTuple):
     """Attention of an answer on its memories."""
 
     prompt: str

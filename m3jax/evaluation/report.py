@@ -12,7 +12,7 @@ from m3jax.checkpoint import restore_params
 from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.errors import ConfigError
-from m3jax.evaluation.questions import Answerer, read_questions
+from m3jax.evaluation.scoring import Answerer, read_questions
 from m3jax.knowledge.memory_writer import check_reader
 from m3jax.knowledge.versions import open_retriever
 from m3jax.make_model import make_model
@@ -39,7 +39,7 @@ def evaluate_losses(
       checkpoint: stage folder or `checkpoints/<step>`; default `workdir/<stage>`.
       bank: folder of the bank; default that of the version.
       version: of the knowledge; default the current one.
-      questions: JSON lines, see `evaluation.questions.read_questions`.
+      questions: JSON lines, see `evaluation.scoring.read_questions`.
 
     Raises:
       CheckpointError, BankError, TextError, RetrievalError: a part is missing or does not fit.
@@ -74,11 +74,7 @@ def evaluate_losses(
 
 
 def answer_questions(
-    config: ConfigDict,
-    pipeline: Pipeline,
-    model: Model,
-    params: Params,
-    path: str | Path,
+    config: ConfigDict, pipeline: Pipeline, model: Model, params: Params, path: str | Path
 ) -> dict[str, Any]:
     """Measures shares of right answers without and, if there is a bank, with memories.
 
@@ -89,21 +85,19 @@ def answer_questions(
     """
     questions = read_questions(path)
     answerer = Answerer(model, params, pipeline.tokenizer, config.data.sequence_length)
-    figures: dict[str, Any] = {"count": len(questions)}
-    figures["accuracy_none"] = float(np.mean(answerer.correct(questions)))
-    references, version = pipeline.references, pipeline.version
-    if pipeline.bank is not None and references is not None and version is not None:
+    accuracy = {"none": answerer.correct(questions)}
+    bank, references, version = pipeline.bank, pipeline.references, pipeline.version
+    if bank is not None and references is not None and version is not None:
         limit = config.retrieval.overlap_evaluation
         retriever = pipeline.retriever or open_retriever(
-            config, version, references, limit, bank=pipeline.bank
+            config, version, references, limit, bank=bank
         )
-        ids = answerer.retrieve(questions, retriever)
-        figures["accuracy_memory"] = float(np.mean(answerer.correct(questions, ids, pipeline.bank)))
-        wrong = np.roll(ids, len(questions) // 2, axis=0)
-        figures["accuracy_wrong"] = float(
-            np.mean(answerer.correct(questions, wrong, pipeline.bank))
-        )
-    return figures
+        ids = answerer.search(questions, retriever)
+        half = len(ids) // 2
+        accuracy["memory"] = answerer.correct(questions, ids, bank)
+        accuracy["wrong"] = answerer.correct(questions, ids[-half:] + ids[:-half], bank)
+    shares = {f"accuracy_{name}": float(np.mean(right)) for name, right in accuracy.items()}
+    return {"count": len(questions), **shares}
 
 
 def losses_table(report: dict[str, Any]) -> str:
@@ -117,24 +111,18 @@ def losses_table(report: dict[str, Any]) -> str:
         "| memories | loss (nats a token) | accuracy |" + (" questions |" if questions else ""),
         "|---|---|---|" + ("---|" if questions else ""),
     ]
-    for mode in MODES:
-        if f"loss_{mode}" not in report:
-            continue
-        line = (
-            f"| {names[mode]} | {report[f'loss_{mode}']:.4f} | {report[f'accuracy_{mode}']:.4f} |"
-        )
+    for mode in (mode for mode in MODES if f"loss_{mode}" in report):
+        loss, key = report[f"loss_{mode}"], f"accuracy_{mode}"
+        line = f"| {names[mode]} | {loss:.4f} | {report[key]:.4f} |"
         if questions:
-            key = f"accuracy_{mode}"
             line += f" {questions[key]:.4f} |" if key in questions else " – |"
         lines.append(line)
-    if "dropped_share" in report["retrieval"]:
-        lines += ["", _retrieved(report["retrieval"])]
+    counts = report["retrieval"]
+    if "dropped_share" in counts:
+        lines += [
+            "",
+            f"retrieval: {counts['searched']} chunks searched; {counts['dropped_share']:.1%} of the"
+            f" references found dropped for their overlap with the row; {counts['unfilled']} places"
+            " left empty",
+        ]
     return "\n".join(lines)
-
-
-def _retrieved(counts: dict[str, Any]) -> str:
-    return (
-        f"retrieval: {counts['searched']} chunks searched; {counts['dropped_share']:.1%} of the"
-        f" references found dropped for their overlap with the row; {counts['unfilled']} places"
-        " left empty"
-    )

@@ -1,10 +1,9 @@
 """Samples texts from a checkpoint, to train and measure its memory model on.
 
-A text is drawn token by token from the model itself. Its first part becomes a reference, the rest a
-document that stores this reference as the reference of its first chunk: its continuation is
-likelier
-to a reader who knows its beginning. The drawing model bounds how much likelier: at temperature 1
-nobody predicts its texts better than itself, with all of a text in its context.
+The first part of a text becomes a reference, the rest a document that stores this reference for its
+first chunk: its continuation is likelier to a reader who knows its beginning. The model itself
+bounds how much likelier: at temperature 1 nobody predicts its texts better than it does, with all
+of a text in its context.
 """
 
 from __future__ import annotations
@@ -23,14 +22,13 @@ from tqdm import tqdm
 
 from m3jax.errors import ConfigError, InferenceError
 from m3jax.files import write_atomically
-from m3jax.inference.generate import Generator
 from m3jax.inference.sampling import Sampling
 from m3jax.inference.session import Session
 from m3jax.text.documents import Document, is_validation
-from m3jax.text.tokenizer import BOS, END, Tokenizer
+from m3jax.text.tokenizer import BOS, END
 from m3jax.workdir import make_part
 
-FILES, REPORT = ("documents", "knowledge"), "report.json"
+REPORT = "report.json"
 
 
 def open_session(config: ConfigDict, workdir: Path, checkpoint: str | None) -> Session:
@@ -81,15 +79,15 @@ def make_texts(
     Args:
       session: the checkpoint, of a stage without memory.
       folder: where to write.
-      count: texts to draw.
+      count: texts to sample.
       tokens: most tokens of a text, `<s>` not counted.
       split: tokens of the first part.
-      temperature: of the draws; 1 draws from the model's own distribution.
-      seed: of the draws.
-      batch: texts drawn together; changes nothing but the time.
+      temperature: of the sampling; 1 samples from the model's own distribution.
+      seed: of the sampling.
+      batch: texts sampled together; changes nothing but the time.
 
     Returns:
-      `texts` drawn and `kept`; `loss_whole`: nats a token of the documents that
+      `texts` sampled and `kept`; `loss_whole`: nats a token of the documents that
       `text.validation_share` holds out, predicted by the model that has their first parts in its
       context; `held_out` tokens in these.
 
@@ -107,25 +105,30 @@ def make_texts(
     settings |= {"step": session.meta["step"], "tokenizer": session.tokenizer.fingerprint}
 
     def write(folder: Path) -> None:
-        lines: dict[str, list[str]] = {name: [] for name in FILES}
-        nats: list[np.ndarray] = []
-        drawn = draw(session, count, tokens, Sampling(temperature, seed=seed), batch)
-        for number, (text, logprobs) in enumerate(drawn):
+        documents: list[dict[str, Any]] = []
+        knowledge: list[dict[str, Any]] = []
+        nats = [np.zeros(0)]
+        samples = sample_texts(session, count, tokens, Sampling(temperature, seed=seed), batch)
+        for number, (text, logprobs) in enumerate(samples):
             if len(text) <= split:
                 continue
-            records = parts_of(text, session.tokenizer, f"text-{number}", split)
-            for name, record in zip(FILES, records, strict=True):
-                lines[name].append(json.dumps(record, ensure_ascii=False) + "\n")
-            if is_validation(Document(records[0]["id"], records[0]["text"]), share):
+            name = f"text-{number}"
+            first = session.tokenizer.decode(text[:split]).rstrip("\N{REPLACEMENT CHARACTER}")
+            rest = session.tokenizer.decode(text)[len(first) :].lstrip()
+            stored = {"references": [f"{name}#0"], "no_loss": [[len(rest)] * 2]}
+            documents.append({"id": name, "text": rest, **stored})
+            knowledge.append({"id": name, "text": first})
+            if is_validation(Document(name, rest), share):
                 nats.append(-logprobs[split:])
-        if not lines["documents"]:
+        if not documents:
             raise InferenceError(f"all of {count} texts end within {split} tokens; lower the split")
-        for name, content in lines.items():
-            write_atomically(folder / f"{name}.jsonl", "".join(content).encode())
-        held_out = np.concatenate([np.zeros(0), *nats])
+        for part, records in (("documents", documents), ("knowledge", knowledge)):
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            write_atomically(folder / f"{part}.jsonl", "".join(lines).encode())
+        held_out = np.concatenate(nats)
         report = {
             "texts": count,
-            "kept": len(lines["documents"]),
+            "kept": len(documents),
             "held_out": held_out.size,
             "loss_whole": float(held_out.mean()) if held_out.size else None,
         }
@@ -135,21 +138,14 @@ def make_texts(
     return json.loads((folder / REPORT).read_bytes())
 
 
-def draw(
+def sample_texts(
     session: Session, count: int, tokens: int, sampling: Sampling, batch: int
 ) -> Iterator[tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]]:
-    """Draws texts of up to so many tokens after `<s>`; yields tokens and log-probabilities.
+    """Samples texts of up to so many tokens after `<s>`; yields tokens and log-probabilities.
 
     A text ends at `</s>`, or where the model begins another one; the end is left out.
     """
-    generator = Generator(
-        session.model,
-        session.params,
-        session.tokenizer,
-        sampling=sampling,
-        stop=(END, BOS),
-        longest=tokens + 1,
-    )
+    generator = session.generator("none", sampling=sampling, stop=(END, BOS), longest=tokens + 1)
     usable = session.tokenizer.size
     begin_V = jax.jit(session.model.logits)(session.params, jnp.array([[BOS]]))[0, -1]
     logprobs_V = np.asarray(jax.nn.log_softmax(begin_V))
@@ -158,21 +154,9 @@ def draw(
         logits_BV = jnp.broadcast_to(begin_V[None, :usable], (len(numbers), usable))
         rows, last = jnp.asarray(numbers, jnp.int32), jnp.int32(2**31 - 1)  # a draw of its own
         first = np.asarray(sampling(logits_BV, rows, last))
-        prompts = [first[i : i + 1] for i in range(len(numbers))]
-        generations = generator.generate(prompts, tokens - 1, row_ids=numbers.tolist())
+        generations = generator.generate([*first[:, None]], tokens - 1, row_ids=numbers.tolist())
         for token, rest in zip(first, generations, strict=True):
             text = np.concatenate([[token], rest.tokens]).astype(np.int32)
             logprobs = np.concatenate([logprobs_V[[token]], rest.logprobs])
-            ends = np.flatnonzero(np.isin(text, generator.stop))
-            stop = int(ends[0]) if ends.size else len(text)
-            yield text[:stop], logprobs[:stop]
-
-
-def parts_of(
-    text: Int[np.ndarray, " n"], tokenizer: Tokenizer, name: str, split: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits a text into a document and a reference, as records of JSON lines."""
-    first = tokenizer.decode(text[:split]).rstrip("\N{REPLACEMENT CHARACTER}")
-    later = tokenizer.decode(text)[len(first) :].lstrip()
-    document = {"id": name, "text": later, "references": [f"{name}#0"]}
-    return document | {"no_loss": [[len(later)] * 2]}, {"id": name, "text": first}
+            length = int(np.append(np.isin(text, generator.stop), True).argmax())
+            yield text[:length], logprobs[:length]

@@ -1,4 +1,4 @@
-"""Scores continuations by log-probability, with memories that their contexts retrieve.
+"""Scores continuations, and so answers to questions, with memories that their contexts retrieve.
 
 The context is cut into chunks; each retrieves `memory.per_prompt_chunk` references with its own
 text, and the continuation reads the memories of the last of them (Memory³ §3.5).
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,9 @@ from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
 from m3jax.retrieval.retriever import Retriever
-from m3jax.text.tokenizer import PAD, Tokenizer
+from m3jax.text.jsonl import read_records
+from m3jax.text.references import References
+from m3jax.text.tokenizer import BOS, PAD, Tokenizer
 
 _BLOCK = 32  # continuation tokens whose logits are held at once
 _QUERIES = 1024  # searched at once
@@ -60,8 +64,10 @@ def as_rows(pairs: Sequence[Pair], chunk: int, most: int = 0) -> Rows:
     """
     longest = max(len(context) + len(continuation) - 1 for context, continuation in pairs)
     chunks = -(-longest // chunk)
-    T = max(chunks, min(_few(chunks), most // chunk)) * chunk
-    A = _power(max(len(continuation) for _, continuation in pairs))
+    power = _power_of_two(chunks)
+    few = 3 * power // 4 if power >= 4 and chunks <= 3 * power // 4 else power
+    T = max(chunks, min(few, most // chunk)) * chunk
+    A = _power_of_two(max(len(continuation) for _, continuation in pairs))
     n = len(pairs)
     tokens = np.full((n, T), PAD, np.int32)
     place, target = np.zeros((2, n, A), np.int32)
@@ -74,14 +80,8 @@ def as_rows(pairs: Sequence[Pair], chunk: int, most: int = 0) -> Rows:
     return Rows(tokens, place, target, real)
 
 
-def _power(number: int) -> int:
+def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
-
-
-def _few(number: int) -> int:
-    """Rounds up to 1, 2, 3, 4, 6, 8, 12, 16, 24, …"""
-    above = _power(number)
-    return 3 * above // 4 if above >= 4 and number <= 3 * above // 4 else above
 
 
 class Scorer:
@@ -96,12 +96,7 @@ class Scorer:
     """
 
     def __init__(
-        self,
-        model: Model,
-        params: Params,
-        tokenizer: Tokenizer,
-        longest: int,
-        batch_size: int = 64,
+        self, model: Model, params: Params, tokenizer: Tokenizer, longest: int, batch_size: int = 64
     ):
         self.model, self.params, self.tokenizer = model, params, tokenizer
         self.longest, self.batch_size = longest, batch_size
@@ -153,8 +148,8 @@ class Scorer:
 
         Args:
           pairs: contexts and continuations.
-          ids: references that each pair's chunks read; those after the last one given read the
-            same as it. None = no memory.
+          ids: references that each pair's chunks read; chunks beyond them read the last ones.
+            None = no memory.
           bank: where their memories are.
           progress: whether to show a bar.
         """
@@ -180,6 +175,91 @@ class Scorer:
         return jax.tree.map(jnp.asarray, bank.read(stacked))
 
 
+@dataclass(frozen=True)
+class Question:
+    """Question whose `answer` is the text that should follow `prompt`.
+
+    `references` are keys of the references to read instead of retrieved ones.
+    """
+
+    prompt: str
+    answer: str
+    references: tuple[str, ...] = ()
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """Reads questions from JSON lines with `prompt`, `answer` and optional `references`."""
+
+    def parse(record: Any) -> Question:
+        return Question(record["prompt"], record["answer"], tuple(record.get("references", ())))
+
+    return read_records(path, parse, "questions", "a JSON object with prompt and answer")
+
+
+class Answerer(Scorer):
+    """Scores answers to questions as continuations of their prompts."""
+
+    def pairs(self, questions: Sequence[Question]) -> list[Pair]:
+        """Encodes prompts and answers."""
+        prompts = self.tokenizer.encode_batch([q.prompt for q in questions])
+        answers = self.tokenizer.encode_batch([q.answer for q in questions])
+        begin = np.array([BOS], np.int32)
+        return [Pair(np.concatenate([begin, p]), a) for p, a in zip(prompts, answers, strict=True)]
+
+    def search(
+        self, questions: Sequence[Question], retriever: Retriever
+    ) -> list[Int[np.ndarray, "_ M"]]:
+        """Retrieves references for each chunk of each prompt, −1 = none."""
+        return self.retrieve([pair.context for pair in self.pairs(questions)], retriever)
+
+    def look_up(
+        self, questions: Sequence[Question], references: References
+    ) -> Int[np.ndarray, "n 1 M"]:
+        """Finds references by the questions' own keys, the same for every chunk of a row."""
+        return np.array([[[references.find(key) for key in q.references]] for q in questions])
+
+    def correct(
+        self,
+        questions: Sequence[Question],
+        ids: Sequence[Int[np.ndarray, "_ M"]] | Int[np.ndarray, "n 1 M"] | None = None,
+        bank: Bank | None = None,
+    ) -> Bool[np.ndarray, " n"]:
+        """Tells if every token of the answer is the model's first choice.
+
+        Args:
+          questions: n questions.
+          ids: references to read, of `search` or `look_up`; None = no memory.
+          bank: where their memories are.
+        """
+        return self.score(self.pairs(questions), None if ids is None else [*ids], bank).greedy
+
+    def first_choices(
+        self, questions: Sequence[Question], ids: Int[np.ndarray, "n 1 M"], bank: Bank
+    ) -> tuple[list[str], np.ndarray]:
+        """Returns the likeliest token after each prompt, as text, and its attention on memories.
+
+        Returns:
+          The tokens, and their attention on every memory slot, `(n, L, N, M, P)`, N query heads.
+        """
+        rows = as_rows(self.pairs(questions), self.model.memory.chunk_length)
+        memory = self._memory([*ids], bank, rows)
+        place = np.arange(len(questions)), rows.place[:, 0]
+        logits = jax.jit(self.model.logits, static_argnames="window")(
+            self.params, rows.tokens, memory, window=1
+        )
+        chosen = np.asarray(jnp.argmax(logits, axis=-1))[place]
+        observe = jax.jit(self.model.memory_attention, static_argnums=3)
+        weights = np.asarray(observe(self.params, rows.tokens, memory, 1))
+        weights = np.moveaxis(weights, 4, 1)[:, place[1], place[0]]  # (L, n, K, G, slots)
+        L, n, K, G, _ = weights.shape
+        M, P = ids.shape[-1], self.model.memory.kept_tokens
+        chunk = place[1] // self.model.memory.chunk_length
+        weights = np.moveaxis(weights.reshape(L, n, K * G, -1, M, P), 3, 1)[:, chunk, np.arange(n)]
+        size = self.tokenizer.size  # the model may have more rows than the tokenizer has entries
+        names = [self.tokenizer.decode([t]) if t < size else f"token {t}" for t in chosen.tolist()]
+        return names, np.moveaxis(weights, 0, 1)
+
+
 def _score(
     model: Model,
     params: Params,
@@ -194,13 +274,13 @@ def _score(
     B, A, _ = hidden_BAD.shape
 
     def blocks(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(B, A // min(A, _BLOCK), min(A, _BLOCK), *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(B, -1, min(A, _BLOCK), *x.shape[2:]), 1, 0)
 
-    def of(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+    def score_block(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         logits, target = model.head(params, inputs[0]), inputs[1]
         logprobs = jax.nn.log_softmax(logits, axis=-1)
         chosen = jnp.take_along_axis(logprobs, target[..., None], axis=-1)[..., 0]
         return chosen, jnp.argmax(logits, axis=-1) == target
 
-    scored = jax.lax.map(of, (blocks(hidden_BAD), blocks(target_BA)))
+    scored = jax.lax.map(score_block, (blocks(hidden_BAD), blocks(target_BA)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, A), scored)

@@ -28,7 +28,7 @@ class Staleness:
       references: how many were compared.
       keys, values: relative error of the stored ones in every memory layer: root of the summed
         squared distances over that of the summed squared norms of the fresh ones.
-      key_floor, value_floor: the same of fresh memories stored as the bank stores them, mean of the
+      key_floor, value_floor: the same of fresh memories compressed as in the bank, mean of the
         layers; 0 without compression.
       first_layer: share of the squared error that the worst quarter of the references holds, when
         the first memory layer alone says which are worst.
@@ -51,14 +51,16 @@ class Staleness:
     def verdict(self) -> str:
         """Advice for or against a rewrite, in words."""
         worth = f"memories are worth {self.losses['none'] - self.losses['stored']:.4f}"
-        said = f"{abs(self.gain):.4f} ± {self.gain_error:.4f} nats a token; {worth}"
+        change = f"{abs(self.gain):.4f} ± {self.gain_error:.4f} nats a token; {worth}"
         if not np.isfinite(self.gain_error):
             return f"too few validation rows to say whether a rewrite pays ({worth})"
         if self.gain > 2 * self.gain_error:
-            return f"a rewrite pays: the loss falls by {said}"
+            return f"a rewrite pays: the loss falls by {change}"
         if self.gain < -2 * self.gain_error:
-            return f"a rewrite does harm: the loss rises by {said}. The checkpoint reads its writer"
-        return f"a rewrite does not pay: it changes the loss by {said}"
+            return (
+                f"a rewrite does harm: the loss rises by {change}. The checkpoint reads its writer"
+            )
+        return f"a rewrite does not pay: it changes the loss by {change}"
 
 
 def measure_staleness(
@@ -102,47 +104,49 @@ def measure_staleness(
     fresh = ColdMemories(config, model, params, references, codec=bank.codec)
     losses = _losses(config, pipeline, fresh, params)
     gains = losses["stored"] - losses["fresh"]
-    many = len(gains) > 1
+    error = gains.std(ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else float("nan")
     keys, values = squares.errors
     key_floor, value_floor = (0.0, 0.0) if floor is None else floor.errors.mean(axis=1)
-    per_reference = squares.relative
+    relative = squares.relative
+    worst = np.argsort(-relative[:, 0], kind="stable")[: max(1, round(len(relative) / 4))]
+    of_reference = relative.mean(axis=1)
+    total = max(of_reference.sum(), np.finfo(np.float64).tiny)
     return Staleness(
         references=len(drawn),
         keys=keys.tolist(),
         values=values.tolist(),
         key_floor=float(key_floor),
         value_floor=float(value_floor),
-        first_layer=_held(per_reference[:, 0], per_reference.mean(axis=1), 0.25),
+        first_layer=float(of_reference[worst].sum() / total),
         losses={name: float(values.mean()) for name, values in losses.items()},
         gain=float(gains.mean()),
-        gain_error=float(gains.std(ddof=1) / np.sqrt(len(gains))) if many else float("nan"),
+        gain_error=float(error),
     )
 
 
 def staleness_table(staleness: Staleness) -> str:
     """Returns the figures as Markdown."""
-    lines = [
-        f"{staleness.references} references; relative error of stored keys and values",
-        "",
-        "| memory layer | keys | values |",
-        "|---|---|---|",
-    ]
-    for layer, (key, value) in enumerate(zip(staleness.keys, staleness.values, strict=True)):
-        lines.append(f"| {layer} | {key:.3f} | {value:.3f} |")
+    layers = enumerate(zip(staleness.keys, staleness.values, strict=True))
+    rows: list[tuple[Any, float, float]] = [(layer, *errors) for layer, errors in layers]
     if staleness.key_floor or staleness.value_floor:
-        lines.append(
-            f"| of compression alone | {staleness.key_floor:.3f} | {staleness.value_floor:.3f} |"
-        )
-    lines += ["", "| memories | loss (nats a token) |", "|---|---|"]
-    lines += [f"| {name} | {loss:.4f} |" for name, loss in staleness.losses.items()]
-    lines += [
-        "",
-        f"The quarter that the first memory layer calls worst holds {staleness.first_layer:.0%}"
-        f" of the"
-        " error.",
-        staleness.verdict,
-    ]
-    return "\n".join(lines)
+        rows.append(("of compression alone", staleness.key_floor, staleness.value_floor))
+    return "\n".join(
+        [
+            f"{staleness.references} references; relative error of stored keys and values",
+            "",
+            "| memory layer | keys | values |",
+            "|---|---|---|",
+            *(f"| {name} | {key:.3f} | {value:.3f} |" for name, key, value in rows),
+            "",
+            "| memories | loss (nats a token) |",
+            "|---|---|",
+            *(f"| {name} | {loss:.4f} |" for name, loss in staleness.losses.items()),
+            "",
+            "The quarter that the first memory layer calls worst holds"
+            f" {staleness.first_layer:.0%} of the error.",
+            staleness.verdict,
+        ]
+    )
 
 
 def _losses(
@@ -155,17 +159,8 @@ def _losses(
         assert batch.reference_ids is not None
         fresh_memory = fresh.read_stored(np.asarray(batch.reference_ids))
         again = batch._replace(memory=fresh_memory)
-        for name, mode, read in (
-            ("stored", "memory", batch),
-            ("fresh", "memory", again),
-            ("none", "none", batch),
-        ):
+        reads = (("stored", "memory", batch), ("fresh", "memory", again), ("none", "none", batch))
+        for name, mode, read in reads:
             loss, weight, _ = evaluator.sums(params, read, mode)
             losses[name].append(loss / weight)
     return {name: np.array(values) for name, values in losses.items()}
-
-
-def _held(chosen_by: np.ndarray, error: np.ndarray, share: float) -> float:
-    """Share of the error of the worst references."""
-    worst = np.argsort(-chosen_by, kind="stable")[: max(1, round(share * len(error)))]
-    return float(error[worst].sum() / max(error.sum(), np.finfo(np.float64).tiny))

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from m3jax.inference.generate import Generator
+from m3jax.inference.generate import Generation, Generator
 from m3jax.inference.long_context import LongContextReferences
-from m3jax.inference.results import Generation
-from m3jax.text.references import ReferenceReader
+from m3jax.text.references import Reference, ReferenceReader
+from m3jax.text.tokenizer import Tokenizer
 
 _COLOURS = 8  # of the page; further references begin anew
+_SHOWN = ("key", "title", "source", "start", "end", "text")  # of a reference, in JSON
 _STYLE = """
 body { font: 16px/1.6 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; }
 h2 { font-size: 1rem; margin: 2rem 0 .3rem; }
@@ -39,20 +41,15 @@ class AttributedReference:
 
     Attributes:
       id: of the version of the knowledge.
-      key, title, source, start, end, text: of the reference; see `text.references.Reference`.
+      reference: the reference.
       chunks: numbers of the row's retrievals that read it.
       attention: mean over the generated tokens, 0 where it was not there; None if not observed.
       effect: nats; None if not measured.
     """
 
     id: int
-    key: str
-    title: str
-    source: str
-    start: int
-    end: int
-    text: str
-    chunks: tuple[int, ...]
+    reference: Reference
+    chunks: tuple[int, ...] = ()
     attention: float | None = None
     effect: float | None = None
 
@@ -75,29 +72,16 @@ def attribute(
             places.setdefault(i, []).append(number)
     attention = _attention(generation)
     attributed = [
-        attributed_reference(
-            references,
+        AttributedReference(
             i,
+            references[i],
             tuple(chunks),
             None if attention is None else attention.get(i, 0.0),
             None if effects is None else effects.get(i),
         )
         for i, chunks in places.items()
     ]
-    return sorted(attributed, key=lambda reference: -(reference.attention or 0.0))
-
-
-def attributed_reference(
-    references: ReferenceReader | LongContextReferences,
-    i: int,
-    chunks: tuple[int, ...] = (),
-    attention: float | None = None,
-    effect: float | None = None,
-) -> AttributedReference:
-    """Returns reference i with its figures."""
-    r = references[i]
-    where = (r.key, r.title, r.source, r.start, r.end, r.text)
-    return AttributedReference(i, *where, chunks, attention, effect)
+    return sorted(attributed, key=lambda source: -(source.attention or 0.0))
 
 
 def _attention(generation: Generation) -> dict[int, float] | None:
@@ -174,7 +158,16 @@ def as_dict(
         "tokens": generation.tokens.tolist(),
         "logprob": float(np.sum(generation.logprobs, dtype=np.float64)),
         "chunks": chunks,
-        "sources": [dataclasses.asdict(source) for source in sources],
+        "sources": [
+            {
+                "id": source.id,
+                **{name: getattr(source.reference, name) for name in _SHOWN},
+                "chunks": list(source.chunks),
+                "attention": source.attention,
+                "effect": source.effect,
+            }
+            for source in sources
+        ],
     }
 
 
@@ -187,36 +180,34 @@ def as_text(sources: Sequence[AttributedReference]) -> str:
             figures.append(f"attention {source.attention:.3f}")
         if source.effect is not None:
             figures.append(f"effect {source.effect:+.3f} nats")
-        title = f" {source.title}" if source.title else ""
-        where = f"[{source.key}]{title}, characters {source.start}–{source.end}"
-        text = " ".join(source.text.split())
-        shown = text if len(text) <= 100 else text[:99] + "…"
+        reference = source.reference
+        name = f"[{reference.key}] {reference.title}".strip()
+        where = f"{name}, characters {reference.start}–{reference.end}"
+        text = " ".join(reference.text.split())
         lines.append(f"  {where}" + (f" ({', '.join(figures)})" if figures else ""))
-        lines.append(f"    {shown}")
+        lines.append(f"    {text if len(text) <= 100 else text[:99] + '…'}")
     return "\n".join(lines) if lines else "  nothing was read"
 
 
 def as_page(
-    rows: Sequence[tuple[Generation, Sequence[AttributedReference]]],
-    pieces: Callable[[np.ndarray], list[str]],
+    rows: Sequence[tuple[Generation, Sequence[AttributedReference]]], tokenizer: Tokenizer
 ) -> str:
-    """Returns an HTML page: each token in the colour of the memory it attended to most.
+    """Returns generations with their sources as an HTML page.
 
-    Args:
-      rows: generations with their sources.
-      pieces: `pieces(tokens)` gives each token's text.
+    Each token has the colour of the memory to which it attended most.
     """
-    body = ["<h1>Where the text came from</h1>"]
-    body.append(
+    body = [
+        "<h1>Where the text came from</h1>",
         '<p class="note">A token has the colour of the memory to which its query gave the most'
         " attention, stronger with more of it. Effect: nats by which a reference made the text"
-        " likelier.</p>"
-    )
+        " likelier.</p>",
+    ]
     for generation, sources in rows:
-        colour = {source.id: n % _COLOURS for n, source in enumerate(sources)}
+        colours = {source.id: n % _COLOURS for n, source in enumerate(sources)}
+        text = _coloured(generation, colours, _pieces(generation.tokens, tokenizer))
         body.append(f'<h2>Prompt</h2><div class="prompt">{html.escape(generation.prompt)}</div>')
-        body.append(f'<h2>Text</h2><div class="text">{_coloured(generation, colour, pieces)}</div>')
-        body.append(_sources_table(sources, colour))
+        body.append(f'<h2>Text</h2><div class="text">{text}</div>')
+        body.append(_sources_table(sources, colours))
     content = "\n".join(body)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -224,26 +215,27 @@ def as_page(
     )
 
 
-def _coloured(
-    generation: Generation,
-    colour: Mapping[int, int],
-    pieces: Callable[[np.ndarray], list[str]],
-) -> str:
-    shown = [html.escape(piece) for piece in pieces(generation.tokens)]
+def _pieces(tokens: np.ndarray, tokenizer: Tokenizer) -> list[str]:
+    """Returns the text that each token adds to the tokens before it."""
+    texts = [tokenizer.decode(tokens[:end].tolist()) for end in range(len(tokens) + 1)]
+    texts = [text.rstrip("\N{REPLACEMENT CHARACTER}") for text in texts[:-1]] + texts[-1:]
+    return [after[len(before) :] for before, after in itertools.pairwise(texts)]
+
+
+def _coloured(generation: Generation, colours: Mapping[int, int], pieces: Sequence[str]) -> str:
+    """Returns the text as HTML, each token in the colour of the memory it attended to most."""
+    spans = [html.escape(piece) for piece in pieces]
     if generation.by_token is None or not generation.chunks:
-        return "".join(shown)
+        return "".join(spans)
     most = max(float(generation.by_token[:, :-1].max(initial=0)), 1e-6)
-    spans = []
     for token, chunk in enumerate(_chunk_of_tokens(generation)):
-        weights = generation.by_token[token, :-1]
-        ids = generation.chunks[chunk].ids
+        ids, weights = generation.chunks[chunk].ids, generation.by_token[token, :-1]
         best = int(np.argmax(np.where(ids >= 0, weights, -1.0)))
-        if ids[best] < 0:
-            spans.append(shown[token])
-            continue
-        style = _background(colour[int(ids[best])], float(weights[best]) / most)
-        title = f"{float(weights[best]):.3f} of the attention"
-        spans.append(f'<span style="{style}" title="{title}">{shown[token]}</span>')
+        if ids[best] >= 0:
+            weight = float(weights[best])
+            style = _background(colours[int(ids[best])], weight / most)
+            title = f"{weight:.3f} of the attention"
+            spans[token] = f'<span style="{style}" title="{title}">{spans[token]}</span>'
     return "".join(spans)
 
 
@@ -252,23 +244,22 @@ def _background(colour: int, strength: float) -> str:
     return f"background: hsla({hue}, 80%, 60%, {0.1 + 0.5 * min(max(strength, 0), 1):.2f})"
 
 
-def _sources_table(sources: Sequence[AttributedReference], colour: Mapping[int, int]) -> str:
+def _sources_table(sources: Sequence[AttributedReference], colours: Mapping[int, int]) -> str:
     if not sources:
         return '<p class="note">Nothing was read.</p>'
-    lines = [
-        "<table><tr><th>reference</th><th>characters</th><th>attention</th><th>effect</th>"
-        "<th>text</th></tr>"
-    ]
+    names = ("reference", "characters", "attention", "effect", "text")
+    lines = ["<table><tr>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>"]
     for source in sources:
-        name = html.escape(f"{source.key} {source.title}".strip())
-        key = f'<span class="key" style="{_background(colour[source.id], 1)}">{name}</span>'
-        if source.source:
-            key += f"<br>{html.escape(source.source)}"
-        attention = "–" if source.attention is None else f"{source.attention:.3f}"
-        effect = "–" if source.effect is None else f"{source.effect:+.3f}"
-        lines.append(
-            f'<tr><td>{key}</td><td class="number">{source.start}–{source.end}</td>'
-            f'<td class="number">{attention}</td><td class="number">{effect}</td>'
-            f"<td>{html.escape(source.text)}</td></tr>"
-        )
+        reference = source.reference
+        name = html.escape(f"{reference.key} {reference.title}".strip())
+        key = f'<span class="key" style="{_background(colours[source.id], 1)}">{name}</span>'
+        if reference.source:
+            key += f"<br>{html.escape(reference.source)}"
+        numbers = [
+            f"{reference.start}–{reference.end}",
+            "–" if source.attention is None else f"{source.attention:.3f}",
+            "–" if source.effect is None else f"{source.effect:+.3f}",
+        ]
+        cells = "".join(f'<td class="number">{number}</td>' for number in numbers)
+        lines.append(f"<tr><td>{key}</td>{cells}<td>{html.escape(reference.text)}</td></tr>")
     return "\n".join([*lines, "</table>"])

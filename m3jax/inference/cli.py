@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,11 @@ from m3jax.inference.attribution import (
     as_page,
     as_text,
     attribute,
-    attributed_reference,
     effects_of,
 )
-from m3jax.inference.generate import Generator
+from m3jax.inference.generate import Generation, Generator
 from m3jax.inference.long_context import LongContextGenerator
-from m3jax.inference.results import Generation
+from m3jax.inference.rag import rag_prompts
 from m3jax.inference.sampling import Sampling
 from m3jax.inference.session import Session
 from m3jax.text.chat.chats import Chat, question, read_questions
@@ -58,13 +56,17 @@ class Request:
     html: str | None = None
 
 
-def read_prompts(path: str | Path) -> list[str]:
+def read_prompts(path: str, most_rounds: int | None = None) -> Sequence[str | Chat]:
     """Reads prompts: JSON lines with `prompt`, or lines of text; empty lines are skipped.
 
+    With `most_rounds` JSON lines are chats of so many rounds at most that end with a question.
+
     Raises:
-      TextError: no such file, or a line that is no prompt.
+      TextError: no such file, or an unfit line; names file and line.
     """
-    if not str(path).endswith(".jsonl"):
+    if most_rounds is not None and path.endswith((".jsonl", ".jsonl.gz")):
+        return read_questions(path, most_rounds)
+    if not path.endswith(".jsonl"):
         try:
             return [line for line in Path(path).read_text("utf-8").split("\n") if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
@@ -76,17 +78,6 @@ def read_prompts(path: str | Path) -> list[str]:
         return record["prompt"]
 
     return read_records(path, parse, "prompts", "{'prompt': text}")
-
-
-def read_chat_prompts(config: ConfigDict, path: str | Path) -> list[str] | list[Chat]:
-    """Reads questions, a line of text each, or chats of JSON lines that end with a question.
-
-    Raises:
-      TextError: no such file, or an unfit line; names file and line.
-    """
-    if str(path).endswith((".jsonl", ".jsonl.gz")):
-        return read_questions(str(path), config.chat.most_rounds)
-    return read_prompts(path)
 
 
 def run(
@@ -124,7 +115,6 @@ def run(
         )
     records: list[dict[str, Any]] = []
     shown: list[tuple[Generation, list[AttributedReference]]] = []
-    pieces: Any = None
     try:
         for version in versions:
             session = Session(config, workdir, checkpoint=checkpoint, bank=bank, version=version)
@@ -132,7 +122,6 @@ def run(
             generator = session.generator(
                 request.mode, sampling=request.sampling, observe=observe, length=request.cut
             )
-            pieces = generator.pieces
             if len(versions) > 1:
                 print(f"== version {session.version.number} of the knowledge ==")
             for generation, read in _generated(session, generator, request):
@@ -144,7 +133,7 @@ def run(
             data = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
             write_atomically(Path(request.json), data.encode())
         if shown and request.html:
-            write_atomically(Path(request.html), as_page(shown, pieces).encode())
+            write_atomically(Path(request.html), as_page(shown, session.tokenizer).encode())
     return records
 
 
@@ -153,35 +142,29 @@ def _generated(
 ) -> Iterator[tuple[Generation, list[AttributedReference]]]:
     """Yields texts with their sources, printed as they come."""
     shown, prompts, ids = _prompts(session, request)
-    long: LongContextGenerator | None = None
+    generate: Any = generator.generate
     references: Any = None
     if request.mode == "long_context":
         long = LongContextGenerator(generator, request.window)
-        references = long.references
+        generate, references = long.generate, long.references
     elif request.mode != "none":
         references = session.references
-    generate: Any = generator.generate if long is None else long.generate
-    streams = request.stream and len(prompts) == 1
+    streams: dict[str, Any] = {}
+    if request.stream and len(prompts) == 1:
+        streams = {"piece": 8, "listener": lambda _, text: print(text, end="", flush=True)}
+        print(shown[0], end="", flush=True)
     for low in range(0, len(prompts), request.batch):
         part = prompts[low : low + request.batch]
-        if streams:
-            print(shown[0], end="", flush=True)
-        generations = generate(
-            part,
-            request.new_tokens,
-            groups=request.groups,
-            piece=8 if streams else None,
-            listener=_say if streams else None,
-        )
-        for number, generation in enumerate(generations):
-            print("" if streams else shown[low + number] + generation.text)
+        generations = generate(part, request.new_tokens, groups=request.groups, **streams)
+        for number, generation in enumerate(generations, low):
+            print("" if streams else shown[number] + generation.text)
             read: list[AttributedReference] = []
             if generation.chunks:
                 effects = effects_of(generator, generation) if request.explain else None
                 read = attribute(generation, references, effects)
             elif ids is not None:
-                given = ids[low + number]
-                read = [attributed_reference(references, i) for i in given[given >= 0].tolist()]
+                in_prompt = ids[number][ids[number] >= 0].tolist()
+                read = [AttributedReference(i, references[i]) for i in in_prompt]
             if request.sources and request.mode != "none":
                 print(as_text(read))
             yield generation, read
@@ -189,29 +172,24 @@ def _generated(
 
 def _prompts(
     session: Session, request: Request
-) -> tuple[list[str], list[str | np.ndarray], np.ndarray | None]:
+) -> tuple[list[str], Sequence[str | np.ndarray], np.ndarray | None]:
     """Returns prompts as printed and as fed, and the references in them, `(n, references)`."""
+    chats: list[Chat] = []
+    if request.chat:
+        chats = [p if isinstance(p, Chat) else question(p) for p in request.prompts]
+        texts = [chat.turns[-1].text for chat in chats]
+        shown = [f"{text}\n\N{RIGHTWARDS ARROW}" for text in texts]
+    else:
+        shown = texts = [str(prompt) for prompt in request.prompts]
     ids: np.ndarray | None = None
-    if not request.chat:
-        shown = [str(prompt) for prompt in request.prompts]
-        prompts = shown
-        if request.mode == "rag":
-            prompts, ids = session.rag_prompts(shown, request.references)
-        return shown, list(prompts), ids
-    chats = [prompt if isinstance(prompt, Chat) else question(prompt) for prompt in request.prompts]
-    shown = [f"{chat.turns[-1].text}\n\N{RIGHTWARDS ARROW}" for chat in chats]
     if request.mode == "rag":
-        questions = [chat.turns[-1].text for chat in chats]
-        texts, ids = session.rag_prompts(questions, request.references)
-        chats = [
-            dataclasses.replace(
-                chat, turns=(*chat.turns[:-1], dataclasses.replace(chat.turns[-1], text=text))
-            )
-            for chat, text in zip(chats, texts, strict=True)
-        ]
-    return shown, list(Template(session.config.chat, session.tokenizer).prompts(chats)), ids
-
-
-def _say(_: int, text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+        texts, ids = rag_prompts(session.retriever, texts, request.references)
+    if not request.chat:
+        return shown, texts, ids
+    chats = [
+        dataclasses.replace(
+            chat, turns=(*chat.turns[:-1], dataclasses.replace(chat.turns[-1], text=text))
+        )
+        for chat, text in zip(chats, texts, strict=True)
+    ]
+    return shown, Template(session.config.chat, session.tokenizer).prompts(chats), ids

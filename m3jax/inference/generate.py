@@ -8,19 +8,16 @@ time; every row's text is the same either way.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from m3jax.errors import InferenceError
-from m3jax.inference.memory_retrieval import MemoryRetriever
-from m3jax.inference.results import ChunkMemories, Generation, Timing
-from m3jax.inference.retrieval_schedule import retrieval_schedule
+from m3jax.inference.memory_retrieval import MemoryRetrieval, MemoryRetriever, retrieval_schedule
 from m3jax.inference.sampling import Sampling
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.decode import Decoder, Written, unstack
@@ -30,6 +27,51 @@ from m3jax.model.transformer import Model
 from m3jax.text.tokenizer import BOS, END, PAD, Tokenizer
 
 Listener = Callable[[int, str], None]  # number of a prompt, and the next piece of its text
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkMemories:
+    """Memories that one retrieval put in front of a chunk.
+
+    Attributes:
+      retrieval: its tokens; see `retrieval_schedule`.
+      query: the text that was searched for.
+      ids: references that were read, best first; −1 = none.
+      reading: attention weight that each memory received of the queries that generated the chunk's
+        tokens, and everything else in the last column, mean over these tokens; `(L, K, G, M + 1)`,
+        L memory layers. None unless observed, and for prompt chunks.
+    """
+
+    retrieval: MemoryRetrieval
+    query: str
+    ids: Int[np.ndarray, " M"]
+    reading: Float[np.ndarray, "L K G columns"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Text generated for one prompt.
+
+    Attributes:
+      prompt: its text.
+      prompt_tokens: with BOS.
+      tokens: generated tokens, a stop token included.
+      logprobs: of these, natural logarithm, before temperature and cuts.
+      text: of the generated tokens.
+      stopped: whether a stop token ended it.
+      chunks: memories of every chunk; empty without memory.
+      by_token: attention weight on each memory of the chunk, and on everything else, of the query
+        that generated each token, mean over memory layers and heads; None unless observed.
+    """
+
+    prompt: str
+    prompt_tokens: Int[np.ndarray, " n"]
+    tokens: Int[np.ndarray, " new"]
+    logprobs: Float[np.ndarray, " new"]
+    text: str
+    stopped: bool
+    chunks: list[ChunkMemories]
+    by_token: Float[np.ndarray, "new columns"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +92,9 @@ class Generator:
     """Generates with one set of parameters.
 
     Attributes:
-      timing: of the last call of `generate`.
+      first_token: seconds of the last call of `generate` until the first token of every row.
+      state_bytes: on the device in that call, of keys and values of the context and of the memories
+        in front.
     """
 
     def __init__(
@@ -90,7 +134,8 @@ class Generator:
         )
         self.params = jax.jit(lambda p: unstack(model, p))(params)
         self.chunk = model.memory.chunk_length
-        self.longest, self.stop, self.timing = longest, tuple(stop), Timing()
+        self.longest, self.stop = longest, tuple(stop)
+        self.first_token, self.state_bytes = 0.0, 0
 
     def generate(
         self,
@@ -136,40 +181,30 @@ class Generator:
             references=references,
             against=against,
         )
-        begin = time.perf_counter()
-        self.timing = Timing()
+        begin, self.state_bytes = time.perf_counter(), 0
         parts = np.array_split(np.arange(len(prompts)), min(max(groups, 1), len(prompts)))
         row_groups = [_RowGroup(self, call, part.tolist()) for part in parts]
         running = [group.run() for group in row_groups]
         while running:
             running = [steps for steps in running if next(steps, None) is not None]
-        self.timing.first_token = max(group.first for group in row_groups) - begin
-        self.timing.seconds = time.perf_counter() - begin
-        generations = [row for group in row_groups for row in group.results(prompts)]
-        self.timing.tokens = sum(len(row.tokens) for row in generations)
-        return generations
-
-    def pieces(self, tokens: Int[np.ndarray, " n"]) -> list[str]:
-        """Returns the text that each token adds to the tokens before it."""
-        texts = [self.text(tokens[:end]) for end in range(len(tokens) + 1)]
-        texts = [text.rstrip("\N{REPLACEMENT CHARACTER}") for text in texts[:-1]] + texts[-1:]
-        return [after[len(before) :] for before, after in itertools.pairwise(texts)]
+        self.first_token = max(group.first for group in row_groups) - begin
+        return [row for group in row_groups for row in group.results(prompts)]
 
     def text(self, tokens: Int[np.ndarray, " n"]) -> str:
         """Returns the text of tokens."""
         return self.tokenizer.decode(tokens.tolist())
 
     def _encode(self, prompts: Sequence[str | np.ndarray], new: int) -> list[np.ndarray]:
-        """Tokens of prompts, with BOS."""
+        """Returns tokens of prompts, with BOS."""
         if not prompts:
             raise InferenceError("there are no prompts; give at least one")
         if new < 1:
             raise InferenceError(f"{new} new tokens; ask for at least 1")
-        texts = [number for number, prompt in enumerate(prompts) if isinstance(prompt, str)]
-        encoded = self.tokenizer.encode_batch([str(prompts[number]) for number in texts])
-        rows = []
-        by_number = {**dict(enumerate(prompts)), **dict(zip(texts, encoded, strict=True))}
-        for number, tokens in by_number.items():
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        encoded = iter(self.tokenizer.encode_batch(texts))
+        rows: list[np.ndarray] = []
+        for number, prompt in enumerate(prompts):
+            tokens = next(encoded) if isinstance(prompt, str) else prompt
             if not len(tokens):
                 raise InferenceError(f"prompt {number} is empty; give it some text")
             rows.append(np.concatenate([[BOS], tokens]).astype(np.int32))
@@ -203,7 +238,7 @@ class _RowGroup:
         """Generates; yields whenever the device has work to do."""
         generator, chunk = self.generator, self.chunk
         state, written = self._prefill()
-        generator.timing.state_bytes += sum(x.nbytes for x in jax.tree.leaves(state))
+        generator.state_bytes += sum(x.nbytes for x in jax.tree.leaves(state))
         waiting: list[tuple[int, int, Written]] = [(0, 1, written)]
         done = 1
         yield True
@@ -252,7 +287,7 @@ class _RowGroup:
         )
 
     def _next_memories(self, number: int) -> ExplicitMemory:
-        """Memories that follow the generated chunk before `number`."""
+        """Reads the memories that follow the generated chunk before `number`."""
         assert self.generator.memory_retriever is not None
         texts = []
         for row in self.tokens[:, (number - 1) * self.chunk : number * self.chunk]:
@@ -265,13 +300,13 @@ class _RowGroup:
         return -(-len(self.rows[place]) // self.chunk)
 
     def _retrieve(self, texts: list[np.ndarray], places: list[tuple[int, int]]) -> np.ndarray:
-        """References of chunks, given or searched; `places` are (row, number of its retrieval)."""
+        """Returns references of chunks; `places` are (row, number of its retrieval)."""
         retriever, call = self.generator.memory_retriever, self.call
         assert retriever is not None
         numbers = [self.numbers[place] for place, _ in places]
         if call.references is not None:
-            given = [call.references[i][c] for i, (_, c) in zip(numbers, places, strict=True)]
-            ids, queries = np.stack(given).astype(np.int64), [retriever.text(t) for t in texts]
+            rows = [call.references[i][c] for i, (_, c) in zip(numbers, places, strict=True)]
+            ids, queries = np.stack(rows).astype(np.int64), [retriever.text(t) for t in texts]
         else:
             against = None if call.against is None else [call.against[i] for i in numbers]
             ids, queries = retriever.find(texts, numbers, against)
@@ -289,7 +324,6 @@ class _RowGroup:
 
     def _collect(self, waiting: list[tuple[int, int, Written]]) -> None:
         """Fetches generated tokens, once the device has been given the next piece."""
-        begin = time.perf_counter()
         for done, count, written in waiting:
             self.tokens[:, done : done + count] = np.asarray(written.tokens)[:, :count]
             self.logprobs[:, done : done + count] = np.asarray(written.logprobs)[:, :count]
@@ -301,7 +335,6 @@ class _RowGroup:
             if self.call.listener is not None:
                 self._tell(self.call.listener, done + count)
         waiting.clear()
-        self.generator.timing.waited += time.perf_counter() - begin
 
     def _length(self, place: int) -> tuple[int, bool]:
         """Tokens of a row up to its stop token, and whether it has one."""

@@ -1,8 +1,8 @@
 """Long context: the older part of a text becomes explicit memories (Memory³, discussion).
 
 When prompt and generated text outgrow the context, the oldest text is cut into references, the
-writer turns them into memories, and the chunks that stay retrieve them, like
-memories of a bank. Work grows with the length of the text, not with its square.
+writer turns them into memories, and the chunks that stay retrieve them like memories of a bank.
+Work grows with the length of the text, not with its square.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from m3jax.errors import InferenceError
-from m3jax.inference.generate import Generator, Listener
-from m3jax.inference.memory_retrieval import MemoryRetriever
-from m3jax.inference.results import Generation
-from m3jax.inference.retrieval_schedule import MemoryRetrieval
+from m3jax.inference.generate import Generation, Generator, Listener
+from m3jax.inference.memory_retrieval import MemoryRetrieval, MemoryRetriever
 from m3jax.memory.reader import MemoryReader
 from m3jax.retrieval.embedder import Embedder
 from m3jax.text.documents import Document
@@ -61,22 +59,18 @@ class LongContextReferences:
         """Adds pieces of the text of this number, behind those that it has."""
         if not pieces:
             return
-        nothing = np.zeros((0, self._embedder.dimension), np.float32)
-        search = self._searches.get(text)
-        if search is None:
-            search = _Search(self._embedder, np.zeros(0, np.int64), nothing)
+        if text not in self._searches:
+            nothing = np.zeros((0, self._embedder.dimension), np.float32)
+            self._searches[text] = _Search(self._embedder, np.zeros(0, np.int64), nothing)
+        search = self._searches[text]
         for n, piece in enumerate(pieces, len(search.ids)):
             where = (piece.start, piece.end, piece.text, piece.tokens)
             self._references.append(Reference(f"text {text}#{n}", "", "", *where))
             self._text_of.append(text)
-        ids = np.arange(len(self) - len(pieces), len(self))
         texts = [piece.text for piece in pieces]
-        embedder = search.embedder.extended(texts)
-        self._searches[text] = _Search(
-            embedder,
-            np.concatenate([search.ids, ids]),
-            np.concatenate([search.embeddings, embedder.embed(texts)]),
-        )
+        search.embedder = search.embedder.extended(texts)
+        search.ids = np.append(search.ids, np.arange(len(self) - len(pieces), len(self)))
+        search.embeddings = np.concatenate([search.embeddings, search.embedder.embed(texts)])
 
     def search(self, query: str, text: int, k: int) -> Int[np.ndarray, " k"]:
         """Returns the k references of a text most like the query, best first, −1 = none."""
@@ -99,10 +93,6 @@ class LongContextReferences:
 
     def __getitem__(self, i: int | np.integer) -> Reference:
         return self._references[int(i)]
-
-    def texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """Returns texts of references, in the order of `ids`."""
-        return [self._references[int(i)].text for i in ids]
 
     def tokens(self, ids: Sequence[int] | np.ndarray) -> Int32[np.ndarray, "n W"]:
         """Returns tokens of references, one row each, filled up with PAD."""
@@ -171,6 +161,7 @@ class LongContextGenerator:
 
     Attributes:
       generator: generates every part.
+      references: cut from the texts so far; None without memory.
       window: tokens of a text that stay as they are when it outgrows the context.
       length: most tokens of a memory.
     """
@@ -186,18 +177,17 @@ class LongContextGenerator:
         Raises:
           InferenceError: no room for a new token beside them, or references too short.
         """
-        memory_retriever, longest = generator.memory_retriever, generator.longest
-        assert memory_retriever is None or isinstance(memory_retriever, LongContextRetriever)
-        self.generator, self._memory_retriever = generator, memory_retriever
+        retriever, longest = generator.memory_retriever, generator.longest
+        assert retriever is None or isinstance(retriever, LongContextRetriever)
+        self.generator, self._retriever, self._texts = generator, retriever, 0
+        self.references = None if retriever is None else retriever.references
         self.window = longest // 2 if window is None else window
-        memory = generator.model.memory
-        self.length = (
-            memory_retriever.references.length if memory_retriever else memory.reference_length
-        )
-        if not SHORTEST <= self.length <= memory.reference_length:
+        most = generator.model.memory.reference_length
+        self.length = most if self.references is None else self.references.length
+        if not SHORTEST <= self.length <= most:
             raise InferenceError(
-                f"references of {self.length} tokens; take {SHORTEST} to"
-                f" {memory.reference_length}, the model's memory.reference_length"
+                f"references of {self.length} tokens; take {SHORTEST} to {most}, the model's"
+                " memory.reference_length"
             )
         most = longest - self.length - 3
         if not 1 <= self.window <= most:
@@ -209,12 +199,6 @@ class LongContextGenerator:
                 else f"references of {self.length} tokens leave no room in a context of {longest};"
                 " take shorter ones"
             )
-        self._texts = 0
-
-    @property
-    def references(self) -> LongContextReferences | None:
-        """References cut from the texts so far; None without memory."""
-        return None if self._memory_retriever is None else self._memory_retriever.references
 
     def generate(
         self,
@@ -235,9 +219,10 @@ class LongContextGenerator:
         done = rounds = 0
         while done < new and (running := [i for i, text in enumerate(texts) if not text.stopped]):
             parts = [texts[i] for i in running]
-            self._forget(parts, new - done)
-            if self._memory_retriever is not None:
-                self._memory_retriever.texts = [text.number for text in parts]
+            for text in parts:
+                self._forget(text, new - done)
+            if self._retriever is not None:
+                self._retriever.texts = [text.number for text in parts]
             tails = [text.tokens[text.first :] for text in parts]
             step = self.generator.longest - max(len(tail) for tail in tails) - 1
             step = max(1, min(new - done, step))
@@ -258,17 +243,11 @@ class LongContextGenerator:
             self.references.close([text.number for text in texts])
         return [self._joined(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
 
-    def _forget(self, texts: Sequence[_Text], new: int) -> None:
-        """Makes memories of older text that would not fit with `new` more tokens."""
-        for text in texts:
-            if len(text.tokens) - text.first + 1 + new > self.generator.longest:
-                pieces = self._cut(text)
-                if self.references is not None:
-                    self.references.add(text.number, pieces)
-
-    def _cut(self, text: _Text) -> list[Piece]:
-        """References of a text that end before its window; the rest stays behind them."""
+    def _forget(self, text: _Text, new: int) -> None:
+        """Makes memories of older text, if it would not fit with `new` more tokens."""
         tokens, decode = text.tokens[text.first :], self.generator.text
+        if len(tokens) + 1 + new <= self.generator.longest:
+            return
         border = len(decode(tokens[: max(len(tokens) - self.window, 0)]))
         pieces = cut_references(Document("", decode(tokens)), self.generator.tokenizer, self.length)
         count = sum(piece.end <= border for piece in pieces)
@@ -276,12 +255,15 @@ class LongContextGenerator:
         # The token that `end` lies in, if it lies in one, stays.
         numbers = range(len(tokens) + 1)
         taken = bisect.bisect_right(numbers, end, key=lambda n: len(decode(tokens[:n]))) - 1
-        begin = text.begin
-        text.begin, text.first = begin + len(decode(tokens[:taken])), text.first + taken
-        return [
-            dataclasses.replace(piece, start=begin + piece.start, end=begin + piece.end)
-            for piece in pieces[:count]
-        ]
+        if self.references is not None:
+            older = [
+                dataclasses.replace(
+                    piece, start=text.begin + piece.start, end=text.begin + piece.end
+                )
+                for piece in pieces[:count]
+            ]
+            self.references.add(text.number, older)
+        text.begin, text.first = text.begin + len(decode(tokens[:taken])), text.first + taken
 
     def _joined(self, prompt: str, text: _Text) -> Generation:
         tokens = np.concatenate([part.tokens for part in text.parts])
@@ -304,12 +286,8 @@ def _renumbered(listener: Listener, running: Sequence[int]) -> Listener:
 
 def _moved(part: Generation, first: int) -> Generation:
     """Counts the tokens of a part from the BOS of the whole text."""
-
-    def move(span: tuple[int, int]) -> tuple[int, int]:
-        return span[0] + first, span[1] + first
-
-    chunks = [
-        dataclasses.replace(chunk, retrieval=MemoryRetrieval(*map(move, chunk.retrieval)))
-        for chunk in part.chunks
-    ]
+    chunks = []
+    for chunk in part.chunks:
+        spans = ((low + first, high + first) for low, high in chunk.retrieval)
+        chunks.append(dataclasses.replace(chunk, retrieval=MemoryRetrieval(*spans)))
     return dataclasses.replace(part, chunks=chunks)

@@ -1,11 +1,15 @@
-"""Retrieval of memories for chunks: a search, then a read of the bank or a write; with costs."""
+"""Retrieval of memories for chunks: its schedule in a row (Memory³ §3.5), the search, the read.
+
+The prompt is cut into chunks; each retrieves with its own text and reads what it finds. The first
+generated chunk inherits the memories of the last prompt chunk. After every chunk of generated
+tokens these are the next query, and the memories are replaced.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -16,29 +20,47 @@ from m3jax.retrieval.retriever import Retriever
 from m3jax.text.tokenizer import Tokenizer
 
 
-@dataclasses.dataclass
-class RetrievalCosts:
-    """Costs of memory retrieval since the start.
+class MemoryRetrieval(NamedTuple):
+    """One retrieval of a row. Tokens are counted from the row's first, the prompt's BOS.
 
     Attributes:
-      queries: texts that were searched for.
-      memories: that were read, none (−1) not counted.
-      bytes: of these, as they are stored.
-      search_seconds, read_seconds: of the host.
+      query: tokens `[first, last)` whose text retrieves.
+      read_by: tokens `[first, last)` that are fed to the model while its memories are in front: the
+        prediction made at each of them reads them.
+      generates: tokens `[first, last)` that are generated so; none in all but the last prompt
+        chunk.
     """
 
-    queries: int = 0
-    memories: int = 0
-    bytes: int = 0
-    search_seconds: float = 0.0
-    read_seconds: float = 0.0
+    query: tuple[int, int]
+    read_by: tuple[int, int]
+    generates: tuple[int, int]
+
+
+def retrieval_schedule(prompt: int, new: int, chunk: int) -> list[MemoryRetrieval]:
+    """Returns all retrievals of a row.
+
+    Args:
+      prompt: tokens of the prompt, BOS included, ≥ 1.
+      new: tokens that are generated.
+      chunk: tokens Q of a chunk.
+    """
+    spans = [(low, min(low + chunk, prompt)) for low in range(0, prompt, chunk)]
+    retrievals = [MemoryRetrieval(span, span, (prompt, prompt)) for span in spans]
+    low, high = spans[-1]
+    end = prompt + min(new, chunk)
+    retrievals[-1] = MemoryRetrieval((low, high), (low, max(high, end - 1)), (prompt, end))
+    for low in range(prompt + chunk, prompt + new, chunk):
+        high = min(low + chunk, prompt + new)
+        retrievals.append(MemoryRetrieval((low - chunk, low), (low - 1, high - 1), (low, high)))
+    return retrievals
 
 
 class MemoryRetriever:
     """Finds and loads the memories of chunks.
 
     Attributes:
-      costs: since the start.
+      costs: since the start: `memories` read, none (−1) not counted, and their `bytes` as they are
+        stored; `search_seconds` and `read_seconds` of the host.
     """
 
     def __init__(
@@ -53,7 +75,9 @@ class MemoryRetriever:
           count: memories M of a chunk.
         """
         self.retriever, self.memories, self.tokenizer = retriever, memories, tokenizer
-        self.count, self.costs = count, RetrievalCosts()
+        self.count = count
+        names = ("memories", "bytes", "search_seconds", "read_seconds")
+        self.costs: dict[str, float] = dict.fromkeys(names, 0)
 
     def text(self, tokens: np.ndarray) -> str:
         """Returns a chunk as a query; special tokens have no text."""
@@ -82,8 +106,7 @@ class MemoryRetriever:
             ids[places] = self._search(
                 [queries[i] for i in places], [rows[i] for i in places], texts
             )
-        self.costs.queries += len(places)
-        self.costs.search_seconds += time.perf_counter() - begin
+        self.costs["search_seconds"] += time.perf_counter() - begin
         return ids, queries
 
     def _search(
@@ -98,8 +121,7 @@ class MemoryRetriever:
         begin = time.perf_counter()
         memory = self.memories.read_stored(ids)
         number = int((ids >= 0).sum())
-        self.costs.memories += number
-        keys: Any = memory.keys
-        self.costs.bytes += number * (2 * keys.nbytes // max(ids.size, 1))
-        self.costs.read_seconds += time.perf_counter() - begin
+        self.costs["memories"] += number
+        self.costs["bytes"] += number * (2 * memory.keys.nbytes // max(ids.size, 1))
+        self.costs["read_seconds"] += time.perf_counter() - begin
         return memory

@@ -7,23 +7,31 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from m3jax.text.references import ReferenceReader
+from m3jax.retrieval.retriever import Retriever
 
 HEADER = "Reference: "
 
 
-def with_references(
-    prompts: Sequence[str], ids: Int[np.ndarray, "n k"], references: ReferenceReader
-) -> list[str]:
+def rag_prompts(
+    retriever: Retriever,
+    prompts: Sequence[str],
+    count: int,
+    against: Sequence[np.ndarray] | None = None,
+) -> tuple[list[str], Int[np.ndarray, "n count"]]:
     """Puts references as text in front of prompts, the best one last, next to the question.
 
     Args:
+      retriever: finds references; the whole prompt is the query.
       prompts: n questions.
-      ids: references of each, best first; −1 is left out.
-      references: their texts.
+      count: references of each.
+      against: for each the tokens that no reference may contain; None lets all pass.
+
+    Returns:
+      The prompts, and the references in front of each, best first, −1 = none.
     """
-    with_texts = []
-    for prompt, row in zip(prompts, ids, strict=True):
-        texts = references.texts(row[row >= 0][::-1])
-        with_texts.append("".join(f"{HEADER}{text.strip()}\n\n" for text in texts) + prompt)
-    return with_texts
+    ids = retriever.retrieve(prompts, against, count)
+    texts = [retriever.references.texts(row[row >= 0][::-1]) for row in ids]
+    return [
+        "".join(f"{HEADER}{text.strip()}\n\n" for text in front) + prompt
+        for prompt, front in zip(prompts, texts, strict=True)
+    ], ids

@@ -11,11 +11,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.checkpoint import restore_params
@@ -25,8 +24,6 @@ from m3jax.inference.cold_start import ColdMemories
 from m3jax.inference.generate import Generator
 from m3jax.inference.long_context import LongContextReferences, LongContextRetriever
 from m3jax.inference.memory_retrieval import MemoryRetriever
-from m3jax.inference.rag import with_references
-from m3jax.inference.sampling import Sampling
 from m3jax.knowledge.memory_writer import check_reader, restore_writer
 from m3jax.knowledge.versions import (
     Version,
@@ -39,12 +36,12 @@ from m3jax.knowledge.versions import (
 from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
 from m3jax.memory.encode import ReferenceTokens
-from m3jax.memory.reader import MemoryReader
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.references import ReferenceReader
 from m3jax.text.tokenizer import Tokenizer
 
 MODES = ("none", "memory", "cold", "rag", "long_context")
+_COLD_BATCH, _COLD_BYTES = 16, 2**30  # references that a cold start encodes by one call; its cache
 
 
 class Session:
@@ -84,7 +81,6 @@ class Session:
             self.checkpoint, self.model, tokenizer_fingerprint=self.tokenizer.fingerprint
         )
         self._bank_folder, self._number = bank, version
-        self._cold_memories: ColdMemories | None = None
 
     @cached_property
     def version(self) -> Version:
@@ -116,30 +112,31 @@ class Session:
         """
         cache = self.config.memory.cache_bytes
         if folder:
-            bank: Bank = Bank.open(folder, cache_bytes=cache)
+            bank = Bank.open(folder, cache_bytes=cache)
         else:
             bank = open_bank(self.version, self.references, cache)
         check_bank(self.config, bank, self.references, self.tokenizer)
         check_reader(bank, self.meta, self.checkpoint)
         return bank
 
-    def memory_retriever(
-        self, mode: str, *, cold_bytes: int = 2**30, batch: int = 16, length: int | None = None
-    ) -> MemoryRetriever | None:
-        """Returns what finds and loads memories in a mode; None in modes without.
+    def generator(self, mode: str, *, length: int | None = None, **options: Any) -> Generator:
+        """Returns a generator for a mode.
 
         Args:
           mode: of `MODES`.
-          cold_bytes: of memories that a cold start keeps.
-          batch: references that a cold start encodes by one call.
           length: most tokens of a reference cut from the text, in the mode `long_context`; default
             `memory.reference_length`.
+          options: of `Generator`; `longest` is by default `data.sequence_length`.
 
         Raises:
           InferenceError: no such mode, or one that reads memories in the warmup stage.
         """
-        if mode == "context":
-            raise InferenceError("mode 'context' is now called 'long_context'")
+        memory_retriever = self._memory_retriever(mode, length)
+        options = {"longest": self.config.data.sequence_length, **options}
+        return Generator(self.model, self.params, self.tokenizer, memory_retriever, **options)
+
+    def _memory_retriever(self, mode: str, length: int | None) -> MemoryRetriever | None:
+        """Returns what finds and loads memories in a mode; None in modes without."""
         if mode not in MODES:
             raise InferenceError(f"mode {mode!r}; known: {', '.join(MODES)}")
         if mode in ("none", "rag"):
@@ -150,14 +147,10 @@ class Session:
             references = LongContextReferences(
                 self.retriever.index.embedder, length or self.config.memory.reference_length
             )
-            written = self._cold(references, cold_bytes, batch, grows=True)
-            return LongContextRetriever(references, written, self.tokenizer, count)
-        memories: MemoryReader = self.bank
-        if mode == "cold":
-            if self._cold_memories is None:
-                self._cold_memories = self._cold(self.references, cold_bytes, batch)
-            memories = self._cold_memories
-        return MemoryRetriever(self.retriever, memories, self.tokenizer, count)
+            memories = self._write_cold(references, grows=True)
+            return LongContextRetriever(references, memories, self.tokenizer, count)
+        stored = self._cold_memories if mode == "cold" else self.bank
+        return MemoryRetriever(self.retriever, stored, self.tokenizer, count)
 
     def require_memories(self, mode: str) -> None:
         """Refuses a mode that reads memories in the warmup stage."""
@@ -167,10 +160,12 @@ class Session:
                 " memories; take the config of the continual stage, or the mode 'none' or 'rag'"
             )
 
-    def _cold(
-        self, references: ReferenceTokens, limit: int, batch: int, grows: bool = False
-    ) -> ColdMemories:
-        """Memories of references by the writer that the checkpoint reads."""
+    @cached_property
+    def _cold_memories(self) -> ColdMemories:
+        return self._write_cold(self.references)
+
+    def _write_cold(self, references: ReferenceTokens, grows: bool = False) -> ColdMemories:
+        """Returns memories of references by the writer that the checkpoint reads."""
         config = self.config.copy_and_resolve_references()
         if config.writer.document_context:
             raise BankError(
@@ -178,37 +173,7 @@ class Session:
                 " write a bank (launch/write_bank.py)"
             )
         with config.unlocked():
-            config.writer.batch_references = batch
+            config.writer.batch_references = _COLD_BATCH
         model = make_model(config, PREFIX_TOKENS)
         params, _, _ = restore_writer(self.checkpoint, model, self.tokenizer.fingerprint)
-        return ColdMemories(config, model, params, references, limit, grows)
-
-    def generator(
-        self,
-        mode: str,
-        *,
-        sampling: Sampling | None = None,
-        observe: bool = False,
-        longest: int | None = None,
-        length: int | None = None,
-    ) -> Generator:
-        """Returns a generator for a mode; see `Generator`, and `memory_retriever` for `length`."""
-        return Generator(
-            self.model,
-            self.params,
-            self.tokenizer,
-            self.memory_retriever(mode, length=length),
-            sampling=sampling,
-            observe=observe,
-            longest=self.config.data.sequence_length if longest is None else longest,
-        )
-
-    def rag_prompts(self, prompts: Sequence[str], count: int) -> tuple[list[str], np.ndarray]:
-        """Puts references as text in front of prompts; returns their ids `(n, count)`, too.
-
-        Args:
-          prompts: questions; the whole prompt is the query.
-          count: references of each.
-        """
-        ids = self.retriever.retrieve(list(prompts), None, count)
-        return with_references(prompts, ids, self.references), ids
+        return ColdMemories(config, model, params, references, _COLD_BYTES, grows)

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from m3jax.errors import CheckpointError
-from m3jax.evaluation.questions import Answerer, Question
+from m3jax.evaluation.scoring import Answerer, Question
 from m3jax.files import write_atomically
-from m3jax.inference.results import Generation
+from m3jax.inference.generate import Generation
 from m3jax.inference.session import Session
 from m3jax.quickstart import people
 from m3jax.quickstart.run import Demonstration
@@ -109,7 +109,7 @@ def _measure(demonstration: Demonstration, world: people.World, stage: str) -> d
     completions = [
         Question(text, f" {value}") for text, (_, _, value) in zip(texts, facts, strict=True)
     ]
-    ids = answerer.retrieve(completions, session.retriever)
+    ids = answerer.search(completions, session.retriever)
     shares: dict[str, Any] = {
         "format": forms,
         "statement": statements,

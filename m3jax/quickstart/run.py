@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from m3jax import config as config_lib
 from m3jax.checkpoint import restore_params
 from m3jax.evaluation.plots import Read, accuracy_bars, attention_map
-from m3jax.evaluation.questions import Answerer, Question
+from m3jax.evaluation.scoring import Answerer, Question
 from m3jax.files import write_atomically
 from m3jax.knowledge.memory_writer import MemoryWriter, restore_writer
 from m3jax.make_model import make_model
@@ -223,19 +223,19 @@ def _ask(
 
     def by_retrieval(name: str, questions: list[Question]) -> np.ndarray:
         knowledge = known[name]
-        return correct(questions, answerer.retrieve(questions, knowledge.retriever), knowledge.bank)
+        return correct(questions, answerer.search(questions, knowledge.retriever), knowledge.bank)
 
-    given = answerer.given(questions, base.references)
+    stated = answerer.look_up(questions, base.references)
     right = {
         "memory": by_retrieval(".", questions),
-        "distractors": correct(questions, given, base.bank),
+        "distractors": correct(questions, stated, base.bank),
         "edited": by_retrieval("edited", after_edit),
         "in_context": correct(in_context(world, invented)),
         "none": correct(questions),
-        "wrong": correct(questions, answerer.given(wrong, base.references), base.bank),
+        "wrong": correct(questions, answerer.look_up(wrong, base.references), base.bank),
         "deleted": by_retrieval("deleted", questions),
     }
-    _attention_picture(demonstration, answerer, questions[:4], given[:4], base)
+    _attention_picture(demonstration, answerer, questions[:4], stated[:4], base)
     return {name: float(np.mean(hits)) for name, hits in right.items()}
 
 

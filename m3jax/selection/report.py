@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
-from matplotlib.figure import Figure
 
-from m3jax.figures import INK, PINK, SOFT, TEAL, finish_axes, save_figure
+from m3jax.figures import PINK, SOFT, TEAL, drawing
 from m3jax.selection.budget import WorthEstimates
 
 _BINS = 40
@@ -70,32 +69,29 @@ def choice_picture(
       report: of `select_references`.
       path: the PNG, written atomically.
     """
-    millionths = 1e6 * estimates.worth[live]
-    figure = Figure(figsize=(11, 4.4), layout="constrained", facecolor="white")
-    left, right = figure.subplots(1, 2)
+    millionths, counted = 1e6 * estimates.worth[live], estimates.counted[live] > 0
     edges = np.histogram_bin_edges(millionths, _BINS)
-    for chosen, colour, label in (
-        (estimates.counted[live] > 0, TEAL, "found by a row"),
-        (estimates.counted[live] == 0, SOFT, "never found: estimated from the others"),
-    ):
-        label = f"{int(chosen.sum())} {label}"
-        left.hist(millionths[chosen], edges, color=colour, label=label, alpha=0.85)
-    left.axvline(0, color=PINK, linewidth=1)
-    left.set_yscale("symlog", linthresh=1)
-    left.set_xlabel("expected drop of the loss, millionths of a nat a token", color=INK)
-    left.set_ylabel("references", color=INK)
-    ranked = np.cumsum(np.sort(estimates.worth[live])[::-1])
-    size = report["bytes_each"] * np.arange(1, len(ranked) + 1) / 1e6
-    right.plot(size, ranked, color=TEAL, label="best first")
-    even = ranked[-1] * np.arange(1, len(ranked) + 1) / len(ranked)
-    right.plot(size, even, color=SOFT, linestyle=":", label="in any order")
-    right.axvline(report["budget"] / 1e6, color=PINK, linewidth=1, label="budget")
-    right.set_xlim(0, 1.05 * size[-1])
-    right.set_xlabel("memories, MB", color=INK)
-    right.set_ylabel("expected drop of the loss, nats a token", color=INK)
-    for axes in (left, right):
-        finish_axes(axes)
-        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
-    left.set_title("What references are worth", loc="left", color=INK, fontsize=13)
-    right.set_title("What a budget buys", loc="left", color=INK, fontsize=13)
-    save_figure(figure, path)
+    best_first = np.cumsum(np.sort(estimates.worth[live])[::-1])
+    number = np.arange(1, len(best_first) + 1)
+    size = report["bytes_each"] * number / 1e6
+    with drawing(path, 11, 4.4) as figure:
+        left, right = figure.subplots(1, 2)
+        for chosen, colour, label in (
+            (counted, TEAL, "found by a row"),
+            (~counted, SOFT, "never found: estimated from the others"),
+        ):
+            label = f"{int(chosen.sum())} {label}"
+            left.hist(millionths[chosen], edges, color=colour, label=label, alpha=0.85)
+        left.axvline(0, color=PINK, linewidth=1)
+        left.set_yscale("symlog", linthresh=1)
+        left.set(title="What references are worth", ylabel="references")
+        left.set_xlabel("expected drop of the loss, millionths of a nat a token")
+        right.plot(size, best_first, color=TEAL, label="best first")
+        in_any_order = best_first[-1] * number / len(best_first)
+        right.plot(size, in_any_order, color=SOFT, linestyle=":", label="in any order")
+        right.axvline(report["budget"] / 1e6, color=PINK, linewidth=1, label="budget")
+        right.set(xlim=(0, 1.05 * size[-1]), xlabel="memories, MB", title="What a budget buys")
+        right.set_ylabel("expected drop of the loss, nats a token")
+        for axes in (left, right):
+            axes.grid()
+            axes.legend()

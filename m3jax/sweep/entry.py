@@ -21,8 +21,8 @@ from m3jax import flops
 from m3jax.checkpoint import restore_params
 from m3jax.config import ConfigDict, prefix_tokens
 from m3jax.data.pipeline import open_pipeline
-from m3jax.evaluation.questions import Answerer, read_questions
 from m3jax.evaluation.report import answer_questions
+from m3jax.evaluation.scoring import Answerer, read_questions
 from m3jax.files import write_sealed
 from m3jax.knowledge.memory_writer import MemoryWriter, check_reader
 from m3jax.knowledge.versions import open_version

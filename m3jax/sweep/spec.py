@@ -58,7 +58,7 @@ class Sweep:
       seeds: each entry is run with each, all of them with the first one first.
       prepare: `prepare(config, folder, knowledge)` makes tokenizer, corpus, references and index in
         a folder; None: they are prepared, and `--data` says where.
-      questions: JSON lines (`m3jax.evaluation.questions`) that are asked with the memories that a
+      questions: JSON lines (`m3jax.evaluation.scoring`) that are asked with the memories that a
         search finds, with none, and with wrong ones; a path, relative to the data.
       in_context: JSON lines whose prompts hold the facts, asked without memory.
     """

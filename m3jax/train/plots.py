@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from m3jax.figures import BLUE, GREEN, INK, ORANGE, PINK, RED, SOFT, finish_axes, save_figure
+from m3jax.figures import BLUE, GREEN, ORANGE, PINK, RED, SOFT, drawing
 from m3jax.train.metrics import read_metrics
 
 _RATE = "#8a6fb0"  # the learning rate
@@ -44,13 +43,12 @@ def plot_stages(stage_folders: Sequence[str | Path], path: str | Path, title: st
     stages = [(name, lines) for name, lines in stages if any("loss" in line for line in lines)]
     if not stages:
         raise ValueError(f"no training metrics in {', '.join(map(str, stage_folders))}")
-    figure = Figure(figsize=(9, 5.4), layout="constrained", facecolor="white")
-    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    ends = _draw_stages(losses, rates, stages)
-    _decorate(losses, rates, stages, ends)
     names = " → ".join(name for name, _ in stages)
-    losses.set_title(title or f"Training: {names}", loc="left", color=INK, fontsize=13, pad=12)
-    save_figure(figure, path, dpi=150)
+    with drawing(path, 9, 5.4) as figure:
+        losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+        ends = _draw_stages(losses, rates, stages)
+        _decorate(losses, rates, stages, ends)
+        losses.set_title(title or f"Training: {names}", pad=12)
 
 
 def _draw_stages(losses: Axes, rates: Axes, stages: Sequence[tuple[str, list]]) -> list[int]:
@@ -117,39 +115,19 @@ def _decorate(
     losses: Axes, rates: Axes, stages: Sequence[tuple[str, list]], ends: list[int]
 ) -> None:
     for axes in (losses, rates):
-        finish_axes(axes)
-        axes.spines[["left", "bottom"]].set_color(SOFT)
-        axes.tick_params(colors=INK, labelsize=9)
+        axes.grid()
         for end in ends[:-1]:
             axes.axvline(end, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
     if len(stages) > 1:
+        top = losses.get_xaxis_transform()
         for (name, _), start in zip(stages, [0, *ends], strict=False):
-            losses.annotate(
-                name,
-                (start, 1),
-                xycoords=losses.get_xaxis_transform(),
-                xytext=(5, -4),
-                textcoords="offset points",
-                va="top",
-                color=SOFT,
-                fontsize=9,
-            )
-    losses.set_ylabel("loss, nats a token", color=INK)
-    rates.set_ylabel("learning rate", color=INK)
-    rates.set_xlabel("optimizer steps (tokens below)", color=INK)
+            losses.text(start, 0.99, f" {name}", transform=top, va="top", color=SOFT, fontsize=9)
+    losses.set_ylabel("loss, nats a token")
+    rates.set(xlim=(0, ends[-1]), ylabel="learning rate", xlabel="optimizer steps (tokens below)")
     rates.set_ylim(bottom=0)
     rates.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-    rates.set_xlim(0, ends[-1])
     _label_tokens(rates, stages, ends)
-    losses.legend(
-        loc="lower right",
-        bbox_to_anchor=(1, 1),
-        ncols=2,
-        frameon=False,
-        fontsize=9,
-        labelcolor=INK,
-        borderpad=0.2,
-    )
+    losses.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderpad=0.2)
 
 
 def _label_tokens(axes: Axes, stages: Sequence[tuple[str, list]], ends: list[int]) -> None:

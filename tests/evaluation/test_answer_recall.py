@@ -11,9 +11,9 @@ from m3jax.evaluation.answer_recall import (
     AnswerFinder,
     hit_rates,
     hit_rates_table,
-    read_open_questions,
     words,
 )
+from m3jax.evaluation.task_files import read_task
 
 CONFIG = tiny_config()
 
@@ -57,11 +57,11 @@ def test_a_line_ends_at_a_line_feed_only(tmp_path: Path) -> None:
     question = "who sang \x85 and \u2028 ?"
     record = json.dumps({"question": question, "answer": "x"}, ensure_ascii=False)
     (tmp_path / "asked").write_text(f"{record}\n{record}\n", encoding="utf-8")
-    assert [one.question for one in read_open_questions(tmp_path / "asked")] == [question] * 2
+    assert [doc["question"] for doc in read_task(tmp_path / "asked").docs] == [question] * 2
 
 
-def test_unusable_questions_are_refused(tmp_path: Path) -> None:
-    for text, message in (("", "holds no questions"), ('{"answer": "a"}\n', "asked:1: expected")):
-        (tmp_path / "asked").write_text(text)
-        with pytest.raises(TextError, match=message):
-            read_open_questions(tmp_path / "asked")
+def test_unusable_questions_are_refused(workdir: Path, tmp_path: Path) -> None:
+    choice = {"query": "who", "choices": ["a", "b"], "gold": 0}
+    for records, message in (([], "holds no"), ([{"answer": "a"}], ":1: "), ([choice], "choices")):
+        with pytest.raises(TextError, match=f"asked.*{message}"):
+            hit_rates(CONFIG, workdir, write(tmp_path / "asked", records))

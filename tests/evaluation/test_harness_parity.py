@@ -7,7 +7,7 @@ import pytest
 from model.oracle import oracle_config, random_params
 from tolerance import close
 
-from m3jax.evaluation.lm_eval.files import LocalTask
+from m3jax.evaluation.task_files import LocalTask
 from m3jax.inference import session as session_module
 from m3jax.inference.session import Session
 from m3jax.model.hf import write_folder
@@ -115,7 +115,7 @@ def test_generated_texts(both):
 def test_a_task(both):
     from lm_eval.evaluator import evaluate
 
-    from m3jax.evaluation.lm_eval.tasks import as_harness_task
+    from m3jax.evaluation.lm_eval.run import as_harness_task
 
     words = TEXT.replace(".", "").split()
     random = np.random.default_rng(0)

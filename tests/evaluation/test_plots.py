@@ -22,8 +22,8 @@ def test_heads_become_a_map(tmp_path: Path) -> None:
     path, random = tmp_path / "heads.png", np.random.default_rng(0)
     pictures = []
     for shape, chosen, layers in (
-        ((4, 4), [], None),
-        ((4, 4), [(1, 2)], None),
+        ((4, 4), [], ()),
+        ((4, 4), [(1, 2)], ()),
         ((4, 4), [(1, 2)], range(2)),
         ((44, 40), [(3, 39)], range(22)),
     ):

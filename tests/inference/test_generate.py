@@ -1,6 +1,8 @@
 """Generation end to end on a tiny prepared folder: what is retrieved, streamed and refused."""
 
 import dataclasses
+import html
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,7 @@ from m3jax.errors import InferenceError
 from m3jax.inference.attribution import as_dict, as_page, as_text, attribute, effects_of
 from m3jax.inference.cold_start import ColdMemories
 from m3jax.inference.generate import Generator
-from m3jax.inference.memory_retrieval import MemoryRetriever
-from m3jax.inference.retrieval_schedule import retrieval_schedule
+from m3jax.inference.memory_retrieval import MemoryRetriever, retrieval_schedule
 from m3jax.inference.sampling import Sampling
 from m3jax.knowledge.versions import open_bank, open_references, open_retriever, open_version
 from m3jax.make_model import make_model
@@ -185,13 +186,14 @@ def test_sources_name_what_was_read(world, found):
         i for chunk in row.chunks for i in chunk.ids[chunk.ids >= 0].tolist()
     }
     one = next(source for source in read if source.id == row.chunks[0].ids[0])
-    assert one.text == world.references[one.id].text and one.effect == 0.5
+    assert one.reference.text == world.references[one.id].text and one.effect == 0.5
     weights = [source.attention for source in read]
     assert weights == sorted(weights, reverse=True)
     assert 0 < sum(weights) < 1
     assert sum(weights) == pytest.approx(row.by_token[:, :-1].sum() / NEW, rel=1e-5)
-    assert one.key in as_text(read) and one.title in as_text(read)
+    assert one.reference.key in as_text(read) and one.reference.title in as_text(read)
     record = as_dict(row, read, by_head=True)
+    assert record["sources"][0]["key"] == read[0].reference.key
     last = record["chunks"][-1]
     heads = np.array(last["attention_by_layer_and_head"])  # (L, K, G, M)
     assert heads.shape == (1, 2, 1, 3)
@@ -200,14 +202,14 @@ def test_sources_name_what_was_read(world, found):
 
 def test_the_page_has_text_sources_and_no_raw_markup(world, found):
     row = dataclasses.replace(found[1], prompt="<script>&")
-    pieces = world.generator().pieces
-    assert "".join(pieces(row.tokens)) == row.text
-    page = as_page([(row, attribute(row, world.references))], pieces)
+    page = as_page([(row, attribute(row, world.references))], world.tokenizer)
+    shown = page.partition('<div class="text">')[2].partition("</div>")[0]
+    assert html.unescape(re.sub("<[^>]*>", "", shown)) == row.text
     assert "<script>" not in page and "&lt;script&gt;&amp;" in page
     readers = [one.retrieval.generates for one in row.chunks if (one.ids >= 0).any()]
     assert page.count("of the attention") == sum(high - low for low, high in readers) > 0
     for one in attribute(row, world.references):
-        assert one.text in page
+        assert one.reference.text in page
 
 
 @pytest.mark.parametrize(

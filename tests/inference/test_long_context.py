@@ -206,7 +206,6 @@ def test_references_are_a_set_that_the_writer_takes():
     assert [one.key for one in references] == keys
     assert references.tokens(np.array([1, 2])).tolist() == [[8, 7, 0, 0, 0], [7, 0, 0, 0, 0]]
     assert references.lengths.tolist() == [2, 2, 1, 2]
-    assert references.texts([2, 1]) == ["blue", "green"]
     assert references.documents().tolist() == [0, 0, 1, 2]
     assert references.search("green", 4, 2).tolist() == [1, -1]
     assert references.search("white", 4, 2).tolist() == [3, -1]

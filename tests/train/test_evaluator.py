@@ -8,8 +8,8 @@ from data.data_workdir import WORLD, make_workdir, tiny_config
 
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import BankError, TextError
-from m3jax.evaluation.questions import Answerer, Question, read_questions
 from m3jax.evaluation.report import answer_questions, losses_table
+from m3jax.evaluation.scoring import Answerer, Question, read_questions
 from m3jax.knowledge.memory_writer import check_reader
 from m3jax.make_model import make_model
 from m3jax.model.attention_mask import ExplicitMemory
@@ -81,7 +81,7 @@ def test_answers_are_those_of_teacher_forcing_with_the_memories(workdir, params)
     read = jax.jit(model.logits, static_argnames="window")
     asked = people.questions(WORLD, 0)
     questions = [Question(q.prompt, q.answer, q.references) for q in asked]
-    ids = answerer.given(questions, pipeline.references)
+    ids = answerer.look_up(questions, pipeline.references)
     correct = answerer.correct(questions, ids, bank)
     for n, question in enumerate(questions[:7]):
         tokens = jnp.array([[1, *pipeline.tokenizer.encode(question.prompt)]], jnp.int32)
@@ -101,14 +101,15 @@ def test_each_prompt_chunk_retrieves_with_its_own_text_and_the_answer_inherits(w
     first, second = WORLD.unseen[:2]
     prompt = "\n".join((first.text, second.text, people.statement(second.name, "pet", "")[:-1]))
     question = Question(prompt, " a very long answer of many more tokens than a chunk has room for")
-    ids = answerer.retrieve([question], pipeline.retriever)
+    ids = answerer.search([question], pipeline.retriever)[0]
     tokens = np.array([1, *pipeline.tokenizer.encode(prompt)])
     for chunk in range((len(tokens) - 1) // 10 + 1):
         text = pipeline.tokenizer.decode(tokens[10 * chunk : 10 * chunk + 10])
         expected = pipeline.retriever.retrieve([text], None, 5)
-        np.testing.assert_array_equal(ids[0, chunk], expected[0])
-    last = (len(tokens) - 1) // 10
-    assert ids.shape[1] > last + 1 and (ids[0, last:] == ids[0, last]).all()
+        np.testing.assert_array_equal(ids[chunk], expected[0])
+    assert len(ids) == (len(tokens) - 1) // 10 + 1
+    correct = answerer.correct([question], [np.concatenate([ids, ids[-1:]])], pipeline.bank)
+    assert answerer.correct([question], [ids], pipeline.bank) == correct
 
 
 def test_questions_are_searched_where_training_rows_carry_their_references(

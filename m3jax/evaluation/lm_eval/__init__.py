@@ -1,1 +1,1 @@
-"""Adapter for lm-evaluation-harness and its task files."""
+"""Adapter for lm-evaluation-harness."""

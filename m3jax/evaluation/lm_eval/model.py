@@ -6,10 +6,10 @@
 | mode | the model reads |
 |---|---|
 | `none` | the context |
-| `memory`, or `explicit` | memories that the context's chunks find |
+| `memory`, or `explicit` | memories that the context's chunks retrieve |
 | `compressed` | the same, of a bank with compressed memories |
-| `rag` | references as text in front of the context, found with all of it |
-| `wrong` | memories that another question finds |
+| `rag` | references as text in front of the context, retrieved with all of it |
+| `wrong` | memories that another question retrieves |
 
 A scored continuation is never part of a query, and references that overlap too much with the
 context are dropped (Memory³ §6.1). Contexts that are too long lose their beginning.
@@ -17,6 +17,7 @@ context are dropped (Memory³ §6.1). Contexts that are too long lose their begi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,15 @@ from m3jax.errors import InferenceError
 from m3jax.evaluation.scoring import Pair, Scorer
 from m3jax.inference.generate import Generator
 from m3jax.inference.memory_retrieval import MemoryRetriever
-from m3jax.inference.rag import with_references
-from m3jax.inference.retrieval_schedule import retrieval_schedule
+from m3jax.inference.rag import rag_prompts
 from m3jax.inference.session import Session
+from m3jax.memory.bank import Bank
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.tokenizer import BOS, END
 
 try:
     from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import postprocess_generated_text
     from lm_eval.utils import get_rolling_token_windows
 except ImportError as error:
     raise InferenceError(
@@ -50,7 +52,7 @@ class HarnessModel(TemplateLM):
 
     Attributes:
       retriever: finds the references; its counters are this model's own. None in the mode `none`.
-      counts: `requests`; `truncated`: those whose context did not fit.
+      counts: `requests`; `truncated`: requests whose context did not fit.
     """
 
     def __init__(
@@ -87,33 +89,37 @@ class HarnessModel(TemplateLM):
                 " with launch/write_bank.py --config.writer.compression=vector --bank=FOLDER"
             )
         self.session, self.mode, self.references = session, mode, references
-        self.config, self.tokenizer = session.config, session.tokenizer
-        limit = self.config.retrieval.overlap_evaluation if overlap is None else overlap
+        limit = session.config.retrieval.overlap_evaluation if overlap is None else overlap
         self.overlap = float(limit)
-        self.bank: Any = None
-        self.retriever: Retriever | None = None
+        self.bank: Bank | None = None
         if mode in ("memory", "compressed", "wrong"):
             session.require_memories(mode)
             self.bank = session.open_bank(bank) if mode == "compressed" else session.bank
+        self.retriever: Retriever | None = None
         if mode != "none":
-            retriever = session.retriever
+            shared = session.retriever
             self.retriever = Retriever(
-                retriever.index,
-                retriever.references,
-                retriever.candidates,
-                self.overlap,
-                retriever.rank,
+                shared.index, shared.references, shared.candidates, self.overlap, shared.rank
             )
+        self.longest = session.config.data.sequence_length
         self.scorer = Scorer(
+            session.model, session.params, session.tokenizer, self.longest, batch_size
+        )
+        self.counts = {"requests": 0, "truncated": 0}
+
+    @functools.cached_property
+    def _generator(self) -> Generator:
+        session, memory_retriever = self.session, None
+        if self.bank is not None:
+            count = session.config.memory.per_prompt_chunk
+            memory_retriever = MemoryRetriever(self.retriever, self.bank, session.tokenizer, count)
+        return Generator(
             session.model,
             session.params,
             session.tokenizer,
-            session.config.data.sequence_length,
-            batch_size,
+            memory_retriever,
+            longest=self.longest,
         )
-        self.longest = self.config.data.sequence_length
-        self.counts = {"requests": 0, "truncated": 0}
-        self._generator: Generator | None = None
 
     @property
     def eot_token_id(self) -> int:
@@ -135,12 +141,12 @@ class HarnessModel(TemplateLM):
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """Scores continuations: log-probability, and whether each token is the first choice."""
-        contexts = [request.args[0] for request in requests]
+        contexts = self._shown([request.args[0] for request in requests])
         encoded = []
-        for request, shown in zip(requests, self._shown(contexts), strict=True):
+        for request, context in zip(requests, contexts, strict=True):
             continuation = request.args[1]
-            if shown:
-                tokens = self._encode_pair(shown, continuation)
+            if context:
+                tokens = self._encode_pair(context, continuation)
             else:
                 tokens = ([BOS], self.tok_encode(continuation))
             encoded.append((request.args, *tokens))
@@ -159,17 +165,10 @@ class HarnessModel(TemplateLM):
         Args:
           requests: texts, context tokens, continuation tokens.
           disable_tqdm: whether to show no bar.
-          questions: which question each belongs to; default, each context is one.
+          questions: which question each belongs to; default: each context is a question.
         """
         pairs = [self._pair(context, continuation) for _, context, continuation in requests]
-        keys = [pair.context.tobytes() for pair in pairs]
-        unique = {key: pair.context for key, pair in zip(keys, pairs, strict=True)}
-        ids = None
-        if self.bank is not None and self.retriever is not None:
-            contexts = list(unique.values())
-            retrieved = self.scorer.retrieve(contexts, self.retriever, self._against(contexts))
-            by_key = dict(zip(unique, retrieved, strict=True))
-            ids = self._read([by_key[key] for key in keys], questions or keys)
+        ids = self._retrieve([pair.context for pair in pairs], questions)
         scores = self.scorer.score(pairs, ids, self.bank, progress=not disable_tqdm)
         return list(zip(scores.logprob.tolist(), scores.greedy.tolist(), strict=True))
 
@@ -187,19 +186,14 @@ class HarnessModel(TemplateLM):
             )
         pairs, owners = [], []
         for number, request in enumerate(requests):
-            windows = get_rolling_token_windows(
-                self.tok_encode(request.args[0]), BOS, self.longest, 1
-            )
-            for inputs, scored in windows:
+            tokens = self.tok_encode(request.args[0])
+            for inputs, scored in get_rolling_token_windows(tokens, BOS, self.longest, 1):
                 context = inputs[: len(inputs) - len(scored) + 1]
                 pairs.append(Pair(np.array(context, np.int32), np.array(scored, np.int32)))
                 owners.append(number)
         self.counts["requests"] += len(requests)
-        ids = None
-        if self.bank is not None and self.retriever is not None:
-            rows = [np.concatenate([pair.context, pair.continuation[:-1]]) for pair in pairs]
-            retrieved = self.scorer.retrieve(rows, self.retriever, self._against(rows), shift=1)
-            ids = self._read(retrieved, owners)
+        rows = [np.concatenate([pair.context, pair.continuation[:-1]]) for pair in pairs]
+        ids = self._retrieve(rows, owners, shift=1)
         scores = self.scorer.score(pairs, ids, self.bank, progress=not disable_tqdm)
         return np.bincount(np.array(owners, int), scores.logprob, len(requests)).tolist()
 
@@ -219,110 +213,88 @@ class HarnessModel(TemplateLM):
             questions = [_question(requests[i]) for i in numbers]
             texts = self._generate(prompts, new, questions)
             for number, text in zip(numbers, texts, strict=True):
-                answers[number] = _until(text, requests[number].args[1].get("until") or [])
+                stops = requests[number].args[1].get("until")
+                answers[number] = postprocess_generated_text(text, stops, None)
         return answers
 
     def _new_tokens(self, settings: dict[str, Any]) -> int:
-        """Most new tokens of a request; at most half of the model's context."""
+        """Returns the most new tokens of a request; at most half of the model's context."""
         if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
             raise InferenceError("a task asks for sampling; only greedy generation is scored")
         named = settings.get("max_gen_toks") or settings.get("max_new_tokens") or NEW_TOKENS
         return min(int(named), self.longest // 2)
 
     def _generate(self, prompts: list[str], new: int, questions: Sequence[Hashable]) -> list[str]:
-        """Texts of prompts, in batches of one size; long prompts together."""
-        if self._generator is None:
-            memory_retriever = None
-            if self.bank is not None and self.retriever is not None:
-                count = self.config.memory.per_prompt_chunk
-                memory_retriever = MemoryRetriever(
-                    self.retriever, self.bank, self.session.tokenizer, count
-                )
-            self._generator = Generator(
-                self.session.model,
-                self.session.params,
-                self.session.tokenizer,
-                memory_retriever,
-                longest=self.config.data.sequence_length,
-            )
+        """Continues prompts in batches of one size, long prompts together."""
         tokens = self.session.tokenizer.encode_batch(prompts)
-        against = tokens if self._filters and self.bank is not None else None
-        references = (
-            self._other_references(tokens, new, questions) if self.mode == "wrong" else None
-        )
+        options: dict[str, Sequence[Any]] = {}  # of each prompt
+        if self.overlap < 1 and self.bank is not None:
+            options["against"] = tokens
+        if self.mode == "wrong":
+            contexts = [np.concatenate([[BOS], row]).astype(np.int32) for row in tokens]
+            retrieved = self._retrieve(contexts, questions) or ()
+            most = self.longest // self.session.config.memory.chunk_length
+            # The references of the last chunk are read to the end.
+            options["references"] = [
+                [*np.pad(ids, ((0, most), (0, 0)), "edge")] for ids in retrieved
+            ]
         texts = [""] * len(prompts)
         order = np.argsort([-len(row) for row in tokens], kind="stable")
         rows = self.scorer.batch_size
         for low in range(0, len(prompts), rows):
             part = order[low : low + rows].tolist()
             part += part[-1:] * (rows - len(part))
-            generations = self._generator.generate(
-                [prompts[i] for i in part],
-                new,
-                against=None if against is None else [against[i] for i in part],
-                references=None if references is None else [references[i] for i in part],
-            )
+            of_part: dict[str, Any] = {
+                name: [values[i] for i in part] for name, values in options.items()
+            }
+            generations = self._generator.generate([prompts[i] for i in part], new, **of_part)
             for i, generation in zip(part, generations, strict=True):
                 texts[i] = generation.text
         return texts
 
-    def _other_references(
-        self, tokens: Sequence[np.ndarray], new: int, questions: Sequence[Hashable]
-    ) -> list[list[np.ndarray]]:
-        """References for each prompt's retrievals, found by the chunks of another question."""
-        assert self.retriever is not None
-        contexts = [np.concatenate([[BOS], row]).astype(np.int32) for row in tokens]
-        retrieved = self.scorer.retrieve(contexts, self.retriever, self._against(contexts))
-        chunk = self.config.memory.chunk_length
-        return [
-            [
-                ids[min(c, len(ids) - 1)]
-                for c in range(len(retrieval_schedule(len(row), new, chunk)))
-            ]
-            for row, ids in zip(contexts, self._read(retrieved, questions), strict=True)
-        ]
+    def _retrieve(
+        self,
+        contexts: Sequence[np.ndarray],
+        questions: Sequence[Hashable] | None = None,
+        shift: int = 0,
+    ) -> list[np.ndarray] | None:
+        """Retrieves what contexts read, in the mode `wrong` another question's; None = no memory.
 
-    def _read(self, retrieved: list[np.ndarray], questions: Sequence[Hashable]) -> list[np.ndarray]:
-        """References that requests read: their own, or in the mode `wrong` another question's."""
+        Equal contexts are searched for once. They are filtered against themselves, without BOS.
+        """
+        if self.bank is None or self.retriever is None:
+            return None
+        keys = [row.tobytes() for row in contexts]
+        unique = dict(zip(keys, contexts, strict=True))
+        searched = list(unique.values())
+        against = [row[row != BOS] for row in searched] if self.overlap < 1 else None
+        retrieved = self.scorer.retrieve(searched, self.retriever, against, shift=shift)
+        by_key = dict(zip(unique, retrieved, strict=True))
+        ids = [by_key[key] for key in keys]
         if self.mode != "wrong":
-            return retrieved
+            return ids
         first: dict[Hashable, int] = {}
-        for number, question in enumerate(questions):
+        for number, question in enumerate(questions or keys):
             first.setdefault(question, number)
-        order = list(first)
-        if len(order) < 2:
+        if len(first) < 2:
             raise InferenceError("mode 'wrong' with a single question; give at least two")
-        half = len(order) // 2
-        other = {
-            question: first[order[(i + half) % len(order)]] for i, question in enumerate(order)
-        }
-        return [retrieved[other[question]] for question in questions]
-
-    @property
-    def _filters(self) -> bool:
-        return self.overlap < 1
-
-    def _against(self, contexts: list[np.ndarray]) -> list[np.ndarray] | None:
-        """Tokens that no reference may contain: the contexts, without BOS."""
-        return [row[row != BOS] for row in contexts] if self._filters else None
+        places, half = list(first.values()), len(first) // 2
+        other = dict(zip(first, places[half:] + places[:half], strict=True))
+        return [ids[other[question]] for question in questions or keys]
 
     def _shown(self, contexts: Sequence[str]) -> list[str]:
-        """Texts that the model reads: in the mode `rag` behind references.
-
-        Counts the requests.
-        """
+        """Returns texts that the model reads, in the mode `rag` behind references; counts them."""
         self.counts["requests"] += len(contexts)
         if self.mode != "rag" or self.retriever is None:
             return list(contexts)
         unique = [context for context in dict.fromkeys(contexts) if context.strip()]
-        against = self.session.tokenizer.encode_batch(unique) if self._filters else None
-        ids = self.retriever.retrieve(unique, against, self.references)
-        texts = with_references(unique, ids, self.session.references)
+        against = self.session.tokenizer.encode_batch(unique) if self.overlap < 1 else None
+        texts, _ = rag_prompts(self.retriever, unique, self.references, against)
         shown = dict(zip(unique, texts, strict=True))
         return [shown.get(context, context) for context in contexts]
 
     def _pair(self, context: Sequence[int], continuation: Sequence[int]) -> Pair:
-        """Tokens with BOS in front, the context cut from the left to what fits."""
+        """Puts BOS in front of tokens; the context is cut from the left to what fits."""
         room = self.longest - len(continuation)  # the last token is only scored, BOS is one more
         if not continuation or room < 0:
             raise InferenceError(
@@ -336,18 +308,15 @@ class HarnessModel(TemplateLM):
         return Pair(np.array([BOS, *tokens], np.int32), np.array(continuation, np.int32))
 
     def _fitting(self, prompts: list[str], room: int) -> list[str]:
-        """Texts cut from the left to a number of tokens."""
-        encode = self.session.tokenizer.encode
-        fitting = []
-        for text, tokens in zip(prompts, self.session.tokenizer.encode_batch(prompts), strict=True):
-            self.counts["truncated"] += len(tokens) > room
+        """Cuts texts from the left to a number of tokens."""
+        tokenizer, fitting = self.session.tokenizer, []
+        for text, tokens in zip(prompts, tokenizer.encode_batch(prompts), strict=True):
             keep = room
-            while len(tokens) > room:  # a text that is cut may have more tokens than were kept
-                text = self.session.tokenizer.decode(tokens[-keep:])
-                text = text.lstrip("\N{REPLACEMENT CHARACTER}")
-                if len(encode(text)) <= room:
-                    break
-                keep -= 1
+            if len(tokens) > room:
+                self.counts["truncated"] += 1
+                while len(tokenizer.encode(text)) > room:  # a cut text may have more than were kept
+                    text = tokenizer.decode(tokens[-keep:]).lstrip("\N{REPLACEMENT CHARACTER}")
+                    keep -= 1
             fitting.append(text)
         return fitting
 
@@ -357,11 +326,3 @@ def _question(request: Any) -> Hashable:
     if request.doc_id is None:
         return request.args[0]
     return request.task_name, request.doc_id
-
-
-def _until(text: str, stops: str | Sequence[str]) -> str:
-    """Cuts a text at the first of some strings."""
-    for stop in [stops] if isinstance(stops, str) else stops:
-        if stop:
-            text = text.partition(stop)[0]
-    return text

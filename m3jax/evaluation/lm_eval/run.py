@@ -5,23 +5,118 @@ lm-evaluation-harness makes the prompts and scores them (the extra `eval`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from m3jax.errors import InferenceError
 from m3jax.evaluation.answer_recall import answerable_questions
-from m3jax.evaluation.lm_eval.files import LocalTask
 from m3jax.evaluation.lm_eval.model import MODES, HarnessModel
-from m3jax.evaluation.lm_eval.tasks import measures_of, run_task
+from m3jax.evaluation.squad_metrics import exact_match, f1, last_number
+from m3jax.evaluation.task_files import LocalTask
 from m3jax.inference.session import Session
 from m3jax.train.metrics import retrieval_shares
 
+SEED = 1234  # of the shots
+_SHORT, _LONG = 16, 256  # tokens of a short answer, and of one with its steps
 
-@dataclass(frozen=True)
-class Column:
+
+def _open_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    answer, right = results[0], doc["answers"]
+    return {"exact_match": exact_match(answer, right), "f1": f1(answer, right)}
+
+
+def _number_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    number = last_number(results[0])
+    return {"exact_match": float(number is not None and number == last_number(doc["answers"][0]))}
+
+
+def _settings(
+    output_type: str, text: str, target: str, measures: Sequence[str], **more: Any
+) -> dict[str, Any]:
+    """Returns what the harness is told of a kind; `text` and `target` are fields of an example."""
+    metric = {"aggregation": "mean", "higher_is_better": True}
+    metrics = [{"metric": name, **metric} for name in measures]
+    named = {"output_type": output_type, "doc_to_text": text, "doc_to_target": target}
+    return {**named, "metric_list": metrics, **more}
+
+
+_SETTINGS = {
+    "choice": _settings(
+        "multiple_choice", "text", "gold", ["acc", "acc_norm"], doc_to_choice="choices"
+    ),
+    "schema": _settings(
+        "multiple_choice", "gold", "continuation", ["acc"], doc_to_choice="contexts"
+    ),
+    "continuation": _settings(
+        "loglikelihood", "text", "continuation", ["acc"], target_delimiter=""
+    ),
+    "open": _settings(
+        *("generate_until", "text", "answers", ["exact_match", "f1"]),
+        process_results=_open_results,
+        generation_kwargs={"until": ["\n"], "max_gen_toks": _SHORT},
+    ),
+    "number": _settings(
+        *("generate_until", "text", "target", ["exact_match"]),
+        process_results=_number_results,
+        generation_kwargs={"until": ["\n\n", "Question:"], "max_gen_toks": _LONG},
+    ),
+}
+
+
+def measures_of(kind: str) -> list[str]:
+    """Names the measures of tasks of a kind, the main one first."""
+    return [metric["metric"] for metric in _SETTINGS[kind]["metric_list"]]
+
+
+def run_task(
+    model: HarnessModel, task: LocalTask, shots: int = 0, limit: int | None = None
+) -> list[dict[str, Any]]:
+    """Runs a task in one mode; returns the harness's record of each example, in order."""
+    from lm_eval.evaluator import evaluate
+
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        tasks = {"tasks": {task.name: as_harness_task(task, shots)}}
+        results = evaluate(model, tasks, limit=limit, bootstrap_iters=0, verbosity="ERROR")
+    finally:
+        logger.setLevel(level)
+    return sorted(results["samples"][task.name], key=lambda sample: sample["doc_id"])
+
+
+class _Docs(list):
+    """Examples as the harness takes them."""
+
+    @property
+    def features(self) -> dict[str, None]:
+        """Names of the fields."""
+        return dict.fromkeys(self[0])
+
+
+def as_harness_task(task: LocalTask, shots: int = 0) -> Any:
+    """Makes a task of the harness; the shots of an example are the same in every run."""
+    from lm_eval.api.task import ConfigurableTask
+
+    splits = {"test": _Docs(task.docs), "dev": _Docs(task.shots or ())}
+    harness_task = ConfigurableTask(
+        config={
+            "task": task.name,
+            "custom_dataset": lambda **_: splits,
+            "test_split": "test",
+            "fewshot_split": "test" if task.shots is None else "dev",
+            "num_fewshot": shots,
+            **_SETTINGS[task.kind],
+        }
+    )
+    harness_task.set_fewshot_seed(SEED)
+    return harness_task
+
+
+class Column(NamedTuple):
     """Mode with its overlap filter; None is the filter of the config."""
 
     mode: str
@@ -90,25 +185,18 @@ def evaluate_tasks(
             raise InferenceError(
                 f"task {task.name} has {pool} examples for {shots} shots; give --shots={pool}"
             )
-    kept = {task.name: task.docs[: limit or None] for task in tasks}
     report: dict[str, Any] = {"shots": shots, "columns": [column.title for column in chosen]}
-    report["tasks"] = {
-        task.name: {
-            "kind": task.kind,
-            "examples": len(kept[task.name]),
-            "chance": task.chance,
-            "scores": {},
-        }
-        for task in tasks
-    }
+    report |= {"tasks": {}, "dropped": {}, "truncated": {}}
+    with_references = any(column.mode not in ("none", "warmup") for column in chosen)
     answerable = {}
-    if any(column.mode not in ("none", "warmup") for column in chosen):
-        for task in tasks:
-            if task.kind == "open":
-                answers = [doc["answers"] for doc in kept[task.name]]
-                answerable[task.name] = answerable_questions(session.references, answers)
-                report["tasks"][task.name]["answerable"] = int(answerable[task.name].sum())
-    report["dropped"], report["truncated"] = {}, {}
+    for task in tasks:
+        docs = task.docs[: limit or None]
+        named = {"kind": task.kind, "examples": len(docs), "chance": task.chance, "scores": {}}
+        if with_references and task.kind == "open":
+            answers = [doc["answers"] for doc in docs]
+            answerable[task.name] = answerable_questions(session.references, answers)
+            named["answerable"] = int(answerable[task.name].sum())
+        report["tasks"][task.name] = named
     for column in chosen:
         if column.mode == "warmup" and warmup is None:
             raise InferenceError("the mode `warmup` needs --warmup_config")
@@ -151,27 +239,24 @@ _MEASURES = {"exact_match": "exact match", "f1": "F1", "acc": "accuracy"}
 def tasks_table(report: dict[str, Any]) -> str:
     """Returns the report as a Markdown table; the average is of each task's first measure."""
     titles = report["columns"]
-    lines = [["task", "measure", "examples", "chance", *titles]]
-    lines.append(["---"] * len(lines[0]))
+    rows = [["task", "measure", "examples", "chance", *titles], ["---"] * (4 + len(titles))]
     firsts: list[list[float]] = []
     for name, task in report["tasks"].items():
-        measures = list(task["scores"][titles[0]])
         chance = "–" if task["chance"] is None else f"{task['chance']:.3f}"
+        measures = [m for m in task["scores"][titles[0]] if m != "acc_norm"]
         for measure in measures:
-            if measure == "acc_norm":
-                continue
-            base, _, part = measure.partition("_answerable")
-            answerable = measure != base
+            base, answerable, _ = measure.partition("_answerable")
             count = task["answerable"] if answerable else task["examples"]
-            named = _MEASURES[base] + (" of the answerable" if answerable else "")
+            meaning = _MEASURES[base] + (" of the answerable" if answerable else "")
             figures = [task["scores"][title][measure] for title in titles]
-            lines.append([name, named, str(count), chance, *(f"{x:.3f}" for x in figures)])
+            rows.append([name, meaning, str(count), chance, *(f"{x:.3f}" for x in figures)])
         firsts.append([task["scores"][title][measures[0]] for title in titles])
     if len(firsts) > 1:
-        means = np.mean(firsts, axis=0)
-        lines.append(["**average**", "", "", "", *(f"{x:.3f}" for x in means)])
-    for name, shares in (("dropped", report["dropped"]), ("truncated", report["truncated"])):
-        named = {"dropped": "references dropped", "truncated": "contexts cut"}[name]
+        rows.append(["**average**", "", "", "", *(f"{x:.3f}" for x in np.mean(firsts, axis=0))])
+    for meaning, shares in (
+        ("references dropped", report["dropped"]),
+        ("contexts cut", report["truncated"]),
+    ):
         cells = [f"{shares[title]:.1%}" if title in shares else "–" for title in titles]
-        lines.append([named, "share", "", "", *cells])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        rows.append([meaning, "share", "", "", *cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)

@@ -12,11 +12,11 @@ from tolerance import close, error
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import InferenceError
-from m3jax.evaluation.lm_eval.files import read_task
+from m3jax.evaluation.task_files import read_task
 from m3jax.inference import session as session_module
 from m3jax.inference.generate import Generator
 from m3jax.inference.memory_retrieval import MemoryRetriever
-from m3jax.inference.rag import with_references
+from m3jax.inference.rag import rag_prompts
 from m3jax.inference.session import Session
 from m3jax.make_model import make_model
 from m3jax.memory.write import write_bank
@@ -174,8 +174,8 @@ def test_rag_puts_references_in_front_and_cuts_from_the_left(session, make, monk
     before = dict(model.counts)
     context = "pet of Mozi"
     found = model.loglikelihood(requests("loglikelihood", (context, " wolf")), disable_tqdm=True)
-    ids = session.retriever.retrieve([context], None, 1)
-    (shown,) = with_references([context], ids, session.references)
+    (shown,), ids = rag_prompts(session.retriever, [context], 1)
+    np.testing.assert_array_equal(ids, session.retriever.retrieve([context], None, 1))
     tokens = session.tokenizer.encode(shown)
     room = 60 - len(session.tokenizer.encode(" wolf"))
     assert len(tokens) <= room  # else take another question
@@ -333,7 +333,7 @@ def write(path, *records):
 
 
 def scores(model, path, shots=0, limit=None):
-    from m3jax.evaluation.lm_eval.tasks import measures_of, run_task
+    from m3jax.evaluation.lm_eval.run import measures_of, run_task
 
     task = read_task(path)
     samples = run_task(model, task, shots, limit)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from m3jax.inference.retrieval_schedule import MemoryRetrieval, retrieval_schedule
+from m3jax.inference.memory_retrieval import MemoryRetrieval, retrieval_schedule
 
 Q = 64
 

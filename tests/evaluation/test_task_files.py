@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from m3jax.errors import InferenceError, TextError
-from m3jax.evaluation.lm_eval.files import question_texts, read_task, task_files
+from m3jax.evaluation.task_files import question_texts, read_task, task_files
 
 SQUAD = {
     "data": [

@@ -6,7 +6,7 @@
 | columns of MMLU (.csv): question, four choices, answer | choice | the likeliest letter |
 | `context_options`, `continuation`, `gold` | schema | the context that makes the rest likeliest |
 | `context`, `continuation`; or `prompt`, `answer` | continuation | whether it is the first choice |
-| `context` or `question`, `answer`, `aliases`; SQuAD (.json) | open | exact match, F1 of a text |
+| `question` or `context`, `answer`, `aliases`; SQuAD (.json) | open | exact match, F1 of a text |
 | `context`, `chain_of_thought`, `answer` | number | the number that a text ends with |
 
 Files are JSON lines, except where the table says otherwise. `gold` counts from 0. A file
@@ -19,9 +19,8 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,8 +35,7 @@ _SUFFIXES = (".jsonl", ".csv", ".json")
 Doc = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class LocalTask:
+class LocalTask(NamedTuple):
     """Examples of one kind.
 
     Attributes:
@@ -71,16 +69,15 @@ def task_files(paths: Sequence[str | Path]) -> list[Path]:
     """
     files: list[Path] = []
     for path in map(Path, paths):
+        if not path.exists():
+            raise TextError(f"there is no task file {path}")
+        inside = [path]
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES)
             inside = [p for p in inside if not p.name.endswith("_dev.csv")]
-            if not inside:
-                raise TextError(f"{path} holds no task files ({', '.join(_SUFFIXES)})")
-            files += inside
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise TextError(f"there is no task file {path}")
+        if not inside:
+            raise TextError(f"{path} holds no task files ({', '.join(_SUFFIXES)})")
+        files += inside
     names = [path.stem for path in files]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
@@ -94,26 +91,19 @@ def read_task(path: str | Path) -> LocalTask:
     Raises:
       TextError: a record of no known form, or of another one than the file's first.
     """
-    path = Path(path)
+    path, shots = Path(path), None
     if path.suffix == ".csv":
         kind, docs = "choice", _read_mmlu(path)
         dev = path.with_name(path.name.replace("_test.csv", "_dev.csv"))
         shots = _read_mmlu(dev) if dev != path and dev.is_file() else None
-        return LocalTask(path.stem.removesuffix("_test"), kind, docs, shots)
-    if path.suffix == ".json":
-        return LocalTask(path.stem, "open", _read_squad(path))
-    records: list[Any] = read_records(path, lambda record: record, "examples", "a line of JSON")
-    kind, make = _form(records[0], path)
-    docs = []
-    for number, record in enumerate(records, 1):
-        try:
-            docs.append(make(record))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise TextError(
-                f"{path}:{number}: not an example of the form of the file's first, {kind}"
-                f" ({error!r})"
-            ) from error
-    return LocalTask(path.stem, kind, docs)
+    elif path.suffix == ".json":
+        kind, docs = "open", _read_squad(path)
+    else:
+        kind, docs = _read_lines(path)
+    if not docs:
+        raise TextError(f"{path} holds no examples")
+    name = path.stem.removesuffix("_test") if path.suffix == ".csv" else path.stem
+    return LocalTask(name, kind, docs, shots)
 
 
 def question_texts(paths: Sequence[str | Path]) -> list[str]:
@@ -125,14 +115,12 @@ def question_texts(paths: Sequence[str | Path]) -> list[str]:
     Raises:
       TextError: no such file, an empty one, or records of no known form.
     """
-    texts: dict[str, None] = {}
-    for path in task_files(paths):
-        for doc in read_task(path).docs:
-            texts[_question_text(doc)] = None
-    return list(texts)
+    docs = (doc for path in task_files(paths) for doc in read_task(path).docs)
+    return list(dict.fromkeys(map(question_text, docs)))
 
 
-def _question_text(doc: Doc) -> str:
+def question_text(doc: Doc) -> str:
+    """Returns the question of an example, without answer, choices and the template."""
     if "contexts" in doc:
         return f"{doc['contexts'][doc['gold']]} {doc['continuation']}"
     text = doc.get("question") or doc["text"]
@@ -141,17 +129,28 @@ def _question_text(doc: Doc) -> str:
     return text.removesuffix(_ANSWER).removeprefix(_QUESTION).strip()
 
 
-def _form(record: Any, path: Path) -> tuple[str, Callable[[Any], Doc]]:
-    """Returns the kind of the records, and the function that makes an example of a record."""
-    fields = set(record) if isinstance(record, dict) else set()
-    for needed, kind, make in _FORMS:
-        if needed <= fields:
-            return kind, make
-    known = "; ".join(", ".join(sorted(needed)) for needed, _, _ in _FORMS)
-    raise TextError(
-        f"{path}:1: an example with the fields {', '.join(sorted(fields)) or 'none'} is of no known"
-        f" form; known: {known}"
-    )
+def _read_lines(path: Path) -> tuple[str, list[Doc]]:
+    """Reads the kind and the examples of a file of JSON lines."""
+    records: list[Any] = read_records(path, lambda record: record, "examples", "a line of JSON")
+    fields = set(records[0]) if isinstance(records[0], dict) else set()
+    forms = [(kind, make) for needed, kind, make in _FORMS if needed <= fields]
+    if not forms:
+        known = "; ".join(", ".join(sorted(needed)) for needed, _, _ in _FORMS)
+        raise TextError(
+            f"{path}:1: an example with the fields {', '.join(sorted(fields)) or 'none'} is of no"
+            f" known form; known: {known}"
+        )
+    kind, make = forms[0]
+    docs = []
+    for number, record in enumerate(records, 1):
+        try:
+            docs.append(make(record))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise TextError(
+                f"{path}:{number}: not an example of the form of the file's first, {kind}"
+                f" ({error!r})"
+            ) from error
+    return kind, docs
 
 
 def _choice(record: Doc) -> Doc:
@@ -162,15 +161,12 @@ def _choice(record: Doc) -> Doc:
 
 
 def _schema(record: Doc) -> Doc:
-    contexts, gold = list(record["context_options"]), _gold(record, "context_options")
+    contexts, gold = record["context_options"], _gold(record, "context_options")
     continuation = record["continuation"].strip()
     if not continuation:
         raise ValueError("an empty continuation")
-    return {
-        "contexts": [context.strip() for context in contexts],
-        "continuation": continuation,
-        "gold": gold,
-    }
+    contexts = [context.strip() for context in contexts]
+    return {"contexts": contexts, "continuation": continuation, "gold": gold}
 
 
 def _gold(record: Doc, name: str) -> int:
@@ -196,9 +192,10 @@ def _open(question: str, answers: Sequence[str]) -> Doc:
     return {"question": question, "text": _QUESTION + question + _ANSWER, "answers": right}
 
 
-def _answers(record: Doc) -> list[str]:
+def _open_record(record: Doc) -> Doc:
     answer = record["answer"]
-    return [*([answer] if isinstance(answer, str) else answer), *record.get("aliases", [])]
+    answers = [*([answer] if isinstance(answer, str) else answer), *record.get("aliases", [])]
+    return _open(record["question"] if "question" in record else record["context"], answers)
 
 
 def _number(record: Doc) -> Doc:
@@ -210,7 +207,7 @@ def _number(record: Doc) -> Doc:
 
 
 def _prompted(record: Doc) -> Doc:
-    """One answer is a continuation as it stands (`evaluation.questions`)."""
+    """Makes an example of a question of `evaluation.scoring`: a continuation as it stands."""
     if not record["answer"].strip():
         raise ValueError("an empty answer")
     return {"text": record["prompt"], "continuation": record["answer"]}
@@ -226,57 +223,45 @@ _FORMS: tuple[tuple[set[str], str, Callable[[Any], Doc]], ...] = (
         lambda record: _continuation(record["context"], record["continuation"]),
     ),
     ({"context", "chain_of_thought", "answer"}, "number", _number),
-    ({"context", "answer"}, "open", lambda record: _open(record["context"], _answers(record))),
-    ({"question", "answer"}, "open", lambda record: _open(record["question"], _answers(record))),
+    ({"question", "answer"}, "open", _open_record),
+    ({"context", "answer"}, "open", _open_record),
     ({"prompt", "answer"}, "continuation", _prompted),
 )
 
 
 def _read_mmlu(path: Path) -> list[Doc]:
     """Reads questions of MMLU: the answer is a letter, or counts from 0; skips a header."""
+    places = {name: i for i, letter in enumerate(LETTERS) for name in (letter, str(i))}
     docs = []
     with path.open(encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.reader(file), 1):
             if number == 1 and row and row[-1] == "answer":
                 continue
             gold = row[5].strip() if len(row) == 6 else ""
-            if gold not in tuple(LETTERS) and gold not in tuple("0123"):
+            if gold not in places:
                 raise TextError(
                     f"{path}:{number}: expected a question, four choices and the answer, A–D or"
                     f" 0–3; found {len(row)} columns" + (f", answer {gold!r}" if gold else "")
                 )
-            options = "".join(
-                f"\n{letter}. {text.strip()}"
-                for letter, text in zip(LETTERS, row[1:5], strict=True)
-            )
-            docs.append(
-                {
-                    "text": row[0].strip() + options + _ANSWER,
-                    "choices": list(LETTERS),
-                    "gold": LETTERS.index(gold) if gold in LETTERS else int(gold),
-                }
-            )
-    if not docs:
-        raise TextError(f"{path} holds no examples")
+            question, *choices = (text.strip() for text in row[:5])
+            options = [f"\n{name}. {text}" for name, text in zip(LETTERS, choices, strict=True)]
+            text = "".join([question, *options, _ANSWER])
+            docs.append({"text": text, "choices": list(LETTERS), "gold": places[gold]})
     return docs
 
 
 def _read_squad(path: Path) -> list[Doc]:
     """Reads questions of a file in the format of SQuAD, without their passages."""
     try:
-        data = json.loads(path.read_text("utf-8"))["data"]
-        docs = [
+        return [
             _open(question["question"], [answer["text"] for answer in question["answers"]])
-            for article in data
+            for article in json.loads(path.read_text("utf-8"))["data"]
             for paragraph in article["paragraphs"]
             for question in paragraph["qas"]
             if question["answers"]
         ]
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise TextError(
             f"{path}: expected the format of SQuAD, data → paragraphs → qas with question and"
             f" answers ({error!r})"
         ) from error
-    if not docs:
-        raise TextError(f"{path} holds no examples")
-    return docs
