@@ -34,7 +34,6 @@ class ColdMemories(MemoryReader):
         params: Params,
         references: ReferenceTokens,
         limit: int = 0,
-        grows: bool = False,
         codec: Codec | None = None,
     ) -> None:
         """Prepares the writer.
@@ -43,14 +42,12 @@ class ColdMemories(MemoryReader):
           config: a validated config; `writer.batch_references` are encoded by one call.
           model: of the writer.
           params: the writer's parameters.
-          references: the knowledge base.
+          references: the knowledge base; it may grow, from none.
           limit: bytes of memories that are kept; those read longest ago are written again.
-          grows: whether references may be added later; there may be none yet. Not with
-            `writer.document_context`.
           codec: how to store them; default as they are.
 
         Raises:
-          BankError: there is nothing to write.
+          BankError: references without tokens, or longer than `memory.reference_length`.
         """
         memory = config.memory
         self.codec = Codec(NONE, config.model.head_dim, memory.dtype) if codec is None else codec
@@ -59,12 +56,10 @@ class ColdMemories(MemoryReader):
             (2, *self.codec.item_shape(*item)), jnp.dtype(self.codec.stored_dtype)
         )
         self._config, self._references = config, references
-        self._lengths: Any = np.zeros(0, np.int32)
         self._encoder = Encoder(config, model, params, references, self.codec)
         self._cache = MemoryCache(limit)
         self.written = 0
-        if not grows:
-            self._lengths = memory_lengths(config, references)
+        self._lengths: Any = memory_lengths(config, references) if self.size else []
 
     @property
     def size(self) -> int:

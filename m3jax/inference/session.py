@@ -147,7 +147,7 @@ class Session:
             references = LongContextReferences(
                 self.retriever.index.embedder, length or self.config.memory.reference_length
             )
-            memories = self._write_cold(references, grows=True)
+            memories = self._write_cold(references)
             return LongContextRetriever(references, memories, self.tokenizer, count)
         stored = self._cold_memories if mode == "cold" else self.bank
         return MemoryRetriever(self.retriever, stored, self.tokenizer, count)
@@ -164,7 +164,7 @@ class Session:
     def _cold_memories(self) -> ColdMemories:
         return self._write_cold(self.references)
 
-    def _write_cold(self, references: ReferenceTokens, grows: bool = False) -> ColdMemories:
+    def _write_cold(self, references: ReferenceTokens) -> ColdMemories:
         """Returns memories of references by the writer that the checkpoint reads."""
         config = self.config.copy_and_resolve_references()
         if config.writer.document_context:
@@ -176,4 +176,4 @@ class Session:
             config.writer.batch_references = _COLD_BATCH
         model = make_model(config, PREFIX_TOKENS)
         params, _, _ = restore_writer(self.checkpoint, model, self.tokenizer.fingerprint)
-        return ColdMemories(config, model, params, references, _COLD_BYTES, grows)
+        return ColdMemories(config, model, params, references, _COLD_BYTES)

@@ -42,9 +42,7 @@ class Tiny:
         memory_retriever = None
         if memory:
             references = LongContextReferences(self.embedder, length)
-            own = ColdMemories(
-                self.config, self.model, self.params, references, 1 << 20, grows=True
-            )
+            own = ColdMemories(self.config, self.model, self.params, references, 1 << 20)
             memory_retriever = LongContextRetriever(references, own, self.tokenizer, 3)
         options = {"stop": (), "longest": LONGEST, **options}
         generator = Generator(self.model, self.params, self.tokenizer, memory_retriever, **options)
