@@ -120,11 +120,8 @@ def answerable_questions(
     finder = AnswerFinder([answer for every in answers for answer in every])
     present: set[tuple[str, ...]] = set()
     ids = references.live
-    with tqdm(total=len(ids), desc="answers in references", unit="ref") as bar:
-        for start in range(0, len(ids), _BLOCK):
-            part = ids[start : start + _BLOCK]
-            present.update(*map(finder.find, references.texts(part)))
-            bar.update(len(part))
+    for start in tqdm(range(0, len(ids), _BLOCK), desc="answers in references", unit="block"):
+        present.update(*map(finder.find, references.texts(ids[start : start + _BLOCK])))
     return np.array([any(tuple(words(answer)) in present for answer in every) for every in answers])
 
 
