@@ -31,8 +31,9 @@ _ROUNDS = (
     Flag("minutes", "No round begins that would probably end later.", float, 4.5, low=0),
     Flag(
         "size",
-        "How large what is timed is; the smallest is for tests, full differs for inference alone"
-        " (16 rows of 128 + 128 tokens, not 8 of 64 + 64).",
+        "How large what is timed is; the smallest is for tests, full differs for train (4 rows, not"
+        " 2) and inference (100M parameters and 16 rows of 128 + 128 tokens, not 50M and 8 of"
+        " 64 + 64).",
         default="default",
         choices=("smallest", "default", "full"),
     ),

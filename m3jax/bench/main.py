@@ -39,7 +39,7 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = {
-    "train": Benchmark(train.train, 12, train.SMALLEST),
+    "train": Benchmark(train.train, 12, train.SMALLEST, train.FULL),
     "writer": Benchmark(train.writer, 3, train.SMALLEST),
     "overlap": Benchmark(overlap, 5, {"rows": 1}),
     "bank": Benchmark(bank, 9, {"memories": 160, "tiny_memories": 5000}),
@@ -51,7 +51,7 @@ BENCHMARKS = {
         inference.inference,
         3,
         inference.SMALLEST,
-        {"batch": 16, "tokens": 128},
+        inference.FULL,
         inference.draw_speeds,
     ),
 }

@@ -32,11 +32,11 @@ from m3jax.train.monitor import Monitor
 from m3jax.train.state import Program
 from m3jax.train.step import make_step, scale_on
 
-# Small enough for a CPU, in the proportions of a real model.
+# Small enough for a CPU, in the proportions of a real model; `FULL` has twice the rows.
 _SHAPE = (
     section("model", layers=4, query_heads=8, kv_heads=2, head_dim=32, hidden=256, mlp_width=704)
     | section("model", vocabulary=2048, attention_block=128, prefix="always")
-    | section("data", sequence_length=512, batch_size=4, threads=2, prefetch=4)
+    | section("data", sequence_length=512, batch_size=2, threads=2, prefetch=4)
     | {"memory.layers": 2, "retrieval.shift": 1, "writer.batch_references": 64}
     | {"text.validation_share": 0.0}
 )
@@ -45,6 +45,7 @@ SMALLEST = {
     "shape": section("model", layers=2, hidden=32, mlp_width=64)
     | section("data", sequence_length=128, batch_size=8),
 }
+FULL = {"shape": {"data.batch_size": 4}}
 # The stability guard with limits that nothing exceeds.
 _GUARD = section("guard", on=True, loss_deviations=1e9, norm_deviations=1e9, rise_deviations=1e9)
 _RATIOS = (
@@ -56,7 +57,7 @@ _RATIOS = (
     "guarded_over_plain",
     "monitor_over_plain",
 )
-_GUARD_TURNS = 6  # of a step with and without the stability guard, in a round
+_GUARD_TURNS = 3  # of a step with and without the stability guard, in a round
 _MONITOR_TURNS = 200
 
 
@@ -97,8 +98,8 @@ def train(persons: int = 2000, shape: Mapping[str, Any] = {}) -> Rounds:
             tokens = np.asarray(warmup.same.tokens)
             calls = {"hf_llama": llama_step(llama, plain, tokens), **calls}
         guard = {"guarded": guarded.repeat, "plain": warmup.repeat}
-        while True:
-            seconds = timed(calls) | timed(guard, _GUARD_TURNS)
+        for number in itertools.count():
+            seconds = timed(calls) | timed(guard, _GUARD_TURNS if number else 1)
             seconds |= timed({"monitor": guarded.watch}, _MONITOR_TURNS)
             yield {"ratios": quotients(seconds, *_RATIOS), "seconds": seconds}
 

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from m3jax.errors import HuggingFaceError
@@ -68,7 +68,7 @@ def read_params(
             f"{folder}: the tokenizer has {len(order)} tokens, but the model only"
             f" {model.vocabulary}; take both from one download"
         )
-    read, names = _open(_weight_files(folder))
+    read, names = open_tensors(weight_files(folder))
     needed = {tensor.name for tensor in _tensors(model, memory)}
     missing = sorted(needed - names)
     if missing:
@@ -252,7 +252,8 @@ def _their_tensors(
 _Read = Callable[[str, tuple[int, ...] | None], np.ndarray]
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """Lists the files that hold the tensors of a folder."""
     if (folder / _WEIGHTS).is_file() or not (folder / _INDEX).is_file():
         return [folder / _WEIGHTS]
     places = read_json(folder / _INDEX).get("weight_map")
@@ -262,8 +263,11 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _open(files: list[Path]) -> tuple[_Read, set[str]]:
-    """`read(name, shape)`, which returns a tensor as it is stored, and the names of all tensors."""
+def open_tensors(files: list[Path]) -> tuple[_Read, set[str]]:
+    """Returns `read(name, shape)` of a tensor as it is stored, and the names of all tensors.
+
+    Raises `HuggingFaceError` where a file or a tensor is not as needed.
+    """
     where: dict[str, tuple[Any, Path]] = {}
     for path in files:
         try:
@@ -271,7 +275,7 @@ def _open(files: list[Path]) -> tuple[_Read, set[str]]:
         except (OSError, SafetensorError) as error:
             raise HuggingFaceError(
                 f"{path} is missing or damaged ({error}); download it again, or convert other"
-                " weights with AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
+                " weights with from_pretrained(…).save_pretrained(…) of transformers"
             ) from error
         where.update({name: (handle, path) for name in handle.keys()})  # noqa: SIM118
 

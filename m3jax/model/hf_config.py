@@ -124,7 +124,7 @@ def their_config(model: ConfigDict, tied: bool, dtype: str, positions: int) -> d
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object; raises `HuggingFaceError`."""
+    """Reads a JSON object; raises `HuggingFaceError`."""
     try:
         content = json.loads(path.read_text("utf-8"))
         if not isinstance(content, dict):

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
-from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +22,19 @@ from ml_collections import ConfigDict
 
 from m3jax.checkpoint import read_model
 from m3jax.errors import CheckpointError, RetrievalError, TextError
-from m3jax.files import digest, write_atomically
+from m3jax.files import committing, digest
 from m3jax.make_model import make_model
 from m3jax.memory.binding import layout_of, writer_fingerprint, writer_params
 from m3jax.mesh import ACTIVATIONS, batch_sharding, local_mesh, on_devices, replicated
 from m3jax.model.parameters import Params
 from m3jax.retrieval.batches import calls
-from m3jax.retrieval.embedder import Embedder, read_spec, write_spec
+from m3jax.retrieval.embedder import (
+    Embedder,
+    check_fingerprint,
+    check_source,
+    read_spec,
+    reading,
+)
 from m3jax.retrieval.pooling import directions, draw, like, position_means, unit, usable
 from m3jax.text.tokenizer import PAD
 
@@ -92,8 +97,7 @@ class CheckpointEmbedder(Embedder):
             "embed": self.program(self._embed),
             "embed_queries": self.program(self._embed_queries),
         }
-        self._learnt: Statistics = {}
-        self._placed: Any = None
+        self.set_statistics({})
 
     def _part(self, params: Params) -> tuple[ConfigDict, tuple[int, ...], Params]:
         """Returns config, prefix and parameters of the model of the layers that are run."""
@@ -122,21 +126,6 @@ class CheckpointEmbedder(Embedder):
     def scales(self, variance: Float[np.ndarray, " E"]) -> Float[np.ndarray, " E"]:
         """Returns factors on the main directions of pooled vectors, from their variances."""
         raise NotImplementedError
-
-    @property
-    def fitted(self) -> bool:
-        return "projection" in self._learnt
-
-    @property
-    def fingerprint(self) -> str:
-        layout = layout_of(self._part_config, self.model.prefix_tokens)
-        setting = [self.name, 1, self.weights, layout, self.tokenizer.fingerprint, self.dimension]
-        return digest(json.dumps(setting, sort_keys=True), *self._bytes())
-
-    def _bytes(self) -> Iterator[bytes]:
-        for name in sorted(self._learnt):
-            yield f"{name} {self._learnt[name].shape}".encode()
-            yield self._learnt[name].tobytes()
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -204,16 +193,22 @@ class CheckpointEmbedder(Embedder):
         Returns (n, dimension) float32; rows of length 1, or of zeros for a text without a token.
         Raises `RetrievalError` before `fit`.
         """
-        return self.embedded(self._programs["embed"], texts)
+        return self._embedded(self._programs["embed"], texts)
 
     def embed_queries(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
         """Embeds texts to search with; as `embed`."""
-        return self.embedded(self._programs["embed_queries"], texts)
+        return self._embedded(self._programs["embed_queries"], texts)
 
     def set_statistics(self, learnt: Statistics) -> None:
         """Sets the statistics: `means` (W, …), `centre` (F,) and `projection` (F, E)."""
-        self._learnt = learnt
+        self._learnt, self.fitted = learnt, "projection" in learnt
         self._placed = jax.device_put(learnt, replicated(self.mesh))
+        layout = layout_of(self._part_config, self.model.prefix_tokens)
+        setting = [self.name, 1, self.weights, layout, self.tokenizer.fingerprint, self.dimension]
+        parts: list[bytes | str] = [json.dumps(setting, sort_keys=True)]
+        for name, values in sorted(learnt.items()):
+            parts += [f"{name} {values.shape}", values.tobytes()]
+        self.fingerprint = digest(*parts)
 
     def program(self, function: Callable[..., Any]) -> Any:
         """Jits a function of (params, statistics, tokens (B, T), lengths (B,), …) by rows."""
@@ -236,7 +231,6 @@ class CheckpointEmbedder(Embedder):
         The first n rows of a result are theirs; others are of empty texts. Texts are cut to the
         length of a reference. `more(places, rows)` makes further arguments with that many rows.
         """
-        statistics = {} if self._placed is None else self._placed
         for start in range(0, len(texts), _BLOCK):
             tokens = self.tokenizer.encode_batch(texts[start : start + _BLOCK])
             tokens = [ids[: self.longest] for ids in tokens]
@@ -244,17 +238,13 @@ class CheckpointEmbedder(Embedder):
             for places, call in calls(tokens, 1, self.rows, self.mesh.size, PAD):
                 arguments = (*call, *more(start + places, len(call[1])))
                 placed = jax.device_put(arguments, self._sharding)
-                waiting.append((start + places, program(self.params, statistics, *placed)))
+                waiting.append((start + places, program(self.params, self._placed, *placed)))
                 if len(waiting) > 2:
                     yield jax.device_get(waiting.pop(0))
             yield from map(jax.device_get, waiting)
 
-    def embedded(self, program: Any, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
-        if not self.fitted:
-            raise RetrievalError(
-                f"the embedder {self.name!r} has no statistics yet; call fit on the texts of the"
-                " knowledge base, or load it from an index"
-            )
+    def _embedded(self, program: Any, texts: Sequence[str]) -> np.ndarray:
+        self.check_fitted()
         embeddings = np.zeros((len(texts), self.dimension), np.float32)
         for places, rows in self.run(program, texts):
             embeddings[places] = rows[: len(places)]
@@ -262,10 +252,9 @@ class CheckpointEmbedder(Embedder):
 
     def save(self, folder: str | Path) -> None:
         """Writes `embedder.json`, which names the checkpoint, and the statistics."""
-        buffer = io.BytesIO()
-        np.savez(buffer, **dict(sorted(self._learnt.items())))  # type: ignore[arg-type]
-        write_atomically(Path(folder) / _STATISTICS, buffer.getvalue())
-        write_spec(folder, self.spec)
+        with committing(Path(folder) / _STATISTICS) as temporary, temporary.open("wb") as file:
+            np.savez(file, **dict(sorted(self._learnt.items())))  # type: ignore[arg-type]
+        super().save(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> CheckpointEmbedder:
@@ -275,30 +264,19 @@ class CheckpointEmbedder(Embedder):
             "put the checkpoint back there, or build the index again (launch/prepare.py) with"
             " config.retrieval.checkpoint"
         )
-        try:
+        with reading(folder):
             data = io.BytesIO((Path(folder) / _STATISTICS).read_bytes())
-            with np.load(data, allow_pickle=False) as file:
+            with np.load(data) as file:
                 learnt = {name: file[name] for name in sorted(file.files)}
             path, expected = Path(spec["checkpoint"]), spec["fingerprint"]
             arguments = int(spec["dimension"]), int(spec["layer"]), int(spec["rows"])
-        except (OSError, KeyError, TypeError, ValueError, BadZipFile) as error:
-            raise RetrievalError(
-                f"cannot load the embedder in {folder} ({error!r}); build the index again"
-            ) from error
-        if not path.is_dir():
-            raise RetrievalError(
-                f"{folder} needs the checkpoint {path}, which is missing; {remedy}"
-            )
+        check_source(folder, "checkpoint", path, remedy)
         loaded = _LOADED.get(f"{path} {expected}")
         if isinstance(loaded, cls):  # the deltas of an index have the embedder of its base
             return loaded
         embedder = cls(path, *arguments)
         embedder.set_statistics(learnt)
-        if embedder.fingerprint != expected:
-            raise RetrievalError(
-                f"{folder} was written with another checkpoint than {path} holds now (fingerprint"
-                f" {expected}; now {embedder.fingerprint}); {remedy}"
-            )
+        check_fingerprint(folder, "checkpoint", path, expected, embedder.fingerprint, remedy)
         _LOADED[f"{path} {expected}"] = embedder
         return embedder
 

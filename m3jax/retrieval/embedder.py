@@ -1,11 +1,13 @@
-"""Interface of embedders, and `embedder.json`, which says what embedder a folder holds."""
+"""Base class of embedders, and `embedder.json`, which says what embedder a folder holds."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Float32
@@ -16,32 +18,41 @@ from m3jax.files import write_atomically
 _SPEC = "embedder.json"
 
 
-@runtime_checkable
-class Embedder(Protocol):
-    """Interface of what turns texts into unit vectors; may be called from several threads."""
+class Embedder:
+    """Base class of what turns texts into unit vectors; may be called from several threads.
+
+    Attributes:
+      name: kind of the embedder, as in `config.retrieval.embedder`.
+      dimension: width of the vectors.
+      fitted: whether `embed` can be called.
+      fingerprint: hex digest of everything the embedding of a text depends on.
+    """
 
     name: str
     dimension: int
-
-    @property
-    def fitted(self) -> bool:
-        """Returns True where `embed` can be called."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Returns the hex digest of everything the embedding of a text depends on."""
+    fitted: bool
+    fingerprint: str
 
     @property
     def spec(self) -> dict[str, Any]:
         """Returns what `save` writes to `embedder.json`: JSON that `load` needs."""
-
-    def fit(self, texts: Iterable[str]) -> None:
-        """Learns from the texts of the knowledge base; replaces what was learnt before."""
+        raise NotImplementedError
 
     @property
     def family(self) -> str:
         """Returns a name that embedders share whose vectors can be compared."""
         return self.fingerprint
+
+    def check_fitted(self) -> None:
+        """Raises `RetrievalError` before `fit`."""
+        if not self.fitted:
+            raise RetrievalError(
+                f"the embedder {self.name!r} has learnt nothing yet; call fit on the texts of the"
+                " knowledge base, or load it from an index"
+            )
+
+    def fit(self, texts: Iterable[str]) -> None:
+        """Learns from the texts of the knowledge base; replaces what was learnt before."""
 
     def extended(self, texts: Sequence[str]) -> Embedder:
         """Returns an embedder of the same family that knows the words of more texts, too."""
@@ -49,27 +60,25 @@ class Embedder(Protocol):
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
         """Embeds texts to one unit row each, or zeros where there is nothing to search with."""
+        raise NotImplementedError
 
     def embed_queries(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
         """Embeds texts to search with, which some embedders read in another way."""
         return self.embed(texts)
 
     def save(self, folder: str | Path) -> None:
-        """Writes `embedder.json` and what it names into the folder; `load` is the inverse."""
+        """Writes `embedder.json` and what it names into the folder; makes the folder if missing."""
+        text = json.dumps(self.spec, indent=2, sort_keys=True)
+        write_atomically(Path(folder) / _SPEC, text.encode())
 
     @classmethod
     def load(cls, folder: str | Path) -> Embedder:
-        """Loads the embedder that `save` wrote."""
-
-
-def write_spec(folder: str | Path, spec: dict[str, Any]) -> None:
-    """Writes the file; `spec["name"]` says which class reads it. The folder is made if missing."""
-    text = json.dumps(spec, indent=2, sort_keys=True)
-    write_atomically(Path(folder) / _SPEC, text.encode())
+        """Loads the embedder that `save` wrote; raises `RetrievalError` where it cannot."""
+        raise NotImplementedError
 
 
 def read_spec(folder: str | Path) -> dict[str, Any]:
-    """Reads what `write_spec` wrote; raises `RetrievalError` where it is missing or damaged."""
+    """Reads `embedder.json`; raises `RetrievalError` where it is missing or damaged."""
     try:
         spec = json.loads((Path(folder) / _SPEC).read_text("utf-8"))
         if not isinstance(spec, dict):
@@ -79,3 +88,31 @@ def read_spec(folder: str | Path) -> dict[str, Any]:
             f"{folder} holds no readable {_SPEC} ({error}); build the index again"
         ) from error
     return spec
+
+
+@contextlib.contextmanager
+def reading(folder: str | Path) -> Iterator[None]:
+    """Turns what reading the files of a saved embedder raises into a `RetrievalError`."""
+    try:
+        yield
+    except (OSError, EOFError, KeyError, TypeError, ValueError, BadZipFile) as error:
+        raise RetrievalError(
+            f"cannot load the embedder in {folder} ({error!r}); build the index again"
+        ) from error
+
+
+def check_source(folder: str | Path, what: str, source: Path, remedy: str) -> None:
+    """Refuses a saved embedder whose encoder or checkpoint is not at its place."""
+    if not source.is_dir():
+        raise RetrievalError(f"{folder} needs the {what} {source}, which is missing; {remedy}")
+
+
+def check_fingerprint(
+    folder: str | Path, what: str, source: Path, expected: str, actual: str, remedy: str
+) -> None:
+    """Refuses a saved embedder whose encoder or checkpoint is another one now."""
+    if actual != expected:
+        raise RetrievalError(
+            f"{folder} was written with another {what} than {source} holds now (fingerprint"
+            f" {expected}; now {actual}); {remedy}"
+        )

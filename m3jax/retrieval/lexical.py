@@ -7,7 +7,6 @@ same text has the same bytes in any batch, thread, process and order of texts.
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import json
 import re
@@ -21,8 +20,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from m3jax.errors import RetrievalError
-from m3jax.files import digest, write_atomically
-from m3jax.retrieval.embedder import Embedder, read_spec, write_spec
+from m3jax.files import digest, write_array
+from m3jax.retrieval.embedder import Embedder, read_spec, reading
 
 _DF = "document_frequency.npy"
 _WORD = re.compile(r"\w+")
@@ -147,19 +146,8 @@ class LexicalEmbedder(Embedder):
                 " 8 or more"
             )
         self.dimension = dimension
-        self.documents = 0
-        self._df: np.ndarray | None = None
-        self._idf = np.zeros(0)
-        self._fingerprint = self._digest()
+        self._learn(np.zeros(_SLOTS, np.int64), 0)
         self._cache = _Cache(dimension)
-
-    @property
-    def fitted(self) -> bool:
-        return self._df is not None
-
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -170,17 +158,9 @@ class LexicalEmbedder(Embedder):
             "fingerprint": self.fingerprint,
         }
 
-    def _frequencies(self) -> np.ndarray:
-        if self._df is None:
-            raise RetrievalError(
-                "the lexical embedder has no word frequencies yet; call fit on the texts of the"
-                " knowledge base, or load it from an index"
-            )
-        return self._df
-
     def fit(self, texts: Iterable[str]) -> None:
         """Counts in how many of the texts each hashed word and prefix occurs."""
-        self._learnt(*self._counted(texts))
+        self._learn(*self._counted(texts))
 
     @property
     def family(self) -> str:
@@ -195,8 +175,7 @@ class LexicalEmbedder(Embedder):
         """
         frequencies, documents = self._counted(texts)
         embedder = LexicalEmbedder(self.dimension)
-        known = self._frequencies().astype(np.int64)
-        embedder._learnt(known + frequencies, self.documents + documents)
+        embedder._learn(self._df + frequencies, self.documents + documents)
         return embedder
 
     def _counted(self, texts: Iterable[str]) -> tuple[np.ndarray, int]:
@@ -212,16 +191,13 @@ class LexicalEmbedder(Embedder):
                 cache = _Cache(self.dimension)
         return frequencies, documents
 
-    def _learnt(self, frequencies: np.ndarray, documents: int) -> None:
+    def _learn(self, frequencies: np.ndarray, documents: int) -> None:
         ratio = (documents + 1) / np.maximum(frequencies, 1)
         self._idf = np.where(frequencies > 0, np.log(ratio), 0.0)
         self._df, self.documents = frequencies.astype(np.uint32), documents
-        self._fingerprint = self._digest()
-
-    def _digest(self) -> str:
-        scheme = [self.name, 1, self.dimension, *_SCHEME, self.documents]
-        frequencies = b"" if self._df is None else self._df.tobytes()
-        return digest(json.dumps(scheme), frequencies)
+        self.fitted = documents > 0
+        scheme = [self.name, 1, self.dimension, *_SCHEME, documents]
+        self.fingerprint = digest(json.dumps(scheme), self._df.tobytes())
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
         """Embeds texts to (n, dimension) float32: rows of length 1, or zeros without a known word.
@@ -229,7 +205,7 @@ class LexicalEmbedder(Embedder):
         Raises:
           RetrievalError: the embedder is not fitted.
         """
-        self._frequencies()
+        self.check_fitted()
         embeddings = np.zeros((len(texts), self.dimension), np.float32)
         for start in range(0, len(texts), _BLOCK):
             block = texts[start : start + _BLOCK]
@@ -256,26 +232,19 @@ class LexicalEmbedder(Embedder):
 
     def save(self, folder: str | Path) -> None:
         """Writes the word frequencies and `embedder.json`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()
-        np.save(buffer, self._frequencies())
-        write_atomically(folder / _DF, buffer.getvalue())
-        write_spec(folder, self.spec)
+        self.check_fitted()
+        write_array(Path(folder) / _DF, self._df)
+        super().save(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> LexicalEmbedder:
         """Reads what `save` wrote, if it is of this hashing scheme."""
         spec = read_spec(folder)
-        try:
+        with reading(folder):
             embedder = cls(int(spec["dimension"]))
-            frequencies = np.load(Path(folder) / _DF, allow_pickle=False).astype(np.int64)
-            embedder._learnt(frequencies, int(spec["documents"]))
+            frequencies = np.load(Path(folder) / _DF).astype(np.int64)
+            embedder._learn(frequencies, int(spec["documents"]))
             same = embedder.fingerprint == spec["fingerprint"]
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise RetrievalError(
-                f"cannot load the embedder in {folder} ({error}); build the index again"
-            ) from error
         if not same:
             raise RetrievalError(
                 f"the embedder in {folder} is damaged or of another version of the hashing scheme;"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +13,17 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32
 
-from m3jax.errors import RetrievalError
 from m3jax.files import digest
 from m3jax.mesh import ACTIVATIONS, batch_sharding, local_mesh, on_devices, replicated
 from m3jax.retrieval.batches import Call, calls
 from m3jax.retrieval.bert import Architecture, Pooling, encode
-from m3jax.retrieval.embedder import Embedder, read_spec, write_spec
+from m3jax.retrieval.embedder import (
+    Embedder,
+    check_fingerprint,
+    check_source,
+    read_spec,
+    reading,
+)
 from m3jax.retrieval.pretrained import read_pretrained
 
 _BLOCK = 4096  # texts tokenized at a time
@@ -63,7 +68,7 @@ class NeuralEmbedder(Embedder):
         self.dimension = pretrained.architecture.hidden
         self.pooling, self.max_length = pretrained.pooling, pretrained.max_length
         self.rows, self.dtype = rows, dtype
-        self._fingerprint = digest(self.name, pretrained.fingerprint, dtype)
+        self.fingerprint = digest(self.name, pretrained.fingerprint, dtype)
         self._tokenizer, self._lower = pretrained.tokenizer, pretrained.lower
         self._special = pretrained.tokenizer.num_special_tokens_to_add(False)
         self._padding = pretrained.architecture.padding or 0
@@ -72,10 +77,6 @@ class NeuralEmbedder(Embedder):
         cast = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), pretrained.params)
         self._params = jax.device_put(cast, replicated(self._mesh))
         self._encode = _program(pretrained.architecture, pretrained.pooling, self._mesh)
-
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -88,9 +89,6 @@ class NeuralEmbedder(Embedder):
             "dtype": self.dtype,
             "fingerprint": self.fingerprint,
         }
-
-    def fit(self, texts: Iterable[str]) -> None:
-        """Does nothing: the encoder has learnt already."""
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
         """Embeds texts; longer ones than `max_length` tokens are cut.
@@ -115,9 +113,6 @@ class NeuralEmbedder(Embedder):
         ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(cleaned)]
         return calls(ids, self._special + 1, self.rows, self._mesh.size, self._padding)
 
-    def save(self, folder: str | Path) -> None:
-        write_spec(folder, self.spec)
-
     @classmethod
     def load(cls, folder: str | Path) -> NeuralEmbedder:
         """Reads what `save` wrote, and the encoder's folder, which must hold the same encoder."""
@@ -126,20 +121,10 @@ class NeuralEmbedder(Embedder):
             "put the encoder back there, or run launch/prepare.py with config.retrieval.encoder ="
             " its folder now; the same encoder at another place costs no new embeddings"
         )
-        try:
-            path = Path(spec["folder"])
+        with reading(folder):
+            path, expected = Path(spec["folder"]), spec["fingerprint"]
             arguments = spec["pooling"], spec["rows"], spec["dtype"]
-            expected = spec["fingerprint"]
-        except KeyError as error:
-            raise RetrievalError(
-                f"the embedder in {folder} is damaged (no {error}); build the index again"
-            ) from error
-        if not path.is_dir():
-            raise RetrievalError(f"{folder} needs the encoder {path}, which is missing; {remedy}")
+        check_source(folder, "encoder", path, remedy)
         embedder = cls(path, *arguments)
-        if embedder.fingerprint != expected:
-            raise RetrievalError(
-                f"{folder} was written with another encoder than {path} holds now (fingerprint"
-                f" {expected}; now {embedder.fingerprint}); {remedy}"
-            )
+        check_fingerprint(folder, "encoder", path, expected, embedder.fingerprint, remedy)
         return embedder

@@ -6,21 +6,22 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
 import numpy as np
 import tokenizers
-from safetensors import SafetensorError, safe_open
 
-from m3jax.errors import RetrievalError
+from m3jax.errors import HuggingFaceError
 from m3jax.files import checksum, digest
+from m3jax.model.hf import open_tensors, weight_files
+from m3jax.model.hf_config import CONFIG, read_json
 from m3jax.retrieval.bert import Architecture, Params, Pooling
 
 _FAMILIES = {"bert": False, "roberta": True, "xlm-roberta": True}  # positions count from padding?
+_FIXED = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
 _MODULES = ("Transformer", "Pooling", "Normalize")  # of sentence-transformers
 _POOLING = "1_Pooling/config.json"
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = ("F32", "F16", "BF16")
+_PUBLISHED = f"use the {CONFIG} that the encoder was published with"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +55,11 @@ def read_pretrained(folder: Path, pooling: Literal["auto", "mean", "cls"]) -> Pr
       pooling: `auto` takes what `1_Pooling/config.json` says.
 
     Raises:
-      RetrievalError: the folder or a file is missing, damaged, or of a model that is not a BERT,
+      HuggingFaceError: the folder or a file is missing, damaged, or of a model that is not a BERT,
         RoBERTa or XLM-RoBERTa encoder; a tensor is missing or has another shape.
     """
     if not folder.is_dir():
-        raise RetrievalError(
+        raise HuggingFaceError(
             f"there is no folder {folder}; set config.retrieval.encoder to the folder of a"
             " downloaded encoder, with config.json, model.safetensors and tokenizer.json"
         )
@@ -67,39 +68,25 @@ def read_pretrained(folder: Path, pooling: Literal["auto", "mean", "cls"]) -> Pr
     chosen = pooling if pooling != "auto" else _pooling(folder)
     max_length, lower = _limits(folder, architecture)
     tokenizer, text = _tokenizer(folder, architecture, max_length)
-    files = _weight_files(folder)
+    files = weight_files(folder)
+    params = _params(files, architecture)
     settings = [1, dataclasses.asdict(architecture), chosen, max_length, lower]
     fingerprint = digest(json.dumps(settings), text, *map(checksum, files))
-    params = _params(files, architecture)
     return Pretrained(architecture, params, chosen, tokenizer, max_length, lower, fingerprint)
 
 
-def _json(path: Path, remedy: str, required: bool = True) -> dict[str, Any]:
-    """Reads a JSON file; {} where one that is not required is missing."""
-    if not path.is_file() and not required:
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError) as error:
-        raise RetrievalError(f"{path} is missing or damaged ({error}); {remedy}") from error
-    return content
-
-
 def _architecture(folder: Path) -> Architecture:
-    path = folder / "config.json"
-    config = _json(path, "an encoder's folder needs the config.json it was published with")
+    path = folder / CONFIG
+    config = read_json(path)
     family = config.get("model_type")
     if family not in _FAMILIES:
-        raise RetrievalError(
+        raise HuggingFaceError(
             f"{path}: model_type = {family!r} is not supported; config.retrieval.encoder takes"
             f" {', '.join(_FAMILIES)}"
         )
-    fixed = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
-    for key, expected in fixed.items():
+    for key, expected in _FIXED.items():
         if config.get(key, expected) != expected:
-            raise RetrievalError(
+            raise HuggingFaceError(
                 f"{path}: {key} = {config[key]!r} is not supported, only {expected!r}; choose"
                 " another encoder"
             )
@@ -116,14 +103,13 @@ def _architecture(folder: Path) -> Architecture:
             norm_epsilon=float(config.get("layer_norm_eps", 1e-12)),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise RetrievalError(
-            f"{path} lacks a size, or one is no number ({error!r}); use the config.json that"
-            " the encoder was published with"
+        raise HuggingFaceError(
+            f"{path} lacks a size, or one is no number ({error!r}); {_PUBLISHED}"
         ) from error
     if min(sizes.layers, sizes.heads, sizes.types) < 1 or sizes.hidden % sizes.heads:
-        raise RetrievalError(
+        raise HuggingFaceError(
             f"{path}: {sizes.heads} heads do not divide hidden_size = {sizes.hidden}, or a size is"
-            " 0; use the config.json that the encoder was published with"
+            f" 0; {_PUBLISHED}"
         )
     return sizes
 
@@ -137,10 +123,10 @@ def _check_modules(folder: Path) -> None:
         modules = json.loads(path.read_text("utf-8"))
         kinds = [module["type"].rpartition(".")[2] for module in modules]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RetrievalError(f"{path} is damaged ({error!r}); download it again") from error
+        raise HuggingFaceError(f"{path} is damaged ({error!r}); download it again") from error
     for kind in kinds:
         if kind not in _MODULES:
-            raise RetrievalError(
+            raise HuggingFaceError(
                 f"{path} names a module {kind!r} after the encoder, which is not supported; choose"
                 f" an encoder with {', '.join(_MODULES)} only"
             )
@@ -149,11 +135,11 @@ def _check_modules(folder: Path) -> None:
 def _pooling(folder: Path) -> Pooling:
     path = folder / _POOLING
     if not path.is_file():
-        raise RetrievalError(
+        raise HuggingFaceError(
             f"{path} is missing, which would say how tokens become one vector; set"
             " config.retrieval.pooling to 'mean' (MiniLM) or 'cls' (BGE)"
         )
-    config = _json(path, "set config.retrieval.pooling to 'mean' or 'cls'")
+    config = read_json(path)
     names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     chosen = [names.get(key, key) for key, on in config.items() if "mode" in key and on is True]
     if isinstance(config.get("pooling_mode"), str):  # as newer versions write it
@@ -163,7 +149,7 @@ def _pooling(folder: Path) -> Pooling:
             return "mean"
         case ["cls"]:
             return "cls"
-    raise RetrievalError(
+    raise HuggingFaceError(
         f"{path} asks for {' and '.join(chosen) or 'nothing'}; supported is one of mean and cls:"
         " choose another encoder, or set config.retrieval.pooling"
     )
@@ -171,14 +157,14 @@ def _pooling(folder: Path) -> Pooling:
 
 def _limits(folder: Path, architecture: Architecture) -> tuple[int, bool]:
     """Returns the most tokens of a text, and whether texts are lower-cased first."""
-    sentence = _json(folder / "sentence_bert_config.json", "download it again", False)
-    tokenizer = _json(folder / "tokenizer_config.json", "download it again", False)
+    paths = (folder / "sentence_bert_config.json", folder / "tokenizer_config.json")
+    sentence, tokenizer = (read_json(path) if path.is_file() else {} for path in paths)
     longest = sentence.get("max_seq_length") or tokenizer.get("model_max_length")
     if not isinstance(longest, (int, float)):
         longest = architecture.longest
     max_length = int(min(longest, architecture.longest))
     if max_length < 3:
-        raise RetrievalError(
+        raise HuggingFaceError(
             f"{folder} allows texts of {max_length} tokens, too few for one word between two"
             " special ones; correct max_seq_length in sentence_bert_config.json"
         )
@@ -189,45 +175,23 @@ def _tokenizer(
     folder: Path, architecture: Architecture, max_length: int
 ) -> tuple[tokenizers.Tokenizer, str]:
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise RetrievalError(
-            f"{path} is missing; download it, or write it with"
-            " AutoTokenizer.from_pretrained(…).save_pretrained(…) of transformers"
-        )
     try:
         text = path.read_text("utf-8")
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise RetrievalError(f"{path} is damaged ({error}); download it again") from error
+        raise HuggingFaceError(
+            f"{path} is missing or damaged ({error}); download it again, or write it with"
+            " AutoTokenizer.from_pretrained(…).save_pretrained(…) of transformers"
+        ) from error
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= architecture.vocabulary:
-        raise RetrievalError(
+        raise HuggingFaceError(
             f"{path} has tokens up to {largest}, but the encoder has only"
             f" {architecture.vocabulary}; take both from one download"
         )
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
     return tokenizer, text
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / _WEIGHTS).is_file():
-        return [folder / _WEIGHTS]
-    if not (folder / _INDEX).is_file():
-        raise RetrievalError(
-            f"{folder} has no {_WEIGHTS}; download it, or convert other weights with"
-            " AutoModel.from_pretrained(…).save_pretrained(…) of transformers"
-        )
-    places = _json(folder / _INDEX, "download it again").get("weight_map")
-    names = sorted(set(places.values())) if isinstance(places, dict) else []
-    if not names:
-        raise RetrievalError(f"{folder / _INDEX} names no files; download it again")
-    for name in names:
-        if not (folder / name).is_file():
-            raise RetrievalError(
-                f"{folder / name} is missing, which {_INDEX} names; download it again"
-            )
-    return [folder / name for name in names]
 
 
 def _params(files: list[Path], architecture: Architecture) -> Params:
@@ -244,7 +208,8 @@ def _params(files: list[Path], architecture: Architecture) -> Params:
 
     def layer(i: int) -> Params:
         start = f"encoder.layer.{i}."
-        parts = [linear("qkv", f"{start}attention.self.{n}", D, D) for n in _QKV]
+        names = ("query", "key", "value")
+        parts = [linear("qkv", f"{start}attention.self.{name}", D, D) for name in names]
         return {
             **{key: np.concatenate([p[key] for p in parts], axis=-1) for key in parts[0]},
             **linear("output", f"{start}attention.output.dense", D, D),
@@ -270,42 +235,24 @@ def _params(files: list[Path], architecture: Architecture) -> Params:
     }
 
 
-_QKV = ("query", "key", "value")
 _LAST = "embeddings.word_embeddings.weight"  # what precedes it in a name precedes all
 
 
 def _reader(files: list[Path]) -> Callable[[str, tuple[int, ...]], np.ndarray]:
     """Returns `read(name, shape)`: a tensor of the files in float32."""
-    handles, where = [], {}
-    for path in files:
-        try:
-            handle = safe_open(path, "np")
-        except (OSError, SafetensorError) as error:
-            raise RetrievalError(
-                f"{path} is missing or damaged ({error}); download it again"
-            ) from error
-        handles.append(handle)
-        where.update({name: (handle, path) for name in handle.keys()})  # noqa: SIM118
-    shown = " and ".join(map(str, files))
-    prefix = next((name.removesuffix(_LAST) for name in where if name.endswith(_LAST)), "")
-
-    def refuse(what: str) -> NoReturn:
-        raise RetrievalError(f"{shown}: {what}; take config.json and the weights from one download")
+    read_stored, names = open_tensors(files)
+    prefix = next((name.removesuffix(_LAST) for name in sorted(names) if name.endswith(_LAST)), "")
 
     def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
         # Weights converted from TensorFlow have the older names.
         older = name.replace("LayerNorm.weight", "LayerNorm.gamma")
         older = older.replace("LayerNorm.bias", "LayerNorm.beta")
-        full = next((n for n in (prefix + name, prefix + older) if n in where), None)
-        if full is None:
-            refuse(f"the tensor {prefix + name} is missing")
-        handle, path = where[full]
-        part = handle.get_slice(full)
-        if tuple(part.get_shape()) != shape or part.get_dtype() not in _DTYPES:
-            refuse(
-                f"the tensor {full} is {part.get_dtype()} of shape {tuple(part.get_shape())};"
-                f" config.json needs shape {shape} and one of {', '.join(_DTYPES)}"
+        stored = next((n for n in (prefix + name, prefix + older) if n in names), None)
+        if stored is None:
+            raise HuggingFaceError(
+                f"{files[0].parent}: the tensor {prefix + name} is missing; take {CONFIG} and the"
+                " weights from one download"
             )
-        return handle.get_tensor(full).astype(np.float32)
+        return read_stored(stored, shape).astype(np.float32)
 
     return read

@@ -8,7 +8,7 @@ import pytest
 from retrieval.encoders import change_json, make_tokenizer, write_encoder, write_json
 from safetensors.numpy import save_file
 
-from m3jax.errors import RetrievalError
+from m3jax.errors import HuggingFaceError
 from m3jax.retrieval.pretrained import read_pretrained
 
 WEIGHTS = "model.safetensors"
@@ -33,7 +33,7 @@ def equal(a, b):
 
 
 def refused(folder, *parts, pooling="auto"):
-    with pytest.raises(RetrievalError) as caught:
+    with pytest.raises(HuggingFaceError) as caught:
         read_pretrained(folder, pooling)
     for part in parts:
         assert part in str(caught.value)
@@ -105,11 +105,11 @@ def test_no_folder(tmp_path):
 
 def test_no_or_damaged_config(folder):
     (folder / "config.json").write_text('{"model_type": "be')
-    refused(folder, "config.json is missing or damaged", "published with")
+    refused(folder, "config.json is missing or damaged", "name the folder of a downloaded")
     (folder / "config.json").write_text("[]")
-    refused(folder, "damaged (no JSON object)", "published with")
+    refused(folder, "damaged (no JSON object)", "name the folder")
     (folder / "config.json").unlink()
-    refused(folder, "config.json is missing or damaged", "published with")
+    refused(folder, "config.json is missing or damaged", "name the folder of a downloaded")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_configs_that_do_not_fit(folder, changes, parts):
 
 def test_no_weights(folder):
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
-    refused(folder, f"{folder} has no model.safetensors", "download it, or convert")
+    refused(folder, f"{folder / WEIGHTS} is missing or damaged", "download it again, or convert")
 
 
 def test_missing_tensor(folder, tensors):
@@ -161,9 +161,9 @@ def test_truncated_weights(folder, kept):
 def test_no_or_damaged_tokenizer(folder):
     text = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(text[: len(text) // 2])
-    refused(folder, "tokenizer.json is damaged", "download it again")
+    refused(folder, "tokenizer.json is missing or damaged", "download it again")
     (folder / "tokenizer.json").unlink()
-    refused(folder, "tokenizer.json is missing", "AutoTokenizer")
+    refused(folder, "tokenizer.json is missing or damaged", "AutoTokenizer")
 
 
 def test_tokenizer_of_another_encoder(folder):
