@@ -32,8 +32,7 @@ from m3jax.files import checksum, read_sealed, write_sealed
 from m3jax.memory.bank import Bank, join_banks
 from m3jax.memory.binding import Binding, layout_of
 from m3jax.retrieval.checkpoint_embedders import Ranking
-from m3jax.retrieval.delta_index import DeltaIndex
-from m3jax.retrieval.index import Index
+from m3jax.retrieval.index import DeltaIndex, Index
 from m3jax.retrieval.retriever import Retriever
 from m3jax.retrieval.search import SearchIndex
 from m3jax.text.delta_references import DeltaReferences

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from m3jax.errors import HuggingFaceError

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from m3jax.errors import RetrievalError
-from m3jax.files import TEMPORARY, committing, write_atomically
+from m3jax.files import TEMPORARY, write_array, write_atomically
 from m3jax.retrieval import tune
 from m3jax.retrieval.embedder import Embedder, read_spec
 from m3jax.retrieval.folder import (
@@ -160,7 +160,6 @@ def _build_part(
 
 def _embed(references: References, embedder: Embedder, folder: Path, ids: range) -> None:
     """Writes the shards of embeddings that are missing, each whole or not at all."""
-    folder.mkdir(exist_ok=True)
     paths = shards(folder, len(ids))
     done = next((i for i, path in enumerate(paths) if not path.exists()), len(paths))
     texts = _texts(references, "embed references", ids[done * SHARD_ROWS :])
@@ -176,7 +175,6 @@ def _embed(references: References, embedder: Embedder, folder: Path, ids: range)
                     f" {len(part)} texts became an array of shape {made.shape}; mend its dimension"
                 )
             part[:] = made
-        with committing(paths[i]) as temporary, temporary.open("wb") as file:
-            np.save(file, embeddings)
+        write_array(paths[i], embeddings)
     for _ in texts:  # ends the progress bar
         pass

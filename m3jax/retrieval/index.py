@@ -1,7 +1,7 @@
-"""Index of a knowledge base: a folder that is written once and then searched.
+"""Index of a knowledge base: a folder that is written once and then searched; and its deltas.
 
-It has one or more parts, each of a range of references with a searcher of its own, so that several
-hosts can hold one index together: each opens some parts, and `merge` joins their results.
+An index has one or more parts, each of a range of references with a searcher of its own, so that
+several hosts can hold one index together: each opens some, and `merge` joins their results.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from jaxtyping import Float32
 
 from m3jax.errors import RetrievalError
 from m3jax.files import digest
+from m3jax.numbering import Numbering
 from m3jax.retrieval.embed import load_embedder
-from m3jax.retrieval.embedder import Embedder
 from m3jax.retrieval.folder import (
     EMBEDDER,
     SCANN,
@@ -41,21 +41,12 @@ class Index(SearchIndex):
       recall: least recall@5 of the open parts, measured when they were built; None if exact.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        manifest: dict[str, Any],
-        parts: Sequence[int],
-    ) -> None:
-        identity = manifest["identity"]
-        self.size: int = identity["count"]
-        self.kind: str = identity["kind"]
-        self.dimension: int = identity["dimension"]
-        self.parts = tuple(parts)
-        described = json.dumps([identity, manifest["parts"]], sort_keys=True)
-        self.fingerprint: str = digest(described)
-        self.references_fingerprint: str = identity["references"]
-        self.embedder: Embedder = load_embedder(folder / EMBEDDER)
+    def __init__(self, folder: Path, manifest: dict[str, Any], parts: Sequence[int]) -> None:
+        identity, self.parts = manifest["identity"], tuple(parts)
+        self.size, self.kind = identity["count"], identity["kind"]
+        self.dimension, self.references_fingerprint = identity["dimension"], identity["references"]
+        self.fingerprint = digest(json.dumps([identity, manifest["parts"]], sort_keys=True))
+        self.embedder = load_embedder(folder / EMBEDDER)
         if self.embedder.dimension != self.dimension:
             raise damaged(
                 folder / EMBEDDER,
@@ -64,9 +55,7 @@ class Index(SearchIndex):
             )
         recalls = [manifest["parts"][part]["recall"] for part in parts]
         self.recall: float | None = min(recalls) if self.kind == "scann" else None
-        scann = import_scann() if self.kind == "scann" else None
-        if self.kind == "scann" and scann is None:
-            _warn_or_refuse(folder, identity["keep_embeddings"])
+        scann = _scann(folder, identity["keep_embeddings"]) if self.kind == "scann" else None
         ranges = part_ranges(self.size, identity["parts"])
         self._searchers: list[tuple[int, Searcher]] = []
         for part in parts:
@@ -96,11 +85,11 @@ class Index(SearchIndex):
         folder = Path(folder)
         manifest = read_manifest(folder)
         identity = manifest["identity"]
-        existing = range(identity["parts"])
-        parts = existing if parts is None else sorted(set(parts))
-        if not parts or not set(parts) <= set(existing):
+        count = identity["parts"]
+        parts = range(count) if parts is None else sorted(set(parts))
+        if not parts or not 0 <= parts[0] <= parts[-1] < count:
             raise RetrievalError(
-                f"the index {folder} has parts 0 … {len(existing) - 1}, not all of {list(parts)};"
+                f"the index {folder} has parts 0 … {count - 1}, not all of {list(parts)};"
                 " open some of its own, or build it again with another config.retrieval.index_parts"
             )
         if references is not None and identity["count"] > len(references):
@@ -152,8 +141,11 @@ class Index(SearchIndex):
         return results[0] if len(results) == 1 else merge(results)
 
 
-def _warn_or_refuse(folder: Path, keep_embeddings: bool) -> None:
-    """Warns of an exact search where ScaNN cannot be imported, or refuses without embeddings."""
+def _scann(folder: Path, keep_embeddings: bool) -> Any:
+    """Imports ScaNN, or warns of an exact search without it, which an index may have to refuse."""
+    scann = import_scann()
+    if scann is not None:
+        return scann
     if not keep_embeddings:
         raise RetrievalError(
             f"{folder} was built with ScaNN and keeps no embeddings, and ScaNN cannot be imported"
@@ -165,3 +157,54 @@ def _warn_or_refuse(folder: Path, keep_embeddings: bool) -> None:
         " which is slower on a large index (pip install scann where it has a wheel)",
         stacklevel=4,
     )
+    return None
+
+
+class DeltaIndex(SearchIndex):
+    """Searches several indices of one embedder as one index without tombstones.
+
+    Attributes: those of `SearchIndex`, and
+      indices: the base, then the deltas.
+      numbering: ids over them.
+    """
+
+    def __init__(self, indices: Sequence[Index], tombstones: np.ndarray, references: str) -> None:
+        """Joins indices; `references` is the fingerprint of the `DeltaReferences`."""
+        # The last one knows the words of all.
+        self.indices, self.embedder = list(indices), indices[-1].embedder
+        if any(index.embedder.family != self.embedder.family for index in indices):
+            raise RetrievalError(
+                "the base and the deltas of the index were made by different embedders; make one"
+                " index of them with launch/edit_bank.py compact"
+            )
+        self.numbering = Numbering([index.size for index in indices], tombstones)
+        self.size = self.numbering.size
+        self.kind, self.dimension = indices[0].kind, indices[0].dimension
+        self.references_fingerprint = references
+        self.fingerprint = digest(*(index.fingerprint for index in indices), references)
+        split = self.numbering.split(self.numbering.tombstones)
+        self._tombstones_of = {part: len(rows) for part, _, rows in split}
+
+    def search(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> SearchResult:
+        """Searches as `Index.search`; never returns a tombstone."""
+        return merge([self._search_part(i, embeddings, k) for i in range(len(self.indices))])
+
+    def _search_part(self, part: int, embeddings: np.ndarray, k: int) -> SearchResult:
+        """Finds the k best of a part in use.
+
+        Searches for more, twice as many each time, where tombstones took places.
+        """
+        index, tombstones = self.indices[part], self._tombstones_of.get(part, 0)
+        count = k
+        while True:
+            ids, scores = index.search(embeddings, count)
+            ids = np.where(ids < 0, -1, ids + self.numbering.first(part))
+            removed = (ids >= 0) & self.numbering.is_removed(ids)
+            enough = count >= min(k + tombstones, index.size)
+            if enough or ((count - removed.sum(axis=1)) >= k).all():
+                break
+            count = min(2 * count, k + tombstones, max(index.size, k))
+        scores = np.where(removed, -np.inf, scores).astype(np.float32)
+        ids = np.where(removed, -1, ids)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)

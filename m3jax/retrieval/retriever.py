@@ -21,10 +21,9 @@ class Retriever:
     """Searches an index and drops references by the overlap filter of Memory³ §6.1. Thread-safe.
 
     Attributes:
-      searched: queries that were searched: those with a word that the knowledge base knows.
-      returned: references that were returned.
-      dropped: references that ranked before the last of these and were dropped for their overlap.
-      unfilled: places of the results that stayed −1.
+      counts: since this retriever was made, `searched`: queries with a word that the knowledge base
+        knows; `returned`: references; `dropped`: references that ranked before the last of these
+        and were dropped for their overlap; `unfilled`: places of the results that stayed −1.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class Retriever:
             )
         self.index, self.references = index, references
         self.candidates, self.overlap_limit, self.rank = candidates, overlap_limit, rank
-        self.searched = self.returned = self.dropped = self.unfilled = 0
+        self.counts = dict.fromkeys(("searched", "returned", "dropped", "unfilled"), 0)
         self._lock = threading.Lock()
 
     def retrieve(
@@ -88,10 +87,10 @@ class Retriever:
                 ids[searched[places]], leaking = self._survivors(candidates[places], text, k)
                 dropped += leaking
         with self._lock:
-            self.searched += len(searched)
-            self.returned += int((ids >= 0).sum())
-            self.dropped += dropped
-            self.unfilled += int((ids < 0).sum())
+            self.counts["searched"] += len(searched)
+            self.counts["returned"] += int((ids >= 0).sum())
+            self.counts["dropped"] += dropped
+            self.counts["unfilled"] += int((ids < 0).sum())
         return ids
 
     def _survivors(
@@ -125,10 +124,9 @@ class Retriever:
         return filled, dropped
 
     def report(self) -> dict[str, int]:
-        """Returns the counters since this retriever was made."""
+        """Returns the counters."""
         with self._lock:
-            names = ("searched", "returned", "dropped", "unfilled")
-            return {name: getattr(self, name) for name in names}
+            return dict(self.counts)
 
 
 def _by_text(texts: Sequence[np.ndarray]) -> list[list[int]]:

@@ -92,7 +92,7 @@ def test_without_a_text_to_protect_nothing_is_dropped(index, references, queries
     ids = retriever.retrieve(queries, None, 4)
     np.testing.assert_array_equal(ids, index.search(index.embedder.embed(queries), 4)[0])
     assert ids[:, 0].tolist() == list(range(0, 60, 2))
-    assert retriever.dropped == 0
+    assert retriever.counts["dropped"] == 0
 
 
 def test_queries_without_words_find_nothing(index, references, queries, rows):
@@ -102,7 +102,7 @@ def test_queries_without_words_find_nothing(index, references, queries, rows):
     assert retriever.report() == {
         "searched": 1,
         "returned": 2,
-        "dropped": retriever.dropped,
+        "dropped": retriever.counts["dropped"],
         "unfilled": 6,
     }
     assert retriever.retrieve([], [], 2).shape == (0, 2)
@@ -114,7 +114,7 @@ def test_candidates_without_similarity_are_not_returned(write, config, tmp_path)
     build_index(references, LexicalEmbedder(512), tmp_path / "i", config)
     retriever = Retriever(Index.open(tmp_path / "i"), references, 3, 0.9)
     assert retriever.retrieve(["lema"], None, 5).tolist() == [[0, -1, -1, -1, -1]]
-    assert retriever.unfilled == 4
+    assert retriever.counts["unfilled"] == 4
 
 
 def test_the_filter_stops_when_it_has_enough(index, references, queries, rows, monkeypatch):
@@ -147,7 +147,7 @@ def test_queries_of_one_text_share_its_comparisons(index, references, queries, r
         for i in range(4):
             found = alone.retrieve(near[i : i + 1], against[i : i + 1], 3)
             np.testing.assert_array_equal(found[0], ids[i])
-        assert together.report() == alone.report() and together.dropped > 0
+        assert together.report() == alone.report() and together.counts["dropped"] > 0
         if against[1] is rows[0]:
             assert len(np.unique(once, axis=0)) == len(once)
 
