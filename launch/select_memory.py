@@ -31,13 +31,13 @@ def references(given: FlagValues) -> None:
     command.
     """
     from m3jax.selection.report import choice_table
-    from m3jax.selection.select import Options, select_references
+    from m3jax.selection.select import select_references
 
     report = select_references(
         *(given.config, given.workdir, given.budget_bytes),
         checkpoint=given.checkpoint,
         version=given.bank_version,
-        options=Options(**cli.values_of(given, _OPTIONS)),
+        **cli.values_of(given, _OPTIONS),
         dry_run=given.dry_run,
     )
     cli.show(choice_table(report), report, given.json)

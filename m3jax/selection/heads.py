@@ -9,23 +9,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from m3jax.checkpoint import restore_params
 from m3jax.config import PACKED, format_heads, memory_heads, prefix_tokens
+from m3jax.data.batch import Batch
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import ConfigError
 from m3jax.files import digest, write_array
 from m3jax.knowledge.memory_writer import check_reader
 from m3jax.make_model import make_model
-from m3jax.selection.head_ablation import masked_losses
+from m3jax.model.attention_mask import ShortSight
+from m3jax.model.parameters import Params
+from m3jax.model.transformer import Model
 from m3jax.train.evaluator import LossEvaluator
 
 HIDES = ("context", "memory")
@@ -137,6 +142,53 @@ def score_heads(
     return _scores(rows[0], rows[1], rows[2:], shape, candidates, about)
 
 
+def masked_losses(
+    model: Model, hide: str, window: int, dequantize: Callable | None = None
+) -> Callable[[Params, Batch, Int[Array, "n 3"]], Float[Array, "n+1 B"]]:
+    """Returns a program of the summed loss of every row: of the model, and with each head masked.
+
+    Args:
+      model: on one device, its attention `naive` or `blocked`.
+      hide, window: as of `score_heads`.
+      dequantize: of the memories that the bank stores; None: they are stored as they are.
+
+    Returns:
+      `(params, batch, candidates)`: of a candidate layer, key-value head and query head of its
+      group, −1 for all.
+    """
+    shape, (low, high) = model.config, model.ranges["memory"]
+    L, K, G = shape.layers, shape.kv_heads, shape.query_heads // shape.kv_heads
+    reading_LK = (
+        jnp.ones((high - low, K), bool) if model.memory_heads is None else model.memory_heads
+    )
+
+    def losses(params: Params, batch: Batch, candidates: Array) -> Array:
+        memory = batch.memory if hide == "memory" else None
+        if memory is not None and dequantize is not None:
+            memory = dequantize(memory)
+
+        def loss(candidate: Array) -> Array:
+            layer, head, group = candidate
+            masked_LKG = (
+                (jnp.arange(L)[:, None, None] == layer)
+                & (jnp.arange(K)[None, :, None] == head)
+                & ((jnp.arange(G)[None, None] == group) | (group < 0))
+            )
+            if hide == "memory":
+                reading = reading_LK & ~masked_LKG[low:high].any(axis=-1)
+                hidden = model.hidden(params, batch.tokens, memory, memory_heads=reading)
+            else:
+                sight = ShortSight(masked_LKG, window)
+                hidden = model.hidden(params, batch.tokens, sight=sight)
+            of_tokens = model.token_losses(params, hidden, batch.targets)
+            return jnp.sum(of_tokens * batch.weights.astype(jnp.float32), axis=1)
+
+        nobody = jnp.full((1, 3), L, jnp.int32)
+        return jax.lax.map(loss, jnp.concatenate([nobody, candidates]))
+
+    return losses
+
+
 def _check(config: ConfigDict, hide: str, window: int, by_query: bool) -> None:
     if hide not in HIDES:
         raise ConfigError(f"hide = {hide!r}; known: {', '.join(HIDES)}")
@@ -168,9 +220,10 @@ def _check(config: ConfigDict, hide: str, window: int, by_query: bool) -> None:
 def _candidates(
     config: ConfigDict, hide: str, by_query: bool
 ) -> tuple[tuple[int, int], np.ndarray]:
-    """Shape of the figures, and the heads to mask: layer, key-value head, query head (−1 = all).
+    """Returns the shape of the figures, and layer, key-value head and query head (−1 = all) to
+    mask.
 
-    They are all heads, or those that have memories.
+    These are of all heads, or of those that have memories.
     """
     model = config.model
     L, K, G = model.layers, model.kv_heads, model.query_heads // model.kv_heads
@@ -192,7 +245,7 @@ def _scores(
     candidates: np.ndarray,
     about: dict[str, Any],
 ) -> HeadScores:
-    """Figures from weights `(rows,)` and summed losses `(rows,)` and `(candidates, rows)`."""
+    """Makes figures of weights `(rows,)` and summed losses `(rows,)` and `(candidates, rows)`."""
 
     def placed(values: np.ndarray) -> np.ndarray:
         layer, head, group = candidates.T
@@ -206,17 +259,10 @@ def _scores(
     increase = more.sum(1) / total
     apart = more - increase[:, None] * weights[None]
     error = np.sqrt(np.square(apart).sum(1) * count / max(count - 1, 1)) / total
-    return HeadScores(
-        float(base.sum() / total),
-        placed(increase),
-        placed(error),
-        count,
-        int(round(total)),
-        about,
-    )
+    loss, tokens = float(base.sum() / total), int(round(total))
+    return HeadScores(loss, placed(increase), placed(error), count, tokens, about)
 
 
-# -- for people ------------------------------------------------------------------------------------
 def heads_report(scores: HeadScores, chosen: list[tuple[int, int]]) -> dict[str, Any]:
     """Returns the figures as plain JSON values, the ranking from most to least."""
     ranked = [

@@ -128,8 +128,7 @@ def measure_drops(
         shutil.rmtree(folder, ignore_errors=True)
         write_atomically(folder / _BEGUN, begun)
     parts, size = [], pipeline.batch_size
-    bar = tqdm(total=len(rows), unit=" rows", desc="measured", disable=not progress)
-    with bar:
+    with tqdm(total=len(rows), unit=" rows", desc="measured", disable=not progress) as bar:
         for low in range(0, len(rows), size):
             part, path = rows[low : low + size], folder / f"{low:09d}.npy"
             if not path.is_file():
@@ -174,14 +173,7 @@ def _batches(
 def _measured(
     rows: np.ndarray, absent: np.ndarray, loss: np.ndarray, weight: np.ndarray
 ) -> Shaped[np.ndarray, " m"]:
-    records = np.empty(len(rows), MEASURED)
-    records["row"], records["absent"], records["loss"], records["weight"] = (
-        rows,
-        absent,
-        loss,
-        weight,
-    )
-    return records
+    return np.array([*zip(rows, absent, loss, weight, strict=True)], MEASURED)
 
 
 def drops(measured: Shaped[np.ndarray, " m"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

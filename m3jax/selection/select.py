@@ -7,19 +7,20 @@ searches what was chosen and nothing else: against all references, as many at ra
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from m3jax.checkpoint import checkpoint_folder, restore_params
 from m3jax.config import PACKED, prefix_tokens, to_json
 from m3jax.data.pipeline import Pipeline, open_pipeline, open_rows
+from m3jax.data.rows import Rows
 from m3jax.errors import UsefulnessError
 from m3jax.files import digest, write_atomically
 from m3jax.knowledge.edit import keep_only
@@ -28,28 +29,17 @@ from m3jax.knowledge.versions import Version, open_version
 from m3jax.make_model import make_model
 from m3jax.model.parameters import Params
 from m3jax.selection.budget import WorthEstimates, choose, estimate
-from m3jax.selection.memory_value import RowLosses, drops, measure_drops
-from m3jax.selection.validate import check_choice, split_rows
+from m3jax.selection.memory_value import (
+    EVERYTHING,
+    NOTHING,
+    RowLosses,
+    drops,
+    measure_drops,
+    row_losses,
+)
 
 FOLDER = "usefulness"  # in report/ of the workdir
 _BLOCK = 4096  # references read at a time
-
-
-@dataclass(frozen=True)
-class Options:
-    """Numbers of rows and draws to measure with.
-
-    Attributes:
-      sample: validation rows in which drops are measured.
-      count: training rows, at most, whose retrieved references are counted as well.
-      check: validation rows, of other documents, on which the choice is checked.
-      draws: random choices it is compared with.
-    """
-
-    sample: int = 256
-    count: int = 4096
-    check: int = 256
-    draws: int = 3
 
 
 def select_references(
@@ -59,7 +49,10 @@ def select_references(
     *,
     checkpoint: str | Path | None = None,
     version: int | None = None,
-    options: Options | None = None,
+    sample: int = 256,
+    count: int = 4096,
+    check: int = 256,
+    draws: int = 3,
     dry_run: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -74,7 +67,10 @@ def select_references(
       budget: bytes that the memories of the chosen references may have together.
       checkpoint: stage folder or `checkpoints/<step>`; default `workdir/<stage>`.
       version: of the knowledge to choose from; default the current one, else with `dry_run`.
-      options: numbers of rows and draws.
+      sample: validation rows in which drops are measured.
+      count: training rows, at most, whose retrieved references are counted as well.
+      check: validation rows, of other documents, on which the choice is checked.
+      draws: random choices it is compared with.
       dry_run: whether no version is made.
       progress: show progress bars.
 
@@ -88,7 +84,7 @@ def select_references(
       CheckpointError, BankError, TextError, RetrievalError, VersionError: a part is missing or does
         not fit.
     """
-    config, workdir, options = _with_bank(config), Path(workdir), options or Options()
+    config, workdir = _with_bank(config), Path(workdir)
     checkpoint = Path(checkpoint or workdir / config.stage)
     opened = open_version(workdir, version)
     if not dry_run and opened.number != open_version(workdir).number:
@@ -97,7 +93,9 @@ def select_references(
             " back to it first with launch/edit_bank.py rollback"
         )
     pipeline = open_pipeline(config, workdir, split="validation", version=opened)
-    params, meta = _restore(config, pipeline, checkpoint)
+    model, tokenizer = make_model(config, prefix_tokens(config)), pipeline.tokenizer.fingerprint
+    params, meta = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer)
+    check_reader(pipeline.bank, meta, checkpoint)
     bank, references = pipeline.bank, pipeline.references
     assert bank is not None and references is not None
     each = bank.bytes // bank.size  # bytes of a memory
@@ -105,14 +103,14 @@ def select_references(
         raise UsefulnessError(
             f"--budget_bytes={budget} is less than one memory of this bank has: {each} bytes"
         )
-    sample, check = split_rows(pipeline, options.sample, options.check, config.seed)
+    measured_rows, checked_rows = split_rows(pipeline, sample, check, config.seed)
     losses = RowLosses(config, pipeline.dequantize)
     identity = _identity(config, pipeline, opened, checkpoint, meta["step"])
     folder = workdir / "report" / FOLDER
     measured = measure_drops(
-        losses, pipeline, params, sample, folder / "measured", identity, progress
+        losses, pipeline, params, measured_rows, folder / "measured", identity, progress
     )
-    estimates = _estimate(config, workdir, pipeline, measured, options.count, progress)
+    estimates = _estimate(config, workdir, pipeline, measured, count, progress)
     live = references.live
     chosen = choose(estimates.worth, np.full(len(estimates.worth), each), budget, config.seed)
     if not chosen.size:
@@ -126,14 +124,14 @@ def select_references(
         "step": meta["step"],
         "version": opened.number,
         "shift": config.evaluation.shift,
-        "rows": {"measured": len(sample), "checked": len(check)},
+        "rows": {"measured": len(measured_rows), "checked": len(checked_rows)},
         **_expected(estimates, live, chosen, budget, each),
     }
-    report |= check_choice(config, opened, losses, params, check, live, chosen, options.draws)
+    report |= _check_choice(config, opened, losses, params, checked_rows, live, chosen, draws)
     _write(folder, report, estimates, references, chosen, live)
     if not dry_run:
-        said = f"{len(chosen)} of {len(live)} references, by usefulness"
-        report["new_version"] = keep_only(config, opened, chosen, note=said).number
+        note = f"{len(chosen)} of {len(live)} references, by usefulness"
+        report["new_version"] = keep_only(config, opened, chosen, note=note).number
     return report
 
 
@@ -141,10 +139,11 @@ def _identity(
     config: ConfigDict, pipeline: Pipeline, version: Version, checkpoint: Path, step: int
 ) -> dict[str, Any]:
     """Returns all that measured drops depend on."""
-    bank, references = pipeline.bank, pipeline.references
+    bank, references, folder = pipeline.bank, pipeline.references, checkpoint_folder(checkpoint)
     assert bank is not None and references is not None
     return {
-        "checkpoint": [str(checkpoint.absolute()), step, _age(checkpoint)],
+        # The time of writing, too: an earlier checkpoint may have had the same path and step.
+        "checkpoint": [str(checkpoint.absolute()), step, folder.stat().st_mtime_ns],
         "corpus": pipeline.rows.corpus.fingerprint,
         "bank": [bank.binding.writer, version.number, references.fingerprint],
         "config": digest(to_json(config)),
@@ -169,21 +168,6 @@ def _with_bank(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _restore(
-    config: ConfigDict, pipeline: Pipeline, checkpoint: Path
-) -> tuple[Params, dict[str, Any]]:
-    model = make_model(config, prefix_tokens(config))
-    tokenizer = pipeline.tokenizer.fingerprint
-    params, meta = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer)
-    check_reader(pipeline.bank, meta, checkpoint)
-    return params, meta
-
-
-def _age(checkpoint: Path) -> int:
-    """Returns the time of writing: an earlier checkpoint may have had the same path and step."""
-    return checkpoint_folder(checkpoint).stat().st_mtime_ns
-
-
 def _estimate(
     config: ConfigDict,
     workdir: Path,
@@ -192,7 +176,7 @@ def _estimate(
     count: int,
     progress: bool,
 ) -> WorthEstimates:
-    """WorthEstimates from what was measured, and from what training rows find."""
+    """Estimates the worth from what was measured, and from what training rows find."""
     assert pipeline.references is not None
     _, references, changes = drops(measured)
     if not references.size:
@@ -201,7 +185,7 @@ def _estimate(
             " with the knowledge base; prepare again with other --knowledge"
         )
     counted = np.bincount(references, minlength=len(pipeline.references))
-    whole = measured[measured["absent"] < 0]
+    whole = measured[measured["absent"] == NOTHING]
     rows = len(whole)
     if count > 0:
         more, seen = _count(config, workdir, pipeline, count, progress)
@@ -214,25 +198,109 @@ def _count(
     config: ConfigDict, workdir: Path, pipeline: Pipeline, count: int, progress: bool
 ) -> tuple[Int[np.ndarray, " R"], int]:
     """Counts the training rows that find each reference, and all of them; reads no memory."""
+    references, size = pipeline.references, pipeline.batch_size
+    assert references is not None
     rows = open_rows(config, workdir, "train", pipeline.tokenizer)
-    training = Pipeline(
-        config,
-        rows,
-        pipeline.tokenizer,
-        pipeline.references,
-        pipeline.retriever,
-        shift=pipeline.shift,
-        batch_size=pipeline.batch_size,
-    )
-    assert pipeline.references is not None
-    counted = np.zeros(len(pipeline.references), np.int64)
+    parts = rows, pipeline.tokenizer, references, pipeline.retriever
+    training = Pipeline(config, *parts, shift=pipeline.shift, batch_size=size)
+    counted = np.zeros(len(references), np.int64)
     chosen = np.sort(np.random.default_rng([config.seed, 0xC0]).permutation(len(rows))[:count])
-    size = pipeline.batch_size
     steps = range(0, len(chosen), size)
     for low in tqdm(steps, desc="counted", unit=" batches", disable=not progress):
         for ids in training.retrieved(chosen[low : low + size]):
             counted[np.unique(ids[ids >= 0])] += 1
     return counted, len(chosen)
+
+
+def split_rows(
+    pipeline: Pipeline, sample: int, check: int, seed: int
+) -> tuple[Int[np.ndarray, " s"], Int[np.ndarray, " c"]]:
+    """Draws rows to measure on, and rows of other documents to check on, ascending.
+
+    Raises:
+      UsefulnessError: fewer than two documents, or numbers below 1.
+    """
+    if min(sample, check) < 1:
+        raise UsefulnessError(f"--sample={sample}, --check={check}: at least one row each")
+    assert isinstance(pipeline.rows, Rows)
+    document = pipeline.rows.document_of(np.arange(len(pipeline.rows)))
+    rng = np.random.default_rng([seed, 0x05EF])
+    names = rng.permutation(np.unique(document))
+    if len(names) < 2:
+        raise UsefulnessError(
+            f"the validation text has rows of {len(names)} document; the choice is checked on other"
+            " documents than it is made on. Raise config.text.validation_share and prepare again"
+        )
+    sizes = np.cumsum(np.bincount(document)[names])
+    share = sample / (sample + check)
+    first = int(np.searchsorted(sizes, share * sizes[-1]))
+    first = min(max(first, 1), len(names) - 1)
+    sides = []
+    for chosen, most in ((names[:first], sample), (names[first:], check)):
+        rows = np.flatnonzero(np.isin(document, chosen))
+        sides.append(np.sort(rng.permutation(rows)[:most]))
+    return sides[0], sides[1]
+
+
+def _check_choice(
+    config: ConfigDict,
+    opened: Version,
+    losses: RowLosses,
+    params: Params,
+    rows: Int[np.ndarray, " n"],
+    live: Int[np.ndarray, " m"],
+    chosen: Int[np.ndarray, " k"],
+    draws: int,
+) -> dict[str, Any]:
+    """Compares losses of rows with several choices of references.
+
+    Returns `losses` with `all` references in use (`live`), those `chosen`, `random` ones (as many;
+    mean of the draws) and `none`, and `differences`: each nats a token and its standard error over
+    documents; `random_draws`: nats a token of each.
+    """
+
+    def with_only(ids: Int[np.ndarray, " k"], absent: int = NOTHING) -> np.ndarray:
+        removed = np.union1d(opened.tombstones, np.setdiff1d(live, ids))
+        version = dataclasses.replace(opened, number=opened.number + 1, tombstones=removed)
+        pipeline = open_pipeline(config, opened.workdir, split="validation", version=version)
+        return row_losses(losses, pipeline, params, rows, absent)
+
+    rng = np.random.default_rng([config.seed, 0xD2])
+    everything = with_only(live)
+    by_choice = {"all": everything["loss"], "chosen": with_only(chosen)["loss"]}
+    drawn = [
+        with_only(np.sort(rng.choice(live, len(chosen), replace=False)))["loss"]
+        for _ in range(draws)
+    ]
+    if drawn:
+        by_choice["random"] = np.mean(drawn, axis=0)
+    by_choice["none"] = with_only(live, EVERYTHING)["loss"]
+    pipeline = open_pipeline(config, opened.workdir, split="validation", version=opened)
+    assert isinstance(pipeline.rows, Rows)
+    document, weight = pipeline.rows.document_of(rows), everything["weight"]
+    figures: dict[str, Any] = {"losses": {}, "differences": {}}
+    for name, values in by_choice.items():
+        figures["losses"][name] = ratio(values, weight, document)
+    figures["random_draws"] = [ratio(values, weight, document)[0] for values in drawn]
+    for more, less in (("random", "chosen"), ("chosen", "all"), ("none", "chosen")):
+        if more in by_choice:
+            change = ratio(by_choice[more] - by_choice[less], weight, document)
+            figures["differences"][f"{more} - {less}"] = change
+    return figures
+
+
+def ratio(
+    values: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"], groups: Int[np.ndarray, " n"]
+) -> tuple[float, float]:
+    """Returns sum of values over sum of weights, and its standard error over groups."""
+    mean = float(values.sum() / weights.sum())
+    _, place = np.unique(groups, return_inverse=True)
+    residuals = np.bincount(place, values - mean * weights)
+    many = len(residuals)
+    if many < 2:
+        return mean, float("nan")
+    squared = many / (many - 1) * np.square(residuals).sum()
+    return mean, float(np.sqrt(squared) / weights.sum())
 
 
 def _expected(

@@ -19,8 +19,13 @@ from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.selection import heads
-from m3jax.selection.head_ablation import masked_losses
-from m3jax.selection.heads import HeadScores, heads_report, heads_table, score_heads
+from m3jax.selection.heads import (
+    HeadScores,
+    heads_report,
+    heads_table,
+    masked_losses,
+    score_heads,
+)
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.checkpoints import Checkpoints
 from m3jax.train.evaluator import evaluator

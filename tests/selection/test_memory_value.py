@@ -35,15 +35,14 @@ from m3jax.selection.memory_value import (
     row_losses,
 )
 from m3jax.selection.report import choice_table
-from m3jax.selection.select import Options, select_references
-from m3jax.selection.validate import ratio, split_rows
+from m3jax.selection.select import ratio, select_references, split_rows
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.checkpoints import Checkpoints
 from m3jax.train.optimizer import make_optimizer
 from m3jax.train.state import new_state
 
 CONFIG = tiny_config(text__validation_share=0.5, evaluation__batch_size=8)
-QUICK = Options(sample=8, count=8, check=8, draws=1)
+QUICK: Any = {"sample": 8, "count": 8, "check": 8, "draws": 1}
 
 
 @functools.cache
@@ -178,8 +177,8 @@ def test_planted_memories_are_chosen_and_lower_the_loss_of_other_documents(
     each = Bank.open(workdir / "bank").bytes // 80
     some = open_pipeline(CONFIG, workdir).retrieved(np.arange(100))
     budget = each * len(np.intersect1d(useful, some))
-    options = Options(sample=100, count=200, check=50, draws=3)
-    report = select_references(CONFIG, workdir, budget, options=options, progress=False)
+    numbers: Any = {"sample": 100, "count": 200, "check": 50, "draws": 3}
+    report = select_references(CONFIG, workdir, budget, **numbers, progress=False)
     lines = (workdir / "report/usefulness/chosen.jsonl").read_text().splitlines()
     listed = [json.loads(line) for line in lines]
     assert report["chosen"] == len(listed) == budget // each
@@ -215,10 +214,10 @@ def helpful(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_choice_becomes_a_version_that_finds_nothing_else(workdir: Path, helpful: None) -> None:
     each = Bank.open(workdir / "bank").bytes // 80
     dry = select_references(
-        CONFIG, workdir, 12 * each + each // 2, options=QUICK, dry_run=True, progress=False
+        CONFIG, workdir, 12 * each + each // 2, **QUICK, dry_run=True, progress=False
     )
     assert open_version(workdir).number == 0 and "new_version" not in dry
-    report = select_references(CONFIG, workdir, 12 * each, options=QUICK, progress=False)
+    report = select_references(CONFIG, workdir, 12 * each, **QUICK, progress=False)
     version = open_version(workdir)
     assert version.number == report["new_version"] == 1
     assert report["losses"] == dry["losses"] and report["chosen"] == dry["chosen"] == 12
@@ -240,11 +239,11 @@ def test_the_choice_becomes_a_version_that_finds_nothing_else(workdir: Path, hel
     assert (ids != before).any()
     rollback(workdir, 1)
     again = select_references(
-        CONFIG, workdir, 5 * each, version=0, options=QUICK, dry_run=True, progress=False
+        CONFIG, workdir, 5 * each, version=0, **QUICK, dry_run=True, progress=False
     )
     assert (again["version"], again["references"], again["chosen"]) == (0, 80, 5)
     with pytest.raises(UsefulnessError, match="version 0 is not the current one"):
-        select_references(CONFIG, workdir, 5 * each, version=0, options=QUICK)
+        select_references(CONFIG, workdir, 5 * each, version=0, **QUICK)
 
 
 @pytest.mark.slow
@@ -252,8 +251,8 @@ def test_a_stopped_measurement_goes_on_where_it_was(
     workdir: Path, helpful: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     each = Bank.open(workdir / "bank").bytes // 80
-    options = Options(sample=20, count=0, check=8, draws=1)
-    ask: Any = {"options": options, "dry_run": True, "progress": False}
+    numbers = {"sample": 20, "count": 0, "check": 8, "draws": 1}
+    ask: Any = {**numbers, "dry_run": True, "progress": False}
     whole = select_references(CONFIG, workdir, 9 * each, **ask)
     shutil.rmtree(workdir / "report")
     real, asked = memory_value._measure_batch, []
@@ -271,7 +270,7 @@ def test_a_stopped_measurement_goes_on_where_it_was(
     assert [len(rows) for rows in asked] == [8, 8, 8, 4] and asked[1] == asked[2]
     # Another question is measured anew.
     asked.append([])
-    select_references(CONFIG, workdir, 9 * each, **{**ask, "options": QUICK})
+    select_references(CONFIG, workdir, 9 * each, **{**ask, **QUICK})
     assert len(asked) == 6
 
 
@@ -319,7 +318,7 @@ def test_what_cannot_be_chosen_is_refused(workdir: Path, monkeypatch: pytest.Mon
     with pytest.raises(UsefulnessError, match="config.data.packing = 'chats'"):
         select_references(chats, workdir, each)
     with pytest.raises(UsefulnessError, match=r"--sample=0, --check=8: at least one row"):
-        select_references(CONFIG, workdir, each, options=Options(sample=0, check=8))
+        select_references(CONFIG, workdir, each, sample=0, check=8)
     with pytest.raises(VersionError, match="has no version 3"):
         select_references(CONFIG, workdir, each, version=3)
 
@@ -329,8 +328,8 @@ def test_what_cannot_be_chosen_is_refused(workdir: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(select, "drops", harmful)
     with pytest.raises(UsefulnessError, match="no reference is expected to lower the loss"):
-        select_references(CONFIG, workdir, each, options=QUICK, progress=False)
+        select_references(CONFIG, workdir, each, **QUICK, progress=False)
     monkeypatch.setattr(select, "drops", lambda m: (np.zeros(0, np.int64),) * 3)
     with pytest.raises(UsefulnessError, match="no chunk of the measured rows finds any"):
-        select_references(CONFIG, workdir, each, options=QUICK, progress=False)
+        select_references(CONFIG, workdir, each, **QUICK, progress=False)
     assert open_version(workdir).number == 0
