@@ -46,7 +46,6 @@ _CLOSE = ("none", "explicit", "compressed")  # modes whose speeds differ by less
 _CLOSE_TURNS = 4  # of these modes, in a round
 _RATES = ("explicit_over_none", "compressed_over_none", "cold_over_none", "explicit_over_rag")
 _REPORTED = ("explicit", "compressed", "cold", "remote_1")  # modes whose retrievals are
-_SYLLABLES = [a + b for a in "bdfghjklmnprstvz" for b in "aeiou"]
 # 50M parameters without the embedding; `FULL` has 100M.
 _SHAPE = (
     section("model", layers=8, query_heads=12, kv_heads=4, head_dim=64, hidden=768, mlp_width=2048)
@@ -79,8 +78,7 @@ def inference(
     Args:
       batch: rows generated together.
       tokens: of a prompt, and generated after it.
-      references: in the knowledge base.
-      words: in the vocabulary.
+      references, words: in the knowledge base, and in the vocabulary.
       shape: config fields that differ from those of a model of 50M parameters.
 
     Yields:
@@ -88,8 +86,8 @@ def inference(
       Hugging Face, where the extra `parity` is installed; `…_1`: one row alone; `remote`: the bank
       on an HTTP server that answers after 20 ms) and `ttft_rag_over_explicit`, of the time to the
       first token. `tokens_per_second`, `first_token_seconds`, `state_MB` (keys and values on the
-      device), by mode; of modes with memories shares of time of search and reading, MB read,
-      different references. `counted`: extra work of a decoded token by own count.
+      device), by mode; of modes with memories what retrieval took. `counted`: extra work of a
+      decoded token by own count.
     """
     config = configured(_SHAPE, shape)
     with contextlib.ExitStack() as stack:
@@ -143,17 +141,13 @@ def _counted(config: ConfigDict, batch: int, context: int) -> dict[str, float]:
 
 @dataclasses.dataclass
 class _Mode:
-    """A mode of generation: generates once when called.
-
-    `prompts` makes the prompts, in the time. `first_token` (seconds, of all rows), `state_bytes`
-    (keys and values on the device) and `retrieval` (what memories took) are of the last call.
-    """
+    """A mode of generation: generates once when called, and keeps the figures of that call."""
 
     generator: Generator
-    prompts: Callable[[], list[str]]
+    prompts: Callable[[], list[str]]  # makes them, within the time
     tokens: int  # generated for each
-    first_token: float = 0.0
-    state_bytes: int = 0
+    first_token: float = 0.0  # seconds, of all rows
+    state_bytes: int = 0  # keys and values on the device
     retrieval: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __call__(self) -> None:
@@ -253,9 +247,9 @@ def _serving(folder: Path) -> Iterator[str]:
 
 
 def _words(count: int) -> list[str]:
-    random = np.random.default_rng(0)
-    pairs = [a + b for a in _SYLLABLES for b in _SYLLABLES]
-    return random.permutation(pairs)[:count].tolist()
+    syllables = [a + b for a in "bdfghjklmnprstvz" for b in "aeiou"]
+    pairs = [a + b for a in syllables for b in syllables]
+    return np.random.default_rng(0).permutation(pairs)[:count].tolist()
 
 
 def _texts(words: list[str], count: int, length: int, seed: int) -> list[str]:

@@ -8,7 +8,6 @@ programs do not count.
 from __future__ import annotations
 
 import functools
-import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,32 +48,26 @@ def overlap(rows: int = 8, workdir: str | Path | None = None) -> Rounds:
       For rows of 512 and 2048 tokens and the thresholds of training and evaluation `ratios`:
       `filter_over_windowed…`; `pairs_per_second`; `shares` of pairs above the thresholds, and
       the median overlap, by which made text can be compared with real text.
-
-    Raises:
-      TextError, RetrievalError: the workdir is not prepared or has too few tokens.
     """
-    pairs_of, overlaps_of = {}, {}
-    for length in ROW_LENGTHS:
-        source = made_pairs(length, rows) if workdir is None else _retrieved(workdir, length, rows)
-        pairs_of[length], overlaps_of[length] = source, _windowed(source)
+    cases: list[tuple[str, list[Pairs], float]] = []
     shares = {}
-    for length, overlaps in overlaps_of.items():
+    for length in ROW_LENGTHS:
+        pairs = made_pairs(length, rows) if workdir is None else _retrieved(workdir, length, rows)
+        overlaps = _windowed(pairs)
         shares[f"median_overlap_row_{length}"] = float(np.median(overlaps))
         for name, threshold in THRESHOLDS.items():
             shares[f"above_{name}_row_{length}"] = float(np.mean(overlaps > threshold))
+            cases.append((f"row_{length}_{name}", pairs, threshold))
     while True:
         ratios, speed = {}, {}
-        for (length, pairs), (name, threshold) in itertools.product(
-            pairs_of.items(), THRESHOLDS.items()
-        ):
+        for case, pairs, threshold in cases:
             calls: dict[str, Callable[[], Any]] = {
                 "filter": functools.partial(_filter, pairs, threshold),
                 "windowed": functools.partial(_windowed, pairs),
             }
             seconds = timed(calls, clock=time.process_time)
-            case = f"row_{length}_{name}"
             ratios[f"filter_over_windowed_{case}"] = seconds["filter"] / seconds["windowed"]
-            speed[case] = len(overlaps_of[length]) / seconds["filter"]
+            speed[case] = sum(len(row.lengths) for row in pairs) / seconds["filter"]
         yield {"ratios": ratios, "pairs_per_second": speed, "shares": shares}
 
 
@@ -123,10 +116,7 @@ _FROM_ARTICLE, _EDITED = 0.38, 0.04  # shares of a chunk's candidates
 def made_pairs(length: int, rows: int, seed: int = 0) -> list[Pairs]:
     """Invents rows with references as retrieval finds them: copies, edited copies, same topic.
 
-    Args:
-      length: tokens T of a row, at most 4096.
-      rows: how many.
-      seed: of all draws.
+    A row has at most 4096 tokens.
     """
     rng = np.random.default_rng([seed, length])
     return [_made_row(rng, length) for _ in range(rows)]

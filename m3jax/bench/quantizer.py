@@ -42,16 +42,14 @@ def quantizer(
       tables over that of FAISS's, on vectors not trained on; `error_single_over_four`, of codes
       that try one coarse entry over those that try four. `seconds`, `errors`.
 
-    Raises:
-      BenchmarkError: the bank is compressed or too small.
+    Raises `BenchmarkError` where the bank is compressed or too small.
     """
     count = vectors + tested
     x = _made(count) if workdir is None else _of_bank(Path(workdir), count)
     x, held_out = x[:-tested], x[-tested:]
-    begin = time.perf_counter()
+    begin, errors = time.perf_counter(), {}
     book = jax.block_until_ready(train(x, coarse_bits=coarse_bits, fine_bits=fine_bits))
     training = {"train": time.perf_counter() - begin}
-    errors = {}
     for name, sample in (("m3jax", held_out), ("m3jax_training", x[:tested])):
         code = quantization.quantize(book, sample)
         errors[name] = quantization.relative_error(book, sample, code)
@@ -62,9 +60,8 @@ def quantizer(
     peer = import_peer("the ratios over FAISS", "faiss")
     if peer is not None:
         dim = x.shape[1]
-        index = peer[0].index_factory(
-            dim, f"OPQ{dim // 4}_{dim},Residual2x{coarse_bits},PQ8x{fine_bits}"
-        )
+        described = f"OPQ{dim // 4}_{dim},Residual2x{coarse_bits},PQ8x{fine_bits}"
+        index = peer[0].index_factory(dim, described)
         begin = time.perf_counter()
         index.train(x)
         training["train_faiss"] = time.perf_counter() - begin

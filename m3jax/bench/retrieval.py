@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +37,7 @@ def retrieval(rows: int = 100_000, dimension: int = 384) -> Rounds:
       `ratios`: `recall_at_5` and `time_over_exact`, of 640 queries; `seconds` a query; `settings`:
       what was trained and tuned, and the recall on the held-out queries that it was tuned with.
 
-    Raises:
-      RetrievalError: ScaNN cannot be imported.
+    Raises `RetrievalError` where ScaNN cannot be imported.
     """
     scann = import_scann()
     if scann is None:
@@ -55,10 +55,8 @@ def retrieval(rows: int = 100_000, dimension: int = 384) -> Rounds:
     recall = recall_at_k(approximate.search(queries, _K)[0], exact.search(queries, _K + SPARE))
     effort = {f"{key}_searched": value for key, value in fitted["effort"].items()}
     settings = {**fitted["settings"], **effort, "tuned_recall": fitted["recall"]}
-    calls = {
-        "approximate": lambda: approximate.search(queries, _K),
-        "exact": lambda: exact.search(queries, _K),
-    }
+    searches = {"approximate": approximate, "exact": exact}
+    calls = {name: partial(search.search, queries, _K) for name, search in searches.items()}
     while True:
         seconds = {name: value / len(queries) for name, value in timed(calls).items()}
         ratio = seconds["approximate"] / seconds["exact"]
@@ -82,13 +80,7 @@ def sentence_like(
     all-MiniLM-L6-v2: the spectrum (there 17, 47 and 69 % of the variance in 10, 50 and 100
     directions, here 16, 49 and 67 %), the mean cosine of a row with its 5th neighbour (0.55, here
     0.50), and the recall with few leaves searched, on which the benchmark depends (there 0.934 with
-    6 of 192 leaves, here 0.946).
-
-    Args:
-      rows: embeddings R.
-      queries: number n of queries, of distinct rows.
-      dimension: width E.
-      seed: of everything.
+    6 of 192 leaves, here 0.946). Queries are of distinct rows.
     """
     rng = np.random.default_rng(seed)
     spectrum = (np.arange(1, dimension + 1) + 30.0) ** -0.65

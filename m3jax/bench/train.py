@@ -18,7 +18,7 @@ from m3jax.bench.hf_llama import llama_step
 from m3jax.bench.made import configured, prepare, random_codec, section
 from m3jax.bench.rounds import Rounds, import_peer, quotients, timed
 from m3jax.data.batch import Batch
-from m3jax.data.pipeline import Pipeline, open_pipeline
+from m3jax.data.pipeline import open_pipeline
 from m3jax.make_model import make_model
 from m3jax.memory import codec as codecs
 from m3jax.memory.bank import Bank
@@ -65,7 +65,7 @@ def train(persons: int = 2000, shape: Mapping[str, Any] = {}) -> Rounds:
     """Measures step times of precomputed and online memories over warmup.
 
     Args:
-      persons: invented ones in the knowledge base; four references are of five persons.
+      persons: invented people in the knowledge base; four references tell of five.
       shape: config fields that differ from a shape for a CPU.
 
     Yields:
@@ -107,17 +107,14 @@ def train(persons: int = 2000, shape: Mapping[str, Any] = {}) -> Rounds:
 def writer(persons: int = 2000, shape: Mapping[str, Any] = {}) -> Rounds:
     """Measures the share of the bank writer's time that it waits for the jitted encode.
 
-    Args:
-      persons, shape: as of `train`.
-
-    Yields:
-      `ratios`: `encode_share`; `rates`: `memories_per_second`; `seconds` of writing the bank.
+    Arguments as of `train`. Yields `ratios`: `encode_share`; `rates`: `memories_per_second`;
+    `seconds` of writing the bank.
     """
     config = configured(_SHAPE, shape)
     with _workdir(config, persons) as workdir:
-        for number in itertools.count():
-            report = _write(config, workdir, workdir / f"bank{number}")
-            shutil.rmtree(workdir / f"bank{number}")
+        while True:
+            report = _write(config, workdir, workdir / "bank")
+            shutil.rmtree(workdir / "bank")
             yield {
                 "ratios": {"encode_share": report["encode_share"]},
                 "rates": {"memories_per_second": report["memories_per_second"]},
@@ -145,16 +142,9 @@ def _write(
     config: ConfigDict, workdir: Path, folder: Path, base: Bank | None = None
 ) -> dict[str, Any]:
     """Writes a bank with random weights."""
-    model = make_model(config)
-    return write_bank(
-        config,
-        model,
-        model.init(jax.random.key(0)),
-        References.open(workdir / "references"),
-        folder,
-        progress=False,
-        base=base,
-    )
+    model, references = make_model(config), References.open(workdir / "references")
+    params = model.init(jax.random.key(0))
+    return write_bank(config, model, params, references, folder, progress=False, base=base)
 
 
 class _Stage:
@@ -164,9 +154,9 @@ class _Stage:
         self.mesh = make_mesh(config)
         program = Program(config, self.mesh)
         self.state = program.init()
-        self.pipeline: Pipeline = open_pipeline(config, workdir, bank=bank)
-        self.step = make_step(program, self.pipeline.dequantize)
-        self.batches = self.pipeline.batches(0)
+        pipeline = open_pipeline(config, workdir, bank=bank)
+        self.step = make_step(program, pipeline.dequantize)
+        self.batches, self.batch_size = pipeline.batches(0), pipeline.batch_size
         self.same = self._place(next(self.batches))
         self.scale = [scale_on(self.mesh, 1.0)] if config.guard.on else []
         self.monitor, self.steps = Monitor(config, {}), 0
@@ -187,8 +177,7 @@ class _Stage:
         assert self.monitor.observe(self.steps, loss, norm) is None
 
     def _place(self, batch: Batch) -> Batch:
-        rows = host_rows(self.mesh, self.pipeline.batch_size)
-        return place_batch(self.mesh, batch, rows)
+        return place_batch(self.mesh, batch, host_rows(self.mesh, self.batch_size))
 
     def _run(self, batch: Batch) -> None:
         self.state, metrics = self.step(self.state, batch, *self.scale)
