@@ -1,12 +1,12 @@
 """BERT encoder (Devlin et al., arXiv 1810.04805): a pure function of a pytree of parameters.
 
-Post-norm blocks, learnt positions, exact GELU. RoBERTa (arXiv 1907.11692) differs in how tokens are
-numbered: from the one after the padding token's id.
+RoBERTa (arXiv 1907.11692) differs in how tokens are numbered: from the padding token's id + 1.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -92,12 +92,8 @@ def hidden_states(
     def block(h_BTD: jax.Array, layer: Params) -> tuple[jax.Array, None]:
         attended = _attention(architecture, layer, h_BTD, real_BT)
         attended = _dense(attended, layer["output"], layer["output_bias"])
-        h_BTD = _norm(
-            architecture,
-            h_BTD + attended,
-            layer["attention_norm_scale"],
-            layer["attention_norm_bias"],
-        )
+        scale, bias = layer["attention_norm_scale"], layer["attention_norm_bias"]
+        h_BTD = _norm(architecture, h_BTD + attended, scale, bias)
         up_BTF = _dense(h_BTD, layer["up"], layer["up_bias"])
         up_BTF = jax.nn.gelu(up_BTF, approximate=False)
         down_BTD = _dense(up_BTF, layer["down"], layer["down_bias"])
@@ -142,20 +138,16 @@ def _attention(
     N, H = architecture.heads, architecture.hidden // architecture.heads
     qkv = _dense(h_BTD, layer["qkv"], layer["qkv_bias"]).reshape(B, T, 3, N, H)
     q_BNTH, k_BNSH, v_BNSH = qkv.transpose(2, 0, 3, 1, 4)  # heads first is faster on CPUs
-    precision = _precision(h_BTD)
+    multiply = functools.partial(jnp.einsum, precision=_precision(h_BTD))
     # Not −inf: a row without a real token would be NaN.
     hidden = jnp.where(real_BT, 0.0, jnp.finfo(jnp.float32).min)[:, None, None, :]
 
     def attend(q_BNTH: jax.Array) -> jax.Array:
-        scores_BNTS = jnp.einsum(
-            "BNTH,BNSH->BNTS",
-            q_BNTH,
-            k_BNSH,
-            precision=precision,
-            preferred_element_type=jnp.float32,
+        scores_BNTS = multiply(
+            "BNTH,BNSH->BNTS", q_BNTH, k_BNSH, preferred_element_type=jnp.float32
         )
         weights_BNTS = jax.nn.softmax(scores_BNTS * H**-0.5 + hidden, axis=-1).astype(h_BTD.dtype)
-        return jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH, precision=precision)
+        return multiply("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH)
 
     if T <= 2 * QUERY_BLOCK or T % QUERY_BLOCK:
         attended_BNTH = attend(q_BNTH)

@@ -42,15 +42,14 @@ def build_index(
 ) -> None:
     """Embeds all references and writes a searchable index; replaces another index in `folder`.
 
-    A build that was killed leaves no manifest; the next call keeps the embeddings it finished.
-    Where `folder` holds the same index already, nothing is done; but if its embedder is now kept at
-    another place, the index learns that place. The same arguments make the same bytes. The embedder
-    is fitted first if it is not; the config's section `retrieval` is read.
+    After a killed build the next call keeps the embeddings that it finished. Where `folder` holds
+    the same index already, it only learns the place where the embedder is kept now. The same
+    arguments make the same bytes. The embedder is fitted first if it is not; the config's section
+    `retrieval` is read.
 
     Raises:
       RetrievalError: the knowledge base is empty or has fewer references than parts, or the
         embedder makes vectors of another width than it says.
-      OSError: from the file system, for example when the disk is full.
     """
     folder, size, parts = Path(folder), len(references), config.retrieval.index_parts
     if not size:

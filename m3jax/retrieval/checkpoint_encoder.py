@@ -56,8 +56,6 @@ class CheckpointEmbedder(Embedder):
       model, params: the layers that are run, on every device of the mesh.
     """
 
-    name: str
-
     def __init__(
         self,
         checkpoint: str | Path,
@@ -93,10 +91,8 @@ class CheckpointEmbedder(Embedder):
         self._sharding = batch_sharding(self.mesh)
         self.params = jax.device_put(writer_params(params), replicated(self.mesh))
         self.dimension = min(dimension, self._width())
-        self._programs = {
-            "embed": self.program(self._embed),
-            "embed_queries": self.program(self._embed_queries),
-        }
+        self._embedding = self.program(self._embed)
+        self._embedding_queries = self.program(self._embed_queries)
         self.set_statistics({})
 
     def _part(self, params: Params) -> tuple[ConfigDict, tuple[int, ...], Params]:
@@ -129,14 +125,8 @@ class CheckpointEmbedder(Embedder):
 
     @property
     def spec(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "dimension": self.requested,
-            "checkpoint": str(self.folder),
-            "layer": self.layer,
-            "rows": self.rows,
-            "fingerprint": self.fingerprint,
-        }
+        settings = {"dimension": self.requested, "layer": self.layer, "rows": self.rows}
+        return {**super().spec, "checkpoint": str(self.folder), **settings}
 
     def fit(self, texts: Iterable[str]) -> None:
         """Learns means and main directions from up to 8192 texts, drawn uniformly."""
@@ -157,9 +147,8 @@ class CheckpointEmbedder(Embedder):
         centre_F = pooled_nF.mean(0)
         variance_E, axes_FE = directions(pooled_nF - centre_F, self.dimension)
         projection_FE = axes_FE * self.scales(variance_E)[None]
-        learnt = {"centre": centre_F, "projection": projection_FE}
-        learnt = {name: value.astype(np.float32) for name, value in learnt.items()}
-        self.set_statistics({"means": means, **learnt})
+        learnt = {"means": means, "centre": centre_F, "projection": projection_FE}
+        self.set_statistics({name: value.astype(np.float32) for name, value in learnt.items()})
 
     def _sums(
         self, params: Params, _: Any, tokens_BT: jax.Array, lengths_B: jax.Array
@@ -188,16 +177,15 @@ class CheckpointEmbedder(Embedder):
         return self._embed(params, learnt, tokens_BT, lengths_B)
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
-        """Embeds references; longer texts than `memory.reference_length` are cut.
+        """Embeds references, cut to `memory.reference_length`; zeros for one without a token.
 
-        Returns (n, dimension) float32; rows of length 1, or of zeros for a text without a token.
         Raises `RetrievalError` before `fit`.
         """
-        return self._embedded(self._programs["embed"], texts)
+        return self._embedded(self._embedding, texts)
 
     def embed_queries(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
-        """Embeds texts to search with; as `embed`."""
-        return self._embedded(self._programs["embed_queries"], texts)
+        """Embeds texts to search with, as `embed` does references."""
+        return self._embedded(self._embedding_queries, texts)
 
     def set_statistics(self, learnt: Statistics) -> None:
         """Sets the statistics: `means` (W, …), `centre` (F,) and `projection` (F, E)."""

@@ -20,7 +20,8 @@ def make_embedder(config: ConfigDict, workdir: str | Path = "") -> Embedder:
     `workdir/warmup` is the checkpoint where `config.retrieval.checkpoint` is empty.
 
     Raises:
-      RetrievalError: an unknown name, or an encoder or checkpoint that cannot be used.
+      RetrievalError, HuggingFaceError: an unknown name, or a checkpoint or an encoder that cannot
+        be used.
     """
     retrieval = config.retrieval
     kind = _kind(retrieval.embedder, f"config.retrieval.embedder = {retrieval.embedder!r}")

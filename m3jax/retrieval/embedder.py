@@ -36,7 +36,7 @@ class Embedder:
     @property
     def spec(self) -> dict[str, Any]:
         """Returns what `save` writes to `embedder.json`: JSON that `load` needs."""
-        raise NotImplementedError
+        return {name: getattr(self, name) for name in ("name", "dimension", "fingerprint")}
 
     @property
     def family(self) -> str:

@@ -80,7 +80,8 @@ class Index(SearchIndex):
 
         Raises:
           RetrievalError: an unfinished index, a missing or damaged file, parts that it does not
-            have, or other references; the message names the thing and the remedy.
+            have, or other references.
+          HuggingFaceError: the folder of its encoder cannot be read.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)

@@ -151,12 +151,7 @@ class LexicalEmbedder(Embedder):
 
     @property
     def spec(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "dimension": self.dimension,
-            "documents": self.documents,
-            "fingerprint": self.fingerprint,
-        }
+        return {**super().spec, "documents": self.documents}
 
     def fit(self, texts: Iterable[str]) -> None:
         """Counts in how many of the texts each hashed word and prefix occurs."""
@@ -206,11 +201,9 @@ class LexicalEmbedder(Embedder):
           RetrievalError: the embedder is not fitted.
         """
         self.check_fitted()
-        embeddings = np.zeros((len(texts), self.dimension), np.float32)
-        for start in range(0, len(texts), _BLOCK):
-            block = texts[start : start + _BLOCK]
-            embeddings[start : start + len(block)] = self._embed_block(block)
-        return embeddings
+        starts = range(0, len(texts), _BLOCK)
+        blocks = [self._embed_block(texts[start : start + _BLOCK]) for start in starts]
+        return np.concatenate(blocks or [np.zeros((0, self.dimension), np.float32)])
 
     def _embed_block(self, texts: Sequence[str]) -> np.ndarray:
         cache = self._cache

@@ -80,21 +80,11 @@ class NeuralEmbedder(Embedder):
 
     @property
     def spec(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "dimension": self.dimension,
-            "folder": str(self.folder),
-            "pooling": self.pooling,
-            "rows": self.rows,
-            "dtype": self.dtype,
-            "fingerprint": self.fingerprint,
-        }
+        settings = {"pooling": self.pooling, "rows": self.rows, "dtype": self.dtype}
+        return {**super().spec, "folder": str(self.folder), **settings}
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
-        """Embeds texts; longer ones than `max_length` tokens are cut.
-
-        Returns (n, dimension) float32; rows of length 1, or of zeros for a text without a token.
-        """
+        """Embeds texts, cut to `max_length` tokens; zeros for a text without a token."""
         embeddings = np.zeros((len(texts), self.dimension), np.float32)
         for start in range(0, len(texts), _BLOCK):
             part = embeddings[start : start + _BLOCK]

@@ -57,13 +57,6 @@ def recall_at_k(ids: Int64[np.ndarray, "n first"], exact: SearchResult) -> float
     return float(((hits & better).sum() + shared.sum()) / max(existing, 1))
 
 
-def recall_of(
-    searcher: Searcher, queries: Float32[np.ndarray, "n E"], k: int, exact: SearchResult
-) -> float:
-    """Computes `recall_at_k` of a searcher."""
-    return recall_at_k(searcher.search(queries, k)[0], exact)
-
-
 def fit(
     scann: ModuleType,
     embeddings: Float32[np.ndarray, "R E"],
@@ -101,7 +94,7 @@ def fit(
                 continue
             effort = best or {"leaves": 0, "candidates": _CANDIDATES[0]}
         searcher.effort = effort
-        reached = recall_of(searcher, queries, _K, exact)
+        reached = recall_at_k(searcher.search(queries, _K)[0], exact)
         return {"settings": settings, "effort": effort, "recall": reached}
 
 
@@ -126,7 +119,7 @@ def _least_effort(
     remaining, leaves, best = list(_CANDIDATES), 0, {}
     while remaining and leaves < len(steps):
         searcher.effort = {"leaves": steps[leaves], "candidates": remaining[0]}
-        if recall_of(searcher, queries, _K, exact) >= target:
+        if recall_at_k(searcher.search(queries, _K)[0], exact) >= target:
             best[_cost(searcher.effort, settings, shape)] = searcher.effort
             remaining.pop(0)
         else:

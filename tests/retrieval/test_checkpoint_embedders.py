@@ -266,7 +266,7 @@ def test_saved_loaded_and_refused(
     config = with_config(embedder=kind.name, dimension=64, encoder_batch=3)
     embedder = make_embedder(config, run)
     assert type(embedder) is kind and not embedder.fitted
-    with pytest.raises(RetrievalError, match=f"{kind.name!r} has no statistics yet; call fit"):
+    with pytest.raises(RetrievalError, match=f"{kind.name!r} has learnt nothing yet; call fit"):
         embedder.embed(["x"])
     embedder.set_statistics(fitted(kind)._learnt)
     assert embedder.fingerprint == fitted(kind).fingerprint and embedder.extended([]) is embedder
