@@ -31,19 +31,15 @@ _THREADS = 16  # of the plain reads
 def bank(memories: int = 2048, tiny_memories: int = 1_000_000) -> Rounds:
     """Measures the throughput of `Bank.read_stored` over 16 threads of `pread` of the same bytes.
 
-    A read is of 160 random memories of 450 560 bytes. Cold: the files are dropped from the page
-    cache before every read. Warm: they are in it, but not in the bank's own cache.
-
-    Args:
-      memories: in the banks.
-      tiny_memories: memories of 64 bytes in another bank.
+    A read is of 160 random ones of `memories` of 450 560 bytes. Cold: the files are dropped from
+    the page cache before every read. Warm: they are in it, but not in the bank's own cache.
 
     Yields:
       `ratios` of throughput (above 1: the bank is faster): `cold_over_pread`, `warm_over_pread`;
       `compressed_over_bf16`, memories a second of a bank by the vector quantizer, cold;
       `compressed_over_pread`, which is what the disk gives for pieces so small. `seconds` of a
-      read, `rates`. `tiny`: of the bank of tiny memories: `seconds` to open it, and the largest
-      resident `MB` of a process that reads it, with those `MB_before` it was opened.
+      read, `rates`. `tiny`: of a bank of `tiny_memories` of 64 bytes: `seconds` to open it, and
+      the largest resident `MB` of a process that reads it, with those `MB_before` it was opened.
     """
     random = np.random.default_rng(0)
 

@@ -18,22 +18,14 @@ Peer = Sequence[Any]  # the modules torch and transformers
 def llama_step(
     peer: Peer, config: ConfigDict, tokens: Int[np.ndarray, "B T"]
 ) -> Callable[[], float]:
-    """Makes a train step of `LlamaForCausalLM`: loss, gradients, clipping and AdamW.
+    """Makes a call that takes a train step in float32, on all cores, and returns the loss.
 
-    Args:
-      peer: the modules torch and transformers.
-      config: shape and optimizer; float32, without recomputation.
-      tokens: the batch; every token but the first is a target.
-
-    Returns:
-      A call that takes a step, on all cores, and returns the loss.
+    A step is loss, gradients, clipping and AdamW; every token but the first of a row is a target.
     """
     torch, llama = peer[0], _llama(peer, config).train()
     optimizer = config.optimizer
-    decay = optimizer.weight_decay
-    adam = torch.optim.AdamW(
-        llama.parameters(), lr=optimizer.learning_rate, weight_decay=decay, fused=True
-    )
+    rates = {"lr": optimizer.learning_rate, "weight_decay": optimizer.weight_decay}
+    adam = torch.optim.AdamW(llama.parameters(), **rates, fused=True)
     batch = torch.from_numpy(np.asarray(tokens, np.int64))
 
     def step() -> float:

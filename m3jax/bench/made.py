@@ -68,13 +68,7 @@ def random_codec(config: ConfigDict) -> Codec:
 
 
 def made_bank(folder: Path, config: ConfigDict, memories: int) -> Bank:
-    """Writes a bank of random numbers or codes, the same in all shards.
-
-    Args:
-      folder: where; it must not be there.
-      config: shape, dtype, compression and memories a shard.
-      memories: how many.
-    """
+    """Writes a bank of random numbers or codes, the same in all shards, to a new folder."""
     codec = random_codec(config)
     binding = Binding("made", "made", "made", layout_of(config, PREFIX_TOKENS))
     info = {"writer_step": 0, "writer_path": ""}

@@ -73,8 +73,7 @@ def run(
     keeps the rounds that it has.
 
     Args:
-      name: of `BENCHMARKS`.
-      size: `smallest`, `default` or `full`: how large what is timed is.
+      name, size: of `BENCHMARKS`, and `smallest`, `default` or `full`.
       count: rounds to take; None: the benchmark's own number.
       minutes: no round but the first begins that would probably end later than this.
       json: file for the result, written after every round: medians by section and figure,
@@ -83,8 +82,7 @@ def run(
       picture: PNG of the result, of benchmarks that draw one.
       options: arguments of the benchmark; None is its default.
 
-    Returns:
-      The exit code: 0, or 130 where a signal ended it.
+    Returns the exit code: 0, or 130 where a signal ended it.
     """
     benchmark = BENCHMARKS[name]
     options = {key: value for key, value in options.items() if value is not None}

@@ -27,11 +27,8 @@ class Architecture:
 
     Attributes:
       layers, heads, hidden, mlp_width, vocabulary: L, N, D, F, V.
-      positions: rows of the table of positions.
-      types: rows of the table of token types, of which only the first is used.
       padding: None: positions count from 0 (BERT). Else the padding token's id, from which they
         count, padding left out (RoBERTa).
-      norm_epsilon: of LayerNorm.
     """
 
     layers: int
@@ -39,10 +36,10 @@ class Architecture:
     hidden: int
     mlp_width: int
     vocabulary: int
-    positions: int
-    types: int
+    positions: int  # rows of the table of positions
+    types: int  # rows of the table of token types, of which only the first is used
     padding: int | None
-    norm_epsilon: float
+    norm_epsilon: float  # of LayerNorm
 
     @property
     def longest(self) -> int:
@@ -57,7 +54,7 @@ def encode(
     tokens: Int32[Array, "B T"],
     lengths: Int32[Array, " B"],
 ) -> Float32[Array, "B D"]:
-    """Embeds rows of tokens.
+    """Embeds rows of tokens to rows of length 1.
 
     Args:
       architecture: sizes of the encoder.
@@ -68,9 +65,6 @@ def encode(
         `mlp_norm`. Their dtype is that of the products; norms, softmax and pooling are in float32.
       tokens: padded on the right, with the padding token where `architecture.padding` says so.
       lengths: tokens of each row that are real; a row of length 0 gives what has no meaning.
-
-    Returns:
-      Rows of length 1.
     """
     h_BTD = hidden_states(architecture, params, tokens, lengths).astype(jnp.float32)
     return unit(h_BTD[:, 0] if pooling == "cls" else mean_of(h_BTD, usable(tokens, lengths)))

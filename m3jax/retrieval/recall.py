@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,9 @@ def read_queries(path: str | Path, most: int) -> list[str]:
 def recall_report(index: Index, queries: Float32[np.ndarray, "n E"], k: int = 5) -> dict[str, Any]:
     """Compares `index.search` with exact search over the same embeddings, k references a query.
 
-    Returns:
-      `queries`, `k`, `references`, `kind`, `recall` (recall@k, ties counted right), `seconds` and
-        `exact_seconds` a query, `time_over_exact`, and `built_recall`, measured when the index was
-        built (None for exact search).
-
-    Raises:
-      RetrievalError: no queries, k below 1, queries of another width, or an index without
-        embeddings to compare with.
+    Returns recall@k (ties count as returned), seconds a query of both searches, and `built_recall`,
+    measured when the index was built (None for exact search). Raises `RetrievalError` without
+    queries, with those of another width, or where the index has no embeddings to compare with.
     """
     queries = queries[queries.any(axis=1)]  # the rest finds nothing, exactly or not
     if not len(queries):
@@ -62,9 +57,9 @@ def recall_table(report: dict[str, Any]) -> str:
     """Formats the report as lines of text."""
     built = report["built_recall"]
     rows = {
-        "references": str(report["references"]),
+        "references": report["references"],
         "search": report["kind"],
-        "queries": str(report["queries"]),
+        "queries": report["queries"],
         f"recall at {report['k']}": f"{report['recall']:.4f}",
         "recall at 5 when built": "–" if built is None else f"{built:.4f}",
         "milliseconds a query": f"{report['seconds'] * 1e3:.3f}",
@@ -76,9 +71,4 @@ def recall_table(report: dict[str, Any]) -> str:
 
 def _timed(search: Callable[[], SearchResult]) -> tuple[SearchResult, float]:
     """Returns the result of a search and the least seconds of three runs."""
-    times = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        result = search()
-        times.append(time.perf_counter() - begin)
-    return result, min(times)
+    return search(), min(timeit.repeat(search, number=1, repeat=3))

@@ -52,7 +52,7 @@ class Retriever:
     def retrieve(
         self, queries: Sequence[str], against: Sequence[np.ndarray] | None, k: int
     ) -> Int64[np.ndarray, "n k"]:
-        """Returns ids (n, k) of k references for every query, best first, −1 for none.
+        """Returns ids of k references for every query, best first, −1 for none.
 
         Candidates with a score of 0 or less are not returned, so a query without a known word gets
         none. `against` are, for every query, the tokens of the text that its references must not

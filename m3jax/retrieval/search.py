@@ -32,41 +32,25 @@ SearchResult = tuple[
 
 @runtime_checkable
 class SearchIndex(Protocol):
-    """Interface of what a `Retriever` searches: `Index` or `DeltaIndex`.
+    """Interface of what a `Retriever` searches: `Index` or `DeltaIndex`."""
 
-    Attributes:
-      size: number of ids R, tombstones included.
-      kind: `exact` or `scann`, as it was built.
-      dimension: width E of the embeddings.
-      fingerprint: hex digest of the references, the embedder and the way of searching.
-      references_fingerprint: of the references indexed.
-      embedder: embeds queries as the references were embedded.
-    """
-
-    size: int
-    kind: str
-    dimension: int
-    fingerprint: str
+    size: int  # number of ids R, tombstones included
+    kind: str  # `exact` or `scann`, as it was built
+    dimension: int  # width E of the embeddings
+    fingerprint: str  # hex digest of references, embedder and way of searching
     references_fingerprint: str
-    embedder: Embedder
+    embedder: Embedder  # embeds queries as the references were embedded
 
     def search(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> SearchResult:
         """Finds the references whose embeddings have the largest dot products with the queries'.
 
         The result of a query does not depend on the other queries of the call.
 
-        Args:
-          embeddings: (n, E) float32 queries, from `embedder`.
-          k: references per query, at least 1.
-
-        Returns:
-          ids (n, k) int64 and scores (n, k) float32, best first, equal scores by lower id; −1 and
-            −inf where there are fewer than k. Scores are those of the float32 embeddings, rounded
-            once; of an index without embeddings, those of ScaNN's 8 bits a number (within about
-            0.002 for unit vectors), and then so are the order and what counts as equal.
-
-        Raises:
-          RetrievalError: k below 1, or embeddings of another width or dtype.
+        Returns ids and scores of k references a query, best first, equal scores by lower id; −1 and
+        −inf where there are fewer. Scores are those of the float32 embeddings, rounded once; of an
+        index without embeddings, those of ScaNN's 8 bits a number (within about 0.002 for unit
+        vectors), and then so are the order and what counts as equal. Raises `RetrievalError` where
+        k is below 1, or the embeddings are not of `embedder`.
         """
 
 
@@ -111,22 +95,15 @@ def build_scann(
 
     Args:
       scann: `import_scann()`.
-      embeddings: what is searched.
-      settings: of `scann_settings` or `all_codes`.
+      embeddings, settings: what is searched, and `scann_settings` or `all_codes`.
       folder: a new folder.
       standalone: stores the embeddings in 8 bits a number, so that the searcher can score its
         candidates itself; otherwise `Searcher` does, and codes alone are written.
     """
     builder, sample = scann.builder(embeddings, 1, "dot_product"), settings["sample"]
     if settings["leaves"]:
-        builder = builder.tree(
-            settings["leaves"],
-            1,
-            training_sample_size=sample,
-            random_init=False,
-            soar_lambda=1.0,
-            avq=2.5,
-        )
+        options = {"random_init": False, "soar_lambda": 1.0, "avq": 2.5}
+        builder = builder.tree(settings["leaves"], 1, training_sample_size=sample, **options)
     if settings["block"]:
         builder = builder.score_ah(settings["block"], training_sample_size=sample)
         if standalone:
@@ -177,7 +154,7 @@ class Searcher:
             ScaNN searcher was built `standalone`, and its scores are final.
           scann: a loaded ScaNN searcher over them, or None for exact search. With it the embeddings
             are held in memory, as one array that candidates are gathered from.
-          effort: see the attribute.
+          effort: the attribute.
         """
         self._scann, self.effort = scann, effort or {"leaves": 0, "candidates": 0}
         self._size = sum(map(len, shards)) if shards else scann.size()

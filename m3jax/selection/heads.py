@@ -147,14 +147,9 @@ def masked_losses(
 ) -> Callable[[Params, Batch, Int[Array, "n 3"]], Float[Array, "n+1 B"]]:
     """Returns a program of the summed loss of every row: of the model, and with each head masked.
 
-    Args:
-      model: on one device, its attention `naive` or `blocked`.
-      hide, window: as of `score_heads`.
-      dequantize: of the memories that the bank stores; None: they are stored as they are.
-
-    Returns:
-      `(params, batch, candidates)`: of a candidate layer, key-value head and query head of its
-      group, −1 for all.
+    The program takes `(params, batch, candidates)`: of a candidate layer, key-value head and query
+    head of its group, −1 for all. The model is on one device, its attention `naive` or `blocked`;
+    `hide` and `window` are as of `score_heads`.
     """
     shape, (low, high) = model.config, model.ranges["memory"]
     L, K, G = shape.layers, shape.kv_heads, shape.query_heads // shape.kv_heads

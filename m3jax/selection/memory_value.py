@@ -54,13 +54,9 @@ class RowLosses:
         rows: Int[np.ndarray, " n"],
         absent: Int[np.ndarray, " n"],
     ) -> Float[np.ndarray, " n"]:
-        """Returns the nats of each row.
+        """Returns the nats of rows of a batch, which may come several times.
 
-        Args:
-          params: of a checkpoint that reads memories.
-          batch: of a pipeline, perhaps on the device.
-          rows: rows of the batch; one may come several times.
-          absent: for each the id of a reference, `NOTHING` or `EVERYTHING`.
+        `absent` has for each the id of a reference, `NOTHING` or `EVERYTHING`.
         """
         ids = batch.reference_ids
         losses = jax.device_get(self._losses(params, batch.for_step(), ids, rows, absent))
@@ -109,16 +105,8 @@ def measure_drops(
 ) -> Shaped[np.ndarray, " m"]:
     """Measures losses of rows with nothing absent and with each reference that they find.
 
-    Writes a file a batch to `folder`; a stopped measurement continues if `identity` is the same.
-
-    Args:
-      losses: with the config and the codec of the pipeline.
-      pipeline: that the rows are of.
-      params: of a checkpoint that reads memories.
-      rows: numbers of rows.
-      folder: for the files.
-      identity: all that decides the losses, for JSON.
-      progress: show a progress bar.
+    Writes a file a batch to `folder`; a stopped measurement continues if `identity` (JSON), all
+    that decides the losses, is the same.
 
     Returns:
       For every row a loss with `NOTHING` absent, then one for each reference, ascending.

@@ -61,14 +61,7 @@ def choice_verdict(report: dict[str, Any]) -> str:
 def choice_picture(
     estimates: WorthEstimates, live: Int[np.ndarray, " n"], report: dict[str, Any], path: str | Path
 ) -> None:
-    """Draws how the worth is distributed, and how much of it a budget buys.
-
-    Args:
-      estimates: of the worth of every reference.
-      live: ids in use.
-      report: of `select_references`.
-      path: the PNG, written atomically.
-    """
+    """Draws how the worth of the ids in use is distributed, and how much of it a budget buys."""
     millionths, counted = 1e6 * estimates.worth[live], estimates.counted[live] > 0
     edges = np.histogram_bin_edges(millionths, _BINS)
     best_first = np.cumsum(np.sort(estimates.worth[live])[::-1])
