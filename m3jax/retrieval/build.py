@@ -17,7 +17,7 @@ from m3jax.errors import RetrievalError
 from m3jax.files import TEMPORARY, write_array, write_atomically
 from m3jax.retrieval import tune
 from m3jax.retrieval.embedder import Embedder, read_spec
-from m3jax.retrieval.folder import (
+from m3jax.retrieval.index import (
     BUILD,
     EMBEDDER,
     FORMAT,

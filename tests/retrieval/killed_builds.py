@@ -15,7 +15,7 @@ import numpy as np
 
 from m3jax import config as configs
 from m3jax.retrieval import build as building
-from m3jax.retrieval import folder as folders
+from m3jax.retrieval import index as indices
 from m3jax.retrieval import search, tune
 from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.text.references import References
@@ -54,7 +54,7 @@ MOMENTS = [
     *(("m3jax.files.os.replace", os.replace, n) for n in range(1, 11)),  # before each commit
     ("m3jax.retrieval.tune.fit", tune.fit, 1),
     ("m3jax.retrieval.tune.fit", tune.fit, 2),
-    ("m3jax.retrieval.folder.checksum", folders.checksum, 3),
+    ("m3jax.retrieval.index.checksum", indices.checksum, 3),
 ]
 
 
@@ -77,7 +77,7 @@ def forked(*args, moment=None):
 
 def main(references, folder, keep):
     CONFIG.retrieval.keep_embeddings = keep == "keep"
-    for module in (building, folders, search, tune):
+    for module in (building, indices, search, tune):
         module.SHARD_ROWS = ROWS
     building._BATCH = ROWS // 2
     folder = Path(folder)

@@ -12,7 +12,7 @@ from tolerance import close
 
 from m3jax.errors import RetrievalError
 from m3jax.retrieval import build as build_module
-from m3jax.retrieval import folder as folder_module
+from m3jax.retrieval import index as index_module
 from m3jax.retrieval import search, tune
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.index import Index
@@ -288,7 +288,7 @@ def test_a_build_killed_at_any_moment_ends_as_an_undisturbed_one(keep, reference
 
 
 def test_shards_hold_all_rows_in_order(build, texts, monkeypatch):
-    for module in (search, build_module, folder_module):
+    for module in (search, build_module, index_module):
         monkeypatch.setattr(module, "SHARD_ROWS", 128)
     folder = build()
     assert len(list(folder.rglob("embeddings-*.npy"))) == 3

@@ -13,8 +13,7 @@ from m3jax.files import read_sealed, write_sealed
 from m3jax.retrieval import build as build_module
 from m3jax.retrieval import tune
 from m3jax.retrieval.build import build_index
-from m3jax.retrieval.folder import part_ranges
-from m3jax.retrieval.index import Index
+from m3jax.retrieval.index import Index, part_ranges
 from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.retrieval.search import SPARE, import_scann, merge
 
