@@ -1,4 +1,4 @@
-"""Tokens of texts as the calls of a jitted encoder, whose rows are split over devices.
+"""Calls of a jitted encoder with the tokens of texts, their rows split over devices.
 
 A text is padded to a length that depends on its own tokens alone, in calls whose shape depends on
 that length alone; and within a call no row sees another. So a text gives the same bits with any
@@ -8,10 +8,15 @@ of XLA or `rows` may change the last bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int, Int32
+
+from m3jax.mesh import ACTIVATIONS, batch_sharding, on_devices, replicated
 
 # Tokens that a text is padded to: at most a half more than it has. Beyond twice the query block of
 # the attention these are multiples of it.
@@ -57,3 +62,26 @@ def calls(
 def rows_of(bucket: int, rows: int) -> int:
     """Returns the rows of one device in a call with texts of this length."""
     return max(1, min(rows, rows * _FULL // bucket))
+
+
+def by_rows(mesh: Mesh, function: Callable[..., Any]) -> Any:
+    """Jits a function of what every device has whole, and of arrays of which it has its rows."""
+    rows, whole = ACTIVATIONS.spec(("batch",)), replicated(mesh).spec
+
+    def on_all(known: Any, *arguments: Any) -> Any:
+        specs = (whole, *(rows for _ in arguments))
+        return on_devices(mesh, function, specs, rows)(known, *arguments)
+
+    return jax.jit(on_all)
+
+
+def run(
+    program: Callable[..., Any], mesh: Mesh, batches: Iterable[tuple[np.ndarray, tuple]]
+) -> Iterator[tuple[np.ndarray, Any]]:
+    """Runs a program for arguments with positions of texts, three calls at a time; yields both."""
+    waiting: list[tuple[np.ndarray, Any]] = []
+    for places, arguments in batches:
+        waiting.append((places, program(*jax.device_put(arguments, batch_sharding(mesh)))))
+        if len(waiting) > 2:
+            yield jax.device_get(waiting.pop(0))
+    yield from map(jax.device_get, waiting)

@@ -7,6 +7,7 @@ the knowledge base, of the states at the same position.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,16 +26,10 @@ from m3jax.errors import CheckpointError, RetrievalError, TextError
 from m3jax.files import committing, digest
 from m3jax.make_model import make_model
 from m3jax.memory.binding import layout_of, writer_fingerprint, writer_params
-from m3jax.mesh import ACTIVATIONS, batch_sharding, local_mesh, on_devices, replicated
+from m3jax.mesh import local_mesh, replicated
 from m3jax.model.parameters import Params
-from m3jax.retrieval.batches import calls
-from m3jax.retrieval.embedder import (
-    Embedder,
-    check_fingerprint,
-    check_source,
-    read_spec,
-    reading,
-)
+from m3jax.retrieval.batches import by_rows, calls, run
+from m3jax.retrieval.embedder import Embedder, read_spec, reading, reload
 from m3jax.retrieval.pooling import directions, draw, like, position_means, unit, usable
 from m3jax.text.tokenizer import PAD
 
@@ -88,7 +83,6 @@ class CheckpointEmbedder(Embedder):
         self.model = make_model(self._part_config, prefix)
         self.weights = writer_fingerprint(params, self.model.memory)
         self.mesh = local_mesh(devices)
-        self._sharding = batch_sharding(self.mesh)
         self.params = jax.device_put(writer_params(params), replicated(self.mesh))
         self.dimension = min(dimension, self._width())
         self._embedding = self.program(self._embed)
@@ -200,13 +194,7 @@ class CheckpointEmbedder(Embedder):
 
     def program(self, function: Callable[..., Any]) -> Any:
         """Jits a function of (params, statistics, tokens (B, T), lengths (B,), …) by rows."""
-        rows, whole = ACTIVATIONS.spec(("batch",)), replicated(self.mesh).spec
-
-        def run(*arguments: Any) -> Any:
-            specs = (whole, whole, *(rows for _ in arguments[2:]))
-            return on_devices(self.mesh, function, specs, rows)(*arguments)
-
-        return jax.jit(run)
+        return by_rows(self.mesh, lambda known, *rows: function(*known, *rows))
 
     def run(
         self,
@@ -222,14 +210,12 @@ class CheckpointEmbedder(Embedder):
         for start in range(0, len(texts), _BLOCK):
             tokens = self.tokenizer.encode_batch(texts[start : start + _BLOCK])
             tokens = [ids[: self.longest] for ids in tokens]
-            waiting: list[tuple[np.ndarray, Any]] = []
-            for places, call in calls(tokens, 1, self.rows, self.mesh.size, PAD):
-                arguments = (*call, *more(start + places, len(call[1])))
-                placed = jax.device_put(arguments, self._sharding)
-                waiting.append((start + places, program(self.params, self._placed, *placed)))
-                if len(waiting) > 2:
-                    yield jax.device_get(waiting.pop(0))
-            yield from map(jax.device_get, waiting)
+            batches = (
+                (start + places, (*call, *more(start + places, len(call[1]))))
+                for places, call in calls(tokens, 1, self.rows, self.mesh.size, PAD)
+            )
+            known = (self.params, self._placed)
+            yield from run(functools.partial(program, known), self.mesh, batches)
 
     def _embedded(self, program: Any, texts: Sequence[str]) -> np.ndarray:
         self.check_fitted()
@@ -248,23 +234,22 @@ class CheckpointEmbedder(Embedder):
     def load(cls, folder: str | Path) -> CheckpointEmbedder:
         """Reads what `save` wrote, and the checkpoint."""
         spec = read_spec(folder)
-        remedy = (
-            "put the checkpoint back there, or build the index again (launch/prepare.py) with"
-            " config.retrieval.checkpoint"
-        )
         with reading(folder):
             data = io.BytesIO((Path(folder) / _STATISTICS).read_bytes())
             with np.load(data) as file:
                 learnt = {name: file[name] for name in sorted(file.files)}
             path, expected = Path(spec["checkpoint"]), spec["fingerprint"]
             arguments = int(spec["dimension"]), int(spec["layer"]), int(spec["rows"])
-        check_source(folder, "checkpoint", path, remedy)
-        loaded = _LOADED.get(f"{path} {expected}")
-        if isinstance(loaded, cls):  # the deltas of an index have the embedder of its base
-            return loaded
-        embedder = cls(path, *arguments)
-        embedder.set_statistics(learnt)
-        check_fingerprint(folder, "checkpoint", path, expected, embedder.fingerprint, remedy)
+
+        def make() -> CheckpointEmbedder:
+            loaded = _LOADED.get(f"{path} {expected}")
+            if isinstance(loaded, cls):  # the deltas of an index have the embedder of its base
+                return loaded
+            embedder = cls(path, *arguments)
+            embedder.set_statistics(learnt)
+            return embedder
+
+        embedder = reload(folder, "checkpoint", path, expected, make)
         _LOADED[f"{path} {expected}"] = embedder
         return embedder
 

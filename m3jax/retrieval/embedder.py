@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
@@ -77,6 +77,9 @@ class Embedder:
         raise NotImplementedError
 
 
+_E = TypeVar("_E", bound=Embedder)
+
+
 def read_spec(folder: str | Path) -> dict[str, Any]:
     """Reads `embedder.json`; raises `RetrievalError` where it is missing or damaged."""
     try:
@@ -101,18 +104,23 @@ def reading(folder: str | Path) -> Iterator[None]:
         ) from error
 
 
-def check_source(folder: str | Path, what: str, source: Path, remedy: str) -> None:
-    """Refuses a saved embedder whose encoder or checkpoint is not at its place."""
+def reload(
+    folder: str | Path, what: str, source: Path, fingerprint: str, make: Callable[[], _E]
+) -> _E:
+    """Makes the embedder saved in a folder, if its `encoder` or `checkpoint` still is the same.
+
+    `source` is where that lies; raises `RetrievalError`.
+    """
+    remedy = (
+        f"put the {what} back there, or run launch/prepare.py with config.retrieval.{what} = its"
+        f" folder now; the same {what} at another place costs no new embeddings"
+    )
     if not source.is_dir():
         raise RetrievalError(f"{folder} needs the {what} {source}, which is missing; {remedy}")
-
-
-def check_fingerprint(
-    folder: str | Path, what: str, source: Path, expected: str, actual: str, remedy: str
-) -> None:
-    """Refuses a saved embedder whose encoder or checkpoint is another one now."""
-    if actual != expected:
+    embedder = make()
+    if embedder.fingerprint != fingerprint:
         raise RetrievalError(
             f"{folder} was written with another {what} than {source} holds now (fingerprint"
-            f" {expected}; now {actual}); {remedy}"
+            f" {fingerprint}; now {embedder.fingerprint}); {remedy}"
         )
+    return embedder

@@ -14,16 +14,10 @@ from jax.sharding import Mesh
 from jaxtyping import Float32
 
 from m3jax.files import digest
-from m3jax.mesh import ACTIVATIONS, batch_sharding, local_mesh, on_devices, replicated
-from m3jax.retrieval.batches import Call, calls
+from m3jax.mesh import local_mesh, replicated
+from m3jax.retrieval.batches import Call, by_rows, calls, run
 from m3jax.retrieval.bert import Architecture, Pooling, encode
-from m3jax.retrieval.embedder import (
-    Embedder,
-    check_fingerprint,
-    check_source,
-    read_spec,
-    reading,
-)
+from m3jax.retrieval.embedder import Embedder, read_spec, reading, reload
 from m3jax.retrieval.pretrained import read_pretrained
 
 _BLOCK = 4096  # texts tokenized at a time
@@ -31,10 +25,8 @@ _BLOCK = 4096  # texts tokenized at a time
 
 @functools.lru_cache(maxsize=8)
 def _program(architecture: Architecture, pooling: Pooling, mesh: Mesh) -> Any:
-    """Jits `encode` for a mesh: every device encodes its rows."""
-    rows = ACTIVATIONS.spec(("batch",))
-    function = functools.partial(encode, architecture, pooling)
-    return jax.jit(on_devices(mesh, function, (replicated(mesh).spec, rows, rows), rows))
+    """Jits `encode`, once for all embedders of the same encoder."""
+    return by_rows(mesh, functools.partial(encode, architecture, pooling))
 
 
 class NeuralEmbedder(Embedder):
@@ -73,7 +65,6 @@ class NeuralEmbedder(Embedder):
         self._special = pretrained.tokenizer.num_special_tokens_to_add(False)
         self._padding = pretrained.architecture.padding or 0
         self._mesh = local_mesh(devices)
-        self._sharding = batch_sharding(self._mesh)
         cast = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), pretrained.params)
         self._params = jax.device_put(cast, replicated(self._mesh))
         self._encode = _program(pretrained.architecture, pretrained.pooling, self._mesh)
@@ -88,12 +79,9 @@ class NeuralEmbedder(Embedder):
         embeddings = np.zeros((len(texts), self.dimension), np.float32)
         for start in range(0, len(texts), _BLOCK):
             part = embeddings[start : start + _BLOCK]
-            running = [
-                (places, self._encode(self._params, *jax.device_put(call, self._sharding)))
-                for places, call in self._calls(texts[start : start + _BLOCK])
-            ]
-            for places, rows in running:
-                part[places] = jax.device_get(rows)[: len(places)]
+            encode = functools.partial(self._encode, self._params)
+            for places, rows in run(encode, self._mesh, self._calls(texts[start : start + _BLOCK])):
+                part[places] = rows[: len(places)]
         return embeddings
 
     def _calls(self, texts: Sequence[str]) -> Iterator[Call]:
@@ -107,14 +95,7 @@ class NeuralEmbedder(Embedder):
     def load(cls, folder: str | Path) -> NeuralEmbedder:
         """Reads what `save` wrote, and the encoder's folder, which must hold the same encoder."""
         spec = read_spec(folder)
-        remedy = (
-            "put the encoder back there, or run launch/prepare.py with config.retrieval.encoder ="
-            " its folder now; the same encoder at another place costs no new embeddings"
-        )
         with reading(folder):
-            path, expected = Path(spec["folder"]), spec["fingerprint"]
+            path, fingerprint = Path(spec["folder"]), spec["fingerprint"]
             arguments = spec["pooling"], spec["rows"], spec["dtype"]
-        check_source(folder, "encoder", path, remedy)
-        embedder = cls(path, *arguments)
-        check_fingerprint(folder, "encoder", path, expected, embedder.fingerprint, remedy)
-        return embedder
+        return reload(folder, "encoder", path, fingerprint, lambda: cls(path, *arguments))

@@ -12,6 +12,7 @@ from tolerance import close
 
 from m3jax import config as configs
 from m3jax.errors import RetrievalError
+from m3jax.mesh import batch_sharding
 from m3jax.retrieval import index as index_module
 from m3jax.retrieval import neural
 from m3jax.retrieval.batches import BUCKETS, rows_of
@@ -76,7 +77,7 @@ def test_same_bits_in_any_order_batch_and_thread(embedder, texts, monkeypatch):
 def test_same_bits_on_one_device_and_on_eight(folder, embedder, texts):
     assert embedder._mesh.size == 8
     batch = next(iter(embedder._calls(texts)))[1]
-    placed = jax.device_put(batch[0], embedder._sharding)
+    placed = jax.device_put(batch[0], batch_sharding(embedder._mesh))
     assert {shard.data.shape[0] for shard in placed.addressable_shards} == {3}
     one = NeuralEmbedder(folder, rows=3, devices=jax.local_devices()[:1])
     np.testing.assert_array_equal(one.embed(texts), embedder.embed(texts))
