@@ -8,7 +8,6 @@ would. Both need no other model than the one that reads the memories.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,8 @@ from m3jax.memory.binding import layout_of
 from m3jax.memory.sparsify import Written, sparsifier
 from m3jax.model.parameters import Params
 from m3jax.model.rope import rotate
-from m3jax.retrieval.checkpoint_encoder import CheckpointEmbedder
+from m3jax.retrieval.batches import by_rows
+from m3jax.retrieval.checkpoint_encoder import CheckpointEmbedder, Known
 from m3jax.retrieval.embedder import Embedder
 from m3jax.retrieval.pooling import centred, mean_of, unit, usable
 
@@ -56,15 +56,14 @@ class ModelEmbedder(CheckpointEmbedder):
     def _width(self) -> int:
         return self.config.model.hidden
 
-    def states(self, params: Params, tokens_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
+    def states(self, known: Known, tokens_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
         """Computes hidden states `(B, T, D)`."""
-        return self.model.hidden(params, tokens_BT)
+        return self.model.hidden(known["params"], tokens_BT)
 
-    def pooled(
-        self, params: Params, means: jax.Array, tokens_BT: jax.Array, real_BT: jax.Array
-    ) -> jax.Array:
+    def pooled(self, known: Known, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
         """Computes their mean `(B, D)`, each without the mean of its position."""
-        return mean_of(centred(self.states(params, tokens_BT, real_BT), means), real_BT)
+        real_BT = usable(tokens_BT, lengths_B)
+        return mean_of(centred(self.states(known, tokens_BT, real_BT), known["means"]), real_BT)
 
     def scales(self, variance: np.ndarray) -> np.ndarray:
         """Whitens: directions that the knowledge base does not vary along keep a bounded weight."""
@@ -99,17 +98,16 @@ class AttentionEmbedder(CheckpointEmbedder):
         model = self.config.model
         return self.config.memory.layers * model.kv_heads * model.head_dim
 
-    def states(self, params: Params, tokens_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
+    def states(self, known: Known, tokens_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
         """Computes queries before RoPE `(B, T, L, K, G, H)` of texts read as references are."""
-        written, _ = self.model.encode(params, jnp.where(real_BT, tokens_BT, 0), _queries)
+        written, _ = self.model.encode(known["params"], jnp.where(real_BT, tokens_BT, 0), _queries)
         return jnp.moveaxis(written.keys, 0, 2)
 
-    def pooled(
-        self, params: Params, means: jax.Array, tokens_BT: jax.Array, real_BT: jax.Array
-    ) -> jax.Array:
+    def pooled(self, known: Known, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
         """Computes the mean kept key of every memory layer and head `(B, L·K·H)`."""
         keep = sparsifier(self.config.memory)
-        memory, _ = self.model.encode(params, jnp.where(real_BT, tokens_BT, 0), keep)
+        tokens_BT = jnp.where(usable(tokens_BT, lengths_B), tokens_BT, 0)
+        memory, _ = self.model.encode(known["params"], tokens_BT, keep)
         count_B = jnp.maximum(memory.length, 1).reshape(-1, 1, 1, 1)
         keys_BLKPH = jnp.moveaxis(memory.keys, 0, 1)
         sums_BLKH = keys_BLKPH.astype(jnp.float32).sum(3)  # slots past the length are zero
@@ -119,19 +117,16 @@ class AttentionEmbedder(CheckpointEmbedder):
         """Returns ones: the projection keeps dot products."""
         return np.ones_like(variance)
 
-    def _embed_queries(
-        self, params: Params, learnt: Any, tokens_BT: jax.Array, lengths_B: jax.Array
-    ) -> jax.Array:
+    def _embed_queries(self, known: Known, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
         real_BT = usable(tokens_BT, lengths_B)
-        q_BTLKGH = self.searching(params, learnt["means"], tokens_BT, real_BT)
-        q_BLKH = mean_of(q_BTLKGH, real_BT).mean(3)
-        return unit(q_BLKH.reshape(len(tokens_BT), -1) @ learnt["projection"])
+        q_BLKH = mean_of(self.searching(known, tokens_BT, real_BT), real_BT).mean(3)
+        return unit(q_BLKH.reshape(len(tokens_BT), -1) @ known["projection"])
 
     def searching(
-        self, params: Params, means: jax.Array, tokens_BT: jax.Array, real_BT: jax.Array
+        self, known: Known, tokens_BT: jax.Array, real_BT: jax.Array
     ) -> Float32[Array, "B T L K G H"]:
         """Computes queries less position means, turned to the middle of the references."""
-        q_BTLKGH = centred(self.states(params, tokens_BT, real_BT), means)
+        q_BTLKGH = centred(self.states(known, tokens_BT, real_BT), known["means"])
         middle = len(PREFIX_TOKENS) + self.longest // 2
         position_T = jnp.full(q_BTLKGH.shape[1], middle)
         return rotate(q_BTLKGH, position_T, self.config.model.rope_base)
@@ -163,15 +158,12 @@ class Ranking:
         layout = layout_of(embedder.config, PREFIX_TOKENS)
         for side in (layout, stored := dict(bank.binding.layout)):
             side.pop("heads", None)  # keys that are not stored score 0 in all references
-        differ = [
-            part
-            for part, ours, theirs in (
-                ("weights", embedder.weights, bank.binding.writer),
-                ("tokenizer", embedder.tokenizer.fingerprint, bank.binding.tokenizer),
-                ("layout", layout, {**stored, "dtype": layout["dtype"]}),
-            )
-            if ours != theirs
-        ]
+        sides = {
+            "weights": (embedder.weights, bank.binding.writer),
+            "tokenizer": (embedder.tokenizer.fingerprint, bank.binding.tokenizer),
+            "layout": (layout, {**stored, "dtype": layout["dtype"]}),
+        }
+        differ = [part for part, (ours, theirs) in sides.items() if ours != theirs]
         if differ:
             raise RetrievalError(
                 f"the bank {bank.folder} was not written by the checkpoint {embedder.folder} of the"
@@ -179,7 +171,7 @@ class Ranking:
                 " run launch/prepare.py with config.retrieval.checkpoint = the bank's writer"
             )
         self.embedder, self.bank = embedder, bank
-        self._program = embedder.program(self._score)
+        self._program = by_rows(embedder.mesh, self._score)
 
     def __call__(
         self, queries: Sequence[str], ids: Int64[np.ndarray, "n c"]
@@ -199,15 +191,14 @@ class Ranking:
 
     def _score(
         self,
-        params: Params,
-        learnt: Any,
+        known: Known,
         tokens_BT: jax.Array,
         lengths_B: jax.Array,
         keys: Float[Array, "B L M K P H"],
         slots_BM: jax.Array,
     ) -> Float32[Array, "B M"]:
         real_BT = usable(tokens_BT, lengths_B)
-        q_BTLKGH = self.embedder.searching(params, learnt["means"], tokens_BT, real_BT)
+        q_BTLKGH = self.embedder.searching(known, tokens_BT, real_BT)
         kept_BMP = jnp.arange(keys.shape[-2])[None, None] < slots_BM[..., None]
         seen_BMTP = real_BT[:, None, :, None] & kept_BMP[:, :, None, :]
 

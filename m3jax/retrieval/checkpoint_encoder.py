@@ -34,6 +34,7 @@ from m3jax.retrieval.pooling import directions, draw, like, position_means, unit
 from m3jax.text.tokenizer import PAD
 
 Statistics = dict[str, np.ndarray]
+Known = dict[str, Any]
 
 SAMPLE = 8192  # texts of the knowledge base that `fit` learns from
 _STATISTICS = "statistics.npz"
@@ -48,7 +49,8 @@ class CheckpointEmbedder(Embedder):
 
     Attributes:
       config: model and memory of the checkpoint; `model.layers` is what is run.
-      model, params: the layers that are run, on every device of the mesh.
+      model: of the layers that are run.
+      known: its `params` and the statistics of `set_statistics`, on every device of the mesh.
     """
 
     def __init__(
@@ -83,10 +85,10 @@ class CheckpointEmbedder(Embedder):
         self.model = make_model(self._part_config, prefix)
         self.weights = writer_fingerprint(params, self.model.memory)
         self.mesh = local_mesh(devices)
-        self.params = jax.device_put(writer_params(params), replicated(self.mesh))
+        self.known = jax.device_put({"params": writer_params(params)}, replicated(self.mesh))
         self.dimension = min(dimension, self._width())
-        self._embedding = self.program(self._embed)
-        self._embedding_queries = self.program(self._embed_queries)
+        self._embedding = by_rows(self.mesh, self._embed)
+        self._embedding_queries = by_rows(self.mesh, self._embed_queries)
         self.set_statistics({})
 
     def _part(self, params: Params) -> tuple[ConfigDict, tuple[int, ...], Params]:
@@ -98,17 +100,13 @@ class CheckpointEmbedder(Embedder):
         raise NotImplementedError
 
     def states(
-        self, params: Params, tokens_BT: Int32[Array, "B T"], real_BT: Bool[Array, "B T"]
+        self, known: Known, tokens_BT: Int32[Array, "B T"], real_BT: Bool[Array, "B T"]
     ) -> Float[Array, "B T *rest"]:
         """Computes the states that queries are pooled from, before subtracting position means."""
         raise NotImplementedError
 
     def pooled(
-        self,
-        params: Params,
-        means: Float32[Array, "W ..."],
-        tokens_BT: Int32[Array, "B T"],
-        real_BT: Bool[Array, "B T"],
+        self, known: Known, tokens_BT: Int32[Array, "B T"], lengths_B: Int32[Array, " B"]
     ) -> Float32[Array, "B F"]:
         """Pools one vector a reference, not yet centred."""
         raise NotImplementedError
@@ -125,7 +123,7 @@ class CheckpointEmbedder(Embedder):
     def fit(self, texts: Iterable[str]) -> None:
         """Learns means and main directions from up to 8192 texts, drawn uniformly."""
         drawn, total = draw(texts, SAMPLE), None
-        for _, sums in self.run(self.program(self._sums), drawn):
+        for _, sums in self.run(by_rows(self.mesh, self._sums), drawn):
             sums = [np.pad(x.sum(0, dtype=np.float64), _up_to(self.longest, x)) for x in sums]
             total = sums if total is None else [a + b for a, b in zip(total, sums, strict=True)]
         if total is None:
@@ -135,9 +133,8 @@ class CheckpointEmbedder(Embedder):
             )
         means = position_means(*total)
         self.set_statistics({"means": means})
-        pooled = self.run(self.program(self._pooled), drawn)
-        pooled_nF = np.concatenate([rows[: len(places)] for places, rows in pooled])
-        pooled_nF = pooled_nF.astype(np.float64)
+        pooled = self.run(by_rows(self.mesh, self.pooled), drawn)
+        pooled_nF = np.concatenate([rows[: len(places)] for places, rows in pooled], dtype=float)
         centre_F = pooled_nF.mean(0)
         variance_E, axes_FE = directions(pooled_nF - centre_F, self.dimension)
         projection_FE = axes_FE * self.scales(variance_E)[None]
@@ -145,30 +142,21 @@ class CheckpointEmbedder(Embedder):
         self.set_statistics({name: value.astype(np.float32) for name, value in learnt.items()})
 
     def _sums(
-        self, params: Params, _: Any, tokens_BT: jax.Array, lengths_B: jax.Array
+        self, known: Known, tokens_BT: jax.Array, lengths_B: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Sums states (1, T, …) and counts real tokens (1, T) over a device's rows."""
         real_BT = usable(tokens_BT, lengths_B)
-        states = self.states(params, tokens_BT, real_BT).astype(jnp.float32)
+        states = self.states(known, tokens_BT, real_BT).astype(jnp.float32)
         sums = jnp.where(like(real_BT, states), states, 0).sum(0)
         return sums[None], real_BT.sum(0)[None]
 
-    def _pooled(
-        self, params: Params, learnt: Any, tokens_BT: jax.Array, lengths_B: jax.Array
-    ) -> jax.Array:
-        return self.pooled(params, learnt["means"], tokens_BT, usable(tokens_BT, lengths_B))
+    def _embed(self, known: Known, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+        pooled_BF = self.pooled(known, tokens_BT, lengths_B)
+        return unit((pooled_BF - known["centre"][None]) @ known["projection"])
 
-    def _embed(
-        self, params: Params, learnt: Any, tokens_BT: jax.Array, lengths_B: jax.Array
-    ) -> jax.Array:
-        pooled_BF = self._pooled(params, learnt, tokens_BT, lengths_B)
-        return unit((pooled_BF - learnt["centre"][None]) @ learnt["projection"])
-
-    def _embed_queries(
-        self, params: Params, learnt: Any, tokens_BT: jax.Array, lengths_B: jax.Array
-    ) -> jax.Array:
+    def _embed_queries(self, known: Known, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
         """Embeds queries as references, unless a subclass knows better."""
-        return self._embed(params, learnt, tokens_BT, lengths_B)
+        return self._embed(known, tokens_BT, lengths_B)
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
         """Embeds references, cut to `memory.reference_length`; zeros for one without a token.
@@ -184,7 +172,8 @@ class CheckpointEmbedder(Embedder):
     def set_statistics(self, learnt: Statistics) -> None:
         """Sets the statistics: `means` (W, …), `centre` (F,) and `projection` (F, E)."""
         self._learnt, self.fitted = learnt, "projection" in learnt
-        self._placed = jax.device_put(learnt, replicated(self.mesh))
+        placed = jax.device_put(learnt, replicated(self.mesh))
+        self.known = {"params": self.known["params"], **placed}
         layout = layout_of(self._part_config, self.model.prefix_tokens)
         setting = [self.name, 1, self.weights, layout, self.tokenizer.fingerprint, self.dimension]
         parts: list[bytes | str] = [json.dumps(setting, sort_keys=True)]
@@ -192,20 +181,17 @@ class CheckpointEmbedder(Embedder):
             parts += [f"{name} {values.shape}", values.tobytes()]
         self.fingerprint = digest(*parts)
 
-    def program(self, function: Callable[..., Any]) -> Any:
-        """Jits a function of (params, statistics, tokens (B, T), lengths (B,), …) by rows."""
-        return by_rows(self.mesh, lambda known, *rows: function(*known, *rows))
-
     def run(
         self,
         program: Any,
         texts: Sequence[str],
         more: Callable[[np.ndarray, int], tuple[np.ndarray, ...]] = lambda places, rows: (),
     ) -> Iterator[tuple[np.ndarray, Any]]:
-        """Runs a program for all texts that have a token; yields n places, and arrays.
+        """Runs a program of `by_rows` for all texts with a token; yields n places, and arrays.
 
-        The first n rows of a result are theirs; others are of empty texts. Texts are cut to the
-        length of a reference. `more(places, rows)` makes further arguments with that many rows.
+        Its arguments are `known`, tokens, cut to the length of a reference, their lengths, and what
+        `more(places, rows)` makes for that many rows. The first n rows of a result are those of the
+        places; others are of empty texts.
         """
         for start in range(0, len(texts), _BLOCK):
             tokens = self.tokenizer.encode_batch(texts[start : start + _BLOCK])
@@ -214,8 +200,7 @@ class CheckpointEmbedder(Embedder):
                 (start + places, (*call, *more(start + places, len(call[1]))))
                 for places, call in calls(tokens, 1, self.rows, self.mesh.size, PAD)
             )
-            known = (self.params, self._placed)
-            yield from run(functools.partial(program, known), self.mesh, batches)
+            yield from run(functools.partial(program, self.known), self.mesh, batches)
 
     def _embedded(self, program: Any, texts: Sequence[str]) -> np.ndarray:
         self.check_fitted()
