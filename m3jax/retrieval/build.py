@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -162,18 +163,15 @@ def _embed(references: References, embedder: Embedder, folder: Path, ids: range)
     paths = shards(folder, len(ids))
     done = next((i for i, path in enumerate(paths) if not path.exists()), len(paths))
     texts = _texts(references, "embed references", ids[done * SHARD_ROWS :])
-    for i in range(done, len(paths)):
-        rows = min(SHARD_ROWS, len(ids) - i * SHARD_ROWS)
-        embeddings = np.empty((rows, embedder.dimension), np.float32)
-        for start in range(0, rows, _BATCH):
-            part = embeddings[start : start + _BATCH]
-            made = embedder.embed([next(texts) for _ in range(len(part))])
-            if made.shape != part.shape:
-                raise RetrievalError(
-                    f"the embedder {embedder.name!r} has dimension {embedder.dimension}, but"
-                    f" {len(part)} texts became an array of shape {made.shape}; mend its dimension"
-                )
-            part[:] = made
-        write_array(paths[i], embeddings)
+    for path in paths[done:]:
+        shard = list(itertools.islice(texts, SHARD_ROWS))
+        starts = range(0, len(shard), _BATCH)
+        made = np.concatenate([embedder.embed(shard[start : start + _BATCH]) for start in starts])
+        if made.shape != (len(shard), embedder.dimension):
+            raise RetrievalError(
+                f"the embedder {embedder.name!r} has dimension {embedder.dimension}, but"
+                f" {len(shard)} texts became an array of shape {made.shape}; mend its dimension"
+            )
+        write_array(path, made)
     for _ in texts:  # ends the progress bar
         pass

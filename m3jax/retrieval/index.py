@@ -94,8 +94,7 @@ class Index(SearchIndex):
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
-        identity = manifest["identity"]
-        count = identity["parts"]
+        identity, count = manifest["identity"], manifest["identity"]["parts"]
         parts = range(count) if parts is None else sorted(set(parts))
         if not parts or not 0 <= parts[0] <= parts[-1] < count:
             raise RetrievalError(

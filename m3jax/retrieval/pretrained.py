@@ -26,25 +26,15 @@ _PUBLISHED = f"use the {CONFIG} that the encoder was published with"
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """Holds an encoder read from a folder.
-
-    Attributes:
-      architecture: its sizes.
-      params: float32 arrays on the host, as `bert.encode` takes them.
-      pooling: how tokens become one vector.
-      tokenizer: adds the special tokens, cuts at `max_length`, does not pad.
-      max_length: most tokens of a text, special ones included.
-      lower: texts are lower-cased before the tokenizer sees them.
-      fingerprint: hex digest of weights, tokenizer and all of the above.
-    """
+    """Holds an encoder read from a folder."""
 
     architecture: Architecture
-    params: Params
+    params: Params  # float32 arrays on the host, as `bert.encode` takes them
     pooling: Pooling
-    tokenizer: tokenizers.Tokenizer
-    max_length: int
-    lower: bool
-    fingerprint: str
+    tokenizer: tokenizers.Tokenizer  # adds special tokens, cuts at `max_length`, does not pad
+    max_length: int  # most tokens of a text, special ones included
+    lower: bool  # texts are lower-cased before the tokenizer sees them
+    fingerprint: str  # hex digest of all of this
 
 
 def read_pretrained(folder: Path, pooling: Literal["auto", "mean", "cls"]) -> Pretrained:

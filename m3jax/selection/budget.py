@@ -30,27 +30,16 @@ _MOST = 10.0  # of k
 
 @dataclass(frozen=True)
 class WorthEstimates:
-    """Estimates of R references; arrays over all ids, removed ones have worth 0.
+    """Estimates of R references; arrays over all ids, removed ones have worth 0."""
 
-    Attributes:
-      worth: expected drop of the loss, nats a token.
-      error: standard deviation of it, as far as it comes from `value`.
-      measured: rows in which the drop was measured.
-      counted: rows that found it.
-      mean: drop a use over all measured uses, nats.
-      shrinkage: k; 0 trusts every measurement.
-      unseen: references in use that no counted row found.
-      new: expected share of the uses in a new row that are of those.
-    """
-
-    worth: Float[np.ndarray, " R"]
-    error: Float[np.ndarray, " R"]
-    measured: Int[np.ndarray, " R"]
-    counted: Int[np.ndarray, " R"]
-    mean: float
-    shrinkage: float
-    unseen: int
-    new: float
+    worth: Float[np.ndarray, " R"]  # expected drop of the loss, nats a token
+    error: Float[np.ndarray, " R"]  # its standard deviation, as far as it comes from `value`
+    measured: Int[np.ndarray, " R"]  # rows in which the drop was measured
+    counted: Int[np.ndarray, " R"]  # rows that found it
+    mean: float  # drop a use over all measured uses, nats
+    shrinkage: float  # k; 0 trusts every measurement
+    unseen: int  # references in use that no counted row found
+    new: float  # expected share of the uses in a new row that are of the unseen ones
 
 
 def estimate(
@@ -64,11 +53,10 @@ def estimate(
     """Estimates the worth of every reference.
 
     Args:
-      references: ids of the measured pairs of a row and a reference; at least one.
-      drops: of the row's loss, nats.
-      counted: for every id how many of the counted rows find it; these have the measured ones
-        among them.
-      rows: how many were counted.
+      references, drops: ids of the measured pairs of a row and a reference, at least one, and
+        drops of the row's loss, nats.
+      counted, rows: for every id how many of the counted rows find it, the measured ones among
+        them; and how many were counted.
       tokens: mean weight of a row's targets.
       live: ids in use.
     """
@@ -92,16 +80,9 @@ def estimate(
     uses = np.where(counted > 0, (1 - new) * counted / rows, 0.0)
     uses[unseen] = new * total / rows / max(int(unseen.sum()), 1)
     uses[~in_use] = 0.0
-    return WorthEstimates(
-        worth=uses * value / tokens,
-        error=uses * spread / tokens,
-        measured=measured,
-        counted=counted,
-        mean=mean,
-        shrinkage=float(shrinkage),
-        unseen=int(unseen.sum()),
-        new=new,
-    )
+    worth, error = uses * value / tokens, uses * spread / tokens
+    figures = mean, float(shrinkage), int(unseen.sum()), new
+    return WorthEstimates(worth, error, measured, counted, *figures)
 
 
 def variances(

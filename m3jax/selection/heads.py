@@ -38,23 +38,14 @@ HIDES = ("context", "memory")
 
 @dataclasses.dataclass(frozen=True)
 class HeadScores:
-    """Rise of the loss by masking each head.
+    """Rise of the loss by masking each head; NaN for heads that have no memories to hide."""
 
-    Attributes:
-      loss: nats a token of the model as it is.
-      increase: of the loss with the head masked, `(layers, heads)`, nats a token; NaN for heads
-        that were not masked, having no memories to hide.
-      error: its standard error over the rows, each compared with itself.
-      rows, tokens: that were predicted.
-      about: checkpoint, step, and what was masked.
-    """
-
-    loss: float
-    increase: Float[np.ndarray, "layers heads"]
-    error: Float[np.ndarray, "layers heads"]
-    rows: int
+    loss: float  # nats a token of the model as it is
+    increase: Float[np.ndarray, "layers heads"]  # of the loss with the head masked, nats a token
+    error: Float[np.ndarray, "layers heads"]  # of each row compared with itself, standard error
+    rows: int  # that were predicted, as the tokens
     tokens: int
-    about: dict[str, Any]
+    about: dict[str, Any]  # checkpoint, step, and what was masked
 
     def ranking(self) -> list[tuple[int, int]]:
         """Ranks layer and head of all that were masked by the rise of the loss, largest first."""
