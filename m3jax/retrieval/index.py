@@ -46,6 +46,9 @@ class Index(SearchIndex):
     """Searches the embeddings of a knowledge base. Thread-safe; cannot be pickled.
 
     Attributes: those of `SearchIndex`, and
+      kind: `exact` or `scann`, as it was built.
+      dimension: width E of the embeddings.
+      fingerprint: hex digest of references, embedder and way of searching.
       parts: the parts that are open; references of others are not returned.
       recall: least recall@5 of the open parts, measured when they were built; None if exact.
     """
@@ -170,15 +173,10 @@ def _scann(folder: Path, keep_embeddings: bool) -> Any:
 
 
 class DeltaIndex(SearchIndex):
-    """Searches several indices of one embedder as one index without tombstones.
-
-    Attributes: those of `SearchIndex`, and
-      indices: the base, then the deltas.
-      numbering: ids over them.
-    """
+    """Searches several indices of one embedder as one index without tombstones."""
 
     def __init__(self, indices: Sequence[Index], tombstones: np.ndarray, references: str) -> None:
-        """Joins indices; `references` is the fingerprint of the `DeltaReferences`."""
+        """Joins a base and its deltas; `references` is the fingerprint of the `DeltaReferences`."""
         # The last one knows the words of all.
         self.indices, self.embedder = list(indices), indices[-1].embedder
         if any(index.embedder.family != self.embedder.family for index in indices):
@@ -188,9 +186,7 @@ class DeltaIndex(SearchIndex):
             )
         self.numbering = Numbering([index.size for index in indices], tombstones)
         self.size = self.numbering.size
-        self.kind, self.dimension = indices[0].kind, indices[0].dimension
         self.references_fingerprint = references
-        self.fingerprint = digest(*(index.fingerprint for index in indices), references)
         split = self.numbering.split(self.numbering.tombstones)
         self._tombstones_of = {part: len(rows) for part, _, rows in split}
 

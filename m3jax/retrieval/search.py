@@ -35,9 +35,6 @@ class SearchIndex(Protocol):
     """Interface of what a `Retriever` searches: `Index` or `DeltaIndex`."""
 
     size: int  # number of ids R, tombstones included
-    kind: str  # `exact` or `scann`, as it was built
-    dimension: int  # width E of the embeddings
-    fingerprint: str  # hex digest of references, embedder and way of searching
     references_fingerprint: str
     embedder: Embedder  # embeds queries as the references were embedded
 
@@ -52,6 +49,10 @@ class SearchIndex(Protocol):
         vectors), and then so are the order and what counts as equal. Raises `RetrievalError` where
         k is below 1, or the embeddings are not of `embedder`.
         """
+
+
+# Settings of ScaNN for embeddings that do not cluster: all codes are compared.
+ALL_CODES = {"leaves": 0, "block": 2, "sample": 100_000}
 
 
 def import_scann() -> ModuleType | None:
@@ -76,11 +77,6 @@ def scann_settings(references: int) -> dict[str, int]:
     return {"leaves": leaves, "block": 4, "sample": max(100_000, 200 * leaves)}
 
 
-def all_codes() -> dict[str, int]:
-    """Returns settings for embeddings that do not cluster: all codes are compared."""
-    return {"leaves": 0, "block": 2, "sample": 100_000}
-
-
 def build_scann(
     scann: ModuleType,
     embeddings: Float32[np.ndarray, "R E"],
@@ -95,7 +91,7 @@ def build_scann(
 
     Args:
       scann: `import_scann()`.
-      embeddings, settings: what is searched, and `scann_settings` or `all_codes`.
+      embeddings, settings: what is searched, and `scann_settings` or `ALL_CODES`.
       folder: a new folder.
       standalone: stores the embeddings in 8 bits a number, so that the searcher can score its
         candidates itself; otherwise `Searcher` does, and codes alone are written.

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from m3jax.retrieval.embedder import Embedder
-from m3jax.retrieval.search import SHARD_ROWS, SPARE, Searcher, SearchResult, all_codes, build_scann
+from m3jax.retrieval.search import ALL_CODES, SHARD_ROWS, SPARE, Searcher, SearchResult, build_scann
 from m3jax.text.references import References
 
 QUERIES = 512  # held-out queries that recall is measured with
@@ -90,7 +90,7 @@ def fit(
             best = _least_effort(searcher, settings, embeddings.shape, queries, exact, target)
             if best is None and settings["leaves"]:
                 shutil.rmtree(folder)
-                settings = all_codes()
+                settings = ALL_CODES
                 continue
             effort = best or {"leaves": 0, "candidates": _CANDIDATES[0]}
         searcher.effort = effort

@@ -104,7 +104,7 @@ def train(monkeypatch, config):
 
     def train(kind):
         settings = {"leaves": 20, "block": 4, "sample": 1000}
-        settings = search.all_codes() if kind == "codes" else settings
+        settings = search.ALL_CODES if kind == "codes" else settings
         monkeypatch.setattr(build_module, "scann_settings", lambda references: settings)
         config.retrieval.recall = 0.5
 

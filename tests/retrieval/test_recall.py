@@ -13,7 +13,7 @@ from m3jax.retrieval.build import build_index
 from m3jax.retrieval.index import Index
 from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.retrieval.recall import read_queries, recall_report, recall_table
-from m3jax.retrieval.search import SPARE, Searcher, all_codes, import_scann
+from m3jax.retrieval.search import ALL_CODES, SPARE, Searcher, import_scann
 
 needs_scann = pytest.mark.skipif(import_scann() is None, reason="ScaNN has no wheel here")
 
@@ -84,7 +84,7 @@ def test_embeddings_that_do_not_cluster_are_searched_without_leaves(tmp_path):
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     settings = {"leaves": 70, "block": 4, "sample": 5000}
     fitted = tune.fit(import_scann(), rows, queries, settings, tmp_path / "scann", 0.95)
-    assert fitted["settings"] == all_codes() and fitted["effort"]["leaves"] == 0
+    assert fitted["settings"] == ALL_CODES and fitted["effort"]["leaves"] == 0
     assert fitted["recall"] >= 0.95
 
 
