@@ -28,7 +28,8 @@ def quantizer(
 ) -> Rounds:
     """Measures encoding and dequantizing with FAISS's own tables, and the errors of both trainings.
 
-    Without FAISS, which the extra `parity` installs, only our own speed and errors.
+    Without FAISS, which the extra `parity` installs, only our own speed and errors. Raises
+    `BenchmarkError` where the bank is compressed or too small.
 
     Args:
       vectors: training vectors. FAISS asks for 638 976.
@@ -41,8 +42,6 @@ def quantizer(
       tables and as many threads (above 1: we are faster); `error_over_faiss`, relative error of our
       tables over that of FAISS's, on vectors not trained on; `error_single_over_four`, of codes
       that try one coarse entry over those that try four. `seconds`, `errors`.
-
-    Raises `BenchmarkError` where the bank is compressed or too small.
     """
     count = vectors + tested
     x = _made(count) if workdir is None else _of_bank(Path(workdir), count)

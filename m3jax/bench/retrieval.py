@@ -27,17 +27,12 @@ _QUERY_COSINE = 0.75
 def retrieval(rows: int = 100_000, dimension: int = 384) -> Rounds:
     """Measures recall at 5 and time of the tuned approximate search over those of the exact search.
 
-    `launch/bench.py` gives NumPy one thread, as ScaNN's calls have.
-
-    Args:
-      rows: embeddings R.
-      dimension: their width E.
+    `launch/bench.py` gives NumPy one thread, as ScaNN's calls have. Raises `RetrievalError` where
+    ScaNN cannot be imported.
 
     Yields:
       `ratios`: `recall_at_5` and `time_over_exact`, of 640 queries; `seconds` a query; `settings`:
       what was trained and tuned, and the recall on the held-out queries that it was tuned with.
-
-    Raises `RetrievalError` where ScaNN cannot be imported.
     """
     scann = import_scann()
     if scann is None:

@@ -19,11 +19,7 @@ def timed(
     turns: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Times calls in turn, every other turn backwards (A B, B A, …): first is nobody's advantage.
-
-    Returns:
-      The median seconds of each call, by name.
-    """
+    """Times calls in turn, every other turn backwards (A B, B A, …); returns the median seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(turns):
         for name in [*calls][:: -1 if turn % 2 else 1]:

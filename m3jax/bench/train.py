@@ -64,9 +64,7 @@ _MONITOR_TURNS = 200
 def train(persons: int = 2000, shape: Mapping[str, Any] = {}) -> Rounds:
     """Measures step times of precomputed and online memories over warmup.
 
-    Args:
-      persons: invented people in the knowledge base; four references tell of five.
-      shape: config fields that differ from a shape for a CPU.
+    Four references tell of five of the invented `persons`; `shape` has config fields that differ.
 
     Yields:
       `ratios`: `pipeline_over_precomputed`, of a step fed by the pipeline over the same batch
@@ -107,7 +105,7 @@ def train(persons: int = 2000, shape: Mapping[str, Any] = {}) -> Rounds:
 def writer(persons: int = 2000, shape: Mapping[str, Any] = {}) -> Rounds:
     """Measures the share of the bank writer's time that it waits for the jitted encode.
 
-    Arguments as of `train`. Yields `ratios`: `encode_share`; `rates`: `memories_per_second`;
+    Yields `ratios`: `encode_share`; `rates`: `memories_per_second`;
     `seconds` of writing the bank.
     """
     config = configured(_SHAPE, shape)

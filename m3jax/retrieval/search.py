@@ -84,17 +84,12 @@ def build_scann(
     folder: Path,
     standalone: bool = False,
 ) -> None:
-    """Trains a ScaNN searcher and writes it; the same embeddings give the same bytes.
+    """Trains a ScaNN searcher and writes it to a new folder; the same embeddings, the same bytes.
 
     With random initial centres, ScaNN's default, two trainings differ; with k-means++ they do not,
-    whatever the number of threads.
-
-    Args:
-      scann: `import_scann()`.
-      embeddings, settings: what is searched, and `scann_settings` or `ALL_CODES`.
-      folder: a new folder.
-      standalone: stores the embeddings in 8 bits a number, so that the searcher can score its
-        candidates itself; otherwise `Searcher` does, and codes alone are written.
+    whatever the number of threads. A `standalone` searcher stores the embeddings in 8 bits a number
+    and can score its candidates itself; otherwise `Searcher` does, and codes alone are written.
+    `settings` are `scann_settings` or `ALL_CODES`.
     """
     builder, sample = scann.builder(embeddings, 1, "dot_product"), settings["sample"]
     if settings["leaves"]:

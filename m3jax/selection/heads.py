@@ -73,7 +73,6 @@ def score_heads(
     hide: str = "context",
     window: int = 100,
     by_query: bool = False,
-    progress: bool = True,
 ) -> HeadScores:
     """Masks every head in turn and measures the loss on the validation rows.
 
@@ -90,7 +89,6 @@ def score_heads(
       window: tokens, the query's own included.
       by_query: mask single query heads; default key-value heads, with all of their query heads,
         since these are what a bank stores.
-      progress: show a progress bar.
 
     Raises:
       ConfigError: a window that hides nothing, no memory to hide, rows of several texts.
@@ -119,16 +117,14 @@ def score_heads(
     what = [about, config.to_dict(), tokenizer, bank, str(pipeline.rows.corpus.fingerprint)]
     store = Path(workdir) / "report" / "heads" / f"{digest(json.dumps(what))}.npy"
     done = np.load(store) if store.is_file() else np.zeros((0, 2 + len(candidates), 0))
-    bar = tqdm(total=evaluator.batches, desc="heads", unit=" batches", disable=not progress)
-    for number, batch in enumerate(evaluator.each()):
+    batches = tqdm(evaluator.each(), total=evaluator.batches, desc="heads", unit=" batches")
+    for number, batch in enumerate(batches):
         if number >= len(done):
             losses = score(params, jax.device_put(batch.for_step()), candidates)
             weights = batch.weights.astype(np.float64).sum(1)
             block = np.concatenate([weights[None], np.asarray(losses, np.float64)])[None]
             done = np.concatenate([done.reshape(-1, *block.shape[1:]), block])
             write_array(store, done)
-        bar.update()
-    bar.close()
     rows = np.moveaxis(done, 1, 0).reshape(len(candidates) + 2, -1)
     return _scores(rows[0], rows[1], rows[2:], shape, candidates, about)
 

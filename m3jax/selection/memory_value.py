@@ -101,7 +101,6 @@ def measure_drops(
     rows: Int[np.ndarray, " n"],
     folder: Path,
     identity: dict[str, Any],
-    progress: bool = True,
 ) -> Shaped[np.ndarray, " m"]:
     """Measures losses of rows with nothing absent and with each reference that they find.
 
@@ -116,13 +115,11 @@ def measure_drops(
         shutil.rmtree(folder, ignore_errors=True)
         write_atomically(folder / _BEGUN, begun)
     parts, size = [], pipeline.batch_size
-    with tqdm(total=len(rows), unit=" rows", desc="measured", disable=not progress) as bar:
-        for low in range(0, len(rows), size):
-            part, path = rows[low : low + size], folder / f"{low:09d}.npy"
-            if not path.is_file():
-                write_array(path, _measure_batch(losses, pipeline, params, part))
-            parts.append(np.load(path))
-            bar.update(len(part))
+    for low in tqdm(range(0, len(rows), size), desc="measured", unit=" batches"):
+        path = folder / f"{low:09d}.npy"
+        if not path.is_file():
+            write_array(path, _measure_batch(losses, pipeline, params, rows[low : low + size]))
+        parts.append(np.load(path))
     return np.concatenate(parts)
 
 

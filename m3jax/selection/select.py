@@ -54,7 +54,6 @@ def select_references(
     check: int = 256,
     draws: int = 3,
     dry_run: bool = False,
-    progress: bool = True,
 ) -> dict[str, Any]:
     """Measures, chooses, checks, and makes the choice the current version of the knowledge.
 
@@ -72,7 +71,6 @@ def select_references(
       check: validation rows, of other documents, on which the choice is checked.
       draws: random choices it is compared with.
       dry_run: whether no version is made.
-      progress: show progress bars.
 
     Returns:
       The report: counts, what the choice is expected to bring, and `losses` (nats a token) of the
@@ -107,10 +105,8 @@ def select_references(
     losses = RowLosses(config, pipeline.dequantize)
     identity = _identity(config, pipeline, opened, checkpoint, meta["step"])
     folder = workdir / "report" / FOLDER
-    measured = measure_drops(
-        losses, pipeline, params, measured_rows, folder / "measured", identity, progress
-    )
-    estimates = _estimate(config, workdir, pipeline, measured, count, progress)
+    measured = measure_drops(losses, pipeline, params, measured_rows, folder / "measured", identity)
+    estimates = _estimate(config, workdir, pipeline, measured, count)
     live = references.live
     chosen = choose(estimates.worth, np.full(len(estimates.worth), each), budget, config.seed)
     if not chosen.size:
@@ -174,7 +170,6 @@ def _estimate(
     pipeline: Pipeline,
     measured: Shaped[np.ndarray, " m"],
     count: int,
-    progress: bool,
 ) -> WorthEstimates:
     """Estimates the worth from what was measured, and from what training rows find."""
     assert pipeline.references is not None
@@ -188,14 +183,14 @@ def _estimate(
     whole = measured[measured["absent"] == NOTHING]
     rows = len(whole)
     if count > 0:
-        more, seen = _count(config, workdir, pipeline, count, progress)
+        more, seen = _count(config, workdir, pipeline, count)
         counted, rows = counted + more, rows + seen
     tokens = float(whole["weight"].mean())
     return estimate(references, changes, counted, rows, tokens, pipeline.references.live)
 
 
 def _count(
-    config: ConfigDict, workdir: Path, pipeline: Pipeline, count: int, progress: bool
+    config: ConfigDict, workdir: Path, pipeline: Pipeline, count: int
 ) -> tuple[Int[np.ndarray, " R"], int]:
     """Counts the training rows that find each reference, and all of them; reads no memory."""
     references, size = pipeline.references, pipeline.batch_size
@@ -206,7 +201,7 @@ def _count(
     counted = np.zeros(len(references), np.int64)
     chosen = np.sort(np.random.default_rng([config.seed, 0xC0]).permutation(len(rows))[:count])
     steps = range(0, len(chosen), size)
-    for low in tqdm(steps, desc="counted", unit=" batches", disable=not progress):
+    for low in tqdm(steps, desc="counted", unit=" batches"):
         for ids in training.retrieved(chosen[low : low + size]):
             counted[np.unique(ids[ids >= 0])] += 1
     return counted, len(chosen)

@@ -169,7 +169,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("hide", [pytest.param("context", marks=pytest.mark.slow), "memory"])
 def test_scores_of_a_workdir(workdir: Path, hide: str) -> None:
     stage = workdir / "continual"
-    found = score_heads(CONFIG, workdir, stage, hide=hide, window=9, progress=False)
+    found = score_heads(CONFIG, workdir, stage, hide=hide, window=9)
     assert found.increase.shape == found.error.shape == (3, 2)
     figures = evaluator(CONFIG, workdir)(params_of())
     mode = "memory" if hide == "memory" else "none"
@@ -181,7 +181,7 @@ def test_scores_of_a_workdir(workdir: Path, hide: str) -> None:
 
 
 def test_a_stopped_run_goes_on(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = score_heads(CONFIG, workdir, workdir / "continual", window=5, progress=False)
+    whole = score_heads(CONFIG, workdir, workdir / "continual", window=5)
     files = (workdir / "report" / "heads").iterdir()
     store = max(files, key=lambda path: path.stat().st_mtime_ns)
     rows = np.load(store)
@@ -189,7 +189,7 @@ def test_a_stopped_run_goes_on(workdir: Path, monkeypatch: pytest.MonkeyPatch) -
     np.save(store, rows[:1])
     written = []
     monkeypatch.setattr(heads, "write_array", lambda path, array: written.append(len(array)))
-    again = score_heads(CONFIG, workdir, workdir / "continual", window=5, progress=False)
+    again = score_heads(CONFIG, workdir, workdir / "continual", window=5)
     assert written == [2, 3]
     close(again.increase, whole.increase)
 

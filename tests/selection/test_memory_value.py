@@ -102,9 +102,7 @@ def test_drops_equal_a_loop_of_forward_passes(prepared: Path, tmp_path: Path) ->
     pipeline = validation(prepared)
     rows = np.array([1, 4, 20, 21, 33, 40, 41, 42, 43, 50])  # a whole batch and a part of one
     losses = RowLosses(CONFIG, pipeline.dequantize)
-    measured = measure_drops(
-        losses, pipeline, initial_weights(), rows, tmp_path / "m", {}, progress=False
-    )
+    measured = measure_drops(losses, pipeline, initial_weights(), rows, tmp_path / "m", {})
     found = {(row, i): drop for row, i, drop in zip(*drops(measured), strict=True)}
     expected, repeated = {}, 0
     for row in rows:
@@ -178,7 +176,7 @@ def test_planted_memories_are_chosen_and_lower_the_loss_of_other_documents(
     some = open_pipeline(CONFIG, workdir).retrieved(np.arange(100))
     budget = each * len(np.intersect1d(useful, some))
     numbers: Any = {"sample": 100, "count": 200, "check": 50, "draws": 3}
-    report = select_references(CONFIG, workdir, budget, **numbers, progress=False)
+    report = select_references(CONFIG, workdir, budget, **numbers)
     lines = (workdir / "report/usefulness/chosen.jsonl").read_text().splitlines()
     listed = [json.loads(line) for line in lines]
     assert report["chosen"] == len(listed) == budget // each
@@ -213,11 +211,9 @@ def helpful(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_the_choice_becomes_a_version_that_finds_nothing_else(workdir: Path, helpful: None) -> None:
     each = Bank.open(workdir / "bank").bytes // 80
-    dry = select_references(
-        CONFIG, workdir, 12 * each + each // 2, **QUICK, dry_run=True, progress=False
-    )
+    dry = select_references(CONFIG, workdir, 12 * each + each // 2, **QUICK, dry_run=True)
     assert open_version(workdir).number == 0 and "new_version" not in dry
-    report = select_references(CONFIG, workdir, 12 * each, **QUICK, progress=False)
+    report = select_references(CONFIG, workdir, 12 * each, **QUICK)
     version = open_version(workdir)
     assert version.number == report["new_version"] == 1
     assert report["losses"] == dry["losses"] and report["chosen"] == dry["chosen"] == 12
@@ -238,9 +234,7 @@ def test_the_choice_becomes_a_version_that_finds_nothing_else(workdir: Path, hel
     np.testing.assert_array_equal(ids, np.where(np.isin(before, live), before, -1))
     assert (ids != before).any()
     rollback(workdir, 1)
-    again = select_references(
-        CONFIG, workdir, 5 * each, version=0, **QUICK, dry_run=True, progress=False
-    )
+    again = select_references(CONFIG, workdir, 5 * each, version=0, **QUICK, dry_run=True)
     assert (again["version"], again["references"], again["chosen"]) == (0, 80, 5)
     with pytest.raises(UsefulnessError, match="version 0 is not the current one"):
         select_references(CONFIG, workdir, 5 * each, version=0, **QUICK)
@@ -252,7 +246,7 @@ def test_a_stopped_measurement_goes_on_where_it_was(
 ) -> None:
     each = Bank.open(workdir / "bank").bytes // 80
     numbers = {"sample": 20, "count": 0, "check": 8, "draws": 1}
-    ask: Any = {**numbers, "dry_run": True, "progress": False}
+    ask: Any = {**numbers, "dry_run": True}
     whole = select_references(CONFIG, workdir, 9 * each, **ask)
     shutil.rmtree(workdir / "report")
     real, asked = memory_value._measure_batch, []
@@ -328,8 +322,8 @@ def test_what_cannot_be_chosen_is_refused(workdir: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(select, "drops", harmful)
     with pytest.raises(UsefulnessError, match="no reference is expected to lower the loss"):
-        select_references(CONFIG, workdir, each, **QUICK, progress=False)
+        select_references(CONFIG, workdir, each, **QUICK)
     monkeypatch.setattr(select, "drops", lambda m: (np.zeros(0, np.int64),) * 3)
     with pytest.raises(UsefulnessError, match="no chunk of the measured rows finds any"):
-        select_references(CONFIG, workdir, each, **QUICK, progress=False)
+        select_references(CONFIG, workdir, each, **QUICK)
     assert open_version(workdir).number == 0
