@@ -123,8 +123,7 @@ def _answer_recall(given: FlagValues) -> None:
 
 def _index_recall(given: FlagValues) -> None:
     from m3jax.retrieval.index import Index
-    from m3jax.retrieval.recall import read_queries, recall_report, recall_table
-    from m3jax.retrieval.tune import sample_queries
+    from m3jax.retrieval.tune import read_queries, recall_report, recall_table, sample_queries
     from m3jax.text.references import References
 
     references = References.open(given.workdir / "references")

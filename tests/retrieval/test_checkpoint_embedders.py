@@ -32,7 +32,7 @@ from m3jax.knowledge.versions import (
 )
 from m3jax.make_model import make_model
 from m3jax.memory.write import write_bank
-from m3jax.retrieval import checkpoint_encoder
+from m3jax.retrieval import checkpoint_embedders
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.checkpoint_embedders import (
     AttentionEmbedder,
@@ -247,7 +247,7 @@ def test_same_bits_in_any_company_and_on_any_devices(
         order = np.random.default_rng(0).permutation(len(texts))
         np.testing.assert_array_equal(embed([texts[i] for i in order]), rows[order])
         np.testing.assert_array_equal([embed([text])[0] for text in texts[28:34]], rows[28:34])
-        monkeypatch.setattr(checkpoint_encoder, "_BLOCK", 7)
+        monkeypatch.setattr(checkpoint_embedders, "_BLOCK", 7)
         np.testing.assert_array_equal(embed(texts), rows)
         monkeypatch.undo()
     one = kind(workdir / "warmup", 64, rows=3, devices=jax.local_devices()[:1])

@@ -12,8 +12,8 @@ from m3jax.retrieval import tune
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.index import Index
 from m3jax.retrieval.lexical import LexicalEmbedder
-from m3jax.retrieval.recall import read_queries, recall_report, recall_table
 from m3jax.retrieval.search import ALL_CODES, SPARE, Searcher, import_scann
+from m3jax.retrieval.tune import read_queries, recall_report, recall_table
 
 needs_scann = pytest.mark.skipif(import_scann() is None, reason="ScaNN has no wheel here")
 
