@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int32, Int64
+from jaxtyping import Array, Float, Float32, Int64
 from ml_collections import ConfigDict
 
 from m3jax.checkpoint import read_model, restack
@@ -82,8 +82,7 @@ class CheckpointEmbedder(Embedder):
         """Reads the checkpoint; raises `RetrievalError` where it is missing or cannot be used.
 
         Args:
-          checkpoint: a stage folder, or a folder `checkpoints/<step>` of it, in a workdir with the
-            tokenizer it was trained with.
+          checkpoint: as of `read_model`.
           dimension: most components of an embedding.
           layer: the last layer that is run, counted from 1; 0 = the last memory layer.
           rows: texts one device encodes at a time.
@@ -117,16 +116,12 @@ class CheckpointEmbedder(Embedder):
         """Returns the numbers F of a pooled text."""
         raise NotImplementedError
 
-    def states(
-        self, known: Known, tokens_BT: Int32[Array, "B T"], real_BT: Bool[Array, "B T"]
-    ) -> Float[Array, "B T *rest"]:
-        """Computes the states that queries are pooled from, before subtracting position means."""
+    def states(self, known: Known, tokens_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
+        """Computes states `(B, T, …)` to pool, position means not yet subtracted."""
         raise NotImplementedError
 
-    def pooled(
-        self, known: Known, tokens_BT: Int32[Array, "B T"], lengths_B: Int32[Array, " B"]
-    ) -> Float32[Array, "B F"]:
-        """Pools one vector a reference, not yet centred."""
+    def pooled(self, known: Known, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+        """Pools one vector a reference `(B, F)`, not yet centred."""
         raise NotImplementedError
 
     def scales(self, variance: Float[np.ndarray, " E"]) -> Float[np.ndarray, " E"]:
@@ -177,10 +172,7 @@ class CheckpointEmbedder(Embedder):
         return self._embed(known, tokens_BT, lengths_B)
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
-        """Embeds references, cut to `memory.reference_length`; zeros for one without a token.
-
-        Raises `RetrievalError` before `fit`.
-        """
+        """Embeds references, cut to `memory.reference_length`; zeros for one without a token."""
         return self._embedded(self._embedding, texts)
 
     def embed_queries(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:

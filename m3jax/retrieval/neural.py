@@ -49,11 +49,8 @@ class NeuralEmbedder(Embedder):
     ):
         """Reads the encoder of a folder (`read_pretrained`) and places it on the devices.
 
-        Args:
-          folder, pooling: as of `read_pretrained`.
-          rows: texts one device encodes at a time; fewer above 512 tokens.
-          dtype: of weights and products.
-          devices: default all of this process.
+        A device encodes `rows` texts at a time, fewer above 512 tokens; `dtype` is that of weights
+        and products; `devices` are by default all of this process.
         """
         self.folder = Path(folder).expanduser().resolve()
         pretrained = read_pretrained(self.folder, pooling)

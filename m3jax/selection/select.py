@@ -334,14 +334,14 @@ def _write(
 ) -> None:
     from m3jax.selection.report import choice_picture  # draws: a slow import
 
-    order = chosen[np.argsort(-estimates.worth[chosen], kind="stable")]
-    lines = []
+    order, lines = chosen[np.argsort(-estimates.worth[chosen], kind="stable")], []
+    columns = {name: getattr(estimates, name) for name in ("worth", "error", "measured")}
+    columns["found"] = estimates.counted
     for low in range(0, len(order), _BLOCK):
         part = order[low : low + _BLOCK]
         for i, item in zip(part.tolist(), references.read(part), strict=True):
-            figures = {"worth": float(estimates.worth[i]), "error": float(estimates.error[i])}
-            counts = {"measured": int(estimates.measured[i]), "found": int(estimates.counted[i])}
-            record = {"key": item.key, "title": item.title, **figures, **counts}
+            figures = {name: values[i].item() for name, values in columns.items()}
+            record = {"key": item.key, "title": item.title, **figures}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     write_atomically(folder / "chosen.jsonl", "".join(lines).encode())
     write_atomically(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
