@@ -6,12 +6,11 @@ RoBERTa (arXiv 1907.11692) differs in how tokens are numbered: from the padding 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float32, Int32
 
 from m3jax.retrieval.pooling import mean_of, unit, usable
 
@@ -66,19 +65,7 @@ def encode(
       tokens: padded on the right, with the padding token where `architecture.padding` says so.
       lengths: tokens of each row that are real; a row of length 0 gives what has no meaning.
     """
-    h_BTD = hidden_states(architecture, params, tokens, lengths).astype(jnp.float32)
-    return unit(h_BTD[:, 0] if pooling == "cls" else mean_of(h_BTD, usable(tokens, lengths)))
-
-
-def hidden_states(
-    architecture: Architecture,
-    params: Params,
-    tokens: Int32[Array, "B T"],
-    lengths: Int32[Array, " B"],
-) -> Float[Array, "B T D"]:
-    """Computes the last layer's output, for the arguments of `encode`."""
-    real_BT = usable(tokens, lengths)
-    table = params["embedding"]
+    real_BT, table = usable(tokens, lengths), params["embedding"]
     h_BTD = table["words"][tokens] + table["types"][:1, None]
     h_BTD = h_BTD + table["positions"][_positions(architecture, tokens)]
     h_BTD = _norm(architecture, h_BTD, table["norm_scale"], table["norm_bias"])
@@ -94,7 +81,11 @@ def hidden_states(
         scale, bias = layer["mlp_norm_scale"], layer["mlp_norm_bias"]
         return _norm(architecture, h_BTD + down_BTD, scale, bias), None
 
-    return jax.lax.scan(block, h_BTD, params["layers"])[0]
+    # Accelerators would round float32 factors to fewer bits by default.
+    with jax.default_matmul_precision("highest" if h_BTD.dtype == jnp.float32 else "default"):
+        h_BTD, _ = jax.lax.scan(block, h_BTD, params["layers"])
+    h_BTD = h_BTD.astype(jnp.float32)
+    return unit(h_BTD[:, 0] if pooling == "cls" else mean_of(h_BTD, real_BT))
 
 
 def _positions(architecture: Architecture, tokens: jax.Array) -> jax.Array:
@@ -106,14 +97,8 @@ def _positions(architecture: Architecture, tokens: jax.Array) -> jax.Array:
     return jnp.where(counted, jnp.cumsum(counted, axis=1), 0) + architecture.padding
 
 
-def _precision(x: jax.Array) -> jax.lax.Precision:
-    """Chooses the precision: accelerators would round float32 factors to fewer bits by default."""
-    exact = x.dtype == jnp.float32
-    return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
-
-
 def _dense(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
-    return jnp.matmul(x, weight, precision=_precision(x)) + bias[None, None]
+    return jnp.matmul(x, weight) + bias[None, None]
 
 
 def _norm(architecture: Architecture, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
@@ -132,16 +117,15 @@ def _attention(
     N, H = architecture.heads, architecture.hidden // architecture.heads
     qkv = _dense(h_BTD, layer["qkv"], layer["qkv_bias"]).reshape(B, T, 3, N, H)
     q_BNTH, k_BNSH, v_BNSH = qkv.transpose(2, 0, 3, 1, 4)  # heads first is faster on CPUs
-    multiply = functools.partial(jnp.einsum, precision=_precision(h_BTD))
     # Not −inf: a row without a real token would be NaN.
     hidden = jnp.where(real_BT, 0.0, jnp.finfo(jnp.float32).min)[:, None, None, :]
 
     def attend(q_BNTH: jax.Array) -> jax.Array:
-        scores_BNTS = multiply(
+        scores_BNTS = jnp.einsum(
             "BNTH,BNSH->BNTS", q_BNTH, k_BNSH, preferred_element_type=jnp.float32
         )
         weights_BNTS = jax.nn.softmax(scores_BNTS * H**-0.5 + hidden, axis=-1).astype(h_BTD.dtype)
-        return multiply("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH)
+        return jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH)
 
     if T <= 2 * QUERY_BLOCK or T % QUERY_BLOCK:
         attended_BNTH = attend(q_BNTH)
