@@ -240,8 +240,8 @@ def _reader(files: list[Path]) -> Callable[[str, tuple[int, ...]], np.ndarray]:
         stored = next((n for n in (prefix + name, prefix + older) if n in names), None)
         if stored is None:
             raise HuggingFaceError(
-                f"{files[0].parent}: the tensor {prefix + name} is missing; take {CONFIG} and the"
-                " weights from one download"
+                f"{' and '.join(map(str, files))}: the tensor {prefix + name} is missing; take"
+                f" {CONFIG} and the weights from one download"
             )
         return read_stored(stored, shape).astype(np.float32)
 
