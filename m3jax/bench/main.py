@@ -48,11 +48,7 @@ BENCHMARKS = {
     ),
     "retrieval": Benchmark(retrieval, 21, {"rows": 21_000, "dimension": 64}),
     "inference": Benchmark(
-        inference.inference,
-        3,
-        inference.SMALLEST,
-        inference.FULL,
-        inference.draw_speeds,
+        inference.inference, 3, inference.SMALLEST, inference.FULL, inference.draw_speeds
     ),
 }
 

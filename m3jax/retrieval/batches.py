@@ -29,11 +29,7 @@ Call = tuple[
 
 
 def calls(
-    tokens: Sequence[Sequence[int] | np.ndarray],
-    least: int,
-    rows: int,
-    devices: int,
-    padding: int,
+    tokens: Sequence[Sequence[int] | np.ndarray], least: int, rows: int, devices: int, padding: int
 ) -> Iterator[Call]:
     """Yields positions of texts in `tokens`, and tokens and lengths of the call that encodes them.
 

@@ -67,14 +67,9 @@ class Embedder:
         return self.embed(texts)
 
     def save(self, folder: str | Path) -> None:
-        """Writes `embedder.json` and what it names into the folder; makes the folder if missing."""
+        """Writes what the class method `load` reads: `embedder.json` and what it names."""
         text = json.dumps(self.spec, indent=2, sort_keys=True)
         write_atomically(Path(folder) / _SPEC, text.encode())
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Embedder:
-        """Loads the embedder that `save` wrote; raises `RetrievalError` where it cannot."""
-        raise NotImplementedError
 
 
 _E = TypeVar("_E", bound=Embedder)

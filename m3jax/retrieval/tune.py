@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import timeit
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -160,15 +160,17 @@ def recall_report(index: Index, queries: Float32[np.ndarray, "n E"], k: int = 5)
     queries = queries[queries.any(axis=1)]  # the rest finds nothing, exactly or not
     if not len(queries):
         raise RetrievalError("no query has a word that the knowledge base knows; give others")
-    exact = index.search_exactly(queries, k + SPARE)
-    result, seconds = _timed(lambda: index.search(queries, k))
-    _, exact_seconds = _timed(lambda: index.search_exactly(queries, k))
+    exact, (ids, _) = index.search_exactly(queries, k + SPARE), index.search(queries, k)
+    seconds, exact_seconds = (
+        min(timeit.repeat(partial(search, queries, k), number=1, repeat=3))
+        for search in (index.search, index.search_exactly)
+    )
     return {
         "queries": len(queries),
         "k": k,
         "references": index.size,
         "kind": index.kind,
-        "recall": recall_at_k(result[0], exact),
+        "recall": recall_at_k(ids, exact),
         "seconds": seconds / len(queries),
         "exact_seconds": exact_seconds / len(queries),
         "time_over_exact": seconds / exact_seconds,
@@ -190,8 +192,3 @@ def recall_table(report: dict[str, Any]) -> str:
         "time over exact": f"{report['time_over_exact']:.3f}",
     }
     return "\n".join(f"{name:24}{value:>12}" for name, value in rows.items())
-
-
-def _timed(search: Callable[[], SearchResult]) -> tuple[SearchResult, float]:
-    """Returns the result of a search and the least seconds of three runs."""
-    return search(), min(timeit.repeat(search, number=1, repeat=3))

@@ -36,11 +36,9 @@ _BEGUN = "begun.json"
 
 
 class RowLosses:
-    """Computes summed losses of rows, with some of their memories absent.
+    """Computes summed losses of rows, with some of their precomputed memories absent.
 
-    Args:
-      config: a validated config with precomputed memories.
-      dequantize: of the pipelines whose rows it is given.
+    `dequantize` is that of the pipelines whose rows it is given.
     """
 
     def __init__(self, config: ConfigDict, dequantize: Dequantize | None) -> None:
