@@ -49,8 +49,8 @@ def _benchmark(name: str, text: str, *own: Flag) -> cli.Command:
             os.environ |= dict.fromkeys(_THREADS, "1")
         from m3jax.bench.main import run
 
-        given = cli.values_of(values, own) | {"minutes": values.minutes, "json": values.json}
-        code = run(name, values.size, count=values.rounds, **given)
+        options = cli.values_of(values, own) | {"minutes": values.minutes, "json": values.json}
+        code = run(name, values.size, count=values.rounds, **options)
         if code:  # at once: threads of libraries may be in the middle of a step
             sys.stdout.flush()
             os._exit(code)

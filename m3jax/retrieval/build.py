@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -108,14 +109,12 @@ def _texts(references: References, description: str, ids: range) -> Iterator[str
 
 
 def _holds(folder: Path, identity: dict[str, Any]) -> bool:
-    try:
+    with contextlib.suppress(RetrievalError):
         manifest = read_manifest(folder)
-        if manifest["identity"] != identity:
-            return False
-        verify(folder, manifest, range(identity["parts"]))
-    except RetrievalError:
-        return False
-    return True
+        if manifest["identity"] == identity:
+            verify(folder, manifest, range(identity["parts"]))
+            return True
+    return False
 
 
 def _clear(folder: Path, identity: dict[str, Any]) -> None:

@@ -202,10 +202,9 @@ def _check(config: ConfigDict, hide: str, window: int, by_query: bool) -> None:
 def _candidates(
     config: ConfigDict, hide: str, by_query: bool
 ) -> tuple[tuple[int, int], np.ndarray]:
-    """Returns the shape of the figures, and layer, key-value head and query head (−1 = all) to
-    mask.
+    """Returns the shape of the figures, and the heads to mask: all, or those that have memories.
 
-    These are of all heads, or of those that have memories.
+    A row is layer, key-value head, and query head of its group (−1 = all).
     """
     model = config.model
     L, K, G = model.layers, model.kv_heads, model.query_heads // model.kv_heads
