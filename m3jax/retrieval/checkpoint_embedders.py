@@ -66,7 +66,7 @@ class CheckpointEmbedder(Embedder):
     Subclasses define `_part`, `_width`, `states`, `pooled` and `scales`.
 
     Attributes:
-      config: model and memory of the checkpoint; `model.layers` is what is run.
+      config: model and memory of the checkpoint.
       model: of the layers that are run.
       known: its `params` and the statistics of `set_statistics`, on every device of the mesh.
     """

@@ -19,19 +19,12 @@ _SPEC = "embedder.json"
 
 
 class Embedder:
-    """Base class of what turns texts into unit vectors; may be called from several threads.
+    """Base class of what turns texts into unit vectors; may be called from several threads."""
 
-    Attributes:
-      name: kind of the embedder, as in `config.retrieval.embedder`.
-      dimension: width of the vectors.
-      fitted: whether `embed` can be called.
-      fingerprint: hex digest of everything the embedding of a text depends on.
-    """
-
-    name: str
-    dimension: int
-    fitted: bool
-    fingerprint: str
+    name: str  # kind of the embedder, as in `config.retrieval.embedder`
+    dimension: int  # width of the vectors
+    fitted: bool  # whether `embed` can be called
+    fingerprint: str  # hex digest of everything the embedding of a text depends on
 
     @property
     def spec(self) -> dict[str, Any]:
