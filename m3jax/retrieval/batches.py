@@ -33,12 +33,8 @@ def calls(
 ) -> Iterator[Call]:
     """Yields positions of texts in `tokens`, and tokens and lengths of the call that encodes them.
 
-    Args:
-      tokens: of every text.
-      least: tokens below which a text is left out.
-      rows: texts one device encodes at a time; fewer above 512 tokens.
-      devices: over which the rows of a call are split.
-      padding: token that fills rows.
+    Texts of fewer than `least` tokens are left out. Each of the devices, over which a call is
+    split, encodes `rows` texts at a time, fewer above 512 tokens; `padding` fills them.
     """
     lengths = np.array([len(ids) for ids in tokens], np.int32)
     buckets = np.array(BUCKETS)[np.searchsorted(BUCKETS, lengths)]

@@ -17,11 +17,8 @@ NAMES = ("lexical", "bert", "model", "attention")
 def make_embedder(config: ConfigDict, workdir: str | Path = "") -> Embedder:
     """Makes the embedder that `config.retrieval` names, not fitted yet if it learns from texts.
 
-    `workdir/warmup` is the checkpoint where `config.retrieval.checkpoint` is empty.
-
-    Raises:
-      RetrievalError, HuggingFaceError: an unknown name, or a checkpoint or an encoder that cannot
-        be used.
+    `workdir/warmup` is the checkpoint where `config.retrieval.checkpoint` is empty. Raises
+    `RetrievalError`, for an encoder `HuggingFaceError`, where it cannot be made.
     """
     retrieval = config.retrieval
     kind = _kind(retrieval.embedder, f"config.retrieval.embedder = {retrieval.embedder!r}")

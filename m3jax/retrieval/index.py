@@ -88,12 +88,9 @@ class Index(SearchIndex):
         """Opens what `build_index` wrote, after comparing every file with its checksum.
 
         With `references` the index must be of these. `parts` are the parts to open, all by default;
-        files of others need not be present.
-
-        Raises:
-          RetrievalError: an unfinished index, a missing or damaged file, parts that it does not
-            have, or other references.
-          HuggingFaceError: the folder of its encoder cannot be read.
+        files of others need not be present. Raises `RetrievalError` for an unfinished index, a
+        missing or damaged file, parts that it does not have, or other references, and
+        `HuggingFaceError` for the folder of its encoder.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)

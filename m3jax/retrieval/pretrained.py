@@ -40,9 +40,7 @@ class Pretrained:
 def read_pretrained(folder: Path, pooling: Literal["auto", "mean", "cls"]) -> Pretrained:
     """Reads an encoder: `config.json`, `model.safetensors` (or its parts), `tokenizer.json`.
 
-    Args:
-      folder: what `save_pretrained` writes or a model's page offers for download.
-      pooling: `auto` takes what `1_Pooling/config.json` says.
+    The pooling `auto` is what `1_Pooling/config.json` says.
 
     Raises:
       HuggingFaceError: the folder or a file is missing, damaged, or of a model that is not a BERT,

@@ -56,10 +56,8 @@ class Retriever:
 
         Candidates with a score of 0 or less are not returned, so a query without a known word gets
         none. `against` are, for every query, the tokens of the text that its references must not
-        contain; None = no filter.
-
-        Raises:
-          RetrievalError: k below 1, or `against` of another length than `queries`.
+        contain; None = no filter. Raises `RetrievalError` where k is below 1, or `against` of
+        another length than `queries`.
         """
         if k < 1:
             raise RetrievalError(f"k = {k} references per query; ask for at least 1")

@@ -46,10 +46,8 @@ def sample_queries(
 def recall_at_k(ids: Int64[np.ndarray, "n first"], exact: SearchResult) -> float:
     """Computes recall@k: the share of the exact k best that an approximate search returned.
 
-    Args:
-      ids: of the approximate search, −1 for none.
-      exact: of the exact search for `k + SPARE`: an id whose score equals the k-th counts like the
-        one that the tie went to.
+    `exact` is of the exact search for `k + SPARE`: an id whose score equals the k-th counts like
+    the one that the tie went to.
     """
     best, scores = exact
     k = min(ids.shape[1], best.shape[1])

@@ -56,8 +56,7 @@ class HeadScores:
     def best(self, share: float, layers: range) -> list[tuple[int, int]]:
         """Returns layer and head of the share with the largest rise in some layers; at least one.
 
-        Raises:
-          ConfigError: a share outside (0, 1].
+        Raises `ConfigError` where the share is outside (0, 1].
         """
         if not 0 < share <= 1:
             raise ConfigError(f"a share of {share} of the heads; give one above 0, at most 1")

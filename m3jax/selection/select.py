@@ -212,8 +212,7 @@ def split_rows(
 ) -> tuple[Int[np.ndarray, " s"], Int[np.ndarray, " c"]]:
     """Draws rows to measure on, and rows of other documents to check on, ascending.
 
-    Raises:
-      UsefulnessError: fewer than two documents, or numbers below 1.
+    Raises `UsefulnessError` where there are fewer than two documents, or a number is below 1.
     """
     if min(sample, check) < 1:
         raise UsefulnessError(f"--sample={sample}, --check={check}: at least one row each")
