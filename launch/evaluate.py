@@ -126,7 +126,7 @@ def _index_recall(given: FlagValues) -> None:
     from m3jax.retrieval.tune import read_queries, recall_report, recall_table, sample_queries
     from m3jax.text.references import References
 
-    references = References.open(given.workdir / "references")
+    references = References(given.workdir / "references")
     index = Index.open(given.workdir / "index", references)
     if given.queries is None:
         queries = sample_queries(references, index.embedder, given.sample)
@@ -178,7 +178,7 @@ def needle(given: FlagValues) -> None:
 
     needles = read_needles(given.needles)
     session = Session(given.config, given.workdir, checkpoint=given.checkpoint)
-    haystack = References.open(given.haystack) if given.haystack else session.references
+    haystack = References(given.haystack) if given.haystack else session.references
     report = needle_test(session, needles, haystack, **cli.values_of(given, _NEEDLE))
     cli.show(needle_table(report), report, given.json)
     if given.picture:

@@ -54,14 +54,13 @@ def prepare(given: FlagValues) -> None:
         quality=given.quality,
         questions=questions,
     )
-    references = References.open(workdir / "references")
+    references = References(workdir / "references")
     build_index(references, embedder, workdir / "index", config)
     print(f"index: {len(references)} references in {workdir / 'index'}")
 
 
 def _runner(given: FlagValues) -> Any:
-    from m3jax.text.cleaning.beam import BeamRunner
-    from m3jax.text.cleaning.workers import LocalRunner
+    from m3jax.text.cleaning.workers import BeamRunner, LocalRunner
 
     if given.beam and given.workers:
         raise CommandError("--workers and --beam exclude each other; Beam has its own flags for it")
@@ -93,7 +92,7 @@ def chats(given: FlagValues) -> None:
     print(f"{kind}: {'finished before, kept' if kept else 'made'}; {workdir / kind / REPORT}")
     print(describe(report))
     length, chunk = config.data.sequence_length, config.memory.chunk_length
-    rows = PackedRows(Corpus.open(workdir / kind / "train"), length, chunk, kind)
+    rows = PackedRows(Corpus(workdir / kind / "train"), length, chunk, kind)
     print(
         f"packed: {len(rows)} rows of {length} tokens, {rows.padding:.2%} padding, at most"
         f" {rows.chunks} chunks a row"

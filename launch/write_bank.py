@@ -53,7 +53,7 @@ def write(given: FlagValues) -> None:
     workdir = given.workdir
     if given.bank is None:
         require_unedited(workdir)
-    references = References.open(given.references or workdir / "references")
+    references = References(given.references or workdir / "references")
     base = None if given.base is None else Bank.open(given.base)
     writer = MemoryWriter(given.config, workdir, given.checkpoint or workdir / "warmup")
     folder = given.bank or workdir / "bank"

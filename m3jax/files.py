@@ -80,6 +80,11 @@ def digest(*parts: bytes | str) -> str:
     return total.hexdigest()
 
 
+def hash64(data: bytes) -> int:
+    """Hashes bytes to an integer of 64 bits."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
 def checksum(source: bytes | str | os.PathLike[str]) -> str:
     """Returns the hex BLAKE2b (32 characters) of bytes, or of the bytes of the file with a path."""
     if isinstance(source, bytes):

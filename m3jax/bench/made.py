@@ -46,7 +46,7 @@ def prepare(
     """Prepares text, references and index of a workdir silently; returns the references."""
     second = None if knowledge is None else str(knowledge)
     prepare_text(config, workdir, str(documents), second, say=lambda line: None)
-    references = References.open(workdir / "references")
+    references = References(workdir / "references")
     build_index(references, make_embedder(config), workdir / "index", config)
     return references
 

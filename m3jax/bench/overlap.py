@@ -91,9 +91,9 @@ def _retrieved(workdir: str | Path, length: int, rows: int) -> list[Pairs]:
     """Reads rows of a prepared corpus and retrieves references for their chunks."""
     workdir = Path(workdir)
     tokenizer = Tokenizer.load(workdir / "tokenizer")
-    references = References.open(workdir / "references")
+    references = References(workdir / "references")
     index = Index.open(workdir / "index", references)
-    corpus = Rows(Corpus.open(workdir / "corpus" / "train"), length, CHUNK, "concat")
+    corpus = Rows(Corpus(workdir / "corpus" / "train"), length, CHUNK, "concat")
     chosen = np.random.default_rng(0).permutation(len(corpus))[:rows]
     pairs = []
     for row in chosen.tolist():

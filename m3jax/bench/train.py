@@ -140,7 +140,7 @@ def _write(
     config: ConfigDict, workdir: Path, folder: Path, base: Bank | None = None
 ) -> dict[str, Any]:
     """Writes a bank with random weights."""
-    model, references = make_model(config), References.open(workdir / "references")
+    model, references = make_model(config), References(workdir / "references")
     params = model.init(jax.random.key(0))
     return write_bank(config, model, params, references, folder, progress=False, base=base)
 

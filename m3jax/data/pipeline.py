@@ -35,7 +35,7 @@ from m3jax.memory.bank import Bank
 from m3jax.memory.reader import Dequantize
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
-from m3jax.text.references import ReferenceReader
+from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.workdir import INPUTS
 
@@ -65,7 +65,7 @@ class Pipeline:
         config: ConfigDict,
         rows: Rows | PackedRows,
         tokenizer: Tokenizer,
-        references: ReferenceReader | None = None,
+        references: References | None = None,
         retriever: Retriever | None = None,
         bank: Bank | None = None,
         *,
@@ -265,7 +265,7 @@ def open_rows(
         raise TextError(
             f"no finished {data.packing} in {folder.parent}; run {script} with this config"
         )
-    corpus = Corpus.open(folder)
+    corpus = Corpus(folder)
     if corpus.tokenizer_fingerprint != tokenizer.fingerprint:
         raise TextError(
             f"{folder} was made with another tokenizer than {workdir / 'tokenizer'}; run {script}"

@@ -16,7 +16,7 @@ from m3jax.errors import TextError
 from m3jax.evaluation.squad_metrics import normalise
 from m3jax.evaluation.task_files import question_text, read_task
 from m3jax.knowledge.versions import open_references, open_retriever, open_version
-from m3jax.text.references import ReferenceReader
+from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 
 _BLOCK = 4096  # references read at a time
@@ -109,7 +109,7 @@ def hit_rates(
 
 
 def answerable_questions(
-    references: ReferenceReader, answers: Sequence[Sequence[str]]
+    references: References, answers: Sequence[Sequence[str]]
 ) -> Bool[np.ndarray, " n"]:
     """Tells for each question if an answer occurs in any reference in use.
 

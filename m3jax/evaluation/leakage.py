@@ -24,7 +24,7 @@ from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
 from m3jax.text.jsonl import read_records
 from m3jax.text.overlap import overlap
-from m3jax.text.references import ReferenceReader
+from m3jax.text.references import References
 from m3jax.text.tokenizer import PAD, Tokenizer
 
 SPLITS = ("train", "validation")
@@ -135,7 +135,7 @@ def leakage(
 
 def _rows(config: ConfigDict, folder: Path, sample: int, rng: np.random.Generator) -> list[Text]:
     data = config.data
-    rows = Rows(Corpus.open(folder), data.sequence_length, config.memory.chunk_length, data.packing)
+    rows = Rows(Corpus(folder), data.sequence_length, config.memory.chunk_length, data.packing)
     chosen = np.sort(rng.permutation(len(rows))[:sample]).tolist()
     return [Text(f"row {row} of {folder.name}", rows[row].texts[0][0]) for row in chosen]
 
@@ -158,14 +158,14 @@ def _questions(
     return [texts[i] for i in np.sort(rng.permutation(len(texts))[:sample]).tolist()]
 
 
-def _overlap(text: Text, references: ReferenceReader, i: int, against: str) -> float:
+def _overlap(text: Text, references: References, i: int, against: str) -> float:
     reference = references.tokens([i])[0, : references.lengths[i]]
     share = overlap(text.tokens, reference)
     return share if against in SPLITS else max(share, overlap(reference, text.tokens))
 
 
 def _examples(
-    pairs: list[Pair], references: ReferenceReader, tokenizer: Tokenizer
+    pairs: list[Pair], references: References, tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
     """Returns the pairs with most overlap, one of each title."""
     chosen: dict[str, dict[str, Any]] = {}

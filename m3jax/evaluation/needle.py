@@ -17,7 +17,7 @@ from m3jax.errors import TextError
 from m3jax.inference.long_context import LongContextGenerator
 from m3jax.inference.session import Session
 from m3jax.text.jsonl import read_records
-from m3jax.text.references import ReferenceReader
+from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 
 _TRIES = 64  # references drawn for a place before those left are said to be too few
@@ -58,7 +58,7 @@ class Haystack(NamedTuple):
 
 def make_haystack(
     needle: Needle,
-    references: ReferenceReader,
+    references: References,
     tokenizer: Tokenizer,
     length: int,
     depth: float,
@@ -102,7 +102,7 @@ def make_haystack(
 def needle_test(
     session: Session,
     needles: Sequence[Needle],
-    references: ReferenceReader,
+    references: References,
     lengths: Sequence[int],
     *,
     count: int = 64,

@@ -18,7 +18,7 @@ import numpy as np
 
 from m3jax.inference.generate import Generation, Generator
 from m3jax.inference.long_context import LongContextReferences
-from m3jax.text.references import Reference, ReferenceReader
+from m3jax.text.references import Reference, References
 from m3jax.text.tokenizer import Tokenizer
 
 _COLOURS = 8  # of the page; further references begin anew
@@ -56,7 +56,7 @@ class AttributedReference:
 
 def attribute(
     generation: Generation,
-    references: ReferenceReader | LongContextReferences,
+    references: References | LongContextReferences,
     effects: Mapping[int, float] | None = None,
 ) -> list[AttributedReference]:
     """Lists the references that a row read, those of the most attention first, else in order.

@@ -37,7 +37,7 @@ from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
 from m3jax.memory.encode import ReferenceTokens
 from m3jax.retrieval.retriever import Retriever
-from m3jax.text.references import ReferenceReader
+from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 
 MODES = ("none", "memory", "cold", "rag", "long_context")
@@ -88,7 +88,7 @@ class Session:
         return open_version(self.workdir, self._number)
 
     @cached_property
-    def references(self) -> ReferenceReader:
+    def references(self) -> References:
         """References of the version."""
         return open_references(self.config, self.version, self.tokenizer)
 

@@ -40,12 +40,7 @@ from m3jax.knowledge.versions import (
 from m3jax.memory.bank import Bank, require_alike
 from m3jax.retrieval.build import build_index
 from m3jax.text.documents import Document
-from m3jax.text.references import (
-    ReferenceReader,
-    References,
-    copy_references,
-    write_references,
-)
+from m3jax.text.references import References, copy_references, write_references
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.workdir import BEGUN, begin_part
 
@@ -182,7 +177,7 @@ def refresh(workdir: str | Path, what: str, *, write: WriteMemories, note: str) 
             )
         building = building_folder(workdir, parent, json.dumps(["refresh", what]))
         for part, (folder, bank) in enumerate(zip(parent.folders, parent.banks, strict=True)):
-            added = References.open(folder / "references")
+            added = References(folder / "references")
             write(added, building / BANKS / str(part), Bank.open(bank))
         return commit_version(workdir, parent, building, note)
 
@@ -202,7 +197,7 @@ def rollback(workdir: str | Path, number: int) -> Version:
         return version
 
 
-def _ids_of(references: ReferenceReader, name: str) -> list[int]:
+def _ids_of(references: References, name: str) -> list[int]:
     """Returns the ids of a key, or of all references of a document."""
     id_ = references.lookup(name)
     ids = references.of_document(name) if id_ is None else [id_]
@@ -225,12 +220,12 @@ def build_delta(
     config: ConfigDict,
     parent: Version,
     building: Path,
-    references: ReferenceReader,
+    references: References,
     write: WriteMemories | None,
     base: Any = None,
 ) -> None:
     """Builds index and memories of the references in `building`."""
-    added = References.open(building / "references")
+    added = References(building / "references")
     embedder = open_index(parent, references).embedder.extended(added.texts(range(len(added))))
     build_index(added, embedder, building / "index", in_one_part(config))
     if parent.has_bank:

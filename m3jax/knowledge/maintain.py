@@ -59,7 +59,7 @@ def compact(
             what = json.dumps(["compact", references.fingerprint])
             building = building_folder(workdir, parent, what)
             copy_references(references, references.live, building / "references")
-            whole = References.open(building / "references")
+            whole = References(building / "references")
             build_index(whole, make_embedder(config, workdir), building / "index", config)
             if parent.has_bank:
                 write(whole, building / "bank", open_bank(parent, references))
@@ -107,7 +107,7 @@ def repair(
     done = []
     with only_writer(Path(workdir)):
         for folder, bank in zip(version.folders, version.banks, strict=True):
-            references = References.open(folder / "references")
+            references = References(folder / "references")
             references.verify()
             try:
                 Index.open(folder / "index", references)

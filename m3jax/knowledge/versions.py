@@ -35,8 +35,7 @@ from m3jax.retrieval.checkpoint_embedders import Ranking
 from m3jax.retrieval.index import DeltaIndex, Index
 from m3jax.retrieval.retriever import Retriever
 from m3jax.retrieval.search import SearchIndex
-from m3jax.text.delta_references import DeltaReferences
-from m3jax.text.references import ReferenceReader, References
+from m3jax.text.references import DeltaReferences, References
 from m3jax.text.tokenizer import Tokenizer
 
 VERSIONS, CURRENT, VERSION = "versions", "current.json", "version.json"
@@ -230,12 +229,12 @@ def require_unedited(workdir: Path) -> None:
         )
 
 
-def open_references(config: ConfigDict, version: Version, tokenizer: Tokenizer) -> ReferenceReader:
+def open_references(config: ConfigDict, version: Version, tokenizer: Tokenizer) -> References:
     """Opens the knowledge base of a version, checked against tokenizer and config."""
     sets = []
     for part in version.folders:
         folder = part / "references"
-        references = References.open(folder)
+        references = References(folder)
         if references.tokenizer_fingerprint != tokenizer.fingerprint:
             raise TextError(f"{folder} was cut with another tokenizer; run launch/prepare.py again")
         if references.length > config.memory.reference_length:
@@ -247,7 +246,7 @@ def open_references(config: ConfigDict, version: Version, tokenizer: Tokenizer) 
     return DeltaReferences(sets, version.tombstones) if version.number else sets[0]
 
 
-def open_index(version: Version, references: ReferenceReader) -> SearchIndex:
+def open_index(version: Version, references: References) -> SearchIndex:
     """Opens the index of a version, whose references are of `open_references`."""
     if not isinstance(references, DeltaReferences):
         return Index.open(version.folders[0] / "index", references)
@@ -256,7 +255,7 @@ def open_index(version: Version, references: ReferenceReader) -> SearchIndex:
     return DeltaIndex(indices, version.tombstones, references.fingerprint)
 
 
-def open_bank(version: Version, references: ReferenceReader, cache_bytes: int = 0) -> Bank:
+def open_bank(version: Version, references: References, cache_bytes: int = 0) -> Bank:
     """Opens the bank of a version; `cache_bytes` as of `Bank.open`."""
     banks = [Bank.open(folder, cache_bytes) for folder in version.banks]
     if not version.number:
@@ -267,7 +266,7 @@ def open_bank(version: Version, references: ReferenceReader, cache_bytes: int = 
 def open_retriever(
     config: ConfigDict,
     version: Version,
-    references: ReferenceReader,
+    references: References,
     overlap_limit: float,
     candidates: int | None = None,
     bank: Bank | None = None,
@@ -285,7 +284,7 @@ def open_retriever(
 
 
 def check_bank(
-    config: ConfigDict, bank: Bank, references: ReferenceReader, tokenizer: Tokenizer
+    config: ConfigDict, bank: Bank, references: References, tokenizer: Tokenizer
 ) -> None:
     """Refuses a bank that does not fit config, references or tokenizer, whoever wrote it."""
     layout, writer = layout_of(config, PREFIX_TOKENS), bank.binding.writer

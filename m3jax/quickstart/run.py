@@ -152,7 +152,7 @@ def prepare_people(config: ConfigDict, folder: Path, world: people.World) -> Non
 
 def make_index(config: ConfigDict, folder: Path) -> None:
     """Builds the index of the references of a folder."""
-    references = References.open(folder / "references")
+    references = References(folder / "references")
     build_index(references, make_embedder(config), folder / "index", config)
 
 
@@ -162,7 +162,7 @@ def _write(
     """Writes the bank of a folder by the writer that the checkpoint of a stage records."""
     workdir = demonstration.workdir
     write = MemoryWriter(demonstration.config("continual"), workdir, workdir / stage)
-    write(References.open(folder / "references"), folder / "bank", base)
+    write(References(folder / "references"), folder / "bank", base)
 
 
 def _rewrite(demonstration: Demonstration, folder: Path, known: tuple[people.Person, ...]) -> None:
@@ -186,7 +186,7 @@ class _Knowledge:
     """References, retriever and bank of one folder."""
 
     def __init__(self, folder: Path, config: ConfigDict):
-        self.references = References.open(folder / "references")
+        self.references = References(folder / "references")
         index = Index.open(folder / "index", self.references)
         retrieval = config.retrieval
         self.retriever = Retriever(

@@ -12,7 +12,7 @@ from m3jax.config import ConfigDict
 from m3jax.errors import TextError
 from m3jax.quickstart import people
 from m3jax.quickstart.run import in_context, make_index, prepare_people
-from m3jax.text.corpus import write_corpus
+from m3jax.text.corpus import encode_documents, write_corpus
 from m3jax.text.documents import Document, is_validation, read_documents
 from m3jax.text.jsonl import json_lines
 from m3jax.text.reference_splitter import Piece
@@ -85,7 +85,8 @@ def _join(config: ConfigDict, folder: Path, world: people.World, keys: Mapping[s
         documents = read_documents(str(source))
         share, held_out = config.text.validation_share, name == "validation"
         chosen = (d for d in documents if is_validation(d, share) == held_out)
-        write_corpus(chosen, tokenizer, folder / "corpus" / name, shards=config.text.shards)
+        encoded = encode_documents(chosen, tokenizer)
+        write_corpus(encoded, tokenizer, folder / "corpus" / name, shards=config.text.shards)
 
 
 def _documents(world: people.World, tokenizer: Tokenizer) -> Iterator[tuple[Document, list[Piece]]]:

@@ -33,7 +33,7 @@ from m3jax.retrieval.search import (
     import_scann,
     merge,
 )
-from m3jax.text.references import ReferenceReader
+from m3jax.text.references import References
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -82,7 +82,7 @@ class Index(SearchIndex):
     def open(
         cls,
         folder: str | Path,
-        references: ReferenceReader | None = None,
+        references: References | None = None,
         parts: Sequence[int] | None = None,
     ) -> Index:
         """Opens what `build_index` wrote, after comparing every file with its checksum.

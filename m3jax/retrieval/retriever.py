@@ -11,7 +11,7 @@ from jaxtyping import Float32, Int64
 from m3jax.errors import RetrievalError
 from m3jax.retrieval.search import SearchIndex
 from m3jax.text.overlap import which_exceed
-from m3jax.text.references import ReferenceReader
+from m3jax.text.references import References
 
 # Scores (n, c) of the references `ids` (n, c) for n texts; −inf for the id −1.
 Rank = Callable[[Sequence[str], Int64[np.ndarray, "n c"]], Float32[np.ndarray, "n c"]]
@@ -29,7 +29,7 @@ class Retriever:
     def __init__(
         self,
         index: SearchIndex,
-        references: ReferenceReader,
+        references: References,
         candidates: int,
         overlap_limit: float,
         rank: Rank | None = None,

@@ -109,7 +109,7 @@ def _train(stage: SweepStage) -> None:
 def _write_bank(config: ConfigDict, bank: Path, reader: SweepStage, writer: SweepStage) -> None:
     """Writes the memories of the reader's references by the writer of a checkpoint."""
     write = MemoryWriter(config, writer.folder, writer.checkpoints)
-    write(References.open(reader.folder / "references"), bank)
+    write(References(reader.folder / "references"), bank)
 
 
 def _measure(sweep: Sweep, run: SweepRun) -> dict[str, float]:

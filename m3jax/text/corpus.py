@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -16,22 +17,6 @@ from m3jax.text.records import Records, RecordWriter, dtype_of_tokens
 from m3jax.text.tokenizer import BOS, END, Tokenizer
 
 _KIND = "corpus"
-
-
-@dataclass(frozen=True)
-class CorpusInfo:
-    """Holds the counts of a corpus. `bytes` is the UTF-8 size of the text."""
-
-    documents: int
-    tokens: int
-    characters: int
-    bytes: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.documents} documents, {self.tokens} tokens, {self.characters} characters,"
-            f" {self.bytes / max(self.tokens, 1):.2f} bytes per token"
-        )
 
 
 @dataclass(frozen=True)
@@ -51,9 +36,18 @@ class TokenDocument:
     references: tuple[str, ...]
     id: str = ""
 
+    def encoded(self, text: str, tokenizer: Tokenizer) -> EncodedDocument:
+        """Makes the document's record; `text` is what its tokens say, for the counts."""
+        data = self.tokens.astype(dtype_of_tokens(tokenizer.size)).tobytes()
+        record: dict[str, Any] = {"id": self.id, "tokens": data}
+        if self.weights is not None:
+            record["weights"] = self.weights.astype(np.uint8).tobytes()
+        if self.references:
+            record["references"] = list(self.references)
+        return EncodedDocument(record, len(self.tokens), len(text), len(text.encode()))
 
-@dataclass(frozen=True)
-class EncodedDocument:
+
+class EncodedDocument(NamedTuple):
     """Holds a document as its record will be, and its counts."""
 
     record: dict[str, Any]
@@ -61,89 +55,44 @@ class EncodedDocument:
     characters: int
     bytes: int
 
-    @classmethod
-    def of(cls, document: TokenDocument, text: str, dtype: np.dtype) -> EncodedDocument:
-        """Makes the record of a document; `text` is what its tokens say, for the counts."""
-        tokens, weights = document.tokens, document.weights
-        record: dict[str, Any] = {"id": document.id, "tokens": tokens.astype(dtype).tobytes()}
-        if weights is not None:
-            record["weights"] = weights.astype(np.uint8).tobytes()
-        if document.references:
-            record["references"] = list(document.references)
-        return cls(record, len(tokens), len(text), len(text.encode()))
 
+class CorpusWriter(RecordWriter):
+    """Writes a corpus document by document, replacing the folder's; `commit` finishes it.
 
-class CorpusWriter:
-    """Writes a corpus document by document, replacing the folder's; `finish` commits it.
-
-    Document i is record i // S of shard i % S, for S = `shards` or fewer. `lengths.bin` holds the
-    tokens of every document (int64); `manifest.json`, with the tokenizer's fingerprint, is written
-    last. A context manager: an error leaves no temporary files.
+    `lengths.bin` holds the tokens of every document (int64).
     """
 
     def __init__(self, folder: str | os.PathLike[str], tokenizer: Tokenizer, shards: int) -> None:
-        self.folder, self._tokenizer = folder, tokenizer
-        self._dtype = dtype_of_tokens(tokenizer.size)
-        self._writer = RecordWriter(folder, shards, ["lengths.bin"])
-        self._tokens = self._characters = self._bytes = 0
-
-    def __enter__(self) -> CorpusWriter:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._writer.__exit__(*error)
-
-    def write(self, document: TokenDocument, text: str) -> None:
-        """Appends a document; `text` is what its tokens say, for the counts."""
-        self.append(EncodedDocument.of(document, text, self._dtype))
+        super().__init__(folder, shards, ["lengths.bin"])
+        self._tokenizer = tokenizer
+        self._counts: Counter[str] = Counter()
 
     def append(self, document: EncodedDocument) -> None:
         """Appends a document."""
-        self._writer.write(document.record, lengths=document.tokens.to_bytes(8, "little"))
-        self._tokens += document.tokens
-        self._characters += document.characters
-        self._bytes += document.bytes
+        self.write(document.record, lengths=document.tokens.to_bytes(8, "little"))
+        _, tokens, characters, size = document
+        self._counts.update(tokens=tokens, characters=characters, text_bytes=size)
 
-    def finish(self) -> CorpusInfo:
-        """Commits the corpus; raises `TextError` if it has no document."""
-        if not self._writer.count:
+    def commit(self) -> None:
+        """Finishes the corpus; raises `TextError` if it has no document."""
+        if not self.count:
             raise TextError(f"no documents for {self.folder}; give documents with text")
-        content = {
-            "tokenizer": self._tokenizer.fingerprint,
-            "dtype": self._dtype.str,
-            "tokens": self._tokens,
-            "characters": self._characters,
-            "text_bytes": self._bytes,
-        }
-        self._writer.finish(_KIND, content)
-        return CorpusInfo(self._writer.count, self._tokens, self._characters, self._bytes)
+        dtype = dtype_of_tokens(self._tokenizer.size).str
+        made = {"tokenizer": self._tokenizer.fingerprint, "dtype": dtype}
+        self.finish(_KIND, {**made, **self._counts})
 
 
 def write_corpus(
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    folder: str | os.PathLike[str],
-    shards: int,
-) -> CorpusInfo:
-    """Tokenizes documents, a million characters at a time, and writes them by `CorpusWriter`.
-
-    Raises:
-      TextError: no documents, or a `no_loss` span outside its text.
-    """
-    return write_encoded(encode_documents(documents, tokenizer), tokenizer, folder, shards)
-
-
-def write_encoded(
     documents: Iterable[EncodedDocument],
     tokenizer: Tokenizer,
     folder: str | os.PathLike[str],
     shards: int,
-) -> CorpusInfo:
-    """Writes what `encode_documents` yields by `CorpusWriter`."""
+) -> None:
+    """Writes documents (`encode_documents`) by `CorpusWriter`; `TextError` where there are none."""
     with CorpusWriter(folder, tokenizer, shards) as writer:
         for document in documents:
             writer.append(document)
-        return writer.finish()
+        writer.commit()
 
 
 def encode_documents(
@@ -151,10 +100,8 @@ def encode_documents(
 ) -> Iterator[EncodedDocument]:
     """Tokenizes documents, about a million characters at a time.
 
-    Raises:
-      TextError: a `no_loss` span outside its text.
+    Raises `TextError` for a `no_loss` span outside its text.
     """
-    dtype = dtype_of_tokens(tokenizer.size)
     for batch in in_batches(documents):
         plain = iter(tokenizer.encode_batch([d.text for d in batch if not d.no_loss]))
         for document in batch:
@@ -168,7 +115,7 @@ def encode_documents(
                 ids = next(plain)
             tokens = np.concatenate([[BOS], ids, [END]]).astype(np.int32)
             encoded = TokenDocument(tokens, weights, document.references, document.id)
-            yield EncodedDocument.of(encoded, document.text, dtype)
+            yield encoded.encoded(document.text, tokenizer)
 
 
 def _target_weights(document: Document, spans: np.ndarray) -> np.ndarray:
@@ -185,44 +132,33 @@ def _target_weights(document: Document, spans: np.ndarray) -> np.ndarray:
     return (before[spans[:, 1]] == before[spans[:, 0]]).astype(np.uint8)
 
 
-class Corpus:
+class Corpus(Records):
     """Reads the documents of a corpus at random. Safe to use from several threads.
 
     Attributes:
       lengths: tokens of every document, `BOS` and `END` included; int64 (documents,).
-      total_tokens: their sum.
       fingerprint: hex hash of all documents and the tokenizer.
       tokenizer_fingerprint: of the tokenizer the corpus was made with.
       folder: where it is.
     """
 
-    def __init__(self, records: Records) -> None:
-        self._records, self.folder = records, records.folder
-        self._dtype = np.dtype(records.manifest["dtype"])
-        self.lengths = np.fromfile(records.folder / "lengths.bin", "<i8")
-        self.total_tokens: int = records.manifest["tokens"]
-        self.fingerprint: str = records.manifest["fingerprint"]
-        self.tokenizer_fingerprint: str = records.manifest["tokenizer"]
-
-    @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Corpus:
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Opens what `write_corpus` wrote; raises `TextError` for an unfinished or cut one."""
-        return cls(Records(folder, _KIND))
+        super().__init__(folder, _KIND)
+        self._dtype = np.dtype(self.manifest["dtype"])
+        self.lengths = np.fromfile(self.folder / "lengths.bin", "<i8")
+        self.fingerprint: str = self.manifest["fingerprint"]
+        self.tokenizer_fingerprint: str = self.manifest["tokenizer"]
 
-    def verify(self) -> None:
-        """Reads all bytes and compares checksums; raises `TextError` naming a damaged file."""
-        self._records.verify()
-
-    def info(self) -> CorpusInfo:
-        """Returns the counts that `write_corpus` returned."""
-        m = self._records.manifest
-        return CorpusInfo(m["count"], m["tokens"], m["characters"], m["text_bytes"])
-
-    def __len__(self) -> int:
-        return len(self._records)
+    def info(self) -> str:
+        """Describes the counts in words."""
+        tokens, characters = self.manifest["tokens"], self.manifest["characters"]
+        ratio = self.manifest["text_bytes"] / max(tokens, 1)
+        counts = f"{len(self)} documents, {tokens} tokens, {characters} characters"
+        return f"{counts}, {ratio:.2f} bytes per token"
 
     def __getitem__(self, i: int | np.integer) -> TokenDocument:
-        record = self._records.read([int(i)])[0]
+        record = self.read([int(i)])[0]
         weights = None
         if "weights" in record:
             weights = np.frombuffer(record["weights"], np.uint8).astype(np.float32)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import glob
-import json
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from m3jax.errors import TextError
 from m3jax.files import checksum, digest
-from m3jax.text.jsonl import json_lines
+from m3jax.text.jsonl import decode, json_lines, json_object
 from m3jax.text.optional import optional
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".txt", ".parquet")
@@ -43,12 +43,9 @@ class Document:
 def find_files(spec: str) -> list[str]:
     """Lists the parts of a spec, folders and globs expanded, in reading order.
 
-    A spec is comma-separated files, globs, folders (searched recursively for `.jsonl`, `.jsonl.gz`,
-    `.txt` and `.parquet`, sorted by path) or `tfds:NAME[:SPLIT]`, which stays as it is. A path must
-    not contain a comma. A part named twice is read twice.
-
-    Raises:
-      TextError: a path that does not exist, an ending that is not known, or no file at all.
+    A spec is comma-separated files, globs, folders (searched recursively for `ENDINGS`, sorted by
+    path) or `tfds:NAME[:SPLIT]`, which stays as it is. A path must not contain a comma. Raises
+    `TextError` for a path that does not exist, an ending that is not known, or no file at all.
     """
     files: list[str] = []
     for part in filter(None, (piece.strip() for piece in spec.split(","))):
@@ -57,9 +54,8 @@ def find_files(spec: str) -> list[str]:
             continue
         path = Path(part)
         if path.is_dir():
-            inside = sorted(
-                str(p) for p in path.rglob("*") if p.name.endswith(ENDINGS) and p.is_file()
-            )
+            below = (p for p in path.rglob("*") if p.name.endswith(ENDINGS) and p.is_file())
+            inside = sorted(map(str, below))
         elif path.is_file():
             inside = [part]
         elif glob.has_magic(part):
@@ -91,23 +87,40 @@ def read_documents(spec: str) -> Iterator[Document]:
         file, each with file and line or byte; no document at all.
     """
     empty = True
-    documents: Iterator[Document]
     for part in find_files(spec):
-        if part.startswith("tfds:"):
-            documents = (make() for make in tfds_examples(part))
-        elif part.endswith(".txt"):
-            documents = iter([read_text_file(Path(part))])
-        elif part.endswith(".parquet"):
-            documents = _read_parquet(Path(part))
-        else:
-            lines = enumerate(json_lines(part), start=1)
-            documents = (parse_line(data, Path(part), n) for n, data in lines if data.strip())
-        for document in documents:
-            if document.text and not document.text.isspace():
+        for make in makers(part):
+            document = make()
+            if document.text.strip():
                 empty = False
                 yield document
     if empty:
         raise TextError(f"no documents in {spec!r}: every file is empty")
+
+
+def makers(
+    part: str, first: int = 0, lines: Iterable[bytes] | None = None
+) -> Iterator[Callable[[], Document]]:
+    """Yields a function for each document of a part (`find_files`) that makes it, or `TextError`.
+
+    Args:
+      part: a file, or `tfds:NAME[:SPLIT]`.
+      first: number, from 0, of the line or example to begin at, or row that begins a row group.
+      lines: lines of a file of JSON lines from `first` on; default: they are read. Blank ones are
+        skipped.
+    """
+    path = Path(part)
+    if part.startswith("tfds:"):
+        examples = open_tfds(part)
+        for position in range(first, len(examples)):
+            yield partial(_from_example, examples[position], part, position)
+    elif part.endswith(".txt"):
+        yield lambda: Document(path.stem, _decode(path.read_bytes(), part), source=path.name)
+    elif part.endswith(".parquet"):
+        yield from _parquet_rows(path, first)
+    else:
+        for line, data in enumerate(json_lines(part) if lines is None else lines, first + 1):
+            if data.strip():
+                yield partial(_parse_line, data, path, line)
 
 
 def is_validation(document: Document, share: float) -> bool:
@@ -134,31 +147,19 @@ def in_batches(
         yield batch
 
 
-def read_text_file(path: Path) -> Document:
-    """Reads a text file as one document, whose id is the file's stem."""
-    return Document(id=path.stem, text=_decode(path.read_bytes(), str(path)), source=path.name)
-
-
 def _decode(data: bytes, where: str) -> str:
     try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise TextError(
-            f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at byte {error.start};"
-            " convert the file to UTF-8"
-        ) from error
+        return decode(data)
+    except ValueError as error:
+        raise TextError(f"{where} is {error}") from error
 
 
-def parse_line(data: bytes, path: Path, line: int) -> Document:
-    """Parses one line of a JSON-lines file; raises `TextError` with file and line."""
+def _parse_line(data: bytes, path: Path, line: int) -> Document:
     where = f"{path}, line {line}"
-    text = _decode(data, where)
     try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: also integers of 5000 digits
-        raise TextError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise TextError(f"{where} is {type(fields).__name__}; expected an object with 'text'")
+        fields = json_object(data)
+    except ValueError as error:
+        raise TextError(f"{where} is {error}") from error
     stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
     return _from_fields(fields, where, f"{stem}:{line}", f"{path.name}:{line}")
 
@@ -171,35 +172,23 @@ def _open_parquet(path: Path) -> Any:
         raise TextError(f"{path} is no Parquet file ({error}); fetch it again") from error
 
 
-def parquet_groups(path: Path) -> list[int]:
+def parquet_groups(part: str) -> list[int]:
     """Returns the number of rows of every row group of a Parquet file."""
-    metadata = _open_parquet(path).metadata
+    metadata = _open_parquet(Path(part)).metadata
     return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
 
 
-def parquet_rows(path: Path, group: int, first: int) -> Iterator[Callable[[], Document]]:
-    """Yields, for each row of a row group, a function that makes its document.
-
-    `first` is the number, from 1, of the group's first row in the file.
-    """
-    file = _open_parquet(path)
+def _parquet_rows(path: Path, first: int) -> Iterator[Callable[[], Document]]:
+    file, sizes = _open_parquet(path), parquet_groups(str(path))
     names = set(file.schema_arrow.names)
     columns = [name for name in Document.__dataclass_fields__ if name in names]
-    row = first
-    for batch in file.iter_batches(1024, row_groups=[group], columns=columns):
-        for fields in batch.to_pylist():
-            where = f"{path}, row {row}"
-            name, source = f"{path.stem}:{row}", f"{path.name}:{row}"
-            yield partial(_from_fields, fields, where, name, source)
-            row += 1
-
-
-def _read_parquet(path: Path) -> Iterator[Document]:
-    first = 1
-    for group, rows in enumerate(parquet_groups(path)):
-        for make in parquet_rows(path, group, first):
-            yield make()
-        first += rows
+    starts = [0, *itertools.accumulate(sizes)]
+    for group in range(starts.index(first), len(sizes)):
+        batches = file.iter_batches(1024, row_groups=[group], columns=columns)
+        rows = (fields for batch in batches for fields in batch.to_pylist())
+        for row, fields in enumerate(rows, starts[group] + 1):
+            names_of_row = f"{path}, row {row}", f"{path.stem}:{row}", f"{path.name}:{row}"
+            yield partial(_from_fields, fields, *names_of_row)
 
 
 def _from_fields(fields: dict[str, Any], where: str, name: str, source: str) -> Document:
@@ -211,7 +200,7 @@ def _from_fields(fields: dict[str, Any], where: str, name: str, source: str) -> 
     if isinstance(name, int) and not isinstance(name, bool):
         name = str(name)
     texts = {"id": name, "text": fields["text"]}
-    texts |= {key: values.get(key, usual) for key, usual in (("title", ""), ("source", source))}
+    texts |= {"title": values.get("title", ""), "source": values.get("source", source)}
     for key, value in texts.items():
         if not isinstance(value, str):
             raise TextError(f"{where}: {key!r} is {type(value).__name__}; expected a string")
@@ -249,37 +238,20 @@ def _spans(spans: Any, length: int, where: str) -> tuple[tuple[int, int], ...]:
     return tuple((start, end) for start, end in spans)
 
 
-def tfds_examples(
-    part: str, low: int = 0, high: int | None = None
-) -> Iterator[Callable[[], Document]]:
-    """Yields functions that make the documents low … high − 1 of `tfds:NAME[:SPLIT]`.
-
-    The examples have a `text` and may have a `title` and an `id`.
-    """
-    _, name, *_ = part.split(":", 2)
-    data = _open_tfds(part)
-    for position in range(low, len(data) if high is None else high):
-        yield partial(_from_example, data[position], part, name, position)
-
-
-def count_tfds(part: str) -> int:
-    """Counts the examples of `tfds:NAME[:SPLIT]`."""
-    return len(_open_tfds(part))
-
-
-def _open_tfds(part: str) -> Any:
+def open_tfds(part: str) -> Sequence[dict[str, Any]]:
+    """Opens the examples of `tfds:NAME[:SPLIT]`; raises `TextError` where that fails."""
     packages = "tensorflow-datasets importlib_resources array_record"
     tfds = optional("tensorflow_datasets", f"{part} needs TensorFlow Datasets", packages)
     _, name, *split = part.split(":", 2)
     try:
-        return tfds.data_source(name, split=split[0] if split else "train")
+        return tfds.data_source(name, split="".join(split) or "train")
     except Exception as error:  # of many classes, with pages of text
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise TextError(f"{part} cannot be opened by TensorFlow Datasets: {reason}") from error
 
 
-def _from_example(example: dict[str, Any], part: str, name: str, position: int) -> Document:
-    where = f"{part}, example {position}"
+def _from_example(example: dict[str, Any], part: str, position: int) -> Document:
+    where, name = f"{part}, example {position}", part.split(":", 2)[1]
     if "text" not in example:
         raise TextError(f"{where} has no feature 'text'; it has: {', '.join(example)}")
     fields = {}

@@ -19,8 +19,7 @@ _Item = TypeVar("_Item")
 def json_lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
     """Yields the lines of a `.jsonl` or `.jsonl.gz` file as bytes, blank ones included.
 
-    Raises:
-      TextError: a damaged gzip file, when the damage is reached.
+    Raises `TextError` when it reaches the damage of a gzip file.
     """
     line = 0
     try:
@@ -31,6 +30,27 @@ def json_lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
         raise TextError(
             f"{path} is truncated or damaged after line {line} ({error}); fetch it again"
         ) from error
+
+
+def decode(data: bytes) -> str:
+    """Decodes UTF-8, without a byte-order mark; raises `ValueError` with the byte that is wrong."""
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        byte = f"0x{data[error.start]:02x} at byte {error.start}"
+        raise ValueError(f"not UTF-8: byte {byte}; convert the file to UTF-8") from error
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """Parses a JSON object; raises `ValueError` saying what the line is instead."""
+    text = decode(data)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also integers of 5000 digits
+        raise ValueError(f"not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON {type(value).__name__}; expected an object")
+    return value
 
 
 def read_records(
@@ -46,15 +66,12 @@ def read_records(
 
     Args:
       path: the file.
-      parse: makes an item of the value of a line; may raise ValueError, KeyError, TypeError,
+      parse: makes an item of the value of a line, or raises ValueError, KeyError, TypeError,
         AttributeError or StopIteration.
       what: plural of the items, for messages.
       form: description of a line, for messages: `{"prompt": text, "answer": text}`.
       most: number of items to read; None = all.
-      error: class of the errors raised.
-
-    Raises:
-      UserError: of the class `error`: the file cannot be read, a line is of another form, or there
+      error: class of the error where the file cannot be read, a line is of another form, or there
         is none.
     """
     items: list[_Item] = []
@@ -62,7 +79,7 @@ def read_records(
         numbered = ((n, data) for n, data in enumerate(json_lines(path), 1) if data.strip())
         for number, data in itertools.islice(numbered, most):
             try:
-                items.append(parse(json.loads(data.decode("utf-8").removeprefix("\ufeff"))))
+                items.append(parse(json.loads(decode(data))))
             except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as wrong:
                 raise error(f"{path}:{number}: expected {form} ({wrong!r})") from wrong
             except RecursionError as wrong:

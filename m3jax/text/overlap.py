@@ -9,13 +9,16 @@ that is, the longest common subsequence of r with any window of 2|r| + 1 tokens 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Integer
 from rapidfuzz.distance import LCSseq
 
-Tokens = Sequence[int | np.integer] | Integer[np.ndarray, "_"]
+_Ints = Integer[np.ndarray, "_"]
+_Rows = Integer[np.ndarray, "n W"]
+Tokens = Sequence[int | np.integer] | _Ints
 
 
 def overlap(text_tokens: Tokens, reference_tokens: Tokens) -> float:
@@ -34,17 +37,12 @@ def which_exceed(
     lengths: Integer[np.ndarray, " n"],
     threshold: float,
 ) -> Bool[np.ndarray, " n"]:
-    """Tests many references against one text; the more at once, the less each costs.
+    """Tests which references overlap with a text by more than `threshold`, 0 … 1.
 
-    Four bounds, each tighter and dearer than the one before, are taken of the references that are
-    left: tokens that occur in the text, tokens that occur as often as in the reference (both of all
-    references at once), the common subsequence without a window, the windowed one.
-
-    Args:
-      text_tokens: tokens of the text.
-      references: tokens of the references, padded behind `lengths`.
-      lengths: number of tokens of each reference.
-      threshold: overlap, 0 … 1, above which the result is True.
+    `references` are padded behind `lengths`. Four bounds, each tighter and dearer than the one
+    before, are taken of the references that are left: tokens that occur in the text, tokens that
+    occur as often as in the reference (both of all references at once), the common subsequence
+    without a window, the windowed one.
     """
     text = np.asarray(text_tokens, np.int64)
     lengths = np.asarray(lengths)
@@ -61,12 +59,14 @@ def which_exceed(
     numbers = _no_numbers(size, references.shape[1])
     for i in left.tolist():
         length = int(lengths[i])
-        needed = next(
-            n for n in range(int(threshold * length), length + 1) if n / length > threshold
-        )
-        longest = _longest(text, references[i, :length], numbers, needed - 1, needed)
-        above[i] = longest >= needed
+        least = fewest_above(threshold, length)
+        above[i] = _longest(text, references[i, :length], numbers, least - 1, least) >= least
     return above
+
+
+def fewest_above(threshold: float, length: int) -> int:
+    """Returns the fewest of `length` tokens that are a larger share of them than `threshold`."""
+    return next(n for n in itertools.count(int(threshold * length)) if n / length > threshold)
 
 
 def shared(
@@ -74,10 +74,7 @@ def shared(
     references: Integer[np.ndarray, "n W"],
     lengths: Integer[np.ndarray, " n"],
 ) -> Integer[np.ndarray, " n"]:
-    """Counts tokens that a text and each reference share, as multisets; bounds both overlaps.
-
-    Arguments as of `which_exceed`.
-    """
+    """Counts tokens that a text and each reference share, as multisets; bounds both overlaps."""
     text = np.asarray(text_tokens, np.int64)
     if not text.size or not references.size:
         return np.zeros(len(lengths), np.int64)
@@ -85,21 +82,13 @@ def shared(
     return _occurring_as_often(counts, references, np.asarray(lengths))
 
 
-def _occurring(
-    counts: Integer[np.ndarray, " V"],
-    references: Integer[np.ndarray, "n W"],
-    lengths: Integer[np.ndarray, " n"],
-) -> Integer[np.ndarray, " n"]:
+def _occurring(counts: _Ints, references: _Rows, lengths: _Ints) -> _Ints:
     """Counts tokens of each reference that the text has, given how often it has each."""
     real = np.arange(references.shape[1]) < lengths[:, None]
     return np.count_nonzero((counts > 0).take(references) & real, axis=1)
 
 
-def _occurring_as_often(
-    counts: Integer[np.ndarray, " V"],
-    references: Integer[np.ndarray, "n W"],
-    lengths: Integer[np.ndarray, " n"],
-) -> Integer[np.ndarray, " n"]:
+def _occurring_as_often(counts: _Ints, references: _Rows, lengths: _Ints) -> _Ints:
     """Computes the size of the intersection of text and each reference as multisets."""
     offsets = np.arange(references.shape[1])
     padded = np.where(offsets < lengths[:, None], references, len(counts))
@@ -110,17 +99,11 @@ def _occurring_as_often(
     return np.count_nonzero(np.append(counts, 0).take(padded) > before, axis=1)
 
 
-def _no_numbers(size: int, width: int) -> Integer[np.ndarray, " V"]:
+def _no_numbers(size: int, width: int) -> _Ints:
     return np.zeros(size, np.uint8 if width <= 0xFF else np.uint32)
 
 
-def _longest(
-    text: Integer[np.ndarray, " T"],
-    reference: Integer[np.ndarray, " W"],
-    numbers: Integer[np.ndarray, " V"],
-    above: int,
-    stop: int,
-) -> int:
+def _longest(text: _Ints, reference: _Ints, numbers: _Ints, above: int, stop: int) -> int:
     """Finds the longest common subsequence within any window, if more than `above`, else `above`.
 
     The tokens of the reference are numbered from 1 (in the table `numbers`, zero before and after),
@@ -156,7 +139,7 @@ def _longest(
     return best
 
 
-def _as_sequence(numbers: Integer[np.ndarray, " n"]) -> bytes | str:
+def _as_sequence(numbers: _Ints) -> bytes | str:
     """Packs numbers without zeros so that rapidfuzz compares them without boxing integers."""
     if numbers.dtype == np.uint8:
         return numbers.tobytes().translate(None, b"\0")

@@ -17,7 +17,7 @@ from m3jax.config import ConfigDict
 from m3jax.errors import TextError
 from m3jax.text.cleaning.pipeline import CleaningPipeline
 from m3jax.text.cleaning.workers import LocalRunner, Runner
-from m3jax.text.corpus import Corpus, write_corpus
+from m3jax.text.corpus import Corpus, encode_documents, write_corpus
 from m3jax.text.documents import Document, inputs_of, is_validation, read_documents
 from m3jax.text.reference_filter.select import Selection
 from m3jax.text.references import References, write_references
@@ -45,19 +45,16 @@ def prepare_text(
 
     A part that is finished and was made from the same inputs is kept; an unfinished one is made
     again. The tokenizer learns from the training documents and, where it is another text, the
-    knowledge base, a document of each in turn, up to `config.text.tokenizer_bytes`; one that
-    launch/convert.py took from a folder stays. With `config.text.validation_share` = 0 there is no
-    `corpus/validation/`. Documents are streamed, once for every part.
+    knowledge base, a document of each in turn; one that launch/convert.py took from a folder stays.
 
     With a runner, `clean.enabled` or `text.shuffle` the documents go through blocks in `clean/`
-    first (`m3jax.text.cleaning.pipeline`), where other processes can take part; finished blocks are
-    kept. The output is the same for every runner and, without cleaning and shuffling, the same as
-    without one. A knowledge base of its own is not cleaned. With `knowledge.enabled` references are
-    selected (`m3jax.text.reference_filter.select`), also by the runner.
+    first (`m3jax.text.cleaning.pipeline`), where other processes can take part. The output is the
+    same for every runner and, without cleaning and shuffling, the same as without one. A knowledge
+    base of its own is not cleaned. With `knowledge.enabled` references are selected
+    (`m3jax.text.reference_filter.select`), also by the runner.
 
     Args:
-      config: its sections `text`, `clean` and `knowledge`, `model.vocabulary` and
-        `memory.reference_length` are used.
+      config: with the sections `text`, `clean` and `knowledge`.
       workdir: folder of the run.
       documents, knowledge: specs (`read_documents`) of the documents and of the knowledge base;
         default the same.
@@ -71,131 +68,145 @@ def prepare_text(
       TextError: bad documents; a finished part that was made from other inputs; a tokenizer with
         fewer than 260 entries or more than `model.vocabulary`; a library is missing.
     """
-    _check_arguments(config, limit, questions)
-    workdir, text, knowledge = Path(workdir), config.text, knowledge or documents
-    of_documents = {"documents": inputs_of(documents), "limit": limit}
-    listed = of_documents["documents"] if knowledge == documents else inputs_of(knowledge)
-    of_knowledge = {"knowledge": listed, "limit": limit}
-    pipeline = None
-    if runner is not None or config.clean.enabled or text.shuffle:
-        pipeline = CleaningPipeline(
-            config, workdir, documents, limit, runner or LocalRunner(), quality
+    if questions and not config.knowledge.enabled:
+        raise TextError(
+            f"{len(questions)} questions are given that no reference may hold, but"
+            " config.knowledge.enabled = False; set it, or leave out --questions"
         )
-        added = pipeline.inputs()
-        of_documents |= added
-        of_knowledge |= added if knowledge == documents else {}
-        kept = pipeline.clean(of_documents)
-        say(_line("clean", kept, pipeline.summary))
-    cleaned = None if pipeline is None else pipeline.documents()
-    sources = _Sources(documents, knowledge, limit, text.validation_share, cleaned)
-    selection = None
-    if config.knowledge.enabled:
-        selection = Selection(config, workdir, runner or LocalRunner(), questions)
-    parts = _Parts(config, workdir, sources, of_documents, of_knowledge, pipeline, selection, say)
+    if limit is not None and limit < 1:
+        raise TextError(f"limit = {limit}; expected at least 1 document")
+    parts = _Parts(config, Path(workdir), documents, knowledge or documents, limit, say)
+    if runner is not None or config.clean.enabled or config.text.shuffle:
+        parts.clean(runner or LocalRunner(), quality)
     tokenizer = parts.tokenizer()
     parts.corpora(tokenizer)
-    parts.references(tokenizer)
+    parts.references(tokenizer, runner or LocalRunner(), questions)
 
 
-@dataclass(frozen=True)
-class _Sources:
-    """Reads the documents of the specs of a run."""
+@dataclass
+class _Parts:
+    """Makes or keeps the parts of a workdir, each from documents that are streamed anew."""
 
+    config: ConfigDict
+    workdir: Path
     documents: str
     knowledge: str
     limit: int | None
-    share: float
-    cleaned: Iterable[Document] | None = None  # what is left of `documents`
-
-    @property
-    def same(self) -> bool:
-        return self.knowledge == self.documents
-
-    def read(self, spec: str, what: str) -> Iterator[Document]:
-        """Yields the documents of a spec; nothing is opened before the first is needed."""
-        if self.cleaned is not None and spec == self.documents:
-            yield from progress(self.cleaned, what)
-        else:
-            yield from progress(itertools.islice(read_documents(spec), self.limit), what)
-
-    def split(self, held_out: bool, what: str) -> Iterator[Document]:
-        """Yields the documents for validation, or the others."""
-        documents = self.read(self.documents, what)
-        return (d for d in documents if is_validation(d, self.share) == held_out)
-
-
-@dataclass(frozen=True)
-class _Parts:
-    config: ConfigDict
-    workdir: Path
-    sources: _Sources
-    of_documents: dict[str, Any]  # what the documents are, compared with that of finished parts
-    of_knowledge: dict[str, Any]
-    pipeline: CleaningPipeline | None
-    selection: Selection | None
     say: Say
+    pipeline: CleaningPipeline | None = None
+
+    def __post_init__(self) -> None:
+        self.share: float = self.config.text.validation_share
+        listed = inputs_of(self.documents)
+        self.inputs: dict[str, Any] = {"documents": listed, "limit": self.limit}
+        listed = listed if self.knowledge == self.documents else inputs_of(self.knowledge)
+        self.knowledge_inputs: dict[str, Any] = {"knowledge": listed, "limit": self.limit}
+
+    def clean(self, runner: Runner, quality: str | None) -> None:
+        """Sends the documents through blocks in `clean/`."""
+        source = self.documents, self.limit, runner, quality
+        self.pipeline = CleaningPipeline(self.config, self.workdir, *source)
+        added = self.pipeline.inputs()
+        self.inputs |= added
+        self.knowledge_inputs |= added if self.knowledge == self.documents else {}
+        self._tell("clean", *self.pipeline.clean(self.inputs))
 
     def tokenizer(self) -> Tokenizer:
         """Makes the tokenizer, or keeps that of a model."""
         folder, text = self.workdir / "tokenizer", self.config.text
         fields = ("vocabulary", "min_frequency", "tokenizer_bytes", "validation_share")
-        inputs = self.of_documents | self.of_knowledge
+        inputs = self.inputs | self.knowledge_inputs
         inputs |= {f"text.{field}": text[field] for field in fields}
-        _check_split(self.sources)
-        kept = _is_taken(folder) or make_part(
-            folder, inputs, lambda folder: _train_tokenizer(self.config, self.sources).save(folder)
-        )
+        self._check_split()
+        kept = _is_taken(folder) or make_part(folder, inputs, self._train_tokenizer)
         tokenizer = Tokenizer.load(folder)
-        _check_size(tokenizer, self.config.model.vocabulary)
-        self.say(_line("tokenizer", kept, f"{tokenizer.size} entries"))
+        self._check_size(tokenizer)
+        self._tell("tokenizer", kept, f"{tokenizer.size} entries")
         return tokenizer
+
+    def _train_tokenizer(self, folder: Path) -> None:
+        streams = [self._split(False, "tokenizer")]
+        if self.knowledge != self.documents:
+            streams.append(self._read(self.knowledge, "tokenizer"))
+        in_turn = itertools.chain.from_iterable(itertools.zip_longest(*streams))
+        texts = (document.text for document in in_turn if document is not None)
+        text = self.config.text
+        trained = Tokenizer.train(texts, text.vocabulary, text.min_frequency, text.tokenizer_bytes)
+        self._check_size(trained)
+        trained.save(folder)
 
     def corpora(self, tokenizer: Tokenizer) -> None:
         """Makes the token shards of validation and training."""
-        text, share = self.config.text, self.sources.share
+        text = self.config.text
         inputs = {"tokenizer": tokenizer.fingerprint, "text.shards": text.shards}
-        inputs |= self.of_documents | {"text.validation_share": share}
+        inputs |= self.inputs | {"text.validation_share": self.share}
         inputs |= {"text.shuffle": text.shuffle} if text.shuffle else {}
-        for name in ["validation"] * (share > 0) + ["train"]:
+        for name in ["validation"] * (self.share > 0) + ["train"]:
             folder, held_out = self.workdir / "corpus" / name, name == "validation"
             if self.pipeline is None:
-                chosen = self.sources.split(held_out, name)
-                make = partial(write_corpus, chosen, tokenizer, shards=text.shards)
+                documents = encode_documents(self._split(held_out, name), tokenizer)
+                make = partial(write_corpus, documents, tokenizer, shards=text.shards)
             else:
                 make = partial(self.pipeline.write_corpus, held_out, tokenizer)
             kept = make_part(folder, inputs, make)
-            self.say(_line(f"corpus/{name}", kept, str(Corpus.open(folder).info())))
+            self._tell(f"corpus/{name}", kept, Corpus(folder).info())
 
-    def references(self, tokenizer: Tokenizer) -> None:
+    def references(self, tokenizer: Tokenizer, runner: Runner, questions: Sequence[str]) -> None:
         """Makes the references, selected where the config says so; removes intermediate files."""
         folder, length = self.workdir / "references", self.config.memory.reference_length
-        inputs = self.of_knowledge | {"tokenizer": tokenizer.fingerprint}
+        inputs = self.knowledge_inputs | {"tokenizer": tokenizer.fingerprint}
         inputs |= {"memory.reference_length": length}
         cut: Callable[[Path], Any]
-        if self.pipeline is not None and self.sources.same:
+        if self.pipeline is not None and self.knowledge == self.documents:
             cut = partial(self.pipeline.write_references, tokenizer)
         else:
-            pieces = self.sources.read(self.sources.knowledge, "references")
-            cut = partial(write_references, pieces, tokenizer, length=length)
-        if self.selection is not None:
-            inputs |= self.selection.inputs()
-            cut = partial(self.selection.write, inputs, cut, self.say)
+            documents = self._read(self.knowledge, "references")
+            cut = partial(write_references, documents, tokenizer, length=length)
+        selection = None
+        if self.config.knowledge.enabled:
+            selection = Selection(self.config, self.workdir, runner, questions)
+            inputs |= selection.inputs()
+            cut = partial(selection.write, inputs, cut, self.say)
         kept = make_part(folder, inputs, cut)
-        for used in (self.selection, self.pipeline):
+        for used in (selection, self.pipeline):
             if used is not None:
                 used.tidy()
-        self.say(_line("references", kept, References.open(folder).info()))
+        self._tell("references", kept, References(folder).info())
 
+    def _read(self, spec: str, what: str) -> Iterator[Document]:
+        """Yields the documents of a spec; nothing is opened before the first is needed."""
+        if self.pipeline is not None and spec == self.documents:
+            yield from progress(self.pipeline.documents, what)
+        else:
+            yield from progress(itertools.islice(read_documents(spec), self.limit), what)
 
-def _train_tokenizer(config: ConfigDict, sources: _Sources) -> Tokenizer:
-    streams = [sources.split(False, "tokenizer")]
-    if not sources.same:
-        streams.append(sources.read(sources.knowledge, "tokenizer"))
-    texts = (document.text for document in _in_turn(streams))
-    text = config.text
-    trained = Tokenizer.train(texts, text.vocabulary, text.min_frequency, text.tokenizer_bytes)
-    _check_size(trained, config.model.vocabulary)
-    return trained
+    def _split(self, held_out: bool, what: str) -> Iterator[Document]:
+        """Yields the documents for validation, or the others."""
+        documents = self._read(self.documents, what)
+        return (d for d in documents if is_validation(d, self.share) == held_out)
+
+    def _tell(self, name: str, kept: bool, content: str) -> None:
+        self.say(f"{name}: {content} ({'finished before, kept' if kept else 'made'})")
+
+    def _check_split(self) -> None:
+        missing, count = {False, self.share > 0}, 0
+        for document in self._read(self.documents, "documents"):
+            count += 1
+            missing.discard(is_validation(document, self.share))
+            if not missing:
+                return
+        raise TextError(
+            f"text.validation_share = {self.share} puts all {count} documents into"
+            f" {'training' if True in missing else 'validation'}; give more documents or change it"
+        )
+
+    def _check_size(self, tokenizer: Tokenizer) -> None:
+        vocabulary = self.config.model.vocabulary
+        if not SMALLEST <= tokenizer.size <= vocabulary:
+            raise TextError(
+                f"the tokenizer has {tokenizer.size} entries; expected {SMALLEST} …"
+                f" model.vocabulary = {vocabulary}; change text.vocabulary or model.vocabulary"
+            )
 
 
 def _is_taken(folder: Path) -> bool:
@@ -209,49 +220,3 @@ def _is_taken(folder: Path) -> bool:
 def progress(items: Iterable[_Item], what: str) -> Iterator[_Item]:
     """Yields the items with a progress bar on a terminal, without one elsewhere."""
     return iter(tqdm(items, desc=what, unit=" documents", disable=None, leave=False))
-
-
-def _line(name: str, kept: bool, content: str) -> str:
-    return f"{name}: {content} ({'finished before, kept' if kept else 'made'})"
-
-
-def _in_turn(sources: list[Iterator[_Item]]) -> Iterator[_Item]:
-    """Yields an item of each source in turn, until all have ended."""
-    while sources:
-        for source in list(sources):
-            try:
-                yield next(source)
-            except StopIteration:
-                sources.remove(source)
-
-
-def _check_arguments(config: ConfigDict, limit: int | None, questions: Sequence[str]) -> None:
-    if questions and not config.knowledge.enabled:
-        raise TextError(
-            f"{len(questions)} questions are given that no reference may hold, but"
-            " config.knowledge.enabled = False; set it, or leave out --questions"
-        )
-    if limit is not None and limit < 1:
-        raise TextError(f"limit = {limit}; expected at least 1 document")
-
-
-def _check_split(sources: _Sources) -> None:
-    share = sources.share
-    missing, count = {False, share > 0}, 0
-    for document in sources.read(sources.documents, "documents"):
-        count += 1
-        missing.discard(is_validation(document, share))
-        if not missing:
-            return
-    raise TextError(
-        f"text.validation_share = {share} puts all {count} documents into"
-        f" {'training' if True in missing else 'validation'}; give more documents or change it"
-    )
-
-
-def _check_size(tokenizer: Tokenizer, vocabulary: int) -> None:
-    if not SMALLEST <= tokenizer.size <= vocabulary:
-        raise TextError(
-            f"the tokenizer has {tokenizer.size} entries; expected {SMALLEST} …"
-            f" model.vocabulary = {vocabulary}; change text.vocabulary or model.vocabulary"
-        )

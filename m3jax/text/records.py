@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgpack
 import numpy as np
@@ -23,6 +23,8 @@ _WRITER = "group_size:1,zstd:3"  # one record a group: a random read decodes tha
 _READER = "readahead_buffer_size:0,max_parallelism:0"
 _FORMAT = 1
 
+_Writer = TypeVar("_Writer", bound="RecordWriter")
+
 
 def dtype_of_tokens(vocabulary: int) -> np.dtype:
     """Returns little-endian uint16 where every token fits, else uint32."""
@@ -30,10 +32,10 @@ def dtype_of_tokens(vocabulary: int) -> np.dtype:
 
 
 class RecordWriter:
-    """Writes records round robin: record i is record i // S of shard i % S, for S shards.
+    """Writes records round robin: record i is record i // S of shard i % S, for S shards or fewer.
 
-    There are at most as many shards as records. Side files are streams of raw bytes. Nothing counts
-    until `finish` has written the manifest. A context manager: an error leaves no temporary files.
+    Side files are streams of raw bytes. Nothing counts until `finish` has written the manifest. A
+    context manager: an error leaves no temporary files.
     """
 
     def __init__(
@@ -46,17 +48,16 @@ class RecordWriter:
             old.unlink()
         self.folder, self.count = folder, 0
         self._shards = shards
-        self._names: list[str] = []
         self._writers: list[Any] = []
         self._records = hashlib.blake2b(digest_size=16)
         self._streams = {n: (folder / (n + TEMPORARY)).open("wb") for n in side_files}
 
-    def __enter__(self) -> RecordWriter:
+    def __enter__(self: _Writer) -> _Writer:
         return self
 
     def __exit__(self, *error: Any) -> None:
         with contextlib.suppress(Exception):
-            self.close()
+            self._close()
         for temporary in self.folder.glob("*" + TEMPORARY):
             temporary.unlink(missing_ok=True)
 
@@ -64,10 +65,8 @@ class RecordWriter:
         """Appends a record and its bytes to side files, given as `name="bytes"` without ending."""
         shard = self.count % self._shards
         if shard == len(self._writers):
-            name = f"records-{shard:05d}.array_record"
-            path = self.folder / (name + TEMPORARY)
+            path = self.folder / (_name(shard) + TEMPORARY)
             self._writers.append(array_record_module.ArrayRecordWriter(str(path), _WRITER))
-            self._names.append(name)
         payload = msgpack.packb(record)
         self._records.update(len(payload).to_bytes(8, "little"))
         self._records.update(payload)
@@ -83,12 +82,12 @@ class RecordWriter:
         The manifest's `fingerprint` covers the records in their order and the content, but not
         shards or compression, so the same documents have the same fingerprint.
         """
-        self.close()
+        self._close()
         files = []
-        for name in (*self._names, *self._streams):
-            commit(self.folder / (name + TEMPORARY), self.folder / name)
-            size = (self.folder / name).stat().st_size
-            files.append({"name": name, "bytes": size, "blake2b": checksum(self.folder / name)})
+        for name in (*map(_name, range(len(self._writers))), *self._streams):
+            path = self.folder / name
+            commit(self.folder / (name + TEMPORARY), path)
+            files.append({"name": name, "bytes": path.stat().st_size, "blake2b": checksum(path)})
         stable = json.dumps(content, sort_keys=True)
         manifest = {
             "kind": kind,
@@ -100,7 +99,7 @@ class RecordWriter:
         }
         write_sealed(self.folder / MANIFEST, manifest)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Closes all files; a full disk shows here at the latest."""
         for shard, writer in enumerate(self._writers):
             if writer.is_open():
@@ -114,17 +113,16 @@ class RecordWriter:
         try:
             yield
         except RuntimeError as error:  # with riegeli's message, for example of a full disk
-            path = self.folder / self._names[shard]
+            path = self.folder / _name(shard)
             raise OSError(f"{path} could not be written: {error}") from error
 
 
-class Records:
-    """Reads a folder of records at random. Safe to use from several threads.
+def _name(shard: int) -> str:
+    return f"records-{shard:05d}.array_record"
 
-    Attributes:
-      folder: the folder.
-      manifest: the manifest's content.
-    """
+
+class Records:
+    """Reads a folder of records, with a `manifest`, at random. Safe to use in several threads."""
 
     def __init__(self, folder: str | os.PathLike[str], kind: str) -> None:
         """Reads the manifest; raises `TextError` for another kind or a file without its size."""
@@ -134,11 +132,10 @@ class Records:
             path = self.folder / entry["name"]
             if not path.is_file():
                 raise self._damaged(path, "is missing")
-            if path.stat().st_size != entry["bytes"]:
-                size = path.stat().st_size
+            if (size := path.stat().st_size) != entry["bytes"]:
                 raise self._damaged(path, f"has {size} bytes; expected {entry['bytes']}")
-        names = [entry["name"] for entry in self.manifest["files"]]
-        self._paths = [self.folder / n for n in names if n.endswith(".array_record")]
+        paths = [self.folder / entry["name"] for entry in self.manifest["files"]]
+        self._paths = [path for path in paths if path.suffix == ".array_record"]
         self._readers: list[Any] = [None] * len(self._paths)
         self._lock = threading.Lock()
 
@@ -153,8 +150,10 @@ class Records:
         if manifest is None:
             raise self._damaged(path, "is damaged")
         if (manifest["kind"], manifest["format"]) != (kind, _FORMAT):
-            held = f"holds a {manifest['kind']}, format {manifest['format']}"
-            raise TextError(f"{self.folder} {held}; expected a {kind}, format {_FORMAT}")
+            raise TextError(
+                f"{self.folder} holds a {manifest['kind']}, format {manifest['format']}; expected a"
+                f" {kind}, format {_FORMAT}"
+            )
         return manifest
 
     def verify(self) -> None:
@@ -178,9 +177,7 @@ class Records:
     def read(self, ids: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
         """Reads records in the order of `ids`.
 
-        Raises:
-          IndexError: an id outside 0 … len − 1.
-          TextError: a shard whose bytes are damaged.
+        Raises `IndexError` for an id outside 0 … len − 1, `TextError` for a damaged shard.
         """
         ids = self.check(ids)
         records: list[dict[str, Any]] = [{}] * len(ids)

@@ -38,15 +38,11 @@ def cut_references(document: Document, tokenizer: Tokenizer, length: int) -> lis
     Whole paragraphs (lines) are joined while they fit. A paragraph that is too long for one piece
     is cut at sentence ends, such a sentence at white space, such a word anywhere. White space at
     both ends of a piece is left out; nothing else is. A piece's tokens are those of its text alone.
-    A document of white space only has no pieces.
-
-    Raises:
-      TextError: a length below 4, in which a single character might not fit.
+    Raises `TextError` for a length below 4, in which a single character might not fit.
     """
     if length < SHORTEST:
-        raise TextError(
-            f"references of {length} tokens cannot hold any character; use ≥ {SHORTEST}"
-        )
+        what = f"references of {length} tokens cannot hold any character"
+        raise TextError(f"{what}; use ≥ {SHORTEST}")
     text = document.text
     ids, offsets = tokenizer.encode_with_offsets(text)
     token_starts, token_ends = offsets.T.copy()

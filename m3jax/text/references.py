@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int, Int32, Int64, UInt64
 
 from m3jax.errors import TextError
+from m3jax.files import digest, hash64
+from m3jax.numbering import Numbering
 from m3jax.text.documents import Document, in_batches
 from m3jax.text.records import Records, RecordWriter, dtype_of_tokens
 from m3jax.text.reference_splitter import Piece, cut_references
 from m3jax.text.tokenizer import PAD, Tokenizer
+
+Ids = Sequence[int] | np.ndarray
+_Item = TypeVar("_Item")
 
 _KIND = "references"
 _BLOCK = 1024  # references read at a time
@@ -42,68 +46,9 @@ class Reference:
     text: str
     tokens: Int32[np.ndarray, " W"]
 
-
-@runtime_checkable
-class ReferenceReader(Protocol):
-    """Interface of a knowledge base that can be read: `References` or `DeltaReferences`.
-
-    Attributes:
-      length: most tokens W of a reference.
-      lengths: tokens of every reference; int32 (R,).
-      record_hashes: hash of every reference's tokens; uint64 (R,). Where it differs between two
-        sets made with one tokenizer, the reference's memory must be written again.
-      fingerprint: hex hash of all references, the length and the tokenizer.
-      tokenizer_fingerprint: of the tokenizer the references were made with.
-      dtype: of the stored tokens.
-    """
-
-    length: int
-    lengths: Int32[np.ndarray, " R"]
-    record_hashes: UInt64[np.ndarray, " R"]
-    fingerprint: str
-    tokenizer_fingerprint: str
-    dtype: np.dtype
-
-    @property
-    def live(self) -> Int64[np.ndarray, " n"]:
-        """Returns the ids of the references in use, ascending."""
-
-    def live_keys(self) -> list[str]:
-        """Returns the keys of the references in use, in the order of ids; reads every record."""
-
-    def documents(self) -> Int[np.ndarray, " R"]:
-        """Numbers every reference's document; a document's references are consecutive."""
-
-    def info(self) -> str:
-        """Describes the counts in words."""
-
-    def verify(self) -> None:
-        """Reads all bytes and compares checksums; raises `TextError` naming a damaged file."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int | np.integer) -> Reference: ...
-
-    def read(self, ids: Sequence[int] | np.ndarray) -> list[Reference]:
-        """Reads references, in the order of `ids`."""
-
-    def texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """Reads texts of references, in the order of `ids`."""
-
-    def tokens(self, ids: Sequence[int] | np.ndarray) -> Int32[np.ndarray, "n W"]:
-        """Reads tokens of references, one row each, filled up with PAD; no prefix inside."""
-
-    def lookup(self, key: str) -> int | None:
-        """Returns the id of the reference in use with this key, or None."""
-
-    def find(self, key: str) -> int:
-        """Returns the id of the reference in use with this key, or raises `TextError`."""
-
-    def find_or_removed(self, key: str) -> int:
-        """Returns the id of the reference with this key; −1 where it was removed."""
-
-    def of_document(self, document: str) -> list[int]:
-        """Returns the ids in use of a document's references."""
+    def as_document(self) -> Document:
+        """Makes a document of the piece, named by its key and, where it has one, its title."""
+        return Document(self.key, self.text, self.title, self.title or self.source)
 
 
 def write_references(
@@ -111,18 +56,14 @@ def write_references(
     tokenizer: Tokenizer,
     folder: str | os.PathLike[str],
     length: int,
-    shards: int = 1,
 ) -> int:
-    """Cuts documents into references of at most `length` tokens and writes them to `folder`.
+    """Cuts documents into references of at most `length` tokens; returns their number.
 
-    The folder is replaced: records in `shards` files, round robin; `tokens.bin` (all tokens, one
-    reference after the other); `table.bin` (hashes and lengths); `manifest.json` last. Documents
-    are read once, about a million characters held at a time. Returns the number of references.
-
-    Raises:
-      TextError: no documents, no usable tokens in them, or an id that occurs twice.
+    The folder is replaced: records; `tokens.bin` (all tokens, one reference after the other);
+    `table.bin` (hashes and lengths); `manifest.json` last. Raises `TextError` for no documents, no
+    usable tokens in them, or an id that occurs twice.
     """
-    return write_pieces(_cut_all(documents, tokenizer, length), tokenizer, folder, length, shards)
+    return write_pieces(_cut_all(documents, tokenizer, length), tokenizer, folder, length)
 
 
 def write_pieces(
@@ -130,12 +71,10 @@ def write_pieces(
     tokenizer: Tokenizer,
     folder: str | os.PathLike[str],
     length: int,
-    shards: int = 1,
 ) -> int:
     """Writes references of documents that are cut already, as `write_references`."""
-    dtype = dtype_of_tokens(tokenizer.size)
     seen: set[bytes] = set()
-    with RecordWriter(folder, shards, ["tokens.bin", "table.bin"]) as writer:
+    with _Writer(folder, dtype_of_tokens(tokenizer.size)) as writer:
         for document, pieces in cut:
             name = hashlib.blake2b(document.id.encode(), digest_size=12).digest()
             if name in seen:
@@ -146,7 +85,7 @@ def write_pieces(
             seen.add(name)
             for n, piece in enumerate(pieces):
                 names = f"{document.id}#{n}", document.title, document.source
-                _write(writer, Reference(*names, **vars(piece)), dtype)
+                writer.append(Reference(*names, **vars(piece)))
         if not seen:
             raise TextError("the knowledge base is empty: no documents; give at least one")
         if not writer.count:
@@ -154,40 +93,39 @@ def write_pieces(
                 f"the knowledge base has no usable tokens: its {len(seen)} documents are white"
                 " space only; give documents with text"
             )
-        _finish(writer, tokenizer.fingerprint, dtype, length, len(seen))
+        writer.commit(tokenizer.fingerprint, length, len(seen))
         return writer.count
 
 
-def copy_references(
-    source: ReferenceReader, ids: Sequence[int] | np.ndarray, folder: str | Path
-) -> None:
+def copy_references(source: References, ids: Ids, folder: str | Path) -> None:
     """Writes the references with these ids (at least one), in their order, as a set of its own."""
-    ids, dtype, gaps = np.asarray(ids), source.dtype, False
+    ids, gaps = np.asarray(ids), False
     next_numbers: dict[str, int] = {}  # of every document, as far as it was written
-    with RecordWriter(folder, 1, ["tokens.bin", "table.bin"]) as writer:
+    with _Writer(folder, source.dtype) as writer:
         for low in range(0, len(ids), _BLOCK):
             for item in source.read(ids[low : low + _BLOCK]):
                 document, _, number = item.key.rpartition("#")
                 gaps |= int(number) != next_numbers.get(document, 0)
                 next_numbers[document] = int(number) + 1
-                _write(writer, item, dtype)
+                writer.append(item)
         numbers = {"numbers": max(next_numbers.values())} if gaps else {}
-        documents = len(next_numbers)
-        _finish(writer, source.tokenizer_fingerprint, dtype, source.length, documents, **numbers)
+        writer.commit(source.tokenizer_fingerprint, source.length, len(next_numbers), **numbers)
 
 
-def _write(writer: RecordWriter, item: Reference, dtype: np.dtype) -> None:
-    record = {name: value for name, value in vars(item).items() if name != "tokens"}
-    data = item.tokens.astype(dtype).tobytes()
-    row = np.array((_hash(item.key.encode()), _hash(data), len(item.tokens)), _ROW)
-    writer.write(record, tokens=data, table=row.tobytes())
+class _Writer(RecordWriter):
+    def __init__(self, folder: str | os.PathLike[str], dtype: np.dtype) -> None:
+        super().__init__(folder, 1, ["tokens.bin", "table.bin"])
+        self._dtype = dtype
 
+    def append(self, item: Reference) -> None:
+        record = {name: value for name, value in vars(item).items() if name != "tokens"}
+        data = item.tokens.astype(self._dtype).tobytes()
+        row = np.array((hash64(item.key.encode()), hash64(data), len(item.tokens)), _ROW)
+        self.write(record, tokens=data, table=row.tobytes())
 
-def _finish(
-    writer: RecordWriter, tokenizer: str, dtype: np.dtype, length: int, documents: int, **more: int
-) -> None:
-    content = {"tokenizer": tokenizer, "dtype": dtype.str, "length": length, "documents": documents}
-    writer.finish(_KIND, content | more)
+    def commit(self, tokenizer: str, length: int, documents: int, **more: int) -> None:
+        content = {"tokenizer": tokenizer, "dtype": self._dtype.str, "length": length}
+        self.finish(_KIND, content | {"documents": documents} | more)
 
 
 def _cut_all(
@@ -200,20 +138,25 @@ def _cut_all(
             yield from zip(batch, pieces, strict=True)
 
 
-def _hash(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-class References(ReferenceReader):
+class References:
     """Reads a knowledge base of R references at random. Safe to use from several threads.
 
-    Attributes: those of `ReferenceReader`.
+    Attributes:
+      folder: where it is.
+      length: most tokens W of a reference.
+      lengths: tokens of every reference; int32 (R,).
+      record_hashes: hash of every reference's tokens; uint64 (R,). Where it differs between two
+        sets made with one tokenizer, the reference's memory must be written again.
+      fingerprint: hex hash of all references, the length and the tokenizer.
+      tokenizer_fingerprint: of the tokenizer the references were made with.
+      dtype: of the stored tokens.
     """
 
-    def __init__(self, records: Records) -> None:
-        self._records = records
-        manifest = records.manifest
-        table = np.fromfile(records.folder / "table.bin", _ROW)
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Opens what `write_references` wrote; raises `TextError` for an unfinished or cut set."""
+        self._records, self.folder = Records(folder, _KIND), Path(folder)
+        manifest = self._records.manifest
+        table = np.fromfile(self.folder / "table.bin", _ROW)
         self.length: int = manifest["length"]
         self.fingerprint: str = manifest["fingerprint"]
         self.tokenizer_fingerprint: str = manifest["tokenizer"]
@@ -223,33 +166,28 @@ class References(ReferenceReader):
         self.dtype = np.dtype(manifest["dtype"])
         # One more than the largest number in a key, where some numbers are missing.
         self._numbers: int = manifest.get("numbers", 0)
-        self._tokens = np.memmap(records.folder / "tokens.bin", self.dtype, "r")
+        self._tokens = np.memmap(self.folder / "tokens.bin", self.dtype, "r")
         self._order = np.argsort(table["key"], kind="stable")
         self._sorted_keys = table["key"][self._order]
         self._documents: Int32[np.ndarray, " R"] | None = None
 
-    @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> References:
-        """Opens what `write_references` wrote; raises `TextError` for an unfinished or cut set."""
-        return cls(Records(folder, _KIND))
-
     def verify(self) -> None:
+        """Reads all bytes and compares checksums; raises `TextError` naming a damaged file."""
         self._records.verify()
 
     @property
-    def folder(self) -> Path:
-        """Returns the folder of the references."""
-        return self._records.folder
-
-    @property
-    def live(self) -> Int64[np.ndarray, " R"]:
+    def live(self) -> Int64[np.ndarray, " n"]:
+        """Returns the ids of the references in use, ascending."""
         return np.arange(len(self))
 
     def live_keys(self) -> list[str]:
-        blocks = (range(i, min(i + 4096, len(self))) for i in range(0, len(self), 4096))
+        """Returns the keys of the references in use, in the order of ids; reads every record."""
+        starts = range(0, len(self), _BLOCK)
+        blocks = (range(i, min(i + _BLOCK, len(self))) for i in starts)
         return [record["key"] for block in blocks for record in self._records.read(block)]
 
-    def documents(self) -> Int32[np.ndarray, " R"]:
+    def documents(self) -> Int[np.ndarray, " R"]:
+        """Numbers every reference's document; a document's references are consecutive."""
         if self._documents is None:
             names = [key.rpartition("#")[0] for key in self.live_keys()]
             begins = [i > 0 and name != names[i - 1] for i, name in enumerate(names)]
@@ -257,9 +195,11 @@ class References(ReferenceReader):
         return self._documents
 
     def info(self) -> str:
-        counts = f"{len(self)} references of {self._records.manifest['documents']} documents"
-        mean = self.lengths.mean()
-        return f"{counts}, {int(self._ends[-1])} tokens, {mean:.1f} of {self.length} on average"
+        """Describes the counts in words."""
+        return (
+            f"{len(self)} references of {self._records.manifest['documents']} documents,"
+            f" {int(self._ends[-1])} tokens, {self.lengths.mean():.1f} of {self.length} on average"
+        )
 
     def __len__(self) -> int:
         return len(self._records)
@@ -267,17 +207,17 @@ class References(ReferenceReader):
     def __getitem__(self, i: int | np.integer) -> Reference:
         return self.read([int(i)])[0]
 
-    def read(self, ids: Sequence[int] | np.ndarray) -> list[Reference]:
+    def read(self, ids: Ids) -> list[Reference]:
+        """Reads references, in the order of `ids`."""
         rows = zip(self._records.read(ids), self.tokens(ids), ids, strict=True)
         return [Reference(**record, tokens=row[: self.lengths[i]]) for record, row, i in rows]
 
-    def _record(self, i: int | np.integer) -> dict[str, Any]:
-        return self._records.read([int(i)])[0]
-
-    def texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+    def texts(self, ids: Ids) -> list[str]:
+        """Reads texts of references, in the order of `ids`."""
         return [record["text"] for record in self._records.read(ids)]
 
-    def tokens(self, ids: Sequence[int] | np.ndarray) -> Int32[np.ndarray, "n W"]:
+    def tokens(self, ids: Ids) -> Int32[np.ndarray, "n W"]:
+        """Reads tokens of references, one row each, filled up with PAD; no prefix inside."""
         ids = self._records.check(ids)
         offsets = np.arange(self.length)
         real = offsets < self.lengths[ids][:, None]
@@ -285,33 +225,137 @@ class References(ReferenceReader):
         return np.where(real, self._tokens[np.where(real, places, 0)], PAD).astype(np.int32)
 
     def lookup(self, key: str) -> int | None:
-        hashed = np.uint64(_hash(key.encode()))
+        """Returns the id of the reference in use with this key, or None."""
+        hashed = np.uint64(hash64(key.encode()))
         first = np.searchsorted(self._sorted_keys, hashed, "left")
         last = np.searchsorted(self._sorted_keys, hashed, "right")
-        for i in self._order[first:last].tolist():
-            if self._record(i)["key"] == key:
-                return i
-        return None
+        same = self._order[first:last].tolist()
+        records = zip(same, self._records.read(same), strict=True)
+        return next((i for i, record in records if record["key"] == key), None)
 
     def of_document(self, document: str) -> list[int]:
-        """Returns the ids of a document's references, some of whose numbers may be missing."""
-        ids = []
-        for n in itertools.count():
-            row = self.lookup(f"{document}#{n}")
-            if row is not None:
-                ids.append(row)
-            elif n + 1 >= self._numbers:
-                return ids
-        raise AssertionError
+        """Returns the ids in use of a document's references; some numbers may be missing."""
+        ids: list[int | None] = []
+        while not ids or ids[-1] is not None or len(ids) < self._numbers:
+            ids.append(self.lookup(f"{document}#{len(ids)}"))
+        return [i for i in ids if i is not None]
 
     def find_or_removed(self, key: str) -> int:
+        """Returns the id of the reference with this key; −1 where it was removed."""
         return self.find(key)
 
     def find(self, key: str) -> int:
+        """Returns the id of the reference in use with this key, or raises `TextError`."""
         id_ = self.lookup(key)
         if id_ is None:
             raise TextError(
                 f"no reference has the key {key!r} in {self.folder} ({len(self)} references; the"
-                f" first is {self._record(0)['key']!r})"
+                f" first is {self._records.read([0])[0]['key']!r})"
             )
         return id_
+
+
+class DeltaReferences(References):
+    """Reads a base and its deltas, the `sets`, as one knowledge base without tombstones.
+
+    Thread-safe; `numbering` has the ids over the sets.
+    """
+
+    def __init__(self, sets: Sequence[References], tombstones: np.ndarray) -> None:
+        """Joins sets that were made with one tokenizer."""
+        self.sets, self.folder = list(sets), sets[0].folder
+        self.numbering = Numbering([len(part) for part in sets], tombstones)
+        self.length = max(part.length for part in sets)
+        self.tokenizer_fingerprint, self.dtype = sets[0].tokenizer_fingerprint, sets[0].dtype
+        self.lengths = np.concatenate([part.lengths for part in sets])
+        self.record_hashes = np.concatenate([part.record_hashes for part in sets])
+        self.fingerprint = digest(*(s.fingerprint for s in sets), self.numbering.fingerprint)
+
+    @property
+    def live(self) -> Int64[np.ndarray, " n"]:
+        return self.numbering.live
+
+    def live_keys(self) -> list[str]:
+        keys = [key for part in self.sets for key in part.live_keys()]
+        return [keys[i] for i in self.live]
+
+    def documents(self) -> Int64[np.ndarray, " R"]:
+        """Numbers every reference's document; a document of two sets counts as two."""
+        numbers, first = [], 0
+        for part in self.sets:
+            inside = part.documents()
+            numbers.append(first + inside)
+            first += int(inside.max(initial=-1)) + 1
+        return np.concatenate(numbers)
+
+    def info(self) -> str:
+        deltas, tombstones = len(self.sets) - 1, len(self.numbering.tombstones)
+        return f"{len(self.live)} references in use, {deltas} deltas, {tombstones} tombstones"
+
+    def verify(self) -> None:
+        for part in self.sets:
+            part.verify()
+
+    def __len__(self) -> int:
+        return self.numbering.size
+
+    def read(self, ids: Ids) -> list[Reference]:
+        return self._gather(ids, References.read)
+
+    def texts(self, ids: Ids) -> list[str]:
+        return self._gather(ids, References.texts)
+
+    def _gather(
+        self, ids: Ids, read: Callable[[References, np.ndarray], list[_Item]]
+    ) -> list[_Item]:
+        ids = self._check(ids)
+        items: dict[int, _Item] = {}
+        for part, positions, rows in self.numbering.split(ids):
+            items.update(zip(positions.tolist(), read(self.sets[part], rows), strict=True))
+        return [items[position] for position in range(len(ids))]
+
+    def tokens(self, ids: Ids) -> Int32[np.ndarray, "n W"]:
+        ids = self._check(ids)
+        tokens = np.full((len(ids), self.length), PAD, np.int32)
+        for part, positions, rows in self.numbering.split(ids):
+            own = self.sets[part].tokens(rows)
+            tokens[positions, : own.shape[1]] = own
+        return tokens
+
+    def lookup(self, key: str) -> int | None:
+        for number in reversed(range(len(self.sets))):
+            row = self.sets[number].lookup(key)
+            if row is not None:
+                id_ = self.numbering.first(number) + row
+                if not self.numbering.is_removed(np.array(id_)):
+                    return id_
+        return None
+
+    def find(self, key: str) -> int:
+        id_ = self.lookup(key)
+        if id_ is None:
+            raise TextError(f"no reference in use has the key {key!r} ({self.info()})")
+        return id_
+
+    def find_or_removed(self, key: str) -> int:
+        id_ = self.lookup(key)
+        if id_ is None and any(part.lookup(key) is not None for part in self.sets):
+            return -1
+        return self.find(key) if id_ is None else id_
+
+    def of_document(self, document: str) -> list[int]:
+        """Returns ids in use of a document's references, whose keys count from 0 in every set."""
+        ids = [
+            self.numbering.first(number) + row
+            for number, part in enumerate(self.sets)
+            for row in part.of_document(document)
+        ]
+        return [i for i in ids if not self.numbering.is_removed(np.array(i))]
+
+    def _check(self, ids: Ids) -> np.ndarray:
+        ids = np.asarray(ids, np.int64).reshape(-1)
+        wrong = (ids < 0) | (ids >= len(self)) | self.numbering.is_removed(ids)
+        if wrong.any():
+            what = f"reference {ids[wrong][0]} is removed"
+            raise IndexError(f"{what}, or none of 0 … {len(self) - 1}")
+        return ids

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -64,13 +66,10 @@ class Tokenizer:
         """Learns merges from texts, read once; the same texts give the same tokenizer.
 
         Args:
-          vocabulary: most entries, special tokens included, ≥ 260; fewer when no pair is left that
-            occurs `min_frequency` times.
+          texts: to learn from; `TextError` where there are none.
+          vocabulary: most entries, special tokens included, ≥ 260, else `TextError`.
           min_frequency: least count of a pair to be merged.
           most_bytes: UTF-8 bytes of text to learn from; the rest is not read.
-
-        Raises:
-          TextError: a vocabulary too small for the bytes, or no text.
         """
         if vocabulary < SMALLEST:
             raise TextError(
@@ -78,9 +77,8 @@ class Tokenizer:
                 f" {len(SPECIAL_TOKENS)} special tokens; set text.vocabulary ≥ {SMALLEST}"
             )
         tokenizer = tokenizers.Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
-            add_prefix_space=False, trim_offsets=False
-        )
+        splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False)
+        tokenizer.pre_tokenizer = splitter
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocabulary,
@@ -89,10 +87,11 @@ class Tokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        seen = [0]
-        tokenizer.train_from_iterator(_limited(texts, most_bytes, seen), trainer)
-        if not seen[0]:
+        blocks = filter(None, _limited(texts, most_bytes))
+        first = next(blocks, None)
+        if first is None:
             raise TextError("no text to train a tokenizer on; the documents are empty")
+        tokenizer.train_from_iterator(itertools.chain([first], blocks), trainer)
         return cls(tokenizer.to_str())
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -114,8 +113,6 @@ class Tokenizer:
             if digest(text) != expected:
                 raise ValueError("its bytes are not those that were saved")
             return cls(text)
-        except TextError:
-            raise
         except Exception as error:  # the tokenizers library raises plain Exception
             raise TextError(
                 f"{path} is damaged ({error}); delete {folder} and run launch/prepare.py"
@@ -154,13 +151,12 @@ class Tokenizer:
     def decode(self, ids: Iterable[int | np.integer]) -> str:
         """Decodes tokens to text; special tokens are skipped, broken UTF-8 becomes U+FFFD.
 
-        Raises:
-          TextError: a token that is not in the vocabulary.
+        Raises `TextError` for a token that is not in the vocabulary.
         """
         tokens = [int(i) for i in ids]
-        for token in tokens:
-            if not 0 <= token < self.size:
-                raise TextError(f"token {token} is outside the tokenizer's {self.size} entries")
+        wrong = next((token for token in tokens if not 0 <= token < self.size), None)
+        if wrong is not None:
+            raise TextError(f"token {wrong} is outside the tokenizer's {self.size} entries")
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
 
@@ -176,16 +172,15 @@ def _naming_unknown_words() -> Iterator[None]:
         ) from error
 
 
-def _limited(texts: Iterable[str], most_bytes: int | None, seen: list[int]) -> Iterator[str]:
-    """Yields texts up to a number of UTF-8 bytes, the last one cut; counts the bytes in `seen`."""
+def _limited(texts: Iterable[str], most_bytes: int | None) -> Iterator[str]:
+    """Yields blocks of texts up to a number of UTF-8 bytes, the last one cut."""
+    left = sys.maxsize if most_bytes is None else most_bytes
     for block in (block for text in texts for block in _blocks(text)):
         data = block.encode()
-        if most_bytes is not None and seen[0] + len(data) >= most_bytes:
-            data = data[: most_bytes - seen[0]]
-            seen[0] += len(data)
-            yield data.decode("utf-8", "ignore")
+        if len(data) >= left:
+            yield data[:left].decode("utf-8", "ignore")
             return
-        seen[0] += len(data)
+        left -= len(data)
         yield block
 
 

@@ -1,14 +1,21 @@
-"""Import of other models' tokenizers, renumbered so that they begin with our special tokens."""
+"""Tokenizers of other models, renumbered so that they begin with our special tokens.
+
+Each function returns the content of a `tokenizer.json`, and the model's id of each of its tokens,
+as
+`m3jax.model.hf.read_params` takes them: the first places are exchanged with the tokens that become
+our special ones.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
 import tokenizers
 from jaxtyping import Int
+from tokenizers import models, pre_tokenizers
 
 from m3jax.errors import TextError
 
@@ -23,19 +30,15 @@ _PROBES = (
 def adopt_tokenizer(
     text: str, named: Sequence[str] | None, special: Sequence[str]
 ) -> tuple[str, Int[np.ndarray, " n"]]:
-    """Renumbers a byte-level BPE tokenizer of another model so that it begins with our tokens.
+    """Renumbers a byte-level BPE tokenizer of another model.
 
-    Each of the first places is exchanged with the token that takes it, which gets our name. NFC and
-    the template of special tokens are left out: any text comes back exactly, as it is.
+    NFC and the template of special tokens are left out: any text comes back exactly, as it is.
 
     Args:
       text: content of their `tokenizer.json`.
-      named: texts of their tokens that take the first places; None: it begins with ours already.
+      named: texts of their tokens that take the first places and our names; None: it begins with
+        ours already.
       special: our special tokens, whose places are 0, 1, ….
-
-    Returns:
-      Content of a `tokenizer.json`, and for each of its n tokens their token's id, as `read_params`
-        takes it.
 
     Raises:
       TextError: no byte-level BPE tokenizer; `named` are not as many special tokens of it.
@@ -55,10 +58,7 @@ def adopt_tokenizer(
         return text, np.arange(len(ids))
     _check_named(named, special, ids, [token["content"] for token in added])
     _check_byte_level(content, ids)
-    order = list(range(len(ids)))
-    for place, name in enumerate(named or ()):
-        there = order.index(ids[name])
-        order[place], order[there] = order[there], order[place]
+    order = _exchanged(len(ids), (ids[name] for name in named or ()))
     renamed = dict(zip(named or (), special, strict=True))
     places = {renamed.get(theirs[old], theirs[old]): new for new, old in enumerate(order)}
     for token in added:
@@ -71,6 +71,50 @@ def adopt_tokenizer(
     result = json.dumps(content, ensure_ascii=False)
     _check_adopted(text, result, order)
     return result, np.array(order)
+
+
+def id_tokenizer(
+    size: int, named: Sequence[str] | None, special: Sequence[str]
+) -> tuple[str, Int[np.ndarray, " n"]]:
+    """Makes a tokenizer for a model whose own is not at hand: every token is written as its id.
+
+    A text is then a line of words like `t403 t17 t261`, in the model's own ids, not the places.
+    Documents and references can be cut, searched, stored and generated as any other text; nobody
+    can read them.
+
+    Args:
+      size: tokens of the model.
+      named: ids of the tokens that take the places of `special`; `TextError` for not as many.
+      special: our special tokens, whose places are 0, 1, ….
+    """
+    numbers = [int(name) for name in named or () if name.isdecimal()]
+    if len(set(numbers)) != len(special) or len(named or ()) != len(special):
+        raise TextError(
+            f"texts of numbers need the numbers of {len(special)} different tokens, which become"
+            f" {', '.join(special)} (for {special[2]} one that the model has never seen); given:"
+            f" {', '.join(named or ()) or 'none'}"
+        )
+    if max(numbers) >= size:
+        raise TextError(f"the model has no token {max(numbers)}; its tokens are 0 … {size - 1}")
+    order = _exchanged(size, numbers)
+    words = [*special, *(f"t{number}" for number in order[len(special) :])]
+    vocabulary = {word: place for place, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=""))
+    # `<s>` in a text is three words, none of which there is; a number is one.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    )
+    tokenizer.add_special_tokens(list(special))
+    return tokenizer.to_str(), np.array(order)
+
+
+def _exchanged(size: int, ids: Iterable[int]) -> list[int]:
+    """Returns the ids 0 … size − 1, the first ones exchanged with these."""
+    order = list(range(size))
+    for place, id_ in enumerate(ids):
+        old = order.index(id_)
+        order[place], order[old] = order[old], order[place]
+    return order
 
 
 def _check_named(
@@ -106,8 +150,7 @@ def _check_byte_level(content: dict[str, Any], ids: Mapping[str, int]) -> None:
     splitter = content.get("pre_tokenizer") or {}
     steps = splitter.get("pretokenizers", [splitter])
     levels = [step for step in steps if step.get("type") == "ByteLevel"]
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    if len(levels) != 1 or not ids.keys() >= set(alphabet):
+    if len(levels) != 1 or not ids.keys() >= set(pre_tokenizers.ByteLevel.alphabet()):
         refuse("it does not split texts into bytes")
     if levels[0].get("add_prefix_space"):
         refuse("it adds a space to texts")

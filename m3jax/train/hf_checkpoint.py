@@ -15,9 +15,8 @@ from m3jax.errors import CheckpointError, ConfigError, HuggingFaceError
 from m3jax.files import write_atomically
 from m3jax.mesh import make_mesh
 from m3jax.model.hf import read_params, write_folder
-from m3jax.text.id_tokenizer import numbered_tokenizer
 from m3jax.text.tokenizer import BOS, END, PAD, SPECIAL_TOKENS, Tokenizer
-from m3jax.text.tokenizer_import import adopt_tokenizer
+from m3jax.text.tokenizer_import import adopt_tokenizer, id_tokenizer
 from m3jax.train.checkpoints import Checkpoints, check_owner, claim
 from m3jax.train.state import Program
 from m3jax.workdir import INPUTS
@@ -81,7 +80,7 @@ def _tokenizer(
     path = Path(given or folder) / "tokenizer.json"
     there = (own / "manifest.json").is_file()
     if given == "numbers":
-        text, order = numbered_tokenizer(size, special, SPECIAL_TOKENS)
+        text, order = id_tokenizer(size, special, SPECIAL_TOKENS)
     elif path.is_file():
         text, order = adopt_tokenizer(path.read_text("utf-8"), special, SPECIAL_TOKENS)
     elif given or not there:

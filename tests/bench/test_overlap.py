@@ -41,7 +41,7 @@ def test_it_measures_both_and_repeats_its_text():
 def test_it_measures_a_prepared_folder(tmp_path):
     config = tiny_config()
     prepare_text(config, tmp_path, *write_text(tmp_path), say=lambda line: None)
-    references = References.open(tmp_path / "references")
+    references = References(tmp_path / "references")
     build_index(references, make_embedder(config), tmp_path / "index", config)
     made = next(bench_overlap.overlap(rows=1))["shares"]
     assert next(bench_overlap.overlap(rows=1, workdir=tmp_path))["shares"] != made

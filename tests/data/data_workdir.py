@@ -73,7 +73,7 @@ def write_text(folder: Path) -> tuple[str, str]:
 def make_workdir(folder: Path, config: ConfigDict) -> Path:
     """Prepares everything a pipeline opens."""
     prepare_text(config, folder, *write_text(folder), say=lambda line: None)
-    references = References.open(folder / "references")
+    references = References(folder / "references")
     build_index(references, make_embedder(config), folder / "index", config)
     model = make_model(config)
     write_bank(

@@ -55,7 +55,7 @@ def chats(tmp_path_factory):
 
 
 def rows_of(folder, name, length=60):
-    return PackedRows(Corpus.open(folder / name / "train"), length, 10, name)
+    return PackedRows(Corpus(folder / name / "train"), length, 10, name)
 
 
 def test_a_row_holds_its_chats_token_by_token(chats):

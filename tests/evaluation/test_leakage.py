@@ -25,7 +25,7 @@ def config():
 def workdir(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("workdir")
     prepare_text(config, folder, *write_text(folder), say=lambda line: None)
-    references = References.open(folder / "references")
+    references = References(folder / "references")
     build_index(references, make_embedder(config), folder / "index", config)
     return folder
 
@@ -98,7 +98,7 @@ def test_table_and_picture_show_the_figures(config, workdir, tmp_path):
 
 def test_a_question_leaks_into_a_reference_that_contains_it(config, workdir, questions):
     """Though the reference is longer, and its overlap with the question therefore small."""
-    reference = References.open(workdir / "references")[0]
+    reference = References(workdir / "references")[0]
     part = " ".join(reference.text.split()[:4])
     assert part != reference.text.strip()
     for field in ("prompt", "question"):

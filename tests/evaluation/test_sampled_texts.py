@@ -15,8 +15,8 @@ from m3jax.evaluation.sampled_texts import make_texts
 from m3jax.inference.session import Session
 from m3jax.make_model import make_model
 from m3jax.text.documents import is_validation, read_documents
-from m3jax.text.id_tokenizer import numbered_tokenizer
 from m3jax.text.tokenizer import BOS, END, SPECIAL_TOKENS, Tokenizer
+from m3jax.text.tokenizer_import import id_tokenizer
 
 ASKED: dict[str, Any] = {"count": 24, "tokens": 12, "split": 5}
 
@@ -31,7 +31,7 @@ def session() -> Session:
     params["head"] *= 2
     params["head"][[BOS, END]] *= 2
     made.params = jax.tree.map(jnp.asarray, params)
-    text, _ = numbered_tokenizer(260, ["0", "1", "3", "2"], SPECIAL_TOKENS)
+    text, _ = id_tokenizer(260, ["0", "1", "3", "2"], SPECIAL_TOKENS)
     made.tokenizer, made.checkpoint = Tokenizer(text), Path("warmup")
     made.meta = {"step": 0}
     return made

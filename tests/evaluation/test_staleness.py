@@ -88,7 +88,7 @@ def opened(workdir: Path, number: int | None = None) -> tuple[Any, Any, Any]:
 def fresh(workdir: Path, stage: str, folder: Path) -> Bank:
     """What a checkpoint writes of the references as prepared."""
     write = MemoryWriter(CONFIG, workdir, workdir / stage, itself=True)
-    write(References.open(workdir / "references"), folder)
+    write(References(workdir / "references"), folder)
     return Bank.open(folder)
 
 

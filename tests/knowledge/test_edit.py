@@ -102,7 +102,7 @@ def test_what_is_added_is_found_and_read(workdir: Path) -> None:
     assert len(references) == len(before) + 2 == bank.size
     new, old = references.find("Zork#0"), np.array([0, 5])
     assert new >= len(before)
-    write(References.open(version.deltas[0] / "references"), workdir / "again", None)
+    write(References(version.deltas[0] / "references"), workdir / "again", None)
     again = by_reference(Bank.open(workdir / "again").read(np.array([0, 1])))
     memory = by_reference(bank.read(np.array([new, -1, 5])))
     row = new - len(before)
@@ -210,13 +210,13 @@ def test_an_edit_follows_a_bank_with_context(workdir: Path) -> None:
 
     long = Document("Long", "\n".join(f"{name} " * 15 for name in ("otter", "lynx", "ibis")))
     shutil.rmtree(workdir / "bank")
-    first = References.open(workdir / "references")
+    first = References(workdir / "references")
     with_context = two_layers.copy_and_resolve_references()
     with_context.writer.document_context = True
     with_context.writer.document_context_tokens = 60
     write(first, workdir / "bank", None, 2, with_context)
     version = edit(CONFIG, workdir, documents=[long], write=in_context)
-    added = References.open(version.deltas[0] / "references")
+    added = References(version.deltas[0] / "references")
     assert len(added) > 2
     in_context(added, workdir / "alone", None, context="reference")
     alone = by_reference(Bank.open(workdir / "alone").read(np.arange(2))).values
@@ -280,7 +280,7 @@ def test_banks_stored_differently_are_not_merged(workdir: Path, tmp_path: Path) 
     with CONFIG.unlocked():
         CONFIG.writer.compression = "int8"
     try:
-        write(References.open(other / "references"), other / "bank", None)
+        write(References(other / "references"), other / "bank", None)
     finally:
         CONFIG.writer.compression = manifest["codec"]
     with pytest.raises(BankError, match=r"is stored with 'int8' .* \('none'\)"):

@@ -25,7 +25,7 @@ def test_memories_are_written_by_the_recorded_writer(tmp_path: Path) -> None:
     # The continual checkpoint's own weights are others; its writer lies beside it.
     done = _script(workdir, f"--checkpoint={workdir / 'continual'}")
     assert done.returncode == 0, done.stderr
-    bank, references = Bank.open(workdir / "bank"), References.open(workdir / "references")
+    bank, references = Bank.open(workdir / "bank"), References(workdir / "references")
     assert bank.writer == {"hash": fingerprint, "path": str(workdir / "warmup"), "step": 3}
     assert bank.binding.references == references.fingerprint
     assert bank.size == len(references) > 20 and f"{bank.size} encoded" in done.stdout

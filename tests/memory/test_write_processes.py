@@ -65,7 +65,7 @@ def _written(workdir: Path) -> int:
 def test_two_processes_write_the_bank_of_one(tmp_path: Path) -> None:
     workdir, alone = tmp_path / "run", tmp_path / "alone"
     make_workdir(workdir, documents=300, config_file=SLOW)
-    config, references = script_config(), References.open(workdir / "references")
+    config, references = script_config(), References(workdir / "references")
     model = make_model(config, PREFIX_TOKENS, make_mesh(config, jax.devices()[:2]))
     tokenizer = references.tokenizer_fingerprint
     params, path, step = restore_writer(workdir / "warmup", model, tokenizer)

@@ -44,7 +44,7 @@ def test_the_demonstration_writes_its_report_and_edits_only_what_it_says(tmp_pat
         assert f"{summary['from_scratch'][name]:.3f}" in text
 
     old, new = Bank.open(tmp_path / "bank"), Bank.open(tmp_path / "edited" / "bank")
-    gone = References.open(tmp_path / "deleted" / "references")
+    gone = References(tmp_path / "deleted" / "references")
     assert len(gone) == 60 and not any(key.startswith("unseen") for key in gone.live_keys())
     before, after = old.read(np.arange(84)).values, new.read(np.arange(84)).values
     same = (before == after).all(axis=(0, *range(2, before.ndim)))  # of each memory

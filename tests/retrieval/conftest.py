@@ -35,7 +35,7 @@ def write(tokenizer) -> Callable[[Path, Sequence[str]], References]:
     def write(folder: Path, texts: Sequence[str]) -> References:
         documents = [Document(f"d{i}", text) for i, text in enumerate(texts)]
         write_references(documents, tokenizer, folder, 128)
-        references = References.open(folder)
+        references = References(folder)
         assert references.texts(range(len(references))) == list(texts)
         return references
 

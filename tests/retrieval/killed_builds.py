@@ -27,7 +27,7 @@ CONFIG.retrieval.index_parts = 2
 
 
 def build(references, folder):
-    building.build_index(References.open(references), LexicalEmbedder(64), folder, CONFIG)
+    building.build_index(References(references), LexicalEmbedder(64), folder, CONFIG)
 
 
 def killer(call, after):

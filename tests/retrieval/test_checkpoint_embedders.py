@@ -102,7 +102,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save(workdir / "tokenizer")
     documents = [Document(f"d{i}", text) for i, text in enumerate(people)]
     write_references(documents, tokenizer, workdir / "references", LENGTH)
-    write(References.open(workdir / "references"), workdir / "bank", None)
+    write(References(workdir / "references"), workdir / "bank", None)
     write_checkpoint(workdir, "warmup", 0)
     write_checkpoint(workdir, "other", 1)
     return workdir
@@ -111,7 +111,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def texts(workdir: Path) -> list[str]:
     """References of several lengths; a text longer than a reference, and one without a token."""
-    references = References.open(workdir / "references")
+    references = References(workdir / "references")
     found = references.texts(range(30))
     cut = [text[: 6 + 2 * i] for i, text in enumerate(found[:9])]
     return [*found, *cut, "", " ".join(found[:5])]
@@ -203,7 +203,7 @@ def test_attention_searches_and_ranks_as_by_a_loop(
     means = means_at([queries_of(tokens_of(workdir, text)) for text in texts if text])
     middle = 2 + LENGTH // 2
     queries = [turned(minus(queries_of(tokens_of(workdir, q)), means), middle) for q in asked]
-    bank = open_bank(open_version(workdir), References.open(workdir / "references"))
+    bank = open_bank(open_version(workdir), References(workdir / "references"))
 
     ids = np.array([[3, 9, -1, 0], [7, 7, 1, 2], *[[i, 5, 20, 11] for i in range(4)]])
     scores = np.full(ids.shape, -np.inf)
@@ -324,7 +324,7 @@ def indexed(
     run = Path(shutil.copytree(workdir, tmp_path_factory.mktemp("indexed") / "run"))
     rerank = request.param == "attention"
     config = with_config(embedder=request.param, dimension=64, rerank=rerank)
-    references = References.open(run / "references")
+    references = References(run / "references")
     build_index(references, make_embedder(config, run), run / "index", config)
     yield run, config
 
@@ -376,7 +376,7 @@ def test_an_index_refuses_another_checkpoint(indexed: tuple[Path, Any]) -> None:
 
 
 def test_a_bank_ranks_for_its_writer_only(workdir: Path) -> None:
-    references = References.open(workdir / "references")
+    references = References(workdir / "references")
     bank = open_bank(open_version(workdir), references)
     with pytest.raises(RetrievalError, match=r"bank .* was not written by .*\(weights differ"):
         Ranking(AttentionEmbedder(workdir / "other", 8), bank)

@@ -8,7 +8,7 @@ import pytest
 
 from m3jax.errors import TextError
 from m3jax.text import records
-from m3jax.text.corpus import Corpus, write_corpus
+from m3jax.text.corpus import Corpus, encode_documents, write_corpus
 from m3jax.text.documents import Document
 from m3jax.text.tokenizer import BOS, END, Tokenizer
 
@@ -25,14 +25,18 @@ def tokenizer():
     return Tokenizer.train([d.text for d in _documents()], 320, 2)
 
 
+def _write(documents, tokenizer, folder, shards):
+    return write_corpus(encode_documents(documents, tokenizer), tokenizer, folder, shards)
+
+
 @pytest.fixture
 def folder(tokenizer, tmp_path):
-    write_corpus(_documents(), tokenizer, tmp_path / "corpus", 4)
+    _write(_documents(), tokenizer, tmp_path / "corpus", 4)
     return tmp_path / "corpus"
 
 
 def test_documents_come_back_in_order(tokenizer, folder):
-    corpus, documents = Corpus.open(folder), _documents()
+    corpus, documents = Corpus(folder), _documents()
     corpus.verify()
     assert len(corpus) == len(documents) and corpus.lengths.dtype == np.int64
     for i, (document, item) in enumerate(zip(documents, corpus, strict=True)):
@@ -40,7 +44,7 @@ def test_documents_come_back_in_order(tokenizer, folder):
         np.testing.assert_array_equal(item.tokens, expected)
         assert item.tokens.dtype == np.int32 and item.weights is None and item.references == ()
         assert item.id == document.id and corpus.lengths[i] == len(expected)
-    assert corpus.total_tokens == corpus.lengths.sum()
+    assert corpus.manifest["tokens"] == corpus.lengths.sum()
     assert corpus.tokenizer_fingerprint == tokenizer.fingerprint
     assert len(list(folder.glob("*.array_record"))) == 4
     with pytest.raises(IndexError, match="no record 23"):
@@ -49,24 +53,22 @@ def test_documents_come_back_in_order(tokenizer, folder):
         corpus[-1]
 
 
-def test_summary(tokenizer, folder, tmp_path):
-    info = Corpus.open(folder).info()
-    assert info == write_corpus(_documents(), tokenizer, tmp_path / "other", 2)
-    texts = [d.text for d in _documents()]
-    assert info.documents == 23 and info.characters == sum(map(len, texts))
-    assert info.bytes == sum(len(t.encode()) for t in texts)
-    assert f"{info.bytes / info.tokens:.2f} bytes per token" in str(info)
+def test_summary(tokenizer, folder):
+    corpus, texts = Corpus(folder), [d.text for d in _documents()]
+    tokens, size = int(corpus.lengths.sum()), sum(len(t.encode()) for t in texts)
+    counts = f"23 documents, {tokens} tokens, {sum(map(len, texts))} characters"
+    assert corpus.info() == f"{counts}, {size / tokens:.2f} bytes per token"
 
 
 def test_fingerprint_is_of_the_content_not_of_the_files(tokenizer, folder, tmp_path):
-    write_corpus(iter(_documents()), tokenizer, tmp_path / "again", 4)
-    write_corpus(_documents(), tokenizer, tmp_path / "one", 1)
-    write_corpus(_documents()[::-1], tokenizer, tmp_path / "reversed", 4)
+    _write(iter(_documents()), tokenizer, tmp_path / "again", 4)
+    _write(_documents(), tokenizer, tmp_path / "one", 1)
+    _write(_documents()[::-1], tokenizer, tmp_path / "reversed", 4)
     other = Tokenizer.train(["a b c"], 300, 2)
-    write_corpus(_documents(), other, tmp_path / "tokenizer", 4)
+    _write(_documents(), other, tmp_path / "tokenizer", 4)
     names = ["again", "one", "reversed", "tokenizer"]
-    prints = [Corpus.open(tmp_path / name).fingerprint for name in names]
-    mine = Corpus.open(folder).fingerprint
+    prints = [Corpus(tmp_path / name).fingerprint for name in names]
+    mine = Corpus(folder).fingerprint
     assert prints[:2] == [mine, mine] and len({mine, *prints}) == 3
 
 
@@ -78,8 +80,8 @@ def test_weights_belong_to_the_token_as_a_target(tokenizer, tmp_path):
         Document("b", text, references=("k#0", "", "k#1")),
         Document("c", text, no_loss=((0, len(text)),)),
     ]
-    write_corpus(documents, tokenizer, tmp_path, 2)
-    first, second, third = Corpus.open(tmp_path)
+    _write(documents, tokenizer, tmp_path, 2)
+    first, second, third = Corpus(tmp_path)
     tokens, offsets = tokenizer.encode_with_offsets(text)
     touched = [any(s < b and a < e for a, b in spans if a < b) for s, e in offsets]
     expected = [1.0, *(0.0 if t else 1.0 for t in touched), 1.0]
@@ -90,17 +92,17 @@ def test_weights_belong_to_the_token_as_a_target(tokenizer, tmp_path):
     np.testing.assert_array_equal(third.weights, [1] + [0] * len(tokens) + [1])
     np.testing.assert_array_equal(first.tokens, second.tokens)
     with pytest.raises(TextError, match="'bad'.*outside its 2 characters"):
-        write_corpus([Document("bad", "ab", no_loss=((0, 3),))], tokenizer, tmp_path, 1)
+        _write([Document("bad", "ab", no_loss=((0, 3),))], tokenizer, tmp_path, 1)
 
 
 def test_fewer_documents_than_shards_and_none(tokenizer, tmp_path):
-    write_corpus(_documents(2), tokenizer, tmp_path, 9)
-    corpus = Corpus.open(tmp_path)
+    _write(_documents(2), tokenizer, tmp_path, 9)
+    corpus = Corpus(tmp_path)
     assert [d.id for d in corpus] == ["d0", "d1"]
     with pytest.raises(TextError, match="no documents"):
-        write_corpus([], tokenizer, tmp_path, 4)
+        _write([], tokenizer, tmp_path, 4)
     with pytest.raises(TextError, match="no finished corpus"):
-        Corpus.open(tmp_path)
+        Corpus(tmp_path)
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -110,9 +112,9 @@ def test_large_vocabulary_takes_four_bytes():
 
 
 def test_rewriting_leaves_no_old_shards(tokenizer, folder):
-    write_corpus(_documents(5, seed=1), tokenizer, folder, 2)
+    _write(_documents(5, seed=1), tokenizer, folder, 2)
     assert len(list(folder.glob("*.array_record"))) == 2
-    assert len(list(Corpus.open(folder))) == 5
+    assert len(list(Corpus(folder))) == 5
 
 
 @pytest.mark.parametrize("name", ["records-00002.array_record", "lengths.bin"])
@@ -121,10 +123,10 @@ def test_truncated_and_missing_files_are_named(folder, name):
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(TextError, match=rf"{name} has \d+ bytes; expected .*launch/prepare\.py"):
-        Corpus.open(folder)
+        Corpus(folder)
     path.unlink()
     with pytest.raises(TextError, match=rf"{name} is missing; .*launch/prepare\.py"):
-        Corpus.open(folder)
+        Corpus(folder)
 
 
 def test_flipped_bytes_are_found(folder):
@@ -133,7 +135,7 @@ def test_flipped_bytes_are_found(folder):
     used = next(i for i in range(100, len(data)) if data[i : i + 8] == bytes(8)) - 60
     data[used] ^= 0x10
     path.write_bytes(data)
-    corpus = Corpus.open(folder)
+    corpus = Corpus(folder)
     with pytest.raises(TextError, match=r"records-00001\.array_record is damaged"):
         corpus.verify()
     for i in range(0, 23, 4):
@@ -149,7 +151,7 @@ def test_damaged_manifest_and_wrong_kind(folder):
     for bad in ["{", "[]", json.dumps(content | {"tokens": 1}), json.dumps({"checksum": "x"})]:
         path.write_text(bad)
         with pytest.raises(TextError, match=r"manifest\.json is damaged"):
-            Corpus.open(folder)
+            Corpus(folder)
     path.write_text(json.dumps(content))
     with pytest.raises(TextError, match="holds a corpus, format 1; expected a references"):
         records.Records(folder, "references")
@@ -161,9 +163,9 @@ def test_interrupted_writing_leaves_nothing_that_opens(tokenizer, folder):
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        write_corpus(broken(), tokenizer, folder, 2)
+        _write(broken(), tokenizer, folder, 2)
     with pytest.raises(TextError, match="no finished corpus"):
-        Corpus.open(folder)
+        Corpus(folder)
     assert not list(folder.glob("*.tmp"))
 
 
@@ -180,14 +182,14 @@ def test_full_disk_is_reported(tokenizer, tmp_path, monkeypatch):
 
     monkeypatch.setattr(records.array_record_module, "ArrayRecordWriter", Full)
     with pytest.raises(OSError, match=r"records-00000.*could not be written.*No space left"):
-        write_corpus(_documents(), tokenizer, tmp_path, 2)
+        _write(_documents(), tokenizer, tmp_path, 2)
     assert not list(tmp_path.iterdir())
 
 
 def test_several_threads_read_at_once(folder):
-    corpus = Corpus.open(folder)
+    corpus = Corpus(folder)
     expected = [corpus[i].tokens for i in range(len(corpus))]
-    fresh = Corpus.open(folder)
+    fresh = Corpus(folder)
     order = np.random.default_rng(0).integers(0, 23, 2000).tolist()
     with ThreadPoolExecutor(8) as pool:
         for i, item in zip(order, pool.map(fresh.__getitem__, order), strict=True):
@@ -200,8 +202,8 @@ def test_the_end_of_a_text_that_was_cut_is_not_learnt(tokenizer, tmp_path):
         Document("whole", text, no_loss=((0, 3),)),
         Document("cut", text, no_loss=((0, 3), (len(text), len(text)))),
     ]
-    write_corpus(documents, tokenizer, tmp_path / "corpus", 1)
-    whole, cut = Corpus.open(tmp_path / "corpus")
+    _write(documents, tokenizer, tmp_path / "corpus", 1)
+    whole, cut = Corpus(tmp_path / "corpus")
     np.testing.assert_array_equal(whole.tokens, cut.tokens)
     assert whole.weights[-1] == 1 and cut.weights[-1] == 0
     np.testing.assert_array_equal(whole.weights[:-1], cut.weights[:-1])

@@ -5,15 +5,15 @@ import pytest
 
 from m3jax.errors import TextError
 from m3jax.text.documents import Document
-from m3jax.text.id_tokenizer import numbered_tokenizer
 from m3jax.text.reference_splitter import cut_references
 from m3jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
+from m3jax.text.tokenizer_import import id_tokenizer
 
 NAMED = ["0", "1", "7", "2"]  # 7 is exchanged with 2, and 2 with 3
 
 
 def made(size: int = 300) -> tuple[Tokenizer, np.ndarray]:
-    text, order = numbered_tokenizer(size, NAMED, SPECIAL_TOKENS)
+    text, order = id_tokenizer(size, NAMED, SPECIAL_TOKENS)
     return Tokenizer(text), order
 
 
@@ -55,4 +55,4 @@ def test_references_are_cut_between_numbers() -> None:
 )  # fmt: skip
 def test_four_numbers_must_be_named(named: list[str] | None, words: str) -> None:
     with pytest.raises(TextError, match=words):
-        numbered_tokenizer(300, named, SPECIAL_TOKENS)
+        id_tokenizer(300, named, SPECIAL_TOKENS)

@@ -46,11 +46,11 @@ def test_makes_all_parts(config, documents, tmp_path):
     ]  # fmt: skip
     assert all(line.endswith("(made)") for line in said) and "bytes per token" in said[2]
     all_documents = list(read_documents(documents))
-    train = Corpus.open(tmp_path / "w/corpus/train")
-    validation = Corpus.open(tmp_path / "w/corpus/validation")
+    train = Corpus(tmp_path / "w/corpus/train")
+    validation = Corpus(tmp_path / "w/corpus/validation")
     assert {d.id for d in validation} == {d.id for d in all_documents if is_validation(d, 0.2)}
     assert [d.id for d in train] == [d.id for d in all_documents if not is_validation(d, 0.2)]
-    references = References.open(tmp_path / "w/references")
+    references = References(tmp_path / "w/references")
     assert {key.split("#")[0] for key in references.live_keys()} == {d.id for d in all_documents}
     fingerprint = Tokenizer.load(tmp_path / "w/tokenizer").fingerprint
     parts = (train, validation, references)
@@ -108,7 +108,7 @@ def test_knowledge_of_its_own_is_learnt_by_the_tokenizer(config, documents, tmp_
     (tmp_path / "k.txt").write_text("Zebra zebra Quagga quagga Zebra Quagga " * 3)
     config.text.vocabulary = config.model.vocabulary = 1000
     prepare_text(config, tmp_path / "w", documents, str(tmp_path / "k.txt"), say=lambda _: None)
-    references = References.open(tmp_path / "w/references")
+    references = References(tmp_path / "w/references")
     assert references.live_keys() == ["k#0"]
     assert len(Tokenizer.load(tmp_path / "w/tokenizer").encode(" Zebra Quagga")) == 2
 
@@ -116,7 +116,7 @@ def test_knowledge_of_its_own_is_learnt_by_the_tokenizer(config, documents, tmp_
 def test_limit_and_no_validation(config, documents, tmp_path):
     config.text.validation_share = 0.0
     prepare_text(config, tmp_path / "w", documents, limit=7, say=lambda _: None)
-    assert len(Corpus.open(tmp_path / "w/corpus/train")) == 7
+    assert len(Corpus(tmp_path / "w/corpus/train")) == 7
     assert not (tmp_path / "w/corpus/validation").exists()
     with pytest.raises(TextError, match="limit = 0"):
         prepare_text(config, tmp_path / "w", documents, limit=0)

@@ -109,8 +109,8 @@ DOCUMENTS = [
 
 @pytest.fixture
 def references(tokenizer, tmp_path):
-    count = write_references(iter(DOCUMENTS), tokenizer, tmp_path / "r", 16, shards=2)
-    opened = References.open(tmp_path / "r")
+    count = write_references(iter(DOCUMENTS), tokenizer, tmp_path / "r", 16)
+    opened = References(tmp_path / "r")
     assert len(opened) == count
     return opened
 
@@ -149,17 +149,17 @@ def test_tokens_are_padded_rows(references):
 
 def test_hashes_tell_which_references_changed(tokenizer, references, tmp_path):
     write_references(DOCUMENTS, tokenizer, tmp_path / "same", 16)
-    same = References.open(tmp_path / "same")
+    same = References(tmp_path / "same")
     assert same.fingerprint == references.fingerprint
     np.testing.assert_array_equal(same.record_hashes, references.record_hashes)
     edited = [DOCUMENTS[0], Document("b", "the mat"), DOCUMENTS[2]]
     write_references(edited, tokenizer, tmp_path / "edited", 16)
-    other = References.open(tmp_path / "edited")
+    other = References(tmp_path / "edited")
     assert other.fingerprint != references.fingerprint
     assert np.flatnonzero(other.record_hashes != references.record_hashes).tolist() == [2]
     renamed = [DOCUMENTS[0], Document("B", "the cat"), DOCUMENTS[2]]
     write_references(renamed, tokenizer, tmp_path / "renamed", 16)
-    other = References.open(tmp_path / "renamed")
+    other = References(tmp_path / "renamed")
     assert other.fingerprint != references.fingerprint
     np.testing.assert_array_equal(other.record_hashes, references.record_hashes)
 
@@ -172,7 +172,7 @@ def test_documents_are_numbered(tokenizer, references, tmp_path):
     # Ids that contain the sign, one of them the beginning of another.
     alike = [Document(name, " ".join(["the cat"] * 20)) for name in ("a", "a#0", "a#0#1")]
     write_references(alike, tokenizer, tmp_path, 16)
-    assert References.open(tmp_path).documents().tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    assert References(tmp_path).documents().tolist() == [0] * 3 + [1] * 3 + [2] * 3
 
 
 def test_nothing_to_know(tokenizer, tmp_path):
@@ -181,7 +181,7 @@ def test_nothing_to_know(tokenizer, tmp_path):
     with pytest.raises(TextError, match="no usable tokens"):
         write_references([Document("a", " \n "), Document("b", "")], tokenizer, tmp_path, 16)
     with pytest.raises(TextError, match="no finished references"):
-        References.open(tmp_path)
+        References(tmp_path)
 
 
 def test_duplicate_ids(tokenizer, tmp_path):
@@ -190,16 +190,16 @@ def test_duplicate_ids(tokenizer, tmp_path):
         write_references(twice, tokenizer, tmp_path, 16)
 
 
-@pytest.mark.parametrize("name", ["records-00001.array_record", "tokens.bin", "table.bin"])
+@pytest.mark.parametrize("name", ["records-00000.array_record", "tokens.bin", "table.bin"])
 def test_damaged_files_are_named(references, name):
     path = references.folder / name
     data = path.read_bytes()
     path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
     with pytest.raises(TextError, match=rf"{name} is damaged \(its checksum differs\)"):
-        References.open(references.folder).verify()
+        References(references.folder).verify()
     path.write_bytes(data[:-1])
     with pytest.raises(TextError, match=rf"{name} has {len(data) - 1} bytes"):
-        References.open(references.folder)
+        References(references.folder)
 
 
 def test_several_threads(references):

@@ -63,7 +63,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.rmtree(workdir / "bank")
     train_stage(stage_config("warmup"), workdir)
     write = MemoryWriter(stage_config("continual"), workdir)
-    write(References.open(workdir / "references"), workdir / "bank")
+    write(References(workdir / "references"), workdir / "bank")
     return workdir
 
 

@@ -18,25 +18,19 @@ A turn may name, as `reference`, the key of the reference that its chunks read (
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from m3jax.errors import TextError
 from m3jax.text.documents import find_files
-from m3jax.text.jsonl import json_lines
+from m3jax.text.jsonl import json_lines, json_object
 
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-}
+ROLES = {role: role for role in ("system", "user", "assistant")}
+ROLES |= {"human": "user", **dict.fromkeys(("gpt", "model", "bot"), "assistant")}
+
+_Item = TypeVar("_Item")
 
 # Why a line cannot be used, and what to do about it.
 REMEDIES = {
@@ -54,17 +48,11 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class Turn:
-    """Holds one turn of a chat.
+    """Holds one turn of a chat."""
 
-    Attributes:
-      role: `system`, `user` or `assistant`.
-      text: without white space at its ends.
-      reference: key of the reference that it is about, or "".
-    """
-
-    role: str
-    text: str
-    reference: str = ""
+    role: str  # `system`, `user` or `assistant`
+    text: str  # without white space at its ends
+    reference: str = ""  # key of the reference that it is about
 
 
 @dataclass(frozen=True)
@@ -81,8 +69,7 @@ class Chat:
         return sum(turn.role == "user" for turn in self.turns)
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """Holds two chats that differ in the last answer only; `chosen` is preferred."""
 
     chosen: Chat
@@ -94,18 +81,20 @@ def read_chats(spec: str, most_rounds: int) -> Iterator[Chat | ChatError]:
 
     A chat may have `most_rounds` rounds. Raises `TextError` for no such file, or a damaged one.
     """
-    for fields, name, where in _records(spec):
-        try:
-            yield _chat(_object(fields, where), name, where, most_rounds)
-        except ChatError as error:
-            yield error
+    return _parsed(spec, most_rounds, _chat)
 
 
 def read_pairs(spec: str, most_rounds: int) -> Iterator[Pair | ChatError]:
     """Reads preference pairs of files; arguments and errors as of `read_chats`."""
-    for fields, name, where in _records(spec):
+    return _parsed(spec, most_rounds, _pair)
+
+
+def _parsed(
+    spec: str, most_rounds: int, parse: Callable[[dict[str, Any], str, str, int], _Item]
+) -> Iterator[_Item | ChatError]:
+    for line, name, where in _records(spec):
         try:
-            yield _pair(_object(fields, where), name, where, most_rounds)
+            yield parse(_object(line, where), name, where, most_rounds)
         except ChatError as error:
             yield error
 
@@ -113,9 +102,8 @@ def read_pairs(spec: str, most_rounds: int) -> Iterator[Pair | ChatError]:
 def read_questions(spec: str, most_rounds: int) -> list[Chat]:
     """Reads chats that end with a question, also `{"prompt": …}` alone; raises `ChatError`."""
     chats = []
-    for given, name, where in _records(spec):
-        fields = _object(given, where)
-        turns = _prompt(fields, where)
+    for line, name, where in _records(spec):
+        turns = _prompt(_object(line, where), where)
         chats.append(Chat(_checked(turns, where, most_rounds, asks=True), name, where))
     return chats
 
@@ -138,12 +126,9 @@ def _records(spec: str) -> Iterator[tuple[bytes, str, str]]:
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        fields = json.loads(line.decode("utf-8").removeprefix("\ufeff"))
-    except (ValueError, RecursionError) as error:  # ValueError: also integers of 5000 digits
-        raise ChatError("json", where, f"not valid JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise ChatError("json", where, f"a JSON {type(fields).__name__}, not an object")
-    return fields
+        return json_object(line)
+    except ValueError as error:
+        raise ChatError("json", where, str(error)) from error
 
 
 def _chat(fields: dict[str, Any], name: str, where: str, most_rounds: int) -> Chat:
@@ -163,11 +148,10 @@ def _pair(fields: dict[str, Any], name: str, where: str, most_rounds: int) -> Pa
     name = _name(fields, name)
     sides = []
     for key in ("chosen", "rejected"):
-        given = _turns(fields[key], "assistant", where)
-        if not shared or not _begins_with(given, shared):
-            given = (*shared, *given)
-        turns = _checked(given, where, most_rounds)
-        sides.append(Chat(turns, f"{name}/{key}", where))
+        turns = _turns(fields[key], "assistant", where)
+        if not _begins_with(turns, shared):
+            turns = (*shared, *turns)
+        sides.append(Chat(_checked(turns, where, most_rounds), f"{name}/{key}", where))
     chosen, rejected = sides
     if chosen.turns[:-1] != rejected.turns[:-1]:
         raise ChatError("form", where, "the answers follow different prompts")
@@ -178,36 +162,36 @@ def _pair(fields: dict[str, Any], name: str, where: str, most_rounds: int) -> Pa
 
 def _begins_with(turns: tuple[Turn, ...], prompt: tuple[Turn, ...]) -> bool:
     """Tests whether the turns are a whole chat, the prompt included."""
-    said = [(turn.role, turn.text) for turn in turns]
-    return len(turns) > len(prompt) and said[: len(prompt)] == [(t.role, t.text) for t in prompt]
+    pairs = zip(turns, prompt, strict=False)
+    same = all((a.role, a.text) == (b.role, b.text) for a, b in pairs)
+    return len(turns) > len(prompt) and same
 
 
 def _prompt(fields: dict[str, Any], where: str) -> tuple[Turn, ...]:
-    for key in ("messages", "conversations", "prompt"):
-        given = fields.get(key)
-        if given is None:
-            continue
-        if isinstance(given, list) or key == "prompt":
-            return _turns(given, "user", where)
-        raise ChatError("form", where, f"{key!r} is {type(given).__name__}, not turns")
-    raise ChatError("form", where, f"no chat in the fields {', '.join(fields) or '(none)'}")
+    keys = (k for k in ("messages", "conversations", "prompt") if fields.get(k) is not None)
+    key = next(keys, None)
+    if key is None:
+        raise ChatError("form", where, f"no chat in the fields {', '.join(fields) or '(none)'}")
+    if key != "prompt" and not isinstance(fields[key], list):
+        raise ChatError("form", where, f"{key!r} is {type(fields[key]).__name__}, not turns")
+    return _turns(fields[key], "user", where)
 
 
-def _turns(given: Any, role: str, where: str) -> tuple[Turn, ...]:
+def _turns(value: Any, role: str, where: str) -> tuple[Turn, ...]:
     """Returns the turns of a list, of one object, or of a text that `role` says."""
-    if isinstance(given, str):
-        given = {"role": role, "content": given}
-    if not isinstance(given, dict | list):
-        raise ChatError("form", where, f"turns are {type(given).__name__}, not text or turns")
-    return tuple(_turn(turn, where) for turn in (given if isinstance(given, list) else [given]))
+    if isinstance(value, str):
+        value = {"role": role, "content": value}
+    if not isinstance(value, dict | list):
+        raise ChatError("form", where, f"turns are {type(value).__name__}, not text or turns")
+    return tuple(_turn(turn, where) for turn in (value if isinstance(value, list) else [value]))
 
 
-def _turn(given: Any, where: str) -> Turn:
-    if not isinstance(given, dict):
-        raise ChatError("form", where, f"a turn is {type(given).__name__}, not an object")
-    role = given.get("role", given.get("from"))
-    text = given.get("content", given.get("value"))
-    reference = given.get("reference") or ""
+def _turn(turn: Any, where: str) -> Turn:
+    if not isinstance(turn, dict):
+        raise ChatError("form", where, f"a turn is {type(turn).__name__}, not an object")
+    role = turn.get("role", turn.get("from"))
+    text = turn.get("content", turn.get("value"))
+    reference = turn.get("reference") or ""
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise ChatError("role", where, f"a turn of the unknown role {role!r}")
     if text is None:

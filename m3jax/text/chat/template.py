@@ -22,17 +22,11 @@ from m3jax.text.tokenizer import BOS, END, Tokenizer
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """Holds a chat as tokens.
-
-    Attributes:
-      tokens: `<s>` and the turns.
-      weights: of every token as a target: 1 for answers and their `</s>`, else 0.
-      ends: number of tokens up to the end of every turn.
-    """
+    """Holds a chat as tokens: `<s>` and the turns."""
 
     tokens: Int32[np.ndarray, " T"]
-    weights: Float32[np.ndarray, " T"]
-    ends: tuple[int, ...]
+    weights: Float32[np.ndarray, " T"]  # as targets: 1 for answers and their `</s>`, else 0
+    ends: tuple[int, ...]  # number of tokens up to the end of every turn
 
 
 class Template:
@@ -74,14 +68,9 @@ def chunk_references(
 ) -> tuple[str, ...]:
     """Returns the key of the reference that each chunk reads, "" for none; () if no turn has one.
 
-    A chunk reads the reference of the first of its turns that no earlier chunk stood for, else that
-    of its last turn.
-
-    Args:
-      turns: of the chat.
-      ends: `EncodedChat.ends`.
-      inputs: tokens of the chat that are fed to the model: all but the last.
-      chunk_length: tokens Q of a chunk.
+    A chunk of Q = `chunk_length` tokens reads the reference of the first of its turns that no
+    earlier chunk stood for, else that of its last turn. `ends` are `EncodedChat.ends`, `inputs` the
+    number of tokens that are fed to the model: all but the last.
     """
     spans: list[list] = []  # start, end, key; neighbours of one key are one span
     key, start = "", 0
@@ -99,10 +88,7 @@ def chunk_references(
     for low in range(0, inputs, chunk_length):
         high = min(low + chunk_length, inputs)
         inside = [n for n, (a, b, key) in enumerate(spans) if a < high and b > low and key]
-        chosen = next((n for n in inside if n not in served), inside[-1] if inside else None)
-        if chosen is None:
-            keys.append("")
-            continue
+        chosen = next((n for n in inside if n not in served), inside[-1] if inside else -1)
         served.add(chosen)
-        keys.append(spans[chosen][2])
+        keys.append(spans[chosen][2] if inside else "")
     return tuple(keys)

@@ -1,23 +1,24 @@
 """Cleaning: repaired and filtered documents in blocks on disk, and which of them are duplicates.
 
-Every function here reads and writes files of one folder and may run in any process: a block is
-cleaned by whoever gets it, and its last file, `<name>.json`, says that it is done. So work that was
-stopped goes on with what is missing, and the number of processes changes nothing.
+Every function of a stage reads and writes files of one folder and may run in any process: a block
+is cleaned by whoever gets it, and its last file, `<name>.json`, says that it is done. So work that
+was stopped goes on with what is missing, and the number of processes changes nothing.
 
     blocks/<name>.documents    repaired documents that pass the rules, msgpack under zlib
                  .table.npy    number of words and language of each
                  .ids.npy      hash of the id of each, sorted
                  .bands.npy    MinHash bands, sorted; .signatures.npy what they come from
                  .json         counts and samples
-    compared/<part>.npy        documents with an earlier near-duplicate, among a range of bands
+    compared/<part>.drops.npy  documents with an earlier near-duplicate, among a range of bands
+                   .renames.npy documents with the id of an earlier one
     drops.npy, renames.npy     what is decided of all
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import itertools
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,13 +26,15 @@ from typing import Any
 
 import msgpack
 import numpy as np
+from jaxtyping import Shaped, UInt64
 
-from m3jax.files import write_array, write_atomically
+from m3jax.errors import TextError
+from m3jax.files import hash64, write_array, write_atomically
 from m3jax.text.cleaning import minhash
-from m3jax.text.cleaning.blocks import Block, Unreadable, number_of, read_block
+from m3jax.text.cleaning.blocks import INDEX_BITS, Block, number_of, place_of, read_block
 from m3jax.text.cleaning.counters import SHOWN, Tally
 from m3jax.text.cleaning.quality import Scorer, load_scorer
-from m3jax.text.cleaning.rules import Measures, broken_rule, measure
+from m3jax.text.cleaning.rules import broken_rule, measure
 from m3jax.text.documents import Document
 from m3jax.text.optional import optional
 
@@ -39,60 +42,98 @@ _TABLE = np.dtype([("words", "<u8"), ("characters", "<u8"), ("language", "<U8")]
 _LANGUAGE_HEAD = 500  # characters by which a document's language is told
 # Written alike: of 5000 articles of the Mandarin Wikipedia 330 are told to be Wu or Cantonese.
 _VARIETIES = {"wuu": "zh", "yue": "zh"}
+_Kept = tuple[Document, int, str]  # a document, its number of words, its language
 
 
 @dataclass(frozen=True)
-class Cleaning:
-    """Names the folder, seen by all processes; the section `clean`; the scorer's spec."""
+class CleanFolder:
+    """Names the folder, seen by all processes, and reads the documents that are left in it.
+
+    Documents come in reading order. An id that an earlier document has too gets the document's
+    source behind it: `7~b.jsonl:12`.
+    """
 
     folder: Path
-    clean: Any
-    quality: str | None = None
+    clean: Any  # section of the config
+    quality: str | None = None  # spec of the scorer
 
     @property
     def blocks(self) -> Path:
         return self.folder / "blocks"
 
+    @property
+    def drops(self) -> Shaped[np.ndarray, " d"]:
+        """Returns the near-duplicates with their witnesses (`minhash.DROP`), sorted by number."""
+        return np.load(self.folder / "drops.npy", mmap_mode="r")
 
-def names_of(cleaning: Cleaning) -> list[str]:
-    """Lists the names of the finished blocks, in reading order."""
-    return sorted(path.stem for path in cleaning.blocks.glob("*.json"))
+    @property
+    def renames(self) -> UInt64[np.ndarray, " r"]:
+        """Returns the numbers of the documents with a repeated id, sorted."""
+        return np.load(self.folder / "renames.npy", mmap_mode="r")
+
+    def names(self) -> list[str]:
+        """Lists the names of the finished blocks, in reading order."""
+        return sorted(path.stem for path in self.blocks.glob("*.json"))
+
+    def __iter__(self) -> Iterator[Document]:
+        return itertools.chain.from_iterable(map(self.block, self.names()))
+
+    def block(self, name: str) -> Iterator[Document]:
+        """Yields the documents of a block that are left."""
+        dropped, renamed = self.left_out(name), _inside(self.renames, name)
+        for i, document in enumerate(self.unfiltered(name)):
+            if i in renamed:
+                document = replace(document, id=f"{document.id}~{document.source}")
+            if i not in dropped:
+                yield document
+
+    def unfiltered(self, name: str) -> list[Document]:
+        """Reads the documents of a block before duplicates are left out, with the ids they had."""
+        rows = msgpack.unpackb(zlib.decompress((self.blocks / f"{name}.documents").read_bytes()))
+        return [
+            Document(name, text, title, source, tuple((a, b) for a, b in spans), tuple(references))
+            for name, text, title, source, spans, references in rows
+        ]
+
+    def left_out(self, name: str) -> set[int]:
+        """Returns the places of a block's near-duplicates."""
+        return _inside(self.drops["number"], name)
 
 
-def is_clean(cleaning: Cleaning, block: Block) -> bool:
-    """Tests whether a block is finished."""
-    return (cleaning.blocks / f"{block.name}.json").is_file()
+def _inside(numbers: UInt64[np.ndarray, " n"], name: str) -> set[int]:
+    """Returns the places in a block of those of some sorted numbers that are in it."""
+    first = number_of(name, 0)
+    low, high = np.searchsorted(numbers, np.array([first, first + (1 << INDEX_BITS)], np.uint64))
+    return {int(n) - first for n in numbers[low:high]}
 
 
-def clean_block(cleaning: Cleaning, block: Block) -> str:
-    """Reads, repairs and filters the documents of a block; returns its name."""
-    if is_clean(cleaning, block):
-        return block.name
-    clean, tally = cleaning.clean, Tally()
-    kept: list[tuple[Document, Measures, str]] = []
-    for item in read_block(block, strict=not clean.enabled):
-        if isinstance(item, Unreadable):
-            tally.count("unreadable", 0)
-            tally.show("unreadable", {"value": item.reason[:SHOWN]}, "")
-        else:
+def clean_block(cleaned: CleanFolder, block: Block) -> None:
+    """Reads, repairs, filters and writes the documents of a block."""
+    clean, tally = cleaned.clean, Tally()
+    kept: list[_Kept] = []
+    for item in read_block(block):
+        if isinstance(item, Document):
             passed = _pass(item, clean, tally)
-            if passed is not None:
-                kept.append(passed)
+            kept += [] if passed is None else [passed]
+        elif clean.enabled:
+            tally.count("unreadable", 0)
+            tally.show("unreadable", str(item)[:SHOWN], "")
+        else:
+            raise item
     if clean.enabled and clean.quality_min > 0:
-        kept = _of_quality(kept, _scorer(str(cleaning.quality)), clean.quality_min, tally)
-    _write(cleaning, block.name, kept, tally)
-    return block.name
+        kept = _of_quality(kept, _scorer(str(cleaned.quality)), clean.quality_min, tally)
+    _write(cleaned, block.name, kept, tally)
 
 
-def _pass(document: Document, clean: Any, tally: Tally) -> tuple[Document, Measures, str] | None:
-    """Returns the repaired document with its measures and language, if no rule takes it out."""
+def _pass(document: Document, clean: Any, tally: Tally) -> _Kept | None:
+    """Returns the repaired document with its words and language, if no rule takes it out."""
     text = document.text
     tally.count("read", len(text))
-    if not text or text.isspace():
+    if not text.strip():
         tally.count("empty", len(text))
         return None
     if not clean.enabled:
-        return document, Measures(len(text), 0, 0.0, 0.0, 0.0, 0.0), ""
+        return document, 0, ""
     if len(text) > clean.characters_max:
         tally.take_out("characters_max", document, str(len(text)))
         return None
@@ -101,7 +142,7 @@ def _pass(document: Document, clean: Any, tally: Tally) -> tuple[Document, Measu
         if repaired != text:
             _show_repair(document, repaired, tally)
             document = replace(document, text=repaired)
-    if document.text.isspace() or not document.text:
+    if not document.text.strip():
         tally.count("empty", len(text))
         return None
     measures, language = measure(document.text), _language(document.text)
@@ -111,7 +152,7 @@ def _pass(document: Document, clean: Any, tally: Tally) -> tuple[Document, Measu
     if broken is not None:
         tally.take_out(broken[0], document, f"{broken[1]:.4g}")
         return None
-    return document, measures, language
+    return document, measures.words, language
 
 
 def _show_repair(document: Document, repaired: str, tally: Tally) -> None:
@@ -121,8 +162,7 @@ def _show_repair(document: Document, repaired: str, tally: Tally) -> None:
     pairs = enumerate(zip(text, repaired, strict=False))
     at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(repaired)))
     around = slice(max(0, at - 40), at + 40)
-    names = {"id": document.id, "source": document.source, "value": text[around]}
-    tally.show("repaired", names, repaired[around])
+    tally.show("repaired", text[around], repaired[around], document)
 
 
 def _repair(text: str) -> str:
@@ -149,9 +189,7 @@ def _scorer(spec: str) -> Scorer:
     return load_scorer(spec)
 
 
-def _of_quality(
-    kept: list[tuple[Document, Measures, str]], scorer: Scorer, least: float, tally: Tally
-) -> list[tuple[Document, Measures, str]]:
+def _of_quality(kept: list[_Kept], scorer: Scorer, least: float, tally: Tally) -> list[_Kept]:
     scores = scorer.score([document.text for document, _, _ in kept])
     for (document, _, _), score in zip(kept, scores, strict=True):
         if score < least:
@@ -159,38 +197,58 @@ def _of_quality(
     return [item for item, score in zip(kept, scores, strict=True) if score >= least]
 
 
-def _write(
-    cleaning: Cleaning, name: str, kept: list[tuple[Document, Measures, str]], tally: Tally
-) -> None:
-    clean = cleaning.clean
-    numbers = np.array([number_of(name, i) for i in range(len(kept))], np.uint64)
-    table = np.array([(m.words, m.characters, language) for _, m, language in kept], _TABLE)
+def _write(cleaned: CleanFolder, name: str, kept: list[_Kept], tally: Tally) -> None:
+    clean, at, first = cleaned.clean, cleaned.blocks / name, number_of(name, 0)
     documents = [
         [d.id, d.text, d.title, d.source, [list(s) for s in d.no_loss], list(d.references)]
         for d, _, _ in kept
     ]
-    arrays = {"table": table}
-    if clean.enabled:
-        ids = np.empty(len(kept), minhash.ENTRY)
-        ids["key"] = [_hash(document.id) for document, _, _ in kept]
-        ids["number"] = numbers
-        arrays["ids"] = np.sort(ids, order=["key", "number"])
-    if clean.enabled and clean.similarity > 0:
-        signatures = np.empty((len(kept), clean.permutations), np.uint32)
-        for i, (document, _, _) in enumerate(kept):
-            signatures[i] = minhash.signature(
-                document.text, clean.permutations, clean.shingle_words
-            )
-        arrays["signatures"] = signatures
-        arrays["bands"] = minhash.band_entries(signatures, numbers, clean.similarity)
-    at = cleaning.blocks
     data = zlib.compress(msgpack.packb(documents), 1)
-    write_atomically(at / f"{name}.documents", data, shared=True)
-    for key, array in arrays.items():
-        write_array(at / f"{name}.{key}.npy", array, shared=True)
-    counted = json.dumps(tally.to_json(), sort_keys=True).encode()
-    write_atomically(at / f"{name}.json", counted, shared=True)
+    write_atomically(at.with_suffix(".documents"), data, shared=True)
+    table = np.array([(words, len(d.text), language) for d, words, language in kept], _TABLE)
+    write_array(at.with_suffix(".table.npy"), table, shared=True)
+    if clean.enabled:
+        ids = [(hash64(d.id.encode()), first + i) for i, (d, _, _) in enumerate(kept)]
+        write_array(at.with_suffix(".ids.npy"), np.array(sorted(ids), minhash.ENTRY), shared=True)
+    if clean.enabled and clean.similarity > 0:
+        minhash.write_signatures(at, [d.text for d, _, _ in kept], first, clean)
+    tally.write(at.with_suffix(".json"))
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+def compare_part(cleaned: CleanFolder, part: minhash.Part) -> None:
+    """Finds the near-duplicates and the repeated ids of a part of all keys (`minhash.parts_of`)."""
+    target = cleaned.folder / "compared" / f"{part[0]:05d}-{part[1]:05d}"
+    if target.with_suffix(".renames.npy").is_file():
+        return
+    drops, similarity = np.empty(0, minhash.DROP), cleaned.clean.similarity
+    if similarity > 0:
+        drops = minhash.compare_files(cleaned.blocks, part, place_of, similarity)
+    ids = minhash.in_part(cleaned.blocks, "ids", part)
+    repeated = [members[1:] for members in minhash.groups(ids)]
+    renames = np.concatenate([np.empty(0, np.uint64), *repeated])
+    write_array(target.with_suffix(".drops.npy"), drops, shared=True)
+    write_array(target.with_suffix(".renames.npy"), renames, shared=True)
+
+
+def decide(cleaned: CleanFolder) -> Tally:
+    """Joins the comparisons' results, and counts the blocks; returns all counts.
+
+    Raises:
+      TextError: more unreadable lines than `clean.unreadable_share`.
+    """
+    tally, share = Tally.read(cleaned.blocks), cleaned.clean.unreadable_share
+    unreadable, read = tally.counts["unreadable/documents"], tally.counts["read/documents"]
+    if cleaned.clean.enabled and unreadable > share * (unreadable + read):
+        shown = tally.samples["unreadable"][0]["value"]
+        raise TextError(
+            f"{unreadable} of {unreadable + read} lines, rows and files are unreadable, more than"
+            f" clean.unreadable_share = {share:g}; one of them: {shown}. Repair the input or raise"
+            " it"
+        )
+    compared = cleaned.folder / "compared"
+    drops = [np.load(path) for path in sorted(compared.glob("*.drops.npy"))]
+    renames = [np.load(path) for path in sorted(compared.glob("*.renames.npy"))]
+    write_array(cleaned.folder / "drops.npy", minhash.merged(drops))
+    together = np.unique(np.concatenate([np.empty(0, np.uint64), *renames]))
+    write_array(cleaned.folder / "renames.npy", together)
+    return tally

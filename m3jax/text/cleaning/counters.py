@@ -1,12 +1,14 @@
-"""Counts of a block of documents: what came in, what each step took out, and samples of it."""
+"""Counts of documents: what came in, what each step took out, and samples of it."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from m3jax.files import digest
+from m3jax.files import digest, write_atomically
 from m3jax.text.documents import Document
 
 SAMPLES = 8  # documents shown of each step
@@ -17,11 +19,10 @@ SHOWN = 400  # characters shown of each
 class Tally:
     """Holds counts that add up over blocks, in any order.
 
-    Attributes:
-      counts: `<step>/documents` and `<step>/characters`; the step `read` is what came in.
-      samples: step → documents taken out by it, those with the smallest hashes.
-      languages: documents read, by language.
-      lengths: documents read, by the power of two below their number of words (0 = no word).
+    `counts` are those of `<step>/documents` and `<step>/characters`, the step `read` is what came
+    in. `samples` are documents that a step took out, those with the smallest hashes. `languages`
+    and `lengths` count the documents read, the latter by the power of two below their number of
+    words (0 = no word).
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -37,30 +38,37 @@ class Tally:
     def take_out(self, step: str, document: Document, value: str) -> None:
         """Counts a document that a step removed, and keeps it as a sample where it is one."""
         self.count(step, len(document.text))
-        shown = document.text[:SHOWN]
-        self.show(step, {"id": document.id, "source": document.source, "value": value}, shown)
+        self.show(step, value, document.text[:SHOWN], document)
 
-    def show(self, step: str, names: dict[str, Any], text: str) -> None:
+    def show(self, step: str, value: str, text: str, document: Document | None = None) -> None:
         """Keeps a sample if its hash is among the smallest, so that the choice knows no order."""
-        order = digest(step, *(str(value) for value in names.values()), text)
-        kept = [*self.samples.get(step, []), {"order": order, **names, "text": text}]
-        self.samples[step] = sorted(kept, key=lambda sample: sample["order"])[:SAMPLES]
+        named = {} if document is None else {"id": document.id, "source": document.source}
+        named["value"] = value
+        sample = {"order": digest(step, *named.values(), text), **named, "text": text}
+        self._keep(step, [sample])
 
-    def add(self, other: Tally) -> None:
-        """Adds the counts of another tally."""
-        self.counts.update(other.counts)
-        self.languages.update(other.languages)
-        self.lengths.update(other.lengths)
-        for step, samples in other.samples.items():
-            together = [*self.samples.get(step, []), *samples]
-            self.samples[step] = sorted(together, key=lambda s: s["order"])[:SAMPLES]
+    def _keep(self, step: str, samples: list[dict[str, Any]]) -> None:
+        together = [*self.samples.get(step, []), *samples]
+        self.samples[step] = sorted(together, key=lambda sample: sample["order"])[:SAMPLES]
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns plain values for JSON."""
-        return {name: dict(value) for name, value in vars(self).items()}
+    def documents(self) -> dict[str, int]:
+        """Returns the number of documents of every step."""
+        counted = {name.partition("/"): n for name, n in sorted(self.counts.items())}
+        return {step: n for (step, _, what), n in counted.items() if what == "documents"}
+
+    def write(self, path: Path) -> None:
+        """Writes the counts as JSON."""
+        content = {name: dict(value) for name, value in vars(self).items()}
+        write_atomically(path, json.dumps(content, sort_keys=True).encode(), shared=True)
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Tally:
-        """Restores a tally from what `to_json` returned."""
-        samples = content.pop("samples")
-        return cls(samples=samples, **{name: Counter(value) for name, value in content.items()})
+    def read(cls, folder: Path) -> Tally:
+        """Adds up the counts of all files in a folder that `write` wrote."""
+        total = cls()
+        for path in sorted(folder.glob("*.json")):
+            content = json.loads(path.read_bytes())
+            for step, samples in content.pop("samples").items():
+                total._keep(step, samples)
+            for name, counts in content.items():
+                getattr(total, name).update(counts)
+        return total

@@ -58,10 +58,8 @@ class LinearScorer:
     ) -> LinearScorer:
         """Fits to two or more texts with scores 0 … 5; the same examples give the same scorer.
 
-        `penalty` is that of squared weights (ridge regression).
-
-        Raises:
-          TextError: too few examples, all with one score, or a score outside 0 … 5.
+        `penalty` is that of squared weights (ridge regression). Raises `TextError` for too few
+        examples, all with one score, or a score outside 0 … 5.
         """
         if len(texts) < 2 or len(set(scores)) < 2:
             raise TextError(
@@ -99,11 +97,7 @@ class LinearScorer:
 
 
 def load_scorer(spec: str) -> Scorer:
-    """Loads a scorer from its folder, or by `MODULE:NAME` of a function that makes it.
-
-    Raises:
-      TextError: neither.
-    """
+    """Loads a scorer from its folder, or by `MODULE:NAME` of a function, or raises `TextError`."""
     module, _, name = spec.rpartition(":")
     if not module or Path(spec).exists():
         return LinearScorer.load(spec)
@@ -139,12 +133,10 @@ def held_out_error(
     labels = np.asarray(scores, np.float64)
     if held.sum() < 2 or (~held).sum() < 2 or len(set(labels[~held])) < 2:
         return dict.fromkeys(("count", "error", "error_of_mean", "correlation"), float("nan"))
-    scorer = LinearScorer.train(
-        [t for t, h in zip(texts, held, strict=True) if not h], labels[~held].tolist(), penalty
-    )
-    predicted = scorer.score([t for t, h in zip(texts, held, strict=True) if h])
-    correlation = float("nan")
-    if predicted.std() > 0 and labels[held].std() > 0:
+    every = np.array(texts, object)
+    scorer = LinearScorer.train(every[~held].tolist(), labels[~held].tolist(), penalty)
+    predicted = scorer.score(every[held].tolist())
+    with np.errstate(invalid="ignore"):  # NaN where all scores are equal
         correlation = float(np.corrcoef(predicted, labels[held])[0, 1])
     return {
         "count": float(held.sum()),
@@ -155,13 +147,7 @@ def held_out_error(
 
 
 def train_scorer(labelled: str, folder: str, penalty: float = 0.1) -> str:
-    """Trains a scorer on a file of labelled texts, saves it, and says how well it scores.
-
-    Args:
-      labelled: see `read_labelled`.
-      folder: where the scorer is saved.
-      penalty: of the ridge regression.
-    """
+    """Trains a scorer on a file of labelled texts (`read_labelled`), saves and describes it."""
     texts, scores = read_labelled(labelled)
     errors = held_out_error(texts, scores, penalty)
     scorer = LinearScorer.train(texts, scores, penalty)

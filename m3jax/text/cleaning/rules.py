@@ -11,8 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 RULES = ("words_min", "word_length_max", "nonalphabetic_max", "unique_max", "entropy_min")
 
@@ -22,25 +21,14 @@ _NORMAL = re.compile(rf"[{_EAST}]|[^\W_{_EAST}]+")
 _PIECE = 1 << 20  # about how many characters are split into words at once, to bound memory
 
 
-@dataclass(frozen=True)
-class Measures:
-    """Holds the measures that the rules compare with thresholds.
+class Measures(NamedTuple):
+    """Holds the measures that the rules compare with thresholds."""
 
-    Attributes:
-      characters: of the text.
-      words: number of words.
-      word_length: mean characters of a word; 0 without words.
-      nonalphabetic: share of the characters that are no letters, white space left out.
-      unique: share of different words among all.
-      entropy: of the distribution of words, nats.
-    """
-
-    characters: int
     words: int
-    word_length: float
-    nonalphabetic: float
-    unique: float
-    entropy: float
+    word_length: float  # mean characters of a word; 0 without words
+    nonalphabetic: float  # share of the characters that are no letters, white space left out
+    unique: float  # share of different words among all
+    entropy: float  # of the distribution of words, nats
 
 
 def measure(text: str) -> Measures:
@@ -53,17 +41,10 @@ def measure(text: str) -> Measures:
         letters += sum(map(str.isalpha, piece))
     words = counts.total()
     if not words:
-        return Measures(len(text), 0, 0.0, 1.0, 1.0, 0.0)
+        return Measures(0, 0.0, 1.0, 1.0, 0.0)
     # fsum is exact, so that the order in which words were met does not matter
     entropy = math.log(words) - math.fsum(n * math.log(n) for n in counts.values()) / words
-    return Measures(
-        characters=len(text),
-        words=words,
-        word_length=signs / words,
-        nonalphabetic=1 - letters / signs,
-        unique=len(counts) / words,
-        entropy=entropy,
-    )
+    return Measures(words, signs / words, 1 - letters / signs, len(counts) / words, entropy)
 
 
 def broken_rule(
@@ -86,6 +67,11 @@ def normal_words(text: str) -> Iterator[list[str]]:
     """Yields words without signs and case, as near-duplicates are compared; a list a piece."""
     for piece in pieces(text):
         yield _NORMAL.findall(piece.casefold())
+
+
+def words_of(text: str) -> list[str]:
+    """Returns all `normal_words` of a text."""
+    return [word for words in normal_words(text) for word in words]
 
 
 def pieces(text: str) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import multiprocessing
 import os
 import threading
@@ -10,9 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from m3jax.errors import TextError
+from m3jax.text.optional import optional
 
 _AHEAD = 2  # tasks of each process that are read before they are worked on
 
@@ -25,14 +27,14 @@ def _alone(unit: Any) -> Iterable[Any]:
 class WorkStage:
     """Describes work that may be done in any order, once the stage before has ended.
 
-    All three functions are sent to other processes: functions of modules, or `functools.partial` of
+    The functions are sent to other processes: functions of modules, or `functools.partial` of
     those. The work of a task may be done twice, also at the same time, and must come to the same.
 
     Attributes:
       name: for progress and messages.
       units: lists the units, each split by one process from beginning to end.
-      split: yields the tasks of a unit, one at a time; default: the unit is its only task.
       work: does a task; its result is small.
+      split: yields the tasks of a unit, one at a time; default: the unit is its only task.
     """
 
     name: str
@@ -40,13 +42,9 @@ class WorkStage:
     work: Callable[[Any], Any]
     split: Callable[[Any], Iterable[Any]] = _alone
 
-
-@runtime_checkable
-class Runner(Protocol):
-    """Runs stages, one after the other."""
-
-    def run(self, stages: Sequence[WorkStage]) -> None:
-        """Returns when the work of all stages is done; an error of a task ends it."""
+    def tasks(self) -> Iterator[Any]:
+        """Yields the tasks of all units."""
+        return itertools.chain.from_iterable(map(self.split, self.units()))
 
 
 class LocalRunner:
@@ -58,14 +56,10 @@ class LocalRunner:
         self._workers = workers
 
     def run(self, stages: Sequence[WorkStage]) -> None:
-        """Does all tasks; few are held in memory at a time.
-
-        Raises:
-          TextError: from a task; or a process ended, for example for lack of memory.
-        """
+        """Does all tasks; few are held in memory at a time; `TextError` where a process ended."""
         if self._workers == 1:
             for stage in stages:
-                for task in _tasks(stage):
+                for task in stage.tasks():
                     stage.work(task)
             return
         spawn = multiprocessing.get_context("spawn")  # forking would copy locked locks
@@ -83,7 +77,7 @@ class LocalRunner:
     def _share(self, pool: ProcessPoolExecutor, stage: WorkStage) -> None:
         waiting: set[Future[Any]] = set()
         try:
-            for task in _tasks(stage):
+            for task in stage.tasks():
                 waiting.add(pool.submit(stage.work, task))
                 while len(waiting) >= self._workers * (1 + _AHEAD):
                     waiting = _finish(waiting)
@@ -92,11 +86,6 @@ class LocalRunner:
         finally:
             for future in waiting:
                 future.cancel()
-
-
-def _tasks(stage: WorkStage) -> Iterator[Any]:
-    for unit in stage.units():
-        yield from stage.split(unit)
 
 
 def _finish(waiting: set[Future[Any]]) -> set[Future[Any]]:
@@ -117,3 +106,68 @@ def _begin(threads: int) -> None:
             os._exit(1)
 
         threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+class BeamRunner:
+    """Runs stages as one pipeline of Apache Beam: in this process, Dataflow, Spark, Flink.
+
+    Every worker must see the folder of the run, with the same path: the elements of the pipelines
+    are small (or blocks of lines), what the stages make is files.
+    """
+
+    def __init__(self, options: Sequence[str] = ()) -> None:
+        """Takes flags of Beam, default the runner in this process; `TextError` without Beam."""
+        install = "-c constraints-beam.txt -e '.[prepare]' in an environment of its own"
+        optional("apache_beam", "Apache Beam is not installed", install)
+        self._options = list(options) or ["--runner=FnApiRunner"]
+
+    def run(self, stages: Sequence[WorkStage]) -> None:
+        """Builds the pipeline of the stages, each behind the one before, and waits for its end."""
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+
+        options = PipelineOptions(self._options, save_main_session=False)
+        try:
+            with beam.Pipeline(options=options) as pipeline:
+                _build(pipeline, stages)
+        except Exception as error:
+            message = _user_error(error)
+            if message is None:
+                raise
+            raise TextError(message) from error
+
+
+def _build(pipeline: Any, stages: Sequence[WorkStage]) -> None:
+    """Adds the stages; each waits for the one before, whose results are its side input."""
+    import apache_beam as beam
+
+    done = None
+    for stage in stages:
+        start = pipeline | f"{stage.name}: start" >> beam.Create([stage])
+        before = () if done is None else (beam.pvalue.AsIter(done),)
+        units = start | f"{stage.name}: units" >> beam.FlatMap(_units, *before)
+        tasks = (
+            units
+            | f"{stage.name}: share units" >> beam.Reshuffle()
+            | f"{stage.name}: split" >> beam.FlatMap(stage.split)
+            | f"{stage.name}: share tasks" >> beam.Reshuffle()
+        )
+        done = tasks | f"{stage.name}: work" >> beam.Map(stage.work)
+
+
+def _units(stage: WorkStage, before: Iterable[Any] = ()) -> Iterable[Any]:
+    for _ in before:  # all of them: then the stage before has ended
+        pass
+    yield from stage.units()
+
+
+def _user_error(error: BaseException | None) -> str | None:
+    """Returns the message of a `TextError` among an error, as Beam changed it, and its causes."""
+    while error is not None:
+        if isinstance(error, TextError):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+Runner = LocalRunner | BeamRunner

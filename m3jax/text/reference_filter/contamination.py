@@ -12,15 +12,16 @@ few of them.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Integer
 
-from m3jax.text.cleaning.rules import normal_words
-from m3jax.text.overlap import overlap, shared, which_exceed
+from m3jax.text.cleaning.rules import words_of
+from m3jax.text.overlap import fewest_above, overlap, shared, which_exceed
+
+_Ints = Integer[np.ndarray, "_"]  # words by their numbers, or numbers of questions
 
 
 class Contamination:
@@ -62,16 +63,16 @@ class Contamination:
         words = self._number(words_of(text))
         if not self._questions or not words.size:
             return None
-        best: tuple[float, int] | None = None
-        for number, value in itertools.chain(self._inside(words), self._around(words)):
-            if best is None or (value, -number) > (best[0], -best[1]):
-                best = value, number
-        return None if best is None else (self._texts[best[1]], best[0])
+        overlaps = [*self._inside(words), *self._around(words)]
+        if not overlaps:
+            return None
+        number, value = max(overlaps, key=lambda pair: (pair[1], -pair[0]))
+        return self._texts[number], value
 
-    def _number(self, words: list[str]) -> Integer[np.ndarray, " n"]:
+    def _number(self, words: list[str]) -> _Ints:
         return np.array([self._numbers.get(word, 0) for word in words], np.int64)
 
-    def _inside(self, words: Integer[np.ndarray, " n"]) -> list[tuple[int, float]]:
+    def _inside(self, words: _Ints) -> list[tuple[int, float]]:
         near = _union(self._by_rare_word, np.unique(words))
         if not near.size:
             return []
@@ -80,7 +81,7 @@ class Contamination:
         told = (i for i in above if self._tells(self._questions[i], words))
         return [(i, overlap(words, self._questions[i])) for i in told]
 
-    def _around(self, words: Integer[np.ndarray, " n"]) -> list[tuple[int, float]]:
+    def _around(self, words: _Ints) -> list[tuple[int, float]]:
         if len(words) < self.least:
             return []
         rarest = np.unique(_rarest(words, self.threshold))
@@ -94,7 +95,7 @@ class Contamination:
         values = ((i, overlap(self._questions[i], words)) for i in told)
         return [(i, value) for i, value in values if value > self.threshold]
 
-    def _tells(self, inner: Integer[np.ndarray, " n"], outer: Integer[np.ndarray, " m"]) -> bool:
+    def _tells(self, inner: _Ints, outer: _Ints) -> bool:
         """Tests whether the words in common carry enough of the information of `inner`."""
         size = len(self._information)
         counts, others = (np.bincount(words, minlength=size) for words in (inner, outer))
@@ -102,9 +103,8 @@ class Contamination:
         common = np.minimum(counts, others) @ self._information
         return bool(common > self.threshold * (counts @ self._information))
 
-    def _matrix(
-        self, ids: Integer[np.ndarray, " q"]
-    ) -> tuple[Integer[np.ndarray, "q W"], Integer[np.ndarray, " q"]]:
+    def _matrix(self, ids: _Ints) -> tuple[Integer[np.ndarray, "q W"], _Ints]:
+        """Returns the words of some questions, a row each, and their numbers."""
         lengths = self._lengths[ids]
         matrix = np.zeros((len(ids), int(lengths.max())), np.int64)
         for row, i in zip(matrix, ids.tolist(), strict=True):
@@ -112,22 +112,12 @@ class Contamination:
         return matrix, lengths
 
 
-def words_of(text: str) -> list[str]:
-    """Splits a text into words without signs and case."""
-    return list(itertools.chain.from_iterable(normal_words(text)))
-
-
-def _rarest(words: Integer[np.ndarray, " n"], threshold: float) -> Integer[np.ndarray, " k"]:
+def _rarest(words: _Ints, threshold: float) -> _Ints:
     """Returns the words with the smallest numbers of which one at least must be shared."""
-    needed = next(
-        n for n in range(int(threshold * len(words)), len(words) + 2) if n / len(words) > threshold
-    )
-    return np.sort(words)[: max(0, len(words) - needed + 1)]
+    return np.sort(words)[: max(0, len(words) - fewest_above(threshold, len(words)) + 1)]
 
 
-def _postings(
-    words: Sequence[Integer[np.ndarray, " _"]], size: int
-) -> tuple[Integer[np.ndarray, " V"], Integer[np.ndarray, " e"]]:
+def _postings(words: Sequence[_Ints], size: int) -> tuple[_Ints, _Ints]:
     """Returns where the questions of each word begin in a list of questions, and the list."""
     flat = np.concatenate([np.empty(0, np.int64), *words])
     owners = np.repeat(np.arange(len(words)), [len(each) for each in words])
@@ -135,10 +125,7 @@ def _postings(
     return np.searchsorted(flat[order], np.arange(size + 1)), owners[order]
 
 
-def _union(
-    postings: tuple[Integer[np.ndarray, " V"], Integer[np.ndarray, " e"]],
-    words: Integer[np.ndarray, " n"],
-) -> Integer[np.ndarray, " q"]:
+def _union(postings: tuple[_Ints, _Ints], words: _Ints) -> _Ints:
     """Returns the questions of any of these words, ascending."""
     starts, owners = postings
     parts = [owners[starts[word] : starts[word + 1]] for word in words.tolist()]

@@ -7,10 +7,9 @@ one set of thresholds serves texts with and without spaces.
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from m3jax.text.cleaning.rules import measure, normal_words
+from m3jax.text.cleaning.rules import measure, words_of
 
 RULES = ("words_min", "nonalphabetic_max", "listed_max", "repeated_max")
 
@@ -21,21 +20,13 @@ _ENDS = tuple(".!?…。！？:：;；,，")
 _CLOSING = "\"'”’»)]）】』」"
 
 
-@dataclass(frozen=True)
-class ReferenceMeasures:
-    """Holds the measures that the rules compare with thresholds.
-
-    Attributes:
-      words: number of words.
-      nonalphabetic: share of the characters that are no letters, white space left out.
-      listed: share of the characters, white space left out, in lines of lists, tables and markup.
-      repeated: share of the runs of three words that the reference has had before.
-    """
+class ReferenceMeasures(NamedTuple):
+    """Holds the measures that the rules compare with thresholds."""
 
     words: int
-    nonalphabetic: float
-    listed: float
-    repeated: float
+    nonalphabetic: float  # share of the characters that are no letters, white space left out
+    listed: float  # share of the same in lines of lists, tables and markup
+    repeated: float  # share of the runs of three words that the reference has had before
 
 
 def measure_reference(text: str) -> ReferenceMeasures:
@@ -62,6 +53,6 @@ def _is_listed(line: str) -> bool:
 
 
 def _repeated(text: str) -> float:
-    words = list(itertools.chain.from_iterable(normal_words(text)))
+    words = words_of(text)
     runs = list(zip(*(words[i:] for i in range(_RUN)), strict=False))
     return 1 - len(set(runs)) / len(runs) if runs else 0.0

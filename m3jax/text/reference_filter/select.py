@@ -1,8 +1,8 @@
 """Selection of the references that are kept: rules, contamination, near-duplicates.
 
-As in `m3jax.text.cleaning.clean`, every function here reads and writes files of one folder and may
-run in any process; a range of references is looked at by whoever gets it, and its last file,
-`<first>.json`, says that it is done.
+As in `m3jax.text.cleaning.clean`, every function of a stage reads and writes files of one folder
+and may run in any process; a range of references is looked at by whoever gets it, and its last
+file, `<first>.json`, says that it is done.
 
     cut/                       the references as they were cut, a set of its own
     questions.json             texts of the evaluation questions
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -32,7 +32,6 @@ from m3jax.text.cleaning import minhash
 from m3jax.text.cleaning.counters import Tally
 from m3jax.text.cleaning.rules import broken_rule
 from m3jax.text.cleaning.workers import Runner, WorkStage
-from m3jax.text.documents import Document
 from m3jax.text.records import MANIFEST
 from m3jax.text.reference_filter.contamination import Contamination
 from m3jax.text.reference_filter.rules import RULES, measure_reference
@@ -47,52 +46,44 @@ _SHOWN = 200  # characters of a question in a sample
 class Selecting:
     """Names the folder, seen by all processes, and holds the settings of a selection.
 
-    `knowledge` is the section of the config, `permutations` and `shingle_words` are MinHash's, from
+    `knowledge` is the section of the config, with MinHash's `permutations` and `shingle_words` of
     the section `clean`; `questions` says whether there are some to search for.
     """
 
     folder: Path
     knowledge: Any
-    permutations: int
-    shingle_words: int
     questions: bool
-
-    @property
-    def cut(self) -> Path:
-        return self.folder / "cut"
 
     @property
     def ranges(self) -> Path:
         return self.folder / "ranges"
 
 
+@dataclass
 class Selection:
     """Selects a workdir's references, in its folder `selection/` while it is under way."""
 
-    def __init__(
-        self, config: ConfigDict, workdir: Path, runner: Runner, questions: Sequence[str]
-    ) -> None:
-        """Takes the config's sections `knowledge` and `clean`, and the questions' texts."""
-        self._workdir, self._runner, self._questions = workdir, runner, list(questions)
-        knowledge = SimpleNamespace(**config.knowledge.to_dict())
-        self._selecting = Selecting(
-            (workdir / "selection").absolute(),
-            knowledge,
-            int(config.clean.permutations),
-            int(config.clean.shingle_words),
-            bool(self._questions) and knowledge.contamination < 1,
-        )
+    config: ConfigDict  # with the sections `knowledge` and `clean`
+    workdir: Path
+    runner: Runner
+    questions: Sequence[str]  # their texts
+
+    def __post_init__(self) -> None:
+        minhashed = {name: self.config.clean[name] for name in ("permutations", "shingle_words")}
+        knowledge = SimpleNamespace(**self.config.knowledge.to_dict(), **minhashed)
+        searched = bool(self.questions) and knowledge.contamination < 1
+        self.selecting = Selecting((self.workdir / "selection").absolute(), knowledge, searched)
 
     def inputs(self) -> dict[str, Any]:
         """Returns what the selection adds to the inputs of the references."""
-        selecting = self._selecting
-        inputs = {f"knowledge.{name}": value for name, value in vars(selecting.knowledge).items()}
-        if selecting.knowledge.similarity > 0:
-            inputs["clean.permutations"] = selecting.permutations
-            inputs["clean.shingle_words"] = selecting.shingle_words
+        knowledge, clean = self.config.knowledge, self.config.clean
+        inputs: dict[str, Any] = {f"knowledge.{name}": value for name, value in knowledge.items()}
+        if knowledge.similarity > 0:
+            inputs["clean.permutations"] = clean.permutations
+            inputs["clean.shingle_words"] = clean.shingle_words
             inputs["near-duplicates"] = minhash.algorithm()
-        if self._questions:
-            inputs["questions"] = digest(*self._questions)
+        if self.questions:
+            inputs["questions"] = digest(*self.questions)
         return inputs
 
     def write(
@@ -105,161 +96,120 @@ class Selection:
         """Cuts, selects and writes what is kept, and the report in `report/knowledge/`.
 
         What an unfinished run of other `inputs` left is deleted. `cut` writes the references of all
-        documents to a folder; `say` gets one line of what came in and what is left.
-
-        Raises:
-          TextError: nothing is left; or bad documents.
+        documents to a folder; `say` gets one line of what came in and what is left. Raises
+        `TextError` where nothing is left.
         """
-        selecting = self._selecting
+        selecting = self.selecting
         begin_part(selecting.folder, inputs)
-        if not (selecting.cut / MANIFEST).is_file():
-            cut(selecting.cut)
-        write_atomically(selecting.folder / "questions.json", json.dumps(self._questions).encode())
+        if not (selecting.folder / "cut" / MANIFEST).is_file():
+            cut(selecting.folder / "cut")
+        write_atomically(selecting.folder / "questions.json", json.dumps(self.questions).encode())
         stages = [WorkStage("select", partial(_ranges, selecting), partial(look_at, selecting))]
         if selecting.knowledge.similarity > 0:
-            parts = partial(_parts, selecting)
+            parts = partial(minhash.parts_of, selecting.ranges)
             stages.append(WorkStage("compare", parts, partial(compare_part, selecting)))
-        self._runner.run(stages)
-        references = _cut(selecting)
+        self.runner.run(stages)
+        references, questions = _inputs(selecting)
         kept, drops, tally = decide(selecting)
         if not len(kept):
-            raise TextError(_nothing(references, drops, tally))
+            steps = tally.documents().items()
+            removed = ", ".join(f"{step} {n}" for step, n in steps if step != "read")
+            raise TextError(
+                f"the selection leaves none of {len(references)} references: {removed},"
+                f" near-duplicates {len(drops)}. Loosen the rules (config.knowledge.*), or give"
+                " other --knowledge"
+            )
         from m3jax.text.reference_filter.report import write_selection_report  # draws: slow
 
-        report = self._workdir / "report" / "knowledge"
-        questions = _questions_of(selecting) if selecting.questions else None
-        said = write_selection_report(references, kept, drops, tally, questions, report)
+        report = self.workdir / "report" / "knowledge"
+        summary = write_selection_report(references, kept, drops, tally, questions, report)
         copy_references(references, kept, folder)
-        say(said)
+        say(summary)
 
     def tidy(self) -> None:
         """Removes what the references were selected from, when they are finished."""
-        shutil.rmtree(self._selecting.folder, ignore_errors=True)
+        shutil.rmtree(self.selecting.folder, ignore_errors=True)
 
 
-def _nothing(references: References, drops: np.ndarray, tally: Tally) -> str:
-    steps = {name[: -len("/documents")]: n for name, n in tally.counts.items() if "/doc" in name}
-    removed = ", ".join(f"{step} {n}" for step, n in sorted(steps.items()) if step != "read")
-    return (
-        f"the selection leaves none of {len(references)} references: {removed}, near-duplicates"
-        f" {len(drops)}. Loosen the rules (config.knowledge.*), or give other --knowledge"
-    )
+def _inputs(selecting: Selecting) -> tuple[References, Contamination | None]:
+    """Returns the references as they were cut, and the questions to search for in them."""
+    limits = None
+    if selecting.questions:
+        limits = selecting.knowledge.contamination, selecting.knowledge.question_words
+    written = (selecting.folder / "questions.json").stat().st_mtime_ns
+    return _load(selecting.folder, written, limits)
 
 
-def _ranges(selecting: Selecting) -> Iterable[tuple[int, int]]:
-    size = len(_cut(selecting))
-    parts = ((low, min(low + _RANGE, size)) for low in range(0, size, _RANGE))
-    return (part for part in parts if not _done(selecting, part[0]))
+@lru_cache(maxsize=1)  # by the time of change, too: another run may have had the path
+def _load(
+    folder: Path, written: int, limits: tuple[float, int] | None
+) -> tuple[References, Contamination | None]:
+    references = References(folder / "cut")
+    if limits is None:
+        return references, None
+    return references, Contamination(json.loads((folder / "questions.json").read_bytes()), *limits)
 
 
 def _name(first: int) -> str:
     return f"{first:012d}"
 
 
-def _done(selecting: Selecting, first: int) -> bool:
-    return (selecting.ranges / f"{_name(first)}.json").is_file()
+def _ranges(selecting: Selecting) -> Iterator[tuple[int, int]]:
+    """Yields the ranges of references that no process has looked at yet."""
+    size = len(_inputs(selecting)[0])
+    for low in range(0, size, _RANGE):
+        if not (selecting.ranges / f"{_name(low)}.json").is_file():
+            yield low, min(low + _RANGE, size)
 
 
-@lru_cache(maxsize=1)  # by the time of change, too: another run may have had the path
-def _references(folder: Path, modified: int) -> References:
-    return References.open(folder)
-
-
-def _cut(selecting: Selecting) -> References:
-    return _references(selecting.cut, (selecting.cut / MANIFEST).stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=1)
-def _contamination(path: Path, modified: int, threshold: float, least: int) -> Contamination:
-    return Contamination(json.loads(path.read_bytes()), threshold, least)
-
-
-def _questions_of(selecting: Selecting) -> Contamination:
-    path, knowledge = selecting.folder / "questions.json", selecting.knowledge
-    limits = float(knowledge.contamination), int(knowledge.question_words)
-    return _contamination(path, path.stat().st_mtime_ns, *limits)
-
-
-def look_at(selecting: Selecting, part: tuple[int, int]) -> int:
-    """Applies all rules but the one on near-duplicates to a range; returns its first number."""
-    if _done(selecting, part[0]):
-        return part[0]
-    tally = Tally()
-    items = _cut(selecting).read(range(*part))
-    passed = [_passes(selecting, item, tally) for item in items]
-    left = part[0] + np.flatnonzero(passed)
-    at = selecting.ranges / _name(part[0])
-    write_array(at.with_suffix(".left.npy"), left.astype(np.uint64))
+def look_at(selecting: Selecting, part: tuple[int, int]) -> None:
+    """Applies all rules but the one on near-duplicates to a range of references."""
+    references, questions = _inputs(selecting)
+    at, tally = selecting.ranges / _name(part[0]), Tally()
+    items = references.read(range(*part))
+    passed = [_passes(item, selecting.knowledge, questions, tally) for item in items]
+    left = np.uint64(part[0]) + np.flatnonzero(passed).astype(np.uint64)
+    write_array(at.with_suffix(".left.npy"), left, shared=True)
     if selecting.knowledge.similarity > 0:
-        signatures = np.empty((len(left), selecting.permutations), np.uint32)
-        for row, i in zip(signatures, left.tolist(), strict=True):
-            text = items[i - part[0]].text
-            row[:] = minhash.signature(text, selecting.permutations, selecting.shingle_words)
-        entries = minhash.band_entries(
-            signatures, left.astype(np.uint64), selecting.knowledge.similarity
-        )
-        write_array(at.with_suffix(".signatures.npy"), signatures)
-        write_array(at.with_suffix(".bands.npy"), entries)
-    content = json.dumps(tally.to_json(), sort_keys=True).encode()
-    write_atomically(at.with_suffix(".json"), content)
-    return part[0]
+        texts = [item.text if passes else None for item, passes in zip(items, passed, strict=True)]
+        minhash.write_signatures(at, texts, part[0], selecting.knowledge)
+    tally.write(at.with_suffix(".json"))
 
 
-def _passes(selecting: Selecting, item: Reference, tally: Tally) -> bool:
+def _passes(item: Reference, knowledge: Any, questions: Contamination | None, tally: Tally) -> bool:
     tally.count("read", len(item.text))
-    named = Document(item.key, item.text, item.title, item.title or item.source)
+    shown = item.as_document()
     measures = measure_reference(item.text)
     tally.lengths[str(measures.words.bit_length())] += 1
-    broken = broken_rule(measures, selecting.knowledge, RULES)
+    broken = broken_rule(measures, knowledge, RULES)
     if broken is not None:
-        tally.take_out(broken[0], named, f"{broken[1]:.4g}")
+        tally.take_out(broken[0], shown, f"{broken[1]:.4g}")
         return False
-    if selecting.questions:
-        question = _questions_of(selecting).find(item.text)
-        if question is not None:
-            shown = " ".join(question[0].split())[:_SHOWN]
-            tally.take_out("contamination", named, f"{question[1]:.2f}, {shown}")
-            return False
-    return True
+    question = None if questions is None else questions.find(item.text)
+    if question is not None:
+        text = " ".join(question[0].split())[:_SHOWN]
+        tally.take_out("contamination", shown, f"{question[1]:.2f}, {text}")
+    return question is None
 
 
-def _parts(selecting: Selecting) -> list[tuple[int, int]]:
-    return minhash.parts_of(selecting.ranges.glob("*.bands.npy"))
+def _place_of(number: int) -> tuple[str, int]:
+    """Returns the name of the range that a reference is in, and its place there."""
+    return _name(number - number % _RANGE), number % _RANGE
 
 
-def compare_part(selecting: Selecting, part: tuple[int, int]) -> int:
-    """Finds the near-duplicates among a range of band keys; returns its number."""
+def compare_part(selecting: Selecting, part: minhash.Part) -> None:
+    """Finds the near-duplicates of a part of all band keys (`minhash.parts_of`)."""
     target = selecting.folder / "compared" / f"{part[0]:05d}-{part[1]:05d}.npy"
-    if target.is_file():
-        return part[0]
-
-    @lru_cache(maxsize=256)
-    def of_range(first: int) -> tuple[np.ndarray, np.ndarray]:
-        at = selecting.ranges / _name(first)
-        return np.load(at.with_suffix(".left.npy")), np.load(
-            at.with_suffix(".signatures.npy"), mmap_mode="r"
-        )
-
-    def signature_of(number: int) -> np.ndarray:
-        left, signatures = of_range(number - number % _RANGE)
-        return np.array(signatures[np.searchsorted(left, np.uint64(number))])
-
-    files = sorted(selecting.ranges.glob("*.bands.npy"))
-    entries = minhash.in_part(files, part)
-    similarity = float(selecting.knowledge.similarity)
-    write_array(target, minhash.compare(entries, signature_of, similarity))
-    return part[0]
+    if not target.is_file():
+        similarity = selecting.knowledge.similarity
+        drops = minhash.compare_files(selecting.ranges, part, _place_of, similarity)
+        write_array(target, drops, shared=True)
 
 
 def decide(selecting: Selecting) -> tuple[np.ndarray, np.ndarray, Tally]:
     """Returns the ids of the references that are kept, the near-duplicates, and all counts."""
-    tally = Tally()
-    for path in sorted(selecting.ranges.glob("*.json")):
-        tally.add(Tally.from_json(json.loads(path.read_bytes())))
     left = [np.load(path) for path in sorted(selecting.ranges.glob("*.left.npy"))]
-    drops = minhash.merged([])
-    if selecting.knowledge.similarity > 0:
-        names = (f"{part:05d}-{parts:05d}.npy" for part, parts in _parts(selecting))
-        drops = minhash.merged([np.load(selecting.folder / "compared" / n) for n in names])
+    compared = sorted((selecting.folder / "compared").glob("*.npy"))
+    drops = minhash.merged([np.load(path) for path in compared])
     kept = np.setdiff1d(np.concatenate(left), drops["number"], assume_unique=True)
-    return kept.astype(np.int64), drops, tally
+    return kept.astype(np.int64), drops, Tally.read(selecting.ranges)

@@ -287,7 +287,7 @@ def test_compressed_memories_come_from_their_bank(session, make, tmp_path):
         config,
         make_model(config),
         jax.jit(make_model(config).init)(jax.random.key(0)),
-        References.open(session.workdir / "references"),
+        References(session.workdir / "references"),
         tmp_path / "bank",
         progress=False,
     )

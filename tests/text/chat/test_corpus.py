@@ -55,8 +55,7 @@ def test_bad_lines_are_counted_with_samples_and_long_chats_lose_rounds(workdir):
     assert report["rounds"] == {"1": 20, "4": 1}  # of seven rounds of 11 tokens 48 hold four
     assert f"left out (json): 2, for example {spec}:22" in describe(report)
     longest = max(
-        int(Corpus.open(workdir / "chats" / split).lengths.max())
-        for split in ("train", "validation")
+        int(Corpus(workdir / "chats" / split).lengths.max()) for split in ("train", "validation")
     )
     assert longest <= 49
     again, kept = prepare_chats(config_of(), workdir, spec)
@@ -102,7 +101,7 @@ def test_the_same_bytes_again_and_pairs_are_neighbours(workdir, tmp_path_factory
     prepare_chats(config, workdir, spec)
     for path, data in files.items():
         assert (workdir / path).read_bytes() == data
-    corpus = Corpus.open(workdir / "pairs" / "train")
+    corpus = Corpus(workdir / "pairs" / "train")
     assert len(corpus) % 2 == 0
     ids = [document.id for document in corpus]
     for chosen, rejected in zip(ids[::2], ids[1::2], strict=True):
@@ -113,7 +112,7 @@ def test_the_same_bytes_again_and_pairs_are_neighbours(workdir, tmp_path_factory
 def test_references_of_turns_are_those_of_chunks(workdir):
     spec = write(workdir, *[chat(n, 2, reference=f"key-{n}") for n in range(8)])
     prepare_chats(config_of(), workdir, spec)
-    corpus = Corpus.open(workdir / "chats" / "train")
+    corpus = Corpus(workdir / "chats" / "train")
     for document in corpus:
         assert len(document.references) == -(-(len(document.tokens) - 1) // 4)
         assert set(document.references) == {f"key-{int(document.id.split(':')[1]) - 1}"}

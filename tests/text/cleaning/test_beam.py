@@ -9,8 +9,7 @@ import pytest
 
 from m3jax import config as configs
 from m3jax.errors import TextError
-from m3jax.text.cleaning.beam import BeamRunner
-from m3jax.text.cleaning.workers import LocalRunner, Runner, WorkStage
+from m3jax.text.cleaning.workers import BeamRunner, LocalRunner, Runner, WorkStage
 from m3jax.text.prepare import prepare_text
 
 IN_PROCESS = ["--runner=FnApiRunner"]

@@ -15,7 +15,7 @@ import pytest
 
 from m3jax import config as configs
 from m3jax.errors import TextError
-from m3jax.text.cleaning import blocks, clean, dedup, pipeline, rules, tokenize
+from m3jax.text.cleaning import blocks, clean, minhash, pipeline, rules, tokenize
 from m3jax.text.cleaning.workers import LocalRunner
 from m3jax.text.corpus import Corpus
 from m3jax.text.documents import is_validation, read_documents
@@ -78,7 +78,7 @@ def _prepare(config, folder, documents, workers=1, **options):
 
 
 def _left(workdir):
-    return [d for name in ("train", "validation") for d in Corpus.open(workdir / "corpus" / name)]
+    return [d for name in ("train", "validation") for d in Corpus(workdir / "corpus" / name)]
 
 
 def _report(workdir):
@@ -122,9 +122,9 @@ def test_cleaned_documents_and_their_report(config, documents, tmp_path):
     assert {d.id for d in left} == ids and len(left) == 100
     read = {d.id: d for d in read_documents(documents)}
     for name in ("train", "validation"):
-        for d in Corpus.open(workdir / f"corpus/{name}"):
+        for d in Corpus(workdir / f"corpus/{name}"):
             assert is_validation(read[d.id], 0.2) == (name == "validation")
-    keys = References.open(workdir / "references").live_keys()
+    keys = References(workdir / "references").live_keys()
     assert {key.split("#")[0] for key in keys} == ids
 
     report = _report(workdir)
@@ -152,9 +152,7 @@ def test_repairs_unicode_and_shows_it(config, tmp_path):
     broken = "It\u2019s a caf\u00e9. ".encode().decode("cp1252") + texts[4]
     documents = _write(tmp_path / "a.jsonl", [*texts[:4], broken, *texts[5:]])
     _prepare(config, tmp_path / "w", documents)
-    found = {
-        d.id: d for n in ("train", "validation") for d in Corpus.open(tmp_path / "w/corpus" / n)
-    }
+    found = {d.id: d for n in ("train", "validation") for d in Corpus(tmp_path / "w/corpus" / n)}
     decoded = Tokenizer.load(tmp_path / "w/tokenizer").decode(found["a4"].tokens)
     assert decoded == "It’s a café. " + texts[4]
     report = _report(tmp_path / "w")
@@ -181,14 +179,14 @@ _MANDARIN = (
 @pytest.mark.slow
 def test_shuffled_documents_are_the_same_in_another_order(config, documents, tmp_path, monkeypatch):
     def ids(folder):
-        return [d.id for d in Corpus.open(folder / "corpus/train")]
+        return [d.id for d in Corpus(folder / "corpus/train")]
 
     _prepare(config, tmp_path / "0", documents)
     config.text.shuffle = 1
     _prepare(config, tmp_path / "1", documents)
     with monkeypatch.context() as patched:
         patched.setattr(tokenize, "_BUCKET_BYTES", 2000)
-        patched.setattr(dedup.minhash, "_PART_BYTES", 4000)
+        patched.setattr(minhash, "_PART_BYTES", 4000)
         patched.setattr(blocks, "BLOCK_BYTES", 20000)
         _prepare(config, tmp_path / "1b", documents)
     config.text.shuffle = 2
@@ -234,6 +232,9 @@ def test_bad_input_is_counted_and_left_out(config, tmp_path):
     assert report["repeated_ids"] == 1
     found = [d.id for d in _left(tmp_path / "w")]
     assert sorted(found) == sorted([f"a{i}" for i in range(40)] + ["a3~a.jsonl:49"])
+    config.clean.enabled = False
+    with pytest.raises(TextError, match="line 44 is not valid JSON"):
+        _prepare(config, tmp_path / "v", documents)
 
 
 def test_a_long_document_goes_through_all_steps(config, tmp_path, monkeypatch):
@@ -279,7 +280,7 @@ def test_nothing_left_and_other_inputs_are_refused(config, documents, tmp_path):
 @pytest.mark.parametrize(
     "module, name, calls",
     [
-        (dedup, "write_array", 2),
+        (minhash, "groups", 2),
         *(
             pytest.param(*moment, marks=pytest.mark.slow)
             for moment in (
@@ -288,7 +289,7 @@ def test_nothing_left_and_other_inputs_are_refused(config, documents, tmp_path):
                 (pipeline, "tokenize_block", 4),
                 (tokenize, "write_array", 3),
                 (pipeline, "cut_block", 2),
-                (clean, "write_array", 6),
+                (clean, "write_array", 3),
             )
         ),
     ],

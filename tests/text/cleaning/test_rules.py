@@ -42,7 +42,7 @@ def test_measures_equal_a_naive_count(text):
         assert m.words == 9 + math.ceil(3_000_000 / (1 << 20))
     else:
         assert found == pytest.approx(_naive(text), rel=1e-12)
-    assert m.characters == len(text) and "".join(pieces(text)) == text
+    assert "".join(pieces(text)) == text
 
 
 def test_pieces_end_between_words():

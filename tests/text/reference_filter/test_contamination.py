@@ -6,8 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from m3jax.text.cleaning.rules import words_of
 from m3jax.text.overlap import overlap
-from m3jax.text.reference_filter.contamination import Contamination, words_of
+from m3jax.text.reference_filter.contamination import Contamination
 
 QUESTION = "When was the last time that anyone was on the moon?"
 MOON = "The moon was visited six times. The last landing was in December 1972, and no one returned."
