@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from m3jax.files import committing
@@ -49,16 +48,3 @@ def drawing(path: str | os.PathLike[str], width: float, height: float) -> Iterat
         figure = Figure(figsize=(width, height))
         yield figure
         figure.savefig(temporary, format="png", metadata={"Software": None})
-
-
-def finish_axes(axes: Axes, grid: str = "both", hidden: tuple[str, ...] = ("top", "right")) -> None:
-    """Draws a grid behind the data along the axes `grid` names, and hides edges."""
-    axes.grid(axis=grid, color=GRID, linewidth=0.8)  # type: ignore[arg-type]
-    axes.set_axisbelow(True)
-    axes.spines[list(hidden)].set_visible(False)
-
-
-def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 130) -> None:
-    """Writes a PNG atomically; the same figure gives the same bytes."""
-    with committing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
