@@ -211,7 +211,7 @@ def test_utilisation_and_references_scale_as_they_should() -> None:
 @pytest.mark.parametrize(("chips_per_host", "hosts"), [(1, 8), (3, 3), (8, 1), (100, 1)])
 def test_a_full_host_reads_for_its_chips(chips_per_host: int, hosts: int) -> None:
     assumptions = Assumptions("v5e:2x4", 1e6, chips_per_host=chips_per_host)
-    assert plan.slice_of(assumptions).hosts == hosts
+    assert assumptions.hosts == hosts
     section = plan.capacity_plan(load(), assumptions)["reading memories in training"]
     chips = min(chips_per_host, 8)
     expected = section["read"].value * chips / 8
