@@ -14,23 +14,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from m3jax import flops
 from m3jax.aot.collectives import by_kind, collectives
-from m3jax.aot.decode import arguments, serving, serving_mesh
 from m3jax.aot.jaxpr_flops import attention_blocks, chunks_of_row, executed_flops
 from m3jax.config import IN_STEP, PACKED, PREFIX_TOKENS, validate
 from m3jax.data.batch import Batch
 from m3jax.errors import CompileError, ConfigError
 from m3jax.hardware import Chip, chip_of_topology
+from m3jax.inference.sampling import Sampling
 from m3jax.make_model import make_model
 from m3jax.memory.binding import writer_params
 from m3jax.memory.codec import NONE, Codec
 from m3jax.memory.encode import encode_program, input_shapes
 from m3jax.mesh import AXES, batch_sharding, make_mesh, parameter_shardings, replicated, row_spec
 from m3jax.model.attention_mask import ExplicitMemory, Packing
+from m3jax.model.decode import Decoder, unstack
 from m3jax.private_apis import needed_bytes
 from m3jax.train.state import Program
 from m3jax.train.step import make_step
@@ -100,11 +101,8 @@ def compile_writer(config: ConfigDict, mesh: Mesh) -> CompiledProgram:
     """Compiles the encode of the memory writer on abstract arrays."""
     model = make_model(config, PREFIX_TOKENS, mesh)
     shapes, axes = model.abstract()
-    params = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        parameter_shardings(mesh, axes, shapes),
-    )
+    shardings = parameter_shardings(mesh, axes, shapes)
+    params = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), shapes, shardings)
     sharding = batch_sharding(mesh)
     inputs = [jax.ShapeDtypeStruct(s, jnp.int32, sharding=sharding) for s in input_shapes(config)]
     stored = Codec(NONE, config.model.head_dim, config.memory.dtype)
@@ -113,8 +111,37 @@ def compile_writer(config: ConfigDict, mesh: Mesh) -> CompiledProgram:
 
 def compile_decode(config: ConfigDict, mesh: Mesh, context: int) -> CompiledProgram:
     """Compiles the generation of a chunk after prompts of `context` tokens on abstract arrays."""
-    decoder, given = arguments(config, mesh, context)
-    return _compile(decoder.generate, *given)
+    model = make_model(config, PREFIX_TOKENS, mesh)
+    decoder = Decoder(model, Sampling(), stop=(3,))
+    B, M, Q = config.data.batch_size, config.memory.per_prompt_chunk, config.memory.chunk_length
+
+    def numbers(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    params = jax.eval_shape(lambda p: unstack(model, p), model.abstract()[0])
+    prompt = (numbers(B, context), numbers(B), numbers(B), _memories(config, B, context // Q, M))
+    state, _ = jax.eval_shape(
+        lambda *inputs: decoder.prefill(*inputs, slots=Q), params, *prompt, numbers(B, 1)
+    )
+    arguments = (params, state, _memories(config, B, M), numbers(), numbers(B, Q))
+    specs = (
+        *(decoder.param_specs, decoder.state_specs, decoder.memory_specs),
+        *(decoder.whole, decoder.rows),
+    )
+
+    def place(spec: PartitionSpec, part: Any) -> Any:
+        return jax.tree.map(lambda x: x.update(sharding=NamedSharding(mesh, spec)), part)
+
+    return _compile(decoder.generate, *jax.tree.map(place, specs, arguments))
+
+
+def _memories(config: ConfigDict, *lead: int) -> ExplicitMemory:
+    """Returns stored memories `(L, *lead, K, P, H)` as shapes."""
+    memory, model = config.memory, config.model
+    shape = (memory.layers, *lead, model.kv_heads, memory.kept_tokens, model.head_dim)
+    values: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(memory.dtype))
+    length: Any = jax.ShapeDtypeStruct(lead, jnp.int32)
+    return ExplicitMemory(values, values, length)
 
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> Batch:
@@ -122,7 +149,7 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> Batch:
 
     Preference pairs get as many slots for answers as a row of one text has chunks.
     """
-    model, memory, sharding = config.model, config.memory, batch_sharding(mesh)
+    memory, sharding = config.memory, batch_sharding(mesh)
 
     def array(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -136,11 +163,9 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> Batch:
         logprobs = array(B, 2 * max(1, C // 4), dtype=jnp.float32)
         batch = batch._replace(answers=array(B, T), base_logprobs=logprobs)
     if memory.source == "precomputed":
-        slots = (memory.layers, B, C, M, model.kv_heads, memory.kept_tokens, model.head_dim)
-        stored: Any = jax.ShapeDtypeStruct(
-            slots, jnp.dtype(memory.dtype), sharding=NamedSharding(mesh, row_spec(1))
-        )
-        batch = batch._replace(memory=ExplicitMemory(stored, stored, array(B, C, M)))
+        stored, by_rows = _memories(config, B, C, M), NamedSharding(mesh, row_spec(1))
+        keys, values = (x.update(sharding=by_rows) for x in stored[:2])
+        batch = batch._replace(memory=ExplicitMemory(keys, values, array(B, C, M)))
     if memory.source in IN_STEP:
         batch = batch._replace(reference_tokens=array(B, C, M, memory.reference_length))
     return batch
@@ -199,15 +224,14 @@ def compile_report(
     chip, _ = chip_of_topology(topology)
     devices = devices_of(topology)
     if program == "decode":
-        rows *= max(1, len(devices) // config.mesh.tensor)
-        config = serving(config, rows)
-        mesh = serving_mesh(config, devices)
-        compiled = compile_decode(config, mesh, context)
-    else:
-        mesh = make_mesh(config, devices)
-        compiled = (
-            compile_train(config, mesh) if program == "train" else compile_writer(config, mesh)
-        )
+        config = _serving(config, rows, len(devices))
+        rows = config.data.batch_size
+    mesh = make_mesh(config, devices)
+    compiled = {
+        "train": lambda: compile_train(config, mesh),
+        "writer": lambda: compile_writer(config, mesh),
+        "decode": lambda: compile_decode(config, mesh, context),
+    }[program]()
     tokens = config.data.sequence_length
     online = program == "writer" or config.memory.source in IN_STEP
     blocks = attention_blocks(config, tokens=tokens, references=online)
@@ -250,6 +274,18 @@ def compile_report(
         "mfu_ceiling": useful / (mesh.size * chip.flops * max(bounds.values())),
         "compile_seconds": compiled.seconds,
     }
+
+
+def _serving(config: ConfigDict, rows: int, devices: int) -> ConfigDict:
+    """Returns a copy of the config on a mesh of `data` and `tensor` alone, where weights are whole,
+    with `rows` rows on each device of `data`."""
+    changed = config.copy_and_resolve_references()
+    tensor = changed.mesh.tensor
+    with changed.unlocked():
+        changed.mesh.data, changed.mesh.fsdp = max(1, devices // (tensor * changed.mesh.slice)), 1
+        changed.data.batch_size = changed.evaluation.batch_size = rows * max(1, devices // tensor)
+        changed.train.microbatches = 1
+    return changed
 
 
 def _memory_bytes(
