@@ -124,15 +124,11 @@ def compile_decode(config: ConfigDict, mesh: Mesh, context: int) -> CompiledProg
         lambda *inputs: decoder.prefill(*inputs, slots=Q), params, *prompt, numbers(B, 1)
     )
     arguments = (params, state, _memories(config, B, M), numbers(), numbers(B, Q))
-    specs = (
-        *(decoder.param_specs, decoder.state_specs, decoder.memory_specs),
-        *(decoder.whole, decoder.rows),
-    )
 
     def place(spec: PartitionSpec, part: Any) -> Any:
         return jax.tree.map(lambda x: x.update(sharding=NamedSharding(mesh, spec)), part)
 
-    return _compile(decoder.generate, *jax.tree.map(place, specs, arguments))
+    return _compile(decoder.generate, *jax.tree.map(place, decoder.generate_specs, arguments))
 
 
 def _memories(config: ConfigDict, *lead: int) -> ExplicitMemory:
@@ -163,7 +159,8 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> Batch:
         logprobs = array(B, 2 * max(1, C // 4), dtype=jnp.float32)
         batch = batch._replace(answers=array(B, T), base_logprobs=logprobs)
     if memory.source == "precomputed":
-        stored, by_rows = _memories(config, B, C, M), NamedSharding(mesh, row_spec(1))
+        stored: Any = _memories(config, B, C, M)
+        by_rows = NamedSharding(mesh, row_spec(1))
         keys, values = (x.update(sharding=by_rows) for x in stored[:2])
         batch = batch._replace(memory=ExplicitMemory(keys, values, array(B, C, M)))
     if memory.source in IN_STEP:

@@ -7,25 +7,24 @@ prompt whose chunks have five memories of their own is window 1 and M = 5.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from m3jax.model.attention_mask import ExplicitMemory as ExplicitMemory
-from m3jax.model.attention_mask import KeyValues as KeyValues
-from m3jax.model.attention_mask import Packing as Packing
 from m3jax.model.attention_mask import (
+    ExplicitMemory,
+    KeyValues,
+    Packing,
+    Scope,
     ShortSight,
     concatenate,
     hidden_by_sight,
-    seen_by_heads,
     visible_mask,
 )
-from m3jax.model.attention_mask import memory_mask as memory_mask
 from m3jax.model.cudnn_attention import fused_attend
 from m3jax.model.splash import splash_attend
 from m3jax.model.splash_mask import PACKED_TOKENS
@@ -78,20 +77,14 @@ def attend(
 
     Args:
       q_BTKGH, k_BTKH, v_BTKH: queries, keys (RoPE applied) and values of the context.
-      prefix: keys and values in front of every row.
-      memory: memories of one layer, `(B, C, M, K, P, H)` and length `(B, C, M)`, C·chunk_length ≥
-        T; with `packing` as many chunks as the texts of a row have.
-      packing: several texts in a row, each of which sees itself and its memories only; None: one.
-      chunk_length: tokens Q of a chunk.
-      window: chunks whose memories a query reads, its own included.
+      prefix, memory, packing, chunk_length, window, heads: as in `Scope`.
       implementation: `naive` holds all scores; `blocked` works on `block` queries at a time, never
         computes scores that the mask hides behind them, and recomputes them for the gradient;
         `splash` is the TPU kernel (`splash_attend`), `splash_interpret` the same anywhere, slowly;
         `cudnn` is the kernel for NVIDIA GPUs, `xla` the same call without it (`fused_attend`).
       block: queries a block, tokens; of `blocked` and `splash`.
       kv_block: keys a block of `splash`.
-      heads: which key-value heads read memories (Memory³ §7); None: all.
-      sight: query heads that see little of the context; `naive` and `blocked` only.
+      sight: as in `Scope`; `naive` and `blocked` only.
 
     Returns:
       Attention output, before the output projection, dtype of the values.
@@ -99,136 +92,71 @@ def attend(
     Raises:
       ValueError: the implementation is unknown, or cannot take these arrays.
     """
+    scope = Scope(prefix, memory, packing, heads, sight, chunk_length, window)
+    inputs = (q_BTKGH, k_BTKH, v_BTKH, scope)
     if implementation == "naive":
-        return _attend_block(
-            *(0, chunk_length, window, q_BTKGH, k_BTKH, v_BTKH, prefix, memory),
-            packing=packing,
-            heads=heads,
-            sight=sight,
-        )
-    function: Callable[..., Array]
-    options: dict[str, Any] = {"chunk_length": chunk_length, "window": window, "heads": heads}
+        return _attend_block(0, *inputs)
     if implementation == "blocked":
-        options |= {"block": block, "packing": packing, "sight": sight}
-        function = _blocked_attend
-    elif sight is not None:
-        raise ValueError(f"implementation {implementation!r} takes no `sight`; take 'blocked'")
-    elif implementation in ("splash", "splash_interpret"):
-        interpret = implementation == "splash_interpret"
-        blocks = {"block": block, "kv_block": kv_block, "interpret": interpret}
-        options["packing"] = packing
-        function, options = splash_attend, {**options, **blocks}
-    elif implementation in ("cudnn", "xla"):
-        options |= {"implementation": implementation, "packing": packing}
-        function = fused_attend
-    else:
+        return _blocked_attend(*inputs, block)
+    if implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"attention implementation {implementation!r}; known: {known}")
-    return function(q_BTKGH, k_BTKH, v_BTKH, prefix, memory, **options)
+    if sight is not None:
+        raise ValueError(f"implementation {implementation!r} takes no `sight`; take 'blocked'")
+    if implementation in ("cudnn", "xla"):
+        return fused_attend(*inputs, implementation)
+    return splash_attend(*inputs, block, kv_block, interpret=implementation == "splash_interpret")
 
 
 def _blocked_attend(
-    q_BTKGH: Array,
-    k_BTKH: Array,
-    v_BTKH: Array,
-    prefix: KeyValues | None,
-    memory: ExplicitMemory | None,
-    *,
-    chunk_length: int,
-    window: int,
-    block: int,
-    packing: Packing | None,
-    heads: Array | None,
-    sight: ShortSight | None,
+    q_BTKGH: Array, k_BTKH: Array, v_BTKH: Array, scope: Scope, block: int
 ) -> Array:
     T = q_BTKGH.shape[1]
     outputs = []
     for start in range(0, T, block):
         stop = min(start + block, T)
-        low, high = 0, None  # a packed row's chunks are where its texts are
-        if packing is None:
-            low = max(0, start // chunk_length - window + 1)
-            high = (stop - 1) // chunk_length + 1
-        part = None if memory is None else jax.tree.map(lambda x, a=low, b=high: x[:, a:b], memory)
-
-        def body(
-            q: Array,
-            k: Array,
-            v: Array,
-            prefix: KeyValues | None,
-            part: ExplicitMemory | None,
-            packing: Packing | None,
-            heads: Array | None,
-            sight: ShortSight | None,
-            start: int = start,
-            low: int = low,
-        ) -> Array:
-            chunks = (start, chunk_length, window)
-            return _attend_block(*chunks, q, k, v, prefix, part, low, packing, heads, sight)
-
-        outputs.append(
-            jax.checkpoint(body)(
-                *(q_BTKGH[:, start:stop], k_BTKH[:, :stop], v_BTKH[:, :stop]),
-                *(prefix, part, packing, heads, sight),
-            )
-        )
+        part = scope
+        if scope.memory is not None and scope.packing is None:  # else chunks are where texts are
+            low = max(0, start // scope.chunk_length - scope.window + 1)
+            chunks = slice(low, (stop - 1) // scope.chunk_length + 1)
+            memory = jax.tree.map(lambda x, chunks=chunks: x[:, chunks], scope.memory)
+            part = dataclasses.replace(scope, memory=memory, low=low)
+        attend_block = jax.checkpoint(functools.partial(_attend_block, start))
+        seen = (q_BTKGH[:, start:stop], k_BTKH[:, :stop], v_BTKH[:, :stop])
+        outputs.append(attend_block(*seen, part))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 
-def _attend_block(
-    start: int,
-    chunk_length: int,
-    window: int,
-    q_BTKGH: Array,
-    k_BSKH: Array,
-    v_BSKH: Array,
-    prefix: KeyValues | None,
-    memory: ExplicitMemory | None,
-    low: int = 0,
-    packing: Packing | None = None,
-    heads: Array | None = None,
-    sight: ShortSight | None = None,
-) -> Array:
-    """Attention of the queries `start …` over all keys given; `low` is the first chunk in
-    `memory`."""
-    weights_BKGTS = attention_weights(
-        q_BTKGH, k_BSKH, prefix, memory, start, chunk_length, window, low, packing, heads, sight
-    )
-    _, values = concatenate(k_BSKH, v_BSKH, prefix, memory)
+def _attend_block(start: int, q_BTKGH: Array, k_BSKH: Array, v_BSKH: Array, scope: Scope) -> Array:
+    """Attention of the queries `start …` over all keys given."""
+    weights_BKGTS = attention_weights(q_BTKGH, k_BSKH, scope, start)
+    values = concatenate(k_BSKH, v_BSKH, scope.prefix, scope.memory).values
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), values)
 
 
 def attention_weights(
     q_BTKGH: Float[Array, "B T K G H"],
     k_BSKH: Float[Array, "B S K H"],
-    prefix: KeyValues | None,
-    memory: ExplicitMemory | None,
+    scope: Scope,
     start: int = 0,
-    chunk_length: int = 64,
-    window: int = 1,
-    low: int = 0,
-    packing: Packing | None = None,
-    heads: Bool[Array, " K"] | None = None,
-    sight: ShortSight | None = None,
 ) -> Float[Array, "B K G T keys"]:
     """Softmax weights in float32, keys in the order [prefix ; memories ; context].
 
     Args:
       q_BTKGH: queries of the tokens `start …`.
       k_BSKH: context keys of the tokens 0 ….
-      prefix, memory, chunk_length, window, packing, heads, sight: as in `attend`.
+      scope: what they attend to.
       start: position in the row of the first query.
-      low: chunk of the row that is the first in `memory`.
     """
     T, H, S = q_BTKGH.shape[1], q_BTKGH.shape[-1], k_BSKH.shape[1]
-    keys, _ = concatenate(k_BSKH, k_BSKH, prefix, memory)
+    keys = concatenate(k_BSKH, k_BSKH, scope.prefix, scope.memory).keys
     scores_BKGTS = jnp.einsum(
         "BTKGH,BSKH->BKGTS", q_BTKGH, keys, preferred_element_type=jnp.float32
     ) * (H**-0.5)
     query_T = start + jnp.arange(T)
-    mask_BTS = visible_mask(query_T, S, prefix, memory, chunk_length, window, low, packing)
-    mask_BKGTS = seen_by_heads(mask_BTS, heads, prefix, memory)[:, :, None]
-    if sight is not None:
-        mask_BKGTS = mask_BKGTS & ~hidden_by_sight(sight, query_T, S, mask_BTS.shape[-1])[None]
+    mask_BKGTS = visible_mask(query_T, S, scope)[:, :, None]
+    if scope.sight is not None:
+        hidden = hidden_by_sight(scope.sight, query_T, S, mask_BKGTS.shape[-1])
+        mask_BKGTS = mask_BKGTS & ~hidden[None]
     scores_BKGTS = jnp.where(mask_BKGTS, scores_BKGTS, MASKED)
     return jax.nn.softmax(scores_BKGTS, axis=-1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -60,89 +62,94 @@ class ShortSight(NamedTuple):
     tokens: int | Int[Array, ""]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """What queries may attend to besides the context, and which keys each of them sees.
+
+    Attributes:
+      prefix: keys and values in front of every row.
+      memory: memories of one layer, `(B, C, M, K, P, H)` and length `(B, C, M)`, C·chunk_length ≥
+        T; with `packing` as many chunks as the texts of a row have.
+      packing: several texts in a row, each of which sees itself and its memories only; None: one.
+      heads: which key-value heads read memories (Memory³ §7); None: all.
+      sight: query heads that see little of the context.
+      chunk_length: tokens Q of a chunk.
+      window: chunks whose memories a query reads, its own included.
+      low: chunk of the row that is the first in `memory`.
+    """
+
+    prefix: KeyValues | None = None
+    memory: ExplicitMemory | None = None
+    packing: Packing | None = None
+    heads: Bool[Array, " K"] | None = None
+    sight: ShortSight | None = None
+    chunk_length: int = dataclasses.field(default=64, metadata={"static": True})
+    window: int = dataclasses.field(default=1, metadata={"static": True})
+    low: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def prefix_slots(self) -> int:
+        """Keys of the prefix."""
+        return 0 if self.prefix is None else self.prefix.keys.shape[0]
+
+    @property
+    def memory_slots(self) -> int:
+        """Memory slots C·M·P of a row."""
+        memory = self.memory
+        return 0 if memory is None else math.prod(memory.length.shape[1:]) * memory.keys.shape[-2]
+
+
 def visible_mask(
-    query_T: Int[Array, T],
-    context: int,
-    prefix: KeyValues | None,
-    memory: ExplicitMemory | None,
-    chunk_length: int,
-    window: int,
-    low: int = 0,
-    packing: Packing | None = None,
-) -> Bool[Array, "rows T keys"]:
+    query_T: Int[Array, T], context: int, scope: Scope
+) -> Bool[Array, "rows heads T keys"]:
     """Returns the mask of keys, in the order [prefix ; memories ; context], that each query sees.
 
     Args:
       query_T: positions in the row of the queries.
       context: keys of the context, the tokens 0 ….
-      prefix, memory, chunk_length, window, packing: as in `attend`.
-      low: chunk of the row that is the first in `memory`.
+      scope: all of it but `sight`.
 
     Returns:
-      One mask for every row; one for all rows where they differ in nothing: without memory and
-      packing.
+      One mask for every row and key-value head; one for all rows where they differ in nothing
+      (without memory and packing), and one for all heads where `scope.heads` does not tell them
+      apart.
     """
+    packing, prefix = scope.packing, scope.prefix_slots
     masks = [(query_T[:, None] >= jnp.arange(context)[None])[None]]
     if packing is not None:
         own_BTS = jnp.arange(context)[None, None] >= packing.starts[:, query_T][..., None]
         masks = [masks[0] & own_BTS]
-    if memory is not None:
-        masks.insert(0, memory_mask(query_T, memory, chunk_length, window, low, packing))
-    if prefix is not None:
-        masks.insert(0, jnp.ones((1, query_T.shape[0], prefix.keys.shape[0]), bool))
+    if scope.memory is not None:
+        masks.insert(0, memory_mask(query_T, scope))
+    if scope.prefix is not None:
+        masks.insert(0, jnp.ones((1, query_T.shape[0], prefix), bool))
     rows = max(mask.shape[0] for mask in masks)
-    return jnp.concatenate(
+    mask_BTS = jnp.concatenate(
         [jnp.broadcast_to(mask, (rows, *mask.shape[1:])) for mask in masks], axis=-1
     )
+    if scope.heads is None or scope.memory is None:
+        return mask_BTS[:, None]
+    heads_KS = keys_of_heads(scope.heads, mask_BTS.shape[-1], prefix, scope.memory_slots)
+    return mask_BTS[:, None] & heads_KS[None, :, None]
 
 
-def memory_mask(
-    query_T: Int[Array, T],
-    memory: ExplicitMemory,
-    chunk_length: int,
-    window: int,
-    low: int = 0,
-    packing: Packing | None = None,
-) -> Bool[Array, "B T slots"]:
+def memory_mask(query_T: Int[Array, T], scope: Scope) -> Bool[Array, "B T slots"]:
     """Returns the mask of memory slots (C·M·P, chunk-major) that each query of the row reads."""
-    B, C, M = memory.length.shape
-    P = memory.keys.shape[-2]
-    chunk_C = (low + jnp.arange(C))[None, None]
-    query_chunk = query_T[None] // chunk_length  # one for all rows, (1, T)
+    memory, packing = scope.memory, scope.packing
+    assert memory is not None
+    B, C, _ = memory.length.shape
+    chunk_C = (scope.low + jnp.arange(C))[None, None]
+    query_chunk = query_T[None] // scope.chunk_length  # one for all rows, (1, T)
     if packing is not None:
         first = packing.first_chunks[:, query_T]
-        query_chunk = first + packing.positions[:, query_T] // chunk_length
+        query_chunk = first + packing.positions[:, query_T] // scope.chunk_length
     distance_BTC = query_chunk[..., None] - chunk_C
-    in_window_BTC = (distance_BTC >= 0) & (distance_BTC < window)
+    in_window_BTC = (distance_BTC >= 0) & (distance_BTC < scope.window)
     if packing is not None:
         in_window_BTC = in_window_BTC & (chunk_C >= first[..., None])
     visible = in_window_BTC[..., None, None] & real_slots(memory)[:, None]
-    return visible.reshape(B, query_T.shape[0], C * M * P)
-
-
-def seen_by_heads(
-    mask_BTS: Bool[Array, "rows T keys"],
-    heads_K: Bool[Array, " K"] | None,
-    prefix: KeyValues | None,
-    memory: ExplicitMemory | None,
-) -> Bool[Array, "rows heads T keys"]:
-    """Extends `visible_mask` to every key-value head: heads without memories see none.
-
-    Args:
-      mask_BTS: of `visible_mask`.
-      heads_K: which heads read memories; None: all.
-      prefix, memory: as in `attend`.
-
-    Returns:
-      One mask for all heads, `(rows, 1, T, keys)`, where all see the same.
-    """
-    if heads_K is None or memory is None:
-        return mask_BTS[:, None]
-    first = 0 if prefix is None else prefix.keys.shape[0]
-    slots = math.prod(memory.length.shape[1:]) * memory.keys.shape[-2]
-    return (
-        mask_BTS[:, None] & keys_of_heads(heads_K, mask_BTS.shape[-1], first, slots)[None, :, None]
-    )
+    return visible.reshape(B, query_T.shape[0], scope.memory_slots)
 
 
 def hidden_by_sight(
@@ -170,15 +177,15 @@ def real_slots(memory: ExplicitMemory) -> Bool[Array, "B C M P"]:
 
 def concatenate(
     k_BSKH: Array, v_BSKH: Array, prefix: KeyValues | None, memory: ExplicitMemory | None
-) -> tuple[Array, Array]:
-    """Concatenates keys and values in the order [prefix ; memories ; context]."""
+) -> KeyValues:
+    """Concatenates keys and values in the order [prefix ; memories ; context], `(B, S, K, H)`."""
     B, _, K, H = k_BSKH.shape
-    keys, values = [k_BSKH], [v_BSKH]
-    if memory is not None:
-        for parts, x_BCMKPH in ((keys, memory.keys), (values, memory.values)):
-            slots = jnp.moveaxis(x_BCMKPH, 3, 4).reshape(B, -1, K, H)
-            parts.insert(0, slots.astype(k_BSKH.dtype))
-    if prefix is not None:
-        for parts, x_SKH in ((keys, prefix.keys), (values, prefix.values)):
-            parts.insert(0, jnp.broadcast_to(x_SKH[None], (B, *x_SKH.shape)).astype(k_BSKH.dtype))
-    return jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)
+    joined = []
+    for part, context in enumerate((k_BSKH, v_BSKH)):
+        parts = [context]
+        if memory is not None:
+            parts.insert(0, jnp.moveaxis(memory[part], 3, 4).reshape(B, -1, K, H))
+        if prefix is not None:
+            parts.insert(0, jnp.broadcast_to(prefix[part][None], (B, *prefix[part].shape)))
+        joined.append(jnp.concatenate([x.astype(k_BSKH.dtype) for x in parts], axis=1))
+    return KeyValues(*joined)

@@ -11,40 +11,28 @@ seen by everyone exactly when p queries that are thrown away stand in front of t
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from m3jax.model.attention_mask import (
-    ExplicitMemory,
-    KeyValues,
-    Packing,
-    concatenate,
-    seen_by_heads,
-    visible_mask,
-)
+from m3jax.model.attention_mask import Scope, concatenate, visible_mask
 
 
 def fused_attend(
     q_BTKGH: Float[Array, "B T K G H"],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
-    prefix: KeyValues | None = None,
-    memory: ExplicitMemory | None = None,
-    *,
-    chunk_length: int = 64,
-    window: int = 1,
-    implementation: Literal["cudnn", "xla"] = "cudnn",
-    packing: Packing | None = None,
-    heads: Bool[Array, " K"] | None = None,
+    scope: Scope,
+    implementation: str = "cudnn",
 ) -> Float[Array, "B T K G H"]:
     """`attend` by one call of `jax.nn.dot_product_attention`: the same arguments and result.
 
     Args:
-      q_BTKGH, k_BTKH, v_BTKH, prefix, memory, chunk_length, window, packing, heads: as in
-        `attend`; with `heads` the mask is as large as all scores of all heads.
+      q_BTKGH, k_BTKH, v_BTKH: as in `attend`.
+      scope: what they attend to, without `sight`; with `heads` the mask is as large as all scores
+        of all heads.
       implementation: `cudnn`, or `xla` for the same call on any platform, which holds all scores.
 
     Raises:
@@ -53,27 +41,25 @@ def fused_attend(
     B, T, K, G, H = q_BTKGH.shape
     if implementation == "cudnn":
         _check_cudnn(q_BTKGH)
-    keys, values = concatenate(k_BTKH, v_BTKH, prefix, memory)
+    keys, values = concatenate(k_BTKH, v_BTKH, scope.prefix, scope.memory)
     q_BTNH = q_BTKGH.reshape(B, T, K * G, H)
-    if memory is None and packing is None:
+    options: dict[str, Any]
+    if scope.memory is None and scope.packing is None:
         front = keys.shape[1] - T
         q_BTNH = jnp.pad(q_BTNH, ((0, 0), (front, 0), (0, 0), (0, 0)))
-        out = jax.nn.dot_product_attention(
-            q_BTNH, keys, values, is_causal=True, implementation=implementation
-        )[:, front:]
+        options, kept = {"is_causal": True}, slice(front, None)
     else:
-        mask = visible_mask(jnp.arange(T), T, prefix, memory, chunk_length, window, packing=packing)
-        mask = seen_by_heads(mask, heads, prefix, memory)
+        mask = visible_mask(jnp.arange(T), T, scope)
         if mask.shape[1] > 1:
             mask = jnp.repeat(mask, G, axis=1)
         # With a mask, cuDNN's gradient takes even lengths only: a query and a key to throw away.
-        q_BTNH, (keys, values) = _even(q_BTNH), (_even(keys), _even(values))
+        q_BTNH, keys, values = _even(q_BTNH), _even(keys), _even(values)
         rows, columns = (x.shape[1] - n for x, n in ((q_BTNH, T), (keys, mask.shape[-1])))
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, rows), (0, columns)))
-        out = jax.nn.dot_product_attention(
-            q_BTNH, keys, values, mask=mask, implementation=implementation
-        )[:, :T]
-    return out.reshape(B, T, K, G, H)
+        options, kept = {"mask": mask}, slice(T)
+    options["implementation"] = implementation
+    out = jax.nn.dot_product_attention(q_BTNH, keys, values, **options)
+    return out[:, kept].reshape(B, T, K, G, H)
 
 
 def _even(x_BSKH: Array) -> Array:

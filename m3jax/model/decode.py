@@ -5,6 +5,7 @@ Layers are separate arrays and not stacked: a scan would copy every layer's weig
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -75,105 +76,76 @@ class Decoder:
         kept, prefix = model.memory.kept_tokens, len(model.prefix_tokens)
         self.layout = CacheLayout(segments, prefix, kept, model.memory_heads)
         self._name_parts()
-        self.prefill = jax.jit(self._prefill_program, static_argnames="slots")
-        self.generate = jax.jit(self._generate_program, donate_argnames="state")
+
+        def prefill(*inputs: Any, slots: int) -> tuple[State, Written]:
+            run = functools.partial(self._prefill, slots)
+            return self._on_devices(run, self.prefill_specs)(*inputs)
+
+        self.prefill = jax.jit(prefill, static_argnames="slots")
+        generate = self._on_devices(self._generate, self.generate_specs)
+        self.generate = jax.jit(generate, donate_argnums=1)
 
     def _name_parts(self) -> None:
         """Sets the partitions of what goes into the programs and comes out."""
         part: Any = ACTIVATIONS.spec
         rows: Any = part(("batch",))
         whole: Any = PartitionSpec()
-        self.rows, self.whole = rows, whole
-        self.param_specs = unstack(
-            self.model, self.model.specs(), lambda spec, _: PartitionSpec(*spec[1:])
-        )
-        memories = part((None, "batch", None, None, "kv_heads"))
-        self.prompt_memory_specs = ExplicitMemory(memories, memories, rows)
-        memories = part((None, "batch", None, "kv_heads"))
-        self.memory_specs = ExplicitMemory(memories, memories, rows)
+        params, ranges = self.model.specs(), self.model.ranges
+        of_layers = [
+            jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), params[segment])
+            for segment in self.layout.segments
+        ]
+        params = {name: params[name] for name in params if name not in ranges}
+        params["layers"] = of_layers
         cache = part(("batch", "kv_heads"))
         layers = tuple(KeyValues(cache, cache) for _ in self.layout.segments)
-        self.state_specs = State(layers, rows, rows, rows, whole, whole, rows, rows)
-        self.written_specs = Written(rows, rows)
-        if self.observe:
-            heads = part(("batch", None, "kv_heads"))
-            self.written_specs = Written(rows, rows, heads, rows)
+        state = State(layers, rows, rows, rows, whole, whole, rows, rows)
+        read = part((None, "batch", None, None, "kv_heads"))
+        prompt_memory = ExplicitMemory(read, read, rows)
+        read = part((None, "batch", None, "kv_heads"))
+        self.prefill_specs = (params, rows, rows, rows, prompt_memory, rows)
+        self.generate_specs = (params, state, ExplicitMemory(read, read, rows), whole, rows)
+        observed = (part(("batch", None, "kv_heads")), rows) if self.observe else ()
+        self._results = (state, Written(rows, rows, *observed))
 
-    def _prefill_program(
-        self,
-        params: Params,
-        tokens_BT: Int[Array, "B T"],
-        prompt_length: Int[Array, " B"],
-        rows: Int[Array, " B"],
-        memory: ExplicitMemory | None,
-        forced: Int[Array, "B 1"],
-        *,
-        slots: int,
-    ) -> tuple[State, Written]:
-        """Reads prompts and generates their first token.
+    def _on_devices(self, function: Callable, specs: tuple) -> Callable:
+        """Makes `function` of one device's parts a function of global arrays; memories may be
+        None."""
 
-        Args:
-          params: of `unstack`.
-          tokens_BT: prompts, padded at the end; T a multiple of the chunk length.
-          prompt_length: their tokens, ≥ 1.
-          rows: number of each row, for the sampler.
-          memory: what each chunk reads, as it is stored: `(L, B, C, M, K, P, width)`. The last
-            chunk's stays in the cache.
-          forced: what is generated, where it is not −1.
-          slots: of what will be generated.
+        def run(*inputs: Any) -> tuple[State, Written]:
+            pairs = zip(inputs, specs, strict=True)
+            own = tuple(None if x is None else spec for x, spec in pairs)
+            return on_devices(self.model.mesh, function, own, self._results)(*inputs)
 
-        Returns:
-          The state, and the first token, `(B, 1)`.
-        """
-
-        def run(params: Params, *inputs: Any) -> tuple[State, Written]:
-            return self._prefill(params, slots, *inputs)
-
-        inputs = (tokens_BT, prompt_length, rows, memory, forced)
-        memory_spec = self.prompt_memory_specs if memory else None
-        specs = (self.rows, self.rows, self.rows, memory_spec, self.rows)
-        results = (self.state_specs, self.written_specs)
-        return on_devices(self.model.mesh, run, (self.param_specs, *specs), results)(
-            params, *inputs
-        )
-
-    def _generate_program(
-        self,
-        params: Params,
-        state: State,
-        memory: ExplicitMemory | None,
-        steps: Int[Array, ""],
-        forced: Int[Array, "B n"],
-    ) -> tuple[State, Written]:
-        """Generates up to `steps` tokens a row, fewer when all rows have ended.
-
-        Args:
-          params: of `unstack`.
-          state: is given up.
-          memory: what the rows read from now on, as it is stored, `(L, B, M, K, P, width)`; None
-            leaves what they read.
-          steps: ≤ n.
-          forced: what is generated, where it is not −1.
-        """
-
-        memory_spec = self.memory_specs if memory else None
-        specs = (self.param_specs, self.state_specs, memory_spec, self.whole, self.rows)
-        results = (self.state_specs, self.written_specs)
-        run = on_devices(self.model.mesh, self._generate, specs, results)
-        return run(params, state, memory, steps, forced)
+        return run
 
     # What follows sees the part of one device.
 
     def _prefill(
         self,
-        params: Params,
         slots: int,
-        tokens_BT: Array,
-        prompt_length: Array,
-        rows: Array,
+        params: Params,
+        tokens_BT: Int[Array, "B T"],
+        prompt_length: Int[Array, " B"],
+        rows: Int[Array, " B"],
         stored: ExplicitMemory | None,
-        forced: Array,
+        forced: Int[Array, "B 1"],
     ) -> tuple[State, Written]:
+        """Reads prompts and generates their first token.
+
+        Args:
+          slots: of what will be generated.
+          params: of `unstack`.
+          tokens_BT: prompts, padded at the end; T a multiple of the chunk length.
+          prompt_length: their tokens, ≥ 1.
+          rows: number of each row, for the sampler.
+          stored: what each chunk reads, as it is stored: `(L, B, C, M, K, P, width)`. The last
+            chunk's stays in the cache.
+          forced: what is generated, where it is not −1.
+
+        Returns:
+          The state, and the first token, `(B, 1)`.
+        """
         model, (B, T) = self.model, tokens_BT.shape
         memory, layout = self._memories(stored), self.layout
         streams, hidden = model.embed(params, tokens_BT, None)
@@ -213,9 +185,19 @@ class Decoder:
         params: Params,
         state: State,
         stored: ExplicitMemory | None,
-        steps: Array,
-        forced: Array,
+        steps: Int[Array, ""],
+        forced: Int[Array, "B n"],
     ) -> tuple[State, Written]:
+        """Generates up to `steps` tokens a row, fewer when all rows have ended.
+
+        Args:
+          params: of `unstack`.
+          state: is given up.
+          stored: what the rows read from now on, as it is stored, `(L, B, M, K, P, width)`; None
+            leaves what they read.
+          steps: ≤ n.
+          forced: what is generated, where it is not −1.
+        """
         memory = self._memories(stored)
         if memory is not None:
             state = self.layout.load_memories(state, memory)
@@ -237,14 +219,13 @@ class Decoder:
             readings = [jnp.where(before[:, None, None, None], 0, part) for part in readings]
             return i + 1, state, self._observed(written, readings, i)
 
+        carry = (jnp.int32(0), state, written)
         # Rows end together over all devices of a mesh, or collectives would wait for each other.
         if self.model.mesh is not None and self.model.mesh.size > 1:
-            carry = jax.lax.fori_loop(
-                0, steps, lambda _, carry: step(carry), (jnp.int32(0), state, written)
-            )
+            carry = jax.lax.fori_loop(0, steps, lambda _, carry: step(carry), carry)
         else:
-            carry = jax.lax.while_loop(going, step, (jnp.int32(0), state, written))
-        return carry[1], carry[2]
+            carry = jax.lax.while_loop(going, step, carry)
+        return carry[1:]
 
     def _memories(self, stored: ExplicitMemory | None) -> ExplicitMemory | None:
         return stored if stored is None or self.dequantize is None else self.dequantize(stored)
@@ -326,32 +307,17 @@ class Decoder:
         )
 
 
-def unstack(
-    model: Model, params: Params, leaf_of: Callable[[Any, int], Any] | None = None
-) -> Params:
-    """Returns parameters with a dict a layer, `layers`, instead of stacked segments.
+def unstack(model: Model, params: Params) -> Params:
+    """Returns parameters of `model` with a dict a layer, `layers`, instead of stacked segments;
+    matrices are in the compute dtype, as they are used."""
 
-    Args:
-      model: whose parameters.
-      params: of `Model`.
-      leaf_of: what layer number i of its segment has of a stacked leaf; default its slice, matrices
-        in the compute dtype, as they are used.
-    """
-    is_leaf = (lambda x: isinstance(x, PartitionSpec)) if leaf_of else None
-
-    def part(leaf: Any, i: int) -> Any:
-        if leaf_of is not None:
-            return leaf_of(leaf, i)
-        return leaf[i].astype(model.dtype) if leaf.ndim > 2 else leaf[i]
+    def cast(leaf: Array) -> Array:
+        return leaf.astype(model.dtype) if leaf.ndim > 1 else leaf
 
     layers = [
-        jax.tree.map(lambda leaf, i=i: part(leaf, i), params[name], is_leaf=is_leaf)
+        jax.tree.map(lambda leaf, i=i: cast(leaf[i]), params[name])
         for name, (low, high) in model.ranges.items()
         for i in range(high - low)
     ]
-    rest = {name: params[name] for name in params if name not in model.ranges}
-    if leaf_of is None:
-        rest = {
-            name: leaf.astype(model.dtype) if leaf.ndim > 1 else leaf for name, leaf in rest.items()
-        }
+    rest = {name: cast(params[name]) for name in params if name not in model.ranges}
     return {**rest, "layers": layers}

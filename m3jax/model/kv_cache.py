@@ -113,18 +113,14 @@ class CacheLayout:
 
     def load_memories(self, state: State, memory: ExplicitMemory) -> State:
         """Returns the state with other memories `(L, B, M, K, P, H)` in its slots."""
-        parts = iter(by_layer(memory))
+
+        def load(old: Array, new: Array) -> Array:
+            slots = _as_slots(new, old.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(old, slots, self.prefix, 2)
+
         cache = list(state.cache)
-        for index, segment in enumerate(self.segments):
-            if segment == "memory":
-                cache[index] = KeyValues(
-                    *(
-                        jax.lax.dynamic_update_slice_in_dim(
-                            old, _as_slots(new, old.dtype), self.prefix, 2
-                        )
-                        for old, new in zip(cache[index], next(parts)[:2], strict=True)
-                    )
-                )
+        for index, part in enumerate(by_layer(memory), self.segments.index("memory")):
+            cache[index] = KeyValues(*map(load, cache[index], part[:2]))
         return state._replace(cache=tuple(cache), memory_length=memory.length)
 
 

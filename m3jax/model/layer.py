@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from m3jax.model.attention import attend, attention_weights
-from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing, ShortSight
+from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing, Scope, ShortSight
 from m3jax.model.collectives import Parallel
 from m3jax.model.rope import rotate
 from m3jax.model.streams import Streams, join
@@ -260,7 +260,7 @@ class Layer:
         options |= {"packing": self.packing, "heads": heads_K, "sight": sight}
         observed = None
         if self.observe:
-            weights = attention_weights(heads.q, heads.k, prefix, memory, **options)
+            weights = attention_weights(heads.q, heads.k, Scope(prefix, memory, **options))
             observed = weights[..., self.prefix : weights.shape[-1] - heads.k.shape[1]]
         attended = attend(heads.q, heads.k, heads.v, prefix, memory, **options, **self.attention)
         return attended, observed

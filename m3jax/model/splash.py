@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing, keys_of_heads, real_slots
+from m3jax.model.attention_mask import ExplicitMemory, Scope, keys_of_heads, real_slots
 from m3jax.model.splash_mask import Layout, packed_codes, plan, row_mask
 from m3jax.private_apis import with_query_codes
 
@@ -44,42 +44,38 @@ def splash_attend(
     q_BTKGH: Float[Array, "B T K G H"],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
-    prefix: KeyValues | None = None,
-    memory: ExplicitMemory | None = None,
-    packing: Packing | None = None,
-    *,
-    chunk_length: int = 64,
-    window: int = 1,
+    scope: Scope,
     block: int = 256,
     kv_block: int = 256,
     interpret: bool = False,
-    heads: Bool[Array, " K"] | None = None,
 ) -> Float[Array, "B T K G H"]:
     """`attend` by the splash kernel: the same arguments and result.
 
-    Scores are summed in float32; the scale H**-0.5 is put on the queries, in their dtype.
+    Scores are summed in float32; the scale H**-0.5 is put on the queries, in their dtype. With
+    `scope.heads` each head has a kernel of its own, since the segments, which say which heads read
+    memories, are those of a kernel.
 
     Args:
-      q_BTKGH, k_BTKH, v_BTKH, prefix, memory, packing, chunk_length, window: as in `attend`.
+      q_BTKGH, k_BTKH, v_BTKH: as in `attend`.
+      scope: what they attend to; without `sight`.
       block: tokens of a block of queries; raised to what the kernel needs, lowered to T and to
         what the chip's VMEM holds.
       kv_block: keys of a block; raised to a multiple of 128, lowered to what there is.
       interpret: evaluate the kernel with plain operations, for any platform (slow).
-      heads: which key-value heads read memories; None: all. Then each head has a kernel of its own,
-        since the segments, which say it, are those of a kernel.
 
     Raises:
       ConfigError: the row is too long.
     """
+    prefix, memory, packing, heads = scope.prefix, scope.memory, scope.packing, scope.heads
     B, T, K, G, H = q_BTKGH.shape
     layout = plan(
         T,
         G,
-        prefix=0 if prefix is None else prefix.keys.shape[0],
+        prefix=scope.prefix_slots,
         chunks=0 if memory is None else memory.keys.shape[1],
         chunk_slots=0 if memory is None else memory.keys.shape[2] * memory.keys.shape[4],
-        chunk_length=chunk_length,
-        window=window,
+        chunk_length=scope.chunk_length,
+        window=scope.window,
         block=block,
         kv_block=kv_block,
         packed=packing is not None,

@@ -97,7 +97,7 @@ class Model:
 
     def specs(self) -> Params:
         """Returns the partition of every parameter."""
-        return jax.tree.map(PARAMETERS.spec, self.abstract()[1], is_leaf=_is_axes)
+        return jax.tree.map(PARAMETERS.spec, self._abstract[1], is_leaf=_is_axes)
 
     def init(self, key: Array) -> Params:
         """Draws random parameters (pure: may be jitted with output shardings)."""
@@ -116,31 +116,10 @@ class Model:
         )
 
     def logits(
-        self,
-        params: Params,
-        tokens_BT: Int[Array, "B T"],
-        memory: ExplicitMemory | None = None,
-        reference_tokens: Int[Array, "B C M W"] | None = None,
-        sparsify: Callable | None = None,
-        *,
-        window: int | None = None,
-        packing: Packing | None = None,
+        self, params: Params, tokens_BT: Int[Array, "B T"], *inputs: Any, **options: Any
     ) -> Float[Array, "B T V"]:
-        """Returns next-token logits in float32.
-
-        Args:
-          params: parameters.
-          tokens_BT: context tokens.
-          memory: precomputed memories, `(L, B, C, M, K, P, H)`, length `(B, C, M)`.
-          reference_tokens: instead of `memory`: references to encode here, with gradient unless
-            `memory.source` is `stop_gradient`, 0-padded; a row of zeros is no reference.
-          sparsify: `memory.sparsify.sparsifier(memory)`; needed with `reference_tokens`.
-          window: chunks whose memories a query reads; default from the config.
-          packing: several texts in a row, which do not see each other; C is then the number of
-            their chunks. None: one text.
-        """
-        hidden = self.hidden(params, tokens_BT, memory, reference_tokens, sparsify, window, packing)
-        return self.head(params, hidden)
+        """Returns next-token logits in float32; arguments as in `hidden`."""
+        return self.head(params, self.hidden(params, tokens_BT, *inputs, **options))
 
     def hidden(
         self,
@@ -155,25 +134,30 @@ class Model:
         memory_heads: Bool[Array, "L K"] | None = None,
         sight: ShortSight | None = None,
     ) -> Float[Array, "B T D"]:
-        """Returns hidden states before the final norm; other arguments as in `logits`.
+        """Returns hidden states before the final norm.
 
         Args:
+          params: parameters.
+          tokens_BT: context tokens.
+          memory: precomputed memories, `(L, B, C, M, K, P, H)`, length `(B, C, M)`.
+          reference_tokens: instead of `memory`: references to encode here, with gradient unless
+            `memory.source` is `stop_gradient`, 0-padded; a row of zeros is no reference.
+          sparsify: `memory.sparsify.sparsifier(memory)`; needed with `reference_tokens`.
+          window: chunks whose memories a query reads; default from the config.
+          packing: several texts in a row, which do not see each other; C is then the number of
+            their chunks. None: one text.
           memory_heads: which key-value heads of the memory layers read memories; default from the
             config.
           sight: query heads of all layers, `(L, K, G)`, that see little of the context.
         """
-        return self._run(
-            *(params, tokens_BT, memory, reference_tokens, sparsify, window),
-            packing=packing,
-            memory_heads=memory_heads,
-            sight=sight,
-        )[0]
+        inputs = (tokens_BT, memory, reference_tokens, sparsify, window, packing)
+        return self._run(params, *inputs, memory_heads, sight)[0]
 
     def memory_attention(
         self, params: Params, tokens_BT: Int[Array, "B T"], memory: ExplicitMemory, window: int
     ) -> Float[Array, "L B K G T slots"]:
         """Returns the attention weight of every query on every memory slot (C·M·P)."""
-        return self._run(params, tokens_BT, memory, None, None, window, observe=True)[1]
+        return self._run(params, tokens_BT, memory, window=window, observe=True)[1]
 
     def head(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Applies the final norm and the LM head; logits in float32."""
@@ -243,33 +227,31 @@ class Model:
         params: Params,
         tokens_BT: Array,
         memory: ExplicitMemory | None,
-        reference_tokens: Array | None,
-        sparsify: Callable | None,
-        window: int | None,
-        observe: bool = False,
+        reference_tokens: Array | None = None,
+        sparsify: Callable | None = None,
+        window: int | None = None,
         packing: Packing | None = None,
         memory_heads: Array | None = None,
         sight: ShortSight | None = None,
+        observe: bool = False,
     ) -> tuple[Array, Any]:
-        window = self.memory.window if window is None else window
-        lead, usable_RW = None, None
-        if reference_tokens is not None and self.memory.source == "stop_gradient":
-            memory = self._encoded_without_gradient(params, reference_tokens, sparsify)
-            reference_tokens = None
+        """Returns hidden states, and attention on memories where observed."""
+        lead = usable_RW = None
         if reference_tokens is not None:
             *lead, W = reference_tokens.shape
             reference_tokens = reference_tokens.reshape(-1, W)
-            usable_RW = reference_tokens != 0
+            if self.memory.source == "stop_gradient":
+                assert sparsify is not None
+                written, _ = self.encode(jax.lax.stop_gradient(params), reference_tokens, sparsify)
+                keys, values = (x.reshape(len(x), *lead, *x.shape[2:]) for x in written[:2])
+                memory = ExplicitMemory(keys, values, written.length.reshape(lead))
+                reference_tokens = None
+            else:
+                usable_RW = reference_tokens != 0
         streams, hidden = self.embed(params, tokens_BT, reference_tokens)
-        layer = self.layer(
-            streams,
-            window=window,
-            observe=observe,
-            sparsify=sparsify,
-            usable_RW=usable_RW,
-            lead=lead,
-            packing=packing,
-        )
+        references = {"sparsify": sparsify, "usable_RW": usable_RW, "lead": lead}
+        window = self.memory.window if window is None else window
+        layer = self.layer(streams, window=window, observe=observe, packing=packing, **references)
         hidden = self._scan_plain(params, "lower", layer, hidden, sight)
         hidden, observed = self._scan_memory(params, layer, hidden, memory, memory_heads, sight)
         layer = dataclasses.replace(layer, streams=streams._replace(references=(0, 0)))
@@ -277,17 +259,6 @@ class Model:
         context = layer.streams.split(hidden)[1]
         assert context is not None
         return context, observed
-
-    def _encoded_without_gradient(
-        self, params: Params, reference_tokens: Array, sparsify: Callable | None
-    ) -> ExplicitMemory:
-        """Writes memories `(B, C, M, …)` of references `(B, C, M, W)`, constants to a gradient."""
-        assert sparsify is not None
-        *lead, W = reference_tokens.shape
-        fixed = jax.lax.stop_gradient(params)
-        memory, _ = self.encode(fixed, reference_tokens.reshape(-1, W), sparsify)
-        keys, values = (x.reshape(len(x), *lead, *x.shape[2:]) for x in memory[:2])
-        return ExplicitMemory(keys, values, memory.length.reshape(lead))
 
     def embed(
         self, params: Params, tokens_BT: Array | None, reference_tokens: Array | None
@@ -316,12 +287,7 @@ class Model:
         return ShortSight(sight.heads_KG[low:high], jnp.full(high - low, sight.tokens))
 
     def _scan_plain(
-        self,
-        params: Params,
-        segment: str,
-        layer: Layer,
-        hidden: Array,
-        sight: ShortSight | None = None,
+        self, params: Params, segment: str, layer: Layer, hidden: Array, sight: Any = None
     ) -> Array:
         if not self.segments[segment]:
             return hidden
@@ -346,26 +312,20 @@ class Model:
         With references the last layer is peeled: it needs neither their attention output nor MLP,
         and leaves the row without them.
         """
-        stacked, L = params["memory"], self.segments["memory"]
 
         def body(hidden: Array, inputs: Any, last: bool = False) -> tuple[Array, Any]:
-            part = None
-            if memory is not None:
-                part = ExplicitMemory(inputs[1][0], inputs[1][1], memory.length)
-            return layer.memory(self.merge(inputs[0]), hidden, part, last, *inputs[2:])
+            stacked, key_values, heads_K, sight = inputs
+            part = memory and ExplicitMemory(key_values[0], key_values[1], memory.length)
+            return layer.memory(self.merge(stacked), hidden, part, last, heads_K, sight)
 
         heads = self.memory_heads if memory_heads is None else memory_heads
         heads_LK = None if heads is None else jnp.asarray(heads)
-        each = (
-            stacked,
-            None if memory is None else memory[:2],
-            heads_LK,
-            self._sights(sight, "memory"),
-        )
+        key_values = None if memory is None else memory[:2]
+        each = (params["memory"], key_values, heads_LK, self._sights(sight, "memory"))
         if layer.usable_RW is None:  # no references
             return jax.lax.scan(self._remat(body), hidden, each)
         outputs = []
-        if L > 1:
+        if self.segments["memory"] > 1:
             hidden, output = jax.lax.scan(
                 self._remat(body), hidden, jax.tree.map(lambda x: x[:-1], each)
             )
@@ -380,6 +340,8 @@ class Model:
 
         Which tokens a reference keeps is always saved: a few integers that spare all their scores.
         """
+        if self.config.remat == "none":
+            return body
         policies = jax.checkpoint_policies
         chosen = policies.save_only_these_names(KEPT_TOKENS)
         policy = {
@@ -388,10 +350,8 @@ class Model:
             "dots": policies.save_from_both_policies(
                 chosen, policies.dots_with_no_batch_dims_saveable
             ),
-        }
-        if self.config.remat == "none":
-            return body
-        return jax.checkpoint(body, prevent_cse=False, policy=policy[self.config.remat])
+        }[self.config.remat]
+        return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 
 def _heads_with_memories(model: ConfigDict, memory: ConfigDict) -> Bool[np.ndarray, "L K"] | None:

@@ -72,8 +72,6 @@ def cross_entropy(
         used.
       z_loss: factor of the squared logarithm of the normaliser.
     """
-    T = x_BTD.shape[1]
-    block = next(size for size in range(min(block, T), 0, -1) if T % size == 0)
 
     @jax.custom_vjp
     def total(*arguments: Array) -> tuple[Array, Array, Array]:
@@ -95,8 +93,6 @@ def token_losses(
     block: int,
 ) -> Float[Array, "B T"]:
     """Returns the cross-entropy of every token in nats, without a gradient."""
-    T = x_BTD.shape[1]
-    block = next(size for size in range(min(block, T), 0, -1) if T % size == 0)
     x_BTD, table_VD = jax.lax.stop_gradient((x_BTD, table_VD))
     table = parallel.whole(table_VD, 0)
 
@@ -106,11 +102,17 @@ def token_losses(
         normalizer, scored, _, _ = _scores(parallel, logits, targets)
         return normalizer - scored
 
-    blocks = jax.tree.map(
-        lambda a: jnp.moveaxis(a.reshape(a.shape[0], T // block, block, *a.shape[2:]), 1, 0),
-        (x_BTD, targets_BT),
-    )
-    return jnp.moveaxis(jax.lax.map(block_losses, blocks), 0, 1).reshape(targets_BT.shape)
+    losses = jax.lax.map(block_losses, _in_blocks(block, x_BTD, targets_BT))
+    return jnp.moveaxis(losses, 0, 1).reshape(targets_BT.shape)
+
+
+def _in_blocks(block: int, *arrays: Array) -> Any:
+    """Splits rows `(B, T, …)` in blocks of tokens, `(T / size, B, size, …)`; the size is the
+    largest divisor of T up to `block`."""
+    T = arrays[0].shape[1]
+    size = next(size for size in range(min(block, T), 0, -1) if T % size == 0)
+    parts = (x.reshape(x.shape[0], T // size, size, *x.shape[2:]) for x in arrays)
+    return tuple(jnp.moveaxis(x, 1, 0) for x in parts)
 
 
 def _scores(parallel: Parallel, logits: Array, targets: Array) -> tuple[Array, Array, Array, Array]:
@@ -140,11 +142,6 @@ def _sums(
 ) -> Any:
     """Returns the three sums, and (with `gradient`) gradients of the first, or None."""
     table = parallel.whole(part, 0)
-    length = x.shape[1]
-    blocks = jax.tree.map(
-        lambda a: jnp.moveaxis(a.reshape(a.shape[0], length // block, block, *a.shape[2:]), 1, 0),
-        (x, targets, weights.astype(jnp.float32)),
-    )
 
     def add_block(carry: Any, inputs: tuple[Array, Array, Array]) -> tuple[Any, Any]:
         x, targets, weights = inputs
@@ -171,6 +168,7 @@ def _sums(
     start: tuple[Array, ...] = (zero,) * (3 if z_loss else 2)
     if gradient:
         start += (jnp.zeros(table.shape, jnp.float32),)
+    blocks = _in_blocks(block, x, targets, weights.astype(jnp.float32))
     carry, x_gradient = jax.lax.scan(add_block, start, blocks)
     loss, correct = carry[:2]
     sums = (loss + z_loss * carry[2] if z_loss else loss, loss, correct)

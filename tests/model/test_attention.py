@@ -1,5 +1,6 @@
 """`attend` against an explicit concatenation of the keys each query sees, mask tables, memory."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from model.attention_inputs import Inputs
 from tolerance import close
 
 from m3jax.model.attention import attend, attention_weights, resolve
-from m3jax.model.attention_mask import ExplicitMemory, KeyValues, memory_mask
+from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Scope, memory_mask
 
 B, T, K, G, H, P = 2, 7, 2, 2, 4, 3
 CHUNK = 3
@@ -205,11 +206,13 @@ def test_mask_tables(window: int, M: int) -> None:
     keys = np.zeros((*length.shape, 1, 2, 1), np.float32)
     table = np.array(TABLES[window, M], bool)
     memory = ExplicitMemory(keys, keys, length)
-    found = memory_mask(jnp.arange(len(table)), memory, chunk_length=2, window=window)
+    scope = Scope(None, memory, chunk_length=2, window=window)
+    found = memory_mask(jnp.arange(len(table)), scope)
     np.testing.assert_array_equal(found, table[None])
     # A part of the row that begins at chunk 1 sees the same.
     rest = jax.tree.map(lambda x: x[:, 1:], memory)
-    part = memory_mask(jnp.arange(2, len(table)), rest, chunk_length=2, window=window, low=1)
+    scope = dataclasses.replace(scope, memory=rest, low=1)
+    part = memory_mask(jnp.arange(2, len(table)), scope)
     np.testing.assert_array_equal(part[0], table[2:, 2 * M :])
 
 
@@ -225,14 +228,9 @@ def test_invalid_slots_take_no_attention(implementation: str) -> None:
         values=jnp.where(invalid, np.float32(1e6), inputs.values),
     )
     np.testing.assert_array_equal(jitted(poisoned, length, **options), before)
-    weights = attention_weights(
-        inputs.q,
-        inputs.k,
-        inputs.prefix,
-        ExplicitMemory(poisoned.keys, poisoned.values, length),
-        chunk_length=CHUNK,
-        window=2,
-    )
+    memory = ExplicitMemory(poisoned.keys, poisoned.values, length)
+    scope = Scope(inputs.prefix, memory, chunk_length=CHUNK, window=2)
+    weights = attention_weights(inputs.q, inputs.k, scope)
     close(weights.sum(-1), 1)
     slots = np.asarray(weights[..., 2:-T]).reshape(B, K, G, T, 3, 2, P)
     assert not np.where((np.arange(P) >= length[..., None])[:, None, None, None], slots, 0).any()

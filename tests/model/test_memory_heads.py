@@ -29,7 +29,7 @@ from m3jax.make_model import make_model
 from m3jax.memory.binding import layout_of
 from m3jax.memory.codec import heads_of
 from m3jax.model.attention import attend, attention_weights
-from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing
+from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing, Scope
 
 
 def listed(inputs: Inputs, length: np.ndarray, window: int, heads: np.ndarray) -> Any:
@@ -112,7 +112,8 @@ def test_attention_weights_of_hidden_memories_are_zero() -> None:
     inputs, length = make_inputs(1)
     memory = ExplicitMemory(inputs.keys, inputs.values, length)
     heads = jnp.array([True, False])
-    weights = attention_weights(inputs.q, inputs.k, inputs.prefix, memory, 0, CHUNK, 5, heads=heads)
+    scope = Scope(inputs.prefix, memory, heads=heads, chunk_length=CHUNK, window=5)
+    weights = attention_weights(inputs.q, inputs.k, scope)
     slots = weights[..., 2 : 2 + length[0].size * 3]
     assert slots[:, 0].any() and not slots[:, 1].any()
     close(weights.sum(-1), 1)

@@ -9,7 +9,7 @@ from tolerance import close
 from train.tiny import tiny_config
 
 from m3jax.make_model import make_model
-from m3jax.model.attention_mask import ExplicitMemory, Packing, memory_mask, visible_mask
+from m3jax.model.attention_mask import ExplicitMemory, Packing, Scope, memory_mask, visible_mask
 
 LENGTHS = (6, 3, 1, 5)  # of a row of 16, chunks of 4: 2 + 1 + 1 + 2 chunks, one token of padding
 CHUNKS = 6
@@ -40,7 +40,7 @@ def test_the_mask_as_a_table() -> None:
     first = jnp.array([[0, 0, 0, 2, 2, 3]], jnp.int32)
     packed = Packing(starts, first)
     assert packed.positions.tolist() == [[0, 1, 2, 0, 1, 0]]
-    seen = visible_mask(jnp.arange(6), 6, None, None, 2, 2, packing=packed)
+    seen = visible_mask(jnp.arange(6), 6, Scope(packing=packed, chunk_length=2, window=2))[:, 0]
     assert seen[0].astype(int).tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
@@ -51,7 +51,7 @@ def test_the_mask_as_a_table() -> None:
     ]
     slots = jnp.zeros((1, 3, 1, 1, 1, 1))  # one slot for each of the three chunks
     memory = ExplicitMemory(slots[..., 0, :, :], slots[..., 0, :, :], jnp.ones((1, 3, 1), int))
-    read = memory_mask(jnp.arange(6), memory, 2, 2, packing=packed)
+    read = memory_mask(jnp.arange(6), Scope(None, memory, packed, chunk_length=2, window=2))
     assert read[0].astype(int).tolist() == [
         [1, 0, 0],
         [1, 0, 0],

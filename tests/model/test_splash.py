@@ -12,7 +12,7 @@ from model.attention_inputs import Case, make_inputs, value_and_gradients, weigh
 from tolerance import close_trees
 
 from m3jax.hardware import LIBTPU_ENVIRONMENT
-from m3jax.model.attention_mask import ExplicitMemory, memory_mask
+from m3jax.model.attention_mask import ExplicitMemory, Scope, memory_mask
 from m3jax.model.splash import _segments, make_kernel
 from m3jax.model.splash_mask import EDGE_BYTES, SCORE_BYTES, VMEM, RowMask, pairs, plan
 
@@ -86,7 +86,7 @@ def test_mask_table() -> None:
     length = np.array([[[2], [1], [0]], [[0], [2], [2]]], np.int32)
     empty = np.zeros((2, 3, 1, 1, 2, 1), np.float32)
     memory = ExplicitMemory(empty, empty, length)
-    wanted = memory_mask(jnp.arange(6), memory, chunk_length=2, window=2)
+    wanted = memory_mask(jnp.arange(6), Scope(None, memory, chunk_length=2, window=2))
     segments = np.asarray(_segments(layout, memory))
     np.testing.assert_array_equal(segments[:, :6], [[0, 0, 0, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
     assert not segments[:, 6:].any()
@@ -159,7 +159,8 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, PartitionSpec
-from m3jax.model.attention import ExplicitMemory, KeyValues, Packing, attend
+from m3jax.model.attention import attend
+from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing
 
 devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices)
 mesh = Mesh(devices.reshape(8, 2), ("rows", "heads"))

@@ -7,7 +7,7 @@ from model.attention_inputs import Case, make_inputs, value_and_gradients, weigh
 from tolerance import close_trees
 
 from m3jax.model.attention import resolve
-from m3jax.model.attention_mask import ExplicitMemory, Packing, visible_mask
+from m3jax.model.attention_mask import ExplicitMemory, Packing, Scope, visible_mask
 from m3jax.model.splash import _segments
 from m3jax.model.splash_mask import PackedMask, packed_codes, plan
 
@@ -84,10 +84,8 @@ def test_the_mask_is_the_oracles_and_nothing_that_is_seen_is_skipped(case: Case)
         possible = mask[0 : layout.rows : layout.group, 0 : layout.keys]
         assert not (seen & ~possible).any()
         # The oracle's order of keys is prefix, memories, context.
-        wanted = visible_mask(
-            *(jnp.arange(case.T), case.T, inputs.prefix, memory, case.chunk, case.window),
-            packing=packing,
-        )
+        scope = Scope(inputs.prefix, memory, packing, chunk_length=case.chunk, window=case.window)
+        wanted = visible_mask(jnp.arange(case.T), case.T, scope)[:, 0]
         front = layout.start - layout.prefix
         order = [
             *range(front, layout.start),
