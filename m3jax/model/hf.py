@@ -15,10 +15,11 @@ its `position_ids` are 0 … p−1 and then from p + W on, W being `memory.refer
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from safetensors.numpy import save_file
 
 from m3jax.errors import HuggingFaceError
 from m3jax.model.hf_config import CONFIG, check_fields, read_json, their_config
-from m3jax.model.parameters import Params, segment_ranges
+from m3jax.model.parameters import Params, abstract_params, segment_ranges
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F32", "F16", "BF16")
@@ -69,7 +70,8 @@ def read_params(
             f" {model.vocabulary}; take both from one download"
         )
     read, names = open_tensors(weight_files(folder))
-    needed = {tensor.name for tensor in _tensors(model, memory)}
+    shapes, tensors = _tensors(model, memory)
+    needed = {tensor.name for tensor in tensors}
     missing = sorted(needed - names)
     if missing:
         raise HuggingFaceError(
@@ -77,21 +79,13 @@ def read_params(
             f" {CONFIG} and the weights of a model with LM head from one download"
         )
     _check_others(folder, model, read, names - needed)
-    dtype = np.dtype(jax.numpy.dtype(model.param_dtype))
-    params: Params = {}
-    for tensor in _tensors(model, memory):
+    params = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
+    for tensor in tensors:
         values = read(tensor.name, tensor.theirs)
-        if order is not None and tensor.rows:
+        if order is not None and tensor.path[0] in _TABLES:
             values = np.concatenate([values[order], values[len(order) :]])
         ours = (values.T if tensor.inputs else values).reshape(tensor.shape)
-        if tensor.segment is None:
-            params[tensor.field] = ours.astype(dtype)
-            continue
-        stacks = params.setdefault(tensor.segment, {})
-        if tensor.field not in stacks:
-            low, high = segment_ranges(model, memory)[tensor.segment]
-            stacks[tensor.field] = np.empty((high - low, *tensor.shape), dtype)
-        stacks[tensor.field][tensor.place] = ours
+        tensor.part(params)[...] = ours
     return params
 
 
@@ -155,69 +149,68 @@ _ROLES = ("bos", "eos", "pad")
 
 
 # -- tensors ---------------------------------------------------------------------------------------
+# Of each parameter of a layer: the name in Hugging Face's layer, and how many of our first axes are
+# inputs of a matrix; 0 for what is not transposed.
+_LAYER = {
+    "attention_norm": ("input_layernorm.weight", 0),
+    "query": ("self_attn.q_proj.weight", 1),
+    "key": ("self_attn.k_proj.weight", 1),
+    "value": ("self_attn.v_proj.weight", 1),
+    "output": ("self_attn.o_proj.weight", 3),
+    "query_bias": ("self_attn.q_proj.bias", 0),
+    "key_bias": ("self_attn.k_proj.bias", 0),
+    "value_bias": ("self_attn.v_proj.bias", 0),
+    "query_norm": ("self_attn.q_norm.weight", 0),
+    "key_norm": ("self_attn.k_norm.weight", 0),
+    "mlp_norm": ("post_attention_layernorm.weight", 0),
+    "gate": ("mlp.gate_proj.weight", 1),
+    "up": ("mlp.up_proj.weight", 1),
+    "down": ("mlp.down_proj.weight", 1),
+}
+_TABLES = {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight"}  # a row a token
+_OUTSIDE = {**_TABLES, "final_norm": "model.norm.weight"}
+
+
 class _Tensor(NamedTuple):
     """Place of a tensor of Hugging Face's in our parameters.
 
     Attributes:
       name: theirs.
-      segment, place: the stack of layers that it is in, and its layer there; or None, 0.
-      field: our name.
+      path: keys of ours, in a stack also the layer.
       shape: ours, of one layer.
       inputs: how many of our first axes are a matrix's inputs; 0 for what is not transposed.
-      rows: whether its rows are tokens.
     """
 
     name: str
-    segment: str | None
-    place: int
-    field: str
+    path: tuple[Any, ...]
     shape: tuple[int, ...]
     inputs: int = 0
-    rows: bool = False
 
     @property
     def theirs(self) -> tuple[int, ...]:
         """Their shape."""
-        if self.rows:
+        if self.path[0] in _TABLES:
             return self.shape
         sides = (math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs]))
         return sides if self.inputs else sides[:1]
 
+    def part(self, params: Params) -> Any:
+        """Returns its values in our parameters."""
+        return functools.reduce(lambda node, key: node[key], self.path, params)
 
-def _tensors(model: ConfigDict, memory: ConfigDict) -> Iterator[_Tensor]:
-    """Every tensor that the parameters of a config are made of, layer by layer."""
-    D, F, V, K, H = model.hidden, model.mlp_width, model.vocabulary, model.kv_heads, model.head_dim
-    G = model.query_heads // K
-    yield _Tensor("model.embed_tokens.weight", None, 0, "embedding", (V, D), rows=True)
-    parts: list[tuple[str, str, tuple[int, ...], int]] = [
-        ("input_layernorm.weight", "attention_norm", (D,), 0),
-        ("self_attn.q_proj.weight", "query", (D, K, G, H), 1),
-        ("self_attn.k_proj.weight", "key", (D, K, H), 1),
-        ("self_attn.v_proj.weight", "value", (D, K, H), 1),
-        ("self_attn.o_proj.weight", "output", (K, G, H, D), 3),
-        ("post_attention_layernorm.weight", "mlp_norm", (D,), 0),
-        ("mlp.gate_proj.weight", "gate", (D, F), 1),
-        ("mlp.up_proj.weight", "up", (D, F), 1),
-        ("mlp.down_proj.weight", "down", (F, D), 1),
-    ]
-    if model.attention_bias:
-        parts += [
-            ("self_attn.q_proj.bias", "query_bias", (K, G, H), 0),
-            ("self_attn.k_proj.bias", "key_bias", (K, H), 0),
-            ("self_attn.v_proj.bias", "value_bias", (K, H), 0),
-        ]
-    if model.qk_norm:
-        parts += [
-            ("self_attn.q_norm.weight", "query_norm", (H,), 0),
-            ("self_attn.k_norm.weight", "key_norm", (H,), 0),
-        ]
+
+def _tensors(model: ConfigDict, memory: ConfigDict) -> tuple[Params, list[_Tensor]]:
+    """Returns the parameters of a config as shapes, and every tensor that they are made of."""
+    shapes, _ = abstract_params(model, memory)
+    outside = [field for field in _OUTSIDE if field in shapes]
+    tensors = [_Tensor(_OUTSIDE[field], (field,), shapes[field].shape) for field in outside]
     for segment, (low, high) in segment_ranges(model, memory).items():
-        for i in range(low, high):
-            for name, field, shape, inputs in parts:
-                yield _Tensor(f"model.layers.{i}.{name}", segment, i - low, field, shape, inputs)
-    yield _Tensor("model.norm.weight", None, 0, "final_norm", (D,))
-    if not model.tied_embeddings:
-        yield _Tensor("lm_head.weight", None, 0, "head", (V, D), rows=True)
+        for field, leaf in shapes.get(segment, {}).items():
+            theirs, inputs = _LAYER[field]
+            for i in range(high - low):
+                name, path = f"model.layers.{low + i}.{theirs}", (segment, field, i)
+                tensors.append(_Tensor(name, path, leaf.shape[1:], inputs))
+    return shapes, tensors
 
 
 def _their_tensors(
@@ -225,20 +218,16 @@ def _their_tensors(
 ) -> dict[str, np.ndarray]:
     """All tensors of `LlamaForCausalLM` or `Qwen3ForCausalLM`, contiguous."""
     tensors = {}
-    for tensor in _tensors(model, memory):
-        stack = params if tensor.segment is None else params[tensor.segment]
-        values = (
-            stack[tensor.field] if tensor.segment is None else stack[tensor.field][tensor.place]
-        )
-        values = np.asarray(values)
+    for tensor in _tensors(model, memory)[1]:
+        values, field = np.asarray(tensor.part(params)), tensor.path[:2][-1]
         if values.shape != tensor.shape:
             raise HuggingFaceError(
-                f"parameter {tensor.field} is {values.shape}, in this config {tensor.shape}; use"
-                " the config it was trained with"
+                f"parameter {field} is {values.shape}, in this config {tensor.shape}; use the"
+                " config it was trained with"
             )
         values = values.reshape(tensor.theirs[::-1]).T if tensor.inputs else values
         values = values.reshape(tensor.theirs)
-        if tensor.field == "embedding" and not tied:
+        if field == "embedding" and not tied:
             if model.tied_embeddings:
                 tensors["lm_head.weight"] = np.ascontiguousarray(values.astype(dtype))
             values = values * np.float32(model.embedding_scale)
