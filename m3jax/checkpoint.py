@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from m3jax.config import default
+from m3jax.config import PREFIX_TOKENS, default
 from m3jax.errors import CheckpointError
 from m3jax.make_model import make_model
 from m3jax.mesh import parameter_name, parameter_shardings
@@ -141,7 +141,7 @@ def read_model(
             f"the config of checkpoint {folder} is of another version ({error}); train it again"
         ) from error
     config.model.attention = "blocked"
-    model, fingerprint = make_model(config), tokenizer.fingerprint
+    model, fingerprint = make_model(config, PREFIX_TOKENS), tokenizer.fingerprint
     params, meta = restore_params(folder, model, tokenizer_fingerprint=fingerprint)
     return folder, config, params, meta, tokenizer
 

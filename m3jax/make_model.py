@@ -5,20 +5,19 @@ from __future__ import annotations
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from m3jax.config import PACKED, PREFIX_TOKENS
+from m3jax.config import PACKED
 from m3jax.model.transformer import Model
 
 
 def make_model(
-    config: ConfigDict,
-    prefix_tokens: tuple[int, ...] = PREFIX_TOKENS,
-    mesh: Mesh | None = None,
+    config: ConfigDict, prefix_tokens: tuple[int, ...], mesh: Mesh | None = None
 ) -> Model:
     """Makes the model of a config.
 
     Args:
       config: a validated config.
-      prefix_tokens: tokens of the constant prefix, or () for none; see `config.prefix_tokens`.
+      prefix_tokens: tokens of the constant prefix, or () for none: of a stage's rows
+        `config.prefix_tokens`, of references `config.PREFIX_TOKENS`.
       mesh: as in `Model`.
     """
     return Model(

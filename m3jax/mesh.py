@@ -135,7 +135,8 @@ def local_mesh(devices: Sequence[Any] | None = None) -> Mesh:
 def writer_mesh(config: ConfigDict) -> Mesh | None:
     """Makes the mesh on which this process alone encodes references; None on one device.
 
-    Of the config's sizes only `mesh.tensor` counts, so that one config serves hosts and pods.
+    Of the config's sizes only `mesh.tensor` counts, so that one config serves hosts and pods; rows
+    are those of `writer.batch_references`, which `memory.encode` checks.
 
     Raises:
       ConfigError: as `make_mesh`.
@@ -146,6 +147,7 @@ def writer_mesh(config: ConfigDict) -> Mesh | None:
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.mesh.update(slice=1, data=1, fsdp=-1)
+        config.data.batch_size, config.train.microbatches = len(devices), 1
     return make_mesh(config, devices)
 
 
@@ -277,15 +279,10 @@ def on_devices(mesh: Mesh | None, function: Callable, in_specs: Any, out_specs: 
 
 
 class HostRows(NamedTuple):
-    """Rows of a global batch that this process loads, in the order it loads them."""
+    """Rows of a global batch that this process loads, ascending."""
 
     ids: Int[np.ndarray, " rows"]
     total: int  # rows of the global batch
-
-    def find(self, low: int, high: int) -> slice:
-        """Finds the global rows `low … high − 1` of a device among the loaded ones."""
-        first = int(np.searchsorted(self.ids, low))
-        return slice(first, first + high - low)
 
 
 def host_rows(mesh: Mesh | None, total: int) -> HostRows:
@@ -331,12 +328,8 @@ def to_global(mesh: Mesh | None, batch: Any, rows: HostRows, row_axes: Any = 0) 
         return jax.device_put(batch)
 
     def make(x: np.ndarray, axis: int) -> jax.Array:
-        def part(index: Any) -> np.ndarray:
-            own = rows.find(*index[axis].indices(rows.total)[:2])
-            return x[(slice(None),) * axis + (own,)]
-
         shape = (*x.shape[:axis], rows.total, *x.shape[axis + 1 :])
-        return jax.make_array_from_callback(shape, NamedSharding(mesh, row_spec(axis)), part)
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, row_spec(axis)), x, shape)
 
     if isinstance(row_axes, int):
         row_axes = jax.tree.map(lambda _: row_axes, batch)

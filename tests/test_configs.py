@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_flags
 
 import m3jax.config
 from m3jax import flops
+from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import ConfigError
 from m3jax.make_model import make_model
 
@@ -88,7 +89,7 @@ def test_config_file_flag_takes_the_options(monkeypatch: pytest.MonkeyPatch) -> 
 def test_parameters_of_the_real_model(shape: str, non_embedding: str) -> None:
     """Counted from the abstract shapes of the model: the paper's number, and equal to `flops`."""
     config = build("memory3", shape=shape)
-    leaves = jax.tree_util.tree_leaves_with_path(make_model(config).abstract()[0])
+    leaves = jax.tree_util.tree_leaves_with_path(make_model(config, PREFIX_TOKENS).abstract()[0])
     tables = other = 0
     for path, leaf in leaves:
         keys = jax.tree_util.keystr(path)

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from m3jax.bench.hf_llama import llama_step
 from m3jax.bench.made import configured, prepare, random_codec, section
 from m3jax.bench.rounds import Rounds, import_peer, quotients, timed
+from m3jax.config import PREFIX_TOKENS
 from m3jax.data.batch import Batch
 from m3jax.data.pipeline import open_pipeline
 from m3jax.make_model import make_model
@@ -140,7 +141,7 @@ def _write(
     config: ConfigDict, workdir: Path, folder: Path, base: Bank | None = None
 ) -> dict[str, Any]:
     """Writes a bank with random weights."""
-    model, references = make_model(config), References(workdir / "references")
+    model, references = make_model(config, PREFIX_TOKENS), References(workdir / "references")
     params = model.init(jax.random.key(0))
     return write_bank(config, model, params, references, folder, progress=False, base=base)
 

@@ -94,6 +94,17 @@ class Layout:
     def chunks(self) -> int:
         return self.slots // self.chunk_slots if self.chunk_slots else 0
 
+    @property
+    def shift(self) -> int:
+        """Bits of the place in the code of a query in a row of one text."""
+        return (self.prefix + self.tokens).bit_length()
+
+    @property
+    def packed_bits(self) -> tuple[int, int, int]:
+        """Bits of a code in a row of several texts: start of the text, place in it, first chunk."""
+        place = (self.tokens - 1).bit_length()
+        return place, place, self.chunks.bit_length()
+
 
 @functools.lru_cache(maxsize=64)
 def plan(
@@ -132,15 +143,13 @@ def plan(
         )
         for start in dict.fromkeys((_up(prefix + slots, kv_block), prefix + slots))
     ]
-    if packed and sum(_packed_bits(layouts[0])) > _CODE_BITS:
+    if packed and sum(layouts[0].packed_bits) > _CODE_BITS:
         raise ConfigError(
             f"attention: a row of {tokens} tokens in several texts with {chunks} chunks is too long"
             " for the splash kernel (twice the bits of the one and the bits of the other are more"
             f" than {_CODE_BITS}); set model.attention = 'blocked'"
         )
-    if not packed and any(
-        _shift(layout) + (layout.gap + slots).bit_length() > 31 for layout in layouts
-    ):
+    if not packed and any(x.shift + (x.gap + slots).bit_length() > 31 for x in layouts):
         raise ConfigError(
             f"attention: a row of {tokens} tokens and {slots} memory slots is too long for the"
             " splash kernel (tokens × slots < 2³⁰); set model.attention = 'blocked'"
@@ -171,11 +180,24 @@ def _up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+class _LayoutMask(_ComputableMask):
+    """Mask of a row, `mask[rows, keys]` in the layout, computed on demand.
+
+    The kernel gets `q_sequence`, the code of every row of queries, and `mask_function`.
+    """
+
+    def __init__(self, layout: Layout, function: Any, codes: np.ndarray):
+        super().__init__((layout.rows, layout.keys), function)
+        self.layout, self.q_sequence = layout, codes
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.layout == other.layout
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.layout))
+
+
 # -- rows of one text ------------------------------------------------------------------------------
-
-
-def _shift(layout: Layout) -> int:
-    return (layout.prefix + layout.tokens).bit_length()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,23 +221,21 @@ class _Visible:
         return seen
 
 
-class RowMask(_ComputableMask):
-    """Mask of one row: `mask[rows, keys]` in the layout, computed on demand.
+class RowMask(_LayoutMask):
+    """Mask of a row of one text.
 
-    The kernel gets `q_sequence`, the code of every row of queries, and `mask_function`. Rows that
-    only pad have the code of the last token, so that no block is visited for them alone. The
-    window of the first chunks reaches into the gap, which is of another segment.
+    Rows that only pad have the code of the last token, so that no block is visited for them alone.
+    The window of the first chunks reaches into the gap, which is of another segment.
     """
 
     def __init__(self, layout: Layout):
-        reach = layout.window * layout.chunk_slots
-        function = _Visible(layout.start - layout.prefix, _shift(layout), reach)
-        super().__init__((layout.rows, layout.keys), function)
-        self.layout = layout
         token = np.minimum(np.arange(layout.rows) // layout.group, layout.tokens - 1)
         chunk = token // layout.chunk_length - layout.window + 1
         slot = layout.gap + chunk * layout.chunk_slots  # negative before the first chunk
-        self.q_sequence = ((token + layout.prefix) | slot << _shift(layout)).astype(np.int32)
+        codes = ((token + layout.prefix) | slot << layout.shift).astype(np.int32)
+        reach = layout.window * layout.chunk_slots
+        visible = _Visible(layout.start - layout.prefix, layout.shift, reach)
+        super().__init__(layout, visible, codes)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         rows, keys = index
@@ -224,20 +244,8 @@ class RowMask(_ComputableMask):
         codes, inverse = np.unique(self.q_sequence[rows], return_inverse=True)
         return self.mask_function(codes[:, None], columns[None])[inverse]
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RowMask) and self.layout == other.layout
-
-    def __hash__(self) -> int:
-        return hash(self.layout)
-
 
 # -- rows of several texts -------------------------------------------------------------------------
-
-
-def _packed_bits(layout: Layout) -> tuple[int, int, int]:
-    """Bits of the parts of a code: start of the text, place in it, first chunk that is read."""
-    place = (layout.tokens - 1).bit_length()
-    return place, place, layout.chunks.bit_length()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,39 +257,32 @@ class _PackedVisible:
     All but three differences and comparisons of a pair depend on the query or on the key alone.
     """
 
-    start: int  # key position of the first token
-    prefix: int
-    gap: int
-    slots: int
-    chunk_slots: int
-    chunk_length: int
-    window: int
-    bits: tuple[int, int, int]
+    layout: Layout
 
     def __call__(self, code: Any, key: Any) -> Any:
-        low, middle, _ = self.bits
+        layout, (low, middle, _) = self.layout, self.layout.packed_bits
         first = code & ((1 << low) - 1)
         place = jax.lax.shift_right_logical(code, _like(code, low)) & ((1 << middle) - 1)
-        seen = (key - first - self.start).astype(np.uint32) <= place.astype(np.uint32)
-        if self.prefix:
-            in_front = (key - (self.start - self.prefix)).astype(np.uint32)
-            seen = seen | (in_front < np.uint32(self.prefix))
-        if self.slots:
+        seen = (key - first - layout.start).astype(np.uint32) <= place.astype(np.uint32)
+        if layout.prefix:
+            in_front = (key - (layout.start - layout.prefix)).astype(np.uint32)
+            seen = seen | (in_front < np.uint32(layout.prefix))
+        if layout.slots:
             chunk = jax.lax.shift_right_logical(code, _like(code, low + middle))
-            slot = self.gap + chunk * self.chunk_slots
-            reach = jnp.minimum(self._whole_chunks(place) + 1, self.window) * self.chunk_slots
+            slot = layout.gap + chunk * layout.chunk_slots
+            reach = jnp.minimum(self._whole_chunks(place) + 1, layout.window) * layout.chunk_slots
             # Padding is a text behind all others, without chunks: for it nothing is left here.
-            reach = jnp.minimum(reach, self.gap + self.slots - slot)
+            reach = jnp.minimum(reach, layout.gap + layout.slots - slot)
             seen = seen | ((key - slot).astype(np.uint32) < reach.astype(np.uint32))
         return seen
 
     def _whole_chunks(self, place: Any) -> Any:
         """place // chunk_length, without a division, which the chip has none of."""
-        Q = self.chunk_length
+        Q = self.layout.chunk_length
         if Q & (Q - 1) == 0:
             return jax.lax.shift_right_logical(place, _like(place, Q.bit_length() - 1))
         # Exact for places below 2**bits: the error of the factor stays under one part in Q.
-        shift = self.bits[1] + Q.bit_length()
+        shift = self.layout.packed_bits[1] + Q.bit_length()
         product = place * ((1 << shift) // Q + 1)
         return jax.lax.shift_right_logical(product, _like(product, shift))
 
@@ -290,7 +291,7 @@ def _like(x: Any, value: int) -> Any:
     return jnp.full(x.shape, value, x.dtype)
 
 
-class PackedMask(_ComputableMask):
+class PackedMask(_LayoutMask):
     """Mask of all that a query may see in a row of several texts, wherever they begin.
 
     The kernel skips the blocks that this hides, which are the same for all rows of a batch. The
@@ -301,19 +302,7 @@ class PackedMask(_ComputableMask):
     """
 
     def __init__(self, layout: Layout):
-        function = _PackedVisible(
-            start=layout.start,
-            prefix=layout.prefix,
-            gap=layout.gap,
-            slots=layout.slots,
-            chunk_slots=layout.chunk_slots,
-            chunk_length=layout.chunk_length,
-            window=layout.window,
-            bits=_packed_bits(layout),
-        )
-        super().__init__((layout.rows, layout.keys), function)
-        self.layout = layout
-        self.q_sequence = np.zeros(layout.rows, np.int32)
+        super().__init__(layout, _PackedVisible(layout), np.zeros(layout.rows, np.int32))
 
     def __getitem__(self, index: Any) -> np.ndarray:
         rows, keys = index
@@ -331,17 +320,11 @@ class PackedMask(_ComputableMask):
             seen = seen | inside & (chunk >= first) & (chunk <= token)
         return seen[inverse]
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, PackedMask) and self.layout == other.layout
-
-    def __hash__(self) -> int:
-        return hash((PackedMask, self.layout))
-
 
 def packed_codes(layout: Layout, packing: Packing) -> Int[Array, "B rows"]:
     """Returns the codes of the rows of queries; rows that only pad have that of the last token."""
     start_BT, place_BT = packing.starts, packing.positions
-    low, middle, _ = _packed_bits(layout)
+    low, middle, _ = layout.packed_bits
     code_BT = start_BT | place_BT << low
     if layout.slots:
         chunk_BT = packing.first_chunks + place_BT // layout.chunk_length

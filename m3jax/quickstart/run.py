@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from m3jax import config as config_lib
 from m3jax.checkpoint import restore_params
+from m3jax.config import PREFIX_TOKENS
 from m3jax.evaluation.plots import Read, accuracy_bars, attention_map
 from m3jax.evaluation.scoring import Answerer, Question
 from m3jax.files import write_atomically
@@ -199,7 +200,7 @@ def _ask(
     demonstration: Demonstration, world: people.World, changed: people.World
 ) -> dict[str, float]:
     workdir, config = demonstration.workdir, demonstration.config("continual")
-    model, tokenizer = make_model(config), Tokenizer.load(workdir / "tokenizer")
+    model, tokenizer = make_model(config, PREFIX_TOKENS), Tokenizer.load(workdir / "tokenizer")
     params, _ = restore_params(workdir / "continual", model)
     answerer = Answerer(model, params, tokenizer, config.data.sequence_length)
     invented = people.questions(world, demonstration.seed)
@@ -309,7 +310,7 @@ def _compare_from_scratch(demonstration: Demonstration) -> dict[str, float]:
     losses = {}
     for name in ("continual", "scratch"):
         config = stages[name]
-        params, _ = restore_params(demonstration.workdir / name, make_model(config))
+        params, _ = restore_params(demonstration.workdir / name, make_model(config, PREFIX_TOKENS))
         evaluated = evaluator(config, demonstration.workdir)(params)
         losses.update({f"{name}_{key}": value for key, value in evaluated.items()})
     return losses

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from m3jax.config import default, validate
+from m3jax.config import PREFIX_TOKENS, default, validate
 from m3jax.make_model import make_model
 from m3jax.memory.write import write_bank
 from m3jax.quickstart import people
@@ -75,7 +75,7 @@ def make_workdir(folder: Path, config: ConfigDict) -> Path:
     prepare_text(config, folder, *write_text(folder), say=lambda line: None)
     references = References(folder / "references")
     build_index(references, make_embedder(config), folder / "index", config)
-    model = make_model(config)
+    model = make_model(config, PREFIX_TOKENS)
     write_bank(
         config,
         model,

@@ -13,6 +13,7 @@ from memory_axes import by_reference
 from tolerance import close
 
 from m3jax.checkpoint import read_meta
+from m3jax.config import PREFIX_TOKENS
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import BankError, ConfigError, VersionError
 from m3jax.evaluation.staleness import Staleness, measure_staleness, staleness_table
@@ -49,7 +50,7 @@ CONFIG = tiny_config(**CHANGES)
 
 def weights(moved: float) -> Any:
     """The bank's writer after more training, which is noise here."""
-    params = jax.jit(make_model(CONFIG).init)(jax.random.key(0))
+    params = jax.jit(make_model(CONFIG, PREFIX_TOKENS).init)(jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noise = [moved * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]

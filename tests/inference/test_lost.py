@@ -138,7 +138,7 @@ def _no_memories(references, folder, base):
     """Memories are copied: nothing is left to encode."""
     from m3jax.memory.write import write_bank
 
-    model = make_model(CONFIG)
+    model = make_model(CONFIG, PREFIX_TOKENS)
     write_bank(
         CONFIG,
         model,

@@ -18,6 +18,7 @@ from data.data_workdir import make_workdir, tiny_config
 from memory_axes import by_reference
 from tolerance import close, error
 
+from m3jax.config import PREFIX_TOKENS
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import BankError, VersionError
 from m3jax.knowledge.edit import edit, merge, refresh, rollback
@@ -50,7 +51,7 @@ WEIGHTS: dict[int, Any] = {}
 def write(
     references: References, folder: Path, base: Any, weights: int = 0, config: Any = CONFIG
 ) -> None:
-    model = make_model(config)
+    model = make_model(config, PREFIX_TOKENS)
     if weights not in WEIGHTS:
         WEIGHTS[weights] = jax.jit(model.init)(jax.random.key(weights))
     write_bank(

@@ -12,6 +12,7 @@ from launch.test_commands import ROOT, call, succeed
 from ml_collections import ConfigDict
 
 from m3jax import config as config_lib
+from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import HuggingFaceError
 from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
@@ -38,7 +39,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = {"layers": 3, "query_heads": 4, "kv_heads": 2, "head_dim": 4, "hidden": 16}
     config.model.update({**shape, "mlp_width": 20, "vocabulary": 300, "tied_embeddings": True})
     random = np.random.default_rng(0)
-    shapes = make_model(config).abstract()[0]
+    shapes = make_model(config, PREFIX_TOKENS).abstract()[0]
     params = jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32) * 0.3, shapes)
     write_folder(folder, config.model, config.memory, params)
     return folder

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from m3jax.checkpoint import read_model
-from m3jax.config import default
+from m3jax.config import PREFIX_TOKENS, default
 from m3jax.make_model import make_model
 from m3jax.model.hf import read_params, write_folder
 from m3jax.text import tokenizer as text
@@ -33,7 +33,7 @@ def small(vocabulary: int = 700) -> ConfigDict:
 
 def random_params(config: ConfigDict) -> dict:
     random = np.random.default_rng(0)
-    shapes = make_model(config).abstract()[0]
+    shapes = make_model(config, PREFIX_TOKENS).abstract()[0]
     return jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32), shapes)
 
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from m3jax.config import PREFIX_TOKENS
 from m3jax.config import default, validate
 from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
@@ -86,7 +87,7 @@ def tiny_config(**changes: Any) -> ConfigDict:
 def tiny_params(config: ConfigDict, seed: int = 0) -> Any:
     """Random weights and norms from NumPy: compiling the real initialisation takes seconds."""
     random = np.random.default_rng(seed)
-    shapes, _ = make_model(config).abstract()
+    shapes, _ = make_model(config, PREFIX_TOKENS).abstract()
 
     def values(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         noise = random.normal(size=leaf.shape).astype(leaf.dtype)
@@ -98,7 +99,7 @@ def tiny_params(config: ConfigDict, seed: int = 0) -> Any:
 def build(folder: Path, config: ConfigDict | None = None, **options: Any) -> dict[str, Any]:
     """Writes a bank of 37 references (or those given) by random weights of one seed."""
     config = tiny_config() if config is None else config
-    model = make_model(config, mesh=options.pop("mesh", None))
+    model = make_model(config, PREFIX_TOKENS, mesh=options.pop("mesh", None))
     references = options.pop("references", TinyReferences(37))
     references.tokenizer_fingerprint = options.pop("tokenizer", "tokenizer")
     arguments = {

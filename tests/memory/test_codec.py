@@ -16,6 +16,7 @@ from memory.memory_tiny import TinyReferences, build, flip, shard_files, tiny_co
 from memory_axes import by_reference
 
 from m3jax import flops
+from m3jax.config import PREFIX_TOKENS
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import BankError
 from m3jax.files import checksum
@@ -224,7 +225,7 @@ def test_a_step_decodes_what_the_bank_stores(tmp_path: Path, compression: str) -
     assert pipeline.bank is not None and pipeline.dequantize is not None
     evaluate, params = (
         evaluator(config, workdir),
-        jax.jit(make_model(config).init)(jax.random.key(1)),
+        jax.jit(make_model(config, PREFIX_TOKENS).init)(jax.random.key(1)),
     )
     found = evaluate(params)
     batches = [pipeline.batch(step) for step in range(evaluate.batches)]
@@ -232,7 +233,7 @@ def test_a_step_decodes_what_the_bank_stores(tmp_path: Path, compression: str) -
     with jax.transfer_guard("disallow"):  # as in the training loop, where a step is compiled
         jax.jit(pipeline.dequantize).lower(batches[0].memory)
     loss = weight = 0.0
-    read = jax.jit(make_model(config).logits)
+    read = jax.jit(make_model(config, PREFIX_TOKENS).logits)
     for batch in batches:
         memory = jax.tree.map(jnp.asarray, pipeline.bank.read(batch.reference_ids))
         logits = read(params, jnp.asarray(batch.tokens), memory)

@@ -15,6 +15,7 @@ from memory.memory_tiny import build, shard_files, tiny_config
 from memory_axes import by_reference
 
 from m3jax import flops
+from m3jax.config import PREFIX_TOKENS
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import BankError
 from m3jax.make_model import make_model
@@ -137,7 +138,7 @@ def test_batches_are_placed_where_they_are_read(tmp_path: Path) -> None:
     changes = {"model__layers": 3, "memory__layers": 2, "evaluation__batches": 1}
     config = workdir_config(**changes, memory__heads="0:1,1:0")
     workdir = make_workdir(tmp_path, config)
-    params = jax.jit(make_model(config).init)(jax.random.key(1))
+    params = jax.jit(make_model(config, PREFIX_TOKENS).init)(jax.random.key(1))
     pipeline = open_pipeline(config, workdir, split="validation")
     stored = pipeline.batch(0).memory
     assert stored.keys.shape[::4] == (1, 2) and pipeline.dequantize is not None
@@ -146,7 +147,7 @@ def test_batches_are_placed_where_they_are_read(tmp_path: Path) -> None:
     assert placed.keys.shape[::4] == (2, 2)
     batch = pipeline.batch(0)
     logits = np.asarray(
-        jax.jit(make_model(config).logits)(params, batch.tokens, placed), np.float64
+        jax.jit(make_model(config, PREFIX_TOKENS).logits)(params, batch.tokens, placed), np.float64
     )
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
     nats = -np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]

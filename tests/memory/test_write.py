@@ -19,6 +19,7 @@ from memory.memory_tiny import (
 )
 from tolerance import close
 
+from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import BankError
 from m3jax.make_model import make_model
 from m3jax.memory import storage
@@ -53,7 +54,7 @@ def _shard(folder: Path, shard: int) -> Path:
 
 def test_the_bank_holds_what_encode_returns(folder: Path) -> None:
     config = tiny_config()
-    model, references = make_model(config), TinyReferences(37)
+    model, references = make_model(config, PREFIX_TOKENS), TinyReferences(37)
     assert references.lengths.min() < 4 < references.lengths.max()
     memory, _ = jax.jit(lambda p, t: model.encode(p, t, sparsifier(config.memory)))(
         tiny_params(config), references.tokens(np.arange(37))

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3jax.config import default, validate
+from m3jax.config import PREFIX_TOKENS, default, validate
 from m3jax.make_model import make_model
 
 PREFIX = (1, 2)
@@ -51,7 +51,7 @@ def oracle_config(**changes: Any) -> ConfigDict:
 def random_params(config: ConfigDict, seed: int = 0) -> Any:
     """Random weights, norms and biases, float32, from NumPy."""
     random = np.random.default_rng(seed)
-    shapes, _ = make_model(config).abstract()
+    shapes, _ = make_model(config, PREFIX_TOKENS).abstract()
 
     def values(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         name, noise = jax.tree_util.keystr(path), random.normal(size=leaf.shape).astype(np.float32)

@@ -475,7 +475,7 @@ def test_our_folders_give_our_logits(
     long = np.concatenate([np.tile(np.array(PREFIX_TOKENS, np.int32), (2, 1)), tokens], axis=1)
     positions = np.concatenate([np.arange(p), first + np.arange(30)])[None].repeat(2, 0)
     expected = _their_logits(libraries, tmp_path, long, position_ids=positions)[:, p:]
-    _same(jax.jit(make_model(config).logits)(params, tokens), expected)
+    _same(jax.jit(make_model(config, PREFIX_TOKENS).logits)(params, tokens), expected)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(folder: Path, config: ConfigDict) -> None:

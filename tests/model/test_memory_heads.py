@@ -25,6 +25,7 @@ from model.test_decode import LENGTHS, M, expected, generated, memories, tiny
 from model.test_transformer import _batch, _written, logits
 from tolerance import close
 
+from m3jax.config import PREFIX_TOKENS
 from m3jax.make_model import make_model
 from m3jax.memory.binding import layout_of
 from m3jax.memory.codec import heads_of
@@ -172,7 +173,7 @@ def test_naming_all_heads_names_none() -> None:
     one, other = oracle_config(), oracle_config(memory__heads="0,1:1+0")
     params = random_params(one)
     tokens, references = _batch(one, 1)
-    assert make_model(other).memory_heads is None
+    assert make_model(other, PREFIX_TOKENS).memory_heads is None
     a, b = (logits(c, params, tokens, reference_tokens=references) for c in (one, other))
     np.testing.assert_array_equal(a, b)
 

@@ -8,6 +8,7 @@ from memory_axes import layers_first
 from tolerance import close
 from train.tiny import tiny_config
 
+from m3jax.config import PREFIX_TOKENS
 from m3jax.make_model import make_model
 from m3jax.model.attention_mask import ExplicitMemory, Packing, Scope, memory_mask, visible_mask
 
@@ -80,7 +81,7 @@ def test_a_packed_text_is_predicted_as_it_is_alone(implementation: str, with_mem
         model__attention_block=5,
         model__prefix="always",
     )
-    model = make_model(config)
+    model = make_model(config, PREFIX_TOKENS)
     params = jax.jit(model.init)(jax.random.key(0))
     rng = np.random.default_rng(1)
     tokens = jnp.asarray(rng.integers(4, 264, (1, 16), dtype=np.int32))
@@ -100,7 +101,7 @@ def test_a_packed_text_is_predicted_as_it_is_alone(implementation: str, with_mem
 def test_nothing_passes_between_texts() -> None:
     """Bitwise: other tokens and memories of the other texts change nothing."""
     config = tiny_config("precomputed")
-    model = make_model(config)
+    model = make_model(config, PREFIX_TOKENS)
     params = jax.jit(model.init)(jax.random.key(0))
     rng = np.random.default_rng(2)
     tokens = rng.integers(4, 264, (1, 16), dtype=np.int32)

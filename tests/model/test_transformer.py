@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from model.oracle import Oracle, oracle_config, random_params, random_references, random_tokens
 from tolerance import close
 
+from m3jax.config import PREFIX_TOKENS
 from m3jax.make_model import make_model
 from m3jax.memory.sparsify import sparsifier
 from m3jax.model.attention_mask import ExplicitMemory
@@ -183,7 +184,7 @@ def test_the_window_can_be_set_for_a_pass() -> None:
     config = oracle_config(memory__window=1)
     params = random_params(config)
     tokens, references = _batch(config, 1)
-    model = make_model(config)
+    model = make_model(config, PREFIX_TOKENS)
     memory = _written(config, params, references)
     found = jax.jit(partial(model.logits, window=3))(params, tokens, memory)
     config.memory.window = 3
@@ -368,7 +369,7 @@ def test_memory_attention_is_what_the_softmax_gave_to_memories() -> None:
     params = random_params(config)
     tokens, references = _batch(config, 1)
     memory = _written(config, params, references)
-    model = make_model(config)
+    model = make_model(config, PREFIX_TOKENS)
     found = jax.jit(model.memory_attention, static_argnums=3)(params, tokens, memory, 2)
     assert found.shape == (2, 2, 2, 2, 8, 3 * 3)
     found = np.asarray(found).reshape(2, 2, 2, 2, 8, 3, 3)  # … T C P

@@ -18,7 +18,7 @@ from memory.memory_tiny import tiny_params
 from memory_axes import by_reference
 from tolerance import close
 
-from m3jax.config import to_json
+from m3jax.config import PREFIX_TOKENS, to_json
 from m3jax.errors import RetrievalError
 from m3jax.evaluation.answer_recall import hit_rates
 from m3jax.knowledge.edit import edit
@@ -84,7 +84,7 @@ def write_checkpoint(workdir: Path, name: str, seed: int, **meta: Any) -> Path:
 def write(references: References, folder: Path, base: Any) -> None:
     write_bank(
         CONFIG,
-        make_model(CONFIG),
+        make_model(CONFIG, PREFIX_TOKENS),
         weights(0),
         references,
         folder,
@@ -156,7 +156,7 @@ def test_hidden_states_are_pooled_and_whitened_as_by_a_loop(
     embedder = fitted(ModelEmbedder)
     config = with_config()
     config.model.layers = 1
-    model = make_model(config)
+    model = make_model(config, PREFIX_TOKENS)
     params = {name: weights(0)[name] for name in ("embedding", "memory")}
     params, hidden = jax.tree.map(jnp.asarray, params), jax.jit(model.hidden)
     rows = [

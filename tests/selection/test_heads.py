@@ -12,7 +12,7 @@ from memory_axes import layers_first
 from model.oracle import Oracle, oracle_config, random_params, random_references, random_tokens
 from tolerance import close
 
-from m3jax.config import format_heads
+from m3jax.config import PREFIX_TOKENS, format_heads
 from m3jax.data.batch import Batch
 from m3jax.errors import ConfigError
 from m3jax.make_model import make_model
@@ -151,7 +151,9 @@ CONFIG = tiny_config(model__layers=3, memory__layers=2, evaluation__batches=3)
 
 def params_of() -> Any:
     """Random ones, large enough that heads differ."""
-    return jax.tree.map(lambda x: 1.5 * x, jax.jit(make_model(CONFIG).init)(jax.random.key(1)))
+    return jax.tree.map(
+        lambda x: 1.5 * x, jax.jit(make_model(CONFIG, PREFIX_TOKENS).init)(jax.random.key(1))
+    )
 
 
 @pytest.fixture(scope="module")

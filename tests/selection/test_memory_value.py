@@ -16,6 +16,7 @@ from data.data_workdir import WORLD, tiny_config
 from data.data_workdir import write_text as write_people
 from tolerance import close
 
+from m3jax.config import PREFIX_TOKENS
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import UsefulnessError, VersionError
 from m3jax.knowledge.edit import rollback
@@ -47,7 +48,7 @@ QUICK: Any = {"sample": 8, "count": 8, "check": 8, "draws": 1}
 
 @functools.cache
 def initial_weights() -> Any:
-    return jax.jit(make_model(CONFIG).init)(jax.random.key(0))
+    return jax.jit(make_model(CONFIG, PREFIX_TOKENS).init)(jax.random.key(0))
 
 
 def write_text(folder: Path) -> tuple[str, str]:
@@ -84,7 +85,7 @@ def validation(workdir: Path, config: Any = CONFIG) -> Any:
 
 @jax.jit
 def plain_logits(weights: Any, tokens: Any, memory: ExplicitMemory) -> Any:
-    return make_model(CONFIG).logits(weights, tokens, memory)
+    return make_model(CONFIG, PREFIX_TOKENS).logits(weights, tokens, memory)
 
 
 def plain_loss(batch: Any, ids: np.ndarray, bank: Any) -> float:
@@ -126,7 +127,7 @@ def test_drops_equal_a_loop_of_forward_passes(prepared: Path, tmp_path: Path) ->
 
 def learned_memory(workdir: Path) -> ExplicitMemory:
     """A memory that lowers the loss of training rows, found by gradient descent."""
-    pipeline, model = open_pipeline(CONFIG, workdir), make_model(CONFIG)
+    pipeline, model = open_pipeline(CONFIG, workdir), make_model(CONFIG, PREFIX_TOKENS)
     batch = pipeline.read(np.arange(0, 60, 4))
     start = pipeline.bank.read(np.zeros(1, np.int64))
     parts: Any = tuple(jnp.asarray(x[:, 0]) for x in start[:2])

@@ -8,6 +8,7 @@ import pytest
 from data.data_workdir import WORLD, make_workdir, tiny_config
 from tolerance import close
 
+from m3jax.config import PREFIX_TOKENS
 from m3jax.checkpoint import restore_params
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.errors import CheckpointError
@@ -148,7 +149,7 @@ def test_dpo_trains_resumes_and_keeps_one_copy_of_the_weights(workdir, monkeypat
     (While a checkpoint is written in the background, as in every stage, there are copies of all.)
     """
     config = config_of("dpo", train__checkpoint_every=10)
-    shape = make_model(config).abstract()[0]["embedding"].shape
+    shape = make_model(config, PREFIX_TOKENS).abstract()[0]["embedding"].shape
     held = []
     settle = loop.Loop._settle
 
@@ -165,7 +166,7 @@ def test_dpo_trains_resumes_and_keeps_one_copy_of_the_weights(workdir, monkeypat
     evaluate = evaluator(config, workdir)
     folder = workdir / "dpo" / "base_logprobs" / "validation"
     evaluate.pipeline.base_logprobs = load(folder, {})
-    same = evaluate(restore_params(workdir / "sft", make_model(config))[0])
+    same = evaluate(restore_params(workdir / "sft", make_model(config, PREFIX_TOKENS))[0])
     assert same["loss"] == pytest.approx(np.log(2))
     close(same["gain_chosen"], 0.0, size=np.abs(evaluate.pipeline.base_logprobs).max())
     lines = [line for line in read_metrics(workdir / "dpo") if "loss" in line]

@@ -7,6 +7,7 @@ import pytest
 from tolerance import close
 from train.tiny import tiny_config
 
+from m3jax.config import PREFIX_TOKENS
 from m3jax.data.batch import Batch
 from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
@@ -72,7 +73,7 @@ def by_hand(model, params, batch):
 @pytest.fixture(scope="module")
 def made():
     config = config_of(train__loss_block=4)
-    model = make_model(config)
+    model = make_model(config, PREFIX_TOKENS)
     return config, model, jax.jit(model.init)(jax.random.key(3)), batch_of()
 
 

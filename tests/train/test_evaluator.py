@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from data.data_workdir import WORLD, make_workdir, tiny_config
 
+from m3jax.config import PREFIX_TOKENS
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import BankError, TextError
 from m3jax.evaluation.report import answer_questions, losses_table
@@ -26,12 +27,12 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(make_model(CONFIG).init)(jax.random.key(1))
+    return jax.jit(make_model(CONFIG, PREFIX_TOKENS).init)(jax.random.key(1))
 
 
 def plain_loss(params, batches, memory_of):
     total, weight = 0.0, 0.0
-    read = jax.jit(make_model(CONFIG).logits)
+    read = jax.jit(make_model(CONFIG, PREFIX_TOKENS).logits)
     for batch in batches:
         tokens, memory = jax.tree.map(jnp.asarray, (batch.tokens, memory_of(batch)))
         logits = np.asarray(read(params, tokens, memory), np.float64)
@@ -74,7 +75,7 @@ def test_no_row_is_evaluated_twice(workdir, params):
 
 def test_answers_are_those_of_teacher_forcing_with_the_memories(workdir, params):
     pipeline = evaluator(CONFIG, workdir).pipeline
-    model, bank = make_model(CONFIG), pipeline.bank
+    model, bank = make_model(CONFIG, PREFIX_TOKENS), pipeline.bank
     answerer = Answerer(
         model, params, pipeline.tokenizer, CONFIG.data.sequence_length, batch_size=5
     )
@@ -97,7 +98,9 @@ def test_answers_are_those_of_teacher_forcing_with_the_memories(workdir, params)
 
 def test_each_prompt_chunk_retrieves_with_its_own_text_and_the_answer_inherits(workdir, params):
     pipeline = evaluator(CONFIG, workdir).pipeline
-    answerer = Answerer(make_model(CONFIG), params, pipeline.tokenizer, CONFIG.data.sequence_length)
+    answerer = Answerer(
+        make_model(CONFIG, PREFIX_TOKENS), params, pipeline.tokenizer, CONFIG.data.sequence_length
+    )
     first, second = WORLD.unseen[:2]
     prompt = "\n".join((first.text, second.text, people.statement(second.name, "pet", "")[:-1]))
     question = Question(prompt, " a very long answer of many more tokens than a chunk has room for")
@@ -123,7 +126,9 @@ def test_questions_are_searched_where_training_rows_carry_their_references(
         config = tiny_config(retrieval__ids=ids, data__packing=packing)
         pipeline = open_pipeline(config, workdir)
         assert (pipeline.retriever is None) == (ids == "stored")
-        figures.append(answer_questions(config, pipeline, make_model(config), params, path))
+        figures.append(
+            answer_questions(config, pipeline, make_model(config, PREFIX_TOKENS), params, path)
+        )
     assert figures[0] == figures[1] and figures[0]["count"] == 4
     assert set(figures[0]) == {"count", "accuracy_none", "accuracy_memory", "accuracy_wrong"}
 

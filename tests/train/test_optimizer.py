@@ -8,6 +8,7 @@ import pytest
 from tolerance import close
 from train.tiny import tiny_config
 
+from m3jax.config import PREFIX_TOKENS
 from m3jax.make_model import make_model
 from m3jax.train.optimizer import is_decayed, lr_schedule, make_optimizer
 
@@ -48,7 +49,7 @@ def test_cosine():
 
 
 def parameters(config, seed=0):
-    model = make_model(config)
+    model = make_model(config, PREFIX_TOKENS)
     rng = np.random.default_rng(seed)
 
     def normal(leaf):

@@ -285,8 +285,8 @@ def test_compressed_memories_come_from_their_bank(session, make, tmp_path):
     config = tiny_config(stage="continual", writer__compression="int8")
     write_bank(
         config,
-        make_model(config),
-        jax.jit(make_model(config).init)(jax.random.key(0)),
+        make_model(config, PREFIX_TOKENS),
+        jax.jit(make_model(config, PREFIX_TOKENS).init)(jax.random.key(0)),
         References(session.workdir / "references"),
         tmp_path / "bank",
         progress=False,
