@@ -3,7 +3,8 @@
 A multiplication and an addition are two FLOP. Two kinds of counts live here. The **cost model**
 (Memory³ §2 and appendix) reproduces the paper's formulas: what a reference of full length costs in
 each of the three formats of knowledge. The **useful work** of m3jax's own programs (`train_step`,
-`forward`, `writer`) counts the matrix products that the method asks for and nothing else: causal
+`writer`, `decode_step`) counts the matrix products that the method asks for and nothing else:
+causal
 attention exactly, no recomputation, no masked or padded work, no norms, softmaxes or optimizer.
 Model FLOPs utilisation is `train_step(config) / (seconds · devices · peak)`. XLA's own cost
 analysis cannot serve: it counts a loop once and a custom kernel not at all.
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from m3jax.config import IN_STEP, stored_heads
+from m3jax.config import stored_heads
 
 PREFIX_TOKENS = 2  # `<s>` and `Reference:`, keys in front of every row and reference
 
@@ -36,7 +37,7 @@ def parameters(config: ConfigDict) -> Parameters:
     model = config.model
     biases = _query_width(config) + 2 * _kv_width(config) if model.attention_bias else 0
     norms = 2 * model.hidden + (2 * model.head_dim if model.qk_norm else 0)
-    layer = _projection_weights(config) + _mlp_weights(config) + biases + norms
+    layer = _layer_weights(config) + biases + norms
     non_embedding = model.layers * layer + model.hidden
     tables = 1 if model.tied_embeddings else 2
     return Parameters(non_embedding, non_embedding + tables * model.vocabulary * model.hidden)
@@ -65,11 +66,15 @@ def _mlp_weights(config: ConfigDict) -> int:
     return 3 * config.model.hidden * config.model.mlp_width
 
 
+def _layer_weights(config: ConfigDict) -> int:
+    return _projection_weights(config) + _mlp_weights(config)
+
+
 # -- the paper's cost model ------------------------------------------------------------------------
 def implicit_write(config: ConfigDict) -> float:
     """Counts FLOP to train once on a reference: the floor of writing it into parameters."""
     model, length = config.model, config.memory.reference_length
-    layer = length * (_projection_weights(config) + _mlp_weights(config))
+    layer = length * _layer_weights(config)
     layer += 2 * length * (config.data.sequence_length / 2) * _query_width(config)
     return 6 * (model.layers * layer + length * model.vocabulary * model.hidden)
 
@@ -85,8 +90,7 @@ def explicit_write(config: ConfigDict) -> float:
 
 def explicit_read(config: ConfigDict) -> float:
     """Counts FLOP for one chunk to attend to one explicit memory."""
-    memory = config.memory
-    pairs = memory.chunk_length * memory.kept_tokens
+    pairs = config.memory.chunk_length * config.memory.kept_tokens
     return 2.0 * 2 * pairs * _reading_width(config)
 
 
@@ -110,9 +114,8 @@ def usage_interval(config: ConfigDict) -> tuple[float, float]:
 
 def row_generation(config: ConfigDict, tokens: int = 256) -> float:
     """Counts FLOP of the layers, without LM head and memories, for a row of `tokens` tokens."""
-    products = tokens * (_projection_weights(config) + _mlp_weights(config))
     attention = 2 * tokens * (tokens / 2) * _query_width(config)
-    return 2 * config.model.layers * (products + attention)
+    return 2 * config.model.layers * (tokens * _layer_weights(config) + attention)
 
 
 def prompt_read_share(config: ConfigDict, tokens: int = 256) -> float:
@@ -144,24 +147,12 @@ def full_memory_bytes(config: ConfigDict) -> float:
 
 
 # -- useful work of our programs -------------------------------------------------------------------
-def forward(config: ConfigDict) -> float:
-    """Counts FLOP of the logits of a batch of rows that read memories unless `memory.source` is
-    none.
-
-    References encoded in the step (`config.IN_STEP`) are counted too. Hidden memories
-    (`memory.dropout`) count as read: the kernels compute them.
-    """
-    total = _context_forward(config)
-    if config.memory.source in IN_STEP:
-        total += writer(config, _row_references(config))
-    return total
-
-
 def train_step(config: ConfigDict) -> float:
     """Counts useful FLOP of an optimizer step: forward, and backward at twice that.
 
     Recomputation (`model.remat`) and accumulation (`train.microbatches`) cost time, not useful
-    work. In online training the selection of tokens has no gradient: its scores, and the
+    work. Hidden memories (`memory.dropout`) count as read: the kernels compute them. In online
+    training the selection of tokens has no gradient: its scores, and the
     last memory layer's reference queries, which serve nothing else, count in the forward only. With
     `memory.source = stop_gradient` all of the encoding does.
     """
@@ -183,7 +174,7 @@ def writer(config: ConfigDict, references: int) -> float:
     length, width = memory.reference_length, _query_width(config)
     before_last = memory.first_layer + memory.layers - 1
     pairs = length * (length + 1) // 2 + length * PREFIX_TOKENS
-    layer = length * (_projection_weights(config) + _mlp_weights(config)) + 2 * pairs * width
+    layer = length * _layer_weights(config) + 2 * pairs * width
     last = length * model.hidden * 2 * _kv_width(config)
     selection = _selection(config, references)
     return 2.0 * references * (before_last * layer + last) + selection
@@ -199,10 +190,10 @@ def decode_step(config: ConfigDict, rows: int, context: int, memories: int | Non
       memories: M; default `memory.per_prompt_chunk`.
     """
     model = config.model
-    weights = model.layers * (_projection_weights(config) + _mlp_weights(config))
+    weights = model.layers * _layer_weights(config) + model.hidden * model.vocabulary
     slots = _memory_slots(config, memories)
     attention = model.layers * context * _query_width(config) + slots * _reading_width(config)
-    return 2.0 * rows * (weights + model.hidden * model.vocabulary + 2 * attention)
+    return 2.0 * rows * (weights + 2 * attention)
 
 
 def decode_bytes(config: ConfigDict, rows: int, context: int, memories: int | None = None) -> float:
@@ -211,8 +202,7 @@ def decode_bytes(config: ConfigDict, rows: int, context: int, memories: int | No
     Arguments as in `decode_step`; all numbers are in `model.compute_dtype`.
     """
     model, memory = config.model, config.memory
-    weights = model.layers * (_projection_weights(config) + _mlp_weights(config))
-    weights += model.hidden * model.vocabulary
+    weights = model.layers * _layer_weights(config) + model.hidden * model.vocabulary
     keys = model.layers * context + memory.layers * _memory_slots(config, memories)
     width = 2 if model.compute_dtype == "bfloat16" else 4
     return float(width * (weights + rows * keys * 2 * _kv_width(config)))
@@ -229,17 +219,17 @@ def _row_references(config: ConfigDict) -> int:
 
 
 def _context_forward(config: ConfigDict) -> float:
+    """Counts FLOP of the logits of a batch, without encoding references."""
     model, memory = config.model, config.memory
     rows, tokens = config.data.batch_size, config.data.sequence_length
     with_memory = memory.source != "none"
     prefix_tokens = PREFIX_TOKENS if with_memory or model.prefix == "always" else 0
     pairs = tokens * (tokens + 1) // 2 + tokens * prefix_tokens  # causal triangle, prefix
-    weights = model.layers * (_projection_weights(config) + _mlp_weights(config))
-    products = tokens * (weights + model.hidden * model.vocabulary)
+    weights = model.layers * _layer_weights(config) + model.hidden * model.vocabulary
     attention = 2 * model.layers * pairs * _query_width(config)
     if with_memory:
         attention += 2 * _memory_pairs(config, tokens) * _reading_width(config)
-    return 2.0 * rows * (products + attention)
+    return 2.0 * rows * (tokens * weights + attention)
 
 
 def _memory_pairs(config: ConfigDict, tokens: int) -> int:

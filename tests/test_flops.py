@@ -149,29 +149,24 @@ def test_counts_equal_slow_counting() -> None:
     warmup, precomputed, online = tiny(), tiny("precomputed"), tiny("online")
     rows, references = 5, 5 * 5 * 2
     trained, fixed = count_encode(online)
-    assert flops.forward(warmup) == rows * count_forward(warmup, reads=False)
-    assert flops.train_step(warmup) == 3 * flops.forward(warmup)
-    assert flops.forward(precomputed) == rows * count_forward(precomputed, reads=True)
-    assert flops.train_step(precomputed) == 3 * flops.forward(precomputed)
+    assert flops.train_step(warmup) == 3 * rows * count_forward(warmup, reads=False)
+    assert flops.train_step(precomputed) == 3 * rows * count_forward(precomputed, reads=True)
     assert flops.writer(online, 1) == trained + fixed
-    encode = references * (trained + fixed)
-    assert flops.forward(online) == flops.forward(precomputed) + encode
     expected = flops.train_step(precomputed) + references * (3 * trained + fixed)
     assert flops.train_step(online) == expected
-    stopped = tiny("stop_gradient")
-    assert flops.forward(stopped) == flops.forward(online)
-    assert flops.train_step(stopped) == flops.train_step(precomputed) + encode
+    encode = references * (trained + fixed)
+    assert flops.train_step(tiny("stop_gradient")) == flops.train_step(precomputed) + encode
 
 
 def test_prefix_always_counts_in_warmup() -> None:
-    more = flops.forward(tiny(prefix="always")) - flops.forward(tiny())
-    assert more == 5 * 3 * 20 * 2 * 4 * 24  # rows, layers, queries, prefix keys, FLOP, width
+    more = flops.train_step(tiny(prefix="always")) - flops.train_step(tiny())
+    assert more == 3 * 5 * 3 * 20 * 2 * 4 * 24  # rows, layers, queries, prefix keys, FLOP, width
 
 
-def test_forward_of_other_rows() -> None:
+def test_steps_of_other_rows() -> None:
     more = tiny("online")
     more.data.batch_size = 10
-    assert flops.forward(more) == 2 * flops.forward(tiny("online"))
+    assert flops.train_step(more) == 2 * flops.train_step(tiny("online"))
 
 
 def test_decoding_with_memories_at_the_shape_of_the_paper(paper: ConfigDict) -> None:

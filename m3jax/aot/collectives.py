@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import re
@@ -58,16 +59,14 @@ def collectives(text: str) -> list[Collective]:
     Args:
       text: `compiled.as_text()`.
     """
-    computations = _computations(text)
-    entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
+    entry, computations = _computations(text)
     crossings: list[Collective] = []
     seen: set[tuple[str, str]] = set()
     for name, line, times, depth in _walk(computations, entry, 1, 0):
         collective = _parse(name, line, times, depth)
         if collective is None or collective.group < 2:
             continue
-        chain = re.search(r'chain_id="(\d+)"', line)
-        if chain is not None:
+        if chain := re.search(r'chain_id="(\d+)"', line):
             key = (collective.kind, chain.group(1))
             if key in seen:
                 continue
@@ -86,27 +85,26 @@ def by_kind(crossings: list[Collective]) -> dict[str, dict[str, float]]:
     return dict(sorted(table.items(), key=lambda item: -item[1]["bytes"]))
 
 
-def _computations(text: str) -> dict[str, tuple[bool, list[str]]]:
-    computations: dict[str, tuple[bool, list[str]]] = {}
-    lines: list[str] = []
+def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
+    """Returns the name of the computation that is run, and the instructions of all by name."""
+    entry = name = ""
+    computations = collections.defaultdict(list)
     for line in text.splitlines():
-        start = _COMPUTATION.match(line)
-        if start is not None:
-            lines = []
-            computations[start.group(2)] = (start.group(1) is not None, lines)
+        if start := _COMPUTATION.match(line):
+            name = start.group(2)
+            entry = name if start.group(1) else entry
         elif line.startswith("  "):
-            lines.append(line)
-    return computations
+            computations[name].append(line)
+    return entry, computations
 
 
 def _walk(
-    computations: dict[str, tuple[bool, list[str]]], name: str, times: int, depth: int
+    computations: dict[str, list[str]], name: str, times: int, depth: int
 ) -> Iterator[tuple[str, str, int, int]]:
     """(computation, instruction, runs, loops around it) of everything that a computation runs."""
-    for line in computations.get(name, (False, []))[1]:
+    for line in computations.get(name, []):
         yield name, line, times, depth
-        loop = _WHILE.search(line)
-        if loop is not None:
+        if loop := _WHILE.search(line):
             trips = _trips(computations, line, loop.group(1))
             yield from _walk(computations, loop.group(2), times * trips, depth + 1)
             continue
@@ -119,14 +117,13 @@ def _walk(
                 yield from _walk(computations, called, times, depth)
 
 
-def _trips(computations: dict[str, tuple[bool, list[str]]], line: str, condition: str) -> int:
+def _trips(computations: dict[str, list[str]], line: str, condition: str) -> int:
     """Runs of a loop: stated with it, or the one constant that its counter is compared with."""
-    stated = re.search(r"known_trip_count[^\d]*(\d+)", line)
-    if stated is not None:
+    if stated := re.search(r"known_trip_count[^\d]*(\d+)", line):
         return int(stated.group(1))
     constants = {
         int(value)
-        for text in computations.get(condition, (False, []))[1]
+        for text in computations.get(condition, [])
         for value in re.findall(r"s32\[\][^ ]* constant\((\d+)\)", text)
     }
     return constants.pop() if len(constants) == 1 else 1
@@ -157,17 +154,13 @@ def _bytes(dtype: str, dims: str) -> int:
 
 def _group(line: str) -> int:
     """Devices of a group, in any of the ways that programs state groups."""
-    pairs = re.search(r"source_target_pairs=\{\{", line)
-    if pairs is not None:
+    if "source_target_pairs={{" in line:
         return 2
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
-    if listed is not None:
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return listed.group(1).count(",") + 1
-    iota = re.search(r"replica_groups=\[\d+,(\d+)\]<=", line)
-    if iota is not None:
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
         return int(iota.group(1))
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
-    if named is not None:
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
         return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", named.group(2)))
     return 1

@@ -7,6 +7,7 @@ every device.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -54,26 +55,23 @@ def attention_blocks(config: ConfigDict, *, tokens: int, references: bool) -> Bl
       references: whether references are encoded too.
     """
     model, memory = config.model, config.memory
-    group = model.query_heads // model.kv_heads
-    prefix = len(prefix_tokens(config))
-    common = {"block": model.attention_block, "kv_block": model.attention_kv_block}
-    nothing = {"chunks": 0, "chunk_slots": 0, "chunk_length": memory.chunk_length}
-    context = {"prefix": prefix, "window": memory.window, **common}
+    plan = functools.partial(
+        splash_mask.plan,
+        group=model.query_heads // model.kv_heads,
+        block=model.attention_block,
+        kv_block=model.attention_kv_block,
+        chunk_length=memory.chunk_length,
+    )
+    context = {"prefix": len(prefix_tokens(config)), "window": memory.window}
     context["packed"] = config.data.packing in PACKED
-    layouts = [splash_mask.plan(tokens, group, **nothing, **context)]
+    layouts = [plan(tokens, **context)]
     if memory.source != "none":
-        slots = {
-            "chunks": chunks_of_row(config, tokens),
-            "chunk_slots": memory.per_chunk * memory.kept_tokens,
-            "chunk_length": memory.chunk_length,
-        }
-        layouts.append(splash_mask.plan(tokens, group, **slots, **context))
-    if references:
+        slots = memory.per_chunk * memory.kept_tokens
         layouts.append(
-            splash_mask.plan(
-                memory.reference_length, group, prefix=PREFIX_TOKENS, window=1, **nothing, **common
-            )
+            plan(tokens, chunks=chunks_of_row(config, tokens), chunk_slots=slots, **context)
         )
+    if references:
+        layouts.append(plan(memory.reference_length, prefix=PREFIX_TOKENS))
     return {
         (layout.rows, layout.keys): splash_mask.pairs(layout)[0] // (layout.block * layout.kv_block)
         for layout in layouts
