@@ -36,8 +36,6 @@ from m3jax.private_apis import needed_bytes
 from m3jax.train.state import Program
 from m3jax.train.step import make_step
 
-PATHS = ("warmup", "precomputed", "online")  # what a train step reads
-
 
 @dataclasses.dataclass(frozen=True)
 class CompiledProgram:
@@ -315,7 +313,7 @@ def on_path(config: ConfigDict, path: str) -> ConfigDict:
 
     Args:
       config: a config of any stage.
-      path: one of `PATHS`.
+      path: warmup, precomputed or online.
     """
     changed = config.copy_and_resolve_references()
     changed.memory.source = "none" if path == "warmup" else path

@@ -13,22 +13,14 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from m3jax.model.attention_mask import (
-    ExplicitMemory,
-    KeyValues,
-    Packing,
-    Scope,
-    ShortSight,
-    concatenate,
-    hidden_by_sight,
-    visible_mask,
-)
+from m3jax.model.attention_mask import Scope, concatenate, hidden_by_sight, visible_mask
 from m3jax.model.cudnn_attention import fused_attend
 from m3jax.model.splash import splash_attend
 from m3jax.model.splash_mask import PACKED_TOKENS
 
+CONTEXT = Scope()  # the context alone
 MASKED = -1e30  # a finite score: rows are never empty, since a token always sees itself
 
 IMPLEMENTATIONS = ("naive", "blocked", "splash", "splash_interpret", "cudnn", "xla")
@@ -61,30 +53,23 @@ def attend(
     q_BTKGH: Float[Array, "B T K G H"],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
-    prefix: KeyValues | None = None,
-    memory: ExplicitMemory | None = None,
-    packing: Packing | None = None,
+    scope: Scope = CONTEXT,
     *,
-    chunk_length: int = 64,
-    window: int = 1,
     implementation: str = "naive",
     block: int = 256,
     kv_block: int = 256,
-    heads: Bool[Array, " K"] | None = None,
-    sight: ShortSight | None = None,
 ) -> Float[Array, "B T K G H"]:
     """Causal attention that also reads a prefix and explicit memories, in one softmax.
 
     Args:
       q_BTKGH, k_BTKH, v_BTKH: queries, keys (RoPE applied) and values of the context.
-      prefix, memory, packing, chunk_length, window, heads: as in `Scope`.
+      scope: what they read besides, and which keys each sees; `sight` with `naive` and `blocked`.
       implementation: `naive` holds all scores; `blocked` works on `block` queries at a time, never
         computes scores that the mask hides behind them, and recomputes them for the gradient;
         `splash` is the TPU kernel (`splash_attend`), `splash_interpret` the same anywhere, slowly;
         `cudnn` is the kernel for NVIDIA GPUs, `xla` the same call without it (`fused_attend`).
       block: queries a block, tokens; of `blocked` and `splash`.
       kv_block: keys a block of `splash`.
-      sight: as in `Scope`; `naive` and `blocked` only.
 
     Returns:
       Attention output, before the output projection, dtype of the values.
@@ -92,7 +77,6 @@ def attend(
     Raises:
       ValueError: the implementation is unknown, or cannot take these arrays.
     """
-    scope = Scope(prefix, memory, packing, heads, sight, chunk_length, window)
     inputs = (q_BTKGH, k_BTKH, v_BTKH, scope)
     if implementation == "naive":
         return _attend_block(0, *inputs)
@@ -101,7 +85,7 @@ def attend(
     if implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"attention implementation {implementation!r}; known: {known}")
-    if sight is not None:
+    if scope.sight is not None:
         raise ValueError(f"implementation {implementation!r} takes no `sight`; take 'blocked'")
     if implementation in ("cudnn", "xla"):
         return fused_attend(*inputs, implementation)

@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Int
 from m3jax.mesh import ACTIVATIONS, on_devices
 from m3jax.model.attention_mask import ExplicitMemory, KeyValues
 from m3jax.model.kv_cache import CacheLayout, State, by_layer, prompt_cache, query_weights
+from m3jax.model.layer import join
 from m3jax.model.parameters import Params
 from m3jax.model.rope import rotate
-from m3jax.model.streams import join
 from m3jax.model.transformer import Model
 
 # Token of each row from its logits `(B, V)`, float32, and the number of the row and of the token.

@@ -1,4 +1,7 @@
-"""One transformer layer: its block (projections, norms, MLP) and its pass over all streams."""
+"""One transformer layer: its block (projections, norms, MLP) and its pass over all streams.
+
+References, context and prefix of a pass lie one after another in a long row.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,6 @@ from m3jax.model.attention import attend, attention_weights
 from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing, Scope, ShortSight
 from m3jax.model.collectives import Parallel
 from m3jax.model.rope import rotate
-from m3jax.model.streams import Streams, join
 from m3jax.model.windowed_attention import attend_in_windows
 
 
@@ -108,6 +110,36 @@ class Block(nnx.Module):
         gate = jax.nn.silu(_product(x, self.gate[...]))
         product = _product(gate * _product(x, self.up[...]), self.down[...])
         return hidden + self.parallel.leave(product)
+
+
+class Streams(NamedTuple):
+    """Rows and tokens of each stream; (0, 0) where there is none.
+
+    In the long row they follow one another in this order: what ends earlier, references, comes
+    first, and the odd few tokens of the prefix last, so that the others start at multiples of
+    their row length.
+    """
+
+    references: tuple[int, int] = (0, 0)  # (R, W)
+    context: tuple[int, int] = (0, 0)  # (B, T)
+    prefix: tuple[int, int] = (0, 0)  # (1, S): `<s>Reference:`, the same for every row
+
+    def split(self, long: Array) -> tuple[Array | None, Array | None, Array | None]:
+        """Returns the streams `(rows, tokens, …)` of a long row `(1, N, …)`."""
+        parts: list[Array | None] = []
+        start = 0
+        for rows, tokens in self:
+            part = jax.lax.slice_in_dim(long, start, start + rows * tokens, axis=1)
+            parts.append(part.reshape(rows, tokens, *long.shape[2:]) if rows else None)
+            start += rows * tokens
+        references, context, prefix = parts
+        return references, context, prefix
+
+
+def join(parts: Sequence[Array | None]) -> Array:
+    """Returns the long row of streams, the inverse of `Streams.split`."""
+    rows = [part.reshape(1, -1, *part.shape[2:]) for part in parts if part is not None]
+    return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
 
 
 class Heads(NamedTuple):
@@ -237,7 +269,7 @@ class Layer:
                 position=self.prefix,
                 rope_base=self.rope_base,
             )
-        return attend(heads.q, heads.k, heads.v, prefix, **self.attention)
+        return attend(heads.q, heads.k, heads.v, Scope(prefix), **self.attention)
 
     def attend_context(
         self,
@@ -249,18 +281,14 @@ class Layer:
     ) -> tuple[Array | None, Array | None]:
         """Attends from the context; returns its attention weights on memories, too, where observed.
 
-        Args:
-          heads, prefix, memory: of this layer.
-          heads_K: which key-value heads read memories; None: all.
-          sight: as in `attend`.
+        `heads_K` and `sight` as in `Scope`.
         """
         if heads is None:
             return None, None
-        options: dict[str, Any] = {"chunk_length": self.chunk_length, "window": self.window}
-        options |= {"packing": self.packing, "heads": heads_K, "sight": sight}
+        packed, chunks = (self.packing, heads_K, sight), (self.chunk_length, self.window)
+        scope = Scope(prefix, memory, *packed, *chunks)
         observed = None
         if self.observe:
-            weights = attention_weights(heads.q, heads.k, Scope(prefix, memory, **options))
+            weights = attention_weights(heads.q, heads.k, scope)
             observed = weights[..., self.prefix : weights.shape[-1] - heads.k.shape[1]]
-        attended = attend(heads.q, heads.k, heads.v, prefix, memory, **options, **self.attention)
-        return attended, observed
+        return attend(heads.q, heads.k, heads.v, scope, **self.attention), observed

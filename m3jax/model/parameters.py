@@ -63,10 +63,7 @@ def abstract_params(model: ConfigDict, memory: ConfigDict) -> tuple[Params, Para
     shapes = nnx.to_pure_dict(state)
     axes = nnx.to_pure_dict(nnx.get_partition_spec(state))
     return shapes, jax.tree.map(
-        lambda spec, leaf: tuple(spec) + (None,) * (leaf.ndim - len(tuple(spec))),
-        axes,
-        shapes,
-        is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec),
+        lambda spec, leaf: (*spec, *(None,) * (leaf.ndim - len(spec))), axes, shapes
     )
 
 

@@ -26,10 +26,9 @@ from m3jax.mesh import PARAMETERS
 from m3jax.model.attention import resolve
 from m3jax.model.attention_mask import ExplicitMemory, Packing, ShortSight
 from m3jax.model.collectives import Parallel
-from m3jax.model.layer import Block, Layer, rms_norm
+from m3jax.model.layer import Block, Layer, Streams, rms_norm
 from m3jax.model.parameters import Params, abstract_params, init_params, segment_ranges
 from m3jax.model.splash import RESIDUALS as ATTENTION
-from m3jax.model.streams import Streams
 from m3jax.model.vocab_parallel import cross_entropy, lookup, token_losses
 
 KEPT_TOKENS = "kept_tokens"  # name under which `sparsify` marks the indices that it chose

@@ -12,7 +12,7 @@ from m3jax.aot.compile import abstract_batch
 from m3jax.aot.jaxpr_flops import attention_blocks, executed_flops
 from m3jax.mesh import make_mesh
 from m3jax.model.attention import attend
-from m3jax.model.attention_mask import ExplicitMemory, KeyValues
+from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Scope
 from m3jax.train.state import Program
 from m3jax.train.step import make_step
 
@@ -93,9 +93,9 @@ def test_attention_kernels_count_the_blocks_that_are_left():
 
     def loss(q, k, v, prefix, slots):
         memory = ExplicitMemory(slots, slots, jnp.full((B, C, 1), 8, jnp.int32))
-        options = {"window": 2, "implementation": "splash", "block": 128, "kv_block": 128}
-        out = attend(q, k, v, KeyValues(prefix, prefix), memory, chunk_length=64, **options)
-        return jnp.sum(out)
+        scope = Scope(KeyValues(prefix, prefix), memory, chunk_length=64, window=2)
+        options = {"implementation": "splash", "block": 128, "kv_block": 128}
+        return jnp.sum(attend(q, k, v, scope, **options))
 
     shapes = ((B, T, K, G, H), (B, T, K, H), (B, T, K, H), (2, K, H), (B, C, 1, K, 8, H))
     forward = count(loss, *shapes, blocks=blocks)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3jax.model.attention import attend
-from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing
+from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing, Scope
 
 
 class Case(NamedTuple):
@@ -75,7 +75,8 @@ def attended(
     memory = None if inputs.keys is None else ExplicitMemory(inputs.keys, inputs.values, length)
     options = {"block": case.block, "kv_block": case.kv_block, **options}
     shape = {"chunk_length": case.chunk, "window": case.window}
-    return attend(*inputs[:4], memory, packing, **shape, **options)
+    scope = Scope(inputs.prefix, memory, packing, **shape)
+    return attend(*inputs[:3], scope, **options)
 
 
 @partial(jax.jit, static_argnames=("case", "implementation"))

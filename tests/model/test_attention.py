@@ -53,16 +53,8 @@ def concatenated(inputs: Inputs, length: np.ndarray, window: int) -> Any:
 
 def attended(inputs: Inputs, length: np.ndarray, window: int, **options: Any) -> Any:
     memory = ExplicitMemory(inputs.keys, inputs.values, length)
-    return attend(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        inputs.prefix,
-        memory,
-        chunk_length=CHUNK,
-        window=window,
-        **options,
-    )
+    scope = Scope(inputs.prefix, memory, chunk_length=CHUNK, window=window)
+    return attend(*inputs[:3], scope, **options)
 
 
 jitted = jax.jit(attended, static_argnames=("window", "implementation", "block"))
@@ -115,7 +107,7 @@ def test_fused_equals_naive_without_memory(prefix: int) -> None:
     inputs, length = make_inputs(1, prefix)
 
     def attention(inputs: Inputs, length: Any, implementation: str) -> Any:
-        return attend(*inputs[:4], implementation=implementation)
+        return attend(*inputs[:3], Scope(inputs.prefix), implementation=implementation)
 
     expected = value_and_gradients(partial(attention, implementation="naive"), inputs, length)
     fused = partial(attention, implementation="xla")
@@ -312,18 +304,9 @@ def test_blocked_never_holds_a_square_of_scores(gradient: bool) -> None:
 
     def arrays(implementation: str) -> int:
         def loss(q: Any, k: Any, v: Any, memory: Any) -> Any:
-            out = attend(
-                q,
-                k,
-                v,
-                None,
-                ExplicitMemory(*memory, np.full((B, 8, 1), P, np.int32)),
-                chunk_length=8,
-                window=2,
-                implementation=implementation,
-                block=block,
-            )
-            return jnp.sum(out)
+            slots = ExplicitMemory(*memory, np.full((B, 8, 1), P, np.int32))
+            scope = Scope(None, slots, chunk_length=8, window=2)
+            return jnp.sum(attend(q, k, v, scope, implementation=implementation, block=block))
 
         shapes = [(B, length_T, K, G, H), (B, length_T, K, H), (B, length_T, K, H)]
         memory = [jnp.zeros((B, 8, 1, K, P, H))] * 2

@@ -1,5 +1,6 @@
 """Memories of some heads: the others attend as if there were none, by every way of attending."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -54,8 +55,8 @@ def listed(inputs: Inputs, length: np.ndarray, window: int, heads: np.ndarray) -
 
 def attended(inputs: Inputs, length: Any, window: int, heads: Any, **options: Any) -> Any:
     memory = ExplicitMemory(inputs.keys, inputs.values, length)
-    options = {"chunk_length": CHUNK, "window": window, "heads": heads, **options}
-    return attend(*inputs[:4], memory, **options)
+    scope = Scope(inputs.prefix, memory, heads=heads, chunk_length=CHUNK, window=window)
+    return attend(*inputs[:3], scope, **options)
 
 
 WAYS: list[dict[str, Any]] = [
@@ -100,12 +101,12 @@ def test_texts_of_a_packed_row() -> None:
     heads = jnp.array([False, True])
     memory = ExplicitMemory(inputs.keys, inputs.values, length)
     for way in WAYS[:3]:
-        options = {"chunk_length": CHUNK, "window": 2, "heads": heads, **way}
-        found = attend(*inputs[:4], memory, packing, **options)
+        scope = Scope(inputs.prefix, memory, packing, heads, chunk_length=CHUNK, window=2)
+        found = attend(*inputs[:3], scope, **way)
         for low, high, chunks in ((0, 4, slice(0, 2)), (4, 7, slice(2, 3))):
             own = (x[:, low:high] for x in inputs[:3])
             part = jax.tree.map(lambda x, c=chunks: x[:, c], memory)
-            alone = attend(*own, inputs.prefix, part, **options)
+            alone = attend(*own, dataclasses.replace(scope, memory=part, packing=None), **way)
             close(found[:, low:high], alone)
 
 

@@ -160,7 +160,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, PartitionSpec
 from m3jax.model.attention import attend
-from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing
+from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing, Scope
 
 devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices)
 mesh = Mesh(devices.reshape(8, 2), ("rows", "heads"))
@@ -174,9 +174,8 @@ constant = PartitionSpec(None, "heads")
 
 def loss(q, k, v, prefix, keys, values, length, *packing):
     memory = ExplicitMemory(keys, values, length)
-    options = {"window": 5, "implementation": "splash"}
-    packing = Packing(*packing) if packing else None
-    return jnp.sum(attend(q, k, v, prefix, memory, packing, **options).astype(jnp.float32))
+    scope = Scope(prefix, memory, Packing(*packing) if packing else None, window=5)
+    return jnp.sum(attend(q, k, v, scope, implementation="splash").astype(jnp.float32))
 
 specs = (context, context, context, KeyValues(constant, constant), slots, slots)
 packing = [array(B, T, dtype=jnp.int32)] * (2 if sys.argv[1:] == ["packed"] else 0)
