@@ -222,19 +222,16 @@ def compile_report(
         config = _serving(config, rows, len(devices))
         rows = config.data.batch_size
     mesh = make_mesh(config, devices)
-    compiled = {
-        "train": lambda: compile_train(config, mesh),
-        "writer": lambda: compile_writer(config, mesh),
-        "decode": lambda: compile_decode(config, mesh, context),
-    }[program]()
-    tokens = config.data.sequence_length
+    if program == "train":
+        compiled, useful = compile_train(config, mesh), flops.train_step(config)
+    elif program == "writer":
+        compiled = compile_writer(config, mesh)
+        useful = flops.writer(config, config.writer.batch_references)
+    else:
+        compiled = compile_decode(config, mesh, context)
+        useful = flops.decode_step(config, rows, context)
     online = program == "writer" or config.memory.source in IN_STEP
-    blocks = attention_blocks(config, tokens=tokens, references=online)
-    useful = {
-        "train": lambda: flops.train_step(config),
-        "writer": lambda: flops.writer(config, config.writer.batch_references),
-        "decode": lambda: flops.decode_step(config, rows, context),
-    }[program]()
+    blocks = attention_blocks(config, tokens=config.data.sequence_length, references=online)
     executed = executed_flops(compiled.jaxpr, blocks)
     exchanges = collectives(compiled.text) if compiled.text else []
     table = by_kind(exchanges)

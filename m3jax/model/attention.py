@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from m3jax.model.attention_mask import Scope, concatenate, hidden_by_sight, visible_mask
 from m3jax.model.cudnn_attention import fused_attend
@@ -21,7 +21,6 @@ from m3jax.model.splash import splash_attend
 from m3jax.model.splash_mask import PACKED_TOKENS
 
 CONTEXT = Scope()  # the context alone
-MASKED = -1e30  # a finite score: rows are never empty, since a token always sees itself
 
 IMPLEMENTATIONS = ("naive", "blocked", "splash", "splash_interpret", "cudnn", "xla")
 
@@ -136,11 +135,18 @@ def attention_weights(
     keys = concatenate(k_BSKH, k_BSKH, scope.prefix, scope.memory).keys
     scores_BKGTS = jnp.einsum(
         "BTKGH,BSKH->BKGTS", q_BTKGH, keys, preferred_element_type=jnp.float32
-    ) * (H**-0.5)
+    )
     query_T = start + jnp.arange(T)
     mask_BKGTS = visible_mask(query_T, S, scope)[:, :, None]
     if scope.sight is not None:
         hidden = hidden_by_sight(scope.sight, query_T, S, mask_BKGTS.shape[-1])
         mask_BKGTS = mask_BKGTS & ~hidden[None]
-    scores_BKGTS = jnp.where(mask_BKGTS, scores_BKGTS, MASKED)
-    return jax.nn.softmax(scores_BKGTS, axis=-1)
+    return masked_softmax(scores_BKGTS, mask_BKGTS, H)
+
+
+def masked_softmax(
+    scores: Float[Array, "*batch S"], mask: Bool[Array, "*broadcast S"], head_dim: int
+) -> Float[Array, "*batch S"]:
+    """Returns the weights of scores `q · k` in float32; masked keys have weight 0."""
+    # A finite score for what is masked: rows are never empty, since a token always sees itself.
+    return jax.nn.softmax(jnp.where(mask, scores * head_dim**-0.5, -1e30), axis=-1)

@@ -165,7 +165,7 @@ class Decoder:
             attended, prefix = layer.attend_prefix(prefix_heads)
             output, _ = layer.attend_context(heads, prefix, part, layout.reading_heads(index))
             kept = None if part is None else jax.tree.map(lambda x: x[row, last_chunk], part)
-            cache.append(prompt_cache(heads.k, heads.v, prefix, kept, slots))
+            cache.append(prompt_cache(KeyValues(heads.k, heads.v), prefix, kept, slots))
             if self.observe and segment == "memory":
                 mask = layout.mask(index, masks, state)
                 weights = query_weights(heads.q[row, prompt_length - 1], cache[-1].keys, mask)

@@ -5,10 +5,8 @@ A folder is `config.json` and `model.safetensors`, or parts of it named by
 their own; query head n of both belongs to key-value head n // G, and both turn the pairs
 (i, i + H/2) by RoPE, so that no weight changes place within a head.
 
-A Llama knows neither memories nor the prefix: its logits are those of `Model(model, memory, ())`
-without
-memories, which is what `model.prefix = "with_memory"` gives in stages without memory. (Our context
-then begins at position W, theirs at 0: attention depends on distances only.) Its own token for the
+A Llama knows neither memories nor the prefix: its logits are those of `Model(model, memory, ())`,
+which is what `model.prefix = "with_memory"` gives in stages without memory. Its own token for the
 start of a text is a token of the row, as `<s>` is in `text/corpus.py`. With the prefix of p tokens,
 its `position_ids` are 0 … p−1 and then from p + W on, W being `memory.reference_length`.
 """

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from m3jax.model.attention import MASKED
+from m3jax.model.attention import masked_softmax
 from m3jax.model.attention_mask import ExplicitMemory, KeyValues, keys_of_heads
 
 
@@ -125,23 +125,19 @@ class CacheLayout:
 
 
 def prompt_cache(
-    k_BTKH: Array,
-    v_BTKH: Array,
-    prefix: KeyValues | None,
-    memory: ExplicitMemory | None,
-    slots: int,
+    context: KeyValues, prefix: KeyValues | None, memory: ExplicitMemory | None, slots: int
 ) -> KeyValues:
-    """Returns a layer's cache after the prompt, with empty slots for generated tokens."""
-    B = k_BTKH.shape[0]
+    """Returns a layer's cache after a prompt `(B, T, K, H)`, with empty slots for what follows."""
     cache = []
-    for part, context in enumerate((k_BTKH, v_BTKH)):
-        rows = jnp.pad(context.swapaxes(1, 2), ((0, 0), (0, 0), (0, slots), (0, 0)))
+    for part, x_BTKH in enumerate(context):
+        rows = jnp.pad(x_BTKH.swapaxes(1, 2), ((0, 0), (0, 0), (0, slots), (0, 0)))
         parts = [rows]
         if memory is not None:
             parts.insert(0, _as_slots(memory[part], rows.dtype))
         if prefix is not None:
             constant = prefix[part].swapaxes(0, 1)[None]
-            parts.insert(0, jnp.broadcast_to(constant, (B, *constant.shape[1:])).astype(rows.dtype))
+            constant = jnp.broadcast_to(constant, (len(rows), *constant.shape[1:]))
+            parts.insert(0, constant.astype(rows.dtype))
         cache.append(jnp.concatenate(parts, axis=2))
     return KeyValues(*cache)
 
@@ -151,8 +147,7 @@ def query_weights(
 ) -> Float[Array, "B K G S"]:
     """Returns softmax weights of one query a row in float32; the mask may be of all heads."""
     scores = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask_BKS[:, :, None], scores * q_BKGH.shape[-1] ** -0.5, MASKED)
-    return jax.nn.softmax(scores, axis=-1)
+    return masked_softmax(scores, mask_BKS[:, :, None], q_BKGH.shape[-1])
 
 
 def by_layer(memory: ExplicitMemory | None) -> list[ExplicitMemory]:

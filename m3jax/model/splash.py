@@ -8,11 +8,9 @@ Three choices, by counted work:
 * The G query heads that share a key-value head are rows of one query axis, token by token. Keys
   and values are read once instead of G times, and a block of few tokens still fills the matrix
   unit: causal blocks waste less.
-* The gradient uses the kernel's two passes, one for dq and one for dk and dv. A fused pass exists:
-  it spares two of seven products (0.31 ms of a v5e for a row and layer of the 2.4B model, at its
-  peak), but writes a dq of the size of all queries for every block of keys and adds them up:
-  265 MB more moved (0.32 ms), 1.7 GB of temporaries for 8 rows, and sums rounded to the dtype of
-  the queries.
+* The gradient uses the kernel's two passes, one for dq and one for dk and dv. The fused pass spares
+  two of seven products, but writes a dq of all queries for every block of keys: as much time on a
+  v5e, 1.7 GB of temporaries for 8 rows of the 2.4B model, and sums rounded to the queries' dtype.
 * Memory slots past the length differ from row to row, which a static mask cannot say: they are
   another segment than everything else.
 
@@ -68,12 +66,13 @@ def splash_attend(
     """
     prefix, memory, packing, heads = scope.prefix, scope.memory, scope.packing, scope.heads
     B, T, K, G, H = q_BTKGH.shape
+    chunks = 0 if memory is None else memory.keys.shape[1]
     layout = plan(
         T,
         G,
         prefix=scope.prefix_slots,
-        chunks=0 if memory is None else memory.keys.shape[1],
-        chunk_slots=0 if memory is None else memory.keys.shape[2] * memory.keys.shape[4],
+        chunks=chunks,
+        chunk_slots=scope.memory_slots // chunks if chunks else 0,
         chunk_length=scope.chunk_length,
         window=scope.window,
         block=block,

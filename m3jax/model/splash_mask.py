@@ -25,11 +25,10 @@ _ComputableMask: Any = computable_mask()
 
 LANES = 128  # a block of keys, and of query rows, is a multiple of this
 
-# What the compiler gives the kernels of VMEM, and an estimate of what a block takes: for every row
-# of queries and every key eleven float32 numbers in each lane (running maximum, sum and output,
-# codes, segments, log-sum-exp, the inputs twice), and one for every score. For 2560 rows × 256 keys
-# it makes 17.6 MiB, as the compiler for v5p does; for v5e, which takes less, it is on the safe
-# side.
+# What the compiler gives the kernels of VMEM, and an estimate of what a block takes: eleven float32
+# numbers in each lane for every row of queries and every key (running maximum, sum and output,
+# codes, segments, log-sum-exp, the inputs twice), and one for every score. It is what the compiler
+# for v5p takes (17.6 MiB for 2560 rows × 256 keys); that for v5e takes less.
 VMEM = 2**24
 EDGE_BYTES = 11 * LANES * 4
 SCORE_BYTES = 4

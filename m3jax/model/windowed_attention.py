@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from m3jax.model.attention import MASKED
+from m3jax.model.attention import masked_softmax
 from m3jax.model.attention_mask import KeyValues, concatenate
 from m3jax.model.rope import rotate
 
@@ -60,7 +59,6 @@ def attend_in_windows(
         scores = jnp.einsum(
             "BTKGH,BSKH->BKGTS", q[:, low:high], keys, preferred_element_type=jnp.float32
         )
-        scores = jnp.where(visible[:, None, None], scores * q.shape[-1] ** -0.5, MASKED)
-        weights = jax.nn.softmax(scores, axis=-1)
+        weights = masked_softmax(scores, visible[:, None, None], q.shape[-1])
         outputs.append(jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(values.dtype), values))
     return jnp.stack(outputs, axis=1).reshape(q_RWKGH.shape)
