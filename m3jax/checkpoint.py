@@ -7,6 +7,7 @@ A checkpoint is a folder `<stage folder>/checkpoints/<step>` with `state` and `m
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 from m3jax.config import PREFIX_TOKENS, default
 from m3jax.errors import CheckpointError
 from m3jax.make_model import make_model
-from m3jax.mesh import parameter_name, parameter_shardings
+from m3jax.mesh import parameter_shardings
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
 from m3jax.text.tokenizer import Tokenizer
@@ -98,10 +99,10 @@ def restore_params(
         device = SingleDeviceSharding(jax.local_devices()[0])
         shardings, placed = (jax.tree.map(lambda _: device, tree) for tree in (shapes, saved))
     else:
-        shardings = parameter_shardings(mesh, axes, shapes)
+        shardings = parameter_shardings(mesh, axes)
         block = axes["memory"]
         saved_axes = {k: block if k in SEGMENTS else axes[k] for k in saved}
-        placed = parameter_shardings(mesh, saved_axes, saved)
+        placed = parameter_shardings(mesh, saved_axes)
     targets = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), saved, placed
     )
@@ -202,7 +203,8 @@ def _layers(shapes: Params) -> int:
 def check_shapes(folder: Path, saved: Params, needed: Params) -> None:
     """Raises `CheckpointError`, naming the first parameter whose shape is another."""
     trees = [jax.tree.leaves_with_path(tree) for tree in (saved, needed)]
-    sides = [{parameter_name(path): leaf.shape for path, leaf in leaves} for leaves in trees]
+    name_of = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    sides = [{name_of(path): leaf.shape for path, leaf in leaves} for leaves in trees]
     for name in sorted(sides[0].keys() | sides[1].keys()):
         theirs, ours = (side.get(name, "absent") for side in sides)
         if theirs != ours:

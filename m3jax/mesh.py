@@ -207,38 +207,14 @@ def _check_rows(config: ConfigDict, sizes: Mapping[str, int]) -> None:
         )
 
 
-def parameter_shardings(mesh: Mesh, axes_tree: Any, shapes: Any, rules: Rules = PARAMETERS) -> Any:
-    """Returns the shardings of a tree of parameters.
-
-    Args:
-      mesh: the mesh.
-      axes_tree: for every parameter the tuple of its logical axes.
-      shapes: the same tree of anything with a `shape`.
-      rules: parameter rules.
-
-    Raises:
-      ConfigError: a dimension is not divisible by its mesh axis; names parameter, size and axis.
-    """
-
-    def sharding(path: Any, leaf: Any, axes: Sequence[str | None]) -> NamedSharding:
-        spec = rules.spec(axes)
-        for axis, size, part in zip(axes, leaf.shape, spec, strict=True):
-            names = (part,) if isinstance(part, str) else part or ()
-            ways = math.prod(mesh.shape[name] for name in names)
-            if size % ways:
-                raise ConfigError(
-                    f"parameter {parameter_name(path)}: axis {axis!r} of size {size} cannot be"
-                    f" split over mesh.{'·'.join(names)} = {ways}; use a size of the axis that"
-                    f" divides {size}"
-                )
-        return NamedSharding(mesh, spec)
-
-    return jax.tree_util.tree_map_with_path(sharding, shapes, axes_tree)
-
-
-def parameter_name(path: Any) -> str:
-    """Returns a readable name of a leaf, `memory/query`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def parameter_shardings(mesh: Mesh, axes_tree: Any) -> Any:
+    """Returns the shardings of parameters by their logical axes, a tuple for each; `make_mesh` has
+    checked that they can be split."""
+    return jax.tree.map(
+        lambda axes: NamedSharding(mesh, PARAMETERS.spec(axes)),
+        axes_tree,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:

@@ -99,7 +99,7 @@ def compile_writer(config: ConfigDict, mesh: Mesh) -> CompiledProgram:
     """Compiles the encode of the memory writer on abstract arrays."""
     model = make_model(config, PREFIX_TOKENS, mesh)
     shapes, axes = model.abstract()
-    shardings = parameter_shardings(mesh, axes, shapes)
+    shardings = parameter_shardings(mesh, axes)
     params = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), shapes, shardings)
     sharding = batch_sharding(mesh)
     inputs = [jax.ShapeDtypeStruct(s, jnp.int32, sharding=sharding) for s in input_shapes(config)]

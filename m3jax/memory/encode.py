@@ -146,8 +146,7 @@ class Encoder:
                     f" cannot be split over the {ways} devices of mesh.slice × mesh.data ×"
                     f" mesh.fsdp; use a multiple of {ways * self.slots}"
                 )
-            abstract, axes = model.abstract()
-            shardings = parameter_shardings(model.mesh, axes, abstract)
+            shardings = parameter_shardings(model.mesh, model.abstract()[1])
             self.params = jax.device_put(
                 self.params, {name: shardings[name] for name in self.params}
             )

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from m3jax.model.attention_mask import Scope, concatenate, hidden_by_sight, visible_mask
-from m3jax.model.cudnn_attention import fused_attend
+from m3jax.model.cudnn_attention import cudnn_refusal, fused_attend
 from m3jax.model.splash import splash_attend
 from m3jax.model.splash_mask import PACKED_TOKENS
 
@@ -42,10 +42,8 @@ def resolve(name: str, platform: str, dtype: DTypeLike, head_dim: int, packed: i
         return name
     if platform == "tpu":
         return "splash" if packed <= PACKED_TOKENS else "blocked"
-    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-    if platform in ("gpu", "cuda") and half and head_dim % 8 == 0 and head_dim <= 128:
-        return "cudnn"
-    return "blocked"
+    cudnn = platform in ("gpu", "cuda") and cudnn_refusal(dtype, head_dim) is None
+    return "cudnn" if cudnn else "blocked"
 
 
 def attend(

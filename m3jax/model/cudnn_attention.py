@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from m3jax.model.attention_mask import Scope, concatenate, visible_mask
@@ -39,8 +40,9 @@ def fused_attend(
       ValueError: cuDNN does not take the dtype or the head dim.
     """
     B, T, K, G, H = q_BTKGH.shape
-    if implementation == "cudnn":
-        _check_cudnn(q_BTKGH)
+    refusal = cudnn_refusal(q_BTKGH.dtype, H)
+    if implementation == "cudnn" and refusal:
+        raise ValueError(refusal)
     keys, values = concatenate(k_BTKH, v_BTKH, scope.prefix, scope.memory)
     q_BTNH = q_BTKGH.reshape(B, T, K * G, H)
     options: dict[str, Any]
@@ -66,15 +68,16 @@ def _even(x_BSKH: Array) -> Array:
     return jnp.pad(x_BSKH, ((0, 0), (0, x_BSKH.shape[1] % 2), (0, 0), (0, 0)))
 
 
-def _check_cudnn(q_BTKGH: Array) -> None:
-    H, dtype = q_BTKGH.shape[-1], q_BTKGH.dtype
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        raise ValueError(
+def cudnn_refusal(dtype: DTypeLike, H: int) -> str | None:
+    """Returns why cuDNN takes no queries of this dtype or head dim; None: it does."""
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return (
             f"attention 'cudnn' takes bfloat16 or float16, not {dtype}; set"
             " model.compute_dtype = 'bfloat16', or model.attention = 'blocked'"
         )
     if H % 8 or H > 128:
-        raise ValueError(
+        return (
             f"attention 'cudnn' takes a head dim that is a multiple of 8 up to 128, not {H};"
             " set model.attention = 'blocked'"
         )
+    return None

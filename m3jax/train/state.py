@@ -53,7 +53,7 @@ class Program:
         self.model = make_model(config, prefix_tokens(config), mesh)
         self.optimizer = make_optimizer(config)
         shapes, axes = self.model.abstract()
-        params, whole = parameter_shardings(mesh, axes, shapes), replicated(mesh)
+        params, whole = parameter_shardings(mesh, axes), replicated(mesh)
         abstract = jax.eval_shape(lambda p: new_state(p, self.optimizer), shapes)
         shardings = jax.tree.map(lambda _: whole, abstract)._replace(
             params=params, optimizer=_like_parameters(abstract.optimizer, shapes, params, whole)
