@@ -19,9 +19,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from m3jax.config import stored_heads
-
-PREFIX_TOKENS = 2  # `<s>` and `Reference:`, keys in front of every row and reference
+from m3jax.config import PREFIX_TOKENS, stored_heads
 
 
 # -- parameters ------------------------------------------------------------------------------------
@@ -173,7 +171,7 @@ def writer(config: ConfigDict, references: int) -> float:
     model, memory = config.model, config.memory
     length, width = memory.reference_length, _query_width(config)
     before_last = memory.first_layer + memory.layers - 1
-    pairs = length * (length + 1) // 2 + length * PREFIX_TOKENS
+    pairs = length * (length + 1) // 2 + length * len(PREFIX_TOKENS)
     layer = length * _layer_weights(config) + 2 * pairs * width
     last = length * model.hidden * 2 * _kv_width(config)
     selection = _selection(config, references)
@@ -223,7 +221,7 @@ def _context_forward(config: ConfigDict) -> float:
     model, memory = config.model, config.memory
     rows, tokens = config.data.batch_size, config.data.sequence_length
     with_memory = memory.source != "none"
-    prefix_tokens = PREFIX_TOKENS if with_memory or model.prefix == "always" else 0
+    prefix_tokens = len(PREFIX_TOKENS) if with_memory or model.prefix == "always" else 0
     pairs = tokens * (tokens + 1) // 2 + tokens * prefix_tokens  # causal triangle, prefix
     weights = model.layers * _layer_weights(config) + model.hidden * model.vocabulary
     attention = 2 * model.layers * pairs * _query_width(config)

@@ -101,11 +101,10 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
         rest = math.prod(size for axis, size in sizes.items() if axis != "fsdp")
         sizes["fsdp"] = len(devices) // rest
         if sizes["fsdp"] * rest != len(devices):
-            others = " × ".join(f"mesh.{axis}" for axis in AXES if axis != "fsdp")
-            values = " × ".join(str(sizes[axis]) for axis in AXES if axis != "fsdp")
             raise ConfigError(
-                f"config.mesh.fsdp = -1: {others} = {values} does not divide the {len(devices)}"
-                f" available devices; sizes that would: {_divisors(len(devices))}"
+                "config.mesh.fsdp = -1: mesh.slice × mesh.data × mesh.tensor ="
+                f" {sizes['slice']} × {sizes['data']} × {sizes['tensor']} does not divide the"
+                f" {len(devices)} available devices; sizes that would: {_divisors(len(devices))}"
             )
     used = math.prod(sizes.values())
     shown = ", ".join(f"{axis} = {size}" for axis, size in sizes.items())

@@ -205,12 +205,9 @@ def compile_report(
       rows, context: of `decode`: rows on one device of `mesh.data`, tokens of a prompt.
 
     Returns:
-      What it takes of a chip, in bytes: `peak_bytes_per_chip`, `memory` (its parts),
-      `chip_bytes`, `fits`; `collectives` by kind (`count` of runs, `bytes` one chip sends), and
-      each of them in `exchanges` (the fields of `Collective`);
-      `flops`: `useful` and `executed` of all chips and their quotient; `seconds`, lower bounds of a
-      step by `compute`, `memory` and `interconnect`; `mfu_ceiling`; `compile_seconds`; and what was
-      compiled.
+      Bytes of a chip (`peak_bytes_per_chip`, its parts in `memory`), `collectives` by kind and each
+      in `exchanges`, `flops` of all chips, lower bounds of a step in `seconds`, `mfu_ceiling`,
+      `compile_seconds`, and what was compiled.
 
     Raises:
       ConfigError, CompileError: it cannot be compiled for that slice.

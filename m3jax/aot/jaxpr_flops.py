@@ -15,8 +15,7 @@ from typing import Any
 from jax.extend import core
 from ml_collections import ConfigDict
 
-from m3jax.config import PACKED, prefix_tokens
-from m3jax.flops import PREFIX_TOKENS
+from m3jax.config import PACKED, PREFIX_TOKENS, prefix_tokens
 from m3jax.model import splash_mask
 
 Blocks = Mapping[tuple[int, int], int]
@@ -71,7 +70,7 @@ def attention_blocks(config: ConfigDict, *, tokens: int, references: bool) -> Bl
             plan(tokens, chunks=chunks_of_row(config, tokens), chunk_slots=slots, **context)
         )
     if references:
-        layouts.append(plan(memory.reference_length, prefix=PREFIX_TOKENS))
+        layouts.append(plan(memory.reference_length, prefix=len(PREFIX_TOKENS)))
     return {
         (layout.rows, layout.keys): splash_mask.pairs(layout)[0] // (layout.block * layout.kv_block)
         for layout in layouts

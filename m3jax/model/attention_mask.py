@@ -51,7 +51,9 @@ class Packing(NamedTuple):
         return jnp.arange(self.starts.shape[1])[None] - self.starts
 
 
-class ShortSight(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ShortSight:
     """Query heads that see little of the context: its first token and their own last tokens.
 
     heads_KG: which; with a leading axis of layers where a model is given them.
@@ -59,7 +61,7 @@ class ShortSight(NamedTuple):
     """
 
     heads_KG: Bool[Array, "*layers K G"]
-    tokens: int | Int[Array, ""]
+    tokens: int = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

@@ -279,11 +279,8 @@ class Model:
         return nnx.merge(self._block, self.parallel.gather(stacked, self._axes))
 
     def _sights(self, sight: ShortSight | None, segment: str) -> ShortSight | None:
-        """Returns the short sight of a segment's layers, `tokens` once a layer."""
-        if sight is None:
-            return None
-        low, high = self.ranges[segment]
-        return ShortSight(sight.heads_KG[low:high], jnp.full(high - low, sight.tokens))
+        """Returns the short sight of a segment's layers."""
+        return jax.tree.map(lambda heads: heads[slice(*self.ranges[segment])], sight)
 
     def _scan_plain(
         self, params: Params, segment: str, layer: Layer, hidden: Array, sight: Any = None
