@@ -289,7 +289,7 @@ def row_spec(axis: int) -> PartitionSpec:
     return ACTIVATIONS.spec((*(None,) * axis, "batch"))
 
 
-def to_global(mesh: Mesh | None, batch: Any, rows: HostRows, row_axes: Any = 0) -> Any:
+def to_global(mesh: Mesh | None, batch: Any, rows: HostRows, row_axes: Any) -> Any:
     """Makes global arrays from the rows that this process loaded.
 
     Args:
@@ -297,7 +297,7 @@ def to_global(mesh: Mesh | None, batch: Any, rows: HostRows, row_axes: Any = 0) 
       batch: a tree of host arrays that hold the rows `rows.ids`. They may be used without a copy:
         do not write to them afterwards.
       rows: `host_rows` of the mesh.
-      row_axes: number of the axis of rows in every array, or in all.
+      row_axes: number of the axis of rows in every array.
     """
     if mesh is None:
         return jax.device_put(batch)
@@ -306,7 +306,5 @@ def to_global(mesh: Mesh | None, batch: Any, rows: HostRows, row_axes: Any = 0) 
         shape = (*x.shape[:axis], rows.total, *x.shape[axis + 1 :])
         return jax.make_array_from_process_local_data(NamedSharding(mesh, row_spec(axis)), x, shape)
 
-    if isinstance(row_axes, int):
-        row_axes = jax.tree.map(lambda _: row_axes, batch)
     with jax.transfer_guard("allow"):  # this is the explicit transfer; JAX does not count it so
         return jax.tree.map(make, batch, row_axes)

@@ -100,7 +100,7 @@ def test_parameters_are_split_by_their_axes():
 def test_to_global_splits_rows_over_data_and_fsdp():
     mesh = make_mesh(config_with(data=2, fsdp=2, tensor=2))
     batch = {"tokens": np.arange(24).reshape(8, 3)}
-    array = to_global(mesh, batch, host_rows(mesh, 8))["tokens"]
+    array = to_global(mesh, batch, host_rows(mesh, 8), {"tokens": 0})["tokens"]
     assert array.sharding == batch_sharding(mesh)
     assert {shard.data.shape for shard in array.addressable_shards} == {(2, 3)}
     np.testing.assert_array_equal(np.asarray(array), batch["tokens"])

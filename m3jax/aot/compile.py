@@ -43,17 +43,15 @@ class CompiledProgram:
 
     Attributes:
       jaxpr: what was traced.
-      text: the compiled program; empty where it did not fit.
+      text: the compiled program; empty where the compiler did not find room.
       memory: bytes of one chip: `arguments`, `temporaries`, `code`, `peak`; only `peak`, as far as
         the compiler states it, where it did not fit.
-      fits: whether the compiler found room.
       seconds: of compiling.
     """
 
     jaxpr: Any
     text: str
     memory: dict[str, float]
-    fits: bool
     seconds: float
 
 
@@ -176,7 +174,7 @@ def _compile(function: Any, *arguments: Any) -> CompiledProgram:
         if needed is None:
             raise
         seconds = time.perf_counter() - start
-        return CompiledProgram(traced.jaxpr, "", {"peak": needed}, False, seconds)
+        return CompiledProgram(traced.jaxpr, "", {"peak": needed}, seconds)
     seconds = time.perf_counter() - start
     stats = compiled.memory_analysis()
     # The compiler's own peak, of arguments and temporaries at the worst moment. Its sum of
@@ -188,7 +186,7 @@ def _compile(function: Any, *arguments: Any) -> CompiledProgram:
         "code": stats.generated_code_size_in_bytes,
         "peak": peak,
     }
-    return CompiledProgram(traced.jaxpr, compiled.as_text(), memory, True, seconds)
+    return CompiledProgram(traced.jaxpr, compiled.as_text(), memory, seconds)
 
 
 def compile_report(
@@ -251,7 +249,7 @@ def compile_report(
         "peak_bytes_per_chip": compiled.memory["peak"],
         "memory": compiled.memory,
         "chip_bytes": chip.memory,
-        "fits": compiled.fits and compiled.memory["peak"] <= chip.memory,
+        "fits": bool(compiled.text) and compiled.memory["peak"] <= chip.memory,
         "collectives": table,
         "exchanges": [dataclasses.asdict(collective) for collective in exchanges],
         "flops": {

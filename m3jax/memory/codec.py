@@ -34,7 +34,7 @@ class Heads:
     Such a bank has an axis of the S chosen heads of all layers in the place of layers and heads:
     stored memories are `(1, …, S, P, width)`. What reads them gets `(L, …, K, P, H)`, with zeros
     for the heads without memories; attention does not see these
-    (`model.attention_mask.seen_by_heads`).
+    (`model.attention_mask.keys_of_heads`).
 
     Attributes:
       layers: memory layers L.

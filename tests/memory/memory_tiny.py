@@ -10,8 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3jax.config import PREFIX_TOKENS
-from m3jax.config import default, validate
+from m3jax.config import PREFIX_TOKENS, default, validate
 from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
 from m3jax.memory.write import write_bank

@@ -8,8 +8,8 @@ import pytest
 from data.data_workdir import WORLD, make_workdir, tiny_config
 from tolerance import close
 
-from m3jax.config import PREFIX_TOKENS
 from m3jax.checkpoint import restore_params
+from m3jax.config import PREFIX_TOKENS
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.errors import CheckpointError
 from m3jax.make_model import make_model
