@@ -165,7 +165,7 @@ class Layer:
       rope_base: base of the rotary embedding.
       window: chunks whose memories a query reads.
       observe: return the attention on memories.
-      sparsify: chooses what a reference keeps; needed with references.
+      sparsify: chooses what a reference keeps, in layers that write memories.
       usable_RW: which tokens of the references are real.
       lead: (B, C, M), where the context reads the references; None: it does not.
       windows: slots `(B, slots)` from which on each reference attends to others, see
@@ -188,23 +188,17 @@ class Layer:
     packing: Packing | None = None
 
     def plain(self, block: Block, hidden: Array, sight: ShortSight | None = None) -> Array:
-        """Returns the long row after a layer without memories; `sight` as in `attend`."""
-        references, context, prefix = self.heads(block, hidden)
-        attended, shared = self.attend_prefix(prefix)
-        parts = (
-            self.attend_references(references, shared),
-            self.attend_context(context, shared, None, sight=sight)[0],
-            attended,
-        )
-        return block.rest(hidden, join(parts))
+        """Returns the long row after a layer that neither writes nor reads memories."""
+        layer = dataclasses.replace(self, sparsify=None, observe=False)
+        return layer.memory(block, hidden, None, sight=sight)[0]
 
     def memory(
         self,
         block: Block,
         hidden: Array,
         memory: ExplicitMemory | None,
-        last: bool,
-        heads_K: Array | None,
+        last: bool = False,
+        heads_K: Array | None = None,
         sight: ShortSight | None = None,
     ) -> tuple[Array, Any]:
         """Returns the long row after a memory layer, and what it wrote or observed.
@@ -214,25 +208,22 @@ class Layer:
           hidden: the long row.
           memory: precomputed memories of this layer; None: none, or those of the references.
           last: the last memory layer, which leaves the references out of the row.
-          heads_K: which key-value heads read memories; None: all.
-          sight: as in `attend`.
+          heads_K, sight: as `heads` and `sight` in `Scope`.
         """
         references, context, prefix = self.heads(block, hidden)
         attended, shared = self.attend_prefix(prefix)
-        written, references_output = None, None
-        if references is not None:
-            assert self.sparsify is not None
+        written = None
+        if references is not None and self.sparsify is not None:
             _, k, v, plain_q, plain_k = references
             written = self.sparsify(plain_q, plain_k, k, v, self.usable_RW)
             if last and context is None:
                 return hidden, written
-            if last:
-                hidden = hidden[:, math.prod(self.streams.references) :]
-            else:
-                references_output = self.attend_references(references, shared)
             if context is not None:
                 assert self.lead is not None
                 memory = ExplicitMemory(*(x.reshape(*self.lead, *x.shape[1:]) for x in written[:3]))
+        references_output = None if last else self.attend_references(references, shared)
+        if last:
+            hidden = hidden[:, math.prod(self.streams.references) :]
         context_output, observed = self.attend_context(context, shared, memory, heads_K, sight)
         hidden = block.rest(hidden, join((references_output, context_output, attended)))
         return hidden, observed if context is not None else written
@@ -279,10 +270,8 @@ class Layer:
         heads_K: Array | None = None,
         sight: ShortSight | None = None,
     ) -> tuple[Array | None, Array | None]:
-        """Attends from the context; returns its attention weights on memories, too, where observed.
-
-        `heads_K` and `sight` as in `Scope`.
-        """
+        """Attends from the context; returns its attention weights on memories, too, where
+        observed."""
         if heads is None:
             return None, None
         packed, chunks = (self.packing, heads_K, sight), (self.chunk_length, self.window)
