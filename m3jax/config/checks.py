@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -18,196 +19,143 @@ IN_STEP = ("online", "stop_gradient")
 PACKED = ("chats", "pairs")
 
 
-class Rule(NamedTuple):
-    """A condition on fields that depend on each other.
-
-    Attributes:
-      path: the field that the message names with its value.
-      holds: whether a config meets the condition.
-      why: the remedy; `{section.field}` stands for a value.
-    """
-
-    path: str
-    holds: Callable[[ConfigDict], bool]
-    why: str
+Unfit = Iterator[tuple[str, str]]  # a field that does not fit others, and the remedy
 
 
-def _of_pairs(path: str, why: str) -> Rule:
-    """Makes the rule of a field that must be 0 where rows hold preference pairs."""
-    section, field = path.split(".")
-    return Rule(
-        path,
-        lambda c: c.data.packing != "pairs" or c[section][field] == 0,
-        f"must be 0 with data.packing = 'pairs': {why}",
-    )
+def _shape(c: ConfigDict) -> Unfit:
+    """Checks the shape of the model and of its memories."""
+    model, memory = c.model, c.memory
+    if model.query_heads % model.kv_heads:
+        yield "model.kv_heads", f"must divide model.query_heads = {model.query_heads}"
+    if model.head_dim % 2:
+        yield "model.head_dim", "must be even (RoPE)"
+    if model.previous_token_head and not model.attention_bias:
+        yield "model.previous_token_head", "needs model.attention_bias = True"
+    if memory.first_layer + memory.layers > model.layers:
+        yield (
+            "memory.layers",
+            f"memory layers from memory.first_layer = {memory.first_layer} on do not all exist;"
+            f" model.layers = {model.layers}",
+        )
+    if memory_heads(model, memory) is not None and c.mesh.tensor != 1:
+        yield (
+            "mesh.tensor",
+            f"must be 1 with memory.heads = {memory.heads!r}: a bank of some heads is not split by"
+            " heads; or store all (memory.heads = '')",
+        )
+    length = f"memory.reference_length = {memory.reference_length} tokens"
+    if memory.kept_tokens > memory.reference_length:
+        yield "memory.kept_tokens", f"a reference has at most {length}"
+    if c.text.vocabulary > model.vocabulary:
+        yield "model.vocabulary", f"must be at least text.vocabulary = {c.text.vocabulary}"
+    if c.writer.document_context and memory.source in IN_STEP:
+        yield (
+            "writer.document_context",
+            "online memories are encoded without their document; use memory.source ="
+            " 'precomputed', or writer.document_context = False",
+        )
+    short = c.writer.document_context_tokens < 2 * memory.reference_length
+    if c.writer.document_context and short:
+        yield (
+            "writer.document_context_tokens",
+            f"holds less than two references of {length}; raise it, or set"
+            " writer.document_context = False",
+        )
 
 
-def _marker(role: str) -> Rule:
-    others = [name for name in ("user", "assistant", "system") if name != role]
-    return Rule(
-        f"chat.{role}",
-        lambda c: c.chat[role] not in ("", *(c.chat[name] for name in others)),
-        "the markers of users and assistants must be there and differ from the others",
-    )
+def _search(c: ConfigDict) -> Unfit:
+    """Checks which references are searched, and how."""
+    retrieval, embedder = c.retrieval, f"it is {c.retrieval.embedder!r}"
+    if c.knowledge.enabled and retrieval.ids == "stored":
+        yield (
+            "knowledge.enabled",
+            "documents name references (retrieval.ids = 'stored') that the selection may drop; set"
+            " retrieval.ids = 'search'",
+        )
+    if retrieval.candidates < max(c.memory.per_chunk, c.memory.per_prompt_chunk):
+        yield (
+            "retrieval.candidates",
+            "must be at least memory.per_chunk and memory.per_prompt_chunk",
+        )
+    if (retrieval.embedder == "bert") != bool(retrieval.encoder):
+        yield (
+            "retrieval.encoder",
+            "names the encoder's folder with retrieval.embedder = 'bert' and is empty with others;"
+            f" {embedder}",
+        )
+    if retrieval.checkpoint and retrieval.embedder not in ("model", "attention"):
+        why = f"is read by retrieval.embedder = 'model' and 'attention' only; {embedder}"
+        yield "retrieval.checkpoint", why
+    if retrieval.rerank and retrieval.embedder != "attention":
+        yield "retrieval.rerank", f"needs retrieval.embedder = 'attention'; {embedder}"
+    if retrieval.layer > c.model.layers:
+        yield "retrieval.layer", f"is above model.layers = {c.model.layers}"
 
 
-def _refreshed(path: str) -> Rule:
-    """Makes the rule that the checkpoint which wrote a version of the bank stays."""
-    section, field = path.split(".")
-    return Rule(
-        "train.refresh_every",
-        lambda c: (
-            c.train.refresh_every == 0
-            or (c[section][field] > 0 and c.train.refresh_every % c[section][field] == 0)
-        ),
-        f"must be a multiple of {path} = {{{path}}}: a checkpoint that stays writes",
-    )
+def _training(c: ConfigDict) -> Unfit:
+    """Checks chats, pairs, rows, steps and devices."""
+    train, markers = c.train, (c.chat.user, c.chat.assistant, c.chat.system)
+    for role in ("user", "assistant"):
+        if not c.chat[role] or markers.count(c.chat[role]) > 1:
+            why = "the markers of users and assistants must be there and differ from the others"
+            yield f"chat.{role}", why
+    if c.data.packing == "pairs":
+        same = "must be 0 with data.packing = 'pairs': the model and its base model read the same"
+        if c.memory.dropout:
+            yield "memory.dropout", same
+        if train.z_loss:
+            yield (
+                "train.z_loss",
+                "must be 0 with data.packing = 'pairs': its loss is of whole answers",
+            )
+        if train.refresh_every:
+            yield "train.refresh_every", same
+    if c.optimizer.lr_warmup_share and not train.epochs:
+        why = (
+            "is a share of steps that train.epochs gives; without it set optimizer.lr_warmup_steps"
+        )
+        yield "optimizer.lr_warmup_share", why
+    if c.data.sequence_length % c.memory.chunk_length:
+        why = f"must be a multiple of memory.chunk_length = {c.memory.chunk_length}"
+        yield "data.sequence_length", why
+    if c.data.batch_size % train.microbatches:
+        yield "train.microbatches", f"must divide data.batch_size = {c.data.batch_size}"
+    if c.retrieval.ids == "stored" and c.data.packing == "concat":
+        yield (
+            "retrieval.ids",
+            "ids stored with documents need data.packing = 'document', whose rows begin with one,"
+            " or 'chats' or 'pairs'",
+        )
+    if c.optimizer.lr_warmup_steps > train.steps:
+        yield "optimizer.lr_warmup_steps", f"is longer than train.steps = {train.steps}"
+    if 2 * c.guard.patience > c.guard.window:
+        yield "guard.patience", f"twice as many steps must fit into guard.window = {c.guard.window}"
+    if c.mesh.fsdp == 0:
+        yield "mesh.fsdp", "must be -1 or at least 1"
+    if not c.stage or "/" in c.stage:
+        yield "stage", "names a folder of the workdir: not empty, no slash"
 
 
-_SAME_READING = "the model and its base model read the same"
-
-RULES = (
-    # The shape of the model and of its memories.
-    Rule(
-        "model.kv_heads",
-        lambda c: c.model.query_heads % c.model.kv_heads == 0,
-        "must divide model.query_heads = {model.query_heads}",
-    ),
-    Rule("model.head_dim", lambda c: c.model.head_dim % 2 == 0, "must be even (RoPE)"),
-    Rule(
-        "model.previous_token_head",
-        lambda c: c.model.previous_token_head == 0 or c.model.attention_bias,
-        "needs model.attention_bias = True",
-    ),
-    Rule(
-        "memory.layers",
-        lambda c: c.memory.first_layer + c.memory.layers <= c.model.layers,
-        "memory layers from memory.first_layer = {memory.first_layer} on do not all exist;"
-        " model.layers = {model.layers}",
-    ),
-    Rule(
-        "mesh.tensor",
-        lambda c: memory_heads(c.model, c.memory) is None or c.mesh.tensor == 1,
-        "must be 1 with memory.heads = {memory.heads!r}: a bank of some heads is not split by"
-        " heads; or store all (memory.heads = '')",
-    ),
-    Rule(
-        "memory.kept_tokens",
-        lambda c: c.memory.kept_tokens <= c.memory.reference_length,
-        "a reference has at most memory.reference_length = {memory.reference_length} tokens",
-    ),
-    Rule(
-        "model.vocabulary",
-        lambda c: c.text.vocabulary <= c.model.vocabulary,
-        "must be at least text.vocabulary = {text.vocabulary}",
-    ),
-    # Writing and finding references.
-    Rule(
-        "writer.document_context",
-        lambda c: not c.writer.document_context or c.memory.source not in IN_STEP,
-        "online memories are encoded without their document; use memory.source = 'precomputed', or"
-        " writer.document_context = False",
-    ),
-    Rule(
-        "writer.document_context_tokens",
-        lambda c: (
-            not c.writer.document_context
-            or c.writer.document_context_tokens >= 2 * c.memory.reference_length
-        ),
-        "holds less than two references of memory.reference_length = {memory.reference_length}"
-        " tokens; raise it, or set writer.document_context = False",
-    ),
-    Rule(
-        "knowledge.enabled",
-        lambda c: not (c.knowledge.enabled and c.retrieval.ids == "stored"),
-        "documents name references (retrieval.ids = 'stored') that the selection may drop; set"
-        " retrieval.ids = 'search'",
-    ),
-    Rule(
-        "retrieval.candidates",
-        lambda c: c.retrieval.candidates >= max(c.memory.per_chunk, c.memory.per_prompt_chunk),
-        "must be at least memory.per_chunk and memory.per_prompt_chunk",
-    ),
-    Rule(
-        "retrieval.encoder",
-        lambda c: (c.retrieval.embedder == "bert") == bool(c.retrieval.encoder),
-        "names the encoder's folder with retrieval.embedder = 'bert' and is empty with others;"
-        " it is {retrieval.embedder!r}",
-    ),
-    Rule(
-        "retrieval.checkpoint",
-        lambda c: c.retrieval.embedder in ("model", "attention") or not c.retrieval.checkpoint,
-        "is read by retrieval.embedder = 'model' and 'attention' only; it is"
-        " {retrieval.embedder!r}",
-    ),
-    Rule(
-        "retrieval.rerank",
-        lambda c: c.retrieval.embedder == "attention" or not c.retrieval.rerank,
-        "needs retrieval.embedder = 'attention'; it is {retrieval.embedder!r}",
-    ),
-    Rule(
-        "retrieval.layer",
-        lambda c: c.retrieval.layer <= c.model.layers,
-        "is above model.layers = {model.layers}",
-    ),
-    # Chats and preference pairs.
-    _marker("user"),
-    _marker("assistant"),
-    _of_pairs("memory.dropout", _SAME_READING),
-    _of_pairs("train.z_loss", "its loss is of whole answers"),
-    _of_pairs("train.refresh_every", _SAME_READING),
-    Rule(
-        "optimizer.lr_warmup_share",
-        lambda c: c.optimizer.lr_warmup_share == 0 or c.train.epochs > 0,
-        "is a share of steps that train.epochs gives; without it set optimizer.lr_warmup_steps",
-    ),
-    # Rows, steps, devices.
-    Rule(
-        "data.sequence_length",
-        lambda c: c.data.sequence_length % c.memory.chunk_length == 0,
-        "must be a multiple of memory.chunk_length = {memory.chunk_length}",
-    ),
-    Rule(
-        "train.microbatches",
-        lambda c: c.data.batch_size % c.train.microbatches == 0,
-        "must divide data.batch_size = {data.batch_size}",
-    ),
-    Rule(
-        "retrieval.ids",
-        lambda c: c.retrieval.ids != "stored" or c.data.packing != "concat",
-        "ids stored with documents need data.packing = 'document', whose rows begin with one, or"
-        " 'chats' or 'pairs'",
-    ),
-    Rule(
-        "optimizer.lr_warmup_steps",
-        lambda c: c.optimizer.lr_warmup_steps <= c.train.steps,
-        "is longer than train.steps = {train.steps}",
-    ),
-    Rule(
-        "train.refresh_every",
-        lambda c: c.train.refresh_every == 0 or c.memory.source == "precomputed",
-        "refreshes a bank; memory.source = {memory.source!r} reads none",
-    ),
-    Rule(
-        "train.refresh_every",
-        lambda c: c.train.refresh_every == 0 or not c.guard.on,
-        "a guarded run may go back to before a refresh, to memories that are gone; set guard.on ="
-        " False, or 0 here and run launch/write_bank.py --refresh=all between two calls",
-    ),
-    _refreshed("train.checkpoint_every"),
-    _refreshed("train.keep_every"),
-    Rule(
-        "guard.patience",
-        lambda c: 2 * c.guard.patience <= c.guard.window,
-        "twice as many steps must fit into guard.window = {guard.window}",
-    ),
-    Rule("mesh.fsdp", lambda c: c.mesh.fsdp != 0, "must be -1 or at least 1"),
-    Rule(
-        "stage",
-        lambda c: c.stage != "" and "/" not in c.stage,
-        "names a folder of the workdir: not empty, no slash",
-    ),
-)
+def _refresh(c: ConfigDict) -> Unfit:
+    """Checks that a run can rewrite its bank: a checkpoint that stays writes."""
+    if c.train.refresh_every == 0:
+        return
+    if c.memory.source != "precomputed":
+        yield (
+            "train.refresh_every",
+            f"refreshes a bank; memory.source = {c.memory.source!r} reads none",
+        )
+    if c.guard.on:
+        yield (
+            "train.refresh_every",
+            "a guarded run may go back to before a refresh, to memories that are gone; set guard.on"
+            " = False, or 0 here and run launch/write_bank.py --refresh=all between two calls",
+        )
+    for name in ("checkpoint_every", "keep_every"):
+        every = c.train[name]
+        if every == 0 or c.train.refresh_every % every:
+            why = f"must be a multiple of train.{name} = {every}: a checkpoint that stays writes"
+            yield "train.refresh_every", why
 
 
 def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
@@ -233,9 +181,9 @@ def validate(config: ConfigDict) -> ConfigDict:
         if path not in flat:
             raise ConfigError(f"config.{path} is missing; start from m3jax.config.default()")
         _check_field(path, flat[path])
-    for path, holds, why in RULES:
-        if not holds(config):
-            raise ConfigError(f"config.{path} = {flat[path]!r}: {why.format_map(config)}")
+    unfit = itertools.chain(_shape(config), _search(config), _training(config), _refresh(config))
+    for path, why in unfit:
+        raise ConfigError(f"config.{path} = {flat[path]!r}: {why}")
     return config
 
 

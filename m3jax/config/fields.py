@@ -35,8 +35,8 @@ MODEL: Fields = {
     "attention_bias": (False, "biases on query, key and value (as Qwen2 has)", None),
     "qk_norm": (
         False,
-        "RMSNorm with a scale over head_dim on queries and keys, before RoPE (arXiv"
-        " 2010.04245; as Qwen3 has): attention scores stay bounded. Memories keep normed keys",
+        "RMSNorm with a scale over head_dim on queries and keys, before RoPE (arXiv 2010.04245; as"
+        " Qwen3 has): attention scores stay bounded. Memories keep normed keys",
         None,
     ),
     "previous_token_head": (
@@ -45,51 +45,46 @@ MODEL: Fields = {
         " previous-token head, a shortcut for tiny models (needs attention_bias); 0 = none",
         "[0, inf)",
     ),
-    "init_exponent": (
-        -0.5,
-        "weights start with standard deviation fan_in ** init_exponent; Memory³ §7 advises < -0.5",
-        "[-2, 0]",
-    ),
+    "init_exponent": (-0.5, "weights start with deviation fan_in ** init_exponent", "[-2, 0]"),
     "param_dtype": ("float32", "dtype of parameters", _DTYPES),
     "compute_dtype": ("float32", "dtype of activations", _DTYPES),
     "attention": (
         "blocked",
-        "attention implementation: naive holds all scores; blocked runs anywhere; splash is"
-        " the TPU kernel, splash_interpret the same in plain operations (tests); cudnn the"
-        " kernel for NVIDIA GPUs, xla the same call without it; auto = splash on TPU, cudnn on"
-        " GPU in bfloat16, else blocked",
+        "attention implementation: naive holds all scores; blocked runs anywhere; splash is the"
+        " TPU kernel, splash_interpret the same in plain operations (tests); cudnn the kernel for"
+        " NVIDIA GPUs, xla the same call without it; auto = splash on TPU, cudnn on GPU in"
+        " bfloat16, else blocked",
         ("naive", "blocked", "splash", "splash_interpret", "cudnn", "xla", "auto"),
     ),
     "attention_block": (256, "queries per block of blocked and splash attention", "[1, inf)"),
     "attention_kv_block": (256, "keys per block of the splash attention, tokens", "[1, inf)"),
     "remat": (
         "none",
-        "what the backward pass recomputes: nothing (none), all but matrix products (dots),"
-        " all but the attention kernel's output (attention), everything (full)",
+        "what the backward pass recomputes: nothing (none), all but matrix products (dots), all"
+        " but the attention kernel's output (attention), everything (full)",
         ("none", "dots", "attention", "full"),
     ),
     "prefix": (
         "with_memory",
-        "rows that begin with the constant prefix `<s>Reference:`: those of stages with"
-        " memory (the paper), or of all stages, so that the writer has seen the marker in"
-        " warmup",
+        "rows that begin with the constant prefix `<s>Reference:`: those of stages with memory"
+        " (the paper), or of all stages, so that the writer has seen the marker in warmup",
         ("with_memory", "always"),
     ),
 }
 MEMORY: Fields = {
     "source": (
         "none",
-        "source of a batch's memories: none (warmup), precomputed (the bank), online (encoded"
-        " in the step, with gradient), stop_gradient (encoded in the step, without)",
+        "source of a batch's memories: none (warmup), precomputed (the bank), online (encoded in"
+        " the step, with gradient), stop_gradient (encoded in the step, without)",
         ("none", "precomputed", "online", "stop_gradient"),
     ),
     "first_layer": (0, "first memory layer", "[0, inf)"),
     "layers": (2, "memory layers, counted from first_layer", "[1, inf)"),
     "heads": (
         "",
-        "memory heads: LAYER:HEAD+HEAD or LAYER for all heads of a layer, separated by"
-        " commas, counted from 0 (0:1+3,2). The bank stores these; other heads see no memories"
-        " (Memory³ §7). Empty = all heads of the memory layers",
+        "memory heads: LAYER:HEAD+HEAD or LAYER for all heads of a layer, separated by commas,"
+        " counted from 0 (0:1+3,2). The bank stores these; other heads see no memories (Memory³"
+        " §7). Empty = all heads of the memory layers",
         None,
     ),
     "reference_length": (128, "most tokens W of a reference, without the prefix", "[1, inf)"),
@@ -98,17 +93,13 @@ MEMORY: Fields = {
     "per_chunk": (1, "memories M that a training chunk retrieves", "[1, inf)"),
     "window": (5, "chunks whose memories a training query reads, its own included", "[1, inf)"),
     "per_prompt_chunk": (5, "memories that a prompt chunk retrieves at inference", "[1, inf)"),
-    "selection": (
-        "exact",
-        "token weight of the writer: sum of softmax attention, or of exp scores (Memory³ §3.3)",
-        ("exact", "approximate"),
-    ),
+    "selection": ("exact", "token weight: softmax or exp (Memory³ §3.3)", ("exact", "approximate")),
     "dropout": (0.0, "share of training chunks whose memories are hidden", "[0, 1)"),
     "dtype": ("bfloat16", "dtype of memories in the bank", _DTYPES),
     "cache_bytes": (
         0,
-        "RAM of each process for the memories that it read last, bytes; 0 = none. For banks"
-        " on servers, in buckets and on slow drives; the operating system caches local files",
+        "RAM of each process for the memories that it read last, bytes; 0 = none. For banks on"
+        " servers, in buckets and on slow drives; the operating system caches local files",
         "[0, inf)",
     ),
 }
@@ -123,14 +114,13 @@ WRITER: Fields = {
     ),
     "document_context_tokens": (
         1024,
-        "tokens of a document that are encoded together, in whole references; further parts"
-        " of a longer document are encoded behind its first reference",
+        "tokens of a document encoded together; further parts go behind its first reference",
         "[1, inf)",
     ),
     "compression": (
         "none",
-        "storage of keys and values: as memory.dtype (none), int8 with a scale a vector, or"
-        " the vector quantizer (Memory³ §3.3)",
+        "storage of keys and values: as memory.dtype (none), int8 with a scale a vector, or the"
+        " vector quantizer (Memory³ §3.3)",
         ("none", "int8", "vector"),
     ),
     "coarse_bits": (14, "bits of the quantizer's index of half a vector", "[1, 16]"),
@@ -151,8 +141,7 @@ CLEAN: Fields = {
     "enabled": (False, "repair, filter and deduplicate documents; needs the extra `clean`", None),
     "unreadable_share": (
         0.01,
-        "share of unreadable lines, rows and files (not JSON, not UTF-8, without text) that"
-        " are counted and left out; more are refused",
+        "share of unreadable lines, rows and files that are left out and counted; more is refused",
         "[0, 1]",
     ),
     "repair": (True, "repair damaged Unicode (ftfy)", None),
@@ -165,8 +154,8 @@ CLEAN: Fields = {
     "quality_min": (0.0, "least learned quality score, 0 … 5; 0 = no score is computed", "[0, 5]"),
     "similarity": (
         0.8,
-        "near-duplicates: a document is dropped from this Jaccard similarity (MinHash) with"
-        " an earlier one on; 0 = none is",
+        "a document is dropped from this Jaccard similarity (MinHash) to an earlier one on; 0 ="
+        " none",
         "[0, 1]",
     ),
     "shingle_words": (5, "neighbouring words that are compared as one item", "[1, 64]"),
@@ -174,61 +163,45 @@ CLEAN: Fields = {
 }
 # Which references of the knowledge base are kept; words as of `clean`.
 KNOWLEDGE: Fields = {
-    "enabled": (
-        False,
-        "filter references by the rules below after cutting and before embedding; needs the"
-        " extra `clean` where near-duplicates are dropped",
-        None,
-    ),
+    "enabled": (False, "filter references before embedding; may need the extra `clean`", None),
     "words_min": (8, "fewest words of a reference; 0 = any", "[0, inf)"),
     "nonalphabetic_max": (0.5, "largest share of signs that are no letters; 1 = any", "[0, 1]"),
     "listed_max": (
         0.7,
-        "largest share of a reference's characters in lines of lists, tables and markup:"
-        " lines that begin with such a mark, or have less than 80 bytes and no end of a"
-        " sentence; 1 = any",
+        "largest share of a reference's characters in lines of lists, tables and markup: lines"
+        " that begin with such a mark, or have less than 80 bytes and no end of a sentence; 1 ="
+        " any",
         "[0, 1]",
     ),
     "repeated_max": (0.5, "largest share of repeated trigrams of words; 1 = any", "[0, 1]"),
     "contamination": (
         0.8,
-        "largest overlap (Memory³ §6.1, in words, either way) of a reference with a question"
-        " of `prepare.py --questions`, if the common words carry a larger share of the"
-        " information, too; 1 = any",
+        "largest overlap (Memory³ §6.1, in words, either way) of a reference with a question of"
+        " `prepare.py --questions`, if the common words carry a larger share of the information,"
+        " too; 1 = any",
         "(0, 1]",
     ),
-    "question_words": (
-        8,
-        "fewest words of a question that is compared, and of a reference that is looked for"
-        " in questions: much text shares a few words",
-        "[1, inf)",
-    ),
+    "question_words": (8, "fewest words of questions and references that are compared", "[1, inf)"),
     "similarity": (
         0.8,
-        "near-duplicates: a reference is dropped from this similarity (as clean.similarity)"
-        " with an earlier one on; 0 = none is. Estimated by clean.shingle_words and"
-        " clean.permutations",
+        "near-duplicates: a reference is dropped from this similarity (as clean.similarity) with"
+        " an earlier one on; 0 = none is. Estimated by clean.shingle_words and clean.permutations",
         "[0, 1]",
     ),
 }
 RETRIEVAL: Fields = {
-    "ids": (
-        "search",
-        "a training chunk's references: searched in the pipeline, or stored with the documents",
-        ("search", "stored"),
-    ),
+    "ids": ("search", "references of a chunk: searched, or of documents", ("search", "stored")),
     "shift": (0, "training query of a chunk: 0 its own text, 1 the one before (causal)", (0, 1)),
     "embedder": (
         "lexical",
-        "embedder of queries and references: lexical (words, no model), bert (a pretrained"
-        " encoder of the BERT family), model (hidden states of a checkpoint) or attention (its"
-        " queries search the keys that its memories keep)",
+        "embedder of queries and references: lexical (words, no model), bert (a pretrained encoder"
+        " of the BERT family), model (hidden states of a checkpoint) or attention (its queries"
+        " search the keys that its memories keep)",
         ("lexical", "bert", "model", "attention"),
     ),
     "dimension": (
         512,
-        "width of the lexical embedding, and the largest of model and attention; bert has the"
-        " encoder's own width, and only launch/plan.py reads this field",
+        "width of the lexical embedding, and the largest of model and attention; bert has its own",
         "[8, inf)",
     ),
     "encoder": ("", "with bert: folder of config.json, model.safetensors and tokenizer.json", None),
@@ -237,16 +210,10 @@ RETRIEVAL: Fields = {
     "rerank": (False, "with attention: order candidates by all keys that the bank keeps", None),
     "pooling": (
         "auto",
-        "pooling of the encoder's tokens: mean, the first token (cls), or as"
-        " 1_Pooling/config.json of its folder says (auto)",
+        "pooling of the encoder's tokens: mean, the first one (cls), or as its folder says (auto)",
         ("auto", "mean", "cls"),
     ),
-    "encoder_batch": (
-        16,
-        "texts that a device encodes at a time; fewer above 512 tokens. A single query costs"
-        " as much as a batch, so that its embedding never depends on company",
-        "[1, inf)",
-    ),
+    "encoder_batch": (16, "texts a device encodes at once; fewer above 512 tokens", "[1, inf)"),
     "encoder_dtype": ("float32", "dtype of the encoder's weights and products", _DTYPES),
     "candidates": (16, "references fetched before the overlap filter", "[1, inf)"),
     "overlap_train": (0.9, "largest overlap of a reference with its training row", "(0, 1]"),
@@ -254,12 +221,7 @@ RETRIEVAL: Fields = {
     "exact_below": (1000, "references up to which search is exact", "[0, inf)"),
     "index_parts": (1, "parts of the index, which hosts can open separately", "[1, 100000)"),
     "recall": (0.97, "recall@5 that an approximate index is tuned to; less is faster", "(0, 1)"),
-    "keep_embeddings": (
-        True,
-        "keep the float32 embeddings for exact scores in an approximate index; without them"
-        " it has 8 bits a number, and scores and order are ScaNN's",
-        None,
-    ),
+    "keep_embeddings": (True, "keep float32 embeddings for exact scores; without: 8 bits", None),
 }
 DATA: Fields = {
     "sequence_length": (2048, "tokens T of a row", "[1, inf)"),
@@ -267,8 +229,8 @@ DATA: Fields = {
     "packing": (
         "concat",
         "content of rows: documents end to end, cut (concat); each in rows of its own, padded"
-        " (document); whole chats (chats, for SFT) or preference pairs (pairs, for DPO) that"
-        " do not see each other",
+        " (document); whole chats (chats, for SFT) or preference pairs (pairs, for DPO) that do"
+        " not see each other",
         ("concat", "document", "chats", "pairs"),
     ),
     "threads": (4, "threads that load batches", "[1, 1024]"),
@@ -288,17 +250,9 @@ OPTIMIZER: Fields = {
     "name": ("adamw", "update rule; muon for matrices and adamw for the rest", ("adamw", "muon")),
     "learning_rate": (1e-3, "peak learning rate", "(0, inf)"),
     "muon_learning_rate": (0.01, "peak learning rate of Muon's matrices", "(0, inf)"),
-    "schedule": (
-        "wsd",
-        "learning rate: linear warmup, constant, fast decay (warmup-stable-decay), or cosine",
-        ("wsd", "cosine"),
-    ),
+    "schedule": ("wsd", "learning rate: warmup-stable-decay, or cosine", ("wsd", "cosine")),
     "lr_warmup_steps": (100, "steps of the linear learning-rate warmup", "[0, inf)"),
-    "lr_warmup_share": (
-        0.0,
-        "warmup as share of train.epochs' steps; 0 = lr_warmup_steps",
-        "[0, 1]",
-    ),
+    "lr_warmup_share": (0.0, "warmup as share of train.epochs; 0 = lr_warmup_steps", "[0, 1]"),
     "lr_decay_share": (0.1, "share of all steps in which wsd decays", "[0, 1]"),
     "min_lr_ratio": (0.0, "last learning rate over the peak", "[0, 1]"),
     "beta1": (0.9, "decay of the first moment", "[0, 1)"),
@@ -311,55 +265,35 @@ TRAIN: Fields = {
     "steps": (1000, "optimizer steps of the stage", "[1, inf)"),
     "epochs": (0.0, "passes over the rows, which give the steps; 0 = train.steps", "[0, inf)"),
     "microbatches": (1, "parts of a batch whose gradients are added up", "[1, inf)"),
-    "reduce_dtype": (
-        "float32",
-        "dtype in which devices add up gradients: bfloat16 halves their traffic, but sums of"
-        " many devices lose low bits (8 bits of mantissa)",
-        _DTYPES,
-    ),
+    "reduce_dtype": ("float32", "dtype of gradient sums over devices; bfloat16 is faster", _DTYPES),
     "loss_block": (256, "tokens of a row whose logits exist at a time", "[1, inf)"),
     "z_loss": (
         0.0,
-        "factor of the squared log of the softmax normaliser in the minimised loss (PaLM,"
-        " arXiv 2204.02311, §5: 1e-4), so that logits do not drift; the reported loss is"
-        " without it",
+        "factor of the squared log of the softmax normaliser in the minimised loss (PaLM, arXiv"
+        " 2204.02311, §5: 1e-4), so that logits do not drift; the reported loss is without it",
         "[0, inf)",
     ),
     "log_every": (10, "steps between two lines of metrics", "[1, inf)"),
     "checkpoint_every": (500, "steps between two checkpoints", "[1, inf)"),
     "keep_last": (2, "newest checkpoints kept", "[1, inf)"),
     "keep_every": (0, "checkpoints at multiples of this are kept forever; 0 = none", "[0, inf)"),
-    "refresh_every": (
-        0,
-        "steps between rewrites of the bank's memories with the run's own weights, each a"
-        " version of the knowledge; 0 = never",
-        "[0, inf)",
-    ),
+    "refresh_every": (0, "steps between rewrites of the bank by the run; 0 = never", "[0, inf)"),
     "evaluate_every": (500, "steps between two evaluations; 0 = never", "[0, inf)"),
 }
 GUARD: Fields = {
     "on": (
         False,
-        "stability guard: a run whose loss is not finite, spikes or rises goes back to an"
-        " earlier checkpoint, lowers the learning rate, leaves out the batches around it and"
-        " goes on (docs/stability.md)",
+        "stability guard: a run whose loss is not finite, spikes or rises goes back to an earlier"
+        " checkpoint, lowers the learning rate, leaves out the batches around it and goes on"
+        " (docs/stability.md)",
         None,
     ),
     "window": (128, "last steps, whose median and absolute deviation are normal", "[16, 100000]"),
     "loss_deviations": (6.0, "deviations (1.4826 · MAD) over the median of a bad loss", "(0, inf)"),
-    "norm_deviations": (
-        8.0,
-        "the same of the log gradient norm, where the loss is above its median, too",
-        "(0, inf)",
-    ),
+    "norm_deviations": (8.0, "the same of the log norm, with the loss over its median", "(0, inf)"),
     "least_deviation": (0.02, "least size of a deviation; nats of loss or log norm", "(0, inf)"),
     "patience": (3, "bad steps, among twice as many in a row, that make a spike", "[1, 10000]"),
-    "rise_deviations": (
-        5.0,
-        "slow divergence: deviations of the median loss of the window's last quarter above"
-        " its lowest value of the run",
-        "(0, inf)",
-    ),
+    "rise_deviations": (5.0, "slow divergence: deviations of loss above its lowest", "(0, inf)"),
     "factor": (0.5, "factor on the learning rate, each time the run goes back", "(0, 1]"),
     "skip_before": (2, "batches left out before the first bad step", "[0, inf)"),
     "skip_after": (8, "batches left out after the last bad step", "[0, inf)"),

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from m3jax.errors import TextError
+from m3jax.evaluation.questions import Question
 from m3jax.files import write_atomically
 
 RELATIONS = ("pet", "home", "food", "game", "craft")
@@ -65,16 +66,14 @@ class World:
 
 
 @dataclass(frozen=True)
-class Question:
-    """`prompt` is continued by `answer`, which stands in the reference `person`.
+class FactQuestion(Question):
+    """Question whose answer stands in the reference `person`.
 
     `references` are that one and others that state the same relation of other people.
     """
 
-    prompt: str
-    answer: str
-    person: str
-    references: tuple[str, ...]
+    person: str = ""
+    relation: str = ""
 
 
 def question(name: str, relation: str) -> str:
@@ -198,7 +197,7 @@ def echo_documents(
         yield {"id": f"echo-{number}", "text": text, "no_loss": [[0, first]]}
 
 
-def questions(world: World, seed: int, distractors: int = 4) -> list[Question]:
+def questions(world: World, seed: int, distractors: int = 4) -> list[FactQuestion]:
     """Asks for every fact of every unseen person.
 
     `references` are the person's own and `distractors` of other unseen people whose references
@@ -215,8 +214,8 @@ def questions(world: World, seed: int, distractors: int = 4) -> list[Question]:
             ]
             picked = [str(key) for key in rng.choice(others, distractors, replace=False)]
             keys = tuple(map(str, rng.permutation([person.reference, *picked])))
-            prompt = question(person.name, relation)
-            made.append(Question(prompt, f" {value}", person.reference, keys))
+            text = question(person.name, relation), f" {value}"
+            made.append(FactQuestion(*text, keys, person.reference, relation))
     return made
 
 
@@ -238,6 +237,12 @@ def write_jsonl(path: Path, records: Iterable[dict]) -> None:
     """Writes JSON lines atomically."""
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_atomically(path, lines.encode())
+
+
+def write_questions(path: Path, questions: Iterable[Question]) -> None:
+    """Writes questions as `m3jax.evaluation.questions` reads them."""
+    names = ("prompt", "answer", "references")
+    write_jsonl(path, ({name: getattr(q, name) for name in names} for q in questions))
 
 
 def knowledge(people: Iterable[Person]) -> list[dict]:

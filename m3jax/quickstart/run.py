@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,26 +203,25 @@ def _ask(
     model, tokenizer = make_model(config, PREFIX_TOKENS), Tokenizer.load(workdir / "tokenizer")
     params, _ = restore_params(workdir / "continual", model)
     answerer = Answerer(model, params, tokenizer, config.data.sequence_length)
-    invented = people.questions(world, demonstration.seed)
-    questions = [Question(q.prompt, q.answer, q.references) for q in invented]
-    people.write_jsonl(workdir / "text" / "questions.jsonl", map(dataclasses.asdict, questions))
+    questions = people.questions(world, demonstration.seed)
+    people.write_questions(workdir / "text" / "questions.jsonl", questions)
     texts = {person.reference: person.text for person in world.unseen}
     needles = [
-        {"needle": texts[q.person], "prompt": q.prompt, "answer": q.answer} for q in invented
+        {"needle": texts[q.person], "prompt": q.prompt, "answer": q.answer} for q in questions
     ]
     people.write_jsonl(workdir / "text" / "needles.jsonl", needles)
     new_facts = {person.reference: dict(person.facts) for person in changed.unseen}
     after_edit = [
-        Question(q.prompt, f" {new_facts[q.person][q.prompt.split(' ')[0]]}") for q in invented
+        dataclasses.replace(q, answer=f" {new_facts[q.person][q.relation]}") for q in questions
     ]
     known = {name: _Knowledge(workdir / name, config) for name in (".", "edited", "deleted")}
     base, correct = known["."], answerer.correct
     wrong = [
-        Question(q.prompt, q.answer, tuple(key for key in q.references if key != q.person))
-        for q in invented
+        dataclasses.replace(q, references=tuple(key for key in q.references if key != q.person))
+        for q in questions
     ]
 
-    def by_retrieval(name: str, questions: list[Question]) -> np.ndarray:
+    def by_retrieval(name: str, questions: Sequence[Question]) -> np.ndarray:
         knowledge = known[name]
         return correct(questions, answerer.search(questions, knowledge.retriever), knowledge.bank)
 
@@ -231,7 +230,7 @@ def _ask(
         "memory": by_retrieval(".", questions),
         "distractors": correct(questions, stated, base.bank),
         "edited": by_retrieval("edited", after_edit),
-        "in_context": correct(in_context(world, invented)),
+        "in_context": correct(in_context(world, questions)),
         "none": correct(questions),
         "wrong": correct(questions, answerer.look_up(wrong, base.references), base.bank),
         "deleted": by_retrieval("deleted", questions),
@@ -240,22 +239,22 @@ def _ask(
     return {name: float(np.mean(hits)) for name, hits in right.items()}
 
 
-def in_context(world: people.World, invented: list[people.Question]) -> list[Question]:
+def in_context(world: people.World, questions: list[people.FactQuestion]) -> list[Question]:
     """Writes the questions with the facts of all five people stated in the prompt."""
     by_key = {person.reference: person for person in world.unseen}
-    questions = []
-    for question in invented:
-        relation = question.prompt.split(" ")[0]
-        told = (by_key[key] for key in question.references)
+
+    def stated(question: people.FactQuestion) -> Question:
+        told, relation = [by_key[key] for key in question.references], question.relation
         lines = [people.statement(p.name, relation, dict(p.facts)[relation]) for p in told]
-        questions.append(Question("\n".join([*lines, question.prompt]), question.answer))
-    return questions
+        return Question("\n".join([*lines, question.prompt]), question.answer)
+
+    return list(map(stated, questions))
 
 
 def _attention_picture(
     demonstration: Demonstration,
     answerer: Answerer,
-    questions: list[Question],
+    questions: Sequence[Question],
     ids: np.ndarray,
     knowledge: _Knowledge,
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from m3jax.config import ConfigDict
@@ -45,13 +45,11 @@ def prepare(
     prepare_people(config, folder, world)
     questions = people.questions(world, config.seed)
     keys = _keys(world) if knowledge else {}
-    records = [
-        {"prompt": q.prompt, "answer": q.answer, "references": _renamed(q.references, keys)}
-        for q in questions
-    ]
-    people.write_jsonl(folder / QUESTIONS, records)
-    told = in_context(world, questions)
-    people.write_jsonl(folder / IN_CONTEXT, map(dataclasses.asdict, told))
+    people.write_questions(folder / IN_CONTEXT, in_context(world, questions))
+    people.write_questions(
+        folder / QUESTIONS,
+        [dataclasses.replace(q, references=_renamed(q.references, keys)) for q in questions],
+    )
     if knowledge:
         _join(config, folder, world, keys)
 
@@ -64,8 +62,8 @@ def _keys(world: people.World) -> dict[str, str]:
     }
 
 
-def _renamed(keys: tuple[str, ...] | list[str], names: Mapping[str, str]) -> list[str]:
-    return [names.get(key, key) for key in keys]
+def _renamed(keys: Iterable[str], names: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(names.get(key, key) for key in keys)
 
 
 def _join(config: ConfigDict, folder: Path, world: people.World, keys: Mapping[str, str]) -> None:
