@@ -2,8 +2,6 @@
 
     python launch/convert.py from_hf --folder=LLAMA --config=configs/byo_llama.py:folder=LLAMA \\
         --workdir=runs/llama '--special_tokens=<|pad|>,<|begin|>,<|reserved|>,<|end|>'
-    python launch/convert.py to_hf --folder=EXPORT --workdir=runs/wiki \\
-        --checkpoint=runs/wiki/continual
 """
 
 from __future__ import annotations

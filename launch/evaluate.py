@@ -2,8 +2,6 @@
 
     python launch/evaluate.py losses --config=configs/wiki_small.py:stage=continual \\
         --workdir=runs/wiki
-    python launch/evaluate.py tasks  --config=configs/wiki_small.py:stage=continual \\
-        --workdir=runs/wiki --tasks=arc_easy.jsonl,nq_open_dev.jsonl --limit=100
 """
 
 from __future__ import annotations

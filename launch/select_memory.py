@@ -2,7 +2,6 @@
 
     python launch/select_memory.py references --config=configs/wiki_small.py:stage=continual \\
         --workdir=runs/wiki --budget_bytes=100000000 --dry_run
-    python launch/select_memory.py heads --config=configs/wiki_small.py --workdir=runs/wiki
 """
 
 from __future__ import annotations

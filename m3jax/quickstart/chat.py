@@ -56,26 +56,23 @@ def run(demonstration: Demonstration, *, chats: int = CHATS, pairs: int = PAIRS)
         )
     world = people.make_world(seed, **demonstration.world)
     started = time.time()
-    source = workdir / "text"
-    made: dict[str, Any] = {}
     for stage, before, records in (
-        ("sft", "continual", lambda: people.chats(world, seed, chats)),
-        ("dpo", "sft", lambda: people.preferences(world, seed, pairs)),
+        ("sft", "continual", people.chats(world, seed, chats)),
+        ("dpo", "sft", people.preferences(world, seed, pairs)),
     ):
         config = demonstration.config(stage)
-        path = source / f"{config.data.packing}.jsonl"
+        path = workdir / "text" / f"{config.data.packing}.jsonl"
         if not path.exists():
-            people.write_jsonl(path, records())
+            people.write_jsonl(path, records)
         print(f"[{stage}: {path.name}]", flush=True)
-        made[stage] = prepare_chats(config, workdir, str(path))[0]
+        prepare_chats(config, workdir, str(path))
         trained = train_stage(config, workdir, init_from=workdir / before)
-        made[stage]["evaluation"] = trained.evaluation
     stages = ("continual", "sft", "dpo")
     summary = {
         "seed": seed,
         "questions": sum(len(person.facts) for person in world.unseen),
         "stages": {stage: _measure(demonstration, world, stage) for stage in stages},
-        "dpo": made["dpo"]["evaluation"],
+        "dpo": trained.evaluation,
         "seconds": round(time.time() - started, 1),
     }
     _report(workdir, summary)

@@ -18,19 +18,16 @@ from pathlib import Path
 import numpy as np
 
 from m3jax import flops
-from m3jax.checkpoint import restore_params
-from m3jax.config import ConfigDict, prefix_tokens
-from m3jax.data.pipeline import open_pipeline
-from m3jax.evaluation.report import answer_questions
+from m3jax.config import ConfigDict
+from m3jax.evaluation.report import evaluate_losses
 from m3jax.evaluation.scoring import Answerer, read_questions
 from m3jax.files import write_sealed
-from m3jax.knowledge.memory_writer import MemoryWriter, check_reader
+from m3jax.inference.session import Session
+from m3jax.knowledge.memory_writer import MemoryWriter
 from m3jax.knowledge.versions import open_version
-from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
 from m3jax.sweep.spec import Sweep, SweepData, SweepRun, SweepStage
 from m3jax.text.references import References
-from m3jax.train.evaluator import LossEvaluator
 from m3jax.train.stage import train_stage
 from m3jax.workdir import make_part
 
@@ -122,25 +119,22 @@ def _measure(sweep: Sweep, run: SweepRun) -> dict[str, float]:
     assert config is not None
     if run.bank is not None:
         _write_bank(config, run.bank, last, (last.before or last) if last.bank else last)
-    pipeline = open_pipeline(config, last.folder, split="validation", bank=run.bank)
-    model, tokenizer = make_model(config, prefix_tokens(config)), pipeline.tokenizer
-    params, meta = restore_params(
-        last.checkpoints, model, tokenizer_fingerprint=tokenizer.fingerprint
-    )
-    check_reader(pipeline.bank, meta, last.checkpoints)
-    figures: dict[str, float] = dict(LossEvaluator(config, pipeline)(params))
-    if sweep.questions:
-        answers = answer_questions(
-            config, pipeline, model, params, last.data.folder / sweep.questions
-        )
+    questions = last.data.folder / sweep.questions if sweep.questions else None
+    at, checkpoint = (config, last.folder), last.checkpoints
+    report = evaluate_losses(*at, checkpoint=checkpoint, bank=run.bank, questions=questions)
+    losses = [key for key in report if key.startswith(("loss_", "accuracy_"))]
+    figures: dict[str, float] = {key: report[key] for key in losses}
+    if questions:
+        answers = report["questions"]
         figures["questions"] = answers.pop("count")
         figures |= {name.replace("accuracy", "right"): value for name, value in answers.items()}
     if sweep.in_context:
         told = read_questions(last.data.folder / sweep.in_context)
-        answerer = Answerer(model, params, tokenizer, config.data.sequence_length)
+        session, length = Session(*at, checkpoint=checkpoint), config.data.sequence_length
+        answerer = Answerer(session.model, session.params, session.tokenizer, length)
         figures["right_in_context"] = float(np.mean(answerer.correct(told)))
     if config.memory.source != "none":
         bank = Bank.open(run.bank or open_version(last.folder).banks[0])
         figures["memory_bytes"] = bank.bytes // bank.size  # short references are filled up
     figures["flops"] = sum(flops.train_step(s.config) * s.config.train.steps for s in run.stages)
-    return {**figures, "steps": meta["step"]}
+    return {**figures, "steps": report["step"]}
