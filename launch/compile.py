@@ -31,7 +31,35 @@ from m3jax import cli
 from m3jax.cli import Flag, count, counts, switch, words
 from m3jax.hardware import LIBTPU_ENVIRONMENT, chip_of_topology
 
+COMMANDS = cli.Commands()
 
+
+@COMMANDS.add(
+    cli.CONFIG,
+    words("topology", "TPU slices, CHIP:SHAPE, for example v5e:16x16.", required=True),
+    Flag(
+        "program",
+        "The train step, the encode of launch/write_bank.py, or the generation of a chunk with"
+        " memories.",
+        default="train",
+        choices=("train", "writer", "decode"),
+    ),
+    count("rows", "--program=decode: rows on a device of mesh.data.", 32),
+    Flag("context", "--program=decode: tokens of a prompt, whole chunks.", int, 128, low=64),
+    Flag(
+        "paths",
+        "Train steps to compile; default: the config's.",
+        default=[],
+        choices=("warmup", "precomputed", "online"),
+        many="comma",
+    ),
+    switch("search", "Try meshes and microbatches, and end with the best config flags."),
+    counts("fsdp", "Sizes of mesh.fsdp that --search tries.", [8, 16, 32]),
+    counts("microbatches", "Microbatches that --search tries, until one fits.", [1, 2, 4]),
+    words("remat", "Values of model.remat that --search tries; default: the config's.", []),
+    cli.JSON.with_help("A list where there are several reports."),
+    Flag("markdown", "File to write a table to, a row for each path and slice."),
+)
 def main(given: FlagValues) -> None:
     """Compiles programs and prints their reports."""
     os.environ.update(JAX_PLATFORMS="cpu", **LIBTPU_ENVIRONMENT)  # before JAX is imported
@@ -70,40 +98,6 @@ def main(given: FlagValues) -> None:
     if failed:
         raise SystemExit(1)
 
-
-COMMANDS = {
-    "": cli.Command(
-        main,
-        (
-            cli.CONFIG,
-            words("topology", "TPU slices, CHIP:SHAPE, for example v5e:16x16.", required=True),
-            Flag(
-                "program",
-                "The train step, the encode of launch/write_bank.py, or the generation of a chunk"
-                " with memories.",
-                default="train",
-                choices=("train", "writer", "decode"),
-            ),
-            count("rows", "--program=decode: rows on a device of mesh.data.", 32),
-            Flag(
-                "context", "--program=decode: tokens of a prompt, whole chunks.", int, 128, low=64
-            ),
-            Flag(
-                "paths",
-                "Train steps to compile; default: the config's.",
-                default=[],
-                choices=("warmup", "precomputed", "online"),
-                many="comma",
-            ),
-            switch("search", "Try meshes and microbatches, and end with the best config flags."),
-            counts("fsdp", "Sizes of mesh.fsdp that --search tries.", [8, 16, 32]),
-            counts("microbatches", "Microbatches that --search tries, until one fits.", [1, 2, 4]),
-            words("remat", "Values of model.remat that --search tries; default: the config's.", []),
-            cli.JSON.with_help("A list where there are several reports."),
-            Flag("markdown", "File to write a table to, a row for each path and slice."),
-        ),
-    )
-}
 
 if __name__ == "__main__":
     cli.run(__doc__, COMMANDS)

@@ -13,7 +13,23 @@ from absl.flags import FlagValues
 from m3jax import cli
 from m3jax.cli import Flag, words
 
+COMMANDS = cli.Commands()
 
+
+@COMMANDS.add(
+    *cli.RUN,
+    Flag("folder", "Folder of a downloaded model.", Path, required=True),
+    words(
+        "special_tokens",
+        "Tokens of its tokenizer that become padding, start of a text, mark of a reference and end"
+        " of a text; not needed for a folder written by to_hf.",
+    ),
+    Flag(
+        "tokenizer",
+        "Folder with the model's tokenizer.json, where its own has none; or `numbers`: texts are"
+        " numbers of tokens.",
+    ),
+)
 def from_hf(given: FlagValues) -> None:
     r"""Takes a Llama, Qwen2 or Qwen3 of Hugging Face as step 0 of a stage.
 
@@ -37,6 +53,14 @@ def from_hf(given: FlagValues) -> None:
     print(import_folder(*at, tokenizer=given.tokenizer, special=given.special_tokens))
 
 
+@COMMANDS.add(
+    cli.WORKDIR,
+    Flag("folder", "Folder to write; it must not hold a model.", Path, required=True),
+    cli.CHECKPOINT.with_help("Default WORKDIR/warmup."),
+    Flag(
+        "dtype", "dtype of the weights; default model.param_dtype.", choices=("float32", "bfloat16")
+    ),
+)
 def to_hf(given: FlagValues) -> None:
     """Writes a checkpoint as a folder of transformers.LlamaForCausalLM and AutoTokenizer.
 
@@ -53,39 +77,6 @@ def to_hf(given: FlagValues) -> None:
     checkpoint = given.checkpoint or given.workdir / "warmup"
     print(export_folder(checkpoint, given.folder, dtype=given.dtype))
 
-
-COMMANDS = {
-    "from_hf": cli.Command(
-        from_hf,
-        (
-            *cli.RUN,
-            Flag("folder", "Folder of a downloaded model.", Path, required=True),
-            words(
-                "special_tokens",
-                "Tokens of its tokenizer that become padding, start of a text, mark of a"
-                " reference and end of a text; not needed for a folder written by to_hf.",
-            ),
-            Flag(
-                "tokenizer",
-                "Folder with the model's tokenizer.json, where its own has none; or `numbers`:"
-                " texts are numbers of tokens.",
-            ),
-        ),
-    ),
-    "to_hf": cli.Command(
-        to_hf,
-        (
-            cli.WORKDIR,
-            Flag("folder", "Folder to write; it must not hold a model.", Path, required=True),
-            cli.CHECKPOINT.with_help("Default WORKDIR/warmup."),
-            Flag(
-                "dtype",
-                "dtype of the weights; default model.param_dtype.",
-                choices=("float32", "bfloat16"),
-            ),
-        ),
-    ),
-}
 
 if __name__ == "__main__":
     cli.run(__doc__, COMMANDS)

@@ -26,9 +26,26 @@ from absl.flags import FlagValues
 from m3jax import cli
 from m3jax.cli import Flag, switch, words
 
+COMMANDS = cli.Commands()
+_WRITER = cli.CHECKPOINT.with_help("Its writer writes; default the writer of the bank.")
+_WRITE = (*cli.RUN, _WRITER, cli.CACHE)
+_NOTE = Flag("note", "Text that is kept with the version.", default="")
+_DOCUMENTS = Flag("documents", "Documents as launch/prepare.py reads them.", required=True)
 
-def add(given: FlagValues, replace: bool = False) -> None:
+
+@COMMANDS.add(*_WRITE, _DOCUMENTS, _NOTE)
+def add(given: FlagValues) -> None:
     """Adds the references of new documents."""
+    _add(given, replace=False)
+
+
+@COMMANDS.add(*_WRITE, _DOCUMENTS, _NOTE)
+def replace(given: FlagValues) -> None:
+    """Replaces documents: their old references go, the new ones come."""
+    _add(given, replace=True)
+
+
+def _add(given: FlagValues, replace: bool) -> None:
     from m3jax.knowledge.edit import edit
     from m3jax.text.documents import read_documents
 
@@ -37,11 +54,11 @@ def add(given: FlagValues, replace: bool = False) -> None:
     _say(edit(*at, documents=documents, replace=replace, write=_writer(given), note=given.note))
 
 
-def replace(given: FlagValues) -> None:
-    """Replaces documents: their old references go, the new ones come."""
-    add(given, replace=True)
-
-
+@COMMANDS.add(
+    *_WRITE,
+    words("keys", "Keys of references (ID#N) or ids of documents.", [], required=True),
+    _NOTE,
+)
 def delete(given: FlagValues) -> None:
     """Deletes references by key, or all of a document."""
     from m3jax.knowledge.edit import edit
@@ -50,6 +67,11 @@ def delete(given: FlagValues) -> None:
     _say(edit(*at, delete=given.keys, write=_writer(given), note=given.note))
 
 
+@COMMANDS.add(
+    *_WRITE,
+    Flag("other", "Workdir whose knowledge is added.", required=True),
+    switch("replace", "Documents in both are taken from --other."),
+)
 def merge(given: FlagValues) -> None:
     """Adds the knowledge of another workdir."""
     from m3jax.knowledge.edit import merge
@@ -58,6 +80,7 @@ def merge(given: FlagValues) -> None:
     _say(merge(*at, write=_writer(given), replace=given.replace))
 
 
+@COMMANDS.add(*cli.RUN, Flag("to", "Version to go back to.", int, required=True))
 def rollback(given: FlagValues) -> None:
     """Makes an older version the current one again."""
     from m3jax.knowledge.edit import rollback
@@ -65,6 +88,7 @@ def rollback(given: FlagValues) -> None:
     _say(rollback(given.workdir, given.to))
 
 
+@COMMANDS.add(*_WRITE, _NOTE)
 def compact(given: FlagValues) -> None:
     """Writes what is in use as a whole and deletes everything else."""
     from m3jax.knowledge.maintain import compact
@@ -75,6 +99,7 @@ def compact(given: FlagValues) -> None:
         print(f"{folder} is being read by another process; compact again when it has ended")
 
 
+@COMMANDS.add(*cli.RUN, name="list")
 def list_versions(given: FlagValues) -> None:
     """Lists the versions; a star marks the current one."""
     from m3jax.knowledge import versions
@@ -86,6 +111,7 @@ def list_versions(given: FlagValues) -> None:
         print(f"{mark} {number:6d}  from {version.parent:4d}  {version.note}")
 
 
+@COMMANDS.add(*cli.RUN, cli.BANK_VERSION)
 def verify(given: FlagValues) -> None:
     """Checks every file of a version; exit code 1 where one is not as it was written."""
     from m3jax.knowledge import maintain
@@ -98,6 +124,7 @@ def verify(given: FlagValues) -> None:
     print(f"{given.workdir}: every file is as it was written")
 
 
+@COMMANDS.add(*_WRITE, cli.BANK_VERSION)
 def repair(given: FlagValues) -> None:
     """Writes damaged memories and index files anew, then verifies."""
     from m3jax.knowledge import maintain
@@ -117,28 +144,6 @@ def _writer(given: FlagValues) -> Any:
 
     return MemoryWriter(given.config, given.workdir, given.checkpoint, like_base=True)
 
-
-_WRITER = cli.CHECKPOINT.with_help("Its writer writes; default the writer of the bank.")
-_WRITE = (*cli.RUN, _WRITER, cli.CACHE)
-_NOTE = Flag("note", "Text that is kept with the version.", default="")
-_DOCUMENTS = Flag("documents", "Documents as launch/prepare.py reads them.", required=True)
-_KEYS = words("keys", "Keys of references (ID#N) or ids of documents.", [], required=True)
-_MERGE = (
-    Flag("other", "Workdir whose knowledge is added.", required=True),
-    switch("replace", "Documents in both are taken from --other."),
-)
-_TO = Flag("to", "Version to go back to.", int, required=True)
-COMMANDS = {
-    "add": cli.Command(add, (*_WRITE, _DOCUMENTS, _NOTE)),
-    "replace": cli.Command(replace, (*_WRITE, _DOCUMENTS, _NOTE)),
-    "delete": cli.Command(delete, (*_WRITE, _KEYS, _NOTE)),
-    "merge": cli.Command(merge, (*_WRITE, *_MERGE)),
-    "list": cli.Command(list_versions, cli.RUN),
-    "rollback": cli.Command(rollback, (*cli.RUN, _TO)),
-    "compact": cli.Command(compact, (*_WRITE, _NOTE)),
-    "verify": cli.Command(verify, (*cli.RUN, cli.BANK_VERSION)),
-    "repair": cli.Command(repair, (*_WRITE, cli.BANK_VERSION)),
-}
 
 if __name__ == "__main__":
     cli.run(__doc__, COMMANDS)

@@ -15,7 +15,22 @@ from absl.flags import FlagValues
 from m3jax import cli
 from m3jax.cli import Flag, count, counts, share, words
 
+COMMANDS = cli.Commands()
+_LOSSES = (*cli.RUN, cli.STAGE_CHECKPOINT, cli.BANK, cli.BANK_VERSION, cli.JSON, cli.CACHE)
+# Arguments of `leakage` and `needle_test`, by their names.
+_LEAKAGE = (
+    Flag("against", "train, validation, or a .jsonl file of questions.", default="train"),
+    count("sample", "Most rows or questions, drawn at random.", 1000),
+    Flag("threshold", "Overlap above which a reference is dropped.", float, 0.9),
+)
+_NEEDLE = (
+    counts("lengths", "Tokens of the texts.", [512, 1024, 2048, 4096]),
+    count("count", "Texts of each length.", 64),
+    *(cli.WINDOW, cli.CUT, cli.BATCH, cli.SEED),
+)
 
+
+@COMMANDS.add(*_LOSSES)
 def losses(given: FlagValues) -> None:
     r"""Measures the validation loss with memory, without, and with wrong memories.
 
@@ -28,6 +43,7 @@ def losses(given: FlagValues) -> None:
     _report(given)
 
 
+@COMMANDS.add(*_LOSSES, Flag("questions", "Questions to answer (JSON lines).", required=True))
 def questions(given: FlagValues) -> None:
     """Measures the share of right answers to questions, beside the losses.
 
@@ -49,6 +65,35 @@ def _source(given: FlagValues) -> dict[str, Any]:
     return {"checkpoint": given.checkpoint, "bank": given.bank, "version": given.bank_version}
 
 
+@COMMANDS.add(
+    *_LOSSES,
+    words("tasks", "Task files, or folders of them, to score.", required=True),
+    words(
+        "modes",
+        "What the model reads: nothing, memories (also called explicit), references as text in the"
+        " prompt, memories of another question.",
+        ["none", "memory", "rag", "wrong"],
+    ),
+    Flag("compressed_bank", "Bank of compressed memories; adds the mode `compressed`."),
+    dataclasses.replace(
+        cli.CONFIG,
+        name="warmup_config",
+        help="Config of warmup: its checkpoint, in WORKDIR/warmup, makes a first column.",
+        required=False,
+    ),
+    Flag("shots", "Examples in front of every question.", int, 0, low=0),
+    count("limit", "Most examples of a task, from its first; default all."),
+    Flag(
+        "overlap",
+        "Drop references whose overlap with the question is above this; 1 drops none. Several make"
+        " a column each. Default config.retrieval.overlap_evaluation, 2/3.",
+        float,
+        [],
+        many="comma",
+    ),
+    cli.RAG_REFERENCES,
+    cli.BATCH,
+)
 def tasks(given: FlagValues) -> None:
     """Scores tasks in every mode with lm-evaluation-harness (pip install 'm3jax[eval]').
 
@@ -89,6 +134,16 @@ def tasks(given: FlagValues) -> None:
     cli.show(tasks_table(report), {**about, **report}, given.json)
 
 
+@COMMANDS.add(
+    *cli.RUN,
+    counts("k", "References per query; exact search takes the largest.", [1, 5]),
+    Flag("queries", "JSON lines with `question` or `text`; default halves of references."),
+    count("sample", "Most queries to compare.", 200),
+    share("least_recall", "Least recall; exit code 1 below.", 0.0),
+    Flag("questions", "Questions with answers (JSON lines)."),
+    cli.BANK_VERSION.with_help("With --questions."),
+    cli.JSON,
+)
 def retrieval(given: FlagValues) -> None:
     """Compares the index with exact search, or counts retrieved answers to questions.
 
@@ -138,6 +193,12 @@ def _index_recall(given: FlagValues) -> None:
         )
 
 
+@COMMANDS.add(
+    *cli.RUN,
+    *_LEAKAGE,
+    cli.PICTURE.with_help("Default WORKDIR/report/leakage.png."),
+    cli.JSON,
+)
 def leakage(given: FlagValues) -> None:
     """Measures how much of what retrieval returns is in the text already, before any filter.
 
@@ -157,6 +218,11 @@ def leakage(given: FlagValues) -> None:
     print(f"\npicture: {path}")
 
 
+@COMMANDS.add(
+    *(*cli.RUN, cli.STAGE_CHECKPOINT, cli.CACHE, *_NEEDLE, cli.PICTURE, cli.JSON),
+    Flag("needles", "File of needles, .jsonl.", required=True),
+    Flag("haystack", "Folder of references to hide them among; default the workdir's."),
+)
 def needle(given: FlagValues) -> None:
     r"""Tests the recall of a fact from a text longer than the model's context.
 
@@ -182,87 +248,6 @@ def needle(given: FlagValues) -> None:
     if given.picture:
         needle_lines(Path(given.picture), report)
 
-
-_LOSSES = (*cli.RUN, cli.STAGE_CHECKPOINT, cli.BANK, cli.BANK_VERSION, cli.JSON, cli.CACHE)
-# Arguments of `leakage` and `needle_test`, by their names.
-_LEAKAGE = (
-    Flag("against", "train, validation, or a .jsonl file of questions.", default="train"),
-    count("sample", "Most rows or questions, drawn at random.", 1000),
-    Flag("threshold", "Overlap above which a reference is dropped.", float, 0.9),
-)
-_NEEDLE = (
-    counts("lengths", "Tokens of the texts.", [512, 1024, 2048, 4096]),
-    count("count", "Texts of each length.", 64),
-    *(cli.WINDOW, cli.CUT, cli.BATCH, cli.SEED),
-)
-COMMANDS = {
-    "losses": cli.Command(losses, _LOSSES),
-    "tasks": cli.Command(
-        tasks,
-        (
-            *_LOSSES,
-            words("tasks", "Task files, or folders of them, to score.", required=True),
-            words(
-                "modes",
-                "What the model reads: nothing, memories (also called explicit), references as"
-                " text in the prompt, memories of another question.",
-                ["none", "memory", "rag", "wrong"],
-            ),
-            Flag("compressed_bank", "Bank of compressed memories; adds the mode `compressed`."),
-            dataclasses.replace(
-                cli.CONFIG,
-                name="warmup_config",
-                help="Config of warmup: its checkpoint, in WORKDIR/warmup, makes a first column.",
-                required=False,
-            ),
-            Flag("shots", "Examples in front of every question.", int, 0, low=0),
-            count("limit", "Most examples of a task, from its first; default all."),
-            Flag(
-                "overlap",
-                "Drop references whose overlap with the question is above this; 1 drops none."
-                " Several make a column each. Default config.retrieval.overlap_evaluation, 2/3.",
-                float,
-                [],
-                many="comma",
-            ),
-            cli.RAG_REFERENCES,
-            cli.BATCH,
-        ),
-    ),
-    "questions": cli.Command(
-        questions,
-        (*_LOSSES, Flag("questions", "Questions to answer (JSON lines).", required=True)),
-    ),
-    "retrieval": cli.Command(
-        retrieval,
-        (
-            *cli.RUN,
-            counts("k", "References per query; exact search takes the largest.", [1, 5]),
-            Flag("queries", "JSON lines with `question` or `text`; default halves of references."),
-            count("sample", "Most queries to compare.", 200),
-            share("least_recall", "Least recall; exit code 1 below.", 0.0),
-            Flag("questions", "Questions with answers (JSON lines)."),
-            cli.BANK_VERSION.with_help("With --questions."),
-            cli.JSON,
-        ),
-    ),
-    "leakage": cli.Command(
-        leakage,
-        (
-            *(*cli.RUN, *_LEAKAGE),
-            cli.PICTURE.with_help("Default WORKDIR/report/leakage.png."),
-            cli.JSON,
-        ),
-    ),
-    "needle": cli.Command(
-        needle,
-        (
-            *(*cli.RUN, cli.STAGE_CHECKPOINT, cli.CACHE, *_NEEDLE, cli.PICTURE, cli.JSON),
-            Flag("needles", "File of needles, .jsonl.", required=True),
-            Flag("haystack", "Folder of references to hide them among; default the workdir's."),
-        ),
-    ),
-}
 
 if __name__ == "__main__":
     cli.run(__doc__, COMMANDS)

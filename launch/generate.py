@@ -22,30 +22,14 @@ from absl.flags import FlagValues
 from m3jax import cli
 from m3jax.cli import Flag, count, switch
 
-
-def main(given: FlagValues) -> None:
-    """Generates texts and prints them with their sources."""
-    from m3jax.inference.cli import Request, read_prompts, run
-    from m3jax.inference.sampling import Sampling
-
-    rounds = given.config.chat.most_rounds if given.chat else None
-    request = Request(
-        prompts=[*given.prompt, *(read_prompts(given.prompts, rounds) if given.prompts else [])],
-        sampling=Sampling(given.temperature, given.top_k, given.top_p, given.seed),
-        **cli.values_of(given, REQUEST),
-    )
-    versions = given.bank_version or [None]
-    at = given.config, given.workdir
-    run(*at, request, checkpoint=given.checkpoint, bank=given.bank, versions=versions)
-
-
+COMMANDS = cli.Commands()
 # Fields of `Request`, by their names.
 REQUEST = (
     Flag(
         "mode",
-        "What the model reads: nothing, memories of the bank, memories written when they are"
-        " first retrieved, references as text in the prompt, or, for texts longer than its"
-        " context, memories of their own older part.",
+        "What the model reads: nothing, memories of the bank, memories written when they are first"
+        " retrieved, references as text in the prompt, or, for texts longer than its context,"
+        " memories of their own older part.",
         default="memory",
         choices=("none", "memory", "cold", "rag", "long_context"),
     ),
@@ -72,24 +56,35 @@ REQUEST = (
     cli.JSON.with_help("Texts and sources."),
     Flag("html", "File to write a page to, with the text coloured by source."),
 )
-COMMANDS = {
-    "": cli.Command(
-        main,
-        (
-            *(*cli.RUN, cli.STAGE_CHECKPOINT, cli.BANK, cli.CACHE, cli.SEED),
-            dataclasses.replace(
-                cli.BANK_VERSION.with_help("Given twice, the text is generated from both."),
-                many="repeat",
-            ),
-            Flag("prompt", "A prompt to continue.", default=[], many="repeat"),
-            Flag("prompts", "File of prompts, .jsonl or one a line."),
-            Flag("temperature", "0 takes the likeliest token.", float, 0.0),
-            Flag("top_k", "Only so many of the likeliest tokens; 0 = all.", int, 0),
-            Flag("top_p", "Only the likeliest tokens of this probability together.", float, 1.0),
-            *REQUEST,
-        ),
+
+
+@COMMANDS.add(
+    *(*cli.RUN, cli.STAGE_CHECKPOINT, cli.BANK, cli.CACHE, cli.SEED),
+    dataclasses.replace(
+        cli.BANK_VERSION.with_help("Given twice, the text is generated from both."), many="repeat"
+    ),
+    Flag("prompt", "A prompt to continue.", default=[], many="repeat"),
+    Flag("prompts", "File of prompts, .jsonl or one a line."),
+    Flag("temperature", "0 takes the likeliest token.", float, 0.0),
+    Flag("top_k", "Only so many of the likeliest tokens; 0 = all.", int, 0),
+    Flag("top_p", "Only the likeliest tokens of this probability together.", float, 1.0),
+    *REQUEST,
+)
+def main(given: FlagValues) -> None:
+    """Generates texts and prints them with their sources."""
+    from m3jax.inference.cli import Request, read_prompts, run
+    from m3jax.inference.sampling import Sampling
+
+    rounds = given.config.chat.most_rounds if given.chat else None
+    request = Request(
+        prompts=[*given.prompt, *(read_prompts(given.prompts, rounds) if given.prompts else [])],
+        sampling=Sampling(given.temperature, given.top_k, given.top_p, given.seed),
+        **cli.values_of(given, REQUEST),
     )
-}
+    versions = given.bank_version or [None]
+    at = given.config, given.workdir
+    run(*at, request, checkpoint=given.checkpoint, bank=given.bank, versions=versions)
+
 
 if __name__ == "__main__":
     cli.run(__doc__, COMMANDS)

@@ -14,19 +14,7 @@ from absl.flags import FlagValues
 from m3jax import cli
 from m3jax.cli import Flag
 
-
-def main(given: FlagValues) -> None:
-    """Prints the plan and writes its JSON."""
-    from m3jax.aot.capacity import Assumptions, capacity_report, capacity_table
-
-    assumptions = Assumptions(**cli.values_of(given, ASSUMPTIONS))
-    cli.show(
-        capacity_table(given.config, assumptions),
-        capacity_report(given.config, assumptions),
-        given.json,
-    )
-
-
+COMMANDS = cli.Commands()
 # Fields of `Assumptions`, by their names.
 ASSUMPTIONS = (
     Flag("topology", "TPU slice, CHIP:SHAPE, for example v5e:16x16 or v5p:4x4x8.", required=True),
@@ -39,12 +27,20 @@ ASSUMPTIONS = (
     Flag("decode_batch", "Rows generated at once.", int, 32),
     Flag("decode_length", "Tokens of a generated row; default data.sequence_length.", int),
 )
-COMMANDS = {
-    "": cli.Command(
-        main,
-        (cli.CONFIG, *ASSUMPTIONS, cli.JSON.with_help("All quantities, in base units.")),
+
+
+@COMMANDS.add(cli.CONFIG, *ASSUMPTIONS, cli.JSON.with_help("All quantities, in base units."))
+def main(given: FlagValues) -> None:
+    """Prints the plan and writes its JSON."""
+    from m3jax.aot.capacity import Assumptions, capacity_report, capacity_table
+
+    assumptions = Assumptions(**cli.values_of(given, ASSUMPTIONS))
+    cli.show(
+        capacity_table(given.config, assumptions),
+        capacity_report(given.config, assumptions),
+        given.json,
     )
-}
+
 
 if __name__ == "__main__":
     cli.run(__doc__, COMMANDS)

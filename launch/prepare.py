@@ -32,8 +32,53 @@ from m3jax import cli
 from m3jax.cli import Flag, count, words
 from m3jax.errors import CommandError
 
+COMMANDS = cli.Commands()
+# Arguments of `make_texts`, by their names.
+_TEXTS = (
+    count("count", "Texts to draw.", 8000),
+    Flag("tokens", "Most tokens of a text.", int, 128, low=2),
+    count("split", "Tokens of the first part.", 64),
+    Flag("temperature", "Temperature of the draws; 1 is the model's own.", float, 1.0),
+    dataclasses.replace(cli.BATCH, default=256),
+    cli.SEED,
+)
 
-def prepare(given: FlagValues) -> None:
+
+@COMMANDS.add(
+    *cli.RUN,
+    Flag(
+        "documents",
+        "Documents to train on: comma-separated .jsonl, .jsonl.gz, .txt or .parquet files, globs,"
+        " folders, or tfds:NAME[:SPLIT].",
+        required=True,
+    ),
+    Flag("knowledge", "Documents of the knowledge base, as --documents; default: the same."),
+    count("limit_documents", "Use only this many documents of each spec."),
+    count(
+        "workers",
+        "Processes that clean and tokenize blocks of documents, and select references. Default:"
+        " without --config.clean.enabled and --config.text.shuffle no blocks are made, else this"
+        " process works on them.",
+    ),
+    Flag(
+        "beam",
+        "Do the work on blocks with Apache Beam; a flag of Beam, for example"
+        " --beam=--runner=FlinkRunner. --beam=--runner=FnApiRunner runs in this process.",
+        many="repeat",
+    ),
+    Flag(
+        "quality",
+        "Scorer for config.clean.quality_min: a folder made by `prepare.py quality`, or"
+        " MODULE:NAME of a function that makes one.",
+    ),
+    words(
+        "questions",
+        "Files of evaluation questions that no reference may hold, in the forms of"
+        " launch/evaluate.py tasks; with --config.knowledge.enabled.",
+        [],
+    ),
+)
+def main(given: FlagValues) -> None:
     """Prepares the text, then the index over its references."""
     from m3jax.evaluation.task_files import question_texts
     from m3jax.knowledge.versions import require_unedited
@@ -69,6 +114,9 @@ def _runner(given: FlagValues) -> Any:
     return LocalRunner(given.workers) if given.workers else None
 
 
+@COMMANDS.add(
+    *cli.RUN, Flag("chats", "Chats or pairs: .jsonl(.gz) files, globs, folders.", required=True)
+)
 def chats(given: FlagValues) -> None:
     r"""Prepares chats for SFT, or preference pairs for DPO, in a workdir that has a tokenizer.
 
@@ -102,6 +150,11 @@ def chats(given: FlagValues) -> None:
         print(f"{config.train.epochs:g} epochs at {config.data.batch_size} rows: {steps} steps")
 
 
+@COMMANDS.add(
+    Flag("labelled", "JSON lines of texts with their scores, 0 … 5.", required=True),
+    Flag("scorer", "Folder to write the scorer to.", required=True),
+    Flag("penalty", "Ridge penalty; more for fewer or noisier labels.", float, 0.1, low=0),
+)
 def quality(given: FlagValues) -> None:
     r"""Trains a quality scorer from labelled texts, for `config.clean.quality_min`.
 
@@ -117,6 +170,10 @@ def quality(given: FlagValues) -> None:
     print(train_scorer(given.labelled, given.scorer, given.penalty))
 
 
+@COMMANDS.add(
+    *(*cli.RUN, cli.STAGE_CHECKPOINT, cli.CACHE, *_TEXTS),
+    Flag("texts", "Folder to write; finished files are kept.", Path, required=True),
+)
 def texts(given: FlagValues) -> None:
     r"""Samples texts of a checkpoint: documents to train on, and the references they go on from.
 
@@ -137,79 +194,6 @@ def texts(given: FlagValues) -> None:
     report = make_texts(session, given.texts, **cli.values_of(given, _TEXTS))
     print(f"{given.texts}: {describe(report)}")
 
-
-# Arguments of `make_texts`, by their names.
-_TEXTS = (
-    count("count", "Texts to draw.", 8000),
-    Flag("tokens", "Most tokens of a text.", int, 128, low=2),
-    count("split", "Tokens of the first part.", 64),
-    Flag("temperature", "Temperature of the draws; 1 is the model's own.", float, 1.0),
-    dataclasses.replace(cli.BATCH, default=256),
-    cli.SEED,
-)
-COMMANDS = {
-    "": cli.Command(
-        prepare,
-        (
-            *cli.RUN,
-            Flag(
-                "documents",
-                "Documents to train on: comma-separated .jsonl, .jsonl.gz, .txt or .parquet"
-                " files, globs, folders, or tfds:NAME[:SPLIT].",
-                required=True,
-            ),
-            Flag(
-                "knowledge", "Documents of the knowledge base, as --documents; default: the same."
-            ),
-            count("limit_documents", "Use only this many documents of each spec."),
-            count(
-                "workers",
-                "Processes that clean and tokenize blocks of documents, and select references."
-                " Default: without --config.clean.enabled and --config.text.shuffle no blocks are"
-                " made, else this process works on them.",
-            ),
-            Flag(
-                "beam",
-                "Do the work on blocks with Apache Beam; a flag of Beam, for example"
-                " --beam=--runner=FlinkRunner. --beam=--runner=FnApiRunner runs in this process.",
-                many="repeat",
-            ),
-            Flag(
-                "quality",
-                "Scorer for config.clean.quality_min: a folder made by `prepare.py quality`, or"
-                " MODULE:NAME of a function that makes one.",
-            ),
-            words(
-                "questions",
-                "Files of evaluation questions that no reference may hold, in the forms of"
-                " launch/evaluate.py tasks; with --config.knowledge.enabled.",
-                [],
-            ),
-        ),
-    ),
-    "chats": cli.Command(
-        chats,
-        (
-            *cli.RUN,
-            Flag("chats", "Chats or pairs: .jsonl(.gz) files, globs, folders.", required=True),
-        ),
-    ),
-    "quality": cli.Command(
-        quality,
-        (
-            Flag("labelled", "JSON lines of texts with their scores, 0 … 5.", required=True),
-            Flag("scorer", "Folder to write the scorer to.", required=True),
-            Flag("penalty", "Ridge penalty; more for fewer or noisier labels.", float, 0.1, low=0),
-        ),
-    ),
-    "texts": cli.Command(
-        texts,
-        (
-            *(*cli.RUN, cli.STAGE_CHECKPOINT, cli.CACHE, *_TEXTS),
-            Flag("texts", "Folder to write; finished files are kept.", Path, required=True),
-        ),
-    ),
-}
 
 if __name__ == "__main__":
     cli.run(__doc__, COMMANDS)

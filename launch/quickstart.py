@@ -20,7 +20,18 @@ from absl.flags import FlagValues
 from m3jax import cli
 from m3jax.cli import Flag, switch
 
+COMMANDS = cli.Commands()
+_RUN = (
+    Flag("workdir", "Folder for everything it makes.", Path, "runs/quickstart"),
+    Flag("seed", "Seed of people, parameters and data order.", int, 0),
+)
+_SCRATCH = switch(
+    "compare_from_scratch",
+    "Also train with memory from the start, at equal compute (Memory³ §6.1); doubles the time.",
+)
 
+
+@COMMANDS.add(*_RUN, _SCRATCH)
 def main(given: FlagValues) -> None:
     """Trains the demonstration and prints its report."""
     demonstration = _demonstration(given)
@@ -30,6 +41,7 @@ def main(given: FlagValues) -> None:
     _show(demonstration.workdir / "report" / "README.md")
 
 
+@COMMANDS.add(*_RUN)
 def chat(given: FlagValues) -> None:
     """Makes its model a chat model: SFT on generated chats, DPO on generated preferences.
 
@@ -59,19 +71,6 @@ def _show(report: Path) -> None:
     print(report.read_text(encoding="utf-8"))
     print(f"report: {report}")
 
-
-_RUN = (
-    Flag("workdir", "Folder for everything it makes.", Path, "runs/quickstart"),
-    Flag("seed", "Seed of people, parameters and data order.", int, 0),
-)
-_SCRATCH = switch(
-    "compare_from_scratch",
-    "Also train with memory from the start, at equal compute (Memory³ §6.1); doubles the time.",
-)
-COMMANDS = {
-    "": cli.Command(main, (*_RUN, _SCRATCH)),
-    "chat": cli.Command(chat, _RUN),
-}
 
 if __name__ == "__main__":
     cli.run(__doc__, COMMANDS)

@@ -13,7 +13,23 @@ from absl.flags import FlagValues
 from m3jax import cli
 from m3jax.cli import Flag, count, share, switch
 
+COMMANDS = cli.Commands()
+# Fields of `Options`, by their names.
+_OPTIONS = (
+    count("sample", "Validation rows in which drops are measured.", 256),
+    Flag("count", "Most training rows to count references in; 0 = none.", int, 4096, low=0),
+    count("check", "Validation rows on which the selection is validated.", 256),
+    Flag("draws", "Random selections that it is compared with.", int, 3, low=0),
+)
+_MODEL = (*cli.RUN, cli.STAGE_CHECKPOINT, cli.CACHE)
 
+
+@COMMANDS.add(
+    *_MODEL,
+    Flag("budget_bytes", "Bytes of the selected references' memories.", int, required=True),
+    *(cli.BANK_VERSION, *_OPTIONS, cli.JSON),
+    switch("dry_run", "Make no version: report and list only."),
+)
 def references(given: FlagValues) -> None:
     r"""Selects the references that are worth a memory: the expected drop of validation loss.
 
@@ -44,6 +60,26 @@ def references(given: FlagValues) -> None:
         print(f"version {report['new_version']} of the knowledge is current")
 
 
+@COMMANDS.add(
+    *_MODEL,
+    Flag(
+        "hide",
+        "What a masked head does not see: older tokens of the context, or the memories.",
+        default="context",
+        choices=("context", "memory"),
+    ),
+    count("window", "Tokens that it still sees, with --hide=context.", 100),
+    Flag(
+        "by",
+        "Heads to rank: key-value heads with all of their query heads, which is what a bank"
+        " stores, or single query heads.",
+        default="kv",
+        choices=("kv", "query"),
+    ),
+    share("keep", "Share of the heads in the memory layers to select, with --by=kv.", 0.5),
+    cli.JSON.with_help("Default WORKDIR/report/heads-HIDE-BY.json."),
+    cli.PICTURE.with_help("Default WORKDIR/report/heads-HIDE-BY.png."),
+)
 def heads(given: FlagValues) -> None:
     r"""Ranks heads by how much the loss rises when one of them sees less, and selects memory heads.
 
@@ -84,49 +120,6 @@ def heads(given: FlagValues) -> None:
     head_map(picture, scores.increase, title, chosen=chosen, layers=layers)
     print(f"figures: {json}\npicture: {picture}")
 
-
-# Fields of `Options`, by their names.
-_OPTIONS = (
-    count("sample", "Validation rows in which drops are measured.", 256),
-    Flag("count", "Most training rows to count references in; 0 = none.", int, 4096, low=0),
-    count("check", "Validation rows on which the selection is validated.", 256),
-    Flag("draws", "Random selections that it is compared with.", int, 3, low=0),
-)
-_MODEL = (*cli.RUN, cli.STAGE_CHECKPOINT, cli.CACHE)
-COMMANDS = {
-    "references": cli.Command(
-        references,
-        (
-            *_MODEL,
-            Flag("budget_bytes", "Bytes of the selected references' memories.", int, required=True),
-            *(cli.BANK_VERSION, *_OPTIONS, cli.JSON),
-            switch("dry_run", "Make no version: report and list only."),
-        ),
-    ),
-    "heads": cli.Command(
-        heads,
-        (
-            *_MODEL,
-            Flag(
-                "hide",
-                "What a masked head does not see: older tokens of the context, or the memories.",
-                default="context",
-                choices=("context", "memory"),
-            ),
-            count("window", "Tokens that it still sees, with --hide=context.", 100),
-            Flag(
-                "by",
-                "Heads to rank: key-value heads with all of their query heads, which is what a"
-                " bank stores, or single query heads.",
-                default="kv",
-                choices=("kv", "query"),
-            ),
-            share("keep", "Share of the heads in the memory layers to select, with --by=kv.", 0.5),
-            cli.JSON.with_help("Default WORKDIR/report/heads-HIDE-BY.json."),
-            cli.PICTURE.with_help("Default WORKDIR/report/heads-HIDE-BY.png."),
-        ),
-    ),
-}
 
 if __name__ == "__main__":
     cli.run(__doc__, COMMANDS)

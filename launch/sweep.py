@@ -26,7 +26,26 @@ from absl.flags import FlagValues
 from m3jax import cli
 from m3jax.cli import Flag, switch, words
 
+COMMANDS = cli.Commands()
+SWEEP = (
+    Flag("sweep", "Python file with get_sweep().", required=True),
+    Flag("workdir", "Folder for all that it makes.", Path, required=True),
+    Flag("data", "Workdir of launch/prepare.py, for sweeps that prepare no data of their own."),
+    words("entries", "Only these entries; default all."),
+    words("seeds", "Only these seeds; default those of the sweep."),
+)
 
+
+@COMMANDS.add(
+    *SWEEP,
+    switch("retry", "Run entries that have failed again."),
+    switch("dry_run", "Print the commands for a pod; do nothing."),
+    switch("prepare_only", "Make data and folders, and train nothing."),
+    switch("report_only", "Make table and picture of what is there."),
+    Flag("markdown", "File for the table, too: between its marks, where it has them."),
+    cli.PICTURE,
+    Flag("one", "ENTRY@SEED: the flag of the script's own processes, for a single entry."),
+)
 def main(given: FlagValues) -> None:
     """Plans the sweep, then prints, prepares, runs or reports it."""
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/, which is not installed
@@ -71,29 +90,6 @@ def _call(given: FlagValues) -> list[str]:
     words = {k: ",".join(v) if isinstance(v, list) else v for k, v in values.items() if v}
     return [sys.argv[0], *(f"--{name}={value}" for name, value in words.items())]
 
-
-SWEEP = (
-    Flag("sweep", "Python file with get_sweep().", required=True),
-    Flag("workdir", "Folder for all that it makes.", Path, required=True),
-    Flag("data", "Workdir of launch/prepare.py, for sweeps that prepare no data of their own."),
-    words("entries", "Only these entries; default all."),
-    words("seeds", "Only these seeds; default those of the sweep."),
-)
-COMMANDS = {
-    "": cli.Command(
-        main,
-        (
-            *SWEEP,
-            switch("retry", "Run entries that have failed again."),
-            switch("dry_run", "Print the commands for a pod; do nothing."),
-            switch("prepare_only", "Make data and folders, and train nothing."),
-            switch("report_only", "Make table and picture of what is there."),
-            Flag("markdown", "File for the table, too: between its marks, where it has them."),
-            cli.PICTURE,
-            Flag("one", "ENTRY@SEED: the flag of the script's own processes, for a single entry."),
-        ),
-    )
-}
 
 if __name__ == "__main__":
     cli.run(__doc__, COMMANDS)

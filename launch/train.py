@@ -34,7 +34,32 @@ from absl.flags import FlagValues
 from m3jax import cli
 from m3jax.cli import Flag
 
+COMMANDS = cli.Commands()
 
+
+@COMMANDS.add(
+    *cli.RUN,
+    Flag(
+        "init_from",
+        "Stage folder, or checkpoints/STEP in it, whose parameters a new run starts from; a run"
+        " that has a checkpoint of its own continues from that.",
+        Path,
+    ),
+    cli.BANK.with_help("For memory.source = precomputed."),
+    Flag(
+        "bank_version",
+        "Version of the knowledge, of launch/edit_bank.py list; default the one that the run has"
+        " read before, for a new run the current one.",
+        int,
+    ),
+    Flag(
+        "profile_steps",
+        "START:STOP, the first and last step of a trace for TensorBoard or XProf, in"
+        " WORKDIR/<stage>/profile.",
+    ),
+    *cli.PROCESSES,
+    cli.CACHE,
+)
 def main(given: FlagValues) -> None:
     """Joins the other processes and trains."""
     from m3jax.train.hooks import parse_steps
@@ -55,35 +80,6 @@ def main(given: FlagValues) -> None:
         if jax.process_index() == 0:
             print(summary)
 
-
-COMMANDS = {
-    "": cli.Command(
-        main,
-        (
-            *cli.RUN,
-            Flag(
-                "init_from",
-                "Stage folder, or checkpoints/STEP in it, whose parameters a new run starts from;"
-                " a run that has a checkpoint of its own continues from that.",
-                Path,
-            ),
-            cli.BANK.with_help("For memory.source = precomputed."),
-            Flag(
-                "bank_version",
-                "Version of the knowledge, of launch/edit_bank.py list; default the one that the"
-                " run has read before, for a new run the current one.",
-                int,
-            ),
-            Flag(
-                "profile_steps",
-                "START:STOP, the first and last step of a trace for TensorBoard or XProf, in"
-                " WORKDIR/<stage>/profile.",
-            ),
-            *cli.PROCESSES,
-            cli.CACHE,
-        ),
-    )
-}
 
 if __name__ == "__main__":
     cli.run(__doc__, COMMANDS)

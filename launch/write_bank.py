@@ -31,7 +31,27 @@ from absl.flags import FlagValues
 from m3jax import cli
 from m3jax.cli import Flag, count, share
 
+COMMANDS = cli.Commands()
 
+
+@COMMANDS.add(
+    *cli.RUN,
+    cli.CHECKPOINT.with_help("Default WORKDIR/warmup; with --refresh that of the stage."),
+    Flag("references", "Folder of the references; default WORKDIR/references."),
+    cli.BANK,
+    Flag("base", "Older bank of the writer: memories of unchanged references are copied."),
+    Flag(
+        "refresh",
+        "Compare the current version's bank with what --checkpoint writes, or make a version that"
+        " it has written.",
+        choices=("measure", "all", "worst"),
+    ),
+    share("share", "--refresh=worst: share of the references to write anew.", 0.25),
+    count("sample", "--refresh=measure: references to compare.", 512),
+    cli.JSON.with_help("With --refresh=measure."),
+    *cli.PROCESSES,
+    cli.CACHE,
+)
 def main(given: FlagValues) -> None:
     """Joins the other processes and writes missing memories, or refreshes."""
     from m3jax.memory.storage import require_writable
@@ -95,30 +115,6 @@ def refresh(given: FlagValues) -> None:
     version = rewrite(given.config, workdir, checkpoint, share=share)
     print(f"{workdir}: version {version.number} is current ({version.note})")
 
-
-COMMANDS = {
-    "": cli.Command(
-        main,
-        (
-            *cli.RUN,
-            cli.CHECKPOINT.with_help("Default WORKDIR/warmup; with --refresh that of the stage."),
-            Flag("references", "Folder of the references; default WORKDIR/references."),
-            cli.BANK,
-            Flag("base", "Older bank of the writer: memories of unchanged references are copied."),
-            Flag(
-                "refresh",
-                "Compare the current version's bank with what --checkpoint writes, or make a"
-                " version that it has written.",
-                choices=("measure", "all", "worst"),
-            ),
-            share("share", "--refresh=worst: share of the references to write anew.", 0.25),
-            count("sample", "--refresh=measure: references to compare.", 512),
-            cli.JSON.with_help("With --refresh=measure."),
-            *cli.PROCESSES,
-            cli.CACHE,
-        ),
-    )
-}
 
 if __name__ == "__main__":
     cli.run(__doc__, COMMANDS)

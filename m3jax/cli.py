@@ -216,27 +216,37 @@ PROCESSES = (
 
 
 # -- commands --------------------------------------------------------------------------------------
-class Command(NamedTuple):
-    """A command of a launch script.
+Main = Callable[[flags.FlagValues], None]
 
-    Attributes:
-      main: takes the values of the flags as attributes; configs are validated. Its docstring is the
-        help of the command.
-      flags: that it takes.
+
+class Command(NamedTuple):
+    """A command of a launch script: a function of the values of its flags.
+
+    Configs are validated before. The function's docstring is the help of the command.
     """
 
-    main: Callable[[flags.FlagValues], None]
+    main: Main
     flags: tuple[Flag, ...]
 
 
+class Commands(dict[str, Command]):
+    """Commands by the word that follows the script's name; "" where none follows."""
+
+    def add(self, *flags: Flag, name: str | None = None) -> Callable[[Main], Main]:
+        """Makes the decorated function the command of its name, `main` that without a word."""
+
+        def decorate(main: Main) -> Main:
+            called = "" if main.__name__ == "main" else main.__name__
+            self[called if name is None else name] = Command(main, flags)
+            return main
+
+        return decorate
+
+
 def run(text: str | None, commands: Mapping[str, Command]) -> None:
-    """Runs a launch script on the command line of the process.
+    """Runs a launch script, whose docstring is `text`, on the command line of the process.
 
     Libraries log warnings only, which keeps the progress bar whole; `--verbosity=0` shows the rest.
-
-    Args:
-      text: the script's docstring, for `--help`.
-      commands: by the word that follows the script's name; "" where none follows.
     """
     # Python puts the script's folder first, where evaluate.py would hide a library of that name.
     folder = os.path.dirname(os.path.abspath(sys.argv[0]))
@@ -263,11 +273,10 @@ def _call(command: Command) -> None:
     except UserError as error:
         raise SystemExit(show_error(error)) from None
     except OSError as error:
-        for flag in command.flags:
-            folder = values[flag.name].value
-            if flag.kind is Path and folder is not None and not folder.is_dir():
-                reason = CommandError(f"--{flag.name}={folder} cannot be made: {error.strerror}")
-                raise SystemExit(show_error(reason)) from None
+        for name in (flag.name for flag in command.flags if flag.kind is Path):
+            if values[name].value is not None and not values[name].value.is_dir():
+                reason = f"--{name}={values[name].value} cannot be made: {error.strerror}"
+                raise SystemExit(show_error(CommandError(reason))) from None
         raise
 
 
@@ -283,9 +292,6 @@ def parse(
       text, commands: as in `run`.
       argv: the script's name, then its arguments.
       values: where the command's flags are defined and get their values.
-
-    Returns:
-      The command.
 
     Raises:
       SystemExit: after `--help` or `--config_help`, with code 0.
@@ -385,8 +391,7 @@ def _check_config(name: str, config: Any) -> None:
         validate(config)
         return
     try:
-        if hasattr(config, "to_dict"):
-            config.to_dict()  # the library keeps the error of a file until the config is read
+        getattr(config, "to_dict", dict)()  # which has the error of a file until it is read
     except UserError:
         raise
     except Exception as error:

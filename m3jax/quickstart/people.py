@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from m3jax.errors import TextError
-from m3jax.evaluation.questions import Question
+from m3jax.evaluation.scoring import Question
 from m3jax.files import write_atomically
 
 RELATIONS = ("pet", "home", "food", "game", "craft")
@@ -240,7 +240,7 @@ def write_jsonl(path: Path, records: Iterable[dict]) -> None:
 
 
 def write_questions(path: Path, questions: Iterable[Question]) -> None:
-    """Writes questions as `m3jax.evaluation.questions` reads them."""
+    """Writes questions as `m3jax.evaluation.scoring` reads them."""
     names = ("prompt", "answer", "references")
     write_jsonl(path, ({name: getattr(q, name) for name in names} for q in questions))
 
