@@ -273,9 +273,10 @@ def _call(command: Command) -> None:
     except UserError as error:
         raise SystemExit(show_error(error)) from None
     except OSError as error:
-        for name in (flag.name for flag in command.flags if flag.kind is Path):
-            if values[name].value is not None and not values[name].value.is_dir():
-                reason = f"--{name}={values[name].value} cannot be made: {error.strerror}"
+        folders = values_of(values, [flag for flag in command.flags if flag.kind is Path])
+        for name, folder in folders.items():
+            if folder is not None and not folder.is_dir():
+                reason = f"--{name}={folder} cannot be made: {error.strerror}"
                 raise SystemExit(show_error(CommandError(reason))) from None
         raise
 
@@ -410,10 +411,10 @@ def help_text(text: str | None, commands: Mapping[str, Command], script: str, na
     """Returns the text of `--help` of a command, or of the script with a list of its commands."""
     parts = [textwrap.dedent(text or "").strip()]
     if named in commands:
-        command = commands[named]
+        main, own = commands[named]
         if named:
-            parts = [inspect.getdoc(command.main) or ""]
-        ordered = sorted(command.flags, key=lambda flag: not flag.required)
+            parts = [inspect.getdoc(main) or ""]
+        ordered = sorted(own, key=lambda flag: not flag.required)
         parts.append("\n".join(["Flags:", *(flag.describe() for flag in ordered)]))
     others = {name: command for name, command in commands.items() if name}
     if others and (not named or named not in commands):
@@ -463,8 +464,6 @@ def show(table: str, figures: Any, path: str | None) -> None:
 
 def processes(values: flags.FlagValues) -> contextlib.AbstractContextManager[None]:
     """Joins the other processes of the flags `PROCESSES` while the block runs.
-
-    Nothing may have used a device before.
 
     Raises:
       ProcessError: the flags do not fit together, or the processes do not meet.

@@ -112,7 +112,7 @@ def _leave(watch: Watch) -> None:
 
 def _detected(processes: Processes) -> Processes:
     """Fills in the addresses that the cluster knows."""
-    if processes.coordinator is not None:
+    if processes.coordinator:
         return processes
     try:
         address, count, index, devices = detect_cluster(processes.join_timeout)
@@ -151,7 +151,6 @@ def _connect(processes: Processes, end: float, last_words: LastWords) -> None:
 def _check_port(processes: Processes) -> None:
     """Refuses a port that cannot be opened."""
     address = processes.coordinator
-    assert address is not None
     _, port = address_of(address)
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     with socket.socket(family) as probe:
@@ -169,7 +168,6 @@ def _check_port(processes: Processes) -> None:
 
 def _wait_for_port(processes: Processes, end: float) -> None:
     """Waits until process 0 listens."""
-    assert processes.coordinator is not None
     host, port = address_of(processes.coordinator)
     while True:
         try:
@@ -193,7 +191,6 @@ def _agree(processes: Processes, config: ConfigDict) -> None:
     facts = {"m3jax": m3jax.__version__, "jax": jax.__version__, **fields}
     client = coordination_client()
     client.key_value_set(f"{ROOT}/facts/{processes.index}", json.dumps(facts))
-    assert processes.count is not None
     everyone = []
     for index in range(processes.count):
         try:

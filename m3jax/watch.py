@@ -45,7 +45,6 @@ class Watch:
     """
 
     def __init__(self, processes: Processes):
-        assert processes.index is not None and processes.count is not None
         self.me, self.count, self.processes = processes.index, processes.count, processes
         self.name = f"process {self.me} of {self.count}"
         self.interval = min(2.0, processes.heartbeat_timeout / 20)
@@ -122,7 +121,6 @@ class Watch:
     def last_words(self) -> str | None:
         """Names the missing processes when JAX ends this one; None if none is missing."""
         address, timeout = self.processes.coordinator, self.processes.heartbeat_timeout
-        assert address is not None
         # JAX hears of a process every half of the timeout: a dead one has been silent for nearly as
         # long when its time is up, a living one was heard of in the last two intervals.
         limit = time.monotonic() - timeout / 4
@@ -205,18 +203,18 @@ class Processes:
     """Addresses of the processes of a run.
 
     Attributes:
-      coordinator: `HOST:PORT` of process 0, where it listens; None: ask the cluster (TPU pod,
-        Slurm, Open MPI, Kubernetes).
-      count: number of processes; None as above.
-      index: number of this process, from 0; None as above.
+      coordinator: `HOST:PORT` of process 0, where it listens; "": the cluster (TPU pod, Slurm, Open
+        MPI, Kubernetes) is asked for this, and for what follows.
+      count: number of processes.
+      index: number of this process, from 0.
       join_timeout: seconds to wait for the others at the start.
       heartbeat_timeout: seconds without a sign of life after which a process counts as dead.
       devices: numbers of the local devices that this process uses; None: all, or the cluster's.
     """
 
-    coordinator: str | None = None
-    count: int | None = None
-    index: int | None = None
+    coordinator: str = ""
+    count: int = 0
+    index: int = 0
     join_timeout: int = 300
     heartbeat_timeout: int = 100
     devices: Sequence[int] | None = None
@@ -247,7 +245,7 @@ class Processes:
                 " --distributed"
             )
         if not given:
-            return cls(None, None, None, *timeouts) if distributed else None
+            return cls("", 0, 0, *timeouts) if distributed else None
         if coordinator is None or processes is None or process_id is None:
             raise ProcessError(
                 f"{given} given, but not {missing}: several processes need --coordinator=HOST:PORT"

@@ -68,7 +68,7 @@ def of_flags(**given):
 
 def test_flags_name_the_processes():
     assert of_flags() is None
-    assert of_flags(distributed=True) == Processes(None, None, None, 7, 9)
+    assert of_flags(distributed=True) == Processes(join_timeout=7, heartbeat_timeout=9)
     flags = {"coordinator": "[::1]:80", "processes": 4, "process_id": 3}
     assert of_flags(**flags) == Processes("[::1]:80", 4, 3, 7, 9)
 
