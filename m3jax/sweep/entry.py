@@ -85,8 +85,6 @@ def _link(stage: SweepStage) -> None:
     stage.folder.mkdir(parents=True, exist_ok=True)
     for name, target in links.items():
         link, path = stage.folder / name, os.path.relpath(target, stage.folder)
-        if link.is_symlink() and os.readlink(link) != path:
-            link.unlink()  # made by a version that named parts otherwise
         if not link.is_symlink():
             link.symlink_to(path, target_is_directory=True)
 

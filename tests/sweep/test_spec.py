@@ -8,7 +8,6 @@ import pytest
 from m3jax.errors import SweepError
 from m3jax.files import write_sealed
 from m3jax.memory.binding import layout_of
-from m3jax.sweep.entry import _link
 from m3jax.sweep.plan import launch_lines, plan_sweep
 from m3jax.sweep.run import BEGIN, END, as_json, finish, insert, sweep_table
 from m3jax.sweep.spec import Entry, Sweep, SweepRun, chosen, load_sweep
@@ -77,17 +76,6 @@ def test_entries_whose_memories_differ_share_no_bank() -> None:
     assert [other == layouts[0] for other in layouts[1:]] == [False] * 6 + [True] * 2
     assert [other == banks[0] for other in banks[1:]] == [False] * 6 + [True] * 2
     assert len(set(banks)) == 7
-
-
-def test_a_link_of_a_version_that_named_banks_otherwise_is_put_right(tmp_path: Path) -> None:
-    (run,) = planned(Entry("a"), workdir=str(tmp_path))
-    stage = run.stages[1]
-    stage.folder.mkdir(parents=True)
-    (stage.folder / "bank").symlink_to("../../banks/named-otherwise")
-    assert stage.bank is not None
-    for _ in range(2):
-        _link(stage)
-        assert (stage.folder / "bank").resolve() == stage.bank
 
 
 def test_seeds_models_and_depths_are_not_shared() -> None:
