@@ -78,7 +78,8 @@ def trained_steps(folder: Path, stage: str) -> dict[str, list[int]]:
     """Steps that the metrics of every folder of a stage have, and when it was begun."""
     found = {}
     for path in (folder / "run" / "stages").glob(f"{stage}-*/{stage}/metrics.jsonl"):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        whole = path.read_text().rpartition("\n")[0]  # the last line may be half written
+        lines = [json.loads(line) for line in whole.splitlines()]
         found[path.parts[-3]] = [line["step"] for line in lines if "loss" in line]
     return found
 
