@@ -203,11 +203,11 @@ def _tensors(model: ConfigDict, memory: ConfigDict) -> tuple[Params, list[_Tenso
     outside = [field for field in _OUTSIDE if field in shapes]
     tensors = [_Tensor(_OUTSIDE[field], (field,), shapes[field].shape) for field in outside]
     for segment, (low, high) in segment_ranges(model, memory).items():
-        for field, leaf in shapes.get(segment, {}).items():
-            theirs, inputs = _LAYER[field]
-            for i in range(high - low):
+        stacks = shapes.get(segment, {})
+        for field, (theirs, inputs) in _LAYER.items():
+            for i in range(high - low if field in stacks else 0):
                 name, path = f"model.layers.{low + i}.{theirs}", (segment, field, i)
-                tensors.append(_Tensor(name, path, leaf.shape[1:], inputs))
+                tensors.append(_Tensor(name, path, stacks[field].shape[1:], inputs))
     return shapes, tensors
 
 
