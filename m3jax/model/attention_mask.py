@@ -67,7 +67,7 @@ class ShortSight:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scope:
-    """What queries may attend to besides the context, and which keys each of them sees.
+    """Keys that queries may attend to besides the context, and which of them each sees.
 
     Attributes:
       prefix: keys and values in front of every row.
