@@ -45,7 +45,11 @@ MODEL: Fields = {
         " previous-token head, a shortcut for tiny models (needs attention_bias); 0 = none",
         "[0, inf)",
     ),
-    "init_exponent": (-0.5, "weights start with deviation fan_in ** init_exponent", "[-2, 0]"),
+    "init_exponent": (
+        -0.5,
+        "weights start with standard deviation fan_in ** init_exponent; Memory³ §7 advises < -0.5",
+        "[-2, 0]",
+    ),
     "param_dtype": ("float32", "dtype of parameters", _DTYPES),
     "compute_dtype": ("float32", "dtype of activations", _DTYPES),
     "attention": (
@@ -91,10 +95,23 @@ MEMORY: Fields = {
     "kept_tokens": (8, "tokens P kept per layer and key-value head", "[1, inf)"),
     "chunk_length": (64, "tokens Q of a chunk; divides data.sequence_length", "[1, inf)"),
     "per_chunk": (1, "memories M that a training chunk retrieves", "[1, inf)"),
-    "window": (5, "chunks whose memories a training query reads, its own included", "[1, inf)"),
+    "window": (
+        5,
+        "chunks whose memories a training query reads: its own and the window − 1 before it",
+        "[1, inf)",
+    ),
     "per_prompt_chunk": (5, "memories that a prompt chunk retrieves at inference", "[1, inf)"),
-    "selection": ("exact", "token weight: softmax or exp (Memory³ §3.3)", ("exact", "approximate")),
-    "dropout": (0.0, "share of training chunks whose memories are hidden", "[0, 1)"),
+    "selection": (
+        "exact",
+        "token weight of the writer: sum of softmax attention, or of exp scores (Memory³ §3.3)",
+        ("exact", "approximate"),
+    ),
+    "dropout": (
+        0.0,
+        "share of training chunks whose memories are hidden, so that copying from the context"
+        " is not forgotten",
+        "[0, 1)",
+    ),
     "dtype": ("bfloat16", "dtype of memories in the bank", _DTYPES),
     "cache_bytes": (
         0,
@@ -114,7 +131,8 @@ WRITER: Fields = {
     ),
     "document_context_tokens": (
         1024,
-        "tokens of a document encoded together; further parts go behind its first reference",
+        "tokens of a document that are encoded together, in whole references; further parts of"
+        " a longer document are encoded behind its first reference",
         "[1, inf)",
     ),
     "compression": (
@@ -125,7 +143,11 @@ WRITER: Fields = {
     ),
     "coarse_bits": (14, "bits of the quantizer's index of half a vector", "[1, 16]"),
     "fine_bits": (10, "bits of its index of an eighth of the residual", "[1, 16]"),
-    "codebook_vectors": (640_000, "most keys, and values, to train the quantizer on", "[1, inf)"),
+    "codebook_vectors": (
+        640_000,
+        "keys, and as many values, that the quantizer is trained on, if there are as many",
+        "[1, inf)",
+    ),
 }
 TEXT: Fields = {
     "vocabulary": (1024, "most entries of the tokenizer, special tokens included", "[260, inf)"),
@@ -133,7 +155,12 @@ TEXT: Fields = {
     "tokenizer_bytes": (200_000_000, "bytes of text the tokenizer is trained on", "[1, inf)"),
     "validation_share": (0.01, "share of documents, by hash, held out for validation", "[0, 1)"),
     "shards": (4, "ArrayRecord shards of the token corpus", "[1, 100000)"),
-    "shuffle": (0, "seed of the order of documents; 0 = as they are read", "[0, 1000000000]"),
+    "shuffle": (
+        0,
+        "seed of the order of documents, which depends on ids and texts alone; 0 = as they are"
+        " read",
+        "[0, 1000000000]",
+    ),
 }
 # Rules of Memory³ §7; a word is a run of signs without white space, or one sign of Chinese or
 # Japanese.
@@ -141,14 +168,19 @@ CLEAN: Fields = {
     "enabled": (False, "repair, filter and deduplicate documents; needs the extra `clean`", None),
     "unreadable_share": (
         0.01,
-        "share of unreadable lines, rows and files that are left out and counted; more is refused",
+        "share of unreadable lines, rows and files (not JSON, not UTF-8, without text) that are"
+        " counted and left out; more are refused",
         "[0, 1]",
     ),
     "repair": (True, "repair damaged Unicode (ftfy)", None),
     "characters_max": (10_000_000, "longest document that is read, characters", "[1, inf)"),
     "words_min": (50, "fewest words of a document; 0 = any", "[0, inf)"),
     "word_length_max": (10.0, "largest mean word length of a document, characters", "(0, inf)"),
-    "nonalphabetic_max": (0.7, "largest share of signs that are no letters; 1 = any", "[0, 1]"),
+    "nonalphabetic_max": (
+        0.7,
+        "largest share of characters that are no letters, without white space; 1 = any",
+        "[0, 1]",
+    ),
     "unique_max": (0.9, "largest share of distinct words among all words; 1 = any", "(0, 1]"),
     "entropy_min": (3.0, "least unigram entropy of a document's words, nats; 0 = any", "[0, inf)"),
     "quality_min": (0.0, "least learned quality score, 0 … 5; 0 = no score is computed", "[0, 5]"),
@@ -165,7 +197,11 @@ CLEAN: Fields = {
 KNOWLEDGE: Fields = {
     "enabled": (False, "filter references before embedding; may need the extra `clean`", None),
     "words_min": (8, "fewest words of a reference; 0 = any", "[0, inf)"),
-    "nonalphabetic_max": (0.5, "largest share of signs that are no letters; 1 = any", "[0, 1]"),
+    "nonalphabetic_max": (
+        0.5,
+        "largest share of characters that are no letters, without white space; 1 = any",
+        "[0, 1]",
+    ),
     "listed_max": (
         0.7,
         "largest share of a reference's characters in lines of lists, tables and markup: lines"
@@ -181,7 +217,12 @@ KNOWLEDGE: Fields = {
         " too; 1 = any",
         "(0, 1]",
     ),
-    "question_words": (8, "fewest words of questions and references that are compared", "[1, inf)"),
+    "question_words": (
+        8,
+        "fewest words of a question that is compared, and of a reference that is looked for in"
+        " questions: much text shares a few words",
+        "[1, inf)",
+    ),
     "similarity": (
         0.8,
         "near-duplicates: a reference is dropped from this similarity (as clean.similarity) with"
@@ -190,7 +231,11 @@ KNOWLEDGE: Fields = {
     ),
 }
 RETRIEVAL: Fields = {
-    "ids": ("search", "references of a chunk: searched, or of documents", ("search", "stored")),
+    "ids": (
+        "search",
+        "a training chunk's references: searched in the pipeline, or stored with the documents",
+        ("search", "stored"),
+    ),
     "shift": (0, "training query of a chunk: 0 its own text, 1 the one before (causal)", (0, 1)),
     "embedder": (
         "lexical",
@@ -201,19 +246,33 @@ RETRIEVAL: Fields = {
     ),
     "dimension": (
         512,
-        "width of the lexical embedding, and the largest of model and attention; bert has its own",
+        "width of the lexical embedding, and the largest of model and attention; bert has the"
+        " encoder's own width, and only launch/plan.py reads this field",
         "[8, inf)",
     ),
     "encoder": ("", "with bert: folder of config.json, model.safetensors and tokenizer.json", None),
-    "checkpoint": ("", "with model and attention: a checkpoint; empty = WORKDIR/warmup", None),
-    "layer": (0, "with model: layer, from 1, to pool; 0 = the last memory layer", "[0, inf)"),
+    "checkpoint": (
+        "",
+        "with model and attention: stage folder or checkpoints/STEP; empty = WORKDIR/warmup",
+        None,
+    ),
+    "layer": (
+        0,
+        "with model: layer, counted from 1, whose output is pooled; 0 = the last memory layer",
+        "[0, inf)",
+    ),
     "rerank": (False, "with attention: order candidates by all keys that the bank keeps", None),
     "pooling": (
         "auto",
         "pooling of the encoder's tokens: mean, the first one (cls), or as its folder says (auto)",
         ("auto", "mean", "cls"),
     ),
-    "encoder_batch": (16, "texts a device encodes at once; fewer above 512 tokens", "[1, inf)"),
+    "encoder_batch": (
+        16,
+        "texts that a device encodes at a time; fewer above 512 tokens. A single query costs as"
+        " much as a batch, so that its embedding never depends on company",
+        "[1, inf)",
+    ),
     "encoder_dtype": ("float32", "dtype of the encoder's weights and products", _DTYPES),
     "candidates": (16, "references fetched before the overlap filter", "[1, inf)"),
     "overlap_train": (0.9, "largest overlap of a reference with its training row", "(0, 1]"),
@@ -221,7 +280,12 @@ RETRIEVAL: Fields = {
     "exact_below": (1000, "references up to which search is exact", "[0, inf)"),
     "index_parts": (1, "parts of the index, which hosts can open separately", "[1, 100000)"),
     "recall": (0.97, "recall@5 that an approximate index is tuned to; less is faster", "(0, 1)"),
-    "keep_embeddings": (True, "keep float32 embeddings for exact scores; without: 8 bits", None),
+    "keep_embeddings": (
+        True,
+        "keep the float32 embeddings for exact scores in an approximate index; without them it"
+        " has 8 bits a number, and scores and order are ScaNN's",
+        None,
+    ),
 }
 DATA: Fields = {
     "sequence_length": (2048, "tokens T of a row", "[1, inf)"),
@@ -250,9 +314,17 @@ OPTIMIZER: Fields = {
     "name": ("adamw", "update rule; muon for matrices and adamw for the rest", ("adamw", "muon")),
     "learning_rate": (1e-3, "peak learning rate", "(0, inf)"),
     "muon_learning_rate": (0.01, "peak learning rate of Muon's matrices", "(0, inf)"),
-    "schedule": ("wsd", "learning rate: warmup-stable-decay, or cosine", ("wsd", "cosine")),
+    "schedule": (
+        "wsd",
+        "learning rate: linear warmup, constant, fast decay (warmup-stable-decay), or cosine",
+        ("wsd", "cosine"),
+    ),
     "lr_warmup_steps": (100, "steps of the linear learning-rate warmup", "[0, inf)"),
-    "lr_warmup_share": (0.0, "warmup as share of train.epochs; 0 = lr_warmup_steps", "[0, 1]"),
+    "lr_warmup_share": (
+        0.0,
+        "learning-rate warmup as a share of all steps, with train.epochs; 0 = lr_warmup_steps",
+        "[0, 1]",
+    ),
     "lr_decay_share": (0.1, "share of all steps in which wsd decays", "[0, 1]"),
     "min_lr_ratio": (0.0, "last learning rate over the peak", "[0, 1]"),
     "beta1": (0.9, "decay of the first moment", "[0, 1)"),
@@ -265,7 +337,12 @@ TRAIN: Fields = {
     "steps": (1000, "optimizer steps of the stage", "[1, inf)"),
     "epochs": (0.0, "passes over the rows, which give the steps; 0 = train.steps", "[0, inf)"),
     "microbatches": (1, "parts of a batch whose gradients are added up", "[1, inf)"),
-    "reduce_dtype": ("float32", "dtype of gradient sums over devices; bfloat16 is faster", _DTYPES),
+    "reduce_dtype": (
+        "float32",
+        "dtype in which devices add up gradients: bfloat16 halves their traffic, but sums of"
+        " many devices lose low bits (8 bits of mantissa)",
+        _DTYPES,
+    ),
     "loss_block": (256, "tokens of a row whose logits exist at a time", "[1, inf)"),
     "z_loss": (
         0.0,
@@ -276,8 +353,17 @@ TRAIN: Fields = {
     "log_every": (10, "steps between two lines of metrics", "[1, inf)"),
     "checkpoint_every": (500, "steps between two checkpoints", "[1, inf)"),
     "keep_last": (2, "newest checkpoints kept", "[1, inf)"),
-    "keep_every": (0, "checkpoints at multiples of this are kept forever; 0 = none", "[0, inf)"),
-    "refresh_every": (0, "steps between rewrites of the bank by the run; 0 = never", "[0, inf)"),
+    "keep_every": (
+        0,
+        "checkpoints at multiples of this step are kept forever; 0 = none",
+        "[0, inf)",
+    ),
+    "refresh_every": (
+        0,
+        "steps between rewrites of the bank's memories with the run's own weights, each a"
+        " version of the knowledge; 0 = never",
+        "[0, inf)",
+    ),
     "evaluate_every": (500, "steps between two evaluations; 0 = never", "[0, inf)"),
 }
 GUARD: Fields = {
@@ -288,12 +374,29 @@ GUARD: Fields = {
         " (docs/stability.md)",
         None,
     ),
-    "window": (128, "last steps, whose median and absolute deviation are normal", "[16, 100000]"),
-    "loss_deviations": (6.0, "deviations (1.4826 · MAD) over the median of a bad loss", "(0, inf)"),
-    "norm_deviations": (8.0, "the same of the log norm, with the loss over its median", "(0, inf)"),
+    "window": (
+        128,
+        "last steps whose median and median absolute deviation (MAD) define normal",
+        "[16, 100000]",
+    ),
+    "loss_deviations": (
+        6.0,
+        "deviations (1.4826 · MAD) above the median loss from which a step is bad",
+        "(0, inf)",
+    ),
+    "norm_deviations": (
+        8.0,
+        "the same of the log gradient norm, where the loss is above its median, too",
+        "(0, inf)",
+    ),
     "least_deviation": (0.02, "least size of a deviation; nats of loss or log norm", "(0, inf)"),
     "patience": (3, "bad steps, among twice as many in a row, that make a spike", "[1, 10000]"),
-    "rise_deviations": (5.0, "slow divergence: deviations of loss above its lowest", "(0, inf)"),
+    "rise_deviations": (
+        5.0,
+        "slow divergence: deviations of the median loss of the window's last quarter above its"
+        " lowest value of the run",
+        "(0, inf)",
+    ),
     "factor": (0.5, "factor on the learning rate, each time the run goes back", "(0, 1]"),
     "skip_before": (2, "batches left out before the first bad step", "[0, inf)"),
     "skip_after": (8, "batches left out after the last bad step", "[0, inf)"),
