@@ -1,8 +1,8 @@
-"""One attention for every path: keys are [prefix ; memories ; context], in one softmax.
+"""Attention over keys in the order [prefix ; memories ; context], in one softmax.
 
 A query of chunk c sees the whole prefix, the memories of chunks c − window + 1 … c and the context
-up to itself (Memory³ §3.4). Training with shared references is window 5 and one memory a chunk; a
-prompt whose chunks have five memories of their own is window 1 and M = 5.
+up to itself (Memory³ §3.4). In training, chunks share references: window 5, one memory per chunk.
+In prompts, every chunk has five memories of its own: window 1, M = 5.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ IMPLEMENTATIONS = ("naive", "blocked", "splash", "splash_interpret", "cudnn", "x
 
 
 def resolve(name: str, platform: str, dtype: DTypeLike, head_dim: int, packed: int = 0) -> str:
-    """The implementation that `auto` stands for; any other name is returned as it is.
+    """Returns the implementation that `auto` stands for; returns any other name unchanged.
 
-    Asked once, while a step is built: `splash` on TPU, `cudnn` on an NVIDIA GPU where its kernel
-    takes the dtype and the head dim, else `blocked`.
+    It is `splash` on TPU, unless packed rows are longer than its kernel allows (`PACKED_TOKENS`),
+    `cudnn` on an NVIDIA GPU if its kernel takes the dtype and the head dim, otherwise `blocked`.
 
     Args:
       name: `config.model.attention`.
       platform: `platform` of the devices that will run the step: tpu, gpu, cuda, rocm, cpu.
       dtype: dtype of queries, keys and values, `config.model.compute_dtype`.
       head_dim: `config.model.head_dim`.
-      packed: tokens of a row that holds several texts; 0: rows of one text.
+      packed: length in tokens of rows that hold several texts; 0 if a row is one text.
     """
     if name != "auto":
         return name
@@ -56,23 +56,25 @@ def attend(
     block: int = 256,
     kv_block: int = 256,
 ) -> Float[Array, "B T K G H"]:
-    """Causal attention that also reads a prefix and explicit memories, in one softmax.
+    """Computes causal attention that also reads a prefix and explicit memories, in one softmax.
 
     Args:
-      q_BTKGH, k_BTKH, v_BTKH: queries, keys (RoPE applied) and values of the context.
-      scope: what they read besides, and which keys each sees; `sight` with `naive` and `blocked`.
-      implementation: `naive` holds all scores; `blocked` works on `block` queries at a time, never
-        computes scores that the mask hides behind them, and recomputes them for the gradient;
-        `splash` is the TPU kernel (`splash_attend`), `splash_interpret` the same anywhere, slowly;
+      q_BTKGH, k_BTKH, v_BTKH: queries and keys (both with RoPE applied) and values of the context.
+      scope: prefix, memories and masks. Only `naive` and `blocked` support `scope.sight`.
+      implementation: `naive` materializes all scores; `blocked` works on `block` queries at a time,
+        skips the keys after the block, and recomputes scores for the gradient; `splash` is the TPU
+        kernel (`splash_attend`), `splash_interpret` the same kernel on any platform, slowly;
         `cudnn` is the kernel for NVIDIA GPUs, `xla` the same call without it (`fused_attend`).
-      block: queries a block, tokens; of `blocked` and `splash`.
-      kv_block: keys a block of `splash`.
+      block: query tokens per block, for `blocked` and `splash`.
+      kv_block: keys per block, for `splash`.
 
     Returns:
-      Attention output, before the output projection, dtype of the values.
+      Attention output before the output projection, in the dtype of the values.
 
     Raises:
-      ValueError: the implementation is unknown, or cannot take these arrays.
+      ValueError: the implementation is unknown, or it does not support `sight`, or cuDNN does not
+        take the dtype or the head dim.
+      ConfigError: the row is too long for the splash kernel.
     """
     inputs = (q_BTKGH, k_BTKH, v_BTKH, scope)
     if implementation == "naive":
@@ -97,7 +99,7 @@ def _blocked_attend(
     for start in range(0, T, block):
         stop = min(start + block, T)
         part = scope
-        if scope.memory is not None and scope.packing is None:  # else chunks are where texts are
+        if scope.memory is not None and scope.packing is None:  # packed: chunks depend on the row
             low = max(0, start // scope.chunk_length - scope.window + 1)
             chunks = slice(low, (stop - 1) // scope.chunk_length + 1)
             memory = jax.tree.map(lambda x, chunks=chunks: x[:, chunks], scope.memory)
@@ -109,7 +111,7 @@ def _blocked_attend(
 
 
 def _attend_block(start: int, q_BTKGH: Array, k_BSKH: Array, v_BSKH: Array, scope: Scope) -> Array:
-    """Attention of the queries `start …` over all keys given."""
+    """Computes attention of the queries at positions `start`, `start + 1`, … over all keys."""
     weights_BKGTS = attention_weights(q_BTKGH, k_BSKH, scope, start)
     values = concatenate(k_BSKH, v_BSKH, scope.prefix, scope.memory).values
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), values)
@@ -121,13 +123,13 @@ def attention_weights(
     scope: Scope,
     start: int = 0,
 ) -> Float[Array, "B K G T keys"]:
-    """Softmax weights in float32, keys in the order [prefix ; memories ; context].
+    """Returns softmax weights in float32, with keys in the order [prefix ; memories ; context].
 
     Args:
-      q_BTKGH: queries of the tokens `start …`.
-      k_BSKH: context keys of the tokens 0 ….
-      scope: what they attend to.
-      start: position in the row of the first query.
+      q_BTKGH: queries of the tokens `start`, `start + 1`, ….
+      k_BSKH: context keys of the tokens 0, 1, ….
+      scope: prefix, memories and masks.
+      start: position of the first query in its row.
     """
     T, H, S = q_BTKGH.shape[1], q_BTKGH.shape[-1], k_BSKH.shape[1]
     keys = concatenate(k_BSKH, k_BSKH, scope.prefix, scope.memory).keys
@@ -145,6 +147,6 @@ def attention_weights(
 def masked_softmax(
     scores: Float[Array, "*batch S"], mask: Bool[Array, "*broadcast S"], head_dim: int
 ) -> Float[Array, "*batch S"]:
-    """Returns the weights of scores `q · k` in float32; masked keys have weight 0."""
-    # A finite score for what is masked: rows are never empty, since a token always sees itself.
+    """Returns softmax(scores · head_dim^−0.5) in float32; masked keys have weight 0."""
+    # A finite score for masked keys is enough: a token always sees itself, so no row is empty.
     return jax.nn.softmax(jnp.where(mask, scores * head_dim**-0.5, -1e30), axis=-1)

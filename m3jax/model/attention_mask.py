@@ -1,4 +1,4 @@
-"""Types of keys and values (prefix, memories, packed texts), and the mask of what a query sees."""
+"""Types of keys and values (prefix, memories, packed texts), and the mask of visible keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class KeyValues(NamedTuple):
-    """Keys (positions applied) and values of one layer, without batch: the constant prefix."""
+    """Keys (RoPE applied) and values of one layer without a batch axis: the constant prefix."""
 
     keys: Float[Array, "S K H"]
     values: Float[Array, "S K H"]
@@ -21,10 +21,10 @@ class KeyValues(NamedTuple):
 class ExplicitMemory(NamedTuple):
     """Sparse attention key-values of references.
 
-    keys, values: `(L, …, K, P, H)`, in the order in which a scan over layers takes them, or
-      `(…, K, P, H)` of one layer. In a batch the axes … are `(B, C, M)`: row, chunk, memory.
-    length: `(…)` int32, how many of the P slots are real. Real slots come first, in reference
-      order; the others take no attention.
+    keys, values: `(L, …, K, P, H)` for all memory layers (a scan runs over the first axis), or
+      `(…, K, P, H)` for one layer. In a batch the axes … are `(B, C, M)`: row, chunk, memory.
+    length: `(…)` int32, the number of the P slots that hold a token. These come first, in the
+      order of the reference; the slots after them receive no attention.
     """
 
     keys: Float[Array, ...]
@@ -33,13 +33,13 @@ class ExplicitMemory(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """Several texts in a row that do not see each other; each has chunks of its own.
+    """Boundaries of the texts in packed rows; texts of a row do not see each other.
 
-    Memories of a packed row are those of the chunks of its first text, then of its second, …; a
-    text of n tokens has ⌈n / chunk_length⌉ of them.
+    Every text has its own chunks, ⌈n / chunk_length⌉ of them for n tokens. The chunk axis of a
+    row's memories lists the chunks of the first text, then those of the second, ….
 
-    starts: index in the row of the first token of a token's text, `(B, T)` int32.
-    first_chunks: number in the row of the first chunk of its text, `(B, T)` int32.
+    starts: for every token, the index in the row of its text's first token, `(B, T)` int32.
+    first_chunks: for every token, the index in the row of its text's first chunk, `(B, T)` int32.
     """
 
     starts: Int[Array, "B T"]
@@ -47,17 +47,17 @@ class Packing(NamedTuple):
 
     @property
     def positions(self) -> Int[Array, "B T"]:
-        """Position of every token in its text, from 0."""
+        """Position of every token within its text, from 0."""
         return jnp.arange(self.starts.shape[1])[None] - self.starts
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ShortSight:
-    """Query heads that see little of the context: its first token and their own last tokens.
+    """Query heads that see of the context only its first token and the most recent tokens.
 
-    heads_KG: which; with a leading axis of layers where a model is given them.
-    tokens: of the context that they see, the query's own included.
+    heads_KG: true for these heads; `(L, K, G)` when passed to a `Model`.
+    tokens: number of recent tokens that they see, the query's own included.
     """
 
     heads_KG: Bool[Array, "*layers K G"]
@@ -67,18 +67,19 @@ class ShortSight:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scope:
-    """Keys that queries may attend to besides the context, and which of them each sees.
+    """Keys that a layer attends to besides the context, and the masks of queries and heads.
 
     Attributes:
       prefix: keys and values in front of every row.
       memory: memories of one layer, `(B, C, M, K, P, H)` and length `(B, C, M)`, C·chunk_length ≥
-        T; with `packing` as many chunks as the texts of a row have.
-      packing: several texts in a row, each of which sees itself and its memories only; None: one.
-      heads: which key-value heads read memories (Memory³ §7); None: all.
-      sight: query heads that see little of the context.
+        T; with `packing`, C is the number of chunks of all texts of a row.
+      packing: texts of packed rows, each of which sees only itself and its memories; None if a row
+        is one text.
+      heads: true for key-value heads that read memories (Memory³ §7); None if all do.
+      sight: query heads that see only a part of the context; None if all see all of it.
       chunk_length: tokens Q of a chunk.
-      window: chunks whose memories a query reads, its own included.
-      low: chunk of the row that is the first in `memory`.
+      window: number of chunks whose memories a query reads, its own included.
+      low: index in the row of the first chunk in `memory`.
     """
 
     prefix: KeyValues | None = None
@@ -92,12 +93,12 @@ class Scope:
 
     @property
     def prefix_slots(self) -> int:
-        """Keys of the prefix."""
+        """Number of keys of the prefix."""
         return 0 if self.prefix is None else self.prefix.keys.shape[0]
 
     @property
     def memory_slots(self) -> int:
-        """Memory slots C·M·P of a row."""
+        """Number C·M·P of memory slots of a row."""
         memory = self.memory
         return 0 if memory is None else math.prod(memory.length.shape[1:]) * memory.keys.shape[-2]
 
@@ -108,14 +109,13 @@ def visible_mask(
     """Returns the mask of keys, in the order [prefix ; memories ; context], that each query sees.
 
     Args:
-      query_T: positions in the row of the queries.
-      context: keys of the context, the tokens 0 ….
-      scope: all of it but `sight`.
+      query_T: positions of the queries in the row.
+      context: number of context keys, which are those of the tokens 0, 1, ….
+      scope: prefix, memories and masks; `sight` is not applied.
 
     Returns:
-      One mask for every row and key-value head; one for all rows where they differ in nothing
-      (without memory and packing), and one for all heads where `scope.heads` does not tell them
-      apart.
+      A boolean mask that broadcasts to (B, K, T, keys). The axis of rows has size 1 if there are
+      neither memories nor packing, the axis of key-value heads if all heads read memories.
     """
     packing, prefix = scope.packing, scope.prefix_slots
     masks = [(query_T[:, None] >= jnp.arange(context)[None])[None]]
@@ -137,12 +137,12 @@ def visible_mask(
 
 
 def memory_mask(query_T: Int[Array, T], scope: Scope) -> Bool[Array, "B T slots"]:
-    """Returns the mask of memory slots (C·M·P, chunk-major) that each query of the row reads."""
+    """Returns the mask of memory slots (C·M·P, chunk-major) that each query reads."""
     memory, packing = scope.memory, scope.packing
     assert memory is not None
     B, C, _ = memory.length.shape
     chunk_C = (scope.low + jnp.arange(C))[None, None]
-    query_chunk = query_T[None] // scope.chunk_length  # one for all rows, (1, T)
+    query_chunk = query_T[None] // scope.chunk_length  # (1, T), the same for all rows
     if packing is not None:
         first = packing.first_chunks[:, query_T]
         query_chunk = first + packing.positions[:, query_T] // scope.chunk_length
@@ -157,7 +157,7 @@ def memory_mask(query_T: Int[Array, T], scope: Scope) -> Bool[Array, "B T slots"
 def hidden_by_sight(
     sight: ShortSight, query_T: Int[Array, T], context: int, keys: int
 ) -> Bool[Array, "K G T keys"]:
-    """Returns the keys that query heads do not see; the last `context` keys are the context's."""
+    """Returns true for keys that short sight hides; the last `context` keys are the context's."""
     key_S = jnp.arange(keys)[None] - (keys - context)
     far_TS = (query_T[:, None] - key_S >= sight.tokens) & (key_S > 0)
     return sight.heads_KG[:, :, None, None] & far_TS[None, None]
@@ -166,7 +166,8 @@ def hidden_by_sight(
 def keys_of_heads(
     heads_K: Bool[Array, " K"], keys: int, first: int, slots: int
 ) -> Bool[Array, "K keys"]:
-    """All keys for heads that read memories, for others all but the memory slots from `first`."""
+    """Returns the keys that each key-value head may see: all of them if it reads memories, else
+    all but the memory slots `first … first + slots − 1`."""
     key = jnp.arange(keys)[None]
     return heads_K[:, None] | (key < first) | (key >= first + slots)
 

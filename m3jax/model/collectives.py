@@ -1,10 +1,10 @@
-"""The collectives of one device's program.
+"""Collectives of the model, called inside `shard_map`.
 
 On a mesh the model runs under `shard_map`: every function sees the rows, heads and parameters of
-one device, and what crosses between devices is written here and in `vocab_parallel.py`, nowhere
-else. So the program has exactly these collectives: weights are gathered over `fsdp` layer by layer,
-their gradients leave the device in one reduce-scatter, and a layer adds up its two outputs over
-`tensor`. (Left to the compiler's partitioner, gradients became all-reduces of whole weights.)
+one device, and all communication is in this module and in `vocab_parallel.py`. The program then
+has exactly these collectives: weights are all-gathered over `fsdp` layer by layer, their gradients
+are reduce-scattered once, and every layer sums its two outputs over `tensor`. (XLA's automatic
+partitioner turns the gradients into all-reduces of whole weights.)
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from m3jax.mesh import BATCH_AXES
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """Exchanges of a device with the others of its mesh; none where there is one device.
+    """Collectives between the devices of a mesh; without a mesh they do nothing.
 
     Attributes:
-      mesh: the mesh, or None.
-      dtype: name of the dtype that matrices have where they are used.
-      reduce_dtype: name of the dtype in which gradients of devices are added up.
+      mesh: the mesh, or None for one device.
+      dtype: name of the compute dtype, to which matrices are cast before they are gathered.
+      reduce_dtype: name of the dtype in which gradients are summed over devices.
     """
 
     mesh: Mesh | None = None
@@ -36,13 +36,13 @@ class Parallel:
     reduce_dtype: str = "float32"
 
     def axes(self, *names: str) -> tuple[str, ...]:
-        """Returns the mesh axes of these that have more than one device."""
+        """Returns those of the named mesh axes that have more than one device."""
         if self.mesh is None:
             return ()
         return tuple(name for name in names if self.mesh.shape[name] > 1)
 
     def sum(self, x: Array, *names: str) -> Array:
-        """Sums over devices along mesh axes."""
+        """Sums `x` over the devices along the named mesh axes."""
         axes = self.axes(*names)
         return jax.lax.psum(x, axes) if axes else x
 
@@ -50,17 +50,17 @@ class Parallel:
         """Sums a parameter's gradient over all rows, and splits it along `axis` over `fsdp`.
 
         Args:
-          gradient: of this device's rows, whole.
-          axis: None for what every device holds whole.
-          dtype: of the result; the sums are made in `reduce_dtype`.
+          gradient: gradient from this device's rows, of the unsplit parameter.
+          axis: axis along which the parameter is split; None if every device holds all of it.
+          dtype: dtype of the result; the sums are computed in `reduce_dtype`.
         """
         if not self.axes(*BATCH_AXES):
             return gradient.astype(dtype)
         gradient = gradient.astype(self.reduce_dtype)
         scatter = axis is not None and bool(self.axes("fsdp"))
         if scatter and axis is not None:
-            # Parts along an axis of their own, which no tile of the chip's memory covers: along
-            # another the TPU compiler pads, exchanges halos, or falls back to an all-reduce.
+            # The parts get a leading axis of their own, which is not tiled in the chip's memory:
+            # along a tiled axis the TPU compiler pads, exchanges halos, or uses an all-reduce.
             shape, ways = gradient.shape, self.size("fsdp")
             parts = (*shape[:axis], ways, shape[axis] // ways, *shape[axis + 1 :])
             gradient = jnp.moveaxis(gradient.reshape(parts), axis, 0)
@@ -69,7 +69,7 @@ class Parallel:
         gradient = self.sum(gradient, *rest)
         kept = jnp.finfo(dtype)
         if kept.bits < jnp.finfo(gradient.dtype).bits:
-            # Rounds by itself: a plain cast would be moved in front of the sums.
+            # An explicit rounding: the compiler would move a plain cast in front of the sums.
             gradient = jax.lax.reduce_precision(gradient, kept.nexp, kept.nmant)
         return gradient.astype(dtype)
 
@@ -78,17 +78,17 @@ class Parallel:
         return 1 if self.mesh is None else self.mesh.shape[name]
 
     def whole(self, x: Array, axis: int) -> Array:
-        """Gathers a matrix that is split along `axis` over `fsdp`, in the compute dtype."""
+        """Returns the whole of a matrix that is split along `axis` over `fsdp`, in `dtype`."""
         x = x.astype(self.dtype)
         return jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True) if self.axes("fsdp") else x
 
     def gather(self, params: Any, axes_tree: Any) -> Any:
-        """Gathers the parameters of a layer; their gradients come back reduced.
+        """Gathers the parameters of a layer over `fsdp`; the backward pass reduces their gradients.
 
         Args:
-          params: this device's parts.
-          axes_tree: logical axes of every parameter. What has no `embed` axis (norms, biases) is
-            whole on every device and keeps its dtype.
+          params: this device's parts of the parameters.
+          axes_tree: logical axes of every parameter. Parameters without an `embed` axis (norms,
+            biases) are not split over `fsdp` and keep their dtype.
         """
 
         def gather_one(x: Array, axes: Sequence[str | None]) -> Array:
@@ -107,20 +107,21 @@ class Parallel:
         return jax.tree.map(gather_one, params, axes_tree)
 
     def enter(self, x: Array) -> Array:
-        """Passes the input of matrices split over `tensor`, and sums its gradients."""
+        """Returns the input of matrices split over `tensor` unchanged; sums its gradient."""
         if not self.axes("tensor"):
             return x
         return with_gradient(lambda x: x, lambda _, g: (jax.lax.psum(g, "tensor"),))(x)
 
     def leave(self, x: Array) -> Array:
-        """Sums the output of matrices that are split over `tensor`."""
+        """Sums the output of matrices split over `tensor`; passes its gradient on unchanged."""
         if not self.axes("tensor"):
             return x
         return with_gradient(lambda x: jax.lax.psum(x, "tensor"), lambda _, g: (g,))(x)
 
 
 def with_gradient(forward: Callable, backward: Callable) -> Callable:
-    """Gives `forward` of an array the derivative `backward(None, cotangent) -> (gradient,)`."""
+    """Returns `forward` with the vector-Jacobian product `backward(None, cotangent)`, which returns
+    `(gradient,)`; both functions take one array."""
 
     @jax.custom_vjp
     def function(x: Array) -> Array:

@@ -1,12 +1,12 @@
-"""Attention on GPU: the kernel of cuDNN through `jax.nn.dot_product_attention`.
+"""Attention on GPU by the cuDNN kernel behind `jax.nn.dot_product_attention`.
 
-Written to the kernel's documented limits and equal to the oracle through the same call without the
-kernel (`xla`); the kernel itself is unmeasured here.
+Written to the documented limits of the kernel. Tests compare the same call without the kernel
+(`xla`) with the `naive` implementation; the speed of the kernel has not been measured.
 
-cuDNN takes a causal mask for free, and any other mask as a bias of the size of all scores of one
-head, which it reads for every head, without skipping what is hidden, and whose gradient it writes
-even though nobody asks. So the free mask serves wherever there is no memory: a prefix of p keys is
-seen by everyone exactly when p queries that are thrown away stand in front of the row.
+A causal mask costs cuDNN nothing. Any other mask is a bias as large as all scores of one head,
+which it reads for every head, without skipping hidden blocks, and whose unused gradient it writes.
+Without memories and packing the causal mask is therefore used, also with a prefix: p dummy queries
+in front of the row, whose outputs are dropped, let every token see the p keys of the prefix.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ def fused_attend(
     scope: Scope,
     implementation: str = "cudnn",
 ) -> Float[Array, "B T K G H"]:
-    """`attend` by one call of `jax.nn.dot_product_attention`: the same arguments and result.
+    """Computes `attend` by one call of `jax.nn.dot_product_attention`.
 
     Args:
       q_BTKGH, k_BTKH, v_BTKH: as in `attend`.
-      scope: what they attend to, without `sight`; with `heads` the mask is as large as all scores
-        of all heads.
-      implementation: `cudnn`, or `xla` for the same call on any platform, which holds all scores.
+      scope: as in `attend`, without `sight`. With memories and `heads` the mask is as large as the
+        scores of all heads.
+      implementation: `cudnn`, or `xla` for the same call on any platform, which materializes all
+        scores.
 
     Raises:
-      ValueError: cuDNN does not take the dtype or the head dim.
+      ValueError: `implementation` is `cudnn`, which does not take the dtype or the head dim.
     """
     B, T, K, G, H = q_BTKGH.shape
     refusal = cudnn_refusal(q_BTKGH.dtype, H)
@@ -54,7 +55,7 @@ def fused_attend(
         mask = visible_mask(jnp.arange(T), T, scope)
         if mask.shape[1] > 1:
             mask = jnp.repeat(mask, G, axis=1)
-        # With a mask, cuDNN's gradient takes even lengths only: a query and a key to throw away.
+        # With a mask, cuDNN's gradient needs even lengths: pad by a query and a key, hidden below.
         q_BTNH, keys, values = _even(q_BTNH), _even(keys), _even(values)
         rows, columns = (x.shape[1] - n for x, n in ((q_BTNH, T), (keys, mask.shape[-1])))
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, rows), (0, columns)))
@@ -69,7 +70,7 @@ def _even(x_BSKH: Array) -> Array:
 
 
 def cudnn_refusal(dtype: DTypeLike, H: int) -> str | None:
-    """Returns why cuDNN takes no queries of this dtype or head dim; None: it does."""
+    """Returns the reason why cuDNN does not take this dtype or head dim H; None if it does."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return (
             f"attention 'cudnn' takes bfloat16 or float16, not {dtype}; set"

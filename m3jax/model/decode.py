@@ -1,4 +1,4 @@
-"""Generation on the device: a prompt in one pass, then token after token, with explicit memories.
+"""Generation with explicit memories on the device: prefill of prompts, then one token per step.
 
 Layers are separate arrays and not stacked: a scan would copy every layer's weights for every token.
 """
@@ -22,7 +22,7 @@ from m3jax.model.parameters import Params
 from m3jax.model.rope import rotate
 from m3jax.model.transformer import Model
 
-# Token of each row from its logits `(B, V)`, float32, and the number of the row and of the token.
+# (float32 logits `(B, V)`, row index `(B,)`, index of the token in the answer) -> token of each row
 Sampler = Callable[[Array, Array, Array], Array]
 Dequantize = Callable[[ExplicitMemory], ExplicitMemory]
 
@@ -31,12 +31,13 @@ class Written(NamedTuple):
     """Tokens that one call generated.
 
     Attributes:
-      tokens: `(B, n)`; `pad` after a stop token and in places that were not reached.
-      logprobs: of the tokens, natural logarithm, before temperature and cuts; float32 `(B, n)`.
-      reading: attention weight of the queries that generated the tokens on each of the M memories
-        (the last column: on everything else), summed over the tokens; `(B, L, K, G, M + 1)`, L
-        memory layers. None unless observed.
-      by_token: the same of each token, mean over layers and heads; `(B, n, M + 1)`.
+      tokens: `(B, n)`; `pad` after a stop token and at steps that were not run.
+      logprobs: natural log-probability of each token under the model, before temperature and
+        truncation (top-k, top-p); float32 `(B, n)`.
+      reading: attention weight on each of the M memories (last column: on all other keys), summed
+        over the queries that generated the tokens; `(B, L, K, G, M + 1)` with L memory layers.
+        None unless the decoder observes attention.
+      by_token: the same weight for each token, averaged over layers and heads; `(B, n, M + 1)`.
     """
 
     tokens: Int[Array, "B n"]
@@ -46,17 +47,18 @@ class Written(NamedTuple):
 
 
 class Decoder:
-    """Programs that generate with one model.
+    """Jitted programs that generate with one model: `prefill` (`_prefill`) and `generate`.
 
     Args:
-      model: its mesh may have the axes `data` and `tensor`; weights are whole otherwise.
-      sample: the sampler.
+      model: its mesh may split rows over `data` and weights over `tensor`; weights are not split
+        otherwise (`fsdp` is 1).
+      sample: function that chooses tokens from logits.
       stop: tokens that end a row.
-      pad: token that follows one.
-      usable: tokens from this one on are never chosen; the vocabulary may be larger than the
-        tokenizer's.
-      dequantize: of stored memories, see `memory.codec.Codec`; None if they are stored plain.
-      observe: whether to sum up what attention the memories received.
+      pad: token written after a stop token.
+      usable: number of tokens that the tokenizer knows, if the vocabulary is larger; tokens with
+        higher ids are never chosen. None: all tokens may be chosen.
+      dequantize: `Codec.dequantize` of the bank; None if it stores plain keys and values.
+      observe: whether to record the attention on memories (`Written.reading`, `by_token`).
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class Decoder:
         self.generate = jax.jit(generate, donate_argnums=1)
 
     def _name_parts(self) -> None:
-        """Sets the partitions of what goes into the programs and comes out."""
+        """Sets the partition specs of the programs' arguments and results."""
         part: Any = ACTIVATIONS.spec
         rows: Any = part(("batch",))
         whole: Any = PartitionSpec()
@@ -109,8 +111,8 @@ class Decoder:
         self._results = (state, Written(rows, rows, *observed))
 
     def _on_devices(self, function: Callable, specs: tuple) -> Callable:
-        """Makes `function` of one device's parts a function of global arrays; memories may be
-        None."""
+        """Wraps `function`, which computes on one device's parts, as a function of global arrays;
+        arguments may be None."""
 
         def run(*inputs: Any) -> tuple[State, Written]:
             pairs = zip(inputs, specs, strict=True)
@@ -119,7 +121,7 @@ class Decoder:
 
         return run
 
-    # What follows sees the part of one device.
+    # The methods below run under `shard_map` and see the part of one device.
 
     def _prefill(
         self,
@@ -134,14 +136,14 @@ class Decoder:
         """Reads prompts and generates their first token.
 
         Args:
-          slots: of what will be generated.
-          params: of `unstack`.
-          tokens_BT: prompts, padded at the end; T a multiple of the chunk length.
-          prompt_length: their tokens, ≥ 1.
-          rows: number of each row, for the sampler.
-          stored: what each chunk reads, as it is stored: `(L, B, C, M, K, P, width)`. The last
-            chunk's stays in the cache.
-          forced: what is generated, where it is not −1.
+          slots: number of cache slots for generated tokens.
+          params: result of `unstack`.
+          tokens_BT: prompts, padded at the end; T is a multiple of the chunk length.
+          prompt_length: number of tokens of each prompt, ≥ 1.
+          rows: index of each row, for the sampler.
+          stored: memories of every chunk as the bank stores them, `(L, B, C, M, K, P, width)`;
+            those of a prompt's last chunk stay in the cache. None: no memories.
+          forced: tokens to generate instead of sampled ones; −1: sample.
 
         Returns:
           The state, and the first token, `(B, 1)`.
@@ -188,15 +190,15 @@ class Decoder:
         steps: Int[Array, ""],
         forced: Int[Array, "B n"],
     ) -> tuple[State, Written]:
-        """Generates up to `steps` tokens a row, fewer when all rows have ended.
+        """Generates up to `steps` tokens per row; on one device stops early if all rows have ended.
 
         Args:
-          params: of `unstack`.
-          state: is given up.
-          stored: what the rows read from now on, as it is stored, `(L, B, M, K, P, width)`; None
-            leaves what they read.
-          steps: ≤ n.
-          forced: what is generated, where it is not −1.
+          params: result of `unstack`.
+          state: state after `prefill` or `generate`; its buffers are donated.
+          stored: new memories of the rows as the bank stores them, `(L, B, M, K, P, width)`; None
+            keeps the present ones.
+          steps: number of tokens, ≤ n.
+          forced: tokens to generate instead of sampled ones; −1: sample.
         """
         memory = self._memories(stored)
         if memory is not None:
@@ -220,7 +222,7 @@ class Decoder:
             return i + 1, state, self._observed(written, readings, i)
 
         carry = (jnp.int32(0), state, written)
-        # Rows end together over all devices of a mesh, or collectives would wait for each other.
+        # On a mesh all devices run all steps: if one stopped early, collectives would deadlock.
         if self.model.mesh is not None and self.model.mesh.size > 1:
             carry = jax.lax.fori_loop(0, steps, lambda _, carry: step(carry), carry)
         else:
@@ -231,7 +233,8 @@ class Decoder:
         return stored if stored is None or self.dequantize is None else self.dequantize(stored)
 
     def _step(self, params: Params, state: State) -> tuple[State, Array, list[Array]]:
-        """Runs one token through all layers: state, `(B, 1, D)`, attention on memories."""
+        """Runs the last token of every row through all layers; returns the state, hidden states
+        `(B, 1, D)` and, if observed, each memory layer's attention on memories."""
         model, layout = self.model, self.layout
         slot = state.prompt_slots + state.fed
         first = layout.prefix + model.memory.reference_length
@@ -261,7 +264,8 @@ class Decoder:
     def _next_token(
         self, params: Params, state: State, hidden: Array, forced: Array
     ) -> tuple[State, Array, Array]:
-        """Samples the next token of every row from its last hidden state `(B, 1, D)`."""
+        """Samples the next token of every row from its last hidden state `(B, 1, D)`; returns the
+        state, the tokens and their log-probabilities."""
         logits = self.model.head(params, hidden)[:, 0]
         if self.model.parallel.axes("tensor"):
             logits = jax.lax.all_gather(logits, "tensor", axis=1, tiled=True)
@@ -308,8 +312,8 @@ class Decoder:
 
 
 def unstack(model: Model, params: Params) -> Params:
-    """Returns parameters of `model` with a dict a layer, `layers`, instead of stacked segments;
-    matrices are in the compute dtype, as they are used."""
+    """Returns the parameters of `model` with a list `layers` of one dict per layer in place of the
+    stacked segments; matrices are cast to the compute dtype."""
 
     def cast(leaf: Array) -> Array:
         return leaf.astype(model.dtype) if leaf.ndim > 1 else leaf

@@ -1,9 +1,9 @@
-"""The key-value cache of generation: what lies where in a layer's slots, and what a row sees of it.
+"""The key-value cache of generation: layout of a layer's slots, and the mask of visible slots.
 
-What a row attends to lies in one array a layer: the constant prefix, the slots of its memories, the
-context. An explicit memory is then nothing but some keys and values in front, and loading others
-overwrites these slots. A row's generated tokens follow the slots of the longest prompt, so that one
-step writes the same slot in all rows; positions are those of the row itself.
+In every layer one array holds all keys of a row, in the order: constant prefix, slots of its
+memories (in memory layers), context. Loading new memories overwrites their slots. The slots of
+generated tokens begin after those of the longest prompt, so that a step writes the same slot in all
+rows; RoPE positions continue each row's own prompt.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ class State(NamedTuple):
     """State of the generation of a batch of rows; stays on the device.
 
     Attributes:
-      cache: of every layer, keys (positions applied) and values `(B, K, S, H)`. S: prefix, in
-        memory layers M·P slots of memories, slots of the longest prompt, slots of generated tokens.
-      memory_length: real slots of each memory; `(B, M)`, M = 0 without memory.
-      rows: number of each row among all, for the sampler; `(B,)`.
-      prompt_length: tokens of each prompt; `(B,)`.
-      prompt_slots: slots of the longest prompt.
-      fed: generated tokens that are in the cache.
+      cache: for every layer, keys (RoPE applied) and values `(B, K, S, H)`. The S slots are: the
+        prefix, in memory layers M·P slots of memories, the longest prompt, generated tokens.
+      memory_length: number of slots of each memory that hold a token; `(B, M)`, M = 0 without
+        memories.
+      rows: index of each row over all batches, which the sampler uses; `(B,)`.
+      prompt_length: number of tokens of each prompt; `(B,)`.
+      prompt_slots: number of slots for the prompts, as long as the longest one after padding.
+      fed: number of generated tokens that are in the cache.
       token: the last generated token of each row, not in the cache yet; `(B,)`.
-      done: rows that have generated a stop token; `(B,)`.
+      done: true for rows that have generated a stop token; `(B,)`.
     """
 
     cache: tuple[KeyValues, ...]
@@ -47,13 +48,13 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CacheLayout:
-    """Order of the slots in the layers of a model.
+    """Order of the slots in the cache of each layer.
 
     Attributes:
-      segments: segment of each layer.
-      prefix: slots of the constant prefix.
-      kept: slots P of a memory.
-      memory_heads: which key-value heads of the memory layers read memories; None: all.
+      segments: for every layer, `lower`, `memory` or `upper`.
+      prefix: number of slots of the constant prefix.
+      kept: number P of slots of a memory.
+      memory_heads: true for key-value heads that read memories; None if all do.
     """
 
     segments: tuple[str, ...]
@@ -62,21 +63,22 @@ class CacheLayout:
     memory_heads: Bool[np.ndarray, "L K"] | None
 
     def memory_slots(self, state: State) -> int:
-        """Returns the slots M·P of a row's memories."""
+        """Returns the number M·P of slots of a row's memories."""
         return state.memory_length.shape[1] * self.kept
 
     def context_start(self, index: int, state: State) -> int:
-        """Returns the first slot of the context in a layer."""
+        """Returns the first context slot of layer `index`."""
         memories = self.memory_slots(state) if self.segments[index] == "memory" else 0
         return self.prefix + memories
 
     def masks(self, state: State, slots: int, slot: Array) -> dict[bool, Array]:
-        """Returns which slots a row sees, in layers without and with memories; `(B, S)`.
+        """Returns the masks `(B, S)` of visible slots: under False for layers without memories,
+        under True for memory layers.
 
         Args:
-          state: of the rows.
-          slots: of the context.
-          slot: the slot of the context that is read last.
+          state: state of the rows.
+          slots: number of slots of the context.
+          slot: the last context slot that is visible.
         """
         slot_S = jnp.arange(slots)[None]
         generated = (slot_S >= state.prompt_slots) & (slot_S <= slot)
@@ -91,13 +93,15 @@ class CacheLayout:
         }
 
     def reading_heads(self, index: int) -> Array | None:
-        """Returns which heads of a layer read memories; None: all."""
+        """Returns the mask `(K,)` of the heads of layer `index` that read memories; None if all do,
+        or if it is not a memory layer."""
         if self.memory_heads is None or self.segments[index] != "memory":
             return None
         return jnp.asarray(self.memory_heads[index - self.segments.index("memory")])
 
     def mask(self, index: int, masks: dict[bool, Array], state: State) -> Array:
-        """Returns which slots of a layer each row sees, `(B, 1, S)`, or each head, `(B, K, S)`."""
+        """Returns the mask of visible slots of layer `index`: `(B, 1, S)` if it is the same for all
+        heads, else `(B, K, S)`. `masks` is the result of the method `masks`."""
         mask_BS, heads_K = masks[self.segments[index] == "memory"], self.reading_heads(index)
         if heads_K is None:
             return mask_BS[:, None]
@@ -105,14 +109,14 @@ class CacheLayout:
         return mask_BS[:, None] & keys_of_heads(heads_K, mask_BS.shape[1], self.prefix, slots)[None]
 
     def mass(self, weights_BKGS: Array, state: State) -> Array:
-        """Sums attention on each memory, and on everything else: `(B, K, G, M + 1)`."""
+        """Sums attention weights over each memory, and over all other keys: `(B, K, G, M + 1)`."""
         M = state.memory_length.shape[1]
         mass = weights_BKGS[..., self.prefix : self.prefix + self.memory_slots(state)]
         mass = mass.reshape(*mass.shape[:-1], M, -1).sum(-1)
         return jnp.concatenate([mass, 1 - mass.sum(-1, keepdims=True)], axis=-1)
 
     def load_memories(self, state: State, memory: ExplicitMemory) -> State:
-        """Returns the state with other memories `(L, B, M, K, P, H)` in its slots."""
+        """Returns the state with its memories replaced by `memory`, `(L, B, M, K, P, H)`."""
 
         def load(old: Array, new: Array) -> Array:
             slots = _as_slots(new, old.dtype)
@@ -127,7 +131,10 @@ class CacheLayout:
 def prompt_cache(
     context: KeyValues, prefix: KeyValues | None, memory: ExplicitMemory | None, slots: int
 ) -> KeyValues:
-    """Returns a layer's cache after a prompt `(B, T, K, H)`, with empty slots for what follows."""
+    """Returns a layer's cache after prompts with keys and values `context`, `(B, T, K, H)`.
+
+    `memory` is that of the last chunk, `(B, M, K, P, H)`; `slots` empty slots follow the prompt.
+    """
     cache = []
     for part, x_BTKH in enumerate(context):
         rows = jnp.pad(x_BTKH.swapaxes(1, 2), ((0, 0), (0, 0), (0, slots), (0, 0)))
@@ -145,13 +152,13 @@ def prompt_cache(
 def query_weights(
     q_BKGH: Float[Array, "B K G H"], k_BKSH: Float[Array, "B K S H"], mask_BKS: Array
 ) -> Float[Array, "B K G S"]:
-    """Returns softmax weights of one query a row in float32; the mask may be of all heads."""
+    """Returns softmax weights in float32 for one query per row; the mask is `(B, 1 or K, S)`."""
     scores = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
     return masked_softmax(scores, mask_BKS[:, :, None], q_BKGH.shape[-1])
 
 
 def by_layer(memory: ExplicitMemory | None) -> list[ExplicitMemory]:
-    """Splits memories `(L, …, K, P, H)` into those of each layer."""
+    """Splits memories `(L, …, K, P, H)` into a list over layers; returns [] for None."""
     if memory is None:
         return []
     pairs = zip(memory.keys, memory.values, strict=True)
@@ -159,6 +166,6 @@ def by_layer(memory: ExplicitMemory | None) -> list[ExplicitMemory]:
 
 
 def _as_slots(x_BMKPH: Array, dtype: Any) -> Array:
-    """Returns memories as slots of a row, `(B, K, M·P, H)`."""
+    """Reshapes keys or values of memories to the cache's slots, `(B, K, M·P, H)`."""
     B, M, K, P, H = x_BMKPH.shape
     return jnp.moveaxis(x_BMKPH, 2, 1).reshape(B, K, M * P, H).astype(dtype)
