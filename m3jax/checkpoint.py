@@ -1,4 +1,4 @@
-"""Reader of a checkpoint's parameters, for whoever computes with them.
+"""Reads checkpoints of training stages: steps, `meta`, parameters, config and tokenizer.
 
 A checkpoint is a folder `<stage folder>/checkpoints/<step>` with `state` and `meta` (Orbax), which
 `train.checkpoints` writes.
@@ -31,16 +31,19 @@ SEGMENTS = ("lower", "memory", "upper")
 
 
 def checkpoint_steps(stage_folder: str | Path) -> list[int]:
-    """Lists the steps of which a stage has a checkpoint, ascending."""
+    """Lists the steps at which a stage has a checkpoint, ascending."""
     folder = Path(stage_folder) / FOLDER
     entries = folder.iterdir() if folder.is_dir() else ()
     return sorted(int(entry.name) for entry in entries if entry.name.isdigit())
 
 
 def checkpoint_folder(path: str | Path, step: int | None = None) -> Path:
-    """Returns the folder of a stage's newest checkpoint or that of `step`, or `…/<step>` itself.
+    """Returns the folder `…/<step>` of a stage's newest checkpoint, or of its checkpoint of `step`.
 
-    Raises `CheckpointError`, naming the steps there are.
+    `path` is a stage folder, or a folder `…/<step>`, which is returned itself.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or none of `step`; lists the steps of the stage.
     """
     path = Path(path).absolute()
     if path.name.isdigit() and (path / "state").is_dir() and step in (None, int(path.name)):
@@ -57,7 +60,7 @@ def checkpoint_folder(path: str | Path, step: int | None = None) -> Path:
 
 
 def read_meta(folder: str | Path) -> dict[str, Any]:
-    """Reads the `meta` of a checkpoint folder `…/<step>`."""
+    """Reads the `meta` of a checkpoint folder `…/<step>`; raises `CheckpointError` if damaged."""
     with damage_named(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         return dict(reader.restore(Path(folder).absolute() / "meta"))
 
@@ -70,20 +73,20 @@ def restore_params(
     mesh: Mesh | None = None,
     tokenizer_fingerprint: str | None = None,
 ) -> tuple[Params, dict[str, Any]]:
-    """Restores parameters and `meta` of a checkpoint, for another stage, the writer and evaluation.
+    """Restores a checkpoint's parameters for `model`; returns them and the checkpoint's `meta`.
 
-    Layers that lie in other segments (another range of memory layers) are restacked, and the dtype
-    becomes the model's; all other shapes must be the model's.
+    The parameters get the model's dtype. If the model has another range of memory layers, layers
+    are regrouped into its segments (`restack`); all other shapes must be equal.
 
     Args:
-      stage_folder, step: as of `checkpoint_folder`.
+      stage_folder, step: as in `checkpoint_folder`.
       model: the model that will use the parameters.
-      mesh: place the parameters by the sharding rules; default the first local device.
-      tokenizer_fingerprint: when given, must be the checkpoint's.
+      mesh: places the parameters by the sharding rules; None places them on the first local device.
+      tokenizer_fingerprint: fingerprint that the checkpoint must record; None skips the check.
 
     Raises:
-      CheckpointError: no checkpoint; one of another shape (names the first parameter that differs
-        and both shapes) or of another tokenizer.
+      CheckpointError: there is no checkpoint, it is damaged, it was trained with another tokenizer,
+        or a parameter has another shape (names the first one and both shapes).
     """
     folder = checkpoint_folder(stage_folder, step)
     meta = read_meta(folder)
@@ -117,17 +120,19 @@ def restore_params(
 def read_model(
     checkpoint: str | Path,
 ) -> tuple[Path, ConfigDict, Params, dict[str, Any], Tokenizer]:
-    """Reads a checkpoint as it was trained, whatever the config at hand.
+    """Reads a checkpoint together with its own config and tokenizer; no other config is needed.
 
     Args:
-      checkpoint: a stage folder, or a folder `checkpoints/<step>` of it, in its workdir.
+      checkpoint: a stage folder, or a folder `checkpoints/<step>` in it, inside its workdir.
 
     Returns:
-      The folder `…/<step>`; a config with the sections `model` and `memory` of the checkpoint's,
-        and attention that runs anywhere; the parameters, on one device; `meta`; and the tokenizer.
+      The folder `…/<step>`; the default config with the sections `model` and `memory` that the
+        checkpoint records, and blocked attention, which runs on every device; the parameters, on
+        one device; `meta`; and the workdir's tokenizer.
 
     Raises:
-      CheckpointError: no checkpoint, or one that this version cannot run.
+      CheckpointError: there is no checkpoint, it is damaged, its config is of another version, or
+        its shapes or its tokenizer do not fit.
       TextError: the workdir has no tokenizer.
     """
     folder = checkpoint_folder(checkpoint)
@@ -148,7 +153,7 @@ def read_model(
 
 
 def restack(params: Params, stacks: Mapping[str, int]) -> Params:
-    """Moves layers, stacked in `lower`, `memory`, `upper`, to segments of the sizes `stacks`."""
+    """Regroups the layers stacked in `lower`, `memory` and `upper` by `stacks`, segment → layers."""
     present = [params[name] for name in SEGMENTS if name in params]
     layers = jax.tree.map(lambda *x: jnp.concatenate(x), *present)
     result = {name: value for name, value in params.items() if name not in SEGMENTS}
@@ -161,7 +166,7 @@ def restack(params: Params, stacks: Mapping[str, int]) -> Params:
 
 @contextlib.contextmanager
 def damage_named(folder: str | Path) -> Iterator[None]:
-    """Raises `CheckpointError`, naming the checkpoint, where the block cannot read it."""
+    """Turns errors of reading in the block into a `CheckpointError` that names the checkpoint."""
     try:
         yield
     except (ValueError, OSError, KeyError, AttributeError) as error:
@@ -171,7 +176,7 @@ def damage_named(folder: str | Path) -> Iterator[None]:
 
 
 def check_tokenizer(folder: Path, meta: Mapping[str, Any], fingerprint: str) -> None:
-    """Raises `CheckpointError` unless a checkpoint was trained with the tokenizer."""
+    """Raises `CheckpointError` if a checkpoint was trained with another tokenizer."""
     if meta["tokenizer"] != fingerprint:
         raise CheckpointError(
             f"checkpoint {folder} was trained with the tokenizer {meta['tokenizer'][:12]}, but the"
@@ -180,7 +185,7 @@ def check_tokenizer(folder: Path, meta: Mapping[str, Any], fingerprint: str) -> 
 
 
 def saved_shapes(folder: Path) -> Params:
-    """Reads shapes and dtypes of the parameters in a checkpoint, from its metadata."""
+    """Reads the shapes and dtypes of a checkpoint's parameters from its metadata."""
     # The handler itself: a Checkpointer would warn that `state` is a part of a checkpoint.
     with damage_named(folder), contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         tree = handler.metadata(folder / "state").tree["params"]
@@ -201,7 +206,7 @@ def _layers(shapes: Params) -> int:
 
 
 def check_shapes(folder: Path, saved: Params, needed: Params) -> None:
-    """Raises `CheckpointError`, naming the first parameter whose shape is another."""
+    """Raises `CheckpointError` if any shape differs; names the first parameter and both shapes."""
     trees = [jax.tree.leaves_with_path(tree) for tree in (saved, needed)]
     name_of = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     sides = [{name_of(path): leaf.shape for path, leaf in leaves} for leaves in trees]
@@ -215,7 +220,7 @@ def check_shapes(folder: Path, saved: Params, needed: Params) -> None:
 
 
 def stage_of(checkpoint: str | Path) -> Path:
-    """Returns the stage folder of a checkpoint, which may be named by its `checkpoints/<step>`."""
+    """Returns the stage folder of a checkpoint: of a stage folder or of `…/checkpoints/<step>`."""
     path = Path(checkpoint).absolute()
     return path.parents[1] if path.parent.name == FOLDER else path
 
@@ -223,10 +228,10 @@ def stage_of(checkpoint: str | Path) -> Path:
 def reads(
     meta: Mapping[str, Any], checkpoint: str | Path, writer: Mapping[str, Any] | None
 ) -> bool:
-    """Tests whether a checkpoint reads memories of a bank's writer, `{"hash", "path", "step"}`.
+    """Tests whether a checkpoint can use memories of a bank's writer, `{"hash", "path", "step"}`.
 
-    It does where it was trained on them, and where a refresh wrote them for it: with weights of its
-    own stage. One that has read none reads all.
+    It can if it was trained on memories of this writer, if the writer is a checkpoint of its own
+    stage (a refresh), or if it was trained without memories. A `writer` of None fits every one.
     """
     recorded = meta["writer"]
     if recorded is None or writer is None or recorded["hash"] == writer["hash"]:

@@ -30,7 +30,7 @@ from m3jax.errors import CommandError, ConfigError, UserError
 from m3jax.hardware import quiet_libtpu
 
 USER_ERROR = 2  # exit code
-# Names and values of flags and commands before the first release, and what to give now.
+# Flags (or flag values) and commands from before the first release → their present names.
 RENAMED_FLAGS = {
     "at": "--k",
     "mode=context": "--mode=long_context",
@@ -50,7 +50,7 @@ class Flag:
       help: its meaning, with unit.
       kind: type of a value: str, int, float, bool, Path (a local folder) or ConfigDict (a config
         file).
-      default: of the value; None where the help says what stands for it; a switch is off.
+      default: default value; None if there is none or the help describes it; False for a bool.
       choices: accepted values.
       low, high: bounds of a number, inclusive.
       many: "comma" for a list of values, "repeat" for a flag that may be given more than once.
@@ -68,11 +68,11 @@ class Flag:
     required: bool = False
 
     def with_help(self, text: str) -> Flag:
-        """Returns the flag with a sentence behind its help, such as its default in a script."""
+        """Returns the flag with `text` appended to its help, such as its default in a script."""
         return dataclasses.replace(self, help=f"{self.help} {text}")
 
     def define(self, values: flags.FlagValues, argv: Sequence[str]) -> None:
-        """Defines it in `values`; overrides of config fields are read from `argv`."""
+        """Defines the flag in `values`; a config flag reads the overrides of fields from `argv`."""
         about: Any = {"name": self.name, "default": self.default, "flag_values": values}
         if self.kind is ConfigDict:
             config_flags.DEFINE_config_file(**about, help_string=self.help, sys_argv=list(argv))
@@ -84,7 +84,7 @@ class Flag:
             flags.DEFINE(_Parser(self), **about, help=self.help)
 
     def describe(self) -> str:
-        """Returns name, accepted values, default and meaning, for `--help`."""
+        """Returns the flag's entry in `--help`: name, accepted values, default and meaning."""
         if self.kind is bool:
             title = f"--[no]{self.name}" if self.default else f"--{self.name}"
         else:
@@ -103,7 +103,7 @@ class Flag:
 
 
 class _Parser(flags.ArgumentParser):
-    """Parses the values of a flag: texts, numbers, folders, or lists of them."""
+    """Parses and checks the values of a flag: texts, numbers, folders, or lists of them."""
 
     def __init__(self, flag: Flag) -> None:
         self.flag = flag
@@ -118,7 +118,7 @@ class _Parser(flags.ArgumentParser):
             self.value = number(flag.low, flag.high).parse
 
     def parse(self, argument: Any) -> Any:
-        """Returns the value; a list is split, or is one already."""
+        """Parses a value; for a comma-separated flag, a text or a list into a list of values."""
         if self.flag.many != "comma":
             return self.value(argument)
         if isinstance(argument, str):
@@ -145,27 +145,27 @@ class _Parser(flags.ArgumentParser):
 
 
 def switch(name: str, help: str) -> Flag:
-    """Returns a flag without a value, off by default."""
+    """Returns a boolean flag that is off by default."""
     return Flag(name, help, bool)
 
 
 def count(name: str, help: str, default: int | None = None) -> Flag:
-    """Returns a flag with a whole number from 1."""
+    """Returns a flag for an integer of at least 1."""
     return Flag(name, help, int, default, low=1)
 
 
 def counts(name: str, help: str, default: list[int]) -> Flag:
-    """Returns a flag with whole numbers from 1, separated by commas."""
+    """Returns a flag for a comma-separated list of integers of at least 1."""
     return Flag(name, help, int, default, low=1, many="comma")
 
 
 def share(name: str, help: str, default: float) -> Flag:
-    """Returns a flag with a number from 0 to 1."""
+    """Returns a flag for a number from 0 to 1."""
     return Flag(name, help, float, default, low=0, high=1)
 
 
 def words(name: str, help: str, default: list[str] | None = None, required: bool = False) -> Flag:
-    """Returns a flag with texts, separated by commas."""
+    """Returns a flag for a comma-separated list of strings."""
     return Flag(name, help, default=default, many="comma", required=required)
 
 
@@ -220,9 +220,9 @@ Main = Callable[[flags.FlagValues], None]
 
 
 class Command(NamedTuple):
-    """A command of a launch script: a function of the values of its flags.
+    """Command of a launch script: a function `main` that is called with the values of its flags.
 
-    Configs are validated before. The function's docstring is the help of the command.
+    Configs are validated before the call. The docstring of `main` is the help of the command.
     """
 
     main: Main
@@ -230,10 +230,10 @@ class Command(NamedTuple):
 
 
 class Commands(dict[str, Command]):
-    """Commands by the word that follows the script's name; "" where none follows."""
+    """Commands of a script by the word that follows its name; "" is the call without a word."""
 
     def add(self, *flags: Flag, name: str | None = None) -> Callable[[Main], Main]:
-        """Makes the decorated function the command of its name, `main` that without a word."""
+        """Makes the decorated function the command `name`; default its own name, "" for `main`."""
 
         def decorate(main: Main) -> Main:
             called = "" if main.__name__ == "main" else main.__name__
@@ -287,17 +287,17 @@ def parse(
     argv: Sequence[str],
     values: flags.FlagValues,
 ) -> Command:
-    """Parses a command line.
+    """Parses a command line; returns its command.
 
     Args:
       text, commands: as in `run`.
       argv: the script's name, then its arguments.
-      values: where the command's flags are defined and get their values.
+      values: the flags of the command are defined in it and get their values.
 
     Raises:
       SystemExit: after `--help` or `--config_help`, with code 0.
-      CommandError: a command or flag that is unknown, missing or renamed, or an unfit value.
-      ConfigError: a config that cannot work.
+      CommandError: a command or flag is unknown, missing or renamed, or a value is not accepted.
+      ConfigError: the config file cannot be read, its config is invalid, or a folder is unusable.
     """
     script, *rest = argv
     named = rest.pop(0) if rest and not rest[0].startswith("-") else ""
@@ -324,7 +324,7 @@ def parse(
         raise _reason(error, commands, named) from error
     except UserError:
         raise
-    except Exception as error:  # of a config file
+    except Exception as error:  # raised by a config file
         raise _of_file(error) from error
     if remaining[1:]:
         raise CommandError(f"unknown argument {remaining[1]!r}; every option begins with --")
@@ -348,7 +348,7 @@ def _print_and_end(text: str) -> None:
 
 
 def _refuse_renamed(command: Command, arguments: Sequence[str]) -> None:
-    """Refuses old names of flags and fields, and unknown fields, with the name of today."""
+    """Raises `CommandError` for unknown config fields and for renamed flags, with the new name."""
     own = {flag.name for flag in command.flags}
     for word in arguments:
         if not word.startswith("-"):
@@ -368,14 +368,14 @@ def _refuse_renamed(command: Command, arguments: Sequence[str]) -> None:
 
 
 def _reason(error: flags.Error, commands: Mapping[str, Command], named: str) -> UserError:
-    """Returns the error behind one of absl, or one with its message."""
+    """Returns the user error that caused an absl error, or a `CommandError` with its message."""
     cause: BaseException | None = error
-    while cause is not None:  # of a config file; libraries wrap its errors with their traceback
+    while cause is not None:  # absl and ml_collections wrap errors of a config file
         inner = cause.__cause__ or cause.__context__
         if isinstance(cause, UserError) and not isinstance(inner, UserError):
             return cause
         cause = inner
-    flag = getattr(error, "flagname", None)  # where it is unknown
+    flag = getattr(error, "flagname", None)  # set if the flag is unknown
     owners = ", ".join(
         name or "the script without a command"
         for name, command in commands.items()
@@ -392,7 +392,7 @@ def _check_config(name: str, config: Any) -> None:
         validate(config)
         return
     try:
-        getattr(config, "to_dict", dict)()  # which has the error of a file until it is read
+        getattr(config, "to_dict", dict)()  # raises the error of a file that failed to load
     except UserError:
         raise
     except Exception as error:
@@ -401,14 +401,14 @@ def _check_config(name: str, config: Any) -> None:
 
 
 def _of_file(error: Exception, name: str = "config") -> ConfigError:
-    """Returns the error of a config file as one of the user."""
+    """Returns a `ConfigError` for an exception that a config file has raised."""
     cause = error.__cause__ or error
     reason = " ".join(str(cause).split())
     return ConfigError(f"--{name}: the file cannot be read: {type(cause).__name__}: {reason}")
 
 
 def help_text(text: str | None, commands: Mapping[str, Command], script: str, named: str) -> str:
-    """Returns the text of `--help` of a command, or of the script with a list of its commands."""
+    """Returns the `--help` text of the command `named`, or of the script with its commands."""
     parts = [textwrap.dedent(text or "").strip()]
     if named in commands:
         main, own = commands[named]
@@ -428,9 +428,9 @@ def help_text(text: str | None, commands: Mapping[str, Command], script: str, na
     return "\n\n".join(parts)
 
 
-# -- what commands do alike ------------------------------------------------------------------------
+# -- shared by the commands ------------------------------------------------------------------------
 def show_error(error: BaseException) -> int:
-    """Prints the message, for a defect the traceback too; returns the exit code."""
+    """Prints a user error as one line, a defect with its traceback; returns the exit code."""
     if isinstance(error, UserError):
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
@@ -441,12 +441,12 @@ def show_error(error: BaseException) -> int:
 
 
 def values_of(given: flags.FlagValues, chosen: Sequence[Flag]) -> dict[str, Any]:
-    """Returns the values of some flags, by name."""
+    """Returns the values of the flags `chosen`, by name."""
     return {flag.name: given[flag.name].value for flag in chosen}
 
 
 def show(table: str, figures: Any, path: str | None) -> None:
-    """Prints a table and writes its figures to the file of --json, if there is one.
+    """Prints a table, and writes its figures as JSON to the file `path` of --json, if not None.
 
     Raises:
       CommandError: the file cannot be written.
@@ -463,10 +463,10 @@ def show(table: str, figures: Any, path: str | None) -> None:
 
 
 def processes(values: flags.FlagValues) -> contextlib.AbstractContextManager[None]:
-    """Joins the other processes of the flags `PROCESSES` while the block runs.
+    """Returns a context in which this process is one of the run that the flags `PROCESSES` describe.
 
     Raises:
-      ProcessError: the flags do not fit together, or the processes do not meet.
+      ProcessError: the flags contradict each other, or the processes do not meet in time.
     """
     from m3jax.distributed import joined
     from m3jax.watch import Processes
@@ -476,7 +476,7 @@ def processes(values: flags.FlagValues) -> contextlib.AbstractContextManager[Non
 
 
 def use_compilation_cache(folder: str | None) -> None:
-    """Lets JAX keep compiled programs in a folder, and read them from it.
+    """Makes JAX store compiled programs in `folder` and reuse them; None changes nothing.
 
     Raises:
       ConfigError: the folder cannot be made or written to, or is a bucket and gcsfs is missing.

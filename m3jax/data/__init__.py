@@ -1,1 +1,1 @@
-"""The input pipeline: rows, chunks, retrieved references, memories."""
+"""The input pipeline: rows, their chunks, retrieved references and memories."""

@@ -1,4 +1,4 @@
-"""The batch of a step: one type from the pipeline to the step and the evaluators."""
+"""The batch type shared by the pipeline, the training step and the evaluators."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from m3jax.model.attention_mask import ExplicitMemory, Packing
 
 
 class Batch(NamedTuple):
-    """Rows with their references; NumPy arrays of a pipeline, arrays on the mesh in a step.
+    """Rows of tokens with their references or memories.
+
+    The pipeline makes NumPy arrays; in the step they are JAX arrays on the mesh.
 
     tokens, targets: `(B, T)` int32.
-    weights: of the targets, `(B, T)` float32.
-    memory: axes `(L, B, C, M, K, P, H)`, or as the bank stores it (`Codec.dequantize`); of
-      `memory.source = precomputed`.
-    reference_tokens: `(B, C, M, W)` int32; of references that are encoded in the step.
-    reference_ids: `(B, C, M)` int32, −1 = none; None without references, and in a step.
-    packing: of rows of several texts, else None.
-    answers: of pairs, slot of the answer that a target belongs to, `(B, T)` int32, −1 = none. Slots
+    weights: loss weight of every target, `(B, T)` float32.
+    memory: memories read from a bank (`memory.source = precomputed`), with axes
+      `(L, B, C, M, K, P, H)`, or as the bank stores them, before `Codec.dequantize`.
+    reference_tokens: tokens of references that the step encodes itself, `(B, C, M, W)` int32.
+    reference_ids: `(B, C, M)` int32, −1 = no reference; None without references, and in the step.
+    packing: position of every text in rows that hold several; else None.
+    answers: answer slot of every target in preference pairs, `(B, T)` int32, −1 = no answer. Slots
       2p and 2p + 1 are the chosen and the rejected answer of pair p.
-    base_logprobs: of pairs, log-probability of every answer under the base model, `(B, slots)`
+    base_logprobs: log-probability of every answer of the pairs under the base model, `(B, slots)`
       float32, nats.
     """
 
@@ -37,11 +39,11 @@ class Batch(NamedTuple):
     base_logprobs: Float[Array, "B slots"] | None = None
 
     def for_step(self) -> Batch:
-        """Returns the batch without reference ids, which no step reads."""
+        """Returns the batch without reference ids, which the step does not read."""
         return self._replace(reference_ids=None)
 
     def row_axes(self) -> Any:
-        """Returns a batch of the number of the axis of rows in every array."""
+        """Returns a batch that holds the index of the batch axis B in place of every array."""
         axes = jax.tree.map(lambda _: 0, self)
         if self.memory is None:
             return axes

@@ -1,8 +1,8 @@
-"""Batches for training and evaluation: rows, their retrieved references, their memories.
+"""Batches for training and evaluation: rows with their retrieved references and memories.
 
-The batch of step s is a function of (seed, s) alone: `Pipeline.batch(s)` computes it from nothing
-else, each host asks for its rows of it, and `Pipeline.batches` runs it in threads ahead of
-training.
+The batch of step s is a function of (seed, s) alone, so that a resumed run reads the same batches.
+`Pipeline.batch(s)` computes it, each host only its own rows; `Pipeline.batches` does so in threads,
+ahead of training.
 """
 
 from __future__ import annotations
@@ -41,23 +41,25 @@ from m3jax.workdir import INPUTS
 
 
 class Pipeline:
-    """Gives random access to batches.
+    """Computes the batch of any step: its rows, their retrieved references, their memories.
 
     Args:
-      config: a validated config; `memory.source` says what a batch carries.
+      config: a validated config; `memory.source` decides if batches carry memories (`precomputed`),
+        reference tokens, or neither (`none`).
       rows: the rows of a split.
       tokenizer: decodes chunks into query texts.
       references: the knowledge base; None in stages without memory.
-      retriever: finds references for chunks; None when ids are stored or there is no memory.
+      retriever: retrieves references for chunks; None if the documents name their references
+        (`retrieval.ids = stored`) or there is no memory.
       bank: memories of the references; None unless the source is `precomputed`.
-      shift: whose text is a chunk's query: 0 its own, 1 the previous chunk's.
+      shift: 0: the query of a chunk is its own text; 1: the text of the previous chunk.
       batch_size: rows of a batch over all hosts.
-      dropout: share of chunks whose memories are hidden.
+      dropout: share of chunks, drawn anew for every step, whose memories are hidden.
 
     Attributes:
-      base_logprobs: of the answers of every row, `(rows, slots)` float32, once they are known
-        (`m3jax.train.dpo_base`); 0 before.
-      version: of the knowledge.
+      base_logprobs: DPO's base log-probabilities of the answers of every row, `(rows, slots)`
+        float32, nats; None (batches then hold 0) until `m3jax.train.dpo_base` sets them.
+      version: of the knowledge base; None without memory.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class Pipeline:
         self.config, self.rows, self.tokenizer = config, rows, tokenizer
         self.references, self.retriever, self.bank = references, retriever, bank
         self.shift, self.batch_size, self.dropout = shift, batch_size, dropout
-        # Rows repeat in another order each epoch; a batch may reach over the end of one.
+        # Every epoch has its own order of the rows; a batch may span two epochs.
         order = grain.MapDataset.range(len(rows)).seed(config.seed).shuffle().repeat()
         self._order = order.batch(batch_size, drop_remainder=True)
         self.version: Version | None = None
@@ -85,7 +87,7 @@ class Pipeline:
         self._lock = threading.Lock()
 
     def batch(self, step: int, rows: np.ndarray | slice | None = None) -> Batch:
-        """Returns the batch of a step, or only some of its rows (those of one host)."""
+        """Returns the batch of a step, or only its rows at the positions `rows` (one host's)."""
         ids = np.asarray(self._order[step])
         selected = np.arange(self.batch_size)[slice(None) if rows is None else rows]
         return self.read(ids[selected], self._hidden(step)[selected])
@@ -93,7 +95,7 @@ class Pipeline:
     def read(
         self, ids: Int[np.ndarray, " n"], hidden: Bool[np.ndarray, "n C"] | None = None
     ) -> Batch:
-        """Returns a batch of these rows; the memories of `hidden` chunks are left out."""
+        """Returns a batch of the rows `ids`, without memories for the chunks marked in `hidden`."""
         items = [self.rows[int(row)] for row in ids]
 
         def stacked(name: str, dtype: Any) -> Any:
@@ -121,7 +123,7 @@ class Pipeline:
             reference_ids = np.where(hidden[..., None], -1, reference_ids)
         batch = batch._replace(reference_ids=reference_ids.astype(np.int32))
         chunks = len(items) * self.rows.chunks
-        if packings:  # a row has places for as many chunks as the fullest
+        if packings:  # rows are padded to the chunks of the fullest; count real chunks
             chunks = sum(len(item.references) for item in items)
         without = chunks - int((reference_ids[..., 0] >= 0).sum())
         with self._lock:
@@ -132,13 +134,13 @@ class Pipeline:
         return batch._replace(reference_tokens=self._reference_tokens(reference_ids))
 
     def retrieved(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n C M"]:
-        """Returns ids of the retrieved references of these rows, −1 = none; reads no memory."""
+        """Retrieves references for the rows `ids`; returns their ids, −1 = none. Reads no memory."""
         return self._reference_ids([self.rows[int(row)] for row in ids])
 
     def batches(
         self, first_step: int = 0, rows: np.ndarray | slice | None = None
     ) -> Iterator[Batch]:
-        """Yields batches from a step on, loaded ahead in threads of this process."""
+        """Yields the batches of steps `first_step`, `first_step + 1`, …, loaded ahead in threads."""
         data = self.config.data
         steps = grain.MapDataset.range(first_step, 2**40).map(lambda step: self.batch(step, rows))
         options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.prefetch)
@@ -146,11 +148,11 @@ class Pipeline:
 
     @property
     def dequantize(self) -> Dequantize | None:
-        """Dequantizes the memories of batches; None if they are plain keys and values."""
+        """Function that dequantizes a batch's memories; None if they are plain keys and values."""
         return None if self.bank is None else self.bank.dequantize
 
     def report(self) -> dict[str, int]:
-        """Returns counters since the start: of chunks, and of retriever and bank."""
+        """Returns counters since the pipeline was opened: of chunks, the retriever and the bank."""
         with self._lock:
             counts = dict(self._counts)
         if self.retriever is not None:
@@ -160,7 +162,7 @@ class Pipeline:
         return counts
 
     def _reference_ids(self, items: Sequence[Row]) -> np.ndarray:
-        """Retrieved references `(B, C, M)` of every chunk, −1 where there is none."""
+        """Returns the ids `(B, C, M)` of every chunk's references, −1 = none: stored or retrieved."""
         C, M = self.rows.chunks, self.config.memory.per_chunk
         ids = np.full((len(items), C, M), -1, np.int64)
         if self.retriever is None:
@@ -181,7 +183,7 @@ class Pipeline:
         return ids
 
     def _hidden(self, step: int) -> np.ndarray:
-        """Chunks `(B, C)` of the whole batch whose memories are hidden in this step."""
+        """Draws the mask `(B, C)` of chunks of the global batch whose memories a step hides."""
         generator = np.random.default_rng([self.config.seed, 0x6D33, step])
         return generator.random((self.batch_size, self.rows.chunks)) < self.dropout
 
@@ -204,21 +206,21 @@ def open_pipeline(
     bank: str | Path | None = None,
     version: int | Version | None = None,
 ) -> Pipeline:
-    """Opens what `launch/prepare.py` and `launch/write_bank.py` left in a workdir.
+    """Opens the pipeline of a workdir made by `launch/prepare.py` and `launch/write_bank.py`.
 
     Args:
       config: a validated config.
       workdir: folder with `tokenizer`, `corpus`, `references`, `index` and, for precomputed
         memories, `bank`.
-      split: `train`, or `validation` (batch rows, retrieval shift, overlap limit of `evaluation`;
-        no memory dropout).
-      bank: folder or URL of the bank; default that of the version.
-      version: of the knowledge (`m3jax.knowledge.versions`), its number or an opened one; None =
-        the current one. It is not collected while the pipeline is in use.
+      split: `train`, or `validation`, which uses `evaluation.batch_size`, `evaluation.shift` and
+        `retrieval.overlap_evaluation`, and no memory dropout.
+      bank: folder or URL of the bank; default the bank of the version.
+      version: version of the knowledge base (`m3jax.knowledge.versions`), as a number or opened;
+        default the current version. Compaction does not delete it while the pipeline is in use.
 
     Raises:
-      TextError, RetrievalError, BankError, VersionError: a part is missing, damaged or does not fit
-        the others.
+      TextError, RetrievalError, BankError, VersionError: a part of the workdir is missing, is
+        damaged, or does not fit the other parts.
     """
     workdir = Path(workdir)
     train = split == "train"
@@ -252,10 +254,10 @@ def open_pipeline(
 def open_rows(
     config: ConfigDict, workdir: Path, split: str, tokenizer: Tokenizer
 ) -> Rows | PackedRows:
-    """Opens the rows of a split of a prepared workdir.
+    """Opens the rows of a split, `train` or `validation`, of a prepared workdir.
 
     Raises:
-      TextError: they are missing, or were made with another tokenizer.
+      TextError: the rows are missing, were made with another tokenizer, or do not fit the length.
     """
     data = config.data
     packed = data.packing in PACKED

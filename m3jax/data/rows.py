@@ -1,7 +1,8 @@
-"""Rows at random access: of documents, and of whole chats, or pairs, that do not see each other.
+"""Rows with random access: cut from documents, or packed from whole chats or preference pairs.
 
-A chat of n tokens takes n − 1 places: its targets are its own tokens. Where the rows are packed is
-a function of the lengths alone; best fit decreasing leaves little padding.
+Texts packed into a row do not attend to each other. A chat of n tokens takes n − 1 positions, since
+its targets are its own tokens. Packing depends on the lengths alone; best fit decreasing leaves
+little padding.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from m3jax.text.tokenizer import BOS, PAD
 
 
 class Row(NamedTuple):
-    """Row of one or several texts, or of documents one after the other, which count as one text.
+    """Row of one text, or of several packed texts; concatenated documents count as one text.
 
     Attributes:
-      inputs, targets, weights: tokens, their next tokens, and the weights of these: 0 for padding,
-        `<s>` and spans without loss.
-      references: keys stored with the texts, one per chunk of the row, or ().
-      texts: tokens of every text and the number of its first chunk.
+      inputs, targets, weights: tokens, their next tokens, and the loss weights of the targets: 0
+        for padding, `<s>` and spans without loss.
+      references: keys of the references stored with the texts, one per chunk of the row, or ().
+      texts: tokens of every text, and the index of its first chunk in the row.
       chunk_length: tokens Q of a chunk.
-      packing: of several texts; padding is a text that reads no memory.
-      answers: slot of the answer that a target belongs to, −1 for none; of pairs.
+      packing: position of every packed text; padding is a text that reads no memory.
+      answers: of packed rows, the slot of the answer that every target belongs to, −1 = none.
     """
 
     inputs: Int[np.ndarray, " T"]
@@ -44,7 +45,10 @@ class Row(NamedTuple):
     answers: Int[np.ndarray, " T"] | None = None
 
     def queries(self, shift: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Yields chunks that search: number, tokens of the query, tokens of the whole text."""
+        """Yields every chunk that has a query: its index, the query's tokens, its text's tokens.
+
+        The query is the chunk `shift` places earlier in the same text.
+        """
         Q = self.chunk_length
         for tokens, first in self.texts:
             for chunk in range(shift, -(-(len(tokens) - 1) // Q)):
@@ -53,19 +57,18 @@ class Row(NamedTuple):
 
 
 class Rows:
-    """All rows of a corpus, numbered.
+    """Rows of a corpus of documents, by number.
 
     Args:
-      corpus: token documents.
+      corpus: tokenized documents.
       sequence_length: tokens T of a row.
       chunk_length: tokens Q of a chunk, which divides T.
-      packing: `concat` puts the documents one after the other and cuts every T tokens; the last,
-        incomplete row is left out. `document` gives each document ⌈(n − 1)/T⌉ rows of its own,
-        padded.
+      packing: `concat` concatenates the documents and cuts every T tokens; the last, incomplete row
+        is left out. `document` gives a document of n tokens ⌈(n − 1)/T⌉ padded rows of its own.
 
     Attributes:
-      chunks: of a row.
-      slots: places for answers in a row: none.
+      chunks: chunks of a row.
+      slots: answer slots of a row: 0.
 
     Raises:
       TextError: the corpus does not fill one row.
@@ -92,7 +95,7 @@ class Rows:
         return self._count
 
     def document_of(self, rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """Returns the number of the document that each row begins in."""
+        """Returns the number of the document in which each row begins."""
         starts = rows * self.sequence_length if self.packing == "concat" else rows
         return np.searchsorted(self._starts, starts, side="right") - 1
 
@@ -137,22 +140,23 @@ def _weights(item: Any) -> np.ndarray:
 
 
 def pack(sizes: Sequence[int] | np.ndarray, room: int) -> list[list[int]]:
-    """Groups items whose sizes add up to at most `room`: best fit decreasing.
+    """Packs items into groups whose sizes add up to at most `room`, by best fit decreasing.
 
-    The largest item first, each into the fullest group that it fits; of equal ones the first made.
-    At most 11/9 of the fewest groups possible, plus one (Johnson 1974).
+    Takes the items from largest to smallest and puts each into the fullest group that has room for
+    it, of equally full groups into the oldest. Makes at most 11/9 of the fewest possible groups,
+    plus one (Johnson 1974).
 
     Args:
-      sizes: of every item, 1 … room.
-      room: of a group.
+      sizes: size of every item, 1 … room.
+      room: capacity of a group.
 
     Returns:
-      Numbers of the items of every group, ascending; groups in the order of their first item.
+      The item numbers of every group, ascending; groups in the order of their first item.
     """
     order = np.argsort(-np.asarray(sizes, np.int64), kind="stable")
     groups: list[list[int]] = []
-    left: list[int] = []  # different amounts of room that are left, ascending
-    waiting = defaultdict[int, list[int]](list)  # heaps of the groups with so much room left
+    left: list[int] = []  # distinct amounts of free room, ascending
+    waiting = defaultdict[int, list[int]](list)  # free room → heap of groups that have it
     for item in order.tolist():
         size = int(sizes[item])
         place = bisect.bisect_left(left, size)
@@ -174,13 +178,13 @@ def pack(sizes: Sequence[int] | np.ndarray, room: int) -> list[list[int]]:
 
 
 class PackedRows:
-    """All rows of chats or pairs, numbered.
+    """Rows packed from whole chats or preference pairs, by number.
 
     Attributes:
-      chunks: places for chunks in a row: as many as the fullest has.
-      slots: places for answers in a row, two for each pair; 0 for chats.
-      padding: share of the places that hold nothing.
-      plan: numbers of the chats (or pairs) of every row.
+      chunks: chunk slots of a row: the largest number of chunks in any row.
+      slots: answer slots of a row, two for each pair; 0 for chats.
+      padding: share of the token positions that are padding.
+      plan: numbers of the chats (or pairs) in every row.
     """
 
     def __init__(
@@ -189,7 +193,7 @@ class PackedRows:
         """Packs chats or pairs into rows.
 
         Args:
-          corpus: of `prepare_chats`.
+          corpus: made by `prepare_chats`.
           sequence_length: tokens T of a row.
           chunk_length: tokens Q of a chunk.
           packing: `chats` or `pairs`; a pair's two chats are neighbours in one row.
