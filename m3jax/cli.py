@@ -463,7 +463,7 @@ def show(table: str, figures: Any, path: str | None) -> None:
 
 
 def processes(values: flags.FlagValues) -> contextlib.AbstractContextManager[None]:
-    """Returns a context in which this process is one of the run that the flags `PROCESSES` describe.
+    """Returns a context in which this process is one of a run, as the flags `PROCESSES` say.
 
     Raises:
       ProcessError: the flags contradict each other, or the processes do not meet in time.

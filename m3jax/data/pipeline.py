@@ -134,13 +134,13 @@ class Pipeline:
         return batch._replace(reference_tokens=self._reference_tokens(reference_ids))
 
     def retrieved(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n C M"]:
-        """Retrieves references for the rows `ids`; returns their ids, −1 = none. Reads no memory."""
+        """Returns the ids of the references of the rows `ids`, −1 = none; reads no memories."""
         return self._reference_ids([self.rows[int(row)] for row in ids])
 
     def batches(
         self, first_step: int = 0, rows: np.ndarray | slice | None = None
     ) -> Iterator[Batch]:
-        """Yields the batches of steps `first_step`, `first_step + 1`, …, loaded ahead in threads."""
+        """Yields the batches of the steps from `first_step` on, loaded ahead in threads."""
         data = self.config.data
         steps = grain.MapDataset.range(first_step, 2**40).map(lambda step: self.batch(step, rows))
         options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.prefetch)
@@ -162,7 +162,7 @@ class Pipeline:
         return counts
 
     def _reference_ids(self, items: Sequence[Row]) -> np.ndarray:
-        """Returns the ids `(B, C, M)` of every chunk's references, −1 = none: stored or retrieved."""
+        """Looks up or retrieves the reference ids `(B, C, M)` of every chunk, −1 = none."""
         C, M = self.rows.chunks, self.config.memory.per_chunk
         ids = np.full((len(items), C, M), -1, np.int64)
         if self.retriever is None:
