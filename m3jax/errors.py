@@ -1,75 +1,75 @@
-"""Errors that a user can act on: each message names the thing and the remedy."""
+"""Errors that a user can act on: each message names the value at fault and the remedy."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Base class: launch scripts print the message without a traceback and end with code 2."""
+    """Base class; launch scripts print its message without a traceback and exit with code 2."""
 
 
 class ConfigError(UserError):
-    """A config that cannot work. The message names the field, its value and what is accepted."""
+    """Raised for an invalid config; the message names the field, its value and accepted values."""
 
 
 class CommandError(UserError):
-    """A command line that a script cannot take. The message names the word and what to give."""
+    """Raised for an invalid command line; the message names the argument and the correct form."""
 
 
 class TextError(UserError):
-    """Text, or a file made from text, that cannot be used. The message names it and the remedy."""
+    """Raised for text, or for a file made from text, that is missing, damaged or unusable."""
 
 
 class HuggingFaceError(UserError):
-    """A folder that cannot be read or written. The message names the thing and the remedy."""
+    """Raised for a Hugging Face model folder that cannot be read or written."""
 
 
 class LeakageError(UserError):
-    """Something that no report can be made of. The message names the remedy."""
+    """Raised for settings or texts from which no leakage report can be made."""
 
 
 class ProcessError(UserError):
-    """The processes cannot work together. The message names the process, the value, the remedy."""
+    """Raised if several processes cannot work together; the message names the process and value."""
 
 
 class RetrievalError(UserError):
-    """An embedder, an index or a search that cannot work. The message names the remedy."""
+    """Raised for an embedder, an index or a search that cannot work."""
 
 
 class SweepError(UserError):
-    """A sweep that cannot be run. The message names the thing and the remedy."""
+    """Raised for a sweep that cannot be run."""
 
 
 class InferenceError(UserError):
-    """A prompt or a setting that cannot work. The message names the thing and the remedy."""
+    """Raised for a prompt or a setting with which inference or its evaluation cannot work."""
 
 
 class DivergenceError(UserError):
-    """The loss or the gradient is no finite number any more, or a guarded run has no try left."""
+    """Raised if loss or gradient is not finite, or a guarded run has used up its rollbacks."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint or workdir that does not fit. The message names both sides and the remedy."""
+    """Raised for a checkpoint or workdir that does not fit; the message names both values."""
 
 
 class CompileError(UserError):
-    """A program that cannot be compiled here. The message names the cause and the remedy."""
+    """Raised for a program that cannot be compiled on this machine."""
 
 
 class VersionError(UserError):
-    """A version that cannot be opened or made. The message names the thing and the remedy."""
+    """Raised for a version of the knowledge that cannot be opened or made."""
 
 
 class BankError(UserError):
-    """A bank that cannot be read or written. The message names the thing and the remedy."""
+    """Raised for a bank of memories that cannot be read or written."""
 
 
 class QuantizerError(BankError):
-    """Vectors or codes that do not fit a quantizer. The message names the thing and the remedy."""
+    """Raised for vectors, codes or codebooks that do not fit the vector quantizer."""
 
 
 class BenchmarkError(UserError):
-    """A benchmark that cannot run. The message names the remedy."""
+    """Raised for a benchmark that cannot run."""
 
 
 class UsefulnessError(UserError):
-    """A selection of references that cannot be made. The message names the remedy."""
+    """Raised for a selection of useful references that cannot be made."""

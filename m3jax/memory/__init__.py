@@ -1,1 +1,1 @@
-"""Explicit memories: choosing tokens, writing, the bank."""
+"""Explicit memories: token selection, writing, compression, and the bank that stores them."""

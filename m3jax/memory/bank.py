@@ -1,4 +1,4 @@
-"""The bank: explicit memories of all references on disk, bound to what wrote them."""
+"""The bank: explicit memories of all references on disk, and a record of what wrote them."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ from m3jax.numbering import Numbering
 
 
 class Bank(MemoryReader):
-    """Reads the memories of R references at random. Safe to use from several threads.
+    """Reads the memories of R references in any order. Safe to use from several threads.
 
     Attributes:
-      folder, manifest: where it is, and its parsed manifest; with deltas, those of the base.
-      binding: what wrote it.
-      codec: how keys and values are stored.
-      dtype: of what is stored.
-      lengths: real slots of every memory (R,).
-      numbering: ids of the memories, over base and deltas.
-      parts: base and deltas.
+      folder, manifest: location and parsed manifest of the bank; with deltas, those of the base.
+      binding: model weights, tokenizer, references and config that wrote the bank.
+      codec: format in which keys and values are stored.
+      dtype: dtype of the stored array.
+      lengths: number of used token slots of every memory, (R,).
+      numbering: maps an id to its part (base or delta) and its row there.
+      parts: one shard reader for the base and one for each delta.
     """
 
     def __init__(
@@ -68,13 +68,14 @@ class Bank(MemoryReader):
         """Opens a finished bank.
 
         Args:
-          folder: folder, or URL of a bucket (`gs://…/`) or of a folder on an HTTP server that gives
-            ranges of bytes (`http://…`, `https://…`).
-          cache_bytes: of memories that were read last, kept in RAM and shared by threads; least
-            recently used leaves first; 0 keeps none.
+          folder: folder, or URL of a bucket (`gs://…/`) or of a folder on an HTTP server that
+            supports range requests (`http://…`, `https://…`).
+          cache_bytes: size limit of the cache in RAM, which all threads share and which evicts the
+            least recently used memories; 0 = no cache.
 
         Raises:
-          BankError: no bank, an unfinished or damaged one, or a server that does not give it.
+          BankError: there is no bank; it is unfinished, damaged or of another format; its codebooks
+            belong to another model; or the server cannot be reached or gives no ranges of bytes.
         """
         require_served(folder)
         manifest = read_manifest(folder)
@@ -92,7 +93,7 @@ class Bank(MemoryReader):
         return cls(folder, manifest, read_side_file(folder, manifest, LENGTHS), cache_bytes)
 
     def require(self, expect: Binding) -> None:
-        """Raises `BankError`, naming every part that differs, unless `expect` wrote this bank."""
+        """Raises `BankError`, naming every difference, unless the bank's binding is `expect`."""
         different = expect.differences(self.binding)
         if different:
             raise BankError(
@@ -103,7 +104,7 @@ class Bank(MemoryReader):
 
     @property
     def size(self) -> int:
-        """Number of ids R, tombstones included."""
+        """Returns the number of ids R, tombstones included."""
         return self.numbering.size
 
     @property
@@ -113,24 +114,24 @@ class Bank(MemoryReader):
 
     @property
     def bytes(self) -> int:
-        """Bytes of all keys and values, as they are stored."""
+        """Returns the size of all stored keys and values in bytes, tombstones included."""
         return self.size * memory_bytes(self.manifest)
 
     @property
     def writer(self) -> dict[str, Any]:
-        """Checkpoint that wrote it, or its base: `hash` of the weights, `path` and `step`."""
+        """Returns the checkpoint that wrote the base: `hash` of its weights, `path` and `step`."""
         info = self.manifest["info"]
         step, path = info["writer_step"], info["writer_path"]
         return {"hash": self.binding.writer, "path": path, "step": step}
 
     @property
     def record_hashes(self) -> np.ndarray:
-        """Hash of all tokens that shaped each memory, uint64 (R,); read from disk at every call."""
+        """Reads from disk the hash of all tokens that each memory depends on, uint64 (R,)."""
         parts = [read_side_file(part.folder, part.manifest, HASHES) for part in self.parts]
         return np.concatenate(parts)
 
     def read_stored(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
-        """Reads memories as they are stored; see `MemoryReader.read_stored`."""
+        """Reads memories without dequantizing them; see `MemoryReader.read_stored`."""
         flat = ids.reshape(-1)
         wrong = (flat < -1) | (flat >= self.size)
         if self.numbering.tombstones.size:
@@ -143,7 +144,7 @@ class Bank(MemoryReader):
                 f" {self.size - 1}: {'an edit removed it' if removed else why}"
             )
         _, layers, *item = self.manifest["shape"][1:]
-        # In the order in which the scan over layers takes them, so that no step begins with a copy.
+        # Layers first, as the scan over layers needs them, so that no step begins with a transpose.
         buffer = self._buffers.take((2, layers, flat.size, *item), self.dtype)
         memories = np.moveaxis(buffer.reshape(2 * layers, flat.size, math.prod(item)), 1, 0)
         memories[flat < 0] = 0
@@ -155,16 +156,16 @@ class Bank(MemoryReader):
         return ExplicitMemory(keys, values, length.reshape(ids.shape))
 
     def verify(self) -> list[str]:
-        """Reads everything; returns files of damaged or missing shards, each with the reason."""
+        """Reads all shards; returns one message for each damaged or missing shard file."""
         return [problem for part in self.parts for _, problem in part.damaged()]
 
     def report(self) -> dict[str, int]:
-        """Returns counters of the cache: `cache_hits`, `cache_misses`, `cache_bytes` now."""
+        """Returns the cache's counters: `cache_hits`, `cache_misses` and current `cache_bytes`."""
         return self.parts[0].cache.report()
 
 
 def require_alike(bank: Bank, base: Bank) -> None:
-    """Raises `BankError` unless one writer wrote both banks, and they are stored alike."""
+    """Raises `BankError` unless both banks have the same writer, tokenizer, layout and codec."""
     bank.require(dataclasses.replace(base.binding, references=bank.binding.references))
     if not codecs.same(bank.codec, base.codec):
         raise BankError(
@@ -174,20 +175,21 @@ def require_alike(bank: Bank, base: Bank) -> None:
 
 
 def join_banks(banks: Sequence[Bank], tombstones: np.ndarray, references: str) -> Bank:
-    """Joins a base and its deltas to a bank without the memories of tombstones.
+    """Joins a base and its deltas to one bank, which refuses to read tombstones.
 
     Args:
-      banks: base and deltas, of one writer, tokenizer and layout, stored alike.
-      tombstones: ids whose memories are not to be read.
-      references: fingerprint of all references.
+      banks: base and deltas, with the same writer, tokenizer, layout and codec.
+      tombstones: ids that were deleted or replaced.
+      references: fingerprint of the joined reference set.
 
     Raises:
-      BankError: a delta was written by something else, or is stored differently.
+      BankError: a delta was written with another model, tokenizer or config than the base, or with
+        another codec.
     """
     base = banks[0]
     for delta in banks[1:]:
         require_alike(delta, base)
-        delta.parts[0].cache = base.parts[0].cache  # one limit for all
+        delta.parts[0].cache = base.parts[0].cache  # one size limit for all parts
     whole = copy.copy(base)
     whole.binding = dataclasses.replace(base.binding, references=references)
     whole.numbering = Numbering([bank.size for bank in banks], tombstones)

@@ -1,4 +1,4 @@
-"""The binding of a bank: all that wrote it, and by name what of it a reader lacks."""
+"""The binding of a bank: what wrote its memories, and the named differences from a reader."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from m3jax.memory.document_context import layout_entries as context_layout
 
 @dataclasses.dataclass(frozen=True)
 class Binding:
-    """All that wrote a bank. Memories mean something only to a reader that fits all of it.
+    """Identifies everything that a bank's memories depend on; a reader must match all of it.
 
     Attributes:
       writer: `writer_fingerprint` of the weights.
       tokenizer: fingerprint of the tokenizer.
       references: fingerprint of the reference set.
-      layout: `layout_of` the config: all other things that shape the memories.
+      layout: result of `layout_of`: the config values that the memories depend on.
     """
 
     writer: str
@@ -35,11 +35,11 @@ class Binding:
 
     @property
     def owner(self) -> str:
-        """Hash of weights and layout, whatever the references: codebooks belong to it."""
+        """Returns a hash of weights and layout, which identifies the codebooks of a bank."""
         return checksum(json.dumps([self.writer, self.layout], sort_keys=True).encode())
 
     def differences(self, bank: Binding) -> list[str]:
-        """Names each part in which a bank's binding differs from this, the expected one."""
+        """Describes each difference of a bank's binding from this binding, the expected one."""
         differences = []
         for part, words in (
             ("writer", "written by other weights"),
@@ -61,8 +61,8 @@ def writer_fingerprint(params: dict[str, Any], memory: ConfigDict) -> str:
     """Hashes the weights that write memories: embedding and layers up to the last memory layer.
 
     Args:
-      params: parameters of `Model`; layers above the memory layers and the head do not count.
-      memory: the section `memory` of the config, which decides which layers those are.
+      params: parameters of `Model`; the head and the layers above the memory layers are ignored.
+      memory: the section `memory` of the config, which sets the range of memory layers.
 
     Returns:
       Hex BLAKE2b over name, dtype, shape and bytes of every array.
@@ -79,12 +79,12 @@ def writer_fingerprint(params: dict[str, Any], memory: ConfigDict) -> str:
 
 
 def writer_params(params: dict[str, Any]) -> dict[str, Any]:
-    """Selects the parameters that write memories."""
+    """Selects the parameters that write memories: embedding, layers up to the last memory layer."""
     return {name: params[name] for name in ("embedding", "lower", "memory") if name in params}
 
 
 def layout_of(config: ConfigDict, prefix_tokens: tuple[int, ...]) -> dict[str, Any]:
-    """Lists all but weights, tokenizer and references that shapes memories, as plain JSON."""
+    """Returns the config values and prefix tokens that memories depend on, as plain JSON."""
     model, memory = config.model, config.memory
     of_memory = "first_layer", "layers", "kept_tokens", "selection", "reference_length", "dtype"
     of_model = "query_heads", "kv_heads", "head_dim", "compute_dtype"

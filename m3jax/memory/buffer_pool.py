@@ -1,8 +1,8 @@
-"""Buffers for batches of memories, used again and again.
+"""Pool of reusable host buffers for batches of explicit memories.
 
-A batch of memories of a large model takes tens to hundreds of megabytes. The pages of fresh memory
-are zeroed by the kernel one by one, which takes as long as reading the batch out of the page cache;
-a buffer that an earlier batch has left costs nothing.
+A batch of a large model takes tens to hundreds of megabytes. The kernel zeroes each page of a new
+allocation, which takes as long as reading the batch from the page cache; a reused buffer avoids
+this cost.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from collections import deque
 
 import numpy as np
 
-_SMALL = 1 << 20  # bytes; below, malloc does as well
-_KEPT = 2  # buffers that wait for another batch
+_SMALL = 1 << 20  # bytes; smaller arrays are simply allocated
+_KEPT = 2  # most unused buffers that the pool holds
 
 
 class Buffers:
-    """Memory for arrays. Safe to use from several threads."""
+    """Pool of page-aligned buffers for arrays. Safe to use from several threads."""
 
     def __init__(self) -> None:
-        """Holds nothing yet."""
+        """Makes an empty pool."""
         self._free: deque[mmap.mmap] = deque(maxlen=_KEPT)
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An array that holds anything.
+        """Returns an uninitialized array.
 
-        Its memory comes back by itself when neither the array nor a view of it is in use any more,
-        be it by JAX: on a CPU it computes with the array itself, for it begins at a page.
+        Its buffer returns to the pool when the array and all its views are garbage-collected,
+        including those that JAX holds: on a CPU, JAX uses a page-aligned array without a copy.
         """
         size = math.prod(shape) * dtype.itemsize
         if size < _SMALL:
@@ -41,7 +41,7 @@ class Buffers:
         if len(memory) < size:
             memory = _mapped(size)
         array = np.frombuffer(memory, np.uint8, size)
-        # All views hold on to `array`: what is below it is no array.
+        # NumPy views keep `array` alive as their base, because the buffer below it is no array.
         weakref.finalize(array, self._free.append, memory).atexit = False
         return array.view(dtype).reshape(shape)
 

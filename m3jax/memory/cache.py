@@ -1,4 +1,4 @@
-"""The memories that were read last, in RAM (Memory³ §3.2: neighbouring chunks share references)."""
+"""LRU cache of explicit memories in RAM (Memory³ §3.2: neighbouring chunks share references)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 
 class MemoryCache:
-    """A least-recently-used cache of memories as they are stored. Safe to use from several threads.
+    """Least-recently-used cache of memories in stored form. Safe to use from several threads.
 
     Attributes:
-      limit: most bytes of memories that it holds; 0 holds none.
-      hits, misses: memories that were looked up and were cached, or not.
-      bytes: of the memories in it.
+      limit: most bytes of memories in the cache; 0 = caches nothing.
+      hits, misses: look-ups of memories that were in the cache, and that were not.
+      bytes: current size of the cached memories.
     """
 
     def __init__(self, limit: int) -> None:
@@ -26,7 +26,7 @@ class MemoryCache:
         self._lock = threading.Lock()
 
     def find(self, names: Sequence[Hashable]) -> list[np.ndarray | None]:
-        """Looks memories up; None where one is not cached. The arrays are read-only."""
+        """Looks memories up; None for each that is not cached. Callers must not write to them."""
         with self._lock:
             memories = [self._kept.get(name) for name in names]
             for name, memory in zip(names, memories, strict=True):
@@ -37,7 +37,7 @@ class MemoryCache:
         return memories
 
     def keep(self, name: Hashable, memory: np.ndarray) -> None:
-        """Caches a memory, which nobody writes to any more; drops the least recently used ones."""
+        """Caches a memory, which must not change any more; evicts least recently used memories."""
         if memory.nbytes > self.limit:
             return
         with self._lock:
@@ -48,7 +48,7 @@ class MemoryCache:
                 self.bytes -= self._kept.popitem(last=False)[1].nbytes
 
     def report(self) -> dict[str, int]:
-        """Returns `cache_hits` and `cache_misses` since the start, `cache_bytes` now."""
+        """Returns `cache_hits` and `cache_misses` since the start and the current `cache_bytes`."""
         with self._lock:
             return {
                 "cache_hits": self.hits,

@@ -1,10 +1,10 @@
 """Training of the vector quantizer (`m3jax.memory.quantizer`).
 
-It takes the principal axes and deals them out to the parts, so that each has as much to
-store (the optimal rotation for a Gaussian, Ge et al. 2013), then k-means for each table, then
-rounds that fit rotation, coarse and fine entries to each other. A coarse entry is the mean of few
-vectors, and lies nearer to them than to vectors it has not seen: fine entries are fitted to what
-the mean of the *other* vectors of the entry would leave.
+First the principal axes are distributed over the parts so that the products of variances are
+balanced (the optimal rotation for a Gaussian, Ge et al. 2013); then k-means fits each table; then
+rounds of refinement fit rotation, coarse and fine entries to each other. A coarse entry is the mean
+of few training vectors and lies nearer to them than to unseen vectors, so fine entries are fitted
+to leave-one-out residuals: against the mean of the *other* vectors of the coarse entry.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from m3jax.memory.quantizer import (
 )
 
 COARSE_BITS, FINE_PARTS, FINE_BITS = 14, 8, 10  # of Memory³
-# Of k-means: vectors of the iterations before the last ones, for each entry and at least.
+# K-means: the sample of all but the last iterations has 10 vectors per entry, at least 2^16 (all
+# vectors if there are fewer); the last 5 iterations use all vectors.
 _SAMPLED_OF_ENTRY, _SAMPLED, _LAST = 10, 2**16, 5
 
 
@@ -47,16 +48,16 @@ def train(
     refinements: int = 6,
     progress: str | None = None,
 ) -> Codebook:
-    """Fits a quantizer.
+    """Fits the codebook of a vector quantizer.
 
     Args:
-      vectors: n training vectors, at least one for every entry of a codebook.
-      seed: of initial entries.
-      coarse_bits, fine_bits: the code's size: 2 · coarse_bits and 8 · fine_bits, each rounded up to
-        bytes.
-      iterations: rounds of k-means for each table; all but the last five of ten vectors an entry.
-      refinements: last rounds that fit rotation and both tables to each other.
-      progress: what the progress bar says; None shows none.
+      vectors: n training vectors, at least as many as the larger table has entries.
+      seed: seed of the sample and of the initial entries.
+      coarse_bits, fine_bits: bits of an index; a code takes 2 · coarse_bits and 8 · fine_bits, each
+        rounded up to whole bytes.
+      iterations: k-means iterations for each table; all but the last five run on a sample.
+      refinements: final rounds that fit rotation and both tables to each other.
+      progress: label of the progress bar; None = no bar.
 
     Raises:
       QuantizerError: too few vectors, numbers that are not finite, or a head dim that does not
@@ -99,13 +100,13 @@ def _check(x: Array, coarse_bits: int, fine_bits: int) -> None:
 
 
 def _numbers(nearest: Array, count: int) -> Array:
-    """Counts the vectors of each entry."""
+    """Counts the vectors that are nearest to each entry."""
     return jnp.zeros(count).at[nearest].add(1.0)
 
 
 @functools.partial(jax.jit, static_argnames="count")
 def _means(x: Array, nearest: Array, count: int) -> tuple[Array, Array]:
-    """Mean of the vectors of each entry, 0 where there are none; and how many there are."""
+    """Returns the mean (0 if there is none) and the number of the vectors of each entry."""
     numbers = _numbers(nearest, count)
     sums = jnp.zeros((count, x.shape[1])).at[nearest].add(x)
     return sums / jnp.maximum(numbers, 1.0)[:, None], numbers
@@ -113,10 +114,10 @@ def _means(x: Array, nearest: Array, count: int) -> tuple[Array, Array]:
 
 @jax.jit
 def _split_large(means: Array, numbers: Array) -> Array:
-    """Entries without vectors take a half of the largest ones."""
+    """Splits the entries with the most vectors in two, to replace entries without vectors."""
     order = jnp.argsort(-numbers)
     empty = numbers == 0
-    donor = order[jnp.cumsum(empty) - 1]  # the i-th empty one has the i-th largest
+    donor = order[jnp.cumsum(empty) - 1]  # the i-th empty entry splits the i-th largest
     apart = 1e-3
     moved = jnp.zeros_like(empty).at[jnp.where(empty, donor, len(numbers))].set(True, mode="drop")
     kept = means * jnp.where(moved, 1 - apart, 1.0)[:, None]
@@ -124,7 +125,7 @@ def _split_large(means: Array, numbers: Array) -> Array:
 
 
 def _kmeans(x: Array, key: Array, count: int, iterations: int, bar: tqdm) -> Array:
-    """Lloyd's algorithm: entries `(count, d)`. Most of the iterations take a sample of x."""
+    """Fits entries `(count, d)` by Lloyd's algorithm; all but the last iterations use a sample."""
     order = jax.random.permutation(key, len(x))
     sample = x[order[: max(_SAMPLED_OF_ENTRY * count, _SAMPLED)]]
     entries = sample[:count]
@@ -145,7 +146,10 @@ def _kmeans_of_parts(parts: Array, key: Array, count: int, iterations: int, bar:
 
 @jax.jit
 def _unseen_rest(x: Array, entries: Array) -> Array:
-    """Returns residuals of vectors, each against the mean of the other vectors of its entry."""
+    """Returns leave-one-out residuals: each vector minus the mean of its entry's other vectors.
+
+    A vector that is alone in its entry is compared with the second nearest entry.
+    """
     columns = comparable(entries)
     two = by_block(lambda block: nearest_few(with_one(block) @ columns, 2), x)
     numbers = _numbers(two[:, 0], len(entries))[two[:, :1]]
@@ -154,7 +158,7 @@ def _unseen_rest(x: Array, entries: Array) -> Array:
 
 
 def _balanced_axes(x: Array, parts: int) -> Array:
-    """Principal axes as a rotation; the product of variances is about the same in every part."""
+    """Returns the principal axes as a rotation, with balanced products of variances per part."""
     variances, axes = np.linalg.eigh(np.cov(np.asarray(x), rowvar=False))
     sizes = np.log(np.maximum(variances, 1e-9 * variances[-1] + 1e-30))
     room = len(axes) // parts
@@ -167,13 +171,13 @@ def _balanced_axes(x: Array, parts: int) -> Array:
 
 
 def _procrustes(x: Array, target: Array) -> Array:
-    """The orthonormal matrix A that brings A x nearest to the target."""
+    """Returns the orthonormal matrix A that minimizes ‖A x − target‖ (orthogonal Procrustes)."""
     u, _, vt = jnp.linalg.svd(target.T @ x, full_matrices=False)
     return u @ vt
 
 
 def _refined(codebook: Codebook, x: Array) -> Codebook:
-    """One round of fitting: codes of all vectors, then each table and the rotation by the rest."""
+    """Runs one refinement: encodes all vectors, then fits both tables and the rotation to them."""
     y = rotated(codebook, x)
     coarse_index, fine_index = indices_of(codebook, y, CANDIDATES)
 

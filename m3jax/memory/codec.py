@@ -1,7 +1,7 @@
-"""Codecs of keys and values in a bank: plain, int8, or the vector quantizer.
+"""Storage codecs of keys and values in a bank: plain, int8, or vector-quantized.
 
-A stored number of a memory is a code, bytes on the last axis in the place of the head dim. Codes
-cross to the device and are dequantized there, in the step (`Codec.dequantize` may be traced).
+A compressed key or value is a code: `width` bytes on the last axis instead of the head dim. Codes
+are copied to the device and dequantized there, in the step (`Codec.dequantize` can be traced).
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ _SCALE_BYTES = 2  # bfloat16
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """Heads that a bank has memories of, fewer than all (Memory³ §7).
+    """Selects the heads that a bank stores memories of, if not all (Memory³ §7).
 
-    Such a bank has an axis of the S chosen heads of all layers in the place of layers and heads:
-    stored memories are `(1, …, S, P, width)`. What reads them gets `(L, …, K, P, H)`, with zeros
-    for the heads without memories; attention does not see these
-    (`model.attention_mask.keys_of_heads`).
+    Such a bank has one axis of the S chosen heads of all layers instead of the layer and head axes:
+    stored memories are `(1, …, S, P, width)`. Readers get `(L, …, K, P, H)`, with zeros for heads
+    without memories, which attention masks out (`model.attention_mask.keys_of_heads`).
 
     Attributes:
-      layers: memory layers L.
-      kv_heads: key-value heads K of a layer.
-      chosen: layer · K + head of each, ascending; layers counted from the first memory layer.
+      layers: number L of memory layers.
+      kv_heads: number K of key-value heads of a layer.
+      chosen: layer · K + head of each chosen head, ascending; the first memory layer is layer 0.
     """
 
     layers: int
@@ -48,7 +47,7 @@ class Heads:
 
     @property
     def mask(self) -> Bool[np.ndarray, "L K"]:
-        """Mask of the chosen heads."""
+        """Returns True for each chosen head."""
         places = np.arange(self.layers * self.kv_heads)
         return np.isin(places, self.chosen).reshape(self.layers, self.kv_heads)
 
@@ -59,9 +58,9 @@ class Heads:
         return jnp.take(flat, np.array(self.chosen), axis=-3)
 
     def place(self, chosen: Array) -> Array:
-        """Puts them in their layers, `(1, …, S, P, H)` → `(L, …, K, P, H)`; others are zeros."""
+        """Scatters chosen heads, `(1, …, S, P, H)` → `(L, …, K, P, H)`; other heads are zeros."""
         *lead, S, P, H = chosen.shape
-        source = np.full(self.layers * self.kv_heads, S)  # behind the chosen ones: zeros
+        source = np.full(self.layers * self.kv_heads, S)  # index of the zeros appended below
         source[np.array(self.chosen)] = np.arange(S)
         padded = jnp.concatenate([chosen, jnp.zeros((*lead, 1, P, H), chosen.dtype)], axis=-3)[0]
         source_LK = source.reshape(self.layers, self.kv_heads)
@@ -69,13 +68,13 @@ class Heads:
 
 
 def heads_layout(config: ConfigDict) -> dict[str, Any]:
-    """Entries of a bank's layout on its heads; empty where it has all."""
+    """Returns the entry of a bank's layout that lists its heads; empty if it stores all heads."""
     chosen = memory_heads(config.model, config.memory)
     return {} if chosen is None else {"heads": format_heads(chosen)}
 
 
 def heads_of(layout: dict[str, Any]) -> Heads | None:
-    """Returns the heads that a bank with this layout has memories of; None: all."""
+    """Returns the heads that a bank with this layout stores memories of; None = all heads."""
     first, layers, kv_heads = (layout[name] for name in ("first_layer", "layers", "kv_heads"))
     chosen = parse_heads(layout.get("heads", ""), range(first, first + layers), kv_heads)
     if chosen is None:
@@ -86,15 +85,15 @@ def heads_of(layout: dict[str, Any]) -> Heads | None:
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-    """Way of storing the keys and values of a bank.
+    """Converts keys and values to and from the form in which a bank stores them.
 
     Attributes:
-      name: `none`, `int8` (a number a byte, and a scale a vector) or `vector` (14 bytes for a head
-        dim of 80).
-      head_dim: numbers of a key or value.
-      dtype: of dequantized memories; of stored ones, if the name is `none`.
-      codebooks: of keys and of values; None unless the name is `vector`.
-      heads: the stored heads; None: all.
+      name: `none`, `int8` (one byte per number and one scale per vector) or `vector` (14 bytes per
+        vector, with the default bits).
+      head_dim: head dim H of keys and values.
+      dtype: dtype of dequantized memories, and of stored memories if the name is `none`.
+      codebooks: codebooks of the keys and of the values; None unless the name is `vector`.
+      heads: the stored heads; None = all heads.
     """
 
     name: str
@@ -105,29 +104,31 @@ class Codec:
 
     @property
     def width(self) -> int:
-        """Number of stored items of a key or value."""
+        """Returns the length of a stored key or value, in items of `stored_dtype`."""
         if self.codebooks is not None:
             return self.codebooks[0].code_bytes
         return self.head_dim + (_SCALE_BYTES if self.name == INT8 else 0)
 
     @property
     def stored_dtype(self) -> str:
-        """Dtype of the stored items."""
+        """Returns the dtype of the stored array."""
         return self.dtype if self.name == NONE else "uint8"
 
     def item_shape(self, layers: int, kv_heads: int, kept: int) -> tuple[int, ...]:
-        """Returns the shape of the stored keys, or values, of a memory."""
+        """Returns the shape of one memory's stored keys, which is that of its values."""
         item = (layers, kv_heads) if self.heads is None else (1, len(self.heads.chosen))
         return (*item, kept, self.width)
 
     @property
     def plain(self) -> bool:
-        """True if keys and values are stored as they are."""
+        """Returns True if all heads are stored, without compression."""
         return self.name == NONE and self.heads is None
 
     def quantize(self, memories: Float[Array, "R 2 L K P H"]) -> Array:
-        """Returns keys and values as they are stored, `(R, 2, L, K, P, width)`; with `heads`
-        `(R, 2, 1, S, P, width)`."""
+        """Converts keys and values to stored form, `(R, 2, L, K, P, width)`.
+
+        With `heads` the result is `(R, 2, 1, S, P, width)`.
+        """
         if self.heads is not None:
             memories = self.heads.take(memories)
         if self.name == NONE:
@@ -143,8 +144,10 @@ class Codec:
         return jnp.stack([part.reshape(shape) for part in parts], axis=1)
 
     def dequantize(self, memory: ExplicitMemory) -> ExplicitMemory:
-        """Returns memories of stored ones: keys and values `(L, …, K, P, width)` → `(L, …, K, P,
-        H)`; with `heads` `(1, …, S, P, width)` → `(L, …, K, P, H)`."""
+        """Converts stored keys and values `(L, …, K, P, width)` back to `(L, …, K, P, H)`.
+
+        With `heads` the stored shape is `(1, …, S, P, width)`.
+        """
         if self.plain:
             return memory
         keys, values = (self._dequantize_part(part, memory[part]) for part in range(2))
@@ -169,16 +172,17 @@ def train_codec(
     coarse_bits: int,
     fine_bits: int,
 ) -> Codec:
-    """Fits the codec `vector` to the real slots of some memories.
+    """Fits the codebooks of the codec `vector` to the used slots of sample memories.
 
     Args:
-      memories: of uniformly sampled references.
-      lengths: real slots of each.
-      dtype: of the bank's memories.
+      memories: memories of uniformly sampled references.
+      lengths: number of used slots of each memory, (R,).
+      dtype: dtype of dequantized memories.
       coarse_bits, fine_bits: see `codebooks.train`.
 
     Raises:
-      QuantizerError: too few vectors, numbers that are not finite, a head dim that does not split.
+      QuantizerError: there are too few vectors, a number is not finite, or the head dim does not
+        split into the quantizer's parts.
     """
     head_dim = memories.shape[-1]
     real = np.arange(memories.shape[4]) < np.asarray(lengths)[:, None]
@@ -197,7 +201,7 @@ def train_codec(
 
 
 def same(codec: Codec, other: Codec) -> bool:
-    """Returns True if a bank of one codec can be read by the other."""
+    """Returns True if both codecs store memories in the same form, with equal codebooks."""
     if codec.codebooks is None or other.codebooks is None:
         return codec == other
     tables = zip(jax.tree.leaves(codec.codebooks), jax.tree.leaves(other.codebooks), strict=True)
@@ -208,7 +212,7 @@ def same(codec: Codec, other: Codec) -> bool:
 def to_bytes(codec: Codec, owner: str) -> bytes:
     """Serializes the codebooks of a codec `vector`, and their `Binding.owner`, as an `.npz` file.
 
-    The bytes are a function of codebooks and owner alone.
+    Equal codebooks and owners give equal bytes.
     """
     assert codec.codebooks is not None
     buffer = io.BytesIO()
@@ -222,7 +226,7 @@ def to_bytes(codec: Codec, owner: str) -> bytes:
 
 
 def from_bytes(data: bytes, dtype: str) -> tuple[Codec, str]:
-    """Reads the result of `to_bytes`; raises `QuantizerError` for other bytes."""
+    """Reads codec and owner from the bytes of `to_bytes`; raises `QuantizerError` if invalid."""
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as tables:
             books = [
@@ -237,9 +241,9 @@ def from_bytes(data: bytes, dtype: str) -> tuple[Codec, str]:
 
 
 def _to_int8(x: Float[Array, "*n H"]) -> UInt8[Array, "*n H+2"]:
-    """Quantizes to multiples of a bfloat16 scale, which is in the last two bytes."""
+    """Quantizes each vector to int8 multiples of a bfloat16 scale, stored in the last two bytes."""
     x = x.astype(jnp.float32)
-    # A little above the largest over 127, so that the scale may be rounded down.
+    # A little above max / 127, so that no number exceeds 127 if bfloat16 rounds the scale down.
     scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) * ((1 + 2.0**-8) / 127)
     scale = scale.astype(jnp.bfloat16)
     divisor = scale.astype(jnp.float32)

@@ -1,14 +1,14 @@
-"""Memories with their document's context: which references are encoded together (Memory³ §10).
+"""Memories with document context: packs references that are encoded together (Memory³ §10).
 
-A window is one document's references, one after the other. A reference attends to those before it,
-and its memory is the keys and values of its own tokens, at the positions that it would have alone.
-A document that is longer than a window is encoded in several: each but the first begins with the
-document's first reference, where subject and title stand, and goes on where the last one ended.
-What is kept of a reference is decided by its own tokens' queries, as for one that is encoded alone:
-a memory never depends on text behind it.
+A window is a run of consecutive references of one document. A reference attends to the references
+before it in its window; its memory is the keys and values of its own tokens, at the positions that
+they would have if it were encoded alone. A document that is longer than a window is split into
+several windows: each but the first begins with the document's first reference, which usually states
+subject and title, and continues where the previous window ended. The tokens that a memory keeps are
+selected by the queries of its own reference, so that a memory never depends on later text.
 
-Windows are packed into rows of slots, a reference a slot. The packing depends on the reference set
-alone, so that a build which was interrupted puts every reference into the slot it had.
+Windows are packed into rows of slots, one reference per slot. The packing depends on the reference
+set alone, so that an interrupted build puts every reference into the same slot when it resumes.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt64
 from ml_collections import ConfigDict
 
-# What a bank's layout means that does not state it: references encoded alone, all heads stored.
+# Defaults of entries that a layout may omit: references encoded alone, and all heads stored.
 UNSTATED = {"document_context_references": 1, "heads": ""}
 
-_BLOCK = 64  # rows into which windows are packed before the next rows are begun
+_BLOCK = 64  # rows that are filled together; a block is complete before the next begins
 
 
 def window_references(config: ConfigDict) -> int:
-    """References of a window: the slots of a row; 1 where each is encoded alone."""
+    """Returns the references per window, which is the slots per row; 1 = each is encoded alone."""
     if not config.writer.document_context:
         return 1
     return config.writer.document_context_tokens // config.memory.reference_length
 
 
 def layout_entries(config: ConfigDict) -> dict[str, Any]:
-    """Entries of a bank's layout on document context; empty where there is none."""
+    """Returns the entry of a bank's layout on document context; empty if there is none."""
     references = window_references(config)
     return {} if references == 1 else {"document_context_references": references}
 
 
 def writer_settings(layout: dict[str, Any]) -> dict[str, Any]:
-    """The `config.writer` fields with which references are encoded as in a bank of this layout."""
+    """Returns the `config.writer` fields with the document context of a bank of this layout."""
     references = {**UNSTATED, **layout}["document_context_references"]
     if references == 1:
         return {"document_context": False}
@@ -52,12 +52,12 @@ def writer_settings(layout: dict[str, Any]) -> dict[str, Any]:
 def identities(
     documents: Int[np.ndarray, " R"], hashes: UInt64[np.ndarray, " R"], slots: int
 ) -> UInt64[np.ndarray, " R"]:
-    """Hash of every reference's tokens and of those before it in its window.
+    """Hashes each reference's tokens together with those before it in its window.
 
     Args:
-      documents: number of every reference's document; a document's references are consecutive.
-      hashes: of every reference's own tokens; the result for one that has nothing before it.
-      slots: references of a window.
+      documents: document number of each reference; a document's references are consecutive.
+      hashes: hash of each reference's own tokens; the first reference of a window keeps it.
+      slots: references per window.
     """
     place, previous = _places(documents, slots)
     mixed = hashes.astype(np.uint64)
@@ -71,7 +71,7 @@ def identities(
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """A bijection of 64 bits in which every bit depends on every other (MurmurHash3's)."""
+    """Applies the 64-bit finalizer of MurmurHash3, a bijection that mixes all bits."""
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         x = (x ^ (x >> np.uint64(33))) * np.uint64(factor)
     return x ^ (x >> np.uint64(33))
@@ -80,7 +80,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 def _places(
     documents: Int[np.ndarray, " R"], slots: int
 ) -> tuple[Int[np.ndarray, " R"], Int[np.ndarray, " R"]]:
-    """Every reference's place in its window, and the reference before it there, −1 at place 0."""
+    """Returns each reference's place in its window and its predecessor there (−1 at place 0)."""
     ids = np.arange(len(documents))
     begins = np.flatnonzero(np.diff(documents, prepend=documents[:1] - 1))
     lead = np.repeat(begins, np.diff(begins, append=len(documents)))
@@ -92,25 +92,25 @@ def _places(
 
 
 class Row(NamedTuple):
-    """References that are encoded in one row, a slot each."""
+    """References that are encoded in one row, one per slot."""
 
     ids: Int[np.ndarray, " slots"]  # −1 in an empty slot
-    first: Int[np.ndarray, " slots"]  # slot in which the window of each begins
-    own: Bool[np.ndarray, " slots"]  # its memory is taken from here, and not only read
+    first: Int[np.ndarray, " slots"]  # slot at which the window of each slot begins
+    own: Bool[np.ndarray, " slots"]  # True if its memory is written, False if it is only context
 
 
 def packed_rows(
     documents: Int[np.ndarray, " R"], slots: int, requested: Bool[np.ndarray, " R"]
 ) -> Iterator[Row]:
-    """Yields rows that hold all windows of requested references, about in the order of the ids.
+    """Yields rows that hold all windows of requested references, roughly in the order of the ids.
 
     Args:
-      documents: number of every reference's document; a document's references are consecutive.
-      slots: references of a row, and of a window.
-      requested: references whose memories are encoded; rows without any are left out.
+      documents: document number of each reference; a document's references are consecutive.
+      slots: slots per row, which is the most references of a window.
+      requested: True for references whose memories are encoded; rows without any are left out.
     """
     rows: list[list[tuple[int, int, int]]] = []
-    spare: list[list[int]] = [[] for _ in range(slots + 1)]  # rows by the slots left in them
+    spare: list[list[int]] = [[] for _ in range(slots + 1)]  # row numbers by free slots
     for window in _windows(documents, slots):
         low, high, lead = window
         size = high - low + (lead >= 0)
@@ -129,7 +129,10 @@ def packed_rows(
 
 
 def _windows(documents: Int[np.ndarray, " R"], slots: int) -> Iterator[tuple[int, int, int]]:
-    """First and last-plus-one reference of every window, and the one kept before them, or −1."""
+    """Yields `low`, `high`, `lead` of each window: references low … high − 1, preceded by `lead`.
+
+    `lead` is the document's first reference, or −1 if the window itself begins with it.
+    """
     place, previous = _places(documents, slots)
     low = np.flatnonzero((place == 0) | (previous != np.arange(len(documents)) - 1))
     high = np.append(low[1:], len(documents))
@@ -157,11 +160,11 @@ def _rows_of(
 def in_order(
     ids: Int[np.ndarray, " n"], parts: Iterable[tuple[np.ndarray, np.ndarray]]
 ) -> Iterator[np.ndarray]:
-    """Yields memories in the order of `ids`, as soon as they and all before them are there.
+    """Yields memories in the order of `ids`, each as soon as all memories before it are there.
 
     Args:
       ids: requested references, ascending.
-      parts: ids and their memories, in an order close to that of `ids`.
+      parts: batches of ids and their memories, in an order close to that of `ids`.
     """
     ready: dict[int, np.ndarray] = {}
     remaining = collections.deque(ids.tolist())

@@ -1,4 +1,4 @@
-"""Encoding references for the bank: one jitted call at a fixed shape, batch after batch."""
+"""Encodes references to memories for the bank, in batches of one fixed shape."""
 
 from __future__ import annotations
 
@@ -33,45 +33,45 @@ from m3jax.model.transformer import Model
 
 @runtime_checkable
 class ReferenceTokens(Protocol):
-    """Interface of references that can be encoded."""
+    """Interface of a set of tokenized references that can be encoded."""
 
     @property
     def lengths(self) -> Int[np.ndarray, " R"]:
-        """Tokens of every reference."""
+        """Returns the number of tokens of each reference."""
 
     def documents(self) -> Int[np.ndarray, " R"]:
-        """Number of every reference's document, whose references are consecutive."""
+        """Returns the document number of each reference; a document's are consecutive."""
 
     def __len__(self) -> int: ...
 
     def tokens(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n W"]:
-        """Tokens, 0-padded, no prefix."""
+        """Returns the tokens of references, 0-padded, without the prefix."""
 
 
 @runtime_checkable
 class ReferenceSet(ReferenceTokens, Protocol):
-    """Interface of references that a bank is of; `text.references.References` is one."""
+    """Interface of a reference set that a bank can be written for; `References` implements it."""
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the whole set."""
+        """Returns a hash of the whole set."""
 
     @property
     def tokenizer_fingerprint(self) -> str:
-        """Fingerprint of the tokenizer that made them."""
+        """Returns the fingerprint of the tokenizer that made the tokens."""
 
     @property
     def record_hashes(self) -> UInt64[np.ndarray, " R"]:
-        """Hash of every reference's tokens."""
+        """Returns a hash of each reference's tokens."""
 
 
 def encode_program(config: ConfigDict, model: Model, codec: Codec) -> Any:
-    """Returns the jitted writer.
+    """Returns the jitted function that encodes a batch of references.
 
-    `(writer_params, tokens (R, W)) → stored (R, 2, L, K, P, width), length (R,), finite (R,)`
-    (stored as `codec.quantize` makes them);
-    with windows of a document `(writer_params, tokens (B, slots, W), first (B, slots)) → …`, where
-    R = B · slots and `first` is that of `Model.encode`.
+    `(writer_params, tokens (R, W)) → stored (R, 2, L, K, P, width), length (R,), finite (R,)`, in
+    the stored form of `codec.quantize`; `finite` is False for a memory with NaN or infinity. With
+    document context `(writer_params, tokens (B, slots, W), first (B, slots)) → …`, where R = B ·
+    slots and `first` is the argument `windows` of `Model.encode`.
     """
     keep, dtype = sparsifier(config.memory), jnp.dtype(config.memory.dtype)
 
@@ -81,7 +81,7 @@ def encode_program(config: ConfigDict, model: Model, codec: Codec) -> Any:
         memory, _ = model.encode(params, tokens.reshape(-1, tokens.shape[-1]), keep, first)
         memories = jnp.stack([jnp.moveaxis(x, 0, 1) for x in memory[:2]], axis=1).astype(dtype)
         finite = jnp.isfinite(memories).all(axis=range(1, memories.ndim))
-        if model.mesh is not None:  # a device has a part of the heads
+        if model.mesh is not None:  # each device has a part of the heads
             finite = model.parallel.sum(1 - finite.astype(jnp.int32), "tensor") == 0
         return codec.quantize(memories), memory.length, finite
 
@@ -99,7 +99,7 @@ def encode_program(config: ConfigDict, model: Model, codec: Codec) -> Any:
 
 
 def input_shapes(config: ConfigDict) -> list[tuple[int, ...]]:
-    """Returns the shapes of the inputs of `encode_program` besides the parameters."""
+    """Returns the shapes of the inputs of `encode_program` other than the parameters."""
     batch, width = config.writer.batch_references, config.memory.reference_length
     slots = window_references(config)
     if slots == 1:
@@ -109,18 +109,18 @@ def input_shapes(config: ConfigDict) -> list[tuple[int, ...]]:
 
 
 class _Batch(NamedTuple):
-    """References that one call encodes."""
+    """Inputs of one call of the encode program, and the references whose memories it makes."""
 
     ids: np.ndarray  # references whose memories are yielded
-    places: slice | np.ndarray  # of their memories in the result
+    places: slice | np.ndarray  # rows of their memories in the result
     inputs: list[np.ndarray]
 
 
 class Encoder:
-    """The jitted encode at one fixed shape, compiled once.
+    """Encodes references in batches of one fixed shape; compiles once, when it is made.
 
     Attributes:
-      seconds: spent in encoding, or in waiting for it.
+      seconds: time spent in calls of the compiled program and in waiting for their results.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Encoder:
         self.encode = encode_program(config, model, codec).lower(self.params, *inputs).compile()
 
     def batches(self, ids: Int[np.ndarray, " n"]) -> Iterator[np.ndarray]:
-        """Yields stored memories of ascending `ids`; the next batch is already being encoded."""
+        """Yields stored memories of ascending `ids` in batches, while the next batch is encoded."""
         if self.slots == 1:
             return (memories for _, memories in self._encoded(self._alone(ids)))
         return in_order(ids, self._encoded(self._in_windows(ids)))
@@ -203,7 +203,10 @@ class Encoder:
             yield _Batch(filled.ids[own], own, inputs)
 
     def collect(self, batch: _Batch, result: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Waits for a batch; checks that its memories are finite and as long as the bank states."""
+        """Waits for a batch and returns ids and memories.
+
+        Raises `BankError` if a memory is not finite or has another length than the bank records.
+        """
         waited = self._timed(jax.block_until_ready, result)
         ids = batch.ids
         memories, length, finite = (np.asarray(x)[batch.places] for x in waited)
@@ -224,7 +227,7 @@ class Encoder:
 
 
 def memory_hashes(config: ConfigDict, references: ReferenceSet) -> UInt64[np.ndarray, " R"]:
-    """Hashes all tokens that shape each memory: the reference's and those it attends to."""
+    """Hashes all tokens that each memory depends on: the reference's and its document context."""
     slots = window_references(config)
     if slots == 1:
         return references.record_hashes
@@ -232,7 +235,10 @@ def memory_hashes(config: ConfigDict, references: ReferenceSet) -> UInt64[np.nda
 
 
 def memory_lengths(config: ConfigDict, references: ReferenceTokens) -> np.ndarray:
-    """Returns the lengths of the memories; raises where there is nothing to write or too much."""
+    """Returns the number of used slots of each memory, (R,).
+
+    Raises `BankError` if there are no references, none has tokens, or one is too long.
+    """
     if not len(references):
         raise BankError("the reference set is empty: there is nothing to write; add documents")
     tokens = np.asarray(references.lengths)
