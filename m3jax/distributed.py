@@ -1,7 +1,7 @@
-"""Several processes as one run: they meet, agree, watch one another, and end together.
+"""Runs several processes as one: they connect, compare their configs, and end together.
 
-JAX connects the processes and watches their heartbeats, but ends a process by `abort` when the
-others do not come or one of them is gone. Here every such end has a bound, and words that say what
+JAX connects the processes and monitors their heartbeats, but aborts a process when others do not
+connect or one of them dies. Here every such wait is bounded, and ends with a message that says what
 is missing and what to do.
 """
 
@@ -32,27 +32,28 @@ Result = TypeVar("Result")
 
 @contextlib.contextmanager
 def joined(processes: Processes | None, config: ConfigDict, report: Report) -> Iterator[None]:
-    """Makes this process one of several while the block runs; ends them together.
+    """Connects this process with the others of a run while the block runs; ends all together.
 
-    Nothing may have used a device before. A block that ends normally, or by `SystemExit` with code
-    0, waits until it has ended everywhere. If it fails, this process tells the others why and ends,
-    and they end with `PROCESS_LOST`; so they do when a process dies without a word.
+    No device may have been used before. When the block ends normally, or by `SystemExit` with code
+    0, this process waits until it has ended on all processes. When it fails, this process sends its
+    error to the others and ends, and they end with exit code `PROCESS_LOST`, as they also do when a
+    process dies without an error.
 
     Args:
-      processes: how to find the others; None runs the block in this process alone.
+      processes: addresses of the processes; None runs the block in this process alone.
       config: must be the same on all processes.
       report: shows an error and returns the exit code.
 
     Raises:
-      ProcessError: the others do not answer in time, the port is taken, or they have another
-        config or version. What happens later ends the process.
+      ProcessError: no cluster is detected, the others do not answer in time, the port is taken, or
+        another process has another config or version. Later failures end the process instead.
     """
     if processes is None:
         yield
         return
     end = time.monotonic() + processes.join_timeout
     processes = _detected(processes)
-    # What would make JAX crash is tried before; what makes it abort is explained by last words.
+    # Errors that would crash JAX are checked before; its aborts are explained by `last_words`.
     if processes.index == 0:
         _check_port(processes)
     else:
@@ -73,12 +74,12 @@ def joined(processes: Processes | None, config: ConfigDict, report: Report) -> I
 
 
 def meet(name: str) -> None:
-    """Returns when all processes have called this; uses no device.
+    """Waits until all processes have called it (a barrier); uses no device.
 
-    Before a first collective, because those of CPUs give up when a process comes 30 s late.
+    Needed before a first collective: collectives on CPUs fail when a process is 30 s late.
 
     Args:
-      name: the same on all processes; all of them meet in the same order.
+      name: the same on all processes, which must call `meet` in the same order.
     """
     client = coordination_client()
     if client is not None and jax.process_count() > 1:
@@ -86,11 +87,11 @@ def meet(name: str) -> None:
 
 
 def first_alone(work: Callable[[], Result], seen: Callable[[], object]) -> Result:
-    """Calls `work` in process 0, then in the others, which find done what needs doing once.
+    """Calls `work` in process 0, then in the others, which reuse the files that process 0 made.
 
     Args:
-      work: the same on all processes. Nobody goes on before all have done it.
-      seen: called by the others before; raises where they do not see what process 0 did.
+      work: called by every process; each waits until all have finished it. Its result is returned.
+      seen: called before `work` by all but process 0; raises if the files are not visible there.
     """
     if jax.process_index() == 0:
         result = work()
@@ -104,14 +105,14 @@ def first_alone(work: Callable[[], Result], seen: Callable[[], object]) -> Resul
 
 
 def _leave(watch: Watch) -> None:
-    """Waits for the others, which may still write, and disconnects."""
+    """Waits for the other processes, which may still write files, and disconnects."""
     watch.wait_for_all()
     watch.close()
     jax.distributed.shutdown()
 
 
 def _detected(processes: Processes) -> Processes:
-    """Fills in the addresses that the cluster knows."""
+    """Fills in the addresses from the cluster's environment, unless flags state them."""
     if processes.coordinator:
         return processes
     try:
@@ -130,7 +131,7 @@ def _detected(processes: Processes) -> Processes:
 
 
 def _connect(processes: Processes, end: float, last_words: LastWords) -> None:
-    """JAX's connection of all processes."""
+    """Connects all processes by `jax.distributed`, until the time `end` at the latest."""
     address, index, timeout = processes.coordinator, processes.index, processes.join_timeout
     last_words.speak = lambda: (
         f"process {index} of {processes.count}: {address} answers, but not all processes met there"
@@ -142,19 +143,19 @@ def _connect(processes: Processes, end: float, last_words: LastWords) -> None:
         processes.count,
         index,
         local_device_ids=processes.devices,
-        cluster_detection_method="deactivate",  # it was asked before
+        cluster_detection_method="deactivate",  # `_detected` has done it
         initialization_timeout=max(1, round(end - time.monotonic())),
         heartbeat_timeout_seconds=processes.heartbeat_timeout,
     )
 
 
 def _check_port(processes: Processes) -> None:
-    """Refuses a port that cannot be opened."""
+    """Raises `ProcessError` if process 0 cannot listen at its port."""
     address = processes.coordinator
     _, port = address_of(address)
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     with socket.socket(family) as probe:
-        # The rest of a connection of an earlier run does not count; a listener does.
+        # Closed connections of an earlier run (TIME_WAIT) do not count; a listener does.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
@@ -167,7 +168,7 @@ def _check_port(processes: Processes) -> None:
 
 
 def _wait_for_port(processes: Processes, end: float) -> None:
-    """Waits until process 0 listens."""
+    """Waits until process 0 listens; raises `ProcessError` if it does not before `end`."""
     host, port = address_of(processes.coordinator)
     while True:
         try:
@@ -186,7 +187,7 @@ def _wait_for_port(processes: Processes, end: float) -> None:
 
 
 def _agree(processes: Processes, config: ConfigDict) -> None:
-    """Refuses another version or config than that of process 0, on all processes alike."""
+    """Raises `ProcessError`, on all processes, if any has another version or config than 0."""
     fields = {f"config.{path}": value for path, value in flatten(config).items()}
     facts = {"m3jax": m3jax.__version__, "jax": jax.__version__, **fields}
     client = coordination_client()

@@ -1,4 +1,4 @@
-"""Watches the processes of a run: heartbeats, failures by name, and an end with a message."""
+"""Monitors the processes of a run: heartbeats, reported failures, and an exit with a message."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from m3jax.errors import ProcessError
 from m3jax.private_apis import coordination_client
 
 PROCESS_LOST = 3  # exit code of a process whose run lost another process
-ROOT = "m3jax"  # of our keys in the store of JAX's coordination service
+ROOT = "m3jax"  # prefix of keys in the store of JAX's coordination service
 LONGEST_WAIT = 3600  # seconds that the first process at a meeting waits for the last
-_MARGIN = 5.0  # seconds that a failed process stays, so that the others can read why
+_MARGIN = 5.0  # seconds that a failed process stays alive, so that others can read its error
 _AGAIN = "The same command, on all processes, continues from what was saved"
 
 Report = Callable[[BaseException], int]
 
 
 def address_of(coordinator: str) -> tuple[str, int]:
-    """Host and port of `HOST:PORT`; raises `ProcessError`."""
+    """Parses `HOST:PORT`; raises `ProcessError` if it is malformed."""
     host, _, port = coordinator.rpartition(":")
     if not (host and port.isdecimal() and 0 < int(port) < 65536):
         raise ProcessError(
@@ -39,9 +39,9 @@ def address_of(coordinator: str) -> tuple[str, int]:
 
 
 class Watch:
-    """Says every few seconds that this process lives, and hears of others that failed.
+    """Sends heartbeats of this process, and ends it when another process reports a failure.
 
-    JAX's own heartbeats decide whether a process is dead; those here tell which one it was.
+    JAX's own heartbeats decide that a process is dead; the heartbeats here identify the process.
     """
 
     def __init__(self, processes: Processes):
@@ -56,7 +56,9 @@ class Watch:
     def _run(self) -> None:
         client, beat = coordination_client(), 0
         while True:
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # JAX ends what has no service
+            with contextlib.suppress(
+                jax.errors.JaxRuntimeError
+            ):  # JAX ends a process without the service
                 client.key_value_set(f"{ROOT}/beat/{self.me}", str(beat), allow_overwrite=True)
                 beat += 1
                 for index, text in self._read("beat").items():
@@ -89,7 +91,7 @@ class Watch:
             )
 
     def fail(self, error: BaseException, report: Report) -> None:
-        """Tells the others why this process ends, and ends it."""
+        """Shows an error by `report`, sends it to the other processes, and ends this one."""
         if isinstance(error, jax.errors.JaxRuntimeError):
             self._wait_for_cause()
         self._stop.set()
@@ -107,9 +109,10 @@ class Watch:
         os._exit(code)
 
     def _wait_for_cause(self) -> None:
-        """Returns when the others live; else JAX, or `_run`, ends this process and names the cause.
+        """Waits until a new heartbeat of every process has come.
 
-        An error of the runtime may be the echo of another process's death: collectives break first.
+        If one is dead, JAX or `_run` ends this process meanwhile and names it: an error of the
+        runtime may be a consequence of that death, because collectives break first.
         """
         start = time.monotonic()
         while time.monotonic() < start + self.processes.heartbeat_timeout + _MARGIN:
@@ -119,14 +122,14 @@ class Watch:
                 return
 
     def last_words(self) -> str | None:
-        """Names the missing processes when JAX ends this one; None if none is missing."""
+        """Returns a message that names dead processes when JAX aborts this one; None if none is."""
         address, timeout = self.processes.coordinator, self.processes.heartbeat_timeout
-        # JAX hears of a process every half of the timeout: a dead one has been silent for nearly as
-        # long when its time is up, a living one was heard of in the last two intervals.
+        # JAX checks heartbeats every half timeout. When it gives up, a dead process has been silent
+        # for nearly that long; a live one has sent a heartbeat in the last two intervals.
         limit = time.monotonic() - timeout / 4
         beats = sorted(self._beats.items())
         silent = [index for index, (_, when) in beats if when < limit]
-        # All others are heard of through process 0.
+        # Heartbeats of all other processes come through process 0.
         if self.me != 0 and (0 in silent or not _answers(address)):
             return (
                 f"{self.name}: process 0, at {address}, is gone: it died, or its host or network"
@@ -141,7 +144,7 @@ class Watch:
         )
 
     def wait_for_all(self) -> None:
-        """Returns when all processes are here; `_run` or JAX ends the wait when one dies."""
+        """Waits until all processes have called it; `_run` or JAX ends this one if another dies."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             coordination_client().wait_at_barrier(f"{ROOT}/end", 1000 * LONGEST_WAIT)
 
@@ -159,15 +162,15 @@ def _answers(address: str) -> bool:
 
 
 class LastWords:
-    """Explains an `abort` of JAX and turns it into an exit code.
+    """Handles SIGABRT: prints why JAX aborts this process and exits with `PROCESS_LOST` instead.
 
     Attributes:
-      speak: returns what to say, or None when the abort has another cause: then it goes on.
+      speak: returns the message, or None if the abort has another cause and must proceed.
     """
 
     def __init__(self) -> None:
         self.speak: Callable[[], str | None] = lambda: None
-        # Not `signal.signal`: its handlers wait for the main thread, which an abort does not.
+        # Not `signal.signal`: its handlers run in the main thread, for which abort does not wait.
         self._signal = ctypes.CDLL(None).signal
         self._signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
         self._signal.restype = ctypes.c_void_p
@@ -190,7 +193,7 @@ class LastWords:
 
 
 def _say(text: str) -> None:
-    """Past Python's buffers, which nobody may empty any more."""
+    """Writes an error to stderr directly: Python's buffers may never be flushed again."""
     os.write(2, f"\nProcessError: {text}\n".encode())
 
 
@@ -203,13 +206,13 @@ class Processes:
     """Addresses of the processes of a run.
 
     Attributes:
-      coordinator: `HOST:PORT` of process 0, where it listens; "": the cluster (TPU pod, Slurm, Open
-        MPI, Kubernetes) is asked for this, and for what follows.
+      coordinator: `HOST:PORT` at which process 0 listens; "": the cluster (TPU pod, Slurm, Open
+        MPI, Kubernetes) states it, and `count`, `index` and `devices`.
       count: number of processes.
       index: number of this process, from 0.
-      join_timeout: seconds to wait for the others at the start.
+      join_timeout: seconds to wait for the other processes at the start.
       heartbeat_timeout: seconds without a sign of life after which a process counts as dead.
-      devices: numbers of the local devices that this process uses; None: all, or the cluster's.
+      devices: numbers of the local devices that this process uses; None uses all of them.
     """
 
     coordinator: str = ""
@@ -230,10 +233,10 @@ class Processes:
         join_timeout: int,
         heartbeat_timeout: int,
     ) -> Processes | None:
-        """Reads the flags of a launch script; None for a process on its own.
+        """Makes the addresses from the flags of a launch script; None for a single process.
 
         Raises:
-          ProcessError: flags that do not go together; names them.
+          ProcessError: flags contradict each other, are missing or out of range; names them.
         """
         timeouts = join_timeout, heartbeat_timeout
         flags = {"coordinator": coordinator, "processes": processes, "process_id": process_id}

@@ -1,7 +1,7 @@
 """The config of a run: an `ml_collections.ConfigDict` of the fields in `m3jax.config.fields`.
 
-A file in `configs/` calls `default()`, changes fields and returns the result; `validate` refuses
-what cannot work before anything is allocated.
+A file in `configs/` calls `default()`, changes fields and returns the result; `validate` refuses a
+config that cannot work before anything is allocated.
 """
 
 from __future__ import annotations
@@ -65,9 +65,10 @@ def parse_options(text: str, **accepted: Any) -> dict[str, Any]:
 
 
 def use_alignment_settings(config: ConfigDict) -> None:
-    """Sets the fields of SFT and DPO that Memory³ §7 states, by `config.stage`, sft or dpo.
+    """Sets the fields of `config.stage`, sft or dpo, to the values that Memory³ §7 states.
 
-    Of DPO the paper gives no more than peak and β; its batch, rise, decay and one epoch are ours.
+    For DPO the paper states only the peak learning rate and β; batch size, warmup, weight decay and
+    the single epoch are choices made here.
     """
     sft = config.stage == "sft"
     config.data.update(packing="chats" if sft else "pairs", batch_size=512)
@@ -78,7 +79,10 @@ def use_alignment_settings(config: ConfigDict) -> None:
 
 
 def with_epochs(config: ConfigDict, rows: int) -> ConfigDict:
-    """Returns the config with the steps, and warmup steps, of `train.epochs` passes over `rows`."""
+    """Returns the config with steps and warmup steps for `train.epochs` passes over `rows` rows.
+
+    Without `train.epochs` it is returned unchanged. Raises `ConfigError` if the result is invalid.
+    """
     if not config.train.epochs:
         return config
     resolved = ConfigDict(config.to_dict())
@@ -90,7 +94,7 @@ def with_epochs(config: ConfigDict, rows: int) -> ConfigDict:
 
 
 def prefix_tokens(config: ConfigDict) -> tuple[int, ...]:
-    """Returns the constant prefix of this stage's rows; references always have `PREFIX_TOKENS`."""
+    """Returns the prefix of the stage's rows, or (); references always have `PREFIX_TOKENS`."""
     begins = config.model.prefix == "always" or config.memory.source != "none"
     return PREFIX_TOKENS if begins else ()
 

@@ -15,11 +15,11 @@ from m3jax.errors import ConfigError
 # Values of memory.source with which references are encoded in the step.
 IN_STEP = ("online", "stop_gradient")
 
-# Values of data.packing with several texts in a row that do not see each other.
+# Values of data.packing with several texts in a row that do not attend to each other.
 PACKED = ("chats", "pairs")
 
 
-Unfit = Iterator[tuple[str, str]]  # a field that does not fit others, and the remedy
+Unfit = Iterator[tuple[str, str]]  # pairs of a field that does not fit others and the remedy
 
 
 def _shape(c: ConfigDict) -> Unfit:
@@ -64,7 +64,7 @@ def _shape(c: ConfigDict) -> Unfit:
 
 
 def _search(c: ConfigDict) -> Unfit:
-    """Checks which references are searched, and how."""
+    """Checks retrieval: stored ids, candidates, embedder and reranking."""
     retrieval, embedder = c.retrieval, f"it is {c.retrieval.embedder!r}"
     if c.knowledge.enabled and retrieval.ids == "stored":
         yield (
@@ -137,7 +137,7 @@ def _training(c: ConfigDict) -> Unfit:
 
 
 def _refresh(c: ConfigDict) -> Unfit:
-    """Checks that a run can rewrite its bank: a checkpoint that stays writes."""
+    """Checks that a run can refresh its bank, with a checkpoint that is kept afterwards."""
     if c.train.refresh_every == 0:
         return
     if c.memory.source != "precomputed":
@@ -159,7 +159,7 @@ def _refresh(c: ConfigDict) -> Unfit:
 
 
 def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-    """Returns values by path, `section.field`."""
+    """Returns the values of a config by path, `section.field`."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         nested = isinstance(value, (ConfigDict, Mapping))
@@ -168,7 +168,7 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def validate(config: ConfigDict) -> ConfigDict:
-    """Returns the config, or raises `ConfigError` naming the field, its value and the remedy."""
+    """Returns the config if it is valid; else raises `ConfigError` with field, value and remedy."""
     flat = flatten(config)
     for path in flat:
         if path in RENAMED:

@@ -1,8 +1,8 @@
 """All configuration fields, each declared once: default, meaning with unit, accepted values.
 
 Paths are never part of a config: they are flags of the launch scripts. The exceptions are
-`retrieval.encoder` and `retrieval.checkpoint`, which choose what to compute as
-`retrieval.embedder` does.
+`retrieval.encoder` and `retrieval.checkpoint`, which, like `retrieval.embedder`, choose how texts
+are embedded.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ TEXT: Fields = {
         "[0, 1000000000]",
     ),
 }
-# Rules of Memory³ §7; a word is a run of signs without white space, or one sign of Chinese or
-# Japanese.
+# Rules of Memory³ §7; a word is a run of characters without white space, or one Chinese or Japanese
+# character.
 CLEAN: Fields = {
     "enabled": (False, "repair, filter and deduplicate documents; needs the extra `clean`", None),
     "unreadable_share": (
@@ -193,7 +193,7 @@ CLEAN: Fields = {
     "shingle_words": (5, "neighbouring words that are compared as one item", "[1, 64]"),
     "permutations": (128, "MinHash values of a document", "[16, 4096]"),
 }
-# Which references of the knowledge base are kept; words as of `clean`.
+# Filters of the knowledge base's references; words are counted as in `clean`.
 KNOWLEDGE: Fields = {
     "enabled": (False, "filter references before embedding; may need the extra `clean`", None),
     "words_min": (8, "fewest words of a reference; 0 = any", "[0, inf)"),
@@ -413,7 +413,7 @@ MESH: Fields = {
     "fsdp": (-1, "devices over which parameters are sharded; -1 = all that are left", "[-1, inf)"),
     "tensor": (1, "devices over which heads and MLP width are split", "[1, inf)"),
 }
-# Heading and fields of every section; "" holds the fields of no section.
+# Heading and fields of every section; "" holds the fields outside all sections.
 SECTIONS = {
     "": ("Run", RUN),
     "model": ("model: shape and attention", MODEL),
@@ -438,7 +438,7 @@ FIELDS: Fields = {
     for name, field in fields.items()
 }
 
-# Names of fields before the first release, and what they are called now.
+# Field names from before the first release → present names.
 RENAMED = {
     "data.row_length": "data.sequence_length",
     "data.batch_rows": "data.batch_size",

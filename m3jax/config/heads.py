@@ -10,26 +10,34 @@ from m3jax.errors import ConfigError
 
 
 def memory_heads(model: ConfigDict, memory: ConfigDict) -> tuple[tuple[int, int], ...] | None:
-    """Returns layer and key-value head of the memory heads, ascending; None: all in memory layers.
+    """Returns the (layer, key-value head) pairs of the memory heads, ascending.
+
+    None stands for all key-value heads of the memory layers.
 
     Args:
       model, memory: sections of a config.
 
     Raises:
-      ConfigError: `memory.heads` names others, or is no list of heads.
+      ConfigError: `memory.heads` is malformed, or names a head outside the memory layers.
     """
     layers = range(memory.first_layer, memory.first_layer + memory.layers)
     return parse_heads(memory.heads, layers, model.kv_heads)
 
 
 def stored_heads(model: ConfigDict, memory: ConfigDict) -> int:
-    """Counts the key-value heads, over all layers, that have memories."""
+    """Counts the memory heads over all layers."""
     chosen = memory_heads(model, memory)
     return memory.layers * model.kv_heads if chosen is None else len(chosen)
 
 
 def parse_heads(text: str, layers: range, kv_heads: int) -> tuple[tuple[int, int], ...] | None:
-    """Parses `memory.heads` for the heads in some layers; the inverse of `format_heads`."""
+    """Parses `memory.heads`, such as "4:0+2,5", into (layer, key-value head) pairs, ascending.
+
+    Returns None if it is empty or names all heads of `layers`. The inverse of `format_heads`.
+
+    Raises:
+      ConfigError: the text is malformed, or names a head that is not in `layers`.
+    """
     parsed = set()
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         name, colon, heads = part.partition(":")
@@ -46,7 +54,7 @@ def parse_heads(text: str, layers: range, kv_heads: int) -> tuple[tuple[int, int
 
 
 def format_heads(pairs: Iterable[tuple[int, int]]) -> str:
-    """Writes layers and key-value heads as `memory.heads` takes them."""
+    """Formats (layer, key-value head) pairs as a value of `memory.heads`."""
     ordered = sorted(set(pairs))
     layers = {layer: [str(h) for at, h in ordered if at == layer] for layer, _ in ordered}
     return ",".join(f"{layer}:{'+'.join(heads)}" for layer, heads in layers.items())

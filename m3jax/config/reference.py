@@ -1,4 +1,4 @@
-"""Reference of all config fields: the text of --config_help, and the page docs/config.md.
+"""Documents all config fields: the text of --config_help, and the page docs/config.md.
 
 python -m m3jax.config.reference > docs/config.md
 """
@@ -21,7 +21,7 @@ there with `--config_help` or `--config_help=SECTION`. In intervals `[` and `]` 
 
 
 def describe(section: str = "") -> str:
-    """Describes all fields of a section, or of all: default, accepted values, meaning with unit.
+    """Describes the fields of a section ("": all): default, accepted values, meaning with unit.
 
     Raises:
       ConfigError: there is no such section.
@@ -43,7 +43,7 @@ def describe(section: str = "") -> str:
 
 
 def markdown() -> str:
-    """Returns the page: one table a section with default, accepted values and meaning."""
+    """Returns docs/config.md: one table per section with default, accepted values and meaning."""
     lines = [_HEAD.rstrip()]
     for section, (title, fields) in SECTIONS.items():
         lines += ["", f"## {title}", "", "| field | default | accepted | meaning |"]
@@ -60,7 +60,7 @@ def markdown() -> str:
 
 
 def _accepted(default: Any, accepted: Any) -> Any:
-    """Returns the choices, the interval, or None for any text."""
+    """Returns a field's choices as a tuple, its interval as a string, or None for any text."""
     return (False, True) if isinstance(default, bool) else accepted
 
 
