@@ -1,6 +1,7 @@
-"""One transformer layer: its block (projections, norms, MLP) and its pass over all streams.
+"""Transformer layer: its block (projections, norms, MLP) and its application to all streams.
 
-References, context and prefix of a pass lie one after another in a long row.
+The streams of a forward pass are the references, the context and the prefix. Their tokens are
+concatenated to one long row `(1, N, D)`, so that each matrix product covers all of them.
 """
 
 from __future__ import annotations
@@ -26,23 +27,27 @@ from m3jax.model.windowed_attention import attend_in_windows
 def rms_norm(
     x: Float[Array, "*batch D"], scale: Float[Array, D], epsilon: float
 ) -> Float[Array, "*batch D"]:
-    """RMSNorm in float32, result in the dtype of `x`."""
+    """Computes RMSNorm in float32; the result has the dtype of `x`."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
     return (x32 * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
 def _product(x: Array, matrix: Array) -> Array:
-    """`x @ matrix` over the last axis; with B and T apart its gradient is twice as slow on CPUs."""
+    """Computes `x @ matrix` with the leading axes of `x` flattened, which makes the gradient twice
+    as fast on CPUs."""
     flat = x.reshape(-1, x.shape[-1]) @ matrix.astype(x.dtype)
     return flat.reshape(*x.shape[:-1], matrix.shape[-1])
 
 
 class Block(nnx.Module):
-    """Pre-norm block: grouped-query attention and a gated MLP, no biases unless configured."""
+    """Pre-norm block: grouped-query attention and a SiLU-gated MLP.
+
+    Biases on query, key and value, and norms of queries and keys, are optional.
+    """
 
     def __init__(self, model: ConfigDict, rngs: nnx.Rngs, parallel: Parallel | None = None):
-        """Draws the parameters of one layer; `model` is the section `model` of a config."""
+        """Draws the initial parameters; `model` is the section `model` of a config."""
         D, F, K, H = model.hidden, model.mlp_width, model.kv_heads, model.head_dim
         G = model.query_heads // K
         dtype = jnp.dtype(model.param_dtype)
@@ -69,7 +74,7 @@ class Block(nnx.Module):
             self.query_bias = constant(0, (K, G, H), ("kv_heads", "group", "head_dim"))
             self.key_bias = constant(0, (K, H), ("kv_heads", "head_dim"))
             self.value_bias = constant(0, (K, H), ("kv_heads", "head_dim"))
-        if model.qk_norm:  # a scale for all heads
+        if model.qk_norm:  # all heads share the scale
             self.query_norm = constant(1, (H,), ("norm",))
             self.key_norm = constant(1, (H,), ("norm",))
         self.mlp_norm = constant(1, (D,), ("norm",))
@@ -81,10 +86,10 @@ class Block(nnx.Module):
         self.parallel = parallel or Parallel()
 
     def qkv(self, hidden: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
-        """Queries `(B, T, K, G, H)`, keys and values `(B, T, K, H)`, before RoPE.
+        """Returns queries `(B, T, K, G, H)`, keys and values `(B, T, K, H)`, all before RoPE.
 
-        With `model.qk_norm` queries and keys are normed here, so that whatever reads, chooses or
-        stores keys has normed ones.
+        With `model.qk_norm` queries and keys are normed, so that attention, the selection of tokens
+        to keep, and the bank all use normed keys.
         """
         x = self.parallel.enter(rms_norm(hidden, self.attention_norm[...], self.epsilon))
         q = jnp.einsum("BTD,DKGH->BTKGH", x, self.query[...].astype(x.dtype))
@@ -94,7 +99,7 @@ class Block(nnx.Module):
             q = q + self.query_bias[...].astype(x.dtype)[None, None]
             k = k + self.key_bias[...].astype(x.dtype)[None, None]
             v = v + self.value_bias[...].astype(x.dtype)[None, None]
-        if self.normed:  # over `tensor` each device has some heads, but all share the scales
+        if self.normed:  # heads are split over `tensor`, but share the scales
             q = rms_norm(q, self.parallel.enter(self.query_norm[...]), self.epsilon)
             k = rms_norm(k, self.parallel.enter(self.key_norm[...]), self.epsilon)
         return q, k, v
@@ -102,7 +107,7 @@ class Block(nnx.Module):
     def rest(
         self, hidden: Float[Array, "B T D"], attended: Float[Array, "B T K G H"]
     ) -> Float[Array, "B T D"]:
-        """Output projection and MLP, each added to the residual stream."""
+        """Applies output projection and MLP, and adds each to the residual stream."""
         dtype = hidden.dtype
         projected = jnp.einsum("BTKGH,KGHD->BTD", attended, self.output[...].astype(dtype))
         hidden = hidden + self.parallel.leave(projected)
@@ -113,11 +118,11 @@ class Block(nnx.Module):
 
 
 class Streams(NamedTuple):
-    """Rows and tokens of each stream; (0, 0) where there is none.
+    """Number of rows, and of tokens per row, of each stream; (0, 0) for an absent stream.
 
-    In the long row they follow one another in this order: what ends earlier, references, comes
-    first, and the odd few tokens of the prefix last, so that the others start at multiples of
-    their row length.
+    The long row holds the streams in the order of the fields. References come first because they
+    leave the row after the last memory layer; the prefix comes last because its few tokens would
+    shift the other streams from multiples of their row length.
     """
 
     references: tuple[int, int] = (0, 0)  # (R, W)
@@ -137,13 +142,14 @@ class Streams(NamedTuple):
 
 
 def join(parts: Sequence[Array | None]) -> Array:
-    """Returns the long row of streams, the inverse of `Streams.split`."""
+    """Concatenates streams to a long row, the inverse of `Streams.split`; skips None."""
     rows = [part.reshape(1, -1, *part.shape[2:]) for part in parts if part is not None]
     return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
 
 
 class Heads(NamedTuple):
-    """Queries and keys after RoPE, values, and queries and keys before it, of one stream."""
+    """Queries `q`, keys `k` (after RoPE) and values `v` of one stream, and queries and keys before
+    RoPE (`plain_q`, `plain_k`)."""
 
     q: Array
     k: Array
@@ -154,23 +160,24 @@ class Heads(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """Applies a block to all streams; holds what every layer of a pass shares.
+    """Applies a block to all streams, with the options that all layers of a forward pass share.
 
     Attributes:
-      streams: rows and tokens of the long row.
-      attention: `implementation`, `block` and `kv_block` of `attend`.
-      prefix: tokens of the constant prefix.
-      reference_length: positions between prefix and context.
+      streams: rows and tokens of each stream in the long row.
+      attention: keyword arguments `implementation`, `block` and `kv_block` of `attend`.
+      prefix: number of tokens of the constant prefix.
+      reference_length: number of RoPE positions between prefix and context.
       chunk_length: tokens Q of a chunk.
       rope_base: base of the rotary embedding.
-      window: chunks whose memories a query reads.
-      observe: return the attention on memories.
-      sparsify: chooses what a reference keeps, in layers that write memories.
-      usable_RW: which tokens of the references are real.
-      lead: (B, C, M), where the context reads the references; None: it does not.
-      windows: slots `(B, slots)` from which on each reference attends to others, see
-        `attend_in_windows`; None: to itself alone.
-      packing: several texts in a row of the context; None: one.
+      window: number of chunks whose memories a query reads.
+      observe: whether memory layers return the attention weights on memories.
+      sparsify: function that selects the tokens that a memory keeps (`memory.sparsify`), used in
+        memory layers; needed if there are references.
+      usable_RW: mask of reference tokens that are not padding.
+      lead: the axes (B, C, M) of the references, if the context reads their memories in this pass.
+      windows: `(B, slots)`, first slot of each reference's window, as `first` of
+        `attend_in_windows`; None if every reference is encoded alone.
+      packing: texts of packed context rows; None if a row is one text.
     """
 
     streams: Streams
@@ -188,7 +195,7 @@ class Layer:
     packing: Packing | None = None
 
     def plain(self, block: Block, hidden: Array, sight: ShortSight | None = None) -> Array:
-        """Returns the long row after a layer that neither writes nor reads memories."""
+        """Returns the long row after a plain layer, which neither writes nor reads memories."""
         layer = dataclasses.replace(self, sparsify=None, observe=False)
         return layer.memory(block, hidden, None, sight=sight)[0]
 
@@ -201,14 +208,19 @@ class Layer:
         heads_K: Array | None = None,
         sight: ShortSight | None = None,
     ) -> tuple[Array, Any]:
-        """Returns the long row after a memory layer, and what it wrote or observed.
+        """Applies a memory layer to the long row.
 
         Args:
           block: the layer's block.
           hidden: the long row.
-          memory: precomputed memories of this layer; None: none, or those of the references.
-          last: the last memory layer, which leaves the references out of the row.
+          memory: precomputed memories of this layer. None: the context reads the memories that the
+            layer writes of the references, if there are references, else no memories.
+          last: whether this is the last memory layer, which removes the references from the row.
           heads_K, sight: as `heads` and `sight` in `Scope`.
+
+        Returns:
+          The long row after the layer; and, with a context, its attention weights on memories (None
+          unless `observe`), without a context the result of `sparsify`.
         """
         references, context, prefix = self.heads(block, hidden)
         attended, shared = self.attend_prefix(prefix)
@@ -244,13 +256,14 @@ class Layer:
         return heads
 
     def attend_prefix(self, heads: Heads | None) -> tuple[Array | None, KeyValues | None]:
-        """Attends from the prefix to itself; its keys and values serve all other streams."""
+        """Attends from the prefix to itself; returns the output, and the prefix's keys and values,
+        which the other streams read."""
         if heads is None:
             return None, None
         return attend(heads.q, heads.k, heads.v), KeyValues(heads.k[0], heads.v[0])
 
     def attend_references(self, heads: Heads | None, prefix: KeyValues | None) -> Array | None:
-        """Attends from references causally to the prefix and themselves, or to their window."""
+        """Attends causally from each reference to the prefix and to itself, or to its window."""
         if heads is None:
             return None
         if self.windows is not None:
@@ -270,8 +283,8 @@ class Layer:
         heads_K: Array | None = None,
         sight: ShortSight | None = None,
     ) -> tuple[Array | None, Array | None]:
-        """Attends from the context; returns its attention weights on memories, too, where
-        observed."""
+        """Attends from the context to prefix, memories and itself; returns the output and, if
+        `observe`, the attention weights on memory slots, `(B, K, G, T, slots)`."""
         if heads is None:
             return None, None
         packed, chunks = (self.packing, heads_K, sight), (self.chunk_length, self.window)

@@ -22,11 +22,11 @@ Params = dict[str, Any]
 
 
 class Transformer(nnx.Module):
-    """Holds the parameters with their logical axis names; `Model` computes with them.
+    """Holds the initial parameters and their logical axis names; `Model` computes with them.
 
     Args:
       model, memory: sections of a validated config.
-      rngs: the stream `params` draws the initial values.
+      rngs: its stream `params` draws the initial values.
     """
 
     def __init__(self, model: ConfigDict, memory: ConfigDict, rngs: nnx.Rngs):
@@ -50,7 +50,7 @@ class Transformer(nnx.Module):
 
 
 def segment_ranges(model: ConfigDict, memory: ConfigDict) -> dict[str, tuple[int, int]]:
-    """Returns first and last-plus-one layer of each segment, which may be empty."""
+    """Returns the range [first, end) of layers of each segment, which may be empty."""
     first = memory.first_layer
     last = first + memory.layers
     return {"lower": (0, first), "memory": (first, last), "upper": (last, model.layers)}
@@ -77,10 +77,11 @@ def init_params(model: ConfigDict, memory: ConfigDict, key: Array) -> Params:
 
 
 def _with_previous_token_head(model: ConfigDict, memory: ConfigDict, params: Params) -> Params:
-    """Sets query and key biases that start key-value head 0 of layer 0 as a previous-token head.
+    """Sets query and key biases that make key-value head 0 of layer 0 a previous-token head.
 
-    Keys carry a constant vector; queries the same vector turned back by one position, so that the
-    score is largest at distance one. Only the fastest third of the frequencies take part.
+    The key bias is a constant vector; the query bias is the same vector rotated back by one RoPE
+    position, so that the score is largest at distance one. Only the fastest third of the RoPE
+    frequencies is nonzero.
     """
     half = model.head_dim // 2
     frequency = model.rope_base ** (-jnp.arange(half) / half)

@@ -13,7 +13,7 @@ def rotate(
 
     Args:
       x: queries `(B, T, K, G, H)` or keys `(B, T, K, H)`.
-      positions: integer position of every token, the same in all rows or of each row.
+      positions: integer position of every token, `(T,)` for all rows or `(B, T)`.
       base: RoPE base.
 
     Returns:

@@ -1,9 +1,9 @@
-"""The language model: embedding, two kinds of layers (memory and plain) in scans, head.
+"""The language model: embedding, scans over plain layers and memory layers, LM head.
 
-Besides the context, the scan over layers carries up to two more streams: the constant prefix, and
-references that are encoded in the step (online memories). Their tokens lie in one long row, so that
-every matrix meets all of them at once, and only attention tells them apart. On a mesh all of it is
-the program of one device (`collectives.py`).
+Besides the context, the scans over layers carry up to two more streams: the constant prefix, and
+references that are encoded in the same step (online memories). Their tokens are concatenated to one
+long row, so that each matrix product covers all streams; only attention separates them. On a mesh
+the functions compute on one device's parts (`collectives.py`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from m3jax.model.parameters import Params, abstract_params, init_params, segment
 from m3jax.model.splash import RESIDUALS as ATTENTION
 from m3jax.model.vocab_parallel import cross_entropy, lookup, token_losses
 
-KEPT_TOKENS = "kept_tokens"  # name under which `sparsify` marks the indices that it chose
+KEPT_TOKENS = "kept_tokens"  # `checkpoint_name` of the token indices that `sparsify` selects
 
 
 def _is_axes(node: Any) -> bool:
@@ -39,18 +39,18 @@ def _is_axes(node: Any) -> bool:
 
 
 class Model:
-    """Pure functions of (parameters, batch) for one config.
+    """Language model with explicit memories, as pure functions of parameters and a batch.
 
     Args:
-      config: the section `model` of a validated config.
-      memory: its section `memory`.
+      config: section `model` of a validated config.
+      memory: section `memory` of the same config.
       prefix_tokens: tokens of the constant prefix, or () for none.
-      mesh: of several devices, each of which runs the functions on its own part, under
-        `mesh.on_devices` with parameters split by `specs()` and rows by the activation rules.
-      loss_block: tokens of a row whose logits exist at a time.
-      z_loss: factor of the squared logarithm of the softmax normaliser in the loss.
-      reduce_dtype: name of the dtype in which gradients of devices are added up.
-      packed: tokens of a row that holds several texts; 0: rows of one text.
+      mesh: with more than one device, the functions compute on one device's parts and must run
+        under `mesh.on_devices`, with parameters split by `specs()` and rows by `ACTIVATIONS`.
+      loss_block: number of tokens per row whose logits are in memory at a time.
+      z_loss: factor of log²(softmax normalizer) in the loss.
+      reduce_dtype: name of the dtype in which gradients are summed over devices.
+      packed: length in tokens of rows that hold several texts; 0 if a row is one text.
     """
 
     def __init__(
@@ -84,8 +84,8 @@ class Model:
         self.memory_heads = _heads_with_memories(config, memory)
         block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(0), self.parallel))
         self._block, _ = nnx.split(block)
-        # A layer's axes: those of its stack without the first, which is the layer.
-        self._abstract = abstract_params(config, memory)  # tracing it takes a tenth of a second
+        # A layer has the axes of its stack without the first axis, which is that of layers.
+        self._abstract = abstract_params(config, memory)  # kept, since tracing takes 0.1 s
         self._axes = jax.tree.map(
             lambda axes: axes[1:], self._abstract[1]["memory"], is_leaf=_is_axes
         )
@@ -95,7 +95,7 @@ class Model:
         return jax.tree.map(lambda leaf: leaf, self._abstract)
 
     def specs(self) -> Params:
-        """Returns the partition of every parameter."""
+        """Returns the partition spec of every parameter."""
         return jax.tree.map(PARAMETERS.spec, self._abstract[1], is_leaf=_is_axes)
 
     def init(self, key: Array) -> Params:
@@ -103,7 +103,7 @@ class Model:
         return init_params(self.config, self.memory, key)
 
     def layer(self, streams: Streams, **options: Any) -> Layer:
-        """Returns what applies a layer to these streams; `options` are the rest of `Layer`'s."""
+        """Returns the `Layer` for these streams; `options` are further attributes of `Layer`."""
         return Layer(
             streams,
             self.attention,
@@ -133,21 +133,22 @@ class Model:
         memory_heads: Bool[Array, "L K"] | None = None,
         sight: ShortSight | None = None,
     ) -> Float[Array, "B T D"]:
-        """Returns hidden states before the final norm.
+        """Returns the hidden states of the context before the final norm.
 
         Args:
           params: parameters.
           tokens_BT: context tokens.
-          memory: precomputed memories, `(L, B, C, M, K, P, H)`, length `(B, C, M)`.
-          reference_tokens: instead of `memory`: references to encode here, with gradient unless
-            `memory.source` is `stop_gradient`, 0-padded; a row of zeros is no reference.
+          memory: precomputed memories, `(L, B, C, M, K, P, H)` with lengths `(B, C, M)`.
+          reference_tokens: alternative to `memory`: 0-padded references to encode in this pass,
+            with gradient unless `memory.source` is `stop_gradient`. A row of zeros stands for no
+            reference.
           sparsify: `memory.sparsify.sparsifier(memory)`; needed with `reference_tokens`.
-          window: chunks whose memories a query reads; default from the config.
-          packing: several texts in a row, which do not see each other; C is then the number of
-            their chunks. None: one text.
-          memory_heads: which key-value heads of the memory layers read memories; default from the
-            config.
-          sight: query heads of all layers, `(L, K, G)`, that see little of the context.
+          window: number of chunks whose memories a query reads; default from the config.
+          packing: texts of packed rows; C is then the number of chunks of all texts of a row. None
+            if a row is one text.
+          memory_heads: true for key-value heads of the memory layers that read memories; default
+            from the config.
+          sight: query heads, `(L, K, G)` over all layers, that see only a part of the context.
         """
         inputs = (tokens_BT, memory, reference_tokens, sparsify, window, packing)
         return self._run(params, *inputs, memory_heads, sight)[0]
@@ -155,11 +156,11 @@ class Model:
     def memory_attention(
         self, params: Params, tokens_BT: Int[Array, "B T"], memory: ExplicitMemory, window: int
     ) -> Float[Array, "L B K G T slots"]:
-        """Returns the attention weight of every query on every memory slot (C·M·P)."""
+        """Returns the attention weight of every query on each of the C·M·P memory slots."""
         return self._run(params, tokens_BT, memory, window=window, observe=True)[1]
 
     def head(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Applies the final norm and the LM head; logits in float32."""
+        """Applies the final norm and the LM head; returns logits in float32."""
         x, table = self._head(params, hidden)
         return jnp.einsum(
             "BTD,VD->BTV", x, table.astype(x.dtype), preferred_element_type=jnp.float32
@@ -172,8 +173,8 @@ class Model:
         targets_BT: Int[Array, "B T"],
         weights_BT: Float[Array, "B T"],
     ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-        """Returns weighted sums over this device's tokens: the objective (cross-entropy and
-        z-loss), cross-entropy, and right predictions. Only the first has a gradient."""
+        """Returns weighted sums over this device's tokens: the loss (cross-entropy plus z-loss),
+        the cross-entropy, and correct predictions. Only the first has a gradient."""
         x, table = self._head(params, hidden)
         return cross_entropy(
             self.parallel, x, table, targets_BT, weights_BT, self.loss_block, self.z_loss
@@ -187,7 +188,7 @@ class Model:
         return token_losses(self.parallel, x, table, targets_BT, self.loss_block)
 
     def _head(self, params: Params, hidden: Array) -> tuple[Array, Array]:
-        """Returns normed hidden states and the table of the LM head."""
+        """Returns hidden states after the final norm, and the weights `(V, D)` of the LM head."""
         scale = self.parallel.gather(params["final_norm"], ("norm",))
         x = rms_norm(hidden, scale, self.config.norm_epsilon)
         return x, params["embedding"] if self.config.tied_embeddings else params["head"]
@@ -199,20 +200,21 @@ class Model:
         sparsify: Callable,
         windows: Int[Array, "B slots"] | None = None,
     ) -> tuple[ExplicitMemory, Int[Array, "L R K P"]]:
-        """Writes memories: each reference through the layers up to the last memory layer.
+        """Encodes references as memories, by running the layers up to the last memory layer.
 
-        Keys are stored at the positions they have in a reference that is encoded alone.
+        Keys always get the RoPE positions of a reference that is encoded alone, after the prefix.
 
         Args:
-          params: the writer's parameters; layers above the memory layers are not read.
+          params: parameters of the writer; layers above the memory layers are not read.
           reference_tokens: 0-padded references without prefix.
           sparsify: `memory.sparsify.sparsifier(memory)`.
-          windows: what a reference sees besides itself: references lie in B rows of slots, and this
-            is the slot of the row from which on each attends (`attend_in_windows`). None: nothing.
+          windows: document context: the references are B rows of slots, R = B · slots, and each
+            attends from the slot `windows` of its row on (`first` of `attend_in_windows`). None:
+            every reference is encoded alone.
 
         Returns:
-          The memories, keys and values `(L, R, K, P, H)` in the compute dtype and length `(R,)`;
-          and the position inside the reference of every kept token.
+          The memories, with keys and values `(L, R, K, P, H)` in the compute dtype and length
+          `(R,)`; and the index within the reference of every kept token.
         """
         streams, hidden = self.embed(params, None, reference_tokens)
         usable_RW = reference_tokens != 0
@@ -234,7 +236,7 @@ class Model:
         sight: ShortSight | None = None,
         observe: bool = False,
     ) -> tuple[Array, Any]:
-        """Returns hidden states, and attention on memories where observed."""
+        """Returns hidden states and, if `observe`, the attention weights on memories, else None."""
         lead = usable_RW = None
         if reference_tokens is not None:
             *lead, W = reference_tokens.shape
@@ -262,7 +264,7 @@ class Model:
     def embed(
         self, params: Params, tokens_BT: Array | None, reference_tokens: Array | None
     ) -> tuple[Streams, Array]:
-        """Returns the streams and their long row before the first layer, by one look-up."""
+        """Embeds all streams by one look-up; returns the streams and their long row."""
         prefix = jnp.asarray([self.prefix_tokens], jnp.int32) if self.prefix_tokens else None
         parts = (reference_tokens, tokens_BT, prefix)
         streams = Streams(*((0, 0) if x is None else (x.shape[0], x.shape[1]) for x in parts))
@@ -270,12 +272,12 @@ class Model:
         return streams, self.look_up(params, tokens)[None]
 
     def look_up(self, params: Params, tokens: Int[Array, " n"]) -> Float[Array, "n D"]:
-        """Embeds tokens."""
+        """Returns scaled token embeddings in the compute dtype."""
         x = lookup(self.parallel, params["embedding"], tokens)
         return x * jnp.asarray(self.config.embedding_scale, self.dtype)
 
     def merge(self, stacked: Params) -> Block:
-        """Returns the block of one layer, its weights gathered."""
+        """Returns the block of one layer from its parameters, gathered over `fsdp`."""
         return nnx.merge(self._block, self.parallel.gather(stacked, self._axes))
 
     def _sights(self, sight: ShortSight | None, segment: str) -> ShortSight | None:
@@ -303,10 +305,11 @@ class Model:
         memory_heads: Array | None = None,
         sight: ShortSight | None = None,
     ) -> tuple[Array, Any]:
-        """Runs all memory layers; returns the long row and what each wrote or observed, stacked.
+        """Runs all memory layers; returns the long row and the stacked second results of
+        `Layer.memory`.
 
-        With references the last layer is peeled: it needs neither their attention output nor MLP,
-        and leaves the row without them.
+        With references the last layer runs outside of the scan: it computes neither attention
+        output nor MLP of the references, and removes them from the row.
         """
 
         def body(hidden: Array, inputs: Any, last: bool = False) -> tuple[Array, Any]:
@@ -332,9 +335,10 @@ class Model:
         return hidden, jax.tree.map(lambda *x: jnp.concatenate(x), *outputs)
 
     def _remat(self, body: Callable) -> Callable:
-        """Makes `body` keep what the config says for the backward pass and recompute the rest.
+        """Wraps `body` in `jax.checkpoint` with the policy `model.remat`.
 
-        Which tokens a reference keeps is always saved: a few integers that spare all their scores.
+        Unless `model.remat` is `none`, the indices of kept tokens are saved: recomputing these few
+        integers would need the attention scores of all references.
         """
         if self.config.remat == "none":
             return body
@@ -351,7 +355,7 @@ class Model:
 
 
 def _heads_with_memories(model: ConfigDict, memory: ConfigDict) -> Bool[np.ndarray, "L K"] | None:
-    """Returns which key-value heads of the memory layers read memories; None: all."""
+    """Returns true for key-value heads of the memory layers that read memories; None if all do."""
     pairs = memory_heads(model, memory)
     if pairs is None:
         return None

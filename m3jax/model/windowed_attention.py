@@ -1,4 +1,4 @@
-"""Attention of references that are encoded with what stands before them in their document."""
+"""Attention of references that are encoded with their document context."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ def attend_in_windows(
     position: int,
     rope_base: float,
 ) -> Float[Array, "R W K G H"]:
-    """Causal attention of every reference to the prefix and to its window up to each token.
+    """Computes causal attention of every reference to the prefix and to its window.
 
-    A row is `slots` references, R = B · slots; a window is some of them that follow one another.
-    Positions count the usable tokens of the window. Queries of one slot at a time, so that the
-    largest scores are `(B, N, W, slots · W)`.
+    A row is `slots` consecutive references of a document, R = B · slots. The window of a reference
+    is the reference itself and some references before it in the row. RoPE positions count the
+    usable tokens of the window. Slots are processed one by one, so that the largest array of scores
+    is `(B, N, W, slots · W)`.
 
     Args:
       q_RWKGH, k_RWKH: queries and keys before RoPE.
       v_RWKH: values.
-      usable_RW: false for padding, which nothing attends to.
-      first: slot of the row in which the window of each reference begins.
+      usable_RW: false for padding, which no query attends to.
+      first: for every reference, the slot of its row in which its window begins.
       prefix: keys and values in front of every window.
-      position: of a window's first token.
+      position: RoPE position of a window's first token.
       rope_base: base of RoPE.
 
     Returns:
-      Attention output, before the output projection, dtype of the values.
+      Attention output before the output projection, in the dtype of the values.
     """
     (B, slots), (R, W) = first.shape, usable_RW.shape
     lengths = jnp.sum(usable_RW, axis=1).reshape(B, slots)
