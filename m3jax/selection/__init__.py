@@ -1,1 +1,1 @@
-"""Selection of the references and of the heads that deserve a memory."""
+"""Selection of the references and of the attention heads that deserve a memory."""

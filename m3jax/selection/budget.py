@@ -1,21 +1,23 @@
-"""Estimates the worth of every reference and chooses by budget.
+"""Estimates the worth of the memory of every reference, and chooses references within a budget.
 
-The expected drop of validation loss that a reference brings, in nats a token, is how often a row
-finds it times how much the row's loss falls then, over the tokens of a row:
+The worth is the drop of the validation loss that a memory is expected to bring, in nats per token:
+the share of rows that retrieve the reference, times the drop of such a row's loss, over the tokens
+of a row:
 
     worth[r] = uses[r] · value[r] / tokens
 
-Both are estimates. `value` shrinks the mean drop of the reference's measured rows to that of all,
-the more the fewer they are (a one-way random effects model, its variances by moments):
+Both factors are estimates. `value` shrinks the mean drop of the reference's measured rows towards
+the mean over all pairs, the more the fewer rows were measured (a one-way random effects model, with
+variances estimated by moments):
 
     value[r] = (n[r] · mean[r] + k · mean) / (n[r] + k),    k = variance within / variance between
 
-k is at most 10: few measurements may show no variance between references where there is some.
+k is at most 10, since few measurements may show no variance between references where there is some.
 
-`uses` is the share of the counted rows that find the reference. By Good and Turing, the references
-that one row alone finds tell how often a new row finds one that no counted row does; all of those
-share it alike. So all that were never found have the same worth, and which of them are chosen says
-nothing.
+`uses` is the share of the counted rows that retrieve the reference. References that exactly one row
+retrieves tell how often a new row retrieves a reference that no counted row does (Good–Turing);
+these unseen references share that probability equally. So all references that were never retrieved
+have the same worth, and the choice among them is arbitrary.
 """
 
 from __future__ import annotations
@@ -25,21 +27,21 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-_MOST = 10.0  # of k
+_MOST = 10.0  # upper bound of k
 
 
 @dataclass(frozen=True)
 class WorthEstimates:
-    """Estimates of R references; arrays over all ids, removed ones have worth 0."""
+    """Estimates for R references, in arrays indexed by reference id; removed ones have worth 0."""
 
-    worth: Float[np.ndarray, " R"]  # expected drop of the loss, nats a token
-    error: Float[np.ndarray, " R"]  # its standard deviation, as far as it comes from `value`
-    measured: Int[np.ndarray, " R"]  # rows in which the drop was measured
-    counted: Int[np.ndarray, " R"]  # rows that found it
-    mean: float  # drop a use over all measured uses, nats
+    worth: Float[np.ndarray, " R"]  # expected drop of the loss, nats per token
+    error: Float[np.ndarray, " R"]  # standard deviation of `worth` due to `value` alone
+    measured: Int[np.ndarray, " R"]  # rows in which its drop was measured
+    counted: Int[np.ndarray, " R"]  # counted rows that retrieve it
+    mean: float  # mean drop of a row's loss over all measured pairs, nats
     shrinkage: float  # k; 0 trusts every measurement
-    unseen: int  # references in use that no counted row found
-    new: float  # expected share of the uses in a new row that are of the unseen ones
+    unseen: int  # live references that no counted row retrieves
+    new: float  # expected share of unseen references among those that a new row retrieves
 
 
 def estimate(
@@ -53,12 +55,12 @@ def estimate(
     """Estimates the worth of every reference.
 
     Args:
-      references, drops: ids of the measured pairs of a row and a reference, at least one, and
-        drops of the row's loss, nats.
-      counted, rows: for every id how many of the counted rows find it, the measured ones among
-        them; and how many were counted.
+      references, drops: reference id of each measured pair of a row and a reference (at least one
+        pair), and the drop of the row's loss in nats.
+      counted, rows: for every id the number of counted rows that retrieve it, the measured rows
+        included; and the number of counted rows.
       tokens: mean weight of a row's targets.
-      live: ids in use.
+      live: ids that are not removed.
     """
     size = len(counted)
     measured = np.bincount(references, minlength=size)
@@ -88,10 +90,10 @@ def estimate(
 def variances(
     groups: Int[np.ndarray, " m"], values: Float[np.ndarray, " m"]
 ) -> tuple[float, float]:
-    """Variance within groups, and between their means beyond what that explains (by moments).
+    """Returns the variance within groups and the variance between groups, estimated by moments.
 
-    Where no group has two values, or there is one group alone, half of the variance is put to
-    either: nothing says more.
+    If no group has two values, or there is only one group, the two cannot be told apart: each gets
+    half of the variance.
     """
     _, place, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     total, several = len(values), len(sizes)
@@ -108,10 +110,11 @@ def variances(
 def choose(
     worth: Float[np.ndarray, " R"], bytes_each: Int[np.ndarray, " R"], budget: int, seed: int = 0
 ) -> Int[np.ndarray, " n"]:
-    """Ids with the most worth a byte that fit the budget together, ascending.
+    """Returns the ids with the most worth per byte that fit the budget together, ascending.
 
-    Greedy: in the order of worth a byte, each that still fits. Those of no worth or less are not
-    chosen. Equal ones are in random order, by the seed: that of the documents would be a choice.
+    Greedy: goes through the references by descending worth per byte and takes each that still fits.
+    References of worth 0 or less are not chosen. Ties are broken at random by the seed: the order
+    of ids would favour the first documents.
     """
     drawn = np.random.default_rng([seed, 0xE0]).permutation(len(worth))
     order = np.lexsort((drawn, -worth / bytes_each))

@@ -1,8 +1,9 @@
-"""Scores heads by the loss of a model in which one head at a time sees less.
+"""Ranks attention heads by how much the loss rises when one head at a time is masked.
 
-Memory³ names it as better than taking the first half of the layers: mask a head so that it sees
-only the last 100 tokens and BOS, score the model, and call those the memory heads whose mask hurts
-most. A bank of their memories alone is smaller (`config.memory.heads`).
+Memory³ (§7) proposes this as a better choice of memory heads than the first half of the layers:
+restrict a head to the last 100 tokens and BOS, measure the loss of the model, and take the heads
+whose restriction raises it most. A bank with memories of these heads only is smaller
+(`config.memory.heads`).
 """
 
 from __future__ import annotations
@@ -38,25 +39,25 @@ HIDES = ("context", "memory")
 
 @dataclasses.dataclass(frozen=True)
 class HeadScores:
-    """Rise of the loss by masking each head; NaN for heads that have no memories to hide."""
+    """Rise of the loss caused by masking each head; NaN for heads that were not masked."""
 
-    loss: float  # nats a token of the model as it is
-    increase: Float[np.ndarray, "layers heads"]  # of the loss with the head masked, nats a token
-    error: Float[np.ndarray, "layers heads"]  # of each row compared with itself, standard error
-    rows: int  # that were predicted, as the tokens
-    tokens: int
-    about: dict[str, Any]  # checkpoint, step, and what was masked
+    loss: float  # of the model without masks, nats per token
+    increase: Float[np.ndarray, "layers heads"]  # of the loss, nats per token
+    error: Float[np.ndarray, "layers heads"]  # standard error, paired by row
+    rows: int  # number of rows with predicted tokens
+    tokens: int  # number of predicted tokens
+    about: dict[str, Any]  # checkpoint, step, and the kind of mask
 
     def ranking(self) -> list[tuple[int, int]]:
-        """Ranks layer and head of all that were masked by the rise of the loss, largest first."""
+        """Returns (layer, head) of every masked head, by descending rise of the loss."""
         order = np.argsort(-self.increase, axis=None, kind="stable")  # NaN comes last
         masked = np.isfinite(self.increase).sum()
         return [divmod(int(i), self.increase.shape[1]) for i in order[:masked]]
 
     def best(self, share: float, layers: range) -> list[tuple[int, int]]:
-        """Returns layer and head of the share with the largest rise in some layers; at least one.
+        """Returns (layer, head) of the top `share` of the masked heads in `layers`, ascending.
 
-        Raises `ConfigError` where the share is outside (0, 1].
+        Returns at least one head. Raises `ConfigError` if the share is outside (0, 1].
         """
         if not 0 < share <= 1:
             raise ConfigError(f"a share of {share} of the heads; give one above 0, at most 1")
@@ -73,31 +74,32 @@ def score_heads(
     window: int = 100,
     by_query: bool = False,
 ) -> HeadScores:
-    """Masks every head in turn and measures the loss on the validation rows.
+    """Measures the rise of the validation loss with each head masked in turn.
 
-    One program runs all masks of a batch on the device, the mask being an argument. The figures of
-    a batch are kept in `<workdir>/report/heads/`, from where a stopped run goes on.
+    The mask is an argument of one compiled program, which runs all masks of a batch. The losses of
+    each batch are saved in `<workdir>/report/heads/`, from where an interrupted run resumes.
 
     Args:
-      config: a validated config of the checkpoint's stage; `evaluation` says which rows.
+      config: a validated config of the checkpoint's stage; `evaluation` sets the rows.
       workdir: a prepared workdir.
       checkpoint: stage folder or `checkpoints/<step>`; default `workdir/<stage>`.
       hide: `context`: a masked head sees its last `window` tokens, the prefix and the first token
-        of the row, and nobody reads memories (Memory³ §7); `memory`: it sees no memories, all
-        others do.
-      window: tokens, the query's own included.
-      by_query: mask single query heads; default key-value heads, with all of their query heads,
-        since these are what a bank stores.
+        of the row, and no head reads memories (Memory³ §7); `memory`: a masked head reads no
+        memories, all other heads do.
+      window: number of tokens that a masked head sees with `context`, the query's own included.
+      by_query: mask single query heads; default: key-value heads with all of their query heads,
+        since a bank stores memories by key-value head.
 
     Raises:
-      ConfigError: a window that hides nothing, no memory to hide, rows of several texts.
+      ConfigError: an unknown `hide`; a window that hides nothing or everything; no memories to
+        hide, or memories that are not read from a bank; query heads with `memory`; packed rows.
       CheckpointError, TextError, BankError: a part is missing or does not fit.
     """
     _check(config, hide, window, by_query)
     checkpoint = Path(checkpoint or Path(workdir) / config.stage)
     plain = config.copy_and_resolve_references()
     with plain.unlocked():
-        plain.model.attention = "blocked"  # kernels know no masks of single heads
+        plain.model.attention = "blocked"  # fused kernels take no mask per head
         if hide == "context":
             plain.memory.source = "none"
     model = make_model(plain, prefix_tokens(config))
@@ -131,11 +133,12 @@ def score_heads(
 def masked_losses(
     model: Model, hide: str, window: int, dequantize: Callable | None = None
 ) -> Callable[[Params, Batch, Int[Array, "n 3"]], Float[Array, "n+1 B"]]:
-    """Returns a program of the summed loss of every row: of the model, and with each head masked.
+    """Returns a function that sums the loss of every row, unmasked and with each head masked.
 
-    The program takes `(params, batch, candidates)`: of a candidate layer, key-value head and query
-    head of its group, −1 for all. The model is on one device, its attention `naive` or `blocked`;
-    `hide` and `window` are as of `score_heads`.
+    The function takes `(params, batch, candidates)` and returns nats; row 0 is unmasked. A
+    candidate is layer, key-value head, and query head within its group (−1 = the whole group). The
+    model must be on one device, its attention `naive` or `blocked`; `hide` and `window` are as for
+    `score_heads`.
     """
     shape, (low, high) = model.config, model.ranges["memory"]
     L, K, G = shape.layers, shape.kv_heads, shape.query_heads // shape.kv_heads
@@ -201,9 +204,10 @@ def _check(config: ConfigDict, hide: str, window: int, by_query: bool) -> None:
 def _candidates(
     config: ConfigDict, hide: str, by_query: bool
 ) -> tuple[tuple[int, int], np.ndarray]:
-    """Returns the shape of the figures, and the heads to mask: all, or those that have memories.
+    """Returns the shape (layers, heads) of the scores, and the heads to mask.
 
-    A row is layer, key-value head, and query head of its group (−1 = all).
+    These are all heads or, if memories are hidden, the heads that have memories. A row is layer,
+    key-value head, and query head within its group (−1 = the whole group).
     """
     model = config.model
     L, K, G = model.layers, model.kv_heads, model.query_heads // model.kv_heads
@@ -225,7 +229,7 @@ def _scores(
     candidates: np.ndarray,
     about: dict[str, Any],
 ) -> HeadScores:
-    """Makes figures of weights `(rows,)` and summed losses `(rows,)` and `(candidates, rows)`."""
+    """Computes scores from weights `(rows,)` and summed losses `(rows,)`, `(candidates, rows)`."""
 
     def placed(values: np.ndarray) -> np.ndarray:
         layer, head, group = candidates.T
@@ -244,7 +248,7 @@ def _scores(
 
 
 def heads_report(scores: HeadScores, chosen: list[tuple[int, int]]) -> dict[str, Any]:
-    """Returns the figures as plain JSON values, the ranking from most to least."""
+    """Returns the scores as JSON values, by descending rise of the loss, `chosen` heads marked."""
     ranked = [
         {
             "layer": layer,
@@ -260,7 +264,7 @@ def heads_report(scores: HeadScores, chosen: list[tuple[int, int]]) -> dict[str,
 
 
 def heads_table(report: dict[str, Any], most: int = 40) -> str:
-    """Returns the ranking as Markdown."""
+    """Returns the report of `heads_report` as Markdown, with the first `most` heads."""
     what = "memories hidden from it"
     if report["hide"] == "context":
         what = f"only its last {report['window']} tokens and the beginning seen by it"

@@ -1,8 +1,8 @@
-"""Measures the drop of validation loss that the memory of each reference brings (Memory³ §10).
+"""Measures how much the memory of each reference lowers the validation loss (Memory³ §10).
 
-For every pair of a row and a reference that its chunks find: the summed loss of the row where the
-memory of the reference is absent, from all chunks that found it, less that where it is
-present. All other memories of the row stay as they are. A pair costs a forward pass of the row.
+For every pair of a row and a reference that its chunks retrieve, the drop is the summed loss of the
+row without this memory in any chunk, minus its loss with the memory. All other memories of the row
+stay in place. Each pair costs one forward pass of the row.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from m3jax.memory.reader import Dequantize
 from m3jax.model.parameters import Params
 from m3jax.train.loss import Forward
 
-NOTHING, EVERYTHING = -1, -2  # absent: no reference, or all memories
-# Loss of a row, nats, with a reference absent; `weight` is that of the row's targets.
+NOTHING, EVERYTHING = -1, -2  # values of `absent`: no memory, all memories
+# Summed loss of a row in nats without the memory of reference `absent`; `weight`: sum over targets.
 MEASURED = np.dtype([("row", "<i8"), ("absent", "<i8"), ("loss", "<f8"), ("weight", "<f8")])
 _BEGUN = "begun.json"
 
 
 class RowLosses:
-    """Computes summed losses of rows, with some of their precomputed memories absent.
+    """Computes summed losses of rows without some of their precomputed memories.
 
-    `dequantize` is that of the pipelines whose rows it is given.
+    `dequantize` must be the `Pipeline.dequantize` of the pipeline that reads the batches.
     """
 
     def __init__(self, config: ConfigDict, dequantize: Dequantize | None) -> None:
@@ -52,9 +52,9 @@ class RowLosses:
         rows: Int[np.ndarray, " n"],
         absent: Int[np.ndarray, " n"],
     ) -> Float[np.ndarray, " n"]:
-        """Returns the nats of rows of a batch, which may come several times.
+        """Returns the loss (nats) of row `rows[i]` of the batch without reference `absent[i]`.
 
-        `absent` has for each the id of a reference, `NOTHING` or `EVERYTHING`.
+        A row may occur several times; `absent[i]` is a reference id, `NOTHING` or `EVERYTHING`.
         """
         ids = batch.reference_ids
         losses = jax.device_get(self._losses(params, batch.for_step(), ids, rows, absent))
@@ -64,11 +64,11 @@ class RowLosses:
     def _token_losses(
         self, params: Params, batch: Batch, ids: Array, rows: Array, absent: Array
     ) -> Array:
-        """Cross-entropy `(n, T)` of every token."""
+        """Computes the cross-entropy `(n, T)` of every token."""
         picked = jax.tree.map(lambda x, axis: jnp.take(x, rows, axis), batch, batch.row_axes())
         absent = absent[:, None, None]
         present = (ids[rows] != absent) & (absent != EVERYTHING)
-        memory = picked.memory  # without a real slot it takes no attention
+        memory = picked.memory  # a memory of length 0 receives no attention
         memory = memory._replace(length=jnp.where(present, memory.length, 0))
         picked = picked._replace(memory=memory)
         hidden = Forward(self.model, dequantize=self._dequantize).hidden(params, picked)
@@ -82,7 +82,7 @@ def row_losses(
     rows: Int[np.ndarray, " n"],
     absent: int = NOTHING,
 ) -> Shaped[np.ndarray, " n"]:
-    """Returns losses of rows as `MEASURED`, with nothing absent or with everything."""
+    """Returns `MEASURED` records of rows with all memories (`NOTHING` absent) or with none."""
     parts = []
     for ids, batch in _batches(pipeline, rows):
         places = np.arange(pipeline.batch_size)
@@ -100,13 +100,14 @@ def measure_drops(
     folder: Path,
     identity: dict[str, Any],
 ) -> Shaped[np.ndarray, " m"]:
-    """Measures losses of rows with nothing absent and with each reference that they find.
+    """Measures the loss of each row with all memories, and without each reference it retrieves.
 
-    Writes a file a batch to `folder`; a stopped measurement continues if `identity` (JSON), all
-    that decides the losses, is the same.
+    Writes one file per batch to `folder`; an interrupted measurement resumes if `identity` (JSON
+    values of all that the losses depend on) is unchanged.
 
     Returns:
-      For every row a loss with `NOTHING` absent, then one for each reference, ascending.
+      `MEASURED` records: for every row one with `NOTHING` absent, then one for each reference that
+      it retrieves, in ascending order.
     """
     begun = json.dumps({**identity, "rows": rows.tolist()}, indent=1, sort_keys=True).encode()
     if not (folder / _BEGUN).is_file() or (folder / _BEGUN).read_bytes() != begun:
@@ -136,7 +137,7 @@ def _measure_batch(
     placed = jax.device_put(batch)
     values = np.zeros(len(pairs))
     for low in range(0, len(pairs), size):
-        chosen = np.arange(low, low + size) % len(pairs)  # calls of one shape
+        chosen = np.arange(low, low + size) % len(pairs)  # every call has the same shape
         part = losses(params, placed, places[chosen], absent[chosen])
         values[low : low + size] = part[: len(pairs) - low]
     weights = np.asarray(batch.weights, np.float64).sum(axis=1)
@@ -146,7 +147,7 @@ def _measure_batch(
 def _batches(
     pipeline: Pipeline, rows: Int[np.ndarray, " n"]
 ) -> Iterator[tuple[Int[np.ndarray, " b"], Batch]]:
-    """Batches of rows; the last one is filled up with its last row."""
+    """Yields row numbers and their batch; the last batch is padded with copies of its last row."""
     for low in range(0, len(rows), pipeline.batch_size):
         part = rows[low : low + pipeline.batch_size]
         fill = np.minimum(np.arange(pipeline.batch_size), len(part) - 1)
@@ -160,7 +161,7 @@ def _measured(
 
 
 def drops(measured: Shaped[np.ndarray, " m"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns row, reference and drop of the row's loss (nats) of every pair of `measure_drops`."""
+    """Returns row, reference and drop of the row's loss (nats) for each pair of `measure_drops`."""
     whole = measured[measured["absent"] == NOTHING]
     pairs = measured[measured["absent"] >= 0]
     order = np.argsort(whole["row"])

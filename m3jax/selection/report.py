@@ -1,4 +1,4 @@
-"""Shows a choice of references: a table and a picture."""
+"""Formats the report of `select_references` as a table, and plots it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BINS = 40
 
 
 def choice_table(report: dict[str, Any]) -> str:
-    """Returns the report as Markdown."""
+    """Returns the report of `select_references` as Markdown."""
     rows, losses, expected = report["rows"], report["losses"], report["expected_drop"]
     names = {
         "all": f"all {report['references']} references",
@@ -47,7 +47,7 @@ def choice_table(report: dict[str, Any]) -> str:
 
 
 def choice_verdict(report: dict[str, Any]) -> str:
-    """Compares the choice with random ones, in words."""
+    """Returns a sentence that says whether the choice beats random ones by two standard errors."""
     change, error = report["differences"].get("random - chosen", (float("nan"),) * 2)
     if not np.isfinite(change + error):
         return "not compared with random choices"
@@ -61,7 +61,7 @@ def choice_verdict(report: dict[str, Any]) -> str:
 def choice_picture(
     estimates: WorthEstimates, live: Int[np.ndarray, " n"], report: dict[str, Any], path: str | Path
 ) -> None:
-    """Draws how the worth of the ids in use is distributed, and how much of it a budget buys."""
+    """Plots the histogram of the worth of live references, and the worth that each budget buys."""
     millionths, counted = 1e6 * estimates.worth[live], estimates.counted[live] > 0
     edges = np.histogram_bin_edges(millionths, _BINS)
     best_first = np.cumsum(np.sort(estimates.worth[live])[::-1])

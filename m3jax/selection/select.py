@@ -1,8 +1,9 @@
-"""Chooses the references that are worth a memory within a budget, and checks the choice.
+"""Selects the references whose memories lower the loss most within a budget, and validates it.
 
-The worth of a reference is measured on validation rows (`memory_value`), estimated for all of them
-(`budget`), and the choice is checked on validation rows of other documents, where retrieval
-searches what was chosen and nothing else: against all references, as many at random, and no memory.
+The worth of a reference is measured on validation rows (`memory_value`) and estimated for all
+references (`budget`). The selection is validated on rows of other validation documents: their loss
+with retrieval from the selected references only is compared with the loss with all references, with
+as many random references, and without memories.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from m3jax.selection.memory_value import (
 )
 
 FOLDER = "usefulness"  # in report/ of the workdir
-_BLOCK = 4096  # references read at a time
+_BLOCK = 4096  # references read at once
 
 
 def select_references(
@@ -55,30 +56,33 @@ def select_references(
     draws: int = 3,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Measures, chooses, checks, and makes the choice the current version of the knowledge.
+    """Selects references within a budget, validates the selection and commits it as a new version.
 
     Writes `report/usefulness/`: `report.json`, `usefulness.png`, and `chosen.jsonl`, the chosen
-    references with what they are worth. A measurement that was stopped goes on where it was.
+    references with their estimates. An interrupted measurement resumes.
 
     Args:
-      config: a validated config, of the stage that made the checkpoint, with memory.
+      config: a validated config with memory, of the stage that made the checkpoint.
       workdir: a prepared workdir with a bank.
-      budget: bytes that the memories of the chosen references may have together.
+      budget: most bytes that the memories of the chosen references take together.
       checkpoint: stage folder or `checkpoints/<step>`; default `workdir/<stage>`.
-      version: of the knowledge to choose from; default the current one, else with `dry_run`.
-      sample: validation rows in which drops are measured.
-      count: training rows, at most, whose retrieved references are counted as well.
-      check: validation rows, of other documents, on which the choice is checked.
-      draws: random choices it is compared with.
-      dry_run: whether no version is made.
+      version: version of the knowledge to choose from; default the current one. Older versions need
+        `dry_run`.
+      sample: number of validation rows in which drops of the loss are measured.
+      count: most training rows whose retrieved references are counted as well.
+      check: number of validation rows, of other documents, on which the choice is validated.
+      draws: number of random choices to compare with.
+      dry_run: make no new version.
 
     Returns:
-      The report: counts, what the choice is expected to bring, and `losses` (nats a token) of the
-      checked rows with `all` references, those `chosen`, as many at `random`, and `none`.
+      The report: counts, the expected drops of the loss, and `losses` (nats per token, with
+      standard errors) of the validation rows with `all` references, the `chosen` ones, as many at
+      `random`, and `none`.
 
     Raises:
-      UsefulnessError: a budget below one memory, a stage without memory, too little validation
-        text, no reference that is found, or none that lowers the loss.
+      UsefulnessError: a budget below one memory; a stage without memory, or with packed rows; a
+        version that is not the current one, without `dry_run`; `sample` or `check` below 1; fewer
+        than two validation documents; no reference that is retrieved, or none that lowers the loss.
       CheckpointError, BankError, TextError, RetrievalError, VersionError: a part is missing or does
         not fit.
     """
@@ -134,11 +138,11 @@ def select_references(
 def _identity(
     config: ConfigDict, pipeline: Pipeline, version: Version, checkpoint: Path, step: int
 ) -> dict[str, Any]:
-    """Returns all that measured drops depend on."""
+    """Returns the JSON values that identify a measurement: all that the drops depend on."""
     bank, references, folder = pipeline.bank, pipeline.references, checkpoint_folder(checkpoint)
     assert bank is not None and references is not None
     return {
-        # The time of writing, too: an earlier checkpoint may have had the same path and step.
+        # With the modification time: an earlier checkpoint may have had the same path and step.
         "checkpoint": [str(checkpoint.absolute()), step, folder.stat().st_mtime_ns],
         "corpus": pipeline.rows.corpus.fingerprint,
         "bank": [bank.binding.writer, version.number, references.fingerprint],
@@ -147,7 +151,10 @@ def _identity(
 
 
 def _with_bank(config: ConfigDict) -> ConfigDict:
-    """Returns the config, reading memories of the bank."""
+    """Returns a copy of the config that reads memories from the bank.
+
+    Raises `UsefulnessError` for a stage without memory and for packed rows.
+    """
     if config.memory.source == "none":
         raise UsefulnessError(
             f"config.memory.source = 'none': the stage {config.stage!r} reads no memory, so none is"
@@ -171,7 +178,7 @@ def _estimate(
     measured: Shaped[np.ndarray, " m"],
     count: int,
 ) -> WorthEstimates:
-    """Estimates the worth from what was measured, and from what training rows find."""
+    """Estimates the worth of references from measured drops and the retrievals of training rows."""
     assert pipeline.references is not None
     _, references, changes = drops(measured)
     if not references.size:
@@ -192,7 +199,7 @@ def _estimate(
 def _count(
     config: ConfigDict, workdir: Path, pipeline: Pipeline, count: int
 ) -> tuple[Int[np.ndarray, " R"], int]:
-    """Counts the training rows that find each reference, and all of them; reads no memory."""
+    """Counts the training rows that retrieve each reference, and the rows; reads no memories."""
     references, size = pipeline.references, pipeline.batch_size
     assert references is not None
     rows = open_rows(config, workdir, "train", pipeline.tokenizer)
@@ -210,9 +217,9 @@ def _count(
 def split_rows(
     pipeline: Pipeline, sample: int, check: int, seed: int
 ) -> tuple[Int[np.ndarray, " s"], Int[np.ndarray, " c"]]:
-    """Draws rows to measure on, and rows of other documents to check on, ascending.
+    """Draws rows to measure on, and rows of other documents to validate on, both ascending.
 
-    Raises `UsefulnessError` where there are fewer than two documents, or a number is below 1.
+    Raises `UsefulnessError` for fewer than two documents, or `sample` or `check` below 1.
     """
     if min(sample, check) < 1:
         raise UsefulnessError(f"--sample={sample}, --check={check}: at least one row each")
@@ -246,11 +253,11 @@ def _check_choice(
     chosen: Int[np.ndarray, " k"],
     draws: int,
 ) -> dict[str, Any]:
-    """Compares losses of rows with several choices of references.
+    """Measures the losses of validation rows that retrieve from different sets of references.
 
-    Returns `losses` with `all` references in use (`live`), those `chosen`, `random` ones (as many;
-    mean of the draws) and `none`, and `differences`: each nats a token and its standard error over
-    documents; `random_draws`: nats a token of each.
+    Returns `losses` with `all` live references, the `chosen` ones, as many `random` ones (mean of
+    the draws) and `none`, and `differences` between them, each in nats per token with its standard
+    error over documents; and `random_draws`, the loss of each draw in nats per token.
     """
 
     def with_only(ids: Int[np.ndarray, " k"], absent: int = NOTHING) -> np.ndarray:
@@ -286,7 +293,10 @@ def _check_choice(
 def ratio(
     values: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"], groups: Int[np.ndarray, " n"]
 ) -> tuple[float, float]:
-    """Returns sum of values over sum of weights, and its standard error over groups."""
+    """Returns the sum of values over the sum of weights, and its standard error over groups.
+
+    The standard error treats groups as independent; it is NaN for a single group.
+    """
     mean = float(values.sum() / weights.sum())
     _, place = np.unique(groups, return_inverse=True)
     residuals = np.bincount(place, values - mean * weights)
@@ -304,7 +314,7 @@ def _expected(
     budget: int,
     each: int,
 ) -> dict[str, Any]:
-    """Returns counts, and the drop of the loss that the chosen references should bring."""
+    """Returns the part of the report with counts of references and expected drops of the loss."""
     return {
         "references": len(live),
         "measured": int((estimates.measured > 0).sum()),
@@ -331,7 +341,7 @@ def _write(
     chosen: Int[np.ndarray, " k"],
     live: Int[np.ndarray, " m"],
 ) -> None:
-    from m3jax.selection.report import choice_picture  # draws: a slow import
+    from m3jax.selection.report import choice_picture  # imports matplotlib, which is slow
 
     order, lines = chosen[np.argsort(-estimates.worth[chosen], kind="stable")], []
     columns = {name: getattr(estimates, name) for name in ("worth", "error", "measured")}
