@@ -1,13 +1,13 @@
-"""The vector quantizer of memories: 14 bytes for a key or value (Memory³ §3.3).
+"""Vector quantizer of explicit memories: 14 bytes for a key or value (Memory³ §3.3).
 
-A vector is rotated; each half of it is replaced by the nearest of 2¹⁴ coarse entries, and what is
-left by eight fine entries of 2¹⁰, one for each eighth. That is `OPQ20_80,Residual2x14,PQ8x10` of
-FAISS, with its layout of codes, for any head dim that eight divides: its codebooks dequantize here
-and ours there.
+A vector is rotated; each half is replaced by the nearest of 2¹⁴ coarse entries, and each eighth of
+the residual by the nearest of 2¹⁰ fine entries. This is the FAISS index factory string
+`OPQ20_80,Residual2x14,PQ8x10`, with the same code layout, for any head dim that is divisible by
+eight: each implementation can dequantize with the codebooks of the other.
 
-The halves do not meet, so a code is the best of its half. `candidates` > 1 tries several coarse
-entries with their fine ones and keeps the pair with the least error, where FAISS takes the nearest
-coarse entry first; the bytes and the decoder are the same.
+The two halves are encoded independently. FAISS takes the nearest coarse entry of a half; with
+`candidates` > 1, several coarse entries are tried with their best fine entries, and the combination
+with the least error is kept. Code layout and dequantization are the same.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from m3jax.errors import QuantizerError
 
 HALVES = 2
 CANDIDATES = 4  # coarse entries tried for each half
-# Vectors compared at a time: on a CPU their 2¹⁴ distances, 8 MB, stay near the processor.
+# Vectors compared at a time: on a CPU, their distances to 2¹⁴ entries (8 MB) fit the cache.
 _BLOCK, _BLOCK_OF_ACCELERATOR = 128, 4096
-_GROUP = 128  # entries whose best is blocks first; see `largest`
+_GROUP = 128  # entries per group of the two-level argmax; see `largest`
 
 
 class Codebook(NamedTuple):
     """Tables of a trained quantizer; a pytree, so that a jitted step can take it.
 
     Attributes:
-      rotation: orthonormal; a rotated vector is `rotation @ x`.
-      coarse: entries of each half of a rotated vector.
-      fine: entries of each part of what the coarse entries leave.
+      rotation: orthonormal matrix; a rotated vector is `rotation @ x`.
+      coarse: entries for each half of a rotated vector.
+      fine: entries for each part of the residual after the coarse entries.
     """
 
     rotation: Float[Array, "H H"]
@@ -45,12 +45,12 @@ class Codebook(NamedTuple):
 
     @property
     def bits(self) -> tuple[int, int]:
-        """Bits of a coarse and of a fine index."""
+        """Returns the bits of a coarse and of a fine index."""
         return self.coarse.shape[1].bit_length() - 1, self.fine.shape[1].bit_length() - 1
 
     @property
     def code_bytes(self) -> int:
-        """Bytes of one code: coarse and fine indices, each rounded up to whole bytes."""
+        """Returns the bytes of a code: all coarse, then all fine bits, each rounded up to bytes."""
         coarse, fine = self.bits
         return _bytes(HALVES * coarse) + _bytes(len(self.fine) * fine)
 
@@ -58,12 +58,12 @@ class Codebook(NamedTuple):
 def quantize(
     codebook: Codebook, vectors: Float[Array | np.ndarray, "n H"], *, candidates: int = CANDIDATES
 ) -> UInt8[Array, "n bytes"]:
-    """Codes of vectors.
+    """Quantizes vectors to codes.
 
     Args:
-      codebook: of this head dim.
-      vectors: any float dtype; computed in float32.
-      candidates: coarse entries tried for each half; 1 is FAISS's code.
+      codebook: codebook for the head dim H.
+      vectors: vectors of any float dtype; the computation is in float32.
+      candidates: number of coarse entries tried for each half; 1 gives the same code as FAISS.
     """
     codebook = jax.tree.map(jnp.asarray, codebook)
     coarse, fine = indices_of(codebook, rotated(codebook, vectors), candidates)
@@ -74,16 +74,19 @@ def quantize(
 def dequantize(
     codebook: Codebook, codes: UInt8[Array | np.ndarray, "*n bytes"]
 ) -> Float[Array, "*n H"]:
-    """The vectors that codes stand for, in float32; may be traced into a step.
+    """Dequantizes codes to float32 vectors; can be traced into a step.
 
-    Entries are turned back first, which for tables of NumPy happens once, before the step is
-    compiled; a vector is then the sum of ten rows. Rows of a whole head dim are copied faster than
-    short ones, and no product with the rotation is left.
+    The entries, not the vectors, are rotated back; for NumPy tables this happens once, when the
+    step is traced. A vector is then the sum of ten rows of the whole head dim, which are gathered
+    faster than short ones, and the step needs no product with the rotation.
+
+    Raises:
+      QuantizerError: the codes have another number of bytes than those of the codebook.
     """
     coarse, fine = _unpack_code(codebook, codes)
     tables = [_turned_back(codebook.rotation, table) for table in (codebook.coarse, codebook.fine)]
     rows = [
-        # A stored index has just the bits of its table, so none can lie outside.
+        # An index has exactly as many bits as its table needs, so it cannot be out of bounds.
         jnp.asarray(entries).at[indices[..., i]].get(mode="promise_in_bounds")
         for table, indices in zip(tables, (coarse, fine), strict=True)
         for i, entries in enumerate(table)
@@ -92,7 +95,7 @@ def dequantize(
 
 
 def _turned_back(rotation: Any, table: Any) -> Any:
-    """Rotates entries `(parts, entries, d)` back, to their share of a vector `(…, H)`."""
+    """Rotates entries `(parts, entries, d)` back to the original basis: `(parts, entries, H)`."""
     return table @ rotation.reshape(len(table), table.shape[2], -1)
 
 
@@ -114,7 +117,7 @@ def rotated(codebook: Codebook, vectors: Array | np.ndarray) -> Array:
 def _encode_half(
     x: Array, coarse: Array, coarse_columns: Array, fine_columns: Array, candidates: int
 ) -> tuple[Array, Array]:
-    """Coarse index and fine indices of one half of n vectors, `(n,)` and `(n, parts)`."""
+    """Returns coarse indices `(n,)` and fine indices `(n, parts)` of one half of n vectors."""
     tried = nearest_few(with_one(x) @ coarse_columns, candidates)  # (n, t)
     rest = x[:, None] - coarse[tried]
     if candidates > 1:
@@ -128,9 +131,9 @@ def _encode_half(
 
 
 def _fine_scores(rest: Array, fine_columns: Array) -> Iterator[Array]:
-    """For each part, scores of its fine entries for `(n, t, H/2)`: `(n, t, entries)`.
+    """Yields for each part the scores `(n, t, entries)` of its fine entries for `(n, t, H/2)`.
 
-    One plain product a part: a batched one writes its result in another order first.
+    Each part is a separate product, because a batched product would transpose its result.
     """
     parts = rest.reshape(*rest.shape[:-1], len(fine_columns), -1)
     for p, columns in enumerate(fine_columns):
@@ -139,7 +142,7 @@ def _fine_scores(rest: Array, fine_columns: Array) -> Iterator[Array]:
 
 @functools.partial(jax.jit, static_argnames="candidates")
 def indices_of(codebook: Codebook, rotated: Array, candidates: int) -> tuple[Array, Array]:
-    """Coarse `(n, 2)` and fine `(n, parts)` indices of rotated vectors."""
+    """Returns coarse `(n, 2)` and fine `(n, parts)` indices of rotated vectors."""
     coarse, columns = codebook.coarse, comparable(codebook.coarse)
     fine = comparable(codebook.fine)
     fine = fine.reshape(HALVES, -1, *fine.shape[1:])
@@ -159,7 +162,7 @@ def _bytes(bits: int) -> int:
 
 
 def _pack(indices: Int[Array, "*n count"], bits: int) -> UInt8[Array, "*n bytes"]:
-    """Packs indices, one after another, into a little-endian stream of bits."""
+    """Packs indices of `bits` bits each into a little-endian bit stream."""
     count = indices.shape[-1]
     packed = [jnp.zeros(indices.shape[:-1], jnp.uint32)] * _bytes(count * bits)
     for i in range(count):
@@ -196,15 +199,15 @@ def _unpack_code(codebook: Codebook, codes: Array | np.ndarray) -> tuple[Array, 
 
 
 def parts_of(x_nH: Array, parts: int) -> Array:
-    """`(n, H)` → `(parts, n, H/parts)`."""
+    """Splits vectors into parts: `(n, H)` → `(parts, n, H/parts)`."""
     return x_nH.reshape(len(x_nH), parts, -1).swapaxes(0, 1)
 
 
 def largest(scores: Array) -> Array:
-    """argmax over the last axis, the first of equals; `(*n, entries)` → `(*n,)`.
+    """Returns the argmax over the last axis, the first of equals; `(*n, entries)` → `(*n,)`.
 
-    The largest of each group first, then inside the best group: plain maxima vectorize where a
-    maximum that carries its index does not.
+    Takes the maximum of each group, then the argmax in the best group: a plain maximum is
+    vectorized, whereas an argmax over all entries is not.
     """
     size = scores.shape[-1]
     if size % _GROUP:
@@ -216,19 +219,21 @@ def largest(scores: Array) -> Array:
 
 
 def comparable(entries: Array) -> Array:
-    """Entries `(*parts, n, d)` as columns with −‖e‖²/2 below, `(*parts, d + 1, n)`."""
+    """Transposes entries `(*parts, n, d)` to `(*parts, d + 1, n)`, with −‖e‖²/2 as last row."""
     norms = -0.5 * jnp.sum(entries**2, axis=-1, keepdims=True)
     return jnp.concatenate([entries, norms], axis=-1).swapaxes(-1, -2)
 
 
 def with_one(x: Array) -> Array:
-    """Vectors with a last number 1, so that one product with `comparable` entries gives
-    x · e − ‖e‖²/2, which is largest for the nearest entry."""
+    """Appends 1 to vectors: their product with `comparable` entries is x · e − ‖e‖²/2.
+
+    This score is largest for the nearest entry.
+    """
     return jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1)
 
 
 def by_block(f: Callable[[Array], Any], x: Array) -> Any:
-    """`f` of vectors `(n, d)`, a block at a time."""
+    """Applies `f` to vectors `(n, d)` block by block, which bounds the size of intermediates."""
     n = len(x)
     on_cpu = jax.default_backend() == "cpu"
     block = min(_BLOCK if on_cpu else _BLOCK_OF_ACCELERATOR, n)
@@ -238,9 +243,10 @@ def by_block(f: Callable[[Array], Any], x: Array) -> Any:
 
 
 def nearest_few(scores: Array, count: int) -> Array:
-    """Returns indices of the `count` largest scores `(*n, entries)`, each of another group.
+    """Returns the indices of the largest scores `(*n, entries)`, `count` of them.
 
-    Fewer come where there are fewer groups.
+    If the number of entries is a multiple of the group size, this is an approximate top-k: at most
+    one index per group, the group's best, so that there can be fewer than `count`.
     """
     if count == 1 or scores.shape[-1] % _GROUP:
         return jax.lax.top_k(scores, count)[1] if count > 1 else largest(scores)[..., None]
@@ -252,6 +258,6 @@ def nearest_few(scores: Array, count: int) -> Array:
 
 @jax.jit
 def nearest_of(x: Array, entries: Array) -> Array:
-    """Index of the entry `(entries, d)` nearest to each vector `(n, d)`."""
+    """Returns the index of the entry in `(entries, d)` nearest to each vector `(n, d)`."""
     columns = comparable(entries)
     return by_block(lambda block: largest(with_one(block) @ columns), x)

@@ -1,4 +1,4 @@
-"""Interfaces of what gives the memories of references."""
+"""Interface of sources of explicit memories."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Dequantize = Callable[[ExplicitMemory], ExplicitMemory]
 
 @runtime_checkable
 class MemoryReader(Protocol):
-    """Interface of what gives memories by id: `Bank` or `ColdMemories`.
+    """Interface of sources of memories by reference id: `Bank` or `ColdMemories`.
 
     Attributes:
-      codec: how keys and values are stored.
+      codec: format in which keys and values are stored.
     """
 
     codec: Codec
@@ -30,37 +30,38 @@ class MemoryReader(Protocol):
     @property
     @abc.abstractmethod
     def size(self) -> int:
-        """Number of ids."""
+        """Returns the number of ids."""
 
     @abc.abstractmethod
     def read_stored(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
-        """Reads memories of references as they are stored, into NumPy arrays.
+        """Reads memories of references in stored form, into NumPy arrays.
 
         Args:
-          ids: reference ids of any shape; −1 is no memory: zeros, length 0. One that occurs more
-            than once is read once.
+          ids: reference ids of any shape; −1 gives an empty memory of zeros and length 0. Repeated
+            ids are read once.
 
         Returns:
-          Keys and values `(L, *shape, K, P, width)`, with some heads only `(1, *shape, S, P,
-          width)`, for `codec.dequantize`; length `shape` int32.
+          Keys and values `(L, *shape, K, P, width)`, or `(1, *shape, S, P, width)` if only S heads
+          are stored, for `codec.dequantize`; length `shape` int32.
 
         Raises:
-          BankError: an id that is not there; a damaged or missing shard, naming its file.
+          BankError: an id does not exist or was removed, or a shard file, which the message names,
+            is damaged, missing or cannot be read.
         """
 
     @abc.abstractmethod
     def report(self) -> dict[str, int]:
-        """Returns counters since the start."""
+        """Returns counters of reads since the start, by name."""
 
     @property
     def dequantize(self) -> Dequantize | None:
-        """Dequantizes stored memories; None if they are plain keys and values."""
+        """Returns the function that dequantizes stored memories; None if they are stored plain."""
         return None if self.codec.plain else self.codec.dequantize
 
     def read(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
-        """Reads memories of references, dequantized: keys and values `(L, *shape, K, P, H)`.
+        """Reads and dequantizes memories of references: keys and values `(L, *shape, K, P, H)`.
 
-        Arguments and errors as in `read_stored`, whose result a step dequantizes itself.
+        Arguments and errors are those of `read_stored`; a step uses that and dequantizes itself.
         """
         stored = self.read_stored(ids)
         if self.codec.plain:
@@ -69,4 +70,4 @@ class MemoryReader(Protocol):
 
     @functools.cached_property
     def _compiled(self) -> Dequantize:
-        return jax.jit(self.codec.dequantize)  # compiled once a reader
+        return jax.jit(self.codec.dequantize)  # compiled once per reader

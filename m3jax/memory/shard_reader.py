@@ -1,9 +1,10 @@
 """Reads memories from shard files: deduplicates ids, serves cached ones, names damaged files.
 
-TensorStore copies a memory three times on its way: out of the page cache, into its own cache, into
-the array. Here the kernel writes it into a small buffer that stays in the processor's cache, where
-its checksum is compared, and from there it goes to its place in the array; from a server or a
-bucket come the bytes of the memory and no others. TensorStore names what is missing or damaged.
+TensorStore copies a memory three times: out of the page cache, into its own cache, into the array.
+This reader lets the kernel copy it into a small buffer that stays in the processor's cache,
+verifies its checksum there and copies it to its place in the array. From a server or a bucket it
+requests only the bytes of each memory. After a failure, TensorStore finds out which files are
+missing or damaged.
 """
 
 from __future__ import annotations
@@ -26,33 +27,37 @@ from m3jax.memory import storage
 from m3jax.memory.cache import MemoryCache
 from m3jax.private_apis import is_damaged, is_missing, reason_of
 
-_ATTEMPTS = 3  # at memories whose fault passes
-_INDEXES = 8192  # of shards, kept: 4 kB each at 256 memories a shard
+_ATTEMPTS = 3  # at a read, since some faults are temporary
+_INDEXES = 8192  # shard indexes kept in RAM: 4 kB each at 256 memories per shard
 _CHECKSUM = 4  # bytes
 
 
 def _is_intact(data: bytes | bytearray) -> bool:
-    """Compares bytes with the checksum at their end."""
+    """Returns True if the last four bytes are the CRC-32C checksum of the others."""
     stored = int.from_bytes(data[-_CHECKSUM:], "little")
     return crc32c.crc32c(memoryview(data)[:-_CHECKSUM]) == stored
 
 
 class _Files:
-    """Reads shards of a local folder, on a system that reads into an existing buffer."""
+    """Reads shard files of a local folder, on systems with `preadv`."""
 
     threads = 16
-    task = 1 << 21  # least bytes a task: threads that only wait for Python are slower than one
+    task = 1 << 21  # least bytes per task: with smaller tasks, threads mostly wait for the GIL
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = folder
 
     def load(self, shards: list[int], offsets: list[int], targets: list[np.ndarray]) -> bool:
-        """Reads memories from their places into targets; returns True if all were intact."""
+        """Reads memory i at byte `offsets[i]` of shard `shards[i]` into `targets[i]`.
+
+        Targets are uint8, all of one shape. Returns False at the first memory that is truncated or
+        fails its checksum; later targets are then unset.
+        """
         data = bytearray(targets[0].nbytes + _CHECKSUM)
         memory = np.frombuffer(data, np.uint8, targets[0].nbytes).reshape(targets[0].shape)
         with contextlib.ExitStack() as files:
             opened = {i: files.enter_context(self._open(i)).fileno() for i in set(shards)}
-            if hasattr(os, "posix_fadvise"):  # the disk looks for all of it at once
+            if hasattr(os, "posix_fadvise"):  # ask the kernel to read all ahead, in parallel
                 for shard, offset in zip(shards, offsets, strict=True):
                     os.posix_fadvise(opened[shard], offset, len(data), os.POSIX_FADV_WILLNEED)
             for shard, offset, target in zip(shards, offsets, targets, strict=True):
@@ -72,7 +77,7 @@ class _Files:
 
 
 class _Ranges:
-    """Reads shards of any store that TensorStore knows, with a request a thread."""
+    """Reads shard files of any store that TensorStore supports, with one request per thread."""
 
     threads, task = storage.IO_THREADS, 1
 
@@ -80,7 +85,7 @@ class _Ranges:
         self._store = storage.store(folder)
 
     def load(self, shards: list[int], offsets: list[int], targets: list[np.ndarray]) -> bool:
-        """Reads memories from their places into targets; returns True if all were intact."""
+        """Reads memories as `_Files.load` does."""
         for shard, offset, target in zip(shards, offsets, targets, strict=True):
             data = self._read(shard, offset, offset + target.nbytes + _CHECKSUM)
             if not _is_intact(data):
@@ -101,15 +106,15 @@ class _Ranges:
 
 
 class ShardReader:
-    """Reads memories of a bank's shards, as they are stored. Safe to use from several threads.
+    """Reads memories from a bank's shards in stored form. Safe to use from several threads.
 
     Attributes:
-      folder, manifest: of the bank.
-      cache: memories read last, in RAM; the parts of a bank with deltas share one.
+      folder, manifest: location and parsed manifest of the bank.
+      cache: LRU cache of memories in RAM; base and deltas of a bank share one.
     """
 
     def __init__(self, folder: str | Path, manifest: dict[str, Any], cache_bytes: int) -> None:
-        """Raises `BankError` where the array is missing or is not the manifest's."""
+        """Opens a bank; raises `BankError` if its array is missing or does not fit the manifest."""
         storage.open_array(folder, manifest)
         self.folder, self.manifest = folder, manifest
         self.cache = MemoryCache(cache_bytes)
@@ -125,15 +130,17 @@ class ShardReader:
         places: Int[np.ndarray, " n"],
         memories: Shaped[np.ndarray, "m parts numbers"],
     ) -> None:
-        """Reads memories; one that occurs more than once is read once.
+        """Reads memory `ids[i]` into `memories[places[i]]`; repeated ids are read once.
 
         Args:
-          ids: of memories in the bank.
-          places: row of `memories` that each goes to; others are not touched.
-          memories: keys and values of every layer, as they are stored; numbers are contiguous.
+          ids: ids of memories in the bank.
+          places: row of `memories` for each id; other rows are not changed.
+          memories: output; stored keys, then values, of every layer (`parts` = 2 L), contiguous on
+            the last axis.
 
         Raises:
-          BankError: a damaged or missing shard, naming its file, or a server that is gone.
+          BankError: a shard file, which the message names, is damaged, missing or cannot be read,
+            or the server cannot be reached.
         """
         unique, first, copies = np.unique(ids, return_index=True, return_inverse=True)
         if self.cache.limit:
@@ -161,7 +168,7 @@ class ShardReader:
             if self._try_shards(ids, places, memories):
                 return
             storage.require_served(self.folder)
-            self._index.cache_clear()  # a shard may have been written again
+            self._index.cache_clear()  # a shard may have been rewritten
         shards = ids // self._shard
         array = storage.open_array(self.folder, self.manifest)
         each = (self._problem(array, i, ids[shards == i]) for i in np.unique(shards).tolist())
@@ -175,7 +182,7 @@ class ShardReader:
         )
 
     def _try_shards(self, ids: np.ndarray, places: np.ndarray, memories: np.ndarray) -> bool:
-        """Returns whether all memories were there and intact; if not, the rows hold anything."""
+        """Reads memories once; returns False, with rows undefined, if any is missing or damaged."""
         targets = memories.view(np.uint8)
         size = targets[0].nbytes
 
@@ -194,18 +201,18 @@ class ShardReader:
                 return False
 
         step = max(-(-len(ids) // self._source.threads), -(-self._source.task // max(1, size)))
-        # To the last one: a task still under way would write into arrays that others fill again.
+        # Wait for all tasks: a running one would write into rows that the next attempt fills.
         return all(list(self._pool.map(load, range(0, len(ids), step))))
 
     def _read_index(self, shard: int) -> np.ndarray:
-        """Reads place and size of every chunk of a shard from the end of its file."""
+        """Reads offset and size in bytes of each memory of a shard, from the end of its file."""
         data = self._source.end(shard, 16 * self._shard + _CHECKSUM)
         if not _is_intact(data):
             raise ValueError("the shard's index is damaged")
         return np.frombuffer(data[:-_CHECKSUM], "<u8").reshape(-1, 2)
 
     def damaged(self) -> list[tuple[str, str]]:
-        """Reads everything; returns files of damaged or missing shards, and the reasons."""
+        """Reads all shards; returns file and description of each damaged or missing shard."""
         array = storage.open_array(self.folder, self.manifest)
         shards = range(storage.shards_of(self.manifest))
         problems = ((storage.shard_key(shard), self._problem(array, shard)) for shard in shards)
@@ -214,7 +221,7 @@ class ShardReader:
     def _problem(
         self, array: ts.TensorStore, shard: int, ids: np.ndarray | None = None
     ) -> str | None:
-        """Says what is wrong with a shard, or with some of its memories; None: nothing."""
+        """Reads a shard, or some of its memories; returns a description of the fault, or None."""
         low, high = storage.shard_span(self.manifest, shard)
         name = f"shard file {self.folder}/{storage.shard_key(shard)} (memories {low} … {high - 1})"
         try:

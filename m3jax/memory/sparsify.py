@@ -1,4 +1,4 @@
-"""Selection of the tokens that a memory keeps of its reference (Memory³ §3.3)."""
+"""Token sparsification: selects the tokens of a reference that its memory keeps (Memory³ §3.3)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from m3jax.model.transformer import KEPT_TOKENS
 
 
 class Written(NamedTuple):
-    """Memories of one layer: all that it keeps of references; slots past the length are zero."""
+    """Memories of one layer for R references; slots from `length` on are zeros."""
 
     keys: Float[Array, "R K P H"]
     values: Float[Array, "R K P H"]
@@ -30,19 +30,19 @@ def token_weights(
     usable_RW: Bool[Array, "R W"],
     selection: str,
 ) -> Float[Array, "R K W"]:
-    """Sums the attention w[j] that each token receives inside its reference, over query heads.
+    """Computes the attention w[j] that each token receives inside its reference, summed over heads.
 
     exact: w[j] = Σ_i softmax_j(q_i · k_j / √H); approximate: w[j] = Σ_i exp(q_i · k_j / √H),
-      scaled by the largest score of its reference and key-value head so that it cannot overflow.
-      No causal mask, no positions. Tokens that are not usable take part neither as i nor as j.
+      divided by the largest term of the reference and key-value head, so that it cannot overflow.
+      There is no causal mask and no position encoding. Padding is neither query i nor key j.
 
     Args:
-      q_RWKGH, k_RWKH: queries and keys before RoPE.
-      usable_RW: false for padding (the prefix is never among the W tokens).
+      q_RWKGH, k_RWKH: queries and keys before RoPE; the sum is over the G query heads.
+      usable_RW: False for padding (the prefix is never among the W tokens).
       selection: `exact` or `approximate`.
 
     Returns:
-      Weights in float32, −inf for tokens that are not usable.
+      Weights in float32, −inf for padding.
     """
     scores = jnp.einsum("RIKGH,RJKH->RKGIJ", q_RWKGH, k_RWKH, preferred_element_type=jnp.float32)
     scores = scores * (q_RWKGH.shape[-1] ** -0.5)
@@ -65,18 +65,18 @@ def select(
     kept: int,
     selection: str,
 ) -> tuple[Int[Array, "R K P"], Int[Array, R]]:
-    """The `kept` heaviest tokens of each key-value head, in reference order.
+    """Selects the `kept` tokens with the largest weights for each key-value head.
 
-    A token's rank is counted by comparing it with all others, W² comparisons and no sort: sorts
-    and gathers of many short rows are what TPUs compile and run slowest.
+    The rank of a token is counted by W² comparisons instead of a sort, because sorts and gathers of
+    many short rows compile and run slowly on TPUs.
 
     Args:
       q_RWKGH, k_RWKH, usable_RW, selection: as in `token_weights`.
-      kept: tokens P to keep; of equal weights the earlier token wins.
+      kept: number P of tokens to keep; of equal weights the earlier token wins.
 
     Returns:
-      indices into the reference, ascending, real ones first; slots past the length hold 0.
-      length of every reference: min(P, usable tokens).
+      Indices into the reference, ascending, with 0 in the slots from the length on; and the length
+      of each memory: min(P, usable tokens).
     """
     weights_RKW = token_weights(
         jax.lax.stop_gradient(q_RWKGH), jax.lax.stop_gradient(k_RWKH), usable_RW, selection
@@ -107,8 +107,8 @@ def sparsify(
     """Writes one layer's explicit memories of a batch of references.
 
     Args:
-      q_RWKGH, k_RWKH: queries and keys before RoPE, which decide what is kept.
-      rotated_RWKH: keys after RoPE, which are what is stored.
+      q_RWKGH, k_RWKH: queries and keys before RoPE, which select the tokens to keep.
+      rotated_RWKH: keys after RoPE, which are stored.
       v_RWKH: values.
       usable_RW, kept, selection: as in `select`.
     """
@@ -120,7 +120,7 @@ def sparsify(
     at_RKPW = (indices_RKP[..., None] == token_W) & real_RP[:, None, :, None]
 
     def gather(x_RWKH: Array) -> Array:
-        # A product with zeros and a single one is exact, and so is its transpose in the gradient.
+        # A product with one-hot rows is exact, and so is its transpose in the gradient.
         return jnp.einsum(
             "RKPW,RWKH->RKPH", at_RKPW.astype(x_RWKH.dtype), x_RWKH, precision="highest"
         )
@@ -129,5 +129,5 @@ def sparsify(
 
 
 def sparsifier(memory: ConfigDict) -> Callable[..., Written]:
-    """Returns `sparsify` with the kept tokens and selection rule of the section `memory`."""
+    """Returns `sparsify` with number of kept tokens and selection rule of the section `memory`."""
     return functools.partial(sparsify, kept=memory.kept_tokens, selection=memory.selection)

@@ -1,18 +1,18 @@
-"""The files of a bank: how they are named, read, checked and opened.
+"""Names, reads, checks and writes the files of a bank.
 
-A folder, or a bucket or (to read only) an HTTP server's folder, given by its URL:
+A bank is a local folder, or the URL of a bucket or (read-only) of a folder on an HTTP server:
 
     manifest.json         binding, info, shapes, checksums; written before the first shard
-    lengths.npy           real slots of every memory (R,), a function of the references alone
-    record_hashes.npy     hash of all tokens that shaped each memory (R,)
-    codebook.npz          tables of the vector quantizer, where it compressed the bank
-    memories.zarr/        zarr3 (R, 2, L, K, P, H), or bytes of a code in the place of H: keys,
-                          values; an inner chunk is one memory. With some heads only, these are in
-                          the place of K, and there is 1 layer
+    lengths.npy           number of used slots of each memory (R,)
+    record_hashes.npy     hash of all tokens that each memory depends on (R,)
+    codebook.npz          tables of the vector quantizer, if the bank is compressed with it
+    memories.zarr/        zarr3 array (R, 2, L, K, P, width) of keys and values; width is H, or the
+                          bytes of a code. One inner chunk is one memory. If only S heads are
+                          stored: (R, 2, 1, S, P, width)
     COMPLETE              checksum of the manifest; written last
 
-Every file is written whole by TensorStore: beside its place, synced, renamed. So a shard that
-exists is a shard that is finished.
+TensorStore writes every file to a temporary name, syncs and renames it, so that an existing shard
+file is always complete.
 """
 
 from __future__ import annotations
@@ -45,33 +45,33 @@ LENGTHS, HASHES = "lengths.npy", "record_hashes.npy"
 CODEBOOK = "codebook.npz"
 ARRAY = "memories.zarr/"
 WRITE_AGAIN = "launch/write_bank.py"
-IO_THREADS = 32  # requests at a time
-SECONDS = 60  # that a server may take for one memory
-# Of TensorStore, whose own 32 attempts take a quarter of an hour.
+IO_THREADS = 32  # concurrent requests
+SECONDS = 60  # time limit for one memory from a server
+# For TensorStore, whose default of 32 attempts takes a quarter of an hour.
 _RETRIES = {"max_retries": 4, "initial_delay": "200ms", "max_delay": "2s"}
-# Of TensorStore's HTTP client, which waits for a silent server for ever.
+# For TensorStore's HTTP client, which by default waits forever for a silent server.
 _SILENCE = {
     "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "30",
     "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
 }
 
 
-# Of the probe of a server: attempts, seconds between two of them, seconds for an answer.
+# Probe of a server: attempts, seconds between two attempts, time limit of an answer in seconds.
 _ATTEMPTS, _PAUSE, _TIMEOUT = 3, 0.5, 10
 
 
 def is_url(folder: str | Path) -> bool:
-    """Returns True if a bank is not a local folder."""
+    """Returns True if a bank is given by a URL, not as a local folder."""
     return "://" in str(folder)
 
 
 def is_http(folder: str | Path) -> bool:
-    """Returns True if a bank is on an HTTP server: readable, but not listed or written to."""
+    """Returns True if a bank is on an HTTP server, which can be read but not listed or written."""
     return str(folder).startswith(("http://", "https://"))
 
 
 def require_writable(folder: str | Path) -> None:
-    """Raises `BankError` where nothing can be written."""
+    """Raises `BankError` if the bank is on an HTTP server, which is read-only."""
     if is_http(folder):
         raise BankError(
             f"bank {folder} is read-only: an HTTP server takes no files. Write it with"
@@ -80,18 +80,18 @@ def require_writable(folder: str | Path) -> None:
 
 
 def write_again(folder: str | Path) -> str:
-    """Names the script that writes what is missing, and where to run it."""
+    """Returns the script that writes missing shards, and where to run it, for messages."""
     return f"{WRITE_AGAIN} on the server" if is_http(folder) else WRITE_AGAIN
 
 
 def file_url(folder: str | Path, name: str) -> str:
-    """Returns the URL of a file of a bank; the URL of the bank may end in `?` and a query."""
+    """Returns the URL of a file of a bank, keeping the query (`?…`) of the bank's URL."""
     parts = urlsplit(str(folder))
     return parts._replace(path=f"{parts.path.rstrip('/')}/{name}").geturl()
 
 
 def store(folder: str | Path) -> ts.KvStore:
-    """Opens the key-value store of a bank's files: a folder, or a URL that TensorStore knows."""
+    """Opens the TensorStore key-value store of a bank's files, in a local folder or at a URL."""
     if is_url(folder):
         if is_http(folder):
             for name, value in _SILENCE.items():
@@ -102,7 +102,7 @@ def store(folder: str | Path) -> ts.KvStore:
 
 
 def _context() -> ts.Context:
-    """No cache of TensorStore's: `m3jax.memory.cache` counts what it holds."""
+    """Makes a TensorStore context without a cache, because `m3jax.memory.cache` is used."""
     return ts.Context(
         {
             "cache_pool": {"total_bytes_limit": 0},
@@ -114,11 +114,11 @@ def _context() -> ts.Context:
 
 
 def require_served(folder: str | Path) -> None:
-    """Asks the server of a bank for one byte; does nothing for a bank that is elsewhere.
+    """Requests one byte of a bank from its HTTP server; does nothing for banks elsewhere.
 
     Raises:
-      BankError: the server is not there, stays silent for 10 s, refuses, has no bank there, or
-        gives no parts of files.
+      BankError: three attempts got no answer within 10 s or an HTTP error, the server has no bank
+        at this URL, or it does not support range requests.
     """
     if not is_http(folder):
         return
@@ -128,7 +128,7 @@ def require_served(folder: str | Path) -> None:
         try:
             with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
                 if answer.status == 206:
-                    answer.read()  # raises where it ends too soon
+                    answer.read()  # raises if the body is truncated
                     return
                 raise BankError(
                     f"the server of bank {folder} cannot give parts of files (it answers"
@@ -146,7 +146,7 @@ def require_served(folder: str | Path) -> None:
             problem = f"the server answers {error.code} {error.reason}"
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
-            if isinstance(reason, ssl.SSLError):  # TensorStore has certificates of its own
+            if isinstance(reason, ssl.SSLError):  # TensorStore may know other certificates
                 return
             problem = f"no answer from the server ({reason})"
     raise BankError(
@@ -156,7 +156,7 @@ def require_served(folder: str | Path) -> None:
 
 
 def read_file(folder: str | Path, name: str) -> bytes | None:
-    """Reads a file of the bank; None when it does not exist."""
+    """Reads a file of the bank; None if it does not exist. Raises `BankError` if that fails."""
     try:
         result = store(folder).read(name).result()
     except ValueError as error:
@@ -168,7 +168,7 @@ def read_file(folder: str | Path, name: str) -> bytes | None:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
-    """Reads the manifest; None when there is none. Raises `BankError` for one of another format."""
+    """Reads the manifest, None if there is none; raises `BankError` for an invalid or old format."""
     data = read_file(folder, MANIFEST)
     if data is None:
         return None
@@ -197,7 +197,7 @@ def npy_bytes(values: np.ndarray) -> bytes:
 
 
 def read_checked(folder: str | Path, manifest: dict[str, Any], name: str) -> bytes:
-    """Reads a side file of the bank; raises `BankError` if it is missing or damaged."""
+    """Reads a file whose checksum the manifest has; raises `BankError` if missing or damaged."""
     data = read_file(folder, name)
     if data is None or checksum(data) != manifest["checksums"][name]:
         what = "is missing" if data is None else "is damaged (its checksum differs)"
@@ -210,22 +210,22 @@ def read_checked(folder: str | Path, manifest: dict[str, Any], name: str) -> byt
 
 
 def read_side_file(folder: str | Path, manifest: dict[str, Any], name: str) -> np.ndarray:
-    """Reads an array file of the bank; errors as of `read_checked`."""
+    """Reads a `.npy` side file of the bank; errors as in `read_checked`."""
     return np.load(io.BytesIO(read_checked(folder, manifest, name)), allow_pickle=False)
 
 
 def complete_stamp(manifest: bytes) -> bytes:
-    """Returns the content of COMPLETE."""
+    """Returns the content of COMPLETE for a manifest: its checksum and a newline."""
     return (checksum(manifest) + "\n").encode()
 
 
 def open_array(
     folder: str | Path, manifest: dict[str, Any], *, create: bool = False
 ) -> ts.TensorStore:
-    """Opens the array of memories, `(R, 2, L, K, P, width)` or, of heads, `(R, 2, 1, S, P, width)`.
+    """Opens the array of memories, `(R, 2, L, K, P, width)`; of S heads, `(R, 2, 1, S, P, width)`.
 
-    `create` replaces what is there by an empty array. Raises `BankError` where it is missing, or is
-    not that of the manifest.
+    `create` replaces any existing array by an empty one. Raises `BankError` if the array is
+    missing, does not fit the manifest, or cannot be created.
     """
     shape = list(manifest["shape"])
     item, shard = [1, *shape[1:]], [manifest["shard_memories"], *shape[1:]]
@@ -240,8 +240,8 @@ def open_array(
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         },
-        "fill_missing_data_reads": False,  # else a missing shard silently reads as zeros
-        "store_data_equal_to_fill_value": True,  # else a memory of zeros is not stored
+        "fill_missing_data_reads": False,  # otherwise a missing shard would silently read as zeros
+        "store_data_equal_to_fill_value": True,  # otherwise a memory of zeros would not be stored
         "recheck_cached_data": False,  # a finished bank does not change
     }
     try:
@@ -263,23 +263,23 @@ def shards_of(manifest: dict[str, Any]) -> int:
 
 
 def shard_span(manifest: dict[str, Any], shard: int) -> tuple[int, int]:
-    """Returns first and last-plus-one memory of a shard."""
+    """Returns the range low, high of a shard's memories; high is exclusive."""
     low = shard * manifest["shard_memories"]
     return low, min(low + manifest["shard_memories"], manifest["shape"][0])
 
 
 def memory_bytes(manifest: dict[str, Any]) -> int:
-    """Returns the bytes of the stored keys and values of a memory."""
+    """Returns the size of one memory's stored keys and values in bytes."""
     return math.prod(manifest["shape"][1:]) * jnp.dtype(manifest["dtype"]).itemsize
 
 
 def shard_key(shard: int) -> str:
-    """Returns the file of a shard, relative to the bank."""
+    """Returns the path of a shard file, relative to the bank."""
     return f"{ARRAY}c/{shard}/0/0/0/0/0"
 
 
 def write_file(folder: str | Path, name: str, data: bytes) -> None:
-    """Writes a file of the bank, whole or not at all; raises `BankError` if it cannot."""
+    """Writes a file of the bank atomically; raises `BankError` if that fails."""
     try:
         store(folder).write(name, data).result()
     except (OSError, ValueError) as error:
@@ -287,19 +287,19 @@ def write_file(folder: str | Path, name: str, data: bytes) -> None:
 
 
 def missing_shards(folder: str | Path, manifest: dict[str, Any]) -> list[int]:
-    """Lists shards that have no file."""
+    """Lists the numbers of shards that have no file."""
     there = {bytes(key).decode() for key in store(folder).list().result()}
     shards = range(shards_of(manifest))
     return [shard for shard in shards if shard_key(shard) not in there]
 
 
 def remove_locks(folder: str | Path) -> None:
-    """Removes what a killed or failed write left beside its shard."""
+    """Deletes the temporary files of killed or failed writes from a local bank."""
     if not is_url(folder):
         for leftover in Path(folder).rglob("*__lock"):
             leftover.unlink(missing_ok=True)
 
 
 def free_bytes(folder: str | Path) -> int | None:
-    """Returns the free bytes of the disk; None for a bucket."""
+    """Returns the free bytes of the bank's disk; None for a URL."""
     return None if is_url(folder) else shutil.disk_usage(folder).free

@@ -1,4 +1,4 @@
-"""Writes the bank: missing shards are encoded or copied, and written whole; killed, it goes on."""
+"""Writes the bank: encodes or copies the memories of missing shards; a killed build resumes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from m3jax.model.transformer import Model
 from m3jax.private_apis import is_disk_full
 
 _WRITERS = 4  # threads that write shards
-_WAITING = 2 * _WRITERS  # most shards held in memory, written or waiting for a thread
+_WAITING = 2 * _WRITERS  # most shards in RAM, being written or waiting for a thread
 
 
 def write_bank(
@@ -54,35 +54,37 @@ def write_bank(
     base: Bank | None = None,
     keep: Int[np.ndarray, " n"] | None = None,
 ) -> dict[str, Any]:
-    """Writes the memories of all references, or what is missing of them.
+    """Writes a bank with the memories of all references; existing shards are kept.
 
-    A killed build goes on where it stopped; a finished bank gets back the shards that were deleted.
+    A killed build resumes where it stopped; deleted shards of a finished bank are written again.
     Several processes (`m3jax.distributed`) call this together, each with a model on its own devices
-    and a folder that all of them see; each encodes and writes its share of the missing shards.
+    and with a shared folder; each encodes and writes its share of the missing shards.
 
     Args:
-      config: a validated config; `writer` and `memory` say how.
+      config: a validated config; the sections `model`, `memory` and `writer` are read.
       model: the writer, with the prefix tokens of `<s>Reference:`.
       params: the writer's parameters.
       references: the knowledge base.
-      folder: where to write; made when missing.
-      writer_path, writer_step: where the parameters come from; recorded, not compared.
+      folder: local folder, which is made if it is missing, or URL of a bucket.
+      writer_path, writer_step: checkpoint of the parameters; recorded, not compared.
       progress: show a progress bar.
-      base: an older bank of the same writer, tokenizer and layout: memories of references with the
-        same tokens (and, with `writer.document_context`, the same before them) are copied, not
-        encoded.
-      keep: the base is a bank of the same references by another writer: memories that are copied
-        all the same; all others are encoded.
+      base: an older bank with the same writer, tokenizer and layout. Memories of references with
+        the same tokens (and the same document context) are copied instead of encoded.
+      keep: ids to copy from a `base` with the same references but another writer; all other
+        memories are encoded.
 
     Returns:
-      `references` in the set; `kept` (there before), `encoded` and `copied` memories, by all
-      processes; `seconds` without compiling, until all have written; `compile_seconds`,
-      `memories_per_second`, `encode_share` (share of the seconds in which this writer did nothing
-      but wait for the encode), `bytes` of all memories.
+      Counts over all processes: `references`, and memories that were `kept` (in existing shards),
+      `encoded` and `copied`; `seconds` until all processes have written, without compilation;
+      `compile_seconds`; `memories_per_second`; `encode_share` (fraction of the seconds that this
+      process spent waiting for the encoder); `bytes` of all memories.
 
     Raises:
-      BankError: no usable tokens, an unfinished bank of something else in the folder, a base of
-        another writer, a full disk, a folder on an HTTP server or one that not all processes see.
+      BankError: there are no references, none has tokens, or one is too long; the folder holds a
+        bank with another binding or layout, or is on an HTTP server, or is not shared by all
+        processes; the base has another writer, tokenizer or layout; the batch does not split over
+        the devices; a memory is not finite; the disk is full or a file cannot be written.
+      QuantizerError: the codebooks cannot be fitted (see `codec.train_codec`).
     """
     storage.require_writable(folder)
     lengths = memory_lengths(config, references)
@@ -97,7 +99,7 @@ def write_bank(
         "writer_path": str(writer_path),
         "writer_step": int(writer_step),
         "m3jax": m3jax.__version__,
-        "foreign": 0 if keep is None else len(keep),  # memories by another writer
+        "foreign": 0 if keep is None else len(keep),  # number of memories by another writer
     }
     hashes = memory_hashes(config, references)
     sources = _sources(base, keep, binding, lengths, hashes)
@@ -125,7 +127,7 @@ def _check_seen(folder: str | Path) -> None:
 
 
 def finish(folder: str | Path, manifest: dict[str, Any]) -> None:
-    """Marks a bank as complete; no process writes any more."""
+    """Marks a bank as complete after all processes have written; raises if shards are missing."""
     missing = storage.missing_shards(folder, manifest) if jax.process_count() > 1 else []
     if missing:
         raise BankError(
@@ -147,12 +149,12 @@ def _make_codec(
     binding: Binding,
     base: Bank | None,
 ) -> Codec:
-    """Returns the codec of `writer.compression`: this folder's or the base's, else a new one."""
+    """Returns the codec of `writer.compression`, with the folder's, base's or new codebooks."""
     writer, dtype, head_dim = config.writer, config.memory.dtype, config.model.head_dim
     if writer.compression != codecs.VECTOR:
         return Codec(writer.compression, head_dim, dtype)
     written = storage.read_file(folder, storage.CODEBOOK)
-    if written is not None:  # of a killed build, or of a finished bank
+    if written is not None:  # by a killed build or a finished bank
         with contextlib.suppress(codecs.QuantizerError):
             codec, owner = codecs.from_bytes(written, dtype)
             if owner == binding.owner:
@@ -171,7 +173,7 @@ def _make_codec(
 
 
 def _sample(config: ConfigDict, references: ReferenceSet) -> Int[np.ndarray, " n"]:
-    """References, uniformly sampled, with `writer.codebook_vectors` keys, or all there are."""
+    """Samples references uniformly until they have `writer.codebook_vectors` keys, if possible."""
     order = np.random.default_rng(0).permutation(len(references))
     slots = np.minimum(references.lengths[order], config.memory.kept_tokens)
     vectors = np.cumsum(slots) * stored_heads(config.model, config.memory)
@@ -188,10 +190,11 @@ def prepare_folder(
     lengths: np.ndarray,
     hashes: np.ndarray,
 ) -> tuple[dict[str, Any], list[int]]:
-    """Makes a folder ready for the shards of a bank, or checks that it is.
+    """Writes manifest and side files of a bank, or checks that those in the folder are the same.
 
-    `lengths` and `hashes` are real slots of every memory, and hash of all tokens that shape it.
-    Returns the manifest and the missing shards.
+    `lengths` are the used slots of each memory, `hashes` those of all tokens that it depends on.
+    Returns the manifest and the missing shards; raises `BankError` if the folder holds another bank
+    or cannot be written.
     """
     sides = {
         storage.LENGTHS: storage.npy_bytes(lengths),
@@ -229,7 +232,7 @@ def prepare_folder(
 
 def _check_same(folder: str | Path, ours: dict[str, Any], there: dict[str, Any]) -> None:
     different = Binding(**ours["binding"]).differences(Binding(**there["binding"]))
-    if not different:  # what the binding does not hold
+    if not different:  # compare the fields that are not part of the binding
         different = [
             f"written with {words} = {there[name]!r}, here {ours[name]!r}"
             for name, words in (
@@ -254,7 +257,7 @@ def _sources(
     lengths: np.ndarray,
     hashes: np.ndarray,
 ) -> Int[np.ndarray, " R"]:
-    """Returns for every reference the memory of `base` to copy; −1: it is encoded."""
+    """Returns for each reference the id in `base` of the memory to copy; −1 = encode it."""
     sources = np.full(len(lengths), -1, np.int64)
     if base is None:
         return sources
@@ -277,7 +280,7 @@ def _sources(
 
 
 class Build:
-    """One run over the missing shards of a bank, of which each process writes some."""
+    """Writes the missing shards of a bank, of which each process writes a share."""
 
     def __init__(
         self,
@@ -298,11 +301,11 @@ class Build:
         self.recode = jax.jit(codec.quantize)
 
     def span(self, shard: int) -> tuple[int, int]:
-        """Returns first and last-plus-one memory of a shard."""
+        """Returns the range low, high of a shard's memories; high is exclusive."""
         return storage.shard_span(self.manifest, shard)
 
     def members(self, shards: list[int]) -> Int[np.ndarray, " n"]:
-        """Returns the ids of the memories of shards."""
+        """Returns the ids of all memories in these shards."""
         return np.concatenate([np.zeros(0, np.int64), *(np.arange(*self.span(i)) for i in shards)])
 
     def run(
@@ -313,7 +316,7 @@ class Build:
         references: ReferenceSet,
         progress: bool,
     ) -> dict[str, Any]:
-        """Encodes, copies and writes; returns the report of `write_bank`."""
+        """Encodes, copies and writes memories; returns the report of `write_bank`."""
         progress = progress and jax.process_index() == 0
         self.check_space(progress)
         compiling = time.perf_counter()
@@ -349,7 +352,7 @@ class Build:
         }
 
     def shards(self, batches: Iterator[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields every shard of this process with its stored memories, copied or encoded."""
+        """Yields each shard of this process with its memories in stored form, copied or encoded."""
         dtype = jnp.dtype(self.manifest["dtype"])
         batch = np.zeros((0, *self.manifest["shape"][1:]), dtype)
         for shard in self.part:
@@ -367,15 +370,17 @@ class Build:
             yield shard, memories
 
     def copy(self, ids: np.ndarray) -> np.ndarray:
-        """Reads memories of the base as this bank stores them."""
+        """Reads memories of the base and converts them to the codec of this bank."""
         assert self.base is not None
         if codecs.same(self.base.codec, self.codec):
             return _items(self.base.read_stored(ids))
-        padded = np.pad(ids, (0, self.shard - len(ids)), constant_values=-1)  # one shape, one jit
+        padded = np.pad(
+            ids, (0, self.shard - len(ids)), constant_values=-1
+        )  # one shape, so that it compiles once
         return np.asarray(self.recode(_items(self.base.read(padded))))[: len(ids)]
 
     def write(self, shards: Iterator[tuple[int, np.ndarray]], bar: tqdm) -> None:
-        """Writes shards in parallel, each whole and in one call."""
+        """Writes shards in parallel threads, each with a single call of TensorStore."""
         array = storage.open_array(self.folder, self.manifest)
         running: collections.deque[tuple[int, Future[None]]] = collections.deque()
 
@@ -404,7 +409,7 @@ class Build:
                 wait_for_oldest()
 
     def check_space(self, progress: bool) -> None:
-        """Refuses to start where the disk cannot hold what is still to be written."""
+        """Raises `BankError` if the disk has too little space for the missing shards."""
         free, needed = storage.free_bytes(self.folder), self.needed_bytes()
         if progress and self.ids.size:
             shown = "" if free is None else f", {_size(free)} free"
@@ -416,7 +421,7 @@ class Build:
             raise BankError(self.lacking_space(free))
 
     def lacking_space(self, free: int) -> str:
-        """Says how much of the disk must be made free for the missing shards."""
+        """Returns the message that states how much space the missing shards need."""
         needed = self.needed_bytes()
         return (
             f"bank {self.folder} needs {_size(needed)} for {len(self.missing)} missing shards, but"
@@ -425,7 +430,7 @@ class Build:
         )
 
     def failure(self, shard: int, error: Exception) -> BankError:
-        """Explains a failed write of a shard; this process writes nothing else."""
+        """Returns the error for a failed write of a shard, after which this process writes no more."""
         if jax.process_count() == 1:
             storage.remove_locks(self.folder)
         name = f"{self.folder}/{storage.shard_key(shard)}"
@@ -439,7 +444,7 @@ class Build:
         )
 
     def needed_bytes(self) -> int:
-        """Returns the bytes of the missing shards' files: memories, checksums and index."""
+        """Returns the disk space of the missing shard files: memories, checksums and index."""
         item = storage.memory_bytes(self.manifest) + 4
         spans = [self.span(shard) for shard in self.missing]
         blocks = [(high - low) * item + 16 * self.shard + 4 for low, high in spans]
@@ -447,7 +452,7 @@ class Build:
 
 
 def _items(memory: ExplicitMemory) -> Shaped[np.ndarray, "n 2 L K P width"]:
-    """Returns memories `(L, n, K, P, width)` in the order of the bank's array."""
+    """Converts memories `(L, n, K, P, width)` to the axes of the bank's array."""
     return np.stack([np.moveaxis(np.asarray(x), 0, 1) for x in memory[:2]], axis=1)
 
 
