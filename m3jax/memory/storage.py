@@ -168,7 +168,7 @@ def read_file(folder: str | Path, name: str) -> bytes | None:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
-    """Reads the manifest, None if there is none; raises `BankError` for an invalid or old format."""
+    """Reads the manifest; None if missing. Raises `BankError` if invalid or of another format."""
     data = read_file(folder, MANIFEST)
     if data is None:
         return None

@@ -374,9 +374,7 @@ class Build:
         assert self.base is not None
         if codecs.same(self.base.codec, self.codec):
             return _items(self.base.read_stored(ids))
-        padded = np.pad(
-            ids, (0, self.shard - len(ids)), constant_values=-1
-        )  # one shape, so that it compiles once
+        padded = np.pad(ids, (0, self.shard - len(ids)), constant_values=-1)  # one shape, one jit
         return np.asarray(self.recode(_items(self.base.read(padded))))[: len(ids)]
 
     def write(self, shards: Iterator[tuple[int, np.ndarray]], bar: tqdm) -> None:
@@ -430,7 +428,7 @@ class Build:
         )
 
     def failure(self, shard: int, error: Exception) -> BankError:
-        """Returns the error for a failed write of a shard, after which this process writes no more."""
+        """Returns the error for a failed write of a shard; this process writes no more."""
         if jax.process_count() == 1:
             storage.remove_locks(self.folder)
         name = f"{self.folder}/{storage.shard_key(shard)}"
