@@ -1,22 +1,22 @@
 """Attention on TPU: the splash kernel of JAX with the mask of prefix, memories and context.
 
-The kernel walks over blocks of (queries, keys) and skips those that the mask hides entirely: the
-future and the memories outside the window. `splash_mask` has the mask and the layout.
+The kernel processes blocks of (queries, keys) and skips blocks that the mask hides entirely: future
+tokens, and memories outside the window. The mask and the layout are in `splash_mask`.
 
-Three choices, by counted work:
+Three design choices, based on counted work:
 
-* The G query heads that share a key-value head are rows of one query axis, token by token. Keys
-  and values are read once instead of G times, and a block of few tokens still fills the matrix
-  unit: causal blocks waste less.
-* The gradient uses the kernel's two passes, one for dq and one for dk and dv. The fused pass spares
-  two of seven products, but writes a dq of all queries for every block of keys: as much time on a
-  v5e, 1.7 GB of temporaries for 8 rows of the 2.4B model, and sums rounded to the queries' dtype.
-* Memory slots past the length differ from row to row, which a static mask cannot say: they are
-  another segment than everything else.
+* The G query heads of a key-value head are interleaved in one query axis: token 0 with its G heads,
+  token 1, …. Keys and values are read once instead of G times, and blocks of few tokens, which
+  waste less work on the causal diagonal, still fill the matrix unit.
+* The gradient uses the kernel's two passes, for dq and for dk and dv. The fused pass saves two of
+  seven products but writes a dq of all queries for every block of keys: the same time on a v5e,
+  1.7 GB of temporaries for 8 rows of the 2.4B model, and sums rounded to the queries' dtype.
+* Empty memory slots differ between rows, which a static mask cannot express: segment ids hide them.
 
-Rows of several texts (`Packing`) differ in where these begin. The codes of their queries are then
-part of the input, and only what no row can show is skipped: blocks between two texts are computed
-and hidden. Segments could not keep the texts apart: a key has one, and the prefix is everybody's.
+In packed rows (`Packing`) the boundaries of texts differ between rows. The mask codes of queries
+are then an input of the kernel, and it skips only blocks that are hidden for all possible
+boundaries; blocks between two texts are computed and masked. Segment ids could not separate texts:
+a key has one segment id, but the keys of the prefix are visible to all texts.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from m3jax.model.attention_mask import ExplicitMemory, Scope, keys_of_heads, rea
 from m3jax.model.splash_mask import Layout, packed_codes, plan, row_mask
 from m3jax.private_apis import with_query_codes
 
-# Name of the kernel's output and log-sum-exp for `jax.checkpoint` policies: saving them spares the
-# forward kernel in the backward pass.
+# Name of the kernel's output and log-sum-exp for `jax.checkpoint` policies: if they are saved, the
+# backward pass does not run the forward kernel again.
 RESIDUALS = "attention"
 
 
@@ -47,22 +47,22 @@ def splash_attend(
     kv_block: int = 256,
     interpret: bool = False,
 ) -> Float[Array, "B T K G H"]:
-    """`attend` by the splash kernel: the same arguments and result.
+    """Computes `attend` by the splash kernel.
 
-    Scores are summed in float32; the scale H**-0.5 is put on the queries, in their dtype. With
-    `scope.heads` each head has a kernel of its own, since the segments, which say which heads read
-    memories, are those of a kernel.
+    Scores are summed in float32; queries are scaled by H**-0.5 in their own dtype. With
+    `scope.heads` every key-value head is a kernel call of its own, since segment ids, which hide
+    the memories from heads that do not read them, are the same for all heads of a call.
 
     Args:
       q_BTKGH, k_BTKH, v_BTKH: as in `attend`.
-      scope: what they attend to; without `sight`.
-      block: tokens of a block of queries; raised to what the kernel needs, lowered to T and to
-        what the chip's VMEM holds.
-      kv_block: keys of a block; raised to a multiple of 128, lowered to what there is.
-      interpret: evaluate the kernel with plain operations, for any platform (slow).
+      scope: as in `attend`, without `sight`.
+      block: tokens per block of queries; raised to the kernel's minimum, lowered to T and to the
+        VMEM of a chip.
+      kv_block: keys per block; raised to a multiple of 128, lowered to the number of keys.
+      interpret: whether to evaluate the kernel with plain operations, on any platform (slow).
 
     Raises:
-      ConfigError: the row is too long.
+      ConfigError: the row has too many tokens, memory slots or chunks for the mask's codes.
     """
     prefix, memory, packing, heads = scope.prefix, scope.memory, scope.packing, scope.heads
     B, T, K, G, H = q_BTKGH.shape
@@ -110,7 +110,8 @@ def splash_attend(
 def _lay_out(
     layout: Layout, x_BTKH: Array, prefix_SKH: Array | None, memory_BCMKPH: Array | None
 ) -> Array:
-    """Keys or values of a row `(B, K, layout.keys, H)`, zeros in the gap and at the end."""
+    """Returns keys or values in the kernel's layout, `(B, K, layout.keys, H)`, with zeros in the
+    gap and at the end."""
     B, T, K, H = x_BTKH.shape
     parts = [jnp.zeros((B, K, layout.gap, H))]
     if memory_BCMKPH is not None:
@@ -124,7 +125,7 @@ def _lay_out(
 
 
 def _segments(layout: Layout, memory: ExplicitMemory) -> Array:
-    """1 for the gap and the memory slots that hold no token, 0 for every other key: `(B, keys)`."""
+    """Returns segment ids `(B, keys)`: 1 for the gap and empty memory slots, 0 for other keys."""
     real = real_slots(memory)
     real_BS = real.reshape(real.shape[0], -1).astype(jnp.int32)
     after = layout.keys - layout.gap - layout.slots
@@ -133,10 +134,11 @@ def _segments(layout: Layout, memory: ExplicitMemory) -> Array:
 
 
 def make_kernel(layout: Layout, kv_heads: int, interpret: bool = False) -> Any:
-    """The kernel of one row: `(K, rows, H)`, `(K, keys, H)`, `(K, keys, H)`, segments → output.
+    """Makes the kernel of one row, a function of queries `(K, rows, H)`, keys and values
+    `(K, keys, H)` and optionally segment ids.
 
-    Made where it is traced, since its tables become constants of the program; the work on the mask
-    is done once for each layout.
+    Call it while tracing: its block tables become constants of the program. The kernel library
+    caches the work on the mask by layout.
     """
     rows, keys = layout.block * layout.group, layout.kv_block
     sizes = splash.BlockSizes(

@@ -1,8 +1,8 @@
-"""Mask of the splash kernel: places of queries and keys, and the keys each query sees.
+"""Mask of the splash kernel: layout of queries and keys, and the keys that each query sees.
 
-A mask is a function of two numbers, the code of a query and the position of a key, that the kernel
-evaluates for every pair, beside the softmax; it is never written down as an array of T × S. What is
-the same for all rows also says which blocks are skipped.
+A mask is a function of an integer code of the query and of the position of the key. The kernel
+evaluates it for every pair, so that no array of T × S is stored. The blocks that the kernel skips
+are found beforehand from a mask that holds for all rows of a batch (`row_mask`).
 """
 
 from __future__ import annotations
@@ -25,40 +25,41 @@ _ComputableMask: Any = computable_mask()
 
 LANES = 128  # a block of keys, and of query rows, is a multiple of this
 
-# What the compiler gives the kernels of VMEM, and an estimate of what a block takes: eleven float32
-# numbers in each lane for every row of queries and every key (running maximum, sum and output,
-# codes, segments, log-sum-exp, the inputs twice), and one for every score. It is what the compiler
-# for v5p takes (17.6 MiB for 2560 rows × 256 keys); that for v5e takes less.
+# VMEM in bytes that the compiler gives a kernel, and an estimate of the bytes of a block: eleven
+# float32 numbers per lane for every row of queries and every key (running maximum, sum and output,
+# codes, segments, log-sum-exp, the inputs twice), and one per score. The estimate matches the
+# compiler for v5p (17.6 MiB for 2560 rows × 256 keys); the compiler for v5e needs less.
 VMEM = 2**24
 EDGE_BYTES = 11 * LANES * 4
 SCORE_BYTES = 4
 
-# Longest row of several texts whose codes leave 8 bits for the number of a chunk: `auto` takes this
-# kernel up to here.
+# Longest packed row, in tokens, whose 32-bit codes leave 8 bits for the index of a chunk; up to it
+# `model.attention = 'auto'` chooses the splash kernel.
 PACKED_TOKENS = 4096
 _CODE_BITS = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Positions of queries and keys in the padded axes that the kernel works on.
+    """Positions of queries and keys in the padded axes of the kernel.
 
-    Keys: a gap, `slots` memory slots, the prefix, and from `start` on the context: prefix and
-    context are one run of keys, which costs the mask the fewest operations. (A softmax does not
-    mind the order.) Rows of queries: token 0 with its `group` heads, token 1 …
+    Key axis: a gap of unused keys, `slots` memory slots, the prefix, and from `start` on the
+    context. Prefix and context are adjacent, so that the mask tests both with one comparison. (The
+    order of keys does not matter to a softmax.) Query axis: token 0 with its `group` heads, token
+    1, ….
 
     Attributes:
       tokens: tokens T of a row.
-      group: query heads G of a key-value head.
-      prefix: keys of the prefix.
-      slots: memory slots C·M·P of a row.
-      chunk_slots: memory slots M·P of a chunk.
+      group: query heads G per key-value head.
+      prefix: number of keys of the prefix.
+      slots: number C·M·P of memory slots of a row.
+      chunk_slots: number M·P of memory slots of a chunk.
       chunk_length: tokens Q of a chunk.
-      window: chunks whose memories a query reads.
-      block: tokens of a block of queries.
-      kv_block: keys of a block.
+      window: number of chunks whose memories a query reads.
+      block: tokens per block of queries.
+      kv_block: keys per block.
       start: key position of the first token.
-      packed: rows hold several texts, in other places in every row.
+      packed: whether rows hold several texts, with boundaries that differ between rows.
     """
 
     tokens: int
@@ -95,12 +96,13 @@ class Layout:
 
     @property
     def shift(self) -> int:
-        """Bits of the place in the code of a query in a row of one text."""
+        """Number of low bits of a code that hold the query's position, in rows of one text."""
         return (self.prefix + self.tokens).bit_length()
 
     @property
     def packed_bits(self) -> tuple[int, int, int]:
-        """Bits of a code in a row of several texts: start of the text, place in it, first chunk."""
+        """Bits of the three fields of a code in packed rows, from the low bits up: start of the
+        text, position in the text, first chunk that is read."""
         place = (self.tokens - 1).bit_length()
         return place, place, self.chunks.bit_length()
 
@@ -119,13 +121,14 @@ def plan(
     kv_block: int,
     packed: bool = False,
 ) -> Layout:
-    """The layout of a row; the gap before the context is the one with the fewest visited blocks.
+    """Chooses block sizes and the gap for a row, so that the kernel visits the fewest blocks.
 
-    Aligned to blocks of keys, the context has the least waste on the diagonal; without a gap, the
-    memories share a block with the first tokens.
+    Two gaps are compared: one that aligns the context to blocks of keys, which wastes the least on
+    the causal diagonal, and none, where memories share a block with the first tokens.
 
     Raises:
-      ConfigError: the row has too many tokens and memory slots, or chunks.
+      ConfigError: the codes would need too many bits: too many tokens and memory slots, or, in
+        packed rows, too many tokens and chunks.
     """
     unit = LANES // math.gcd(LANES, group)  # G · block has to be a multiple of the lanes
     slots = chunks * chunk_slots
@@ -158,9 +161,9 @@ def plan(
 
 @functools.lru_cache(maxsize=64)
 def pairs(layout: Layout) -> tuple[int, int]:
-    """Pairs of query and key of one row and one head: in the blocks that the kernel visits, and
-    those that the mask shows, whose quotient is the waste; of rows of several texts, those that any
-    texts may show."""
+    """Counts (query, key) pairs of one row and one head: pairs in the blocks that the kernel
+    visits, and visible pairs; their quotient measures wasted work. In packed rows a pair counts as
+    visible if some boundaries of texts make it visible."""
     mask = row_mask(dataclasses.replace(layout, group=1))
     visited = useful = 0
     for row in range(0, layout.padded_tokens, layout.block):
@@ -180,9 +183,9 @@ def _up(size: int, multiple: int) -> int:
 
 
 class _LayoutMask(_ComputableMask):
-    """Mask of a row, `mask[rows, keys]` in the layout, computed on demand.
+    """Base class of masks of a row: `mask[rows, keys]` computes a part of the mask on demand.
 
-    The kernel gets `q_sequence`, the code of every row of queries, and `mask_function`.
+    The kernel reads `q_sequence`, the code of every row of queries, and `mask_function(code, key)`.
     """
 
     def __init__(self, layout: Layout, function: Any, codes: np.ndarray):
@@ -201,16 +204,16 @@ class _LayoutMask(_ComputableMask):
 
 @dataclasses.dataclass(frozen=True)
 class _Visible:
-    """Computes whether a key is seen, from the code of the query and the position of the key.
+    """Mask function of rows of one text: returns true if the query with `code` sees key `key`.
 
-    The code is the token's place in the run of prefix and context and, `shift` bits up, the first
-    slot that it reads. The kernel evaluates this for every pair, beside the softmax: no division by
-    the chunk length is left, and unsigned numbers test both ends of a run at once.
+    The low `shift` bits of a code are the token's position in prefix and context; the bits above
+    are the first memory slot that the token reads. As the kernel evaluates it for every pair, it
+    needs no division by the chunk length, and one unsigned comparison tests both ends of a range.
     """
 
-    first: int  # key position of the run of prefix and context
+    first: int  # key position of the first key of prefix and context
     shift: int
-    reach: int  # memory slots in the window
+    reach: int  # number of memory slots in the window
 
     def __call__(self, code: Any, key: Any) -> Any:
         place = (code & ((1 << self.shift) - 1)).astype(np.uint32)
@@ -223,8 +226,8 @@ class _Visible:
 class RowMask(_LayoutMask):
     """Mask of a row of one text.
 
-    Rows that only pad have the code of the last token, so that no block is visited for them alone.
-    The window of the first chunks reaches into the gap, which is of another segment.
+    Padding rows have the code of the last token, so that they cause no further blocks to be
+    visited. The window of the first chunks extends into the gap, which segment ids hide.
     """
 
     def __init__(self, layout: Layout):
@@ -239,7 +242,7 @@ class RowMask(_LayoutMask):
     def __getitem__(self, index: Any) -> np.ndarray:
         rows, keys = index
         columns = np.arange(self.shape[1], dtype=np.int32)[keys]
-        # The heads of a group see the same: their row is computed once.
+        # The heads of a group have the same row of the mask: compute it once.
         codes, inverse = np.unique(self.q_sequence[rows], return_inverse=True)
         return self.mask_function(codes[:, None], columns[None])[inverse]
 
@@ -249,11 +252,12 @@ class RowMask(_LayoutMask):
 
 @dataclasses.dataclass(frozen=True)
 class _PackedVisible:
-    """Computes whether a key is seen, from the code of a query in a row of several texts.
+    """Mask function of packed rows: returns true if the query with `code` sees key `key`.
 
-    The code is, from its low bits up, the place of the text's first token in the row, the query's
-    place in its text, and the first chunk whose memories it reads; the second says how many follow.
-    All but three differences and comparisons of a pair depend on the query or on the key alone.
+    The fields of a code (`Layout.packed_bits`) are, from the low bits up: index in the row of the
+    text's first token, the query's position in its text, from which also the number of chunks to
+    read follows, and the first chunk whose memories it reads. Per pair only three differences and
+    comparisons are computed; everything else depends on the query or the key alone.
     """
 
     layout: Layout
@@ -270,17 +274,17 @@ class _PackedVisible:
             chunk = jax.lax.shift_right_logical(code, _like(code, low + middle))
             slot = layout.gap + chunk * layout.chunk_slots
             reach = jnp.minimum(self._whole_chunks(place) + 1, layout.window) * layout.chunk_slots
-            # Padding is a text behind all others, without chunks: for it nothing is left here.
+            # Padding counts as a last text without chunks: for it `reach` becomes 0.
             reach = jnp.minimum(reach, layout.gap + layout.slots - slot)
             seen = seen | ((key - slot).astype(np.uint32) < reach.astype(np.uint32))
         return seen
 
     def _whole_chunks(self, place: Any) -> Any:
-        """place // chunk_length, without a division, which the chip has none of."""
+        """Returns place // chunk_length without an integer division, which the chip lacks."""
         Q = self.layout.chunk_length
         if Q & (Q - 1) == 0:
             return jax.lax.shift_right_logical(place, _like(place, Q.bit_length() - 1))
-        # Exact for places below 2**bits: the error of the factor stays under one part in Q.
+        # Exact for places below 2**bits: the error of the factor adds less than 1 / Q.
         shift = self.layout.packed_bits[1] + Q.bit_length()
         product = place * ((1 << shift) // Q + 1)
         return jax.lax.shift_right_logical(product, _like(product, shift))
@@ -291,13 +295,13 @@ def _like(x: Any, value: int) -> Any:
 
 
 class PackedMask(_LayoutMask):
-    """Mask of all that a query may see in a row of several texts, wherever they begin.
+    """Mask of packed rows for skipping blocks: shows each key that is visible for some boundaries.
 
-    The kernel skips the blocks that this hides, which are the same for all rows of a batch. The
-    codes of a row (`packed_codes`) take the place of `q_sequence`.
+    The kernel skips the blocks that this mask hides, for all rows of a batch alike. Within blocks
+    it uses the codes of each row (`packed_codes`) in place of `q_sequence`.
 
-    Wherever texts begin, a token reads no chunk that lies before its window in a row of one text,
-    and no chunk of a higher number than the token's own: every chunk has a token at least.
+    For any boundaries, token t reads no chunk before the window that it has in a row of one text,
+    and no chunk with an index above t, since every chunk has at least one token.
     """
 
     def __init__(self, layout: Layout):
@@ -321,7 +325,7 @@ class PackedMask(_LayoutMask):
 
 
 def packed_codes(layout: Layout, packing: Packing) -> Int[Array, "B rows"]:
-    """Returns the codes of the rows of queries; rows that only pad have that of the last token."""
+    """Returns the code of every row of queries; padding rows have the code of the last token."""
     start_BT, place_BT = packing.starts, packing.positions
     low, middle, _ = layout.packed_bits
     code_BT = start_BT | place_BT << low
@@ -335,5 +339,5 @@ def packed_codes(layout: Layout, packing: Packing) -> Int[Array, "B rows"]:
 
 
 def row_mask(layout: Layout) -> RowMask | PackedMask:
-    """Returns the mask of a layout, which says what blocks are visited."""
+    """Returns the mask from which the kernel finds the blocks to visit."""
     return PackedMask(layout) if layout.packed else RowMask(layout)

@@ -1,9 +1,10 @@
-"""Both ends of the model at the vocabulary: the embedding look-up, and the loss of the LM head.
+"""Embedding look-up, and loss of the LM head, with the vocabulary split over devices.
 
-The tables are the largest matrices of the model, and logits its largest activation. The table is
-gathered once; its gradient is added up on the device and leaves it in one reduce-scatter. Gradients
-of the loss are computed together with it, block by block, so that no logits are kept and none are
-computed twice. All functions see one device's part (`collectives.py`).
+Embedding and LM head (tables `(V, D)`) are the largest matrices of the model, logits its largest
+activation. A table is gathered over `fsdp` once; its gradient is accumulated on the device and
+reduce-scattered once. The gradients of the loss are computed together with the loss, block by
+block, so that logits are neither stored nor recomputed. All functions see one device's part
+(`collectives.py`).
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from m3jax.model.collectives import Parallel
 def lookup(
     parallel: Parallel, table_VD: Float[Array, "V D"], tokens: Int[Array, " n"]
 ) -> Float[Array, "n D"]:
-    """Looks rows of the embedding up, in the compute dtype.
+    """Returns the embeddings of tokens in the compute dtype.
 
     Args:
-      parallel: of the mesh.
-      table_VD: this device's rows of the table.
-      tokens: of this device's rows of the batch, and whatever else it needs.
+      parallel: collectives of the mesh.
+      table_VD: this device's rows of the embedding.
+      tokens: tokens of all streams on this device, flattened.
     """
     part, dtype = table_VD.shape, table_VD.dtype
 
@@ -59,18 +60,19 @@ def cross_entropy(
     block: int,
     z_loss: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """Sums, over this device's tokens, weight · (cross-entropy + z_loss · log² Z), in nats, of
-    weight · cross-entropy, and of the weights of right predictions; Z is the softmax normaliser
-    (PaLM, arXiv 2204.02311, §5). Only the first has a gradient.
+    """Computes three sums over this device's tokens: Σ weight · (cross-entropy + z_loss · log² Z)
+    and Σ weight · cross-entropy, in nats, and Σ weight over correct predictions.
+
+    Z is the softmax normalizer (PaLM, arXiv 2204.02311, §5). Only the first sum has a gradient.
 
     Args:
-      parallel: of the mesh.
-      x_BTD: normed hidden states; products are made in their dtype, with float32 results.
+      parallel: collectives of the mesh.
+      x_BTD: normed hidden states; products are computed in their dtype, with float32 results.
       table_VD: this device's rows of the LM head.
       targets_BT, weights_BT: next tokens and their weights (float32).
-      block: tokens of a row whose logits exist at a time; the largest divisor of T up to it is
-        used.
-      z_loss: factor of the squared logarithm of the normaliser.
+      block: maximal number of tokens per row whose logits are in memory at a time; the largest
+        divisor of T up to it is used.
+      z_loss: factor of log² Z.
     """
 
     @jax.custom_vjp
@@ -107,7 +109,7 @@ def token_losses(
 
 
 def _in_blocks(block: int, *arrays: Array) -> Any:
-    """Splits rows `(B, T, …)` in blocks of tokens, `(T / size, B, size, …)`; the size is the
+    """Splits rows `(B, T, …)` into blocks of tokens, `(T / size, B, size, …)`; the size is the
     largest divisor of T up to `block`."""
     T = arrays[0].shape[1]
     size = next(size for size in range(min(block, T), 0, -1) if T % size == 0)
@@ -116,7 +118,8 @@ def _in_blocks(block: int, *arrays: Array) -> Any:
 
 
 def _scores(parallel: Parallel, logits: Array, targets: Array) -> tuple[Array, Array, Array, Array]:
-    """Returns log-sum-exp, logit of the target, most probable token, and place of the target."""
+    """Returns log-sum-exp, the target's logit, the most probable token, and a mask over this
+    device's vocabulary that is true at the target."""
     V = logits.shape[-1]
     rows, owned = _own_rows(parallel, targets, V)
     predicted, largest = _most_probable(parallel, logits)
@@ -140,7 +143,8 @@ def _sums(
     targets: Array,
     weights: Array,
 ) -> Any:
-    """Returns the three sums, and (with `gradient`) gradients of the first, or None."""
+    """Returns the sums of `cross_entropy` and, if `gradient`, the gradients of the first with
+    respect to `x` and the LM head, else None."""
     table = parallel.whole(part, 0)
 
     def add_block(carry: Any, inputs: tuple[Array, Array, Array]) -> tuple[Any, Any]:
@@ -175,14 +179,15 @@ def _sums(
     if not gradient:
         return sums, None
     x_gradient = jnp.moveaxis(x_gradient, 0, 1).reshape(x.shape)
-    # Together: the whole table's gradient must not wait while the layers run backward.
+    # The barrier reduces the table's gradient now: its full size must not stay in memory during the
+    # backward pass of the layers.
     return sums, jax.lax.optimization_barrier(
         (x_gradient, parallel.reduce(carry[-1], 0, part.dtype))
     )
 
 
 def _most_probable(parallel: Parallel, logits: Array) -> tuple[Array, Array]:
-    """Returns the token of the largest logit, the first of equal ones, and that logit."""
+    """Returns the token with the largest logit (the lowest such id), and that logit."""
     token, largest = jnp.argmax(logits, axis=-1), jnp.max(logits, axis=-1)
     if not parallel.axes("tensor"):
         return token, largest
@@ -193,8 +198,8 @@ def _most_probable(parallel: Parallel, logits: Array) -> tuple[Array, Array]:
 
 
 def _own_rows(parallel: Parallel, tokens: Array, rows: int) -> tuple[Array, Array | None]:
-    """Returns the row of every token in the `rows` that this device holds, and whether it holds
-    the token; None where it holds all."""
+    """Returns the index of every token among the `rows` tokens that this device holds, and a mask
+    of the tokens that it holds (None if it holds all); other tokens have index 0."""
     if not parallel.axes("tensor"):
         return tokens, None
     local = tokens - jax.lax.axis_index("tensor") * rows
