@@ -187,7 +187,7 @@ def _wait_for_port(processes: Processes, end: float) -> None:
 
 
 def _agree(processes: Processes, config: ConfigDict) -> None:
-    """Raises `ProcessError`, on all processes, if any has another version or config than 0."""
+    """Raises `ProcessError` on all processes if versions or configs differ from process 0's."""
     fields = {f"config.{path}": value for path, value in flatten(config).items()}
     facts = {"m3jax": m3jax.__version__, "jax": jax.__version__, **fields}
     client = coordination_client()

@@ -1,7 +1,7 @@
 """Checkpoints of a stage: `<stage folder>/checkpoints/<step>` with `state` and `meta` (Orbax).
 
 A checkpoint is whole or absent: Orbax writes to a temporary name and renames. `meta` is JSON: the
-config, the step, the tokenizer's fingerprint and the writer, that is, whose memories are read.
+config, the step, the tokenizer's fingerprint, and the writer and version of the memories it reads.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from m3jax.train.state import TrainState
 
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in names that Orbax clears away
 
-# Fields that may change when a run is continued: they change no result, but for the guard's, which
-# matter when a run goes wrong: then it may be switched on, or given another try. Where checkpoints
-# lie matters to it, too.
+# Fields that may change when a run is continued, since they change no result. The guard's fields,
+# and the checkpoint intervals that it depends on, do after trouble: a diverged run may go on with
+# the guard switched on, or with more tries.
 _FREE_SECTIONS = ("mesh", "guard")
 _FREE = (
     "train.log_every",
@@ -54,17 +54,17 @@ _FREE = (
 
 
 class Checkpoints:
-    """Checkpoints of one run; saves in the background.
+    """Saves (in the background), restores and deletes the checkpoints of one run.
 
     Args:
       stage_folder: folder of the stage.
       config: the run's config.
-      tokenizer_fingerprint: of the tokenizer the run reads.
-      writer: `{"hash", "path", "step"}` of whose memories the run reads, or None.
-      version: of the knowledge that it reads, or None.
+      tokenizer_fingerprint: of the run's tokenizer.
+      writer: `{"hash", "path", "step"}` of the writer of the memories that the run reads, or None.
+      version: of the knowledge base that it reads, or None.
 
     Attributes:
-      manager: of Orbax.
+      manager: Orbax's `CheckpointManager`.
     """
 
     def __init__(
@@ -98,12 +98,12 @@ class Checkpoints:
     def check_reads(
         self, meta: Mapping[str, Any], checkpoint: str | Path, own: bool = False
     ) -> None:
-        """Refuses a checkpoint that has learned to read another writer's memories.
+        """Raises `CheckpointError` if a checkpoint was trained on another writer's memories.
 
         Args:
-          meta: of the checkpoint.
-          checkpoint: its stage folder, or its own.
-          own: it is one of the run, which has read memories only if the run does.
+          meta: `meta` of the checkpoint.
+          checkpoint: its stage folder, or its folder `…/<step>`.
+          own: the checkpoint is of this run, so it must record a writer exactly if the run has one.
         """
         ours, theirs = self._meta["writer"], meta["writer"]
         if (own and (ours is None) != (theirs is None)) or not reads(meta, checkpoint, ours):
@@ -113,9 +113,9 @@ class Checkpoints:
             )
 
     def save(self, state: TrainState, step: int, more: Mapping[str, Any] = {}) -> None:
-        """Copies the state and writes it in the background; does nothing when `step` is saved.
+        """Copies the state and writes it in the background; does nothing if `step` was saved last.
 
-        `more` goes into `meta`.
+        `more` holds further entries of `meta`.
         """
         if self.manager.latest_step() == step:
             return
@@ -132,10 +132,10 @@ class Checkpoints:
         return sorted(self.manager.all_steps())
 
     def delete(self, steps: Iterable[int]) -> None:
-        """Deletes checkpoints; all processes call it alike.
+        """Deletes the checkpoints of `steps`; all processes must call it with the same steps.
 
-        Each is renamed to a temporary name first: a kill leaves none that looks whole. What stays
-        under such a name goes when the folder is opened next.
+        Each is renamed to a temporary name first, so that a kill leaves no partial checkpoint that
+        looks whole. Orbax removes folders with such names when it next opens the checkpoints.
         """
         ordered = sorted(steps, reverse=True)
         if not ordered:
@@ -150,10 +150,11 @@ class Checkpoints:
         self.manager.reload()
 
     def restore(self, abstract: TrainState) -> TrainState:
-        """Restores the newest state, on the shardings of `abstract` (which may be of another mesh).
+        """Restores the newest state onto the shardings of `abstract`; the saved mesh may differ.
 
         Raises:
-          CheckpointError: there is none; or its shapes, tokenizer or writer are others.
+          CheckpointError: there is no checkpoint, it is damaged, or its shapes, its tokenizer or
+            the writer of its memories differ from the run's.
         """
         folder = checkpoint_folder(self.folder.parent)
         meta = read_meta(folder)
@@ -170,11 +171,11 @@ class Checkpoints:
 
 
 def kept(steps: Sequence[int], config: ConfigDict) -> set[int]:
-    """Selects the checkpoints that stay: the `train.keep_last` newest and those of `keep_every`.
+    """Selects the checkpoints to keep: the `train.keep_last` newest and multiples of `keep_every`.
 
-    Of a guarded run the newest, whatever its step, and of the others the `train.keep_last` newest
-    at multiples of `train.checkpoint_every`: one written when a run was stopped takes nobody's
-    place. Also that of step 0, which an imported model begins with.
+    With a guard, only multiples of `train.checkpoint_every` count towards `train.keep_last`, so
+    that a checkpoint written when the run was stopped displaces none of them; the newest and step 0
+    (the start of an imported model) are kept in addition.
     """
     train, guarded = config.train, config.guard.on
     regular = [s for s in steps if not guarded or (s and s % train.checkpoint_every == 0)]
@@ -184,7 +185,7 @@ def kept(steps: Sequence[int], config: ConfigDict) -> set[int]:
 
 
 class _Retention:
-    """Preservation policy of Orbax by `kept`."""
+    """Implements Orbax's preservation policy by `kept`."""
 
     def __init__(self, config: ConfigDict):
         self._config = config
@@ -195,22 +196,22 @@ class _Retention:
 
 
 def knowledge_version(stage_folder: str | Path) -> int | None:
-    """Returns the version of the knowledge that the newest checkpoint of a stage has read.
+    """Returns the version of the knowledge base that a stage's newest checkpoint was trained on.
 
-    None: there is no checkpoint, or it has read none.
+    None if there is no checkpoint, or it was trained without memories.
     """
     steps = checkpoint_steps(stage_folder)
     return read_meta(Path(stage_folder) / FOLDER / str(steps[-1]))["knowledge"] if steps else None
 
 
 def check_owner(stage_folder: str | Path, config: ConfigDict) -> None:
-    """Refuses a stage folder whose `config.json` is of another run.
+    """Checks that a stage folder is new, or that its `config.json` is this run's config.
 
-    Fields that change no result may differ: the mesh, threads, and how often something is logged,
-    saved or evaluated.
+    Fields that change no result may differ: the mesh, the guard, threads, and the intervals of
+    logging, saving and evaluation.
 
     Raises:
-      CheckpointError: names the first field that differs and both values.
+      CheckpointError: `config.json` is damaged, or a field differs; names it and both values.
     """
     path = Path(stage_folder) / "config.json"
     if not path.exists():
@@ -233,7 +234,7 @@ def check_owner(stage_folder: str | Path, config: ConfigDict) -> None:
 
 
 def claim(stage_folder: str | Path, config: ConfigDict) -> None:
-    """Writes `config.json`: from now on the stage folder is this run's. Raises as `check_owner`."""
+    """Marks a stage folder as this run's by its `config.json`; raises as `check_owner`."""
     check_owner(stage_folder, config)
     if jax.process_index() == 0:
         write_atomically(Path(stage_folder) / "config.json", (to_json(config) + "\n").encode())

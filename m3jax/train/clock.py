@@ -1,4 +1,4 @@
-"""Time of a run by part (steps, data, checkpoints, evaluations, starts), its speed and progress."""
+"""Measures the time of a run by part (steps, data, checkpoints, …), its speed and its progress."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from m3jax import flops
 from m3jax.hardware import chip_of_kind
 
-# `start` is all until the first step is done: opening, restoring, compiling.
+# `start` is the time until the first step is done: opening, restoring, compiling.
 PARTS = ("step", "data_wait", "checkpoint", "evaluation", "start")
 
 SECONDS_BETWEEN_LINES = 15.0
@@ -27,9 +27,9 @@ Now = Callable[[], float]
 
 
 class RunClock:
-    """Gives every second of a process to one of `PARTS`.
+    """Attributes every second of a process to one of `PARTS`.
 
-    What is not inside `spent_on` is `start` until `begin` is called, and `step` from then on.
+    Time outside `spent_on` counts as `start` until `begin` is called, and as `step` from then on.
     """
 
     def __init__(self, now: Now = time.monotonic):
@@ -39,12 +39,12 @@ class RunClock:
         self._seconds = dict.fromkeys(PARTS, 0.0)
 
     def begin(self) -> None:
-        """Ends `start`: the first step is done."""
+        """Ends the part `start`, when the first step is done."""
         self._switch("step")
 
     @contextlib.contextmanager
     def spent_on(self, part: str) -> Iterator[None]:
-        """Counts the time of the block, but for blocks inside it, as `part`."""
+        """Counts the time of the block as `part`, except for nested `spent_on` blocks."""
         before = self._part
         self._switch(part)
         try:
@@ -54,10 +54,11 @@ class RunClock:
 
     @contextlib.contextmanager
     def waiting(self, idle_since: Callable[[], float | None]) -> Iterator[None]:
-        """Counts the time of the block as waiting for data, as far as the device is idle.
+        """Counts the time of the block during which the device is idle as `data_wait`.
 
         Args:
-          idle_since: when the device became idle, on this clock; None while it computes.
+          idle_since: returns the time, on this clock, at which the device became idle; None while
+            it computes.
         """
         start = self.now()
         yield
@@ -69,12 +70,12 @@ class RunClock:
             self._seconds["data_wait"] += lost
 
     def seconds(self) -> dict[str, float]:
-        """Returns seconds of every part since the last `take`."""
+        """Returns the seconds of every part since the last `take`."""
         self._switch(self._part)
         return dict(self._seconds)
 
     def take(self) -> dict[str, float]:
-        """Returns `seconds()`, and starts anew."""
+        """Returns `seconds()` and resets them to 0."""
         seconds = self.seconds()
         self._seconds = dict.fromkeys(PARTS, 0.0)
         return seconds
@@ -86,31 +87,31 @@ class RunClock:
 
 
 class Device:
-    """Notes when the device has done what it was given last."""
+    """Records the time at which the device finishes the last work that it was given."""
 
     def __init__(self, now: Now = time.monotonic):
         self._now = now
         self._given: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
         self._count = 0
-        self._done = (0, now())  # a count of work and when all of that was done
+        self._done = (0, now())  # count of finished work, and when it was finished
         self._thread = threading.Thread(target=self._run, name="m3jax-device", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while (work := self._given.get()) is not None:
             count, arrays = work
-            # The loop meets a failed step itself, when it fetches the metrics.
+            # The error of a failed step is raised in the loop, when it fetches the metrics.
             with contextlib.suppress(Exception):
                 jax.block_until_ready(arrays)
             self._done = (count, self._now())
 
     def give(self, arrays: Any) -> None:
-        """Notes results of work that has been started."""
+        """Registers the result arrays of work that has been started."""
         self._count += 1
         self._given.put((self._count, arrays))
 
     def idle_since(self) -> float | None:
-        """Returns the time at which the last work was done, None while it is not."""
+        """Returns the time at which the last work was finished, None while it runs."""
         count, when = self._done
         return when if count == self._count else None
 
@@ -119,12 +120,12 @@ class Device:
 
 
 class Speed:
-    """Measures speed since the last report; compiling and evaluations are not counted.
+    """Measures the training speed since the last report, without compiling and evaluations.
 
     Attributes:
-      tokens_per_step: of the whole batch.
-      tokens_per_second: since the last report, None before the second step.
-      seconds_before: run time of earlier processes of the run.
+      tokens_per_step: tokens of the global batch.
+      tokens_per_second: since the last report; None before the second step.
+      seconds_before: run time of earlier processes of the run, in seconds.
     """
 
     def __init__(self, config: ConfigDict, mesh: Mesh, clock: RunClock):
@@ -138,7 +139,7 @@ class Speed:
         self._steps: int | None = None  # None until the first step, which compiles, is done
 
     def step(self) -> None:
-        """Counts a step that is done."""
+        """Counts a finished step; the first one, which compiles, only ends the clock's `start`."""
         if self._steps is None:
             self._steps = 0
             self.clock.begin()
@@ -148,9 +149,10 @@ class Speed:
         self.tokens_per_second = self._steps * self.tokens_per_step / elapsed
 
     def report(self) -> dict[str, Any]:
-        """Returns speed and seconds of every part (`time`) since the last report, and the run time.
+        """Returns the speed and the seconds by part (`time`) since the last report.
 
-        Without a peak FLOP/s it holds the FLOP/s reached instead of MFU.
+        `seconds` is the run time since the first start. On a chip of unknown peak FLOP/s the report
+        holds `flops_per_second` instead of `mfu`.
         """
         spent = self.clock.take()
         report: dict[str, Any] = {}
@@ -177,10 +179,10 @@ class Progress:
     """Shows step, loss, speed and time left on stderr.
 
     Args:
-      description: what runs.
+      description: name of the run.
       total: steps of the whole run.
       initial: steps done before.
-      shown: false on all processes but the first.
+      shown: False on all processes but the first.
     """
 
     def __init__(self, description: str, total: int, initial: int = 0, shown: bool = True):

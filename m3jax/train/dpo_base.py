@@ -1,7 +1,7 @@
-"""Log-probabilities of the base model of DPO: computed once and stored, so that it is not loaded.
+"""Computes and stores the log-probabilities of DPO's base model; training does not load it again.
 
-`<stage folder>/base_logprobs/<split>` holds `manifest.json`, which says what they belong to, and
-`logprobs.npy`, NaN in rows that are not computed yet: a killed run goes on with these.
+`<stage folder>/base_logprobs/<split>` holds `manifest.json`, all that the values depend on, and
+`logprobs.npy`, NaN in rows that are not computed yet; a killed run continues with these rows.
 """
 
 from __future__ import annotations
@@ -53,22 +53,23 @@ def hold_base_logprobs(
     init_from: str | Path | None,
     mesh: Mesh,
 ) -> None:
-    """Gives pipelines of pairs the log-probabilities of the base model, computing missing ones.
+    """Sets `base_logprobs` of pipelines of preference pairs, computing missing log-probabilities.
 
     The base model is the checkpoint that the stage starts from; its parameters are freed before
-    this returns. A stage that has a checkpoint of its own and all log-probabilities does not load
-    it. Several processes call it alike.
+    this returns. It is not loaded if the stage has a checkpoint of its own and all values are
+    stored. With several processes, all must call this.
 
     Args:
       config: a validated config with data.packing = "pairs".
-      stage_folder: of the stage that trains.
-      pipelines: by split.
+      stage_folder: folder of the DPO stage.
+      pipelines: pipeline of every split.
       init_from: stage folder, or `checkpoints/<step>` in it, of the base model.
       mesh: to compute on.
 
     Raises:
-      CheckpointError: no checkpoint to start from; or what is stored belongs to another checkpoint,
-        other pairs, memories or settings; names the difference and the remedy.
+      CheckpointError: the base model is needed and is missing, does not fit, or gives values that
+        are not finite; or the stored values are damaged or belong to another checkpoint, other
+        pairs, memories or settings. Names the difference and the remedy.
     """
     folders = {split: Path(stage_folder) / FOLDER / split for split in pipelines}
     for split, pipeline in pipelines.items():
@@ -99,10 +100,10 @@ def hold_base_logprobs(
 
 
 def load(folder: str | Path, binding: Mapping[str, Any]) -> Float[np.ndarray, "rows slots"] | None:
-    """Loads all log-probabilities of a split, in nats; returns None where some are missing.
+    """Loads the log-probabilities of a split, in nats; returns None if some rows are missing.
 
     Raises:
-      CheckpointError: they belong to something else than `binding`, or are damaged.
+      CheckpointError: they were computed for something other than `binding`, or are damaged.
     """
     folder = Path(folder)
     if not _is_begun(folder, binding):
@@ -117,10 +118,10 @@ def load(folder: str | Path, binding: Mapping[str, Any]) -> Float[np.ndarray, "r
 
 
 class RowLogprobs:
-    """Computes log-probabilities of the answers of a pipeline's rows.
+    """Computes log-probabilities of the answers in a pipeline's rows.
 
-    Calling it with parameters yields those of the rows `first … last − 1`, `(rows, slots)` in nats,
-    a batch at a time, on every process.
+    Calling it with parameters yields the values of the rows `first … last − 1`, in arrays
+    `(rows, slots)` in nats, one per batch, the same on every process.
     """
 
     def __init__(self, config: ConfigDict, pipeline: Pipeline, model: Model):
@@ -141,7 +142,7 @@ class RowLogprobs:
 def _compute(
     folder: Path, binding: Mapping[str, Any], logprobs: RowLogprobs, params: Params
 ) -> None:
-    """Computes the missing rows of a split."""
+    """Computes and stores the missing rows of a split."""
     rows, writes = logprobs.pipeline.rows, jax.process_index() == 0
     if not _is_begun(folder, binding) and writes:
         write_array(folder / _ARRAY, np.full((len(rows), rows.slots), np.nan, np.float32))
@@ -168,14 +169,14 @@ def _compute(
 
 
 def _base_model(params: Params, meta: Mapping[str, Any], config: ConfigDict, mesh: Mesh) -> str:
-    """Returns the step of a checkpoint and the fingerprint of the weights that write memories."""
+    """Describes a checkpoint: its step, and the fingerprint of the weights that write memories."""
     gather = jax.jit(lambda x: x, out_shardings=replicated(mesh))
     whole = jax.tree.map(lambda x: np.asarray(gather(x)), writer_params(params))  # one at a time
     return f"step {meta['step']}, weights {writer_fingerprint(whole, config.memory)}"
 
 
 def _is_begun(folder: Path, binding: Mapping[str, Any]) -> bool:
-    """Tests whether a split has some log-probabilities; refuses those of anything else."""
+    """Tests whether values of a split are stored; raises `CheckpointError` for another binding."""
     path = folder / _MANIFEST
     if not path.exists():
         return False
@@ -194,7 +195,7 @@ def _is_begun(folder: Path, binding: Mapping[str, Any]) -> bool:
 
 
 def _binding(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
-    """Lists all that log-probabilities depend on, but for the parameters."""
+    """Lists everything that log-probabilities depend on, except for the parameters."""
     settings = {}
     for section in ("model", "memory", "retrieval"):
         for field, value in config[section].items():

@@ -1,4 +1,4 @@
-"""Validation: losses with memory, without and with the wrong ones; of DPO, gains over its base."""
+"""Evaluates on validation data: losses with, without and with wrong memories; gains of DPO."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ MODES = ("memory", "none", "wrong")
 
 
 class LossEvaluator:
-    """Evaluates parameters on the same validation batches every time.
+    """Evaluates loss and accuracy of parameters, on the same validation batches every time.
 
     Args:
       config: a validated config; without memory only the mode `none` is evaluated.
       pipeline: of the validation split.
-      mesh: where the parameters lie, over which the rows are split; None: one device.
+      mesh: mesh of the parameters, over which the rows are split; None for one device.
 
-    Calling it with parameters returns `loss_<mode>` (nats a token) and `accuracy_<mode>` for each
-    mode. `wrong` gives every row the memories of its neighbour in the batch.
+    Calling it with parameters returns `loss_<mode>` (nats per token) and `accuracy_<mode>` for each
+    mode: `memory`, `none`, and `wrong`, in which a row reads the memories of another row.
 
     Attributes:
-      batches: how many it evaluates; fewer than `evaluation.batches` where the rows do not last.
-      rows: how many different rows these hold.
+      batches: number of evaluated batches: `evaluation.batches`, or fewer if the split is smaller.
+      rows: number of distinct rows in these batches.
     """
 
     def __init__(self, config: ConfigDict, pipeline: Pipeline, mesh: Mesh | None = None):
@@ -71,14 +71,14 @@ class LossEvaluator:
         return islice(self.pipeline.batches(0, self._rows.ids), self.batches)
 
     def sums(self, params: Params, batch: Batch, mode: str) -> Float[np.ndarray, " 3"]:
-        """Returns summed loss, weight and correct tokens of a batch, in one of `modes`."""
+        """Returns summed loss (nats), weight and correct tokens of a batch, in one of `modes`."""
         return self._placed_sums(params, place_batch(self.mesh, batch, self._rows), mode)
 
     def _placed_sums(self, params: Params, placed: Batch, mode: str) -> np.ndarray:
         return np.asarray(jax.device_get(self._sums[mode](params, placed)), np.float64)
 
     def _summed(self, mode: str) -> Callable[[Params, Batch], Sums]:
-        """Makes the function that sums a batch in one mode."""
+        """Makes the function that computes the sums of a placed batch in one mode."""
         sparsify = sparsifier(self.config.memory)
         forward = Forward(self.model, sparsify, self.pipeline.dequantize)
 
@@ -100,15 +100,16 @@ class LossEvaluator:
 
 
 class PreferenceEvaluator:
-    """Evaluates parameters on the same validation pairs every time.
+    """Evaluates the DPO loss of parameters, on the same validation pairs every time.
 
-    Calling it with parameters returns, of all pairs of the first `evaluation.batches` batches:
-    `loss` (nats a pair), `accuracy` (share of pairs whose margin is above 0), `preferred` (share
-    whose chosen answer is the likelier one), and `gain_chosen` and `gain_rejected`, the mean change
-    of an answer's log-probability over the base model's, in nats.
+    Calling it with parameters returns, over all pairs of the first `evaluation.batches` batches:
+    `loss` (nats per pair), `accuracy` (share of pairs whose margin is above 0), `preferred` (share
+    of pairs whose chosen answer is likelier than the rejected one), and `gain_chosen` and
+    `gain_rejected`, the mean log-probability of an answer minus the base model's, in nats. Raises
+    `CheckpointError` if the base model's log-probabilities are missing.
 
     Attributes:
-      pipeline: of the validation split; its `base_logprobs` must be there.
+      pipeline: of the validation split; its `base_logprobs` must be set before a call.
     """
 
     def __init__(self, config: ConfigDict, pipeline: Pipeline, mesh: Mesh | None = None) -> None:
@@ -151,7 +152,7 @@ def evaluator(
     version: int | None = None,
     mesh: Mesh | None = None,
 ) -> LossEvaluator | PreferenceEvaluator:
-    """Makes the validation evaluator of a prepared workdir; arguments as of `open_pipeline`."""
+    """Makes the evaluator of a workdir's validation split; arguments as in `open_pipeline`."""
     pipeline = open_pipeline(config, workdir, split="validation", bank=bank, version=version)
     if config.data.packing == "pairs":
         return PreferenceEvaluator(config, pipeline, mesh)
