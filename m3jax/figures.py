@@ -1,4 +1,4 @@
-"""Look of all pictures: one palette, one style of axes, PNG files that are whole or absent."""
+"""Common look of all figures: palette, style of axes, PNG files that are written atomically."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 
 from m3jax.files import committing
 
-INK, SOFT, GRID = "#22303c", "#7d8b99", "#e6eaed"  # text; quiet lines and edges; the grid
-TEAL, PALE, PINK = "#0b7a75", "#b8c4cc", "#b8336a"  # the subject; what it is compared with; bad
+INK, SOFT, GRID = "#22303c", "#7d8b99", "#e6eaed"  # text; secondary lines, edges; grid
+TEAL, PALE, PINK = "#0b7a75", "#b8c4cc", "#b8336a"  # main series; baseline; limits or bad
 BLUE, AMBER, GREEN, ORANGE, RED = "#2f6fb3", "#d99a2b", "#2a9d76", "#d9622b", "#c0392b"
-REFERENCE_LINE: dict[str, Any] = {"color": INK, "linestyle": ":", "linewidth": 1.2}  # to compare
+REFERENCE_LINE: dict[str, Any] = {"color": INK, "linestyle": ":", "linewidth": 1.2}  # baselines
 
 _STYLE: Any = {
     **{f"{name}.color": INK for name in ("text", "xtick", "ytick")},
@@ -36,12 +36,12 @@ _STYLE: Any = {
 
 @contextlib.contextmanager
 def drawing(path: str | os.PathLike[str], width: float, height: float) -> Iterator[Figure]:
-    """Gives an empty figure, and writes it as a PNG when the block has ended without an error.
+    """Yields an empty figure, and saves it as a PNG when the block ends without an error.
 
-    What is drawn inside the block has the common style. The same figure gives the same bytes.
+    Everything drawn inside the block has the common style. Equal figures give equal bytes.
 
     Args:
-      path: the PNG, written atomically.
+      path: PNG file, written atomically.
       width, height: inches.
     """
     with matplotlib.rc_context(_STYLE), committing(path) as temporary:

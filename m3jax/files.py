@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside their place, synced, then renamed."""
+"""Atomic file writes: a file is written under a temporary name, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEMPORARY = ".tmp"  # ending of files that are not committed yet
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Makes the names in `folder` durable (renames and deletions, not the files' bytes)."""
+    """Syncs a folder's entries, so that renames and deletions (not file contents) are durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -43,9 +43,9 @@ def committing(path: str | os.PathLike[str], shared: bool = False) -> Iterator[P
     The block must close what it writes. Folders above `path` are made.
 
     Args:
-      path: the file.
-      shared: whether several processes may write the file, with the same bytes, at the same time.
-        Then each has a temporary file of its own; one that is killed leaves it behind.
+      path: the final path.
+      shared: True if several processes may write the same bytes to `path` at the same time. Each
+        then has its own temporary file, which a killed process leaves behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,9 +59,9 @@ def committing(path: str | os.PathLike[str], shared: bool = False) -> Iterator[P
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes, shared: bool = False) -> None:
-    """Writes `data` to `path` so that a reader sees the old file or the new one, never a part.
+    """Writes `data` to `path`; a reader sees either the old or the new file, never a partial one.
 
-    `shared` as of `committing`.
+    `shared`: see `committing`.
 
     Raises:
       OSError: from the file system, for example when the disk is full; `path` is then untouched.
@@ -71,7 +71,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, shared: bool = F
 
 
 def digest(*parts: bytes | str) -> str:
-    """Hashes parts to 32 hex characters; `digest("a", "b")` differs from `digest("ab")`."""
+    """Returns the BLAKE2b hash (32 hex characters) of parts; ("a", "b") differs from ("ab",)."""
     total = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
@@ -81,12 +81,12 @@ def digest(*parts: bytes | str) -> str:
 
 
 def hash64(data: bytes) -> int:
-    """Hashes bytes to an integer of 64 bits."""
+    """Returns the BLAKE2b hash of bytes as an integer of 64 bits."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def checksum(source: bytes | str | os.PathLike[str]) -> str:
-    """Returns the hex BLAKE2b (32 characters) of bytes, or of the bytes of the file with a path."""
+    """Returns the BLAKE2b hash (32 hex characters) of bytes, or of the file at a path."""
     if isinstance(source, bytes):
         return hashlib.blake2b(source, digest_size=16).hexdigest()
     with open(source, "rb") as file:
@@ -94,13 +94,13 @@ def checksum(source: bytes | str | os.PathLike[str]) -> str:
 
 
 def write_sealed(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    """Writes JSON atomically, with a checksum of itself under the key `checksum`."""
+    """Writes a dictionary as JSON, atomically, with its own checksum under the key `checksum`."""
     sealed = {**content, "checksum": digest(json.dumps(content, sort_keys=True))}
     write_atomically(path, json.dumps(sealed, indent=1, sort_keys=True).encode())
 
 
 def read_sealed(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Reads what `write_sealed` wrote, without the checksum; None where the file is damaged."""
+    """Reads the dictionary that `write_sealed` wrote; None if the file is damaged."""
     try:
         content = json.loads(Path(path).read_bytes())
         expected = content.pop("checksum")
@@ -111,6 +111,6 @@ def read_sealed(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def write_array(path: str | os.PathLike[str], array: np.ndarray, shared: bool = False) -> None:
-    """Writes an array as `.npy`, atomically; `shared` as of `committing`."""
+    """Writes an array as `.npy`, atomically; `shared`: see `committing`."""
     with committing(path, shared) as temporary, temporary.open("wb") as file:
         np.save(file, array, allow_pickle=False)

@@ -1,7 +1,8 @@
-"""Ids over a base and its deltas: those of the base first, then those of the first delta, ….
+"""Numbering of items over a base and its deltas: first the base's ids, then each delta's.
 
-An edit of a knowledge base adds a delta and makes ids tombstones; an id keeps its meaning until a
-compaction. References, index and bank of a version share one numbering.
+An edit of a knowledge base adds a delta and turns the ids that it deletes or replaces into
+tombstones; all ids stay valid until a compaction. The references, index and bank of a version share
+one numbering.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from jaxtyping import Bool, Int
 
 
 class Numbering:
-    """Numbers the items of the parts base, first delta, second delta, … with ids 0 … size − 1.
+    """Assigns ids 0 … size − 1 to the items of the *parts*: the base, the first delta, ….
+
+    Raises `ValueError` for tombstones outside 0 … size − 1.
 
     Attributes:
-      sizes: items in each part.
+      sizes: number of items in each part.
       tombstones: ids that were deleted or replaced, ascending.
       size: number of ids, tombstones included.
     """
@@ -31,7 +34,7 @@ class Numbering:
 
     @property
     def live(self) -> Int[np.ndarray, " n"]:
-        """Returns the ids in use, ascending."""
+        """Returns the ids that are not tombstones, ascending."""
         return np.setdiff1d(np.arange(self.size), self.tombstones, assume_unique=True)
 
     @property
@@ -44,13 +47,13 @@ class Numbering:
         return np.isin(ids, self.tombstones)
 
     def first(self, part: int) -> int:
-        """Returns the id of a part's row 0."""
+        """Returns the id of the first item of a part (part 0 is the base)."""
         return int(self._starts[part])
 
     def split(
         self, ids: Int[np.ndarray, " n"]
     ) -> Iterator[tuple[int, Int[np.ndarray, " m"], Int[np.ndarray, " m"]]]:
-        """Yields each part that ids are in: its number, their positions in `ids`, its rows."""
+        """Groups ids by part: yields (part, positions in `ids`, rows within the part)."""
         ids = np.asarray(ids)
         parts = np.searchsorted(self._starts, ids, side="right") - 1
         for part in np.unique(parts):

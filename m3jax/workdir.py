@@ -1,4 +1,4 @@
-"""Parts of a workdir: folders that are finished, and know what they were made from, or are not."""
+"""Parts of a workdir: folders that record their inputs and whether they are finished."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from m3jax.errors import TextError
 from m3jax.files import write_atomically
 
-BEGUN = "begun.json"  # what an unfinished part is made from
-INPUTS = "inputs.json"  # what a part was made from; written last, so it marks a finished part
+BEGUN = "begun.json"  # inputs of an unfinished part
+INPUTS = "inputs.json"  # inputs of a finished part; written last, so it marks the part as finished
 
 
 def begin_part(folder: Path, inputs: dict[str, Any]) -> None:
-    """Makes an unfinished folder ready to go on; what other inputs left there is deleted."""
+    """Prepares an unfinished part for work: keeps files made from the same inputs, else none."""
     begun = json.dumps(inputs, indent=1, sort_keys=True).encode()
     marker = folder / BEGUN
     if not marker.is_file() or marker.read_bytes() != begun:
@@ -25,10 +25,10 @@ def begin_part(folder: Path, inputs: dict[str, Any]) -> None:
 
 
 def make_part(folder: Path, inputs: dict[str, Any], make: Callable[[Path], Any]) -> bool:
-    """Calls `make(folder)` unless the folder is finished, then marks it with its inputs.
+    """Makes a part with `make(folder)` and marks it as finished, unless it is finished already.
 
-    Returns True where the finished part was kept; raises `TextError` where it was made from other
-    inputs.
+    Returns True if a finished part was kept. Raises `TextError` if the finished part was made from
+    inputs other than `inputs` (a JSON object), or its `inputs.json` is damaged.
     """
     marker = folder / INPUTS
     written = json.dumps(inputs, indent=1, sort_keys=True, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Token corpus: one record a document, `BOS text END`, in shards that are read at random."""
+"""Token corpus: one record `BOS text END` per document, in shards with random access."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ _KIND = "corpus"
 
 @dataclass(frozen=True)
 class TokenDocument:
-    """Holds a document as tokens.
+    """Holds a tokenized document.
 
     Attributes:
       tokens: `BOS text END`.
-      weights: loss weight of every token *as a target*: 0 where it touches a `no_loss` span, else
-        1; None = all 1.
-      references: keys of references known in advance, one per chunk; "" = none; () = not known.
+      weights: loss weight of every token *as a target*: 0 if it overlaps a `no_loss` span, else 1;
+        None = all 1.
+      references: keys of the references that the chunks read, one per chunk, if known in advance;
+        "" = the chunk reads none; () = not known.
       id: name of the document.
     """
 
@@ -37,7 +38,7 @@ class TokenDocument:
     id: str = ""
 
     def encoded(self, text: str, tokenizer: Tokenizer) -> EncodedDocument:
-        """Makes the document's record; `text` is what its tokens say, for the counts."""
+        """Encodes the document as a record; `text` is its text, to count characters and bytes."""
         data = self.tokens.astype(dtype_of_tokens(tokenizer.size)).tobytes()
         record: dict[str, Any] = {"id": self.id, "tokens": data}
         if self.weights is not None:
@@ -48,7 +49,7 @@ class TokenDocument:
 
 
 class EncodedDocument(NamedTuple):
-    """Holds a document as its record will be, and its counts."""
+    """Holds the record of a document as the corpus stores it, and its counts."""
 
     record: dict[str, Any]
     tokens: int
@@ -57,9 +58,9 @@ class EncodedDocument(NamedTuple):
 
 
 class CorpusWriter(RecordWriter):
-    """Writes a corpus document by document, replacing the folder's; `commit` finishes it.
+    """Writes a corpus document by document, replacing any in `folder`; `commit` finishes it.
 
-    `lengths.bin` holds the tokens of every document (int64).
+    `lengths.bin` holds the number of tokens of every document (int64).
     """
 
     def __init__(self, folder: str | os.PathLike[str], tokenizer: Tokenizer, shards: int) -> None:
@@ -88,7 +89,7 @@ def write_corpus(
     folder: str | os.PathLike[str],
     shards: int,
 ) -> None:
-    """Writes documents (`encode_documents`) by `CorpusWriter`; `TextError` where there are none."""
+    """Writes the documents of `encode_documents` as a corpus; `TextError` if there are none."""
     with CorpusWriter(folder, tokenizer, shards) as writer:
         for document in documents:
             writer.append(document)
@@ -100,7 +101,7 @@ def encode_documents(
 ) -> Iterator[EncodedDocument]:
     """Tokenizes documents, about a million characters at a time.
 
-    Raises `TextError` for a `no_loss` span outside its text.
+    Raises `TextError` if a `no_loss` span is outside its document's text.
     """
     for batch in in_batches(documents):
         plain = iter(tokenizer.encode_batch([d.text for d in batch if not d.no_loss]))
@@ -119,7 +120,7 @@ def encode_documents(
 
 
 def _target_weights(document: Document, spans: np.ndarray) -> np.ndarray:
-    """Returns 0 for tokens that share a character with a `no_loss` span, else 1; (T,)."""
+    """Returns the loss weights (T,): 0 for tokens that overlap a `no_loss` span, else 1."""
     hidden = np.zeros(len(document.text) + 1, np.int64)
     for start, end in document.no_loss:
         if not 0 <= start <= end <= len(document.text):
@@ -133,17 +134,17 @@ def _target_weights(document: Document, spans: np.ndarray) -> np.ndarray:
 
 
 class Corpus(Records):
-    """Reads the documents of a corpus at random. Safe to use from several threads.
+    """Reads the documents of a corpus by index, in any order. Thread-safe.
 
     Attributes:
-      lengths: tokens of every document, `BOS` and `END` included; int64 (documents,).
+      lengths: number of tokens of every document, with `BOS` and `END`; int64 (documents,).
       fingerprint: hex hash of all documents and the tokenizer.
-      tokenizer_fingerprint: of the tokenizer the corpus was made with.
-      folder: where it is.
+      tokenizer_fingerprint: fingerprint of the tokenizer that the corpus was made with.
+      folder: folder of the corpus.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Opens what `write_corpus` wrote; raises `TextError` for an unfinished or cut one."""
+        """Opens a corpus that `write_corpus` wrote; raises `TextError` as `Records`."""
         super().__init__(folder, _KIND)
         self._dtype = np.dtype(self.manifest["dtype"])
         self.lengths = np.fromfile(self.folder / "lengths.bin", "<i8")
@@ -151,7 +152,7 @@ class Corpus(Records):
         self.tokenizer_fingerprint: str = self.manifest["tokenizer"]
 
     def info(self) -> str:
-        """Describes the counts in words."""
+        """Formats the counts of documents, tokens, characters and bytes per token."""
         tokens, characters = self.manifest["tokens"], self.manifest["characters"]
         ratio = self.manifest["text_bytes"] / max(tokens, 1)
         counts = f"{len(self)} documents, {tokens} tokens, {characters} characters"

@@ -1,4 +1,4 @@
-"""Documents from JSON lines, text and Parquet files, folders of them and TFDS, one at a time."""
+"""Documents, read one at a time from JSON lines, text and Parquet files, folders and TFDS."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class Document:
       text: the text; valid Unicode without lone surrogates.
       title: title, or "".
       source: file name and line (or data set and position) it was read from, or "".
-      no_loss: character spans `(start, end)` on which no loss is computed; an empty one at the
-        text's end says that the text was cut there, and its end is not to be learnt.
-      references: keys of references known in advance, one per chunk of tokens; "" = none.
+      no_loss: character spans `(start, end)` on which no loss is computed; an empty span at the
+        text's end means that the text was cut there, so that its END token has no loss.
+      references: keys of the references that the chunks of tokens read, one per chunk, if known in
+        advance; "" = the chunk reads none.
     """
 
     id: str
@@ -41,11 +42,11 @@ class Document:
 
 
 def find_files(spec: str) -> list[str]:
-    """Lists the parts of a spec, folders and globs expanded, in reading order.
+    """Lists the *parts* (files and TFDS data sets) that a spec names, in reading order.
 
-    A spec is comma-separated files, globs, folders (searched recursively for `ENDINGS`, sorted by
-    path) or `tfds:NAME[:SPLIT]`, which stays as it is. A path must not contain a comma. Raises
-    `TextError` for a path that does not exist, an ending that is not known, or no file at all.
+    A spec is a comma-separated list of files, globs, folders (searched recursively for `ENDINGS`,
+    sorted by path) and `tfds:NAME[:SPLIT]`, which is a part as it is. A path must not contain a
+    comma. Raises `TextError` for a path that does not exist, an unknown ending, or no file at all.
     """
     files: list[str] = []
     for part in filter(None, (piece.strip() for piece in spec.split(","))):
@@ -74,7 +75,7 @@ def find_files(spec: str) -> list[str]:
 
 
 def read_documents(spec: str) -> Iterator[Document]:
-    """Reads documents one at a time, in the order of `find_files`, which see for the spec.
+    """Yields the documents of a spec (`find_files`) one at a time, in reading order.
 
     JSON lines have the field `text`, and may have `id` (default `<file stem>:<line>`), `title`,
     `source` (default `<file name>:<line>`), `no_loss` (pairs of character positions) and
@@ -83,8 +84,9 @@ def read_documents(spec: str) -> Iterator[Document]:
     of white space only are skipped.
 
     Raises:
-      TextError: text that is not UTF-8, invalid JSON, a missing or mistyped field, a damaged gzip
-        file, each with file and line or byte; no document at all.
+      TextError: as `find_files`; text that is not UTF-8 or has a lone surrogate, invalid JSON, a
+        missing or mistyped field, a damaged gzip or Parquet file, each with file and line or byte;
+        a data set that TFDS cannot open; a library that is not installed; no document at all.
     """
     empty = True
     for part in find_files(spec):
@@ -100,13 +102,15 @@ def read_documents(spec: str) -> Iterator[Document]:
 def makers(
     part: str, first: int = 0, lines: Iterable[bytes] | None = None
 ) -> Iterator[Callable[[], Document]]:
-    """Yields a function for each document of a part (`find_files`) that makes it, or `TextError`.
+    """Yields one function per document of a part (`find_files`), which returns the document.
+
+    The function raises `TextError` if its document is unreadable; the next ones may still be used.
 
     Args:
       part: a file, or `tfds:NAME[:SPLIT]`.
       first: number, from 0, of the line or example to begin at, or row that begins a row group.
-      lines: lines of a file of JSON lines from `first` on; default: they are read. Blank ones are
-        skipped.
+      lines: lines of the JSON-lines file from `first` on; default: read from the file. Blank lines
+        are skipped.
     """
     path = Path(part)
     if part.startswith("tfds:"):
@@ -124,9 +128,9 @@ def makers(
 
 
 def is_validation(document: Document, share: float) -> bool:
-    """Decides by a hash of its id and text whether a document is held out.
+    """Returns True if a document is held out for validation, by a hash of its id and text.
 
-    `share` is the share of documents to hold out, 0 … 1; raising it only adds documents.
+    `share` is the fraction of documents to hold out, 0 … 1; raising it only adds documents.
     """
     return int(digest(document.id, document.text)[:13], 16) < share * 16**13
 
@@ -134,7 +138,7 @@ def is_validation(document: Document, share: float) -> bool:
 def in_batches(
     documents: Iterable[Document], characters: int = 1 << 20
 ) -> Iterator[list[Document]]:
-    """Yields documents in lists of at least this many characters, to be worked on in parallel."""
+    """Yields documents in lists of at least `characters` characters, for parallel work."""
     batch: list[Document] = []
     held = 0
     for document in documents:
@@ -239,13 +243,13 @@ def _spans(spans: Any, length: int, where: str) -> tuple[tuple[int, int], ...]:
 
 
 def open_tfds(part: str) -> Sequence[dict[str, Any]]:
-    """Opens the examples of `tfds:NAME[:SPLIT]`; raises `TextError` where that fails."""
+    """Opens `tfds:NAME[:SPLIT]` (default train); raises `TextError` if TFDS fails or is missing."""
     packages = "tensorflow-datasets importlib_resources array_record"
     tfds = optional("tensorflow_datasets", f"{part} needs TensorFlow Datasets", packages)
     _, name, *split = part.split(":", 2)
     try:
         return tfds.data_source(name, split="".join(split) or "train")
-    except Exception as error:  # of many classes, with pages of text
+    except Exception as error:  # TFDS raises many classes, with long messages
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise TextError(f"{part} cannot be opened by TensorFlow Datasets: {reason}") from error
 
@@ -263,9 +267,9 @@ def _from_example(example: dict[str, Any], part: str, position: int) -> Document
 
 
 def inputs_of(spec: str) -> list[str]:
-    """Returns file names and checksums of a spec (`find_files`), to tell later whether it changed.
+    """Returns the names and checksums of a spec's files (`find_files`), to detect later changes.
 
-    `tfds:…` parts stand for themselves.
+    A `tfds:…` part is listed by its name alone.
     """
     return [
         part if part.startswith("tfds:") else f"{Path(part).name} {checksum(part)}"

@@ -1,4 +1,4 @@
-"""Reads JSON lines, plain or gzipped; every error names file and line."""
+"""JSON lines, plain or gzipped: reading, decoding, parsing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _Item = TypeVar("_Item")
 def json_lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
     """Yields the lines of a `.jsonl` or `.jsonl.gz` file as bytes, blank ones included.
 
-    Raises `TextError` when it reaches the damage of a gzip file.
+    Raises `TextError` at the damaged or truncated place of a gzip file.
     """
     line = 0
     try:
@@ -33,7 +33,7 @@ def json_lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
 
 
 def decode(data: bytes) -> str:
-    """Decodes UTF-8, without a byte-order mark; raises `ValueError` with the byte that is wrong."""
+    """Decodes UTF-8, dropping a byte-order mark; raises `ValueError` naming an invalid byte."""
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -42,7 +42,7 @@ def decode(data: bytes) -> str:
 
 
 def json_object(data: bytes) -> dict[str, Any]:
-    """Parses a JSON object; raises `ValueError` saying what the line is instead."""
+    """Parses a JSON object; raises `ValueError` if `data` is not UTF-8, JSON or an object."""
     text = decode(data)
     try:
         value = json.loads(text)
@@ -65,14 +65,13 @@ def read_records(
     """Reads and parses every line of a JSON-lines file; blank lines are skipped.
 
     Args:
-      path: the file.
-      parse: makes an item of the value of a line, or raises ValueError, KeyError, TypeError,
-        AttributeError or StopIteration.
-      what: plural of the items, for messages.
-      form: description of a line, for messages: `{"prompt": text, "answer": text}`.
-      most: number of items to read; None = all.
-      error: class of the error where the file cannot be read, a line is of another form, or there
-        is none.
+      parse: makes an item from the parsed JSON of a line, or raises ValueError, KeyError,
+        TypeError, AttributeError or StopIteration if the line has another form.
+      what: plural noun for the items, used in messages.
+      form: form of a line, used in messages, such as `{"prompt": text, "answer": text}`.
+      most: most items to read; None = all.
+      error: class of the error raised if the file cannot be opened, a line has another form, or the
+        file has no items. A damaged gzip file raises `TextError`.
     """
     items: list[_Item] = []
     try:

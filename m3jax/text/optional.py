@@ -1,4 +1,4 @@
-"""Libraries that only some preparations need."""
+"""Imports of optional libraries, with an error that tells how to install them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from m3jax.errors import TextError
 
 
 def optional(module: str, need: str, install: str = "-e '.[clean]'") -> Any:
-    """Imports a module; raises `TextError` with `need` and the command that installs it."""
+    """Imports a module; raises `TextError` with `need` and the pip command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,10 +1,10 @@
-"""Overlap of a reference with a text: the share of it that occurs in order, close together.
+"""Overlap of a reference with a text: fraction of it that occurs there in order, close together.
 
     overlap(t, r) = (1/|r|) · max N  such that  t[i_1..i_N] = r[j_1..j_N],  i and j increasing,
                                                 |i_N − i_1| ≤ 2|r|
 
-that is, the longest common subsequence of r with any window of 2|r| + 1 tokens of t
-(Memory³ §6.1).
+that is, the length of the longest common subsequence of r and any window of 2|r| + 1 tokens of t,
+divided by |r| (Memory³ §6.1).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Tokens = Sequence[int | np.integer] | _Ints
 
 
 def overlap(text_tokens: Tokens, reference_tokens: Tokens) -> float:
-    """Computes the overlap, 0 … 1, exactly as defined above; 0 if a side is empty."""
+    """Computes the overlap, 0 … 1, exactly as defined above; 0 if either sequence is empty."""
     if not len(text_tokens) or not len(reference_tokens):
         return 0.0
     text = np.asarray(text_tokens, np.int64)
@@ -37,12 +37,12 @@ def which_exceed(
     lengths: Integer[np.ndarray, " n"],
     threshold: float,
 ) -> Bool[np.ndarray, " n"]:
-    """Tests which references overlap with a text by more than `threshold`, 0 … 1.
+    """Returns True for each reference that overlaps with a text by more than `threshold`, 0 … 1.
 
-    `references` are padded behind `lengths`. Four bounds, each tighter and dearer than the one
-    before, are taken of the references that are left: tokens that occur in the text, tokens that
-    occur as often as in the reference (both of all references at once), the common subsequence
-    without a window, the windowed one.
+    Row i of `references` holds `lengths[i]` tokens, then padding. Four bounds, each tighter and
+    costlier than the previous, are applied to the references that are still undecided: number of
+    tokens that occur in the text, size of the multiset intersection (both vectorized over the
+    references), longest common subsequence without a window, and with the window.
     """
     text = np.asarray(text_tokens, np.int64)
     lengths = np.asarray(lengths)
@@ -65,7 +65,7 @@ def which_exceed(
 
 
 def fewest_above(threshold: float, length: int) -> int:
-    """Returns the fewest of `length` tokens that are a larger share of them than `threshold`."""
+    """Returns the smallest n with n / `length` > `threshold`."""
     return next(n for n in itertools.count(int(threshold * length)) if n / length > threshold)
 
 
@@ -74,7 +74,10 @@ def shared(
     references: Integer[np.ndarray, "n W"],
     lengths: Integer[np.ndarray, " n"],
 ) -> Integer[np.ndarray, " n"]:
-    """Counts tokens that a text and each reference share, as multisets; bounds both overlaps."""
+    """Returns the size of the multiset intersection of a text with each reference, (n,).
+
+    It is an upper bound of the common subsequence's length, in either direction of the overlap.
+    """
     text = np.asarray(text_tokens, np.int64)
     if not text.size or not references.size:
         return np.zeros(len(lengths), np.int64)
@@ -83,17 +86,17 @@ def shared(
 
 
 def _occurring(counts: _Ints, references: _Rows, lengths: _Ints) -> _Ints:
-    """Counts tokens of each reference that the text has, given how often it has each."""
+    """Counts each reference's tokens that occur in the text; `counts` are the text's, by token."""
     real = np.arange(references.shape[1]) < lengths[:, None]
     return np.count_nonzero((counts > 0).take(references) & real, axis=1)
 
 
 def _occurring_as_often(counts: _Ints, references: _Rows, lengths: _Ints) -> _Ints:
-    """Computes the size of the intersection of text and each reference as multisets."""
+    """Computes the size of the multiset intersection of the text and each reference."""
     offsets = np.arange(references.shape[1])
     padded = np.where(offsets < lengths[:, None], references, len(counts))
     padded.sort(axis=1)
-    begins = np.ones(padded.shape, bool)  # of a run of equal tokens
+    begins = np.ones(padded.shape, bool)  # True where a run of equal tokens begins
     begins[:, 1:] = padded[:, 1:] != padded[:, :-1]
     before = offsets - np.maximum.accumulate(np.where(begins, offsets, 0), axis=1)
     return np.count_nonzero(np.append(counts, 0).take(padded) > before, axis=1)
@@ -104,14 +107,16 @@ def _no_numbers(size: int, width: int) -> _Ints:
 
 
 def _longest(text: _Ints, reference: _Ints, numbers: _Ints, above: int, stop: int) -> int:
-    """Finds the longest common subsequence within any window, if more than `above`, else `above`.
+    """Returns the longest common subsequence's length over all windows, at least `above`.
 
-    The tokens of the reference are numbered from 1 (in the table `numbers`, zero before and after),
-    and all others taken out of the text: the rest is short, and fits in bytes.
+    The reference's tokens are renumbered from 1 (by the lookup table `numbers`, all zero before and
+    after the call), and all other tokens are removed from the text: the rest is short, and a number
+    fits in a byte for references of up to 255 tokens.
 
-    The window with most tokens of the reference comes first, which decides for nearly all copies.
-    Then branch and bound over the first position of the window: the subsequence with the union of
-    many windows bounds that with each of them. Ends early when `stop` is reached.
+    The window with the most tokens of the reference is tried first; it decides nearly all texts
+    that contain a copy of the reference. Then branch and bound over the window's first position:
+    the common subsequence with the union of several windows bounds that with each of them. Ends
+    early when `stop` is reached.
     """
     numbers[reference] = np.arange(1, len(reference) + 1)
     numbered, pattern = numbers.take(text), _as_sequence(numbers.take(reference))
@@ -119,7 +124,7 @@ def _longest(text: _Ints, reference: _Ints, numbers: _Ints, above: int, stop: in
     inside = _as_sequence(numbered)
     if LCSseq.similarity(inside, pattern, score_cutoff=above + 1) <= above:
         return above
-    places = np.flatnonzero(numbered > 0)  # in the text, of what is inside
+    places = np.flatnonzero(numbered > 0)  # positions in the text of the tokens of `inside`
     span = 2 * len(reference)  # a window from i holds i … i + span
     ends = np.searchsorted(places, places + span, side="right")
     fullest = int(np.argmax(ends - np.arange(len(ends))))
@@ -140,7 +145,7 @@ def _longest(text: _Ints, reference: _Ints, numbers: _Ints, above: int, stop: in
 
 
 def _as_sequence(numbers: _Ints) -> bytes | str:
-    """Packs numbers without zeros so that rapidfuzz compares them without boxing integers."""
+    """Packs the nonzero numbers into bytes or text, which rapidfuzz compares without boxing."""
     if numbers.dtype == np.uint8:
         return numbers.tobytes().translate(None, b"\0")
     return numbers[numbers > 0].astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
