@@ -1,1 +1,1 @@
-"""Text from a model that reads explicit memories while it writes (Memory³ §3.5)."""
+"""Generation of text with a model that reads explicit memories (Memory³ §3.5)."""

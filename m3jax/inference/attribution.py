@@ -1,9 +1,9 @@
-"""Attribution of a text: the references that it read, their attention and their effect.
+"""Attributes a text to the references that it read, by their attention and their effect.
 
 *Attention* is the weight that the queries of the generated tokens gave to a memory's slots, mean
-over memory layers and heads. *Effect* is the change of the text's log-probability when a reference
-is taken away: log p(text) − log p(text without it), so that a reference that helped has a positive
-one.
+over memory layers and heads. *Effect* is the drop of the text's log-probability when a reference is
+taken away: log p(text) − log p(text without the reference), positive for a reference that made the
+text likelier.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from m3jax.inference.long_context import LongContextReferences
 from m3jax.text.references import Reference, References
 from m3jax.text.tokenizer import Tokenizer
 
-_COLOURS = 8  # of the page; further references begin anew
-_SHOWN = ("key", "title", "source", "start", "end", "text")  # of a reference, in JSON
+_COLOURS = 8  # on the page; further references reuse them
+_SHOWN = ("key", "title", "source", "start", "end", "text")  # fields of a reference in JSON
 _STYLE = """
 body { font: 16px/1.6 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; }
 h2 { font-size: 1rem; margin: 2rem 0 .3rem; }
@@ -40,11 +40,12 @@ class AttributedReference:
     """Reference that a text read.
 
     Attributes:
-      id: of the version of the knowledge.
+      id: reference id in the version of the knowledge.
       reference: the reference.
-      chunks: numbers of the row's retrievals that read it.
-      attention: mean over the generated tokens, 0 where it was not there; None if not observed.
-      effect: nats; None if not measured.
+      chunks: indices of the row's retrievals that returned it.
+      attention: mean over the generated tokens, 0 for tokens that could not read it; None if not
+        observed.
+      effect: in nats; None if not measured.
     """
 
     id: int
@@ -59,11 +60,11 @@ def attribute(
     references: References | LongContextReferences,
     effects: Mapping[int, float] | None = None,
 ) -> list[AttributedReference]:
-    """Lists the references that a row read, those of the most attention first, else in order.
+    """Returns the references that a text read, by descending attention, else in order of retrieval.
 
     Args:
       generation: of `Generator.generate`.
-      references: of the version that was read, or of the text's own older part.
+      references: of the version that was read, or cut from the text's own older part.
       effects: of `effects_of`.
     """
     places: dict[int, list[int]] = {}
@@ -85,7 +86,7 @@ def attribute(
 
 
 def _attention(generation: Generation) -> dict[int, float] | None:
-    """Mean attention of the generated tokens on each reference."""
+    """Computes mean attention of the generated tokens on each reference; None if not observed."""
     if generation.by_token is None:
         return None
     total: dict[int, float] = {}
@@ -98,7 +99,7 @@ def _attention(generation: Generation) -> dict[int, float] | None:
 
 
 def _chunk_of_tokens(generation: Generation) -> list[int]:
-    """Number of the retrieval whose memories each generated token read."""
+    """Returns for each generated token the index of the retrieval whose memories it read."""
     first = len(generation.prompt_tokens)
     spans = [chunk.retrieval.generates for chunk in generation.chunks]
     return [
@@ -110,7 +111,8 @@ def _chunk_of_tokens(generation: Generation) -> list[int]:
 def effects_of(generator: Generator, generation: Generation) -> dict[int, float]:
     """Measures the effect of each reference: nats by which it made the text likelier.
 
-    The text is generated again, token for token, without one reference at a time, and with all.
+    The tokens of the text are scored again with all references, and without one reference at a
+    time.
     """
     ids = [chunk.ids for chunk in generation.chunks]
     read = sorted({i for row in ids for i in row[row >= 0].tolist()})
@@ -130,12 +132,12 @@ def effects_of(generator: Generator, generation: Generation) -> dict[int, float]
 def as_dict(
     generation: Generation, sources: Sequence[AttributedReference], by_head: bool = False
 ) -> dict[str, Any]:
-    """Returns a row and its sources as plain JSON values.
+    """Returns a generation and its sources as JSON values.
 
     Args:
       generation: of `Generator.generate`.
       sources: of `attribute`.
-      by_head: also each chunk's attention by layer, key-value head and query head of the group.
+      by_head: add each chunk's attention by layer, key-value head and query head of its group.
     """
     chunks = []
     for chunk in generation.chunks:
@@ -172,7 +174,7 @@ def as_dict(
 
 
 def as_text(sources: Sequence[AttributedReference]) -> str:
-    """Returns sources as lines to read in a terminal."""
+    """Returns sources as lines for a terminal."""
     lines = []
     for source in sources:
         figures = []
@@ -194,7 +196,7 @@ def as_page(
 ) -> str:
     """Returns generations with their sources as an HTML page.
 
-    Each token has the colour of the memory to which it attended most.
+    Each token has the colour of the memory that it attended to most.
     """
     body = [
         "<h1>Where the text came from</h1>",

@@ -1,4 +1,4 @@
-"""Generates texts for `launch/generate.py`, with their sources, as text, JSON and HTML."""
+"""Generates texts for `launch/generate.py`, written with their sources as text, JSON and HTML."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from m3jax.text.jsonl import read_records
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Prompts and settings of a generation; fields are the flags of `launch/generate.py`.
+    """Prompts and settings of a generation; the fields are the flags of `launch/generate.py`.
 
-    With `chat` a prompt is a question, or a chat that ends with one.
+    With `chat`, a prompt is a question, or a chat that ends with a question.
     """
 
     prompts: Sequence[str | Chat]
@@ -57,12 +57,13 @@ class Request:
 
 
 def read_prompts(path: str, most_rounds: int | None = None) -> Sequence[str | Chat]:
-    """Reads prompts: JSON lines with `prompt`, or lines of text; empty lines are skipped.
+    """Reads prompts from JSON lines with `prompt`, or from lines of text; skips empty lines.
 
-    With `most_rounds` JSON lines are chats of so many rounds at most that end with a question.
+    With `most_rounds`, JSON lines are chats of at most this many rounds that end with a question.
 
     Raises:
-      TextError: no such file, or an unfit line; names file and line.
+      TextError: the file cannot be read, or a line is not a prompt; names file and line.
+      ChatError: a line is not a chat that ends with a question.
     """
     if most_rounds is not None and path.endswith((".jsonl", ".jsonl.gz")):
         return read_questions(path, most_rounds)
@@ -89,17 +90,23 @@ def run(
     bank: str | Path | None = None,
     versions: Sequence[int | None] = (None,),
 ) -> list[dict[str, Any]]:
-    """Generates texts, prints them and writes them to the files of the request.
+    """Generates texts, prints them and writes them to the files that the request names.
 
     Args:
       config: of the checkpoint's stage.
       workdir: prepared folder.
       request: prompts and settings.
       checkpoint, bank: see `Session`.
-      versions: of the knowledge; the texts are generated from each.
+      versions: versions of the knowledge; the texts are generated with each of them.
 
     Returns:
-      A record for every version and prompt, as `as_dict` makes it, with `version`.
+      One record per version and prompt: that of `as_dict`, with `version` and `mode`.
+
+    Raises:
+      InferenceError: no prompts, a mode that does not fit `explain` or `chat`, or a prompt that is
+        too long.
+      CheckpointError, BankError, TextError, RetrievalError, VersionError: a part is missing or does
+        not fit.
     """
     if not request.prompts:
         raise InferenceError("there are no prompts; give --prompt=TEXT or --prompts=FILE")
@@ -128,7 +135,7 @@ def run(
                 record = as_dict(generation, read, request.by_head)
                 records.append({"version": version, "mode": request.mode, **record})
                 shown.append((generation, read))
-    finally:  # what was generated before a bank went away is not lost
+    finally:  # keep the finished texts when a later text fails
         if records and request.json:
             data = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
             write_atomically(Path(request.json), data.encode())
@@ -140,7 +147,7 @@ def run(
 def _generated(
     session: Session, generator: Generator, request: Request
 ) -> Iterator[tuple[Generation, list[AttributedReference]]]:
-    """Yields texts with their sources, printed as they come."""
+    """Yields each text with its sources, and prints it."""
     shown, prompts, ids = _prompts(session, request)
     generate: Any = generator.generate
     references: Any = None
@@ -173,7 +180,10 @@ def _generated(
 def _prompts(
     session: Session, request: Request
 ) -> tuple[list[str], Sequence[str | np.ndarray], np.ndarray | None]:
-    """Returns prompts as printed and as fed, and the references in them, `(n, references)`."""
+    """Returns prompts as printed and as fed to the model, and the ids of the references in them.
+
+    The ids are `(n, references)`; they are None in all modes but `rag`.
+    """
     chats: list[Chat] = []
     if request.chat:
         chats = [p if isinstance(p, Chat) else question(p) for p in request.prompts]

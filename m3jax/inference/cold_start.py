@@ -1,4 +1,4 @@
-"""Cold start: a memory is written when its reference is first read, and kept (Memory³ §3.5)."""
+"""Writes memories when their references are first read, and caches them (Memory³ §3.5)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from m3jax.model.transformer import Model
 
 
 class ColdMemories(MemoryReader):
-    """Writes memories when they are first read, without a bank.
+    """Reader of memories that writes each memory when it is first read, without a bank.
 
     Attributes:
-      codec: how they are stored.
-      written: memories that were written since the start.
+      codec: format in which memories are stored.
+      written: number of memories written since the start.
     """
 
     def __init__(
@@ -39,12 +39,13 @@ class ColdMemories(MemoryReader):
         """Prepares the writer.
 
         Args:
-          config: a validated config; `writer.batch_references` are encoded by one call.
+          config: a validated config; one call encodes `writer.batch_references` references.
           model: of the writer.
           params: the writer's parameters.
-          references: the knowledge base; it may grow, from none.
-          limit: bytes of memories that are kept; those read longest ago are written again.
-          codec: how to store them; default as they are.
+          references: the knowledge base; it may grow, also from empty.
+          limit: most bytes of cached memories; the least recently read are dropped and written
+            again.
+          codec: format in which memories are stored; default uncompressed.
 
         Raises:
           BankError: references without tokens, or longer than `memory.reference_length`.
@@ -63,11 +64,15 @@ class ColdMemories(MemoryReader):
 
     @property
     def size(self) -> int:
-        """Number of references; their set may grow."""
+        """Number of references, which may grow."""
         return len(self._references)
 
     def read_stored(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
-        """Reads memories as they are stored; writes those that are not kept."""
+        """Reads memories as they are stored, and writes the memories that are not cached.
+
+        Shapes as of `MemoryReader.read_stored`. Raises `BankError` for an id that is not a
+        reference.
+        """
         unique = np.unique(ids)
         if len(unique) and not -1 <= unique[0] <= unique[-1] < self.size:
             raise BankError(f"reference id {unique[-1]} is not among the {self.size} references")
@@ -87,9 +92,9 @@ class ColdMemories(MemoryReader):
             memory = memories[i]
             both[:, :, place] = self._nothing if memory is None else memory
         keys, values = both.reshape(two, layers, *ids.shape, *item)
-        length: Any = np.append(self._lengths, 0)[ids]  # −1 is the last
+        length: Any = np.append(self._lengths, 0)[ids]  # index −1, no memory, reads the appended 0
         return ExplicitMemory(keys, values, length.astype(np.int32))
 
     def report(self) -> dict[str, int]:
-        """Returns counters of the cache, and `written`."""
+        """Returns the counters of the cache, and `written`."""
         return {**self._cache.report(), "written": self.written}

@@ -1,8 +1,8 @@
 """Generates text; every chunk reads the memories that `retrieval_schedule` assigns to it.
 
-The device generates a whole chunk between two retrievals. With several groups of rows it works on
-one group while the host retrieves and loads the memories of another, so that retrieval costs no
-time; every row's text is the same either way.
+The device generates a whole chunk between two retrievals. With several groups of rows, it works on
+one group while the host retrieves and loads the memories of another group, so that retrieval is
+hidden behind computation; the texts do not depend on the groups.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
 from m3jax.text.tokenizer import BOS, END, PAD, Tokenizer
 
-Listener = Callable[[int, str], None]  # number of a prompt, and the next piece of its text
+Listener = Callable[[int, str], None]  # takes prompt number and next piece of text
 
 
 @dataclasses.dataclass(frozen=True)
 class ChunkMemories:
-    """Memories that one retrieval put in front of a chunk.
+    """Memories that one retrieval provided for a chunk.
 
     Attributes:
-      retrieval: its tokens; see `retrieval_schedule`.
-      query: the text that was searched for.
+      retrieval: token positions of query, readers and generated tokens.
+      query: text of the query.
       ids: references that were read, best first; −1 = none.
-      reading: attention weight that each memory received of the queries that generated the chunk's
-        tokens, and everything else in the last column, mean over these tokens; `(L, K, G, M + 1)`,
-        L memory layers. None unless observed, and for prompt chunks.
+      reading: attention weight on each memory (last column: on everything else) of the queries that
+        generated the chunk's tokens, mean over these tokens; `(L, K, G, M + 1)`, L memory layers.
+        None if not observed, or if the chunk generated no tokens.
     """
 
     retrieval: MemoryRetrieval
@@ -53,15 +53,16 @@ class Generation:
     """Text generated for one prompt.
 
     Attributes:
-      prompt: its text.
-      prompt_tokens: with BOS.
+      prompt: text of the prompt.
+      prompt_tokens: its tokens with BOS.
       tokens: generated tokens, a stop token included.
-      logprobs: of these, natural logarithm, before temperature and cuts.
-      text: of the generated tokens.
+      logprobs: natural logarithms of their probabilities, before temperature, top-k and top-p.
+      text: text of the generated tokens.
       stopped: whether a stop token ended it.
       chunks: memories of every chunk; empty without memory.
-      by_token: attention weight on each memory of the chunk, and on everything else, of the query
-        that generated each token, mean over memory layers and heads; None unless observed.
+      by_token: attention weight on each memory of the chunk (last column: on everything else) of
+        the query that generated each token, mean over memory layers and heads; None if not
+        observed.
     """
 
     prompt: str
@@ -76,7 +77,7 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """Arguments of one call of `Generator.generate`; `rows`: tokens of the prompts, with BOS."""
+    """Arguments of one call of `Generator.generate`; `rows` are the prompts' tokens with BOS."""
 
     rows: list[np.ndarray]
     new: int
@@ -89,12 +90,12 @@ class _Call:
 
 
 class Generator:
-    """Generates with one set of parameters.
+    """Generates text with one set of parameters.
 
     Attributes:
-      first_token: seconds of the last call of `generate` until the first token of every row.
-      state_bytes: on the device in that call, of keys and values of the context and of the memories
-        in front.
+      first_token: seconds until every row had its first token, in the last call of `generate`.
+      state_bytes: bytes on the device, in that call, of keys and values of the context and of the
+        memories.
     """
 
     def __init__(
@@ -109,18 +110,18 @@ class Generator:
         observe: bool = False,
         longest: int,
     ) -> None:
-        """Compiles nothing yet; the programs are compiled by the first call.
+        """Prepares the parameters; programs are compiled by the first call of `generate`.
 
         Args:
-          model: with the constant prefix, if memories are read. On a mesh its axes are `data` and
+          model: with the constant prefix, if memories are read; the axes of its mesh are `data` and
             `tensor`.
           params: its parameters.
           tokenizer: of the model.
-          memory_retriever: finds and loads memories; None generates without.
+          memory_retriever: retrieves and loads memories; None generates without memories.
           sampling: default greedy.
           stop: tokens that end a row.
-          observe: whether to report the attention that the memories received.
-          longest: most tokens of prompt and text together.
+          observe: report the attention that the memories received.
+          longest: most tokens of prompt (with BOS) and text together.
         """
         self.model, self.tokenizer, self.memory_retriever = model, tokenizer, memory_retriever
         self.decoder = Decoder(
@@ -154,22 +155,26 @@ class Generator:
 
         Args:
           prompts: texts, or their tokens without BOS.
-          new: most tokens generated for each.
-          groups: parts of the rows that take turns on the device.
-          piece: tokens that the device generates at a time; default a chunk. Less streams sooner.
-          listener: is called with every piece of text, row by row.
-          forced: for each prompt the first tokens to generate, whatever the model would choose.
-          references: for each prompt the references `(M,)` of each of its retrievals, in place of
-            a search.
-          against: for each prompt tokens that no reference may contain; see `MemoryRetriever.find`.
+          new: most tokens to generate for each prompt.
+          groups: number of groups of rows that take turns on the device.
+          piece: tokens generated by one call of the device; default a chunk. Smaller pieces stream
+            sooner.
+          listener: called with the prompt's number and the next piece of its text.
+          forced: for each prompt, tokens that the text must begin with, whatever the model would
+            choose.
+          references: for each prompt the reference ids `(M,)` of each of its retrievals, in place
+            of a search.
+          against: for each prompt the tokens that no reference may contain; see
+            `MemoryRetriever.find`.
           row_ids: folded into the sampling key, so that a prompt's samples do not depend on its
             batch; default 0, 1, …
 
         Returns:
-          One generation a prompt.
+          One generation per prompt.
 
         Raises:
-          InferenceError: no prompt, an empty one, or more tokens than the model's context.
+          InferenceError: no prompts, an empty prompt, `new` below 1, or a prompt that with `new`
+            tokens is longer than `longest`.
         """
         call = _Call(
             rows=self._encode(prompts, new),
@@ -191,11 +196,11 @@ class Generator:
         return [row for group in row_groups for row in group.results(prompts)]
 
     def text(self, tokens: Int[np.ndarray, " n"]) -> str:
-        """Returns the text of tokens."""
+        """Decodes tokens to text."""
         return self.tokenizer.decode(tokens.tolist())
 
     def _encode(self, prompts: Sequence[str | np.ndarray], new: int) -> list[np.ndarray]:
-        """Returns tokens of prompts, with BOS."""
+        """Returns the tokens of each prompt, with BOS."""
         if not prompts:
             raise InferenceError("there are no prompts; give at least one")
         if new < 1:
@@ -218,24 +223,24 @@ class Generator:
 
 
 class _RowGroup:
-    """Rows that go through the device together, from their prompts to their generations."""
+    """Group of rows that the device processes as one batch, from prompt to generation."""
 
     def __init__(self, generator: Generator, call: _Call, numbers: list[int]) -> None:
-        """Takes the prompts of these numbers; nothing is generated before `run`."""
+        """Prepares the prompts with these numbers; `run` generates."""
         self.generator, self.call, self.numbers = generator, call, numbers
         self.chunk, self.rows = generator.chunk, [call.rows[i] for i in numbers]
-        self.first = 0.0  # when the first token of every row was there
+        self.first = 0.0  # time at which every row had its first token
         self.tokens = np.full((len(numbers), call.new), PAD, np.int32)
         self.logprobs = np.zeros((len(numbers), call.new), np.float32)
         self.chunks: list[list[ChunkMemories]] = [[] for _ in numbers]
         self.schedules = [retrieval_schedule(len(row), call.new, self.chunk) for row in self.rows]
-        self.readings: list[tuple[int, Any]] = []  # number of a generated chunk, its attention
+        self.readings: list[tuple[int, Any]] = []  # index of a generated chunk, its attention
         M = 0 if generator.memory_retriever is None else generator.memory_retriever.count
         self.by_token = np.zeros((len(numbers), call.new, M + 1), np.float32)
         self._told = [""] * len(numbers)
 
     def run(self) -> Iterator[bool]:
-        """Generates; yields whenever the device has work to do."""
+        """Generates the texts; yields after each device call, so that other groups can run."""
         generator, chunk = self.generator, self.chunk
         state, written = self._prefill()
         generator.state_bytes += sum(x.nbytes for x in jax.tree.leaves(state))
@@ -287,7 +292,7 @@ class _RowGroup:
         )
 
     def _next_memories(self, number: int) -> ExplicitMemory:
-        """Reads the memories that follow the generated chunk before `number`."""
+        """Reads the memories of generated chunk `number`, retrieved with the chunk before it."""
         assert self.generator.memory_retriever is not None
         texts = []
         for row in self.tokens[:, (number - 1) * self.chunk : number * self.chunk]:
@@ -300,7 +305,7 @@ class _RowGroup:
         return -(-len(self.rows[place]) // self.chunk)
 
     def _retrieve(self, texts: list[np.ndarray], places: list[tuple[int, int]]) -> np.ndarray:
-        """Returns references of chunks; `places` are (row, number of its retrieval)."""
+        """Returns reference ids of chunks; `places` are (row in the group, retrieval index)."""
         retriever, call = self.generator.memory_retriever, self.call
         assert retriever is not None
         numbers = [self.numbers[place] for place, _ in places]
@@ -323,7 +328,7 @@ class _RowGroup:
         return forced
 
     def _collect(self, waiting: list[tuple[int, int, Written]]) -> None:
-        """Fetches generated tokens, once the device has been given the next piece."""
+        """Copies the results in `waiting` to the host, calls the listener, empties `waiting`."""
         for done, count, written in waiting:
             self.tokens[:, done : done + count] = np.asarray(written.tokens)[:, :count]
             self.logprobs[:, done : done + count] = np.asarray(written.logprobs)[:, :count]
@@ -337,7 +342,7 @@ class _RowGroup:
         waiting.clear()
 
     def _length(self, place: int) -> tuple[int, bool]:
-        """Tokens of a row up to its stop token, and whether it has one."""
+        """Returns the number of a row's tokens up to its stop token, and whether it has stopped."""
         ends = np.flatnonzero(np.isin(self.tokens[place], self.generator.stop))
         return (int(ends[0]) + 1, True) if len(ends) else (self.call.new, False)
 
@@ -346,14 +351,14 @@ class _RowGroup:
             length = min(self._length(place)[0], done)
             text = self.generator.text(self.tokens[place, :length])
             if done < self.call.new:
-                text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character of several tokens
+                text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # an incomplete character
             before = self._told[place]
             if len(text) > len(before):
                 listener(number, text[len(before) :])
                 self._told[place] = text
 
     def results(self, prompts: Sequence[str | np.ndarray]) -> Iterator[Generation]:
-        """Yields the generations, once `run` has ended."""
+        """Yields the generation of each row; valid once `run` has ended."""
         for place, number in enumerate(self.numbers):
             length, stopped = self._length(place)
             tokens, prompt = self.tokens[place, :length], prompts[number]
@@ -369,7 +374,7 @@ class _RowGroup:
             )
 
     def _observed(self, place: int, length: int) -> list[ChunkMemories]:
-        """Memories of the row's chunks as far as it got, with the attention that they received."""
+        """Returns the memories of the row's chunks up to its last token, with their attention."""
         prompt, end = len(self.rows[place]), len(self.rows[place]) + length
         total: dict[int, np.ndarray] = {}
         for number, reading in self.readings:

@@ -1,8 +1,8 @@
-"""Long context: the older part of a text becomes explicit memories (Memory³, discussion).
+"""Generates from texts longer than the context, whose older part becomes memories.
 
 When prompt and generated text outgrow the context, the oldest text is cut into references, the
-writer turns them into memories, and the chunks that stay retrieve them like memories of a bank.
-Work grows with the length of the text, not with its square.
+writer turns them into memories, and the remaining chunks retrieve them like memories of a bank
+(Memory³, discussion). Compute grows with the length of the text, not with its square.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from m3jax.text.tokenizer import BOS, PAD, Tokenizer
 
 @dataclasses.dataclass
 class _Search:
-    """References of one text, with an embedder that knows its words."""
+    """Search index of one text's references; its embedder also knows the words of that text."""
 
     embedder: Embedder
     ids: np.ndarray
@@ -35,19 +35,20 @@ class _Search:
 
 
 class LongContextReferences:
-    """References cut from the older parts of some texts. `ReferenceTokens` that grow.
+    """Growing set of references cut from the older parts of texts; it is a `ReferenceTokens`.
 
-    A search finds only references cut from its own text. Their keys are `text <number>#<n>`.
+    A search returns only references cut from the same text. Their keys are `text <number>#<n>`.
 
     Attributes:
       length: most tokens W of a reference.
     """
 
     def __init__(self, embedder: Embedder, length: int) -> None:
-        """Starts without references.
+        """Makes an empty set.
 
         Args:
-          embedder: of the search; words of a text that it does not know are learnt for that text.
+          embedder: embeds references and queries; for each text it is extended by the text's new
+            words.
           length: most tokens W of a reference.
         """
         self.length, self._embedder = length, embedder
@@ -56,7 +57,7 @@ class LongContextReferences:
         self._searches: dict[int, _Search] = {}
 
     def add(self, text: int, pieces: Sequence[Piece]) -> None:
-        """Adds pieces of the text of this number, behind those that it has."""
+        """Adds pieces of text number `text` as references, after those it already has."""
         if not pieces:
             return
         if text not in self._searches:
@@ -73,7 +74,7 @@ class LongContextReferences:
         search.embeddings = np.concatenate([search.embeddings, search.embedder.embed(texts)])
 
     def search(self, query: str, text: int, k: int) -> Int[np.ndarray, " k"]:
-        """Returns the k references of a text most like the query, best first, −1 = none."""
+        """Returns the k references of text number `text` most like the query, best first."""
         ids = np.full(k, -1, np.int64)
         search = self._searches.get(text)
         if search is not None:
@@ -84,7 +85,7 @@ class LongContextReferences:
         return ids
 
     def close(self, texts: Sequence[int]) -> None:
-        """Frees what is needed to search these texts; their references stay."""
+        """Frees the search indexes of these texts; their references stay."""
         for text in texts:
             self._searches.pop(text, None)
 
@@ -95,7 +96,7 @@ class LongContextReferences:
         return self._references[int(i)]
 
     def tokens(self, ids: Sequence[int] | np.ndarray) -> Int32[np.ndarray, "n W"]:
-        """Returns tokens of references, one row each, filled up with PAD."""
+        """Returns the tokens of references, one row each, padded with PAD."""
         rows = np.full((len(ids), self.length), PAD, np.int32)
         for row, i in zip(rows, ids, strict=True):
             tokens = self._references[int(i)].tokens
@@ -104,21 +105,21 @@ class LongContextReferences:
 
     @property
     def lengths(self) -> Int32[np.ndarray, " R"]:
-        """Tokens of every reference."""
+        """Number of tokens of every reference."""
         return np.array([len(reference.tokens) for reference in self._references], np.int32)
 
     def documents(self) -> Int32[np.ndarray, " R"]:
-        """Returns the number of every reference's text; every addition begins a new text."""
+        """Returns each reference's document number; successive references of a text share it."""
         begins = np.diff(np.array(self._text_of, np.int64), prepend=-1) != 0
         return np.cumsum(begins, dtype=np.int32) - np.int32(1)
 
 
 class LongContextRetriever(MemoryRetriever):
-    """Retrieves memories of references cut from the text itself.
+    """Retrieves memories of references that were cut from the text itself.
 
     Attributes:
       references: cut from the texts.
-      texts: number of each prompt's text among them.
+      texts: for each prompt the number of its text in `references`.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class LongContextRetriever(MemoryRetriever):
         tokenizer: Tokenizer,
         count: int,
     ) -> None:
-        """Takes references and their memories."""
+        """Combines references with the reader of their memories."""
         super().__init__(None, memories, tokenizer, count)
         self.references = references
         self.texts: Sequence[int] = ()
@@ -146,7 +147,7 @@ class LongContextRetriever(MemoryRetriever):
 
 @dataclasses.dataclass
 class _Text:
-    """Text while it grows; read as text from token `first`, character `begin` on."""
+    """State of a growing text; its context begins at token `first`, character `begin`."""
 
     number: int
     tokens: np.ndarray
@@ -157,25 +158,26 @@ class _Text:
 
 
 class LongContextGenerator:
-    """Generates from prompts of any length, and texts of any length.
+    """Generates texts of any length from prompts of any length.
 
     Attributes:
-      generator: generates every part.
+      generator: generates each part of a text.
       references: cut from the texts so far; None without memory.
-      window: tokens of a text that stay as they are when it outgrows the context.
-      length: most tokens of a memory.
+      window: tokens at the end of a text that stay in the context when the text outgrows it.
+      length: most tokens of a reference.
     """
 
     def __init__(self, generator: Generator, window: int | None = None) -> None:
         """Checks that window, a reference and a new token fit the context.
 
         Args:
-          generator: with a `LongContextRetriever`, or without memory: then older text is forgotten.
-          window: default half of the context. A reference that begins before it and ends in it
-            stays as well.
+          generator: with a `LongContextRetriever`, or without memory: then older text is dropped.
+          window: default half of the context. A reference that begins before the window and ends in
+            it stays in the context as well.
 
         Raises:
-          InferenceError: no room for a new token beside them, or references too short.
+          InferenceError: references that are too short or longer than `memory.reference_length`, or
+            no room in the context for the window, a reference, BOS and a new token.
         """
         retriever, longest = generator.memory_retriever, generator.longest
         assert retriever is None or isinstance(retriever, LongContextRetriever)
@@ -211,7 +213,8 @@ class LongContextGenerator:
     ) -> list[Generation]:
         """Continues prompts; see `Generator.generate`.
 
-        Tokens of retrievals are counted from the text's BOS, also where its older part is a memory.
+        Token positions of retrievals count from the text's BOS, also where older text has become
+        memories.
         """
         encoded = self.generator.tokenizer.encode_batch(list(prompts))
         texts = [_Text(self._texts + i, tokens) for i, tokens in enumerate(encoded)]
@@ -244,7 +247,7 @@ class LongContextGenerator:
         return [self._joined(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
 
     def _forget(self, text: _Text, new: int) -> None:
-        """Makes memories of older text, if it would not fit with `new` more tokens."""
+        """Turns older text into memories if the text and `new` tokens would outgrow the context."""
         tokens, decode = text.tokens[text.first :], self.generator.text
         if len(tokens) + 1 + new <= self.generator.longest:
             return
@@ -252,7 +255,7 @@ class LongContextGenerator:
         pieces = cut_references(Document("", decode(tokens)), self.generator.tokenizer, self.length)
         count = sum(piece.end <= border for piece in pieces)
         end = min([border, *(piece.start for piece in pieces[count : count + 1])])
-        # The token that `end` lies in, if it lies in one, stays.
+        # A token that begins before `end` and ends after it stays in the context.
         numbers = range(len(tokens) + 1)
         taken = bisect.bisect_right(numbers, end, key=lambda n: len(decode(tokens[:n]))) - 1
         if self.references is not None:
@@ -285,7 +288,7 @@ def _renumbered(listener: Listener, running: Sequence[int]) -> Listener:
 
 
 def _moved(part: Generation, first: int) -> Generation:
-    """Counts the tokens of a part from the BOS of the whole text."""
+    """Shifts the token positions of a part so that they count from the BOS of the whole text."""
     chunks = []
     for chunk in part.chunks:
         spans = ((low + first, high + first) for low, high in chunk.retrieval)

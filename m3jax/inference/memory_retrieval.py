@@ -1,8 +1,8 @@
-"""Retrieval of memories for chunks: its schedule in a row (Memory³ §3.5), the search, the read.
+"""Retrieves memories for the chunks of a row: schedule (Memory³ §3.5), search and reading.
 
-The prompt is cut into chunks; each retrieves with its own text and reads what it finds. The first
-generated chunk inherits the memories of the last prompt chunk. After every chunk of generated
-tokens these are the next query, and the memories are replaced.
+Each chunk of the prompt retrieves with its own text and reads the memories of the retrieved
+references. The first generated chunk reads the memories of the last prompt chunk. Every later chunk
+reads memories that were retrieved with the text of the generated chunk before it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from m3jax.text.tokenizer import Tokenizer
 
 
 class MemoryRetrieval(NamedTuple):
-    """One retrieval of a row. Tokens are counted from the row's first, the prompt's BOS.
+    """Retrieval for one chunk of a row; token positions count from the row's BOS.
 
     Attributes:
-      query: tokens `[first, last)` whose text retrieves.
-      read_by: tokens `[first, last)` that are fed to the model while its memories are in front: the
-        prediction made at each of them reads them.
-      generates: tokens `[first, last)` that are generated so; none in all but the last prompt
-        chunk.
+      query: positions `[first, last)` of the text that is the query.
+      read_by: positions `[first, last)` of the input tokens whose predictions read the memories.
+      generates: positions `[first, last)` of the tokens that these predictions generate; empty for
+        prompt chunks before the last.
     """
 
     query: tuple[int, int]
@@ -37,11 +36,11 @@ class MemoryRetrieval(NamedTuple):
 
 
 def retrieval_schedule(prompt: int, new: int, chunk: int) -> list[MemoryRetrieval]:
-    """Returns all retrievals of a row.
+    """Returns the retrievals of a row, in order.
 
     Args:
-      prompt: tokens of the prompt, BOS included, ≥ 1.
-      new: tokens that are generated.
+      prompt: number of prompt tokens with BOS, at least 1.
+      new: number of tokens to generate.
       chunk: tokens Q of a chunk.
     """
     spans = [(low, min(low + chunk, prompt)) for low in range(0, prompt, chunk)]
@@ -56,21 +55,21 @@ def retrieval_schedule(prompt: int, new: int, chunk: int) -> list[MemoryRetrieva
 
 
 class MemoryRetriever:
-    """Finds and loads the memories of chunks.
+    """Retrieves and loads the memories of chunks.
 
     Attributes:
-      costs: since the start: `memories` read, none (−1) not counted, and their `bytes` as they are
-        stored; `search_seconds` and `read_seconds` of the host.
+      costs: totals since the start: `memories` read (without −1), their `bytes` as stored, and
+        `search_seconds` and `read_seconds` of the host.
     """
 
     def __init__(
         self, retriever: Retriever | None, memories: MemoryReader, tokenizer: Tokenizer, count: int
     ) -> None:
-        """Takes the search and the bank of the same references.
+        """Combines a retriever with a reader of the memories of the same references.
 
         Args:
-          retriever: finds references; None where a subclass searches by itself.
-          memories: of the same references.
+          retriever: searches references; None if a subclass overrides `_search`.
+          memories: reader of their memories.
           tokenizer: of the model.
           count: memories M of a chunk.
         """
@@ -80,7 +79,7 @@ class MemoryRetriever:
         self.costs: dict[str, float] = dict.fromkeys(names, 0)
 
     def text(self, tokens: np.ndarray) -> str:
-        """Returns a chunk as a query; special tokens have no text."""
+        """Returns the query of a chunk: its text, without special tokens."""
         return self.tokenizer.decode(tokens.tolist())
 
     def find(
@@ -89,13 +88,13 @@ class MemoryRetriever:
         rows: Sequence[int],
         against: Sequence[np.ndarray] | None = None,
     ) -> tuple[Int[np.ndarray, "n M"], list[str]]:
-        """Searches references `(n, M)` of chunks, −1 where there is none; returns the queries, too.
+        """Retrieves references for chunks; returns their ids `(n, M)`, −1 = none, and the queries.
 
         Args:
-          chunks: tokens of each; an empty one finds nothing.
-          rows: number of the prompt that each belongs to.
-          against: for each the tokens that no reference may contain (the overlap filter); None lets
-            all pass.
+          chunks: tokens of each chunk; an empty chunk retrieves nothing.
+          rows: for each chunk the number of its prompt.
+          against: for each chunk the tokens that no reference may contain (the overlap filter);
+            None = no filter.
         """
         begin = time.perf_counter()
         queries = [self.text(chunk) for chunk in chunks]
@@ -112,12 +111,12 @@ class MemoryRetriever:
     def _search(
         self, queries: list[str], rows: list[int], against: list[np.ndarray] | None
     ) -> Int[np.ndarray, "n M"]:
-        """References of texts; `rows` and `against` as in `find`."""
+        """Returns reference ids for queries; `rows` and `against` as in `find`."""
         assert self.retriever is not None
         return self.retriever.retrieve(queries, against, self.count)
 
     def read(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
-        """Reads memories as they are stored, `(L, *shape, K, P, width)`."""
+        """Reads memories as they are stored, `(L, *shape, K, P, width)`, and adds to `costs`."""
         begin = time.perf_counter()
         memory = self.memories.read_stored(ids)
         number = int((ids >= 0).sum())

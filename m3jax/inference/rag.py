@@ -1,4 +1,4 @@
-"""RAG baseline: references as text in the prompt, by the same retriever (Memory³ §9)."""
+"""Builds prompts of the RAG baseline: references as text, from the same retriever (Memory³ §9)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def rag_prompts(
     count: int,
     against: Sequence[np.ndarray] | None = None,
 ) -> tuple[list[str], Int[np.ndarray, "n count"]]:
-    """Puts references as text in front of prompts, the best one last, next to the question.
+    """Puts references as text in front of prompts, the best reference last, next to the question.
 
     Args:
-      retriever: finds references; the whole prompt is the query.
+      retriever: searches with the whole prompt as the query.
       prompts: n questions.
-      count: references of each.
-      against: for each the tokens that no reference may contain; None lets all pass.
+      count: number of references per prompt.
+      against: for each prompt the tokens that no reference may contain; None = no filter.
 
     Returns:
-      The prompts, and the references in front of each, best first, −1 = none.
+      The prompts, and the ids of the references in front of each, best first, −1 = none.
     """
     ids = retriever.retrieve(prompts, against, count)
     texts = [retriever.references.texts(row[row >= 0][::-1]) for row in ids]

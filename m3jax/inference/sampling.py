@@ -1,4 +1,4 @@
-"""Sampling of the next token from the logits."""
+"""Samples the next token from the logits."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from m3jax.errors import InferenceError
 class Sampling:
     """Samples tokens from logits; greedy by default.
 
-    A row's tokens are a function of seed, its number and the logits, whatever its company.
+    A row's samples depend on the seed, its row id and its logits, not on the other rows of the
+    batch.
 
     Attributes:
-      temperature: logits are divided by it; 0 takes the likeliest token.
-      top_k: only so many of the likeliest tokens; 0 = all.
-      top_p: only the likeliest tokens that together have at least this probability.
-      seed: of the draws.
+      temperature: divides the logits; 0 takes the likeliest token.
+      top_k: sample from this many of the likeliest tokens only; 0 = all.
+      top_p: sample from the fewest of the likeliest tokens whose probabilities sum up to this.
+      seed: of the sampling.
 
     Raises:
-      InferenceError: a value that cannot work.
+      InferenceError: temperature or top_k below 0, or top_p outside (0, 1].
     """
 
     temperature: float = 0.0
@@ -44,7 +45,7 @@ class Sampling:
     def __call__(
         self, logits_BV: Float[Array, "B V"], rows_B: Int[Array, " B"], number: Int[Array, ""]
     ) -> Int[Array, " B"]:
-        """Samples token number `number` of each row."""
+        """Samples the token with index `number` of each row; `rows_B` are the row ids."""
         if self.temperature == 0:
             return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
         logits_BV = logits_BV / self.temperature
@@ -59,7 +60,7 @@ class Sampling:
 
 
 def _nucleus(logits_BV: Array, top_p: float) -> Array:
-    """Logits of the fewest tokens whose probabilities sum up to `top_p`; −∞ for all others."""
+    """Sets logits to −∞ except for the fewest tokens whose probabilities sum up to `top_p`."""
     ordered = jnp.sort(logits_BV, axis=-1, descending=True)
     share = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(share, axis=-1) - share

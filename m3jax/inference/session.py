@@ -1,12 +1,12 @@
-"""Session: a checkpoint with its tokenizer, knowledge and bank, ready to generate in every mode.
+"""Opens a checkpoint with its tokenizer, knowledge and bank, to generate in every mode.
 
 | mode | the model reads |
 |---|---|
 | `none` | the prompt |
-| `memory` | memories of the bank, as it stores them (warm start) |
+| `memory` | memories of the bank (warm start) |
 | `cold` | memories written when their reference is first retrieved |
 | `rag` | references as text in front of the prompt |
-| `long_context` | memories of its own older text, where it is longer than the model's context |
+| `long_context` | memories of its own older text, if the text is longer than the model's context |
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 
 MODES = ("none", "memory", "cold", "rag", "long_context")
-_COLD_BATCH, _COLD_BYTES = 16, 2**30  # references that a cold start encodes by one call; its cache
+_COLD_BATCH, _COLD_BYTES = 16, 2**30  # of a cold start: references per call; cache limit
 
 
 class Session:
-    """Opens what generation needs, each part once, when it is first needed.
+    """Holds the parts that generation needs; each is opened once, on first use.
 
     Attributes:
       config: of the checkpoint's stage.
-      meta: of the checkpoint.
+      meta: metadata of the checkpoint.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class Session:
         bank: str | Path | None = None,
         version: int | None = None,
     ) -> None:
-        """Opens checkpoint and tokenizer; the knowledge when a mode first needs it.
+        """Opens checkpoint and tokenizer; the knowledge is opened when a mode first needs it.
 
         Args:
           config: a validated config, of the stage that made the checkpoint.
           workdir: prepared folder.
           checkpoint: stage folder or `checkpoints/<step>`; default `workdir/<stage>`.
-          bank: folder or URL of the bank; default that of the version.
-          version: of the knowledge; default the current one.
+          bank: folder or URL of the bank; default the version's own bank.
+          version: version of the knowledge; default the current one.
 
         Raises:
           CheckpointError, TextError: a part is missing or does not fit.
@@ -94,21 +94,22 @@ class Session:
 
     @cached_property
     def retriever(self) -> Retriever:
-        """Search of references, with the overlap filter of evaluation."""
+        """Retriever of the version's references, with the overlap filter of evaluation."""
         limit = self.config.retrieval.overlap_evaluation
         bank = self.bank if self.config.retrieval.rerank else None
         return open_retriever(self.config, self.version, self.references, limit, bank=bank)
 
     @cached_property
     def bank(self) -> Bank:
-        """Bank that the checkpoint reads; errors as of `open_bank`."""
+        """Bank that the session reads; raises the errors of `open_bank`."""
         return self.open_bank(self._bank_folder)
 
     def open_bank(self, folder: str | Path | None) -> Bank:
-        """Opens a bank, None that of the version, and checks that the checkpoint reads it.
+        """Opens the bank in `folder`, or the version's own bank if `folder` is None, and checks it.
 
         Raises:
-          BankError: there is none, or it was written by something else.
+          BankError: no bank is there, it was written with another tokenizer, config or set of
+            references, or by a writer whose memories the checkpoint does not read.
         """
         cache = self.config.memory.cache_bytes
         if folder:
@@ -123,20 +124,23 @@ class Session:
         """Returns a generator for a mode.
 
         Args:
-          mode: of `MODES`.
-          length: most tokens of a reference cut from the text, in the mode `long_context`; default
+          mode: one of `MODES`.
+          length: most tokens of a reference cut from the text in the mode `long_context`; default
             `memory.reference_length`.
-          options: of `Generator`; `longest` is by default `data.sequence_length`.
+          options: keyword arguments of `Generator`; `longest` defaults to `data.sequence_length`.
 
         Raises:
-          InferenceError: no such mode, or one that reads memories in the warmup stage.
+          InferenceError: an unknown mode, or a mode that reads memories with a config of the warmup
+            stage.
+          BankError, RetrievalError, TextError, VersionError: a part that the mode needs is missing
+            or does not fit.
         """
         memory_retriever = self._memory_retriever(mode, length)
         options = {"longest": self.config.data.sequence_length, **options}
         return Generator(self.model, self.params, self.tokenizer, memory_retriever, **options)
 
     def _memory_retriever(self, mode: str, length: int | None) -> MemoryRetriever | None:
-        """Returns what finds and loads memories in a mode; None in modes without."""
+        """Returns the retriever of memories for `mode`; None for the modes `none` and `rag`."""
         if mode not in MODES:
             raise InferenceError(f"mode {mode!r}; known: {', '.join(MODES)}")
         if mode in ("none", "rag"):
@@ -153,7 +157,7 @@ class Session:
         return MemoryRetriever(self.retriever, stored, self.tokenizer, count)
 
     def require_memories(self, mode: str) -> None:
-        """Refuses a mode that reads memories in the warmup stage."""
+        """Checks that the stage reads memories; raises `InferenceError` for the warmup stage."""
         if self.config.stage == "warmup":
             raise InferenceError(
                 f"mode {mode!r} with a config of the stage 'warmup', which has not learned to read"
@@ -165,7 +169,10 @@ class Session:
         return self._write_cold(self.references)
 
     def _write_cold(self, references: ReferenceTokens) -> ColdMemories:
-        """Returns memories of references by the writer that the checkpoint reads."""
+        """Returns memories of references, written on first read by the checkpoint's writer.
+
+        Raises `BankError` if the writer is missing or encodes references with document context.
+        """
         config = self.config.copy_and_resolve_references()
         if config.writer.document_context:
             raise BankError(
