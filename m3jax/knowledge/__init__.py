@@ -1,1 +1,1 @@
-"""Versions of references, index and bank that belong together; their edits and upkeep."""
+"""Versioned knowledge of a workdir (references, index, bank): editing and maintenance."""

@@ -1,8 +1,8 @@
-"""Edits of a workdir's knowledge: each makes a version, or nothing.
+"""Atomic edits of a workdir's knowledge; each edit makes a new version.
 
-An edit is built in a folder, which a rename makes a version. Before it, readers and other versions
-see nothing of the edit; after it, it is whole. A killed edit, repeated, goes on with what it had
-built.
+An edit is built in a temporary folder, and renaming that folder makes it a version. Until then,
+readers see nothing of the edit; afterwards it is complete. A killed edit, when repeated, resumes
+with the files that it had built.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from m3jax.text.references import References, copy_references, write_references
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.workdir import BEGUN, begin_part
 
-# Writes the memories of references: (references, folder, a bank whose codebooks and memories serve)
+# Writes a bank: (references, folder, base bank for codebooks and for memories to copy).
 WriteMemories = Callable[[References, Path, Bank], Any]
 
 
@@ -62,16 +62,18 @@ def edit(
 
     Args:
       config, workdir: a validated config and a prepared workdir.
-      documents: to add; cut into references like those of `launch/prepare.py`.
-      replace: documents may be there; their references are then removed.
-      delete: keys of references (`id#n`), or ids of documents, to remove.
-      write: writes the memories of what is added; needed where the workdir has a bank.
-      note: kept with the version; default: counts.
+      documents: documents to add; split into references as in `launch/prepare.py`.
+      replace: accept documents whose ids exist; their old references are removed.
+      delete: keys of references (`id#n`) or ids of documents to remove.
+      write: writes the memories of added references; required if the workdir has a bank.
+      note: description stored with the version; default: the counts.
 
     Raises:
-      VersionError: nothing to do, a document that is there or a key that is not, another editor.
-      TextError, RetrievalError, BankError, OSError: as their makers raise them; the last version is
-        untouched.
+      VersionError: there is nothing to do; a document exists and `replace` is False; a key or
+        document to delete does not exist; `write` is missing; another process is editing; there is
+        no workdir, or its current version is damaged.
+      TextError, RetrievalError, BankError, OSError: references, index or bank cannot be read or
+        written; the current version is unchanged.
     """
     workdir, documents, delete = Path(workdir), list(documents), list(delete)
     with editing(workdir) as parent:
@@ -107,11 +109,16 @@ def merge(
     write: WriteMemories,
     replace: bool = False,
 ) -> Version:
-    """Adds the current knowledge of another workdir; its memories are copied, not encoded.
+    """Adds the current knowledge of the workdir `other`; its memories are copied, not encoded.
+
+    With `replace`, documents that are in both workdirs are replaced by those of `other`.
 
     Raises:
-      VersionError: a document is in both, and `replace` is not given.
-      BankError: the other bank was written by other weights, or is stored differently.
+      VersionError: a document is in both and `replace` is False; another process is editing; a
+        workdir is missing, or its current version is damaged.
+      BankError: the other bank has another writer, tokenizer, layout or codec; a bank is missing or
+        cannot be read or written.
+      TextError, RetrievalError: references or index cannot be read or written.
     """
     workdir, other = Path(workdir), Path(other)
     with editing(workdir) as parent:
@@ -136,13 +143,13 @@ def merge(
 
 
 def keep_only(config: ConfigDict, version: Version, ids: np.ndarray, *, note: str) -> Version:
-    """Removes all references but those with `ids`, and makes the result the current version.
+    """Removes all references except those with `ids`, and makes the result the current version.
 
-    `version` is the one that the ids are of, and must be current. Returns the new version; the same
-    one where nothing is removed.
+    `version` is the version in which the ids were chosen, and must be the current one. Returns the
+    new version, or the current one if `ids` cover all of its references or none.
 
     Raises:
-      VersionError: the knowledge was edited meanwhile, or another editor.
+      VersionError: `version` is no longer current, or another process is editing.
     """
     workdir = version.workdir
     with editing(workdir) as parent:
@@ -161,13 +168,14 @@ def keep_only(config: ConfigDict, version: Version, ids: np.ndarray, *, note: st
 
 
 def refresh(workdir: str | Path, what: str, *, write: WriteMemories, note: str) -> Version:
-    """Writes the memories of the current version anew, as another version; ids and index stay.
+    """Rewrites all memories of the current version as a new version; ids and index stay the same.
 
-    `what` tells this refresh from others: a killed one goes on when repeated. `write` writes the
-    new bank of base or delta; its third argument is the old one.
+    `what` identifies this refresh: a killed refresh resumes if it is repeated with the same string.
+    `write` is called for the base and each delta; its third argument is their old bank.
 
     Raises:
-      VersionError: there is no bank, or another editor.
+      VersionError: there is no bank, or another process is editing.
+      BankError: an old bank cannot be read, or a new one cannot be written.
     """
     workdir = Path(workdir)
     with editing(workdir) as parent:
@@ -183,7 +191,11 @@ def refresh(workdir: str | Path, what: str, *, write: WriteMemories, note: str) 
 
 
 def rollback(workdir: str | Path, number: int) -> Version:
-    """Makes the version `number` the current one."""
+    """Makes the version `number` the current one, even if `current.json` is damaged.
+
+    Raises:
+      VersionError: the version does not exist or is damaged, or another process is editing.
+    """
     workdir = Path(workdir)
     with only_writer(workdir):
         try:
@@ -198,7 +210,7 @@ def rollback(workdir: str | Path, number: int) -> Version:
 
 
 def _ids_of(references: References, name: str) -> list[int]:
-    """Returns the ids of a key, or of all references of a document."""
+    """Returns the id of the reference with this key, or the ids of a document's references."""
     id_ = references.lookup(name)
     ids = references.of_document(name) if id_ is None else [id_]
     if not ids:
@@ -210,7 +222,7 @@ def _ids_of(references: References, name: str) -> list[int]:
 
 
 def building_folder(workdir: Path, parent: Version, what: str) -> Path:
-    """Makes the folder of the edit under way; what another edit left there is deleted."""
+    """Makes the temporary folder of an edit; keeps its content if the same edit was killed."""
     folder = workdir / VERSIONS / "building"
     begin_part(folder, {"parent": parent.number, "edit": digest(what)})
     return folder
@@ -224,7 +236,10 @@ def build_delta(
     write: WriteMemories | None,
     base: Any = None,
 ) -> None:
-    """Builds index and memories of the references in `building`."""
+    """Builds index and bank of the delta whose references are in `building`.
+
+    `base` is the bank whose memories and codebooks can be reused; default: that of the base.
+    """
     added = References(building / "references")
     embedder = open_index(parent, references).embedder.extended(added.texts(range(len(added))))
     build_index(added, embedder, building / "index", in_one_part(config))
@@ -235,7 +250,7 @@ def build_delta(
 
 
 def in_one_part(config: ConfigDict) -> ConfigDict:
-    """Returns the config with one index part: a delta may have fewer references than parts."""
+    """Returns the config with `index_parts` = 1: a delta may have fewer references than parts."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.retrieval.index_parts = 1
@@ -251,9 +266,10 @@ def commit_version(
     *,
     alone: bool = False,
 ) -> Version:
-    """Names the version in the folder `building`, made of `parent`, makes it current and opens it.
+    """Turns the folder `building` into the next version, makes it current and opens it.
 
-    The ids `gone` become tombstones. With `alone` it is a base of its own and has no other.
+    The version consists of those parts of `parent` and the delta in `building`, if any; the ids
+    `gone` become tombstones. With `alone`, `building` is a new base and nothing of `parent` stays.
     """
     number = max([*versions(workdir), parent.number]) + 1
     own = folder_of(workdir, number).relative_to(workdir)

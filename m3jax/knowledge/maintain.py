@@ -1,4 +1,4 @@
-"""Upkeep of a workdir's knowledge: compacting its versions into one, checking, mending."""
+"""Maintenance of a workdir's knowledge: compaction, verification and repair."""
 
 from __future__ import annotations
 
@@ -42,12 +42,17 @@ def compact(
 ) -> tuple[Version, list[str]]:
     """Writes the current version as a base without tombstones, and deletes all other versions.
 
+    Older versions are deleted only after the new one is current. A version without deltas and
+    tombstones is not rewritten.
+
     Returns:
-      The new version, in which ids are new, and folders that stay until the next compaction because
-      another process reads them.
+      The new version, whose ids are new, and the folders that are kept until the next compaction
+      because another process reads them.
 
     Raises:
-      VersionError: as of `edit`; older versions are deleted only when the new one is current.
+      VersionError: no reference is left, another process is editing, or the current version cannot
+        be opened.
+      TextError, RetrievalError, BankError: references, index or bank cannot be read or written.
     """
     workdir = Path(workdir)
     with editing(workdir) as parent:
@@ -72,7 +77,7 @@ def compact(
 
 
 def verify(config: ConfigDict, workdir: str | Path, number: int | None = None) -> list[str]:
-    """Reads everything of a version; returns what is damaged or missing, each with its file."""
+    """Reads all files of a version; returns one message for each damaged or missing file."""
     version, problems = open_version(workdir, number), []
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
 
@@ -98,9 +103,10 @@ def verify(config: ConfigDict, workdir: str | Path, number: int | None = None) -
 def repair(
     config: ConfigDict, workdir: str | Path, *, write: WriteMemories, number: int | None = None
 ) -> list[str]:
-    """Rewrites damaged or missing shards and indices of a version; returns what it rewrote.
+    """Rewrites damaged or missing bank shards and indices of a version.
 
-    Raises `TextError` if references are damaged: they are the source of all else.
+    Returns one message for each fault that it repaired. Raises `TextError` if references are
+    damaged, because index and memories are made from them.
     """
     version = open_version(workdir, number)
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
@@ -130,7 +136,7 @@ def repair(
 def _embedder(
     config: ConfigDict, version: Version, folder: Path, references: References
 ) -> Embedder:
-    """Loads the embedder of a folder; where it is lost, extends that of another one."""
+    """Loads the embedder of a base or delta; if it is damaged, extends that of another part."""
     for part in (folder, *version.folders):
         try:
             embedder = load_embedder(part / "index" / "embedder")
@@ -142,7 +148,7 @@ def _embedder(
 
 
 def _delete_older(workdir: Path, kept: Version) -> list[str]:
-    """Deletes what no version from `kept` on reads; returns folders that other processes read."""
+    """Deletes parts that `kept` does not use; returns folders kept because they are being read."""
     busy = []
     needed = {*(folder / "references" for folder in kept.folders), *kept.banks}
     own = folder_of(workdir, kept.number)
@@ -154,7 +160,7 @@ def _delete_older(workdir: Path, kept: Version) -> list[str]:
             busy.append(str(folder))
             continue
         if len(unneeded) == len([part for part in parts if part.exists()]) and folder != workdir:
-            (folder / VERSION).unlink(missing_ok=True)  # from here on it cannot be opened
+            (folder / VERSION).unlink(missing_ok=True)  # so that it can no longer be opened
             shutil.rmtree(folder, ignore_errors=True)
             continue
         for part in unneeded:

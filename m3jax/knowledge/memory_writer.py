@@ -1,7 +1,8 @@
-"""Writer of memories for a checkpoint.
+"""Chooses and restores the weights that write memories for a checkpoint: its writer.
 
-A checkpoint that was trained on memories from a bank has learned to read the writer of that bank,
-and records it; every later write uses that writer. Other checkpoints write their own memories.
+A checkpoint that was trained on memories of a bank has learned to read memories of that bank's
+writer. It records the writer, which also writes all later memories for it. Other checkpoints write
+their own memories.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from m3jax.text.references import References
 def restore_writer(
     checkpoint: str | Path, model: Model, tokenizer: str
 ) -> tuple[Params, Path, int]:
-    """Restores the parameters of a checkpoint's writer; returns also their stage folder and step.
+    """Restores a checkpoint's writer; returns its parameters, stage folder and step.
 
-    `tokenizer` is the fingerprint of a tokenizer, which must be the checkpoint's.
+    `tokenizer` is the fingerprint that the checkpoint's tokenizer must have.
 
     Raises:
-      CheckpointError: no such checkpoint.
-      BankError: the recorded writer is not where it was, or was trained further.
+      CheckpointError: there is no such checkpoint, or it has another shape or tokenizer.
+      BankError: the recorded writer's checkpoint is neither at its recorded path nor in the
+        checkpoint's workdir, or its weights have changed.
     """
     checkpoint = Path(checkpoint)
     params, meta = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer)
@@ -60,10 +62,10 @@ class MemoryWriter:
     Args:
       config: a validated config.
       workdir: folder of the run.
-      checkpoint: whose writer writes; None: that of the base bank, where it is still there, else of
-        `workdir/warmup`.
-      itself: the checkpoint itself writes, whosever memories it reads.
-      like_base: encodes and stores memories as the base bank does, whatever `config.writer` says.
+      checkpoint: checkpoint whose writer is used. None: the writer of the base bank if its weights
+        still exist, otherwise the writer of `workdir/warmup`.
+      itself: use the checkpoint's own weights, even if it reads memories of another writer.
+      like_base: use compression and document context of the base bank, not of `config.writer`.
     """
 
     def __init__(
@@ -81,7 +83,10 @@ class MemoryWriter:
         self.writer: tuple[Params, Path, int] | None = None
 
     def restore(self, tokenizer: str, base: Bank | None = None) -> tuple[Params, Path, int]:
-        """Returns parameters, stage folder and step of the writer, restored once."""
+        """Returns parameters, stage folder and step of the writer; restores them at the first call.
+
+        Raises `CheckpointError` or `BankError` as `restore_writer` does.
+        """
         if self.writer is None:
             self.writer = self._restore(tokenizer, base)
         return self.writer
@@ -93,7 +98,7 @@ class MemoryWriter:
         base: Bank | None = None,
         keep: Int[np.ndarray, " n"] | None = None,
     ) -> dict[str, Any]:
-        """Calls `m3jax.memory.write.write_bank` with this writer."""
+        """Writes the memories of references by `m3jax.memory.write.write_bank` with this writer."""
         params, path, step = self.restore(references.tokenizer_fingerprint, base)
         config = self.config.copy_and_resolve_references()
         if self.like_base and base is not None:
@@ -127,7 +132,11 @@ class MemoryWriter:
 def _recorded(
     writer: Mapping[str, Any], workdir: Path, model: Model
 ) -> tuple[Params, Path, int] | None:
-    """Returns the weights that a checkpoint or bank records, at their place or in the workdir."""
+    """Restores the weights that a checkpoint or bank records as its writer.
+
+    Looks at the recorded path, then for a folder of that name in `workdir`; None if neither has
+    these weights. Returns parameters, stage folder and step.
+    """
     recorded = Path(writer["path"])
     for folder in (recorded, workdir / recorded.name):
         try:
@@ -140,7 +149,7 @@ def _recorded(
 
 
 def check_reader(bank: Bank | None, meta: dict[str, Any], checkpoint: Path) -> None:
-    """Refuses a bank whose writer the checkpoint has not learned to read."""
+    """Raises `BankError` if the checkpoint has learned to read another writer than the bank's."""
     if bank is not None and not reads(meta, checkpoint, bank.writer):
         written, read = bank.binding.writer, meta["writer"]["hash"]
         raise BankError(

@@ -1,15 +1,15 @@
 """Versions of a workdir's knowledge: references, index and bank that belong together.
 
-Version 0 is `references/ index/ bank/` of the workdir. An edit (`m3jax.knowledge.edit`) makes
-another:
+Version 0 is `references/ index/ bank/` of the workdir. Each edit (`m3jax.knowledge.edit`) makes a
+new version:
 
-    versions/000003/version.json    the base and the deltas it reads; sealed, written last
+    versions/000003/version.json    base and deltas of the version, with a checksum; written last
     versions/000003/tombstones.npy  ids that were deleted or replaced
-    versions/000003/references/ index/ bank/   the delta it added, if any
-    versions/000003/banks/0/ 1/ …   banks of base and deltas, where the version is a refresh
-    versions/current.json          which version readers open, and the oldest one that is kept
+    versions/000003/references/ index/ bank/   the delta that the edit added, if any
+    versions/000003/banks/0/ 1/ …   banks of base and deltas, if the version is a refresh
+    versions/current.json           the version that readers open, and the oldest version kept
 
-A version is whole from the moment its folder has its name, and never changes.
+A version is complete as soon as its folder has its final name, and never changes afterwards.
 """
 
 from __future__ import annotations
@@ -40,30 +40,30 @@ from m3jax.text.tokenizer import Tokenizer
 
 VERSIONS, CURRENT, VERSION = "versions", "current.json", "version.json"
 TOMBSTONES = "tombstones.npy"
-BANKS = "banks"  # of a refresh: a folder for the base, and one for each delta
-MANIFEST = "manifest.json"  # of references and of a bank; readers lock it
+BANKS = "banks"  # of a refresh: one folder for the base and one for each delta
+MANIFEST = "manifest.json"  # of references and of a bank; readers hold a lock on it
 
 
 class _Lock:
-    """Holds a shared lock on a file, until it is closed, forgotten, or the process ends."""
+    """Holds a shared lock on a file until it is closed or garbage-collected."""
 
     def __init__(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         self.close = weakref.finalize(self, os.close, descriptor)
-        with contextlib.suppress(OSError):  # a file system without locks
+        with contextlib.suppress(OSError):  # the file system has no locks
             fcntl.flock(descriptor, fcntl.LOCK_SH)
 
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """Names a version's folders. While it is in use, a compaction deletes nothing that it reads.
+    """Describes an opened version; its locks keep a compaction from deleting its folders.
 
     Attributes:
-      number: 0 is the unedited one.
-      parent: the version it was made from; −1 for version 0.
-      note: what made it, in words.
+      number: number of the version; 0 = as prepared, without edits.
+      parent: number of the version that was edited; −1 for version 0.
+      note: description of the edit.
       folders: folders with `references/ index/`: the base, then the deltas.
-      banks: folders of their banks.
+      banks: bank folders of the base and the deltas, in the same order.
       tombstones: ids that were deleted or replaced.
     """
 
@@ -83,11 +83,11 @@ class Version:
 
     @property
     def has_bank(self) -> bool:
-        """Returns True where its memories were written."""
+        """Returns True if the version has a bank."""
         return (self.banks[0] / MANIFEST).exists()
 
     def close(self) -> None:
-        """Lets a compaction delete its folders."""
+        """Releases the locks, so that a compaction may delete the folders."""
         for lock in self.locks:
             lock.close()
 
@@ -98,7 +98,7 @@ def folder_of(workdir: Path, number: int) -> Path:
 
 
 def read_current(workdir: Path) -> dict[str, int]:
-    """Reads `version`, which readers open, and `oldest`, the first one that is kept.
+    """Reads from `current.json` the current `version` and `oldest`, the oldest version kept.
 
     Raises `VersionError` if `current.json` is damaged.
     """
@@ -114,13 +114,13 @@ def read_current(workdir: Path) -> dict[str, int]:
 
 
 def recorded_oldest(workdir: Path) -> int:
-    """Returns the oldest version that was kept when the newest one was made."""
+    """Returns the oldest version kept, as recorded in the versions: to restore `current.json`."""
     contents = (read_sealed(path) for path in (workdir / VERSIONS).glob(f"[0-9]*/{VERSION}"))
     return max((content["oldest"] for content in contents if content is not None), default=0)
 
 
 def write_current(workdir: Path, version: int, oldest: int) -> None:
-    """Makes a version the one that readers open; atomic."""
+    """Makes a version the current one, atomically."""
     write_sealed(workdir / VERSIONS / CURRENT, {"version": version, "oldest": oldest})
 
 
@@ -131,7 +131,10 @@ def _existing(workdir: Path) -> Path:
 
 
 def versions(workdir: str | Path) -> list[int]:
-    """Lists the versions that can be opened, ascending; raises `VersionError` for no workdir."""
+    """Lists the numbers of all versions that can be opened, ascending.
+
+    Raises `VersionError` if the workdir is missing or `current.json` is damaged.
+    """
     workdir = _existing(Path(workdir))
     oldest = read_current(workdir)["oldest"]
     numbers = [int(path.parent.name) for path in (workdir / VERSIONS).glob(f"[0-9]*/{VERSION}")]
@@ -139,12 +142,12 @@ def versions(workdir: str | Path) -> list[int]:
 
 
 def open_version(workdir: str | Path, number: int | None = None) -> Version:
-    """Opens a version of a prepared workdir for reading; default: the current one.
+    """Opens a version of a prepared workdir for reading; default: the current version.
 
-    Raises `VersionError` for a version that is not there or damaged.
+    Raises `VersionError` if the version does not exist, was deleted by a compaction or is damaged.
     """
     workdir = Path(workdir)
-    for _ in range(3):  # a compaction may delete the current one between two lines
+    for _ in range(3):  # a compaction may delete the current version meanwhile
         current = read_current(workdir)
         chosen = current["version"] if number is None else number
         if chosen >= current["oldest"]:
@@ -183,7 +186,7 @@ def _lock(version: Version) -> Version:
 
 
 def in_use(folder: Path) -> bool:
-    """Tests whether another process has opened a version with these references, or this bank."""
+    """Returns True if a process has opened a version that uses this reference or bank folder."""
     path = folder / MANIFEST
     if not path.exists():
         return False
@@ -199,7 +202,7 @@ def in_use(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def only_writer(workdir: Path) -> Iterator[None]:
-    """Keeps other editors out; raises `VersionError` if there is one, or no such workdir."""
+    """Locks a workdir for editing; raises `VersionError` if it is locked or does not exist."""
     (_existing(workdir) / VERSIONS).mkdir(exist_ok=True)
     with (workdir / VERSIONS / "lock").open("wb") as file:
         try:
@@ -214,13 +217,13 @@ def only_writer(workdir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def editing(workdir: Path) -> Iterator[Version]:
-    """Opens the current version for an edit, as the only editor; errors as of `only_writer`."""
+    """Locks a workdir and opens its current version; errors of `only_writer` and `open_version`."""
     with only_writer(workdir):
         yield open_version(workdir)
 
 
 def require_unedited(workdir: Path) -> None:
-    """Refuses to write version 0 anew under later versions that read it."""
+    """Raises `VersionError` if the workdir was edited, because later versions read version 0."""
     if (workdir / VERSIONS / CURRENT).exists():
         number = read_current(workdir)["version"]
         raise VersionError(
@@ -230,7 +233,11 @@ def require_unedited(workdir: Path) -> None:
 
 
 def open_references(config: ConfigDict, version: Version, tokenizer: Tokenizer) -> References:
-    """Opens the knowledge base of a version, checked against tokenizer and config."""
+    """Opens the references of a version.
+
+    Raises `TextError` if they are missing or damaged, were made with another tokenizer, or are
+    longer than `config.memory.reference_length`.
+    """
     sets = []
     for part in version.folders:
         folder = part / "references"
@@ -247,7 +254,11 @@ def open_references(config: ConfigDict, version: Version, tokenizer: Tokenizer) 
 
 
 def open_index(version: Version, references: References) -> SearchIndex:
-    """Opens the index of a version, whose references are of `open_references`."""
+    """Opens the index of a version; `references` are the result of `open_references`.
+
+    Raises `RetrievalError` or `HuggingFaceError` as `Index.open` does, and `RetrievalError` if base
+    and deltas have different embedders.
+    """
     if not isinstance(references, DeltaReferences):
         return Index.open(version.folders[0] / "index", references)
     parts = zip(version.folders, references.sets, strict=True)
@@ -256,7 +267,7 @@ def open_index(version: Version, references: References) -> SearchIndex:
 
 
 def open_bank(version: Version, references: References, cache_bytes: int = 0) -> Bank:
-    """Opens the bank of a version; `cache_bytes` as of `Bank.open`."""
+    """Opens the bank of a version; `cache_bytes` and errors as in `Bank.open` and `join_banks`."""
     banks = [Bank.open(folder, cache_bytes) for folder in version.banks]
     if not version.number:
         return banks[0]
@@ -271,10 +282,12 @@ def open_retriever(
     candidates: int | None = None,
     bank: Bank | None = None,
 ) -> Retriever:
-    """Opens the retriever of a version, whose references are of `open_references`.
+    """Opens the retriever of a version; `references` are the result of `open_references`.
 
-    `candidates` defaults to `config.retrieval.candidates`. With `config.retrieval.rerank`, `bank`
-    (default the version's) ranks them. Raises `RetrievalError` where index or bank do not fit.
+    `candidates` defaults to `config.retrieval.candidates`. With `config.retrieval.rerank`, the
+    memories in `bank` (default: the version's bank) rerank the candidates. Raises `RetrievalError`
+    if the index cannot be opened or does not fit references or bank, and `BankError` if the
+    version's bank cannot be opened.
     """
     index, rank = open_index(version, references), None
     if config.retrieval.rerank:
@@ -286,6 +299,6 @@ def open_retriever(
 def check_bank(
     config: ConfigDict, bank: Bank, references: References, tokenizer: Tokenizer
 ) -> None:
-    """Refuses a bank that does not fit config, references or tokenizer, whoever wrote it."""
+    """Raises `BankError` unless a bank, of any writer, fits config, references and tokenizer."""
     layout, writer = layout_of(config, PREFIX_TOKENS), bank.binding.writer
     bank.require(Binding(writer, tokenizer.fingerprint, references.fingerprint, layout))
