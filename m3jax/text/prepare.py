@@ -24,7 +24,7 @@ from m3jax.text.references import References, write_references
 from m3jax.text.tokenizer import SMALLEST, Tokenizer
 from m3jax.workdir import INPUTS, make_part
 
-_TAKEN = "taken_from"  # the only input of a tokenizer that launch/convert.py took from a folder
+_TAKEN = "taken_from"  # in inputs.json: the tokenizer is that of an imported model
 
 _Item = TypeVar("_Item")
 Say = Callable[[str], None]
@@ -43,30 +43,32 @@ def prepare_text(
 ) -> None:
     """Writes `tokenizer/`, `corpus/validation/`, `corpus/train/` and `references/` of a workdir.
 
-    A part that is finished and was made from the same inputs is kept; an unfinished one is made
-    again. The tokenizer learns from the training documents and, where it is another text, the
-    knowledge base, a document of each in turn; one that launch/convert.py took from a folder stays.
+    A finished part that was made from the same inputs is kept; an unfinished part is made again.
+    The tokenizer is trained on the training documents and, if `knowledge` is another spec, on the
+    knowledge base, alternating between their documents; the tokenizer of a model imported by
+    launch/convert.py is kept.
 
-    With a runner, `clean.enabled` or `text.shuffle` the documents go through blocks in `clean/`
-    first (`m3jax.text.cleaning.pipeline`), where other processes can take part. The output is the
-    same for every runner and, without cleaning and shuffling, the same as without one. A knowledge
-    base of its own is not cleaned. With `knowledge.enabled` references are selected
-    (`m3jax.text.reference_filter.select`), also by the runner.
+    If there is a runner, `clean.enabled` or `text.shuffle`, the documents are first processed in
+    blocks in `clean/` (`m3jax.text.cleaning.pipeline`), which several processes can share. The
+    output does not depend on the runner and, without cleaning and shuffling, equals the output
+    without blocks. A knowledge base with its own spec is not cleaned. With `knowledge.enabled` the
+    runner also filters the references (`m3jax.text.reference_filter.select`).
 
     Args:
-      config: with the sections `text`, `clean` and `knowledge`.
-      workdir: folder of the run.
-      documents, knowledge: specs (`read_documents`) of the documents and of the knowledge base;
-        default the same.
+      config: a config; its sections `text`, `clean`, `knowledge`, `memory` and `model` are read.
+      documents, knowledge: specs (`read_documents`) of the documents and of the knowledge base; the
+        default of `knowledge` is `documents`.
       limit: most documents to use of each spec; None = all.
-      say: gets one line for every part: whether it was kept, and what is in it.
-      runner: does the work on blocks; None = this process.
-      quality: spec of a scorer (`load_scorer`), needed by `clean.quality_min`.
-      questions: texts of evaluation questions, which no reference may hold.
+      say: called with one line per part: its content, and whether it was kept or made.
+      runner: runs the work on blocks; None = in this process.
+      quality: spec of a quality scorer (`load_scorer`), required if `clean.quality_min` > 0.
+      questions: texts of evaluation questions; references that contain a question are dropped.
 
     Raises:
-      TextError: bad documents; a finished part that was made from other inputs; a tokenizer with
-        fewer than 260 entries or more than `model.vocabulary`; a library is missing.
+      TextError: as `read_documents`; a finished part was made from other inputs; the training or
+        validation split has no documents; the tokenizer has fewer than 260 entries or more than
+        `model.vocabulary`; `quality` without its threshold or the reverse; `questions` without
+        `knowledge.enabled`; `limit` < 1; no reference or document is left; a library is missing.
     """
     if questions and not config.knowledge.enabled:
         raise TextError(
@@ -85,7 +87,7 @@ def prepare_text(
 
 @dataclass
 class _Parts:
-    """Makes or keeps the parts of a workdir, each from documents that are streamed anew."""
+    """Makes or keeps the parts of a workdir; each part streams the documents again."""
 
     config: ConfigDict
     workdir: Path
@@ -103,7 +105,7 @@ class _Parts:
         self.knowledge_inputs: dict[str, Any] = {"knowledge": listed, "limit": self.limit}
 
     def clean(self, runner: Runner, quality: str | None) -> None:
-        """Sends the documents through blocks in `clean/`."""
+        """Cleans the documents in blocks in `clean/`; later parts read the cleaned documents."""
         source = self.documents, self.limit, runner, quality
         self.pipeline = CleaningPipeline(self.config, self.workdir, *source)
         added = self.pipeline.inputs()
@@ -112,7 +114,7 @@ class _Parts:
         self._tell("clean", *self.pipeline.clean(self.inputs))
 
     def tokenizer(self) -> Tokenizer:
-        """Makes the tokenizer, or keeps that of a model."""
+        """Returns the tokenizer: trained, finished before, or that of an imported model."""
         folder, text = self.workdir / "tokenizer", self.config.text
         fields = ("vocabulary", "min_frequency", "tokenizer_bytes", "validation_share")
         inputs = self.inputs | self.knowledge_inputs
@@ -136,7 +138,7 @@ class _Parts:
         trained.save(folder)
 
     def corpora(self, tokenizer: Tokenizer) -> None:
-        """Makes the token shards of validation and training."""
+        """Writes the token corpora of the validation and training documents."""
         text = self.config.text
         inputs = {"tokenizer": tokenizer.fingerprint, "text.shards": text.shards}
         inputs |= self.inputs | {"text.validation_share": self.share}
@@ -152,7 +154,7 @@ class _Parts:
             self._tell(f"corpus/{name}", kept, Corpus(folder).info())
 
     def references(self, tokenizer: Tokenizer, runner: Runner, questions: Sequence[str]) -> None:
-        """Makes the references, selected where the config says so; removes intermediate files."""
+        """Writes the references, filtered if `knowledge.enabled`; removes intermediate files."""
         folder, length = self.workdir / "references", self.config.memory.reference_length
         inputs = self.knowledge_inputs | {"tokenizer": tokenizer.fingerprint}
         inputs |= {"memory.reference_length": length}
@@ -174,14 +176,14 @@ class _Parts:
         self._tell("references", kept, References(folder).info())
 
     def _read(self, spec: str, what: str) -> Iterator[Document]:
-        """Yields the documents of a spec; nothing is opened before the first is needed."""
+        """Yields the documents of a spec; opens files only when the first document is requested."""
         if self.pipeline is not None and spec == self.documents:
             yield from progress(self.pipeline.documents, what)
         else:
             yield from progress(itertools.islice(read_documents(spec), self.limit), what)
 
     def _split(self, held_out: bool, what: str) -> Iterator[Document]:
-        """Yields the documents for validation, or the others."""
+        """Yields the validation documents if `held_out`, else the training documents."""
         documents = self._read(self.documents, what)
         return (d for d in documents if is_validation(d, self.share) == held_out)
 
@@ -210,7 +212,7 @@ class _Parts:
 
 
 def _is_taken(folder: Path) -> bool:
-    """Tests whether the tokenizer came with the weights of a model, which no other one fits."""
+    """Returns True for the tokenizer of an imported model, whose weights fit no other."""
     try:
         return _TAKEN in json.loads((folder / INPUTS).read_bytes())
     except (OSError, ValueError):
@@ -218,5 +220,5 @@ def _is_taken(folder: Path) -> bool:
 
 
 def progress(items: Iterable[_Item], what: str) -> Iterator[_Item]:
-    """Yields the items with a progress bar on a terminal, without one elsewhere."""
+    """Yields the items, with a progress bar if the output is a terminal."""
     return iter(tqdm(items, desc=what, unit=" documents", disable=None, leave=False))

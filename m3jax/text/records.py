@@ -1,4 +1,4 @@
-"""A folder of records: ArrayRecord shards, side files, and a manifest that is written last."""
+"""Folders of records: ArrayRecord shards, side files, and a manifest that is written last."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from m3jax.errors import TextError
 from m3jax.files import TEMPORARY, checksum, commit, digest, read_sealed, write_sealed
 
 MANIFEST = "manifest.json"
-_WRITER = "group_size:1,zstd:3"  # one record a group: a random read decodes that record only
+_WRITER = "group_size:1,zstd:3"  # one record per group: a random read decompresses only that record
 _READER = "readahead_buffer_size:0,max_parallelism:0"
 _FORMAT = 1
 
@@ -27,15 +27,16 @@ _Writer = TypeVar("_Writer", bound="RecordWriter")
 
 
 def dtype_of_tokens(vocabulary: int) -> np.dtype:
-    """Returns little-endian uint16 where every token fits, else uint32."""
+    """Returns the dtype of stored tokens: little-endian uint16 if all ids fit, else uint32."""
     return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
 
 
 class RecordWriter:
-    """Writes records round robin: record i is record i // S of shard i % S, for S shards or fewer.
+    """Writes msgpack records round robin: record i is record i // S of shard i % S.
 
-    Side files are streams of raw bytes. Nothing counts until `finish` has written the manifest. A
-    context manager: an error leaves no temporary files.
+    S is `shards`, or the number of records if that is smaller. Side files get raw bytes with each
+    record. Old records in `folder` are deleted; the new ones are valid once `finish` has written
+    the manifest. As a context manager it removes temporary files after an error.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class RecordWriter:
             temporary.unlink(missing_ok=True)
 
     def write(self, record: dict[str, Any], **side: bytes) -> None:
-        """Appends a record and its bytes to side files, given as `name="bytes"` without ending."""
+        """Appends a record; a keyword `name=data` appends bytes to the side file `name.bin`."""
         shard = self.count % self._shards
         if shard == len(self._writers):
             path = self.folder / (_name(shard) + TEMPORARY)
@@ -77,10 +78,10 @@ class RecordWriter:
         self.count += 1
 
     def finish(self, kind: str, content: dict[str, Any]) -> None:
-        """Commits every file, then the manifest with `content` added.
+        """Commits every file, then writes the manifest, which includes `content`.
 
-        The manifest's `fingerprint` covers the records in their order and the content, but not
-        shards or compression, so the same documents have the same fingerprint.
+        The manifest's `fingerprint` covers `kind`, the records in order and `content`, but not the
+        number of shards or the compression, so equal documents have equal fingerprints.
         """
         self._close()
         files = []
@@ -100,7 +101,7 @@ class RecordWriter:
         write_sealed(self.folder / MANIFEST, manifest)
 
     def _close(self) -> None:
-        """Closes all files; a full disk shows here at the latest."""
+        """Closes all files; raises `OSError` if buffered data cannot be written."""
         for shard, writer in enumerate(self._writers):
             if writer.is_open():
                 with self._reported(shard):
@@ -122,10 +123,14 @@ def _name(shard: int) -> str:
 
 
 class Records:
-    """Reads a folder of records, with a `manifest`, at random. Safe to use in several threads."""
+    """Reads records of a folder by index, in any order; thread-safe. `manifest`: its content."""
 
     def __init__(self, folder: str | os.PathLike[str], kind: str) -> None:
-        """Reads the manifest; raises `TextError` for another kind or a file without its size."""
+        """Opens a finished folder of records.
+
+        Raises `TextError` if the manifest is missing, damaged, or of another kind or format, or a
+        file is missing or has another size than the manifest says.
+        """
         self.folder = Path(folder)
         self.manifest = self._read_manifest(kind)
         for entry in self.manifest["files"]:
@@ -157,7 +162,7 @@ class Records:
         return manifest
 
     def verify(self) -> None:
-        """Compares every file with its checksum; raises `TextError` naming one that differs."""
+        """Compares every file with its checksum; raises `TextError` naming the first mismatch."""
         for entry in self.manifest["files"]:
             path = self.folder / entry["name"]
             if checksum(path) != entry["blake2b"]:

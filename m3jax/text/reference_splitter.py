@@ -1,4 +1,4 @@
-"""Splitter of documents into references that respect paragraph ends where they can."""
+"""Splitter of documents into references, at paragraph ends where possible."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from m3jax.errors import TextError
 from m3jax.text.documents import Document
 from m3jax.text.tokenizer import Tokenizer
 
-SHORTEST = 4  # tokens of one character at most, so any character fits
+SHORTEST = 4  # most tokens (UTF-8 bytes) of one character, so any character fits
 
-_SPACE = re.compile(r"[^\S\x1c-\x1f]")  # what the tokenizer's pattern calls white space
+_SPACE = re.compile(r"[^\S\x1c-\x1f]")  # white space in the tokenizer's pattern
 _PARAGRAPHS = re.compile(r"\n")
 # After a full stop and closing quotes before white space, or after a CJK full stop.
 _SENTENCES = re.compile(r"""[.!?…]["'”’»)\]]*(?=\s)|[。!?][”’」』)]*""")
@@ -24,7 +24,7 @@ _SENTENCES = re.compile(r"""[.!?…]["'”’»)\]]*(?=\s)|[。!?][”’」』)
 
 @dataclass(frozen=True)
 class Piece:
-    """Holds a reference before it has a key: `text` is `[start, end)` of the document's text."""
+    """Holds a reference without key: `text` is characters `[start, end)` of its document."""
 
     start: int
     end: int
@@ -36,9 +36,9 @@ def cut_references(document: Document, tokenizer: Tokenizer, length: int) -> lis
     """Cuts a document into pieces of at most `length` ≥ 4 tokens, in order, without overlap.
 
     Whole paragraphs (lines) are joined while they fit. A paragraph that is too long for one piece
-    is cut at sentence ends, such a sentence at white space, such a word anywhere. White space at
-    both ends of a piece is left out; nothing else is. A piece's tokens are those of its text alone.
-    Raises `TextError` for a length below 4, in which a single character might not fit.
+    is cut at sentence ends, a sentence that is too long at white space, and a word that is too long
+    anywhere. Only white space at the ends of a piece is dropped. A piece's tokens are those of its
+    text encoded on its own. Raises `TextError` for `length` < 4, too short for some characters.
     """
     if length < SHORTEST:
         what = f"references of {length} tokens cannot hold any character"
@@ -49,10 +49,10 @@ def cut_references(document: Document, tokenizer: Tokenizer, length: int) -> lis
     breaks = _breaks(text, token_starts, token_ends, length)
 
     def reach(start: int, most: int) -> int:
-        """Returns the end of a piece from `start` with `most` of the document's tokens."""
+        """Returns the end of a piece from `start` that has at most `most` document tokens."""
         after = np.searchsorted(token_ends, start, "right") + max(most, 0)
         limit = int(token_starts[after]) if after < len(token_starts) else len(text)
-        # White space behind the limit is trimmed away, so a break behind it is within reach.
+        # White space after the limit is trimmed, so a break behind it can be used, too.
         place = bisect.bisect_right(breaks, _skip_space(text, limit))
         if place and breaks[place - 1] > start:
             return breaks[place - 1]
@@ -60,9 +60,10 @@ def cut_references(document: Document, tokenizer: Tokenizer, length: int) -> lis
         return max(space, start + 1)
 
     def encode(start: int, end: int) -> np.ndarray:
-        """Encodes `text[start:end]` alone, with the document's tokens where they are equal.
+        """Encodes `text[start:end]` on its own, reusing document tokens where they are equal.
 
-        No word crosses from a sign to white space, so behind the first white space they are.
+        They are equal from the first white space on, as no word of the tokenizer extends into
+        white space.
         """
         head = _SPACE.search(text, start, end)
         if head is None or (end < len(text) and not _SPACE.match(text, end)):
@@ -76,7 +77,7 @@ def cut_references(document: Document, tokenizer: Tokenizer, length: int) -> lis
         limit = reach(start, most)
         end = start + len(text[start:limit].rstrip())
         tokens = encode(start, end)
-        if len(tokens) > length:  # its first word lost a space and became more tokens
+        if len(tokens) > length:  # without its leading space the first word has more tokens
             most -= len(tokens) - length
         else:
             pieces.append(Piece(start, end, text[start:end], tokens))
@@ -85,7 +86,7 @@ def cut_references(document: Document, tokenizer: Tokenizer, length: int) -> lis
 
 
 def _breaks(text: str, token_starts: np.ndarray, token_ends: np.ndarray, length: int) -> list[int]:
-    """Returns positions where a piece may end: of paragraphs, of sentences in too long ones."""
+    """Returns preferred ends of pieces: of paragraphs, and of sentences in long paragraphs."""
     ends: list[int] = []
     for start, end in _units(_PARAGRAPHS, text, 0, len(text)):
         content = text[start:end].strip()
@@ -99,7 +100,7 @@ def _breaks(text: str, token_starts: np.ndarray, token_ends: np.ndarray, length:
 
 
 def _units(pattern: re.Pattern[str], text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yields parts of `[start, end)`, each up to the end of a match; the last one up to `end`."""
+    """Yields the intervals into which the ends of the matches divide `[start, end)`."""
     for match in pattern.finditer(text, start, end):
         yield start, match.end()
         start = match.end()

@@ -26,16 +26,17 @@ _Item = TypeVar("_Item")
 
 _KIND = "references"
 _BLOCK = 1024  # references read at a time
-# One row of table.bin a reference: hash of its key, hash of its tokens, number of tokens.
+# A row of table.bin, one per reference: hash of its key, hash of its tokens, their number.
 _ROW = np.dtype([("key", "<u8"), ("content", "<u8"), ("length", "<i4")])
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Holds a piece of a document: `text` is characters `[start, end)` of the document's text.
+    """Holds a reference: `text` is characters `[start, end)` of its document's text.
 
-    `key` is `<document id>#<n>`, n counting the document's references from 0, also those that were
-    left out since. `tokens` (≤ W) hold neither prefix nor padding. `source` is the document's.
+    `key` is `<document id>#<n>`; n counts the references cut from the document from 0, including
+    references that were filtered out later. `tokens` (at most W) hold neither prefix nor padding.
+    `title` and `source` are the document's.
     """
 
     key: str
@@ -47,7 +48,7 @@ class Reference:
     tokens: Int32[np.ndarray, " W"]
 
     def as_document(self) -> Document:
-        """Makes a document of the piece, named by its key and, where it has one, its title."""
+        """Returns the reference as a document: its id is the key, its source the title, if any."""
         return Document(self.key, self.text, self.title, self.title or self.source)
 
 
@@ -57,11 +58,11 @@ def write_references(
     folder: str | os.PathLike[str],
     length: int,
 ) -> int:
-    """Cuts documents into references of at most `length` tokens; returns their number.
+    """Writes documents as references of at most `length` tokens; returns the number of references.
 
-    The folder is replaced: records; `tokens.bin` (all tokens, one reference after the other);
-    `table.bin` (hashes and lengths); `manifest.json` last. Raises `TextError` for no documents, no
-    usable tokens in them, or an id that occurs twice.
+    Replaces the content of `folder`: records; `tokens.bin` (the tokens of all references,
+    concatenated); `table.bin` (hashes and lengths); `manifest.json` last. Raises `TextError` if
+    there are no documents, all are white space, two have the same id, or `length` < 4.
     """
     return write_pieces(_cut_all(documents, tokenizer, length), tokenizer, folder, length)
 
@@ -72,7 +73,7 @@ def write_pieces(
     folder: str | os.PathLike[str],
     length: int,
 ) -> int:
-    """Writes references of documents that are cut already, as `write_references`."""
+    """Writes the references of documents that are already cut; see `write_references`."""
     seen: set[bytes] = set()
     with _Writer(folder, dtype_of_tokens(tokenizer.size)) as writer:
         for document, pieces in cut:
@@ -98,9 +99,9 @@ def write_pieces(
 
 
 def copy_references(source: References, ids: Ids, folder: str | Path) -> None:
-    """Writes the references with these ids (at least one), in their order, as a set of its own."""
+    """Copies the references `ids` (at least one), in that order, to a new set in `folder`."""
     ids, gaps = np.asarray(ids), False
-    next_numbers: dict[str, int] = {}  # of every document, as far as it was written
+    next_numbers: dict[str, int] = {}  # by document: n after its last copied reference
     with _Writer(folder, source.dtype) as writer:
         for low in range(0, len(ids), _BLOCK):
             for item in source.read(ids[low : low + _BLOCK]):
@@ -131,7 +132,7 @@ class _Writer(RecordWriter):
 def _cut_all(
     documents: Iterable[Document], tokenizer: Tokenizer, length: int
 ) -> Iterator[tuple[Document, list[Piece]]]:
-    """Yields every document with its pieces, cut in threads, as tokenizing takes most time."""
+    """Yields every document with its pieces; cuts in threads, as most time is tokenization."""
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
         for batch in in_batches(documents):
             pieces = pool.map(lambda document: cut_references(document, tokenizer, length), batch)
@@ -139,21 +140,21 @@ def _cut_all(
 
 
 class References:
-    """Reads a knowledge base of R references at random. Safe to use from several threads.
+    """Reads a set of R references (a knowledge base) by id, in any order. Thread-safe.
 
     Attributes:
-      folder: where it is.
-      length: most tokens W of a reference.
-      lengths: tokens of every reference; int32 (R,).
-      record_hashes: hash of every reference's tokens; uint64 (R,). Where it differs between two
-        sets made with one tokenizer, the reference's memory must be written again.
+      folder: folder of the set.
+      length: W, most tokens of a reference.
+      lengths: number of tokens of every reference; int32 (R,).
+      record_hashes: hash of every reference's tokens; uint64 (R,). If a reference's hash differs
+        between two sets made with one tokenizer, its memory must be written again.
       fingerprint: hex hash of all references, the length and the tokenizer.
-      tokenizer_fingerprint: of the tokenizer the references were made with.
-      dtype: of the stored tokens.
+      tokenizer_fingerprint: fingerprint of the tokenizer that the references were made with.
+      dtype: dtype of the stored tokens.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Opens what `write_references` wrote; raises `TextError` for an unfinished or cut set."""
+        """Opens a set that `write_references` wrote; raises `TextError` as `Records`."""
         self._records, self.folder = Records(folder, _KIND), Path(folder)
         manifest = self._records.manifest
         table = np.fromfile(self.folder / "table.bin", _ROW)
@@ -164,7 +165,7 @@ class References:
         self.record_hashes: UInt64[np.ndarray, " R"] = table["content"].copy()
         self._ends = np.cumsum(self.lengths, dtype=np.int64)
         self.dtype = np.dtype(manifest["dtype"])
-        # One more than the largest number in a key, where some numbers are missing.
+        # One more than the largest n of a key if some n are missing, else 0.
         self._numbers: int = manifest.get("numbers", 0)
         self._tokens = np.memmap(self.folder / "tokens.bin", self.dtype, "r")
         self._order = np.argsort(table["key"], kind="stable")
@@ -177,7 +178,7 @@ class References:
 
     @property
     def live(self) -> Int64[np.ndarray, " n"]:
-        """Returns the ids of the references in use, ascending."""
+        """Returns the ids of the references in use (not tombstones), ascending."""
         return np.arange(len(self))
 
     def live_keys(self) -> list[str]:
@@ -187,7 +188,7 @@ class References:
         return [record["key"] for block in blocks for record in self._records.read(block)]
 
     def documents(self) -> Int[np.ndarray, " R"]:
-        """Numbers every reference's document; a document's references are consecutive."""
+        """Returns every reference's document index, 0, 1, …; a document's ids are consecutive."""
         if self._documents is None:
             names = [key.rpartition("#")[0] for key in self.live_keys()]
             begins = [i > 0 and name != names[i - 1] for i, name in enumerate(names)]
@@ -195,7 +196,7 @@ class References:
         return self._documents
 
     def info(self) -> str:
-        """Describes the counts in words."""
+        """Formats the counts of references, documents and tokens."""
         return (
             f"{len(self)} references of {self._records.manifest['documents']} documents,"
             f" {int(self._ends[-1])} tokens, {self.lengths.mean():.1f} of {self.length} on average"
@@ -208,16 +209,16 @@ class References:
         return self.read([int(i)])[0]
 
     def read(self, ids: Ids) -> list[Reference]:
-        """Reads references, in the order of `ids`."""
+        """Reads references in the order of `ids`; raises as `Records.read`."""
         rows = zip(self._records.read(ids), self.tokens(ids), ids, strict=True)
         return [Reference(**record, tokens=row[: self.lengths[i]]) for record, row, i in rows]
 
     def texts(self, ids: Ids) -> list[str]:
-        """Reads texts of references, in the order of `ids`."""
+        """Reads the texts of references in the order of `ids`; raises as `Records.read`."""
         return [record["text"] for record in self._records.read(ids)]
 
     def tokens(self, ids: Ids) -> Int32[np.ndarray, "n W"]:
-        """Reads tokens of references, one row each, filled up with PAD; no prefix inside."""
+        """Returns the tokens of references, one row per id, padded with PAD, without prefix."""
         ids = self._records.check(ids)
         offsets = np.arange(self.length)
         real = offsets < self.lengths[ids][:, None]
@@ -234,14 +235,14 @@ class References:
         return next((i for i, record in records if record["key"] == key), None)
 
     def of_document(self, document: str) -> list[int]:
-        """Returns the ids in use of a document's references; some numbers may be missing."""
+        """Returns the ids in use of a document's references, in the order of their keys."""
         ids: list[int | None] = []
         while not ids or ids[-1] is not None or len(ids) < self._numbers:
             ids.append(self.lookup(f"{document}#{len(ids)}"))
         return [i for i in ids if i is not None]
 
     def find_or_removed(self, key: str) -> int:
-        """Returns the id of the reference with this key; −1 where it was removed."""
+        """Returns the id of the reference with this key, −1 if it is removed; raises as `find`."""
         return self.find(key)
 
     def find(self, key: str) -> int:
@@ -256,13 +257,13 @@ class References:
 
 
 class DeltaReferences(References):
-    """Reads a base and its deltas, the `sets`, as one knowledge base without tombstones.
+    """Reads a base and its deltas (`sets`, in this order) as one knowledge base, less tombstones.
 
-    Thread-safe; `numbering` has the ids over the sets.
+    Thread-safe. `numbering` maps ids to the sets and the rows within them.
     """
 
     def __init__(self, sets: Sequence[References], tombstones: np.ndarray) -> None:
-        """Joins sets that were made with one tokenizer."""
+        """Joins sets made with the same tokenizer; `tombstones` are ids over all of them."""
         self.sets, self.folder = list(sets), sets[0].folder
         self.numbering = Numbering([len(part) for part in sets], tombstones)
         self.length = max(part.length for part in sets)
@@ -280,7 +281,7 @@ class DeltaReferences(References):
         return [keys[i] for i in self.live]
 
     def documents(self) -> Int64[np.ndarray, " R"]:
-        """Numbers every reference's document; a document of two sets counts as two."""
+        """Returns the index of every reference's document; a document in two sets has two."""
         numbers, first = [], 0
         for part in self.sets:
             inside = part.documents()
@@ -344,7 +345,7 @@ class DeltaReferences(References):
         return self.find(key) if id_ is None else id_
 
     def of_document(self, document: str) -> list[int]:
-        """Returns ids in use of a document's references, whose keys count from 0 in every set."""
+        """Returns the ids in use of a document's references, set by set, in the order of keys."""
         ids = [
             self.numbering.first(number) + row
             for number, part in enumerate(self.sets)

@@ -1,4 +1,4 @@
-"""Byte-level BPE: any text becomes tokens and comes back exactly; four tokens are special."""
+"""Byte-level BPE tokenizer with four special tokens; any text is encoded without loss."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from m3jax.files import digest, write_atomically
 
 PAD, BOS, REFERENCE, END = 0, 1, 2, 3
 SPECIAL_TOKENS = ("<pad>", "<s>", "<reference>", "</s>")
-SMALLEST = len(SPECIAL_TOKENS) + 256  # specials and bytes: a tokenizer that has learned nothing
+SMALLEST = len(SPECIAL_TOKENS) + 256  # special tokens and bytes: a tokenizer without merges
 
 _FILE = "tokenizer.json"
 _MANIFEST = "manifest.json"
 _LINE_ENDS = re.compile(r"\S(?=\n)")
-_BLOCK = 1 << 20  # about how many characters of a text are tokenized at once, to bound memory
+_BLOCK = 1 << 20  # characters of a text that are tokenized at once, about: bounds RAM
 
 Tokens = Int32[np.ndarray, "_"]  # of any length
 
@@ -34,19 +34,21 @@ Tokens = Int32[np.ndarray, "_"]  # of any length
 class Tokenizer:
     """Encodes and decodes text with a byte-level BPE. Safe to use from several threads.
 
-    A *word* is a run of letters, of digits or of other signs, with the space before it (the pattern
-    of GPT-2): merges never cross its borders, so `N217` is two words and `word` at the start of a
-    text is another token than ` word` within it.
+    A *word* is a run of letters, of digits or of other characters, with the space before it (the
+    pattern of GPT-2). Merges never cross word borders, so `N217` is two words, and `word` at the
+    start of a text is a different token from ` word` within it.
 
     Attributes:
-      size: number of entries, special tokens included.
+      size: number of vocabulary entries, special tokens included.
       fingerprint: hex hash of the saved JSON.
-      prefix: `[BOS, REFERENCE]`, the constant `<s>Reference:` of the paper (Memory³ §3.3).
+      prefix: `[BOS, REFERENCE]`, set before every reference, as `<s>Reference:` in Memory³ §3.3.
     """
 
     def __init__(self, json_text: str) -> None:
         self._tokenizer = tokenizers.Tokenizer.from_str(json_text)
-        self._tokenizer.encode_special_tokens = True  # "<s>" within a text is three plain signs
+        self._tokenizer.encode_special_tokens = (
+            True  # "<s>" within a text is three plain characters
+        )
         self._json = json_text
         self.size: int = self._tokenizer.get_vocab_size()
         self.fingerprint: str = digest(json_text)
@@ -65,11 +67,13 @@ class Tokenizer:
     ) -> Tokenizer:
         """Learns merges from texts, read once; the same texts give the same tokenizer.
 
+        Raises `TextError` if all texts are empty or `vocabulary` < 260.
+
         Args:
-          texts: to learn from; `TextError` where there are none.
-          vocabulary: most entries, special tokens included, ≥ 260, else `TextError`.
+          texts: training texts.
+          vocabulary: most entries, special tokens included.
           min_frequency: least count of a pair to be merged.
-          most_bytes: UTF-8 bytes of text to learn from; the rest is not read.
+          most_bytes: UTF-8 bytes of text to read; None = all.
         """
         if vocabulary < SMALLEST:
             raise TextError(
@@ -102,7 +106,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Tokenizer:
-        """Reads what `save` wrote; raises `TextError` where a file is missing or damaged."""
+        """Loads a tokenizer that `save` wrote; `TextError` if a file is missing or damaged."""
         path, manifest = Path(folder) / _FILE, Path(folder) / _MANIFEST
         for needed in (path, manifest):
             if not needed.is_file():
@@ -119,7 +123,7 @@ class Tokenizer:
             ) from error
 
     def encode(self, text: str) -> Tokens:
-        """Encodes a text, never to a special token; `decode` returns the text exactly."""
+        """Encodes a text without special tokens, even for `"</s>"`; `decode` returns it exactly."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
@@ -136,8 +140,8 @@ class Tokenizer:
     ) -> tuple[Int32[np.ndarray, " T"], Int32[np.ndarray, "T 2"]]:
         """Encodes a text; returns its tokens and the characters `[start, end)` that each covers.
 
-        Tokens that are parts of one character all carry its span; together the spans cover the text
-        without gaps.
+        All tokens of a character that needs several have that character's span; together the spans
+        cover the text without gaps.
         """
         ids, spans, start = [], [], 0
         for block in _blocks(text):
@@ -162,7 +166,7 @@ class Tokenizer:
 
 @contextlib.contextmanager
 def _naming_unknown_words() -> Iterator[None]:
-    """Raises `TextError` where a text has no tokens, as only an id tokenizer does."""
+    """Raises `TextError` for words without tokens, which only an id tokenizer has."""
     try:
         yield
     except Exception as error:  # the tokenizers library raises plain Exception
@@ -173,7 +177,7 @@ def _naming_unknown_words() -> Iterator[None]:
 
 
 def _limited(texts: Iterable[str], most_bytes: int | None) -> Iterator[str]:
-    """Yields blocks of texts up to a number of UTF-8 bytes, the last one cut."""
+    """Yields blocks (`_blocks`) of texts, up to `most_bytes` UTF-8 bytes in total."""
     left = sys.maxsize if most_bytes is None else most_bytes
     for block in (block for text in texts for block in _blocks(text)):
         data = block.encode()
@@ -185,9 +189,9 @@ def _limited(texts: Iterable[str], most_bytes: int | None) -> Iterator[str]:
 
 
 def _blocks(text: str) -> Iterator[str]:
-    """Yields a text in blocks whose tokens, joined, are the text's.
+    """Yields blocks of a text whose tokens, concatenated, are the tokens of the whole text.
 
-    Words and runs of white space never cross from a sign to a line feed: long texts are cut there.
+    Long texts are cut before a line feed that follows a non-space character: no word crosses that.
     """
     start = 0
     while len(text) - start > _BLOCK:

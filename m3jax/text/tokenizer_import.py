@@ -1,9 +1,8 @@
-"""Tokenizers of other models, renumbered so that they begin with our special tokens.
+"""Tokenizers of other models, renumbered so that ids 0, 1, … are our special tokens.
 
-Each function returns the content of a `tokenizer.json`, and the model's id of each of its tokens,
-as
-`m3jax.model.hf.read_params` takes them: the first places are exchanged with the tokens that become
-our special ones.
+Each function returns the content of a `tokenizer.json`, and an array (n,) with the model's original
+id of each new id, for `m3jax.model.hf.read_params`. The tokens that become our special tokens swap
+ids with the model's first tokens; all others keep theirs.
 """
 
 from __future__ import annotations
@@ -32,16 +31,19 @@ def adopt_tokenizer(
 ) -> tuple[str, Int[np.ndarray, " n"]]:
     """Renumbers a byte-level BPE tokenizer of another model.
 
-    NFC and the template of special tokens are left out: any text comes back exactly, as it is.
+    Removes its NFC normalization and its template of special tokens, so that decoding returns any
+    text exactly.
 
     Args:
-      text: content of their `tokenizer.json`.
-      named: texts of their tokens that take the first places and our names; None: it begins with
-        ours already.
-      special: our special tokens, whose places are 0, 1, ….
+      text: content of the model's `tokenizer.json`.
+      named: texts of the model's special tokens that become `special`, in this order; None if it
+        begins with `special` already.
+      special: our special tokens, which get the ids 0, 1, ….
 
     Raises:
-      TextError: no byte-level BPE tokenizer; `named` are not as many special tokens of it.
+      TextError: the file is damaged or its ids have gaps; it is not a byte-level BPE tokenizer that
+        returns any text exactly; `named` is not as many different special tokens of it, or leaves
+        out a token that has the text of one of ours.
     """
     try:
         content = json.loads(text)
@@ -76,16 +78,16 @@ def adopt_tokenizer(
 def id_tokenizer(
     size: int, named: Sequence[str] | None, special: Sequence[str]
 ) -> tuple[str, Int[np.ndarray, " n"]]:
-    """Makes a tokenizer for a model whose own is not at hand: every token is written as its id.
+    """Makes a tokenizer for a model whose own is not available: token 17 is the word `t17`.
 
-    A text is then a line of words like `t403 t17 t261`, in the model's own ids, not the places.
-    Documents and references can be cut, searched, stored and generated as any other text; nobody
-    can read them.
+    A text is then a line of words such as `t403 t17 t261`, in the model's original ids. Documents
+    and references of such words can be cut, searched, stored and generated like any text. Raises
+    `TextError` if `named` is not as many different ids as `special`, or an id is not below `size`.
 
     Args:
-      size: tokens of the model.
-      named: ids of the tokens that take the places of `special`; `TextError` for not as many.
-      special: our special tokens, whose places are 0, 1, ….
+      size: number of tokens of the model.
+      named: original ids (decimal) of the tokens that become `special`, in this order.
+      special: our special tokens, which get the ids 0, 1, ….
     """
     numbers = [int(name) for name in named or () if name.isdecimal()]
     if len(set(numbers)) != len(special) or len(named or ()) != len(special):
@@ -100,7 +102,7 @@ def id_tokenizer(
     words = [*special, *(f"t{number}" for number in order[len(special) :])]
     vocabulary = {word: place for place, word in enumerate(words)}
     tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=""))
-    # `<s>` in a text is three words, none of which there is; a number is one.
+    # `<s>` in a text is split into three unknown words, `t17` is a single word.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
     )
@@ -109,7 +111,7 @@ def id_tokenizer(
 
 
 def _exchanged(size: int, ids: Iterable[int]) -> list[int]:
-    """Returns the ids 0 … size − 1, the first ones exchanged with these."""
+    """Returns 0 … size − 1 with `ids` swapped into the first positions, in order."""
     order = list(range(size))
     for place, id_ in enumerate(ids):
         old = order.index(id_)
@@ -135,7 +137,7 @@ def _check_named(
 
 
 def _check_byte_level(content: dict[str, Any], ids: Mapping[str, int]) -> None:
-    """Refuses a tokenizer that loses something of a text."""
+    """Raises `TextError` for a tokenizer that does not return every text exactly."""
 
     def refuse(what: str) -> NoReturn:
         raise TextError(
@@ -160,7 +162,7 @@ def _check_byte_level(content: dict[str, Any], ids: Mapping[str, int]) -> None:
 
 
 def _check_adopted(theirs: str, ours: str, order: list[int]) -> None:
-    """Checks that tokens are theirs in the new order, and give back the text."""
+    """Raises `TextError` unless `ours` encodes the probes as `theirs` does and decodes them."""
     try:
         before, after = (tokenizers.Tokenizer.from_str(text) for text in (theirs, ours))
     except Exception as error:  # the tokenizers library raises plain Exception
