@@ -1,13 +1,12 @@
-"""Counts FLOP, parameters and bytes of every path from the config.
+"""Counts FLOP, parameters and bytes of training, writing and decoding from the config.
 
-A multiplication and an addition are two FLOP. Two kinds of counts live here. The **cost model**
-(Memory³ §2 and appendix) reproduces the paper's formulas: what a reference of full length costs in
-each of the three formats of knowledge. The **useful work** of m3jax's own programs (`train_step`,
-`writer`, `decode_step`) counts the matrix products that the method asks for and nothing else:
-causal
-attention exactly, no recomputation, no masked or padded work, no norms, softmaxes or optimizer.
-Model FLOPs utilisation is `train_step(config) / (seconds · devices · peak)`. XLA's own cost
-analysis cannot serve: it counts a loop once and a custom kernel not at all.
+A multiplication and an addition are two FLOP. There are two kinds of counts. The **cost model**
+(Memory³ §2 and appendix) follows the paper's formulas for the cost of a full-length reference in
+each of the three formats of knowledge: parameters, explicit memory, text. The **useful work** of
+the programs of m3jax (`train_step`, `writer`, `decode_step`) counts only the matrix products that
+the method needs: causal attention exactly, no recomputation, no masked or padded work, no norms,
+softmaxes or optimizer. Model FLOPs utilisation is `train_step(config) / (seconds · devices ·
+peak)`. XLA's own cost analysis is no alternative: it counts a loop once and custom kernels as 0.
 
 Widths: D hidden, N·H all query heads, K·H all key-value heads, F MLP.
 """
@@ -24,14 +23,14 @@ from m3jax.config import PREFIX_TOKENS, stored_heads
 
 # -- parameters ------------------------------------------------------------------------------------
 class Parameters(NamedTuple):
-    """Counts of parameters; `non_embedding` leaves out the embedding and the LM head."""
+    """Numbers of parameters; `non_embedding` excludes the embedding and the LM head."""
 
     non_embedding: int
     total: int
 
 
 def parameters(config: ConfigDict) -> Parameters:
-    """Counts parameters, norms and biases included (method: L(2D² + 2·D·H·K + 3DF))."""
+    """Counts parameters: L(2D² + 2·D·H·K + 3DF) for N·H = D, and norms, biases and tables."""
     model = config.model
     biases = _query_width(config) + 2 * _kv_width(config) if model.attention_bias else 0
     norms = 2 * model.hidden + (2 * model.head_dim if model.qk_norm else 0)
@@ -50,13 +49,13 @@ def _kv_width(config: ConfigDict) -> int:
 
 
 def _reading_width(config: ConfigDict) -> int:
-    """Width of all query heads, over all layers, that read memories."""
+    """Returns the summed width of the query heads, over all layers, that read memories."""
     groups = config.model.query_heads // config.model.kv_heads
     return stored_heads(config.model, config.memory) * groups * config.model.head_dim
 
 
 def _projection_weights(config: ConfigDict) -> int:
-    """Weights of one layer's query, output, key and value projections."""
+    """Counts the weights of one layer's query, key, value and output projections."""
     return 2 * config.model.hidden * (_query_width(config) + _kv_width(config))
 
 
@@ -70,7 +69,7 @@ def _layer_weights(config: ConfigDict) -> int:
 
 # -- the paper's cost model ------------------------------------------------------------------------
 def implicit_write(config: ConfigDict) -> float:
-    """Counts FLOP to train once on a reference: the floor of writing it into parameters."""
+    """Counts FLOP to train once on a reference: a lower bound of storing it in the parameters."""
     model, length = config.model, config.memory.reference_length
     layer = length * _layer_weights(config)
     layer += 2 * length * (config.data.sequence_length / 2) * _query_width(config)
@@ -78,7 +77,8 @@ def implicit_write(config: ConfigDict) -> float:
 
 
 def explicit_write(config: ConfigDict) -> float:
-    """Counts FLOP to write one explicit memory: up to the last memory layer, without its MLP."""
+    """Counts FLOP to write one explicit memory: the layers up to the last memory layer, of which
+    the MLP is not computed."""
     length, width = config.memory.reference_length, _query_width(config)
     layers = config.memory.first_layer + config.memory.layers
     attention = layers * (length * _projection_weights(config) + length**2 * width)
@@ -93,7 +93,7 @@ def explicit_read(config: ConfigDict) -> float:
 
 
 def text_read(config: ConfigDict) -> float:
-    """Counts FLOP for a chunk to read a reference as text, as RAG does at every use."""
+    """Counts FLOP for a chunk to read a reference as text in the context, as RAG does."""
     model, memory = config.model, config.memory
     length = memory.reference_length
     keys = length / 2 + memory.chunk_length
@@ -102,34 +102,34 @@ def text_read(config: ConfigDict) -> float:
 
 
 def usage_interval(config: ConfigDict) -> tuple[float, float]:
-    """Returns the expected uses (low, high) between which explicit memory is cheapest.
+    """Returns the range (low, high) of uses of a reference in which explicit memory is cheapest.
 
-    Below `low` reading text is cheaper, above `high` training it into the parameters is.
+    For fewer uses, reading it as text is cheaper; for more, training it into the parameters.
     """
     write, read = explicit_write(config), explicit_read(config)
     return write / (text_read(config) - read), (implicit_write(config) - write) / read
 
 
 def row_generation(config: ConfigDict, tokens: int = 256) -> float:
-    """Counts FLOP of the layers, without LM head and memories, for a row of `tokens` tokens."""
+    """Counts FLOP of all layers, without LM head and memories, for a row of `tokens` tokens."""
     attention = 2 * tokens * (tokens / 2) * _query_width(config)
     return 2 * config.model.layers * (tokens * _layer_weights(config) + attention)
 
 
 def prompt_read_share(config: ConfigDict, tokens: int = 256) -> float:
-    """Returns FLOP of reading all memories of a row of `tokens` tokens over `row_generation`."""
+    """Returns the FLOP of reading all memories of a row, as a fraction of `row_generation`."""
     memories = tokens // config.memory.chunk_length * config.memory.per_prompt_chunk
     return memories * explicit_read(config) / row_generation(config, tokens)
 
 
 # -- storage ---------------------------------------------------------------------------------------
 def memory_bytes(config: ConfigDict, bytes_per_vector: float | None = None) -> float:
-    """Counts bytes of one explicit memory with all its slots filled.
+    """Counts the bytes of one explicit memory that fills all its slots.
 
     Args:
       config: a validated config.
       bytes_per_vector: bytes of one key or value vector; default H numbers of `memory.dtype`. The
-        paper's vector quantizer stores 14.
+        paper's vector quantizer uses 14 bytes.
     """
     memory, model = config.memory, config.model
     if bytes_per_vector is None:
@@ -138,7 +138,8 @@ def memory_bytes(config: ConfigDict, bytes_per_vector: float | None = None) -> f
 
 
 def full_memory_bytes(config: ConfigDict) -> float:
-    """Counts bytes of all keys and values of a reference: every layer, query head and token."""
+    """Counts the bytes of keys and values of a reference without any sparsity: those of every
+    layer, query head and token."""
     vector = config.model.head_dim * jnp.dtype(config.memory.dtype).itemsize
     heads = config.model.layers * config.model.query_heads
     return 2 * heads * config.memory.reference_length * vector
@@ -146,13 +147,13 @@ def full_memory_bytes(config: ConfigDict) -> float:
 
 # -- useful work of our programs -------------------------------------------------------------------
 def train_step(config: ConfigDict) -> float:
-    """Counts useful FLOP of an optimizer step: forward, and backward at twice that.
+    """Counts the useful FLOP of an optimizer step: the forward pass, and twice that for backward.
 
-    Recomputation (`model.remat`) and accumulation (`train.microbatches`) cost time, not useful
-    work. Hidden memories (`memory.dropout`) count as read: the kernels compute them. In online
-    training the selection of tokens has no gradient: its scores, and the
-    last memory layer's reference queries, which serve nothing else, count in the forward only. With
-    `memory.source = stop_gradient` all of the encoding does.
+    Recomputation (`model.remat`) and accumulation (`train.microbatches`) add no useful work.
+    Memories that `memory.dropout` hides count as read, since the kernels compute them. In online
+    training the selection of tokens has no gradient: its scores, and the reference queries of the
+    last memory layer, which only the selection uses, count in the forward pass alone. With
+    `memory.source = stop_gradient` this holds for all of the encoding.
     """
     references = _row_references(config)
     total = 3 * _context_forward(config)
@@ -164,9 +165,10 @@ def train_step(config: ConfigDict) -> float:
 
 
 def writer(config: ConfigDict, references: int) -> float:
-    """Counts FLOP to write the memories of `references` references, all of full length.
+    """Counts FLOP to write the memories of `references` references of full length.
 
-    Layers up to the last memory layer, which stops after selecting its keys and values.
+    Counts the layers up to the last memory layer, and of that one only keys, values and the
+    selection of tokens.
     """
     model, memory = config.model, config.memory
     length, width = memory.reference_length, _query_width(config)
@@ -182,10 +184,11 @@ def decode_step(config: ConfigDict, rows: int, context: int, memories: int | Non
     """Counts FLOP to generate one token of each row.
 
     Args:
-      config: shape, and where memories are.
-      rows: rows B.
-      context: tokens that each attends to, itself included; the prefix is not counted.
-      memories: M; default `memory.per_prompt_chunk`.
+      config: a validated config.
+      rows: number of rows B.
+      context: number of context tokens that each token attends to, itself included; the prefix is
+        not counted.
+      memories: number M of memories per row; default `memory.per_prompt_chunk`.
     """
     model = config.model
     weights = model.layers * _layer_weights(config) + model.hidden * model.vocabulary
@@ -195,9 +198,9 @@ def decode_step(config: ConfigDict, rows: int, context: int, memories: int | Non
 
 
 def decode_bytes(config: ConfigDict, rows: int, context: int, memories: int | None = None) -> float:
-    """Counts bytes read to generate one token of each row: weights once, keys and values.
+    """Counts the bytes read to generate one token of each row: weights once, and keys and values.
 
-    Arguments as in `decode_step`; all numbers are in `model.compute_dtype`.
+    Arguments as in `decode_step`; all arrays are in `model.compute_dtype`.
     """
     model, memory = config.model, config.memory
     weights = model.layers * _layer_weights(config) + model.hidden * model.vocabulary
@@ -217,7 +220,7 @@ def _row_references(config: ConfigDict) -> int:
 
 
 def _context_forward(config: ConfigDict) -> float:
-    """Counts FLOP of the logits of a batch, without encoding references."""
+    """Counts FLOP of the forward pass of a batch up to the logits, without encoding references."""
     model, memory = config.model, config.memory
     rows, tokens = config.data.batch_size, config.data.sequence_length
     with_memory = memory.source != "none"
@@ -231,7 +234,8 @@ def _context_forward(config: ConfigDict) -> float:
 
 
 def _memory_pairs(config: ConfigDict, tokens: int) -> int:
-    """(query, memory key) pairs of a row: chunk c reads those of min(c + 1, window) chunks."""
+    """Counts (query, memory key) pairs of a row: chunk c reads the memories of min(c + 1, window)
+    chunks."""
     memory = config.memory
     chunks = tokens // memory.chunk_length
     window = min(chunks, memory.window)
@@ -240,7 +244,8 @@ def _memory_pairs(config: ConfigDict, tokens: int) -> int:
 
 
 def _selection(config: ConfigDict, references: int) -> float:
-    """Scores of all pairs in every memory layer, and the last layer's queries for them."""
+    """Counts FLOP of the selection of tokens: scores of all token pairs in every memory layer, and
+    the query projection of the last one, which only the selection uses."""
     length, width = config.memory.reference_length, _query_width(config)
     scores = config.memory.layers * length**2 * width
     return 2.0 * references * (scores + length * config.model.hidden * width)

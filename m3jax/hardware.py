@@ -1,4 +1,4 @@
-"""Data sheets of accelerators: one table for MFU, compile reports and the planner."""
+"""Data-sheet figures of accelerators, for MFU, compile reports and capacity plans."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ class Chip:
     """Data-sheet figures of one accelerator, as one JAX device.
 
     Attributes:
-      name: short name, `v5e`; of TPUs the part of a topology's name before the colon.
-      kinds: parts of the lower-case `device_kind` that JAX reports.
-      flops: dense matrix products in bfloat16, FLOP/s.
-      memory: high-bandwidth memory, bytes.
-      memory_bandwidth: of that memory, bytes/s.
-      link_bandwidth: one link of the interconnect in one direction, bytes/s; 0 where not used.
-      links: links of one chip: two for each dimension of the torus.
-      network: share of one chip in its host's network, bytes/s; 0 where the data sheet has none.
+      name: short name such as `v5e`; for TPUs the part of a topology's name before the colon.
+      kinds: substrings, any of which identifies the chip in JAX's `device_kind` in lower case.
+      flops: peak of dense matrix products in bfloat16, FLOP/s.
+      memory: size of the high-bandwidth memory, bytes.
+      memory_bandwidth: bandwidth of that memory, bytes/s.
+      link_bandwidth: bandwidth of one interconnect link in one direction, bytes/s; 0 for chips
+        whose interconnect is not modelled.
+      links: number of links of a chip, two per dimension of the torus; 0 for the same chips.
+      network: bandwidth of the host's network divided by its chips, bytes/s; 0 if the data sheet
+        has none.
     """
 
     name: str
@@ -54,16 +56,17 @@ CHIPS = (
 
 
 def chip_of_kind(device_kind: str) -> Chip | None:
-    """Returns the chip of `jax.devices()[0].device_kind`, or None if the table has no such chip."""
+    """Returns the chip of a `device_kind` of JAX, or None if the table has no such chip."""
     kind = device_kind.lower()
     return next((chip for chip in CHIPS if any(part in kind for part in chip.kinds)), None)
 
 
 def chip_of_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
-    """Parses a TPU slice such as `v5e:16x16` into chip and shape.
+    """Parses the name of a TPU slice such as `v5e:16x16` into its chip and shape.
 
     Raises:
-      ConfigError: not such a name; lists chips and examples.
+      ConfigError: the name is not CHIP:SHAPE, the chip is unknown, or the shape has another number
+        of dimensions than the chip's torus. The message lists chips and examples.
     """
     name, _, shape = topology.partition(":")
     chip = next((chip for chip in CHIPS if chip.name == name and chip.links), None)
@@ -83,7 +86,8 @@ def chip_of_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
     return chip, tuple(int(size) for size in sizes)
 
 
-# A slice for libtpu on a host without a TPU, where it also compiles for others.
+# Environment of libtpu on a host without a TPU. The slice in it is arbitrary: libtpu then compiles
+# for other slices, too.
 LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -93,9 +97,9 @@ LIBTPU_ENVIRONMENT = {
 
 
 def quiet_libtpu() -> None:
-    """Keeps libtpu silent on a host without a TPU, where it would print that it finds no metadata.
+    """Silences libtpu on a host without a TPU, where it would print errors about missing metadata.
 
-    Call it before JAX looks for devices; it still finds none of libtpu there, and all others.
+    Call it before JAX initializes its backends. JAX then finds no TPU, and all other devices.
     """
     if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/*"):
         for name, value in LIBTPU_ENVIRONMENT.items():

@@ -1,4 +1,4 @@
-"""Makes the model that a config describes, of the sections that the model takes."""
+"""Makes a `Model` from a config."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def make_model(
 
     Args:
       config: a validated config.
-      prefix_tokens: tokens of the constant prefix, or () for none: of a stage's rows
-        `config.prefix_tokens`, of references `config.PREFIX_TOKENS`.
+      prefix_tokens: tokens of the constant prefix, or () for none. Use `config.prefix_tokens` for
+        rows of a training stage, `config.PREFIX_TOKENS` to encode references.
       mesh: as in `Model`.
     """
     return Model(

@@ -1,4 +1,4 @@
-"""The mesh, the one sharding-rules object, and process-local ↔ global arrays."""
+"""Device meshes, sharding rules, and conversion of process-local to global arrays."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ MeshAxes = str | tuple[str, ...] | None
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Mesh axes over which logical axes are split.
+    """Sharding rules: the mesh axes over which each logical axis is split.
 
     Attributes:
-      kind: what the rules are for, in messages.
-      mesh_axes: mesh axis, tuple of mesh axes or None for every logical axis.
+      kind: `parameter` or `activation`, for error messages.
+      mesh_axes: for every logical axis a mesh axis, a tuple of mesh axes, or None (not split).
     """
 
     kind: str
     mesh_axes: Mapping[str, MeshAxes]
 
     def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
-        """Returns the partition of an array with these logical axes.
+        """Returns the partition spec of an array with these logical axes.
 
         Raises:
-          ConfigError: an axis without a rule, or two axes of the array on one mesh axis.
+          ConfigError: an axis has no rule, or two axes of the array use the same mesh axis.
         """
         taken: dict[str, str] = {}
         parts: list[MeshAxes] = []
@@ -65,7 +65,7 @@ class Rules:
 PARAMETERS = Rules(
     "parameter",
     {
-        # Tables are split by rows, which need no padding: a part of their columns would.
+        # Embedding and LM head are split by rows: parts of their columns would need padding.
         "vocabulary": ("tensor", "fsdp"),
         "features": None,
         "embed": "fsdp",
@@ -82,18 +82,20 @@ ACTIVATIONS = Rules("activation", {"batch": BATCH_AXES, "kv_heads": "tensor"})
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
-    """Makes the mesh of a config, with the axes `AXES`; `mesh.fsdp = -1` takes all devices left.
+    """Makes the mesh of a config, with the axes `AXES`; `mesh.fsdp = -1` takes all remaining
+    devices.
 
-    Axes are of type Auto: the compiler places what the rules leave open. A single process may use
-    fewer devices than there are; several processes must use all of them. Devices are ordered so
-    that the later axes lie on neighbouring chips, and only `slice` crosses between slices.
+    Axes are of type Auto: the compiler shards arrays for which the rules give no sharding. A single
+    process may use fewer devices than there are; several processes must use all of them. Devices
+    are ordered so that the later axes connect neighbouring chips, and only `slice` connects slices.
 
     Args:
       config: a validated config.
       devices: devices to use; default all devices of all processes.
 
     Raises:
-      ConfigError: the sizes do not fit the devices, or do not divide heads, widths or rows.
+      ConfigError: the sizes do not fit the number of devices or of slices, or do not divide the
+        key-value heads, the MLP width, the hidden width, the vocabulary or the rows of a batch.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {axis: int(config.mesh[axis]) for axis in AXES}
@@ -121,10 +123,12 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def local_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """Makes a mesh for what every process computes alone: rows are split over all of its devices.
+    """Makes a mesh of this process's devices for computations that each process does on its own.
+
+    Rows are split over all of the devices.
 
     Args:
-      devices: devices of this process; default all.
+      devices: devices of this process; default all of them.
     """
     devices = jax.local_devices() if devices is None else devices
     shape = tuple(len(devices) if axis == "data" else 1 for axis in AXES)
@@ -132,10 +136,11 @@ def local_mesh(devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def writer_mesh(config: ConfigDict) -> Mesh | None:
-    """Makes the mesh on which this process alone encodes references; None on one device.
+    """Makes the mesh of this process's devices on which it encodes references; None if it has only
+    one device.
 
-    Of the config's sizes only `mesh.tensor` counts, so that one config serves hosts and pods; rows
-    are those of `writer.batch_references`, which `memory.encode` checks.
+    Of the config's mesh sizes only `mesh.tensor` is used, so that one config works on a host and on
+    a pod. `memory.encode` checks that `writer.batch_references` can be split over the mesh.
 
     Raises:
       ConfigError: as `make_mesh`.
@@ -151,7 +156,7 @@ def writer_mesh(config: ConfigDict) -> Mesh | None:
 
 
 def _arrange(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
-    """Arranges devices in the shape of the mesh, along the links of the machine."""
+    """Arranges devices in the shape of the mesh, so that neighbours in it are linked chips."""
     shape = tuple(sizes[axis] for axis in AXES)
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if len(slices) == 1:
@@ -172,7 +177,7 @@ def _divisors(number: int, below: int = 1 << 30) -> str:
 
 
 def _check_shape(config: ConfigDict, sizes: Mapping[str, int]) -> None:
-    """Refuses axes that do not divide what they split."""
+    """Raises `ConfigError` if a mesh axis does not divide an axis of the parameters."""
     model = config.model
     split = (
         ("tensor", "model.kv_heads", model.kv_heads),
@@ -207,8 +212,8 @@ def _check_rows(config: ConfigDict, sizes: Mapping[str, int]) -> None:
 
 
 def parameter_shardings(mesh: Mesh, axes_tree: Any) -> Any:
-    """Returns the shardings of parameters by their logical axes, a tuple for each; `make_mesh` has
-    checked that they can be split."""
+    """Returns the shardings of parameters from their logical axes, a tuple for each parameter;
+    `make_mesh` has checked that the sizes can be split."""
     return jax.tree.map(
         lambda axes: NamedSharding(mesh, PARAMETERS.spec(axes)),
         axes_tree,
@@ -217,11 +222,11 @@ def parameter_shardings(mesh: Mesh, axes_tree: Any) -> Any:
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
-    """Returns options of the compiler for programs on this mesh.
+    """Returns options of the compiler for programs on this mesh; None on other platforms than TPU.
 
-    On TPUs products next to a gather or scatter are by default unrolled into a ring of small ones:
-    gradients would be added up in the dtype of the product, whatever the config says, and the
-    program takes twice as long to compile.
+    They switch off windowed einsums, which unroll a product next to a gather or scatter into a ring
+    of small products: gradients would be summed in the product's dtype instead of
+    `train.reduce_dtype`, and compiling would take twice as long.
     """
     if mesh.devices.flat[0].platform != "tpu":
         return None
@@ -229,22 +234,23 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of anything whose first axis is the rows of a batch."""
+    """Returns the sharding of arrays whose first axis is the rows of a batch."""
     return NamedSharding(mesh, ACTIVATIONS.spec(("batch",)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of what every device holds whole."""
+    """Returns the sharding of arrays that are replicated on all devices."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def on_devices(mesh: Mesh | None, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """Makes `function` of one device's parts a function of global arrays (`jax.shard_map`).
+    """Wraps `function`, which computes on one device's parts, as a function of global arrays.
 
     Args:
-      mesh: the mesh; None, or one device: the function itself.
-      function: uses collectives where it needs them.
-      in_specs, out_specs: partitions of arguments and results.
+      mesh: mesh of `jax.shard_map`; `function` is returned unchanged if it is None or has one
+        device.
+      function: function of one device's parts, which calls collectives itself.
+      in_specs, out_specs: partition specs of arguments and results.
     """
     if mesh is None or mesh.size == 1:
         return function
@@ -254,21 +260,20 @@ def on_devices(mesh: Mesh | None, function: Callable, in_specs: Any, out_specs: 
 
 
 class HostRows(NamedTuple):
-    """Rows of a global batch that this process loads, ascending."""
+    """Indices, ascending, of the rows of a global batch that this process loads."""
 
     ids: Int[np.ndarray, " rows"]
     total: int  # rows of the global batch
 
 
 def host_rows(mesh: Mesh | None, total: int) -> HostRows:
-    """Returns the rows of a global batch of `total` rows on devices of this process.
+    """Returns the rows of a global batch of `total` rows that lie on devices of this process.
 
-    Without a mesh these are all rows.
-
-    On a torus they need not be neighbours: hosts hold squares of chips, batches are split in lines.
+    Without a mesh these are all rows. On a torus they need not be contiguous: a host has a square
+    of chips, while a batch is split along lines of the mesh.
 
     Raises:
-      ConfigError: the rows cannot be split evenly.
+      ConfigError: the rows cannot be split evenly over the devices.
     """
     if mesh is None:
         return HostRows(np.arange(total), total)
@@ -285,7 +290,7 @@ def host_rows(mesh: Mesh | None, total: int) -> HostRows:
 
 
 def row_spec(axis: int) -> PartitionSpec:
-    """Returns the partition of an array whose axis of this number is the rows of a batch."""
+    """Returns the partition spec of an array whose axis number `axis` is the rows of a batch."""
     return ACTIVATIONS.spec((*(None,) * axis, "batch"))
 
 
@@ -293,11 +298,11 @@ def to_global(mesh: Mesh | None, batch: Any, rows: HostRows, row_axes: Any) -> A
     """Makes global arrays from the rows that this process loaded.
 
     Args:
-      mesh: the mesh; None: the default device.
-      batch: a tree of host arrays that hold the rows `rows.ids`. They may be used without a copy:
-        do not write to them afterwards.
-      rows: `host_rows` of the mesh.
-      row_axes: number of the axis of rows in every array.
+      mesh: the mesh; None puts the arrays on the default device.
+      batch: a tree of host arrays that hold the rows `rows.ids`. The result may alias them: do not
+        write to them afterwards.
+      rows: result of `host_rows` for the mesh.
+      row_axes: tree of the structure of `batch`: number of the axis of rows of every array.
     """
     if mesh is None:
         return jax.device_put(batch)
@@ -306,5 +311,5 @@ def to_global(mesh: Mesh | None, batch: Any, rows: HostRows, row_axes: Any) -> A
         shape = (*x.shape[:axis], rows.total, *x.shape[axis + 1 :])
         return jax.make_array_from_process_local_data(NamedSharding(mesh, row_spec(axis)), x, shape)
 
-    with jax.transfer_guard("allow"):  # this is the explicit transfer; JAX does not count it so
+    with jax.transfer_guard("allow"):  # an intended transfer, which JAX counts as implicit
         return jax.tree.map(make, batch, row_axes)

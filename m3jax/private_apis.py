@@ -1,7 +1,7 @@
-"""Hooks into libraries that are no public interface, and their error texts.
+"""Uses of private APIs of libraries, and of the texts of their error messages.
 
-A new version of a library may change them without a word: each has a test in
-`tests/test_private_apis.py`. Libraries are imported where they are used.
+A new version of a library may change them without notice: each function has a test in
+`tests/test_private_apis.py`. Libraries are imported inside the functions.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 
 @functools.cache
 def computable_mask() -> Any:
-    """Returns the base class of splash masks that the kernel computes: `(shape, function)`.
+    """Returns the base class of masks that the splash kernel computes; made of (shape, function).
 
-    A subclass sets `q_sequence` `(rows,)`, the codes of the queries that the function takes.
+    A subclass sets `q_sequence` `(rows,)`, the codes of the queries that `function(code, key)`
+    takes.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 
@@ -23,24 +24,28 @@ def computable_mask() -> Any:
 
 
 def with_query_codes(kernel: Any, codes: Any) -> Any:
-    """Returns a splash kernel of computable masks with other codes of its queries `(rows,)`."""
+    """Returns a splash kernel with computable masks whose codes of queries `(rows,)` are replaced
+    by `codes`."""
     infos = (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)
     coded = [info._replace(q_sequence=codes) for info in infos]
     return type(kernel)(*coded, **kernel.kwargs)
 
 
 def coordination_client() -> Any:
-    """Returns JAX's client of the service that all processes share; None where there is none."""
+    """Returns JAX's client of the distributed coordination service; None if it is not running."""
     from jax._src import distributed
 
     return distributed.global_state.client
 
 
 def detect_cluster(timeout: int) -> tuple[str | None, int | None, int | None, Any]:
-    """Asks the cluster for address, number of processes, index of this one and its devices.
+    """Detects the cluster that runs this process (TPU pod, Slurm, …), as JAX does.
+
+    Returns the coordinator's address, the number of processes, the index of this process and the
+    ids of its devices, each None if it is not detected. `timeout` is in seconds.
 
     Raises:
-      RuntimeError, OSError, ValueError, KeyError: it is a cluster that gives none.
+      RuntimeError, OSError, ValueError, KeyError: a cluster was detected, but does not give them.
     """
     from jax._src import clusters
 
@@ -65,14 +70,14 @@ def is_disk_full(error: Exception) -> bool:
 
 
 def reason_of(error: Exception) -> str:
-    """Returns the text of an error of TensorStore without the place in its source."""
+    """Returns the text of an error of TensorStore without the location in TensorStore's source."""
     return str(error).partition(" [")[0]
 
 
 def needed_bytes(message: str) -> float | None:
-    """Returns the bytes of which the compiler's error says that a chip lacks them.
+    """Returns the largest size in bytes that an out-of-memory error of the compiler mentions.
 
-    NaN where it does not say how many; None for another error.
+    Returns NaN if it mentions no size, and None if the message is of another error.
     """
     if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
         return None

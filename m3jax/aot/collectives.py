@@ -1,4 +1,4 @@
-"""Reads the collectives of a compiled program: bytes between devices, and number of runs."""
+"""Parses the collectives of a compiled program: bytes that devices send, and number of runs."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Collective of a program.
+    """Collective operation of a program.
 
     Attributes:
       kind: one of `KINDS`.
-      dtype: of its largest array.
-      group: devices that take part together.
-      operand_bytes: of the whole array: what is gathered, or what is added up.
-      times: how often it runs.
-      depth: loops around it.
+      dtype: HLO dtype of its largest array.
+      group: number of devices per group.
+      operand_bytes: size of the whole array: the result of a gather, or the array to reduce.
+      times: number of runs in one run of the program.
+      depth: number of nested loops around it.
     """
 
     kind: str
@@ -43,18 +43,18 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that one device sends in all runs, by the usual ring algorithms."""
+        """Number of bytes that one device sends in all runs with ring algorithms."""
         share = (self.group - 1) / self.group
         factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
         return self.times * factor * self.operand_bytes
 
 
 def collectives(text: str) -> list[Collective]:
-    """Lists the collectives with more than one device in a group.
+    """Lists the collectives with more than one device per group.
 
-    Loops count as often as they run. The TPU compiler writes a reduce-scatter also as an
-    all-reduce in a kernel named `all-reduce-scatter`, and an all-gather that overlaps with products
-    as a chain of kernels: both count once, as what they are.
+    Collectives inside loops count once per iteration. The TPU compiler also writes a reduce-scatter
+    as an all-reduce in a kernel named `all-reduce-scatter`, and an all-gather that overlaps with
+    products as a chain of kernels: they count as one reduce-scatter and one all-gather.
 
     Args:
       text: `compiled.as_text()`.
@@ -76,7 +76,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def by_kind(crossings: list[Collective]) -> dict[str, dict[str, float]]:
-    """Sums by kind: `count` of runs, and `bytes` that one device sends."""
+    """Sums, for each kind of collective, the runs (`count`) and the `bytes` that a device sends."""
     table: dict[str, dict[str, float]] = {}
     for collective in crossings:
         row = table.setdefault(collective.kind, {"count": 0, "bytes": 0.0})
@@ -86,7 +86,7 @@ def by_kind(crossings: list[Collective]) -> dict[str, dict[str, float]]:
 
 
 def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
-    """Returns the name of the computation that is run, and the instructions of all by name."""
+    """Returns the name of the entry computation, and the instructions of every computation."""
     entry = name = ""
     computations = collections.defaultdict(list)
     for line in text.splitlines():
@@ -101,7 +101,8 @@ def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
 def _walk(
     computations: dict[str, list[str]], name: str, times: int, depth: int
 ) -> Iterator[tuple[str, str, int, int]]:
-    """(computation, instruction, runs, loops around it) of everything that a computation runs."""
+    """Yields (computation, instruction, runs, nesting depth of loops) of all instructions that a
+    computation runs, directly or by calls."""
     for line in computations.get(name, []):
         yield name, line, times, depth
         if loop := _WHILE.search(line):
@@ -118,7 +119,8 @@ def _walk(
 
 
 def _trips(computations: dict[str, list[str]], line: str, condition: str) -> int:
-    """Runs of a loop: stated with it, or the one constant that its counter is compared with."""
+    """Returns the trip count of a loop: as the instruction states it, or the only constant in its
+    condition; 1 if neither is there."""
     if stated := re.search(r"known_trip_count[^\d]*(\d+)", line):
         return int(stated.group(1))
     constants = {
@@ -136,7 +138,7 @@ def _parse(computation: str, line: str, times: int, depth: int) -> Collective | 
     result, kind, start = match.group(1), match.group(2), match.group(3)
     sizes = [(_bytes(dtype, dims), dtype) for dtype, dims in _SHAPE.findall(result)]
     arrays = [(size, dtype) for size, dtype in sizes if dtype not in ("u32", "s32")] or sizes
-    # The start of a pair lists operands and results; only an all-reduce's are all data.
+    # A `-start` instruction lists operands and results; only those of an all-reduce all count.
     whole = sum(size for size, _ in arrays)
     size = max(arrays)[0] if start and kind != "all-reduce" else whole
     group = _group(line)
@@ -153,7 +155,7 @@ def _bytes(dtype: str, dims: str) -> int:
 
 
 def _group(line: str) -> int:
-    """Devices of a group, in any of the ways that programs state groups."""
+    """Returns the number of devices per group, from any of HLO's notations of groups."""
     if "source_target_pairs={{" in line:
         return 2
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):

@@ -1,8 +1,8 @@
-"""Counts the matrix products that a traced program executes, recomputation included.
+"""Counts the FLOP of the matrix products that a traced program executes, recomputation included.
 
-XLA's own count takes a loop once and a custom kernel not at all. Here scans count as often as they
-run, attention kernels by the blocks that their mask leaves, and the bodies of `shard_map` once for
-every device.
+XLA's own cost analysis counts a loop once and a custom kernel as 0. Here the body of a scan counts
+once per iteration, an attention kernel once per block that its mask does not skip, and the body of
+a `shard_map` once per device.
 """
 
 from __future__ import annotations
@@ -24,34 +24,37 @@ Blocks = Mapping[tuple[int, int], int]
 def executed_flops(jaxpr: Any, blocks: Blocks | None = None) -> float:
     """Counts the FLOP of a jaxpr over all devices; a multiplication and an addition are two.
 
-    A `while` loop whose length is not known counts once; a `cond` as its dearest branch.
+    The body of a `while` loop counts once; a `cond` counts as its most expensive branch.
 
     Args:
       jaxpr: `jax.jit(f).trace(…).jaxpr`.
-      blocks: for the rows of queries and the keys of an attention kernel how many of its blocks it
-        computes (`attention_blocks`); others compute all.
+      blocks: result of `attention_blocks`: the number of blocks that an attention kernel computes,
+        by its lengths (query rows, keys). Kernels of other lengths compute their whole grid.
     """
     blocks = blocks or {}
     return sum(_equation(equation, blocks) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
 
 def chunks_of_row(config: ConfigDict, tokens: int) -> int:
-    """Returns the chunks of a row; of a row of several texts an upper bound.
+    """Returns the number of chunks of a row; for packed rows an estimate from above.
 
-    Twice those of one text are enough where texts are longer than a chunk on average; the number is
-    known when the chats are packed.
+    The exact number for packed rows is known only after the chats are packed. Twice the number for
+    one text suffices if texts are longer than a chunk on average.
     """
     several = config.data.packing in PACKED
     return tokens // config.memory.chunk_length * (2 if several else 1)
 
 
 def attention_blocks(config: ConfigDict, *, tokens: int, references: bool) -> Blocks:
-    """Counts the blocks that the splash kernels of a config compute, by rows of queries and keys.
+    """Counts the blocks that each splash kernel of a config computes.
 
     Args:
       config: a validated config.
-      tokens: tokens of a row.
-      references: whether references are encoded too.
+      tokens: length of a row in tokens.
+      references: whether the program also encodes references.
+
+    Returns:
+      The number of blocks by (query rows, keys) of the kernel, padding included.
     """
     model, memory = config.model, config.memory
     plan = functools.partial(
@@ -97,7 +100,7 @@ def _equation(equation: Any, blocks: Blocks) -> float:
 
 
 def _runs(equation: Any, blocks: Blocks) -> int:
-    """Returns the number of runs of a kernel's body."""
+    """Returns how many times a Pallas kernel runs its body: the blocks not skipped, or its grid."""
     grid = equation.params["grid_mapping"].grid
     wide = [x.aval.shape for x in equation.invars if x.aval.ndim > 2 and x.aval.dtype.itemsize > 1]
     if len(wide) > 1 and (wide[0][-2], wide[1][-2]) in blocks:  # queries, keys
@@ -106,7 +109,7 @@ def _runs(equation: Any, blocks: Blocks) -> int:
 
 
 def _jaxprs(params: dict[str, Any]) -> list[Any]:
-    """Lists the programs among the parameters of an operation."""
+    """Lists the jaxprs among the parameters of an equation."""
     jaxprs = []
     for value in params.values():
         values = value if isinstance(value, (tuple, list)) else (value,)

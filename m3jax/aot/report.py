@@ -16,13 +16,13 @@ _PATHS = {
 
 
 def path_of(report: dict[str, Any]) -> str:
-    """Names the compiled program."""
+    """Returns a readable name of the compiled program, for training that of its memory source."""
     names = {"writer": "memory writer", "decode": "decode"}
     return names.get(report["program"]) or _PATHS[report["source"]]
 
 
 def compile_text(report: dict[str, Any]) -> str:
-    """Returns a report as lines of aligned text."""
+    """Formats a report of `compile_report` as lines of aligned text."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1)
     head = f"{report['name']}, {path_of(report)}, {report['topology']} ({report['chips']} chips)"
     lines = [
@@ -50,7 +50,7 @@ def compile_text(report: dict[str, Any]) -> str:
 
 
 def search_text(reports: Sequence[dict[str, Any]]) -> str:
-    """Returns the best of several meshes, with the flags that choose it."""
+    """Returns a line with the flags of the best report of several meshes."""
     chosen = best_report(reports)
     if chosen is None:
         return "none of the meshes fits"
@@ -62,7 +62,8 @@ def search_text(reports: Sequence[dict[str, Any]]) -> str:
 
 
 def compile_table(reports: Sequence[dict[str, Any]]) -> str:
-    """Returns a Markdown table: a row for every report, compared with the slice's warmup."""
+    """Formats reports as a Markdown table with one row per report; a column compares the executed
+    FLOP with those of the warmup step on the same slice."""
     lines = [
         "| slice | path | data × fsdp × tensor | microbatches | remat | GB of a chip's |"
         " executed / useful FLOP | executed / warmup's | a chip sends, GB |"

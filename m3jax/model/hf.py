@@ -1,14 +1,15 @@
-"""Folders of Llama-like models as Hugging Face writes them: read, checked and written.
+"""Reads and writes folders of Llama-like models in the format of Hugging Face transformers.
 
-A folder is `config.json` and `model.safetensors`, or parts of it named by
-`model.safetensors.index.json`. Its matrices are (out, in), ours (in, out) with heads as axes of
-their own; query head n of both belongs to key-value head n // G, and both turn the pairs
-(i, i + H/2) by RoPE, so that no weight changes place within a head.
+A folder holds `config.json` and `model.safetensors`, or several files that
+`model.safetensors.index.json` names. Matrices are (out, in) there and (in, out) here, with separate
+axes for heads. In both formats query head n belongs to key-value head n // G, and RoPE rotates the
+pairs (i, i + H/2), so that the order of weights within a head is the same.
 
-A Llama knows neither memories nor the prefix: its logits are those of `Model(model, memory, ())`,
-which is what `model.prefix = "with_memory"` gives in stages without memory. Its own token for the
-start of a text is a token of the row, as `<s>` is in `text/corpus.py`. With the prefix of p tokens,
-its `position_ids` are 0 … p−1 and then from p + W on, W being `memory.reference_length`.
+A Llama has neither memories nor a prefix: its logits equal those of `Model(model, memory, ())`,
+which `model.prefix = "with_memory"` selects in stages without memory. Its BOS token is a token of
+the row, as `<s>` is in `text/corpus.py`. To reproduce a `Model` with a prefix of p tokens, put the
+prefix in front of the row and use `position_ids` 0 … p−1, then p + W, p + W + 1, …, where W is
+`memory.reference_length`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from m3jax.model.parameters import Params, abstract_params, segment_ranges
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F32", "F16", "BF16")
-_COMPUTED = "rotary_emb.inv_freq"  # a buffer that older versions saved
+_COMPUTED = "rotary_emb.inv_freq"  # a buffer that older versions of transformers saved
 
 
 def read_params(
@@ -46,19 +47,19 @@ def read_params(
     """Reads the weights of a folder as parameters of `Model(model, memory)`.
 
     Args:
-      folder: what `save_pretrained` writes or a model's page offers for download.
+      folder: folder that `save_pretrained` wrote, or the files of a model's download page.
       model: section of a config with the fields of `read_fields`.
-      memory: section of a config; `memory.first_layer` and
-        `memory.layers` say how layers are stacked.
-      order: token of theirs that each of our first n tokens is (`adopt_tokenizer`); all others are
-        the same.
+      memory: section of a config; its `first_layer` and `layers` determine how layers are stacked.
+      order: `order[i]` is the folder's id of our token i, for our first n tokens
+        (`adopt_tokenizer`); all higher ids are the same in both. None: all ids are the same.
 
     Returns:
-      Arrays on the host in `config.model.param_dtype`.
+      NumPy arrays in `config.model.param_dtype`.
 
     Raises:
-      HuggingFaceError: as `read_fields`; the config has other fields; a file or tensor is missing,
-        damaged, of another shape or dtype, or has no place in `Model`.
+      HuggingFaceError: as `read_fields`; `model` has other fields than the folder; `order` has more
+        tokens than the vocabulary; a file or tensor is missing, damaged, or of another shape or
+        dtype; or the folder has a tensor that `Model` lacks.
     """
     folder = Path(folder)
     check_fields(folder, model)
@@ -100,23 +101,25 @@ def write_folder(
 ) -> None:
     """Writes parameters as a folder that `transformers.LlamaForCausalLM` loads.
 
-    With `model.qk_norm`, which a Llama has not, it is one for `Qwen3ForCausalLM`.
+    With `model.qk_norm`, which Llama does not support, `Qwen3ForCausalLM` loads it.
 
-    Biases on query, key and value come with an output bias of zeros, since a Llama has all four. An
-    `embedding_scale` becomes a part of the embedding, which is then not tied to the LM head.
+    With biases on query, key and value an output bias of zeros is added, since a Llama has either
+    all four or none. An `embedding_scale` other than 1 is multiplied into the embedding, which is
+    then not tied to the LM head.
 
     Args:
-      folder: made if it is missing; `config.json` is written last.
+      folder: created if it is missing; `config.json` is written last.
       model, memory: sections of the config of the parameters.
-      params: as `Model(model, memory)` takes them.
+      params: parameters of `Model(model, memory)`.
       dtype: `float32` or `bfloat16`; default `config.model.param_dtype`.
-      positions: `max_position_embeddings`, the longest row that was trained.
-      tokenizer: content of `tokenizer.json`, if it is to be written.
-      special: text and id of the tokens `bos`, `eos` and `pad`.
+      positions: `max_position_embeddings`, the length in tokens of the longest training row.
+      tokenizer: content of `tokenizer.json`; None writes no tokenizer.
+      special: text and id of the tokens `bos`, `eos` and `pad`, by these names.
 
     Raises:
-      HuggingFaceError: the folder has a `config.json`; an unknown dtype; a shape that
-        transformers does not load; parameters of another config.
+      HuggingFaceError: the folder has a `config.json` already; the dtype is another one;
+        `model.query_heads` does not divide `model.hidden`, which transformers requires; or the
+        parameters are those of another config.
     """
     folder, dtype = Path(folder), dtype or model.param_dtype
     if (folder / CONFIG).exists():
@@ -147,8 +150,8 @@ _ROLES = ("bos", "eos", "pad")
 
 
 # -- tensors ---------------------------------------------------------------------------------------
-# Of each parameter of a layer: the name in Hugging Face's layer, and how many of our first axes are
-# inputs of a matrix; 0 for what is not transposed.
+# For each parameter of a layer: its name in Hugging Face's layer, and how many of our leading axes
+# are inputs of the matrix; 0 for vectors, which are not transposed.
 _LAYER = {
     "attention_norm": ("input_layernorm.weight", 0),
     "query": ("self_attn.q_proj.weight", 1),
@@ -170,13 +173,14 @@ _OUTSIDE = {**_TABLES, "final_norm": "model.norm.weight"}
 
 
 class _Tensor(NamedTuple):
-    """Place of a tensor of Hugging Face's in our parameters.
+    """Correspondence of a tensor in Hugging Face's format to one of our parameters.
 
     Attributes:
-      name: theirs.
-      path: keys of ours, in a stack also the layer.
-      shape: ours, of one layer.
-      inputs: how many of our first axes are a matrix's inputs; 0 for what is not transposed.
+      name: name of the tensor in the folder.
+      path: keys of our parameter, and for a stack the index of the layer in it.
+      shape: shape of our parameter, of one layer.
+      inputs: how many of our leading axes are inputs of the matrix; 0 for tensors that are not
+        transposed.
     """
 
     name: str
@@ -186,19 +190,20 @@ class _Tensor(NamedTuple):
 
     @property
     def theirs(self) -> tuple[int, ...]:
-        """Their shape."""
+        """Shape of the tensor in the folder."""
         if self.path[0] in _TABLES:
             return self.shape
         sides = (math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs]))
         return sides if self.inputs else sides[:1]
 
     def part(self, params: Params) -> Any:
-        """Returns its values in our parameters."""
+        """Returns the array, or the part of a stack, in `params` that corresponds to the tensor."""
         return functools.reduce(lambda node, key: node[key], self.path, params)
 
 
 def _tensors(model: ConfigDict, memory: ConfigDict) -> tuple[Params, list[_Tensor]]:
-    """Returns the parameters of a config as shapes, and every tensor that they are made of."""
+    """Returns the shapes of a config's parameters, and the tensor of the folder for each of them,
+    layer by layer."""
     shapes, _ = abstract_params(model, memory)
     outside = [field for field in _OUTSIDE if field in shapes]
     tensors = [_Tensor(_OUTSIDE[field], (field,), shapes[field].shape) for field in outside]
@@ -214,7 +219,7 @@ def _tensors(model: ConfigDict, memory: ConfigDict) -> tuple[Params, list[_Tenso
 def _their_tensors(
     model: ConfigDict, memory: ConfigDict, params: Params, tied: bool, dtype: Any
 ) -> dict[str, np.ndarray]:
-    """All tensors of `LlamaForCausalLM` or `Qwen3ForCausalLM`, contiguous."""
+    """Returns all tensors of `LlamaForCausalLM` or `Qwen3ForCausalLM` as contiguous arrays."""
     tensors = {}
     for tensor in _tensors(model, memory)[1]:
         values, field = np.asarray(tensor.part(params)), tensor.path[:2][-1]
@@ -240,7 +245,7 @@ _Read = Callable[[str, tuple[int, ...] | None], np.ndarray]
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Lists the files that hold the tensors of a folder."""
+    """Lists the safetensors files of a folder; raises `HuggingFaceError` for a damaged index."""
     if (folder / _WEIGHTS).is_file() or not (folder / _INDEX).is_file():
         return [folder / _WEIGHTS]
     places = read_json(folder / _INDEX).get("weight_map")
@@ -251,9 +256,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def open_tensors(files: list[Path]) -> tuple[_Read, set[str]]:
-    """Returns `read(name, shape)` of a tensor as it is stored, and the names of all tensors.
+    """Opens safetensors files; returns a function `read(name, shape)` and the names of all tensors.
 
-    Raises `HuggingFaceError` where a file or a tensor is not as needed.
+    `read` returns a tensor as it is stored. It raises `HuggingFaceError` if the tensor has another
+    shape (unless `shape` is None) or dtype; opening does if a file is missing or damaged.
     """
     where: dict[str, tuple[Any, Path]] = {}
     for path in files:
@@ -281,7 +287,8 @@ def open_tensors(files: list[Path]) -> tuple[_Read, set[str]]:
 
 
 def _check_others(folder: Path, model: ConfigDict, read: _Read, names: set[str]) -> None:
-    """Refuses tensors that `Model` has no place for, unless leaving them out changes nothing."""
+    """Raises `HuggingFaceError` for tensors that `Model` lacks, unless they have no effect: RoPE
+    buffers, output biases of zeros, and a tied LM head that equals the embedding."""
     for name in sorted(names):
         if name.endswith(_COMPUTED):
             continue
@@ -299,7 +306,7 @@ def _check_others(folder: Path, model: ConfigDict, read: _Read, names: set[str])
 
 
 def _commit(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes under a temporary name, flushes, renames: the file is whole or absent."""
+    """Writes a file under a temporary name, syncs and renames it, so that it is never partial."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)

@@ -1,4 +1,4 @@
-"""`config.json` of Llama-like models as Hugging Face writes it, and the fields it stands for."""
+"""Conversion between Hugging Face's `config.json` of Llama-like models and `config.model`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from m3jax.errors import HuggingFaceError
 CONFIG = "config.json"
 # qwen2 always has biases on query, key and value; qwen3 always norms queries and keys.
 _FAMILIES = ("llama", "qwen2", "qwen3")
-# What must have this value, where it is there; the last is why.
+# Keys that must have one of these values if they are present, and the reason.
 _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu", "swish"), "the MLP here is gated by silu"),
     "mlp_bias": ((False, None), "the MLP here has no biases"),
@@ -24,11 +24,14 @@ _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def read_fields(folder: str | Path) -> dict[str, Any]:
-    """The fields of `config.model` that a folder decides, for `config.model.update`.
+    """Reads the fields of `config.model` that a folder's `config.json` determines.
+
+    Pass them to `config.model.update`.
 
     Raises:
-      HuggingFaceError: `config.json` is missing or damaged, or describes what `Model` cannot
-        compute: another family, activation, kind of RoPE, or attention in a sliding window.
+      HuggingFaceError: `config.json` is missing or damaged; sizes are invalid or do not fit
+        together; or `Model` does not support the model: another family, activation, MLP with
+        biases, scaled or partial RoPE, sliding-window attention, or quantized weights.
     """
     path = Path(folder) / CONFIG
     settings = read_json(path)
@@ -80,7 +83,11 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
 
 
 def check_fields(folder: str | Path, model: ConfigDict) -> None:
-    """Raises `HuggingFaceError`, naming all that differs, unless `model` is the folder's."""
+    """Checks that the section `model` has the fields of the folder's `config.json`.
+
+    Raises:
+      HuggingFaceError: as `read_fields`; or fields differ, all of which the message names.
+    """
     fields = read_fields(folder)
     different = [name for name, value in fields.items() if model[name] != value]
     if different:
@@ -91,13 +98,14 @@ def check_fields(folder: str | Path, model: ConfigDict) -> None:
 
 
 def their_config(model: ConfigDict, tied: bool, dtype: str, positions: int) -> dict[str, Any]:
-    """Content of the `config.json` of a Llama of our shape; with `qk_norm` of a Qwen3.
+    """Returns the content of `config.json` for a model of this shape, as a Llama; with `qk_norm` as
+    a Qwen3.
 
     Args:
       model: the section `model` of a config.
-      tied: whether the LM head is the embedding.
-      dtype: of the weights.
-      positions: tokens of the longest row.
+      tied: whether the LM head shares the weights of the embedding.
+      dtype: name of the dtype of the weights.
+      positions: length in tokens of the longest row.
     """
     return {
         "architectures": ["Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM"],
@@ -124,7 +132,7 @@ def their_config(model: ConfigDict, tied: bool, dtype: str, positions: int) -> d
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; raises `HuggingFaceError`."""
+    """Reads a JSON object; raises `HuggingFaceError` if the file is missing or holds none."""
     try:
         content = json.loads(path.read_text("utf-8"))
         if not isinstance(content, dict):
@@ -149,7 +157,10 @@ def _number(path: Path, key: str, value: Any, default: float) -> float:
 
 
 def _rope_base(path: Path, settings: dict[str, Any]) -> float:
-    """The base of plain RoPE, from where newer versions keep it, or older ones."""
+    """Returns the base of unscaled RoPE, from the keys of any version of transformers.
+
+    Raises `HuggingFaceError` if RoPE is scaled or partial, or keys disagree about the base.
+    """
     bases = {"rope_theta": settings.get("rope_theta")}
     for key in ("rope_parameters", "rope_scaling"):
         part = settings.get(key) or {}
