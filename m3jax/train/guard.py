@@ -1,11 +1,11 @@
-"""The stability guard: a run that goes wrong goes back, and on with less learning rate.
+"""The stability guard: rolls a diverging run back and continues it with a lower learning rate.
 
-`guard.json` in the stage folder lists every rollback. It is written, whole, before anything else
-happens, and all that follows is a function of it and of the checkpoints: which of them belong to a
-branch that was left, the learning rate, which batches are left out. So a run that is killed between
-noticing trouble and going back does, when it is started again, what it would have done.
+`guard.json` in the stage folder lists every rollback. It is written atomically before a rollback is
+performed, and everything afterwards is a function of it and of the checkpoints: which checkpoints
+belong to an abandoned branch, the learning rate, which batches are skipped. So a run that is killed
+between detecting trouble and rolling back continues, when restarted, as if it had not been killed.
 
-Every process reads the same metrics and takes the same decision; the first one writes it down.
+Every process reads the same metrics and takes the same decision; process 0 writes it to the file.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from m3jax.train.checkpoints import Checkpoints, kept
 from m3jax.train.monitor import Monitor, Trouble
 
 FILE = "guard.json"
-META = "guard"  # what a checkpoint's `meta` calls it
-_SHOWN = 256  # most losses of a branch that a rollback keeps for pictures
+META = "guard"  # key of the guard's entries in a checkpoint's `meta`
+_SHOWN = 256  # most losses of an abandoned branch that a rollback keeps, for plots
 
 Rollback = dict[str, Any]
 
@@ -38,9 +38,9 @@ def read_rollbacks(stage_folder: str | Path) -> list[Rollback]:
     """Reads the rollbacks of a stage so far, oldest first.
 
     Each has `reason`, `words`, `first`, `last` and `seen` of a `Trouble`; `to`, the step that the
-    run went back to; `skipped`, the first and the last-plus-one batch, from 0, that were left out;
-    `learning_rate_scale` from then on; and `losses`, `[step, loss]` of the steps that were undone
-    (null where the loss was no finite number).
+    run went back to; `skipped`, `[first, stop]` of the skipped batches, counted from 0, without
+    `stop`; `learning_rate_scale`, the factor on the learning rate from then on; and `losses`,
+    `[step, loss]` of the undone steps (null where the loss was not finite).
 
     Raises:
       CheckpointError: the file is damaged.
@@ -58,14 +58,14 @@ def read_rollbacks(stage_folder: str | Path) -> list[Rollback]:
 
 
 class Guard:
-    """Watches one run.
+    """Detects trouble in one run, decides on rollbacks, and skips batches.
 
     Args:
       config: a validated config with `guard.on`.
       stage_folder: folder of the stage.
 
     Attributes:
-      rollbacks: so far, see `read_rollbacks`.
+      rollbacks: rollbacks so far, see `read_rollbacks`.
     """
 
     def __init__(self, config: ConfigDict, stage_folder: Path):
@@ -75,10 +75,10 @@ class Guard:
 
     @staticmethod
     def of(config: ConfigDict, stage_folder: Path) -> Guard | None:
-        """Returns the guard of a run, None where the config has none.
+        """Returns the guard of a run, or None if `guard.on` is False.
 
         Raises:
-          ConfigError: the run went back before, and is to go on without a guard.
+          ConfigError: `guard.on` is False, but the run was rolled back before.
         """
         if config.guard.on:
             return Guard(config, stage_folder)
@@ -91,11 +91,11 @@ class Guard:
 
     # -- while training runs
     def observe(self, step: int, loss: float, gradient_norm: float) -> Trouble | None:
-        """Notes a step; returns trouble, or None."""
+        """Records loss (nats per token) and gradient norm of a step; returns trouble, or None."""
         return self._monitor.observe(step, loss, gradient_norm)
 
     def meta(self) -> dict[str, Any]:
-        """Returns the part of a checkpoint's `meta` that is the guard's."""
+        """Returns the guard's entries of a checkpoint's `meta`."""
         return {META: {"rollbacks": len(self.rollbacks), "monitor": self._monitor.state()}}
 
     @property
@@ -107,8 +107,8 @@ class Guard:
         """Yields the batches of the steps after `done`, without the skipped ones.
 
         Args:
-          read: yields batches from a number, from 0, on.
-          done: steps that are done.
+          read: yields the batches from a batch number on, counted from 0.
+          done: number of finished steps.
         """
         skipped = self._skipped()
         first = batch_number(done, skipped)
@@ -116,12 +116,12 @@ class Guard:
             if number not in skipped:
                 yield batch
 
-    # -- going back
+    # -- rollback
     def resume(self, checkpoints: Checkpoints) -> int:
-        """Deletes checkpoints of branches that were left, and remembers what the newest one knows.
+        """Deletes checkpoints of abandoned branches, and loads the monitor's state from the newest.
 
         Returns:
-          The step to go on from.
+          The step to continue from, 0 if no checkpoint is left.
         """
         checkpoints.delete(set(checkpoints.steps()) - kept(checkpoints.steps(), self.config))
         for step in reversed(checkpoints.steps()):
@@ -135,10 +135,11 @@ class Guard:
         return 0
 
     def roll_back(self, trouble: Trouble, checkpoints: Checkpoints) -> Rollback:
-        """Decides on trouble and writes it down; `resume` then does it.
+        """Decides on a rollback and writes it to `guard.json`; `resume` then performs it.
 
         Raises:
-          DivergenceError: no try is left.
+          DivergenceError: the run was rolled back `guard.tries` times already.
+          CheckpointError: another process took another decision.
         """
         checkpoints.manager.wait_until_finished()
         rollback = self._decide(trouble, checkpoints.steps())
@@ -180,14 +181,14 @@ class Guard:
     def _target(self, trouble: Trouble, steps: Sequence[int]) -> int:
         """Returns the step to go back to: newest checkpoint before the trouble, else the oldest.
 
-        A run that goes wrong again before it has a checkpoint behind the last trouble goes to the
-        same one again, and after that to the one before: it may have been bad already. Only
-        checkpoints at multiples of `train.checkpoint_every` count, which a run has whether it was
-        stopped in between or not.
+        If trouble returns before the run has a checkpoint after the last trouble, it goes back to
+        the same checkpoint once more, and then to an earlier one, since that checkpoint may be bad
+        itself. Only multiples of `train.checkpoint_every` count: other checkpoints depend on when
+        the run was stopped.
         """
         every = self.config.train.checkpoint_every
         regular = [step for step in steps if step and step % every == 0]
-        if not regular or regular[0] == every:  # the start is still the one before
+        if not regular or regular[0] == every:  # step 0 is the checkpoint before the oldest
             regular.insert(0, 0)
         before = [step for step in regular if step < trouble.first]
         target = before[-1] if before else regular[0]
@@ -204,7 +205,7 @@ class Guard:
 
 
 def batch_number(done: int, skipped: Iterable[int]) -> int:
-    """Returns the number of the batch after `done` others, without the skipped ones, ascending."""
+    """Returns the number of the next batch after `done` steps; `skipped` batches are ascending."""
     number = done
     for batch in skipped:
         number += batch <= number
@@ -212,7 +213,7 @@ def batch_number(done: int, skipped: Iterable[int]) -> int:
 
 
 def describe_trouble(trouble: Mapping[str, Any]) -> str:
-    """Describes trouble, as part of a sentence."""
+    """Describes trouble as part of a sentence, from the fields of `Trouble`."""
     names = {"not_finite": "not finite", "spike": "loss spike", "divergence": "loss rising"}
     return f"{names[trouble['reason']]} at step {trouble['seen']} ({trouble['words']})"
 

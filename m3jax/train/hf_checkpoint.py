@@ -1,4 +1,4 @@
-"""Checkpoints of stages from folders of Hugging Face, and the other way."""
+"""Converts Hugging Face folders to checkpoints of a stage, and checkpoints to such folders."""
 
 from __future__ import annotations
 
@@ -30,20 +30,24 @@ def import_folder(
     tokenizer: str | None = None,
     special: list[str] | None = None,
 ) -> str:
-    """Makes step 0 of a stage of a downloaded model.
+    """Imports a downloaded Hugging Face model as the checkpoint of step 0 of a stage.
 
     Args:
       config: of the stage, with the model's shape and without memories.
-      workdir: folder of the run.
-      folder: with config.json and weights.
-      tokenizer: folder with tokenizer.json, where `folder` has none, or `numbers`.
+      workdir: folder of the run; it gets the model's tokenizer.
+      folder: the model's folder, with config.json and weights.
+      tokenizer: folder with tokenizer.json, if `folder` has none; or `numbers`, a tokenizer that
+        writes every token as its id.
       special: four special tokens of that tokenizer, see `text.tokenizer_import`.
 
     Returns:
-      A sentence with the sizes.
+      A sentence with the numbers of parameters and tokens.
 
     Raises:
-      ConfigError, HuggingFaceError, CheckpointError: a part is missing, in the way or does not fit.
+      ConfigError: the config reads memories.
+      HuggingFaceError, TextError: weights or tokenizer are missing, or do not fit the config or the
+        workdir.
+      CheckpointError: the stage folder has a checkpoint already, or belongs to another run.
     """
     stage = workdir / config.stage
     if config.memory.source != "none":
@@ -75,7 +79,7 @@ def import_folder(
 def _tokenizer(
     workdir: Path, folder: Path, size: int, given: str | None, special: list[str] | None
 ) -> tuple[Tokenizer, np.ndarray | None, bool]:
-    """The tokenizer, which token of theirs each of its tokens is, whether the workdir has it."""
+    """Returns tokenizer, model id of each token (None: the same), and if the workdir has it."""
     own = workdir / "tokenizer"
     path = Path(given or folder) / "tokenizer.json"
     there = (own / "manifest.json").is_file()
@@ -100,15 +104,20 @@ def _tokenizer(
 
 
 def export_folder(checkpoint: str | Path, folder: Path, *, dtype: str | None = None) -> str:
-    """Writes a checkpoint as a folder that `transformers` loads.
+    """Writes a checkpoint as a Hugging Face folder, which `transformers` loads.
 
     Args:
       checkpoint: stage folder, or checkpoints/STEP in it.
-      folder: to write; it must not hold a model.
-      dtype: of the weights; default that of the parameters.
+      folder: folder to write; it must not hold a model.
+      dtype: dtype of the weights; default the dtype of the parameters.
 
     Returns:
-      A sentence that says what was written.
+      A sentence with the folder and the checkpoint.
+
+    Raises:
+      CheckpointError, TextError: there is no checkpoint, it is damaged, or its workdir has no
+        tokenizer.
+      HuggingFaceError: the folder holds a model, or the weights cannot be exported.
     """
     path, config, params, meta, _ = read_model(checkpoint)
     roles = {"bos": BOS, "eos": END, "pad": PAD}

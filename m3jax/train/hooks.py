@@ -23,41 +23,41 @@ from m3jax.train.state import TrainState
 class Hook:
     """Base class of hooks.
 
-    `after` is called for every step, one step late: while the device computes the next one. `at` is
-    called at the steps that are `due`, when `after` has been called for them.
+    `after` is called for every step, one step late: while the device computes the next step. `at`
+    is called for the steps for which `due` returns True, once `after` was called for them.
     """
 
     def __init__(self, run: Run):
         self.run, self.train = run, run.config.train
 
     def read_from(self, data: StageData) -> None:
-        """Notes the data that the loop reads from now on."""
+        """Receives the data that the loop reads from now on."""
 
     def start(self, step: int) -> StageData | None:
-        """Begins behind a step, at first and after every rollback; returns data as `at` does."""
+        """Begins after `step`, at first and after every rollback; returns data as `at` does."""
 
     def before(self, step: int) -> None:
-        """Prepares for a step, which is started next."""
+        """Prepares for a step, right before it is started."""
 
     def after(self, step: int, metrics: Mapping[str, float]) -> int | None:
-        """Notes the metrics of a step; returns the step to go back to (0: the start), or None."""
+        """Receives a step's metrics; returns the step to roll back to (0: the start), or None."""
 
     def due(self, step: int) -> bool:
-        """Returns whether to call `at`; called once for each step."""
+        """Returns True if `at` must be called for this step; called once for each step."""
         return False
 
     def at(self, step: int, state: TrainState) -> StageData | None:
-        """Works with the state after a step; returns what to read from instead, or None."""
+        """Works with the state after a step; returns new data for the loop to read, or None."""
 
     def finish(self) -> None:
-        """Ends after the last step; not called when a run ends otherwise."""
+        """Completes the hook's work after the last step; not called if the run ends earlier."""
 
     def close(self) -> None:
-        """Closes files, however the run ended."""
+        """Releases files and handlers; called however the run ends."""
 
 
 class StopAtNaN(Hook):
-    """Ends a run without a guard whose loss or gradient is not finite."""
+    """Raises `DivergenceError` if loss or gradient norm is not finite; for runs without a guard."""
 
     def after(self, step: int, metrics: Mapping[str, float]) -> None:
         loss, norm = metrics["loss"], metrics["gradient_norm"]
@@ -73,7 +73,7 @@ class StopAtNaN(Hook):
 
 
 class GoBack(Hook):
-    """Lets the guard observe every step, and goes back when it notices trouble."""
+    """Passes every step to the guard, and rolls the run back when the guard detects trouble."""
 
     def after(self, step: int, metrics: Mapping[str, float]) -> int | None:
         guard, checkpoints = self.run.guard, self.run.checkpoints
@@ -87,14 +87,14 @@ class GoBack(Hook):
 
 
 class Log(Hook):
-    """Shows every step, and writes a line every `train.log_every` steps (the first process)."""
+    """Shows progress, and writes metrics every `train.log_every` steps (on process 0)."""
 
     def __init__(self, run: Run, mesh: Mesh):
         super().__init__(run)
         self.speed = Speed(run.config, mesh, run.clock)
         self.metrics: Metrics | None = None  # on the first process only
         self._pipeline: Batches | None = None
-        self._counters: Mapping[str, float] = {}  # of the line before
+        self._counters: Mapping[str, float] = {}  # at the previous line
         self._started = False
 
     def read_from(self, data: StageData) -> None:
@@ -107,7 +107,7 @@ class Log(Hook):
             rollbacks = [] if self.run.guard is None else self.run.guard.rollbacks
             self.metrics = Metrics(self.run.folder, step, running, rollbacks=rollbacks)
         if self._started:
-            self.speed.report()  # the seconds of what was undone are lost, as after a kill
+            self.speed.report()  # drops the time of the undone steps, as a kill would
         elif self.metrics is not None:
             (self.run.folder / "loss.png").unlink(missing_ok=True)
             self.speed.seconds_before = self.metrics.seconds
@@ -134,17 +134,17 @@ class Log(Hook):
         self.write(line)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Appends a line; `step` is among its keys."""
+        """Appends a line to the metrics (on process 0); `step` must be among its keys."""
         if self.metrics is not None:
             self.metrics.write(line)
 
     def sync(self) -> None:
-        """Makes all lines durable."""
+        """Forces all lines to disk."""
         if self.metrics is not None:
             self.metrics.sync()
 
     def finish(self) -> None:
-        """Writes the seconds since the last line."""
+        """Writes a line with the time by part since the previous line."""
         self.write({"step": self.train.steps, "time": self.run.clock.take()})
 
     def close(self) -> None:
@@ -153,7 +153,7 @@ class Log(Hook):
 
 
 class Evaluation(Hook):
-    """Evaluates every `train.evaluate_every` steps and at the end, and writes a line."""
+    """Evaluates every `train.evaluate_every` steps and at the end, and logs the result."""
 
     def __init__(self, run: Run, log: Log):
         super().__init__(run)
@@ -177,7 +177,7 @@ class Evaluation(Hook):
 class Save(Hook):
     """Saves every `train.checkpoint_every` steps and at the end; on SIGTERM saves and ends the run.
 
-    The lines of `log` are made durable first: a checkpoint must not be ahead of them.
+    The lines of `log` are forced to disk first, so that no checkpoint is ahead of the metrics.
     """
 
     def __init__(self, run: Run, log: Log):
@@ -198,7 +198,7 @@ class Save(Hook):
         self._told = True
 
     def due(self, step: int) -> bool:
-        if jax.process_count() > 1:  # said once; remembered where the guard goes back in between
+        if jax.process_count() > 1:  # True only once; remembered across a rollback
             self._told = self._told or self.run.checkpoints.manager.reached_preemption(step)
         return self._told or step == self.train.steps or step % self.train.checkpoint_every == 0
 
@@ -216,7 +216,7 @@ class Save(Hook):
             raise SystemExit(0)
 
     def finish(self) -> None:
-        """Waits for the last checkpoint."""
+        """Waits until the last checkpoint is written."""
         with self.run.clock.spent_on("checkpoint"):
             self.run.checkpoints.manager.wait_until_finished()
 
@@ -226,7 +226,7 @@ class Save(Hook):
 
 
 class Trace(Hook):
-    """Traces this process from the first to the last of two steps, for TensorBoard or XProf."""
+    """Traces this process from step `steps[0]` to `steps[1]`, for TensorBoard or XProf."""
 
     def __init__(self, run: Run, steps: tuple[int, int]):
         super().__init__(run)
@@ -234,7 +234,7 @@ class Trace(Hook):
         self._running = False
 
     def before(self, step: int) -> None:
-        """Starts at the first step, or at a later one of a run that continues behind it."""
+        """Starts the trace at its first step, or later if the run continues after that step."""
         if not self._running and self._first <= step <= self._last:
             jax.profiler.start_trace(str(self.run.folder / "profile"))
             self._running = True
@@ -248,16 +248,17 @@ class Trace(Hook):
         self.run.say(f"trace in {self.run.folder / 'profile'}")
 
     def close(self) -> None:
-        """Ends a trace that runs; what it has is written."""
+        """Stops a running trace and writes it."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
 
 
 class RefreshBank(Hook):
-    """Reads memories that the run's own checkpoint has written, every `train.refresh_every` steps.
+    """Rewrites the bank with the run's own checkpoint, every `train.refresh_every` steps.
 
-    `refresh` writes them with the checkpoint of a step, and returns what to read then.
+    `refresh(step)` writes the memories with the checkpoint of `step`, and returns the data that the
+    loop reads from then on.
     """
 
     def __init__(self, run: Run, refresh: Callable[[int], StageData]):
@@ -284,7 +285,7 @@ def parse_steps(text: str) -> tuple[int, int]:
     """Parses `START:STOP`, the first and the last step of a trace.
 
     Raises:
-      ConfigError: not of that form, or STOP before START.
+      ConfigError: the text has another form, START is below 1, or STOP is before START.
     """
     match = re.fullmatch(r"(\d+):(\d+)", text.strip())
     first, last = map(int, match.groups()) if match else (0, 0)

@@ -1,4 +1,4 @@
-"""The training loop of every stage: step after step, with hooks for all else."""
+"""The training loop of every stage: runs the steps, and calls hooks for everything else."""
 
 from __future__ import annotations
 
@@ -42,27 +42,27 @@ def train(
 ) -> Summary:
     """Trains the stage `config.stage` in `<workdir>/<stage>`, or continues it.
 
-    The same call after a kill ends bitwise equal to an undisturbed run. On SIGTERM the run is
-    saved, and the process ends with code 0. With `guard.on` a run that goes wrong goes back to a
-    checkpoint and on from there (`m3jax.train.guard`).
+    The same call after a kill ends bitwise equal to an uninterrupted run. On SIGTERM the run is
+    saved, and the process ends with code 0. With `guard.on` a diverging run is rolled back to a
+    checkpoint and continued from it (`m3jax.train.guard`).
 
     Args:
-      config: a config.
+      config: config of the run; it is validated.
       workdir: folder of the run.
       data: batches and evaluator; its writer and version are recorded in every checkpoint.
       tokenizer_fingerprint: of the tokenizer that made the batches.
       init_from: stage folder (or its `checkpoints/<step>`) whose parameters a new run starts from;
         not read when the run has a checkpoint of its own.
-      refresh: writes the memories anew with the checkpoint of a step, and returns what to read from
-        then on; called every `train.refresh_every` steps, and again after a kill.
+      refresh: rewrites the memories with the checkpoint of a step, and returns the data to read
+        from then on; called every `train.refresh_every` steps, and again after a kill.
       profile_steps: first and last step of a trace in `<workdir>/<stage>/profile`.
 
-    With several processes all call this alike, and `workdir` is on a disk that all of them see.
+    With several processes all call this alike, and `workdir` is on a disk that all of them share.
 
     Raises:
       ConfigError, CheckpointError: the config, workdir or checkpoint does not fit.
-      DivergenceError: the loss is not finite; names the step and the last checkpoint. With a guard:
-        it has gone back as often as it may.
+      DivergenceError: the loss or the gradient is not finite; names the step and the last
+        checkpoint. With a guard: the run was rolled back `guard.tries` times already.
     """
     validate(config)
     folder, steps = Path(workdir).absolute() / config.stage, config.train.steps
@@ -100,7 +100,7 @@ def train(
 
 
 def _check_shared(folder: Path) -> None:
-    """Refuses a folder that not all processes see as the first one does: checkpoints need that."""
+    """Raises `CheckpointError` if a process does not see the files that process 0 writes."""
     probe = folder / "seen_by_all.tmp"
     if jax.process_index() == 0 and jax.process_count() > 1:
         write_atomically(probe, b"")
@@ -134,15 +134,15 @@ def _hooks(
 
 
 class Loop:
-    """Steps from one checkpoint to the end of a stage.
+    """Runs the steps of a stage from a checkpoint to the end.
 
     Args:
-      run: its guard leaves out batches and scales the learning rate; its clock gets the seconds
-        that are waited for batches, and for a rollback.
-      program: of the stage.
-      data: batches to begin with.
+      run: its guard skips batches and scales the learning rate; its clock counts the time of
+        waiting for batches and of rollbacks.
+      program: model, optimizer and state of the stage.
+      data: data to begin with.
       hooks: called in this order, see `Hook`.
-      init_from: as of `train`.
+      init_from: as in `train`.
     """
 
     def __init__(
@@ -156,12 +156,12 @@ class Loop:
         self.run, self.program, self.data, self.hooks = run, program, data, hooks
         self.init_from, self.device = init_from, Device()
         self.rows = host_rows(program.mesh, run.config.data.batch_size)
-        self.pending: tuple[int, dict[str, jax.Array]] | None = None  # hooks have not seen it yet
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None  # not yet seen by hooks
         self.step: Any = None
         self.compiled = False
 
     def train(self, first: int) -> None:
-        """Trains behind the step `first`, that of the newest checkpoint, to the end."""
+        """Trains from the newest checkpoint, at step `first`, to the end of the stage."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.device.close)
             state = self._restore()
@@ -177,7 +177,7 @@ class Loop:
                 hook.finish()
 
     def _restore(self) -> TrainState:
-        """Returns the newest checkpoint, else the parameters of `init_from`, else random ones."""
+        """Returns the newest checkpoint, or step 0 with the parameters of `init_from` or random."""
         checkpoints, program = self.run.checkpoints, self.program
         latest = checkpoints.manager.latest_step()
         if latest is not None:
@@ -196,7 +196,7 @@ class Loop:
         return program.init(params)
 
     def _read_from(self, data: StageData) -> None:
-        """Reads from now on what `data` says; its memories may need tables of another bank."""
+        """Switches to `data`, and to a new step if memories are dequantized by tables of a bank."""
         if self.step is None or data.pipeline.dequantize is not None:
             self.step = make_step(self.program, data.pipeline.dequantize)
         self.data = data
@@ -204,7 +204,7 @@ class Loop:
             hook.read_from(data)
 
     def _steps(self, state: TrainState, first: int) -> int | None:
-        """Trains from a step on to the end; returns the step that a hook wants to go back to."""
+        """Runs the steps after `first`; returns the step to roll back to, or None at the end."""
         for hook in self.hooks:
             if data := hook.start(first):
                 self._read_from(data)
@@ -233,15 +233,15 @@ class Loop:
                 if data := hook.at(step, state):
                     self._read_from(data)
                     batches = self._batches(step)
-        return None  # the checkpoint of the last step has settled it
+        return None  # `Save` is due at the last step, which settles its metrics
 
     def _batches(self, done: int) -> Iterator[Batch]:
-        """Returns batches of the steps after `done`."""
+        """Returns the batches of the steps after `done`."""
         read = functools.partial(self.data.pipeline.batches, rows=self.rows.ids)
         return read(done) if self.run.guard is None else self.run.guard.batches(read, done)
 
     def _settle(self) -> int | None:
-        """Shows the hooks the metrics of the step before, while the present one computes."""
+        """Passes the pending metrics to the hooks; returns the step to roll back to, or None."""
         if self.pending is None:
             return None
         (step, metrics), self.pending = self.pending, None

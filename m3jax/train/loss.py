@@ -19,7 +19,7 @@ from m3jax.model.transformer import Model
 
 
 class Sums(NamedTuple):
-    """Sums over tokens, float32 scalars; sums of parts add up to those of the whole batch."""
+    """Sums over the tokens of a batch, float32 scalars; sums over its parts can be added."""
 
     loss: Float[Array, ""]  # weight · cross-entropy, nats
     weight: Float[Array, ""]
@@ -27,12 +27,13 @@ class Sums(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """Model that reads batches.
+    """Forward pass of a model on batches.
 
     Attributes:
       model: the model.
       sparsify: `memory.sparsify.sparsifier(config.memory)`; needed with `reference_tokens`.
-      dequantize: of stored memories (`Codec.dequantize`); None if they are plain.
+      dequantize: dequantizes stored memories (`Codec.dequantize`); None if they are plain keys and
+        values.
     """
 
     model: Model
@@ -40,7 +41,7 @@ class Forward(NamedTuple):
     dequantize: Dequantize | None = None
 
     def hidden(self, params: Params, batch: Batch) -> Float[Array, "B T D"]:
-        """Computes hidden states of a batch, with its memories, before the final norm."""
+        """Computes the hidden states of a batch that reads its memories, before the final norm."""
         memory = batch.memory
         if memory is not None and self.dequantize is not None:
             memory = self.dequantize(memory)
@@ -55,10 +56,10 @@ class Forward(NamedTuple):
 
 
 def objective(forward: Forward, params: Params, batch: Batch) -> tuple[Float[Array, ""], Sums]:
-    """Returns the sum that is minimised, and the reported sums, which have no gradient.
+    """Returns the sum to minimise over a batch, and the sums to report, which have no gradient.
 
-    They are of a batch, on a mesh of a device's rows. What is minimised is the loss, and with
-    `train.z_loss` that term.
+    On a mesh, the batch holds the rows of one device. The minimised sum is the loss plus, if
+    `train.z_loss` is set, the z-loss term.
     """
     hidden = forward.hidden(params, batch)
     weights = batch.weights.astype(jnp.float32)
@@ -67,13 +68,13 @@ def objective(forward: Forward, params: Params, batch: Batch) -> tuple[Float[Arr
 
 
 def place_batch(mesh: Mesh | None, batch: Batch, rows: HostRows) -> Batch:
-    """Makes a global batch for the step from the rows that this process loaded."""
+    """Makes the global batch of a step from the rows that this process loaded."""
     batch = batch.for_step()
     return to_global(mesh, batch, rows, batch.row_axes())
 
 
 def batch_specs(batch: Batch) -> Batch:
-    """Returns the partition of a batch: rows, and the heads of memories."""
+    """Returns the partition specs of a batch: split by rows, memories also by key-value heads."""
     rows: Any = ACTIVATIONS.spec(("batch",))
     slots: Any = ACTIVATIONS.spec((None, "batch", None, None, "kv_heads"))
     specs = jax.tree.map(lambda _: rows, batch)
@@ -83,9 +84,9 @@ def batch_specs(batch: Batch) -> Batch:
 
 
 def on_rows(model: Model, function: Callable, results: Any) -> Callable[[Params, Batch], Any]:
-    """Makes `function(params, batch)` of one device's rows a function of a global batch.
+    """Lifts `function(params, batch)`, written for the rows of one device, to the global batch.
 
-    `results` are the partitions of what it returns; see `m3jax.mesh.on_devices`.
+    `results` are the partition specs of its results; see `m3jax.mesh.on_devices`.
     """
 
     def on_mesh(params: Params, batch: Batch) -> Any:
@@ -96,10 +97,10 @@ def on_rows(model: Model, function: Callable, results: Any) -> Callable[[Params,
 
 
 def over_rows(model: Model, total: Sums) -> Sums:
-    """Adds up the sums of the rows of all devices."""
+    """Adds up the sums over the rows of all devices; for use inside `on_rows`."""
     return jax.tree.map(lambda x: model.parallel.sum(x, *BATCH_AXES), total)
 
 
 def mean(total: Float[Array, ""], weight: Float[Array, ""]) -> Float[Array, ""]:
-    """Returns total / weight, 0 where there is no weight."""
+    """Returns total / weight, or 0 if the weight is 0."""
     return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1.0), 0.0)
