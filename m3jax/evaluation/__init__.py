@@ -1,1 +1,1 @@
-"""Losses, questions, reports and pictures."""
+"""Evaluation of checkpoints and knowledge: losses, questions, tasks, reports and plots."""

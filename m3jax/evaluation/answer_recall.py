@@ -1,4 +1,4 @@
-"""Measures answer recall@k: shares of questions whose retrieved references hold an answer."""
+"""Measures answer recall@k: the share of questions whose k retrieved references hold an answer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from m3jax.knowledge.versions import open_references, open_retriever, open_versi
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 
-_BLOCK = 4096  # references read at a time
+_BLOCK = 4096  # references read at once
 _QUERIES = 256
 _SEPARATORS = {ord(character): " " for character in string.punctuation + "’‘“”–—"}
 
@@ -40,7 +40,7 @@ class AnswerFinder:
                 self._by_first.setdefault(run[0], []).append(run)
 
     def find(self, text: str) -> set[tuple[str, ...]]:
-        """Returns the answers in a text, as words."""
+        """Returns the answers that occur in a text, each as a tuple of words."""
         text_words = words(text)
         return {
             run
@@ -58,21 +58,22 @@ def hit_rates(
     at: Sequence[int] = (1, 5),
     version: int | None = None,
 ) -> dict[str, Any]:
-    """Measures the shares of questions with an answer in one of the first k references.
+    """Measures the share of questions with an answer in one of the first k references (recall@k).
 
     Args:
       config: a validated config.
       workdir: prepared folder.
       questions: task file of questions with answers, see `evaluation.task_files`.
-      at: how many references count, ascending.
-      version: of the knowledge; default the current one.
+      at: values of k, ascending.
+      version: version of the knowledge; default the current one.
 
     Returns:
-      `questions`, `references`, `embedder`; `answerable`: questions with an answer in a reference,
-      the most that retrieval could find; `hits@k` for every k, of these, and `hits@k_of_all`.
+      `questions`, `references`, `embedder`; `answerable`: number of questions with an answer in any
+      reference, the most that retrieval could answer; for every k `hits@k`, the share of these, and
+      `hits@k_of_all`, the share of all questions.
 
     Raises:
-      TextError: questions of another form, or without answers.
+      TextError: the file cannot be read, or its records are choices or of no known form.
     """
     task = read_task(questions)
     if task.kind in ("choice", "schema"):
@@ -111,11 +112,11 @@ def hit_rates(
 def answerable_questions(
     references: References, answers: Sequence[Sequence[str]]
 ) -> Bool[np.ndarray, " n"]:
-    """Tells for each question if an answer occurs in any reference in use.
+    """Returns for each question whether any live reference contains one of its answers.
 
     Args:
-      references: the knowledge base; all of it is read.
-      answers: of each of n questions.
+      references: the knowledge base; all live references are read.
+      answers: accepted answers of each of n questions.
     """
     finder = AnswerFinder([answer for every in answers for answer in every])
     present: set[tuple[str, ...]] = set()
@@ -126,7 +127,7 @@ def answerable_questions(
 
 
 def hit_rates_table(report: dict[str, Any]) -> str:
-    """Returns the report as a Markdown table."""
+    """Returns the report of `hit_rates` as a Markdown table."""
     ranks = [name for name in report if name.startswith("hits@") and not name.endswith("_of_all")]
     head = ["embedder", "references", "questions", "answerable", *ranks]
     cells = [report["embedder"], *(str(report[name]) for name in head[1:4])]

@@ -1,7 +1,7 @@
 """Measures leakage: the overlap of retrieved references with the text that retrieves them.
 
-Rows of a corpus, or questions, retrieve without the overlap filter, each chunk with its own text;
-every retrieved reference is compared with the whole row (Memory³ §6.1).
+Chunks of corpus rows, or of questions, are queries, without the overlap filter; every retrieved
+reference is compared with the whole row or question (Memory³ §6.1).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from m3jax.text.tokenizer import PAD, Tokenizer
 SPLITS = ("train", "validation")
 BINS = 30  # of the histogram over 0 … 1; 2/3 and 0.9 are edges
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
-_EXAMPLES = 4  # of each kind
-_COLUMN = 52  # characters of a column of examples
+_EXAMPLES = 4  # per kind: dropped, kept
+_COLUMN = 52  # width of a column of examples, characters
 _BANDS = (
     (0.0, 2 / 3, BLUE, "read in training and evaluation"),
     (2 / 3, 0.9, AMBER, "dropped in evaluation (above 2/3)"),
@@ -40,14 +40,14 @@ _BANDS = (
 
 
 class Text(NamedTuple):
-    """Text that must not leak: a row of a corpus, or a question."""
+    """Text whose retrieved references are examined: a row of a corpus, or a question."""
 
     name: str
     tokens: np.ndarray
 
 
 class Pair(NamedTuple):
-    """Text, a reference that it retrieved, and their overlap."""
+    """Text, the id of a reference that it retrieved, and their overlap."""
 
     overlap: float
     text: Text
@@ -62,28 +62,30 @@ def leakage(
     sample: int = 1000,
     threshold: float = 0.9,
 ) -> dict[str, Any]:
-    """Retrieves for a sample of texts and measures the overlap of all references.
+    """Measures the overlap of a sample of texts with the references that they retrieve.
 
     Args:
       config: a validated config.
       workdir: folder of `launch/prepare.py`.
-      against: `train`, `validation`, or a .jsonl file of questions (`prompt` or `question`). For a
-        question, often shorter than a reference, the overlap is that of the reference with the
-        question or of the question with the reference, whichever is larger.
+      against: `train` or `validation` for rows of the corpus, or a .jsonl file of questions
+        (`prompt` or `question`). For a question, often shorter than a reference, the overlap is
+        that of the reference with the question or of the question with the reference, whichever is
+        larger.
       sample: most texts, drawn at random with the config's seed.
-      threshold: overlap above which a reference is dropped.
+      threshold: overlap above which a reference counts as dropped.
 
     Returns:
-      `texts`, `queries`, `pairs`: counts; `quantiles` of the overlap; `histogram` (counts of BINS
-      equal bins over 0 … 1); `above`, share of pairs above the threshold, 0.9 and 2/3;
-      `queries_leaking`, share of queries whose best reference is above the threshold,
-      `queries_emptied`, share of queries all of whose references are; `dropped`, the pairs with
-      most overlap, and `kept`, the pairs with most that the threshold lets through: `overlap`,
-      `key`, `title`, `text`, `reference`, `name` of the text, no title twice. And the arguments.
+      `against` and `threshold`; counts of `texts`, of `queries` with a result, and of `pairs` of a
+      query and a reference; `quantiles` of the overlap; `histogram` (counts in BINS equal bins over
+      0 … 1); `above`, the share of pairs above the threshold, 0.9 and 2/3; `queries_leaking`, the
+      share of queries whose best reference is above the threshold; `queries_emptied`, the share of
+      queries all of whose references are above it; `dropped` and `kept`, examples above the
+      threshold and not above it, by descending overlap, no title twice: `overlap`, `key`, `title`,
+      `text`, `reference`, `name` of the text.
 
     Raises:
-      LeakageError: arguments out of range, unusable questions, or nothing retrieved.
-      TextError, RetrievalError: the workdir is not prepared.
+      LeakageError: `threshold` or `sample` out of range, unusable questions, or nothing retrieved.
+      TextError, RetrievalError, VersionError: the workdir is not prepared.
     """
     if not 0 <= threshold <= 1:
         raise LeakageError(f"threshold = {threshold}: an overlap is between 0 and 1")
@@ -167,7 +169,7 @@ def _overlap(text: Text, references: References, i: int, against: str) -> float:
 def _examples(
     pairs: list[Pair], references: References, tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
-    """Returns the pairs with most overlap, one of each title."""
+    """Returns the pairs with the largest overlap, one per title, as records of the report."""
     chosen: dict[str, dict[str, Any]] = {}
     for value, text, i in sorted(pairs, key=lambda pair: -pair.overlap):
         reference = references[i]
@@ -182,7 +184,7 @@ def _examples(
 
 
 def _densest(text: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Returns the part of the text, as long as the reference, with most of its tokens."""
+    """Returns the part of the text, as long as the reference, that shares most tokens with it."""
     shared = np.concatenate([[0], np.cumsum(np.isin(text, reference) & (text != PAD))])
     length = min(len(reference), len(text))
     begin = int(np.argmax(shared[length:] - shared[:-length]))
@@ -190,7 +192,7 @@ def _densest(text: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def leakage_table(report: dict[str, Any]) -> str:
-    """Returns the report as Markdown, examples side by side."""
+    """Returns the report of `leakage` as Markdown, with texts and references side by side."""
     above = ", ".join(f"{share:.2%} above {limit}" for limit, share in report["above"].items())
     lines = [
         f"{report['pairs']} references found by {report['queries']} chunks of {report['texts']}"
@@ -218,7 +220,7 @@ def leakage_table(report: dict[str, Any]) -> str:
 
 
 def leakage_histogram(report: dict[str, Any], path: str | Path) -> None:
-    """Draws the histogram of the overlap as a PNG, coloured by what the paper's limits drop.
+    """Plots the histogram of the overlap as a PNG, coloured by the filter limits of Memory³.
 
     Args:
       report: of `leakage`.

@@ -1,7 +1,8 @@
 """Tests the retrieval of a fact from a text much longer than the model's context (needle test).
 
-A text of references, one of which is the needle, ends with a question about it. The model reads the
-last `window` tokens as they are; what is older is a memory that it may retrieve, or is forgotten.
+The text consists of references with a short fact, the needle, among them; it ends with a question
+about the fact. The model reads the last `window` tokens as text; older text becomes memories that
+it may retrieve, or is dropped.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from m3jax.text.jsonl import read_records
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 
-_TRIES = 64  # references drawn for a place before those left are said to be too few
+_TRIES = 64  # draws per place of a reference before the references are refused
 
 
 class Needle(NamedTuple):
-    """`answer` should follow `prompt` where the text in front of it holds `text`."""
+    """Fact to hide; `answer` should follow `prompt` if the text in front of it contains `text`."""
 
     text: str
     prompt: str
@@ -32,10 +33,10 @@ class Needle(NamedTuple):
 
 
 def read_needles(path: str | Path) -> list[Needle]:
-    """Needles from JSON lines with `needle`, `prompt` and `answer`.
+    """Reads needles from JSON lines with `needle`, `prompt` and `answer`.
 
     Raises:
-      TextError: no such file, none in it, or a line that is no needle.
+      TextError: the file cannot be read or has no needle, or a line is not a needle.
     """
 
     def parse(record: Any) -> Needle:
@@ -49,11 +50,11 @@ def read_needles(path: str | Path) -> list[Needle]:
 
 
 class Haystack(NamedTuple):
-    """Text that holds a needle, with the question at its end."""
+    """Text that contains a needle and ends with its question."""
 
     prompt: str
-    answer: str  # that should follow
-    behind: int  # tokens from the needle's end to the end of the prompt
+    answer: str  # right continuation of the prompt
+    behind: int  # tokens from the end of the needle to the end of the prompt
 
 
 def make_haystack(
@@ -64,18 +65,18 @@ def make_haystack(
     depth: float,
     random: np.random.Generator,
 ) -> Haystack:
-    """Joins random references, a line end between them, with the needle among them.
+    """Joins random references by line ends, with the needle among them.
 
     Args:
-      needle: the hidden fact; references that hold it or the question are not drawn.
-      references: surround the needle.
+      needle: fact to hide; references that contain it or its question are not drawn.
+      references: texts around the needle.
       tokenizer: of the model.
-      length: tokens of the whole, about; never more.
-      depth: where the needle is: 0 = at the begin, 1 = in front of the question.
-      random: draws.
+      length: tokens of the whole text, approximately; never more.
+      depth: place of the needle: 0 = at the beginning, 1 = directly in front of the question.
+      random: generator of the draws.
 
     Raises:
-      TextError: references that hold too little without the needle.
+      TextError: too many references contain the needle or its question.
     """
     size = len(tokenizer.encode(f"{needle.text}\n{needle.prompt}"))
     texts: list[str] = []
@@ -115,19 +116,20 @@ def needle_test(
 
     Args:
       session: checkpoint, tokenizer and embedder.
-      needles: in turn.
-      references: surround the needles.
+      needles: used in turn.
+      references: texts around the needles.
       lengths: tokens of the texts.
-      count: texts of each length; the needle's depth goes from begin to end in even steps.
+      count: number of texts of each length; the needle's depth rises from 0 to 1 in even steps.
       window: see `LongContextGenerator`.
-      cut: most tokens of a memory; default `memory.reference_length`.
-      batch: texts generated together.
-      seed: of the draws.
+      cut: most tokens of a reference cut from the older text; default `memory.reference_length`.
+      batch: number of texts generated together.
+      seed: of the random references.
 
     Returns:
-      `lengths`, and for each `memory` (older text is retrieved), `window` (it is forgotten),
-      `beyond` (share of needles that end before the window), and the shares by
-      quarters of the depth, from begin to end: `memory_by_depth` and `window_by_depth`.
+      `lengths` and, for each length, the share of right answers when older text is retrieved
+      (`memory`) and when it is dropped (`window`), the share of needles that end before the window
+      (`beyond`), and the shares of right answers by quarter of the depth, beginning first
+      (`memory_by_depth`, `window_by_depth`); also `count`, `window_tokens` and `context_tokens`.
     """
     new = max(len(session.tokenizer.encode(needle.answer)) for needle in needles)
     readers = {
@@ -170,7 +172,7 @@ def needle_test(
 
 
 def needle_table(report: dict[str, Any]) -> str:
-    """Returns the report as a Markdown table."""
+    """Returns the report of `needle_test` as a Markdown table."""
     lines = [
         "| tokens | needle beyond the window | older text retrieved | older text forgotten |",
         "|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Draws the pictures of evaluations."""
+"""Plots the results of evaluations as PNG files."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from m3jax.figures import GRID, INK, PALE, PINK, REFERENCE_LINE, SOFT, TEAL, dra
 def accuracy_bars(
     path: Path, accuracy: dict[str, float], labels: dict[str, str], chance: float, title: str
 ) -> None:
-    """Draws a bar for every condition, right memories in colour, chance as a line.
+    """Plots one bar per condition, coloured if above 0.5, and chance as a vertical line.
 
     Args:
       path: PNG to write.
       accuracy: condition → share of right answers.
-      labels: condition → name; also the order, first on top.
+      labels: condition → label of its bar, in order from top to bottom.
       chance: accuracy of guessing.
-      title: of the picture.
+      title: of the plot.
     """
     shares = {labels[name]: accuracy[name] for name in labels if name in accuracy}
     right = [label for label, share in shares.items() if share > 0.5]
@@ -41,13 +41,13 @@ def accuracy_bars(
 def speed_bars(
     path: Path, tokens_per_second: dict[str, float], first_token: dict[str, float], title: str
 ) -> None:
-    """Draws tokens a second of each mode, and beside each bar the time to the first token.
+    """Plots the tokens per second of each mode, with the time to the first token beside the bar.
 
     Args:
       path: PNG to write.
-      tokens_per_second: mode → figure; `none` is drawn as a line to compare with.
-      first_token: mode → seconds, where there is one.
-      title: of the picture.
+      tokens_per_second: mode → tokens per second; that of `none` is also drawn as a line.
+      first_token: mode → seconds to the first token, for modes where it was measured.
+      title: of the plot.
     """
     texts = [
         f"{speed:.1f}"
@@ -70,7 +70,7 @@ def _bars(
     texts: Sequence[str],
     line: float | None,
 ) -> None:
-    """Draws horizontal bars with texts at their ends, and a line to compare them with."""
+    """Draws horizontal bars with texts at their ends, and a vertical line for comparison."""
     colours = [TEAL if name in coloured else PALE for name in values]
     bars = axes.barh(list(values), list(values.values()), 0.62, color=colours)
     over_line = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
@@ -80,7 +80,7 @@ def _bars(
 
 
 def needle_lines(path: Path, report: dict[str, Any]) -> None:
-    """Draws the share of needles found over the length of the text, with and without memory.
+    """Plots the share of needles answered over the length of the text, with and without memory.
 
     Args:
       path: PNG to write.
@@ -114,15 +114,15 @@ def head_map(
     chosen: Sequence[tuple[int, int]] = (),
     layers: Container[int] = (),
 ) -> None:
-    """Draws the rise of the loss for every layer and head as colours; chosen heads have a frame.
+    """Plots the rise of the loss by layer and head as a heat map; chosen heads have a frame.
 
     Args:
       path: PNG to write.
-      increase: `(layers, heads)`, nats a token; what lowers the loss is drawn in the other colour,
-        NaN not.
-      title: of the picture.
-      chosen: layer and head of those with a frame.
-      layers: memory layers, marked at the side.
+      increase: `(layers, heads)`, nats per token; negative values have the opposite colour, NaN
+        none.
+      title: of the plot.
+      chosen: (layer, head) of the heads to frame.
+      layers: memory layers, marked on the axis.
     """
     L, N = increase.shape
     small = L * N <= 160
@@ -150,12 +150,13 @@ def head_map(
 def sweep_dots(
     path: Path, lines: Sequence[tuple[str, str, Sequence[float], Sequence[float]]], axis: str
 ) -> None:
-    """Draws dots for every entry of a sweep, a dot a seed; the first entry's mean as a line.
+    """Plots one row per sweep entry with one dot per seed; a vertical line marks the first's mean.
 
     Args:
       path: PNG to write.
-      lines: group, entry, values with memory, values without; first on top.
-      axis: what the values are.
+      lines: (group, entry, values with memory, values without memory), from top to bottom; the mean
+        of the first entry's values with memory is the line.
+      axis: label of the x axis, with its unit.
     """
     groups = {group for group, *_ in lines}
     with drawing(path, 8, 0.27 * (len(lines) + 0.6 * len(groups)) + 1.4) as figure:
@@ -184,20 +185,20 @@ def sweep_dots(
 
 
 class Read(NamedTuple):
-    """Attention of an answer on its memories."""
+    """Attention of an answer on the memories that it read."""
 
     prompt: str
     answer: str
     predicted: str
     references: Sequence[Sequence[str]]  # tokens of each reference
-    mass: Sequence[np.ndarray]  # attention on each of those tokens, mean over layers and heads
-    kept: Sequence[np.ndarray]  # how many layer-and-head slots kept it, as a share of all
+    mass: Sequence[np.ndarray]  # attention on each token, mean over layers and heads
+    kept: Sequence[np.ndarray]  # share of layers and heads whose memory kept the token
 
 
 def attention_map(path: Path, reads: Sequence[Read], title: str) -> None:
-    """Draws the references of each question token by token, coloured by the answer's attention.
+    """Plots the references of each question token by token, coloured by the answer's attention.
 
-    A token that no head kept is grey: the reader cannot see it.
+    A token that no head kept is grey: no memory contains it.
     """
     rows = sum(len(read.references) + 1 for read in reads)
     references = [tokens for read in reads for tokens in read.references]

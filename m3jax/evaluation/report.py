@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint: losses and questions, as data and as a table."""
+"""Evaluates a checkpoint by losses and questions, and tabulates the result."""
 
 from __future__ import annotations
 
@@ -31,18 +31,20 @@ def evaluate_losses(
     questions: str | Path | None = None,
     version: int | None = None,
 ) -> dict[str, Any]:
-    """Measures losses on the validation corpus, and accuracy on questions if there are any.
+    """Measures losses on the validation corpus and, if there are questions, accuracy on them.
 
     Args:
       config: a validated config, of the stage that made the checkpoint.
       workdir: prepared folder.
       checkpoint: stage folder or `checkpoints/<step>`; default `workdir/<stage>`.
-      bank: folder of the bank; default that of the version.
-      version: of the knowledge; default the current one.
+      bank: folder of the bank; default the version's own bank.
+      version: version of the knowledge; default the current one.
       questions: JSON lines, see `evaluation.scoring.read_questions`.
 
     Raises:
-      CheckpointError, BankError, TextError, RetrievalError: a part is missing or does not fit.
+      ConfigError: rows of preference pairs, which have no loss per token.
+      CheckpointError, BankError, TextError, RetrievalError, VersionError: a part is missing or does
+        not fit.
     """
     checkpoint = Path(checkpoint or workdir / config.stage)
     if config.data.packing == "pairs":
@@ -76,12 +78,16 @@ def evaluate_losses(
 def answer_questions(
     config: ConfigDict, pipeline: Pipeline, model: Model, params: Params, path: str | Path
 ) -> dict[str, Any]:
-    """Measures shares of right answers without and, if there is a bank, with memories.
+    """Measures accuracy on questions without memories and, if there is a bank, with memories.
 
     Args:
       config, model, params: of the checkpoint.
       pipeline: its tokenizer, references and bank.
       path: questions in JSON lines, see `read_questions`.
+
+    Returns:
+      `count` and shares of right answers: `accuracy_none`, and with a bank `accuracy_memory`
+      (retrieved memories) and `accuracy_wrong` (memories retrieved for another question).
     """
     questions = read_questions(path)
     answerer = Answerer(model, params, pipeline.tokenizer, config.data.sequence_length)
@@ -101,7 +107,7 @@ def answer_questions(
 
 
 def losses_table(report: dict[str, Any]) -> str:
-    """Returns the report as a Markdown table."""
+    """Returns the report of `evaluate_losses` as a Markdown table."""
     names = {"memory": "with memory", "none": "without", "wrong": "wrong memories"}
     questions = report.get("questions", {})
     lines = [

@@ -1,6 +1,6 @@
 """Computes exact match and F1 of short answers, as SQuAD's evaluation defines them.
 
-The same normal form compares answers everywhere: published figures use it. It keeps accents.
+All comparisons use SQuAD's normal form, as published results do; it keeps accents.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def normalise(answer: str) -> str:
-    """Returns the lower case without punctuation, articles and superfluous space (SQuAD)."""
+    """Returns an answer in lower case without punctuation, articles and superfluous space."""
     return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(answer: str, right: Sequence[str]) -> float:
-    """Returns 1 if the answer is one of the right ones, else 0."""
+    """Returns 1 if the answer equals one of the right answers in normal form, else 0."""
     return float(normalise(answer) in {normalise(text) for text in right})
 
 
 def f1(answer: str, right: Sequence[str]) -> float:
-    """Returns the harmonic mean of precision and recall of words, best of the right answers."""
+    """Returns the harmonic mean of word precision and recall, for the best of the right answers."""
     return max(
         (_f1(normalise(answer).split(), normalise(text).split()) for text in right), default=0
     )
@@ -40,7 +40,7 @@ def _f1(words: list[str], right: list[str]) -> float:
 
 
 def last_number(text: str) -> str | None:
-    """Returns the number after `####`, or else the last number; None if there is none."""
+    """Returns the first number after `####`, else the last number; None if there is none."""
     _, marked, rest = text.partition("####")
     numbers = _NUMBER.findall(rest if marked else text)
     if not numbers:

@@ -1,4 +1,4 @@
-"""Measures the distance of a bank's memories from the memories that a checkpoint writes now."""
+"""Measures how far a bank's memories are from the memories that a checkpoint writes now."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from m3jax.train.refresh import compare_memories
 
 @dataclasses.dataclass(frozen=True)
 class Staleness:
-    """Changes that a refresh of the bank would bring.
+    """Differences between a bank's stored memories and fresh ones, and their effect on the loss.
 
     Attributes:
-      references: how many were compared.
-      keys, values: relative error of the stored ones in every memory layer: root of the summed
-        squared distances over that of the summed squared norms of the fresh ones.
-      key_floor, value_floor: the same of fresh memories compressed as in the bank, mean of the
-        layers; 0 without compression.
-      first_layer: share of the squared error that the worst quarter of the references holds, when
-        the first memory layer alone says which are worst.
-      losses: nats a token on the validation rows, with `stored` and `fresh` memories, and `none`.
-      gain: loss with stored memories less loss with fresh ones.
-      gain_error: its standard error over the batches; NaN for one batch.
+      references: number of references compared.
+      keys, values: relative error of the stored keys and values in every memory layer: root of the
+        summed squared distances over the summed squared norms of the fresh ones.
+      key_floor, value_floor: relative error of fresh memories that are compressed as in the bank,
+        mean over the layers; 0 without compression.
+      first_layer: share of the squared error in the quarter of the references that have the largest
+        error in the first memory layer.
+      losses: nats per token on the validation rows, with `stored` and `fresh` memories, and `none`.
+      gain: loss with stored memories minus loss with fresh memories.
+      gain_error: standard error of `gain` over the batches; NaN for a single batch.
     """
 
     references: int
@@ -49,7 +49,7 @@ class Staleness:
 
     @property
     def verdict(self) -> str:
-        """Advice for or against a rewrite, in words."""
+        """Sentence that says whether to rewrite the bank."""
         worth = f"memories are worth {self.losses['none'] - self.losses['stored']:.4f}"
         change = f"{abs(self.gain):.4f} ± {self.gain_error:.4f} nats a token; {worth}"
         if not np.isfinite(self.gain_error):
@@ -72,15 +72,15 @@ def measure_staleness(
     version: int | None = None,
     progress: bool = True,
 ) -> Staleness:
-    """Compares the bank of a version with memories that a checkpoint writes.
+    """Compares the memories of a bank with those that a checkpoint writes now.
 
     Args:
       config: a validated config of the checkpoint's stage.
       workdir: a prepared workdir with a bank.
-      checkpoint: stage folder or `checkpoints/<step>`: the reader, and the writer of the fresh
-        memories.
-      sample: references to compare, drawn uniformly.
-      version: whose bank; default the current one's.
+      checkpoint: stage folder or `checkpoints/<step>`; it writes the fresh memories, and it reads
+        both.
+      sample: number of references to compare, drawn uniformly.
+      version: version whose bank is compared; default the current one.
       progress: show a progress bar.
 
     Raises:
@@ -125,7 +125,7 @@ def measure_staleness(
 
 
 def staleness_table(staleness: Staleness) -> str:
-    """Returns the figures as Markdown."""
+    """Returns the staleness as Markdown tables and the verdict."""
     layers = enumerate(zip(staleness.keys, staleness.values, strict=True))
     rows: list[tuple[Any, float, float]] = [(layer, *errors) for layer, errors in layers]
     if staleness.key_floor or staleness.value_floor:
@@ -152,7 +152,7 @@ def staleness_table(staleness: Staleness) -> str:
 def _losses(
     config: ConfigDict, pipeline: Pipeline, fresh: ColdMemories, params: Any
 ) -> dict[str, Float[np.ndarray, " batches"]]:
-    """Loss of every validation batch with stored, fresh and no memories."""
+    """Computes the loss of every validation batch with stored, fresh and no memories."""
     evaluator = LossEvaluator(config, pipeline)
     losses: dict[str, list[float]] = {"stored": [], "fresh": [], "none": []}
     for batch in evaluator.each():

@@ -74,7 +74,10 @@ class LongContextReferences:
         search.embeddings = np.concatenate([search.embeddings, search.embedder.embed(texts)])
 
     def search(self, query: str, text: int, k: int) -> Int[np.ndarray, " k"]:
-        """Returns the k references of text number `text` most like the query, best first."""
+        """Returns the k references of text number `text` most like the query, best first.
+
+        Only references of a positive score are returned; the other places are −1.
+        """
         ids = np.full(k, -1, np.int64)
         search = self._searches.get(text)
         if search is not None:
