@@ -73,7 +73,7 @@ def hit_rates(
       `hits@k_of_all`, the share of all questions.
 
     Raises:
-      TextError: the file cannot be read, or its records are choices or of no known form.
+      TextError: the file has no examples, or its records are choices or of no known form.
     """
     task = read_task(questions)
     if task.kind in ("choice", "schema"):

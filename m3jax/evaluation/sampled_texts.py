@@ -1,9 +1,9 @@
-"""Samples texts from a checkpoint, to train and measure its memory model on.
+"""Samples texts from a checkpoint, as data to train and evaluate its memory model on.
 
-The first part of a text becomes a reference, the rest a document that stores this reference for its
-first chunk: its continuation is likelier to a reader who knows its beginning. The model itself
-bounds how much likelier: at temperature 1 nobody predicts its texts better than it does, with all
-of a text in its context.
+The first part of a text becomes a reference, the rest a document whose first chunk reads this
+reference: the continuation is likelier to a model that reads the beginning. The sampling model with
+the whole text in its context gives the bound: at temperature 1 no model predicts its texts better
+on average.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ REPORT = "report.json"
 
 
 def open_session(config: ConfigDict, workdir: Path, checkpoint: str | None) -> Session:
-    """Opens a checkpoint that samples texts.
+    """Opens a session whose checkpoint samples texts.
 
     Raises:
       ConfigError: the config is of a stage with memories.
+      CheckpointError, TextError: a part is missing or does not fit.
     """
     if config.memory.source != "none":
         raise ConfigError(
@@ -46,7 +47,7 @@ def open_session(config: ConfigDict, workdir: Path, checkpoint: str | None) -> S
 
 
 def describe(report: dict[str, Any]) -> str:
-    """Returns the report of `make_texts` in words."""
+    """Returns the report of `make_texts` as sentences."""
     text = f"{report['kept']} of {report['texts']} texts are longer than their first part"
     if report["held_out"]:
         text += (
@@ -67,32 +68,33 @@ def make_texts(
     seed: int = 0,
     batch: int = 256,
 ) -> dict[str, Any]:
-    """Writes `documents.jsonl` and `knowledge.jsonl` to a folder.
+    """Samples texts and writes them to a folder as `documents.jsonl` and `knowledge.jsonl`.
 
     * `knowledge`: the first `split` tokens of every text;
-    * `documents`: what follows, with the key of that reference for the first chunk of the row. Its
-      end is not to be learnt (`no_loss`): the model does not end texts as we do.
+    * `documents`: the rest, with the key of that reference for the first chunk of the row. Its end
+      is excluded from the loss (`no_loss`), since the model does not end texts as documents end.
 
-    Texts that end within their first part are left out; so are tokens from a text's end on. The
-    same arguments write the same bytes, and finished files are kept.
+    Texts that end within their first part are left out; tokens after a text's end are cut off.
+    Equal arguments write equal bytes, and finished files are kept.
 
     Args:
       session: the checkpoint, of a stage without memory.
-      folder: where to write.
-      count: texts to sample.
-      tokens: most tokens of a text, `<s>` not counted.
-      split: tokens of the first part.
+      folder: output folder.
+      count: number of texts to sample.
+      tokens: most tokens of a text, without `<s>`.
+      split: number of tokens of the first part.
       temperature: of the sampling; 1 samples from the model's own distribution.
       seed: of the sampling.
-      batch: texts sampled together; changes nothing but the time.
+      batch: number of texts sampled together; it affects only the speed.
 
     Returns:
-      `texts` sampled and `kept`; `loss_whole`: nats a token of the documents that
-      `text.validation_share` holds out, predicted by the model that has their first parts in its
-      context; `held_out` tokens in these.
+      `texts`, number sampled, and `kept`, number written; `loss_whole`: nats per token of the
+      documents that `text.validation_share` holds out, predicted by the sampling model with their
+      first parts in its context (None without such documents); `held_out`: number of their tokens.
 
     Raises:
-      InferenceError: a first part that leaves no other, a text longer than a row, or none kept.
+      InferenceError: `split` is not between 0 and `tokens`, a text is longer than a row, or no text
+        is longer than its first part.
     """
     share, row = session.config.text.validation_share, session.config.data.sequence_length
     if not 0 < split < tokens <= row:
@@ -141,9 +143,9 @@ def make_texts(
 def sample_texts(
     session: Session, count: int, tokens: int, sampling: Sampling, batch: int
 ) -> Iterator[tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]]:
-    """Samples texts of up to so many tokens after `<s>`; yields tokens and log-probabilities.
+    """Samples `count` texts of up to `tokens` tokens after `<s>`; yields ids and log-probabilities.
 
-    A text ends at `</s>`, or where the model begins another one; the end is left out.
+    A text ends at `</s>`, or where the model begins another text; its end token is left out.
     """
     generator = session.generator("none", sampling=sampling, stop=(END, BOS), longest=tokens + 1)
     usable = session.tokenizer.size
@@ -152,7 +154,7 @@ def sample_texts(
     for low in tqdm(range(0, count, batch), desc="texts", unit=" batches", disable=None):
         numbers = np.arange(low, min(low + batch, count))
         logits_BV = jnp.broadcast_to(begin_V[None, :usable], (len(numbers), usable))
-        rows, last = jnp.asarray(numbers, jnp.int32), jnp.int32(2**31 - 1)  # a draw of its own
+        rows, last = jnp.asarray(numbers, jnp.int32), jnp.int32(2**31 - 1)  # a key of its own
         first = np.asarray(sampling(logits_BV, rows, last))
         generations = generator.generate([*first[:, None]], tokens - 1, row_ids=numbers.tolist())
         for token, rest in zip(first, generations, strict=True):

@@ -1,7 +1,7 @@
-"""Scores continuations, and so answers to questions, with memories that their contexts retrieve.
+"""Scores continuations, such as answers to questions, with memories that their contexts retrieve.
 
-The context is cut into chunks; each retrieves `memory.per_prompt_chunk` references with its own
-text, and the continuation reads the memories of the last of them (Memory³ §3.5).
+The context is cut into chunks; each chunk retrieves `memory.per_prompt_chunk` references with its
+own text, and the continuation reads the memories of the last chunk (Memory³ §3.5).
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from m3jax.text.jsonl import read_records
 from m3jax.text.references import References
 from m3jax.text.tokenizer import BOS, PAD, Tokenizer
 
-_BLOCK = 32  # continuation tokens whose logits are held at once
-_QUERIES = 1024  # searched at once
+_BLOCK = 32  # continuation tokens whose logits are computed at once
+_QUERIES = 1024  # queries searched at once
 
 
 class Pair(NamedTuple):
-    """Tokens of a context, BOS first, and of what should follow; neither is empty."""
+    """Tokens of a context, BOS first, and of its continuation; neither is empty."""
 
     context: np.ndarray
     continuation: np.ndarray
 
 
 class Rows(NamedTuple):
-    """Pairs as rows of tokens of one length."""
+    """Pairs laid out as rows of one length T, with up to A continuation tokens."""
 
-    tokens: np.ndarray  # (n, T) context and continuation, the last token left out
-    place: np.ndarray  # (n, A) where a token of the continuation is predicted
-    target: np.ndarray  # (n, A) that token
-    real: np.ndarray  # (n, A) bool: there is one
+    tokens: np.ndarray  # (n, T) context and continuation without the last token, padded
+    place: np.ndarray  # (n, A) position that predicts each continuation token
+    target: np.ndarray  # (n, A) continuation tokens
+    real: np.ndarray  # (n, A) bool: not padding
 
 
 class Scores(NamedTuple):
-    """Of n continuations: log-probability in nats; whether every token is the first choice."""
+    """Scores of n continuations: log-probability in nats; whether all tokens are first choices."""
 
     logprob: Float64[np.ndarray, " n"]
     greedy: Bool[np.ndarray, " n"]
@@ -58,9 +58,9 @@ def as_rows(pairs: Sequence[Pair], chunk: int, most: int = 0) -> Rows:
     """Lays pairs out as rows.
 
     Args:
-      pairs: what the rows hold.
-      chunk: T is a multiple of it, of 1, 2, 3, 4, 6, 8, 12, … chunks; so there are few lengths.
-      most: T does not grow beyond this, except for a pair that is longer.
+      pairs: contexts and continuations.
+      chunk: T is a multiple of this: 1, 2, 3, 4, 6, 8, 12, … chunks, so that few lengths occur.
+      most: T does not exceed this, unless a pair is longer.
     """
     longest = max(len(context) + len(continuation) - 1 for context, continuation in pairs)
     chunks = -(-longest // chunk)
@@ -91,8 +91,8 @@ class Scorer:
       model: the model.
       params: its parameters.
       tokenizer: of the model.
-      longest: tokens of a row, which only longer pairs exceed.
-      batch_size: rows scored at once.
+      longest: most tokens of a row, which only longer pairs exceed.
+      batch_size: number of rows scored at once.
     """
 
     def __init__(
@@ -110,13 +110,13 @@ class Scorer:
         *,
         shift: int = 0,
     ) -> list[Int[np.ndarray, "_ M"]]:
-        """Retrieves references of each chunk of each context, best first, −1 = none.
+        """Retrieves references for each chunk of each context, best first, −1 = none.
 
         Args:
-          contexts: tokens of each.
-          retriever: finds them.
-          against: of each the tokens that no reference may contain; None lets all pass.
-          shift: 0: a chunk searches with its own text; 1: with the text of the chunk before.
+          contexts: tokens of each context.
+          retriever: searches the references.
+          against: for each context the tokens that no reference may contain; None = no filter.
+          shift: 0: the query of a chunk is its own text; 1: the text of the chunk before.
         """
         memory = self.model.memory
         chunk, M = memory.chunk_length, memory.per_prompt_chunk
@@ -144,14 +144,14 @@ class Scorer:
         *,
         progress: bool = False,
     ) -> Scores:
-        """Scores continuations; pairs of one length run together.
+        """Scores continuations; pairs of similar length run together.
 
         Args:
           pairs: contexts and continuations.
-          ids: references that each pair's chunks read; chunks beyond them read the last ones.
-            None = no memory.
-          bank: where their memories are.
-          progress: whether to show a bar.
+          ids: for each pair the references that its chunks read; chunks beyond these read the
+            references of the last. None = no memory.
+          bank: holds the memories of the references.
+          progress: show a progress bar.
         """
         logprob, greedy = np.zeros(len(pairs)), np.zeros(len(pairs), bool)
         order = np.argsort([-len(c) - len(t) for c, t in pairs], kind="stable")
@@ -179,7 +179,7 @@ class Scorer:
 class Question:
     """Question whose `answer` is the text that should follow `prompt`.
 
-    `references` are keys of the references to read instead of retrieved ones.
+    `references` are keys of references that are read in place of retrieved references.
     """
 
     prompt: str
@@ -188,7 +188,10 @@ class Question:
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Reads questions from JSON lines with `prompt`, `answer` and optional `references`."""
+    """Reads questions from JSON lines with `prompt`, `answer` and optional `references`.
+
+    Raises `TextError` if the file cannot be read or is empty, or a line has another form.
+    """
 
     def parse(record: Any) -> Question:
         return Question(record["prompt"], record["answer"], tuple(record.get("references", ())))
@@ -200,7 +203,7 @@ class Answerer(Scorer):
     """Scores answers to questions as continuations of their prompts."""
 
     def pairs(self, questions: Sequence[Question]) -> list[Pair]:
-        """Encodes prompts and answers."""
+        """Encodes prompts and answers as pairs."""
         prompts = self.tokenizer.encode_batch([q.prompt for q in questions])
         answers = self.tokenizer.encode_batch([q.answer for q in questions])
         begin = np.array([BOS], np.int32)
@@ -215,7 +218,10 @@ class Answerer(Scorer):
     def look_up(
         self, questions: Sequence[Question], references: References
     ) -> Int[np.ndarray, "n 1 M"]:
-        """Finds references by the questions' own keys, the same for every chunk of a row."""
+        """Returns the ids of the references that the questions name; all chunks of a row read them.
+
+        Raises `TextError` for a key that no live reference has.
+        """
         return np.array([[[references.find(key) for key in q.references]] for q in questions])
 
     def correct(
@@ -224,22 +230,23 @@ class Answerer(Scorer):
         ids: Sequence[Int[np.ndarray, "_ M"]] | Int[np.ndarray, "n 1 M"] | None = None,
         bank: Bank | None = None,
     ) -> Bool[np.ndarray, " n"]:
-        """Tells if every token of the answer is the model's first choice.
+        """Returns for each question whether every token of the answer is the model's first choice.
 
         Args:
           questions: n questions.
           ids: references to read, of `search` or `look_up`; None = no memory.
-          bank: where their memories are.
+          bank: holds their memories.
         """
         return self.score(self.pairs(questions), None if ids is None else [*ids], bank).greedy
 
     def first_choices(
         self, questions: Sequence[Question], ids: Int[np.ndarray, "n 1 M"], bank: Bank
     ) -> tuple[list[str], np.ndarray]:
-        """Returns the likeliest token after each prompt, as text, and its attention on memories.
+        """Returns the likeliest token after each prompt and its attention on memories.
 
         Returns:
-          The tokens, and their attention on every memory slot, `(n, L, N, M, P)`, N query heads.
+          The tokens as text, and the attention of the query that predicts them on every memory
+          slot, `(n, L, N, M, P)`, L memory layers, N query heads.
         """
         rows = as_rows(self.pairs(questions), self.model.memory.chunk_length)
         memory = self._memory([*ids], bank, rows)
@@ -255,7 +262,7 @@ class Answerer(Scorer):
         M, P = ids.shape[-1], self.model.memory.kept_tokens
         chunk = place[1] // self.model.memory.chunk_length
         weights = np.moveaxis(weights.reshape(L, n, K * G, -1, M, P), 3, 1)[:, chunk, np.arange(n)]
-        size = self.tokenizer.size  # the model may have more rows than the tokenizer has entries
+        size = self.tokenizer.size  # the model's vocabulary may be padded
         names = [self.tokenizer.decode([t]) if t < size else f"token {t}" for t in chosen.tolist()]
         return names, np.moveaxis(weights, 0, 1)
 
@@ -268,7 +275,7 @@ def _score(
     target_BA: Int[Array, "B A"],
     memory: ExplicitMemory | None,
 ) -> tuple[Array, Array]:
-    """Log-probability of each target, and whether it is the first choice, `(B, A)`."""
+    """Computes the log-probability of each target, and whether it is the first choice, `(B, A)`."""
     hidden = model.hidden(params, tokens_BT, memory, window=1)
     hidden_BAD = jnp.take_along_axis(hidden, place_BA[..., None], axis=1)
     B, A, _ = hidden_BAD.shape

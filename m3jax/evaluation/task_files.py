@@ -1,17 +1,17 @@
-"""Reads tasks from local files; the first record decides the kind.
+"""Reads tasks from local files; the fields of the first record decide the kind of the task.
 
 | fields of a record | kind | scored |
 |---|---|---|
 | `query`, `choices`, `gold` | choice | the likeliest choice |
 | columns of MMLU (.csv): question, four choices, answer | choice | the likeliest letter |
-| `context_options`, `continuation`, `gold` | schema | the context that makes the rest likeliest |
+| `context_options`, `continuation`, `gold` | schema | the context with the likeliest continuation |
 | `context`, `continuation`; or `prompt`, `answer` | continuation | whether it is the first choice |
-| `question` or `context`, `answer`, `aliases`; SQuAD (.json) | open | exact match, F1 of a text |
-| `context`, `chain_of_thought`, `answer` | number | the number that a text ends with |
+| `question` or `context`, `answer`, `aliases`; SQuAD (.json) | open | exact match, F1 of answer |
+| `context`, `chain_of_thought`, `answer` | number | the last number of an answer |
 
-Files are JSON lines, except where the table says otherwise. `gold` counts from 0. A file
-`NAME_test.csv` takes the examples of its shots from `NAME_dev.csv` beside it, others from
-themselves.
+Files are JSON lines, unless the table names another format. `gold` is an index from 0. The few-shot
+examples of `NAME_test.csv` come from `NAME_dev.csv` beside it, those of other files from the file
+itself.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ Doc = dict[str, Any]
 
 
 class LocalTask(NamedTuple):
-    """Examples of one kind.
+    """Task from a local file; all of its examples are of one kind.
 
     Attributes:
-      name: the file's, without its ending.
+      name: file name without suffix.
       kind: see the table above.
-      docs: examples. Of a choice `text`, `choices`, `gold`; of a schema `contexts`, `continuation`,
-        `gold`; of a continuation `text`, `continuation`; of an open question `question`, `text`,
-        `answers`; of a number `text`, `target`, `answers`.
-      shots: examples for the shots; None takes them from `docs`.
+      docs: examples. Fields of a choice: `text`, `choices`, `gold`; of a schema: `contexts`,
+        `continuation`, `gold`; of a continuation: `text`, `continuation`; of an open question:
+        `question`, `text`, `answers`; of a number: `text`, `target`, `answers`.
+      shots: pool of few-shot examples; None takes them from `docs`.
     """
 
     name: str
@@ -54,7 +54,7 @@ class LocalTask(NamedTuple):
 
     @property
     def chance(self) -> float | None:
-        """Accuracy of guessing, where there is something to guess from."""
+        """Accuracy of guessing; None for kinds without choices."""
         name = {"choice": "choices", "schema": "contexts"}.get(self.kind)
         if name is None:
             return None
@@ -62,10 +62,10 @@ class LocalTask(NamedTuple):
 
 
 def task_files(paths: Sequence[str | Path]) -> list[Path]:
-    """Lists the named files and the files in named folders, without examples for shots.
+    """Lists the named files and the files in named folders, without files of few-shot examples.
 
     Raises:
-      TextError: nothing there.
+      TextError: a path does not exist, a folder holds no task files, or two files have one name.
     """
     files: list[Path] = []
     for path in map(Path, paths):
@@ -89,7 +89,8 @@ def read_task(path: str | Path) -> LocalTask:
     """Reads the examples of a file.
 
     Raises:
-      TextError: a record of no known form, or of another one than the file's first.
+      TextError: a file without examples, a JSON-lines file that cannot be read, or a record of no
+        known form or of another form than the file's first.
     """
     path, shots = Path(path), None
     if path.suffix == ".csv":
@@ -107,20 +108,19 @@ def read_task(path: str | Path) -> LocalTask:
 
 
 def question_texts(paths: Sequence[str | Path]) -> list[str]:
-    """Returns the questions of task files, without answers, choices and the template.
+    """Returns the distinct questions of task files, without answers, choices and template.
 
-    Each question is listed once. Of a schema it is the sentence with the right context,
-    as it would stand somewhere.
+    The question of a schema is its sentence with the right context.
 
     Raises:
-      TextError: no such file, an empty one, or records of no known form.
+      TextError: a file is missing or empty, or holds records of no known form.
     """
     docs = (doc for path in task_files(paths) for doc in read_task(path).docs)
     return list(dict.fromkeys(map(question_text, docs)))
 
 
 def question_text(doc: Doc) -> str:
-    """Returns the question of an example, without answer, choices and the template."""
+    """Returns the question of an example, without answer, choices and template."""
     if "contexts" in doc:
         return f"{doc['contexts'][doc['gold']]} {doc['continuation']}"
     text = doc.get("question") or doc["text"]
@@ -130,7 +130,7 @@ def question_text(doc: Doc) -> str:
 
 
 def _read_lines(path: Path) -> tuple[str, list[Doc]]:
-    """Reads the kind and the examples of a file of JSON lines."""
+    """Returns the kind and the examples of a file of JSON lines."""
     records: list[Any] = read_records(path, lambda record: record, "examples", "a line of JSON")
     fields = set(records[0]) if isinstance(records[0], dict) else set()
     forms = [(kind, make) for needed, kind, make in _FORMS if needed <= fields]
@@ -183,7 +183,7 @@ def _continuation(text: str, continuation: str) -> Doc:
 
 
 def _open(question: str, answers: Sequence[str]) -> Doc:
-    """Makes an open question; `Question: … Answer:` around it is written anew."""
+    """Makes an open question; replaces a template `Question: … Answer:` around it."""
     question = question.strip().removesuffix("Answer:").strip()
     question = question.removeprefix(_QUESTION.strip()).strip()
     right = [answer for answer in answers if answer.strip()]
@@ -207,13 +207,13 @@ def _number(record: Doc) -> Doc:
 
 
 def _prompted(record: Doc) -> Doc:
-    """Makes an example of a question of `evaluation.scoring`: a continuation as it stands."""
+    """Makes a continuation of a question of `evaluation.scoring`, with its prompt unchanged."""
     if not record["answer"].strip():
         raise ValueError("an empty answer")
     return {"text": record["prompt"], "continuation": record["answer"]}
 
 
-# The first whose fields a record has.
+# (fields, kind, function): the first entry all of whose fields a record has applies to it.
 _FORMS: tuple[tuple[set[str], str, Callable[[Any], Doc]], ...] = (
     ({"query", "choices", "gold"}, "choice", _choice),
     ({"context_options", "continuation", "gold"}, "schema", _schema),
@@ -230,7 +230,7 @@ _FORMS: tuple[tuple[set[str], str, Callable[[Any], Doc]], ...] = (
 
 
 def _read_mmlu(path: Path) -> list[Doc]:
-    """Reads questions of MMLU: the answer is a letter, or counts from 0; skips a header."""
+    """Reads questions of MMLU, whose answers are letters or indices from 0; skips a header."""
     places = {name: i for i, letter in enumerate(LETTERS) for name in (letter, str(i))}
     docs = []
     with path.open(encoding="utf-8", newline="") as file:
@@ -251,7 +251,7 @@ def _read_mmlu(path: Path) -> list[Doc]:
 
 
 def _read_squad(path: Path) -> list[Doc]:
-    """Reads questions of a file in the format of SQuAD, without their passages."""
+    """Reads the answerable questions of a file in the format of SQuAD, without passages."""
     try:
         return [
             _open(question["question"], [answer["text"] for answer in question["answers"]])

@@ -6,12 +6,12 @@
 | mode | the model reads |
 |---|---|
 | `none` | the context |
-| `memory`, or `explicit` | memories that the context's chunks retrieve |
-| `compressed` | the same, of a bank with compressed memories |
-| `rag` | references as text in front of the context, retrieved with all of it |
-| `wrong` | memories that another question retrieves |
+| `memory`, or `explicit` | the context, and memories that the context's chunks retrieve |
+| `compressed` | the same, from a bank of compressed memories |
+| `rag` | references as text in front of the context, retrieved with the whole context |
+| `wrong` | the context, and memories that another question retrieves |
 
-A scored continuation is never part of a query, and references that overlap too much with the
+The continuation to score is never part of the query, and references that overlap too much with the
 context are dropped (Memory³ §6.1). Contexts that are too long lose their beginning.
 """
 
@@ -44,15 +44,15 @@ except ImportError as error:
     ) from error
 
 MODES = ("none", "memory", "compressed", "rag", "wrong")
-NEW_TOKENS = 256  # that are generated where a task does not say how many
+NEW_TOKENS = 256  # tokens to generate if a task sets no limit
 
 
 class HarnessModel(TemplateLM):
     """Answers the requests of lm-evaluation-harness in one mode.
 
     Attributes:
-      retriever: finds the references; its counters are this model's own. None in the mode `none`.
-      counts: `requests`; `truncated`: requests whose context did not fit.
+      retriever: retriever of references, with counters of its own; None in the mode `none`.
+      counts: numbers of `requests`, and of requests whose context was `truncated`.
     """
 
     def __init__(
@@ -65,19 +65,21 @@ class HarnessModel(TemplateLM):
         batch_size: int = 16,
         bank: str | Path | None = None,
     ) -> None:
-        """Opens what the mode needs.
+        """Opens the bank and the retriever that the mode needs.
 
         Args:
           session: checkpoint and knowledge.
-          mode: of `MODES`.
+          mode: one of `MODES`, or `explicit` for `memory`.
           overlap: references whose overlap with the context is above this are dropped; 1 drops
             none; default `retrieval.overlap_evaluation`.
-          references: in front of the context, in the mode `rag`.
+          references: number of references in front of the context in the mode `rag`.
           batch_size: rows that the device works on at once.
-          bank: folder of compressed memories, which the mode `compressed` needs.
+          bank: folder of compressed memories, required by the mode `compressed`.
 
         Raises:
-          InferenceError: no such mode, or one that does not fit the session.
+          InferenceError: an unknown mode, `compressed` without `bank`, or a mode that reads
+            memories with a session of the warmup stage.
+          BankError, RetrievalError, TextError, VersionError: a part is missing or does not fit.
         """
         super().__init__()
         mode = "memory" if mode == "explicit" else mode
@@ -134,13 +136,13 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Encodes a text without special tokens: BOS is put in front when it is scored."""
+        """Encodes a text without special tokens; BOS is added when the text is scored."""
         return self.session.tokenizer.encode(string).tolist()
 
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Scores continuations: log-probability, and whether each token is the first choice."""
+        """Returns each continuation's log-probability, and whether it is the greedy output."""
         contexts = self._shown([request.args[0] for request in requests])
         encoded = []
         for request, context in zip(requests, contexts, strict=True):
@@ -160,12 +162,12 @@ class HarnessModel(TemplateLM):
         questions: Sequence[Hashable] | None = None,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """Scores tokens of contexts and continuations.
+        """Scores tokenized continuations.
 
         Args:
-          requests: texts, context tokens, continuation tokens.
-          disable_tqdm: whether to show no bar.
-          questions: which question each belongs to; default: each context is a question.
+          requests: (texts, context tokens, continuation tokens) of each request.
+          disable_tqdm: show no progress bar.
+          questions: for each request the key of its question; default: each context is a question.
         """
         pairs = [self._pair(context, continuation) for _, context, continuation in requests]
         ids = self._retrieve([pair.context for pair in pairs], questions)
@@ -175,10 +177,10 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Scores whole texts by log-probability; a chunk retrieves with the chunk before it.
+        """Returns the log-probability of whole texts; a chunk retrieves with the chunk before it.
 
         Raises:
-          InferenceError: the mode `rag`, as a text has no question.
+          InferenceError: the mode `rag`, since there is no question to retrieve with.
         """
         if self.mode == "rag":
             raise InferenceError(
@@ -198,10 +200,10 @@ class HarnessModel(TemplateLM):
         return np.bincount(np.array(owners, int), scores.logprob, len(requests)).tolist()
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continues each context, up to the first of the request's stop strings.
+        """Continues each context greedily, up to the first of the request's stop strings.
 
         Raises:
-          InferenceError: a request asks for sampling.
+          InferenceError: a request requires sampling.
         """
         answers: list[str] = [""] * len(requests)
         by_length: dict[int, list[int]] = {}
@@ -218,23 +220,23 @@ class HarnessModel(TemplateLM):
         return answers
 
     def _new_tokens(self, settings: dict[str, Any]) -> int:
-        """Returns the most new tokens of a request; at most half of the model's context."""
+        """Returns the limit of new tokens of a request, at most half of the model's context."""
         if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
             raise InferenceError("a task asks for sampling; only greedy generation is scored")
         named = settings.get("max_gen_toks") or settings.get("max_new_tokens") or NEW_TOKENS
         return min(int(named), self.longest // 2)
 
     def _generate(self, prompts: list[str], new: int, questions: Sequence[Hashable]) -> list[str]:
-        """Continues prompts in batches of one size, long prompts together."""
+        """Continues prompts in batches of one size, sorted by length."""
         tokens = self.session.tokenizer.encode_batch(prompts)
-        options: dict[str, Sequence[Any]] = {}  # of each prompt
+        options: dict[str, Sequence[Any]] = {}  # for `Generator.generate`, by prompt
         if self.overlap < 1 and self.bank is not None:
             options["against"] = tokens
         if self.mode == "wrong":
             contexts = [np.concatenate([[BOS], row]).astype(np.int32) for row in tokens]
             retrieved = self._retrieve(contexts, questions) or ()
             most = self.longest // self.session.config.memory.chunk_length
-            # The references of the last chunk are read to the end.
+            # Later chunks of the row read the references of the context's last chunk.
             options["references"] = [
                 [*np.pad(ids, ((0, most), (0, 0)), "edge")] for ids in retrieved
             ]
@@ -258,9 +260,11 @@ class HarnessModel(TemplateLM):
         questions: Sequence[Hashable] | None = None,
         shift: int = 0,
     ) -> list[np.ndarray] | None:
-        """Retrieves what contexts read, in the mode `wrong` another question's; None = no memory.
+        """Retrieves the references that contexts read, in the mode `wrong` another question's.
 
-        Equal contexts are searched for once. They are filtered against themselves, without BOS.
+        Returns ids `(chunks, M)` for each context; None without memories. Equal contexts are
+        searched once. The overlap filter compares references with the context without BOS. Raises
+        `InferenceError` in the mode `wrong` if there is a single question.
         """
         if self.bank is None or self.retriever is None:
             return None
@@ -283,7 +287,10 @@ class HarnessModel(TemplateLM):
         return [ids[other[question]] for question in questions or keys]
 
     def _shown(self, contexts: Sequence[str]) -> list[str]:
-        """Returns texts that the model reads, in the mode `rag` behind references; counts them."""
+        """Returns contexts as the model reads them: in the mode `rag` behind references.
+
+        Adds to the count of requests.
+        """
         self.counts["requests"] += len(contexts)
         if self.mode != "rag" or self.retriever is None:
             return list(contexts)
@@ -294,7 +301,10 @@ class HarnessModel(TemplateLM):
         return [shown.get(context, context) for context in contexts]
 
     def _pair(self, context: Sequence[int], continuation: Sequence[int]) -> Pair:
-        """Puts BOS in front of tokens; the context is cut from the left to what fits."""
+        """Makes a pair with BOS in front of the context, which is cut from the left to fit.
+
+        Raises `InferenceError` if the continuation is empty or longer than a row.
+        """
         room = self.longest - len(continuation)  # the last token is only scored, BOS is one more
         if not continuation or room < 0:
             raise InferenceError(
@@ -308,13 +318,13 @@ class HarnessModel(TemplateLM):
         return Pair(np.array([BOS, *tokens], np.int32), np.array(continuation, np.int32))
 
     def _fitting(self, prompts: list[str], room: int) -> list[str]:
-        """Cuts texts from the left to a number of tokens."""
+        """Cuts prompts from the left to at most `room` tokens, and counts the cut ones."""
         tokenizer, fitting = self.session.tokenizer, []
         for text, tokens in zip(prompts, tokenizer.encode_batch(prompts), strict=True):
             keep = room
             if len(tokens) > room:
                 self.counts["truncated"] += 1
-                while len(tokenizer.encode(text)) > room:  # a cut text may have more than were kept
+                while len(tokenizer.encode(text)) > room:  # a cut text may encode to more tokens
                     text = tokenizer.decode(tokens[-keep:]).lstrip("\N{REPLACEMENT CHARACTER}")
                     keep -= 1
             fitting.append(text)
@@ -322,7 +332,7 @@ class HarnessModel(TemplateLM):
 
 
 def _question(request: Any) -> Hashable:
-    """Identifies the question of a request; all choices of a question share it."""
+    """Returns the key of a request's question, which all choices of the question share."""
     if request.doc_id is None:
         return request.args[0]
     return request.task_name, request.doc_id

@@ -1,4 +1,4 @@
-"""Evaluates tasks from local files in every mode, as one table.
+"""Evaluates tasks from local files in several modes, and tabulates the scores.
 
 lm-evaluation-harness makes the prompts and scores them (the extra `eval`).
 """
@@ -19,8 +19,8 @@ from m3jax.evaluation.task_files import LocalTask
 from m3jax.inference.session import Session
 from m3jax.train.metrics import retrieval_shares
 
-SEED = 1234  # of the shots
-_SHORT, _LONG = 16, 256  # tokens of a short answer, and of one with its steps
+SEED = 1234  # for drawing few-shot examples
+_SHORT, _LONG = 16, 256  # most new tokens: answer alone, or with reasoning steps
 
 
 def _open_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
@@ -36,7 +36,7 @@ def _number_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, fl
 def _settings(
     output_type: str, text: str, target: str, measures: Sequence[str], **more: Any
 ) -> dict[str, Any]:
-    """Returns what the harness is told of a kind; `text` and `target` are fields of an example."""
+    """Returns the harness settings of a task kind; `text` and `target` are fields of examples."""
     metric = {"aggregation": "mean", "higher_is_better": True}
     metrics = [{"metric": name, **metric} for name in measures]
     named = {"output_type": output_type, "doc_to_text": text, "doc_to_target": target}
@@ -67,14 +67,14 @@ _SETTINGS = {
 
 
 def measures_of(kind: str) -> list[str]:
-    """Names the measures of tasks of a kind, the main one first."""
+    """Returns the names of the measures of a task kind, the main measure first."""
     return [metric["metric"] for metric in _SETTINGS[kind]["metric_list"]]
 
 
 def run_task(
     model: HarnessModel, task: LocalTask, shots: int = 0, limit: int | None = None
 ) -> list[dict[str, Any]]:
-    """Runs a task in one mode; returns the harness's record of each example, in order."""
+    """Runs a task with a model; returns the harness's record of each example, in order."""
     from lm_eval.evaluator import evaluate
 
     logger = logging.getLogger("lm_eval")
@@ -89,7 +89,7 @@ def run_task(
 
 
 class _Docs(list):
-    """Examples as the harness takes them."""
+    """List of examples with the property `features` that the harness reads."""
 
     @property
     def features(self) -> dict[str, None]:
@@ -98,7 +98,7 @@ class _Docs(list):
 
 
 def as_harness_task(task: LocalTask, shots: int = 0) -> Any:
-    """Makes a task of the harness; the shots of an example are the same in every run."""
+    """Makes a harness task; the few-shot examples of a question are the same in every run."""
     from lm_eval.api.task import ConfigurableTask
 
     splits = {"test": _Docs(task.docs), "dev": _Docs(task.shots or ())}
@@ -117,7 +117,7 @@ def as_harness_task(task: LocalTask, shots: int = 0) -> Any:
 
 
 class Column(NamedTuple):
-    """Mode with its overlap filter; None is the filter of the config."""
+    """Column of the table: a mode and its overlap limit; None is the limit of the config."""
 
     mode: str
     overlap: float | None = None
@@ -131,10 +131,10 @@ class Column(NamedTuple):
 
 
 def columns(modes: Sequence[str], overlaps: Sequence[float]) -> list[Column]:
-    """Combines every mode with every filter; a mode without references has none.
+    """Combines every mode with every overlap limit; modes that retrieve nothing have no limit.
 
     Raises:
-      InferenceError: no such mode, or a filter that cannot be.
+      InferenceError: an unknown mode, or a limit outside (0, 1].
     """
     chosen = []
     for mode in modes:
@@ -159,25 +159,27 @@ def evaluate_tasks(
     compressed: str | None = None,
     warmup: Session | None = None,
 ) -> dict[str, Any]:
-    """Scores tasks.
+    """Runs every task in every column and returns the scores.
 
     Args:
       session: checkpoint and knowledge.
       tasks: of different names.
-      chosen: of `columns`.
-      shots: examples in front of every question.
+      chosen: columns of the table, of `columns`.
+      shots: number of examples in front of every question (few-shot).
       limit: most examples of a task; None takes all.
       references, batch_size: see `HarnessModel`.
       compressed: folder of compressed memories, for the mode `compressed`.
-      warmup: checkpoint of the stage before, for the mode `warmup`, which reads no memory.
+      warmup: session of the warmup checkpoint, for the mode `warmup`, which reads no memories.
 
     Returns:
-      `columns`; `tasks`: of each `kind`, `examples`, `chance`, of open questions `answerable`, and
-      `scores`, of every column the measures; `dropped` and `truncated`, shares of every column;
-      `shots`.
+      `shots`; `columns`: titles; `tasks`: of each task `kind`, `examples`, `chance`, `answerable`
+      (open questions only) and `scores`, column → measure → mean; `dropped` and `truncated`: of
+      each column the share of retrieved references dropped for overlap, and of contexts that were
+      cut.
 
     Raises:
-      InferenceError: fewer examples than shots, or a mode that does not fit.
+      InferenceError: fewer examples than shots, the mode `warmup` without `warmup`, or a mode that
+        does not fit the session.
     """
     for task in tasks:
         pool = len(task.docs) - 1 if task.shots is None else len(task.shots)
@@ -223,7 +225,7 @@ def evaluate_tasks(
 def _scores(
     samples: Sequence[dict[str, Any]], kind: str, answerable: np.ndarray | None
 ) -> dict[str, float]:
-    """Means of the measures; of open questions also over those that the references can answer."""
+    """Computes means of the measures; for open questions also over the answerable questions."""
     means = {}
     for name in measures_of(kind):
         values = np.array([sample[name] for sample in samples], float)
@@ -237,7 +239,7 @@ _MEASURES = {"exact_match": "exact match", "f1": "F1", "acc": "accuracy"}
 
 
 def tasks_table(report: dict[str, Any]) -> str:
-    """Returns the report as a Markdown table; the average is of each task's first measure."""
+    """Returns the report as a Markdown table; the average is over each task's first measure."""
     titles = report["columns"]
     rows = [["task", "measure", "examples", "chance", *titles], ["---"] * (4 + len(titles))]
     firsts: list[list[float]] = []
