@@ -161,6 +161,7 @@ def _questions(
 
 
 def _overlap(text: Text, references: References, i: int, against: str) -> float:
+    """Returns the overlap of a text with reference `i`, for questions in either direction."""
     reference = references.tokens([i])[0, : references.lengths[i]]
     share = overlap(text.tokens, reference)
     return share if against in SPLITS else max(share, overlap(reference, text.tokens))

@@ -21,7 +21,7 @@ from m3jax.text.jsonl import read_records
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 
-_TRIES = 64  # draws per place of a reference before the references are refused
+_TRIES = 64  # draws per reference of the shortest length, before the draw is given up
 
 
 class Needle(NamedTuple):
@@ -80,7 +80,7 @@ def make_haystack(
     """
     size = len(tokenizer.encode(f"{needle.text}\n{needle.prompt}"))
     texts: list[str] = []
-    sizes = np.asarray(references.lengths) + 1  # and the line end
+    sizes = np.asarray(references.lengths) + 1  # with the line end
     for _ in range(_TRIES * max(1, length // max(int(sizes.min()), 1))):
         i = int(random.integers(len(sizes)))
         if size + sizes[i] > length:

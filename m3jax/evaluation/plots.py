@@ -150,12 +150,12 @@ def head_map(
 def sweep_dots(
     path: Path, lines: Sequence[tuple[str, str, Sequence[float], Sequence[float]]], axis: str
 ) -> None:
-    """Plots one row per sweep entry with one dot per seed; a vertical line marks the first's mean.
+    """Plots one row per sweep entry with one dot per seed, and the first entry's mean as a line.
 
     Args:
       path: PNG to write.
-      lines: (group, entry, values with memory, values without memory), from top to bottom; the mean
-        of the first entry's values with memory is the line.
+      lines: (group, entry, values with memory, values without memory), from top to bottom; the
+        vertical line is the mean of the first entry's values with memory.
       axis: label of the x axis, with its unit.
     """
     groups = {group for group, *_ in lines}

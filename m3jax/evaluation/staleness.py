@@ -49,7 +49,7 @@ class Staleness:
 
     @property
     def verdict(self) -> str:
-        """Sentence that says whether to rewrite the bank."""
+        """Sentence that says whether a rewrite of the bank pays."""
         worth = f"memories are worth {self.losses['none'] - self.losses['stored']:.4f}"
         change = f"{abs(self.gain):.4f} ± {self.gain_error:.4f} nats a token; {worth}"
         if not np.isfinite(self.gain_error):
@@ -72,19 +72,20 @@ def measure_staleness(
     version: int | None = None,
     progress: bool = True,
 ) -> Staleness:
-    """Compares the memories of a bank with those that a checkpoint writes now.
+    """Compares the memories of a bank with the memories that a checkpoint writes now.
 
     Args:
       config: a validated config of the checkpoint's stage.
       workdir: a prepared workdir with a bank.
-      checkpoint: stage folder or `checkpoints/<step>`; it writes the fresh memories, and it reads
-        both.
+      checkpoint: stage folder or `checkpoints/<step>`; it writes the fresh memories and reads both
+        kinds.
       sample: number of references to compare, drawn uniformly.
       version: version whose bank is compared; default the current one.
       progress: show a progress bar.
 
     Raises:
-      CheckpointError, BankError, TextError, RetrievalError: a part is missing or does not fit.
+      CheckpointError, BankError, TextError, RetrievalError, VersionError: a part is missing or does
+        not fit.
     """
     config = config.copy_and_resolve_references()
     with config.unlocked():

@@ -267,6 +267,7 @@ class _RowGroup:
         self._collect(waiting)
 
     def _prefill(self) -> tuple[State, Written]:
+        """Runs the model on the prompts, with memories for each chunk; samples the first tokens."""
         generator, chunk = self.generator, self.chunk
         retriever = generator.memory_retriever
         lengths = np.array([len(row) for row in self.rows], np.int32)
@@ -320,6 +321,7 @@ class _RowGroup:
         return ids
 
     def _forced(self, done: int, count: int) -> np.ndarray:
+        """Returns forced tokens `(rows, count)` from index `done` on; −1 where none is forced."""
         forced = np.full((len(self.rows), count), -1, np.int32)
         if self.call.forced is not None:
             for place, number in enumerate(self.numbers):
@@ -342,11 +344,12 @@ class _RowGroup:
         waiting.clear()
 
     def _length(self, place: int) -> tuple[int, bool]:
-        """Returns the number of a row's tokens up to its stop token, and whether it has stopped."""
+        """Returns the number of a row's tokens up to its stop token, and whether it has any."""
         ends = np.flatnonzero(np.isin(self.tokens[place], self.generator.stop))
         return (int(ends[0]) + 1, True) if len(ends) else (self.call.new, False)
 
     def _tell(self, listener: Listener, done: int) -> None:
+        """Calls the listener with the text of each row that is new since the last call."""
         for place, number in enumerate(self.numbers):
             length = min(self._length(place)[0], done)
             text = self.generator.text(self.tokens[place, :length])

@@ -57,7 +57,7 @@ class LongContextReferences:
         self._searches: dict[int, _Search] = {}
 
     def add(self, text: int, pieces: Sequence[Piece]) -> None:
-        """Adds pieces of text number `text` as references, after those it already has."""
+        """Adds pieces of text number `text` as references, after its earlier references."""
         if not pieces:
             return
         if text not in self._searches:
@@ -272,6 +272,7 @@ class LongContextGenerator:
         text.begin, text.first = text.begin + len(decode(tokens[:taken])), text.first + taken
 
     def _joined(self, prompt: str, text: _Text) -> Generation:
+        """Joins the parts of a text to one generation."""
         tokens = np.concatenate([part.tokens for part in text.parts])
         observed = [part.by_token for part in text.parts if part.by_token is not None]
         return Generation(

@@ -57,7 +57,8 @@ class HeadScores:
     def best(self, share: float, layers: range) -> list[tuple[int, int]]:
         """Returns (layer, head) of the top `share` of the masked heads in `layers`, ascending.
 
-        Returns at least one head. Raises `ConfigError` if the share is outside (0, 1].
+        Returns at least one head if any was masked. Raises `ConfigError` if the share is outside
+        (0, 1].
         """
         if not 0 < share <= 1:
             raise ConfigError(f"a share of {share} of the heads; give one above 0, at most 1")
@@ -232,6 +233,7 @@ def _scores(
     """Computes scores from weights `(rows,)` and summed losses `(rows,)`, `(candidates, rows)`."""
 
     def placed(values: np.ndarray) -> np.ndarray:
+        """Puts values of the candidates into an array (layers, heads), NaN elsewhere."""
         layer, head, group = candidates.T
         whole = np.full(shape, np.nan)
         per_head = 1 if (group < 0).all() else int(group.max()) + 1

@@ -125,6 +125,7 @@ def measure_drops(
 def _measure_batch(
     losses: RowLosses, pipeline: Pipeline, params: Params, rows: Int[np.ndarray, " n"]
 ) -> Shaped[np.ndarray, " m"]:
+    """Measures the rows of one batch; see `measure_drops`."""
     ((_, batch),) = _batches(pipeline, rows)
     ids = np.asarray(batch.reference_ids)
     pairs = [

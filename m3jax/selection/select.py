@@ -1,4 +1,4 @@
-"""Selects the references whose memories lower the loss most within a budget, and validates it.
+"""Selects the references whose memories lower the loss most within a budget of bytes.
 
 The worth of a reference is measured on validation rows (`memory_value`) and estimated for all
 references (`budget`). The selection is validated on rows of other validation documents: their loss
@@ -39,7 +39,7 @@ from m3jax.selection.memory_value import (
     row_losses,
 )
 
-FOLDER = "usefulness"  # in report/ of the workdir
+FOLDER = "usefulness"  # folder in report/ of the workdir
 _BLOCK = 4096  # references read at once
 
 
@@ -261,6 +261,7 @@ def _check_choice(
     """
 
     def with_only(ids: Int[np.ndarray, " k"], absent: int = NOTHING) -> np.ndarray:
+        """Returns `MEASURED` records of the rows, with only `ids` in the knowledge."""
         removed = np.union1d(opened.tombstones, np.setdiff1d(live, ids))
         version = dataclasses.replace(opened, number=opened.number + 1, tombstones=removed)
         pipeline = open_pipeline(config, opened.workdir, split="validation", version=version)
@@ -341,6 +342,7 @@ def _write(
     chosen: Int[np.ndarray, " k"],
     live: Int[np.ndarray, " m"],
 ) -> None:
+    """Writes the chosen references, the report and the plot."""
     from m3jax.selection.report import choice_picture  # imports matplotlib, which is slow
 
     order, lines = chosen[np.argsort(-estimates.worth[chosen], kind="stable")], []
