@@ -1,1 +1,1 @@
-"""Retrieval: embedders, the index of a knowledge base, and the overlap-filtered search."""
+"""Retrieval of references: embedders, vector index, and search with the overlap filter."""

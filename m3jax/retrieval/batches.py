@@ -1,9 +1,9 @@
-"""Calls of a jitted encoder with the tokens of texts, their rows split over devices.
+"""Batches of tokenized texts for a jitted encoder, with rows split over devices.
 
-A text is padded to a length that depends on its own tokens alone, in calls whose shape depends on
-that length alone; and within a call no row sees another. So a text gives the same bits with any
-other texts, in any order and on any number of devices of one kind; other kinds of devices, versions
-of XLA or `rows` may change the last bits.
+A text is padded to a bucket that depends only on its own length, the shape of a call depends only
+on the bucket, and the rows of a call are independent. So the result of a text is bitwise the same
+with any other texts, in any order and on any number of devices of one kind; another kind of device,
+XLA version or number of `rows` may change the last bits.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from jaxtyping import Int, Int32
 
 from m3jax.mesh import ACTIVATIONS, batch_sharding, on_devices, replicated
 
-# Tokens that a text is padded to: at most a half more than it has. Beyond twice the query block of
-# the attention these are multiples of it.
+# Lengths that texts are padded to: at least 16, and at most 1.5 times as long as the text. Lengths
+# above twice the query block of the attention are multiples of it.
 BUCKETS = tuple(size for i in range(4, 18) for size in (2**i, 3 * 2 ** (i - 1)))
-_FULL = 512  # tokens up to which a call has all its rows; longer texts come in fewer
+_FULL = 512  # most tokens of a row in calls with all rows; longer texts have fewer rows per call
 
 Call = tuple[
     Int[np.ndarray, " n"], tuple[Int32[np.ndarray, "rows bucket"], Int32[np.ndarray, " rows"]]
@@ -31,10 +31,11 @@ Call = tuple[
 def calls(
     tokens: Sequence[Sequence[int] | np.ndarray], least: int, rows: int, devices: int, padding: int
 ) -> Iterator[Call]:
-    """Yields positions of texts in `tokens`, and tokens and lengths of the call that encodes them.
+    """Yields, for each call, the positions of its texts in `tokens`, and padded tokens and lengths.
 
-    Texts of fewer than `least` tokens are left out. Each of the devices, over which a call is
-    split, encodes `rows` texts at a time, fewer above 512 tokens; `padding` fills them.
+    Texts of fewer than `least` tokens are left out. A call has `rows` rows per device, fewer if a
+    row has more than 512 tokens. Rows are filled with the token `padding`; rows without a text have
+    length 0.
     """
     lengths = np.array([len(ids) for ids in tokens], np.int32)
     buckets = np.array(BUCKETS)[np.searchsorted(BUCKETS, lengths)]
@@ -52,12 +53,12 @@ def calls(
 
 
 def rows_of(bucket: int, rows: int) -> int:
-    """Returns the rows of one device in a call with texts of this length."""
+    """Returns the rows per device of a call with rows of `bucket` tokens."""
     return max(1, min(rows, rows * _FULL // bucket))
 
 
 def by_rows(mesh: Mesh, function: Callable[..., Any]) -> Any:
-    """Jits a function of what every device has whole, and of arrays of which it has its rows."""
+    """Jits `function(known, *arguments)`; all but `known`, which is replicated, are split by rows."""
     rows, whole = ACTIVATIONS.spec(("batch",)), replicated(mesh).spec
 
     def on_all(known: Any, *arguments: Any) -> Any:
@@ -70,7 +71,7 @@ def by_rows(mesh: Mesh, function: Callable[..., Any]) -> Any:
 def run(
     program: Callable[..., Any], mesh: Mesh, batches: Iterable[tuple[np.ndarray, tuple]]
 ) -> Iterator[tuple[np.ndarray, Any]]:
-    """Runs a program for arguments with positions of texts, three calls at a time; yields both."""
+    """Runs a program for each batch, three calls at a time; yields positions of texts and results."""
     waiting: list[tuple[np.ndarray, Any]] = []
     for places, arguments in batches:
         waiting.append((places, program(*jax.device_put(arguments, batch_sharding(mesh)))))

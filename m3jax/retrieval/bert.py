@@ -1,6 +1,6 @@
-"""BERT encoder (Devlin et al., arXiv 1810.04805): a pure function of a pytree of parameters.
+"""BERT encoder (Devlin et al., arXiv 1810.04805) as a pure function of a parameter pytree.
 
-RoBERTa (arXiv 1907.11692) differs in how tokens are numbered: from the padding token's id + 1.
+RoBERTa (arXiv 1907.11692) differs in its position ids, which start at the padding token's id + 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from m3jax.retrieval.pooling import mean_of, unit, usable
 Params = dict[str, Any]
 Pooling = Literal["mean", "cls"]
 
-QUERY_BLOCK = 256  # queries whose scores exist at a time where a row is longer than twice this
+QUERY_BLOCK = 256  # queries per block of scores, in rows of more than twice as many tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Architecture:
 
     Attributes:
       layers, heads, hidden, mlp_width, vocabulary: L, N, D, F, V.
-      padding: None: positions count from 0 (BERT). Else the padding token's id, from which they
-        count, padding left out (RoBERTa).
+      padding: None: position ids count from 0 (BERT). Otherwise the padding token's id; position
+        ids of the other tokens count from it + 1 (RoBERTa).
     """
 
     layers: int
@@ -35,14 +35,14 @@ class Architecture:
     hidden: int
     mlp_width: int
     vocabulary: int
-    positions: int  # rows of the table of positions
-    types: int  # rows of the table of token types, of which only the first is used
+    positions: int  # rows of the position table
+    types: int  # rows of the token-type table; only the first is used
     padding: int | None
     norm_epsilon: float  # of LayerNorm
 
     @property
     def longest(self) -> int:
-        """Returns the most tokens of a row that have positions."""
+        """Returns the longest row, in tokens, for which the position table suffices."""
         return self.positions - (0 if self.padding is None else self.padding + 1)
 
 
@@ -53,17 +53,17 @@ def encode(
     tokens: Int32[Array, "B T"],
     lengths: Int32[Array, " B"],
 ) -> Float32[Array, "B D"]:
-    """Embeds rows of tokens to rows of length 1.
+    """Embeds rows of tokens as unit vectors.
 
     Args:
       architecture: sizes of the encoder.
-      pooling: `mean` of a row's tokens, or its first (`cls`).
+      pooling: `mean` = mean of a row's hidden states; `cls` = hidden state of its first token.
       params: a pytree. `embedding`: `words` (V, D), `positions`, `types`, `norm_scale` and
         `norm_bias` (D,). `layers`, each with L in front: `qkv` (D, 3·D), `output` (D, D), `up`
         (D, F), `down` (F, D), their `…_bias`, and scale and bias of `attention_norm` and
-        `mlp_norm`. Their dtype is that of the products; norms, softmax and pooling are in float32.
-      tokens: padded on the right, with the padding token where `architecture.padding` says so.
-      lengths: tokens of each row that are real; a row of length 0 gives what has no meaning.
+        `mlp_norm`. Matrix products use their dtype; norms, softmax and pooling use float32.
+      tokens: rows padded on the right, with the token `architecture.padding` if it is not None.
+      lengths: number of real tokens in each row; the embedding of a row of length 0 is undefined.
     """
     real_BT, table = usable(tokens, lengths), params["embedding"]
     h_BTD = table["words"][tokens] + table["types"][:1, None]
@@ -81,7 +81,7 @@ def encode(
         scale, bias = layer["mlp_norm_scale"], layer["mlp_norm_bias"]
         return _norm(architecture, h_BTD + down_BTD, scale, bias), None
 
-    # Accelerators would round float32 factors to fewer bits by default.
+    # By default, accelerators round the float32 inputs of products to fewer bits.
     with jax.default_matmul_precision("highest" if h_BTD.dtype == jnp.float32 else "default"):
         h_BTD, _ = jax.lax.scan(block, h_BTD, params["layers"])
     h_BTD = h_BTD.astype(jnp.float32)
@@ -89,9 +89,9 @@ def encode(
 
 
 def _positions(architecture: Architecture, tokens: jax.Array) -> jax.Array:
-    """Returns rows of the table of positions; (1 or B, T)."""
+    """Returns the position ids, (1, T) or (B, T)."""
     if architecture.padding is None:
-        # The length of a row may be padded beyond the table.
+        # Padding may exceed the position table.
         return jnp.minimum(jnp.arange(tokens.shape[1]), architecture.positions - 1)[None, :]
     counted = tokens != architecture.padding
     return jnp.where(counted, jnp.cumsum(counted, axis=1), 0) + architecture.padding

@@ -1,4 +1,4 @@
-"""Builds an index: embeds the references, then trains and tunes the searcher of every part."""
+"""Builds an index: embeds the references, then trains and tunes a searcher for each part."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ _BATCH = 1024  # references embedded at a time
 def build_index(
     references: References, embedder: Embedder, folder: str | Path, config: ConfigDict
 ) -> None:
-    """Embeds all references and writes a searchable index; replaces another index in `folder`.
+    """Embeds all references and writes a searchable index; replaces any other index in `folder`.
 
-    After a killed build the next call keeps the embeddings that it finished. Where `folder` holds
-    the same index already, it only learns the place where the embedder is kept now. The same
-    arguments make the same bytes. The embedder is fitted first if it is not; the config's section
-    `retrieval` is read.
+    Resumes a killed build with the embeddings that it finished. If `folder` holds the same index
+    already, only the saved spec of the embedder is updated (such as the path of its checkpoint).
+    Equal arguments give equal bytes. An unfitted embedder is fitted to the references first. Only
+    the section `retrieval` of the config is read.
 
     Raises:
-      RetrievalError: the knowledge base is empty or has fewer references than parts, or the
-        embedder makes vectors of another width than it says.
+      RetrievalError: the knowledge base is empty or has fewer references than parts, the embedder
+        cannot be fitted, or its vectors do not have its `dimension`.
     """
     folder, size, parts = Path(folder), len(references), config.retrieval.index_parts
     if not size:
@@ -83,7 +83,7 @@ def build_index(
     if _holds(folder, identity):
         if read_spec(folder / EMBEDDER) != embedder.spec:
             tuned = read_manifest(folder)["parts"]
-            (folder / MANIFEST).unlink()  # a build killed now keeps the embeddings
+            (folder / MANIFEST).unlink()  # if killed now, the next build keeps the embeddings
             embedder.save(folder / EMBEDDER)
             write_manifest(folder, identity, tuned)
     else:
@@ -95,7 +95,7 @@ def build_index(
         ]
         write_manifest(folder, identity, tuned)
     if not identity["keep_embeddings"]:
-        for path in embedding_files(folder):  # only now: a killed build still needs them
+        for path in embedding_files(folder):  # only now, because a resumed build needs them
             path.unlink()
 
 
@@ -118,7 +118,7 @@ def _holds(folder: Path, identity: dict[str, Any]) -> bool:
 
 
 def _clear(folder: Path, identity: dict[str, Any]) -> None:
-    """Makes room for a build; keeps embeddings of an unfinished build of the same identity."""
+    """Empties the folder for a build; keeps embeddings of a killed build of the same index."""
     folder.mkdir(parents=True, exist_ok=True)
     build = json.dumps(identity, indent=1, sort_keys=True).encode()
     path = folder / BUILD
@@ -158,7 +158,7 @@ def _build_part(
 
 
 def _embed(references: References, embedder: Embedder, folder: Path, ids: range) -> None:
-    """Writes the shards of embeddings that are missing, each whole or not at all."""
+    """Embeds references and writes the missing embedding shards, each atomically."""
     paths = shards(folder, len(ids))
     done = next((i for i, path in enumerate(paths) if not path.exists()), len(paths))
     texts = _texts(references, "embed references", ids[done * SHARD_ROWS :])

@@ -1,12 +1,12 @@
-"""Embedders made of a checkpoint of our own model (Memory³ §7 names both as better than BGE-M3).
+"""Embedders that run a checkpoint of the model itself (proposed in Memory³ §7 instead of BGE-M3).
 
-`ModelEmbedder` compares hidden states. `AttentionEmbedder` lets the sparse attention queries search
-the keys that memories keep: its vectors find candidates, and `Ranking` scores these as attention
-would. Both need no other model than the one that reads the memories.
+`ModelEmbedder` compares hidden states. `AttentionEmbedder` compares the attention queries of a text
+with the keys that memories keep: its vectors find candidates, which `Ranking` then scores by
+attention. Both need no other model than the one that reads the memories.
 
-The mean hidden state, or query, of a trained model depends more on its position in the text than on
-the text: short and long texts lie apart. So what is pooled is the difference from the mean, over
-the knowledge base, of the states at the same position.
+The hidden states and queries of a trained model depend more on the position in the text than on the
+text itself, so that short and long texts would be far apart. Therefore, before pooling, the mean
+over the knowledge base of the states at the same position is subtracted from each state.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ from m3jax.text.tokenizer import PAD
 Statistics = dict[str, np.ndarray]
 Known = dict[str, Any]
 
-SAMPLE = 8192  # texts of the knowledge base that `fit` learns from
+SAMPLE = 8192  # most texts of the knowledge base that `fit` uses
 _STATISTICS = "statistics.npz"
 _BLOCK = 1024  # texts tokenized at a time
-_SHRINK = 0.01  # share of the mean variance that whitening adds to every variance
+_SHRINK = 0.01  # fraction of the mean variance that whitening adds to each variance
 _LOADED: WeakValueDictionary[str, CheckpointEmbedder] = WeakValueDictionary()
 
 
@@ -66,9 +66,9 @@ class CheckpointEmbedder(Embedder):
     Subclasses define `_part`, `_width`, `states`, `pooled` and `scales`.
 
     Attributes:
-      config: model and memory of the checkpoint.
-      model: of the layers that are run.
-      known: its `params` and the statistics of `set_statistics`, on every device of the mesh.
+      config: sections `model` and `memory` of the checkpoint's config.
+      model: model of the layers that are run.
+      known: `params` of the model and the fitted statistics, replicated over the mesh.
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class CheckpointEmbedder(Embedder):
         rows: int = 16,
         devices: Sequence[jax.Device] | None = None,
     ):
-        """Reads the checkpoint; raises `RetrievalError` where it is missing or cannot be used.
+        """Reads the checkpoint; raises `RetrievalError` if it is missing or cannot be used.
 
         Args:
-          checkpoint: as of `read_model`.
-          dimension: most components of an embedding.
-          layer: the last layer that is run, counted from 1; 0 = the last memory layer.
-          rows: texts one device encodes at a time.
-          devices: default all of this process.
+          checkpoint: as in `read_model`.
+          dimension: largest width of an embedding; the pooled width limits it, too.
+          layer: last layer that is run, counted from 1; 0 = the last memory layer.
+          rows: texts that one device encodes at a time.
+          devices: default: all devices of this process.
         """
         remedy = (
             "config.retrieval.checkpoint names the stage folder of a trained model (default"
@@ -109,23 +109,23 @@ class CheckpointEmbedder(Embedder):
         self.set_statistics({})
 
     def _part(self, params: Params) -> tuple[ConfigDict, tuple[int, ...], Params]:
-        """Returns config, prefix and parameters of the model of the layers that are run."""
+        """Returns config, prefix tokens and parameters of a model of the layers that are run."""
         raise NotImplementedError
 
     def _width(self) -> int:
-        """Returns the numbers F of a pooled text."""
+        """Returns the width F of a pooled vector."""
         raise NotImplementedError
 
     def states(self, known: Known, tokens_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
-        """Computes states `(B, T, …)` to pool, position means not yet subtracted."""
+        """Computes the states `(B, T, …)` of tokens, before position means are subtracted."""
         raise NotImplementedError
 
     def pooled(self, known: Known, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
-        """Pools one vector a reference `(B, F)`, not yet centred."""
+        """Pools each reference to one vector `(B, F)`, before centring."""
         raise NotImplementedError
 
     def scales(self, variance: Float[np.ndarray, " E"]) -> Float[np.ndarray, " E"]:
-        """Returns factors on the main directions of pooled vectors, from their variances."""
+        """Returns the scale of each principal direction of pooled vectors, from its variance."""
         raise NotImplementedError
 
     @property
@@ -134,7 +134,10 @@ class CheckpointEmbedder(Embedder):
         return {**super().spec, "checkpoint": str(self.folder), **settings}
 
     def fit(self, texts: Iterable[str]) -> None:
-        """Learns means and main directions from up to 8192 texts, drawn uniformly."""
+        """Fits position means, centre and projection to up to 8192 uniformly sampled texts.
+
+        Raises `RetrievalError` if none of the texts has a token.
+        """
         drawn, total = draw(texts, SAMPLE), None
         for _, sums in self.run(by_rows(self.mesh, self._sums), drawn):
             sums = [np.pad(x.sum(0, dtype=np.float64), _up_to(self.longest, x)) for x in sums]
@@ -157,7 +160,7 @@ class CheckpointEmbedder(Embedder):
     def _sums(
         self, known: Known, tokens_BT: jax.Array, lengths_B: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Sums states (1, T, …) and counts real tokens (1, T) over a device's rows."""
+        """Sums states (1, T, …) and counts real tokens (1, T) over the rows of a device."""
         real_BT = usable(tokens_BT, lengths_B)
         states = self.states(known, tokens_BT, real_BT).astype(jnp.float32)
         sums = jnp.where(like(real_BT, states), states, 0).sum(0)
@@ -168,19 +171,22 @@ class CheckpointEmbedder(Embedder):
         return unit((pooled_BF - known["centre"][None]) @ known["projection"])
 
     def _embed_queries(self, known: Known, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
-        """Embeds queries as references, unless a subclass knows better."""
+        """Embeds queries in the same way as references; a subclass may override this."""
         return self._embed(known, tokens_BT, lengths_B)
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
-        """Embeds references, cut to `memory.reference_length`; zeros for one without a token."""
+        """Embeds texts, truncated to `memory.reference_length`; zeros for a text without tokens."""
         return self._embedded(self._embedding, texts)
 
     def embed_queries(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
-        """Embeds texts to search with, as `embed` does references."""
+        """Embeds queries, truncated to `memory.reference_length`; zeros for one without tokens."""
         return self._embedded(self._embedding_queries, texts)
 
     def set_statistics(self, learnt: Statistics) -> None:
-        """Sets the statistics: `means` (W, …), `centre` (F,) and `projection` (F, E)."""
+        """Sets fitted statistics, and the fingerprint that depends on them.
+
+        They are `means` (W, …) by position, `centre` (F,) and `projection` (F, E).
+        """
         self._learnt, self.fitted = learnt, "projection" in learnt
         placed = jax.device_put(learnt, replicated(self.mesh))
         self.known = {"params": self.known["params"], **placed}
@@ -197,11 +203,11 @@ class CheckpointEmbedder(Embedder):
         texts: Sequence[str],
         more: Callable[[np.ndarray, int], tuple[np.ndarray, ...]] = lambda places, rows: (),
     ) -> Iterator[tuple[np.ndarray, Any]]:
-        """Runs a program of `by_rows` for all texts with a token; yields n places, and arrays.
+        """Runs a program of `by_rows` in batches over all texts that have a token.
 
-        Its arguments are `known`, tokens, cut to the length of a reference, their lengths, and what
-        `more(places, rows)` makes for that many rows. The first n rows of a result are those of the
-        places; others are of empty texts.
+        Its arguments are `known`, tokens (truncated to the reference length), their lengths, and
+        the arrays of `more(places, rows)`, which have `rows` rows. Yields the positions in `texts`
+        of n texts, and a result whose first n rows belong to them; further rows are padding.
         """
         for start in range(0, len(texts), _BLOCK):
             tokens = self.tokenizer.encode_batch(texts[start : start + _BLOCK])
@@ -220,14 +226,17 @@ class CheckpointEmbedder(Embedder):
         return embeddings
 
     def save(self, folder: str | Path) -> None:
-        """Writes `embedder.json`, which names the checkpoint, and the statistics."""
+        """Writes the fitted statistics and `embedder.json`, which names the checkpoint."""
         with committing(Path(folder) / _STATISTICS) as temporary, temporary.open("wb") as file:
             np.savez(file, **dict(sorted(self._learnt.items())))  # type: ignore[arg-type]
         super().save(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> CheckpointEmbedder:
-        """Reads what `save` wrote, and the checkpoint."""
+        """Loads a saved embedder and its checkpoint.
+
+        Raises `RetrievalError` if a file or the checkpoint is missing, damaged or has changed.
+        """
         spec = read_spec(folder)
         with reading(folder):
             data = io.BytesIO((Path(folder) / _STATISTICS).read_bytes())
@@ -238,7 +247,7 @@ class CheckpointEmbedder(Embedder):
 
         def make() -> CheckpointEmbedder:
             loaded = _LOADED.get(f"{path} {expected}")
-            if isinstance(loaded, cls):  # the deltas of an index have the embedder of its base
+            if isinstance(loaded, cls):  # base and deltas of an index share one embedder
                 return loaded
             embedder = cls(path, *arguments)
             embedder.set_statistics(learnt)
@@ -250,16 +259,16 @@ class CheckpointEmbedder(Embedder):
 
 
 def _up_to(longest: int, x: np.ndarray) -> list[tuple[int, int]]:
-    """Pads sums (devices, T, …) to the positions of all calls, whatever their T."""
-    most = 2 * max(longest, 16)  # a call is padded to at most a half more than that
+    """Returns the padding of sums (T, …) over x (devices, T, …) to the longest possible T."""
+    most = 2 * max(longest, 16)  # calls are padded to at most 1.5 times that
     return [(0, most - x.shape[1]), *((0, 0) for _ in x.shape[2:])]
 
 
 class ModelEmbedder(CheckpointEmbedder):
-    """Embeds texts as the mean over their tokens of the hidden states after a layer, whitened.
+    """Embeds a text as the whitened mean of its tokens' hidden states after a layer.
 
-    Hidden states of all texts share a few directions of large variance, along which everything is
-    alike; whitening makes the variances equal. Smaller dimensions keep the largest ones.
+    A few directions dominate the variance of hidden states, so that all texts have similar cosines;
+    whitening equalizes the variances. The embedding keeps the directions of largest variance.
     """
 
     name = "model"
@@ -285,26 +294,27 @@ class ModelEmbedder(CheckpointEmbedder):
         return self.model.hidden(known["params"], tokens_BT)
 
     def pooled(self, known: Known, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
-        """Computes their mean `(B, D)`, each without the mean of its position."""
+        """Computes the mean `(B, D)` of hidden states after subtracting position means."""
         real_BT = usable(tokens_BT, lengths_B)
         return mean_of(centred(self.states(known, tokens_BT, real_BT), known["means"]), real_BT)
 
     def scales(self, variance: np.ndarray) -> np.ndarray:
-        """Whitens: directions that the knowledge base does not vary along keep a bounded weight."""
+        """Returns whitening scales, bounded for directions of almost no variance."""
         return (variance + _SHRINK * max(variance.mean(), 1e-12)) ** -0.5
 
 
 class AttentionEmbedder(CheckpointEmbedder):
-    """Searches by sparse attention: queries of head h against the keys of head h.
+    """Embeds references by the keys of their memories, and queries by their attention queries.
 
-    A reference is the mean of the keys that its memory keeps, head after head, minus the mean of
-    the knowledge base; a query is the mean of its tokens' queries, head after head, each without
-    the mean of its position, and of those that share a key-value head. So their dot product is a
-    mean of attention scores, less what every reference gets.
+    A reference's vector concatenates over memory layers and key-value heads the mean of the kept
+    keys, minus the mean over the knowledge base. A query's vector concatenates the mean of the
+    attention queries over its tokens and over the query heads of each key-value head, after
+    subtracting position means. So their dot product is a mean of attention scores, minus a part
+    that is the same for all references.
 
-    Stored keys are turned to their place in the reference, which the bank does not keep. So all
-    queries are turned to the middle of the interval of the references: no place in the reference is
-    farther than half a reference, and it does not matter where in the query a token stands.
+    RoPE rotates stored keys to their positions in the reference, which the bank does not store.
+    Therefore all attention queries are rotated to the middle position of a reference: no key is
+    farther away than half a reference, and a token's position in the query has no influence.
     """
 
     name = "attention"
@@ -323,12 +333,12 @@ class AttentionEmbedder(CheckpointEmbedder):
         return self.config.memory.layers * model.kv_heads * model.head_dim
 
     def states(self, known: Known, tokens_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
-        """Computes queries before RoPE `(B, T, L, K, G, H)` of texts read as references are."""
+        """Computes attention queries before RoPE `(B, T, L, K, G, H)`, after the reference prefix."""
         written, _ = self.model.encode(known["params"], jnp.where(real_BT, tokens_BT, 0), _queries)
         return jnp.moveaxis(written.keys, 0, 2)
 
     def pooled(self, known: Known, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
-        """Computes the mean kept key of every memory layer and head `(B, L·K·H)`."""
+        """Computes the mean of the kept keys of each memory layer and head, `(B, L·K·H)`."""
         keep = sparsifier(self.config.memory)
         tokens_BT = jnp.where(usable(tokens_BT, lengths_B), tokens_BT, 0)
         memory, _ = self.model.encode(known["params"], tokens_BT, keep)
@@ -338,7 +348,7 @@ class AttentionEmbedder(CheckpointEmbedder):
         return (sums_BLKH / count_B).reshape(len(tokens_BT), -1)
 
     def scales(self, variance: np.ndarray) -> np.ndarray:
-        """Returns ones: the projection keeps dot products."""
+        """Returns ones, because the projection must preserve dot products."""
         return np.ones_like(variance)
 
     def _embed_queries(self, known: Known, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
@@ -349,7 +359,7 @@ class AttentionEmbedder(CheckpointEmbedder):
     def searching(
         self, known: Known, tokens_BT: jax.Array, real_BT: jax.Array
     ) -> Float32[Array, "B T L K G H"]:
-        """Computes queries less position means, turned to the middle of the references."""
+        """Computes queries minus position means, rotated to the middle position of a reference."""
         q_BTLKGH = centred(self.states(known, tokens_BT, real_BT), known["means"])
         middle = len(PREFIX_TOKENS) + self.longest // 2
         position_T = jnp.full(q_BTLKGH.shape[1], middle)
@@ -359,20 +369,20 @@ class AttentionEmbedder(CheckpointEmbedder):
 def _queries(
     q_RWKGH: jax.Array, k: jax.Array, rotated: jax.Array, v: jax.Array, usable_RW: jax.Array
 ) -> Written:
-    """Stands for `sparsify` and returns a layer's queries instead of its memories."""
+    """Replaces `sparsify` in `Model.encode`, to return a layer's queries instead of memories."""
     R, _, K, _, _ = q_RWKGH.shape
     return Written(q_RWKGH, q_RWKGH[:, :0], usable_RW.sum(-1), jnp.zeros((R, K, 1), jnp.int32))
 
 
 class Ranking:
-    """Scores candidates by the keys that the bank keeps of them.
+    """Reranks candidate references by attention scores on their memories in the bank.
 
-    The score is the sum over memory layers and key-value heads of the largest q · k / √H, over the
-    query's tokens, the heads that share the key-value head, and the kept keys.
+    The score is the sum over memory layers and key-value heads of the maximum of q · k / √H over
+    the query's tokens, the query heads of the key-value head, and the kept keys.
     """
 
     def __init__(self, embedder: Embedder, bank: Bank) -> None:
-        """Raises `RetrievalError` unless the embedder's checkpoint wrote the bank."""
+        """Raises `RetrievalError` unless an `AttentionEmbedder`'s checkpoint wrote the bank."""
         if not isinstance(embedder, AttentionEmbedder):
             raise RetrievalError(
                 f"config.retrieval.rerank needs an index of the embedder 'attention'; this one has"
@@ -381,7 +391,7 @@ class Ranking:
             )
         layout = layout_of(embedder.config, PREFIX_TOKENS)
         for side in (layout, stored := dict(bank.binding.layout)):
-            side.pop("heads", None)  # keys that are not stored score 0 in all references
+            side.pop("heads", None)  # keys of heads that are not stored score 0 in all references
         sides = {
             "weights": (embedder.weights, bank.binding.writer),
             "tokenizer": (embedder.tokenizer.fingerprint, bank.binding.tokenizer),
@@ -400,7 +410,7 @@ class Ranking:
     def __call__(
         self, queries: Sequence[str], ids: Int64[np.ndarray, "n c"]
     ) -> Float32[np.ndarray, "n c"]:
-        """Scores references for every query; −inf for the id −1."""
+        """Scores candidates `ids` of each query; −inf for the id −1."""
         scores = np.full(ids.shape, -np.inf, np.float32)
 
         def memories(places: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
