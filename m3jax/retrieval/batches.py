@@ -58,7 +58,7 @@ def rows_of(bucket: int, rows: int) -> int:
 
 
 def by_rows(mesh: Mesh, function: Callable[..., Any]) -> Any:
-    """Jits `function(known, *arguments)`; all but `known`, which is replicated, are split by rows."""
+    """Jits `function(known, *arguments)` with `known` replicated and all else split by rows."""
     rows, whole = ACTIVATIONS.spec(("batch",)), replicated(mesh).spec
 
     def on_all(known: Any, *arguments: Any) -> Any:
@@ -71,7 +71,7 @@ def by_rows(mesh: Mesh, function: Callable[..., Any]) -> Any:
 def run(
     program: Callable[..., Any], mesh: Mesh, batches: Iterable[tuple[np.ndarray, tuple]]
 ) -> Iterator[tuple[np.ndarray, Any]]:
-    """Runs a program for each batch, three calls at a time; yields positions of texts and results."""
+    """Runs a program on batches, three calls at a time; yields positions of texts and results."""
     waiting: list[tuple[np.ndarray, Any]] = []
     for places, arguments in batches:
         waiting.append((places, program(*jax.device_put(arguments, batch_sharding(mesh)))))

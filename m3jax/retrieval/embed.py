@@ -1,4 +1,4 @@
-"""Choice of the embedder: text to unit vectors whose dot product ranks references."""
+"""Makes or loads the embedder that a config or an index names."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ NAMES = ("lexical", "bert", "model", "attention")
 
 
 def make_embedder(config: ConfigDict, workdir: str | Path = "") -> Embedder:
-    """Makes the embedder that `config.retrieval` names, not fitted yet if it learns from texts.
+    """Makes the embedder that `config.retrieval` names, not fitted yet if it needs fitting.
 
-    `workdir/warmup` is the checkpoint where `config.retrieval.checkpoint` is empty. Raises
-    `RetrievalError`, for an encoder `HuggingFaceError`, where it cannot be made.
+    If `config.retrieval.checkpoint` is empty, the checkpoint is `workdir/warmup`.
+
+    Raises:
+      RetrievalError: the name is unknown, the dimension is too small, or the checkpoint is missing
+        or cannot be used.
+      HuggingFaceError: the folder of the encoder is missing, damaged or not supported.
     """
     retrieval = config.retrieval
     kind = _kind(retrieval.embedder, f"config.retrieval.embedder = {retrieval.embedder!r}")
@@ -33,13 +37,17 @@ def make_embedder(config: ConfigDict, workdir: str | Path = "") -> Embedder:
 
 
 def load_embedder(folder: str | Path) -> Embedder:
-    """Loads the embedder saved in a folder, of whatever kind its `embedder.json` names."""
+    """Loads the embedder saved in a folder, of the kind that its `embedder.json` names.
+
+    Raises `RetrievalError` if the folder is damaged, or its encoder or checkpoint is missing or has
+    changed, and `HuggingFaceError` if the folder of the encoder cannot be read.
+    """
     name = read_spec(folder).get("name")
     return _kind(name, f"{folder} was written by the embedder {name!r}, which").load(folder)
 
 
 def _kind(name: Any, named: str) -> Any:
-    """Imports a class on use: all but the lexical embedder bring JAX."""
+    """Returns the class of an embedder, imported on use: all but `lexical` import JAX."""
     if name == "lexical":
         return LexicalEmbedder
     if name == "bert":

@@ -1,4 +1,4 @@
-"""Base class of embedders, and `embedder.json`, which says what embedder a folder holds."""
+"""Base class of embedders, and reading of `embedder.json`, the spec of a saved embedder."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ _SPEC = "embedder.json"
 
 
 class Embedder:
-    """Base class of what turns texts into unit vectors; may be called from several threads."""
+    """Base class of embedders, which map texts to unit vectors, callable from several threads."""
 
     name: str  # kind of the embedder, as in `config.retrieval.embedder`
     dimension: int  # width of the vectors
-    fitted: bool  # whether `embed` can be called
-    fingerprint: str  # hex digest of everything the embedding of a text depends on
+    fitted: bool  # True if `embed` can be called
+    fingerprint: str  # hex digest of everything that the embedding of a text depends on
 
     @property
     def spec(self) -> dict[str, Any]:
-        """Returns what `save` writes to `embedder.json`: JSON that `load` needs."""
+        """Returns the content of `embedder.json`, as JSON values, from which `load` restores."""
         return {name: getattr(self, name) for name in ("name", "dimension", "fingerprint")}
 
     @property
     def family(self) -> str:
-        """Returns a name that embedders share whose vectors can be compared."""
+        """Returns a string that is equal for embedders whose vectors can be compared."""
         return self.fingerprint
 
     def check_fitted(self) -> None:
-        """Raises `RetrievalError` before `fit`."""
+        """Raises `RetrievalError` if the embedder is not fitted."""
         if not self.fitted:
             raise RetrievalError(
                 f"the embedder {self.name!r} has learnt nothing yet; call fit on the texts of the"
@@ -45,22 +45,22 @@ class Embedder:
             )
 
     def fit(self, texts: Iterable[str]) -> None:
-        """Learns from the texts of the knowledge base; replaces what was learnt before."""
+        """Fits the embedder to the texts of the knowledge base; replaces any earlier fit."""
 
     def extended(self, texts: Sequence[str]) -> Embedder:
-        """Returns an embedder of the same family that knows the words of more texts, too."""
+        """Returns an embedder of the same family that also covers the words of these texts."""
         return self
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
-        """Embeds texts to one unit row each, or zeros where there is nothing to search with."""
+        """Embeds each text as a unit vector, or as zeros if it has no known word or no token."""
         raise NotImplementedError
 
     def embed_queries(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
-        """Embeds texts to search with, which some embedders read in another way."""
+        """Embeds queries, which some embedders treat differently from references."""
         return self.embed(texts)
 
     def save(self, folder: str | Path) -> None:
-        """Writes what the class method `load` reads: `embedder.json` and what it names."""
+        """Writes `embedder.json` and the files of the fit, which the class method `load` reads."""
         text = json.dumps(self.spec, indent=2, sort_keys=True)
         write_atomically(Path(folder) / _SPEC, text.encode())
 
@@ -69,7 +69,7 @@ _E = TypeVar("_E", bound=Embedder)
 
 
 def read_spec(folder: str | Path) -> dict[str, Any]:
-    """Reads `embedder.json`; raises `RetrievalError` where it is missing or damaged."""
+    """Reads `embedder.json`; raises `RetrievalError` if it is missing or damaged."""
     try:
         spec = json.loads((Path(folder) / _SPEC).read_text("utf-8"))
         if not isinstance(spec, dict):
@@ -83,7 +83,7 @@ def read_spec(folder: str | Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def reading(folder: str | Path) -> Iterator[None]:
-    """Turns what reading the files of a saved embedder raises into a `RetrievalError`."""
+    """Converts exceptions from reading the files of a saved embedder to `RetrievalError`."""
     try:
         yield
     except (OSError, EOFError, KeyError, TypeError, ValueError, BadZipFile) as error:
@@ -95,9 +95,10 @@ def reading(folder: str | Path) -> Iterator[None]:
 def reload(
     folder: str | Path, what: str, source: Path, fingerprint: str, make: Callable[[], _E]
 ) -> _E:
-    """Makes the embedder saved in a folder, if its `encoder` or `checkpoint` still is the same.
+    """Calls `make` for a saved embedder and checks that it has the saved fingerprint.
 
-    `source` is where that lies; raises `RetrievalError`.
+    `source` is the folder of its `what`, "encoder" or "checkpoint". Raises `RetrievalError` if that
+    folder is missing or holds something else than when the embedder was saved.
     """
     remedy = (
         f"put the {what} back there, or run launch/prepare.py with config.retrieval.{what} = its"

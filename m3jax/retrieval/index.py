@@ -1,12 +1,12 @@
-"""Index of a knowledge base: a folder that is written once and then searched; and its deltas.
+"""Search index of a knowledge base: a folder that is written once; and indices with deltas.
 
-An index has one or more parts, each of a range of references with a searcher of its own, so that
-several hosts can hold one index together: each opens some, and `merge` joins their results.
+An index has one or more parts, each with its own searcher over a range of references. So several
+hosts can share an index: each opens some parts, and `merge` joins the results.
 
-Its folder has `embedder/`, one `part-*/` per part with `embeddings-*.npy` (2¹⁴ rows each) and,
-unless the search is exact, `scann/`; `build.json` (what the files belong to, so that a killed build
-can go on), and `manifest.json`, written last, with a checksum of every file: ScaNN itself loads
-flipped bytes without a word.
+Its folder has `embedder/`; one `part-*/` per part, with `embeddings-*.npy` (2¹⁴ rows each) and,
+unless the search is exact, `scann/`; `build.json`, the identity of the index, by which a killed
+build resumes; and `manifest.json`, written last, with a checksum of every file, because ScaNN does
+not detect damaged files.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _EMBEDDINGS = "embeddings-*"
 
 
 class Index(SearchIndex):
-    """Searches the embeddings of a knowledge base. Thread-safe; cannot be pickled.
+    """Searches the embeddings of a knowledge base. Safe to use from several threads; not picklable.
 
     Attributes: those of `SearchIndex`, and
-      kind: `exact` or `scann`, as it was built.
+      kind: search for which it was built, `exact` or `scann`.
       dimension: width E of the embeddings.
-      fingerprint: hex digest of references, embedder and way of searching.
-      parts: the parts that are open; references of others are not returned.
-      recall: least recall@5 of the open parts, measured when they were built; None if exact.
+      fingerprint: hex digest of references, embedder and search settings.
+      parts: numbers of the open parts; only their references are returned.
+      recall: lowest recall@5 among the open parts, measured during the build; None if exact.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], parts: Sequence[int]) -> None:
@@ -85,12 +85,18 @@ class Index(SearchIndex):
         references: References | None = None,
         parts: Sequence[int] | None = None,
     ) -> Index:
-        """Opens what `build_index` wrote, after comparing every file with its checksum.
+        """Opens an index that `build_index` wrote, after verifying the checksum of every file.
 
-        With `references` the index must be of these. `parts` are the parts to open, all by default;
-        files of others need not be present. Raises `RetrievalError` for an unfinished index, a
-        missing or damaged file, parts that it does not have, or other references, and
-        `HuggingFaceError` for the folder of its encoder.
+        Args:
+          folder: folder of the index.
+          references: if not None, the references that the index must be of.
+          parts: numbers of the parts to open; default: all. Files of other parts may be missing.
+
+        Raises:
+          RetrievalError: the index is unfinished or of another format; a file is missing or
+            damaged; it does not have these parts; it is of other references; its checkpoint or
+            encoder is missing or has changed; or it needs ScaNN, which is not installed.
+          HuggingFaceError: the folder of its encoder cannot be read.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
@@ -120,7 +126,7 @@ class Index(SearchIndex):
         return self._merged([searcher for _, searcher in self._searchers], embeddings, k)
 
     def search_exactly(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> SearchResult:
-        """Searches by comparing every embedding, however the index was built; needs embeddings."""
+        """Searches exactly, whatever the kind; also raises `RetrievalError` without embeddings."""
         self._check(embeddings, k)
         exact = [searcher.exact() for _, searcher in self._searchers]
         if not all(exact):
@@ -151,7 +157,7 @@ class Index(SearchIndex):
 
 
 def _scann(folder: Path, keep_embeddings: bool) -> Any:
-    """Imports ScaNN, or warns of an exact search without it, which an index may have to refuse."""
+    """Imports ScaNN. If it is missing, warns of exact search, or raises without embeddings."""
     scann = import_scann()
     if scann is not None:
         return scann
@@ -170,11 +176,14 @@ def _scann(folder: Path, keep_embeddings: bool) -> Any:
 
 
 class DeltaIndex(SearchIndex):
-    """Searches several indices of one embedder as one index without tombstones."""
+    """Searches the indices of a base and its deltas as one index, without tombstones."""
 
     def __init__(self, indices: Sequence[Index], tombstones: np.ndarray, references: str) -> None:
-        """Joins a base and its deltas; `references` is the fingerprint of the `DeltaReferences`."""
-        # The last one knows the words of all.
+        """Joins a base and its deltas; `references` is the fingerprint of their `DeltaReferences`.
+
+        Raises `RetrievalError` if their embedders are not of one family.
+        """
+        # The embedder of the last delta covers the words of all parts.
         self.indices, self.embedder = list(indices), indices[-1].embedder
         if any(index.embedder.family != self.embedder.family for index in indices):
             raise RetrievalError(
@@ -188,13 +197,13 @@ class DeltaIndex(SearchIndex):
         self._tombstones_of = {part: len(rows) for part, _, rows in split}
 
     def search(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> SearchResult:
-        """Searches as `Index.search`; never returns a tombstone."""
+        """Searches all parts as `SearchIndex.search` does; never returns a tombstone."""
         return merge([self._search_part(i, embeddings, k) for i in range(len(self.indices))])
 
     def _search_part(self, part: int, embeddings: np.ndarray, k: int) -> SearchResult:
-        """Finds the k best of a part in use.
+        """Finds the k best references of a part that are no tombstones.
 
-        Searches for more, twice as many each time, where tombstones took places.
+        While tombstones leave fewer than k results, it searches again for twice as many.
         """
         index, tombstones = self.indices[part], self._tombstones_of.get(part, 0)
         count = k
@@ -219,32 +228,32 @@ def part_folder(folder: Path, part: int) -> Path:
 
 
 def part_ranges(size: int, parts: int) -> list[range]:
-    """Returns the ids of every part: contiguous, of nearly equal length."""
+    """Returns the id range of each part: contiguous, of nearly equal length."""
     cuts = [part * size // parts for part in range(parts + 1)]
     return [range(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
 
 
 def shards(folder: Path, size: int) -> list[Path]:
-    """Lists files of the embeddings of a part with that many references."""
+    """Lists the embedding files of a part with `size` references."""
     return [folder / f"embeddings-{i:05d}.npy" for i in range(-(-size // SHARD_ROWS))]
 
 
 def embedding_files(folder: Path) -> list[Path]:
-    """Lists all files of embeddings in an index, those of the older layout too."""
+    """Lists all embedding files in the folder of an index, including those of an older layout."""
     return [*folder.glob(_EMBEDDINGS), *folder.glob("part-*/" + _EMBEDDINGS)]
 
 
 def write_manifest(folder: Path, identity: dict[str, Any], parts: list[dict[str, Any]]) -> None:
-    """Commits the index: syncs every file, then writes their checksums.
+    """Completes an index: syncs every file, then writes the manifest with their checksums.
 
-    Embeddings that the index does not keep are left out.
+    Embeddings that the index will not keep are left out.
     """
     files = {}
     dropped = () if identity["keep_embeddings"] else embedding_files(folder)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if path not in dropped:
             with path.open("rb") as file:
-                os.fsync(file.fileno())  # ScaNN does not
+                os.fsync(file.fileno())  # ScaNN does not sync its files
             files[path.relative_to(folder).as_posix()] = checksum(path)
     write_sealed(folder / MANIFEST, {"identity": identity, "parts": parts, "files": files})
 
@@ -253,7 +262,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Reads the manifest of a finished index.
 
     Raises:
-      RetrievalError: there is none, it is damaged or of another format.
+      RetrievalError: it is missing, damaged or of another format.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -271,10 +280,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, manifest: dict[str, Any], parts: Collection[int]) -> None:
-    """Compares the files of these parts, and those that are of no part, with their checksums.
+    """Verifies the checksums of the files of these parts and of all files outside parts.
 
     Raises:
-      RetrievalError: naming a missing part, or a missing or damaged file.
+      RetrievalError: a part or file, which the message names, is missing, or a file is damaged.
     """
     opened = {part_folder(folder, part).name for part in parts}
     for part in sorted(opened):
@@ -293,5 +302,5 @@ def verify(folder: Path, manifest: dict[str, Any], parts: Collection[int]) -> No
 
 
 def damaged(path: Path, what: str) -> RetrievalError:
-    """Makes the error of a file or folder that only a new build mends."""
+    """Returns the error for a file or folder that only a rebuild can repair."""
     return RetrievalError(f"{path} {what}; run launch/prepare.py again to rebuild the index")

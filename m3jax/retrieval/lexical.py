@@ -1,7 +1,7 @@
-"""Embedder that needs no model: TF-IDF of words, hashed into a dense vector.
+"""Embedder without a model: TF-IDF of words, hashed into a dense vector.
 
-Feature hashing is that of Weinberger et al., arXiv 0902.2206. Every sum in it is exact, so that the
-same text has the same bytes in any batch, thread, process and order of texts.
+Feature hashing follows Weinberger et al., arXiv 0902.2206. Every sum is exact, so that the vector
+of a text is bitwise the same in any batch, thread, process and order of texts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from m3jax.retrieval.embedder import Embedder, read_spec, reading
 
 _DF = "document_frequency.npy"
 _WORD = re.compile(r"\w+")
-# The same for ASCII, three times faster: what is no word character becomes a space.
+# Equivalent table for ASCII, three times faster: non-word characters become spaces.
 _ASCII_WORDS = "".join(
     character.lower() if _WORD.match(character) else " " for character in map(chr, range(128))
 )
@@ -39,7 +39,7 @@ _IS_CJK = re.compile(f"[{_CJK}]")
 
 
 def words(text: str) -> list[str]:
-    """Splits a text into lower-cased words, CJK runs into characters and neighbouring pairs."""
+    """Splits a text into lower-cased words, and runs of CJK into characters and bigrams."""
     if text.isascii():
         return text.translate(_ASCII_WORDS).split()
     plain = _WORD.findall(unicodedata.normalize("NFKC", text).lower())
@@ -55,21 +55,21 @@ def words(text: str) -> list[str]:
     return split
 
 
-_WORD_BUCKETS = 4  # signed buckets of a word: so many that no other text has them all by chance
-_PREFIX_BUCKETS = 2  # signed buckets of its prefix, which so has half of the word's weight
+_WORD_BUCKETS = 4  # signed buckets of a word: enough that different words rarely share all of them
+_PREFIX_BUCKETS = 2  # signed buckets of its prefix: half the weight of the word
 _BUCKETS = _WORD_BUCKETS + _PREFIX_BUCKETS
 _PREFIX = 5  # characters of the prefix: "photograph", "photography", "photographers" share one
-_SLOTS = 2**20  # rows of the document-frequency table: rare names keep a frequency of their own
+_SLOTS = 2**20  # rows of the document-frequency table: large, so that rare names rarely collide
 _SCHEME = (_WORD_BUCKETS, _PREFIX_BUCKETS, _PREFIX, _SLOTS)
 _CACHED_WORDS = 2**20  # the cache is emptied beyond this many words (about 200 MB)
 _BLOCK = 256  # texts embedded at a time
-_EXACT = 2.0**16  # weights are multiples of 1/65536: float64 adds them without rounding, any order
+_EXACT = 2.0**16  # weights are multiples of 1/65536, so that float64 sums of them are exact
 
 
 def _hash(
     strings: Iterable[str], buckets: int, kind: bytes
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hashes strings: slot (n,), numbers for the buckets (n, buckets), their signs (n, buckets)."""
+    """Hashes n strings: table slots (n,), bucket hashes (n, buckets) and signs (n, buckets)."""
     size = 4 * (buckets + 2)
     data = b"".join(
         hashlib.blake2b(s.encode("utf-8", "surrogatepass"), digest_size=size, person=kind).digest()
@@ -88,14 +88,14 @@ class _Cache:
 
     def __init__(self, dimension: int):
         self.rows: dict[str, int] = {}
-        self.slots = np.zeros((1024, 2), np.int64)  # of the word and of its prefix
+        self.slots = np.zeros((1024, 2), np.int64)  # slots of the word and of its prefix
         self.buckets = np.zeros((1024, _BUCKETS), np.int64)
         self.signs = np.zeros((1024, _BUCKETS), np.float64)
         self._segment = dimension // _BUCKETS
         self._lock = threading.Lock()
 
     def lookup(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns position of the text and row, of every word of every text: two int64 arrays."""
+        """Returns, for each word of each text, the index of the text and the word's row (int64)."""
         split = [words(text) for text in texts]
         flat = list(itertools.chain.from_iterable(split))
         unknown = set(flat).difference(self.rows)
@@ -117,8 +117,8 @@ class _Cache:
             slots, numbers, signs = (
                 np.column_stack(pair) for pair in zip(hashed, prefixes, strict=True)
             )
-            # One segment of the vector per bucket, so that the buckets of a word are distinct. What
-            # is left behind the last one (4 numbers of 1024) stays zero; ScaNN mentions that.
+            # One segment of the vector per bucket, so that the buckets of a word are distinct. The
+            # remainder (4 of 1024 numbers) stays zero; ScaNN logs a message about it.
             segments = np.arange(_BUCKETS) * self._segment
             self.slots[start:stop] = slots
             self.buckets[start:stop] = numbers % self._segment + segments
@@ -127,19 +127,19 @@ class _Cache:
 
 
 class LexicalEmbedder(Embedder):
-    """Embeds texts by hashed TF-IDF with cosine similarity; deterministic and without a model.
+    """Embeds texts by hashed TF-IDF for cosine similarity; deterministic and without a model.
 
-    A word with tf occurrences in a text, in df of n fitted texts, adds `(1 + ln tf) · ln((n + 1) /
-    df)` with hashed signs to four hashed buckets; its prefix of five characters, which inflected
-    forms share, adds the same with a df of its own to two more. Then the vector is normalised. What
-    is in none of the fitted texts cannot match and weighs nothing: a text without a word, or with
-    none that the knowledge base knows, embeds to zeros.
+    A word that occurs tf times in a text and in df of the n fitted texts adds `(1 + ln tf) ·
+    ln((n + 1) / df)`, with hashed signs, to four hashed buckets. Its prefix of five characters,
+    which inflected forms share, adds the same formula with its own df to two more buckets. Then the
+    vector is normalised. Words that occur in no fitted text have weight 0, so that a text without
+    any known word embeds to zeros.
     """
 
     name = "lexical"
 
     def __init__(self, dimension: int):
-        """Makes an unfitted embedder of this width, at least 8."""
+        """Makes an unfitted embedder; raises `RetrievalError` if the dimension is below 8."""
         if dimension < 8:
             raise RetrievalError(
                 f"embedding dimension {dimension} is too small; set config.retrieval.dimension to"
@@ -154,19 +154,19 @@ class LexicalEmbedder(Embedder):
         return {**super().spec, "documents": self.documents}
 
     def fit(self, texts: Iterable[str]) -> None:
-        """Counts in how many of the texts each hashed word and prefix occurs."""
+        """Counts the document frequency of each hashed word and prefix."""
         self._learn(*self._counted(texts))
 
     @property
     def family(self) -> str:
-        """Returns the hashing scheme and the dimension, whatever the frequencies."""
+        """Returns hashing scheme and dimension, without the document frequencies."""
         return json.dumps([self.name, self.dimension, *_SCHEME])
 
     def extended(self, texts: Sequence[str]) -> LexicalEmbedder:
-        """Counts these texts, too, so that their new words match.
+        """Returns an embedder that also counts these texts, so that their new words can match.
 
-        Vectors of the older texts weigh words by the older counts; recall is a little lower than by
-        an embedder fitted to all texts at once.
+        Existing vectors of older texts keep their older word weights, so that recall is slightly
+        lower than with an embedder fitted to all texts at once.
         """
         frequencies, documents = self._counted(texts)
         embedder = LexicalEmbedder(self.dimension)
@@ -195,7 +195,7 @@ class LexicalEmbedder(Embedder):
         self.fingerprint = digest(json.dumps(scheme), self._df.tobytes())
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
-        """Embeds texts to (n, dimension) float32: rows of length 1, or zeros without a known word.
+        """Embeds each text as a unit vector, or as zeros if it has no known word.
 
         Raises:
           RetrievalError: the embedder is not fitted.
@@ -224,14 +224,14 @@ class LexicalEmbedder(Embedder):
         return (sums / np.where(norms == 0, 1.0, norms)).astype(np.float32)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the word frequencies and `embedder.json`."""
+        """Writes the document frequencies and `embedder.json`; errors as in `embed`."""
         self.check_fitted()
         write_array(Path(folder) / _DF, self._df)
         super().save(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> LexicalEmbedder:
-        """Reads what `save` wrote, if it is of this hashing scheme."""
+        """Loads a saved embedder; raises `RetrievalError` if damaged or of another hash scheme."""
         spec = read_spec(folder)
         with reading(folder):
             embedder = cls(int(spec["dimension"]))
