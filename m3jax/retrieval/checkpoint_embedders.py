@@ -333,7 +333,7 @@ class AttentionEmbedder(CheckpointEmbedder):
         return self.config.memory.layers * model.kv_heads * model.head_dim
 
     def states(self, known: Known, tokens_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
-        """Computes attention queries before RoPE `(B, T, L, K, G, H)`, as in encoding references."""
+        """Computes attention queries before RoPE `(B, T, L, K, G, H)` as for references."""
         written, _ = self.model.encode(known["params"], jnp.where(real_BT, tokens_BT, 0), _queries)
         return jnp.moveaxis(written.keys, 0, 2)
 

@@ -1,4 +1,4 @@
-"""`NeuralEmbedder`: a BERT-family encoder as an `Embedder`, on all devices of this process."""
+"""Embedder that runs a pretrained BERT-family encoder on all devices of this process."""
 
 from __future__ import annotations
 
@@ -25,15 +25,14 @@ _BLOCK = 4096  # texts tokenized at a time
 
 @functools.lru_cache(maxsize=8)
 def _program(architecture: Architecture, pooling: Pooling, mesh: Mesh) -> Any:
-    """Jits `encode`, once for all embedders of the same encoder."""
+    """Jits `encode`; embedders of the same architecture share the result."""
     return by_rows(mesh, functools.partial(encode, architecture, pooling))
 
 
 class NeuralEmbedder(Embedder):
-    """Embeds texts by a pretrained encoder: mean or first token of the last layer, normalised.
+    """Embeds texts by a pretrained encoder: pools its last layer (mean or first token), normalised.
 
-    Needs no fitting. The index stores the path and the fingerprint of the encoder's folder, not its
-    weights.
+    Needs no fitting. An index stores path and fingerprint of the encoder's folder, not the weights.
     """
 
     name = "bert"
@@ -47,10 +46,11 @@ class NeuralEmbedder(Embedder):
         dtype: Literal["float32", "bfloat16"] = "float32",
         devices: Sequence[jax.Device] | None = None,
     ):
-        """Reads the encoder of a folder (`read_pretrained`) and places it on the devices.
+        """Reads the encoder in a folder (`read_pretrained`) and copies it to the devices.
 
-        A device encodes `rows` texts at a time, fewer above 512 tokens; `dtype` is that of weights
-        and products; `devices` are by default all of this process.
+        Each device encodes `rows` texts at a time, fewer if they have more than 512 tokens. `dtype`
+        applies to weights and matrix products. `devices` defaults to all devices of this process.
+        Raises `HuggingFaceError` as `read_pretrained` does.
         """
         self.folder = Path(folder).expanduser().resolve()
         pretrained = read_pretrained(self.folder, pooling)
@@ -72,7 +72,7 @@ class NeuralEmbedder(Embedder):
         return {**super().spec, "folder": str(self.folder), **settings}
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
-        """Embeds texts, cut to `max_length` tokens; zeros for a text without a token."""
+        """Embeds texts, truncated to `max_length` tokens; zeros for a text without tokens."""
         embeddings = np.zeros((len(texts), self.dimension), np.float32)
         for start in range(0, len(texts), _BLOCK):
             part = embeddings[start : start + _BLOCK]
@@ -90,7 +90,11 @@ class NeuralEmbedder(Embedder):
 
     @classmethod
     def load(cls, folder: str | Path) -> NeuralEmbedder:
-        """Reads what `save` wrote, and the encoder's folder, which must hold the same encoder."""
+        """Loads a saved embedder and the encoder that it names.
+
+        Raises `RetrievalError` if the encoder is missing or has changed, or a file is damaged, and
+        `HuggingFaceError` if the encoder cannot be read.
+        """
         spec = read_spec(folder)
         with reading(folder):
             path, fingerprint = Path(spec["folder"]), spec["fingerprint"]

@@ -1,4 +1,4 @@
-"""Pooling of token states to one vector a text, and the statistics that this takes."""
+"""Pools token states to one vector per text, and computes the statistics for this."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int32
 
-_ENOUGH = 16  # texts that must reach a position for a mean of its own
+_ENOUGH = 16  # texts that must be long enough for a position to have its own mean
 
 
 def usable(tokens_BT: Int32[Array, "B T"], lengths_B: Int32[Array, " B"]) -> Bool[Array, "B T"]:
-    """Returns True where tokens are not padding."""
+    """Returns the mask of tokens that are not padding."""
     return jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
 
 
 def like(real_BT: Bool[Array, "B T"], states: Float[Array, "B T *rest"]) -> Bool[Array, "B T ..."]:
-    """Reshapes the mask to as many axes as the states."""
+    """Appends axes of size 1 to the mask, up to the number of axes of the states."""
     return real_BT.reshape(*real_BT.shape, *(1 for _ in states.shape[2:]))
 
 
 def centred(
     states: Float[Array, "B T *rest"], means: Float32[Array, "W ..."]
 ) -> Float32[Array, "B T *rest"]:
-    """Subtracts the means of their positions from states; beyond the last one, that of the last."""
+    """Subtracts from each state the mean of its position, or the last mean beyond W positions."""
     position_T = jnp.minimum(jnp.arange(states.shape[1]), len(means) - 1)
     return states.astype(jnp.float32) - means[position_T][None]
 
@@ -32,18 +32,18 @@ def centred(
 def mean_of(
     states: Float32[Array, "B T *rest"], real_BT: Bool[Array, "B T"]
 ) -> Float32[Array, B * rest]:
-    """Averages over the real tokens; zeros for a text without one."""
+    """Averages states over the real tokens of each text; zeros for a text without tokens."""
     mask = like(real_BT, states)
     return jnp.where(mask, states, 0).sum(1) / jnp.maximum(mask.sum(1), 1)
 
 
 def unit(x_BE: Float32[Array, "B E"]) -> Float32[Array, "B E"]:
-    """Scales rows to length 1; zeros stay zeros."""
+    """Scales rows to length 1; rows of zeros stay zeros."""
     return x_BE / jnp.maximum(jnp.sqrt(jnp.square(x_BE).sum(-1, keepdims=True)), 1e-12)
 
 
 def draw(texts: Iterable[str], most: int) -> list[str]:
-    """Draws up to `most` of the texts, each with equal chance, the same every time."""
+    """Samples up to `most` texts uniformly (reservoir sampling), with a fixed seed."""
     drawn: list[str] = []
     random = np.random.default_rng(0)
     for count, text in enumerate(texts):
@@ -57,9 +57,10 @@ def draw(texts: Iterable[str], most: int) -> list[str]:
 def position_means(
     sums: Float64[np.ndarray, "W ..."], counts: Float64[np.ndarray, " W"]
 ) -> Float32[np.ndarray, "V ..."]:
-    """Averages every position, up to the last that 16 texts reach (or all, where they are fewer).
+    """Computes mean states by position, up to the last position V that enough texts reach.
 
-    `sums` are of the states of the `counts` texts that reach a position.
+    Enough are 16 texts, or all if there are fewer. `sums` and `counts` are the sum of states and
+    the number of texts at each position.
     """
     last = int((counts >= min(_ENOUGH, counts[0])).sum())
     shape = (last, *(1 for _ in sums.shape[1:]))
@@ -69,9 +70,9 @@ def position_means(
 def directions(
     centred_nF: Float64[np.ndarray, "n F"], most: int
 ) -> tuple[Float64[np.ndarray, " most"], Float64[np.ndarray, "F most"]]:
-    """Returns the main directions of centred rows and the variances along them, largest first.
+    """Returns variances and principal directions of centred rows, largest variance first.
 
-    Where the rows have fewer directions than `most`, the others are zeros.
+    If there are fewer than `most` directions, the rest is zeros.
     """
     _, size, axes_EF = np.linalg.svd(centred_nF, full_matrices=False)
     kept = min(most, len(size))

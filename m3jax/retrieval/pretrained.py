@@ -1,4 +1,4 @@
-"""Folders of encoders as Hugging Face and sentence-transformers write them: read and checked."""
+"""Reads encoders in the folder format of Hugging Face and sentence-transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from m3jax.model.hf import open_tensors, weight_files
 from m3jax.model.hf_config import CONFIG, read_json
 from m3jax.retrieval.bert import Architecture, Params, Pooling
 
-_FAMILIES = {"bert": False, "roberta": True, "xlm-roberta": True}  # positions count from padding?
+_FAMILIES = {"bert": False, "roberta": True, "xlm-roberta": True}  # positions from padding id?
 _FIXED = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
 _MODULES = ("Transformer", "Pooling", "Normalize")  # of sentence-transformers
 _POOLING = "1_Pooling/config.json"
@@ -26,25 +26,26 @@ _PUBLISHED = f"use the {CONFIG} that the encoder was published with"
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """Holds an encoder read from a folder."""
+    """Encoder read from a folder."""
 
     architecture: Architecture
     params: Params  # float32 arrays on the host, as `bert.encode` takes them
     pooling: Pooling
-    tokenizer: tokenizers.Tokenizer  # adds special tokens, cuts at `max_length`, does not pad
-    max_length: int  # most tokens of a text, special ones included
-    lower: bool  # texts are lower-cased before the tokenizer sees them
-    fingerprint: str  # hex digest of all of this
+    tokenizer: tokenizers.Tokenizer  # adds special tokens, truncates to `max_length`, does not pad
+    max_length: int  # most tokens of a text, including special tokens
+    lower: bool  # True if texts are lower-cased before tokenization
+    fingerprint: str  # hex digest of all other fields
 
 
 def read_pretrained(folder: Path, pooling: Literal["auto", "mean", "cls"]) -> Pretrained:
-    """Reads an encoder: `config.json`, `model.safetensors` (or its parts), `tokenizer.json`.
+    """Reads an encoder: `config.json`, `model.safetensors` (or its shards), `tokenizer.json`.
 
-    The pooling `auto` is what `1_Pooling/config.json` says.
+    With `pooling` = `auto`, the pooling is read from `1_Pooling/config.json`.
 
     Raises:
-      HuggingFaceError: the folder or a file is missing, damaged, or of a model that is not a BERT,
-        RoBERTa or XLM-RoBERTa encoder; a tensor is missing or has another shape.
+      HuggingFaceError: the folder or a file is missing or damaged; the model is not a BERT, RoBERTa
+        or XLM-RoBERTa encoder, or has settings, modules or a pooling that are not supported; a
+        tensor is missing or has another shape; or the tokenizer does not fit the encoder.
     """
     if not folder.is_dir():
         raise HuggingFaceError(
@@ -103,7 +104,7 @@ def _architecture(folder: Path) -> Architecture:
 
 
 def _check_modules(folder: Path) -> None:
-    """Refuses modules that sentence-transformers would put after the encoder and the pooling."""
+    """Raises if `modules.json` lists a sentence-transformers module that is not supported."""
     path = folder / "modules.json"
     if not path.is_file():
         return
@@ -130,7 +131,7 @@ def _pooling(folder: Path) -> Pooling:
     config = read_json(path)
     names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     chosen = [names.get(key, key) for key, on in config.items() if "mode" in key and on is True]
-    if isinstance(config.get("pooling_mode"), str):  # as newer versions write it
+    if isinstance(config.get("pooling_mode"), str):  # format of newer versions
         chosen = [config["pooling_mode"]]
     match chosen:
         case ["mean"]:
@@ -144,7 +145,7 @@ def _pooling(folder: Path) -> Pooling:
 
 
 def _limits(folder: Path, architecture: Architecture) -> tuple[int, bool]:
-    """Returns the most tokens of a text, and whether texts are lower-cased first."""
+    """Returns the most tokens of a text, and True if texts are to be lower-cased."""
     paths = (folder / "sentence_bert_config.json", folder / "tokenizer_config.json")
     sentence, tokenizer = (read_json(path) if path.is_file() else {} for path in paths)
     longest = sentence.get("max_seq_length") or tokenizer.get("model_max_length")
@@ -223,16 +224,16 @@ def _params(files: list[Path], architecture: Architecture) -> Params:
     }
 
 
-_LAST = "embeddings.word_embeddings.weight"  # what precedes it in a name precedes all
+_LAST = "embeddings.word_embeddings.weight"  # its prefix (`bert.`) precedes all names
 
 
 def _reader(files: list[Path]) -> Callable[[str, tuple[int, ...]], np.ndarray]:
-    """Returns `read(name, shape)`: a tensor of the files in float32."""
+    """Returns a function `read(name, shape)` that reads a tensor of the files as float32."""
     read_stored, names = open_tensors(files)
     prefix = next((name.removesuffix(_LAST) for name in sorted(names) if name.endswith(_LAST)), "")
 
     def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        # Weights converted from TensorFlow have the older names.
+        # Weights that were converted from TensorFlow have older names.
         older = name.replace("LayerNorm.weight", "LayerNorm.gamma")
         older = older.replace("LayerNorm.bias", "LayerNorm.beta")
         stored = next((n for n in (prefix + name, prefix + older) if n in names), None)

@@ -1,4 +1,4 @@
-"""Retriever: search, minus the references that would give away the text they accompany."""
+"""Retriever: searches references and drops those that overlap with the text being predicted."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from m3jax.retrieval.search import SearchIndex
 from m3jax.text.overlap import which_exceed
 from m3jax.text.references import References
 
-# Scores (n, c) of the references `ids` (n, c) for n texts; −inf for the id −1.
+# Reranker: returns the scores (n, c) of candidate ids (n, c) for n queries; −inf for the id −1.
 Rank = Callable[[Sequence[str], Int64[np.ndarray, "n c"]], Float32[np.ndarray, "n c"]]
 
 
 class Retriever:
-    """Searches an index and drops references by the overlap filter of Memory³ §6.1. Thread-safe.
+    """Searches an index and applies the overlap filter of Memory³ §6.1. Thread-safe.
 
     Attributes:
-      counts: since this retriever was made, `searched`: queries with a word that the knowledge base
-        knows; `returned`: references; `dropped`: references that ranked before the last of these
-        and were dropped for their overlap; `unfilled`: places of the results that stayed −1.
+      counts: totals since the retriever was made. `searched`: queries whose embedding is not zero;
+        `returned`: references in results; `dropped`: candidates that the overlap filter removed
+        while filling the results; `unfilled`: places in results that stayed −1.
     """
 
     def __init__(
@@ -36,8 +36,11 @@ class Retriever:
     ) -> None:
         """Makes a retriever; raises `RetrievalError` if the index is of other references.
 
-        Per query `candidates` references are fetched and, with `rank`, put in order by its scores;
-        one whose overlap with the text is above `overlap_limit` is dropped.
+        Args:
+          index, references: index to search, and the references that it was built from.
+          candidates: number of references that are fetched from the index per query.
+          overlap_limit: candidates that overlap more than this fraction (0 to 1) are dropped.
+          rank: reorders candidates by its scores; None = order of the index.
         """
         if index.references_fingerprint != references.fingerprint:
             raise RetrievalError(
@@ -52,12 +55,12 @@ class Retriever:
     def retrieve(
         self, queries: Sequence[str], against: Sequence[np.ndarray] | None, k: int
     ) -> Int64[np.ndarray, "n k"]:
-        """Returns ids of k references for every query, best first, −1 for none.
+        """Returns the ids of up to k references for each query, best first, filled up with −1.
 
-        Candidates with a score of 0 or less are not returned, so a query without a known word gets
-        none. `against` are, for every query, the tokens of the text that its references must not
-        contain; None = no filter. Raises `RetrievalError` where k is below 1, or `against` of
-        another length than `queries`.
+        Candidates whose score in the index is 0 or less are not returned, so that a query without
+        known words gets none. `against` has, for each query, the tokens of the text with which its
+        references must not overlap; None = no filter. Raises `RetrievalError` if k is below 1, or
+        `queries` and `against` differ in length.
         """
         if k < 1:
             raise RetrievalError(f"k = {k} references per query; ask for at least 1")
@@ -94,10 +97,10 @@ class Retriever:
     def _survivors(
         self, candidates: Int64[np.ndarray, "n c"], text: np.ndarray, k: int
     ) -> tuple[Int64[np.ndarray, "n k"], int]:
-        """Returns the first k candidates of each query that do not leak, and counts leaking ones.
+        """Returns each query's first k candidates that do not overlap, and the number dropped.
 
-        Every round compares what the queries need next, each reference once: neighbouring chunks of
-        a text find the same ones.
+        All queries have the same text. Each round compares the next needed candidates of all
+        queries, each reference only once, because neighbouring chunks find the same references.
         """
         leaks: dict[int, bool] = {}
         waiting = [row[row >= 0].tolist() for row in candidates]  # best first
@@ -122,13 +125,13 @@ class Retriever:
         return filled, dropped
 
     def report(self) -> dict[str, int]:
-        """Returns the counters."""
+        """Returns a copy of the counters."""
         with self._lock:
             return dict(self.counts)
 
 
 def _by_text(texts: Sequence[np.ndarray]) -> list[list[int]]:
-    """Groups places of the same array: the chunks of a row share one text."""
+    """Groups positions of the same array object: all chunks of a row share one text."""
     places: dict[int, list[int]] = {}
     for place, text in enumerate(texts):
         places.setdefault(id(text), []).append(place)

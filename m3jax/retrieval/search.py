@@ -1,7 +1,7 @@
-"""Nearest references by dot product: exact in NumPy, approximate with ScaNN.
+"""Search for the references of largest dot product: exact in NumPy, approximate with ScaNN.
 
-Both end in the same ranking of a few candidates, in float64 and one pair at a time, so that the
-result of a query does not depend on which other queries share its batch.
+Both end with the same ranking of a few candidates by float64 scores, each computed separately, so
+that the result of a query does not depend on the other queries of its batch.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from jaxtyping import Float32, Int64
 
 from m3jax.retrieval.embedder import Embedder
 
-SHARD_ROWS = 2**14  # embeddings per file, and per block of the exact search
-SPARE = 16  # candidates beyond k, so that ties at the edge go to the lower id
+SHARD_ROWS = 2**14  # embeddings per file and per block of the exact search
+SPARE = 16  # candidates beyond k, so that ties at the k-th place go to the lower id
 _QUERIES = 64  # queries per block
-_PAIRS = 128  # pairs scored at a time in float64: they fit a cache
-_MARGIN = 1e-5  # above the error of a float32 dot product of unit vectors
-_SCORE_ALL = 20_000  # references up to which ScaNN computes every score
+_PAIRS = 128  # pairs scored at a time in float64, which fit the processor's cache
+_MARGIN = 1e-5  # exceeds the error of a float32 dot product of unit vectors
+_SCORE_ALL = 20_000  # most references for which ScaNN computes all scores
 
 SearchResult = tuple[
     Int64[np.ndarray, "n k"], Float32[np.ndarray, "n k"]
@@ -32,7 +32,7 @@ SearchResult = tuple[
 
 @runtime_checkable
 class SearchIndex(Protocol):
-    """Interface of what a `Retriever` searches: `Index` or `DeltaIndex`."""
+    """Interface of indices that a `Retriever` searches: `Index` or `DeltaIndex`."""
 
     size: int  # number of ids R, tombstones included
     references_fingerprint: str
@@ -43,20 +43,20 @@ class SearchIndex(Protocol):
 
         The result of a query does not depend on the other queries of the call.
 
-        Returns ids and scores of k references a query, best first, equal scores by lower id; −1 and
-        −inf where there are fewer. Scores are those of the float32 embeddings, rounded once; of an
-        index without embeddings, those of ScaNN's 8 bits a number (within about 0.002 for unit
-        vectors), and then so are the order and what counts as equal. Raises `RetrievalError` where
-        k is below 1, or the embeddings are not of `embedder`.
+        Returns ids and scores of k references per query, best first, of equal scores the lower id
+        first; −1 and −inf if there are fewer. Scores are dot products of the float32 embeddings,
+        rounded once. An index without embeddings returns and ranks by the scores of ScaNN's 8-bit
+        embeddings, with an error of about 0.002 for unit vectors. Raises `RetrievalError` if k is
+        below 1 or the embeddings have another width than those of `embedder`.
         """
 
 
-# Settings of ScaNN for embeddings that do not cluster: all codes are compared.
+# Settings of ScaNN for embeddings that do not cluster: no tree, all codes are compared.
 ALL_CODES = {"leaves": 0, "block": 2, "sample": 100_000}
 
 
 def import_scann() -> ModuleType | None:
-    """Imports ScaNN's bindings without TensorFlow; None where it has no wheel."""
+    """Imports ScaNN's bindings without TensorFlow; None if ScaNN is not installed."""
     try:
         return importlib.import_module("scann").scann_ops_pybind
     except ImportError:
@@ -64,12 +64,13 @@ def import_scann() -> ModuleType | None:
 
 
 def scann_settings(references: int) -> dict[str, int]:
-    """Returns settings to train ScaNN for that many references, before anything is measured.
+    """Returns initial training settings of ScaNN for a number R of references.
 
-    Up to 20 000 it computes every score. Beyond, references lie in `leaves` = √R clusters, each in
-    two of them, and the codes (asymmetric hashing, `block` dimensions to one of 16 centres) of a
-    few clusters are compared with the query. Trained on `sample` references at most: of 100 000
-    vectors like those of a sentence encoder, a sample of 30 000 lost 5 % recall.
+    For up to 20 000 references all scores are computed. For more, references are assigned to
+    `leaves` = √R clusters, each reference to two, and a query is compared with the codes of a few
+    clusters (asymmetric hashing: `block` dimensions are quantized to one of 16 centres). `sample`
+    is the most training vectors: with 100 000 vectors like those of a sentence encoder, a sample of
+    30 000 lowered recall by 5 %.
     """
     if references <= _SCORE_ALL:
         return {"leaves": 0, "block": 0, "sample": 0}
@@ -84,12 +85,12 @@ def build_scann(
     folder: Path,
     standalone: bool = False,
 ) -> None:
-    """Trains a ScaNN searcher and writes it to a new folder; the same embeddings, the same bytes.
+    """Trains a ScaNN searcher and writes it to a new folder, deterministically.
 
-    With random initial centres, ScaNN's default, two trainings differ; with k-means++ they do not,
-    whatever the number of threads. A `standalone` searcher stores the embeddings in 8 bits a number
-    and can score its candidates itself; otherwise `Searcher` does, and codes alone are written.
-    `settings` are `scann_settings` or `ALL_CODES`.
+    ScaNN's default, random initial centres, differs between trainings; k-means++ does not, for any
+    number of threads. A `standalone` searcher stores 8-bit embeddings to score its candidates
+    itself; otherwise only codes are written, and `Searcher` scores the candidates. `settings` are
+    the result of `scann_settings` or `ALL_CODES`.
     """
     builder, sample = scann.builder(embeddings, 1, "dot_product"), settings["sample"]
     if settings["leaves"]:
@@ -106,7 +107,7 @@ def build_scann(
 
 
 def _within(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns where a row's scores are among its k best, or too close for float32 to tell."""
+    """Returns (row, column) of the k best scores of each row, and of those within float32 error."""
     best = min(k, scores.shape[1])
     kth = np.partition(scores, scores.shape[1] - best, axis=1)[:, scores.shape[1] - best]
     row, column = np.nonzero((scores >= kth[:, None] - _MARGIN) & (scores > -np.inf))
@@ -116,7 +117,7 @@ def _within(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 def merge(results: Sequence[SearchResult]) -> SearchResult:
     """Merges the results of several parts of an index for the same queries.
 
-    Ranks as `SearchIndex.search` does; −1 and −inf, where a part has fewer, come last.
+    Ranks as `SearchIndex.search` does; entries of −1 and −inf come last.
     """
     width = results[0][0].shape[1]
     ids, scores = (np.concatenate(columns, axis=1) for columns in zip(*results, strict=True))
@@ -128,8 +129,8 @@ class Searcher:
     """Searches stored embeddings. Safe to use from several threads; cannot be pickled.
 
     Attributes:
-      effort: `leaves` to search and least number of `candidates` to score, of an approximate
-        search; both 0 where ScaNN computes every score.
+      effort: `leaves` to search and lowest number of `candidates` to score in an approximate
+        search; both 0 if all scores are computed.
     """
 
     def __init__(
@@ -141,11 +142,11 @@ class Searcher:
         """Makes a searcher.
 
         Args:
-          shards: all embeddings in order, every shard but the last of `SHARD_ROWS` rows. Empty: the
-            ScaNN searcher was built `standalone`, and its scores are final.
-          scann: a loaded ScaNN searcher over them, or None for exact search. With it the embeddings
-            are held in memory, as one array that candidates are gathered from.
-          effort: the attribute.
+          shards: all embeddings in order; every shard but the last has `SHARD_ROWS` rows. Empty if
+            the ScaNN searcher is `standalone`, whose scores are final.
+          scann: a loaded ScaNN searcher over the embeddings, or None for exact search. With a
+            searcher, the embeddings are copied to one array in RAM.
+          effort: see the attribute.
         """
         self._scann, self.effort = scann, effort or {"leaves": 0, "candidates": 0}
         self._size = sum(map(len, shards)) if shards else scann.size()
@@ -156,11 +157,11 @@ class Searcher:
             self._shards = [self._whole[start : start + SHARD_ROWS] for start in starts]
 
     def exact(self) -> Searcher | None:
-        """Makes an exact search of the same embeddings; None without them."""
+        """Returns an exact searcher over the same embeddings; None without embeddings."""
         return Searcher(self._shards) if self._shards else None
 
     def search(self, queries: Float32[np.ndarray, "n E"], k: int) -> SearchResult:
-        """Returns the k best rows of every query; see `SearchIndex.search`."""
+        """Returns the k best rows for each query; see `SearchIndex.search`."""
         ids = np.full((len(queries), k), -1, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
         for start in range(0, len(queries), _QUERIES):
@@ -179,7 +180,7 @@ class Searcher:
         return ids, scores
 
     def _pairs_exact(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns pairs (query, id) that hold the k best of every query, whatever the rounding."""
+        """Returns pairs (query, id) that include the k best of each query despite rounding."""
         pairs = []
         for shard, rows in enumerate(self._shards):
             query, row = _within(queries @ rows.T, k)
@@ -190,27 +191,27 @@ class Searcher:
     def _pairs_scann(
         self, queries: np.ndarray, k: int, ids: np.ndarray, scores: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores ScaNN's candidates in float32 and returns the pairs of the best."""
+        """Scores ScaNN's candidates in float32; returns pairs as `_pairs_exact` does."""
         assert self._whole is not None
-        # One query at a time: its rows stay in the cache between the gathering and the product.
+        # One query at a time, so that its gathered rows are still in the cache for the product.
         rows = np.empty((ids.shape[1], queries.shape[1]), np.float32)
         for query, row, score in zip(queries, ids, scores, strict=True):
-            self._whole.take(row, axis=0, out=rows, mode="wrap")  # the id −1, too
+            self._whole.take(row, axis=0, out=rows, mode="wrap")  # wrap: also accepts the id −1
             np.matmul(rows, query, out=score)
         scores[ids < 0] = -np.inf
         query, column = _within(scores, k)
         return query, ids[query, column]
 
     def _candidates(self, queries: np.ndarray, k: int) -> SearchResult:
-        """Returns candidates of ScaNN with its scores; −1 and −inf where there are no more.
+        """Returns ids and scores of ScaNN's candidates, filled up with −1 and −inf.
 
-        ScaNN searches a block of queries in one call, where each has its own leaves, in an order
-        that does not depend on the others. What does depend on the call is the rounding of the
-        product of queries and cluster centres, by the shape of the block; so all blocks have the
-        same number of queries, filled up with the last.
+        ScaNN searches a block of queries in one call. The leaves of a query and their order do not
+        depend on the other queries, but the rounding of the product of queries and cluster centres
+        depends on the size of the block. Therefore every block is filled up to the same size with
+        copies of its last query.
         """
         n, leaves, candidates = len(queries), self.effort["leaves"], self.effort["candidates"]
-        # Asked for more than there are, it fills up with zeros whose score is not a number.
+        # For a count above the number of references, ScaNN returns ids 0 with scores of NaN.
         count = min(max(k + SPARE, candidates, 4 * k if candidates else 0), self._size)
         if n < _QUERIES and (candidates or self._whole is None):
             queries = np.concatenate([queries, np.repeat(queries[-1:], _QUERIES - n, axis=0)])
@@ -228,7 +229,7 @@ class Searcher:
         ids: np.ndarray,
         scores: np.ndarray,
     ) -> None:
-        """Scores the pairs and writes the best of every query into `ids` and `scores`."""
+        """Scores pairs in float64 and writes the best of each query into `ids` and `scores`."""
         score = np.empty(len(query), np.float32)
         for start in range(0, len(query), _PAIRS):
             part = slice(start, start + _PAIRS)

@@ -1,7 +1,8 @@
-"""Training and tuning of ScaNN, the cheapest search with enough recall; recall of an index.
+"""Trains and tunes ScaNN for the cheapest search with enough recall; measures recall of an index.
 
-How many clusters to search depends on how the embeddings cluster, which their number does not tell:
-of sentence embeddings 4 % of the clusters hold the results of a query, of lexical ones half do not.
+The number of clusters to search depends on how well the embeddings cluster, not only on their
+number: 4 % of the clusters contain the results of a query for sentence embeddings, whereas half of
+them do not suffice for lexical embeddings.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from m3jax.retrieval.search import ALL_CODES, SHARD_ROWS, SPARE, Searcher, Searc
 from m3jax.text.jsonl import read_records
 from m3jax.text.references import References
 
-QUERIES = 512  # held-out queries that recall is measured with
+QUERIES = 512  # held-out queries for measuring recall
 _K = 5
 _CANDIDATES = (512, 384, 256, 192, 128, 96, 64, 48, 32, 24)
 
@@ -33,8 +34,8 @@ def sample_queries(
 ) -> Float32[np.ndarray, "n E"]:
     """Embeds the second halves of up to `count` texts, evenly spread over the references `ids`.
 
-    They find their own reference and its neighbours, as the text beside it in a corpus would.
-    Halves without anything to search with are left out.
+    As queries they find their own reference and its neighbours, like adjacent text in a corpus.
+    Halves whose embedding is zero are left out.
     """
     ids = range(len(references)) if ids is None else ids
     places = np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(np.int64)
@@ -44,17 +45,17 @@ def sample_queries(
 
 
 def recall_at_k(ids: Int64[np.ndarray, "n first"], exact: SearchResult) -> float:
-    """Computes recall@k: the share of the exact k best that an approximate search returned.
+    """Computes recall@k: the fraction of the exact k best that an approximate search returned.
 
-    `exact` is of the exact search for `k + SPARE`: an id whose score equals the k-th counts like
-    the one that the tie went to.
+    `exact` is the result of the exact search for `k + SPARE` references, so that ids whose score
+    equals the k-th count as correct.
     """
     best, scores = exact
     k = min(ids.shape[1], best.shape[1])
     kth = scores[:, k - 1 : k]
     hits = ((ids[:, :, None] == best[:, None, :]) & (best >= 0)[:, None, :]).any(axis=1)
     better, tied = scores > kth, scores == kth
-    places = k - better.sum(axis=1)  # that equal scores share
+    places = k - better.sum(axis=1)  # left for ids whose score equals the k-th
     shared = np.minimum((hits & tied).sum(axis=1), places)
     existing = (best[:, :k] >= 0).sum()
     return float(((hits & better).sum() + shared.sum()) / max(existing, 1))
@@ -69,18 +70,18 @@ def fit(
     target: float,
     standalone: bool = False,
 ) -> dict[str, Any]:
-    """Trains, writes and tunes a ScaNN searcher; the same for the same arguments.
+    """Trains, writes and tunes a ScaNN searcher, deterministically.
 
-    Where half of the leaves or more would have to be searched, as with embeddings that do not
-    cluster, comparing all codes is faster: then it is trained again without leaves.
+    If half of the leaves or more would have to be searched, because the embeddings do not cluster,
+    comparing all codes is faster, and the searcher is trained again without leaves.
 
     Args:
-      scann, embeddings, settings, folder, standalone: as of `build_scann`.
-      queries: held-out queries, like those to come.
-      target: recall@5 of the queries to reach, if the most that is tried reaches it.
+      scann, embeddings, settings, folder, standalone: as in `build_scann`.
+      queries: held-out queries, of the same distribution as later queries.
+      target: recall@5 to reach; the result is lower if even the largest effort does not reach it.
 
     Returns:
-      `settings` as trained, `effort` for `Searcher` and `recall` at 5 of the queries.
+      The final `settings`, the `effort` for `Searcher`, and `recall`, the recall@5 of the queries.
     """
     shards = [embeddings[i : i + SHARD_ROWS] for i in range(0, len(embeddings), SHARD_ROWS)]
     exact = Searcher(shards).search(queries, _K + SPARE)
@@ -109,9 +110,10 @@ def _least_effort(
     exact: SearchResult,
     target: float,
 ) -> dict[str, int] | None:
-    """Returns the cheapest leaves and candidates that reach the target, if any do.
+    """Returns the cheapest effort that reaches the target recall; None if none does.
 
-    Fewer candidates need more leaves: so it walks along the border of what reaches the target.
+    Fewer candidates need more leaves, so the search follows the border of the efforts that reach
+    the target.
     """
     steps, step = [0], 4
     if settings["leaves"]:
@@ -131,7 +133,7 @@ def _least_effort(
 
 
 def _cost(effort: dict[str, int], settings: dict[str, int], shape: tuple[int, ...]) -> float:
-    """Estimates the time of a query: in nanoseconds on the machine where it was measured."""
+    """Estimates the nanoseconds of a query, with coefficients measured on one machine."""
     rows, dimension = shape
     compared = 2 * rows * effort["leaves"] / max(settings["leaves"], 1)  # each row is in two leaves
     codes = compared * dimension / settings["block"]
@@ -139,7 +141,10 @@ def _cost(effort: dict[str, int], settings: dict[str, int], shape: tuple[int, ..
 
 
 def read_queries(path: str | Path, most: int) -> list[str]:
-    """Reads the first `most` texts of a file of JSON lines with `question` or `text`."""
+    """Reads up to `most` queries from a JSON-lines file with `question` or `text`.
+
+    Raises `RetrievalError` if the file cannot be read, is empty, or has a line of another form.
+    """
 
     def parse(record: Any) -> str:
         return str(record["question"] if "question" in record else record["text"])
@@ -149,13 +154,14 @@ def read_queries(path: str | Path, most: int) -> list[str]:
 
 
 def recall_report(index: Index, queries: Float32[np.ndarray, "n E"], k: int = 5) -> dict[str, Any]:
-    """Compares `index.search` with exact search over the same embeddings, k references a query.
+    """Compares `index.search` with exact search over the same embeddings, k references per query.
 
-    Returns recall@k (ties count as returned), seconds a query of both searches, and `built_recall`,
-    measured when the index was built (None for exact search). Raises `RetrievalError` without
-    queries, with those of another width, or where the index has no embeddings to compare with.
+    Returns counts, recall@k (ties count as correct), seconds per query of both searches, and
+    `built_recall`, the recall@5 measured during the build (None for exact search). Raises
+    `RetrievalError` if no query has a known word, the queries have another width than the index, k
+    is below 1, or the index keeps no embeddings.
     """
-    queries = queries[queries.any(axis=1)]  # the rest finds nothing, exactly or not
+    queries = queries[queries.any(axis=1)]  # queries of zeros find nothing in either search
     if not len(queries):
         raise RetrievalError("no query has a word that the knowledge base knows; give others")
     exact, (ids, _) = index.search_exactly(queries, k + SPARE), index.search(queries, k)
@@ -177,7 +183,7 @@ def recall_report(index: Index, queries: Float32[np.ndarray, "n E"], k: int = 5)
 
 
 def recall_table(report: dict[str, Any]) -> str:
-    """Formats the report as lines of text."""
+    """Formats the result of `recall_report` as a table of text lines."""
     built = report["built_recall"]
     rows = {
         "references": report["references"],
