@@ -1,11 +1,11 @@
-"""Plans capacity: the needs of a config on a topology, by arithmetic alone.
+"""Capacity plans: computes the resources that a config needs on a TPU slice, without measurements.
 
 `capacity_plan` turns a config and assumptions into sections of quantities, each with its unit and
-its formula in words. Nothing here is measured: bytes and FLOP are counted from the config
-(`m3jax.flops`), speeds are data-sheet figures (`m3jax.hardware`), utilisation is an assumption.
+its formula in words. Bytes and FLOP are counted from the config (`m3jax.flops`), speeds are
+data-sheet figures (`m3jax.hardware`), and utilisation is an assumption.
 
-Every time below is `FLOP / (chips · peak FLOP/s · mfu)`. Bytes of a bank are those of memories with
-all slots filled, without its checksums and manifest (about 30 bytes a memory).
+Every time is `FLOP / (chips · peak FLOP/s · mfu)`. The bytes of a bank count memories with all
+slots filled, without checksums and manifest (about 30 bytes per memory).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from m3jax.errors import ConfigError
 from m3jax.hardware import Chip, chip_of_topology
 
 _HOUR, _DAY = 3600.0, 86_400.0
-_BFLOAT16 = 2  # bytes of a number in decoding
-# Bytes that ScaNN 1.4.2 holds for one dimension of one embedding, beside the embeddings that it
-# computes final scores from: codes of 4 bits for every two dimensions, or for every four in two
-# clusters, kept one to a byte and once more packed. Its process grew by 0.69–0.80 for 60 000
-# embeddings, with clusters and without.
+_BFLOAT16 = 2  # bytes per number in decoding
+# Bytes per dimension of an embedding that ScaNN 1.4.2 holds for its codes, besides the embeddings
+# for final scores. Codes have 4 bits per two dimensions, or per four dimensions in two clusters,
+# and are stored both one per byte and packed. Measured with 60 000 embeddings, with and without
+# clusters: the process grew by 0.69 to 0.80 bytes per dimension.
 _CODE_BYTES = 0.75
 _MOST_REFERENCES = 1e15
 
-# Of each number of `Assumptions`: the values that it may have, by a test and in words.
+# For each number in `Assumptions`: a test of its value, and the accepted values in words.
 _SIZE = (lambda value: 0 < value < math.inf, "a finite number of bytes above 0")
 _COUNT = (lambda value: value >= 1, "at least 1")
 _ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -50,22 +50,23 @@ _ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """Assumptions about the machine and its use.
+    """Assumptions of a capacity plan about the machine and its use.
 
     Attributes:
-      topology: a TPU slice, `v5e:16x16`.
-      references: size R of the knowledge base.
-      bytes_per_vector: of one compressed key or value vector; the paper's quantizer stores 14.
-      mfu: useful FLOP/s over peak, in training and writing. An assumption, never a measurement.
-      chips_per_host: chips that share one host process; 4 on slices of several hosts, whatever TPU.
-      host_bandwidth: bytes/s that a host can read from or write to the bank's storage; None takes
-        the network of the data sheet, where there is one.
-      price_per_chip_hour: of one chip, in any currency; None leaves costs out.
-      decode_batch: rows decoded at once.
-      decode_length: tokens of such a row, prompt included; None takes `data.sequence_length`.
+      topology: name of a TPU slice, such as `v5e:16x16`.
+      references: number R of references in the knowledge base.
+      bytes_per_vector: bytes of one compressed key or value vector; the paper's quantizer uses 14.
+      mfu: assumed model FLOPs utilisation of training and writing: useful FLOP/s over peak.
+      chips_per_host: chips per host process; 4 on TPU slices of several hosts.
+      host_bandwidth: bytes/s that a host can read from or write to the bank's storage; None: the
+        data sheet's network bandwidth, if it has one.
+      price_per_chip_hour: price of a chip-hour in any currency; None: no costs are computed.
+      decode_batch: number of rows decoded together.
+      decode_length: tokens of such a row, prompt included; None: `data.sequence_length`.
 
     Raises:
-      ConfigError: unknown topology, or a number out of its range; names the flag and the range.
+      ConfigError: the topology is unknown, or a number is out of its range; the message names the
+        flag and the range.
     """
 
     topology: str
@@ -92,27 +93,28 @@ class Assumptions:
 
     @property
     def chips(self) -> int:
-        """Chips of the slice."""
+        """Number of chips of the slice."""
         return math.prod(chip_of_topology(self.topology)[1])
 
     @property
     def hosts(self) -> int:
-        """Hosts of the slice, the last of which may have fewer chips."""
+        """Number of hosts of the slice; the last one may have fewer chips."""
         return -(-self.chips // self.chips_per_host)
 
     def seconds(self, work: float) -> float:
-        """Seconds for `work` FLOP: work / (chips · peak FLOP/s · mfu)."""
+        """Returns the seconds for `work` FLOP: work / (chips · peak FLOP/s · mfu)."""
         return work / (self.chips * self.chip.flops * self.mfu)
 
 
 class Quantity(NamedTuple):
-    """Figure of a plan.
+    """Quantity of a capacity plan.
 
     Attributes:
-      value: in `unit`; None where it cannot be known.
-      unit: `bytes`, `bytes/s`, `s`, `hours`, `FLOP`, `share` (of 1), `yes/no`, `cost` (in the
-        currency of the price), `count` (of what the name says), or what is counted.
-      formula: where the value comes from, in words.
+      value: value in `unit`; None if it is unknown.
+      unit: `bytes`, `bytes/s`, `s`, `hours`, `FLOP`, `share` (a fraction of 1), `yes/no`, `cost`
+        (in the currency of the price), `count` (of the items in the quantity's name), or the name
+        of the counted items.
+      formula: derivation of the value in words.
     """
 
     value: float | int | bool | None
@@ -124,7 +126,7 @@ Section = dict[str, Quantity]
 
 
 def capacity_plan(config: ConfigDict, assumptions: Assumptions) -> dict[str, Section]:
-    """Returns the sections of a plan for a validated config, by title."""
+    """Returns the sections of the capacity plan of a validated config, by title."""
     return {
         "bank": bank(config, assumptions),
         "writing the bank": writing(config, assumptions),
@@ -138,9 +140,11 @@ def capacity_plan(config: ConfigDict, assumptions: Assumptions) -> dict[str, Sec
 
 # -- sections --------------------------------------------------------------------------------------
 def bank(config: ConfigDict, assumptions: Assumptions) -> Section:
-    """Counts bytes of the bank and its files (Memory³, sparsity and storage).
+    """Counts the bytes of the bank and its files, and the factors that sparsity saves (Memory³ on
+    sparsity and storage).
 
-    A vector is head_dim numbers of `memory.dtype`, or `bytes_per_vector`.
+    A key or value vector has head_dim numbers of `memory.dtype`, or, compressed, `bytes_per_vector`
+    bytes.
     """
     references, vector = assumptions.references, assumptions.bytes_per_vector
     shard = min(references, config.writer.shard_memories)
@@ -169,8 +173,8 @@ def bank(config: ConfigDict, assumptions: Assumptions) -> Section:
 
 
 def writing(config: ConfigDict, assumptions: Assumptions) -> Section:
-    """Estimates the time to write the bank, without encoding with the quantizer, and the bandwidth
-    of its storage."""
+    """Estimates the time to write the bank, without the quantizer's work, and the bandwidth that
+    its storage needs."""
     references = int(assumptions.references)
     work = flops.writer(config, references)
     seconds = assumptions.seconds(work)
@@ -203,9 +207,10 @@ def training(config: ConfigDict, assumptions: Assumptions) -> Section:
 
 
 def reading(config: ConfigDict, assumptions: Assumptions) -> Section:
-    """Counts memories and bytes that hosts read from the bank while they train.
+    """Counts the memories and bytes that hosts read from the bank during training.
 
-    An upper bound: hidden chunks (`memory.dropout`) and repeated references count too.
+    The counts are upper bounds: chunks that `memory.dropout` hides and repeated references count,
+    too.
     """
     memories, words = 0, f"none are read with memory.source = {config.memory.source}"
     if config.memory.source == "precomputed":
@@ -221,10 +226,10 @@ def reading(config: ConfigDict, assumptions: Assumptions) -> Section:
 
 
 def index(config: ConfigDict, assumptions: Assumptions) -> Section:
-    """Counts host memory of the search index, of which a host holds the parts that it searches.
+    """Counts the RAM of the whole search index; a host holds only the shards that it searches.
 
-    ScaNN keeps embeddings for final scores, in float32 or int8, and its codes. The clusters add
-    less than a hundredth on large sets.
+    ScaNN keeps its codes, and embeddings for final scores in float32 or int8. Its clusters add less
+    than 1 % for large sets.
     """
     numbers = assumptions.references * config.retrieval.dimension
     words = "references · retrieval.dimension ·"
@@ -236,8 +241,11 @@ def index(config: ConfigDict, assumptions: Assumptions) -> Section:
 
 
 def decoding(config: ConfigDict, assumptions: Assumptions) -> Section:
-    """Counts accelerator memory of decoding in bfloat16, without activations: split evenly over the
-    slice, or whole on one chip. Memories are those of the chunk being decoded."""
+    """Counts the device RAM (HBM) of decoding in bfloat16, without activations: on one chip, and
+    split evenly over the slice.
+
+    Every row has the memories of the chunk that is being decoded.
+    """
     model, memory, batch = config.model, config.memory, assumptions.decode_batch
     length = assumptions.decode_length or config.data.sequence_length
     parameters = flops.parameters(config).total
@@ -264,10 +272,10 @@ def decoding(config: ConfigDict, assumptions: Assumptions) -> Section:
 
 
 def cost_model(config: ConfigDict) -> Section:
-    """Computes the paper's shares and bounds for this shape (Memory³ §2 and appendix).
+    """Computes the figures of the paper's cost model for this config (Memory³ §2 and appendix).
 
-    With fewer uses than `uses_from` text in the context (RAG) is cheaper than explicit memory; with
-    more than `uses_to` parameters are.
+    For a reference that is used less than `uses_from` times, text in the context (RAG) is cheaper
+    than explicit memory; if it is used more than `uses_to` times, training it into the parameters.
     """
     low, high = flops.usage_interval(config)
     share = flops.prompt_read_share(config, 4 * config.memory.chunk_length)
@@ -281,7 +289,8 @@ def cost_model(config: ConfigDict) -> Section:
 def _traffic(
     verb: str, formula: str, config: ConfigDict, assumptions: Assumptions, memories: float
 ) -> Section:
-    """Bytes/s of `memories` a second, in total and on a full host, against the host's network."""
+    """Compares the bytes/s of `memories` per second, in total and for a host with all its chips,
+    with the bandwidth of a host's network."""
     chip, chips = assumptions.chip, assumptions.chips
     of_host = min(chips, assumptions.chips_per_host)
     available = assumptions.host_bandwidth or chip.network * of_host or None
@@ -309,7 +318,7 @@ def _traffic(
 
 
 def _cost(seconds: float, assumptions: Assumptions) -> Section:
-    """Chip hours, and their cost where a price is given: hours · chips · price."""
+    """Computes chip hours and, if there is a price, their cost: hours · chips · price."""
     hours, price = seconds / _HOUR * assumptions.chips, assumptions.price_per_chip_hour
     section = {"chip_hours": Quantity(hours, "hours", "time · chips")}
     if price is not None:
@@ -319,7 +328,8 @@ def _cost(seconds: float, assumptions: Assumptions) -> Section:
 
 # -- showing ---------------------------------------------------------------------------------------
 def capacity_report(config: ConfigDict, assumptions: Assumptions) -> dict[str, Any]:
-    """Returns the plan as plain values for JSON: name, stage, assumptions, slice, quantities."""
+    """Returns the capacity plan as plain values for JSON, with the config's name and stage, the
+    assumptions and the slice."""
     return {
         "config": config.name,
         "stage": config.stage,
@@ -337,7 +347,7 @@ def capacity_report(config: ConfigDict, assumptions: Assumptions) -> dict[str, A
 
 
 def capacity_table(config: ConfigDict, assumptions: Assumptions) -> str:
-    """Returns the plan as lines `name  value  formula` under the titles of its sections."""
+    """Formats the capacity plan as lines `name  value  = formula` under the titles of sections."""
     sections, peak = capacity_plan(config, assumptions), assumptions.chip.flops / 1e12
     lines = [
         f"{config.name}, stage {config.stage}, on {assumptions.topology}: chips"
@@ -385,7 +395,8 @@ _LARGE = ("million", "billion", "trillion", "quadrillion")
 
 
 def _scaled(value: float, step: int, names: list[str]) -> str:
-    """Formats a value in the largest unit that it reaches; each is `step` times the unit before."""
+    """Formats a value in the largest unit in which it is at least 1; every unit is `step` times the
+    previous one."""
     power = 0
     while value >= step and power < len(names) - 1:
         value, power = value / step, power + 1
@@ -393,7 +404,7 @@ def _scaled(value: float, step: int, names: list[str]) -> str:
 
 
 def _digits(value: float) -> str:
-    """Three digits below 1000, all before the point above: `0.494`, `45.9`, `13,388`."""
+    """Formats three significant digits, or all integer digits from 1000 on: `0.494`, `13,388`."""
     if value == int(value):
         return f"{value:,.0f}"
     power = int(f"{value:.2e}".partition("e")[2])

@@ -1,7 +1,7 @@
-"""Compiles programs of a config for TPU slices that are not there; reports bytes, work and bounds.
+"""Compiles programs of a config for TPU slices that are not attached; reports HBM, FLOP and bounds.
 
-The compiler of libtpu runs anywhere. The memory that it reports is what the chip would need; times
-are lower bounds from counted work and data sheets, never measurements.
+The compiler of libtpu runs on any x86-64 Linux host. The HBM that it reports is what a chip would
+need; times are lower bounds from counted work and data sheets, not measurements.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class CompiledProgram:
     """Program compiled for a slice.
 
     Attributes:
-      jaxpr: what was traced.
-      text: the compiled program; empty where the compiler did not find room.
-      memory: bytes of one chip: `arguments`, `temporaries`, `code`, `peak`; only `peak`, as far as
-        the compiler states it, where it did not fit.
-      seconds: of compiling.
+      jaxpr: the traced program.
+      text: HLO text of the compiled program; empty if the compiler ran out of a chip's HBM.
+      memory: bytes of HBM on one chip: `arguments`, `temporaries`, `code`, `peak`. If the compiler
+        ran out, only `peak`, which is NaN if its error does not state it.
+      seconds: time of lowering and compiling.
     """
 
     jaxpr: Any
@@ -56,11 +56,11 @@ class CompiledProgram:
 
 
 def devices_of(topology: str) -> list[Any]:
-    """Returns the devices of a TPU slice, good for compiling only.
+    """Returns the devices of a TPU slice, for compiling only.
 
     Raises:
-      ConfigError: no such topology.
-      CompileError: libtpu is missing or refuses the name.
+      ConfigError: the name of the topology is malformed or its chip unknown.
+      CompileError: libtpu is not installed or knows no such slice.
     """
     chip, shape = chip_of_topology(topology)
     try:
@@ -85,7 +85,7 @@ def devices_of(topology: str) -> list[Any]:
 
 
 def compile_train(config: ConfigDict, mesh: Mesh) -> CompiledProgram:
-    """Compiles the train step on abstract arrays."""
+    """Compiles the train step for abstract arrays."""
     program = Program(config, mesh)
     arguments: list[Any] = [program.abstract, abstract_batch(config, mesh)]
     if config.guard.on:  # the factor on the learning rate
@@ -94,7 +94,8 @@ def compile_train(config: ConfigDict, mesh: Mesh) -> CompiledProgram:
 
 
 def compile_writer(config: ConfigDict, mesh: Mesh) -> CompiledProgram:
-    """Compiles the encode of the memory writer on abstract arrays."""
+    """Compiles the memory writer's program that encodes a batch of references, for abstract
+    arrays."""
     model = make_model(config, PREFIX_TOKENS, mesh)
     shapes, axes = model.abstract()
     shardings = parameter_shardings(mesh, axes)
@@ -106,7 +107,7 @@ def compile_writer(config: ConfigDict, mesh: Mesh) -> CompiledProgram:
 
 
 def compile_decode(config: ConfigDict, mesh: Mesh, context: int) -> CompiledProgram:
-    """Compiles the generation of a chunk after prompts of `context` tokens on abstract arrays."""
+    """Compiles the generation of a chunk after prompts of `context` tokens, for abstract arrays."""
     model = make_model(config, PREFIX_TOKENS, mesh)
     decoder = Decoder(model, Sampling(), stop=(3,))
     B, M, Q = config.data.batch_size, config.memory.per_prompt_chunk, config.memory.chunk_length
@@ -128,7 +129,7 @@ def compile_decode(config: ConfigDict, mesh: Mesh, context: int) -> CompiledProg
 
 
 def _memories(config: ConfigDict, *lead: int) -> ExplicitMemory:
-    """Returns stored memories `(L, *lead, K, P, H)` as shapes."""
+    """Returns the shapes of memories `(L, *lead, K, P, H)` in `memory.dtype`."""
     memory, model = config.memory, config.model
     shape = (memory.layers, *lead, model.kv_heads, memory.kept_tokens, model.head_dim)
     values: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(memory.dtype))
@@ -137,9 +138,10 @@ def _memories(config: ConfigDict, *lead: int) -> ExplicitMemory:
 
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> Batch:
-    """Returns the inputs of a train step as shapes with shardings.
+    """Returns the batch of a train step as shapes with shardings.
 
-    Preference pairs get as many slots for answers as a row of one text has chunks.
+    For preference pairs, a row has 2 · max(1, C // 4) slots for log-probabilities of answers, where
+    C is the result of `chunks_of_row`.
     """
     memory, sharding = config.memory, batch_sharding(mesh)
 
@@ -177,8 +179,8 @@ def _compile(function: Any, *arguments: Any) -> CompiledProgram:
         return CompiledProgram(traced.jaxpr, "", {"peak": needed}, seconds)
     seconds = time.perf_counter() - start
     stats = compiled.memory_analysis()
-    # The compiler's own peak, of arguments and temporaries at the worst moment. Its sum of
-    # temporaries counts buffers twice that are never there together (by 4.6 of 12 GB in one case).
+    # The compiler's peak of arguments and temporaries that are live together. Its sum of
+    # temporaries adds buffers that are never live together (4.6 of 12 GB in one case).
     peak = stats.peak_memory_in_bytes + stats.generated_code_size_in_bytes
     memory = {
         "arguments": stats.argument_size_in_bytes,
@@ -195,20 +197,22 @@ def compile_report(
     """Compiles one program of a config for a slice.
 
     Args:
-      config: a config.
-      topology: `v5e:16x16`.
-      program: `train`, `writer` (the encode of a batch of references) or `decode` (a chunk of
-        tokens after the memories of a bank; work and bounds are those of one token a row, and
-        `mesh.fsdp` counts as `mesh.data`).
-      rows, context: of `decode`: rows on one device of `mesh.data`, tokens of a prompt.
+      config: a config, which is validated.
+      topology: name of the slice, such as `v5e:16x16`.
+      program: `train`, `writer` (encoding of a batch of references) or `decode` (generation of a
+        chunk of tokens with memories; FLOP and bounds are those of one token per row, and devices
+        of `mesh.fsdp` are used as `mesh.data`).
+      rows, context: for `decode`: rows per device of `mesh.data`, and tokens of a prompt.
 
     Returns:
-      Bytes of a chip (`peak_bytes_per_chip`, its parts in `memory`), `collectives` by kind and each
-      in `exchanges`, `flops` of all chips, lower bounds of a step in `seconds`, `mfu_ceiling`,
-      `compile_seconds`, and what was compiled.
+      HBM of a chip in bytes (`peak_bytes_per_chip`, its parts in `memory`), the sums of
+      `collectives` by kind and a list of all (`exchanges`), `flops` of all chips, lower bounds of
+      the time of a step in `seconds`, `mfu_ceiling`, `compile_seconds`, and the identity of the
+      program (`name`, `program`, `source`, `topology`, `mesh`, …).
 
     Raises:
-      ConfigError, CompileError: it cannot be compiled for that slice.
+      ConfigError: the config is invalid or does not fit the slice, or the topology is unknown.
+      CompileError: libtpu is not installed or knows no such slice.
     """
     validate(config)
     chip, _ = chip_of_topology(topology)
@@ -264,8 +268,8 @@ def compile_report(
 
 
 def _serving(config: ConfigDict, rows: int, devices: int) -> ConfigDict:
-    """Returns a copy of the config on a mesh of `data` and `tensor` alone, where weights are whole,
-    with `rows` rows on each device of `data`."""
+    """Returns a copy of the config for decoding: a mesh with `fsdp` = 1, where only `tensor` splits
+    weights, and `rows` rows on each device of `data`."""
     changed = config.copy_and_resolve_references()
     tensor = changed.mesh.tensor
     with changed.unlocked():
@@ -278,11 +282,12 @@ def _serving(config: ConfigDict, rows: int, devices: int) -> ConfigDict:
 def _memory_bytes(
     config: ConfigDict, memory: dict[str, float], mesh: Mesh, program: str, context: int
 ) -> float:
-    """Least bytes that a chip moves to and from its memory in one run.
+    """Returns a lower bound of the bytes that a chip reads from and writes to its HBM in one run.
 
-    Training reads and writes the state once, reads the whole weights in each of three passes
-    (forward, recomputation, backward) of every microbatch, and writes and reads the saved input of
-    every layer; the writer reads weights once; decoding a token reads weights, keys and values.
+    Training reads and writes the state once, reads the gathered weights in each pass (forward,
+    recomputation if any, backward) of every microbatch, and writes and reads the saved input of
+    every layer. The writer reads its arguments and weights once; decoding a token reads weights,
+    keys and values.
     """
     if program == "decode":
         rows = config.data.batch_size // (mesh.size // mesh.shape["tensor"])
@@ -301,11 +306,11 @@ def _memory_bytes(
 
 
 def on_path(config: ConfigDict, path: str) -> ConfigDict:
-    """Returns a copy of the config that reads memories as a path says.
+    """Returns a copy of the config whose train step gets its memories in another way.
 
     Args:
       config: a config of any stage.
-      path: warmup, precomputed or online.
+      path: `warmup` (no memories), `precomputed` or `online`.
     """
     changed = config.copy_and_resolve_references()
     changed.memory.source = "none" if path == "warmup" else path
@@ -320,12 +325,14 @@ def search_meshes(
     microbatches: Sequence[int] = (1, 2, 4),
     remat: Sequence[str] = ("full",),
 ) -> Iterator[dict[str, Any]]:
-    """Compiles for several meshes and remat policies: of each the fewest microbatches that fit.
+    """Compiles the train step for several meshes and remat policies, each with the numbers of
+    microbatches in turn up to the first that fits; yields every report.
 
-    Skips meshes that cannot hold the config (heads, rows) or would leave chips idle.
+    Skips meshes that do not divide the config's heads, widths or rows, or the slice's chips.
 
     Raises:
-      ConfigError: none of them can; it is that of the last one.
+      ConfigError: all meshes were skipped; the error is that of the last one.
+      CompileError: libtpu is not installed or knows no such slice.
     """
     chips = len(devices_of(topology))
     refused: ConfigError | None = None
@@ -355,17 +362,19 @@ def search_meshes(
 
 
 def best_report(reports: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Returns the report that fits whose lower bounds have the least sum; None if none fits.
+    """Returns the report with the least sum of lower bounds among those that fit; None if none
+    fits.
 
-    The sum is the time of a step of which nothing overlaps; so a mesh that sends less wins among
-    meshes of equal work, and recomputing less wins as far as more microbatches do not eat it up.
+    The sum bounds the time of a step without overlap of compute, HBM and interconnect. Among meshes
+    of equal work the one that sends less is the best; less recomputation is better unless the
+    microbatches that it needs cost more than it saves.
     """
     fitting = [report for report in reports if report["fits"]]
     return min(fitting, key=lambda report: sum(report["seconds"].values()), default=None)
 
 
 def remedy(report: dict[str, Any], chip: Chip) -> str:
-    """Returns advice where a program does not fit."""
+    """Returns a message for a program that does not fit a chip, with advice."""
     over = report["peak_bytes_per_chip"] / chip.memory
     return (
         f"does not fit: {report['peak_bytes_per_chip'] / 1e9:.1f} GB of {chip.memory / 1e9:.0f} GB"

@@ -59,8 +59,8 @@ class Parallel:
         gradient = gradient.astype(self.reduce_dtype)
         scatter = axis is not None and bool(self.axes("fsdp"))
         if scatter and axis is not None:
-            # The parts get a leading axis of their own, which is not tiled in the chip's memory:
-            # along a tiled axis the TPU compiler pads, exchanges halos, or uses an all-reduce.
+            # The parts get a leading axis of their own, which the TPU's layout does not tile: along
+            # a tiled axis the compiler pads, exchanges halos, or uses an all-reduce.
             shape, ways = gradient.shape, self.size("fsdp")
             parts = (*shape[:axis], ways, shape[axis] // ways, *shape[axis + 1 :])
             gradient = jnp.moveaxis(gradient.reshape(parts), axis, 0)

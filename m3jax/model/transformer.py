@@ -47,7 +47,7 @@ class Model:
       prefix_tokens: tokens of the constant prefix, or () for none.
       mesh: with more than one device, the functions compute on one device's parts and must run
         under `mesh.on_devices`, with parameters split by `specs()` and rows by `ACTIVATIONS`.
-      loss_block: number of tokens per row whose logits are in memory at a time.
+      loss_block: number of tokens per row whose logits are computed at a time.
       z_loss: factor of log²(softmax normalizer) in the loss.
       reduce_dtype: name of the dtype in which gradients are summed over devices.
       packed: length in tokens of rows that hold several texts; 0 if a row is one text.

@@ -70,7 +70,7 @@ def cross_entropy(
       x_BTD: normed hidden states; products are computed in their dtype, with float32 results.
       table_VD: this device's rows of the LM head.
       targets_BT, weights_BT: next tokens and their weights (float32).
-      block: maximal number of tokens per row whose logits are in memory at a time; the largest
+      block: maximal number of tokens per row whose logits are computed at a time; the largest
         divisor of T up to it is used.
       z_loss: factor of log² Z.
     """
@@ -179,8 +179,8 @@ def _sums(
     if not gradient:
         return sums, None
     x_gradient = jnp.moveaxis(x_gradient, 0, 1).reshape(x.shape)
-    # The barrier reduces the table's gradient now: its full size must not stay in memory during the
-    # backward pass of the layers.
+    # The barrier reduces the table's gradient now, so that its full size is not held on the device
+    # during the backward pass of the layers.
     return sums, jax.lax.optimization_barrier(
         (x_gradient, parallel.reduce(carry[-1], 0, part.dtype))
     )
