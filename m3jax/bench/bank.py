@@ -1,4 +1,4 @@
-"""Benchmark `bank`: random reads of memories of the 2.4B model, against reading the same bytes."""
+"""Benchmark `bank`: random reads of the 2.4B model's memories, compared with plain `pread`."""
 
 from __future__ import annotations
 
@@ -19,27 +19,30 @@ from m3jax.bench.rounds import Rounds
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank
 
-# A memory of Memory³'s 2.4B model, bfloat16; and one of 64 bytes.
+# Config fields of a bank with the memories of Memory³'s 2.4B model in bfloat16, and of one with
+# memories of 64 bytes.
 _SHAPE = section("model", layers=22, query_heads=8, kv_heads=8, head_dim=80) | section(
     "memory", layers=22, dtype="bfloat16"
 )
 _TINY = section("model", kv_heads=1, head_dim=8) | section("memory", layers=1, kept_tokens=2)
-_READ = 160  # memories a read: 32 rows of a prompt chunk, five each
-_THREADS = 16  # of the plain reads
+_READ = 160  # memories per read: five for a prompt chunk of each of 32 rows
+_THREADS = 16  # threads that call `pread`
 
 
 def bank(memories: int = 2048, tiny_memories: int = 1_000_000) -> Rounds:
-    """Measures the throughput of `Bank.read_stored` over 16 threads of `pread` of the same bytes.
+    """Measures the throughput of `Bank.read_stored` relative to `pread` in 16 threads.
 
-    A read is of 160 random ones of `memories` of 450 560 bytes. Cold: the files are dropped from
-    the page cache before every read. Warm: they are in it, but not in the bank's own cache.
+    Every read fetches 160 random memories of a bank of `memories` memories of 450 560 bytes. Cold:
+    the files are dropped from the page cache before every read. Warm: they are in the page cache,
+    but not in the bank's own cache.
 
     Yields:
       `ratios` of throughput (above 1: the bank is faster): `cold_over_pread`, `warm_over_pread`;
-      `compressed_over_bf16`, memories a second of a bank by the vector quantizer, cold;
-      `compressed_over_pread`, which is what the disk gives for pieces so small. `seconds` of a
-      read, `rates`. `tiny`: of a bank of `tiny_memories` of 64 bytes: `seconds` to open it, and
-      the largest resident `MB` of a process that reads it, with those `MB_before` it was opened.
+      `compressed_over_pread`, the same for cold reads of a bank that the vector quantizer
+      compressed, whose pieces are small; `compressed_over_bf16`, memories per second of that bank
+      over those of the uncompressed bank, both cold. `seconds` of a read and `rates`. `tiny`: for a
+      bank of `tiny_memories` memories of 64 bytes, the `seconds` to open it, and the peak resident
+      size in `MB` of a process that reads it (`MB_before` it opened the bank).
     """
     random = np.random.default_rng(0)
 
@@ -81,14 +84,15 @@ def bank(memories: int = 2048, tiny_memories: int = 1_000_000) -> Rounds:
 
 
 def _open_in_process(folder: Path) -> dict[str, float]:
-    """Opens a bank in a new process and reads 100 batches of it."""
+    """Opens a bank in a new process, reads 100 batches of memories, and returns the figures of
+    `tiny` in `bank`."""
     command = [sys.executable, "-c", _READER, str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     seconds, before, used = map(float, done.stdout.split())
     return {"seconds": seconds, "MB": used, "MB_before": before}
 
 
-# Prints the seconds to open the bank, and the largest resident size before and after reading, MB.
+# Prints the seconds to open the bank, and the peak resident size before and after reading in MB.
 _READER = """
 import sys, time
 import numpy as np
@@ -108,7 +112,7 @@ print(seconds, before, used())
 
 
 def _drop(folder: Path) -> None:
-    """Drops files from the page cache."""
+    """Drops all files in a folder from the page cache."""
     for path in filter(Path.is_file, folder.rglob("*")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -117,7 +121,8 @@ def _drop(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _preader(bank: Bank) -> Iterator[Callable[[np.ndarray], None]]:
-    """Reads memories with plain `pread`, knowing where each lies."""
+    """Yields a function that reads memories with `pread` in threads, from offsets that are read
+    beforehand from the shards' indexes."""
     shard, item = bank.manifest["shard_memories"], bank.bytes // bank.size
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(_THREADS))

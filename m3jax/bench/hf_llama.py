@@ -1,4 +1,4 @@
-"""Hugging Face's Llama in torch at the shape of a config, for the benchmarks to compare with."""
+"""Hugging Face's Llama in torch at the shape of a config, a baseline of the benchmarks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ Peer = Sequence[Any]  # the modules torch and transformers
 def llama_step(
     peer: Peer, config: ConfigDict, tokens: Int[np.ndarray, "B T"]
 ) -> Callable[[], float]:
-    """Makes a call that takes a train step in float32, on all cores, and returns the loss.
+    """Returns a function that takes one train step in float32 on all CPU cores and returns the
+    loss.
 
-    A step is loss, gradients, clipping and AdamW; every token but the first of a row is a target.
+    A step is loss, gradients, clipping and AdamW; every token except a row's first is a target.
     """
     torch, llama = peer[0], _llama(peer, config).train()
     optimizer = config.optimizer
@@ -42,7 +43,8 @@ def llama_step(
 def llama_generate(
     peer: Peer, config: ConfigDict, prompts: Int[np.ndarray, "B T"], new: int
 ) -> Callable[[], Int[np.ndarray, "B n"]]:
-    """Makes a call that generates `new` tokens for each prompt, greedy, cached, on all cores."""
+    """Returns a function that generates `new` tokens per prompt, greedily, with a key-value cache,
+    on all CPU cores."""
     torch, llama = peer[0], _llama(peer, config).eval()
     batch = torch.from_numpy(np.asarray(prompts, np.int64))
     options = {"do_sample": False, "use_cache": True, "pad_token_id": 0, "eos_token_id": None}

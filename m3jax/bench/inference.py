@@ -1,8 +1,8 @@
-"""Benchmark `inference`: generation with memories over none, text retrieval, and Hugging Face.
+"""Benchmark `inference`: speed of generation with memories, without, with RAG, and of Hugging Face.
 
-The speed test of Memory³ §9 at a size for a CPU: as many tokens out as in, three retrievals a row
-of five memories each, no cache of memories. Weights, words and memories are random: what a token
-costs does not depend on them.
+The speed test of Memory³ §9 at a size for a CPU: as many generated tokens as prompt tokens, three
+retrievals of five memories per row, no cache of memories. Weights, words and memories are random,
+since the cost of a token does not depend on them.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from m3jax.retrieval.index import Index
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.tokenizer import BOS, Tokenizer
 
-_ROUND_TRIP = 0.02  # seconds until a remote bank answers
+_ROUND_TRIP = 0.02  # seconds until a remote bank answers a request
 _CLOSE = ("none", "explicit", "compressed")  # modes whose speeds differ by less than a run's noise
-_CLOSE_TURNS = 4  # of these modes, in a round
+_CLOSE_TURNS = 4  # runs of each of these modes in a round
 _RATES = ("explicit_over_none", "compressed_over_none", "cold_over_none", "explicit_over_rag")
-_REPORTED = ("explicit", "compressed", "cold", "remote_1")  # modes whose retrievals are
+_REPORTED = ("explicit", "compressed", "cold", "remote_1")  # modes whose retrieval is reported
 # 50M parameters without the embedding; `FULL` has 100M.
 _SHAPE = (
     section("model", layers=8, query_heads=12, kv_heads=4, head_dim=64, hidden=768, mlp_width=2048)
@@ -71,23 +71,25 @@ def inference(
     words: int = 4000,
     shape: Mapping[str, Any] = {},
 ) -> Rounds:
-    """Measures tokens a second of every mode of generation.
+    """Measures tokens per second of every mode of generation.
 
-    A round generates once in each mode, and four times in the modes that lie close together.
+    A round generates once in each mode, and four times in the modes with similar speeds.
 
     Args:
-      batch: rows generated together.
-      tokens: of a prompt, and generated after it.
-      references, words: in the knowledge base, and in the vocabulary.
-      shape: config fields that differ from those of a model of 50M parameters.
+      batch: number of rows generated together.
+      tokens: number of tokens of a prompt, and of generated tokens.
+      references, words: number of references, and of distinct words in their texts.
+      shape: config fields that replace those of a model of 50M parameters.
 
     Yields:
-      `ratios` of tokens a second between modes (`rag`: five references as text, end to end; `hf`:
-      Hugging Face, where the extra `parity` is installed; `…_1`: one row alone; `remote`: the bank
-      on an HTTP server that answers after 20 ms) and `ttft_rag_over_explicit`, of the time to the
-      first token. `tokens_per_second`, `first_token_seconds`, `state_MB` (keys and values on the
-      device), by mode; of modes with memories what retrieval took. `counted`: extra work of a
-      decoded token by own count.
+      `ratios` of tokens per second between modes. Modes: `none` (no memories), `explicit` (a bank),
+      `compressed` (a bank by the vector quantizer), `cold` (memories are written when retrieved),
+      `remote` (a bank on an HTTP server that answers after 20 ms), `rag` (five references as text,
+      retrieval included), `hf` (Hugging Face, if the extra `parity` is installed); `…_1` generates
+      one row alone. Also `ttft_rag_over_explicit`, the ratio of times to the first token.
+      `tokens_per_second`, `first_token_seconds` and `state_MB` (keys and values on the device) by
+      mode. For each mode in `_REPORTED` the cost of retrieval. `counted`: FLOP and bytes that
+      memories add to a decoded token, as counted fractions.
     """
     config = configured(_SHAPE, shape)
     with contextlib.ExitStack() as stack:
@@ -125,13 +127,14 @@ def inference(
 
 
 def draw_speeds(path: Path, result: Mapping[str, Any]) -> None:
-    """Draws the speeds that `inference` measured of rows together."""
+    """Plots the speeds that `inference` measured, without the modes of one row (`…_1`)."""
     speeds = {k: v for k, v in result["tokens_per_second"].items() if not k.endswith("_1")}
     speed_bars(path, speeds, result["first_token_seconds"], "generation, three retrievals a row")
 
 
 def _counted(config: ConfigDict, batch: int, context: int) -> dict[str, float]:
-    """Counts the share that memories add to decoding a token of each row after `context` tokens."""
+    """Counts the FLOP and bytes that memories add to decoding a token after `context` tokens, as
+    fractions of those without memories."""
     counts = {"flops": flops.decode_step, "bytes": flops.decode_bytes}
     return {
         name: count(config, batch, context) / count(config, batch, context, 0) - 1
@@ -141,13 +144,13 @@ def _counted(config: ConfigDict, batch: int, context: int) -> dict[str, float]:
 
 @dataclasses.dataclass
 class _Mode:
-    """A mode of generation: generates once when called, and keeps the figures of that call."""
+    """Mode of generation: generates once when called, and keeps the figures of that call."""
 
     generator: Generator
-    prompts: Callable[[], list[str]]  # makes them, within the time
-    tokens: int  # generated for each
-    first_token: float = 0.0  # seconds, of all rows
-    state_bytes: int = 0  # keys and values on the device
+    prompts: Callable[[], list[str]]  # makes the prompts; its time counts
+    tokens: int  # number of tokens to generate per prompt
+    first_token: float = 0.0  # seconds until all rows have their first token
+    state_bytes: int = 0  # bytes of keys and values on the device
     retrieval: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __call__(self) -> None:
@@ -188,7 +191,7 @@ def _modes(
 
     def generator(memories: Any = None) -> Generator:
         reads = memories and MemoryRetriever(retriever, memories, tokenizer, count)
-        # Draws, so that random weights do not say the same word again and again.
+        # Sampled: greedy generation with random weights would repeat one word.
         drawn = Sampling(temperature=1.0, seed=1)
         return Generator(model, params, tokenizer, reads, sampling=drawn, stop=(), longest=longest)
 
@@ -213,7 +216,8 @@ def _modes(
 
 @contextlib.contextmanager
 def _serving(folder: Path) -> Iterator[str]:
-    """Serves ranges of bytes of a folder's files, each after a round trip; gives its URL."""
+    """Serves the files of a folder by HTTP, byte ranges included, with a delay of `_ROUND_TRIP` per
+    request; yields the URL."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -253,7 +257,7 @@ def _words(count: int) -> list[str]:
 
 
 def _texts(words: list[str], count: int, length: int, seed: int) -> list[str]:
-    """Draws texts of random words, each a token."""
+    """Draws `count` texts of `length` random words, each of which is one token."""
     random = np.random.default_rng(seed)
     return [" " + " ".join(random.choice(words, length)) for _ in range(count)]
 
@@ -261,10 +265,11 @@ def _texts(words: list[str], count: int, length: int, seed: int) -> list[str]:
 def _knowledge(
     config: ConfigDict, folder: Path, words: list[str], count: int
 ) -> tuple[Retriever, Tokenizer]:
-    """Prepares references of random words, as long as can be, and the search over them."""
-    length = config.memory.reference_length - 2  # the first word of a text is of two tokens
+    """Prepares references of random words, of nearly the maximal length, and opens a retriever and
+    the tokenizer."""
+    length = config.memory.reference_length - 2  # the first word of a text has two tokens
     texts = _texts(words, count, length, seed=2)
-    texts += [f" {HEADER}" + " ".join(words) for _ in range(3)]  # so that every word is a token
+    texts += [f" {HEADER}" + " ".join(words) for _ in range(3)]  # makes every word a token
     documents = folder / "documents.jsonl"
     write_jsonl(documents, ({"id": str(i), "text": text} for i, text in enumerate(texts)))
     references = prepare(config, folder, documents)

@@ -1,4 +1,4 @@
-"""Data that benchmarks make: configs, prepared workdirs, banks of random numbers."""
+"""Synthetic inputs of benchmarks: configs, prepared workdirs, banks of random numbers."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from m3jax.text.references import References
 
 
 def section(name: str, **values: Any) -> dict[str, Any]:
-    """Returns fields of a section of the config, for `configured`."""
+    """Prefixes fields with the name of their config section, for `configured`."""
     return {f"{name}.{field}": value for field, value in values.items()}
 
 
 def configured(*fields: Mapping[str, Any]) -> ConfigDict:
-    """Returns the default config with these fields, later ones over earlier ones, validated."""
+    """Returns the validated default config with these fields; later mappings override earlier."""
     config = config_lib.default()
     for part in fields:
         config.update_from_flattened_dict(dict(part))
@@ -43,7 +43,7 @@ def configured(*fields: Mapping[str, Any]) -> ConfigDict:
 def prepare(
     config: ConfigDict, workdir: Path, documents: Path, knowledge: Path | None = None
 ) -> References:
-    """Prepares text, references and index of a workdir silently; returns the references."""
+    """Prepares text, references and index of a workdir without output; returns the references."""
     second = None if knowledge is None else str(knowledge)
     prepare_text(config, workdir, str(documents), second, say=lambda line: None)
     references = References(workdir / "references")
@@ -52,7 +52,8 @@ def prepare(
 
 
 def random_codec(config: ConfigDict) -> Codec:
-    """Makes the codec of `writer.compression`, with random tables: times do not depend on them."""
+    """Makes the codec of `writer.compression`; a vector quantizer gets random tables, since times
+    do not depend on their values."""
     head_dim, dtype = config.model.head_dim, config.memory.dtype
     if config.writer.compression != codecs.VECTOR:
         return Codec(config.writer.compression, head_dim, dtype)
@@ -68,7 +69,7 @@ def random_codec(config: ConfigDict) -> Codec:
 
 
 def made_bank(folder: Path, config: ConfigDict, memories: int) -> Bank:
-    """Writes a bank of random numbers or codes, the same in all shards, to a new folder."""
+    """Writes a bank of random numbers or codes to a new folder, with equal shards, and opens it."""
     codec = random_codec(config)
     binding = Binding("made", "made", "made", layout_of(config, PREFIX_TOKENS))
     info = {"writer_step": 0, "writer_path": ""}

@@ -1,4 +1,4 @@
-"""Table of the benchmarks, and the driver that takes, shows and keeps their rounds."""
+"""Table of the benchmarks, and the driver that runs their rounds, prints and saves the results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ INTERRUPTED = 130  # exit code
 
 
 class Benchmark(NamedTuple):
-    """A benchmark, its default number of rounds, and its arguments at other sizes."""
+    """Benchmark: its generator of rounds, the default number of rounds, its arguments at the sizes
+    `smallest` and `full`, and a function that plots its result."""
 
     rounds: Callable[..., Rounds]
     default: int
@@ -63,22 +64,26 @@ def run(
     picture: str | Path | None = None,
     **options: Any,
 ) -> int:
-    """Takes rounds of a benchmark; prints the medians of its ratios after each, at the end of all.
+    """Runs rounds of a benchmark; prints the medians of its ratios after each round, and a table of
+    all figures at the end.
 
-    The first round, which compiles and warms caches, does not count. Ended by Ctrl-C or SIGTERM it
-    keeps the rounds that it has.
+    The first round, which compiles and warms caches, is not counted. Ctrl-C and SIGTERM end the
+    benchmark; the rounds completed so far are kept.
 
     Args:
-      name, size: of `BENCHMARKS`, and `smallest`, `default` or `full`.
-      count: rounds to take; None: the benchmark's own number.
-      minutes: no round but the first begins that would probably end later than this.
+      name: key of `BENCHMARKS`.
+      size: `smallest`, `default` or `full`.
+      count: number of rounds; None: the benchmark's default.
+      minutes: time limit. After the first counted round, a round starts only if it would end in
+        time when it takes as long as the longest so far.
       json: file for the result, written after every round: medians by section and figure,
-        `spread` (least and largest value of the rounds), `rounds` (how many were `taken`, `of` how
-        many, what `ended` them) and `environment`.
-      picture: PNG of the result, of benchmarks that draw one.
-      options: arguments of the benchmark; None is its default.
+        `spread` ([least, largest] value over rounds), `rounds` (number `taken`, number planned
+        `of`, and the reason why they `ended`) and `environment`.
+      picture: PNG file for a plot of the result, for benchmarks that have one.
+      options: arguments of the benchmark; None selects the default.
 
-    Returns the exit code: 0, or 130 where a signal ended it.
+    Returns:
+      The exit code: 0, or 130 if a signal ended the benchmark.
     """
     benchmark = BENCHMARKS[name]
     options = {key: value for key, value in options.items() if value is not None}
@@ -124,7 +129,7 @@ def run(
 
 
 def _summary(taken: list[Round], count: int, ended: str) -> _Result:
-    """Makes the result that `run` writes."""
+    """Makes the result that `run` writes, from the counted rounds."""
 
     def fold(of: Callable[[list[float]], Any]) -> dict[str, Any]:
         return {
@@ -149,7 +154,7 @@ def _summary(taken: list[Round], count: int, ended: str) -> _Result:
 
 
 def _table(result: _Result) -> str:
-    """Formats medians, and least and largest value of the rounds."""
+    """Formats the medians, and the least and largest values over the rounds, as a table."""
     lines = []
     for section, spread in result["spread"].items():
         lines.append(f"{section + ':':<42}    median   least – largest")

@@ -1,8 +1,8 @@
-"""Benchmark `overlap`: pairs of a row and a retrieved reference that the overlap filter decides.
+"""Benchmark `overlap`: speed of the filter of references that overlap with the row that reads them.
 
-A row of T tokens has T/64 chunks, each of which found 16 references, as in training; all of them
-are compared with the row at once. Seconds are CPU seconds of all threads of the process: other
-programs do not count.
+A row of T tokens has T/64 chunks, each with 16 retrieved references, as in training; the filter
+compares all of them with the row at once. Times are CPU seconds of all threads of the process, so
+that other programs have no influence.
 """
 
 from __future__ import annotations
@@ -30,24 +30,25 @@ CHUNK, CANDIDATES = 64, 16
 
 
 class Pairs(NamedTuple):
-    """A row and the references retrieved for its chunks, repeated if several chunks found them."""
+    """Row, and the references retrieved for its chunks; a reference repeats if several chunks
+    retrieved it."""
 
     text: np.ndarray  # tokens of the row
-    references: np.ndarray  # (n, W), padded behind `lengths`
-    lengths: np.ndarray  # (n,)
+    references: np.ndarray  # (n, W), tokens of each reference, padded at the end
+    lengths: np.ndarray  # (n,), number of tokens of each reference
 
 
 def overlap(rows: int = 8, workdir: str | Path | None = None) -> Rounds:
-    """Measures the filter's time over that of the exact measure for every pair.
+    """Measures the time of the filter relative to computing the exact overlap of every pair.
 
     Args:
-      rows: rows of each length.
-      workdir: folder of `launch/prepare.py` whose rows and index are used; default: made text.
+      rows: number of rows of each length.
+      workdir: folder of `launch/prepare.py` whose rows and index are used; None: synthetic text.
 
     Yields:
-      For rows of 512 and 2048 tokens and the thresholds of training and evaluation `ratios`:
-      `filter_over_windowed…`; `pairs_per_second`; `shares` of pairs above the thresholds, and
-      the median overlap, by which made text can be compared with real text.
+      For rows of 512 and 2048 tokens and the thresholds of training and evaluation: `ratios` of
+      times, `filter_over_windowed_…`; `pairs_per_second` of the filter; `shares`: the fraction of
+      pairs above each threshold and the median overlap, to compare synthetic with real text.
     """
     cases: list[tuple[str, list[Pairs], float]] = []
     shares = {}
@@ -77,7 +78,7 @@ def _filter(rows: list[Pairs], threshold: float) -> None:
 
 
 def _windowed(rows: list[Pairs]) -> np.ndarray:
-    """Returns the exact measure of every pair."""
+    """Computes the exact overlap of every pair of row and reference."""
     return np.array(
         [
             windowed(row.text, tokens[:length])
@@ -105,19 +106,17 @@ def _retrieved(workdir: str | Path, length: int, rows: int) -> list[Pairs]:
     return pairs
 
 
-# Made text. The constants are fitted to English Wikipedia with a vocabulary of 8192, of which
-# docs/performance.md has the figures: tokens by the law of Zipf and Mandelbrot, mixed with those of
-# a topic; every article is also cut into references, so that a chunk finds its own text.
+# Synthetic text. The constants are fitted to English Wikipedia with a vocabulary of 8192 (figures
+# in docs/performance.md). Tokens follow the Zipf-Mandelbrot law, mixed with tokens of a topic.
+# Articles are also split into references, so that a chunk retrieves its own text.
 _VOCABULARY, _WIDTH, _ARTICLE = 8192, 128, 4096
 _TOPIC_TOKENS, _TOPIC_SHARES, _RARE_SHARES = 400, (0.0, 0.4), (0.0, 0.4)
-_FROM_ARTICLE, _EDITED = 0.38, 0.04  # shares of a chunk's candidates
+_FROM_ARTICLE, _EDITED = 0.38, 0.04  # fractions of a chunk's candidates
 
 
 def made_pairs(length: int, rows: int, seed: int = 0) -> list[Pairs]:
-    """Invents rows with references as retrieval finds them: copies, edited copies, same topic.
-
-    A row has at most 4096 tokens.
-    """
+    """Makes synthetic rows of at most 4096 tokens with references like retrieved ones: copies,
+    edited copies, and other texts of the same topic."""
     rng = np.random.default_rng([seed, length])
     return [_made_row(rng, length) for _ in range(rows)]
 
@@ -131,7 +130,7 @@ def _made_row(rng: np.random.Generator, length: int) -> Pairs:
     pieces = []
     for first in range(begin, begin + length, CHUNK):
         edges = np.searchsorted(cuts, (first, first + CHUNK - 1), side="right")
-        pieces += [own[at] for at in edges.tolist()]  # the text of the chunk itself
+        pieces += [own[at] for at in edges.tolist()]  # references that contain the chunk's text
         for draw in rng.random(CANDIDATES - len(edges)):
             piece = own[rng.integers(len(own))]
             if draw >= _FROM_ARTICLE:
@@ -148,7 +147,8 @@ def _made_row(rng: np.random.Generator, length: int) -> Pairs:
 
 
 def _draw(rng: np.random.Generator, topic: np.ndarray, count: int) -> np.ndarray:
-    """Draws tokens of the vocabulary by frequency, some of the topic, some seldom ones (names)."""
+    """Draws tokens by frequency, mixed with tokens of the topic and uniformly drawn, mostly rare
+    tokens (like names)."""
     tokens = rng.choice(_VOCABULARY, count, p=_zipf(_VOCABULARY))
     special = topic[rng.choice(len(topic), count, p=_zipf(len(topic)))]
     tokens = np.where(rng.random(count) < rng.uniform(*_TOPIC_SHARES), special, tokens)

@@ -1,4 +1,4 @@
-"""Benchmark `quantizer`: speed and error of the vector quantizer over those of FAISS."""
+"""Benchmark `quantizer`: speed and error of the vector quantizer relative to FAISS."""
 
 from __future__ import annotations
 
@@ -26,22 +26,25 @@ def quantizer(
     coarse_bits: int = 14,
     fine_bits: int = 10,
 ) -> Rounds:
-    """Measures encoding and dequantizing with FAISS's own tables, and the errors of both trainings.
+    """Measures quantizing and dequantizing with FAISS's tables, and the errors of both trainings.
 
-    Without FAISS, which the extra `parity` installs, only our own speed and errors. Raises
-    `BenchmarkError` where the bank is compressed or too small.
+    Without FAISS, which the extra `parity` installs, measures only our speed and errors.
 
     Args:
-      vectors: training vectors. FAISS asks for 638 976.
-      workdir: folder whose bank (uncompressed) gives the vectors; default: made ones of 80 numbers.
-      tested: vectors encoded and dequantized, none of them trained on.
-      coarse_bits, fine_bits: of the tables, as in `codebooks.train`.
+      vectors: number of training vectors. FAISS recommends 638 976.
+      workdir: folder with an uncompressed bank, whose vectors are used; None: synthetic vectors of
+        80 numbers.
+      tested: number of held-out vectors to quantize and dequantize.
+      coarse_bits, fine_bits: sizes of the tables, as in `codebooks.train`.
 
     Yields:
-      `ratios`: `encode_over_faiss` and `dequantize_over_faiss`, vectors a second with FAISS's
-      tables and as many threads (above 1: we are faster); `error_over_faiss`, relative error of our
-      tables over that of FAISS's, on vectors not trained on; `error_single_over_four`, of codes
-      that try one coarse entry over those that try four. `seconds`, `errors`.
+      `ratios`: `encode_over_faiss` and `dequantize_over_faiss`, vectors per second with FAISS's
+      tables and as many threads (above 1: ours is faster); `error_over_faiss`, relative error with
+      our tables over that with FAISS's, on held-out vectors; `error_single_over_four`, error of
+      codes that try one coarse entry over codes that try four. `seconds` and `errors`.
+
+    Raises:
+      BenchmarkError: the bank is compressed or has too few vectors.
     """
     count = vectors + tested
     x = _made(count) if workdir is None else _of_bank(Path(workdir), count)
@@ -72,7 +75,7 @@ def quantizer(
         calls["dequantize_faiss"] = lambda: index.sa_decode(code)
     placed, placed_code = jnp.asarray(held_out), jnp.asarray(code)
     encode = jax.jit(lambda x: quantization.quantize(book, x, candidates=1))
-    known = jax.tree.map(np.asarray, book)  # as a bank's codec has it
+    known = jax.tree.map(np.asarray, book)  # NumPy constants, as in a bank's codec
     dequantize = jax.jit(lambda code: quantization.dequantize(known, code))
     calls["encode"] = lambda: encode(placed).block_until_ready()
     calls["dequantize"] = lambda: dequantize(placed_code).block_until_ready()
@@ -87,7 +90,7 @@ def quantizer(
 
 
 def codebook_of_faiss(faiss: Any, index: Any) -> Codebook:
-    """Converts the tables of a trained `OPQ…,Residual2x…,PQ8x…`."""
+    """Converts the tables of a trained FAISS index `OPQ…,Residual2x…,PQ8x…` to a `Codebook`."""
     rotation = faiss.downcast_VectorTransform(index.chain.at(0))
     layers = faiss.downcast_index(index.index)
 
@@ -102,7 +105,7 @@ def codebook_of_faiss(faiss: Any, index: Any) -> Codebook:
 
 
 def _made(count: int, dim: int = 80) -> np.ndarray:
-    """Draws vectors near a few thousand centres, in directions of unequal width."""
+    """Draws vectors around 4000 centres, with unequal variances along random directions."""
     random = np.random.default_rng(0)
     turn = np.linalg.qr(random.normal(size=(dim, dim)))[0]
     width = np.geomspace(2.0, 0.1, dim)
@@ -112,7 +115,7 @@ def _made(count: int, dim: int = 80) -> np.ndarray:
 
 
 def _of_bank(workdir: Path, count: int) -> np.ndarray:
-    """Reads keys and values, in a random order, of a bank's real slots."""
+    """Reads `count` keys and values in random order from a bank, skipping empty slots."""
     bank = Bank.open(workdir / "bank")
     if not bank.codec.plain:
         raise BenchmarkError(f"{workdir / 'bank'} is compressed; give one of config.memory.dtype")

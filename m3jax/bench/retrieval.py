@@ -1,4 +1,4 @@
-"""Benchmark `retrieval`: the approximate search against the exact search, in one thread."""
+"""Benchmark `retrieval`: the approximate search compared with the exact search, in one thread."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ from m3jax.retrieval.search import SHARD_ROWS, SPARE, Searcher, import_scann, sc
 from m3jax.retrieval.tune import QUERIES, fit, recall_at_k
 
 _K = 5
-_TARGET = 0.95  # recall that the search is tuned to
-_SEARCHED = 640  # queries of a round: ten blocks of the exact search
+_TARGET = 0.95  # recall to which the search is tuned
+_SEARCHED = 640  # queries per round: ten blocks of the exact search
 _LEVELS = (8, 64, 512)  # nodes per level of the hierarchy of subjects
-_SHARES = {"mean": 0.02, "level": 0.057, "topic": 0.26}  # of the variance; the rest is a row's own
-_TOPIC_ROWS = 25
+_SHARES = {"mean": 0.02, "level": 0.057, "topic": 0.26}  # of the variance; a row's own has the rest
+_TOPIC_ROWS = 25  # mean number of rows per topic
 _QUERY_COSINE = 0.75
 
 
 def retrieval(rows: int = 100_000, dimension: int = 384) -> Rounds:
-    """Measures recall at 5 and time of the tuned approximate search over those of the exact search.
+    """Measures recall@5 and time of the tuned approximate search relative to the exact search.
 
-    `launch/bench.py` gives NumPy one thread, as ScaNN's calls have. Raises `RetrievalError` where
-    ScaNN cannot be imported.
+    `launch/bench.py` limits NumPy to one thread, which is what ScaNN's calls use.
 
     Yields:
-      `ratios`: `recall_at_5` and `time_over_exact`, of 640 queries; `seconds` a query; `settings`:
-      what was trained and tuned, and the recall on the held-out queries that it was tuned with.
+      `ratios` on 640 queries: `recall_at_5`, and `time_over_exact`; `seconds` per query, and of
+      `building` the index; `settings` of the trained index, its tuned search effort, and the recall
+      on the held-out queries that it was tuned with.
+
+    Raises:
+      RetrievalError: ScaNN cannot be imported.
     """
     scann = import_scann()
     if scann is None:
@@ -65,17 +68,18 @@ def retrieval(rows: int = 100_000, dimension: int = 384) -> Rounds:
 def sentence_like(
     rows: int, queries: int, dimension: int, seed: int = 0
 ) -> tuple[Float32[np.ndarray, "R E"], Float32[np.ndarray, "n E"]]:
-    """Draws unit vectors distributed like a sentence encoder's of passages, and queries near some.
+    """Draws unit vectors distributed like a sentence encoder's embeddings of passages, and queries
+    near distinct ones of them.
 
-    A row is a sum of Gaussian vectors, normalised: one that all rows share (2 % of the variance),
-    one of each of three nested subjects (8, 64 and 512 of them, 5.7 % each), one of its topic
-    (26 %; 25 rows a topic on average) and one of its own. All have the covariance with eigenvalues
-    (i + 30)^−1.3 in the same random basis. A query is a row with noise of that covariance at a
-    cosine of 0.75. The shares were fitted to 37 000 passages of Wikipedia embedded by
-    all-MiniLM-L6-v2: the spectrum (there 17, 47 and 69 % of the variance in 10, 50 and 100
-    directions, here 16, 49 and 67 %), the mean cosine of a row with its 5th neighbour (0.55, here
-    0.50), and the recall with few leaves searched, on which the benchmark depends (there 0.934 with
-    6 of 192 leaves, here 0.946). Queries are of distinct rows.
+    A row is a normalised sum of Gaussian vectors: one that all rows share (2 % of the variance),
+    one for each of three nested subjects (8, 64 and 512 of them, 5.7 % each), one for its topic
+    (26 %; 25 rows per topic on average) and one of its own. All have the covariance with
+    eigenvalues (i + 30)^−1.3 in the same random basis. A query has a cosine of 0.75 with its row;
+    the rest is noise of that covariance. The shares are fitted to 37 000 passages of Wikipedia
+    embedded by all-MiniLM-L6-v2: the spectrum (there 17, 47 and 69 % of the variance in 10, 50 and
+    100 directions, here 16, 49 and 67 %), the mean cosine of a row with its 5th neighbour (there
+    0.55, here 0.50), and the recall with few leaves searched, on which the benchmark depends (there
+    0.934 with 6 of 192 leaves, here 0.946).
     """
     rng = np.random.default_rng(seed)
     spectrum = (np.arange(1, dimension + 1) + 30.0) ** -0.65

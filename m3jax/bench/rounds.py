@@ -1,4 +1,4 @@
-"""Parts that benchmarks share: a round of programs timed in turn, ratios, optional peers."""
+"""Functions that benchmarks share: alternating timing, ratios, import of optional peers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def timed(
     turns: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Times calls in turn, every other turn backwards (A B, B A, …); returns the median seconds."""
+    """Times each call once per turn, in reverse order in every other turn (A B, B A, …); returns
+    the median seconds of each."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(turns):
         for name in [*calls][:: -1 if turn % 2 else 1]:
@@ -30,13 +31,15 @@ def timed(
 
 
 def quotients(figures: Mapping[str, float], *names: str) -> dict[str, float]:
-    """Returns each `A_over_B` of the figures `A` and `B`; without those that lack a figure."""
+    """Returns the ratio of figures `A` and `B` for each name `A_over_B`; omits ratios of which a
+    figure is missing."""
     parts = {name: name.split("_over_") for name in names}
     return {n: figures[a] / figures[b] for n, (a, b) in parts.items() if {a, b} <= figures.keys()}
 
 
 def import_peer(ratios: str, *modules: str) -> list[Any] | None:
-    """Imports the modules of a peer, or prints which ratios are left out and what to install."""
+    """Imports the modules of a library to compare with. If a module is missing, prints which ratios
+    are left out and what to install, and returns None."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Benchmarks `train` and `writer`: step times of memory over none, and the encode of the bank."""
+"""Benchmarks `train` (step times with and without memories) and `writer` (writing the bank)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ from m3jax.train.monitor import Monitor
 from m3jax.train.state import Program
 from m3jax.train.step import make_step, scale_on
 
-# Small enough for a CPU, in the proportions of a real model; `FULL` has twice the rows.
+# Config fields of a model that is small enough for a CPU, in the proportions of a real model;
+# `FULL` has twice the rows.
 _SHAPE = (
     section("model", layers=4, query_heads=8, kv_heads=2, head_dim=32, hidden=256, mlp_width=704)
     | section("model", vocabulary=2048, attention_block=128, prefix="always")
@@ -58,21 +59,25 @@ _RATIOS = (
     "guarded_over_plain",
     "monitor_over_plain",
 )
-_GUARD_TURNS = 3  # of a step with and without the stability guard, in a round
-_MONITOR_TURNS = 200
+_GUARD_TURNS = 3  # steps with and without the stability guard per round
+_MONITOR_TURNS = 200  # updates of the guard's statistics per round
 
 
 def train(persons: int = 2000, shape: Mapping[str, Any] = {}) -> Rounds:
-    """Measures step times of precomputed and online memories over warmup.
+    """Measures the times of train steps with precomputed and online memories relative to warmup.
 
-    Four references tell of five of the invented `persons`; `shape` has config fields that differ.
+    Args:
+      persons: number of invented persons in the knowledge base; four equal texts describe each
+        group of five persons.
+      shape: config fields that replace those of the benchmark's model.
 
     Yields:
-      `ratios`: `pipeline_over_precomputed`, of a step fed by the pipeline over the same batch
-      again; `compressed_…`, of memories dequantized in the step from 14 bytes each; `…_hf_llama`,
-      of Hugging Face's Llama in torch at the same shape, dtype and cores, where the extra `parity`
-      is installed; `guarded_…`, of a step with the stability guard, and `monitor_…`, of its
-      statistics. `seconds` of the steps.
+      `ratios` of step times: `precomputed_over_warmup`, `online_over_warmup`;
+      `pipeline_over_precomputed`, batches from the pipeline over repeating one batch;
+      `compressed_over_precomputed`, vectors of 14 bytes dequantized in the step over plain ones;
+      `warmup_over_hf_llama`, over Hugging Face's Llama in torch with the same shape, dtype and
+      cores, if the extra `parity` is installed; `guarded_over_plain`, with the stability guard;
+      `monitor_over_plain`, an update of the guard's statistics over a step. `seconds` of all.
     """
     plain = configured(_SHAPE, shape)
     with _workdir(plain, persons) as workdir:
@@ -104,10 +109,11 @@ def train(persons: int = 2000, shape: Mapping[str, Any] = {}) -> Rounds:
 
 
 def writer(persons: int = 2000, shape: Mapping[str, Any] = {}) -> Rounds:
-    """Measures the share of the bank writer's time that it waits for the jitted encode.
+    """Measures the fraction of its time that the bank writer waits for the jitted encode program.
 
-    Yields `ratios`: `encode_share`; `rates`: `memories_per_second`;
-    `seconds` of writing the bank.
+    Yields:
+      `ratios`: `encode_share`, that fraction; `rates`: `memories_per_second`; `seconds` to write
+      the `bank`. Arguments are as in `train`.
     """
     config = configured(_SHAPE, shape)
     with _workdir(config, persons) as workdir:
@@ -123,7 +129,7 @@ def writer(persons: int = 2000, shape: Mapping[str, Any] = {}) -> Rounds:
 
 @contextmanager
 def _workdir(config: ConfigDict, persons: int) -> Iterator[Path]:
-    """Prepares a temporary workdir of invented people."""
+    """Prepares a temporary workdir with references about invented people; yields its folder."""
     with tempfile.TemporaryDirectory() as name:
         workdir = Path(name)
         world = people.make_world(0, names=400, people=persons, unseen=10, values=32, facts=4)
@@ -140,14 +146,14 @@ def _workdir(config: ConfigDict, persons: int) -> Iterator[Path]:
 def _write(
     config: ConfigDict, workdir: Path, folder: Path, base: Bank | None = None
 ) -> dict[str, Any]:
-    """Writes a bank with random weights."""
+    """Writes a bank with random weights; returns the writer's report."""
     model, references = make_model(config, PREFIX_TOKENS), References(workdir / "references")
     params = model.init(jax.random.key(0))
     return write_bank(config, model, params, references, folder, progress=False, base=base)
 
 
 class _Stage:
-    """The train step of a config, fed by the pipeline or with the same batch again."""
+    """Train step of a config, on batches of the pipeline or on one batch again and again."""
 
     def __init__(self, config: ConfigDict, workdir: Path, bank: Path | None = None):
         self.mesh = make_mesh(config)
@@ -163,11 +169,11 @@ class _Stage:
             self.watch(value, value)  # a full window, as in all steps but the first
 
     def repeat(self) -> None:
-        """Takes a step with the same batch."""
+        """Takes a step with the first batch."""
         self._run(self.same)
 
     def from_pipeline(self) -> None:
-        """Takes a step with the next batch."""
+        """Takes a step with the next batch of the pipeline."""
         self._run(self._place(next(self.batches)))
 
     def watch(self, loss: float = 3.0, norm: float = 3.0) -> None:
@@ -190,6 +196,6 @@ def _compress(config: ConfigDict, workdir: Path) -> Path:
     base, folder = Bank.open(workdir / "bank"), workdir / "compressed"
     folder.mkdir()
     tables = codecs.to_bytes(random_codec(config), base.binding.owner)
-    (folder / CODEBOOK).write_bytes(tables)  # the writer trains none then
+    (folder / CODEBOOK).write_bytes(tables)  # so that the writer trains no tables
     _write(config, workdir, folder, base)
     return folder
