@@ -1,4 +1,4 @@
-"""Metrics of a stage: one JSON object a line in `metrics.jsonl`, TensorBoard events, a summary."""
+"""Metrics of a stage: the JSON lines of `metrics.jsonl`, TensorBoard events, and a summary."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FILE = "metrics.jsonl"
 
 
 def read_metrics(stage_folder: str | Path) -> list[dict[str, Any]]:
-    """Reads the lines of a stage's metrics, without a last line that was cut off by a kill."""
+    """Reads the lines of a stage's metrics, up to a last line that a kill has cut off."""
     path = Path(stage_folder) / FILE
     lines = []
     for text in path.read_text("utf-8").splitlines() if path.exists() else ():
@@ -40,10 +40,10 @@ def time_spent(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Sums up the time of a run by part, over all its starts, from lines of `read_metrics`.
 
     Returns:
-      `goodput`, the share of the time since the first start that went into steps whose result was
-      kept; `seconds` since the first start; of these the `step`, `data_wait`, `checkpoint`,
-      `evaluation` and `start` seconds of the kept lines; and `lost`, the rest: steps that were
-      repeated, and the time between the end of a process and the next start. {} before a line.
+      `goodput`, the share of the time since the first start that was spent on steps whose results
+      were kept; `seconds` since the first start; of these the seconds of `step`, `data_wait`,
+      `checkpoint`, `evaluation` and `start` in the kept lines; and `lost`, the rest: repeated
+      steps, and the time between the end of a process and the next start. {} if no line has times.
     """
     timed = [line for line in lines if "time" in line]
     if not timed:
@@ -76,11 +76,12 @@ def describe_time(spent: Mapping[str, float]) -> str:
 def retrieval_shares(
     counts: Mapping[str, float], before: Mapping[str, float] = {}
 ) -> dict[str, float]:
-    """Computes shares of what was retrieved and read between two reports of a pipeline.
+    """Computes the shares of dropped references and cache hits between two reports of a pipeline.
 
     Returns:
-      `dropped_share`, of retrieved references that leak, and `cache_hit_share`, of memories that
-      were in the cache; without that of which there was nothing in between.
+      `dropped_share`, the share of retrieved references dropped for their overlap with the text,
+      and `cache_hit_share`, the share of memories read from the cache; each only if references or
+      memories were read between the reports.
     """
     shares = {}
     for name, part, rest in (
@@ -96,19 +97,19 @@ def retrieval_shares(
 class Metrics:
     """Writes the metrics of one run.
 
-    Opening drops what was logged after the checkpoint that the run goes on from, so that no step is
-    there twice. The first line says when the run was first started. Each rollback of a guarded run
-    has a line `{"step", "guard"}` behind those of the step that the run went back to.
+    Opening drops the lines logged after the checkpoint that the run continues from, so that no step
+    is logged twice. The first line records when the run was first started. Each rollback of a
+    guarded run has a line `{"step", "guard"}` after the lines of the step that it went back to.
 
     Args:
       stage_folder: folder of the stage.
-      step: step of that checkpoint, 0 for a new run.
-      running: seconds that this process has spent on the run before.
-      now: the time, seconds since 1970.
-      rollbacks: of `m3jax.train.guard.read_rollbacks`.
+      step: step of the checkpoint that the run continues from, 0 for a new run.
+      running: seconds that this process has spent on the run so far.
+      now: returns the time in seconds since 1970.
+      rollbacks: rollbacks of the run, see `m3jax.train.guard.read_rollbacks`.
 
     Attributes:
-      seconds: run time up to that step, summed over all processes of the run.
+      seconds: run time up to `step`, summed over all starts of the run.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class Metrics:
                 self._events.add_scalar(name, value, int(line["step"]))
 
     def sync(self) -> None:
-        """Makes all lines durable, as a checkpoint that follows will be."""
+        """Forces all lines to disk, so that no checkpoint is ahead of the metrics."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -161,9 +162,9 @@ class Metrics:
 def _with_rollbacks(
     lines: list[dict[str, Any]], rollbacks: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Adds the lines of the rollbacks: a rollback's place depends on no kill in between."""
+    """Inserts a line for every rollback, at a place that does not depend on kills in between."""
     place = None
-    for rollback in reversed(rollbacks):  # a later one may have gone back further
+    for rollback in reversed(rollbacks):  # a later rollback may have gone back further
         place = rollback["to"] if place is None else min(place, rollback["to"])
         number = sum(line["step"] <= place for line in lines if "guard" not in line)
         lines = [*lines[:number], {"step": place, "guard": dict(rollback)}, *lines[number:]]
@@ -175,17 +176,17 @@ def _to_line(line: Mapping[str, Any]) -> str:
 
 
 class Summary(NamedTuple):
-    """Outcome of a stage; `str` gives lines for people.
+    """Outcome of a stage; `str` formats it as lines of text.
 
     Attributes:
-      stage: its name.
-      step: of the last checkpoint.
-      checkpoint: folder of that.
+      stage: name of the stage.
+      step: step of the last checkpoint.
+      checkpoint: folder of the last checkpoint.
       seconds: run time over all starts.
-      loss, accuracy: of the last logged line.
+      loss, accuracy: of the last logged line (`mean_loss`, `mean_accuracy` of the step).
       evaluation: numbers of the last evaluation, {} if there was none.
       time: see `time_spent`.
-      rollbacks: of the guard, see `m3jax.train.guard.read_rollbacks`.
+      rollbacks: rollbacks of the guard, see `m3jax.train.guard.read_rollbacks`.
     """
 
     stage: str

@@ -1,8 +1,8 @@
-"""Detects from loss and gradient norm, step by step, that a run goes wrong.
+"""Detects loss spikes and divergence of a run from its losses and gradient norms, step by step.
 
-Losses of batches are noisy, and their noise has long tails: what is normal is the median of the
-last steps, and how far from it is still normal their median absolute deviation (MAD), which a few
-wild steps do not move. A normal distribution's standard deviation is 1.4826 · MAD.
+Losses of batches are noisy, with long tails. Their normal level is therefore the median of the last
+steps, and their normal deviation the median absolute deviation (MAD), neither of which a few wild
+steps move. A normal distribution's standard deviation is 1.4826 · MAD.
 """
 
 from __future__ import annotations
@@ -24,35 +24,37 @@ class Trouble(NamedTuple):
     """Trouble of a run: `spike` is several bad steps close together, `divergence` a rising loss."""
 
     reason: str  # `not_finite`, `spike` or `divergence`
-    first: int  # first bad step, from 1; of a divergence the last good one, plus 1
-    last: int  # last bad step; of a divergence as `first`, since no batch is to blame
-    seen: int  # step after which it was noticed
-    words: str  # what was seen, for people
+    first: int  # first bad step, from 1; of a divergence, the step after the last good one
+    last: int  # last bad step; of a divergence, `first`, since no single batch caused it
+    seen: int  # step at which the trouble was detected
+    words: str  # measured values, as text for users
 
 
 class Monitor:
     """Watches the steps of a run, one after the other.
 
-    What it says depends on the values alone, and all that it remembers is in `state`: a run that
-    was killed and goes on from a checkpoint hears the same.
+    Its answers depend on the observed values alone, and `state` returns everything that it
+    remembers, so that a run that continues from a checkpoint gets the same answers.
 
     Args:
-      config: its `guard` section.
-      state: of an earlier monitor's `state()`; {} for a new run.
+      config: a config; the monitor reads its section `guard`.
+      state: result of an earlier monitor's `state()`; {} for a new run.
     """
 
     def __init__(self, config: ConfigDict, state: Mapping[str, Any]):
         self.options = options = config.guard
         self._losses = deque[float](state.get("losses", ()), options.window)
         self._norms = deque[float](state.get("norms", ()), options.window)
-        self._bad = list(state.get("bad", ()))  # among the last 2 · patience steps
-        self._best = float(state.get("best", math.inf))  # lowest level so far
-        self._calm = int(state.get("calm", 0))  # last step whose level was close to it
-        self._usual = float(state.get("usual", math.inf))  # deviation of losses then
+        self._bad = list(state.get("bad", ()))  # bad steps among the last 2 · patience
+        self._best = float(
+            state.get("best", math.inf)
+        )  # lowest level so far: median of recent losses
+        self._calm = int(state.get("calm", 0))  # last step with a level near the lowest
+        self._usual = float(state.get("usual", math.inf))  # deviation of losses at that step
         self._recent = options.window // 4
 
     def state(self) -> dict[str, Any]:
-        """Returns all that it remembers, for JSON."""
+        """Returns everything that the monitor remembers, as JSON values."""
         if not self._losses:
             return {}
         lists = {"losses": self._losses, "norms": self._norms, "bad": self._bad}
@@ -60,12 +62,12 @@ class Monitor:
         return {name: list(values) for name, values in lists.items()} | state
 
     def losses(self, step: int, after: int) -> list[tuple[int, float]]:
-        """Returns the remembered losses of the steps after `after`, up to the last, `step`."""
+        """Returns (step, loss) of the steps after `after` that it remembers; the last is `step`."""
         first = step - len(self._losses) + 1
         return [(i, x) for i, x in enumerate(self._losses, first) if i > after]
 
     def observe(self, step: int, loss: float, gradient_norm: float) -> Trouble | None:
-        """Notes loss (nats a token) and gradient norm of a step; returns trouble, or None."""
+        """Records loss (nats per token) and gradient norm of a step; returns trouble, or None."""
         spike = None
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             words = f"loss {loss}, gradient norm {gradient_norm}"
@@ -96,11 +98,11 @@ class Monitor:
         return ""
 
     def _risen(self, step: int) -> Trouble | None:
-        """Compares the level, the median of the last losses, with the lowest of the run."""
+        """Detects divergence: the median of recent losses is far above its lowest in the run."""
         values = np.array(self._losses)
         level = _median(values[-self._recent :])
         self._best = min(self._best, level)
-        # A loss that rises has deviations of its own: those of calm steps count.
+        # A rising loss inflates the deviation: it counts at most as much as at the last calm step.
         noise = self._noise(values)
         deviation = min(noise, self._usual) if len(values) >= self._recent else noise
         allowed = self.options.rise_deviations * deviation
@@ -112,10 +114,10 @@ class Monitor:
         return Trouble(DIVERGENCE, self._calm + 1, self._calm + 1, step, words)
 
     def _noise(self, values: np.ndarray) -> float:
-        """Robust standard deviation of the losses.
+        """Returns a robust standard deviation of the losses.
 
-        In the first window of a run there may be nothing calm that a rise would stand out from:
-        then neighbours say how much is noise, whose difference has no trend in it.
+        In the first window of a run the losses may follow a trend; then the differences of
+        neighbouring losses, which contain no trend, limit the estimate.
         """
         noise = self._normal(self._losses)[1]
         if 1 < len(values) < self.options.window:
@@ -124,7 +126,7 @@ class Monitor:
         return noise
 
     def _normal(self, values: deque[float]) -> tuple[float, float]:
-        """Median and robust standard deviation."""
+        """Returns the median and a robust standard deviation."""
         array = np.array(values)
         median = _median(array)
         spread = _SCALE * _median(np.abs(array - median))
@@ -132,7 +134,7 @@ class Monitor:
 
 
 def _median(values: np.ndarray) -> float:
-    """Returns `np.median`, which takes five times as long for so few."""
+    """Computes the median, five times as fast as `np.median` on arrays this small."""
     middle = len(values) // 2
     if len(values) % 2:
         return float(np.partition(values, middle)[middle])

@@ -1,4 +1,4 @@
-"""Update rules: AdamW with float32 moments, Muon for the matrices of the blocks; learning rate."""
+"""Optimizers: AdamW with float32 moments, Muon for the matrices of the layers; learning rates."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import optax
 from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, muon
 
-# Axes of a stacked matrix that a product sums over, and those it makes. Axis 0 is the layer, which
-# Muon treats as a batch; heads are not split: the query makes K·G·H outputs at once.
+# Input and output axes of the stacked weight matrices. Axis 0 is the layer, which Muon treats as a
+# batch axis; heads are not split: the query matrix has K·G·H outputs.
 _MATRICES = {
     "query": MuonDimensionNumbers((1,), (2, 3, 4)),  # (layer, D, K, G, H)
     "key": MuonDimensionNumbers((1,), (2, 3)),  # (layer, D, K, H)
@@ -25,10 +25,11 @@ _MATRICES = {
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Makes clipping by the global norm, then AdamW; with `muon`, Muon for the blocks' matrices.
+    """Makes the config's optimizer: clipping by the global norm, then AdamW or Muon.
 
-    AdamW (Loshchilov & Hutter, arXiv 1711.05101) decays weights by learning rate · weight_decay,
-    but not norms and biases. Arithmetic and moments are float32, also for bfloat16 parameters.
+    Muon updates the matrices of the layers, and AdamW then all other parameters. AdamW (Loshchilov
+    & Hutter, arXiv 1711.05101) decays weights by learning rate · weight_decay, except norms and
+    biases. Arithmetic and moments are float32, also for bfloat16 parameters.
     """
     clip = optax.clip_by_global_norm(config.optimizer.clip_norm)
     if config.optimizer.name == "adamw":
@@ -38,7 +39,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def is_decayed(path: Any) -> bool:
-    """Returns whether weight decay applies to a parameter: not to norms and biases."""
+    """Returns True if weight decay applies to the parameter at `path`: all but norms and biases."""
     return not _leaf_name(path).endswith(("_norm", "_bias"))
 
 
@@ -47,7 +48,7 @@ def _leaf_name(path: Any) -> str:
 
 
 def _by_path(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Makes a function of parameters that maps the path of each one."""
+    """Makes a function that maps a tree of parameters to `function(path)` at each leaf."""
     return lambda params: jax.tree.map_with_path(lambda path, _: function(path), params)
 
 
@@ -84,10 +85,10 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def lr_schedule(config: ConfigDict, peak: float | None = None) -> optax.Schedule:
-    """Makes the config's schedule: a linear rise, then wsd or cosine.
+    """Makes the config's learning-rate schedule: linear warmup, then `wsd` or `cosine`.
 
-    Steps count from 0: step s makes the update s + 1. The rise reaches the peak at step
-    `lr_warmup_steps − 1`; the fall would reach `min_lr_ratio · peak` at step `train.steps`.
+    Steps count from 0: step s makes the update s + 1. The warmup reaches the peak at step
+    `lr_warmup_steps − 1`; the decay would reach `min_lr_ratio · peak` at step `train.steps`.
 
     Args:
       config: a validated config.

@@ -15,7 +15,7 @@ from m3jax.train.metrics import read_metrics
 
 _RATE = "#8a6fb0"  # the learning rate
 _OTHERS = ("#c79a1b", "#5b5f97")  # evaluated losses that have no colour of their own
-_SMOOTHED_SHARE = 1 / 40  # of the points of the longest stage that the drawn mean spans
+_SMOOTHED_SHARE = 1 / 40  # span of the running mean over the points of the longest stage
 _MODES = {
     "loss_memory": "validation, with memory",
     "loss_none": "validation, no memory",
@@ -27,17 +27,17 @@ _COLOURS = {"loss_memory": GREEN, "loss_none": ORANGE, "loss_wrong": PINK}
 def plot_stages(stage_folders: Sequence[str | Path], path: str | Path, title: str = "") -> None:
     """Draws one or more stages of a run, one after the other, into a PNG.
 
-    Training loss (each logged value and a running mean), evaluated losses, and the learning rate
-    below, over optimizer steps and, along the top, tokens. Of branches that a guarded run has left
-    the losses, and a mark where it went on from.
+    The upper panel shows the training loss (logged values and a running mean) and evaluated losses,
+    the lower panel the learning rate, over optimizer steps and tokens. Losses of branches that a
+    guarded run has abandoned are shown with a mark at the step that it went back to.
 
     Args:
-      stage_folders: folders with `metrics.jsonl`; those without lines are left out.
+      stage_folders: folders with `metrics.jsonl`; stages without a logged loss are left out.
       path: the PNG, written atomically.
       title: heading; default the names of the stages.
 
     Raises:
-      ValueError: no stage has a line.
+      ValueError: no stage has a logged loss.
     """
     stages = [(Path(folder).name, read_metrics(folder)) for folder in stage_folders]
     stages = [(name, lines) for name, lines in stages if any("loss" in line for line in lines)]
@@ -52,12 +52,12 @@ def plot_stages(stage_folders: Sequence[str | Path], path: str | Path, title: st
 
 
 def _draw_stages(losses: Axes, rates: Axes, stages: Sequence[tuple[str, list]]) -> list[int]:
-    """Draws the curves; returns the step at which every stage ends, over all stages."""
+    """Draws the curves; returns the last step of every stage, counted over all stages."""
     ends, colours, labelled = [0], dict(_COLOURS), set[str]()
     longest = max(sum("loss" in line for line in lines) for _, lines in stages)
 
     def once(label: str) -> str | None:
-        """Returns the label for the legend, None where it is there already."""
+        """Returns the label at its first use, then None, so that the legend has it once."""
         new = label not in labelled
         labelled.add(label)
         return label if new else None
@@ -95,7 +95,7 @@ def _draw_stages(losses: Axes, rates: Axes, stages: Sequence[tuple[str, list]]) 
 
 
 def _draw_left(axes: Axes, offset: int, rollback: Mapping[str, Any], label: str | None) -> None:
-    """The losses of a branch that was left, and the step that the run went back to."""
+    """Draws the losses of an abandoned branch, and a mark at the step that the run went back to."""
     points = [(offset + step, loss) for step, loss in rollback["losses"] if loss is not None]
     if points:
         axes.plot(*zip(*points, strict=True), color=RED, alpha=0.7, linewidth=1.0)
@@ -131,7 +131,7 @@ def _decorate(
 
 
 def _label_tokens(axes: Axes, stages: Sequence[tuple[str, list]], ends: list[int]) -> None:
-    """Puts the tokens seen under every step of the axis."""
+    """Labels every tick of the step axis with the step and the number of tokens seen."""
     steps, tokens = [0.0], [0.0]
     for (_, lines), start in zip(stages, [0, *ends], strict=False):
         before = tokens[-1]
@@ -149,7 +149,7 @@ def _label_tokens(axes: Axes, stages: Sequence[tuple[str, list]], ends: list[int
 
 
 def _smoothed(values: np.ndarray, span: float) -> np.ndarray:
-    """Running mean over the last `span` points, at most a quarter of all."""
+    """Computes a running mean over the last `span` points, at most a quarter of all points."""
     span = max(1, round(min(span, len(values) / 4)))
     total = np.cumsum(np.concatenate([[0.0], values]))
     stop = np.arange(1, len(values) + 1)

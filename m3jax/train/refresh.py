@@ -1,4 +1,4 @@
-"""Rewrites memories of a bank with a checkpoint's own weights, as a version of the knowledge."""
+"""Rewrites a bank's memories with a checkpoint's own weights, as a new version of the knowledge."""
 
 from __future__ import annotations
 
@@ -28,26 +28,27 @@ from m3jax.model.transformer import Model
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 
-_TINY = np.finfo(np.float32).tiny  # a layer may have no memories
+_TINY = np.finfo(np.float32).tiny  # a layer without memories has norm 0
 
 
 def rewrite(
     config: ConfigDict, workdir: str | Path, checkpoint: str | Path, *, share: float = 1.0
 ) -> Version:
-    """Makes a version whose memories a checkpoint has written itself.
+    """Rewrites the current version's memories with a checkpoint's own weights, as a new version.
 
     Args:
       config: a validated config of the checkpoint's stage.
       workdir: a prepared workdir with a bank.
       checkpoint: stage folder or `checkpoints/<step>`.
-      share: of the references, those most changed in the first memory layer; the other memories
-        are copied.
+      share: share of the references to rewrite, with the largest errors of their stored memories in
+        the first memory layer; other memories are copied.
 
     Returns:
-      The new version, or the current one where the checkpoint has written that.
+      The new version, or the current version if the checkpoint has already written its memories.
 
     Raises:
-      CheckpointError, BankError, VersionError, TextError: a part is missing or does not fit.
+      CheckpointError, BankError, VersionError, TextError: a part of the workdir is missing, or does
+        not fit the other parts.
     """
     write = MemoryWriter(config, workdir, checkpoint, itself=True, like_base=True)
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer").fingerprint
@@ -78,9 +79,10 @@ def _first_layer_errors(
     bank: Bank,
     tokenizer: str,
 ) -> Float[np.ndarray, " R"]:
-    """Computes the relative squared error of every stored memory in the first memory layer alone.
+    """Computes the relative squared error of every stored memory in the first memory layer.
 
-    Encodes up to that layer only, at a fraction of the price of a rewrite; reads the whole bank.
+    Encodes the references up to that layer only, at a fraction of the cost of a rewrite, and reads
+    the whole bank.
     """
     probe = config.copy_and_resolve_references()
     with probe.unlocked():
@@ -94,29 +96,29 @@ def _first_layer_errors(
 
 
 class Squares(NamedTuple):
-    """Summed squares of keys and values (axis 0) of every reference and layer, `(2, n, L)`."""
+    """Sums of squares of keys and of values (axis 0) by reference and layer, `(2, n, L)`."""
 
-    distances: Any
+    distances: Any  # between stored and fresh memories
     norms: Any  # of fresh memories
 
     @property
     def errors(self) -> Float[np.ndarray, "2 L"]:
-        """Returns the relative error of keys and values in every layer."""
+        """Returns the relative errors of keys and of values in every layer, over all references."""
         norms = np.maximum(self.norms.sum(1), _TINY)
         return np.sqrt(self.distances.sum(1) / norms)
 
     @property
     def relative(self) -> Float[np.ndarray, "n L"]:
-        """Returns the squared error of keys and values, each over its norm."""
+        """Returns relative squared errors by reference and layer, of keys plus of values."""
         return (self.distances / np.maximum(self.norms, _TINY)).sum(0)
 
 
 @jax.jit
 def _squares(stored: ExplicitMemory, fresh: ExplicitMemory) -> Squares:
-    """Compares memories, `(L, n, K, P, H)`.
+    """Compares stored with fresh memories, `(L, n, K, P, H)`.
 
-    A memory is a set: a stored slot is compared with the fresh one whose key is nearest. So a
-    weight that moved another token into the memory counts, the order of the slots does not.
+    A memory is an unordered set of slots: a stored slot is compared with the fresh slot of nearest
+    key. So another selection of tokens counts as an error, another order of the slots does not.
     """
     stored_pair, fresh_pair = (  # keys and values, (2, n, L, K, P, H)
         jnp.moveaxis(jnp.stack(memory[:2]).astype(jnp.float32), 1, 2) for memory in (stored, fresh)
@@ -136,7 +138,7 @@ def _squares(stored: ExplicitMemory, fresh: ExplicitMemory) -> Squares:
 
 
 def _layers_first(both: Any, length: Any) -> ExplicitMemory:
-    """Returns memories of keys and values as the bank's array has them, `(n, 2, L, K, P, H)`."""
+    """Makes memories, layers first, of keys and values in a bank's axes `(n, 2, L, K, P, H)`."""
     return ExplicitMemory(jnp.moveaxis(both[:, 0], 1, 0), jnp.moveaxis(both[:, 1], 1, 0), length)
 
 
@@ -149,7 +151,11 @@ def compare_memories(
     ids: Int[np.ndarray, " n"],
     progress: bool,
 ) -> tuple[Squares, Squares | None]:
-    """Compares stored with fresh memories, and compressed fresh ones with fresh ones."""
+    """Compares stored memories of the references `ids` with fresh memories, written by `params`.
+
+    Returns the squares of stored against fresh memories, and of quantized against plain fresh
+    memories (the error of the codec alone; None if the bank is not quantized or has other layers).
+    """
     plain = codecs.Codec(codecs.NONE, config.model.head_dim, config.memory.dtype)
     encoder = Encoder(config, model, params, references, plain)
     L = config.memory.layers
@@ -162,7 +168,7 @@ def compare_memories(
             done += len(part)
             bar.update(len(part))
             stored = bank.read(part)
-            if bank.codec.heads is not None:  # what it has no memories of is not compared
+            if bank.codec.heads is not None:  # heads without memories are not compared
                 both = both * bank.codec.heads.mask[None, None, :L, :, None, None].astype(
                     both.dtype
                 )

@@ -1,4 +1,4 @@
-"""Parts of one run of a stage that its loop and hooks share, and the data that it reads."""
+"""Objects that the loop and the hooks of a run share, and the data that a stage reads."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ Evaluate = Callable[[Params], Mapping[str, float]]
 
 @runtime_checkable
 class Batches(Protocol):
-    """Source of a loop's batches, `m3jax.data.pipeline.Pipeline`."""
+    """Interface of the source of batches, implemented by `m3jax.data.pipeline.Pipeline`."""
 
     def batches(self, first_step: int, rows: np.ndarray) -> Iterator[Batch]:
-        """Host batches of the steps `first_step` …; a batch is a function of (seed, step) alone."""
+        """Yields a host's batches from `first_step` on, each a function of (seed, step) alone."""
 
     def report(self) -> Mapping[str, float]:
-        """Counters for the metrics."""
+        """Returns counters for the metrics."""
 
     @property
     def dequantize(self) -> Dequantize | None:
-        """Dequantizes stored memories inside the step; None if batches hold memories."""
+        """Function that dequantizes memories inside the step; None if they are not quantized."""
 
 
 class StageData(NamedTuple):
-    """All that a stage reads of one version of the knowledge.
+    """Everything that a stage reads of one version of the knowledge base.
 
     Attributes:
-      pipeline: batches.
-      evaluate: returns named numbers of parameters, or None.
+      pipeline: source of the batches.
+      evaluate: maps parameters to named numbers; None for no evaluation.
       writer: `{"hash", "path", "step"}` of the checkpoint that wrote the memories, or None.
-      version: of the knowledge, or None.
+      version: number of the version; None without memory.
     """
 
     pipeline: Batches
@@ -53,7 +53,7 @@ class StageData(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Shared parts of a run, each described in its class; without `guard.on` the guard is None."""
+    """Objects shared by the loop and the hooks of a run; `guard` is None without `guard.on`."""
 
     config: ConfigDict
     folder: Path  # of the stage

@@ -1,4 +1,4 @@
-"""Wires one stage of training: data, evaluator, base model of DPO, version, refresh."""
+"""Sets up and trains one stage: data, evaluator, base model of DPO, version, refresh."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ def train_stage(
 ) -> Summary:
     """Trains the stage `config.stage` of a prepared workdir, or continues it.
 
-    Several processes call it alike (`m3jax.train.loop.train`).
+    With several processes, all must call it (`m3jax.train.loop.train`).
 
     Args:
       config: of the stage.
       workdir: folder of the run.
       init_from: stage folder, or `checkpoints/<step>` in it, whose parameters a new run starts
-        from; not read when the run has a checkpoint of its own. The base model of DPO.
-      bank: folder or URL of a bank; default that of the version.
-      version: of the knowledge; default the one that the run has recorded, for a new run the
-        current one.
-      profile: first and last step of a trace.
+        from; not read when the run has a checkpoint of its own. It is also the base model of DPO.
+      bank: folder or URL of a bank; default the bank of the version.
+      version: version of the knowledge base; default the version that the run's newest checkpoint
+        records, for a new run the current version.
+      profile: first and last step to trace.
 
     Raises:
       ConfigError, CheckpointError, TextError, RetrievalError, BankError, VersionError: a part is
-        missing or does not fit the others.
-      DivergenceError: the loss is not finite, or the guard has no try left.
+        missing or does not fit the other parts.
+      DivergenceError: the loss is not finite, or the guard has used up `guard.tries`.
     """
     workdir = Path(workdir)
     if validate(config).train.refresh_every and bank is not None:
@@ -60,7 +60,7 @@ def train_stage(
     mesh = make_mesh(config)
 
     def read(version: int | None) -> tuple[Pipeline, StageData]:
-        """Opens all that a stage reads of a version of the knowledge; None: the current one."""
+        """Opens the data of a version of the knowledge base; None: the current version."""
         pipeline = open_pipeline(config, workdir, bank=bank, version=version)
         evaluate = evaluator(config, workdir, bank=bank, version=version, mesh=mesh)
         if config.data.packing == "pairs":
@@ -92,7 +92,7 @@ def train_stage(
 
 
 def _tell_version(config: ConfigDict, workdir: Path, version: int) -> None:
-    """Says where a run goes on with another version than the current one."""
+    """Prints a note if a run continues with a version that is no longer the current one."""
     train, step = config.train, checkpoint_steps(workdir / config.stage)[-1]
     refreshes = train.refresh_every and step % train.refresh_every == 0
     current = read_current(workdir)["version"]

@@ -1,4 +1,4 @@
-"""State of a step: made abstractly, sharded, then initialised in place."""
+"""Training state of a stage: its shapes and shardings, and its initialisation on the mesh."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from m3jax.train.optimizer import make_optimizer
 
 
 class TrainState(NamedTuple):
-    """Parameters, optimizer and step, and the sums since the last logged line.
+    """Parameters, optimizer state, step, and the sums since the last logged line.
 
-    The sums live here, and so in checkpoints, so that a resumed run logs bitwise the same averages.
+    The sums are part of the state, and so of checkpoints, so that a resumed run logs bitwise the
+    same averages.
     """
 
     params: Params
@@ -33,7 +34,7 @@ class TrainState(NamedTuple):
 
 
 def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Makes the state of step 0 with the given parameters (pure)."""
+    """Makes the state of step 0 from parameters (a pure function)."""
     zero = jnp.zeros((), jnp.float32)
     step = jnp.zeros((), jnp.int32)
     return TrainState(params, optimizer.init(params), step, Sums(zero, zero, zero))
@@ -43,8 +44,8 @@ class Program:
     """Model, optimizer and state of a stage on a mesh.
 
     Attributes:
-      config, mesh: of the stage.
-      model, optimizer: as the config says.
+      config, mesh: config and mesh of the stage.
+      model, optimizer: made from the config.
       abstract: the state as `jax.ShapeDtypeStruct`s with shardings; nothing is allocated.
     """
 
@@ -69,11 +70,11 @@ class Program:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
     def init(self, params: Params | None = None) -> TrainState:
-        """Makes the state of step 0 on the mesh: every device its part, nothing is whole anywhere.
+        """Makes the state of step 0 on the mesh; every device makes only its own shards.
 
         Args:
           params: parameters of an earlier stage, with the shardings of `abstract`; default random
-            ones.
+            parameters.
         """
         # CPUs would take ten times longer to optimise a program that runs once.
         cpu = jax.default_backend() == "cpu"
@@ -86,9 +87,10 @@ class Program:
 
 
 def _like_parameters(optimizer: Any, shapes: Any, shardings: Any, default: NamedSharding) -> Any:
-    """Shardings of an optimizer's state: a moment has the path and the sharding of its parameter.
+    """Returns the shardings of an optimizer's state: a moment is sharded as its parameter.
 
-    (`optax.tree_map_params` cannot do it: under `optax.partition` parts of the moments are masked.)
+    Moments are recognized by path and shape; other leaves get `default`. (`optax.tree_map_params`
+    cannot do this: under `optax.partition` parts of the moments are masked.)
     """
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
     known = {

@@ -30,17 +30,17 @@ Step = Callable[..., tuple[TrainState, dict[str, Array]]]
 def make_step(program: Program, dequantize: Dequantize | None = None) -> Step:
     """Makes the step of a stage: `step(state, batch) -> (state, metrics)`, the state donated.
 
-    With `guard.on` it is `step(state, batch, scale)`, scale being a factor on the learning rate, a
-    float32 scalar that every device holds (`scale_on`): another one needs no other program.
+    With `guard.on` it is `step(state, batch, scale)`, where `scale` is a factor on the learning
+    rate, a float32 scalar on every device (`scale_on`); a new value does not recompile the step.
 
-    Metrics are float32 scalars: `loss` (nats a token; of preference pairs: nats a pair, see
+    Metrics are float32 scalars: `loss` (nats per token; of preference pairs: nats per pair, see
     `preference_objective`) and `accuracy` of the batch, `mean_loss` and
     `mean_accuracy` over all tokens since the last multiple of `train.log_every`, `gradient_norm`
     before clipping, `learning_rate`, `parameter_norm` before the update.
 
     Args:
       program: model, optimizer and state.
-      dequantize: of stored memories (`Codec.dequantize`); None if they are plain.
+      dequantize: dequantizes stored memories (`Codec.dequantize`); None if they are plain.
     """
     config, mesh, optimizer = program.config, program.mesh, program.optimizer
     learning_rate, log_every = lr_schedule(config), config.train.log_every
@@ -52,7 +52,7 @@ def make_step(program: Program, dequantize: Dequantize | None = None) -> Step:
         rate = jnp.asarray(learning_rate(state.step), jnp.float32)
         if guarded:  # the learning rate is a factor of all updates, weight decay included
             updates, rate = jax.tree.map(lambda x: x * scale[0], updates), rate * scale[0]
-        # The first step after a logged line starts the sums anew.
+        # The first step after a logged line resets the sums.
         kept = (state.step % log_every != 0).astype(jnp.float32)
         window = jax.tree.map(lambda old, new: kept * old + new, state.window, total)
         metrics = {
@@ -72,7 +72,11 @@ def make_step(program: Program, dequantize: Dequantize | None = None) -> Step:
     scales = [replicated(mesh)] if guarded else []
     return jax.jit(
         step,
-        in_shardings=(program.shardings, None, *scales),  # a batch comes as `place_batch` makes it
+        in_shardings=(
+            program.shardings,
+            None,
+            *scales,
+        ),  # a batch keeps the sharding that `place_batch` gives it
         out_shardings=(program.shardings, replicated(mesh)),
         donate_argnums=(0,),
         compiler_options=compiler_options(mesh),
@@ -80,7 +84,7 @@ def make_step(program: Program, dequantize: Dequantize | None = None) -> Step:
 
 
 def scale_on(mesh: Mesh, scale: float) -> Array:
-    """Places a factor on the learning rate on the mesh, for the step."""
+    """Puts a factor on the learning rate on every device of the mesh, as the step takes it."""
     with jax.transfer_guard("allow"):
         return jax.make_array_from_callback(
             (), replicated(mesh), lambda _: np.asarray(scale, np.float32)
@@ -88,7 +92,7 @@ def scale_on(mesh: Mesh, scale: float) -> Array:
 
 
 def _make_gradient(config: ConfigDict, model: Model, dequantize: Dequantize | None) -> Callable:
-    """`gradient(params, batch)`: float32 gradients of the mean loss, and the sums behind it."""
+    """Makes `gradient(params, batch)`: float32 gradients of the mean loss, and reported sums."""
     parts = config.train.microbatches
     forward = Forward(model, sparsifier(config.memory), dequantize)
     gradient = jax.grad(functools.partial(objective_of(config), forward), has_aux=True)
@@ -105,7 +109,7 @@ def _make_gradient(config: ConfigDict, model: Model, dequantize: Dequantize | No
         return jax.tree.map(select, batch, batch.row_axes())
 
     def local(params: Any, batch: Any) -> tuple[Any, Sums]:
-        """On one device: gradients of its parts of the parameters, summed over all rows."""
+        """Computes one device's shards of the gradients, over the rows of all devices."""
         if parts == 1:
             gradients, total = part(params, batch)
         else:
