@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from m3jax.errors import ConfigError
 
-# Slowest network first: `slice` is the data-center network between slices of a multi-slice run.
+# Slowest network first: `slice` crosses the data-center network between slices.
 AXES = ("slice", "data", "fsdp", "tensor")
 BATCH_AXES = ("slice", "data", "fsdp")
 

@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation for slices that are not attached; counted FLOPs and bytes."""
+"""Ahead-of-time compilation for TPU slices that are not attached, and capacity plans."""

@@ -304,7 +304,7 @@ def _traffic(
         total = memories * flops.memory_bytes(config, vector)
         per_host = total * of_host / chips
         share = None if available is None else per_host / available
-        share = 0.0 if per_host == 0 else share  # nothing to read suits any network
+        share = 0.0 if per_host == 0 else share  # without traffic any network suffices
         suffices = None if share is None else share <= 1
         of_chips = f"{verb}{which} · chips of a host / chips"
         figures = {

@@ -110,7 +110,7 @@ def _walk(
             yield from _walk(computations, loop.group(2), times * trips, depth + 1)
             continue
         if _COLLECTIVE.search(line):
-            continue  # its `to_apply` is the sum of two numbers
+            continue  # its `to_apply` only reduces two scalars
         for called in _CALLED.findall(line):
             yield from _walk(computations, called, times, depth)
         for branches in _BRANCHES.findall(line):
@@ -143,7 +143,7 @@ def _parse(computation: str, line: str, times: int, depth: int) -> Collective | 
     size = max(arrays)[0] if start and kind != "all-reduce" else whole
     group = _group(line)
     if kind == "reduce-scatter":
-        size = size if start else size * group  # the result is one part
+        size = size if start else size * group  # the result is one of `group` parts
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     return Collective(kind, max(arrays)[1], group, size, times, depth)

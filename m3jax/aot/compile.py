@@ -67,7 +67,7 @@ def devices_of(topology: str) -> list[Any]:
         from jax.experimental import topologies
 
         slice_ = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    except Exception as error:  # libtpu raises whatever it likes
+    except Exception as error:  # libtpu documents no types of errors
         words = str(error).splitlines()[0] if str(error) else type(error).__name__
         try:
             import libtpu  # noqa: F401
@@ -88,7 +88,7 @@ def compile_train(config: ConfigDict, mesh: Mesh) -> CompiledProgram:
     """Compiles the train step for abstract arrays."""
     program = Program(config, mesh)
     arguments: list[Any] = [program.abstract, abstract_batch(config, mesh)]
-    if config.guard.on:  # the factor on the learning rate
+    if config.guard.on:  # the step also takes a factor on the learning rate
         arguments.append(jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh)))
     return _compile(make_step(program), *arguments)
 

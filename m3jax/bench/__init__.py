@@ -1,1 +1,1 @@
-"""Benchmarks: ratios of times, measured in pairs against peers and controls."""
+"""Benchmarks: ratios of times to those of peers and controls, measured in alternation."""

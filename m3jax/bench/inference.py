@@ -46,7 +46,7 @@ _CLOSE = ("none", "explicit", "compressed")  # modes whose speeds differ by less
 _CLOSE_TURNS = 4  # runs of each of these modes in a round
 _RATES = ("explicit_over_none", "compressed_over_none", "cold_over_none", "explicit_over_rag")
 _REPORTED = ("explicit", "compressed", "cold", "remote_1")  # modes whose retrieval is reported
-# 50M parameters without the embedding; `FULL` has 100M.
+# Config fields of a model of 50M parameters without the embedding; `FULL` has 100M.
 _SHAPE = (
     section("model", layers=8, query_heads=12, kv_heads=4, head_dim=64, hidden=768, mlp_width=2048)
     | section("model", vocabulary=8192, tied_embeddings=True, prefix="always")
@@ -88,8 +88,9 @@ def inference(
       retrieval included), `hf` (Hugging Face, if the extra `parity` is installed); `…_1` generates
       one row alone. Also `ttft_rag_over_explicit`, the ratio of times to the first token.
       `tokens_per_second`, `first_token_seconds` and `state_MB` (keys and values on the device) by
-      mode. For each mode in `_REPORTED` the cost of retrieval. `counted`: FLOP and bytes that
-      memories add to a decoded token, as counted fractions.
+      mode. `explicit`, `compressed`, `cold` and `remote_1`: the costs of retrieval in that mode.
+      `counted`: FLOP and bytes that memories add to decoding a token, as fractions of those without
+      memories, counted and not measured.
     """
     config = configured(_SHAPE, shape)
     with contextlib.ExitStack() as stack:

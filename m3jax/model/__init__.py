@@ -1,1 +1,1 @@
-"""The transformer: attention over prefix, memories and context; no disks, no stages."""
+"""The transformer: attention over prefix, memories and context; generation; model folders."""

@@ -20,7 +20,7 @@ from m3jax.model.cudnn_attention import cudnn_refusal, fused_attend
 from m3jax.model.splash import splash_attend
 from m3jax.model.splash_mask import PACKED_TOKENS
 
-CONTEXT = Scope()  # the context alone
+CONTEXT = Scope()  # neither prefix nor memories
 
 IMPLEMENTATIONS = ("naive", "blocked", "splash", "splash_interpret", "cudnn", "xla")
 

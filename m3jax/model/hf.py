@@ -168,7 +168,7 @@ _LAYER = {
     "up": ("mlp.up_proj.weight", 1),
     "down": ("mlp.down_proj.weight", 1),
 }
-_TABLES = {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight"}  # a row a token
+_TABLES = {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight"}  # rows are tokens
 _OUTSIDE = {**_TABLES, "final_norm": "model.norm.weight"}
 
 

@@ -124,7 +124,7 @@ def their_config(model: ConfigDict, tied: bool, dtype: str, positions: int) -> d
         "num_key_value_heads": model.kv_heads,
         "rms_norm_eps": model.norm_epsilon,
         "rope_parameters": {"rope_theta": model.rope_base, "rope_type": "default"},
-        "rope_theta": model.rope_base,  # versions before 5 read this, and torch_dtype
+        "rope_theta": model.rope_base,  # read by transformers before version 5, like torch_dtype
         "tie_word_embeddings": tied,
         "torch_dtype": dtype,
         "vocab_size": model.vocabulary,

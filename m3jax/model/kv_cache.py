@@ -30,7 +30,7 @@ class State(NamedTuple):
         memories.
       rows: index of each row over all batches, which the sampler uses; `(B,)`.
       prompt_length: number of tokens of each prompt; `(B,)`.
-      prompt_slots: number of slots for the prompts, as long as the longest one after padding.
+      prompt_slots: number of slots for the prompt: the length T to which prompts are padded.
       fed: number of generated tokens that are in the cache.
       token: the last generated token of each row, not in the cache yet; `(B,)`.
       done: true for rows that have generated a stop token; `(B,)`.
