@@ -1,4 +1,4 @@
-"""Chats and preference pairs from JSON lines, in the usual forms; unusable lines are named.
+"""Chats and preference pairs from JSON lines in the usual forms; unusable lines give errors.
 
 Chats (other fields are ignored):
 
@@ -6,13 +6,13 @@ Chats (other fields are ignored):
     {"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}   (ShareGPT)
     {"prompt": …, "response": …}
 
-Preference pairs have a prompt (`prompt`, a text or turns, or turns in `messages` or
-`conversations`) and the answers `chosen` and `rejected`: a text, a turn, or turns. Without a prompt
-both are whole chats that differ in the last answer only; so they may be with one, which they then
-begin with.
+A preference pair has a prompt (`prompt`: a text or turns; or turns in `messages` or
+`conversations`) and the answers `chosen` and `rejected`: each a text, a turn, or turns. Without a
+prompt both answers are whole chats that differ in the last turn only; with a prompt they may be
+whole chats, too, which then begin with the prompt.
 
-A turn may name, as `reference`, the key of the reference that its chunks read (with retrieval.ids =
-"stored"); an answer without one has its question's.
+A turn's field `reference` may hold the key of the reference that its chunks read (with
+retrieval.ids = "stored"); an answer without the field uses its question's reference.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROLES |= {"human": "user", **dict.fromkeys(("gpt", "model", "bot"), "assistant")
 
 _Item = TypeVar("_Item")
 
-# Why a line cannot be used, and what to do about it.
+# Reasons for which a line is unusable, and what the user can do about each.
 REMEDIES = {
     "json": "write one JSON object a line, in UTF-8",
     "form": "give messages, conversations, or prompt and response; pairs also chosen and rejected",
@@ -52,12 +52,12 @@ class Turn:
 
     role: str  # `system`, `user` or `assistant`
     text: str  # without white space at its ends
-    reference: str = ""  # key of the reference that it is about
+    reference: str = ""  # key of the reference that its chunks read
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Holds the turns of a chat, or those up to a question, with `id` and `where` (`file:line`)."""
+    """Holds the turns of a chat, whole or up to a question; `where` is its `file:line`."""
 
     turns: tuple[Turn, ...]
     id: str = ""
@@ -65,7 +65,7 @@ class Chat:
 
     @property
     def rounds(self) -> int:
-        """Returns the number of questions."""
+        """Returns the number of questions (user turns)."""
         return sum(turn.role == "user" for turn in self.turns)
 
 
@@ -77,15 +77,16 @@ class Pair(NamedTuple):
 
 
 def read_chats(spec: str, most_rounds: int) -> Iterator[Chat | ChatError]:
-    """Reads chats of JSON lines (`find_files`); an unusable line comes as the error that says why.
+    """Yields the chats of JSON-lines files, and a `ChatError` for each unusable line.
 
-    A chat may have `most_rounds` rounds. Raises `TextError` for no such file, or a damaged one.
+    `spec` names the files (`find_files`); a chat may have at most `most_rounds` questions. Raises
+    `TextError` as `find_files`, or for a file that is damaged or has another ending.
     """
     return _parsed(spec, most_rounds, _chat)
 
 
 def read_pairs(spec: str, most_rounds: int) -> Iterator[Pair | ChatError]:
-    """Reads preference pairs of files; arguments and errors as of `read_chats`."""
+    """Yields preference pairs; arguments and errors are as in `read_chats`."""
     return _parsed(spec, most_rounds, _pair)
 
 
@@ -100,7 +101,10 @@ def _parsed(
 
 
 def read_questions(spec: str, most_rounds: int) -> list[Chat]:
-    """Reads chats that end with a question, also `{"prompt": …}` alone; raises `ChatError`."""
+    """Reads chats that end with a question, for example lines `{"prompt": …}`.
+
+    Raises `ChatError` for an unusable line, `TextError` as `read_chats`.
+    """
     chats = []
     for line, name, where in _records(spec):
         turns = _prompt(_object(line, where), where)
@@ -109,12 +113,12 @@ def read_questions(spec: str, most_rounds: int) -> list[Chat]:
 
 
 def question(text: str) -> Chat:
-    """Makes a chat of one question; raises `ChatError` where it is empty."""
+    """Makes a chat of a single question; raises `ChatError` if `text` is empty."""
     return Chat(_checked((Turn("user", text.strip()),), "the prompt", 1, asks=True))
 
 
 def _records(spec: str) -> Iterator[tuple[bytes, str, str]]:
-    """Yields lines with their default names and places; empty lines are skipped."""
+    """Yields (line, default id, `file:line`) for every line that is not blank."""
     for part in find_files(spec):
         if not part.endswith((".jsonl", ".jsonl.gz")):
             raise TextError(f"{part} is not JSON lines; give .jsonl or .jsonl.gz")
@@ -161,7 +165,7 @@ def _pair(fields: dict[str, Any], name: str, where: str, most_rounds: int) -> Pa
 
 
 def _begins_with(turns: tuple[Turn, ...], prompt: tuple[Turn, ...]) -> bool:
-    """Tests whether the turns are a whole chat, the prompt included."""
+    """Returns True if the turns begin with the prompt's turns and go on after them."""
     pairs = zip(turns, prompt, strict=False)
     same = all((a.role, a.text) == (b.role, b.text) for a, b in pairs)
     return len(turns) > len(prompt) and same
@@ -178,7 +182,7 @@ def _prompt(fields: dict[str, Any], where: str) -> tuple[Turn, ...]:
 
 
 def _turns(value: Any, role: str, where: str) -> tuple[Turn, ...]:
-    """Returns the turns of a list, of one object, or of a text that `role` says."""
+    """Parses a list of turns, a single turn, or a text, which becomes a turn of `role`."""
     if isinstance(value, str):
         value = {"role": role, "content": value}
     if not isinstance(value, dict | list):
@@ -213,7 +217,10 @@ def _name(fields: dict[str, Any], usual: str) -> str:
 def _checked(
     turns: tuple[Turn, ...], where: str, most_rounds: int, asks: bool = False
 ) -> tuple[Turn, ...]:
-    """Returns the turns if in order, not empty, not too many; `asks`: the last is a question."""
+    """Returns the turns, or raises `ChatError` if they are empty, out of order or too many.
+
+    The last turn must be a question if `asks`, else an answer.
+    """
     for number, turn in enumerate(turns, 1):
         if not turn.text:
             raise ChatError("empty", where, f"turn {number} ({turn.role}) is empty")
@@ -231,7 +238,7 @@ def _checked(
 
 
 class ChatError(TextError):
-    """Raised for a line that is no usable chat or pair; `reason` is a key of `REMEDIES`."""
+    """Reports a line that is not a usable chat or pair; `reason` is a key of `REMEDIES`."""
 
     def __init__(self, reason: str, where: str, what: str) -> None:
         super().__init__(f"{where}: {what}; {REMEDIES[reason]}")

@@ -23,25 +23,27 @@ from m3jax.text.prepare import progress
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.workdir import make_part
 
-SAMPLES = 5  # of each reason, in the report
+SAMPLES = 5  # lines of each reason that the report quotes
 REPORT = "report.json"
-_TOGETHER = 256  # chats that are tokenized at once
-_Line = list[tuple[Chat, EncodedChat]]  # a chat, or the two of a pair
+_TOGETHER = 256  # lines whose chats are tokenized at once
+_Line = list[tuple[Chat, EncodedChat]]  # one chat, or the two chats of a pair
 
 
 def prepare_chats(
     config: ConfigDict, workdir: str | os.PathLike[str], spec: str
 ) -> tuple[dict[str, Any], bool]:
-    """Writes `chats/` or `pairs/` of a workdir, as `config.data.packing` says.
+    """Writes the part `chats/` or `pairs/` of a workdir, as `config.data.packing` says.
 
-    Its `train` and `validation` are corpora (a pair is two documents, the chosen one first), and
-    `report.json` says what was left out and why. A chat too long for a row loses its last rounds,
-    unless its first does not fit. A finished part of the same inputs is kept. `spec` is that of
-    `find_files`. Returns the report, and whether the part was there before.
+    Its `train` and `validation` are corpora (a pair is two documents, the chosen chat first), and
+    `report.json` counts and quotes the lines that were left out, by reason. A chat that is too long
+    for a row loses its last rounds; it is left out if its first answer does not fit. A finished
+    part with the same inputs is kept. `spec` names JSON-lines files (`find_files`). Returns the
+    report, and True if the part was finished before.
 
     Raises:
-      TextError: no chats; more unusable ones than `chat.bad_share`, named by file and line; a
-        finished part of other inputs; a split that is empty.
+      TextError: `config.data.packing` is neither `chats` nor `pairs`; the workdir has no tokenizer;
+        as `read_chats`; there are no chats; the fraction of unusable lines exceeds
+        `chat.bad_share`; a split is empty; a finished part was made from other inputs.
     """
     kind = config.data.packing
     if kind not in ("chats", "pairs"):
@@ -86,7 +88,7 @@ class _Writing:
                 writer = CorpusWriter(folder / name, self.tokenizer, config.text.shards)
                 writers[name] = stack.enter_context(writer)
             for line in self._encoded(lines):
-                # The text whose hash decides the split.
+                # A hash of this text decides between training and validation.
                 text = json.dumps([[(t.role, t.text) for t in chat.turns] for chat, _ in line])
                 held_out = is_validation(Document(line[0][0].id, text), share)
                 split = "validation" if held_out else "train"
@@ -103,7 +105,7 @@ class _Writing:
         write_atomically(folder / REPORT, text.encode())
 
     def _encoded(self, lines: Iterator[Chat | Pair | ChatError]) -> Iterator[_Line]:
-        """Yields the chat, or the two of a pair, of every line that fits a row."""
+        """Tokenizes lines and yields each that fits a row; counts the lines that are left out."""
         while batch := list(itertools.islice(lines, _TOGETHER)):
             self.read += len(batch)
             groups: list[tuple[Chat, ...]] = []
@@ -121,7 +123,7 @@ class _Writing:
                     self._leave_out(error)
 
     def _fitted(self, line: _Line) -> _Line:
-        """Returns what fits a row, without its last rounds where need be, or raises `ChatError`."""
+        """Returns a line that fits a row, shortened if need be, or raises `ChatError`."""
         room, size = self.config.data.sequence_length, sum(len(e.tokens) - 1 for _, e in line)
         if size <= room:
             return line
@@ -158,7 +160,7 @@ class _Writing:
             self.counts[f"{split}/answer tokens"] += int(coded.weights.sum())
 
     def _check(self, spec: str) -> None:
-        """Refuses too many unusable lines, and no usable one."""
+        """Raises `TextError` if no line was read or too many lines are unusable."""
         kind, share = self.kind, self.config.chat.bad_share
         bad = self.left_out.total()
         if not self.read:
@@ -191,7 +193,7 @@ class _Writing:
 
 
 def describe(report: dict[str, Any]) -> str:
-    """Formats the report as lines for people."""
+    """Formats the report of `prepare_chats` as readable lines."""
     lines = [f"{name}: {value}" for name, value in report.items() if isinstance(value, int)]
     for reason, entry in report["left out"].items():
         lines.append(f"left out ({reason}): {entry['count']}, for example {entry['samples'][0]}")

@@ -1,10 +1,11 @@
-"""Chat template: the one way from turns to tokens, in training and at inference.
+"""Chat template: encodes turns as tokens, identically in training and at inference.
 
     <s>\\nSystem: …</s>\\nUser: …</s>\\nAssistant: …</s>\\nUser: …</s>\\nAssistant: …</s>
 
-Markers and texts are tokenized apart, a text with a space in front, so that the tokens of a
-question are the same whatever follows. Every turn ends with `</s>`, which no text can contain: text
-that looks like a marker is only text. Loss is on answers and the `</s>` behind them.
+Markers and texts are tokenized separately, each text with a leading space, so that the tokens of a
+question do not depend on what follows it. Every turn ends with the token `</s>`, to which no text
+is encoded: a text cannot end its turn by imitating a marker. The loss is on answers and their
+`</s>`.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from m3jax.text.tokenizer import BOS, END, Tokenizer
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """Holds a chat as tokens: `<s>` and the turns."""
+    """Holds a tokenized chat: `<s>`, then the turns."""
 
     tokens: Int32[np.ndarray, " T"]
-    weights: Float32[np.ndarray, " T"]  # as targets: 1 for answers and their `</s>`, else 0
+    weights: Float32[
+        np.ndarray, " T"
+    ]  # loss weights as targets: 1 for answers and their `</s>`, else 0
     ends: tuple[int, ...]  # number of tokens up to the end of every turn
 
 
@@ -39,7 +42,7 @@ class Template:
         self._markers = dict(zip(roles, encoded, strict=True))
 
     def encode(self, chats: Sequence[Chat], last_answer: bool = False) -> list[EncodedChat]:
-        """Encodes whole chats; `last_answer`: only the last turn bears loss, as in pairs."""
+        """Encodes whole chats; if `last_answer`, only the last turn has loss, as in pairs."""
         texts = [f" {turn.text}" for chat in chats for turn in chat.turns]
         bodies = iter(self.tokenizer.encode_batch(texts))
         encoded = []
@@ -58,7 +61,7 @@ class Template:
         return encoded
 
     def prompts(self, chats: Sequence[Chat]) -> list[Int32[np.ndarray, " n"]]:
-        """Encodes chats that end with a question, up to where the answer begins; without `<s>`."""
+        """Encodes chats that end with a question, then the answer's marker; without `<s>`."""
         marker = self._markers["assistant"]
         return [np.concatenate([chat.tokens[1:], marker]) for chat in self.encode(chats)]
 
@@ -68,11 +71,12 @@ def chunk_references(
 ) -> tuple[str, ...]:
     """Returns the key of the reference that each chunk reads, "" for none; () if no turn has one.
 
-    A chunk of Q = `chunk_length` tokens reads the reference of the first of its turns that no
-    earlier chunk stood for, else that of its last turn. `ends` are `EncodedChat.ends`, `inputs` the
-    number of tokens that are fed to the model: all but the last.
+    Neighbouring turns with the same reference form a span. A chunk of Q = `chunk_length` tokens
+    reads the reference of the first of its spans that was not chosen for an earlier chunk, else of
+    its last span. `ends` is `EncodedChat.ends`, `inputs` the number of input tokens: all but the
+    last token.
     """
-    spans: list[list] = []  # start, end, key; neighbours of one key are one span
+    spans: list[list] = []  # start, end and key of each span
     key, start = "", 0
     for turn, end in zip(turns, ends, strict=True):
         key = turn.reference or (key if turn.role == "assistant" else "")

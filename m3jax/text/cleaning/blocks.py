@@ -1,4 +1,4 @@
-"""Blocks of documents of a few megabytes: units of work that processes share, in reading order."""
+"""Blocks of neighbouring documents, a few megabytes each: the tasks of parallel cleaning."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from m3jax.text.documents import Document, find_files, makers, open_tfds, parque
 from m3jax.text.jsonl import json_lines
 
 BLOCK_BYTES = 4 << 20
-_MOST = 1 << 16  # documents of a block of lines, files or examples
-_EXAMPLES = 1024  # examples of TensorFlow Datasets, and files, in a block
-INDEX_BITS, BLOCK_BITS, SOURCE_BITS = 24, 20, 20  # of a document's number
+_MOST = 1 << 16  # most lines of a block
+_EXAMPLES = 1024  # most examples of TensorFlow Datasets, or text files, of a block
+INDEX_BITS, BLOCK_BITS, SOURCE_BITS = 24, 20, 20  # bits of the fields of a document's number
 
 
 class BlockSource(NamedTuple):
-    """Names a file, a `tfds:…` part, or some text files, that one process cuts into blocks."""
+    """Names a file, a `tfds:…` part, or several text files, which one process cuts into blocks."""
 
-    number: int  # among all sources
+    number: int  # index among all sources
     parts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Block:
-    """Names or holds some neighbouring documents of a source."""
+    """Describes a run of documents of a source; of JSON-lines files it holds the lines."""
 
     name: str  # `<source>-<block>`, in digits, so that names sort in reading order
-    parts: tuple[str, ...]  # as of the source; of text files those of the block
+    parts: tuple[str, ...]  # the source's file or `tfds:…` part, or its text files
     first: int  # number of the first line, row or example, from 0
     count: int  # lines, rows, examples or files
-    lines: tuple[bytes, ...] = ()  # of files of JSON lines
+    lines: tuple[bytes, ...] = ()  # the lines of a JSON-lines file
 
 
 def number_of(name: str, index: int) -> int:
-    """Numbers a document, from its block's name and place, so that order is reading order."""
+    """Returns the number of a document, by block and index in it; sorts in reading order."""
     source, block = map(int, name.split("-"))
     return (source << (BLOCK_BITS + INDEX_BITS)) | (block << INDEX_BITS) | index
 
 
 def place_of(number: int) -> tuple[str, int]:
-    """Inverts `number_of`: returns the block's name and the place."""
+    """Inverts `number_of`: returns the block's name and the document's index in the block."""
     rest, index = divmod(number, 1 << INDEX_BITS)
     return _name(*divmod(rest, 1 << BLOCK_BITS)), index
 
@@ -54,7 +54,7 @@ def _name(source: int, block: int) -> str:
 
 
 def sources_of(spec: str) -> list[BlockSource]:
-    """Lists the sources of a spec (`find_files`) in reading order; `TextError` for too many."""
+    """Lists the sources of a spec (`find_files`) in reading order; `TextError` for 2²⁰ or more."""
     gathered: list[list[str]] = []
     size = 0
     for part in find_files(spec):
@@ -74,20 +74,21 @@ def sources_of(spec: str) -> list[BlockSource]:
 def blocks_of(sources: Iterable[BlockSource], limit: int | None = None) -> Iterator[Block]:
     """Yields the blocks of sources, one at a time.
 
-    `limit` is the most lines, rows, files or examples of all; blank lines do not count; None = all.
+    `limit` is the most lines (blank ones do not count), rows, files or examples in total; None =
+    all. Raises `TextError` for a source of more than 2²⁰ blocks.
     """
     left = sys.maxsize if limit is None else limit
     for source in sources:
         for block, (first, count, lines) in enumerate(_cut(source, left)):
             if block >= 1 << BLOCK_BITS:
                 raise TextError(f"{source.parts[0]} is too large for one file; split it")
-            parts = source.parts[:count]  # one, or text files
+            parts = source.parts[:count]  # a single part, or all text files
             yield Block(_name(source.number, block), parts, first, count, lines)
             left -= sum(1 for line in lines if line.strip()) if lines else count
 
 
 def _cut(source: BlockSource, left: int) -> Iterator[tuple[int, int, tuple[bytes, ...]]]:
-    """Yields first, count and lines of every block."""
+    """Yields `Block.first`, `count` and `lines` of every block of a source."""
     part = source.parts[0]
     if part.startswith("tfds:"):
         whole, rest = divmod(len(open_tfds(part)), _EXAMPLES)
@@ -121,9 +122,9 @@ def _cut_lines(path: str, left: int) -> Iterator[tuple[int, int, tuple[bytes, ..
 
 
 def read_block(block: Block) -> Iterator[Document | TextError]:
-    """Yields the documents of a block, white space only included, blank lines not.
+    """Yields the documents of a block, also if they are only white space, but no blank lines.
 
-    Of what is unreadable the error is yielded; one of a file that cannot be opened is raised.
+    For an unreadable document its `TextError` is yielded; that of an unreadable file is raised.
     """
     lines = block.lines or None
     documents = (make for part in block.parts for make in makers(part, block.first, lines))

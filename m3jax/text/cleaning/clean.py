@@ -1,17 +1,17 @@
-"""Cleaning: repaired and filtered documents in blocks on disk, and which of them are duplicates.
+"""Cleaning of documents in blocks on disk: repair, rules, quality; then near-duplicates, equal ids.
 
-Every function of a stage reads and writes files of one folder and may run in any process: a block
-is cleaned by whoever gets it, and its last file, `<name>.json`, says that it is done. So work that
-was stopped goes on with what is missing, and the number of processes changes nothing.
+The functions of a stage exchange data only through files of one folder, so they may run in any
+process. The last file of a block, `<name>.json`, marks it as finished. Work that was interrupted
+thus resumes with the missing files, and the result does not depend on the number of processes.
 
     blocks/<name>.documents    repaired documents that pass the rules, msgpack under zlib
-                 .table.npy    number of words and language of each
-                 .ids.npy      hash of the id of each, sorted
-                 .bands.npy    MinHash bands, sorted; .signatures.npy what they come from
+                 .table.npy    number of words, number of characters and language of each document
+                 .ids.npy      hash of the id of each document, sorted
+                 .bands.npy    band entries of the MinHash signatures in .signatures.npy, sorted
                  .json         counts and samples
-    compared/<part>.drops.npy  documents with an earlier near-duplicate, among a range of bands
-                   .renames.npy documents with the id of an earlier one
-    drops.npy, renames.npy     what is decided of all
+    compared/<part>.drops.npy  documents with an earlier near-duplicate, by part of the band keys
+                   .renames.npy documents with the id of an earlier document
+    drops.npy, renames.npy     the same, joined over all parts
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ from m3jax.text.documents import Document
 from m3jax.text.optional import optional
 
 _TABLE = np.dtype([("words", "<u8"), ("characters", "<u8"), ("language", "<U8")])
-_LANGUAGE_HEAD = 500  # characters by which a document's language is told
-# Written alike: of 5000 articles of the Mandarin Wikipedia 330 are told to be Wu or Cantonese.
+_LANGUAGE_HEAD = 500  # characters from which the language of a document is detected
+# Written alike: 330 of 5000 Mandarin Wikipedia articles are classified as Wu or Cantonese.
 _VARIETIES = {"wuu": "zh", "yue": "zh"}
 _Kept = tuple[Document, int, str]  # a document, its number of words, its language
 
 
 @dataclass(frozen=True)
 class CleanFolder:
-    """Names the folder, seen by all processes, and reads the documents that are left in it.
+    """Reads the documents that are left in a folder of cleaned blocks, which all processes see.
 
-    Documents come in reading order. An id that an earlier document has too gets the document's
-    source behind it: `7~b.jsonl:12`.
+    Documents come in reading order. If an earlier document has the same id, the document's source
+    is appended to its id: `7~b.jsonl:12`.
     """
 
     folder: Path
-    clean: Any  # section of the config
-    quality: str | None = None  # spec of the scorer
+    clean: Any  # the config section `clean`
+    quality: str | None = None  # spec of the quality scorer
 
     @property
     def blocks(self) -> Path:
@@ -63,7 +63,7 @@ class CleanFolder:
 
     @property
     def drops(self) -> Shaped[np.ndarray, " d"]:
-        """Returns the near-duplicates with their witnesses (`minhash.DROP`), sorted by number."""
+        """Returns near-duplicates and witnesses (rows of `minhash.DROP`), sorted by number."""
         return np.load(self.folder / "drops.npy", mmap_mode="r")
 
     @property
@@ -79,7 +79,7 @@ class CleanFolder:
         return itertools.chain.from_iterable(map(self.block, self.names()))
 
     def block(self, name: str) -> Iterator[Document]:
-        """Yields the documents of a block that are left."""
+        """Yields the documents of a block that are left, without near-duplicates."""
         dropped, renamed = self.left_out(name), _inside(self.renames, name)
         for i, document in enumerate(self.unfiltered(name)):
             if i in renamed:
@@ -88,7 +88,7 @@ class CleanFolder:
                 yield document
 
     def unfiltered(self, name: str) -> list[Document]:
-        """Reads the documents of a block before duplicates are left out, with the ids they had."""
+        """Reads the documents of a block, near-duplicates included, with their original ids."""
         rows = msgpack.unpackb(zlib.decompress((self.blocks / f"{name}.documents").read_bytes()))
         return [
             Document(name, text, title, source, tuple((a, b) for a, b in spans), tuple(references))
@@ -96,19 +96,22 @@ class CleanFolder:
         ]
 
     def left_out(self, name: str) -> set[int]:
-        """Returns the places of a block's near-duplicates."""
+        """Returns the indices of the near-duplicates within a block."""
         return _inside(self.drops["number"], name)
 
 
 def _inside(numbers: UInt64[np.ndarray, " n"], name: str) -> set[int]:
-    """Returns the places in a block of those of some sorted numbers that are in it."""
+    """Returns the indices within a block of the (sorted) document numbers that are in it."""
     first = number_of(name, 0)
     low, high = np.searchsorted(numbers, np.array([first, first + (1 << INDEX_BITS)], np.uint64))
     return {int(n) - first for n in numbers[low:high]}
 
 
 def clean_block(cleaned: CleanFolder, block: Block) -> None:
-    """Reads, repairs, filters and writes the documents of a block."""
+    """Reads, repairs, filters and writes the documents of a block.
+
+    An unreadable document is counted if `clean.enabled`, else its `TextError` is raised.
+    """
     clean, tally = cleaned.clean, Tally()
     kept: list[_Kept] = []
     for item in read_block(block):
@@ -126,7 +129,7 @@ def clean_block(cleaned: CleanFolder, block: Block) -> None:
 
 
 def _pass(document: Document, clean: Any, tally: Tally) -> _Kept | None:
-    """Returns the repaired document with its words and language, if no rule takes it out."""
+    """Returns the repaired document, its number of words and language; None if it is removed."""
     text = document.text
     tally.count("read", len(text))
     if not text.strip():
@@ -137,7 +140,7 @@ def _pass(document: Document, clean: Any, tally: Tally) -> _Kept | None:
     if len(text) > clean.characters_max:
         tally.take_out("characters_max", document, str(len(text)))
         return None
-    if clean.repair and not document.no_loss:  # whose spans are positions in the text as it is
+    if clean.repair and not document.no_loss:  # no_loss spans are positions in the unrepaired text
         repaired = _repair(text)
         if repaired != text:
             _show_repair(document, repaired, tally)
@@ -156,7 +159,7 @@ def _pass(document: Document, clean: Any, tally: Tally) -> _Kept | None:
 
 
 def _show_repair(document: Document, repaired: str, tally: Tally) -> None:
-    """Counts a repair, and samples it around the first sign that changed."""
+    """Counts a repair, and offers a sample around the first character that changed."""
     text = document.text
     tally.count("repaired", len(text))
     pairs = enumerate(zip(text, repaired, strict=False))
@@ -167,7 +170,7 @@ def _show_repair(document: Document, repaired: str, tally: Tally) -> None:
 
 def _repair(text: str) -> str:
     ftfy = optional("ftfy", "clean.repair needs ftfy")
-    # What is damaged, not what is a matter of taste: quotes and wide letters stay as they are.
+    # Only damage is repaired: curly quotes, ligatures and full-width letters stay as they are.
     return ftfy.fix_text(
         text,
         unescape_html=False,
@@ -216,7 +219,7 @@ def _write(cleaned: CleanFolder, name: str, kept: list[_Kept], tally: Tally) -> 
 
 
 def compare_part(cleaned: CleanFolder, part: minhash.Part) -> None:
-    """Finds the near-duplicates and the repeated ids of a part of all keys (`minhash.parts_of`)."""
+    """Writes the near-duplicates and repeated ids of a part of the keys (`minhash.parts_of`)."""
     target = cleaned.folder / "compared" / f"{part[0]:05d}-{part[1]:05d}"
     if target.with_suffix(".renames.npy").is_file():
         return
@@ -231,10 +234,10 @@ def compare_part(cleaned: CleanFolder, part: minhash.Part) -> None:
 
 
 def decide(cleaned: CleanFolder) -> Tally:
-    """Joins the comparisons' results, and counts the blocks; returns all counts.
+    """Writes the joined results of all comparisons, and returns the summed counts of all blocks.
 
     Raises:
-      TextError: more unreadable lines than `clean.unreadable_share`.
+      TextError: the fraction of unreadable lines exceeds `clean.unreadable_share`.
     """
     tally, share = Tally.read(cleaned.blocks), cleaned.clean.unreadable_share
     unreadable, read = tally.counts["unreadable/documents"], tally.counts["read/documents"]

@@ -1,4 +1,4 @@
-"""Counts of documents: what came in, what each step took out, and samples of it."""
+"""Counts of the documents that were read and that each step removed, with samples."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 from m3jax.files import digest, write_atomically
 from m3jax.text.documents import Document
 
-SAMPLES = 8  # documents shown of each step
-SHOWN = 400  # characters shown of each
+SAMPLES = 8  # samples kept per step
+SHOWN = 400  # characters shown per sample
 
 
 @dataclass
 class Tally:
-    """Holds counts that add up over blocks, in any order.
+    """Holds counts that can be summed over blocks in any order.
 
-    `counts` are those of `<step>/documents` and `<step>/characters`, the step `read` is what came
-    in. `samples` are documents that a step took out, those with the smallest hashes. `languages`
-    and `lengths` count the documents read, the latter by the power of two below their number of
-    words (0 = no word).
+    `counts` has the keys `<step>/documents` and `<step>/characters`; the step `read` counts the
+    input. `samples` lists, for each step, the removed documents with the smallest hashes.
+    `languages` and `lengths` count the input documents by language and by the bit length of their
+    number of words ("0" = no words, "3" = 4 to 7).
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -31,17 +31,17 @@ class Tally:
     lengths: Counter[str] = field(default_factory=Counter)
 
     def count(self, step: str, characters: int) -> None:
-        """Counts one document."""
+        """Counts a document of a step."""
         self.counts[f"{step}/documents"] += 1
         self.counts[f"{step}/characters"] += characters
 
     def take_out(self, step: str, document: Document, value: str) -> None:
-        """Counts a document that a step removed, and keeps it as a sample where it is one."""
+        """Counts a document that a step removed, and offers it as a sample (`show`)."""
         self.count(step, len(document.text))
         self.show(step, value, document.text[:SHOWN], document)
 
     def show(self, step: str, value: str, text: str, document: Document | None = None) -> None:
-        """Keeps a sample if its hash is among the smallest, so that the choice knows no order."""
+        """Keeps a sample if its hash is among the step's smallest, whatever the order of calls."""
         named = {} if document is None else {"id": document.id, "source": document.source}
         named["value"] = value
         sample = {"order": digest(step, *named.values(), text), **named, "text": text}
@@ -52,7 +52,7 @@ class Tally:
         self.samples[step] = sorted(together, key=lambda sample: sample["order"])[:SAMPLES]
 
     def documents(self) -> dict[str, int]:
-        """Returns the number of documents of every step."""
+        """Returns the number of documents by step."""
         counted = {name.partition("/"): n for name, n in sorted(self.counts.items())}
         return {step: n for (step, _, what), n in counted.items() if what == "documents"}
 
@@ -63,7 +63,7 @@ class Tally:
 
     @classmethod
     def read(cls, folder: Path) -> Tally:
-        """Adds up the counts of all files in a folder that `write` wrote."""
+        """Sums the counts of all files that `write` wrote to a folder."""
         total = cls()
         for path in sorted(folder.glob("*.json")):
             content = json.loads(path.read_bytes())

@@ -1,8 +1,8 @@
-"""Near-duplicates: MinHash signatures, bands of them that collide, and which documents go.
+"""Near-duplicates: MinHash signatures, their bands (LSH), and the documents to drop.
 
-A document is dropped when an *earlier* one, in reading order, is similar to it. The rule looks at
-pairs only, so the comparison can be cut into parts that know nothing of each other, and it does not
-depend on their number. The dropped document has a witness, the earliest document that is similar.
+A document is dropped if an *earlier* document, in reading order, is similar to it. This rule looks
+at pairs only, so the comparison can be divided into independent parts, and the result does not
+depend on their number. A dropped document has a witness: the earliest document similar to it.
 """
 
 from __future__ import annotations
@@ -21,22 +21,25 @@ from m3jax.files import write_array
 from m3jax.text.cleaning.rules import normal_words
 from m3jax.text.optional import optional
 
-ENTRY = np.dtype([("key", "<u8"), ("number", "<u8")])  # of a band, or of an id
+ENTRY = np.dtype(
+    [("key", "<u8"), ("number", "<u8")]
+)  # a band or the hash of an id, and its document
 DROP = np.dtype([("number", "<u8"), ("witness", "<u8"), ("similarity", "<f4")])
 Entries = Shaped[np.ndarray, " e"]  # of type ENTRY
 Drops = Shaped[np.ndarray, " d"]  # of type DROP
 Signature = UInt32[np.ndarray, " n"]
-Part = tuple[int, int]  # a part of all 64-bit keys, and the number of parts
+Part = tuple[int, int]  # index of a part of the range of 64-bit keys, number of parts
 _SEED = 1
-_RECALL = 0.97  # share of pairs at the threshold that share a band
+_RECALL = 0.97  # fraction of pairs at the threshold that must share a band
 _PART_BYTES = 256 << 20  # of band entries that are compared at once
-_NEIGHBOURS = 16  # members of a large group that each one is compared with, on both ends
+_NEIGHBOURS = 16  # first and preceding members of a large group to compare a member with
 
 
 def bands_of(similarity: float, permutations: int) -> tuple[int, int]:
-    """Returns bands and rows: the longest bands of which pairs at the threshold share one.
+    """Returns the number b of bands and the number r of values per band for a threshold.
 
-    Two documents of similarity s share one of b bands of r values with probability 1 − (1 − s^r)^b.
+    Two documents of similarity s share a band with probability 1 − (1 − s^r)^b; r is the largest
+    with which this is at least 0.97 at the threshold `similarity`.
     """
     for rows in range(permutations, 1, -1):
         bands = permutations // rows
@@ -46,7 +49,7 @@ def bands_of(similarity: float, permutations: int) -> tuple[int, int]:
 
 
 def algorithm() -> str:
-    """Names the library's algorithm; raises `TextError` where the library is not installed."""
+    """Returns the MinHash library's name and version; `TextError` if it is not installed."""
     return f"rensa {_rensa().RMinHash.ALGORITHM_VERSION}"
 
 
@@ -55,9 +58,9 @@ def _rensa() -> Any:
 
 
 def signature(text: str, permutations: int, shingle_words: int) -> Signature:
-    """Computes the MinHash signature of the runs of `shingle_words` words of a text.
+    """Computes the MinHash signature of the shingles (runs of `shingle_words` words) of a text.
 
-    A text of fewer words is one item, one without words is compared as it is.
+    A text of fewer words is a single shingle; so is the raw text if it has no words.
     """
     minhash = _rensa().RMinHash(num_perm=permutations, seed=_SEED)
     short: list[str] = []
@@ -77,7 +80,7 @@ def signature(text: str, permutations: int, shingle_words: int) -> Signature:
 def band_entries(
     signatures: UInt32[np.ndarray, "d n"], numbers: UInt64[np.ndarray, " d"], similarity: float
 ) -> Entries:
-    """Makes one entry a document and band, sorted by key; equal keys are equal bands."""
+    """Makes one entry per document and band, sorted by key; equal bands have equal keys."""
     documents, permutations = signatures.shape
     bands, rows = bands_of(similarity, permutations)
     values = signatures[:, : bands * rows].reshape(documents, bands, rows).astype(np.uint64)
@@ -97,9 +100,9 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 
 
 def write_signatures(at: Path, texts: Sequence[str | None], first: int, limits: Any) -> None:
-    """Writes `<at>.signatures.npy`, a row a text, and `<at>.bands.npy`, the sorted band entries.
+    """Writes `<at>.signatures.npy`, a row per text, and `<at>.bands.npy`, the sorted band entries.
 
-    `texts` are numbered from `first` on; of None, a text that was left out, there are no bands.
+    `texts` are numbered from `first`; None stands for a removed text, which gets no band entries.
     `limits` is a config section with `similarity`, `permutations` and `shingle_words`.
     """
     signatures = np.zeros((len(texts), limits.permutations), np.uint32)
@@ -114,21 +117,21 @@ def write_signatures(at: Path, texts: Sequence[str | None], first: int, limits: 
 
 
 def parts_of(folder: Path) -> list[Part]:
-    """Lists parts of all keys, each of whose band entries fit in memory."""
+    """Lists parts of the key range, small enough to hold the band entries of each in RAM."""
     size = sum(path.stat().st_size for path in folder.glob("*.bands.npy"))
     parts = max(1, -(-size // _PART_BYTES))
     return [(part, parts) for part in range(parts)]
 
 
 def keys_of_part(keys: UInt64[np.ndarray, " n"], part: Part) -> slice:
-    """Finds where sorted 64-bit keys are in one part of all."""
+    """Returns the slice of the sorted 64-bit `keys` that are in a part of the key range."""
     low, high = (-(-(i << 64) // part[1]) for i in (part[0], part[0] + 1))
     last = np.searchsorted(keys, np.uint64(high)) if high < 1 << 64 else len(keys)
     return slice(int(np.searchsorted(keys, np.uint64(low))), int(last))
 
 
 def in_part(folder: Path, kind: str, part: Part) -> Entries:
-    """Reads the entries of the sorted files `*.<kind>.npy` that are in one part of all keys."""
+    """Reads the entries of all files `*.<kind>.npy` with keys in a part of the key range."""
     pieces = [np.empty(0, ENTRY)]
     for path in sorted(folder.glob(f"*.{kind}.npy")):
         entries = np.load(path, mmap_mode="r")
@@ -139,9 +142,9 @@ def in_part(folder: Path, kind: str, part: Part) -> Entries:
 def compare_files(
     folder: Path, part: Part, place_of: Callable[[int], tuple[str, int]], similarity: float
 ) -> Drops:
-    """Compares, as `compare`, the documents of one part of all keys in a folder of signatures.
+    """Applies `compare` to one part of the key range, for files of `write_signatures` in a folder.
 
-    `place_of` returns the name of a document's file (`write_signatures`) and the row in it.
+    `place_of` maps a document's number to the name of its file and its row there.
     """
 
     @lru_cache(maxsize=256)
@@ -156,7 +159,7 @@ def compare_files(
 
 
 def groups(entries: Entries) -> Iterable[UInt64[np.ndarray, " g"]]:
-    """Yields the numbers of entries with equal keys, ascending, for keys that occur twice."""
+    """Yields, for every key that occurs twice or more, its documents' numbers, ascending."""
     entries = np.sort(entries, order=["key", "number"])
     starts = np.flatnonzero(np.append(True, entries["key"][1:] != entries["key"][:-1]))
     ends = np.append(starts[1:], len(entries))
@@ -165,11 +168,12 @@ def groups(entries: Entries) -> Iterable[UInt64[np.ndarray, " g"]]:
 
 
 def compare(entries: Entries, signature_of: Callable[[int], Signature], similarity: float) -> Drops:
-    """Finds the documents that an earlier one of the same band is similar to, sorted by number.
+    """Finds the documents that are similar to an earlier document with an equal band.
 
-    `entries` are all band entries with a key that occurs at all, `signature_of` returns the
-    signature of a document by its number. In a group of many each is compared with the 16 first and
-    the 16 before it.
+    Similarity is the fraction of equal values of two signatures. `entries` must hold all entries of
+    every key in it; `signature_of` returns the signature of a document by its number. In a large
+    group, each document is compared with the first 16 and the previous 16 only. Returns the drops
+    sorted by number.
     """
     witnesses: dict[int, tuple[int, float]] = {}
     seen: set[tuple[int, int]] = set()
@@ -192,7 +196,7 @@ def compare(entries: Entries, signature_of: Callable[[int], Signature], similari
 
 
 def merged(parts: list[np.ndarray]) -> Drops:
-    """Joins parts to one row a dropped document, with its earliest witness, sorted by number."""
+    """Joins the drops of parts: one row per document, earliest witness, sorted by number."""
     drops = np.sort(np.concatenate([np.empty(0, DROP), *parts]), order=["number", "witness"])
     first = np.append(True, drops["number"][1:] != drops["number"][:-1])[: len(drops)]
     return drops[first]

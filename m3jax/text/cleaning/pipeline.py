@@ -36,10 +36,10 @@ _TOKENS, _PIECES = "tokens-", "pieces-"
 
 @dataclass
 class CleaningPipeline:
-    """Runs the stages on blocks of a run's documents, in the folder `clean/` of a workdir.
+    """Runs the cleaning stages on blocks of documents, in the folder `clean/` of a workdir.
 
-    `documents` are those that are left, after `clean`. Raises `TextError` for a quality threshold
-    without a scorer or the other way round.
+    After `clean()`, `documents` reads the documents that are left. Raises `TextError` if there is a
+    `quality` scorer without a threshold `clean.quality_min` > 0, or the reverse.
     """
 
     config: ConfigDict
@@ -62,7 +62,7 @@ class CleaningPipeline:
         self.documents = CleanFolder(folder, settings, self.quality)
 
     def inputs(self) -> dict[str, Any]:
-        """Returns what cleaning adds to the inputs of its documents; {} without cleaning."""
+        """Returns the inputs that cleaning adds to parts made from its documents; {} if off."""
         clean = self.config.clean
         if not clean.enabled:
             return {}
@@ -76,8 +76,9 @@ class CleaningPipeline:
     def clean(self, inputs: dict[str, Any]) -> tuple[bool, str]:
         """Cleans the documents and writes the data report.
 
-        Returns whether it was finished before, and how many documents came in and are left. Raises
-        `TextError` for bad documents, or a folder that was made from other inputs.
+        Returns True if it was finished before, and a line with the numbers of documents read and
+        left. Raises `TextError` for unreadable documents (with `clean.enabled`, for too many), if
+        no documents are left, or if the folder was made from other inputs.
         """
         kept = make_part(self.documents.folder, inputs, partial(self._clean, inputs))
         return kept, (self.documents.folder / _SUMMARY).read_text("utf-8")
@@ -92,7 +93,7 @@ class CleaningPipeline:
             parts = partial(minhash.parts_of, cleaned.blocks)
             stages.append(WorkStage("compare", parts, partial(compare_part, cleaned)))
         self.runner.run(stages)
-        for left in folder.rglob("*" + TEMPORARY):  # by processes that were killed
+        for left in folder.rglob("*" + TEMPORARY):  # left by processes that were killed
             left.unlink(missing_ok=True)
         tally = decide(cleaned)
         if next(iter(cleaned), None) is None:
@@ -108,7 +109,7 @@ class CleaningPipeline:
         write_atomically(folder / _SUMMARY, summary.encode())
 
     def write_corpus(self, held_out: bool, tokenizer: Tokenizer, folder: Path) -> None:
-        """Tokenizes what is not tokenized yet, and joins one side of the split into a corpus."""
+        """Tokenizes the remaining blocks, and writes the validation or the training corpus."""
         text = self.config.text
         share, shuffle = text.validation_share, text.shuffle
         work = self._work(_TOKENS, tokenizer.fingerprint, repr(share), str(shuffle))
@@ -117,7 +118,7 @@ class CleaningPipeline:
         write_corpus(documents, tokenizer, folder, text.shards)
 
     def write_references(self, tokenizer: Tokenizer, folder: Path) -> int:
-        """Cuts what is not cut yet into references, and joins them."""
+        """Cuts the remaining blocks into references, and writes and counts all references."""
         length = self.config.memory.reference_length
         work = self._work(_PIECES, tokenizer.fingerprint, str(length))
         self._run("cut", partial(cut_block, work, length))
@@ -131,14 +132,14 @@ class CleaningPipeline:
         self.runner.run([WorkStage(name, self.documents.names, work)])
 
     def tidy(self) -> None:
-        """Removes what corpora and references were joined from, when they are finished."""
+        """Removes the tokenized and the cut blocks, which finished parts no longer need."""
         for name in (_TOKENS, _PIECES):
             for folder in self.documents.folder.glob(f"{name}*"):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sources(spec: str, limit: int | None) -> list[tuple[BlockSource, ...]]:
-    """Lists units to read; one for all sources where their documents are counted."""
+    """Lists the units of sources to read: one per source, or a single one to count to `limit`."""
     sources = sources_of(spec)
     return [tuple(sources)] if limit is not None else [(source,) for source in sources]
 

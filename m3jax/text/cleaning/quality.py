@@ -1,7 +1,7 @@
-"""Learned quality score of a document, 0 … 5 (Memory³ §7): the interface, and one trained here.
+"""Learned quality scores of documents, 0 … 5 (Memory³ §7): the interface, and a linear scorer.
 
 The paper scores with a model; ours is a linear regression on hashed words and pairs of words, cheap
-enough for a whole corpus. Anything with `fingerprint` and `score` can take its place.
+enough for a whole corpus. Any object with `fingerprint` and `score` can replace it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from m3jax.text.optional import optional
 
 LOWEST, HIGHEST = 0.0, 5.0
 _WEIGHTS, _MANIFEST = "weights.npy", "manifest.json"
-_HEAD = 20_000  # characters of a document that are looked at
+_HEAD = 20_000  # first characters of a document, from which it is scored
 _FEATURES = 1 << 18
 
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Interface of a quality score; `fingerprint` changes when scores may change."""
+    """Interface of quality scorers; `fingerprint` changes whenever scores may change."""
 
     fingerprint: str
 
@@ -56,10 +56,10 @@ class LinearScorer:
     def train(
         cls, texts: Sequence[str], scores: Sequence[float], penalty: float = 0.1
     ) -> LinearScorer:
-        """Fits to two or more texts with scores 0 … 5; the same examples give the same scorer.
+        """Fits a scorer to labelled texts; the same examples give the same scorer.
 
-        `penalty` is that of squared weights (ridge regression). Raises `TextError` for too few
-        examples, all with one score, or a score outside 0 … 5.
+        `penalty` multiplies the squared weights (ridge regression). Raises `TextError` if there are
+        fewer than two texts or different scores, or a score is outside 0 … 5.
         """
         if len(texts) < 2 or len(set(scores)) < 2:
             raise TextError(
@@ -84,7 +84,7 @@ class LinearScorer:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> LinearScorer:
-        """Reads what `save` wrote; raises `TextError` where a file is missing or damaged."""
+        """Loads a scorer that `save` wrote; raises `TextError` if a file is missing or damaged."""
         manifest, weights = Path(folder) / _MANIFEST, Path(folder) / _WEIGHTS
         if not manifest.is_file() or not weights.is_file():
             raise TextError(
@@ -97,7 +97,10 @@ class LinearScorer:
 
 
 def load_scorer(spec: str) -> Scorer:
-    """Loads a scorer from its folder, or by `MODULE:NAME` of a function, or raises `TextError`."""
+    """Loads a scorer from its folder, or calls the function `MODULE:NAME` that returns a scorer.
+
+    Raises `TextError` if the folder has no intact scorer, or there is no such function.
+    """
     module, _, name = spec.rpartition(":")
     if not module or Path(spec).exists():
         return LinearScorer.load(spec)
@@ -108,7 +111,7 @@ def load_scorer(spec: str) -> Scorer:
 
 
 def read_labelled(path: str | os.PathLike[str]) -> tuple[list[str], list[float]]:
-    """Reads texts and scores of JSON lines `{"text", "score"}`."""
+    """Reads texts and scores from JSON lines `{"text", "score"}`; raises as `read_records`."""
 
     def parse(record: Any) -> tuple[str, float]:
         text, score = record["text"], record["score"]
@@ -124,10 +127,11 @@ def read_labelled(path: str | os.PathLike[str]) -> tuple[list[str], list[float]]
 def held_out_error(
     texts: Sequence[str], scores: Sequence[float], penalty: float = 0.1
 ) -> dict[str, float]:
-    """Trains on four fifths of the examples, by hash of the text, and scores the last fifth.
+    """Trains a scorer on about four fifths of the examples, and evaluates it on the other fifth.
 
-    Returns `count`, mean absolute `error`, that of always guessing the mean (`error_of_mean`), and
-    Pearson's `correlation`; NaN where the fifth is too small.
+    A hash of the text decides the split. Returns the `count` of held-out examples, their mean
+    absolute `error`, the error of always predicting the mean (`error_of_mean`), and Pearson's
+    `correlation`; all are NaN if a side of the split is too small or all training scores are equal.
     """
     held = np.array([int(digest(text)[:8], 16) % 5 == 0 for text in texts])
     labels = np.asarray(scores, np.float64)
@@ -147,7 +151,7 @@ def held_out_error(
 
 
 def train_scorer(labelled: str, folder: str, penalty: float = 0.1) -> str:
-    """Trains a scorer on a file of labelled texts (`read_labelled`), saves and describes it."""
+    """Trains a scorer on a file of `read_labelled`, saves it, and returns lines on its errors."""
     texts, scores = read_labelled(labelled)
     errors = held_out_error(texts, scores, penalty)
     scorer = LinearScorer.train(texts, scores, penalty)

@@ -1,4 +1,4 @@
-"""Data report: what came in, what every step took out, with samples, and what is left."""
+"""Data report: documents read, removed by every step (with samples), and left."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from m3jax.text.cleaning.clean import CleanFolder
 from m3jax.text.cleaning.counters import SAMPLES, SHOWN, Tally
 from m3jax.text.documents import Document
 
-_LANGUAGES = 20  # shown in the picture
-# Steps that take documents out, in their order, with what the value of a sample is.
+_LANGUAGES = 20  # shown in the figure
+# Steps that remove documents, in order, with the meaning of their samples' values.
 _STEPS = {
     "unreadable": "not a document: the reason",
     "empty": "white space only",
@@ -38,8 +38,8 @@ _STEPS = {
 def write_data_report(cleaned: CleanFolder, tally: Tally, folder: Path) -> str:
     """Writes `report.json`, `report.md`, `lengths.png` and `languages.png` to `folder`.
 
-    `cleaned` are the documents that are left, `tally` what all blocks counted. Returns one line of
-    what came in and what is left.
+    `cleaned` holds the documents that are left, `tally` the counts of all blocks, to which the
+    near-duplicates are added. Returns a one-line summary: documents read, removed and left.
     """
     left = _count_left(cleaned, tally)
 
@@ -83,9 +83,9 @@ def write_data_report(cleaned: CleanFolder, tally: Tally, folder: Path) -> str:
 def write_report(
     folder: Path, content: dict[str, Any], markdown: str, meanings: dict[str, str]
 ) -> None:
-    """Writes `report.json` and `report.md`, to which the samples of every step are added.
+    """Writes `content` as `report.json`, and `markdown` with every step's samples as `report.md`.
 
-    `meanings` say of every step what the value of its samples is.
+    `meanings` describes, for every step, the value of its samples.
     """
     lines = [markdown]
     for step, samples in content["samples"].items():
@@ -101,7 +101,7 @@ def write_report(
 
 
 def _printable(text: str) -> str:
-    """Replaces control characters, which a terminal would obey."""
+    """Replaces control characters, which would act on a terminal, with `·`."""
     return "".join(c if c.isprintable() else "·" for c in text)
 
 
@@ -111,7 +111,11 @@ def show_near_duplicates(
     document_of: Callable[[int], Document],
     name_of: Callable[[Document], str],
 ) -> None:
-    """Adds samples of near-duplicates (`minhash.DROP`), chosen by a hash of their number."""
+    """Adds samples of near-duplicates to `tally`, chosen by a hash of the documents' numbers.
+
+    `drops` are rows of `minhash.DROP`, `document_of` returns a document by its number, and
+    `name_of` the name by which a sample cites the similar document that is kept.
+    """
 
     def order(row: tuple[int, int, float]) -> bytes:
         return hashlib.blake2b(row[0].to_bytes(8, "little"), digest_size=8).digest()
@@ -123,7 +127,7 @@ def show_near_duplicates(
 
 
 def _count_left(cleaned: CleanFolder, tally: Tally) -> Tally:
-    """Counts the documents that are left, and in `tally` the near-duplicates."""
+    """Returns counts of the documents that are left; adds the near-duplicates to `tally`."""
     left = Tally()
     for name in cleaned.names():
         table = np.load(cleaned.blocks / f"{name}.table.npy")
@@ -177,10 +181,11 @@ def draw_bars(
     width: float = 1.0,
     ticks: Sequence[str] | None = None,
 ) -> None:
-    """Draws two counts at each of some places: what came in, and before it what is left.
+    """Draws two bars at each position: a wide one for the input and, in front, a narrow one (kept).
 
-    `counts` has the two by name, `labels` those of both axes; `width` is the distance of two
-    places, `ticks` are their names, default numbers.
+    `counts` maps the legend's names of input and kept to their values at `places`; `labels` are the
+    labels of the x and y axes, `width` is the distance between positions, and `ticks` are their
+    labels, by default numbers.
     """
     (before, came), (after, stayed) = counts.items()
     with drawing(path, 8, 4) as figure:

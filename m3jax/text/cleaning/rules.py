@@ -1,8 +1,8 @@
-"""Rule filters of documents: their measures, and the first rule a text breaks (Memory³ §7).
+"""Rule filters of documents: measures of a text, and the first rule it breaks (Memory³ §7).
 
-Ours, where the paper is silent: a *word* is a run of signs without white space, or one sign of
-Chinese or Japanese, so that the same thresholds serve texts without spaces; words are compared
-without case; the share of non-alphabetic characters leaves out white space.
+Our choices where the paper gives no details: a *word* is a run of characters without white space,
+or a single Chinese or Japanese character, so that the same thresholds suit texts without spaces;
+words are compared without case; the fraction of non-alphabetic characters ignores white space.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RULES = ("words_min", "word_length_max", "nonalphabetic_max", "unique_max", "ent
 _EAST = "\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[{_EAST}]|[^\s{_EAST}]+")
 _NORMAL = re.compile(rf"[{_EAST}]|[^\W_{_EAST}]+")
-_PIECE = 1 << 20  # about how many characters are split into words at once, to bound memory
+_PIECE = 1 << 20  # characters that are split into words at once, about: bounds RAM
 
 
 class Measures(NamedTuple):
@@ -26,13 +26,13 @@ class Measures(NamedTuple):
 
     words: int
     word_length: float  # mean characters of a word; 0 without words
-    nonalphabetic: float  # share of the characters that are no letters, white space left out
-    unique: float  # share of different words among all
-    entropy: float  # of the distribution of words, nats
+    nonalphabetic: float  # fraction of non-space characters that are not letters
+    unique: float  # number of different words / number of words
+    entropy: float  # of the words' distribution, in nats
 
 
 def measure(text: str) -> Measures:
-    """Measures a text, a million characters at a time."""
+    """Computes the measures of a text, about a million characters at a time."""
     counts: Counter[str] = Counter()
     signs = letters = 0
     for piece in pieces(text):
@@ -42,7 +42,7 @@ def measure(text: str) -> Measures:
     words = counts.total()
     if not words:
         return Measures(0, 0.0, 1.0, 1.0, 0.0)
-    # fsum is exact, so that the order in which words were met does not matter
+    # fsum is exact, so that the order of the words does not matter
     entropy = math.log(words) - math.fsum(n * math.log(n) for n in counts.values()) / words
     return Measures(words, signs / words, 1 - letters / signs, len(counts) / words, entropy)
 
@@ -50,10 +50,10 @@ def measure(text: str) -> Measures:
 def broken_rule(
     measures: Any, limits: Any, rules: Sequence[str] = RULES
 ) -> tuple[str, float] | None:
-    """Returns the first rule that a text breaks, and the value that breaks it; None = it passes.
+    """Returns the first rule that a text breaks and the measure's value; None if it breaks none.
 
-    A rule is the name of a threshold in the config section `limits`: that of a measure and `_min`,
-    which it must not be below, or `_max`, which it must not be above.
+    A rule is named after its threshold in the config section `limits`: `<measure>_min`, which the
+    measure must not be below, or `<measure>_max`, which it must not be above.
     """
     for rule in rules:
         name, _, bound = rule.rpartition("_")
@@ -64,7 +64,7 @@ def broken_rule(
 
 
 def normal_words(text: str) -> Iterator[list[str]]:
-    """Yields words without signs and case, as near-duplicates are compared; a list a piece."""
+    """Yields the words without punctuation and case, one list per piece (`pieces`)."""
     for piece in pieces(text):
         yield _NORMAL.findall(piece.casefold())
 
@@ -75,7 +75,7 @@ def words_of(text: str) -> list[str]:
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Yields a text in parts of about a million characters, cut at white space where it can."""
+    """Yields pieces of a text of about a million characters, cut at white space if possible."""
     start = 0
     while len(text) - start > _PIECE:
         end = max(text.rfind(mark, start + 1, start + _PIECE) for mark in "\n ")

@@ -1,11 +1,11 @@
-"""Blocks that are tokenized or cut to references, one a process, and what is joined from them.
+"""Tokenization of cleaned blocks, their cutting into references, and the joining of the results.
 
-    <name>.bin     the block's documents as records, msgpack, one after the other, in their order
-         .npy      one row a document: order, place and size of the record, counts
-         .pieces   the block's documents cut to references, msgpack
+    <name>.bin     msgpack records of the block's documents, concatenated, sorted by their order
+         .npy      one row per document: order, byte offset and size of the record, counts
+         .pieces   the block's documents cut into references, msgpack
 
-The order of a document is its number, or a hash of seed, id and text; so the corpus does not depend
-on blocks or processes.
+A document's order is its number or, if shuffled, a hash of seed, id and text; so the corpus does
+not depend on the division into blocks or the processes.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from m3jax.text.tokenizer import Tokenizer
 
 _COUNTS = ("order", "offset", "size", "tokens", "characters", "bytes")
 _ROW = np.dtype([*((name, "<u8") for name in _COUNTS), ("validation", "?")])
-_BUCKET_BYTES = 64 << 20  # of records that are put in order at once
+_BUCKET_BYTES = 64 << 20  # of records that are sorted at once
 
 
 @dataclass(frozen=True)
 class BlockWork:
-    """Names the folder of results, seen by all processes, the documents, the tokenizer's folder."""
+    """Names the folder of results (which all processes see), the documents and the tokenizer."""
 
     folder: Path
     documents: CleanFolder
@@ -43,9 +43,11 @@ class BlockWork:
 
 
 def tokenize_block(work: BlockWork, share: float, shuffle: int, name: str) -> None:
-    """Tokenizes the documents of a block that are left.
+    """Tokenizes the documents of a block that cleaning kept.
 
-    `share` is that of the validation documents, `shuffle` the seed of the order; 0 = as read.
+    Writes NAME.bin (records) and NAME.npy (their index); does nothing if the index exists. `share`
+    is the fraction (0 … 1) of documents used for validation, `shuffle` the seed of the order; 0 =
+    reading order.
     """
     index = work.folder / f"{name}.npy"
     if index.is_file():
@@ -84,9 +86,9 @@ def _order(document: Document, number: int, seed: int) -> int:
 
 
 def tokenized(folder: Path, shuffle: int, held_out: bool) -> Iterator[EncodedDocument]:
-    """Yields the documents for validation, or the others, of all blocks, in their order.
+    """Yields the validation (if `held_out`) or training documents of all blocks, in order.
 
-    In reading order a block is held in memory at a time, shuffled about 64 MB.
+    Holds one block in RAM at a time in reading order, about 64 MiB of records if shuffled.
     """
     names = sorted(path.stem for path in folder.glob("*.npy"))
     if not shuffle:
@@ -102,7 +104,7 @@ def tokenized(folder: Path, shuffle: int, held_out: bool) -> Iterator[EncodedDoc
 def _records(
     folder: Path, names: list[str], held_out: bool, part: Part
 ) -> Iterator[EncodedDocument]:
-    """Yields the documents whose order is in a part of all orders, sorted."""
+    """Yields the documents whose order is in `part` of the 64-bit range, sorted by order."""
     documents: list[tuple[int, str, EncodedDocument]] = []
     for name in names:
         rows = np.load(folder / f"{name}.npy", mmap_mode="r")
@@ -113,14 +115,17 @@ def _records(
                     file.seek(offset)
                     record = msgpack.unpackb(file.read(size))
                     documents.append((order, name, EncodedDocument(record, *counts)))
-    # Equal orders are equal documents in all that is written; the sort is stable all the same.
+    # Equal order means equal records, so their mutual order is free; the sort is stable anyway.
     documents.sort(key=lambda document: document[:2])
     for _, _, document in documents:
         yield document
 
 
 def cut_block(work: BlockWork, length: int, name: str) -> None:
-    """Cuts the documents of a block that are left to references of at most `length` tokens."""
+    """Cuts the documents of a block that cleaning kept into references of ≤ `length` tokens.
+
+    Writes NAME.pieces; does nothing if it exists.
+    """
     target = work.folder / f"{name}.pieces"
     if target.is_file():
         return
@@ -135,7 +140,7 @@ def cut_block(work: BlockWork, length: int, name: str) -> None:
 
 
 def cut_documents(folder: Path) -> Iterator[tuple[Document, list[Piece]]]:
-    """Yields the documents of all blocks, without texts, with their pieces."""
+    """Yields the documents of all blocks in reading order, with empty text, and their pieces."""
     for path in sorted(folder.glob("*.pieces")):
         for name, title, source, pieces in msgpack.unpackb(path.read_bytes()):
             cut = [Piece(a, b, text, np.frombuffer(ids, "<i4")) for a, b, text, ids in pieces]

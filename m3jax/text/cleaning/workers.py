@@ -1,4 +1,4 @@
-"""Runners of work that processes share: in this process, in several of this machine, or in Beam."""
+"""Runners of parallel work: in this process, in several local processes, or in Apache Beam."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from m3jax.errors import TextError
 from m3jax.text.optional import optional
 
-_AHEAD = 2  # tasks of each process that are read before they are worked on
+_AHEAD = 2  # tasks per process that are read ahead
 
 
 def _alone(unit: Any) -> Iterable[Any]:
@@ -25,15 +25,16 @@ def _alone(unit: Any) -> Iterable[Any]:
 
 @dataclass(frozen=True)
 class WorkStage:
-    """Describes work that may be done in any order, once the stage before has ended.
+    """Describes tasks that may run in any order, once the previous stage has ended.
 
-    The functions are sent to other processes: functions of modules, or `functools.partial` of
-    those. The work of a task may be done twice, also at the same time, and must come to the same.
+    The functions are sent to other processes, so they must be module-level functions or
+    `functools.partial` of module-level functions. A task may run twice, even at the same time, and
+    must then have the same result.
 
     Attributes:
-      name: for progress and messages.
-      units: lists the units, each split by one process from beginning to end.
-      work: does a task; its result is small.
+      name: name of the stage, used in messages.
+      units: lists the units of the stage; each is split by a single process.
+      work: runs a task; its return value must be small.
       split: yields the tasks of a unit, one at a time; default: the unit is its only task.
     """
 
@@ -48,7 +49,10 @@ class WorkStage:
 
 
 class LocalRunner:
-    """Runs stages in this process, or in several that it starts."""
+    """Runs stages in this process or, for `workers` > 1, in local processes that it starts.
+
+    Raises `TextError` for `workers` < 1.
+    """
 
     def __init__(self, workers: int = 1) -> None:
         if workers < 1:
@@ -56,7 +60,7 @@ class LocalRunner:
         self._workers = workers
 
     def run(self, stages: Sequence[WorkStage]) -> None:
-        """Does all tasks; few are held in memory at a time; `TextError` where a process ended."""
+        """Runs all tasks, few of them in RAM at a time; `TextError` if a worker process dies."""
         if self._workers == 1:
             for stage in stages:
                 for task in stage.tasks():
@@ -96,7 +100,7 @@ def _finish(waiting: set[Future[Any]]) -> set[Future[Any]]:
 
 
 def _begin(threads: int) -> None:
-    """Sets up a new process: few threads, and an end when the process that started it has ended."""
+    """Sets up a worker process: limits its threads, and ends it when its parent has ended."""
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizers
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -109,20 +113,20 @@ def _begin(threads: int) -> None:
 
 
 class BeamRunner:
-    """Runs stages as one pipeline of Apache Beam: in this process, Dataflow, Spark, Flink.
+    """Runs stages as one Apache Beam pipeline: in this process or on Dataflow, Spark or Flink.
 
-    Every worker must see the folder of the run, with the same path: the elements of the pipelines
-    are small (or blocks of lines), what the stages make is files.
+    Every worker must see the workdir under the same path: the pipeline's elements are small (or
+    blocks of lines), and the stages write their results to files.
     """
 
     def __init__(self, options: Sequence[str] = ()) -> None:
-        """Takes flags of Beam, default the runner in this process; `TextError` without Beam."""
+        """Takes Beam's flags (default: run in this process); `TextError` if Beam is missing."""
         install = "-c constraints-beam.txt -e '.[prepare]' in an environment of its own"
         optional("apache_beam", "Apache Beam is not installed", install)
         self._options = list(options) or ["--runner=FnApiRunner"]
 
     def run(self, stages: Sequence[WorkStage]) -> None:
-        """Builds the pipeline of the stages, each behind the one before, and waits for its end."""
+        """Runs the stages in order, and waits for their end; raises the `TextError` of a task."""
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
 
@@ -138,7 +142,7 @@ class BeamRunner:
 
 
 def _build(pipeline: Any, stages: Sequence[WorkStage]) -> None:
-    """Adds the stages; each waits for the one before, whose results are its side input."""
+    """Adds the stages; each takes the previous one's results as side input, to wait for its end."""
     import apache_beam as beam
 
     done = None
@@ -156,13 +160,13 @@ def _build(pipeline: Any, stages: Sequence[WorkStage]) -> None:
 
 
 def _units(stage: WorkStage, before: Iterable[Any] = ()) -> Iterable[Any]:
-    for _ in before:  # all of them: then the stage before has ended
+    for _ in before:  # reading all of it waits for the end of the previous stage
         pass
     yield from stage.units()
 
 
 def _user_error(error: BaseException | None) -> str | None:
-    """Returns the message of a `TextError` among an error, as Beam changed it, and its causes."""
+    """Returns the message of the `TextError` in the chain of causes that Beam made, or None."""
     while error is not None:
         if isinstance(error, TextError):
             return str(error)

@@ -1,13 +1,13 @@
-"""Contamination: references that hold a question of an evaluation, or stand in one (Memory³ §6.1).
+"""Contamination: references that contain an evaluation question, or are part of one (Memory³ §6.1).
 
-The measure is the overlap of `m3jax.text.overlap`, both ways, as in the leakage report: of the
-question with the reference, mostly the longer of the two, and of the reference with the question,
-which may carry a whole passage. Ours: its items are words without signs and case instead of tokens,
-so that neither the tokenizer nor the spelling of a question's beginning matters, and answers are
-not compared: a knowledge base is there to hold them. And what both have in common must carry as
-large a share of the information of the shorter one, a word that n of N questions have carrying
-log(1 + N / n): "which of the following is an example of a …?" is in many texts, the question is in
-few of them.
+The measure is the overlap of `m3jax.text.overlap` in both directions, as in the leakage report: of
+the question with the reference (mostly the longer text), and of the reference with the question
+(which may include a whole passage). Three choices are ours. The items are words without punctuation
+and case instead of tokens, so that neither the tokenizer nor a capital letter matters. Answers are
+not compared: a knowledge base should hold them. And the common words must also carry more than the
+threshold's fraction of the information of the contained text, where a word in n of N questions
+carries log(1 + N / n): many texts have the words "which of the following is an example of a …?"
+without the rest of the question.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from jaxtyping import Integer
 from m3jax.text.cleaning.rules import words_of
 from m3jax.text.overlap import fewest_above, overlap, shared, which_exceed
 
-_Ints = Integer[np.ndarray, "_"]  # words by their numbers, or numbers of questions
+_Ints = Integer[np.ndarray, "_"]  # numbers of words, or indices of questions
 
 
 class Contamination:
-    """Finds questions in references.
+    """Searches references for evaluation questions.
 
-    Every word of a question has a number, the more questions it stands in the larger; all other
-    words have one together, the smallest. A reference and a question can only overlap enough if one
-    of the rarest words of the shorter is in both: of n words of which m must be shared, one of any
-    n − m + 1. So few pairs are compared.
+    Every word of the questions has a number ≥ 1, rare words (in few questions) first; all other
+    words have the number 0. If m of the n words of a text must be shared, at least one of any
+    n − m + 1 of them is. So a pair is compared only if it shares one of the n − m + 1 rarest words
+    of the contained text.
     """
 
     def __init__(self, questions: Sequence[str], threshold: float, least: int) -> None:
-        """Numbers the words of questions.
+        """Indexes the words of questions.
 
-        A reference is contaminated above the overlap `threshold`. Questions of fewer words than
-        `least` are left out, and references of fewer words are not searched for in questions.
+        A reference is contaminated if an overlap exceeds `threshold` (0 … 1). Questions of fewer
+        than `least` words are left out (`too_short` is their number); references of fewer words are
+        not searched for in questions.
         """
         split = [words_of(question) for question in questions]
         kept = [i for i, words in enumerate(split) if len(words) >= least]
@@ -49,7 +50,9 @@ class Contamination:
         self._questions = [self._number(split[i]) for i in kept]
         self._lengths = np.array([len(words) for words in self._questions], np.int64)
         size = len(ranked) + 1
-        times = np.array([1, *(counts[word] for word in ranked)])  # a word of no question: once
+        times = np.array(
+            [1, *(counts[word] for word in ranked)]
+        )  # words of no question count as in one question
         self._information = np.log1p(len(kept) / times)
         rare = [_rarest(words, threshold) for words in self._questions]
         self._by_rare_word = _postings(rare, size)
@@ -59,7 +62,7 @@ class Contamination:
         return len(self._questions)
 
     def find(self, text: str) -> tuple[str, float] | None:
-        """Returns the question that a reference overlaps most with, and the overlap."""
+        """Returns the question with the largest overlap above the threshold, and it; else None."""
         words = self._number(words_of(text))
         if not self._questions or not words.size:
             return None
@@ -73,6 +76,7 @@ class Contamination:
         return np.array([self._numbers.get(word, 0) for word in words], np.int64)
 
     def _inside(self, words: _Ints) -> list[tuple[int, float]]:
+        """Returns the questions that a reference of these words contains, with overlaps."""
         near = _union(self._by_rare_word, np.unique(words))
         if not near.size:
             return []
@@ -82,6 +86,7 @@ class Contamination:
         return [(i, overlap(words, self._questions[i])) for i in told]
 
     def _around(self, words: _Ints) -> list[tuple[int, float]]:
+        """Returns the questions that contain a reference of these words, with overlaps."""
         if len(words) < self.least:
             return []
         rarest = np.unique(_rarest(words, self.threshold))
@@ -96,15 +101,15 @@ class Contamination:
         return [(i, value) for i, value in values if value > self.threshold]
 
     def _tells(self, inner: _Ints, outer: _Ints) -> bool:
-        """Tests whether the words in common carry enough of the information of `inner`."""
+        """Returns True if the common words carry enough of the information of `inner`."""
         size = len(self._information)
         counts, others = (np.bincount(words, minlength=size) for words in (inner, outer))
-        others[0] = 0  # where all words of no question are counted: they are not one word
+        others[0] = 0  # number 0 stands for different words, which are not shared
         common = np.minimum(counts, others) @ self._information
         return bool(common > self.threshold * (counts @ self._information))
 
     def _matrix(self, ids: _Ints) -> tuple[Integer[np.ndarray, "q W"], _Ints]:
-        """Returns the words of some questions, a row each, and their numbers."""
+        """Returns the words of questions, a row each, padded with 0, and their lengths."""
         lengths = self._lengths[ids]
         matrix = np.zeros((len(ids), int(lengths.max())), np.int64)
         for row, i in zip(matrix, ids.tolist(), strict=True):
@@ -113,12 +118,12 @@ class Contamination:
 
 
 def _rarest(words: _Ints, threshold: float) -> _Ints:
-    """Returns the words with the smallest numbers of which one at least must be shared."""
+    """Returns the rarest words, at least one of which a text above the threshold must share."""
     return np.sort(words)[: max(0, len(words) - fewest_above(threshold, len(words)) + 1)]
 
 
 def _postings(words: Sequence[_Ints], size: int) -> tuple[_Ints, _Ints]:
-    """Returns where the questions of each word begin in a list of questions, and the list."""
+    """Returns an inverted index: start of each word's questions in a list, and the list."""
     flat = np.concatenate([np.empty(0, np.int64), *words])
     owners = np.repeat(np.arange(len(words)), [len(each) for each in words])
     order = np.argsort(flat, kind="stable")
@@ -126,7 +131,7 @@ def _postings(words: Sequence[_Ints], size: int) -> tuple[_Ints, _Ints]:
 
 
 def _union(postings: tuple[_Ints, _Ints], words: _Ints) -> _Ints:
-    """Returns the questions of any of these words, ascending."""
+    """Returns the questions that an index lists under any of the words, ascending."""
     starts, owners = postings
     parts = [owners[starts[word] : starts[word + 1]] for word in words.tolist()]
     return np.unique(np.concatenate([np.empty(0, np.int64), *parts]))

@@ -1,4 +1,4 @@
-"""Report of a selection of references: what each rule dropped, with samples, what is left."""
+"""Report on filtered references: number dropped by each rule, with samples, and left."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from m3jax.text.cleaning.report import draw_bars, show_near_duplicates, write_re
 from m3jax.text.reference_filter.contamination import Contamination
 from m3jax.text.references import References
 
-_BINS = 16  # of the picture
-# Rules in their order, with what the value of a sample is.
+_BINS = 16  # of the histogram
+# Rules in order, with the meaning of their samples' values.
 _RULES = {
     "words_min": "fewer words than knowledge.words_min: their number",
     "nonalphabetic_max": "more that is no letter than knowledge.nonalphabetic_max: the share",
@@ -33,11 +33,11 @@ def write_selection_report(
     questions: Contamination | None,
     folder: Path,
 ) -> str:
-    """Writes `report.json`, `report.md` and `lengths.png`; returns one line of what is left.
+    """Writes `report.json`, `report.md` and `lengths.png`; returns a one-line summary.
 
-    Of all `references` that were cut, the ids `kept` stay; `drops` are near-duplicates with
-    witnesses (`minhash.merged`), `tally` is what all ranges counted, `questions` what was searched
-    for.
+    `references` are the references before filtering, `kept` the ids that stay, `drops` the
+    near-duplicates with witnesses (`minhash.merged`), `tally` the counts of all ranges, and
+    `questions` the evaluation questions that were searched for, if any.
     """
     for item in references.read(drops["number"].astype(np.int64)):
         tally.count("similarity", len(item.text))

@@ -1,8 +1,8 @@
-"""Rule filters of references: their measures, and the first rule a reference breaks.
+"""Rule filters of references: the measures that are compared with thresholds.
 
-Ours: the paper says of its knowledge base only that the texts were of high quality (Memory³ §7). A
-word is what it is in `m3jax.text.cleaning.rules`, so one sign of Chinese or Japanese is a word, and
-one set of thresholds serves texts with and without spaces.
+The rules are ours: the paper says only that its knowledge base had texts of high quality (Memory³
+§7). A word is defined as in `m3jax.text.cleaning.rules`: a single Chinese or Japanese character is
+a word, so that the same thresholds suit texts with and without spaces.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from m3jax.text.cleaning.rules import measure, words_of
 
 RULES = ("words_min", "nonalphabetic_max", "listed_max", "repeated_max")
 
-_RUN = 3  # words that are looked for again
-_SHORT = 80  # bytes of UTF-8: about 13 words of English, 26 signs of Chinese
-_MARKS = tuple("*#|!{}<•·◦▪■●–—-+=;:")  # what lines of lists, tables and markup begin with
+_RUN = 3  # words of a run whose repetitions are counted
+_SHORT = 80  # bytes of UTF-8: about 13 English words, 26 Chinese characters
+_MARKS = tuple("*#|!{}<•·◦▪■●–—-+=;:")  # first characters of lines of lists, tables and markup
 _ENDS = tuple(".!?…。！？:：;；,，")
 _CLOSING = "\"'”’»)]）】』」"
 
@@ -24,13 +24,13 @@ class ReferenceMeasures(NamedTuple):
     """Holds the measures that the rules compare with thresholds."""
 
     words: int
-    nonalphabetic: float  # share of the characters that are no letters, white space left out
-    listed: float  # share of the same in lines of lists, tables and markup
-    repeated: float  # share of the runs of three words that the reference has had before
+    nonalphabetic: float  # fraction of non-space characters that are not letters
+    listed: float  # fraction of non-space characters in lines of lists, tables, markup
+    repeated: float  # fraction of runs of three words that repeat an earlier run
 
 
 def measure_reference(text: str) -> ReferenceMeasures:
-    """Measures a reference."""
+    """Computes the measures of a reference's text."""
     whole = measure(text)
     return ReferenceMeasures(whole.words, whole.nonalphabetic, _listed(text), _repeated(text))
 

@@ -1,15 +1,15 @@
-"""Selection of the references that are kept: rules, contamination, near-duplicates.
+"""Selection of the references to keep: rules, contamination by questions, near-duplicates.
 
-As in `m3jax.text.cleaning.clean`, every function of a stage reads and writes files of one folder
-and may run in any process; a range of references is looked at by whoever gets it, and its last
-file, `<first>.json`, says that it is done.
+As in `m3jax.text.cleaning.clean`, the functions of a stage exchange data only through files of one
+folder and may run in any process; the last file of a range of references, `<first>.json`, marks it
+as finished.
 
-    cut/                       the references as they were cut, a set of its own
+    cut/                       all references before filtering, as `write_references` writes them
     questions.json             texts of the evaluation questions
-    ranges/<first>.left.npy    numbers of the references that pass
-                  .bands.npy   MinHash bands of those, sorted; .signatures.npy what they come from
+    ranges/<first>.left.npy    ids of the references that pass
+                  .bands.npy   band entries of the MinHash signatures in .signatures.npy, sorted
                   .json        counts and samples
-    compared/<part>.npy        references with an earlier near-duplicate, among a range of bands
+    compared/<part>.npy        references with an earlier near-duplicate, by part of the band keys
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from m3jax.text.reference_filter.rules import RULES, measure_reference
 from m3jax.text.references import Reference, References, copy_references
 from m3jax.workdir import begin_part
 
-_RANGE = 4096  # references that are one task
+_RANGE = 4096  # references per task
 _SHOWN = 200  # characters of a question in a sample
 
 
 @dataclass(frozen=True)
 class Selecting:
-    """Names the folder, seen by all processes, and holds the settings of a selection.
+    """Holds the folder (which all processes see) and the settings of a selection.
 
-    `knowledge` is the section of the config, with MinHash's `permutations` and `shingle_words` of
-    the section `clean`; `questions` says whether there are some to search for.
+    `knowledge` is the config section `knowledge` with `permutations` and `shingle_words` of the
+    section `clean`; `questions` is True if evaluation questions are searched for.
     """
 
     folder: Path
@@ -61,12 +61,12 @@ class Selecting:
 
 @dataclass
 class Selection:
-    """Selects a workdir's references, in its folder `selection/` while it is under way."""
+    """Filters the references of a workdir, with intermediate files in its `selection/`."""
 
     config: ConfigDict  # with the sections `knowledge` and `clean`
     workdir: Path
     runner: Runner
-    questions: Sequence[str]  # their texts
+    questions: Sequence[str]  # texts of evaluation questions
 
     def __post_init__(self) -> None:
         minhashed = {name: self.config.clean[name] for name in ("permutations", "shingle_words")}
@@ -75,7 +75,7 @@ class Selection:
         self.selecting = Selecting((self.workdir / "selection").absolute(), knowledge, searched)
 
     def inputs(self) -> dict[str, Any]:
-        """Returns what the selection adds to the inputs of the references."""
+        """Returns the inputs that the selection adds to the part `references/`."""
         knowledge, clean = self.config.knowledge, self.config.clean
         inputs: dict[str, Any] = {f"knowledge.{name}": value for name, value in knowledge.items()}
         if knowledge.similarity > 0:
@@ -93,11 +93,11 @@ class Selection:
         say: Callable[[str], Any],
         folder: Path,
     ) -> None:
-        """Cuts, selects and writes what is kept, and the report in `report/knowledge/`.
+        """Cuts and filters references, writes the kept ones to `folder`, and the report.
 
-        What an unfinished run of other `inputs` left is deleted. `cut` writes the references of all
-        documents to a folder; `say` gets one line of what came in and what is left. Raises
-        `TextError` where nothing is left.
+        The report is in `report/knowledge/`. Intermediate files of an unfinished run with other
+        `inputs` are deleted. `cut` writes the references of all documents to a folder; `say` is
+        called with a one-line summary. Raises `TextError` if no references are left.
         """
         selecting = self.selecting
         begin_part(selecting.folder, inputs)
@@ -119,7 +119,9 @@ class Selection:
                 f" near-duplicates {len(drops)}. Loosen the rules (config.knowledge.*), or give"
                 " other --knowledge"
             )
-        from m3jax.text.reference_filter.report import write_selection_report  # draws: slow
+        from m3jax.text.reference_filter.report import (
+            write_selection_report,
+        )  # imports matplotlib: slow
 
         report = self.workdir / "report" / "knowledge"
         summary = write_selection_report(references, kept, drops, tally, questions, report)
@@ -127,12 +129,12 @@ class Selection:
         say(summary)
 
     def tidy(self) -> None:
-        """Removes what the references were selected from, when they are finished."""
+        """Removes the intermediate files, which finished references no longer need."""
         shutil.rmtree(self.selecting.folder, ignore_errors=True)
 
 
 def _inputs(selecting: Selecting) -> tuple[References, Contamination | None]:
-    """Returns the references as they were cut, and the questions to search for in them."""
+    """Returns the references before filtering, and the questions to search for, if any."""
     limits = None
     if selecting.questions:
         limits = selecting.knowledge.contamination, selecting.knowledge.question_words
@@ -140,7 +142,7 @@ def _inputs(selecting: Selecting) -> tuple[References, Contamination | None]:
     return _load(selecting.folder, written, limits)
 
 
-@lru_cache(maxsize=1)  # by the time of change, too: another run may have had the path
+@lru_cache(maxsize=1)  # `written` is in the key, as another run may use the path
 def _load(
     folder: Path, written: int, limits: tuple[float, int] | None
 ) -> tuple[References, Contamination | None]:
@@ -155,7 +157,7 @@ def _name(first: int) -> str:
 
 
 def _ranges(selecting: Selecting) -> Iterator[tuple[int, int]]:
-    """Yields the ranges of references that no process has looked at yet."""
+    """Yields the unfinished ranges of references: first id, end of ids."""
     size = len(_inputs(selecting)[0])
     for low in range(0, size, _RANGE):
         if not (selecting.ranges / f"{_name(low)}.json").is_file():
@@ -163,7 +165,7 @@ def _ranges(selecting: Selecting) -> Iterator[tuple[int, int]]:
 
 
 def look_at(selecting: Selecting, part: tuple[int, int]) -> None:
-    """Applies all rules but the one on near-duplicates to a range of references."""
+    """Applies rules and contamination to a range of references, and writes the range's files."""
     references, questions = _inputs(selecting)
     at, tally = selecting.ranges / _name(part[0]), Tally()
     items = references.read(range(*part))
@@ -193,12 +195,12 @@ def _passes(item: Reference, knowledge: Any, questions: Contamination | None, ta
 
 
 def _place_of(number: int) -> tuple[str, int]:
-    """Returns the name of the range that a reference is in, and its place there."""
+    """Returns the name of a reference's range, and its index in the range."""
     return _name(number - number % _RANGE), number % _RANGE
 
 
 def compare_part(selecting: Selecting, part: minhash.Part) -> None:
-    """Finds the near-duplicates of a part of all band keys (`minhash.parts_of`)."""
+    """Writes the near-duplicates of a part of the band keys (`minhash.parts_of`)."""
     target = selecting.folder / "compared" / f"{part[0]:05d}-{part[1]:05d}.npy"
     if not target.is_file():
         similarity = selecting.knowledge.similarity
@@ -207,7 +209,7 @@ def compare_part(selecting: Selecting, part: minhash.Part) -> None:
 
 
 def decide(selecting: Selecting) -> tuple[np.ndarray, np.ndarray, Tally]:
-    """Returns the ids of the references that are kept, the near-duplicates, and all counts."""
+    """Returns the ids to keep, the near-duplicates (`minhash.DROP`), and the summed counts."""
     left = [np.load(path) for path in sorted(selecting.ranges.glob("*.left.npy"))]
     compared = sorted((selecting.folder / "compared").glob("*.npy"))
     drops = minhash.merged([np.load(path) for path in compared])
