@@ -150,6 +150,7 @@ def keep_only(config: ConfigDict, version: Version, ids: np.ndarray, *, note: st
 
     Raises:
       VersionError: `version` is no longer current, or another process is editing.
+      TextError: the references cannot be read.
     """
     workdir = version.workdir
     with editing(workdir) as parent:
@@ -268,7 +269,7 @@ def commit_version(
 ) -> Version:
     """Turns the folder `building` into the next version, makes it current and opens it.
 
-    The version consists of those parts of `parent` and the delta in `building`, if any; the ids
+    The version consists of the parts of `parent` and the delta in `building`, if any; the ids
     `gone` become tombstones. With `alone`, `building` is a new base and nothing of `parent` stays.
     """
     number = max([*versions(workdir), parent.number]) + 1

@@ -42,12 +42,12 @@ def compact(
 ) -> tuple[Version, list[str]]:
     """Writes the current version as a base without tombstones, and deletes all other versions.
 
-    Older versions are deleted only after the new one is current. A version without deltas and
-    tombstones is not rewritten.
+    Older versions are deleted only after the new version is current. A version without deltas and
+    tombstones is already compact and is not rewritten.
 
     Returns:
-      The new version, whose ids are new, and the folders that are kept until the next compaction
-      because another process reads them.
+      The compact version, in which references have new ids, and the folders that are kept until the
+      next compaction because another process reads them.
 
     Raises:
       VersionError: no reference is left, another process is editing, or the current version cannot
@@ -77,7 +77,10 @@ def compact(
 
 
 def verify(config: ConfigDict, workdir: str | Path, number: int | None = None) -> list[str]:
-    """Reads all files of a version; returns one message for each damaged or missing file."""
+    """Reads all files of a version; returns one message for each damaged or missing file.
+
+    Raises `VersionError` if the version itself cannot be opened.
+    """
     version, problems = open_version(workdir, number), []
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
 
@@ -105,8 +108,12 @@ def repair(
 ) -> list[str]:
     """Rewrites damaged or missing bank shards and indices of a version.
 
-    Returns one message for each fault that it repaired. Raises `TextError` if references are
-    damaged, because index and memories are made from them.
+    Returns one message for each fault that it repaired.
+
+    Raises:
+      TextError: references are damaged; index and memories are made from them.
+      BankError: a bank is damaged outside its shards, or cannot be written.
+      VersionError: the version cannot be opened, or another process is editing.
     """
     version = open_version(workdir, number)
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")

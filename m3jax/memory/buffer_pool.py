@@ -19,7 +19,7 @@ _KEPT = 2  # most unused buffers that the pool holds
 
 
 class Buffers:
-    """Pool of page-aligned buffers for arrays. Safe to use from several threads."""
+    """Pools page-aligned buffers for arrays. Safe to use from several threads."""
 
     def __init__(self) -> None:
         """Makes an empty pool."""

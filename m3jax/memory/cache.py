@@ -10,7 +10,7 @@ import numpy as np
 
 
 class MemoryCache:
-    """Least-recently-used cache of memories in stored form. Safe to use from several threads.
+    """Caches stored memories, evicting the least recently used. Safe to use from several threads.
 
     Attributes:
       limit: most bytes of memories in the cache; 0 = caches nothing.

@@ -163,7 +163,7 @@ def _balanced_axes(x: Array, parts: int) -> Array:
     sizes = np.log(np.maximum(variances, 1e-9 * variances[-1] + 1e-30))
     room = len(axes) // parts
     chosen: list[list[int]] = [[] for _ in range(parts)]
-    for axis in reversed(range(len(axes))):  # the widest first
+    for axis in reversed(range(len(axes))):  # largest variance first
         open_parts = (part for part in chosen if len(part) < room)
         least = min(open_parts, key=lambda part: sum(sizes[part] - sizes[0]))
         least.append(axis)

@@ -47,7 +47,7 @@ class Heads:
 
     @property
     def mask(self) -> Bool[np.ndarray, "L K"]:
-        """Returns True for each chosen head."""
+        """Returns the mask of the chosen heads."""
         places = np.arange(self.layers * self.kv_heads)
         return np.isin(places, self.chosen).reshape(self.layers, self.kv_heads)
 

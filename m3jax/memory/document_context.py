@@ -92,7 +92,7 @@ def _places(
 
 
 class Row(NamedTuple):
-    """References that are encoded in one row, one per slot."""
+    """Lists the references that are encoded in one row, one per slot."""
 
     ids: Int[np.ndarray, " slots"]  # −1 in an empty slot
     first: Int[np.ndarray, " slots"]  # slot at which the window of each slot begins

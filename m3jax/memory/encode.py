@@ -40,7 +40,7 @@ class ReferenceTokens(Protocol):
         """Returns the number of tokens of each reference."""
 
     def documents(self) -> Int[np.ndarray, " R"]:
-        """Returns the document number of each reference; a document's are consecutive."""
+        """Returns the document number of each reference; equal numbers are consecutive."""
 
     def __len__(self) -> int: ...
 
@@ -109,7 +109,7 @@ def input_shapes(config: ConfigDict) -> list[tuple[int, ...]]:
 
 
 class _Batch(NamedTuple):
-    """Inputs of one call of the encode program, and the references whose memories it makes."""
+    """Holds the inputs of one call of the encode program, and the ids whose memories it makes."""
 
     ids: np.ndarray  # references whose memories are yielded
     places: slice | np.ndarray  # rows of their memories in the result
@@ -117,7 +117,9 @@ class _Batch(NamedTuple):
 
 
 class Encoder:
-    """Encodes references in batches of one fixed shape; compiles once, when it is made.
+    """Encodes references in batches of one fixed shape, with a program compiled by the constructor.
+
+    The constructor raises `BankError` if the batch cannot be split over the devices.
 
     Attributes:
       seconds: time spent in calls of the compiled program and in waiting for their results.
@@ -155,7 +157,7 @@ class Encoder:
         self.encode = encode_program(config, model, codec).lower(self.params, *inputs).compile()
 
     def batches(self, ids: Int[np.ndarray, " n"]) -> Iterator[np.ndarray]:
-        """Yields stored memories of ascending `ids` in batches, while the next batch is encoded."""
+        """Yields batches of memories in stored form, for ascending `ids`; encodes one batch ahead."""
         if self.slots == 1:
             return (memories for _, memories in self._encoded(self._alone(ids)))
         return in_order(ids, self._encoded(self._in_windows(ids)))

@@ -31,7 +31,7 @@ _GROUP = 128  # entries per group of the two-level argmax; see `largest`
 
 
 class Codebook(NamedTuple):
-    """Tables of a trained quantizer; a pytree, so that a jitted step can take it.
+    """Holds the tables of a trained quantizer; a pytree, so that it can be passed to a jitted step.
 
     Attributes:
       rotation: orthonormal matrix; a rotated vector is `rotation @ x`.

@@ -1,4 +1,4 @@
-"""Reads memories from shard files: deduplicates ids, serves cached ones, names damaged files.
+"""Reads memories from shard files: deduplicates ids, uses a cache, names damaged files.
 
 TensorStore copies a memory three times: out of the page cache, into its own cache, into the array.
 This reader lets the kernel copy it into a small buffer that stays in the processor's cache,
@@ -27,13 +27,13 @@ from m3jax.memory import storage
 from m3jax.memory.cache import MemoryCache
 from m3jax.private_apis import is_damaged, is_missing, reason_of
 
-_ATTEMPTS = 3  # at a read, since some faults are temporary
+_ATTEMPTS = 3  # attempts per read, because some faults are temporary
 _INDEXES = 8192  # shard indexes kept in RAM: 4 kB each at 256 memories per shard
 _CHECKSUM = 4  # bytes
 
 
 def _is_intact(data: bytes | bytearray) -> bool:
-    """Returns True if the last four bytes are the CRC-32C checksum of the others."""
+    """Returns True if the last four bytes are the CRC-32C checksum of the bytes before them."""
     stored = int.from_bytes(data[-_CHECKSUM:], "little")
     return crc32c.crc32c(memoryview(data)[:-_CHECKSUM]) == stored
 

@@ -16,7 +16,7 @@ from m3jax.model.transformer import KEPT_TOKENS
 
 
 class Written(NamedTuple):
-    """Memories of one layer for R references; slots from `length` on are zeros."""
+    """Holds the memories of one layer for R references; slots from `length` on are zeros."""
 
     keys: Float[Array, "R K P H"]
     values: Float[Array, "R K P H"]

@@ -83,7 +83,8 @@ def write_bank(
       BankError: there are no references, none has tokens, or one is too long; the folder holds a
         bank with another binding or layout, or is on an HTTP server, or is not shared by all
         processes; the base has another writer, tokenizer or layout; the batch does not split over
-        the devices; a memory is not finite; the disk is full or a file cannot be written.
+        the devices; a memory is not finite; a reference contains token 0, the padding; the disk is
+        full or a file cannot be written.
       QuantizerError: the codebooks cannot be fitted (see `codec.train_codec`).
     """
     storage.require_writable(folder)

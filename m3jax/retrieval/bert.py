@@ -59,7 +59,7 @@ def encode(
       architecture: sizes of the encoder.
       pooling: `mean` = mean of a row's hidden states; `cls` = hidden state of its first token.
       params: a pytree. `embedding`: `words` (V, D), `positions`, `types`, `norm_scale` and
-        `norm_bias` (D,). `layers`, each with L in front: `qkv` (D, 3·D), `output` (D, D), `up`
+        `norm_bias` (D,). `layers`, with a leading axis L: `qkv` (D, 3·D), `output` (D, D), `up`
         (D, F), `down` (F, D), their `…_bias`, and scale and bias of `attention_norm` and
         `mlp_norm`. Matrix products use their dtype; norms, softmax and pooling use float32.
       tokens: rows padded on the right, with the token `architecture.padding` if it is not None.

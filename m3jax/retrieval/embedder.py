@@ -95,10 +95,10 @@ def reading(folder: str | Path) -> Iterator[None]:
 def reload(
     folder: str | Path, what: str, source: Path, fingerprint: str, make: Callable[[], _E]
 ) -> _E:
-    """Calls `make` for a saved embedder and checks that it has the saved fingerprint.
+    """Returns the embedder that `make` restores, if it has the saved fingerprint.
 
-    `source` is the folder of its `what`, "encoder" or "checkpoint". Raises `RetrievalError` if that
-    folder is missing or holds something else than when the embedder was saved.
+    `source` is the folder of its encoder or checkpoint; `what` is the word "encoder" or
+    "checkpoint". Raises `RetrievalError` if `source` is missing or its content has changed.
     """
     remedy = (
         f"put the {what} back there, or run launch/prepare.py with config.retrieval.{what} = its"

@@ -126,7 +126,10 @@ class Index(SearchIndex):
         return self._merged([searcher for _, searcher in self._searchers], embeddings, k)
 
     def search_exactly(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> SearchResult:
-        """Searches exactly, whatever the kind; also raises `RetrievalError` without embeddings."""
+        """Compares queries with all embeddings, whatever the kind of the index.
+
+        Errors as in `search`, and `RetrievalError` if the index keeps no embeddings.
+        """
         self._check(embeddings, k)
         exact = [searcher.exact() for _, searcher in self._searchers]
         if not all(exact):
@@ -262,7 +265,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Reads the manifest of a finished index.
 
     Raises:
-      RetrievalError: it is missing, damaged or of another format.
+      RetrievalError: the manifest is missing, damaged or of another format.
     """
     path = folder / MANIFEST
     if not path.is_file():

@@ -26,7 +26,7 @@ _PUBLISHED = f"use the {CONFIG} that the encoder was published with"
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """Encoder read from a folder."""
+    """Holds an encoder that was read from a folder."""
 
     architecture: Architecture
     params: Params  # float32 arrays on the host, as `bert.encode` takes them
