@@ -1,4 +1,4 @@
-"""The bank: explicit memories of all references on disk, and a record of what wrote them."""
+"""The bank: explicit memories of all references on disk, bound to the model that wrote them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Bank(MemoryReader):
     """Reads the memories of R references in any order. Safe to use from several threads.
 
     Attributes:
-      folder, manifest: location and parsed manifest of the bank; with deltas, those of the base.
+      folder, manifest: location and parsed manifest of the bank, or of its base if it has deltas.
       binding: model weights, tokenizer, references and config that wrote the bank.
       codec: format in which keys and values are stored.
       dtype: dtype of the stored array.

@@ -1,4 +1,4 @@
-"""The binding of a bank: what wrote its memories, and the named differences from a reader."""
+"""The binding of a bank: records and compares everything that its memories depend on."""
 
 from __future__ import annotations
 

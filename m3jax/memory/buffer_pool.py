@@ -28,8 +28,8 @@ class Buffers:
     def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Returns an uninitialized array.
 
-        Its buffer returns to the pool when the array and all its views are garbage-collected,
-        including those that JAX holds: on a CPU, JAX uses a page-aligned array without a copy.
+        Its buffer returns to the pool when the array and all its views are garbage-collected, also
+        if JAX holds one: on a CPU, JAX uses a page-aligned array without copying it.
         """
         size = math.prod(shape) * dtype.itemsize
         if size < _SMALL:

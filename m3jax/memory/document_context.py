@@ -52,7 +52,7 @@ def writer_settings(layout: dict[str, Any]) -> dict[str, Any]:
 def identities(
     documents: Int[np.ndarray, " R"], hashes: UInt64[np.ndarray, " R"], slots: int
 ) -> UInt64[np.ndarray, " R"]:
-    """Hashes each reference's tokens together with those before it in its window.
+    """Hashes each reference's tokens together with all earlier tokens of its window.
 
     Args:
       documents: document number of each reference; a document's references are consecutive.

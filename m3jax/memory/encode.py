@@ -70,8 +70,8 @@ def encode_program(config: ConfigDict, model: Model, codec: Codec) -> Any:
 
     `(writer_params, tokens (R, W)) → stored (R, 2, L, K, P, width), length (R,), finite (R,)`, in
     the stored form of `codec.quantize`; `finite` is False for a memory with NaN or infinity. With
-    document context `(writer_params, tokens (B, slots, W), first (B, slots)) → …`, where R = B ·
-    slots and `first` is the argument `windows` of `Model.encode`.
+    document context `(writer_params, tokens (B, slots, W), first (B, slots)) → …`, with R = B ·
+    slots; `first` is the argument `windows` of `Model.encode`.
     """
     keep, dtype = sparsifier(config.memory), jnp.dtype(config.memory.dtype)
 
@@ -157,7 +157,7 @@ class Encoder:
         self.encode = encode_program(config, model, codec).lower(self.params, *inputs).compile()
 
     def batches(self, ids: Int[np.ndarray, " n"]) -> Iterator[np.ndarray]:
-        """Yields batches of memories in stored form, for ascending `ids`; encodes one batch ahead."""
+        """Yields batches of memories in stored form for ascending `ids`; encodes a batch ahead."""
         if self.slots == 1:
             return (memories for _, memories in self._encoded(self._alone(ids)))
         return in_order(ids, self._encoded(self._in_windows(ids)))

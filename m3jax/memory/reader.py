@@ -61,7 +61,7 @@ class MemoryReader(Protocol):
     def read(self, ids: Int[np.ndarray, "*shape"]) -> ExplicitMemory:
         """Reads and dequantizes memories of references: keys and values `(L, *shape, K, P, H)`.
 
-        Arguments and errors are those of `read_stored`; a step uses that and dequantizes itself.
+        Arguments and errors as in `read_stored`, which is used instead if the step dequantizes.
         """
         stored = self.read_stored(ids)
         if self.codec.plain:

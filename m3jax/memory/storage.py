@@ -80,7 +80,7 @@ def require_writable(folder: str | Path) -> None:
 
 
 def write_again(folder: str | Path) -> str:
-    """Returns the script that writes missing shards, and where to run it, for messages."""
+    """Returns, for messages, the script that writes missing shards and the place to run it."""
     return f"{WRITE_AGAIN} on the server" if is_http(folder) else WRITE_AGAIN
 
 

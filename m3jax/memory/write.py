@@ -191,9 +191,9 @@ def prepare_folder(
     lengths: np.ndarray,
     hashes: np.ndarray,
 ) -> tuple[dict[str, Any], list[int]]:
-    """Writes manifest and side files of a bank, or checks that those in the folder are the same.
+    """Writes manifest and side files of a bank, or checks that the existing files are the same.
 
-    `lengths` are the used slots of each memory, `hashes` those of all tokens that it depends on.
+    `lengths` and `hashes`: used slots of each memory, and hash of all tokens that it depends on.
     Returns the manifest and the missing shards; raises `BankError` if the folder holds another bank
     or cannot be written.
     """

@@ -242,7 +242,7 @@ def shards(folder: Path, size: int) -> list[Path]:
 
 
 def embedding_files(folder: Path) -> list[Path]:
-    """Lists all embedding files in the folder of an index, including those of an older layout."""
+    """Lists all embedding files in the folder of an index, including files of an older layout."""
     return [*folder.glob(_EMBEDDINGS), *folder.glob("part-*/" + _EMBEDDINGS)]
 
 

@@ -1,4 +1,4 @@
-"""Retriever: searches references and drops those that overlap with the text being predicted."""
+"""Retriever: searches references and drops any that overlap with the text being predicted."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def scann_settings(references: int) -> dict[str, int]:
     For up to 20 000 references all scores are computed. For more, references are assigned to
     `leaves` = √R clusters, each reference to two, and a query is compared with the codes of a few
     clusters (asymmetric hashing: `block` dimensions are quantized to one of 16 centres). `sample`
-    is the most training vectors: with 100 000 vectors like those of a sentence encoder, a sample of
+    is the most training vectors: with 100 000 vectors like a sentence encoder's, a sample of
     30 000 lowered recall by 5 %.
     """
     if references <= _SCORE_ALL:
@@ -107,7 +107,7 @@ def build_scann(
 
 
 def _within(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (row, column) of the k best scores of each row, and of those within float32 error."""
+    """Returns (row, column) of each row's k best scores and of ties within float32 error."""
     best = min(k, scores.shape[1])
     kth = np.partition(scores, scores.shape[1] - best, axis=1)[:, scores.shape[1] - best]
     row, column = np.nonzero((scores >= kth[:, None] - _MARGIN) & (scores > -np.inf))
