@@ -119,7 +119,7 @@ class Bank(MemoryReader):
 
     @property
     def writer(self) -> dict[str, Any]:
-        """Returns the checkpoint that wrote the base: `hash` of its weights, `path` and `step`."""
+        """Returns the checkpoint that wrote the bank or its base: `hash`, `path` and `step`."""
         info = self.manifest["info"]
         step, path = info["writer_step"], info["writer_path"]
         return {"hash": self.binding.writer, "path": path, "step": step}
