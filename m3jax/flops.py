@@ -215,6 +215,7 @@ def _memory_slots(config: ConfigDict, memories: int | None) -> int:
 
 
 def _row_references(config: ConfigDict) -> int:
+    """Counts the references that the chunks of a batch read."""
     chunks = config.data.sequence_length // config.memory.chunk_length
     return config.data.batch_size * chunks * config.memory.per_chunk
 

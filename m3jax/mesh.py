@@ -200,6 +200,7 @@ def _check_shape(config: ConfigDict, sizes: Mapping[str, int]) -> None:
 
 
 def _check_rows(config: ConfigDict, sizes: Mapping[str, int]) -> None:
+    """Raises `ConfigError` if the rows of a microbatch cannot be split over the mesh."""
     ways = math.prod(sizes[axis] for axis in BATCH_AXES)
     rows, parts = config.data.batch_size, config.train.microbatches
     if (rows // parts) % ways:

@@ -132,6 +132,7 @@ def _trips(computations: dict[str, list[str]], line: str, condition: str) -> int
 
 
 def _parse(computation: str, line: str, times: int, depth: int) -> Collective | None:
+    """Parses an instruction; returns None if it is not a collective."""
     match = _COLLECTIVE.search(line)
     if match is None:
         return None

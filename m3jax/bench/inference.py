@@ -185,6 +185,7 @@ def _modes(
     tokens: int,
     stack: contextlib.ExitStack,
 ) -> dict[str, _Mode]:
+    """Makes all modes but `hf`, with random weights and banks; `stack` closes the bank's server."""
     model = make_model(config, PREFIX_TOKENS)
     params = jax.jit(model.init)(jax.random.key(0))
     references, count = retriever.references, config.memory.per_prompt_chunk
@@ -252,6 +253,7 @@ def _serving(folder: Path) -> Iterator[str]:
 
 
 def _words(count: int) -> list[str]:
+    """Makes up to 6400 distinct words of two syllables, in random order."""
     syllables = [a + b for a in "bdfghjklmnprstvz" for b in "aeiou"]
     pairs = [a + b for a in syllables for b in syllables]
     return np.random.default_rng(0).permutation(pairs)[:count].tolist()

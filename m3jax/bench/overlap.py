@@ -1,4 +1,4 @@
-"""Benchmark `overlap`: speed of the filter of references that overlap with the row that reads them.
+"""Benchmark `overlap`: speed of the filter that drops references too similar to the row itself.
 
 A row of T tokens has T/64 chunks, each with 16 retrieved references, as in training; the filter
 compares all of them with the row at once. Times are CPU seconds of all threads of the process, so
@@ -122,6 +122,7 @@ def made_pairs(length: int, rows: int, seed: int = 0) -> list[Pairs]:
 
 
 def _made_row(rng: np.random.Generator, length: int) -> Pairs:
+    """Makes a row from a synthetic article, and candidates for each of its chunks."""
     topic = rng.choice(_VOCABULARY, _TOPIC_TOKENS, replace=False)
     article = _draw(rng, topic, _ARTICLE)
     begin = int(rng.integers(0, _ARTICLE - length + 1))

@@ -157,7 +157,8 @@ def memory_mask(query_T: Int[Array, T], scope: Scope) -> Bool[Array, "B T slots"
 def hidden_by_sight(
     sight: ShortSight, query_T: Int[Array, T], context: int, keys: int
 ) -> Bool[Array, "K G T keys"]:
-    """Returns true for keys that short sight hides; the last `context` keys are the context's."""
+    """Returns the mask of keys that `sight` hides from each query head; the last `context` of the
+    `keys` keys are those of the context."""
     key_S = jnp.arange(keys)[None] - (keys - context)
     far_TS = (query_T[:, None] - key_S >= sight.tokens) & (key_S > 0)
     return sight.heads_KG[:, :, None, None] & far_TS[None, None]

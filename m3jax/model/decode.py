@@ -47,7 +47,10 @@ class Written(NamedTuple):
 
 
 class Decoder:
-    """Jitted programs that generate with one model: `prefill` (`_prefill`) and `generate`.
+    """Jitted programs that generate with one model.
+
+    `prefill(…, slots=n)` and `generate(…)` take global arrays, with the arguments of `_prefill` and
+    `_generate`.
 
     Args:
       model: its mesh may split rows over `data` and weights over `tensor`; weights are not split

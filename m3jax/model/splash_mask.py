@@ -76,22 +76,27 @@ class Layout:
 
     @property
     def padded_tokens(self) -> int:
+        """Number of tokens, padded to a multiple of `block`."""
         return _up(self.tokens, self.block)
 
     @property
     def rows(self) -> int:
+        """Length of the query axis, `group` rows per padded token."""
         return self.padded_tokens * self.group
 
     @property
     def keys(self) -> int:
+        """Length of the key axis, padded to a multiple of `kv_block`."""
         return _up(self.start + self.tokens, self.kv_block)
 
     @property
     def gap(self) -> int:
+        """Number of unused keys in front of the memory slots."""
         return self.start - self.prefix - self.slots
 
     @property
     def chunks(self) -> int:
+        """Number of chunks of a row that have memory slots."""
         return self.slots // self.chunk_slots if self.chunk_slots else 0
 
     @property
@@ -175,6 +180,7 @@ def pairs(layout: Layout) -> tuple[int, int]:
 
 
 def _vmem(rows: int, keys: int) -> int:
+    """Estimates the bytes of VMEM for a block of query rows and keys."""
     return EDGE_BYTES * (rows + keys) + SCORE_BYTES * rows * keys
 
 

@@ -355,7 +355,7 @@ class Model:
 
 
 def _heads_with_memories(model: ConfigDict, memory: ConfigDict) -> Bool[np.ndarray, "L K"] | None:
-    """Returns true for key-value heads of the memory layers that read memories; None if all do."""
+    """Returns the mask of the memory layers' key-value heads that read memories; None if all do."""
     pairs = memory_heads(model, memory)
     if pairs is None:
         return None
