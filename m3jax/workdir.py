@@ -16,7 +16,7 @@ INPUTS = "inputs.json"  # inputs of a finished part; written last, so it marks t
 
 
 def begin_part(folder: Path, inputs: dict[str, Any]) -> None:
-    """Prepares an unfinished part for work: keeps files made from the same inputs, else none."""
+    """Prepares a part to be made or resumed; deletes its files if their inputs were different."""
     begun = json.dumps(inputs, indent=1, sort_keys=True).encode()
     marker = folder / BEGUN
     if not marker.is_file() or marker.read_bytes() != begun:

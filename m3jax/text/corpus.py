@@ -58,9 +58,10 @@ class EncodedDocument(NamedTuple):
 
 
 class CorpusWriter(RecordWriter):
-    """Writes a corpus document by document, replacing any in `folder`; `commit` finishes it.
+    """Writes a corpus document by document; `commit` finishes it.
 
-    `lengths.bin` holds the number of tokens of every document (int64).
+    It replaces any corpus in the folder. `lengths.bin` holds the number of tokens of every document
+    (int64).
     """
 
     def __init__(self, folder: str | os.PathLike[str], tokenizer: Tokenizer, shards: int) -> None:

@@ -26,7 +26,7 @@ class Document:
       id: name of the document; must be unique within a knowledge base.
       text: the text; valid Unicode without lone surrogates.
       title: title, or "".
-      source: file name and line (or data set and position) it was read from, or "".
+      source: file name and line (or data set and position) of the document, or "".
       no_loss: character spans `(start, end)` on which no loss is computed; an empty span at the
         text's end means that the text was cut there, so that its END token has no loss.
       references: keys of the references that the chunks of tokens read, one per chunk, if known in
@@ -138,7 +138,7 @@ def is_validation(document: Document, share: float) -> bool:
 def in_batches(
     documents: Iterable[Document], characters: int = 1 << 20
 ) -> Iterator[list[Document]]:
-    """Yields documents in lists of at least `characters` characters, for parallel work."""
+    """Yields lists of documents of at least `characters` characters; the last may have fewer."""
     batch: list[Document] = []
     held = 0
     for document in documents:

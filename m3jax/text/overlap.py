@@ -42,7 +42,7 @@ def which_exceed(
     Row i of `references` holds `lengths[i]` tokens, then padding. Four bounds, each tighter and
     costlier than the previous, are applied to the references that are still undecided: number of
     tokens that occur in the text, size of the multiset intersection (both vectorized over the
-    references), longest common subsequence without a window, and with the window.
+    references), longest common subsequence without a window, and within any window.
     """
     text = np.asarray(text_tokens, np.int64)
     lengths = np.asarray(lengths)
@@ -86,7 +86,7 @@ def shared(
 
 
 def _occurring(counts: _Ints, references: _Rows, lengths: _Ints) -> _Ints:
-    """Counts each reference's tokens that occur in the text; `counts` are the text's, by token."""
+    """Counts each reference's tokens that occur in the text (token t: `counts[t]` times)."""
     real = np.arange(references.shape[1]) < lengths[:, None]
     return np.count_nonzero((counts > 0).take(references) & real, axis=1)
 

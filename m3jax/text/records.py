@@ -34,9 +34,9 @@ def dtype_of_tokens(vocabulary: int) -> np.dtype:
 class RecordWriter:
     """Writes msgpack records round robin: record i is record i // S of shard i % S.
 
-    S is `shards`, or the number of records if that is smaller. Side files get raw bytes with each
-    record. Old records in `folder` are deleted; the new ones are valid once `finish` has written
-    the manifest. As a context manager it removes temporary files after an error.
+    S is `shards`, or the number of records if that is smaller. Each record may append raw
+    bytes to side files. Old records in `folder` are deleted; new records are valid once `finish`
+    has written the manifest. As a context manager it removes temporary files after an error.
     """
 
     def __init__(

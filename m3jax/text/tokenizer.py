@@ -191,7 +191,7 @@ def _limited(texts: Iterable[str], most_bytes: int | None) -> Iterator[str]:
 def _blocks(text: str) -> Iterator[str]:
     """Yields blocks of a text whose tokens, concatenated, are the tokens of the whole text.
 
-    Long texts are cut before a line feed that follows a non-space character: no word crosses that.
+    Long texts are cut before a line feed that follows a non-space character: words end there.
     """
     start = 0
     while len(text) - start > _BLOCK:

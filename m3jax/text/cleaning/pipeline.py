@@ -100,7 +100,7 @@ class CleaningPipeline:
             steps = ", ".join(f"{step} {n}" for step, n in tally.documents().items())
             raise TextError(f"no documents are left of {self.spec!r}; {steps}")
         if cleaned.clean.enabled:
-            from m3jax.text.cleaning.report import write_data_report  # draws: a slow import
+            from m3jax.text.cleaning.report import write_data_report  # imports matplotlib: slow
 
             report = self.workdir / "report" / "data"
             summary = write_data_report(cleaned, tally, report) + ", see report/data/report.md"
@@ -118,7 +118,7 @@ class CleaningPipeline:
         write_corpus(documents, tokenizer, folder, text.shards)
 
     def write_references(self, tokenizer: Tokenizer, folder: Path) -> int:
-        """Cuts the remaining blocks into references, and writes and counts all references."""
+        """Cuts the remaining blocks; writes all references, and returns their number."""
         length = self.config.memory.reference_length
         work = self._work(_PIECES, tokenizer.fingerprint, str(length))
         self._run("cut", partial(cut_block, work, length))
@@ -139,7 +139,7 @@ class CleaningPipeline:
 
 
 def _sources(spec: str, limit: int | None) -> list[tuple[BlockSource, ...]]:
-    """Lists the units of sources to read: one per source, or a single one to count to `limit`."""
+    """Lists the units to read: one per source, or one of all sources to count up to `limit`."""
     sources = sources_of(spec)
     return [tuple(sources)] if limit is not None else [(source,) for source in sources]
 

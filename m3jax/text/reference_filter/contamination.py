@@ -52,7 +52,7 @@ class Contamination:
         size = len(ranked) + 1
         times = np.array(
             [1, *(counts[word] for word in ranked)]
-        )  # words of no question count as in one question
+        )  # words of no question (number 0): 1
         self._information = np.log1p(len(kept) / times)
         rare = [_rarest(words, threshold) for words in self._questions]
         self._by_rare_word = _postings(rare, size)
@@ -62,7 +62,7 @@ class Contamination:
         return len(self._questions)
 
     def find(self, text: str) -> tuple[str, float] | None:
-        """Returns the question with the largest overlap above the threshold, and it; else None."""
+        """Returns the question that overlaps most (above `threshold`), and the overlap; or None."""
         words = self._number(words_of(text))
         if not self._questions or not words.size:
             return None
