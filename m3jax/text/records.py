@@ -34,9 +34,9 @@ def dtype_of_tokens(vocabulary: int) -> np.dtype:
 class RecordWriter:
     """Writes msgpack records round robin: record i is record i // S of shard i % S.
 
-    S is `shards`, or the number of records if that is smaller. Each record may append raw
-    bytes to side files. Old records in `folder` are deleted; new records are valid once `finish`
-    has written the manifest. As a context manager it removes temporary files after an error.
+    S is `shards`, or the number of records if that is smaller. Each record may append raw bytes to
+    side files. Old records in `folder` are deleted; new records are valid once `finish` has written
+    the manifest. As a context manager it removes temporary files after an error.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class RecordWriter:
     def _reported(self, shard: int) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # with riegeli's message, for example of a full disk
+        except RuntimeError as error:  # from riegeli, for example if the disk is full
             path = self.folder / _name(shard)
             raise OSError(f"{path} could not be written: {error}") from error
 
@@ -123,7 +123,7 @@ def _name(shard: int) -> str:
 
 
 class Records:
-    """Reads records of a folder by index, in any order; thread-safe. `manifest`: its content."""
+    """Reads the records of a folder by index, in any order. Thread-safe; has the `manifest`."""
 
     def __init__(self, folder: str | os.PathLike[str], kind: str) -> None:
         """Opens a finished folder of records.

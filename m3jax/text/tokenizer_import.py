@@ -18,7 +18,7 @@ from tokenizers import models, pre_tokenizers
 
 from m3jax.errors import TextError
 
-# Words, runs of white space, digits, letters in one and two code points, no letters at all.
+# Texts with runs of white space, digits, code, accents, other scripts and an emoji.
 _PROBES = (
     "Kelo's cat\n\n  sat on 12345 mats;\tno?\r\n",
     "for (i = 0; i < 10; i++) { x[i] += 0.5e-3; }      # \u00e9 na\u00efve",

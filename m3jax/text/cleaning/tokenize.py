@@ -1,4 +1,4 @@
-"""Tokenization of cleaned blocks, their cutting into references, and the joining of the results.
+"""Tokenization of cleaned blocks, cutting of blocks into references, joining of the results.
 
     <name>.bin     msgpack records of the block's documents, concatenated, sorted by their order
          .npy      one row per document: order, byte offset and size of the record, counts
@@ -115,7 +115,7 @@ def _records(
                     file.seek(offset)
                     record = msgpack.unpackb(file.read(size))
                     documents.append((order, name, EncodedDocument(record, *counts)))
-    # Equal order means equal records, so their mutual order is free; the sort is stable anyway.
+    # Documents of equal order have equal records, so it does not matter which comes first.
     documents.sort(key=lambda document: document[:2])
     for _, _, document in documents:
         yield document

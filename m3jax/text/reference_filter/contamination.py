@@ -50,9 +50,8 @@ class Contamination:
         self._questions = [self._number(split[i]) for i in kept]
         self._lengths = np.array([len(words) for words in self._questions], np.int64)
         size = len(ranked) + 1
-        times = np.array(
-            [1, *(counts[word] for word in ranked)]
-        )  # words of no question (number 0): 1
+        # By word: number of questions with it; 1 for words of no question (number 0).
+        times = np.array([1, *(counts[word] for word in ranked)])
         self._information = np.log1p(len(kept) / times)
         rare = [_rarest(words, threshold) for words in self._questions]
         self._by_rare_word = _postings(rare, size)
