@@ -1,12 +1,12 @@
-"""One entry of a sweep: data, stages, banks and figures, each made unless it is there.
+"""Runs one entry of a sweep: makes the data, stages, banks and figures that are missing.
 
-A stage is a workdir of its own, which the other scripts can read: its data, its bank and the stage
-before are links.
+Every stage has a workdir of its own, which the other scripts can read; its data, its bank and the
+previous stage are links in it.
 
     data/seed-0-HASH/             tokenizer corpus references index
     stages/continual-HASH/        tokenizer corpus references index bank warmup -> …, continual/
     banks/HASH/                   memories
-    results/ENTRY-seed-0.json     figures, or why there are none; log beside it
+    results/ENTRY-seed-0.json     figures or the error; the log is beside it
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ _PARTS, _PACKED = ("tokenizer", "corpus", "references", "index"), ("chats",)
 
 
 def prepare(sweep: Sweep, run: SweepRun) -> None:
-    """Makes the data of a run and the folders of its stages."""
+    """Makes the data of a run and the workdirs of its stages."""
     for stage in run.stages:
         _make_data(sweep, stage.data)
         _link(stage)
 
 
 def run_entry(sweep: Sweep, run: SweepRun) -> None:
-    """Trains what is missing of a run, measures it, and writes its result.
+    """Trains the stages of a run that are not finished, evaluates it, and writes its result.
 
-    Killed at any moment, the same call goes on.
+    After a kill the same call continues.
 
     Raises:
-      What any part raises: nothing is written then.
+      Exception: any error of data, training or evaluation; no result is written then.
     """
     prepare(sweep, run)
     for stage in run.stages:
@@ -64,7 +64,7 @@ def _make_data(sweep: Sweep, data: SweepData) -> None:
     assert make is not None
 
     def fresh(folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)  # what a kill has left
+        shutil.rmtree(folder, ignore_errors=True)  # left by a killed call
         folder.mkdir(parents=True)
         make(config, folder, data.knowledge)
 
@@ -73,13 +73,13 @@ def _make_data(sweep: Sweep, data: SweepData) -> None:
 
 
 def _link(stage: SweepStage) -> None:
-    """Makes the workdir of a stage, or what is missing of it."""
+    """Makes the workdir of a stage, and the links in it that are missing."""
     parts = {name: stage.data.folder / name for name in (*_PARTS, *_PACKED)}
     links = {name: path for name, path in parts.items() if name in _PARTS or path.exists()}
     if stage.bank is not None:
         links["bank"] = stage.bank
     before = stage.before
-    while before is not None:  # whoever has written memories is found by this name
+    while before is not None:  # the writer of memories is looked up by this name
         links[before.config.stage] = before.checkpoints
         before = before.before
     stage.folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def _link(stage: SweepStage) -> None:
 
 
 def _train(stage: SweepStage) -> None:
-    """Writes the bank of a stage and trains it."""
+    """Writes the bank that a stage reads, and trains the stage, unless it is finished."""
     if (stage.folder / FINISHED).exists():
         return
     if stage.bank is not None:
@@ -102,16 +102,16 @@ def _train(stage: SweepStage) -> None:
 
 
 def _write_bank(config: ConfigDict, bank: Path, reader: SweepStage, writer: SweepStage) -> None:
-    """Writes the memories of the reader's references by the writer of a checkpoint."""
+    """Writes the bank of `reader`'s references, with the memory writer of `writer`'s checkpoint."""
     write = MemoryWriter(config, writer.folder, writer.checkpoints)
     write(References(reader.folder / "references"), bank)
 
 
 def _measure(sweep: Sweep, run: SweepRun) -> dict[str, float]:
-    """Measures a trained run.
+    """Evaluates a trained run; returns its figures.
 
-    Losses in nats a token and accuracies on the validation rows, shares of right answers, bytes of
-    a memory in the bank, counted work of training in FLOP, and steps of the last stage.
+    These are losses (nats per token) and accuracies on the validation rows, shares of right
+    answers, bytes per memory in the bank, FLOP of training (counted), and steps of the last stage.
     """
     last, config = run.stages[-1], run.read
     assert config is not None
@@ -133,6 +133,6 @@ def _measure(sweep: Sweep, run: SweepRun) -> dict[str, float]:
         figures["right_in_context"] = float(np.mean(answerer.correct(told)))
     if config.memory.source != "none":
         bank = Bank.open(run.bank or open_version(last.folder).banks[0])
-        figures["memory_bytes"] = bank.bytes // bank.size  # short references are filled up
+        figures["memory_bytes"] = bank.bytes // bank.size  # short references are padded
     figures["flops"] = sum(flops.train_step(s.config) * s.config.train.steps for s in run.stages)
     return {**figures, "steps": report["step"]}

@@ -1,6 +1,6 @@
-"""Works out the runs of a sweep, and the commands that train them on a pod (docs/pod.md).
+"""Plans the runs of a sweep, and the commands that train them on a pod (docs/pod.md).
 
-Nothing is made or trained here.
+Nothing is written or trained here.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from m3jax.errors import ConfigError, SweepError
 from m3jax.files import digest
 from m3jax.sweep.spec import Entry, Sweep, SweepData, SweepRun, SweepStage
 
-# What a stage without memory does not read: entries that differ only here share it. The segments
-# that memory layers make are put together anew where another stage has others.
+# Fields that a stage without memory does not read; entries that differ only in them share it.
+# The memory layers determine segments, which `restore_params` regroups for a stage with others.
 _WITH_MEMORY = ("memory.", "writer.", "retrieval.", "evaluation.shift", "train.refresh_every")
 _ALWAYS = ("memory.reference_length", "memory.chunk_length")
 _SEGMENTS = ("memory.first_layer", "memory.layers")
 
-# What is decided when the data is prepared, which all entries share.
+# Fields that determine the prepared data, which all entries share.
 _OF_DATA = (
     *("text.", "clean.", "memory.reference_length", "retrieval.embedder", "retrieval.dimension"),
     *("retrieval.encoder", "retrieval.checkpoint", "retrieval.layer", "retrieval.pooling"),
     *("retrieval.exact_below", "retrieval.index_parts", "retrieval.recall"),
 )
 
-# What the memories of a bank depend on, besides writer and references.
+# Fields that the memories of a bank depend on, besides writer and references.
 _OF_BANK = (
     *("model.", "writer.", "memory.first_layer", "memory.layers", "memory.heads"),
     *("memory.reference_length", "memory.kept_tokens", "memory.selection", "memory.dtype"),
@@ -40,15 +40,15 @@ _OF_BANK = (
 def plan_sweep(sweep: Sweep, workdir: str | Path, data: str | Path | None = None) -> list[SweepRun]:
     """Plans all runs of a sweep, in order, with the stages and banks that they share.
 
-    An entry whose config is refused has the reason in its run.
+    The run of an entry with an invalid config holds the reason in `refused`.
 
     Args:
       sweep: the sweep.
-      workdir: folder for all that it makes.
-      data: prepared workdir, where the sweep has no `prepare`.
+      workdir: folder for everything that the sweep makes.
+      data: prepared workdir, if the sweep has no `prepare`.
 
     Raises:
-      SweepError: there is no data, or twice.
+      SweepError: neither `prepare` nor `data` is there, or both; or the config file is missing.
     """
     if (sweep.prepare is None) == (data is None):
         raise SweepError(
@@ -86,7 +86,7 @@ class _Planner:
         return SweepRun(entry, seed, result, tuple(stages), read, bank, key)
 
     def stage(self, entry: Entry, seed: int, name: str, before: SweepStage | None) -> SweepStage:
-        """Plans a stage of an entry."""
+        """Plans a stage of an entry; raises `ConfigError` if its config is invalid."""
         base = self.get_config(_options(entry, name))
         chosen = {**_of(self.sweep.changes, name), **_of(entry.changes, name)}
         if base.memory.source == "none":
@@ -112,7 +112,7 @@ class _Planner:
         return SweepStage(folder, config, data, before, bank)
 
     def data(self, seed: int, knowledge: str) -> SweepData:
-        """Plans the data that all entries of a seed share, made for the first stage of all."""
+        """Plans the data of a seed and knowledge base, prepared with the first stage's config."""
         if self.given is not None:
             if knowledge:
                 raise ConfigError(
@@ -127,14 +127,14 @@ class _Planner:
         return SweepData(made, config, knowledge)
 
     def reading(self, entry: Entry, last: SweepStage) -> ConfigDict:
-        """Makes the config that the last stage is measured with: all memories of a bank."""
+        """Makes the config for evaluating the last stage, with all memories read from a bank."""
         changes = {**_of(self.sweep.read, last.config.stage), **_of(entry.read, last.config.stage)}
         if last.config.memory.source in IN_STEP:
             changes = {"memory.source": "precomputed", **changes}
         return _with(last.config, changes)
 
     def bank_to_read(self, last: SweepStage, read: ConfigDict) -> Path | None:
-        """Returns the bank that the last stage is measured with, unless it has read that."""
+        """Returns the bank for evaluating the last stage; None for no bank, or its own."""
         if read.memory.source == "none":
             return None
         writer = last.before if last.bank else last
@@ -148,7 +148,7 @@ class _Planner:
 
 
 def _check_entry(entry: Entry) -> None:
-    """Refuses an entry without stages, and changes of what all entries share."""
+    """Raises `ConfigError` for missing or repeated stages, and for fields it may not change."""
     if not entry.stages:
         raise ConfigError("stages = (): an entry trains at least one stage")
     for path in (*entry.changes, *entry.read):
@@ -174,7 +174,7 @@ def _options(entry: Entry, stage: str) -> str:
 
 
 def _of(changes: Mapping[str, Any], stage: str) -> dict[str, Any]:
-    """Returns the changes that hold in a stage; its own win."""
+    """Returns the changes that apply to a stage; `stage:field` overrides `field`."""
     general = {path: value for path, value in changes.items() if ":" not in path}
     own = {p.partition(":")[2]: v for p, v in changes.items() if p.startswith(f"{stage}:")}
     return {**general, **own}
@@ -187,7 +187,7 @@ def _matters_without_memory(path: str, resized: bool) -> bool:
 
 
 def _with(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-    """Returns a config with other values; unknown fields and types raise `ConfigError`."""
+    """Returns a config with changed values; raises `ConfigError` if a field or value is invalid."""
     values = config.to_dict()
     for path, value in changes.items():
         section, _, name = path.rpartition(".")
@@ -199,7 +199,7 @@ def _with(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
 
 
 def _changed(config: ConfigDict) -> dict[str, Any]:
-    """Fields that differ from the defaults, so that a new field changes no hash; not the name."""
+    """Returns the fields, but `name`, that differ from the default: new fields change no hash."""
     defaults = {**flatten(default()), "name": config.name}
     return {path: value for path, value in flatten(config).items() if value != defaults[path]}
 
@@ -209,15 +209,16 @@ def _short(made_of: Any) -> str:
 
 
 def launch_lines(sweep: Sweep, runs: Sequence[SweepRun], own: str) -> Iterator[str]:
-    """Yields commands of `launch/tpu_vm.sh`; what several entries share is there once.
+    """Yields the shell commands that run a sweep on a pod; shared banks and stages occur once.
 
-    The first one makes data and folders, the last one measures what was trained; both run on a
-    machine that sees the workdir. Banks are written and stages trained by all hosts of the slice.
+    The first command makes data and folders, the last command evaluates the trained stages; both
+    run on a machine that sees the workdir. The commands between, of `launch/tpu_vm.sh`, write the
+    banks and train the stages on all hosts of the slice.
 
     Args:
       sweep: the sweep.
-      runs: of `plan_sweep`; entries that cannot work are left out.
-      own: the call of `launch/sweep.py` without `--dry_run`.
+      runs: result of `plan_sweep`; refused entries have no commands.
+      own: the command line of `launch/sweep.py`, without `--dry_run`.
     """
     yield f"{own} --prepare_only"
     done: set[Path] = set()  # banks and stages
@@ -243,7 +244,7 @@ def _watched(name: str, script: str, flags: list[str]) -> str:
 
 
 def _flags(sweep: Sweep, run: SweepRun, stage: SweepStage) -> list[str]:
-    """`--config=…` and the fields that differ from what that gives."""
+    """Returns `--config=…` and a flag for every field whose value differs from that config."""
     options = _options(run.entry, stage.config.stage)
     base = flatten(runpy.run_path(sweep.config)["get_config"](options))
     values = flatten(stage.config).items()

@@ -1,7 +1,7 @@
 """Runs the entries of a sweep one after another, each in a process of its own, and reports them.
 
-A process that fails, runs out of memory or crashes takes nothing else with it. Results are written
-by the process of the entry, failures by this one.
+A process that fails, crashes or runs out of RAM does not end the sweep. The process of a run writes
+its figures; this process writes its error if it fails.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from m3jax.sweep.spec import SweepRun
 
 BEGIN, END = "<!-- sweep: begin -->", "<!-- sweep: end -->"
 
-# Figure → heading, form and factor.
+# Figure → heading, number format and factor.
 COLUMNS = {
     "right_memory": ("right answers with memory", "{:.3f}", 1),
     "right_none": ("without", "{:.3f}", 1),
@@ -38,7 +38,7 @@ COLUMNS = {
 _SPREAD = ("right_memory", "loss_memory")  # figures shown with the range of the seeds
 
 _PATIENCE = 60.0  # seconds to wait for the end of a process that was told to end
-_STOPPED = (0, -signal.SIGTERM, -signal.SIGINT)  # how one ends that was told to
+_STOPPED = (0, -signal.SIGTERM, -signal.SIGINT)  # exit codes of a process that was told to end
 
 
 def run_all(
@@ -48,15 +48,15 @@ def run_all(
     *,
     retry: bool = False,
 ) -> None:
-    """Runs what has no result yet, in order; stopped at any moment, the same call goes on.
+    """Executes the runs that have no result, in order; after a stop, the same call continues.
 
-    Prints a line for each, and writes the report after each.
+    Prints the outcome of each run, and updates the report after it.
 
     Args:
-      runs: of `plan_sweep`.
-      workdir: of the sweep; one call at a time works in it.
-      command: the command of a run, which writes its result (`run_entry`).
-      retry: whether runs that have failed are run again.
+      runs: result of `plan_sweep`.
+      workdir: workdir of the sweep; only one call at a time may work in it.
+      command: returns the command line of a run, whose process writes the result (`run_entry`).
+      retry: True to repeat failed runs.
 
     Raises:
       SweepError: another call works in the workdir.
@@ -81,13 +81,13 @@ def run_all(
 
 
 def _run(run: SweepRun, command: Sequence[str], lock: int) -> str:
-    """Runs the process of an entry; returns its error, or ""."""
+    """Executes the process of a run; returns its error message, or "" if it wrote its result."""
     log = run.result.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    run.result.unlink(missing_ok=True)  # of another config, or failed
+    run.result.unlink(missing_ok=True)  # result of another config, or an error
     with log.open("ab") as file:
         begin = file.tell()
-        # Nothing is ever written to its input, which ends when this process does.
+        # Its stdin stays empty, and closes when this process ends (`end_with_parent`).
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=file, stderr=file, pass_fds=(lock,)
         ) as process:
@@ -113,7 +113,7 @@ def alone(workdir: Path) -> Iterator[int]:
     """Holds the lock of a sweep's workdir; child processes that get its descriptor hold it, too.
 
     Raises:
-      SweepError: another process has it, and does not end.
+      SweepError: another process still holds the lock after a minute.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(workdir / "lock", os.O_CREAT | os.O_RDWR, 0o644)
@@ -136,7 +136,7 @@ def alone(workdir: Path) -> Iterator[int]:
 
 
 def end_with_parent() -> None:
-    """Lets this process end when the one that started it has: saved, by SIGTERM, or hard later."""
+    """Ends this process when its parent ends: by SIGTERM, which saves, and by force 30 s later."""
 
     def watch() -> None:
         os.read(0, 1)  # returns when the other end of the input is gone
@@ -149,7 +149,7 @@ def end_with_parent() -> None:
 
 # -- the report ------------------------------------------------------------------------------------
 def collect(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
-    """Returns name and group of every entry, and by seed its figures, its error, or nothing yet."""
+    """Returns name and group of every entry, and by seed its figures, its error, or neither."""
     entries: dict[str, dict[str, Any]] = {}
     for run in runs:
         entry = {"name": run.entry.name, "group": run.entry.group, "seeds": {}}
@@ -165,14 +165,14 @@ def _figures(entry: Mapping[str, Any]) -> list[dict[str, float]]:
 
 
 def as_json(runs: Sequence[SweepRun]) -> str:
-    """Writes figures and errors of every entry and seed as stable JSON."""
+    """Formats figures and errors of every entry and seed as stable JSON."""
     return json.dumps({"entries": collect(runs)}, indent=1, ensure_ascii=False) + "\n"
 
 
 def sweep_table(runs: Sequence[SweepRun]) -> str:
-    """Makes a row for every entry, under the heading of its group: means over the finished seeds.
+    """Formats a Markdown table with one row per entry, by group: means over the finished seeds.
 
-    Below it the runs that failed and why, and those that are missing.
+    Below the table it lists the failed runs with their errors, and the runs without a result.
     """
     entries = collect(runs)
     known = {key for entry in entries for row in _figures(entry) for key in row}
@@ -218,7 +218,7 @@ def _missing(entries: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def write_report(runs: Sequence[SweepRun], folder: Path) -> None:
-    """Writes `table.md` and `sweep.json`."""
+    """Writes `table.md` and `sweep.json` into a folder."""
     write_atomically(folder / "table.md", (sweep_table(runs) + "\n").encode())
     write_atomically(folder / "sweep.json", as_json(runs).encode())
 
@@ -226,7 +226,10 @@ def write_report(runs: Sequence[SweepRun], folder: Path) -> None:
 def finish(
     runs: Sequence[SweepRun], folder: Path, markdown: str | None = None, picture: str | None = None
 ) -> str:
-    """Writes the report with its picture, and both to other files, too; returns the table."""
+    """Writes the report and its plot; returns the table and the report's folder as text.
+
+    The table also replaces the marked part of the file `markdown`, the plot is copied to `picture`.
+    """
     write_report(runs, folder)
     for path in [folder / "sweep.png", *([Path(picture)] if picture else [])]:
         draw(runs, path)
@@ -236,9 +239,9 @@ def finish(
 
 
 def draw(runs: Sequence[SweepRun], path: Path) -> None:
-    """Draws a line of dots for every entry, a dot for every seed: with memory and without.
+    """Plots one row per entry, with one dot per seed with memory and one without.
 
-    Shares of right answers where questions were asked, else losses.
+    The values are shares of right answers if questions were asked, else losses.
     """
     from m3jax.evaluation.plots import sweep_dots
 
@@ -259,7 +262,7 @@ def draw(runs: Sequence[SweepRun], path: Path) -> None:
 
 
 def insert(path: Path, text: str) -> None:
-    """Puts the table between the marks of a Markdown file, or makes the file of it."""
+    """Writes `text` between the marks of a Markdown file; a file without marks is overwritten."""
     old = path.read_text("utf-8") if path.exists() else ""
     head, begin, rest = old.partition(BEGIN)
     _, end, tail = rest.partition(END)

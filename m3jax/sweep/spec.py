@@ -1,7 +1,7 @@
-"""Variants of a config, as a file states them (`Sweep`) and worked out (`SweepRun`).
+"""Types of a sweep: variants of a config, as a file declares them and as they are planned.
 
-Stages, banks and results are named by a hash of all that they are made of. What is equal in two
-entries has one name and is made once; what was changed has another name, and is made anew.
+Stages, banks and results are named by a hash of everything they are made from. A stage or bank that
+is equal in two entries has one name and is made once; a changed one has another name.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Entry:
     """Variant of a config.
 
     Attributes:
-      name: of the row and of files: small letters, digits, dots, dashes, underscores.
-      changes: field → value. `memory.kept_tokens` holds for every stage that reads it,
-        `continual:train.steps` for one.
-      group: heading under which the table and the picture put it.
-      stages: what it trains, as the config's option `stage` calls them, each from the checkpoint of
-        the one before. The last one is measured.
+      name: name in tables and files: small letters, digits, dots, dashes, underscores.
+      changes: field → value. `memory.kept_tokens` applies to every stage that reads the field,
+        `continual:train.steps` to the stage `continual` alone.
+      group: heading of the entry in the table and the plot.
+      stages: values of the config's option `stage`, trained in this order, each from the checkpoint
+        of the previous stage. The last stage is evaluated.
       options: more options of the config, as after the colon of `--config`: `shape=64x32x80`.
-      read: changes that hold only when the trained model is measured: its bank is written anew.
-      knowledge: which of the knowledge bases that `Sweep.prepare` makes its memories are of.
+      read: changes for the evaluation of the trained model alone, with a newly written bank.
+      knowledge: name of the knowledge base that is read, passed to `Sweep.prepare`.
     """
 
     name: str
@@ -53,14 +53,14 @@ class Sweep:
 
     Attributes:
       config: its file, such as `configs/quickstart.py`; takes the option `stage`.
-      entries: the variants; the first is what the others are compared with.
-      changes, read: as those of an entry, for all of them.
-      seeds: each entry is run with each, all of them with the first one first.
+      entries: the variants; the first is the baseline of the comparison.
+      changes, read: as in `Entry`, for all entries.
+      seeds: every entry is run with every seed; all entries with the first seed come first.
       prepare: `prepare(config, folder, knowledge)` makes tokenizer, corpus, references and index in
-        a folder; None: they are prepared, and `--data` says where.
-      questions: JSON lines (`m3jax.evaluation.scoring`) that are asked with the memories that a
-        search finds, with none, and with wrong ones; a path, relative to the data.
-      in_context: JSON lines whose prompts hold the facts, asked without memory.
+        a folder; None if they are prepared already, in the folder of `--data`.
+      questions: path, relative to the data, of JSON lines (`m3jax.evaluation.scoring`), which are
+        asked with retrieved memories, without memory, and with wrong memories.
+      in_context: path of JSON lines whose prompts state the facts, asked without memory.
     """
 
     config: str
@@ -75,12 +75,12 @@ class Sweep:
 
 @dataclass(frozen=True)
 class SweepData:
-    """Tokenizer, corpus, references and index: their folder, and the config that makes them.
+    """Planned data of runs: tokenizer, corpus, references and index in one folder.
 
     Attributes:
-      folder: where.
-      config: what they are made with; None: they were prepared before.
-      knowledge: which variant of the knowledge base.
+      folder: folder of the data.
+      config: config that the data is prepared with; None if it is prepared already.
+      knowledge: name of the knowledge base.
     """
 
     folder: Path
@@ -89,20 +89,20 @@ class SweepData:
 
     @property
     def key(self) -> str:
-        """Differs between different data, not between places of a sweep's workdir."""
+        """Identifier of the data; the same wherever the workdir of the sweep lies."""
         return str(self.folder) if self.config is None else self.folder.name
 
 
 @dataclass(frozen=True)
 class SweepStage:
-    """Stage of training, planned.
+    """Planned stage of training.
 
     Attributes:
-      folder: its workdir.
-      config: of the stage, validated.
-      data: what it reads.
-      before: whose checkpoint it begins with.
-      bank: folder of the memories that it reads, or None.
+      folder: workdir of the stage.
+      config: validated config of the stage.
+      data: data that it reads.
+      before: stage whose checkpoint it starts from, or None.
+      bank: folder of the bank that it reads, or None.
     """
 
     folder: Path
@@ -113,21 +113,21 @@ class SweepStage:
 
     @property
     def checkpoints(self) -> Path:
-        """The stage folder."""
+        """Stage folder, which holds the checkpoints."""
         return self.folder / self.config.stage
 
 
 @dataclass(frozen=True)
 class SweepRun:
-    """An entry with a seed, worked out.
+    """Planned run of an entry with one seed.
 
     Attributes:
-      stages: in order; none where the entry cannot work.
-      read: config with which the last checkpoint is measured.
-      bank: folder of the memories that it is measured with; None: what the last stage has read.
+      stages: stages in order; () if the entry is refused.
+      read: config with which the last checkpoint is evaluated.
+      bank: folder of the bank for the evaluation; None for the bank that the last stage has read.
       result: file of the figures.
-      key: hash of all that the figures depend on.
-      refused: why the entry cannot work, or "".
+      key: hash of everything that the figures depend on.
+      refused: reason why the entry's config is invalid, or "".
     """
 
     entry: Entry
@@ -145,9 +145,9 @@ class SweepRun:
         return f"{self.entry.name}@{self.seed}"
 
     def outcome(self) -> dict[str, Any] | None:
-        """Returns a dict with `figures`, or with `error`; None: it has to be run.
+        """Returns the result, a dict with `figures` or `error`; None if the run has none yet.
 
-        A result of another config, or a damaged one, does not count.
+        A result of another config and a damaged result do not count.
         """
         if self.refused:
             return {"key": self.key, "name": self.name, "error": self.refused}
@@ -156,10 +156,11 @@ class SweepRun:
 
 
 def load_sweep(path: str | Path) -> Sweep:
-    """Returns the sweep of `get_sweep()` of a Python file.
+    """Runs a Python file and returns the `Sweep` that its `get_sweep()` makes.
 
     Raises:
-      SweepError: there is no such file or function, or two entries have one name.
+      SweepError: the file is missing, raises an error, or has no `get_sweep()` that returns a
+        `Sweep`; the sweep has no entries or seeds; or an entry's name is invalid or not unique.
     """
     if not Path(path).is_file():
         raise SweepError(f"there is no sweep {path}; configs/sweeps/ has some")
@@ -168,7 +169,7 @@ def load_sweep(path: str | Path) -> Sweep:
         sweep = scope["get_sweep"]() if callable(scope.get("get_sweep")) else None
     except UserError:
         raise
-    except Exception as error:  # of a file of the user's
+    except Exception as error:  # raised by the file
         raise SweepError(f"{path}: {type(error).__name__}: {error}") from error
     if not isinstance(sweep, Sweep):
         raise SweepError(f"{path} has no function get_sweep() that returns a Sweep")
@@ -187,10 +188,10 @@ def load_sweep(path: str | Path) -> Sweep:
 def chosen(
     runs: Sequence[SweepRun], entries: Sequence[str] | None, seeds: Sequence[str] | None
 ) -> list[SweepRun]:
-    """Selects the runs of some entries and seeds; None: of all.
+    """Selects the runs of the named entries and seeds; None selects all.
 
     Raises:
-      SweepError: there is no such entry or seed.
+      SweepError: the sweep has no such entry or seed.
     """
     for names, known in (
         (entries, [run.entry.name for run in runs]),
