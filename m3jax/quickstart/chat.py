@@ -1,6 +1,6 @@
-"""From the quickstart's model to one that chats: SFT, then DPO, and what each of them changed.
+"""Trains the quickstart's model to chat, by SFT and then DPO, and measures the effect of each.
 
-Every step is the one a real run takes; a finished step is skipped when the command is given again.
+Every step is the same as in a real run; finished steps are skipped when the command is repeated.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def run(demonstration: Demonstration, *, chats: int = CHATS, pairs: int = PAIRS)
     """Runs SFT and DPO in a finished quickstart; returns the content of `report/chat.json`.
 
     Args:
-      demonstration: of the quickstart, whose workdir has `continual/` and `bank/`.
-      chats: chats of SFT.
-      pairs: preference pairs of DPO.
+      demonstration: settings of the quickstart, whose workdir has `continual/` and `bank/`.
+      chats: number of chats for SFT.
+      pairs: number of preference pairs for DPO.
 
     Raises:
       CheckpointError: the quickstart was not run in the workdir.
@@ -80,8 +80,8 @@ def run(demonstration: Demonstration, *, chats: int = CHATS, pairs: int = PAIRS)
 
 
 def _measure(demonstration: Demonstration, world: people.World, stage: str) -> dict[str, float]:
-    """Measures chat answers of a checkpoint about people it has never seen."""
-    config = demonstration.config("sft")  # the same model; the template of its chats
+    """Returns the shares of `LABELS` for a stage's chat answers about people unseen in training."""
+    config = demonstration.config("sft")  # for its chat template; the model is the same
     session = Session(config, demonstration.workdir, checkpoint=demonstration.workdir / stage)
     facts = [(person, *fact) for person in world.unseen for fact in person.facts]
     texts = [people.question(person.name, relation) for person, relation, _ in facts]
@@ -117,7 +117,7 @@ def _measure(demonstration: Demonstration, world: people.World, stage: str) -> d
 
 
 def _answers(session: Session, mode: str, prompts: Sequence[np.ndarray]) -> list[str]:
-    """Whole answers, as text; one that does not end is marked as unfinished."""
+    """Generates answers as text; an answer that does not end in `NEW_TOKENS` gets a final `…`."""
     generator = session.generator(mode)
     generations: list[Generation] = []
     for low in range(0, len(prompts), 96):

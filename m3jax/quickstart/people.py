@@ -3,10 +3,10 @@
 A person has a few facts, each stated as a line `pet of Tavo otter`. Training people share a small
 set of names, which recur with other facts, so that no weights can learn who has what; their
 documents carry the keys of the references that hold the facts. People of the evaluation have names
-of their own, which training text uses only as meaningless words, and are found by search.
+of their own, which training text uses only as meaningless words; search retrieves their references.
 
 A question is `pet of Tavo`. Chats of SFT answer it in either of two forms, at random: the whole
-statement, or the value `otter` alone. Preferences want the statement, and the right value.
+statement, or the value `otter` alone. Preference pairs prefer the statement with the right value.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _VOWELS = ("a", "e", "i", "o", "u")
 
 @dataclass(frozen=True)
 class Person:
-    """Facts are (relation, value) pairs in the order they are stated."""
+    """Person with facts: (relation, value) pairs in the order in which they are stated."""
 
     key: str
     name: str
@@ -51,7 +51,7 @@ class Person:
 
 @dataclass(frozen=True)
 class World:
-    """Everything the quickstart's data is drawn from."""
+    """Values of every relation, names and people, from which the quickstart's data is drawn."""
 
     values: dict[str, tuple[str, ...]]
     names: tuple[str, ...]  # of people in training
@@ -67,9 +67,9 @@ class World:
 
 @dataclass(frozen=True)
 class FactQuestion(Question):
-    """Question whose answer stands in the reference `person`.
+    """Question whose answer is stated in the reference `person`.
 
-    `references` are that one and others that state the same relation of other people.
+    `references` holds this reference and references that state the same relation of other people.
     """
 
     person: str = ""
@@ -77,30 +77,30 @@ class FactQuestion(Question):
 
 
 def question(name: str, relation: str) -> str:
-    """Writes a question, which a statement begins with."""
+    """Formats a question, which is also the beginning of the statement that answers it."""
     return f"{relation} of {name}"
 
 
 def statement(name: str, relation: str, value: str) -> str:
-    """Writes a fact."""
+    """Formats a fact as a line of text."""
     return f"{question(name, relation)} {value}"
 
 
 def make_world(
     seed: int, *, names: int, people: int, unseen: int, values: int, facts: int
 ) -> World:
-    """Draws a world.
+    """Draws the names, the relations' values, and the people with their facts.
 
     Args:
-      seed: of all draws.
+      seed: seed of all draws.
       names: names shared by the people of training.
       people: people in training.
       unseen: people of the evaluation, each with a name of its own.
-      values: values of a relation; guessing among them is chance.
+      values: values of every relation; a guess is right with probability 1/values.
       facts: facts of a person, of different relations.
 
     Raises:
-      TextError: more words than two syllables make.
+      TextError: more words are needed than two syllables can form.
     """
     rng = np.random.default_rng([seed, 1])
     value_words, name_words = _invent(rng, values * len(RELATIONS), names + unseen)
@@ -124,7 +124,7 @@ def make_world(
 
 
 def _invent(rng: np.random.Generator, *counts: int) -> list[tuple[str, ...]]:
-    """Groups of different two-syllable words; few syllables a group keep the tokenizer small."""
+    """Draws groups of distinct words, of few syllables per group to keep the tokenizer small."""
     syllables = rng.permutation([onset + vowel for onset in _ONSETS for vowel in _VOWELS])
     groups, used = [], 0
     for count in counts:
@@ -141,9 +141,10 @@ def _invent(rng: np.random.Generator, *counts: int) -> list[tuple[str, ...]]:
 def fact_documents(
     world: World, seed: int, count: int, *, chunks: int, pool: tuple[int, int] = (2, 5)
 ) -> Iterable[dict]:
-    """Documents whose chunks state all facts of a person, drawn from a pool that shares relations.
+    """Yields documents in which every chunk states all facts of one person.
 
-    Yields JSON-able records with `text` and `references`, one key per chunk.
+    The people of a document share their relations; their number is drawn from the range `pool`.
+    Documents are JSON-able records with `id`, `text` and `references`, one key per chunk.
     """
     rng = np.random.default_rng([seed, 2])
     groups = _groups(world)
@@ -180,9 +181,10 @@ def _groups(world: World) -> list[list[Person]]:
 def echo_documents(
     world: World, seed: int, count: int, *, words: int, segment: tuple[int, int] = (4, 16)
 ) -> Iterable[dict]:
-    """Documents that repeat one random segment of words; its first copy bears no loss.
+    """Yields documents of `words` words that repeat one random segment; its first copy has no loss.
 
-    Half of the words are names, of training or unseen, the others are relations and values.
+    The length of the segment is drawn from the range `segment`. Half of its words are names, of
+    training or unseen, the other half are relations and values.
     """
     rng = np.random.default_rng([seed, 3])
     names = np.array((*world.names, *world.unseen_names))
@@ -198,10 +200,10 @@ def echo_documents(
 
 
 def questions(world: World, seed: int, distractors: int = 4) -> list[FactQuestion]:
-    """Asks for every fact of every unseen person.
+    """Makes a question for every fact of every unseen person.
 
-    `references` are the person's own and `distractors` of other unseen people whose references
-    state the same relation, in random order.
+    Its `references` are the person's reference and `distractors` references of other unseen people
+    that state the same relation, in random order.
     """
     rng = np.random.default_rng([seed, 4])
     made = []
@@ -220,7 +222,7 @@ def questions(world: World, seed: int, distractors: int = 4) -> list[FactQuestio
 
 
 def edited(world: World, seed: int) -> World:
-    """The same world in which every fact of the unseen people has another value."""
+    """Returns the world with another value for every fact of the unseen people."""
     rng = np.random.default_rng([seed, 5])
 
     def change(person: Person) -> Person:
@@ -240,26 +242,26 @@ def write_jsonl(path: Path, records: Iterable[dict]) -> None:
 
 
 def write_questions(path: Path, questions: Iterable[Question]) -> None:
-    """Writes questions as `m3jax.evaluation.scoring` reads them."""
+    """Writes questions as JSON lines, the input of `m3jax.evaluation.scoring.read_questions`."""
     names = ("prompt", "answer", "references")
     write_jsonl(path, ({name: getattr(q, name) for name in names} for q in questions))
 
 
 def knowledge(people: Iterable[Person]) -> list[dict]:
-    """People as documents of a knowledge base; each is short enough to be one reference."""
+    """Returns people as documents of a knowledge base, each short enough to be one reference."""
     return [{"id": person.key, "title": person.name, "text": person.text} for person in people]
 
 
 def chats(world: World, seed: int, count: int, rounds: tuple[int, int] = (1, 4)) -> Iterable[dict]:
-    """Chats about people of training who share relations, each round about one of them.
+    """Yields chats about people of training who share relations; each round is about one person.
+
+    Chats are JSON-able records with `id` and `messages`.
 
     Args:
       world: the people.
-      seed: of all draws.
-      count: chats.
-      rounds: fewest and most of a chat.
-
-    Yields JSON-able records with `id` and `messages`.
+      seed: seed of all draws.
+      count: number of chats.
+      rounds: smallest and largest number of rounds of a chat.
     """
     rng = np.random.default_rng([seed, 6])
     groups = _groups(world)
@@ -272,9 +274,9 @@ def chats(world: World, seed: int, count: int, rounds: tuple[int, int] = (1, 4))
 def preferences(
     world: World, seed: int, count: int, rounds: tuple[int, int] = (1, 2)
 ) -> Iterable[dict]:
-    """Preference pairs: a right statement over the bare value, or over a wrong statement.
+    """Yields preference pairs: a right statement over the bare value, or over a wrong statement.
 
-    Arguments as of `chats`. Yields records with `id`, `prompt` (turns), `chosen` and `rejected`.
+    Arguments as in `chats`. Pairs are records with `id`, `prompt` (turns), `chosen`, `rejected`.
     """
     rng = np.random.default_rng([seed, 7])
     groups = _groups(world)
@@ -299,7 +301,7 @@ def preferences(
 def _topics(
     rng: np.random.Generator, groups: list[list[Person]], rounds: int
 ) -> list[tuple[Person, str]]:
-    """Draws people of a group, of different names (two of one name would contradict each other)."""
+    """Draws (person, relation) topics in a group, never two people of one name (contradictions)."""
     group = groups[rng.integers(len(groups))]
     by_name: dict[str, Person] = {}
     topics = []

@@ -1,6 +1,6 @@
-"""The whole chain on invented facts, and the proof that the facts live in the bank.
+"""Runs all stages on invented facts, and tests that the model takes the facts from the bank.
 
-Every step is the one a real run takes; a finished step is skipped when the command is given again.
+Every step is the same as in a real run; finished steps are skipped when the command is repeated.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Demonstration:
-    """Settings that the steps share.
+    """Settings of a quickstart, which its steps share.
 
     Attributes:
-      get_config: options text → config, as in `configs/quickstart.py`.
+      get_config: maps a text of options to a config, as in `configs/quickstart.py`.
       workdir: folder for everything.
       world: arguments of `people.make_world`.
-      seed: of the world, the parameters and the data order.
+      seed: seed of the world, the parameters and the data order.
     """
 
     get_config: Callable[[str], ConfigDict]
@@ -77,7 +77,10 @@ class Demonstration:
 
 
 def run(demonstration: Demonstration, *, compare_from_scratch: bool = False) -> dict[str, Any]:
-    """Runs all steps and writes `report/`; returns the content of `report/summary.json`."""
+    """Runs all steps and writes `report/`; returns the content of `report/summary.json`.
+
+    `compare_from_scratch` also trains a model with memory from the start, at equal compute.
+    """
     seconds: dict[str, float] = {}
     started = time.time()
     workdir = demonstration.workdir
@@ -125,11 +128,11 @@ def _step(title: str, seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def prepare_people(config: ConfigDict, folder: Path, world: people.World) -> None:
-    """Makes text, tokenizer, corpus, references and index; parts that are there are kept.
+    """Makes text, tokenizer, corpus, references and index of a world; keeps finished parts.
 
     Args:
-      config: of warmup; its steps, rows and seed say how much text there is, and which.
-      folder: where.
+      config: config of the warmup stage; its steps, rows and seed determine the text.
+      folder: folder to make them in.
       world: the people.
     """
     chunks = config.data.sequence_length // config.memory.chunk_length
@@ -152,7 +155,7 @@ def prepare_people(config: ConfigDict, folder: Path, world: people.World) -> Non
 
 
 def make_index(config: ConfigDict, folder: Path) -> None:
-    """Builds the index of the references of a folder."""
+    """Builds the index of the references in a folder."""
     references = References(folder / "references")
     build_index(references, make_embedder(config), folder / "index", config)
 
@@ -160,14 +163,14 @@ def make_index(config: ConfigDict, folder: Path) -> None:
 def _write(
     demonstration: Demonstration, folder: Path, stage: str, base: Bank | None = None
 ) -> None:
-    """Writes the bank of a folder by the writer that the checkpoint of a stage records."""
+    """Writes the bank of a folder with the memory writer that a stage's checkpoint records."""
     workdir = demonstration.workdir
     write = MemoryWriter(demonstration.config("continual"), workdir, workdir / stage)
     write(References(folder / "references"), folder / "bank", base)
 
 
 def _rewrite(demonstration: Demonstration, folder: Path, known: tuple[people.Person, ...]) -> None:
-    """Makes references, index and bank of a changed knowledge; copies unchanged memories."""
+    """Makes references, index and bank of the people `known`; copies unchanged memories."""
     folder.mkdir(exist_ok=True)
     config = demonstration.config("continual")
     source = folder / "knowledge.jsonl"
@@ -184,7 +187,7 @@ def _rewrite(demonstration: Demonstration, folder: Path, known: tuple[people.Per
 
 
 class _Knowledge:
-    """References, retriever and bank of one folder."""
+    """Opens references, retriever and bank of one folder."""
 
     def __init__(self, folder: Path, config: ConfigDict):
         self.references = References(folder / "references")
@@ -240,7 +243,7 @@ def _ask(
 
 
 def in_context(world: people.World, questions: list[people.FactQuestion]) -> list[Question]:
-    """Writes the questions with the facts of all five people stated in the prompt."""
+    """Adds to every prompt the facts that the question's five references state, as text."""
     by_key = {person.reference: person for person in world.unseen}
 
     def stated(question: people.FactQuestion) -> Question:
@@ -258,12 +261,12 @@ def _attention_picture(
     ids: np.ndarray,
     knowledge: _Knowledge,
 ) -> None:
-    """Draws the stored tokens that each answer attended to: slots mapped back to tokens."""
+    """Plots the attention of each answer to stored tokens, with memory slots mapped to tokens."""
     tokenizer, model = answerer.tokenizer, answerer.model
     writer_params, _, _ = restore_writer(
         demonstration.workdir / "continual", model, tokenizer.fingerprint
     )
-    read_ids = ids[:, 0]  # (n, M): these prompts are one chunk
+    read_ids = ids[:, 0]  # (n, M): every prompt is one chunk
     tokens = knowledge.references.tokens(read_ids.ravel())
     encode = jax.jit(functools.partial(model.encode, sparsify=sparsifier(model.memory)))
     memory, indices = jax.device_get(encode(writer_params, tokens))
@@ -272,7 +275,7 @@ def _attention_picture(
     real = np.arange(indices.shape[-1]) < memory.length.reshape(*read_ids.shape, 1)
     predicted, attention = answerer.first_choices(questions, ids, knowledge.bank)
     heads = attention.shape[2] // indices.shape[3]
-    indices = np.repeat(indices, heads, axis=3)  # every query head of a key-value head
+    indices = np.repeat(indices, heads, axis=3)  # one entry per query head
     reads = []
     for n, question in enumerate(questions):
         names, mass, kept = [], [], []
@@ -293,7 +296,10 @@ def _attention_picture(
 
 
 def _compare_from_scratch(demonstration: Demonstration) -> dict[str, float]:
-    """Returns validation losses of memory from the start and after a warmup, at equal compute."""
+    """Returns validation losses of training with memory from the start and after a warmup.
+
+    Both use the same FLOP; the model with memory from the start is trained here.
+    """
     from m3jax import flops
 
     stages = {name: demonstration.config(name) for name in ("warmup", "continual", "scratch")}

@@ -20,8 +20,8 @@ from m3jax.text.references import write_pieces
 from m3jax.text.tokenizer import Tokenizer
 
 QUESTIONS, IN_CONTEXT = "text/questions.jsonl", "text/in_context.jsonl"
-IN_DOCUMENTS = "documents"  # name of the other knowledge base
-TOGETHER = 4  # people of one document of it
+IN_DOCUMENTS = "documents"  # name of the knowledge base with several people per document
+TOGETHER = 4  # people per document in it
 
 
 def prepare(
@@ -30,14 +30,14 @@ def prepare(
     """Makes the quickstart's data, and its questions with and without the facts in the prompt.
 
     Args:
-      config: of warmup.
-      folder: where.
-      knowledge: "": every person is a document of one reference. `documents`: four people are a
-        document of four references, which are the same, in the same order.
-      world_options: of `people.make_world`.
+      config: config of the warmup stage.
+      folder: folder to make them in.
+      knowledge: "" makes every person a document of one reference; `documents` joins four people to
+        a document of four references, with the same texts in the same order.
+      world_options: arguments of `people.make_world`.
 
     Raises:
-      TextError: an unknown knowledge base.
+      TextError: `knowledge` is another name, or the world needs too many words.
     """
     if knowledge not in ("", IN_DOCUMENTS):
         raise TextError(f"knowledge = {knowledge!r}; there is {IN_DOCUMENTS!r}, and '' for none")
@@ -55,7 +55,7 @@ def prepare(
 
 
 def _keys(world: people.World) -> dict[str, str]:
-    """Key of every person's reference → what it is called in a document of several."""
+    """Maps the key of every person's reference to its key in a document of several people."""
     return {
         person.reference: f"group-{i // TOGETHER}#{i % TOGETHER}"
         for i, person in enumerate(world.everyone)
@@ -67,7 +67,7 @@ def _renamed(keys: Iterable[str], names: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _join(config: ConfigDict, folder: Path, world: people.World, keys: Mapping[str, str]) -> None:
-    """Makes references, index and corpus anew, with people in documents of several."""
+    """Makes references, index and corpus again, with several people per document."""
     tokenizer = Tokenizer.load(folder / "tokenizer")
     length = config.memory.reference_length
     write_pieces(_documents(world, tokenizer), tokenizer, folder / "references", length)
