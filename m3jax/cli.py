@@ -43,7 +43,7 @@ RENAMED_COMMANDS = {"collect": "compact"}
 # -- flags -----------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A flag of launch scripts.
+    """Flag of launch scripts.
 
     Attributes:
       name: without dashes.
@@ -342,7 +342,7 @@ def parse(
 def _print_and_end(text: str) -> None:
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # of `| head`; nothing more may be written when Python ends
+    except BrokenPipeError:  # by `| head`; Python must not flush stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(0)
 

@@ -20,7 +20,7 @@ from m3jax.private_apis import coordination_client
 
 PROCESS_LOST = 3  # exit code of a process whose run lost another process
 ROOT = "m3jax"  # prefix of keys in the store of JAX's coordination service
-LONGEST_WAIT = 3600  # seconds that the first process at a meeting waits for the last
+LONGEST_WAIT = 3600  # seconds that the first process at a barrier waits for the last
 _MARGIN = 5.0  # seconds that a failed process stays alive, so that others can read its error
 _AGAIN = "The same command, on all processes, continues from what was saved"
 
@@ -56,9 +56,7 @@ class Watch:
     def _run(self) -> None:
         client, beat = coordination_client(), 0
         while True:
-            with contextlib.suppress(
-                jax.errors.JaxRuntimeError
-            ):  # JAX ends a process without the service
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # without its service JAX exits
                 client.key_value_set(f"{ROOT}/beat/{self.me}", str(beat), allow_overwrite=True)
                 beat += 1
                 for index, text in self._read("beat").items():
@@ -99,7 +97,7 @@ class Watch:
         self._mark("failed", f"{type(error).__name__}: {_first_line(error)}")
         end = time.monotonic() + _MARGIN
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            # Process 0 holds what the others read: it goes last.
+            # Process 0 holds the messages that other processes read: it ends last.
             while self.me == 0 and time.monotonic() < end:
                 if len(self._read("failed").keys() | self._read("ended").keys()) == self.count:
                     break

@@ -46,7 +46,7 @@ def parse_options(text: str, **accepted: Any) -> dict[str, Any]:
       The chosen value of every option, of the same type as its default.
 
     Raises:
-      ConfigError: an unknown option or value; the message lists what is accepted.
+      ConfigError: an unknown or ambiguous option or value; the message lists the accepted values.
     """
     chosen = {name: values[0] for name, values in accepted.items()}
     for word in filter(None, (part.strip() for part in text.split(","))):
@@ -100,5 +100,5 @@ def prefix_tokens(config: ConfigDict) -> tuple[int, ...]:
 
 
 def to_json(config: ConfigDict) -> str:
-    """Writes the config as stable, readable JSON."""
+    """Returns the config as JSON, indented and with sorted keys."""
     return json.dumps(config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)

@@ -19,7 +19,7 @@ IN_STEP = ("online", "stop_gradient")
 PACKED = ("chats", "pairs")
 
 
-Unfit = Iterator[tuple[str, str]]  # pairs of a field that does not fit others and the remedy
+Unfit = Iterator[tuple[str, str]]  # (field that does not fit other fields, remedy)
 
 
 def _shape(c: ConfigDict) -> Unfit:

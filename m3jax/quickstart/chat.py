@@ -26,7 +26,7 @@ from m3jax.text.chat.template import Template
 from m3jax.train.stage import train_stage
 
 CHATS, PAIRS = 6000, 2400
-NEW_TOKENS = 8  # a statement has four, and the end
+NEW_TOKENS = 8  # a statement has four tokens and `</s>`
 
 LABELS = {
     "format": "answers in one of the two forms",

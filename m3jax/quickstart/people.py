@@ -45,7 +45,7 @@ class Person:
 
     @property
     def text(self) -> str:
-        """The reference text of the person."""
+        """Text of the person's reference, a line per fact."""
         return "\n".join(statement(self.name, *fact) for fact in self.facts)
 
 
@@ -301,7 +301,7 @@ def preferences(
 def _topics(
     rng: np.random.Generator, groups: list[list[Person]], rounds: int
 ) -> list[tuple[Person, str]]:
-    """Draws (person, relation) topics in a group, never two people of one name (contradictions)."""
+    """Draws (person, relation) topics in a group, with at most one person per name."""
     group = groups[rng.integers(len(groups))]
     by_name: dict[str, Person] = {}
     topics = []

@@ -141,7 +141,7 @@ class SweepRun:
 
     @property
     def name(self) -> str:
-        """ENTRY@SEED."""
+        """Name of the run, ENTRY@SEED."""
         return f"{self.entry.name}@{self.seed}"
 
     def outcome(self) -> dict[str, Any] | None:

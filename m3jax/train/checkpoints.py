@@ -35,7 +35,7 @@ from m3jax.errors import CheckpointError
 from m3jax.files import write_atomically
 from m3jax.train.state import TrainState
 
-_TEMPORARY = ".orbax-checkpoint-tmp"  # in names that Orbax clears away
+_TEMPORARY = ".orbax-checkpoint-tmp"  # part of the names of folders that Orbax deletes
 
 # Fields that may change when a run is continued, since they change no result. The guard's fields,
 # and the checkpoint intervals that it depends on, do after trouble: a diverged run may go on with

@@ -205,7 +205,7 @@ class Guard:
 
 
 def batch_number(done: int, skipped: Iterable[int]) -> int:
-    """Returns the number of the next batch after `done` steps; `skipped` batches are ascending."""
+    """Returns the number of the batch after `done` steps that left out the batches `skipped`."""
     number = done
     for batch in skipped:
         number += batch <= number

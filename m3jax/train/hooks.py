@@ -34,7 +34,7 @@ class Hook:
         """Receives the data that the loop reads from now on."""
 
     def start(self, step: int) -> StageData | None:
-        """Begins after `step`, at first and after every rollback; returns data as `at` does."""
+        """Prepares to go on after `step`, at first or after a rollback; returns data as `at`."""
 
     def before(self, step: int) -> None:
         """Prepares for a step, right before it is started."""
@@ -182,7 +182,7 @@ class Save(Hook):
 
     def __init__(self, run: Run, log: Log):
         super().__init__(run)
-        self.log, self._told = log, False  # to stop
+        self.log, self._told = log, False  # told by SIGTERM to stop
         self._previous: Any = None  # handler of SIGTERM
 
     def read_from(self, data: StageData) -> None:

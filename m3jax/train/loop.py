@@ -95,7 +95,7 @@ def train(
                 Loop(run, program, data, hooks, init_from).train(first)
     if shown and not (folder / "loss.png").exists():
         plot_stages([folder], folder / "loss.png")
-    meet("finished")  # the first process has written
+    meet("finished")  # process 0 has written its files
     return summarize(config, folder)
 
 

@@ -46,9 +46,7 @@ class Monitor:
         self._losses = deque[float](state.get("losses", ()), options.window)
         self._norms = deque[float](state.get("norms", ()), options.window)
         self._bad = list(state.get("bad", ()))  # bad steps among the last 2 · patience
-        self._best = float(
-            state.get("best", math.inf)
-        )  # lowest level so far: median of recent losses
+        self._best = float(state.get("best", math.inf))  # lowest level (median of recent losses)
         self._calm = int(state.get("calm", 0))  # last step with a level near the lowest
         self._usual = float(state.get("usual", math.inf))  # deviation of losses at that step
         self._recent = options.window // 4

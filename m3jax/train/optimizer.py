@@ -70,7 +70,7 @@ def _muon(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def _label(path: Any) -> str:
-    in_block = len(path) > 1  # parameters of the blocks lie inside a segment
+    in_block = len(path) > 1  # parameters of layers lie inside a segment
     return "matrices" if in_block and _leaf_name(path) in _MATRICES else "others"
 
 
@@ -86,6 +86,8 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
 def lr_schedule(config: ConfigDict, peak: float | None = None) -> optax.Schedule:
     """Makes the config's learning-rate schedule: linear warmup, then `wsd` or `cosine`.
+
+    `wsd` is warmup-stable-decay: a constant rate, then a linear decay.
 
     Steps count from 0: step s makes the update s + 1. The warmup reaches the peak at step
     `lr_warmup_steps − 1`; the decay would reach `min_lr_ratio · peak` at step `train.steps`.

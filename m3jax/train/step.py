@@ -72,11 +72,7 @@ def make_step(program: Program, dequantize: Dequantize | None = None) -> Step:
     scales = [replicated(mesh)] if guarded else []
     return jax.jit(
         step,
-        in_shardings=(
-            program.shardings,
-            None,
-            *scales,
-        ),  # a batch keeps the sharding that `place_batch` gives it
+        in_shardings=(program.shardings, None, *scales),  # a batch comes sharded by `place_batch`
         out_shardings=(program.shardings, replicated(mesh)),
         donate_argnums=(0,),
         compiler_options=compiler_options(mesh),
@@ -123,7 +119,7 @@ def _make_gradient(config: ConfigDict, model: Model, dequantize: Dequantize | No
                 body, (start, Sums(zero, zero, zero)), jnp.arange(parts)
             )
         total = over_rows(model, total)
-        # The loss is a mean over the whole batch: divide once, by the whole weight.
+        # The loss is a mean over the global batch: divide once, by its total weight.
         scale = mean(jnp.ones((), jnp.float32), total.weight)
         return jax.tree.map(lambda x: x * scale, gradients), total
 
