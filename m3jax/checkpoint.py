@@ -153,7 +153,7 @@ def read_model(
 
 
 def restack(params: Params, stacks: Mapping[str, int]) -> Params:
-    """Regroups the layers stacked in `lower`, `memory`, `upper` into `stacks`: segment → count."""
+    """Regroups the stacked layers into segments; `stacks` maps each segment to its layer count."""
     present = [params[name] for name in SEGMENTS if name in params]
     layers = jax.tree.map(lambda *x: jnp.concatenate(x), *present)
     result = {name: value for name, value in params.items() if name not in SEGMENTS}

@@ -54,7 +54,7 @@ class Flag:
       choices: accepted values.
       low, high: bounds of a number, inclusive.
       many: "comma" for a list of values, "repeat" for a flag that may be given more than once.
-      required: whether a command that takes the flag needs it.
+      required: True if a command that takes the flag cannot run without a value.
     """
 
     name: str

@@ -107,7 +107,7 @@ class Watch:
         os._exit(code)
 
     def _wait_for_cause(self) -> None:
-        """Waits until a new heartbeat of every process has come.
+        """Waits until a new heartbeat of every process has come, within bounded time.
 
         If one is dead, JAX or `_run` ends this process meanwhile and names it: an error of the
         runtime may be a consequence of that death, because collectives break first.

@@ -59,7 +59,7 @@ class Pipeline:
     Attributes:
       base_logprobs: DPO's base log-probabilities of the answers of every row, `(rows, slots)`
         float32, nats; None (batches then hold 0) until `m3jax.train.dpo_base` sets them.
-      version: of the knowledge base; None without memory.
+      version: version of the knowledge base; None without memory.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ class Row(NamedTuple):
       texts: tokens of every text, and the index of its first chunk in the row.
       chunk_length: tokens Q of a chunk.
       packing: position of every packed text; padding is a text that reads no memory.
-      answers: of packed rows, the slot of the answer that every target belongs to, −1 = none.
+      answers: in packed rows, the slot of the answer that every target belongs to, −1 = none.
     """
 
     inputs: Int[np.ndarray, " T"]

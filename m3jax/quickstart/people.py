@@ -1,9 +1,9 @@
 """Facts about invented people: the data of the quickstart.
 
-A person has a few facts, each stated as a line `pet of Tavo otter`. Training people share a small
-set of names, which recur with other facts, so that no weights can learn who has what; their
-documents carry the keys of the references that hold the facts. People of the evaluation have names
-of their own, which training text uses only as meaningless words; search retrieves their references.
+A person has a few facts, each stated as a line `pet of Tavo otter`. People of training share a few
+names, which recur with other facts, so that the weights cannot learn a person's facts; training
+documents carry the keys of the references that state them. People of the evaluation have names of
+their own, which training text uses only as meaningless words; search retrieves their references.
 
 A question is `pet of Tavo`. Chats of SFT answer it in either of two forms, at random: the whole
 statement, or the value `otter` alone. Preference pairs prefer the statement with the right value.
@@ -54,7 +54,7 @@ class World:
     """Values of every relation, names and people, from which the quickstart's data is drawn."""
 
     values: dict[str, tuple[str, ...]]
-    names: tuple[str, ...]  # of people in training
+    names: tuple[str, ...]  # of the people of training
     unseen_names: tuple[str, ...]
     people: tuple[Person, ...]
     unseen: tuple[Person, ...]

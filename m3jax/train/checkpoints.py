@@ -59,9 +59,9 @@ class Checkpoints:
     Args:
       stage_folder: folder of the stage.
       config: the run's config.
-      tokenizer_fingerprint: of the run's tokenizer.
+      tokenizer_fingerprint: fingerprint of the run's tokenizer.
       writer: `{"hash", "path", "step"}` of the writer of the memories that the run reads, or None.
-      version: of the knowledge base that it reads, or None.
+      version: version of the knowledge base that it reads, or None.
 
     Attributes:
       manager: Orbax's `CheckpointManager`.

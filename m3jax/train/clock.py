@@ -151,8 +151,8 @@ class Speed:
     def report(self) -> dict[str, Any]:
         """Returns the speed and the seconds by part (`time`) since the last report.
 
-        `seconds` is the run time since the first start. On a chip of unknown peak FLOP/s the report
-        holds `flops_per_second` instead of `mfu`.
+        `seconds` is the run time summed over all starts. On a chip of unknown peak FLOP/s the
+        report holds `flops_per_second` instead of `mfu`.
         """
         spent = self.clock.take()
         report: dict[str, Any] = {}

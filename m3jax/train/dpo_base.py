@@ -64,7 +64,7 @@ def hold_base_logprobs(
       stage_folder: folder of the DPO stage.
       pipelines: pipeline of every split.
       init_from: stage folder, or `checkpoints/<step>` in it, of the base model.
-      mesh: to compute on.
+      mesh: mesh to compute on.
 
     Raises:
       CheckpointError: the base model is needed and is missing, does not fit, or gives values that

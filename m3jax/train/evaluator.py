@@ -33,7 +33,7 @@ class LossEvaluator:
 
     Args:
       config: a validated config; without memory only the mode `none` is evaluated.
-      pipeline: of the validation split.
+      pipeline: pipeline of the validation split.
       mesh: mesh of the parameters, over which the rows are split; None for one device.
 
     Calling it with parameters returns `loss_<mode>` (nats per token) and `accuracy_<mode>` for each
@@ -109,7 +109,7 @@ class PreferenceEvaluator:
     `CheckpointError` if the base model's log-probabilities are missing.
 
     Attributes:
-      pipeline: of the validation split; its `base_logprobs` must be set before a call.
+      pipeline: pipeline of the validation split; its `base_logprobs` must be set before a call.
     """
 
     def __init__(self, config: ConfigDict, pipeline: Pipeline, mesh: Mesh | None = None) -> None:

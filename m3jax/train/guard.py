@@ -205,7 +205,7 @@ class Guard:
 
 
 def batch_number(done: int, skipped: Iterable[int]) -> int:
-    """Returns the number of the batch after `done` steps that left out the batches `skipped`."""
+    """Returns the number of the batch of step `done + 1`, if the batches `skipped` are left out."""
     number = done
     for batch in skipped:
         number += batch <= number

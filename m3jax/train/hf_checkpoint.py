@@ -33,7 +33,7 @@ def import_folder(
     """Imports a downloaded Hugging Face model as the checkpoint of step 0 of a stage.
 
     Args:
-      config: of the stage, with the model's shape and without memories.
+      config: config of the stage, with the model's shape and without memories.
       workdir: folder of the run; it gets the model's tokenizer.
       folder: the model's folder, with config.json and weights.
       tokenizer: folder with tokenizer.json, if `folder` has none; or `numbers`, a tokenizer that

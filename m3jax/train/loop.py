@@ -50,7 +50,7 @@ def train(
       config: config of the run; it is validated.
       workdir: folder of the run.
       data: batches and evaluator; its writer and version are recorded in every checkpoint.
-      tokenizer_fingerprint: of the tokenizer that made the batches.
+      tokenizer_fingerprint: fingerprint of the tokenizer that made the batches.
       init_from: stage folder (or its `checkpoints/<step>`) whose parameters a new run starts from;
         not read when the run has a checkpoint of its own.
       refresh: rewrites the memories with the checkpoint of a step, and returns the data to read

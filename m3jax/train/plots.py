@@ -1,4 +1,4 @@
-"""Pictures of a training run: loss and learning rate over steps and tokens."""
+"""Plots of a training run: loss and learning rate over steps and tokens."""
 
 from __future__ import annotations
 

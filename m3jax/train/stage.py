@@ -36,7 +36,7 @@ def train_stage(
     With several processes, all must call it (`m3jax.train.loop.train`).
 
     Args:
-      config: of the stage.
+      config: config of the stage.
       workdir: folder of the run.
       init_from: stage folder, or `checkpoints/<step>` in it, whose parameters a new run starts
         from; not read when the run has a checkpoint of its own. It is also the base model of DPO.
