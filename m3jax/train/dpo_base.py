@@ -1,19 +1,22 @@
 """Computes and stores the log-probabilities of DPO's base model; training does not load it again.
 
-`<stage folder>/base_logprobs/<split>` holds `manifest.json`, all that the values depend on, and
-`logprobs.npy`, NaN in rows that are not computed yet; a killed run continues with these rows.
+`<stage folder>/base_logprobs/<split>` holds `manifest.json`, all that the values depend on and if
+they are finished, and `logprobs.npy`, NaN in rows that are not computed yet; a killed run continues
+with these rows. Process 0 alone opens the files: on a network file system the others may see them
+late, and then decide otherwise.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Float
 from ml_collections import ConfigDict
@@ -22,9 +25,10 @@ from tqdm import tqdm
 from m3jax.checkpoint import checkpoint_steps, restore_params
 from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import Pipeline
+from m3jax.data.rows import PackedRows
 from m3jax.distributed import meet
 from m3jax.errors import CheckpointError
-from m3jax.files import read_sealed, write_array, write_sealed
+from m3jax.files import digest, read_sealed, write_array, write_sealed
 from m3jax.make_model import make_model
 from m3jax.memory.binding import writer_fingerprint, writer_params
 from m3jax.memory.sparsify import sparsifier
@@ -36,6 +40,8 @@ from m3jax.train.loss import Forward, on_rows, place_batch
 
 FOLDER = "base_logprobs"
 _MANIFEST, _ARRAY = "manifest.json", "logprobs.npy"
+_FINISHED = "finished"  # field of the manifest
+_BATCHES_PER_FLUSH = 8
 # Fields that change no log-probability beyond rounding.
 _FREE = (
     "memory.cache_bytes",
@@ -72,49 +78,48 @@ def hold_base_logprobs(
         pairs, memories or settings. Names the difference and the remedy.
     """
     folders = {split: Path(stage_folder) / FOLDER / split for split in pipelines}
-    for split, pipeline in pipelines.items():
-        pipeline.base_logprobs = load(folders[split], _binding(config, pipeline))
-    whole = all(pipeline.base_logprobs is not None for pipeline in pipelines.values())
-    if whole and checkpoint_steps(stage_folder):
-        return
-    if init_from is None:
-        raise CheckpointError(
-            f"{stage_folder} has no log-probabilities of a base model; name the checkpoint that"
-            " is trained on preferences, usually that of SFT: --init_from=WORKDIR/sft"
-        )
-    model = make_model(config, prefix_tokens(config), mesh)
-    tokenizer = next(iter(pipelines.values())).tokenizer.fingerprint
-    params, meta = restore_params(init_from, model, mesh=mesh, tokenizer_fingerprint=tokenizer)
-    base_model = _base_model(params, meta, config, mesh)
-    for split, pipeline in pipelines.items():
-        binding = {**_binding(config, pipeline), "base model": base_model}
-        _compute(folders[split], binding, RowLogprobs(config, pipeline, model), params)
-        pipeline.base_logprobs = load(folders[split], binding)
-        if pipeline.base_logprobs is None:
+    bindings = {split: _binding(config, pipeline) for split, pipeline in pipelines.items()}
+
+    def needs_no_model() -> bool:
+        stored = [load(folders[split], bindings[split]) is not None for split in pipelines]
+        return all(stored) and bool(checkpoint_steps(stage_folder))
+
+    if not _from_first(needs_no_model, False):
+        if init_from is None:
             raise CheckpointError(
-                f"{init_from} gives pairs of {split} log-probabilities that are not finite; start"
-                f" from another checkpoint, and delete {folders[split]}"
+                f"{stage_folder} has no log-probabilities of a base model; name the checkpoint that"
+                " is trained on preferences, usually that of SFT: --init_from=WORKDIR/sft"
             )
-    for leaf in jax.tree.leaves(params):
-        leaf.delete()
+        model = make_model(config, prefix_tokens(config), mesh)
+        tokenizer = next(iter(pipelines.values())).tokenizer.fingerprint
+        params, meta = restore_params(init_from, model, mesh=mesh, tokenizer_fingerprint=tokenizer)
+        base_model = _base_model(params, meta, config, mesh)
+        for split, pipeline in pipelines.items():
+            bindings[split]["base model"] = base_model
+            logprobs = RowLogprobs(config, pipeline, model)
+            _compute(folders[split], bindings[split], logprobs, params)
+        for leaf in jax.tree.leaves(params):
+            leaf.delete()
+    for split, pipeline in pipelines.items():
+        find = functools.partial(load, folders[split], bindings[split])
+        empty = np.zeros((len(pipeline.rows), pipeline.rows.slots), np.float32)
+        pipeline.base_logprobs = _from_first(find, empty)
 
 
 def load(folder: str | Path, binding: Mapping[str, Any]) -> Float[np.ndarray, "rows slots"] | None:
-    """Loads the log-probabilities of a split, in nats; returns None if some rows are missing.
+    """Loads the log-probabilities of a split, in nats; returns None if they are not finished.
 
     Raises:
       CheckpointError: they were computed for something other than `binding`, or are damaged.
     """
     folder = Path(folder)
-    if not _is_begun(folder, binding):
+    manifest = _read_manifest(folder, binding)
+    if manifest is None or not manifest[_FINISHED]:
         return None
-    try:
-        logprobs = np.load(folder / _ARRAY)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{folder / _ARRAY} is damaged ({error}); delete {folder}, and run again"
-        ) from error
-    return logprobs if np.isfinite(logprobs).all() else None
+    logprobs = _read_array(folder, manifest)
+    if not np.isfinite(logprobs).all():
+        raise _damaged(folder, "values that are not finite")
+    return logprobs
 
 
 class RowLogprobs:
@@ -142,30 +147,50 @@ class RowLogprobs:
 def _compute(
     folder: Path, binding: Mapping[str, Any], logprobs: RowLogprobs, params: Params
 ) -> None:
-    """Computes and stores the missing rows of a split."""
-    rows, writes = logprobs.pipeline.rows, jax.process_index() == 0
-    if not _is_begun(folder, binding) and writes:
-        write_array(folder / _ARRAY, np.full((len(rows), rows.slots), np.nan, np.float32))
-        write_sealed(folder / _MANIFEST, dict(binding))
-    meet("base log-probabilities begun")
-    stored = np.load(folder / _ARRAY, mmap_mode="r+" if writes else "r")
-    missing = np.flatnonzero(~np.isfinite(stored).all(axis=1))
-    meet("base log-probabilities read")
-    if not missing.size:
-        return
-    batch_size = logprobs.pipeline.batch_size
-    first = int(missing[0]) // batch_size * batch_size  # whole batches, as without a kill
+    """Computes and stores the missing rows of a split, in whole batches, as without a kill."""
+    rows, batch_size = len(logprobs.pipeline.rows), logprobs.pipeline.batch_size
+    first = int(_from_first(functools.partial(_begin, folder, binding, batch_size), 0))
+    writes = jax.process_index() == 0
+    stored = np.load(folder / _ARRAY, mmap_mode="r+") if writes and first < rows else None
     title = f"base log-probabilities ({folder.name})"
-    bar = tqdm(total=len(rows), initial=first, desc=title, unit=" rows", disable=not writes)
-    for values in logprobs(params, first, len(rows)):
-        if writes:
+    bar = tqdm(total=rows, initial=first, desc=title, unit=" rows", disable=stored is None)
+    for batch, values in enumerate(logprobs(params, first, rows), 1):
+        if not np.isfinite(values).all():
+            raise CheckpointError(
+                f"--init_from gives pairs of {folder.name} log-probabilities that are not finite"
+                f" ({binding['base model']}); start from another checkpoint, and delete {folder}"
+            )
+        if stored is not None:
             stored[first : first + len(values)] = values
+            if batch % _BATCHES_PER_FLUSH == 0:
+                stored.flush()
         first += len(values)
         bar.update(len(values))
     bar.close()
-    if writes:
+    if stored is not None:
         stored.flush()
-    meet("base log-probabilities written")
+    if writes:
+        write_sealed(folder / _MANIFEST, {**binding, _FINISHED: True})
+
+
+def _begin(folder: Path, binding: Mapping[str, Any], batch_size: int) -> int:
+    """Makes the store of a split if there is none; returns the first row of the missing batches."""
+    manifest = _read_manifest(folder, binding)
+    if manifest is None:
+        manifest = {**binding, _FINISHED: False}
+        empty = np.full((binding["rows"], binding["slots"]), np.nan, np.float32)
+        write_array(folder / _ARRAY, empty)
+        write_sealed(folder / _MANIFEST, manifest)
+    missing = ~np.isfinite(_read_array(folder, manifest)).all(axis=1)
+    return int(missing.argmax()) // batch_size * batch_size if missing.any() else len(missing)
+
+
+def _from_first(find: Callable[[], Any], like: Any) -> Any:
+    """Returns what `find` finds in process 0, an array of the shape of `like`, in all processes."""
+    found = find() if jax.process_index() == 0 else like
+    assert np.shape(found) == np.shape(like)
+    meet("base log-probabilities of process 0")
+    return multihost_utils.broadcast_one_to_all(found)
 
 
 def _base_model(params: Params, meta: Mapping[str, Any], config: ConfigDict, mesh: Mesh) -> str:
@@ -175,14 +200,13 @@ def _base_model(params: Params, meta: Mapping[str, Any], config: ConfigDict, mes
     return f"step {meta['step']}, weights {writer_fingerprint(whole, config.memory)}"
 
 
-def _is_begun(folder: Path, binding: Mapping[str, Any]) -> bool:
-    """Tests whether values of a split are stored; raises `CheckpointError` for another binding."""
-    path = folder / _MANIFEST
-    if not path.exists():
-        return False
-    manifest = read_sealed(path)
+def _read_manifest(folder: Path, binding: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Reads a split's manifest, None without one; raises `CheckpointError` for another binding."""
+    if not (folder / _MANIFEST).exists():
+        return None
+    manifest = read_sealed(folder / _MANIFEST)
     if manifest is None:
-        raise CheckpointError(f"{path} is damaged; delete {folder}, and run again")
+        raise _damaged(folder, f"{_MANIFEST} does not fit its checksum")
     for name, ours in binding.items():
         theirs = manifest.get(name)
         if theirs != ours:
@@ -191,12 +215,28 @@ def _is_begun(folder: Path, binding: Mapping[str, Any]) -> bool:
                 f" {str(theirs)[:100]} there, {str(ours)[:100]} here. Use the checkpoint, pairs and"
                 " config of before, or another --workdir, or delete the stage folder"
             )
-    return True
+    return manifest
+
+
+def _read_array(folder: Path, manifest: Mapping[str, Any]) -> Float[np.ndarray, "rows slots"]:
+    """Reads the values of a split, NaN where there are none; raises `CheckpointError`."""
+    try:
+        logprobs = np.load(folder / _ARRAY)
+    except (ValueError, OSError, EOFError) as error:
+        raise _damaged(folder, f"{_ARRAY}: {error}") from error
+    if logprobs.shape != (manifest["rows"], manifest["slots"]):
+        raise _damaged(folder, f"{_ARRAY} has the shape {logprobs.shape}")
+    return logprobs
+
+
+def _damaged(folder: Path, how: str) -> CheckpointError:
+    return CheckpointError(f"{folder} is damaged ({how}); delete it, and run again")
 
 
 def _binding(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
     """Lists everything that log-probabilities depend on, except for the parameters."""
-    settings = {}
+    assert isinstance(pipeline.rows, PackedRows)
+    plan, settings = pipeline.rows.plan, {}
     for section in ("model", "memory", "retrieval"):
         for field, value in config[section].items():
             if f"{section}.{field}" not in _FREE:
@@ -209,4 +249,7 @@ def _binding(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
         "batch_size": pipeline.batch_size,
         "bank": None if pipeline.bank is None else pipeline.bank.writer["hash"],
         "knowledge": None if pipeline.version is None else pipeline.version.number,
+        "packing plan": digest(json.dumps(plan)),
+        "rows": len(plan),
+        "slots": pipeline.rows.slots,
     }

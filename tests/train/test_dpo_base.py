@@ -1,22 +1,26 @@
 """Log-probabilities of the base model: computed once, resumed, refused if they do not fit."""
 
 import hashlib
+import socket
+from pathlib import Path
 
 import jax
 import numpy as np
+import processes
 import pytest
 from data.data_workdir import WORLD, make_workdir, tiny_config
 from tolerance import close
 
 from m3jax.checkpoint import restore_params
 from m3jax.config import PREFIX_TOKENS
+from m3jax.data import rows
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.errors import CheckpointError
 from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
 from m3jax.quickstart import people
 from m3jax.text.chat.corpus import prepare_chats
-from m3jax.train import loop
+from m3jax.train import dpo_base, loop
 from m3jax.train.dpo_base import hold_base_logprobs, load
 from m3jax.train.evaluator import evaluator
 from m3jax.train.loop import train
@@ -80,17 +84,111 @@ def hashes(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
-def hold(config, workdir, stage_folder, init_from="sft"):
-    mesh = make_mesh(config, jax.devices()[:1])
+def hold(config, workdir, stage_folder, init_from="sft", devices=1):
+    mesh = make_mesh(config, jax.devices()[:devices])
     pipelines = {"train": open_pipeline(config, workdir)}
-    hold_base_logprobs(config, stage_folder, pipelines, workdir / init_from, mesh)
+    base = None if init_from is None else workdir / init_from
+    hold_base_logprobs(config, stage_folder, pipelines, base, mesh)
     return pipelines["train"].base_logprobs
+
+
+def test_a_finished_store_with_other_values_or_rows_is_refused(workdir, tmp_path, monkeypatch):
+    config, folder = config_of("dpo"), tmp_path / "dpo"
+    stored = folder / "base_logprobs" / "train" / "logprobs.npy"
+    values = hold(config, workdir, folder)
+    gap = values.copy()
+    gap[3, 0] = np.nan
+    for other in (values[1:], values[:, 1:], gap):
+        np.save(stored, other)
+        for init_from in ("sft", None):
+            with pytest.raises(CheckpointError, match=r"train is damaged \(.*\); delete it, and"):
+                hold(config, workdir, folder, init_from)
+    np.save(stored, values)
+    pack = rows.pack
+    with monkeypatch.context() as patch:  # as many rows and slots
+        patch.setattr(rows, "pack", lambda *given: pack(*given)[::-1])
+        with pytest.raises(CheckpointError, match="belong to another packing plan"):
+            hold(config, workdir, folder)
+    np.testing.assert_array_equal(hold(config, workdir, folder), values)
+
+
+def test_a_base_model_with_values_that_are_not_finite_is_refused(workdir, tmp_path, monkeypatch):
+    config, folder = config_of("dpo"), tmp_path / "dpo"
+    logprobs = dpo_base.answer_logprobs
+    monkeypatch.setattr(
+        dpo_base, "answer_logprobs", lambda *given: logprobs(*given).at[1].set(np.nan)
+    )
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"not finite \(step 6, .*delete .*train"):
+            hold(config, workdir, folder)
+
+
+def test_other_processes_open_no_file_and_meet_as_often(workdir, tmp_path, monkeypatch):
+    """The other has no stage folder, and gets what process 0 hands out; faked one after another."""
+    config, handed, met = config_of("dpo"), [], []
+    monkeypatch.setattr(dpo_base, "meet", met.append)
+    broadcast = dpo_base.multihost_utils.broadcast_one_to_all
+
+    def hand_out(value):
+        handed.append(broadcast(value))
+        return handed[-1]
+
+    def take(value):
+        assert np.shape(value) == np.shape(handed[0])
+        return handed.pop(0)
+
+    def as_both(init_from):
+        with monkeypatch.context() as patch:
+            patch.setattr(dpo_base.multihost_utils, "broadcast_one_to_all", hand_out)
+            first = hold(config, workdir, tmp_path / "dpo", init_from)
+            meetings = list(met)
+            met.clear()
+            patch.setattr(dpo_base.multihost_utils, "broadcast_one_to_all", take)
+            patch.setattr(jax, "process_index", lambda *backend: 1)
+            np.testing.assert_array_equal(
+                hold(config, workdir, tmp_path / "other", init_from), first
+            )
+        assert met == meetings and not handed and not (tmp_path / "other").exists()
+        met.clear()
+
+    as_both("sft")  # computes
+    as_both("sft")  # everything is stored
+    (tmp_path / "dpo" / "checkpoints" / "3").mkdir(parents=True)
+    as_both(None)  # the base model is not needed
+
+
+@pytest.mark.slow
+def test_two_processes_compute_as_one(workdir, tmp_path):
+    config = config_of("dpo")
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    script = str(Path(__file__).with_name("dpo_base_run.py"))
+    pair = [
+        processes.start(["python", script, workdir, tmp_path / f"stage{i}", address, i], devices=1)
+        for i in range(2)
+    ]
+    done = [processes.finish(one) for one in pair]
+    assert [one.returncode for one in done] == [0, 0], [one.stderr for one in done]
+    first, other = (np.load(tmp_path / f"stage{i}.npy") for i in range(2))
+    np.testing.assert_array_equal(first, other)
+    assert (tmp_path / "stage0").exists() and not (tmp_path / "stage1").exists()
+    close(first, hold(config, workdir, tmp_path / "one"))
 
 
 @pytest.mark.slow
 def test_a_killed_computation_goes_on_to_the_same_bytes(workdir, tmp_path, monkeypatch):
     config = config_of("dpo")
-    whole = hold(config, workdir, tmp_path / "whole")
+    flushed, flush = [], np.memmap.flush
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            np.memmap,
+            "flush",
+            lambda self: flushed.append(np.isfinite(self).all(axis=1).sum()) or flush(self),
+        )
+        whole = hold(config, workdir, tmp_path / "whole")
+    assert len(whole) > 16
+    assert flushed == [*range(16, len(whole) + 1, 16), len(whole)]  # every 8 batches, and all
     computed, read = [], Pipeline.read
 
     def dying(self, rows):
@@ -136,7 +234,7 @@ def test_another_checkpoint_or_other_data_are_refused_by_name(workdir, tmp_path)
         load(folder / "base_logprobs" / "train", {"pairs": "other"})
     stored = folder / "base_logprobs" / "train" / "logprobs.npy"
     stored.write_bytes(stored.read_bytes()[:-4])
-    with pytest.raises(CheckpointError, match=r"logprobs.npy is damaged .* delete .*train, and"):
+    with pytest.raises(CheckpointError, match=r"train is damaged \(logprobs.npy: .*; delete it"):
         hold(config, workdir, folder)
     mesh = make_mesh(config, jax.devices()[:1])
     with pytest.raises(CheckpointError, match="--init_from"):
