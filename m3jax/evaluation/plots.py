@@ -161,13 +161,13 @@ def sweep_dots(
     groups = {group for group, *_ in lines}
     with drawing(path, 8, 0.27 * (len(lines) + 0.6 * len(groups)) + 1.4) as figure:
         axes = figure.subplots()
-        y, ticks, before = 0.0, {}, None
-        for group, name, memory, none in lines:
-            if group != before:
-                bold: dict[str, Any] = {"fontsize": 9, "fontweight": "bold", "va": "center"}
-                axes.text(0, y + 0.3, f" {group}", transform=axes.get_yaxis_transform(), **bold)
-                y, before = y + 0.95, group
-            for values, colour, size in ((none, PALE, 5), (memory, TEAL, 6)):
+        y, ticks, previous = 0.0, {}, None
+        for group, name, with_memory, without in lines:
+            if group != previous:
+                heading: dict[str, Any] = {"fontsize": 9, "fontweight": "bold", "va": "center"}
+                axes.text(0, y + 0.3, f" {group}", transform=axes.get_yaxis_transform(), **heading)
+                y, previous = y + 0.95, group
+            for values, colour, size in ((without, PALE, 5), (with_memory, TEAL, 6)):
                 axes.plot(
                     values, [y] * len(values), "o", color=colour, markersize=size, clip_on=False
                 )
@@ -176,8 +176,8 @@ def sweep_dots(
         if lines[0][2]:
             axes.axvline(float(np.mean(lines[0][2])), **REFERENCE_LINE)
         axes.set_yticks(list(ticks), list(ticks.values()), fontsize=9)
-        axes.set(ylim=(y - 0.3, -0.1), xlabel=f"{axis}; a dot a seed")
-        axes.set_title(f"Sweep; dotted: mean of {lines[0][1]}, with memory")
+        axes.set(ylim=(y - 0.3, -0.1), xlabel=f"{axis}; one dot per seed")  # y grows downwards
+        axes.set_title(f"Sweep (dotted: mean of {lines[0][1]} with memory)")
         axes.grid(axis="x")
         for colour, label in ((TEAL, "with memory"), (PALE, "without")):
             axes.plot([], [], "o", color=colour, label=label)

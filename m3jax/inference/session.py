@@ -111,11 +111,11 @@ class Session:
           BankError: no bank is there, it was written with another tokenizer, config or set of
             references, or by a writer whose memories the checkpoint does not read.
         """
-        cache = self.config.memory.cache_bytes
+        cache_bytes = self.config.memory.cache_bytes
         if folder:
-            bank = Bank.open(folder, cache_bytes=cache)
+            bank = Bank.open(folder, cache_bytes=cache_bytes)
         else:
-            bank = open_bank(self.version, self.references, cache)
+            bank = open_bank(self.version, self.references, cache_bytes)
         check_bank(self.config, bank, self.references, self.tokenizer)
         check_reader(bank, self.meta, self.checkpoint)
         return bank
@@ -153,8 +153,8 @@ class Session:
             )
             memories = self._write_cold(references)
             return LongContextRetriever(references, memories, self.tokenizer, count)
-        stored = self._cold_memories if mode == "cold" else self.bank
-        return MemoryRetriever(self.retriever, stored, self.tokenizer, count)
+        memories = self._cold_memories if mode == "cold" else self.bank
+        return MemoryRetriever(self.retriever, memories, self.tokenizer, count)
 
     def require_memories(self, mode: str) -> None:
         """Checks that the stage reads memories; raises `InferenceError` for the warmup stage."""

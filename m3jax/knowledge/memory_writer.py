@@ -46,7 +46,7 @@ def restore_writer(
     writer = meta["writer"]
     if writer is None:
         return params, checkpoint.absolute(), meta["step"]
-    weights = _recorded(writer, stage_of(checkpoint).parent, model)
+    weights = _restore_recorded(writer, stage_of(checkpoint).parent, model)
     if weights is None:
         raise BankError(
             f"checkpoint {checkpoint} reads memories of the writer {writer['hash'][:12]}, which was"
@@ -119,7 +119,7 @@ class MemoryWriter:
 
     def _restore(self, tokenizer: str, base: Bank | None) -> tuple[Params, Path, int]:
         if self.checkpoint is None and base is not None:
-            recorded = _recorded(base.writer, self.workdir, self.model)
+            recorded = _restore_recorded(base.writer, self.workdir, self.model)
             if recorded is not None:
                 return recorded
         checkpoint = Path(self.checkpoint or self.workdir / "warmup")
@@ -129,7 +129,7 @@ class MemoryWriter:
         return params, stage_of(checkpoint), meta["step"]
 
 
-def _recorded(
+def _restore_recorded(
     writer: Mapping[str, Any], workdir: Path, model: Model
 ) -> tuple[Params, Path, int] | None:
     """Restores the weights that a checkpoint or bank records as its writer.

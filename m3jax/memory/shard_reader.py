@@ -29,13 +29,13 @@ from m3jax.private_apis import is_damaged, is_missing, reason_of
 
 _ATTEMPTS = 3  # attempts per read, because some faults are temporary
 _INDEXES = 8192  # shard indexes kept in RAM: 4 kB each at 256 memories per shard
-_CHECKSUM = 4  # bytes
+_CHECKSUM_BYTES = 4
 
 
 def _is_intact(data: bytes | bytearray) -> bool:
     """Returns True if the last four bytes are the CRC-32C checksum of the bytes before them."""
-    stored = int.from_bytes(data[-_CHECKSUM:], "little")
-    return crc32c.crc32c(memoryview(data)[:-_CHECKSUM]) == stored
+    stored = int.from_bytes(data[-_CHECKSUM_BYTES:], "little")
+    return crc32c.crc32c(memoryview(data)[:-_CHECKSUM_BYTES]) == stored
 
 
 class _Files:
@@ -53,7 +53,7 @@ class _Files:
         Targets are uint8, all of one shape. Returns False at the first memory that is truncated or
         fails its checksum; later targets are then unset.
         """
-        data = bytearray(targets[0].nbytes + _CHECKSUM)
+        data = bytearray(targets[0].nbytes + _CHECKSUM_BYTES)
         memory = np.frombuffer(data, np.uint8, targets[0].nbytes).reshape(targets[0].shape)
         with contextlib.ExitStack() as files:
             opened = {i: files.enter_context(self._open(i)).fileno() for i in set(shards)}
@@ -87,7 +87,7 @@ class _Ranges:
     def load(self, shards: list[int], offsets: list[int], targets: list[np.ndarray]) -> bool:
         """Reads memories as `_Files.load` does."""
         for shard, offset, target in zip(shards, offsets, targets, strict=True):
-            data = self._read(shard, offset, offset + target.nbytes + _CHECKSUM)
+            data = self._read(shard, offset, offset + target.nbytes + _CHECKSUM_BYTES)
             if not _is_intact(data):
                 return False
             target[...] = np.frombuffer(data, np.uint8, target.nbytes).reshape(target.shape)
@@ -193,7 +193,7 @@ class ShardReader:
                 chunks = np.array(
                     [self._index(i)[row] for i, row in zip(shards, rows, strict=True)]
                 )
-                if (chunks[:, 1] != size + _CHECKSUM).any():
+                if (chunks[:, 1] != size + _CHECKSUM_BYTES).any():
                     return False
                 offsets = chunks[:, 0].tolist()
                 return self._source.load(shards, offsets, [targets[i] for i in places[part]])
@@ -206,10 +206,10 @@ class ShardReader:
 
     def _read_index(self, shard: int) -> np.ndarray:
         """Reads offset and size in bytes of each memory of a shard, from the end of its file."""
-        data = self._source.end(shard, 16 * self._shard + _CHECKSUM)
+        data = self._source.end(shard, 16 * self._shard + _CHECKSUM_BYTES)
         if not _is_intact(data):
             raise ValueError("the shard's index is damaged")
-        return np.frombuffer(data[:-_CHECKSUM], "<u8").reshape(-1, 2)
+        return np.frombuffer(data[:-_CHECKSUM_BYTES], "<u8").reshape(-1, 2)
 
     def damaged(self) -> list[tuple[str, str]]:
         """Reads all shards; returns file and description of each damaged or missing shard."""

@@ -75,7 +75,7 @@ def run(demonstration: Demonstration, *, chats: int = CHATS, pairs: int = PAIRS)
         "dpo": trained.evaluation,
         "seconds": round(time.time() - started, 1),
     }
-    _report(workdir, summary)
+    _write_report(workdir, summary)
     return summary
 
 
@@ -125,7 +125,7 @@ def _answers(session: Session, mode: str, prompts: Sequence[np.ndarray]) -> list
     return [g.text.strip() if g.stopped else f"{g.text} …" for g in generations]
 
 
-def _report(workdir: Path, summary: dict[str, Any]) -> None:
+def _write_report(workdir: Path, summary: dict[str, Any]) -> None:
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
     write_atomically(folder / "chat.json", json.dumps(summary, indent=2).encode())
@@ -137,16 +137,16 @@ def _report(workdir: Path, summary: dict[str, Any]) -> None:
     gains = summary["dpo"]
     text = f"""# Chat report
 
-{summary["questions"]} questions about people who occur in no fact of the training text. Seed
+{summary["questions"]} questions about people whom no fact of the training text mentions. Seed
 {summary["seed"]}, {summary["seconds"]:.0f} s.
 
-| share of the questions | {" | ".join(stages)} |
+| share of questions with … | {" | ".join(stages)} |
 |---|{"---|" * len(stages)}
 {rows}
 
 On validation pairs DPO changed the log-probability of preferred answers by
-{gains["gain_chosen"]:+.3f} nats and of the others by {gains["gain_rejected"]:+.3f};
-{gains["accuracy"]:.3f} of the pairs moved the right way, and in {gains["preferred"]:.3f} the
-preferred answer is the likelier one.
+{gains["gain_chosen"]:+.3f} nats and of rejected ones by {gains["gain_rejected"]:+.3f};
+in {gains["accuracy"]:.3f} of the pairs the preferred answer gained more than the rejected one, and
+in {gains["preferred"]:.3f} it is now the likelier.
 """
     write_atomically(folder / "CHAT.md", text.encode())

@@ -19,7 +19,7 @@ from m3jax.files import read_sealed
 
 Prepare = Callable[[ConfigDict, Path, str], Any]
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_ENTRY_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -163,21 +163,23 @@ def load_sweep(path: str | Path) -> Sweep:
         `Sweep`; the sweep has no entries or seeds; or an entry's name is invalid or not unique.
     """
     if not Path(path).is_file():
-        raise SweepError(f"there is no sweep {path}; configs/sweeps/ has some")
+        raise SweepError(f"there is no sweep file {path}; configs/sweeps/ has examples")
     try:
         scope = runpy.run_path(str(path))
         sweep = scope["get_sweep"]() if callable(scope.get("get_sweep")) else None
     except UserError:
         raise
-    except Exception as error:  # raised by the file
+    except Exception as error:  # a user's file may raise anything
         raise SweepError(f"{path}: {type(error).__name__}: {error}") from error
     if not isinstance(sweep, Sweep):
         raise SweepError(f"{path} has no function get_sweep() that returns a Sweep")
     names = [entry.name for entry in sweep.entries]
     for name in names:
-        if not _NAME.fullmatch(name) or names.count(name) > 1:
+        if names.count(name) > 1:
+            raise SweepError(f"{path}: {names.count(name)} entries have the name {name!r}")
+        if not _ENTRY_NAME.fullmatch(name):
             raise SweepError(
-                f"{path}: entry {name!r} needs a name of its own, of small letters, digits, dots,"
+                f"{path}: the name of entry {name!r} may only have lowercase letters, digits, dots,"
                 " dashes and underscores"
             )
     if not names or not sweep.seeds:

@@ -149,8 +149,11 @@ def test_an_entry_that_cannot_work_is_refused_alone(entry: Entry, words: str) ->
         ("get_sweep = 4", "has no function get_sweep"),
         ("def get_sweep(): return 5", "has no function get_sweep"),
         ("{}def get_sweep(): return Sweep('c', [])", "no entries or no seeds"),
-        ("{}def get_sweep(): return Sweep('c', [Entry('a'), Entry('a')])", "a name of its own"),
-        ("{}def get_sweep(): return Sweep('c', [Entry('A b')])", "a name of its own"),
+        (
+            "{}def get_sweep(): return Sweep('c', [Entry('a'), Entry('a')])",
+            "2 entries have the name 'a'",
+        ),
+        ("{}def get_sweep(): return Sweep('c', [Entry('A b')])", "may only have lowercase"),
     ],
 )
 def test_a_file_that_is_no_sweep_is_refused(tmp_path: Path, text: str, words: str) -> None:

@@ -115,12 +115,12 @@ def read_labelled(path: str | os.PathLike[str]) -> tuple[list[str], list[float]]
 
     def parse(record: Any) -> tuple[str, float]:
         text, score = record["text"], record["score"]
-        if not isinstance(text, str) or type(score) not in (int, float):
-            raise TypeError("text is a string and score a number")
+        if not isinstance(text, str) or type(score) not in (int, float):  # no bool
+            raise TypeError("text must be a string and score a number")
         return text, float(score)
 
-    form = '{"text": "…", "score": 0 … 5}'
-    texts, scores = zip(*read_records(path, parse, "labelled texts", form), strict=True)
+    example = '{"text": "…", "score": 0 … 5}'
+    texts, scores = zip(*read_records(path, parse, "labelled texts", example), strict=True)
     return list(texts), list(scores)
 
 

@@ -187,11 +187,11 @@ def draw_bars(
     labels of the x and y axes, `width` is the distance between positions, and `ticks` are their
     labels, by default numbers.
     """
-    (before, came), (after, stayed) = counts.items()
+    (input_label, inputs), (kept_label, kept) = counts.items()
     with drawing(path, 8, 4) as figure:
         axes = figure.subplots()
-        axes.bar(places, came, 0.85 * width, color=PALE, label=before)
-        axes.bar(places, stayed, 0.55 * width, color=TEAL, label=after)
+        axes.bar(places, inputs, 0.85 * width, color=PALE, label=input_label)
+        axes.bar(places, kept, 0.55 * width, color=TEAL, label=kept_label)
         if ticks is not None:
             axes.set_xticks(places, ticks, fontsize=8)
         axes.set(xlabel=labels[0], ylabel=labels[1])

@@ -53,20 +53,20 @@ def tokenize_block(work: BlockWork, share: float, shuffle: int, name: str) -> No
     if index.is_file():
         return
     documents = list(work.documents.block(name))
-    encoded = encode_documents(documents, _tokenizer(work.tokenizer))
+    encodings = encode_documents(documents, _tokenizer(work.tokenizer))
     rows = np.zeros(len(documents), _ROW)
     records = []
-    for i, (document, coded) in enumerate(zip(documents, encoded, strict=True)):
-        records.append(msgpack.packb(coded.record))
+    for i, (document, encoding) in enumerate(zip(documents, encodings, strict=True)):
+        records.append(msgpack.packb(encoding.record))
         order = _order(document, number_of(name, i), shuffle)
-        counts = (len(records[-1]), coded.tokens, coded.characters, coded.bytes)
+        counts = (len(records[-1]), encoding.tokens, encoding.characters, encoding.bytes)
         rows[i] = (order, 0, *counts, is_validation(document, share))
-    places = np.argsort(rows["order"], kind="stable")
-    rows = rows[places]
+    by_order = np.argsort(rows["order"], kind="stable")
+    rows = rows[by_order]
     rows["offset"] = np.cumsum(rows["size"]) - rows["size"]
-    data = b"".join(records[i] for i in places.tolist())
+    data = b"".join(records[i] for i in by_order.tolist())
     write_atomically(work.folder / f"{name}.bin", data, shared=True)
-    write_array(index, rows, shared=True)
+    write_array(index, rows, shared=True)  # last: it says that the block is done
 
 
 @lru_cache(maxsize=1)
