@@ -126,7 +126,10 @@ class Bank(MemoryReader):
 
     @property
     def record_hashes(self) -> np.ndarray:
-        """Reads from disk the hash of all tokens that each memory depends on, uint64 (R,)."""
+        """Reads from disk the hash of all tokens that each memory depends on, uint64 (R,).
+
+        Tombstones have hashes, too; mask them with `live`.
+        """
         parts = [read_side_file(part.folder, part.manifest, HASHES) for part in self.parts]
         return np.concatenate(parts)
 

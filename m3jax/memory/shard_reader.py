@@ -43,6 +43,7 @@ class _Files:
 
     threads = 16
     task = 1 << 21  # least bytes per task: with smaller tasks, threads mostly wait for the GIL
+    _files = 32  # open files per thread: the limit of a process is often 1024
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = folder
@@ -55,15 +56,20 @@ class _Files:
         """
         data = bytearray(targets[0].nbytes + _CHECKSUM_BYTES)
         memory = np.frombuffer(data, np.uint8, targets[0].nbytes).reshape(targets[0].shape)
-        with contextlib.ExitStack() as files:
-            opened = {i: files.enter_context(self._open(i)).fileno() for i in set(shards)}
-            if hasattr(os, "posix_fadvise"):  # ask the kernel to read all ahead, in parallel
-                for shard, offset in zip(shards, offsets, strict=True):
-                    os.posix_fadvise(opened[shard], offset, len(data), os.POSIX_FADV_WILLNEED)
-            for shard, offset, target in zip(shards, offsets, targets, strict=True):
-                if os.preadv(opened[shard], [data], offset) != len(data) or not _is_intact(data):
-                    return False
-                target[...] = memory
+        places = list(zip(shards, offsets, targets, strict=True))
+        for start in range(0, len(places), self._files):
+            part = places[start : start + self._files]
+            with contextlib.ExitStack() as files:
+                numbers = {shard for shard, _, _ in part}
+                opened = {i: files.enter_context(self._open(i)).fileno() for i in numbers}
+                if hasattr(os, "posix_fadvise"):  # ask the kernel to read all ahead
+                    for shard, offset, _ in part:
+                        os.posix_fadvise(opened[shard], offset, len(data), os.POSIX_FADV_WILLNEED)
+                for shard, offset, target in part:
+                    read = os.preadv(opened[shard], [data], offset)
+                    if read != len(data) or not _is_intact(data):
+                        return False
+                    target[...] = memory
         return True
 
     def end(self, shard: int, size: int) -> bytes:
@@ -164,22 +170,38 @@ class ShardReader:
             self.cache.keep(names[i], memories[places[i]].copy())
 
     def _read_shards(self, ids: np.ndarray, places: np.ndarray, memories: np.ndarray) -> None:
-        for _ in range(_ATTEMPTS):
-            if self._try_shards(ids, places, memories):
-                return
+        if not self._try_shards(ids, places, memories):
             storage.require_served(self.folder)
             self._index.cache_clear()  # a shard may have been rewritten
+            self._read_slowly(ids, places, memories)
+
+    def _read_slowly(self, ids: np.ndarray, places: np.ndarray, memories: np.ndarray) -> None:
+        """Reads memories through TensorStore, or names the damaged shards.
+
+        If the search for damaged shards meets no fault, the fault was temporary: it reads again.
+        """
         shards = ids // self._shard
-        array = storage.open_array(self.folder, self.manifest)
-        each = (self._problem(array, i, ids[shards == i]) for i in np.unique(shards).tolist())
-        problems = "; ".join(filter(None, each)) or "its files cannot be read"
+        for _ in range(_ATTEMPTS):
+            array = storage.open_array(self.folder, self.manifest)
+            try:
+                stored = array[ids].read().result()
+            except ValueError as error:
+                numbers = np.unique(shards).tolist()
+                each = (self._problem(array, i, ids[shards == i]) for i in numbers)
+                problems, cause = "; ".join(filter(None, each)), error
+            else:
+                memories[places] = stored.reshape(len(ids), *memories.shape[1:])
+                return
+            if problems:
+                break
         script = storage.WRITE_AGAIN
         remedy = f"Delete the damaged file and run {script} again"
         if storage.is_http(self.folder):
             remedy = f"If it is so on the server, delete the file and run {script} there"
         raise BankError(
-            f"bank {self.folder}: {problems}. {remedy}: it writes only shards that are missing"
-        )
+            f"bank {self.folder}: {problems or f'unreadable: {cause}'}. {remedy}: it writes only"
+            " shards that are missing"
+        ) from cause
 
     def _try_shards(self, ids: np.ndarray, places: np.ndarray, memories: np.ndarray) -> bool:
         """Reads memories once; returns False, with rows undefined, if any is missing or damaged."""
@@ -197,7 +219,7 @@ class ShardReader:
                     return False
                 offsets = chunks[:, 0].tolist()
                 return self._source.load(shards, offsets, [targets[i] for i in places[part]])
-            except (OSError, ValueError):
+            except (OSError, ValueError, IndexError):
                 return False
 
         step = max(-(-len(ids) // self._source.threads), -(-self._source.task // max(1, size)))

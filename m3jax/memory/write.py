@@ -388,24 +388,25 @@ class Build:
             view = ts.array(memories)
             array[low:high].write(view, can_reference_source_data_indefinitely=True).result()
 
-        with ThreadPoolExecutor(_WRITERS, thread_name_prefix="bank") as pool:
+        def wait_for_oldest() -> None:
+            shard, future = running.popleft()
+            try:
+                future.result()
+            except (OSError, ValueError) as error:
+                raise self.failure(shard, error) from error
+            low, high = self.span(shard)
+            bar.update(high - low)
 
-            def wait_for_oldest() -> None:
-                shard, future = running.popleft()
-                try:
-                    future.result()
-                except (OSError, ValueError) as error:
-                    pool.shutdown(cancel_futures=True)
-                    raise self.failure(shard, error) from error
-                low, high = self.span(shard)
-                bar.update(high - low)
-
+        pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="bank")
+        try:
             for shard, memories in shards:
                 running.append((shard, pool.submit(write_shard, shard, memories)))
                 while running and (len(running) >= _WAITING or running[0][1].done()):
                     wait_for_oldest()
             while running:
                 wait_for_oldest()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def check_space(self, progress: bool) -> None:
         """Raises `BankError` if the disk has too little space for the missing shards."""

@@ -178,15 +178,21 @@ def _open_parquet(path: Path) -> Any:
 
 def parquet_groups(part: str) -> list[int]:
     """Returns the number of rows of every row group of a Parquet file."""
-    metadata = _open_parquet(Path(part)).metadata
-    return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    return _group_sizes(_open_parquet(Path(part)))
+
+
+def _group_sizes(file: Any) -> list[int]:
+    return [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
 
 
 def _parquet_rows(path: Path, first: int) -> Iterator[Callable[[], Document]]:
-    file, sizes = _open_parquet(path), parquet_groups(str(path))
+    file = _open_parquet(path)
+    sizes = _group_sizes(file)
     names = set(file.schema_arrow.names)
     columns = [name for name in Document.__dataclass_fields__ if name in names]
     starts = [0, *itertools.accumulate(sizes)]
+    if first not in starts:
+        raise TextError(f"{path} has changed since its rows were counted; prepare it again")
     for group in range(starts.index(first), len(sizes)):
         batches = file.iter_batches(1024, row_groups=[group], columns=columns)
         rows = (fields for batch in batches for fields in batch.to_pylist())

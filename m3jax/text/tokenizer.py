@@ -117,6 +117,8 @@ class Tokenizer:
             if digest(text) != expected:
                 raise ValueError("its bytes are not those that were saved")
             return cls(text)
+        except TextError:  # intact, but not of our layout
+            raise
         except Exception as error:  # the tokenizers library raises plain Exception
             raise TextError(
                 f"{path} is damaged ({error}); delete {folder} and run launch/prepare.py"

@@ -20,7 +20,7 @@ from memory_axes import by_reference
 from ml_collections import ConfigDict
 
 from m3jax.errors import BankError
-from m3jax.memory import storage
+from m3jax.memory import shard_reader, storage
 from m3jax.memory.bank import Bank
 from m3jax.memory.binding import Binding, layout_of, writer_fingerprint
 
@@ -74,6 +74,25 @@ def test_reads_equal_those_of_tensorstore(folder: Path) -> None:
     expected = np.where(ids.reshape(6, 9, 1, 1, 1, 1, 1) < 0, 0, stored[ids])
     found = np.stack(by_reference(bank.read(ids))[:2], axis=2)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_many_shards_are_read_with_few_open_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = Bank.open(folder).read(np.arange(37)).keys
+    opened, shards = [], set()
+    open_shard = shard_reader._Files._open
+
+    def count(files, shard):
+        assert sum(not file.closed for file in opened) < 2
+        opened.append(open_shard(files, shard))
+        shards.add(shard)
+        return opened[-1]
+
+    monkeypatch.setattr(shard_reader._Files, "_files", 2)
+    monkeypatch.setattr(shard_reader._Files, "_open", count)
+    np.testing.assert_array_equal(Bank.open(folder).read(np.arange(37)).keys, expected)
+    assert len(shards) > 2
 
 
 def test_a_rewritten_shard_is_read_by_an_open_bank(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from memory.memory_tiny import build, flip, tiny_config
 from memory.served import Server, serving
 
 from m3jax.errors import BankError
-from m3jax.memory import storage
+from m3jax.memory import shard_reader, storage
 from m3jax.memory.bank import Bank
 
 SHARD, ITEM = 10, 2 * 2 * 2 * 4 * 8 * 4
@@ -120,6 +120,21 @@ def test_a_passing_fault_is_no_fault(
     server.fault = at_first
     _assert_same(server.url, folder)
     assert sum(count > times for count in asked.values()) == 4
+
+
+def test_a_fault_that_the_slow_way_meets_and_that_passes_is_no_fault(
+    server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank, asked = Bank.open(server.url), Counter[str]()
+
+    def at_first(path: str) -> str | None:
+        asked[path] += "/c/" in path
+        return "flip" if asked[path] == 1 else None
+
+    expected = Bank.open(folder).read(IDS).keys
+    monkeypatch.setattr(shard_reader.ShardReader, "_try_shards", lambda *_: False)
+    server.fault = at_first
+    np.testing.assert_array_equal(bank.read(IDS).keys, expected)
 
 
 @pytest.mark.parametrize(

@@ -108,10 +108,12 @@ def _inside(numbers: UInt64[np.ndarray, " n"], name: str) -> set[int]:
 
 
 def clean_block(cleaned: CleanFolder, block: Block) -> None:
-    """Reads, repairs, filters and writes the documents of a block.
+    """Reads, repairs, filters and writes the documents of a block; does nothing if they are there.
 
     An unreadable document is counted if `clean.enabled`, else its `TextError` is raised.
     """
+    if (cleaned.blocks / f"{block.name}.json").is_file():
+        return
     clean, tally = cleaned.clean, Tally()
     kept: list[_Kept] = []
     for item in read_block(block):
@@ -220,7 +222,7 @@ def _write(cleaned: CleanFolder, name: str, kept: list[_Kept], tally: Tally) -> 
 
 def compare_part(cleaned: CleanFolder, part: minhash.Part) -> None:
     """Writes the near-duplicates and repeated ids of a part of the keys (`minhash.parts_of`)."""
-    target = cleaned.folder / "compared" / f"{part[0]:05d}-{part[1]:05d}"
+    target = cleaned.folder / "compared" / minhash.name_of(part)
     if target.with_suffix(".renames.npy").is_file():
         return
     drops, similarity = np.empty(0, minhash.DROP), cleaned.clean.similarity
@@ -248,9 +250,9 @@ def decide(cleaned: CleanFolder) -> Tally:
             f" clean.unreadable_share = {share:g}; one of them: {shown}. Repair the input or raise"
             " it"
         )
-    compared = cleaned.folder / "compared"
-    drops = [np.load(path) for path in sorted(compared.glob("*.drops.npy"))]
-    renames = [np.load(path) for path in sorted(compared.glob("*.renames.npy"))]
+    parts = minhash.parts_of(cleaned.blocks) if cleaned.clean.enabled else []
+    drops = minhash.results(cleaned.folder / "compared", parts, ".drops.npy")
+    renames = minhash.results(cleaned.folder / "compared", parts, ".renames.npy")
     write_array(cleaned.folder / "drops.npy", minhash.merged(drops))
     together = np.unique(np.concatenate([np.empty(0, np.uint64), *renames]))
     write_array(cleaned.folder / "renames.npy", together)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped, UInt32, UInt64
 
+from m3jax.errors import TextError
 from m3jax.files import write_array
 from m3jax.text.cleaning.rules import normal_words
 from m3jax.text.optional import optional
@@ -121,6 +122,23 @@ def parts_of(folder: Path) -> list[Part]:
     size = sum(path.stat().st_size for path in folder.glob("*.bands.npy"))
     parts = max(1, -(-size // _PART_BYTES))
     return [(part, parts) for part in range(parts)]
+
+
+def name_of(part: Part) -> str:
+    """Returns the name of the files of a part."""
+    return f"{part[0]:05d}-{part[1]:05d}"
+
+
+def results(folder: Path, parts: Sequence[Part], suffix: str) -> list[np.ndarray]:
+    """Reads the results of all parts; raises `TextError` naming the file that is missing."""
+    files = [folder / f"{name_of(part)}{suffix}" for part in parts]
+    for path in files:
+        if not path.is_file():
+            raise TextError(
+                f"{path} is missing: a worker wrote it elsewhere, or a shared disk does not show it"
+                " yet; put the workdir on a disk that all workers share and run the command again"
+            )
+    return [np.load(path) for path in files]
 
 
 def keys_of_part(keys: UInt64[np.ndarray, " n"], part: Part) -> slice:

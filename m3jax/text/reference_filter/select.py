@@ -165,9 +165,14 @@ def _ranges(selecting: Selecting) -> Iterator[tuple[int, int]]:
 
 
 def look_at(selecting: Selecting, part: tuple[int, int]) -> None:
-    """Applies rules and contamination to a range of references, and writes the range's files."""
-    references, questions = _inputs(selecting)
+    """Applies rules and contamination to a range of references, and writes the range's files.
+
+    Does nothing if they are there.
+    """
     at, tally = selecting.ranges / _name(part[0]), Tally()
+    if at.with_suffix(".json").is_file():
+        return
+    references, questions = _inputs(selecting)
     items = references.read(range(*part))
     passed = [_passes(item, selecting.knowledge, questions, tally) for item in items]
     left = np.uint64(part[0]) + np.flatnonzero(passed).astype(np.uint64)
@@ -201,7 +206,7 @@ def _place_of(number: int) -> tuple[str, int]:
 
 def compare_part(selecting: Selecting, part: minhash.Part) -> None:
     """Writes the near-duplicates of a part of the band keys (`minhash.parts_of`)."""
-    target = selecting.folder / "compared" / f"{part[0]:05d}-{part[1]:05d}.npy"
+    target = selecting.folder / "compared" / f"{minhash.name_of(part)}.npy"
     if not target.is_file():
         similarity = selecting.knowledge.similarity
         drops = minhash.compare_files(selecting.ranges, part, _place_of, similarity)
@@ -211,7 +216,7 @@ def compare_part(selecting: Selecting, part: minhash.Part) -> None:
 def decide(selecting: Selecting) -> tuple[np.ndarray, np.ndarray, Tally]:
     """Returns the ids to keep, the near-duplicates (`minhash.DROP`), and the summed counts."""
     left = [np.load(path) for path in sorted(selecting.ranges.glob("*.left.npy"))]
-    compared = sorted((selecting.folder / "compared").glob("*.npy"))
-    drops = minhash.merged([np.load(path) for path in compared])
+    parts = minhash.parts_of(selecting.ranges) if selecting.knowledge.similarity > 0 else []
+    drops = minhash.merged(minhash.results(selecting.folder / "compared", parts, ".npy"))
     kept = np.setdiff1d(np.concatenate(left), drops["number"], assume_unique=True)
     return kept.astype(np.int64), drops, Tally.read(selecting.ranges)
