@@ -165,11 +165,14 @@ def restack(params: Params, stacks: Mapping[str, int]) -> Params:
 
 
 @contextlib.contextmanager
-def damage_named(folder: str | Path) -> Iterator[None]:
-    """Turns errors of reading in the block into a `CheckpointError` that names the checkpoint."""
+def damage_named(folder: str | Path, *more: type[Exception]) -> Iterator[None]:
+    """Turns errors of reading in the block into a `CheckpointError` that names the checkpoint.
+
+    These are `ValueError`, `OSError`, `KeyError` and `more`.
+    """
     try:
         yield
-    except (ValueError, OSError, KeyError, AttributeError) as error:
+    except (ValueError, OSError, KeyError, *more) as error:
         raise CheckpointError(
             f"checkpoint {folder} cannot be read ({error}); delete it to use an earlier one"
         ) from error
@@ -187,8 +190,9 @@ def check_tokenizer(folder: Path, meta: Mapping[str, Any], fingerprint: str) -> 
 def saved_shapes(folder: Path) -> Params:
     """Reads the shapes and dtypes of a checkpoint's parameters from its metadata."""
     # The handler itself: a Checkpointer would warn that `state` is a part of a checkpoint.
-    with damage_named(folder), contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        tree = handler.metadata(folder / "state").tree["params"]
+    handler = contextlib.closing(ocp.PyTreeCheckpointHandler())
+    with damage_named(folder, AttributeError), handler as reader:  # None where files are missing
+        tree = reader.metadata(folder / "state").tree["params"]
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 

@@ -273,9 +273,15 @@ def _call(command: Command) -> None:
     except UserError as error:
         raise SystemExit(show_error(error)) from None
     except OSError as error:
+        if error.filename is None:
+            raise
+        failed = Path(os.path.abspath(os.fsdecode(error.filename)))
         folders = values_of(values, [flag for flag in command.flags if flag.kind is Path])
         for name, folder in folders.items():
-            if folder is not None and not folder.is_dir():
+            if folder is None or Path(folder).is_dir():
+                continue
+            own = Path(os.path.abspath(folder))
+            if own in (failed, *failed.parents) or failed in own.parents:
                 reason = f"--{name}={folder} cannot be made: {error.strerror}"
                 raise SystemExit(show_error(CommandError(reason))) from None
         raise

@@ -223,6 +223,17 @@ def test_a_workdir_that_cannot_be_made_is_named(script: str) -> None:
     assert done.returncode == cli.USER_ERROR and done.stderr == message
 
 
+def test_another_file_that_cannot_be_read_is_not_called_the_workdir(tmp_path: Path) -> None:
+    lines = [
+        "from m3jax import cli",
+        "main = lambda given: open('/nowhere/documents.jsonl')",
+        "cli.run('', {'': cli.Command(main, (cli.WORKDIR,))})",
+    ]
+    done = processes.call(["python", "-c", "\n".join(lines), f"--workdir={tmp_path}/new"])
+    assert done.returncode == 1 and "cannot be made" not in done.stderr
+    assert done.stderr.rstrip().endswith("directory: '/nowhere/documents.jsonl'")
+
+
 @pytest.mark.parametrize("word", ["--help", "--config_help"])
 def test_help_may_be_cut_off(word: str) -> None:
     script = f"{sys.executable} launch/train.py {word} | true"

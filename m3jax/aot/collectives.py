@@ -95,6 +95,8 @@ def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
             entry = name if start.group(1) else entry
         elif line.startswith("  "):
             computations[name].append(line)
+    if not entry:
+        raise ValueError("the text of the compiled program has no ENTRY computation")
     return entry, computations
 
 

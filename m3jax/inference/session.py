@@ -153,8 +153,8 @@ class Session:
             )
             memories = self._write_cold(references)
             return LongContextRetriever(references, memories, self.tokenizer, count)
-        memories = self._cold_memories if mode == "cold" else self.bank
-        return MemoryRetriever(self.retriever, memories, self.tokenizer, count)
+        source = self._cold_memories if mode == "cold" else self.bank
+        return MemoryRetriever(self.retriever, source, self.tokenizer, count)
 
     def require_memories(self, mode: str) -> None:
         """Checks that the stage reads memories; raises `InferenceError` for the warmup stage."""

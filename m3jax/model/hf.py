@@ -209,6 +209,7 @@ def _tensors(model: ConfigDict, memory: ConfigDict) -> tuple[Params, list[_Tenso
     tensors = [_Tensor(_OUTSIDE[field], (field,), shapes[field].shape) for field in outside]
     for segment, (low, high) in segment_ranges(model, memory).items():
         stacks = shapes.get(segment, {})
+        assert stacks.keys() <= _LAYER.keys()
         for field, (theirs, inputs) in _LAYER.items():
             for i in range(high - low if field in stacks else 0):
                 name, path = f"model.layers.{low + i}.{theirs}", (segment, field, i)

@@ -225,7 +225,7 @@ class Layer:
         references, context, prefix = self.heads(block, hidden)
         attended, shared = self.attend_prefix(prefix)
         written = None
-        if references is not None and self.sparsify is not None:
+        if references is not None and self.sparsify is not None:  # not in a plain layer
             _, k, v, plain_q, plain_k = references
             written = self.sparsify(plain_q, plain_k, k, v, self.usable_RW)
             if last and context is None:

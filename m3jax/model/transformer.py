@@ -115,10 +115,14 @@ class Model:
         )
 
     def logits(
-        self, params: Params, tokens_BT: Int[Array, "B T"], *inputs: Any, **options: Any
+        self,
+        params: Params,
+        tokens_BT: Int[Array, "B T"],
+        memory: ExplicitMemory | None = None,
+        **options: Any,
     ) -> Float[Array, "B T V"]:
         """Returns next-token logits in float32; arguments as in `hidden`."""
-        return self.head(params, self.hidden(params, tokens_BT, *inputs, **options))
+        return self.head(params, self.hidden(params, tokens_BT, memory, **options))
 
     def hidden(
         self,
@@ -239,10 +243,10 @@ class Model:
         """Returns hidden states and, if `observe`, the attention weights on memories, else None."""
         lead = usable_RW = None
         if reference_tokens is not None:
+            assert sparsify is not None
             *lead, W = reference_tokens.shape
             reference_tokens = reference_tokens.reshape(-1, W)
             if self.memory.source == "stop_gradient":
-                assert sparsify is not None
                 written, _ = self.encode(jax.lax.stop_gradient(params), reference_tokens, sparsify)
                 keys, values = (x.reshape(len(x), *lead, *x.shape[2:]) for x in written[:2])
                 memory = ExplicitMemory(keys, values, written.length.reshape(lead))
@@ -314,7 +318,7 @@ class Model:
 
         def body(hidden: Array, inputs: Any, last: bool = False) -> tuple[Array, Any]:
             stacked, key_values, heads_K, sight = inputs
-            part = memory and ExplicitMemory(key_values[0], key_values[1], memory.length)
+            part = None if memory is None else ExplicitMemory(*key_values, memory.length)
             return layer.memory(self.merge(stacked), hidden, part, last, heads_K, sight)
 
         heads = self.memory_heads if memory_heads is None else memory_heads

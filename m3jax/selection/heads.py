@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from m3jax.checkpoint import restore_params
+from m3jax.checkpoint import checkpoint_folder, restore_params
 from m3jax.config import PACKED, format_heads, memory_heads, prefix_tokens
 from m3jax.data.batch import Batch
 from m3jax.data.pipeline import open_pipeline
@@ -116,7 +116,9 @@ def score_heads(
         **{"window": window if hide == "context" else None, "by": "query" if by_query else "kv"},
     }
     bank = None if pipeline.bank is None else vars(pipeline.bank.binding)
-    what = [about, config.to_dict(), tokenizer, bank, str(pipeline.rows.corpus.fingerprint)]
+    saved = checkpoint_folder(checkpoint).stat().st_mtime_ns  # of the checkpoint of this step
+    corpus = str(pipeline.rows.corpus.fingerprint)
+    what = [about, saved, config.to_dict(), tokenizer, bank, corpus]
     store = Path(workdir) / "report" / "heads" / f"{digest(json.dumps(what))}.npy"
     done = np.load(store) if store.is_file() else np.zeros((0, 2 + len(candidates), 0))
     batches = tqdm(evaluator.each(), total=evaluator.batches, desc="heads", unit=" batches")

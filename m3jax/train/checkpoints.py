@@ -201,7 +201,9 @@ def knowledge_version(stage_folder: str | Path) -> int | None:
     None if there is no checkpoint, or it was trained without memories.
     """
     steps = checkpoint_steps(stage_folder)
-    return read_meta(Path(stage_folder) / FOLDER / str(steps[-1]))["knowledge"] if steps else None
+    return (
+        read_meta(Path(stage_folder) / FOLDER / str(steps[-1])).get("knowledge") if steps else None
+    )
 
 
 def check_owner(stage_folder: str | Path, config: ConfigDict) -> None:

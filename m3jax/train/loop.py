@@ -206,7 +206,7 @@ class Loop:
     def _steps(self, state: TrainState, first: int) -> int | None:
         """Runs the steps after `first`; returns the step to roll back to, or None at the end."""
         for hook in self.hooks:
-            if data := hook.start(first):
+            if (data := hook.start(first)) is not None:
                 self._read_from(data)
         mesh, guard = self.program.mesh, self.run.guard
         scale = () if guard is None else (scale_on(mesh, guard.scale),)
@@ -230,7 +230,7 @@ class Loop:
             for hook in [hook for hook in self.hooks if hook.due(step)]:
                 if (back := self._settle()) is not None:
                     return back
-                if data := hook.at(step, state):
+                if (data := hook.at(step, state)) is not None:
                     self._read_from(data)
                     batches = self._batches(step)
         return None  # `Save` is due at the last step, which settles its metrics
