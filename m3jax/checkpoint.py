@@ -170,9 +170,10 @@ def damage_named(folder: str | Path, *more: type[Exception]) -> Iterator[None]:
 
     These are `ValueError`, `OSError`, `KeyError` and `more`.
     """
+    errors: tuple[type[Exception], ...] = (ValueError, OSError, KeyError, *more)
     try:
         yield
-    except (ValueError, OSError, KeyError, *more) as error:
+    except errors as error:
         raise CheckpointError(
             f"checkpoint {folder} cannot be read ({error}); delete it to use an earlier one"
         ) from error

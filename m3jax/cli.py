@@ -273,16 +273,11 @@ def _call(command: Command) -> None:
     except UserError as error:
         raise SystemExit(show_error(error)) from None
     except OSError as error:
-        if error.filename is None:
-            raise
-        failed = Path(os.path.abspath(os.fsdecode(error.filename)))
-        folders = values_of(values, [flag for flag in command.flags if flag.kind is Path])
-        for name, folder in folders.items():
-            if folder is None or Path(folder).is_dir():
-                continue
-            own = Path(os.path.abspath(folder))
-            if own in (failed, *failed.parents) or failed in own.parents:
-                reason = f"--{name}={folder} cannot be made: {error.strerror}"
+        failed = os.path.abspath(error.filename or sys.executable)  # none: nothing of a flag
+        for name in [flag.name for flag in command.flags if flag.kind is Path]:
+            own = os.path.abspath(values[name].value or "/")
+            if not os.path.isdir(own) and os.path.commonpath([failed, own]) in (failed, own):
+                reason = f"--{name}={values[name].value} cannot be made: {error.strerror}"
                 raise SystemExit(show_error(CommandError(reason))) from None
         raise
 

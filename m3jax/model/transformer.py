@@ -318,7 +318,9 @@ class Model:
 
         def body(hidden: Array, inputs: Any, last: bool = False) -> tuple[Array, Any]:
             stacked, key_values, heads_K, sight = inputs
-            part = None if memory is None else ExplicitMemory(*key_values, memory.length)
+            part = memory
+            if memory is not None:
+                part = memory._replace(keys=key_values[0], values=key_values[1])
             return layer.memory(self.merge(stacked), hidden, part, last, heads_K, sight)
 
         heads = self.memory_heads if memory_heads is None else memory_heads
