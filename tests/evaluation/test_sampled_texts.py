@@ -68,6 +68,7 @@ def test_the_loss_of_the_whole_text_is_the_models(session: Session, tmp_path: Pa
     assert report["loss_whole"] == pytest.approx(np.mean(nats), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_texts_depend_on_the_seed_alone(session: Session, tmp_path: Path) -> None:
     make_texts(session, tmp_path / "a", **ASKED)
     make_texts(session, tmp_path / "b", **ASKED, batch=7)

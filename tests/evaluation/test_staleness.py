@@ -93,6 +93,7 @@ def fresh(workdir: Path, stage: str, folder: Path) -> Bank:
     return Bank.open(folder)
 
 
+@pytest.mark.slow
 def test_what_its_own_writer_finds_is_not_stale(prepared: Path) -> None:
     found = measure_staleness(CONFIG, prepared, prepared / "warmup", progress=False)
     # Distances are differences of large sums: 1e-3 of a norm is the rounding of float32.
@@ -101,6 +102,7 @@ def test_what_its_own_writer_finds_is_not_stale(prepared: Path) -> None:
     assert found.verdict.startswith("a rewrite does not pay: it changes the loss by 0.0000")
 
 
+@pytest.mark.slow
 def test_errors_and_losses_equal_a_rewritten_bank(workdir: Path, tmp_path: Path) -> None:
     bank = opened(workdir)[2]
     again = fresh(workdir, "moved", tmp_path / "fresh")

@@ -161,6 +161,7 @@ def test_fewer_references_than_are_read(workdir):
         assert np.isfinite(row.logprobs).all()
 
 
+@pytest.mark.slow
 def test_a_search_that_finds_nothing_is_no_memory(workdir):
     """Words that the knowledge base does not know; the chunk has no other."""
     session = Session(CONFIG, workdir)

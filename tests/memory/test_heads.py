@@ -133,6 +133,7 @@ def test_resumed_and_copied(banks: dict[str, Path], tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.slow
 def test_batches_are_placed_where_they_are_read(tmp_path: Path) -> None:
     """The evaluator reads the bank as it is stored; losses are those of the memories placed."""
     changes = {"model__layers": 3, "memory__layers": 2, "evaluation__batches": 1}

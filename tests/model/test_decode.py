@@ -125,7 +125,11 @@ def generated(config, model, params, prompts, forced, prompt_memory, later, **op
 
 @pytest.mark.parametrize(
     ("with_memory", "prefix", "qk_norm"),
-    [(True, (1, 2), False), (False, (), False), (True, (1, 2), True)],
+    [
+        (True, (1, 2), False),
+        (False, (), False),
+        pytest.param(True, (1, 2), True, marks=pytest.mark.slow),
+    ],
 )
 def test_equals_the_forward_of_training(with_memory, prefix, qk_norm):
     config = tiny(model__qk_norm=qk_norm)

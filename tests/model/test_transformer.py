@@ -247,6 +247,7 @@ def test_online_gradients_equal_differences_of_the_loops(name: str) -> None:
     _check_gradients(jax.jit(jax.grad(loss))(params), _directional(slow, params, 4))
 
 
+@pytest.mark.slow
 def test_without_gradient_memories_are_constants() -> None:
     """Values are those of the online path; gradients those of memories that came precomputed."""
     online = oracle_config()

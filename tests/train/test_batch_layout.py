@@ -1,5 +1,6 @@
 """The batch's memories reach the step in the order of the scan over layers: nothing copies them."""
 
+import itertools
 import re
 
 import jax
@@ -28,9 +29,15 @@ def copies_of_memories(text: str, least: int) -> list[str]:
     return copies
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-@pytest.mark.parametrize("microbatches", [1, 2])
-@pytest.mark.parametrize("codec", ["none", "int8"])
+# Every codec, number of microbatches and of devices once; the slow ones are other combinations.
+QUICK = {("none", 2, 4), ("int8", 1, 1)}
+CASES = list(itertools.product(("none", "int8"), (1, 2), (1, 4)))
+
+
+@pytest.mark.parametrize(
+    ("codec", "microbatches", "devices"),
+    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES],
+)
 def test_no_step_begins_with_a_copy_of_the_memories(
     devices: int, microbatches: int, codec: str
 ) -> None:

@@ -153,6 +153,7 @@ def train_on(changes, params, batch):
     return losses, float(metrics["accuracy"])
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_alike_on_every_mesh(made):
     _, model, params, batch = made
     batch = batch._replace(base_logprobs=answer_logprobs(Forward(model), params, batch))

@@ -70,6 +70,7 @@ def test_without_the_guard_the_same_data_end_the_run(tmp_path):
         guarded_run(guarded_config(**UNGUARDED), tmp_path, BAD)
 
 
+@pytest.mark.slow
 def test_a_guard_that_sees_nothing_changes_nothing(tmp_path):
     on, off = guarded_config(), guarded_config(**UNGUARDED)
     guarded_run(on, tmp_path / "on", {})
@@ -300,6 +301,7 @@ def test_a_run_that_has_gone_back_needs_its_guard(survived, tmp_path):
         guarded_run(guarded_config(), tmp_path / "copy", BAD)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_guard_may_get_one(tmp_path):
     config = guarded_config(**UNGUARDED)
     with pytest.raises(DivergenceError):

@@ -137,6 +137,7 @@ def expected(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> list[d
     return lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("caller", [launch, quickstart, chat_quickstart, sweep])
 def test_every_caller_trains_and_evaluates_alike(
     caller: Callable[[Path, pytest.MonkeyPatch], str],
