@@ -161,7 +161,7 @@ def _decode(data: bytes, where: str) -> str:
 def _parse_line(data: bytes, path: Path, line: int) -> Document:
     where = f"{path}, line {line}"
     try:
-        fields = json_object(data)
+        fields = json_object(data, "an object with 'text'")
     except ValueError as error:
         raise TextError(f"{where} is {error}") from error
     stem = path.name.removesuffix(".gz").removesuffix(".jsonl")

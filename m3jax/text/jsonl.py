@@ -41,15 +41,18 @@ def decode(data: bytes) -> str:
         raise ValueError(f"not UTF-8: byte {byte}; convert the file to UTF-8") from error
 
 
-def json_object(data: bytes) -> dict[str, Any]:
-    """Parses a JSON object; raises `ValueError` if `data` is not UTF-8, JSON or an object."""
+def json_object(data: bytes, form: str = "an object") -> dict[str, Any]:
+    """Parses a JSON object; raises `ValueError` if `data` is not UTF-8, JSON or an object.
+
+    `form` describes the object expected, for the message.
+    """
     text = decode(data)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also integers of 5000 digits
         raise ValueError(f"not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"a JSON {type(value).__name__}; expected an object")
+        raise ValueError(f"a JSON {type(value).__name__}; expected {form}")
     return value
 
 

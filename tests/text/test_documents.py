@@ -58,7 +58,7 @@ def test_optional_fields_and_blank_lines(tmp_path):
         (b'{"text": "a"}\n{"text": "\xff"}\n', ["d.jsonl, line 2", "not UTF-8", "0xff"]),
         (b'{"text": "a"}\n{"text": \n', ["d.jsonl, line 2", "not valid JSON"]),
         (b'{"txt": "a"}\n', ["line 1", "'text'", "txt"]),
-        (b"[1]\n", ["line 1", "list", "object"]),
+        (b"[1]\n", ["line 1 is a JSON list; expected an object with 'text'"]),
         (b'{"text": 3}\n', ["'text'", "int", "string"]),
         (b'{"text": "a", "id": true}\n', ["'id'", "bool"]),
         (b'{"text": "a\\ud800"}\n', ["line 1", "surrogate"]),
