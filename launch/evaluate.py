@@ -156,8 +156,8 @@ def retrieval(given: FlagValues) -> None:
 
     With --questions, instead, it counts for how many of them a reference that holds the answer is
     among the k best: of those that the knowledge base can answer, with an answer in any reference
-    as a run of whole words. Questions are JSON lines with `question` and `answer` (a string or a
-    list; `aliases` count, too).
+    as a run of whole words. Questions are JSON lines with `question` (or `context`, `prompt`) and
+    `answer` (a string or a list; `aliases` count, too), or a file .json in the format of SQuAD.
     """
     from m3jax.errors import CommandError
 

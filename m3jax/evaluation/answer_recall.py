@@ -12,9 +12,8 @@ from jaxtyping import Bool
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from m3jax.errors import TextError
 from m3jax.evaluation.squad_metrics import normalise
-from m3jax.evaluation.task_files import question_text, read_task
+from m3jax.evaluation.task_files import open_questions
 from m3jax.knowledge.versions import open_references, open_retriever, open_version
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
@@ -63,7 +62,7 @@ def hit_rates(
     Args:
       config: a validated config.
       workdir: prepared folder.
-      questions: task file of questions with answers, see `evaluation.task_files`.
+      questions: file of questions with answers, see `evaluation.task_files.open_questions`.
       at: values of k, ascending.
       version: version of the knowledge; default the current one.
 
@@ -73,13 +72,10 @@ def hit_rates(
       `hits@k_of_all`, the share of all questions.
 
     Raises:
-      TextError: the file has no examples, or its records are choices or of no known form.
+      TextError: the file has no questions, or one of another form or without an answer.
     """
-    task = read_task(questions)
-    if task.kind in ("choice", "schema"):
-        raise TextError(f"{questions} holds choices; give questions with `answer`")
-    texts = [question_text(doc) for doc in task.docs]
-    answers = [doc["answers"] if "answers" in doc else [doc["continuation"]] for doc in task.docs]
+    docs = open_questions(questions)
+    texts, answers = ([doc[name] for doc in docs] for name in ("question", "answers"))
     opened = open_version(workdir, version)
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
     references = open_references(config, opened, tokenizer)

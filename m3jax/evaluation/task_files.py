@@ -119,6 +119,30 @@ def question_texts(paths: Sequence[str | Path]) -> list[str]:
     return list(dict.fromkeys(map(question_text, docs)))
 
 
+def open_questions(path: str | Path) -> list[Doc]:
+    """Reads questions with all that answers them, record by record: forms may be mixed.
+
+    A record of JSON lines has `question`, `context` or `prompt`; `answer` (or `continuation`), a
+    string or a list, or a number after `chain_of_thought`; and `aliases`, a list, if there are any.
+    A file .json has the format of SQuAD.
+
+    Raises:
+      TextError: a record of another form, or without a question or an answer; no record at all.
+    """
+    if Path(path).suffix == ".json":
+        return read_task(path).docs
+
+    def parse(record: Doc) -> Doc:
+        question = next(record[n] for n in ("question", "context", "prompt") if n in record)
+        answer = record["answer"] if "answer" in record else record["continuation"]
+        if "chain_of_thought" in record and not isinstance(answer, list):
+            answer = str(answer)  # a number
+        return _open_record({**record, "question": question, "answer": answer})
+
+    form = "an object with `question` (or `context`, `prompt`) and `answer`"
+    return read_records(path, parse, "questions", form)
+
+
 def question_text(doc: Doc) -> str:
     """Returns the question of an example, without answer, choices and template."""
     if "contexts" in doc:

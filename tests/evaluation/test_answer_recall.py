@@ -13,7 +13,7 @@ from m3jax.evaluation.answer_recall import (
     hit_rates_table,
     words,
 )
-from m3jax.evaluation.task_files import read_task
+from m3jax.evaluation.task_files import open_questions, read_task
 
 CONFIG = tiny_config()
 
@@ -53,6 +53,29 @@ def test_hits_are_counted_among_answerable_questions(workdir: Path, tmp_path: Pa
     assert "| 0.667 |" in hit_rates_table(report) and "lexical" in hit_rates_table(report)
 
 
+def test_forms_of_one_file_are_read_record_by_record(workdir: Path, tmp_path: Path) -> None:
+    person = WORLD.people[0]
+    relation, *_, value = person.text.splitlines()[0].split()
+    text = f"{relation} of {person.name}"
+    asked = [
+        {"prompt": text, "answer": ["x", value]},
+        {"prompt": f"Question: {text}\nAnswer: ", "answer": "x", "aliases": [value]},
+        {"context": text, "chain_of_thought": "so", "answer": 7, "aliases": [value]},
+        {"context": text, "continuation": f" {value}"},
+        {"question": text, "prompt": "word", "answer": value},
+    ]
+    path = write(tmp_path / "asked.jsonl", asked)
+    docs = open_questions(path)
+    assert [doc["question"] for doc in docs] == [text] * 5
+    told = [["x", value], ["x", value], ["7", value], [f" {value}"], [value]]
+    assert [doc["answers"] for doc in docs] == told
+    report = hit_rates(CONFIG, workdir, path, at=(1,))
+    assert (report["questions"], report["answerable"], report["hits@1"]) == (5, 5, 1.0)
+    squad = {"question": text, "answers": [{"text": value}]}
+    (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": [{"qas": [squad]}]}]}))
+    assert open_questions(tmp_path / "squad.json") == docs[4:]
+
+
 def test_a_line_ends_at_a_line_feed_only(tmp_path: Path) -> None:
     question = "who sang \x85 and \u2028 ?"
     record = json.dumps({"question": question, "answer": "x"}, ensure_ascii=False)
@@ -61,7 +84,20 @@ def test_a_line_ends_at_a_line_feed_only(tmp_path: Path) -> None:
 
 
 def test_unusable_questions_are_refused(workdir: Path, tmp_path: Path) -> None:
+    good, no_question, no_answer = {"prompt": "a", "answer": "b"}, {"answer": "a"}, {"prompt": "a"}
     choice = {"query": "who", "choices": ["a", "b"], "gold": 0}
-    for records, message in (([], "holds no"), ([{"answer": "a"}], ":1: "), ([choice], "choices")):
+    counted = {"question": "who", "choices": ["a", "b"], "answer": 1}
+    cases: list[tuple[list, str]] = [([], "holds no questions"), ([{**good, "answer": []}], ":1: ")]
+    for wrong in (
+        no_question,
+        no_answer,
+        choice,
+        counted,
+        ["question"],
+        7,
+        {**good, "answer": None},
+    ):
+        cases.append(([good, wrong], ":2: expected an object with `question`"))
+    for records, message in cases:
         with pytest.raises(TextError, match=f"asked.*{message}"):
             hit_rates(CONFIG, workdir, write(tmp_path / "asked", records))
