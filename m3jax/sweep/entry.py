@@ -19,6 +19,7 @@ import numpy as np
 
 from m3jax import flops
 from m3jax.config import ConfigDict
+from m3jax.errors import SweepError
 from m3jax.evaluation.report import evaluate_losses
 from m3jax.evaluation.scoring import Answerer, read_questions
 from m3jax.files import write_sealed
@@ -36,7 +37,12 @@ _PARTS, _PACKED = ("tokenizer", "corpus", "references", "index"), ("chats",)
 
 
 def prepare(sweep: Sweep, run: SweepRun) -> None:
-    """Makes the data of a run and the workdirs of its stages."""
+    """Makes the data of a run and the workdirs of its stages.
+
+    Raises:
+      SweepError: a link in the workdir of a stage leads elsewhere than this run reads.
+      Exception: any error of preparing the data.
+    """
     for stage in run.stages:
         _make_data(sweep, stage.data)
         _link(stage)
@@ -73,7 +79,10 @@ def _make_data(sweep: Sweep, data: SweepData) -> None:
 
 
 def _link(stage: SweepStage) -> None:
-    """Makes the workdir of a stage, and the links in it that are missing."""
+    """Makes the workdir of a stage, and the links in it that are missing.
+
+    Raises `SweepError` for a link that leads elsewhere than `stage` reads.
+    """
     parts = {name: stage.data.folder / name for name in (*_PARTS, *_PACKED)}
     links = {name: path for name, path in parts.items() if name in _PARTS or path.exists()}
     if stage.bank is not None:
@@ -87,6 +96,11 @@ def _link(stage: SweepStage) -> None:
         link, path = stage.folder / name, os.path.relpath(target, stage.folder)
         if not link.is_symlink():
             link.symlink_to(path, target_is_directory=True)
+        elif link.resolve() != target.resolve():
+            raise SweepError(
+                f"{link} leads to {link.resolve()}, but this run reads {target}; delete the link if"
+                f" both hold the same, else delete {stage.folder} to train the stage anew"
+            )
 
 
 def _train(stage: SweepStage) -> None:
