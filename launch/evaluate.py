@@ -56,8 +56,10 @@ def questions(given: FlagValues) -> None:
 
 def _report(given: FlagValues, questions: str | None = None) -> None:
     from m3jax.evaluation.report import evaluate_losses, losses_table
+    from m3jax.inference.session import Session
 
-    report = evaluate_losses(given.config, given.workdir, **_source(given), questions=questions)
+    session = Session(given.config, given.workdir, **_source(given))
+    report = evaluate_losses(session, questions=questions)
     cli.show(losses_table(report), report, given.json)
 
 

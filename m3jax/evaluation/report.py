@@ -8,62 +8,47 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from m3jax.checkpoint import restore_params
-from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.errors import ConfigError
 from m3jax.evaluation.scoring import Answerer, read_questions
+from m3jax.inference.session import Session
 from m3jax.knowledge.memory_writer import check_reader
 from m3jax.knowledge.versions import open_retriever
-from m3jax.make_model import make_model
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
 from m3jax.train.evaluator import MODES, LossEvaluator
 from m3jax.train.metrics import retrieval_shares
 
 
-def evaluate_losses(
-    config: ConfigDict,
-    workdir: Path,
-    *,
-    checkpoint: str | Path | None = None,
-    bank: str | Path | None = None,
-    questions: str | Path | None = None,
-    version: int | None = None,
-) -> dict[str, Any]:
+def evaluate_losses(session: Session, *, questions: str | Path | None = None) -> dict[str, Any]:
     """Measures losses on the validation corpus and, if there are questions, accuracy on them.
 
     Args:
-      config: a validated config, of the stage that made the checkpoint.
-      workdir: prepared folder.
-      checkpoint: stage folder or `checkpoints/<step>`; default `workdir/<stage>`.
-      bank: folder of the bank; default the version's own bank.
-      version: version of the knowledge; default the current one.
+      session: opened checkpoint; its bank and its version of the knowledge are measured.
       questions: JSON lines, see `evaluation.scoring.read_questions`.
 
     Raises:
       ConfigError: rows of preference pairs, which have no loss per token.
-      CheckpointError, BankError, TextError, RetrievalError, VersionError: a part is missing or does
-        not fit.
+      BankError, TextError, RetrievalError, VersionError: a part is missing or does not fit.
     """
-    checkpoint = Path(checkpoint or workdir / config.stage)
+    config, checkpoint = session.config, session.checkpoint
     if config.data.packing == "pairs":
         raise ConfigError(
             f"config.data.packing = 'pairs': pairs have no loss a token. Evaluate {checkpoint} with"
             f" the config of another stage and --checkpoint={checkpoint}; metrics.jsonl has what it"
             " gained"
         )
-    pipeline = open_pipeline(config, workdir, split="validation", bank=bank, version=version)
-    model = make_model(config, prefix_tokens(config))
-    tokenizer = pipeline.tokenizer
-    params, meta = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer.fingerprint)
-    check_reader(pipeline.bank, meta, checkpoint)
+    bank, version = session.bank_folder, session.version_number
+    pipeline = open_pipeline(
+        config, session.workdir, split="validation", bank=bank, version=version
+    )
+    check_reader(pipeline.bank, session.meta, checkpoint)
     evaluator = LossEvaluator(config, pipeline)
-    losses = evaluator(params)
+    losses = evaluator(session.params)
     counts = pipeline.report()
     report: dict[str, Any] = {
         "checkpoint": str(checkpoint),
-        "step": meta["step"],
+        "step": session.meta["step"],
         "shift": config.evaluation.shift,
         "rows": evaluator.rows,
         "bank_version": None if pipeline.version is None else pipeline.version.number,
@@ -71,7 +56,8 @@ def evaluate_losses(
         "retrieval": {**counts, **retrieval_shares(counts)},
     }
     if questions is not None:
-        report["questions"] = answer_questions(config, pipeline, model, params, questions)
+        of = config, pipeline, session.model, session.params
+        report["questions"] = answer_questions(*of, questions)
     return report
 
 

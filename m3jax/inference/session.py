@@ -50,6 +50,7 @@ class Session:
     Attributes:
       config: of the checkpoint's stage.
       meta: metadata of the checkpoint.
+      bank_folder, version_number: as given; None = the version's own bank, the current version.
     """
 
     def __init__(
@@ -80,12 +81,12 @@ class Session:
         self.params, self.meta = restore_params(
             self.checkpoint, self.model, tokenizer_fingerprint=self.tokenizer.fingerprint
         )
-        self._bank_folder, self._number = bank, version
+        self.bank_folder, self.version_number = bank, version
 
     @cached_property
     def version(self) -> Version:
         """Version of the knowledge."""
-        return open_version(self.workdir, self._number)
+        return open_version(self.workdir, self.version_number)
 
     @cached_property
     def references(self) -> References:
@@ -102,7 +103,7 @@ class Session:
     @cached_property
     def bank(self) -> Bank:
         """Bank that the session reads; raises the errors of `open_bank`."""
-        return self.open_bank(self._bank_folder)
+        return self.open_bank(self.bank_folder)
 
     def open_bank(self, folder: str | Path | None) -> Bank:
         """Opens the bank in `folder`, or the version's own bank if `folder` is None, and checks it.

@@ -132,8 +132,8 @@ def _measure(sweep: Sweep, run: SweepRun) -> dict[str, float]:
     if run.bank is not None:
         _write_bank(config, run.bank, last, (last.before or last) if last.bank else last)
     questions = last.data.folder / sweep.questions if sweep.questions else None
-    at, checkpoint = (config, last.folder), last.checkpoints
-    report = evaluate_losses(*at, checkpoint=checkpoint, bank=run.bank, questions=questions)
+    session = Session(config, last.folder, checkpoint=last.checkpoints, bank=run.bank)
+    report = evaluate_losses(session, questions=questions)
     losses = [key for key in report if key.startswith(("loss_", "accuracy_"))]
     figures: dict[str, float] = {key: report[key] for key in losses}
     if questions:
@@ -142,7 +142,7 @@ def _measure(sweep: Sweep, run: SweepRun) -> dict[str, float]:
         figures |= {name.replace("accuracy", "right"): value for name, value in answers.items()}
     if sweep.in_context:
         told = read_questions(last.data.folder / sweep.in_context)
-        session, length = Session(*at, checkpoint=checkpoint), config.data.sequence_length
+        length = config.data.sequence_length
         answerer = Answerer(session.model, session.params, session.tokenizer, length)
         figures["right_in_context"] = float(np.mean(answerer.correct(told)))
     if config.memory.source != "none":
