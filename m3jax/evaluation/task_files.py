@@ -89,18 +89,21 @@ def read_task(path: str | Path) -> LocalTask:
     """Reads the examples of a file.
 
     Raises:
-      TextError: a file without examples, a JSON-lines file that cannot be read, or a record of no
-        known form or of another form than the file's first.
+      TextError: a file without examples, a file that cannot be read, or a record of no known form
+        or of another form than the file's first.
     """
     path, shots = Path(path), None
-    if path.suffix == ".csv":
-        kind, docs = "choice", _read_mmlu(path)
-        dev = path.with_name(path.name.replace("_test.csv", "_dev.csv"))
-        shots = _read_mmlu(dev) if dev != path and dev.is_file() else None
-    elif path.suffix == ".json":
-        kind, docs = "open", _read_squad(path)
-    else:
-        kind, docs = _read_lines(path)
+    try:
+        if path.suffix == ".csv":
+            kind, docs = "choice", _read_mmlu(path)
+            dev = path.with_name(path.name.replace("_test.csv", "_dev.csv"))
+            shots = _read_mmlu(dev) if dev != path and dev.is_file() else None
+        elif path.suffix == ".json":
+            kind, docs = "open", _read_squad(path)
+        else:
+            kind, docs = _read_lines(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(f"{path} cannot be read: {error}") from error
     if not docs:
         raise TextError(f"{path} holds no examples")
     name = path.stem.removesuffix("_test") if path.suffix == ".csv" else path.stem
@@ -218,7 +221,8 @@ def _open(question: str, answers: Sequence[str]) -> Doc:
 
 def _open_record(record: Doc) -> Doc:
     answer = record["answer"]
-    answers = [*([answer] if isinstance(answer, str) else answer), *record.get("aliases", [])]
+    aliases = record.get("aliases", [])
+    answers = [text for x in (answer, aliases) for text in ([x] if isinstance(x, str) else x)]
     return _open(record["question"] if "question" in record else record["context"], answers)
 
 

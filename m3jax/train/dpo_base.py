@@ -187,10 +187,10 @@ def _begin(folder: Path, binding: Mapping[str, Any], batch_size: int) -> int:
 
 def _from_first(find: Callable[[], Any], like: Any) -> Any:
     """Returns what `find` finds in process 0, an array of the shape of `like`, in all processes."""
-    found = find() if jax.process_index() == 0 else like
-    assert np.shape(found) == np.shape(like)
+    array = find() if jax.process_index() == 0 else like
+    assert np.shape(array) == np.shape(like)
     meet("base log-probabilities of process 0")
-    return multihost_utils.broadcast_one_to_all(found)
+    return multihost_utils.broadcast_one_to_all(array)
 
 
 def _base_model(params: Params, meta: Mapping[str, Any], config: ConfigDict, mesh: Mesh) -> str:

@@ -212,3 +212,17 @@ def test_what_the_examples_ask(tmp_path):
         question_texts([tmp_path])
     with pytest.raises(TextError, match="there is no task file"):
         question_texts([tmp_path / "nowhere.jsonl"])
+
+
+@pytest.mark.parametrize("name", ["missing.csv", "missing.json", "missing.jsonl", "latin.csv"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
+    (tmp_path / "latin.csv").write_bytes("Où?,a,b,c,d,A\n".encode("latin-1"))
+    with pytest.raises(TextError, match=name):
+        read_task(tmp_path / name)
+
+
+def test_an_alias_may_be_a_text(tmp_path):
+    (tmp_path / "q.jsonl").write_text(
+        '{"question": "Who?", "answer": "Ann Lee", "aliases": "A. Lee"}\n'
+    )
+    assert read_task(tmp_path / "q.jsonl").docs[0]["answers"] == ["Ann Lee", "A. Lee"]
