@@ -146,7 +146,9 @@ def _questions(
     path: Path, tokenizer: Tokenizer, sample: int, rng: np.random.Generator
 ) -> list[Text]:
     if not path.is_file():
-        raise LeakageError(f"{path}: no such file; give train, validation or a .jsonl of questions")
+        raise LeakageError(
+            f"{path}: no such file; give 'train', 'validation' or a .jsonl file of questions"
+        )
 
     def parse(record: Any) -> np.ndarray:
         prompt = record["prompt"] if "prompt" in record else record["question"]
@@ -156,7 +158,9 @@ def _questions(
     encoded = read_records(path, parse, "questions", form, error=LeakageError)
     texts = [Text(f"{path.name}:{number}", tokens) for number, tokens in enumerate(encoded, 1)]
     if not any(len(text.tokens) for text in texts):
-        raise LeakageError(f"{path} holds no question; give a JSON object with `prompt` on a line")
+        raise LeakageError(
+            f"{path} holds no question; give one JSON object with `prompt` or `question` a line"
+        )
     return [texts[i] for i in np.sort(rng.permutation(len(texts))[:sample]).tolist()]
 
 

@@ -148,21 +148,22 @@ def head_map(
 
 
 def sweep_dots(
-    path: Path, lines: Sequence[tuple[str, str, Sequence[float], Sequence[float]]], axis: str
+    path: Path, rows: Sequence[tuple[str, str, Sequence[float], Sequence[float]]], axis: str
 ) -> None:
-    """Plots one row per sweep entry with one dot per seed, and the first entry's mean as a line.
+    """Plots one row per sweep entry; each seed gives one dot with memory and one without.
+
+    A vertical line marks the mean of the first entry's values with memory.
 
     Args:
       path: PNG to write.
-      lines: (group, entry, values with memory, values without memory), from top to bottom; the
-        vertical line is the mean of the first entry's values with memory.
+      rows: (group, entry, values with memory, values without memory), from top to bottom.
       axis: label of the x axis, with its unit.
     """
-    groups = {group for group, *_ in lines}
-    with drawing(path, 8, 0.27 * (len(lines) + 0.6 * len(groups)) + 1.4) as figure:
+    groups = {group for group, *_ in rows}
+    with drawing(path, 8, 0.27 * (len(rows) + 0.6 * len(groups)) + 1.4) as figure:
         axes = figure.subplots()
         y, ticks, previous = 0.0, {}, None
-        for group, name, with_memory, without in lines:
+        for group, name, with_memory, without in rows:
             if group != previous:
                 heading: dict[str, Any] = {"fontsize": 9, "fontweight": "bold", "va": "center"}
                 axes.text(0, y + 0.3, f" {group}", transform=axes.get_yaxis_transform(), **heading)
@@ -173,11 +174,13 @@ def sweep_dots(
                 )
             ticks[y] = name
             y += 1
-        if lines[0][2]:
-            axes.axvline(float(np.mean(lines[0][2])), **REFERENCE_LINE)
+        if rows[0][2]:
+            axes.axvline(float(np.mean(rows[0][2])), **REFERENCE_LINE)
         axes.set_yticks(list(ticks), list(ticks.values()), fontsize=9)
-        axes.set(ylim=(y - 0.3, -0.1), xlabel=f"{axis}; one dot per seed")  # y grows downwards
-        axes.set_title(f"Sweep (dotted: mean of {lines[0][1]} with memory)")
+        axes.set(
+            ylim=(y - 0.3, -0.1), xlabel=f"{axis}; one dot per seed and colour"
+        )  # y grows downwards
+        axes.set_title(f"Sweep (dotted: mean of {rows[0][1]} with memory)")
         axes.grid(axis="x")
         for colour, label in ((TEAL, "with memory"), (PALE, "without")):
             axes.plot([], [], "o", color=colour, label=label)

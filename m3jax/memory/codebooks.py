@@ -50,18 +50,21 @@ def train(
 ) -> Codebook:
     """Fits the codebook of a vector quantizer.
 
+    It is a rotation, a coarse table for each half of a vector, and a fine table for each eighth of
+    the residual.
+
     Args:
-      vectors: n training vectors, at least as many as the larger table has entries.
+      vectors: n training vectors, at least as many as the larger kind of table has entries.
       seed: seed of the sample and of the initial entries.
       coarse_bits, fine_bits: bits of an index; a code takes 2 · coarse_bits and 8 · fine_bits, each
         rounded up to whole bytes.
-      iterations: k-means iterations for each table; all but the last five run on a sample.
-      refinements: final rounds that fit rotation and both tables to each other.
+      iterations: k-means iterations for each table; all but the last five use a sample.
+      refinements: final rounds that fit the rotation and all tables to each other.
       progress: label of the progress bar; None = no bar.
 
     Raises:
-      QuantizerError: too few vectors, numbers that are not finite, or a head dim that does not
-        split into the parts.
+      QuantizerError: too few vectors, numbers that are not finite, or a head dim that is
+        not divisible by 8.
     """
     x = jnp.asarray(vectors, jnp.float32)
     _check(x, coarse_bits, fine_bits)

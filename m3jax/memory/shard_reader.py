@@ -52,7 +52,7 @@ class _Files:
         """Reads memory i at byte `offsets[i]` of shard `shards[i]` into `targets[i]`.
 
         Targets are uint8, all of one shape. Returns False at the first memory that is truncated or
-        fails its checksum; later targets are then unset.
+        fails its checksum; its target and later ones are then as they were.
         """
         data = bytearray(targets[0].nbytes + _CHECKSUM_BYTES)
         memory = np.frombuffer(data, np.uint8, targets[0].nbytes).reshape(targets[0].shape)

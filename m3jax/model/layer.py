@@ -241,7 +241,11 @@ class Layer:
         return hidden, observed if context is not None else written
 
     def heads(self, block: Block, hidden: Array) -> list[Heads | None]:
-        """Returns queries, keys and values of each stream, in the order of `Streams`."""
+        """Returns queries and keys, with and without RoPE, and values of each stream of `Streams`.
+
+        None stands for a stream that is absent.
+        """
+        # Of references, context and prefix.
         first_positions = (self.prefix, self.prefix + self.reference_length, 0)
         by_stream = zip(*(self.streams.split(x) for x in block.qkv(hidden)), strict=True)
         heads: list[Heads | None] = []

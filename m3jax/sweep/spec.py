@@ -161,6 +161,7 @@ def load_sweep(path: str | Path) -> Sweep:
     Raises:
       SweepError: the file is missing, raises an error, or has no `get_sweep()` that returns a
         `Sweep`; the sweep has no entries or seeds; or an entry's name is invalid or not unique.
+      UserError: the file raises it.
     """
     if not Path(path).is_file():
         raise SweepError(f"there is no sweep file {path}; configs/sweeps/ has examples")

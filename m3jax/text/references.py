@@ -73,14 +73,14 @@ def write_pieces(
     folder: str | os.PathLike[str],
     length: int,
 ) -> int:
-    """Writes the references of documents that are already cut; see `write_references`."""
+    """Writes references of documents that are already cut; returns their number."""
     seen: set[bytes] = set()
     with _Writer(folder, dtype_of_tokens(tokenizer.size)) as writer:
         for document, pieces in cut:
             name = hashlib.blake2b(document.id.encode(), digest_size=12).digest()
             if name in seen:
                 raise TextError(
-                    f"duplicate keys in the knowledge base: document id {document.id!r} occurs"
+                    f"duplicate document id in the knowledge base: {document.id!r} occurs"
                     f" twice (again at {document.source or 'an unnamed source'}); make ids unique"
                 )
             seen.add(name)

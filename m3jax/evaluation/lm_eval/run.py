@@ -133,6 +133,9 @@ class Column(NamedTuple):
 def columns(modes: Sequence[str], overlaps: Sequence[float]) -> list[Column]:
     """Combines every mode with every overlap limit; modes that retrieve nothing have no limit.
 
+    A limit drops references whose overlap with the question is larger (Memory³ §6). Empty
+    `overlaps` give every mode one column without a limit.
+
     Raises:
       InferenceError: an unknown mode, or a limit outside (0, 1].
     """
@@ -142,7 +145,9 @@ def columns(modes: Sequence[str], overlaps: Sequence[float]) -> list[Column]:
             raise InferenceError(f"mode {mode!r}; known: {', '.join(MODES)}, explicit, warmup")
         for limit in (overlaps or (None,)) if mode not in ("none", "warmup") else (None,):
             if limit is not None and not 0 < limit <= 1:
-                raise InferenceError(f"overlap {limit}; above 0, and at most 1, which drops none")
+                raise InferenceError(
+                    f"overlap limit {limit}: above 0 and at most 1, which drops none"
+                )
             chosen.append(Column(mode, limit))
     return chosen
 

@@ -183,9 +183,9 @@ def draw_bars(
 ) -> None:
     """Draws two bars at each position: a wide one for the input and, in front, a narrow one (kept).
 
-    `counts` maps the legend's names of input and kept to their values at `places`; `labels` are the
-    labels of the x and y axes, `width` is the distance between positions, and `ticks` are their
-    labels, by default numbers.
+    `counts` has two entries, input and kept: label in the legend → values at `places`; `labels`
+    are those of the x and y axes, `width` is the distance between positions, and `ticks` are the
+    positions' labels, by default numbers.
     """
     (input_label, inputs), (kept_label, kept) = counts.items()
     with drawing(path, 8, 4) as figure:

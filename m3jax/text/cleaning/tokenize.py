@@ -43,11 +43,11 @@ class BlockWork:
 
 
 def tokenize_block(work: BlockWork, share: float, shuffle: int, name: str) -> None:
-    """Tokenizes the documents of a block that cleaning kept.
+    """Tokenizes the documents that cleaning kept in a block.
 
     Writes NAME.bin (records) and NAME.npy (their index); does nothing if the index exists. `share`
-    is the fraction (0 … 1) of documents used for validation, `shuffle` the seed of the order; 0 =
-    reading order.
+    is the fraction (0 … 1) of documents used for validation, `shuffle` the seed of the order of
+    documents; 0 = reading order.
     """
     index = work.folder / f"{name}.npy"
     if index.is_file():
