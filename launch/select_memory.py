@@ -14,10 +14,16 @@ from m3jax import cli
 from m3jax.cli import Flag, count, share, switch
 
 COMMANDS = cli.Commands()
-# Fields of `Options`, by their names.
+# Arguments of `select_references`, by their names.
 _OPTIONS = (
     count("sample", "Validation rows in which drops are measured.", 256),
-    Flag("count", "Most training rows to count references in; 0 = none.", int, 4096, low=0),
+    Flag(
+        "count",
+        "Most training rows to count references in; 0 = only the measured validation rows.",
+        int,
+        4096,
+        low=0,
+    ),
     count("check", "Validation rows on which the selection is validated.", 256),
     Flag("draws", "Random selections that it is compared with.", int, 3, low=0),
 )

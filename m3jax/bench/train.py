@@ -47,7 +47,7 @@ SMALLEST = {
     "shape": section("model", layers=2, hidden=32, mlp_width=64)
     | section("data", sequence_length=128, batch_size=8),
 }
-FULL = {"shape": {"data.batch_size": 4}}
+FULL = {"shape": {"data.batch_size": 4}, "guard_turns": 6}
 # The stability guard with limits that nothing exceeds.
 _GUARD = section("guard", on=True, loss_deviations=1e9, norm_deviations=1e9, rise_deviations=1e9)
 _RATIOS = (
@@ -59,11 +59,10 @@ _RATIOS = (
     "guarded_over_plain",
     "monitor_over_plain",
 )
-_GUARD_TURNS = 3  # steps with and without the stability guard per round
 _MONITOR_TURNS = 200  # updates of the guard's statistics per round
 
 
-def train(persons: int = 2000, shape: Mapping[str, Any] = {}) -> Rounds:
+def train(persons: int = 2000, shape: Mapping[str, Any] = {}, *, guard_turns: int = 4) -> Rounds:
     """Measures the times of train steps with precomputed and online memories relative to warmup.
 
     Args:
@@ -103,7 +102,7 @@ def train(persons: int = 2000, shape: Mapping[str, Any] = {}) -> Rounds:
             calls = {"hf_llama": llama_step(llama, plain, tokens), **calls}
         guard = {"guarded": guarded.repeat, "plain": warmup.repeat}
         for number in itertools.count():
-            seconds = timed(calls) | timed(guard, _GUARD_TURNS if number else 1)
+            seconds = timed(calls) | timed(guard, guard_turns if number else 1)
             seconds |= timed({"monitor": guarded.watch}, _MONITOR_TURNS)
             yield {"ratios": quotients(seconds, *_RATIOS), "seconds": seconds}
 

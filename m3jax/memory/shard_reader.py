@@ -178,7 +178,7 @@ class ShardReader:
     def _read_slowly(self, ids: np.ndarray, places: np.ndarray, memories: np.ndarray) -> None:
         """Reads memories through TensorStore, or names the damaged shards.
 
-        If the search for damaged shards meets no fault, the fault was temporary: it reads again.
+        Some faults are temporary, also those that the search for damaged shards meets.
         """
         shards = ids // self._shard
         for _ in range(_ATTEMPTS):
@@ -192,8 +192,6 @@ class ShardReader:
             else:
                 memories[places] = stored.reshape(len(ids), *memories.shape[1:])
                 return
-            if problems:
-                break
         script = storage.WRITE_AGAIN
         remedy = f"Delete the damaged file and run {script} again"
         if storage.is_http(self.folder):

@@ -131,17 +131,15 @@ def their_config(model: ConfigDict, tied: bool, dtype: str, positions: int) -> d
     }
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
     """Reads a JSON object; raises `HuggingFaceError` if the file is missing or holds none."""
+    remedy = remedy or f"name the folder of a downloaded model, with {CONFIG} and model.safetensors"
     try:
         content = json.loads(path.read_text("utf-8"))
         if not isinstance(content, dict):
             raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
-        raise HuggingFaceError(
-            f"{path} is missing or damaged ({error}); name the folder of a downloaded model, with"
-            f" {CONFIG} and model.safetensors"
-        ) from error
+        raise HuggingFaceError(f"{path} is missing or damaged ({error}); {remedy}") from error
     return content
 
 

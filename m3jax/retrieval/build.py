@@ -164,13 +164,16 @@ def _embed(references: References, embedder: Embedder, folder: Path, ids: range)
     texts = _texts(references, "embed references", ids[done * SHARD_ROWS :])
     for path in paths[done:]:
         shard = list(itertools.islice(texts, SHARD_ROWS))
-        starts = range(0, len(shard), _BATCH)
-        made = np.concatenate([embedder.embed(shard[start : start + _BATCH]) for start in starts])
-        if made.shape != (len(shard), embedder.dimension):
-            raise RetrievalError(
-                f"the embedder {embedder.name!r} has dimension {embedder.dimension}, but"
-                f" {len(shard)} texts became an array of shape {made.shape}; mend its dimension"
-            )
-        write_array(path, made)
+        parts = []
+        for start in range(0, len(shard), _BATCH):
+            batch = shard[start : start + _BATCH]
+            parts.append(embedder.embed(batch))
+            if parts[-1].shape != (len(batch), embedder.dimension):
+                raise RetrievalError(
+                    f"the embedder {embedder.name!r} has dimension {embedder.dimension}, but"
+                    f" {len(batch)} texts became an array of shape {parts[-1].shape}; mend its"
+                    " dimension"
+                )
+        write_array(path, np.concatenate(parts, dtype=np.float32))
     for _ in texts:  # ends the progress bar
         pass

@@ -145,8 +145,8 @@ class LexicalEmbedder(Embedder):
                 f"embedding dimension {dimension} is too small; set config.retrieval.dimension to"
                 " 8 or more"
             )
-        self.dimension = dimension
-        self._learn(np.zeros(_SLOTS, np.int64), 0)
+        self.dimension, self.documents, self.fitted = dimension, 0, False
+        self.fingerprint = digest(json.dumps([self.name, 1, dimension, *_SCHEME, 0]))
         self._cache = _Cache(dimension)
 
     @property
@@ -168,6 +168,7 @@ class LexicalEmbedder(Embedder):
         Existing vectors of older texts keep their older word weights, so that recall is slightly
         lower than with an embedder fitted to all texts at once.
         """
+        self.check_fitted()
         frequencies, documents = self._counted(texts)
         embedder = LexicalEmbedder(self.dimension)
         embedder._learn(self._df + frequencies, self.documents + documents)

@@ -128,7 +128,7 @@ def _pooling(folder: Path) -> Pooling:
             f"{path} is missing, which would say how tokens become one vector; set"
             " config.retrieval.pooling to 'mean' (MiniLM) or 'cls' (BGE)"
         )
-    config = read_json(path)
+    config = read_json(path, "set config.retrieval.pooling to 'mean' (MiniLM) or 'cls' (BGE)")
     names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     chosen = [names.get(key, key) for key, on in config.items() if "mode" in key and on is True]
     if isinstance(config.get("pooling_mode"), str):  # format of newer versions
@@ -147,7 +147,9 @@ def _pooling(folder: Path) -> Pooling:
 def _limits(folder: Path, architecture: Architecture) -> tuple[int, bool]:
     """Returns the most tokens of a text, and True if texts are to be lower-cased."""
     paths = (folder / "sentence_bert_config.json", folder / "tokenizer_config.json")
-    sentence, tokenizer = (read_json(path) if path.is_file() else {} for path in paths)
+    sentence, tokenizer = (
+        read_json(path, "download it again") if path.is_file() else {} for path in paths
+    )
     longest = sentence.get("max_seq_length") or tokenizer.get("model_max_length")
     if not isinstance(longest, (int, float)):
         longest = architecture.longest

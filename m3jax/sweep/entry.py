@@ -79,9 +79,9 @@ def _make_data(sweep: Sweep, data: SweepData) -> None:
 
 
 def _link(stage: SweepStage) -> None:
-    """Makes the workdir of a stage, and the links in it that are missing.
+    """Makes the workdir of a stage, and the links in it that are missing or lead nowhere.
 
-    Raises `SweepError` for a link that leads elsewhere than `stage` reads.
+    Raises `SweepError` for a link to another folder than `stage` reads.
     """
     parts = {name: stage.data.folder / name for name in (*_PARTS, *_PACKED)}
     links = {name: path for name, path in parts.items() if name in _PARTS or path.exists()}
@@ -94,6 +94,8 @@ def _link(stage: SweepStage) -> None:
     stage.folder.mkdir(parents=True, exist_ok=True)
     for name, target in links.items():
         link, path = stage.folder / name, os.path.relpath(target, stage.folder)
+        if link.is_symlink() and not link.exists():  # its target was moved or was never written
+            link.unlink()
         if not link.is_symlink():
             link.symlink_to(path, target_is_directory=True)
         elif link.resolve() != target.resolve():

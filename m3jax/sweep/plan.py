@@ -162,7 +162,8 @@ def _check_entry(entry: Entry) -> None:
             )
     if len(set(entry.stages)) < len(entry.stages):
         raise ConfigError(f"stages = {', '.join(entry.stages)}: each stage once")
-    stray = [path for path in entry.changes if path.rpartition(":")[0] not in ("", *entry.stages)]
+    own = [path for path in entry.changes if ":" in path]
+    stray = [path for path in own if path.partition(":")[0] not in entry.stages]
     if stray:
         raise ConfigError(
             f"{stray[0]} is of a stage that the entry has not; it has {', '.join(entry.stages)}"

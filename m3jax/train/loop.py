@@ -177,7 +177,7 @@ class Loop:
                 hook.finish()
 
     def _restore(self) -> TrainState:
-        """Returns the state of the newest checkpoint, else step 0 of `init_from` or random weights."""
+        """Returns the newest checkpoint's state, else step 0 with `init_from` or random weights."""
         checkpoints, program = self.run.checkpoints, self.program
         latest = checkpoints.manager.latest_step()
         if latest is not None:

@@ -47,6 +47,12 @@ def test_a_link_to_another_bank_is_refused(tmp_path: Path) -> None:
     old = tmp_path / "banks" / "old"
     link.unlink()
     link.symlink_to("../../banks/old")
+    entry.prepare(sweep, run)  # nothing is there
+    assert link.resolve() == bank
+
+    old.mkdir(parents=True)
+    link.unlink()
+    link.symlink_to("../../banks/old")
     with pytest.raises(SweepError) as refused:
         entry.prepare(sweep, run)
     for words in (f"{link} leads to {old}", f"reads {bank}", f"delete {stage.folder}"):
