@@ -14,7 +14,7 @@ from m3jax.hardware import LIBTPU_ENVIRONMENT, chip_of_kind, chip_of_topology, q
 SCRIPT = """
 import jax
 from m3jax import cli
-cli.run("", {"": cli.Command(lambda given: print(jax.devices()[0].platform), (), ())})
+cli.run("", {"": cli.Command(lambda given: print(jax.devices()[0].platform), ())})
 """
 
 

@@ -484,5 +484,5 @@ def test_the_table_has_every_mode_filter_and_the_answerable_subset(session, tmp_
         evaluate_tasks(session, tasks, wanted, shots=2)
     with pytest.raises(InferenceError, match="mode 'some'"):
         columns(["some"], [])
-    with pytest.raises(InferenceError, match="overlap 1.5"):
+    with pytest.raises(InferenceError, match="overlap limit 1.5"):
         columns(["rag"], [1.5])
