@@ -133,7 +133,7 @@ def test_unusable_questions_are_refused(config, workdir, questions, records, wor
 
 
 def test_other_mistakes_name_the_remedy(config, workdir, tmp_path):
-    with pytest.raises(LeakageError, match="give train, validation or a .jsonl"):
+    with pytest.raises(LeakageError, match="give 'train', 'validation' or a .jsonl"):
         leakage(config, workdir, against="test")
     with pytest.raises(LeakageError, match="at least 1"):
         leakage(config, workdir, sample=0)

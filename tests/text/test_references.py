@@ -186,7 +186,7 @@ def test_nothing_to_know(tokenizer, tmp_path):
 
 def test_duplicate_ids(tokenizer, tmp_path):
     twice = [*DOCUMENTS, Document("b", "other", source="file:9")]
-    with pytest.raises(TextError, match=r"duplicate keys.*'b' occurs twice \(again at file:9\)"):
+    with pytest.raises(TextError, match=r"document id.*'b' occurs twice \(again at file:9\)"):
         write_references(twice, tokenizer, tmp_path, 16)
 
 
