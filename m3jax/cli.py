@@ -273,7 +273,7 @@ def _call(command: Command) -> None:
     except UserError as error:
         raise SystemExit(show_error(error)) from None
     except OSError as error:
-        failed = os.path.abspath(error.filename or sys.executable)  # none: nothing of a flag
+        failed = os.path.abspath(str(error.filename or sys.executable))  # else no flag's
         for name in [flag.name for flag in command.flags if flag.kind is Path]:
             own = os.path.abspath(values[name].value or "/")
             if not os.path.isdir(own) and os.path.commonpath([failed, own]) in (failed, own):

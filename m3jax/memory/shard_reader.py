@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
@@ -49,7 +50,7 @@ class _Files:
         self._folder = folder
 
     def load(self, shards: list[int], offsets: list[int], targets: list[np.ndarray]) -> bool:
-        """Reads memory i at byte `offsets[i]` of shard `shards[i]` into `targets[i]`.
+        """Reads memory i at byte `offsets[i]` of shard `shards[i]` (ascending) into `targets[i]`.
 
         Targets are uint8, all of one shape. Returns False at the first memory that is truncated or
         fails its checksum; its target and later ones are then as they were.
@@ -57,8 +58,9 @@ class _Files:
         data = bytearray(targets[0].nbytes + _CHECKSUM_BYTES)
         memory = np.frombuffer(data, np.uint8, targets[0].nbytes).reshape(targets[0].shape)
         places = list(zip(shards, offsets, targets, strict=True))
-        for start in range(0, len(places), self._files):
-            part = places[start : start + self._files]
+        firsts = [i for i, shard in enumerate(shards) if i == 0 or shard != shards[i - 1]]
+        for low, high in itertools.pairwise([*firsts[:: self._files], len(shards)]):
+            part = places[low:high]
             with contextlib.ExitStack() as files:
                 numbers = {shard for shard, _, _ in part}
                 opened = {i: files.enter_context(self._open(i)).fileno() for i in numbers}

@@ -160,3 +160,8 @@ def test_damaged_folder_is_refused(embedder, tmp_path):
     (tmp_path / "embedder.json").write_text(json.dumps({**spec, "name": "psychic"}))
     with pytest.raises(RetrievalError, match="'psychic', which is unknown"):
         load_embedder(tmp_path)
+
+
+def test_an_unfitted_embedder_is_not_extended():
+    with pytest.raises(RetrievalError, match="learnt nothing yet; call fit"):
+        LexicalEmbedder(64).extended(["a text"])

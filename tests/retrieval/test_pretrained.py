@@ -199,3 +199,13 @@ def test_modules_after_the_pooling(folder):
 def test_texts_of_no_length(folder):
     change_json(folder / "sentence_bert_config.json", max_seq_length=2)
     refused(folder, "texts of 2 tokens", "correct max_seq_length")
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("1_Pooling/config.json", "set config.retrieval.pooling"), ("tokenizer_config.json", "again")],
+)
+def test_a_damaged_file_says_what_to_do_with_it(folder, name, remedy):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("{")
+    refused(folder, name, "damaged", remedy)

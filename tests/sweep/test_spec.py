@@ -130,6 +130,7 @@ def test_encoded_in_the_step_is_measured_with_a_bank_of_its_own_writer() -> None
         (Entry("x", {"text.vocabulary": 900}), "decided when the data is prepared"),
         (Entry("x", {"retrieval.embedder": "model"}), "decided when the data is prepared"),
         (Entry("x", {"scratch:train.steps": 4}), "a stage that the entry has not"),
+        (Entry("x", {":memory.kept_tokens": 4}), "a stage that the entry has not"),
         (Entry("x", {"continual:seed": 4}), "config.seed is not an entry's to change"),
         (Entry("x", options="stage=never"), "unknown or ambiguous"),
         (Entry("x", stages=("continual",)), "no checkpoint that could write"),

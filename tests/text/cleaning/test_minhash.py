@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 
+from m3jax.errors import TextError
 from m3jax.text.cleaning import minhash
 from m3jax.text.cleaning.minhash import band_entries, bands_of, compare, groups, merged, signature
 
@@ -112,3 +113,12 @@ def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "rensa", None)
     with pytest.raises(ValueError, match=r"need rensa: pip install -e '\.\[clean\]'"):
         signature("a", 64, 5)
+
+
+def test_a_result_that_is_missing_is_no_empty_one(tmp_path):
+    parts = [(0, 2), (1, 2)]
+    np.save(tmp_path / "00000-00002.npy", np.arange(3))
+    with pytest.raises(TextError, match="00001-00002.npy is missing"):
+        minhash.results(tmp_path, parts, ".npy")
+    np.save(tmp_path / "00001-00002.npy", np.arange(2))
+    assert [len(x) for x in minhash.results(tmp_path, parts, ".npy")] == [3, 2]
