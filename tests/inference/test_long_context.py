@@ -127,6 +127,7 @@ def test_the_text_of_a_fact_is_found_by_its_name(tiny):
     assert references.search(person.name, 1, 2).tolist() == [-1, -1]
 
 
+@pytest.mark.slow
 def test_company_changes_nothing(tiny, found):
     alone = tiny.long(observe=True).generate([PROMPTS[2]], 3)[0]
     long = tiny.long(observe=True)

@@ -62,6 +62,7 @@ def same(one, other):
         close(a.logprobs, b.logprobs)
 
 
+@pytest.mark.slow
 def test_a_bank_that_goes_away_ends_a_generation_with_its_name(workdir):
     with serving(workdir / "bank") as server:
         session = Session(CONFIG, workdir, bank=server.url)

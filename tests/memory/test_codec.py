@@ -89,6 +89,7 @@ def test_errors_are_as_small_as_they_should_be(banks: dict[str, Path]) -> None:
     assert (error["vector"] < 0.1).all() and (error["vector"] > error["int8"]).all()
 
 
+@pytest.mark.slow
 def test_banks_hold_what_codecs_make_of_memories(banks: dict[str, Path]) -> None:
     memory = Bank.open(banks["none"]).read(IDS)
     both = jnp.stack(by_reference(memory)[:2], axis=1)

@@ -168,7 +168,8 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("hide", [pytest.param("context", marks=pytest.mark.slow), "memory"])
+@pytest.mark.slow
+@pytest.mark.parametrize("hide", ["context", "memory"])
 def test_scores_of_a_workdir(workdir: Path, hide: str) -> None:
     stage = workdir / "continual"
     found = score_heads(CONFIG, workdir, stage, hide=hide, window=9)

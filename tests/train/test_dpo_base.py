@@ -217,6 +217,7 @@ def test_a_killed_computation_goes_on_to_the_same_bytes(workdir, tmp_path, monke
     assert ((whole < 0).sum(axis=1) == 2 * pairs).all()
 
 
+@pytest.mark.slow
 def test_another_checkpoint_or_other_data_are_refused_by_name(workdir, tmp_path):
     config, folder = config_of("dpo"), tmp_path / "dpo"
     hold(config, workdir, folder)
@@ -241,6 +242,7 @@ def test_another_checkpoint_or_other_data_are_refused_by_name(workdir, tmp_path)
         hold_base_logprobs(config, tmp_path / "new", {"train": pipeline}, None, mesh)
 
 
+@pytest.mark.slow
 def test_dpo_trains_resumes_and_keeps_one_copy_of_the_weights(workdir, monkeypatch):
     """In every step: parameters and the two moments of Adam, and nothing else of their shape.
 
