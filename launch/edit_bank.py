@@ -3,7 +3,7 @@
     python launch/edit_bank.py add      --config=… --workdir=runs/wiki --documents=new.jsonl
     python launch/edit_bank.py replace  --config=… --workdir=runs/wiki --documents=changed.jsonl
     python launch/edit_bank.py delete   --config=… --workdir=runs/wiki --keys=12#0,Paris
-    python launch/edit_bank.py merge    --config=… --workdir=runs/wiki --other=runs/more
+    python launch/edit_bank.py merge    --config=… --workdir=runs/wiki --other=runs/copy --replace
     python launch/edit_bank.py list     --config=… --workdir=runs/wiki
     python launch/edit_bank.py rollback --config=… --workdir=runs/wiki --to=0
     python launch/edit_bank.py compact  --config=… --workdir=runs/wiki
@@ -12,8 +12,9 @@
 
 add, replace, delete and merge make a version: references, index and bank together, or nothing where
 they are stopped. Older versions stay readable until compact; after that nothing that was deleted
-can be read. A key names a reference (DOCUMENT#N) or all references of a document. Memories are
-written by the writer of the bank.
+can be read. merge brings back what was edited in a copy of the workdir (cp -r). A key names a
+reference (DOCUMENT#N) or all references of a document. Memories are written by the writer of the
+bank.
 """
 
 from __future__ import annotations

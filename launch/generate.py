@@ -3,7 +3,8 @@
     python launch/generate.py --config=configs/wiki_small.py:stage=continual --workdir=runs/wiki \\
         --prompt="Paris is"
     python launch/generate.py … --prompts=prompts.jsonl --html=sources.html --explain
-    python launch/generate.py … --mode=none          # or cold, rag, long_context
+    python launch/generate.py … --mode=none          # or cold, long_context
+    python launch/generate.py … --mode=rag --references=3
 
     python launch/generate.py --config=configs/wiki_small.py:stage=sft --workdir=runs/wiki --chat \\
         --prompt="What is the capital of France?"

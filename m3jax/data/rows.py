@@ -87,8 +87,9 @@ class Rows:
             self._count = int(self._starts[-1])
         if self._count < 1:
             raise TextError(
-                f"the corpus has {int(lengths.sum())} tokens, too few for one row of"
-                f" {sequence_length}; prepare more text or lower config.data.sequence_length"
+                f"{corpus.folder} has {int(lengths.sum())} tokens, too few for one row of"
+                f" {sequence_length}; prepare more text, for validation also with a larger"
+                " config.text.validation_share, or lower config.data.sequence_length"
             )
 
     def __len__(self) -> int:

@@ -216,8 +216,9 @@ class Generator:
             if len(rows[-1]) + new > self.longest:
                 raise InferenceError(
                     f"prompt {number} has {len(rows[-1])} tokens; with {new} new ones it does not"
-                    f" fit the model's context of {self.longest}: shorten it, ask for fewer, or"
-                    " make memories of its older text (the mode `long_context`)"
+                    f" fit the model's context of {self.longest}: shorten it, ask for fewer, put"
+                    " fewer references into it (the mode `rag`; --references), or make memories"
+                    " of its older text (the mode `long_context`)"
                 )
         return rows
 

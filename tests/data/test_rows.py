@@ -1,5 +1,6 @@
 """Rows against the token stream they are cut from."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ class FakeCorpus(Corpus):
     """Token documents in memory."""
 
     def __init__(self, documents):
-        self.documents = documents
+        self.documents, self.folder = documents, Path("corpus/validation")
         self.lengths = np.array([len(document.tokens) for document in documents])
 
     def __len__(self):
@@ -68,5 +69,5 @@ def test_document_rows_begin_with_their_document_and_are_padded():
 
 
 def test_a_corpus_too_small_for_a_row_is_refused():
-    with pytest.raises(TextError, match="sequence_length"):
+    with pytest.raises(TextError, match="corpus/validation has 5 tokens.*sequence_length"):
         Rows(corpus(5), 8, 4, "concat")

@@ -161,7 +161,7 @@ def _generates(folder, config, workdir):
     sizes = "--lengths=50,120", "--count=2", "--window=20", "--cut=8", f"--json={figures}"
     assert "| 120 | " in succeed("evaluate needle", config, run_, f"--needles={needles}", *sizes)
     assert json.loads(figures.read_text())["lengths"] == [50, 120]
-    with pytest.raises(InferenceError, match="context of 60"):
+    with pytest.raises(InferenceError, match="context of 60: .*--references"):
         asked(Request([f"pet of {name}"], mode="rag", new_tokens=40))
     with pytest.raises(InferenceError, match="there are no prompts"):
         asked(Request([]))
