@@ -73,6 +73,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["m3jax", "m3jax.*"]),
+    package_data={"m3jax.quickstart": ["island/*"]},
     install_requires=CORE,
     extras_require={
         "tpu": [f"jax[tpu]>=0.10.2,<0.11; {OLD}", f"jax[tpu]>=0.12,<0.13; {NEW}"],

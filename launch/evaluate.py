@@ -49,7 +49,7 @@ def questions(given: FlagValues) -> None:
 
         python launch/evaluate.py questions … --questions=questions.jsonl
 
-    Questions are JSON lines with `prompt` and `answer`.
+    Questions are JSON lines with `prompt` or `question`, and `answer`.
     """
     _report(given, questions=given.questions)
 

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float64, Int
 from tqdm import tqdm
 
+from m3jax.evaluation.task_files import question_prompt
 from m3jax.memory.bank import Bank
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.parameters import Params
@@ -190,13 +191,21 @@ class Question:
 def read_questions(path: str | Path) -> list[Question]:
     """Reads questions from JSON lines with `prompt`, `answer` and optional `references`.
 
+    An open question of `evaluation.task_files`, with `question` in place of `prompt`, becomes a
+    prompt of its form there, and the answer follows after a space.
+
     Raises `TextError` if the file cannot be read or is empty, or a line has another form.
     """
 
     def parse(record: Any) -> Question:
-        return Question(record["prompt"], record["answer"], tuple(record.get("references", ())))
+        references = tuple(record.get("references", ()))
+        if "prompt" not in record:
+            prompt, answer = question_prompt(record["question"]), record["answer"].strip()
+            return Question(prompt, f" {answer}", references)
+        return Question(record["prompt"], record["answer"], references)
 
-    return read_records(path, parse, "questions", "a JSON object with prompt and answer")
+    form = "a JSON object with prompt (or question) and answer"
+    return read_records(path, parse, "questions", form)
 
 
 class Answerer(Scorer):

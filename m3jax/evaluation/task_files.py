@@ -146,6 +146,11 @@ def open_questions(path: str | Path) -> list[Doc]:
     return read_records(path, parse, "questions", form)
 
 
+def question_prompt(question: str) -> str:
+    """Formats an open question as the text that its answer continues."""
+    return _QUESTION + question.strip() + _ANSWER
+
+
 def question_text(doc: Doc) -> str:
     """Returns the question of an example, without answer, choices and template."""
     if "contexts" in doc:

@@ -11,6 +11,7 @@ from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import BankError, TextError
 from m3jax.evaluation.report import answer_questions, losses_table
 from m3jax.evaluation.scoring import Answerer, Question, read_questions
+from m3jax.evaluation.task_files import read_task
 from m3jax.knowledge.memory_writer import check_reader
 from m3jax.make_model import make_model
 from m3jax.model.attention_mask import ExplicitMemory
@@ -148,6 +149,9 @@ def test_questions_are_read_from_json_lines(tmp_path):
         '{"prompt": "a", "answer": " b"}\n{"prompt": "c", "answer": " d", "references": ["x"]}'
     )
     assert read_questions(path) == [Question("a", " b"), Question("c", " d", ("x",))]
+    path.write_text('{"question": "Who?", "answer": "Ida", "aliases": ["She"], "kind": "fact"}')
+    assert read_questions(path) == [Question("Question: Who?\nAnswer:", " Ida")]
+    assert read_questions(path)[0].prompt == read_task(path).docs[0]["text"]
     path.write_text('{"prompt": "a"}')
     with pytest.raises(TextError, match="q.jsonl:1"):
         read_questions(path)
