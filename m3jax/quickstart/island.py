@@ -1,10 +1,9 @@
 """Reads the encyclopedia of Pellory, an invented island, with questions that only its text answers.
 
 Files in `island/`: `articles.jsonl`, documents for `launch/prepare.py --knowledge`, each a
-paragraph
-that names its subject and fits in 128 tokens; `questions.jsonl`, open questions for every command
-of `launch/evaluate.py` that takes questions; `edits.jsonl`, articles with one fact changed, for
-`launch/edit_bank.py replace`; `deletions.json`, ids of articles, for `launch/edit_bank.py delete`.
+paragraph that names its subject and fits in 128 tokens; `questions.jsonl`, open questions for every
+command of `launch/evaluate.py` that takes questions; `edits.jsonl`, articles with one fact changed,
+for `launch/edit_bank.py replace`; `deletions.json`, ids for `launch/edit_bank.py delete`.
 """
 
 from __future__ import annotations
@@ -24,9 +23,8 @@ FOLDER = Path(__file__).parent / "island"
 class IslandQuestion:
     """Question that only the article with the id `reference` answers.
 
-    `answers` are all accepted answers; the first is quoted from the article. For the kind `fact` a
-    model's weights have no answer, for `contradiction` another one, as the thing is known
-    elsewhere.
+    `answers` are all accepted answers; the first is quoted from the article. For the `kind` fact a
+    model's weights have no answer; for contradiction they have another one.
     """
 
     question: str
