@@ -17,7 +17,20 @@ from m3jax.cli import Flag, count, counts, share, words
 
 COMMANDS = cli.Commands()
 _LOSSES = (*cli.RUN, cli.STAGE_CHECKPOINT, cli.BANK, cli.BANK_VERSION, cli.JSON, cli.CACHE)
-# Arguments of `leakage` and `needle_test`, by their names.
+# Arguments of `evaluate_questions`, `leakage` and `needle_test`, by their names.
+_QUESTIONS = (
+    count("k", "References read together; default config.memory.per_prompt_chunk."),
+    Flag(
+        "overlap",
+        "Drop references found whose overlap with the question, or its with them, is above this; 1"
+        " drops none. Default config.retrieval.overlap_evaluation, 2/3.",
+        float,
+        low=0,
+        high=1,
+    ),
+    Flag("new_tokens", "Most tokens of a generated answer; 0 generates none.", int, 32, low=0),
+    *(cli.BATCH, cli.SEED),
+)
 _LEAKAGE = (
     Flag("against", "train, validation, or a .jsonl file of questions.", default="train"),
     count("sample", "Most rows or questions, drawn at random.", 1000),
@@ -40,27 +53,58 @@ def losses(given: FlagValues) -> None:
     Memories of a chunk are retrieved with the text before it (config.evaluation.shift = 1), or with
     its own (0).
     """
-    _report(given)
-
-
-@COMMANDS.add(*_LOSSES, Flag("questions", "Questions to answer (JSON lines).", required=True))
-def questions(given: FlagValues) -> None:
-    """Measures the share of right answers to questions, beside the losses.
-
-        python launch/evaluate.py questions … --questions=questions.jsonl
-
-    Questions are JSON lines with `prompt` or `question`, and `answer`.
-    """
-    _report(given, questions=given.questions)
-
-
-def _report(given: FlagValues, questions: str | None = None) -> None:
     from m3jax.evaluation.report import evaluate_losses, losses_table
     from m3jax.inference.session import Session
 
-    session = Session(given.config, given.workdir, **_source(given))
-    report = evaluate_losses(session, questions=questions)
+    report = evaluate_losses(Session(given.config, given.workdir, **_source(given)))
     cli.show(losses_table(report), report, given.json)
+
+
+@COMMANDS.add(
+    *_LOSSES,
+    Flag("questions", "Questions to answer: JSON lines, or SQuAD's .json.", required=True),
+    words(
+        "conditions",
+        "What the model reads: none, text, text_among, text_found, memory, memory_among,"
+        " memory_found, wrong. Default all that the questions and the config allow.",
+        [],
+    ),
+    Flag("shots", "File of solved examples to put in front of every question."),
+    count("sample", "Most questions, drawn at random; default all."),
+    *_QUESTIONS,
+)
+def questions(given: FlagValues) -> None:
+    r"""Measures the answers to questions by what the model reads, with confidence intervals.
+
+        python launch/evaluate.py questions … --questions=xquad.en.json --shots=examples.jsonl
+        python launch/evaluate.py questions … --questions=runs/quickstart/text/questions.jsonl \
+            --conditions=none,memory_found,wrong --new_tokens=1
+
+    Measures are exact match and F1 of the generated answer (as SQuAD defines them), the share of
+    answers that are the model's first choice token by token, and nats a token of the right answer.
+    The conditions are nothing; the reference that answers the question, alone or among others, as
+    text or as a memory; the texts or memories that the question finds; and memories of others. The
+    first needs no knowledge; `text` and `memory` need questions that name their references or
+    passages: prepare SQuAD's passages with --knowledge=xquad.en.json.
+
+    JSON lines have `question` and `answer` (a list counts, and `aliases`), or `prompt` and `answer`
+    exactly as the model reads and writes them; `references` are the keys of those that answer.
+    """
+    import numpy as np
+
+    from m3jax.evaluation.question_table import evaluate_questions, questions_table
+    from m3jax.evaluation.questions import read_questions
+    from m3jax.inference.session import Session
+
+    every = read_questions(given.questions)
+    shots = read_questions(given.shots) if given.shots else []
+    drawn = np.random.default_rng(given.seed).permutation(len(every))[: given.sample]
+    sample = [every[number] for number in np.sort(drawn)]
+    session = Session(given.config, given.workdir, **_source(given))
+    options = cli.values_of(given, _QUESTIONS)
+    options["batch_size"] = options.pop("batch")
+    report = evaluate_questions(session, sample, given.conditions, shots=shots, **options)
+    cli.show(questions_table(report), report, given.json)
 
 
 def _source(given: FlagValues) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Row(NamedTuple):
       inputs, targets, weights: tokens, their next tokens, and the loss weights of the targets: 0
         for padding, `<s>` and spans without loss.
       references: keys of the references stored with the texts, one per chunk of the row, or ().
-      texts: tokens of every text, and the index of its first chunk in the row.
+      texts: tokens of every text, without padding, and the index of its first chunk in the row.
       chunk_length: tokens Q of a chunk.
       packing: position of every packed text; padding is a text that reads no memory.
       answers: in packed rows, the slot of the answer that every target belongs to, −1 = none.
@@ -116,7 +116,8 @@ class Rows:
             need -= len(tokens[-1])
             document += 1
             start = int(self._starts[document])
-        return self._row(np.concatenate(tokens), np.concatenate(weights), ())
+        tokens_, weights_ = np.concatenate(tokens), np.concatenate(weights)
+        return self._row(tokens_, weights_, (), tokens_)
 
     def _own(self, index: int) -> Row:
         document = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -129,10 +130,12 @@ class Rows:
         tokens[:length] = item.tokens[part]
         weights[:length] = _weights(item)[part]
         keys = item.references[number * self.chunks : (number + 1) * self.chunks]
-        return self._row(tokens, weights, keys)
+        return self._row(tokens, weights, keys, tokens[:length])
 
-    def _row(self, tokens: np.ndarray, weights: np.ndarray, keys: tuple[str, ...]) -> Row:
-        return Row(tokens[:-1], tokens[1:], weights[1:], keys, ((tokens, 0),), self.chunk_length)
+    def _row(
+        self, tokens: np.ndarray, weights: np.ndarray, keys: tuple[str, ...], text: np.ndarray
+    ) -> Row:
+        return Row(tokens[:-1], tokens[1:], weights[1:], keys, ((text, 0),), self.chunk_length)
 
 
 def _weights(item: Any) -> np.ndarray:

@@ -12,8 +12,8 @@ from jaxtyping import Bool
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from m3jax.evaluation.questions import read_questions
 from m3jax.evaluation.squad_metrics import normalise
-from m3jax.evaluation.task_files import open_questions
 from m3jax.knowledge.versions import open_references, open_retriever, open_version
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ def hit_rates(
     Args:
       config: a validated config.
       workdir: prepared folder.
-      questions: file of questions with answers, see `evaluation.task_files.open_questions`.
+      questions: file of questions with answers, see `evaluation.questions.read_questions`.
       at: values of k, ascending.
       version: version of the knowledge; default the current one.
 
@@ -74,8 +74,8 @@ def hit_rates(
     Raises:
       TextError: the file has no questions, or one of another form or without an answer.
     """
-    docs = open_questions(questions)
-    texts, answers = ([doc[name] for doc in docs] for name in ("question", "answers"))
+    read = read_questions(questions)
+    texts, answers = [q.query for q in read], [q.right for q in read]
     opened = open_version(workdir, version)
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
     references = open_references(config, opened, tokenizer)

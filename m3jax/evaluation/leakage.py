@@ -68,9 +68,8 @@ def leakage(
       config: a validated config.
       workdir: folder of `launch/prepare.py`.
       against: `train` or `validation` for rows of the corpus, or a .jsonl file of questions
-        (`prompt` or `question`). For a question, often shorter than a reference, the overlap is
-        that of the reference with the question or of the question with the reference, whichever is
-        larger.
+        (`prompt` or `question`). The overlap is that of the reference with the text or of the text
+        with the reference, whichever is larger: a question is often shorter than a reference.
       sample: most texts, drawn at random with the config's seed.
       threshold: overlap above which a reference counts as dropped.
 
@@ -109,7 +108,7 @@ def leakage(
         queries = [tokenizer.decode(text.tokens[low : low + chunk]) for low in starts]
         ids = retriever.retrieve(queries, None, retriever.candidates)
         unique = np.unique(ids[ids >= 0]).tolist()
-        measured = {i: _overlap(text, references, i, against) for i in unique}
+        measured = {i: _overlap(text, references, i) for i in unique}
         pairs += [Pair(value, text, i) for i, value in measured.items()]
         overlaps += [[measured[i] for i in row if i >= 0] for row in ids.tolist() if max(row) >= 0]
     values = np.array([value for of_query in overlaps for value in of_query])
@@ -164,11 +163,13 @@ def _questions(
     return [texts[i] for i in np.sort(rng.permutation(len(texts))[:sample]).tolist()]
 
 
-def _overlap(text: Text, references: References, i: int, against: str) -> float:
-    """Returns the overlap of a text with reference `i`, for questions in either direction."""
+def _overlap(text: Text, references: References, i: int) -> float:
+    """Returns the larger overlap of a text with reference `i` and of the reference with it."""
     reference = references.tokens([i])[0, : references.lengths[i]]
     share = overlap(text.tokens, reference)
-    return share if against in SPLITS else max(share, overlap(reference, text.tokens))
+    if len(reference) <= share * len(text.tokens):  # more of the text cannot be in the reference
+        return share
+    return max(share, overlap(reference, text.tokens))
 
 
 def _examples(

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from m3jax.errors import TextError
 from m3jax.inference.long_context import LongContextGenerator
 from m3jax.inference.session import Session
-from m3jax.text.jsonl import read_records
+from m3jax.text.jsonl import answer_text, read_records
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 
@@ -40,10 +40,10 @@ def read_needles(path: str | Path) -> list[Needle]:
     """
 
     def parse(record: Any) -> Needle:
-        fields = [record[name] for name in ("needle", "prompt", "answer")]
-        if not all(isinstance(field, str) and field.strip() for field in fields):
+        text, prompt = record["needle"], record["prompt"]
+        if not all(isinstance(field, str) and field.strip() for field in (text, prompt)):
             raise TypeError("an empty field, or one that is no text")
-        return Needle(*fields)
+        return Needle(text, prompt, answer_text(record["answer"]))
 
     form = "{'needle': text, 'prompt': text, 'answer': text}"
     return read_records(path, parse, "needles", form)

@@ -1,31 +1,22 @@
-"""Evaluates a checkpoint by losses and questions, and tabulates the result."""
+"""Evaluates a checkpoint by its losses, and tabulates them."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from ml_collections import ConfigDict
-
-from m3jax.data.pipeline import Pipeline, open_pipeline
+from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import ConfigError
-from m3jax.evaluation.scoring import Answerer, read_questions
 from m3jax.inference.session import Session
 from m3jax.knowledge.memory_writer import check_reader
-from m3jax.knowledge.versions import open_retriever
-from m3jax.model.parameters import Params
-from m3jax.model.transformer import Model
 from m3jax.train.evaluator import MODES, LossEvaluator
 from m3jax.train.metrics import retrieval_shares
 
 
-def evaluate_losses(session: Session, *, questions: str | Path | None = None) -> dict[str, Any]:
-    """Measures losses on the validation corpus and, if there are questions, accuracy on them.
+def evaluate_losses(session: Session) -> dict[str, Any]:
+    """Measures losses on the validation corpus with the session's bank and version of knowledge.
 
-    Args:
-      session: opened checkpoint; its bank and its version of the knowledge are measured.
-      questions: JSON lines, see `evaluation.scoring.read_questions`.
+    Returns the figures of `LossEvaluator`, with `wrong_hidden`, its `hidden`, if it is not 0;
+    `checkpoint`, `step`, `shift`, `rows`, `bank_version`; and `retrieval`, counters of the search.
 
     Raises:
       ConfigError: rows of preference pairs, which have no loss per token.
@@ -55,60 +46,31 @@ def evaluate_losses(session: Session, *, questions: str | Path | None = None) ->
         **losses,
         "retrieval": {**counts, **retrieval_shares(counts)},
     }
-    if questions is not None:
-        of = config, pipeline, session.model, session.params
-        report["questions"] = answer_questions(*of, questions)
+    if evaluator.hidden:
+        report["wrong_hidden"] = evaluator.hidden
     return report
-
-
-def answer_questions(
-    config: ConfigDict, pipeline: Pipeline, model: Model, params: Params, path: str | Path
-) -> dict[str, Any]:
-    """Measures accuracy on questions without memories and, if there is a bank, with memories.
-
-    Args:
-      config, model, params: of the checkpoint.
-      pipeline: its tokenizer, references and bank.
-      path: questions in JSON lines, see `read_questions`.
-
-    Returns:
-      `count` and shares of right answers: `accuracy_none`, and with a bank `accuracy_memory`
-      (retrieved memories) and `accuracy_wrong` (memories retrieved for another question).
-    """
-    questions = read_questions(path)
-    answerer = Answerer(model, params, pipeline.tokenizer, config.data.sequence_length)
-    accuracy = {"none": answerer.correct(questions)}
-    bank, references, version = pipeline.bank, pipeline.references, pipeline.version
-    if bank is not None and references is not None and version is not None:
-        limit = config.retrieval.overlap_evaluation
-        retriever = pipeline.retriever or open_retriever(
-            config, version, references, limit, bank=bank
-        )
-        ids = answerer.search(questions, retriever)
-        half = len(ids) // 2
-        accuracy["memory"] = answerer.correct(questions, ids, bank)
-        accuracy["wrong"] = answerer.correct(questions, ids[-half:] + ids[:-half], bank)
-    shares = {f"accuracy_{name}": float(np.mean(right)) for name, right in accuracy.items()}
-    return {"count": len(questions), **shares}
 
 
 def losses_table(report: dict[str, Any]) -> str:
     """Returns the report of `evaluate_losses` as a Markdown table."""
     names = {"memory": "with memory", "none": "without", "wrong": "wrong memories"}
-    questions = report.get("questions", {})
     lines = [
         f"{report['checkpoint']} at step {report['step']}, {report['rows']} validation rows,"
         f" retrieval shift {report['shift']}",
         "",
-        "| memories | loss (nats a token) | accuracy |" + (" questions |" if questions else ""),
-        "|---|---|---|" + ("---|" if questions else ""),
+        "| memories | loss (nats a token) | accuracy |",
+        "|---|---|---|",
     ]
     for mode in (mode for mode in MODES if f"loss_{mode}" in report):
         loss, key = report[f"loss_{mode}"], f"accuracy_{mode}"
-        line = f"| {names[mode]} | {loss:.4f} | {report[key]:.4f} |"
-        if questions:
-            line += f" {questions[key]:.4f} |" if key in questions else " – |"
-        lines.append(line)
+        lines.append(f"| {names[mode]} | {loss:.4f} | {report[key]:.4f} |")
+    if "wrong_hidden" in report:
+        lines += [
+            "",
+            f"{report['wrong_hidden']:.1%} of the wrong memories were hidden: the row retrieves"
+            f" them"
+            " itself, so that it reads fewer than with memory",
+        ]
     counts = report["retrieval"]
     if "dropped_share" in counts:
         lines += [

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +16,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float64, Int
 from tqdm import tqdm
 
-from m3jax.evaluation.task_files import question_prompt
+from m3jax.errors import InferenceError
+from m3jax.evaluation.questions import Question
 from m3jax.memory.bank import Bank
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
 from m3jax.retrieval.retriever import Retriever
-from m3jax.text.jsonl import read_records
 from m3jax.text.references import References
 from m3jax.text.tokenizer import BOS, PAD, Tokenizer
 
@@ -37,6 +35,34 @@ class Pair(NamedTuple):
 
     context: np.ndarray
     continuation: np.ndarray
+
+
+def fit(
+    context: Sequence[int] | np.ndarray, continuation: Sequence[int] | np.ndarray, longest: int
+) -> tuple[Pair, bool]:
+    """Puts BOS in front of a context and cuts its beginning, so that a row holds the pair.
+
+    Args:
+      context: tokens without BOS.
+      continuation: tokens to score.
+      longest: tokens of a row; the last token of the continuation is only scored.
+
+    Returns:
+      The pair, and whether the context was cut.
+
+    Raises:
+      InferenceError: the continuation is empty or longer than a row.
+    """
+    room = longest - len(continuation)
+    if not len(continuation) or room < 0:
+        raise InferenceError(
+            f"a continuation of {len(continuation)} tokens cannot be scored in rows of {longest};"
+            " leave it out, or raise data.sequence_length"
+        )
+    kept = np.asarray(context, np.int32)[max(0, len(context) - room) :]
+    begin = np.array([BOS], np.int32)
+    pair = Pair(np.concatenate([begin, kept]), np.asarray(continuation, np.int32))
+    return pair, len(context) > room
 
 
 class Rows(NamedTuple):
@@ -153,7 +179,12 @@ class Scorer:
             references of the last. None = no memory.
           bank: holds the memories of the references.
           progress: show a progress bar.
+
+        Raises:
+          InferenceError: an empty continuation, all of whose tokens would be first choices.
         """
+        if not all(len(pair.continuation) for pair in pairs):
+            raise InferenceError("an empty continuation cannot be scored")
         logprob, greedy = np.zeros(len(pairs)), np.zeros(len(pairs), bool)
         order = np.argsort([-len(c) - len(t) for c, t in pairs], kind="stable")
         starts = range(0, len(pairs), self.batch_size)
@@ -176,53 +207,37 @@ class Scorer:
         return jax.tree.map(jnp.asarray, bank.read(stacked))
 
 
-@dataclass(frozen=True)
-class Question:
-    """Question whose `answer` is the text that should follow `prompt`.
-
-    `references` are keys of references that are read in place of retrieved references.
-    """
-
-    prompt: str
-    answer: str
-    references: tuple[str, ...] = ()
-
-
-def read_questions(path: str | Path) -> list[Question]:
-    """Reads questions from JSON lines with `prompt`, `answer` and optional `references`.
-
-    An open question of `evaluation.task_files`, with `question` in place of `prompt`, becomes a
-    prompt of its form there, and the answer follows after a space.
-
-    Raises `TextError` if the file cannot be read or is empty, or a line has another form.
-    """
-
-    def parse(record: Any) -> Question:
-        references = tuple(record.get("references", ()))
-        if "prompt" not in record:
-            prompt, answer = question_prompt(record["question"]), record["answer"].strip()
-            return Question(prompt, f" {answer}", references)
-        return Question(record["prompt"], record["answer"], references)
-
-    form = "a JSON object with prompt (or question) and answer"
-    return read_records(path, parse, "questions", form)
-
-
 class Answerer(Scorer):
     """Scores answers to questions as continuations of their prompts."""
 
     def pairs(self, questions: Sequence[Question]) -> list[Pair]:
-        """Encodes prompts and answers as pairs."""
+        """Encodes prompts and answers as pairs.
+
+        Raises `InferenceError` if a prompt with its answer is longer than a row.
+        """
         prompts = self.tokenizer.encode_batch([q.prompt for q in questions])
         answers = self.tokenizer.encode_batch([q.answer for q in questions])
-        begin = np.array([BOS], np.int32)
-        return [Pair(np.concatenate([begin, p]), a) for p, a in zip(prompts, answers, strict=True)]
+        pairs = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            pair, cut = fit(prompt, answer, self.longest)
+            if cut:
+                raise InferenceError(
+                    f"a prompt of {len(prompt)} tokens and its answer of {len(answer)} do not fit"
+                    f" the model's context of {self.longest}; shorten it, or raise"
+                    " data.sequence_length"
+                )
+            pairs.append(pair)
+        return pairs
 
     def search(
         self, questions: Sequence[Question], retriever: Retriever
     ) -> list[Int[np.ndarray, "_ M"]]:
-        """Retrieves references for each chunk of each prompt, −1 = none."""
-        return self.retrieve([pair.context for pair in self.pairs(questions)], retriever)
+        """Retrieves references for each chunk of each prompt, −1 = none.
+
+        References that overlap with the prompt are dropped, as the retriever's limit says.
+        """
+        contexts = [pair.context for pair in self.pairs(questions)]
+        return self.retrieve(contexts, retriever, [context[1:] for context in contexts])
 
     def look_up(
         self, questions: Sequence[Question], references: References

@@ -1,6 +1,8 @@
 """Computes exact match and F1 of short answers, as SQuAD's evaluation defines them.
 
-All comparisons use SQuAD's normal form, as published results do; it keeps accents.
+All comparisons use SQuAD's normal form, as published results do; it keeps accents. One thing
+differs: an answer of articles and punctuation alone, such as the letter A, keeps them. SQuAD's
+script leaves nothing of it, and then an empty answer would be right.
 """
 
 from __future__ import annotations
@@ -20,23 +22,26 @@ def normalise(answer: str) -> str:
     return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_PUNCTUATION)).split())
 
 
+def _compared(answer: str) -> str:
+    return normalise(answer) or answer.lower().strip()
+
+
 def exact_match(answer: str, right: Sequence[str]) -> float:
     """Returns 1 if the answer equals one of the right answers in normal form, else 0."""
-    return float(normalise(answer) in {normalise(text) for text in right})
+    given = _compared(answer)
+    return float(bool(given) and given in map(_compared, right))
 
 
 def f1(answer: str, right: Sequence[str]) -> float:
     """Returns the harmonic mean of word precision and recall, for the best of the right answers."""
     return max(
-        (_f1(normalise(answer).split(), normalise(text).split()) for text in right), default=0
+        (_f1(_compared(answer).split(), _compared(text).split()) for text in right), default=0
     )
 
 
 def _f1(words: list[str], right: list[str]) -> float:
-    if not words or not right:
-        return float(words == right)
     shared = sum((Counter(words) & Counter(right)).values())
-    return 2 * shared / (len(words) + len(right))
+    return 2 * shared / max(len(words) + len(right), 1)
 
 
 def last_number(text: str) -> str | None:

@@ -17,7 +17,6 @@ itself.
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from m3jax.errors import TextError
-from m3jax.text.jsonl import read_records
+from m3jax.text.jsonl import answer_text, read_records
+from m3jax.text.squad import read_squad
 
 LETTERS = "ABCD"
 _ANSWER = "\nAnswer:"
@@ -122,35 +122,6 @@ def question_texts(paths: Sequence[str | Path]) -> list[str]:
     return list(dict.fromkeys(map(question_text, docs)))
 
 
-def open_questions(path: str | Path) -> list[Doc]:
-    """Reads questions with all that answers them, record by record: forms may be mixed.
-
-    A record of JSON lines has `question`, `context` or `prompt`; `answer` (or `continuation`), a
-    string or a list, or a number after `chain_of_thought`; and `aliases`, a list, if there are any.
-    A file .json has the format of SQuAD.
-
-    Raises:
-      TextError: a record of another form, or without a question or an answer; no record at all.
-    """
-    if Path(path).suffix == ".json":
-        return read_task(path).docs
-
-    def parse(record: Doc) -> Doc:
-        question = next(record[n] for n in ("question", "context", "prompt") if n in record)
-        answer = record["answer"] if "answer" in record else record["continuation"]
-        if "chain_of_thought" in record and not isinstance(answer, list):
-            answer = str(answer)  # a number
-        return _open_record({**record, "question": question, "answer": answer})
-
-    form = "an object with `question` (or `context`, `prompt`) and `answer`"
-    return read_records(path, parse, "questions", form)
-
-
-def question_prompt(question: str) -> str:
-    """Formats an open question as the text that its answer continues."""
-    return _QUESTION + question.strip() + _ANSWER
-
-
 def question_text(doc: Doc) -> str:
     """Returns the question of an example, without answer, choices and template."""
     if "contexts" in doc:
@@ -186,18 +157,15 @@ def _read_lines(path: Path) -> tuple[str, list[Doc]]:
 
 
 def _choice(record: Doc) -> Doc:
-    choices, gold = [str(choice) for choice in record["choices"]], _gold(record, "choices")
-    if not all(choice.strip() for choice in choices):
-        raise ValueError("an empty choice")
+    gold = _gold(record, "choices")
+    choices = [answer_text(choice, "choice").strip() for choice in record["choices"]]
     return {"text": record["query"].strip() + _ANSWER, "choices": choices, "gold": gold}
 
 
 def _schema(record: Doc) -> Doc:
     contexts, gold = record["context_options"], _gold(record, "context_options")
-    continuation = record["continuation"].strip()
-    if not continuation:
-        raise ValueError("an empty continuation")
-    contexts = [context.strip() for context in contexts]
+    continuation = answer_text(record["continuation"], "continuation").strip()
+    contexts = [answer_text(context, "context").strip() for context in contexts]
     return {"contexts": contexts, "continuation": continuation, "gold": gold}
 
 
@@ -208,42 +176,51 @@ def _gold(record: Doc, name: str) -> int:
     return gold
 
 
-def _continuation(text: str, continuation: str) -> Doc:
-    if not continuation.strip():
-        raise ValueError("an empty continuation")
-    return {"text": text.rstrip(), "continuation": " " + continuation.strip()}
+def _continuation(text: str, continuation: Any) -> Doc:
+    return {
+        "text": text.rstrip(),
+        "continuation": " " + answer_text(continuation, "continuation").strip(),
+    }
 
 
-def _open(question: str, answers: Sequence[str]) -> Doc:
-    """Makes an open question; replaces a template `Question: … Answer:` around it."""
+def open_question(question: str, answers: Sequence[Any]) -> Doc:
+    """Makes an open question; replaces a template `Question: … Answer:` around it.
+
+    Blank answers are left out, unless all are.
+    """
     question = question.strip().removesuffix("Answer:").strip()
     question = question.removeprefix(_QUESTION.strip()).strip()
-    right = [answer for answer in answers if answer.strip()]
+    right = [answer_text(answer).strip() for answer in answers if str(answer).strip()]
     if not right or not question:
         raise ValueError("an empty question, or no answer")
     return {"question": question, "text": _QUESTION + question + _ANSWER, "answers": right}
 
 
-def _open_record(record: Doc) -> Doc:
+def open_record(record: Doc) -> Doc:
+    """Makes an open question of `question` (or `context`), `answer` and `aliases`, if any.
+
+    Raises KeyError, TypeError, AttributeError or ValueError for another form.
+    """
     answer = record["answer"]
     aliases = record.get("aliases", [])
-    answers = [text for x in (answer, aliases) for text in ([x] if isinstance(x, str) else x)]
-    return _open(record["question"] if "question" in record else record["context"], answers)
+    told = answer if isinstance(answer, list) else [answer]
+    if not any(str(text).strip() for text in told):
+        raise ValueError("an empty answer")
+    answers = told + (aliases if isinstance(aliases, list) else [aliases])
+    return open_question(record["question"] if "question" in record else record["context"], answers)
 
 
 def _number(record: Doc) -> Doc:
     return {
         "text": _QUESTION + record["context"].strip() + _ANSWER,
-        "target": f"{record['chain_of_thought'].strip()}\n#### {record['answer']}",
-        "answers": [str(record["answer"])],
+        "target": f"{record['chain_of_thought'].strip()}\n#### {answer_text(record['answer'])}",
+        "answers": [answer_text(record["answer"])],
     }
 
 
 def _prompted(record: Doc) -> Doc:
-    """Makes a continuation of a question of `evaluation.scoring`, with its prompt unchanged."""
-    if not record["answer"].strip():
-        raise ValueError("an empty answer")
-    return {"text": record["prompt"], "continuation": record["answer"]}
+    """Makes a continuation of a question of `evaluation.questions`, with its prompt unchanged."""
+    return {"text": record["prompt"], "continuation": answer_text(record["answer"])}
 
 
 # (fields, kind, function): the first entry all of whose fields a record has applies to it.
@@ -256,8 +233,8 @@ _FORMS: tuple[tuple[set[str], str, Callable[[Any], Doc]], ...] = (
         lambda record: _continuation(record["context"], record["continuation"]),
     ),
     ({"context", "chain_of_thought", "answer"}, "number", _number),
-    ({"question", "answer"}, "open", _open_record),
-    ({"context", "answer"}, "open", _open_record),
+    ({"question", "answer"}, "open", open_record),
+    ({"context", "answer"}, "open", open_record),
     ({"prompt", "answer"}, "continuation", _prompted),
 )
 
@@ -268,7 +245,7 @@ def _read_mmlu(path: Path) -> list[Doc]:
     docs = []
     with path.open(encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.reader(file), 1):
-            if number == 1 and row and row[-1] == "answer":
+            if not row or (number == 1 and row[-1] == "answer"):
                 continue
             gold = row[5].strip() if len(row) == 6 else ""
             if gold not in places:
@@ -285,16 +262,8 @@ def _read_mmlu(path: Path) -> list[Doc]:
 
 def _read_squad(path: Path) -> list[Doc]:
     """Reads the answerable questions of a file in the format of SQuAD, without passages."""
+    questions = [question for passage in read_squad(path) for question in passage.questions]
     try:
-        return [
-            _open(question["question"], [answer["text"] for answer in question["answers"]])
-            for article in json.loads(path.read_text("utf-8"))["data"]
-            for paragraph in article["paragraphs"]
-            for question in paragraph["qas"]
-            if question["answers"]
-        ]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise TextError(
-            f"{path}: expected the format of SQuAD, data → paragraphs → qas with question and"
-            f" answers ({error!r})"
-        ) from error
+        return [open_question(q.text, q.answers) for q in questions if q.answers]
+    except (TypeError, AttributeError, ValueError) as error:
+        raise TextError(f"{path}: a question without text or answer ({error!r})") from error

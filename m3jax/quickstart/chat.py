@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from m3jax.errors import CheckpointError
-from m3jax.evaluation.scoring import Answerer, Question
+from m3jax.evaluation.questions import Question
+from m3jax.evaluation.scoring import Answerer
 from m3jax.files import write_atomically
 from m3jax.inference.generate import Generation
 from m3jax.inference.session import Session

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from m3jax.errors import TextError
-from m3jax.evaluation.scoring import Question
+from m3jax.evaluation.questions import Question
 from m3jax.files import write_atomically
 
 RELATIONS = ("pet", "home", "food", "game", "craft")
@@ -217,7 +217,7 @@ def questions(world: World, seed: int, distractors: int = 4) -> list[FactQuestio
             picked = [str(key) for key in rng.choice(others, distractors, replace=False)]
             keys = tuple(map(str, rng.permutation([person.reference, *picked])))
             text = question(person.name, relation), f" {value}"
-            made.append(FactQuestion(*text, keys, person.reference, relation))
+            made.append(FactQuestion(*text, keys, person=person.reference, relation=relation))
     return made
 
 
@@ -242,7 +242,7 @@ def write_jsonl(path: Path, records: Iterable[dict]) -> None:
 
 
 def write_questions(path: Path, questions: Iterable[Question]) -> None:
-    """Writes questions as JSON lines, the input of `m3jax.evaluation.scoring.read_questions`."""
+    """Writes questions as JSON lines, the input of `m3jax.evaluation.questions.read_questions`."""
     names = ("prompt", "answer", "references")
     write_jsonl(path, ({name: getattr(q, name) for name in names} for q in questions))
 

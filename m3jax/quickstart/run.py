@@ -23,7 +23,8 @@ from m3jax import config as config_lib
 from m3jax.checkpoint import restore_params
 from m3jax.config import PREFIX_TOKENS
 from m3jax.evaluation.plots import Read, accuracy_bars, attention_map
-from m3jax.evaluation.scoring import Answerer, Question
+from m3jax.evaluation.questions import Question
+from m3jax.evaluation.scoring import Answerer
 from m3jax.files import write_atomically
 from m3jax.knowledge.memory_writer import MemoryWriter, restore_writer
 from m3jax.make_model import make_model

@@ -10,7 +10,7 @@ from jaxtyping import Float32, Int64
 
 from m3jax.errors import RetrievalError
 from m3jax.retrieval.search import SearchIndex
-from m3jax.text.overlap import which_exceed
+from m3jax.text.overlap import which_exceed_either_way
 from m3jax.text.references import References
 
 # Reranker: returns the scores (n, c) of candidate ids (n, c) for n queries; −inf for the id −1.
@@ -39,7 +39,8 @@ class Retriever:
         Args:
           index, references: index to search, and the references that it was built from.
           candidates: number of references that are fetched from the index per query.
-          overlap_limit: candidates that overlap more than this fraction (0 to 1) are dropped.
+          overlap_limit: candidates whose overlap with the text, or the text's with them, is above
+            this fraction (0 to 1) are dropped.
           rank: reorders candidates by its scores; None = order of the index.
         """
         if index.references_fingerprint != references.fingerprint:
@@ -113,7 +114,7 @@ class Retriever:
             if len(new):
                 lengths = np.asarray(self.references.lengths)[new]
                 tokens = self.references.tokens(new)
-                leaking = which_exceed(text, tokens, lengths, self.overlap_limit)
+                leaking = which_exceed_either_way(text, tokens, lengths, self.overlap_limit)
                 leaks.update(zip(new.tolist(), leaking.tolist(), strict=True))
             for part, row, have in zip(needed, waiting, kept, strict=True):
                 del row[: len(part)]

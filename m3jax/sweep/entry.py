@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,10 @@ import numpy as np
 from m3jax import flops
 from m3jax.config import ConfigDict
 from m3jax.errors import SweepError
+from m3jax.evaluation.question_table import evaluate_questions
+from m3jax.evaluation.questions import Question, read_questions
 from m3jax.evaluation.report import evaluate_losses
-from m3jax.evaluation.scoring import Answerer, read_questions
+from m3jax.evaluation.scoring import Answerer
 from m3jax.files import write_sealed
 from m3jax.inference.session import Session
 from m3jax.knowledge.memory_writer import MemoryWriter
@@ -123,6 +126,17 @@ def _write_bank(config: ConfigDict, bank: Path, reader: SweepStage, writer: Swee
     write(References(reader.folder / "references"), bank)
 
 
+def _right_answers(session: Session, questions: Sequence[Question]) -> dict[str, float]:
+    """Returns `questions`, their number, and the shares whose answer is the first choice."""
+    conditions = {"right_none": "none"}
+    if session.config.memory.source == "precomputed":
+        conditions |= {"right_memory": "memory_found", "right_wrong": "wrong"}
+    report = evaluate_questions(session, questions, [*conditions.values()], new_tokens=0)
+    measured = report["conditions"]
+    shares = {name: measured[of]["first"]["mean"] for name, of in conditions.items()}
+    return {"questions": len(questions), **shares}
+
+
 def _measure(sweep: Sweep, run: SweepRun) -> dict[str, float]:
     """Evaluates a trained run; returns its figures.
 
@@ -135,13 +149,11 @@ def _measure(sweep: Sweep, run: SweepRun) -> dict[str, float]:
         _write_bank(config, run.bank, last, (last.before or last) if last.bank else last)
     questions = last.data.folder / sweep.questions if sweep.questions else None
     session = Session(config, last.folder, checkpoint=last.checkpoints, bank=run.bank)
-    report = evaluate_losses(session, questions=questions)
+    report = evaluate_losses(session)
     losses = [key for key in report if key.startswith(("loss_", "accuracy_"))]
     figures: dict[str, float] = {key: report[key] for key in losses}
     if questions:
-        answers = report["questions"]
-        figures["questions"] = answers.pop("count")
-        figures |= {name.replace("accuracy", "right"): value for name, value in answers.items()}
+        figures |= _right_answers(session, read_questions(questions))
     if sweep.in_context:
         told = read_questions(last.data.folder / sweep.in_context)
         length = config.data.sequence_length

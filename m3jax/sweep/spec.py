@@ -58,7 +58,7 @@ class Sweep:
       seeds: every entry is run with every seed; all entries with the first seed come first.
       prepare: `prepare(config, folder, knowledge)` makes tokenizer, corpus, references and index in
         a folder; None if they are prepared already, in the folder of `--data`.
-      questions: path, relative to the data, of JSON lines (`m3jax.evaluation.scoring`), which are
+      questions: path, relative to the data, of JSON lines (`m3jax.evaluation.questions`), which are
         asked with retrieved memories, without memory, and with wrong memories.
       in_context: path of JSON lines whose prompts state the facts, asked without memory.
     """

@@ -14,8 +14,10 @@ from m3jax.errors import TextError
 from m3jax.files import checksum, digest
 from m3jax.text.jsonl import decode, json_lines, json_object
 from m3jax.text.optional import optional
+from m3jax.text.squad import read_squad
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".txt", ".parquet")
+_SQUAD = ".json"  # read only if the file is named: folders hold other files of this ending
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,9 @@ def find_files(spec: str) -> list[str]:
         if not inside:
             raise TextError(f"{part} matches no file ending in {', '.join(ENDINGS)}")
         for name in inside:
-            if not name.endswith(ENDINGS):
-                raise TextError(f"{name} has an unknown ending; accepted: {', '.join(ENDINGS)}")
+            if not name.endswith((*ENDINGS, _SQUAD)):
+                accepted = ", ".join((*ENDINGS, _SQUAD))
+                raise TextError(f"{name} has an unknown ending; accepted: {accepted}")
         files += inside
     if not files:
         raise TextError(f"no documents: the spec {spec!r} names no file")
@@ -79,7 +82,8 @@ def read_documents(spec: str) -> Iterator[Document]:
 
     JSON lines have the field `text`, and may have `id` (default `<file stem>:<line>`), `title`,
     `source` (default `<file name>:<line>`), `no_loss` (pairs of character positions) and
-    `references`; other fields are ignored. Rows of Parquet files and examples of TensorFlow
+    `references`; other fields are ignored. A named file .json has the format of SQuAD; its passages
+    are the documents. Rows of Parquet files and examples of TensorFlow
     Datasets are read like JSON lines. A text file is one document whose id is its stem. Documents
     of white space only are skipped.
 
@@ -121,6 +125,9 @@ def makers(
         yield lambda: Document(path.stem, _decode(path.read_bytes(), part), source=path.name)
     elif part.endswith(".parquet"):
         yield from _parquet_rows(path, first)
+    elif part.endswith(_SQUAD):
+        for name, title, text, _ in read_squad(path)[first:]:
+            yield partial(Document, name, text, title, path.name)
     else:
         for line, data in enumerate(json_lines(part) if lines is None else lines, first + 1):
             if data.strip():

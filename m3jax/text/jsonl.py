@@ -56,6 +56,21 @@ def json_object(data: bytes, form: str = "an object") -> dict[str, Any]:
     return value
 
 
+def answer_text(value: Any, what: str = "answer") -> str:
+    """Returns an answer as text: a number as it is written, any other text unchanged.
+
+    Raises `TypeError` for another type, `ValueError` for an empty or blank text; messages call the
+    value `what`.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise TypeError(f"{what}: {type(value).__name__} in place of a text or a number")
+    if not value.strip():
+        raise ValueError(f"an empty {what}")
+    return value
+
+
 def read_records(
     path: str | os.PathLike[str],
     parse: Callable[[Any], _Item],

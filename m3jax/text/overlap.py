@@ -64,6 +64,26 @@ def which_exceed(
     return above
 
 
+def which_exceed_either_way(
+    text_tokens: Tokens,
+    references: Integer[np.ndarray, "n W"],
+    lengths: Integer[np.ndarray, " n"],
+    threshold: float,
+) -> Bool[np.ndarray, " n"]:
+    """Returns True for each reference if its overlap with a text, or the text's with it, exceeds.
+
+    A question is often shorter than a reference: a reference that contains all of it overlaps with
+    it by a small fraction of the reference. Arguments as in `which_exceed`; a text of n tokens
+    cannot exceed the threshold with references of up to `threshold` · n tokens.
+    """
+    text, lengths = np.asarray(text_tokens, np.int64), np.asarray(lengths)
+    above = which_exceed(text, references, lengths, threshold)
+    size = np.array([len(text)])
+    for i in np.flatnonzero(~above & (lengths > threshold * len(text))).tolist():
+        above[i] = which_exceed(references[i, : lengths[i]], text[None], size, threshold)[0]
+    return above
+
+
 def fewest_above(threshold: float, length: int) -> int:
     """Returns the smallest n with n / `length` > `threshold`."""
     return next(n for n in itertools.count(int(threshold * length)) if n / length > threshold)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Float
+from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from m3jax.config import prefix_tokens
@@ -20,8 +20,9 @@ from m3jax.data.rows import PackedRows
 from m3jax.errors import CheckpointError
 from m3jax.make_model import make_model
 from m3jax.memory.sparsify import sparsifier
-from m3jax.mesh import host_rows
+from m3jax.mesh import host_rows, to_global
 from m3jax.model.parameters import Params
+from m3jax.text.tokenizer import PAD
 from m3jax.train.dpo_base import RowLogprobs
 from m3jax.train.loss import Forward, Sums, objective, on_rows, over_rows, place_batch
 
@@ -37,10 +38,13 @@ class LossEvaluator:
       mesh: mesh of the parameters, over which the rows are split; None for one device.
 
     Calling it with parameters returns `loss_<mode>` (nats per token) and `accuracy_<mode>` for each
-    mode: `memory`, `none`, and `wrong`, in which a row reads the memories of another row.
+    mode: `memory`, `none`, and `wrong`, in which a row reads the memories of another row, except
+    those that it reads itself in the mode `memory`: these are hidden.
 
     Attributes:
       batches: number of evaluated batches: `evaluation.batches`, or fewer if the split is smaller.
+      hidden: share of the other rows' memories that were hidden in the mode `wrong`, in the last
+        call; 1 if the split has a single row, which then reads none.
       rows: number of distinct rows in these batches.
     """
 
@@ -53,13 +57,19 @@ class LossEvaluator:
         self._rows = host_rows(mesh, pipeline.batch_size)
         self.modes = MODES if config.memory.source != "none" else ("none",)
         self._sums = {mode: jax.jit(self._summed(mode)) for mode in self.modes}
+        self._count_hidden = jax.jit(_count_hidden)
+        self.hidden = 0.0
 
     def __call__(self, params: Params) -> dict[str, float]:
         totals = {mode: np.zeros(3) for mode in self.modes}
+        counts = np.zeros(2)
         for batch in self.each():
-            placed = place_batch(self.mesh, batch, self._rows)
+            placed = self._place(batch)
             for mode in self.modes:
                 totals[mode] += self._placed_sums(params, placed, mode)
+            if "wrong" in self.modes:
+                counts += jax.device_get(self._count_hidden(placed.reference_ids))
+        self.hidden = float(counts[0] / max(counts[1], 1))
         return {
             f"{name}_{mode}": float(value)
             for mode, (loss, weight, correct) in totals.items()
@@ -72,7 +82,14 @@ class LossEvaluator:
 
     def sums(self, params: Params, batch: Batch, mode: str) -> Float[np.ndarray, " 3"]:
         """Returns summed loss (nats), weight and correct tokens of a batch, in one of `modes`."""
-        return self._placed_sums(params, place_batch(self.mesh, batch, self._rows), mode)
+        return self._placed_sums(params, self._place(batch), mode)
+
+    def _place(self, batch: Batch) -> Batch:
+        """Makes the global batch; unlike a batch of training it keeps the reference ids."""
+        placed, ids = place_batch(self.mesh, batch, self._rows), batch.reference_ids
+        if ids is None:
+            return placed
+        return placed._replace(reference_ids=to_global(self.mesh, ids, self._rows, 0))
 
     def _placed_sums(self, params: Params, placed: Batch, mode: str) -> np.ndarray:
         return np.asarray(jax.device_get(self._sums[mode](params, placed)), np.float64)
@@ -88,15 +105,33 @@ class LossEvaluator:
         total = on_rows(self.model, local, PartitionSpec())
 
         def summed(params: Params, batch: Batch) -> Sums:
-            memory, tokens = batch.memory, batch.reference_tokens
+            memory, tokens, ids = batch.memory, batch.reference_tokens, batch.reference_ids
+            batch = batch.for_step()
             if mode == "none":
                 memory = tokens = None
             if mode == "wrong":
                 other = jax.tree.map(lambda x, axis: jnp.roll(x, 1, axis), batch, batch.row_axes())
-                memory, tokens = other.memory, other.reference_tokens
+                assert ids is not None
+                memory, tokens, own = other.memory, other.reference_tokens, _own_of_next(ids)
+                if memory is not None:
+                    memory = memory._replace(length=jnp.where(own, 0, memory.length))
+                if tokens is not None:
+                    tokens = jnp.where(own[..., None], PAD, tokens)
             return total(params, batch._replace(memory=memory, reference_tokens=tokens))
 
         return summed
+
+
+def _own_of_next(ids: Int[Array, "B C M"]) -> Bool[Array, "B C M"]:
+    """Returns for each reference of the row before, whether the row has it too, in any chunk."""
+    B = ids.shape[0]
+    rolled = jnp.roll(ids, 1, axis=0)
+    return (rolled[..., None] == ids.reshape(B, 1, 1, -1)).any(-1) & (rolled >= 0)
+
+
+def _count_hidden(ids: Int[Array, "B C M"]) -> tuple[Array, Array]:
+    """Returns the number of other rows' memories that are hidden, and the number of memories."""
+    return _own_of_next(ids).sum(), (ids >= 0).sum()
 
 
 class PreferenceEvaluator:

@@ -70,9 +70,9 @@ def write_text(folder: Path) -> tuple[str, str]:
     return str(folder / "documents.jsonl"), str(folder / "knowledge.jsonl")
 
 
-def make_workdir(folder: Path, config: ConfigDict) -> Path:
-    """Prepares everything a pipeline opens."""
-    prepare_text(config, folder, *write_text(folder), say=lambda line: None)
+def make_workdir(folder: Path, config: ConfigDict, texts: tuple[str, str] | None = None) -> Path:
+    """Prepares everything a pipeline opens; `texts` are documents and knowledge base."""
+    prepare_text(config, folder, *(texts or write_text(folder)), say=lambda line: None)
     references = References(folder / "references")
     build_index(references, make_embedder(config), folder / "index", config)
     model = make_model(config, PREFIX_TOKENS)

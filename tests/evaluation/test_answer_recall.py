@@ -1,5 +1,6 @@
 """Hit rates on references whose answers are known."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from m3jax.evaluation.answer_recall import (
     hit_rates_table,
     words,
 )
-from m3jax.evaluation.task_files import open_questions, read_task
+from m3jax.evaluation.questions import read_questions
+from m3jax.evaluation.task_files import read_task
 
 CONFIG = tiny_config()
 
@@ -65,15 +67,16 @@ def test_forms_of_one_file_are_read_record_by_record(workdir: Path, tmp_path: Pa
         {"question": text, "prompt": "word", "answer": value},
     ]
     path = write(tmp_path / "asked.jsonl", asked)
-    docs = open_questions(path)
-    assert [doc["question"] for doc in docs] == [text] * 5
-    told = [["x", value], ["x", value], ["7", value], [f" {value}"], [value]]
-    assert [doc["answers"] for doc in docs] == told
+    read = read_questions(path)
+    assert [question.query for question in read] == [text] * 5
+    told = [("x", value), ("x", value), ("7", value), (value,), (value,)]
+    assert [question.right for question in read] == told
     report = hit_rates(CONFIG, workdir, path, at=(1,))
     assert (report["questions"], report["answerable"], report["hits@1"]) == (5, 5, 1.0)
     squad = {"question": text, "answers": [{"text": value}]}
     (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": [{"qas": [squad]}]}]}))
-    assert open_questions(tmp_path / "squad.json") == docs[4:]
+    (asked_of_squad,) = read_questions(tmp_path / "squad.json")
+    assert dataclasses.replace(asked_of_squad, passage=None) == read[4]
 
 
 def test_a_line_ends_at_a_line_feed_only(tmp_path: Path) -> None:

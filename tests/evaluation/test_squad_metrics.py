@@ -12,6 +12,16 @@ def test_answers_are_compared_without_case_articles_and_punctuation():
     assert exact_match("Queen", []) == 0
 
 
+@pytest.mark.parametrize("right", ["A", "the", "!", "an"])
+def test_an_empty_answer_is_never_right(right):
+    """Though SQuAD's normal form leaves nothing of these answers either."""
+    assert normalise(right) == ""
+    for empty in ("", " ", "\n"):
+        assert exact_match(empty, [right]) == f1(empty, [right]) == 0
+    assert exact_match(f" {right}\n", [right]) == f1(right, [right]) == 1
+    assert exact_match("B", [right]) == f1("B", [right]) == 0
+
+
 @pytest.mark.parametrize(
     ("answer", "right", "expected"),
     [
@@ -20,7 +30,7 @@ def test_answers_are_compared_without_case_articles_and_punctuation():
         ("blue", ["red car", "blue sky"], 2 * 1 / (1 + 2)),
         ("blue blue", ["blue"], 2 * 1 / (2 + 1)),
         ("", ["red"], 0.0),
-        ("the", ["a"], 1.0),
+        ("the", ["a"], 0.0),
         ("red", [], 0.0),
     ],
 )

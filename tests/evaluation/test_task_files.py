@@ -89,7 +89,7 @@ def test_chance_is_that_of_guessing(tmp_path):
 
 def test_mmlu_with_header_or_letters_takes_shots_from_the_file_beside_it(tmp_path):
     test = tmp_path / "law_test.csv"
-    test.write_text('question,choice0,choice1,choice2,choice3,answer\n"Who, then?",a,b,c,d,2\n')
+    test.write_text('question,choice0,choice1,choice2,choice3,answer\n"Who, then?",a,b,c,d,2\n\n')
     (tmp_path / "law_dev.csv").write_text("Which?,p,q,r,s,B\n")
     task = read_task(test)
     assert task.name == "law" and task.chance == 0.25
@@ -133,7 +133,7 @@ CHOICE = {"query": "q", "choices": ["x", "y"], "gold": 1}
         ([{**CHOICE, "choices": ["x", " "]}], "an empty choice"),
         ([{"context": "a", "continuation": " "}], "an empty continuation"),
         ([{"prompt": "a", "answer": " "}], "an empty answer"),
-        ([{"question": "a", "answer": []}], "no answer"),
+        ([{"question": "a", "answer": []}], "an empty answer"),
         ([{"context_options": ["a", "b"], "continuation": "", "gold": 0}], "empty continuation"),
     ],
 )
@@ -148,7 +148,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(TextError, match="t.jsonl:1: expected a line of JSON"):
         read_task(path)
     path = tmp_path / "t.csv"
-    path.write_text("q,a,b,c,d\n")
+    path.write_text("q,a,b,c,d\n\n")
     with pytest.raises(TextError, match=r"t.csv:1: .*found 5 columns"):
         read_task(path)
     path.write_text("q,a,b,c,d,E\n")

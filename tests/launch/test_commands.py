@@ -105,10 +105,18 @@ def test_a_run_from_text_to_a_table(tmp_path):
     questions = tmp_path / "questions.jsonl"
     questions.write_text(json.dumps({"prompt": "pet of Nobody", "answer": " otter"}) + "\n")
     figures = tmp_path / "figures.json"
-    asked = f"--questions={questions}", f"--json={figures}"
-    shown = succeed("evaluate questions", continual, *at, *asked)
+    asked = f"--questions={questions}", f"--shots={questions}", "--new_tokens=2"
+    shown = succeed("evaluate questions", continual, *at, *asked, f"--json={figures}")
     report = json.loads(figures.read_text())
-    assert report["shift"] == 1 and report["step"] == 6 and report["questions"]["count"] == 1
+    assert (report["step"], report["questions"], report["shots"]) == (6, 1, 1)
+    for condition in ("none", "text_found", "memory_found", "wrong"):
+        assert f"({report['conditions'][condition]['nats']['low']:.3f} to" in shown
+    questions.write_text(json.dumps({"prompt": "pet of Nobody", "answer": ""}) + "\n")
+    refused = call("evaluate questions", continual, *at, *asked)
+    assert refused.returncode == 2 and "questions.jsonl:1: " in refused.stderr
+    shown = succeed("evaluate losses", continual, *at, f"--json={figures}")
+    report = json.loads(figures.read_text())
+    assert report["shift"] == 1 and report["step"] == 6
     for mode in ("memory", "none", "wrong"):
         assert f"{report[f'loss_{mode}']:.4f}" in shown
     assert "references found dropped" in shown

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from m3jax.evaluation.answer_recall import AnswerFinder, words
-from m3jax.evaluation.scoring import read_questions
+from m3jax.evaluation.questions import read_questions
 from m3jax.evaluation.squad_metrics import normalise
-from m3jax.evaluation.task_files import open_questions, read_task
+from m3jax.evaluation.task_files import read_task
 from m3jax.quickstart.island import FOLDER, read_island
 from m3jax.retrieval.lexical import LexicalEmbedder
 
@@ -157,8 +157,10 @@ def test_deleted_articles_exist_and_are_not_edited():
 
 def test_the_file_of_questions_serves_every_command_that_takes_questions():
     path = FOLDER / "questions.jsonl"
-    task, docs, continued = read_task(path), open_questions(path), read_questions(path)
-    assert task.kind == "open" and task.docs == docs
-    for question, doc, pair in zip(ISLAND.questions, docs, continued, strict=True):
+    task, read = read_task(path), read_questions(path)
+    assert task.kind == "open"
+    for question, doc, same in zip(ISLAND.questions, task.docs, read, strict=True):
         assert (doc["question"], tuple(doc["answers"])) == (question.question, question.answers)
-        assert (pair.prompt, pair.answer) == (doc["text"], f" {question.answers[0]}")
+        assert (same.query, same.right) == (question.question, question.answers)
+        assert (same.prompt, same.answer) == (doc["text"], f" {question.answers[0]}\n")
+        assert same.references == (question.reference,)

@@ -11,7 +11,7 @@ from m3jax.retrieval.build import build_index
 from m3jax.retrieval.index import Index
 from m3jax.retrieval.lexical import LexicalEmbedder
 from m3jax.retrieval.retriever import Retriever
-from m3jax.text.overlap import overlap, which_exceed
+from m3jax.text.overlap import overlap, which_exceed_either_way
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,8 @@ def _slow(index, references, queries, against, candidates, limit, k):
         for j, score in zip(found[i].tolist(), scores[i], strict=True):
             if j < 0 or score <= 0 or len(kept) == k:
                 continue
-            if overlap(text, references.tokens([j])[0, : references.lengths[j]]) > limit:
+            reference = references.tokens([j])[0, : references.lengths[j]]
+            if max(overlap(text, reference), overlap(reference, text)) > limit:
                 dropped += 1
             else:
                 kept.append(j)
@@ -75,6 +76,21 @@ def test_drops_exactly_what_the_slow_measure_says(index, references, queries, ro
         "dropped": dropped,
         "unfilled": int((ids < 0).sum()),
     }
+
+
+@pytest.mark.parametrize("limit", [0.9, 2 / 3, 0.5])
+def test_a_reference_that_holds_a_shorter_text_is_dropped(
+    index, references, texts, tokenizer, limit
+):
+    """A question: little of the reference occurs in it, but all of it in the reference."""
+    short = [" ".join(text.split()[:5]) for text in texts[:30]]
+    against = [np.asarray(tokenizer.encode(text)) for text in short]
+    retriever = Retriever(index, references, 12, limit)
+    ids = retriever.retrieve(short, against, 5)
+    expected, dropped = _slow(index, references, short, against, 12, limit, 5)
+    np.testing.assert_array_equal(ids, expected)
+    assert retriever.report()["dropped"] == dropped > 10
+    assert not (ids == np.arange(30)[:, None]).any()
 
 
 def test_order_and_company_of_queries_do_not_matter(index, references, queries, rows):
@@ -124,7 +140,7 @@ def test_the_filter_stops_when_it_has_enough(index, references, queries, rows, m
         compared.append(len(tokens))
         return np.zeros(len(tokens), bool)
 
-    monkeypatch.setattr(retriever_module, "which_exceed", counting)
+    monkeypatch.setattr(retriever_module, "which_exceed_either_way", counting)
     Retriever(index, references, 12, 0.9).retrieve(queries, rows, 3)
     assert compared == [3] * len(queries)
 
@@ -136,9 +152,9 @@ def test_queries_of_one_text_share_its_comparisons(index, references, queries, r
 
     def recording(text, tokens, lengths, threshold):
         compared.append(tokens)
-        return which_exceed(text, tokens, lengths, threshold)
+        return which_exceed_either_way(text, tokens, lengths, threshold)
 
-    monkeypatch.setattr(retriever_module, "which_exceed", recording)
+    monkeypatch.setattr(retriever_module, "which_exceed_either_way", recording)
     for against in ([rows[0]] * 4, [rows[0], rows[1], rows[0], rows[1]]):
         together, alone = (Retriever(index, references, 12, 0.5) for _ in range(2))
         compared.clear()

@@ -13,7 +13,8 @@ from data.data_workdir import WORLD, make_workdir, tiny_config
 from m3jax.config import PREFIX_TOKENS, to_json
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import SweepError
-from m3jax.evaluation.scoring import Answerer, read_questions
+from m3jax.evaluation.questions import read_questions
+from m3jax.evaluation.scoring import Answerer
 from m3jax.inference import session
 from m3jax.make_model import make_model
 from m3jax.quickstart import people

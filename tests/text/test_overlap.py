@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from m3jax.text.overlap import overlap, which_exceed
+from m3jax.text.overlap import overlap, which_exceed, which_exceed_either_way
 
 
 def exceeds(text, reference, threshold):
@@ -154,3 +154,17 @@ def test_references_with_more_tokens_than_a_byte_numbers(width):
     # The reversed copy behind it adds at most one token.
     assert shared <= overlap(t, r) * width <= shared + 1
     assert exceeds(t, r, 0.7) and not exceeds(t, r, 0.8)
+
+
+def test_either_way_is_the_larger_overlap():
+    random = np.random.default_rng(5)
+    for size in (1, 4, 12, 40):
+        t = random.integers(0, 6, size)
+        lengths = random.integers(1, 20, 30)
+        rs = random.integers(0, 6, (30, 20))
+        rows = [r[:n] for r, n in zip(rs, lengths, strict=True)]
+        for threshold in (0.0, 0.3, 2 / 3, 1.0):
+            expected = [max(overlap(t, r), overlap(r, t)) > threshold for r in rows]
+            found = which_exceed_either_way(t, rs, lengths, threshold)
+            assert found.tolist() == expected, (size, threshold)
+    assert not which_exceed_either_way([], rs, lengths, 0.0).any()

@@ -7,16 +7,15 @@ import pytest
 from data.data_workdir import WORLD, make_workdir, tiny_config
 
 from m3jax.config import PREFIX_TOKENS
-from m3jax.data.pipeline import open_pipeline
-from m3jax.errors import BankError, TextError
-from m3jax.evaluation.report import answer_questions, losses_table
-from m3jax.evaluation.scoring import Answerer, Question, read_questions
-from m3jax.evaluation.task_files import read_task
+from m3jax.errors import BankError, InferenceError
+from m3jax.evaluation.questions import Question
+from m3jax.evaluation.report import losses_table
+from m3jax.evaluation.scoring import Answerer
 from m3jax.knowledge.memory_writer import check_reader
 from m3jax.make_model import make_model
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.quickstart import people
-from m3jax.train.evaluator import evaluator
+from m3jax.train.evaluator import MODES, evaluator
 
 CONFIG = tiny_config()
 
@@ -51,8 +50,10 @@ def test_losses_equal_a_plain_computation(workdir, params):
 
     def roll(batch):
         keys, values, length = batch.memory
-        rolled = (np.roll(keys, 1, axis=1), np.roll(values, 1, axis=1), np.roll(length, 1, axis=0))
-        return ExplicitMemory(*rolled)
+        other, length = np.roll(batch.reference_ids, 1, axis=0), np.roll(length, 1, axis=0).copy()
+        for row, own in enumerate(batch.reference_ids):
+            length[row][np.isin(other[row], own)] = 0  # memories that the row reads itself
+        return ExplicitMemory(np.roll(keys, 1, axis=1), np.roll(values, 1, axis=1), length)
 
     ways = {"memory": lambda b: b.memory, "none": lambda b: None, "wrong": roll}
     for mode, memory_of in ways.items():
@@ -99,9 +100,7 @@ def test_answers_are_those_of_teacher_forcing_with_the_memories(workdir, params)
 
 def test_each_prompt_chunk_retrieves_with_its_own_text_and_the_answer_inherits(workdir, params):
     pipeline = evaluator(CONFIG, workdir).pipeline
-    answerer = Answerer(
-        make_model(CONFIG, PREFIX_TOKENS), params, pipeline.tokenizer, CONFIG.data.sequence_length
-    )
+    answerer = Answerer(make_model(CONFIG, PREFIX_TOKENS), params, pipeline.tokenizer, longest=90)
     first, second = WORLD.unseen[:2]
     prompt = "\n".join((first.text, second.text, people.statement(second.name, "pet", "")[:-1]))
     question = Question(prompt, " a very long answer of many more tokens than a chunk has room for")
@@ -109,29 +108,27 @@ def test_each_prompt_chunk_retrieves_with_its_own_text_and_the_answer_inherits(w
     tokens = np.array([1, *pipeline.tokenizer.encode(prompt)])
     for chunk in range((len(tokens) - 1) // 10 + 1):
         text = pipeline.tokenizer.decode(tokens[10 * chunk : 10 * chunk + 10])
-        expected = pipeline.retriever.retrieve([text], None, 5)
+        expected = pipeline.retriever.retrieve([text], [tokens[1:]], 5)
         np.testing.assert_array_equal(ids[chunk], expected[0])
     assert len(ids) == (len(tokens) - 1) // 10 + 1
     correct = answerer.correct([question], [np.concatenate([ids, ids[-1:]])], pipeline.bank)
     assert answerer.correct([question], [ids], pipeline.bank) == correct
+    answerer.longest = CONFIG.data.sequence_length
+    with pytest.raises(InferenceError, match="a prompt of .* do not fit the model's context of 60"):
+        answerer.correct([question], [ids], pipeline.bank)
 
 
-def test_questions_are_searched_where_training_rows_carry_their_references(
-    workdir, params, tmp_path
-):
-    path = tmp_path / "questions.jsonl"
-    asked = people.questions(WORLD, 0)[:4]
-    people.write_jsonl(path, [{"prompt": q.prompt, "answer": q.answer} for q in asked])
-    figures = []
-    for ids, packing in (("search", "concat"), ("stored", "document")):
-        config = tiny_config(retrieval__ids=ids, data__packing=packing)
-        pipeline = open_pipeline(config, workdir)
-        assert (pipeline.retriever is None) == (ids == "stored")
-        figures.append(
-            answer_questions(config, pipeline, make_model(config, PREFIX_TOKENS), params, path)
-        )
-    assert figures[0] == figures[1] and figures[0]["count"] == 4
-    assert set(figures[0]) == {"count", "accuracy_none", "accuracy_memory", "accuracy_wrong"}
+@pytest.mark.parametrize("source", ["precomputed", "online"])
+def test_wrong_memories_of_few_rows_are_none_of_their_own(workdir, params, source):
+    """A batch that repeats a row, whose neighbour then has the same references."""
+    evaluate_losses = evaluator(tiny_config(memory__source=source), workdir)
+    batch = evaluate_losses.pipeline.read(np.array([3, 3, 3, 3]))
+    assert (batch.reference_ids >= 0).any()
+    with_own, none, wrong = (evaluate_losses.sums(params, batch, m)[0] for m in MODES)
+    assert wrong == pytest.approx(none, rel=1e-6) and abs(with_own - none) > 1e-6 * none
+    evaluate_losses.each = lambda: iter([batch])
+    evaluate_losses(params)
+    assert evaluate_losses.hidden == 1.0
 
 
 def test_a_bank_of_another_writer_is_refused(workdir):
@@ -143,23 +140,10 @@ def test_a_bank_of_another_writer_is_refused(workdir):
         check_reader(pipeline.bank, {"writer": {**read, "hash": "0" * 32}}, workdir)
 
 
-def test_questions_are_read_from_json_lines(tmp_path):
-    path = tmp_path / "q.jsonl"
-    path.write_text(
-        '{"prompt": "a", "answer": " b"}\n{"prompt": "c", "answer": " d", "references": ["x"]}'
-    )
-    assert read_questions(path) == [Question("a", " b"), Question("c", " d", ("x",))]
-    path.write_text('{"question": "Who?", "answer": "Ida", "aliases": ["She"], "kind": "fact"}')
-    assert read_questions(path) == [Question("Question: Who?\nAnswer:", " Ida")]
-    assert read_questions(path)[0].prompt == read_task(path).docs[0]["text"]
-    path.write_text('{"prompt": "a"}')
-    with pytest.raises(TextError, match="q.jsonl:1"):
-        read_questions(path)
-
-
 def test_the_table_shows_every_mode():
     report = {"checkpoint": "c", "step": 2, "rows": 8, "shift": 1, "retrieval": {}}
     for mode in ("memory", "none", "wrong"):
         report |= {f"loss_{mode}": 2.0, f"accuracy_{mode}": 0.5}
-    text = losses_table({**report, "questions": {"accuracy_none": 0.25, "accuracy_memory": 0.75}})
-    assert text.count("2.0000") == 3 and "0.7500" in text and "–" in text
+    text = losses_table({**report, "wrong_hidden": 0.25})
+    assert "25.0% of the wrong memories were hidden" in text
+    assert text.count("2.0000") == 3 and text.count("0.5000") == 3

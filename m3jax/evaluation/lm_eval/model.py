@@ -9,7 +9,7 @@
 | `memory`, or `explicit` | the context, and memories that the context's chunks retrieve |
 | `compressed` | the same, from a bank of compressed memories |
 | `rag` | references as text in front of the context, retrieved with the whole context |
-| `wrong` | the context, and memories that another question retrieves |
+| `wrong` | the context, and memories drawn at random, none of which the question retrieves |
 
 The continuation to score is never part of the query, and references that overlap too much with the
 context are dropped (Memory³ §6.1). Contexts that are too long lose their beginning.
@@ -25,7 +25,9 @@ from typing import Any
 import numpy as np
 
 from m3jax.errors import InferenceError
-from m3jax.evaluation.scoring import Pair, Scorer
+from m3jax.evaluation.batches import continue_prompts
+from m3jax.evaluation.other_references import draw_others
+from m3jax.evaluation.scoring import Pair, Scorer, fit
 from m3jax.inference.generate import Generator
 from m3jax.inference.memory_retrieval import MemoryRetriever
 from m3jax.inference.rag import rag_prompts
@@ -235,24 +237,13 @@ class HarnessModel(TemplateLM):
         if self.mode == "wrong":
             contexts = [np.concatenate([[BOS], row]).astype(np.int32) for row in tokens]
             retrieved = self._retrieve(contexts, questions) or ()
-            most = self.longest // self.session.config.memory.chunk_length
-            # Later chunks of the row read the references of the context's last chunk.
+            # Every chunk of the row reads the same references.
+            most = self.longest // self.session.config.memory.chunk_length + 1
             options["references"] = [
                 [*np.pad(ids, ((0, most), (0, 0)), "edge")] for ids in retrieved
             ]
-        texts = [""] * len(prompts)
-        order = np.argsort([-len(row) for row in tokens], kind="stable")
         rows = self.scorer.batch_size
-        for low in range(0, len(prompts), rows):
-            part = order[low : low + rows].tolist()
-            part += part[-1:] * (rows - len(part))
-            of_part: dict[str, Any] = {
-                name: [values[i] for i in part] for name, values in options.items()
-            }
-            generations = self._generator.generate([prompts[i] for i in part], new, **of_part)
-            for i, generation in zip(part, generations, strict=True):
-                texts[i] = generation.text
-        return texts
+        return continue_prompts(self._generator, tokens, new, rows, options)
 
     def _retrieve(
         self,
@@ -260,11 +251,11 @@ class HarnessModel(TemplateLM):
         questions: Sequence[Hashable] | None = None,
         shift: int = 0,
     ) -> list[np.ndarray] | None:
-        """Retrieves the references that contexts read, in the mode `wrong` another question's.
+        """Retrieves the references that contexts read; in the mode `wrong` draws others.
 
         Returns ids `(chunks, M)` for each context; None without memories. Equal contexts are
-        searched once. The overlap filter compares references with the context without BOS. Raises
-        `InferenceError` in the mode `wrong` if there is a single question.
+        searched once. The overlap filter compares references with the context without BOS. Wrong
+        references of a question are the same for all of its contexts and their chunks.
         """
         if self.bank is None or self.retriever is None:
             return None
@@ -277,14 +268,16 @@ class HarnessModel(TemplateLM):
         ids = [by_key[key] for key in keys]
         if self.mode != "wrong":
             return ids
-        first: dict[Hashable, int] = {}
-        for number, question in enumerate(questions or keys):
-            first.setdefault(question, number)
-        if len(first) < 2:
-            raise InferenceError("mode 'wrong' with a single question; give at least two")
-        places, half = list(first.values()), len(first) // 2
-        other = dict(zip(first, places[half:] + places[:half], strict=True))
-        return [ids[other[question]] for question in questions or keys]
+        own: dict[Hashable, set[int]] = {}
+        for question, of_context in zip(questions or keys, ids, strict=True):
+            own.setdefault(question, set()).update(of_context.ravel().tolist())
+        count = self.session.config.memory.per_prompt_chunk
+        live = self.retriever.references.live
+        drawn = draw_others(
+            live, [sorted(of_question) for of_question in own.values()], count, seed=0
+        )
+        others = dict(zip(own, drawn[:, None], strict=True))
+        return [others[question] for question in questions or keys]
 
     def _shown(self, contexts: Sequence[str]) -> list[str]:
         """Returns contexts as the model reads them: in the mode `rag` behind references.
@@ -305,17 +298,10 @@ class HarnessModel(TemplateLM):
 
         Raises `InferenceError` if the continuation is empty or longer than a row.
         """
-        room = self.longest - len(continuation)  # the last token is only scored, BOS is one more
-        if not continuation or room < 0:
-            raise InferenceError(
-                f"a continuation of {len(continuation)} tokens cannot be scored in rows of"
-                f" {self.longest}; leave it out, or raise data.sequence_length"
-            )
-        tokens = list(context[1:] if context[:1] == [BOS] else context)
-        if len(tokens) > room:
-            self.counts["truncated"] += 1
-            tokens = tokens[len(tokens) - room :]
-        return Pair(np.array([BOS, *tokens], np.int32), np.array(continuation, np.int32))
+        tokens = context[1:] if context[:1] == [BOS] else context
+        pair, cut = fit(tokens, continuation, self.longest)
+        self.counts["truncated"] += cut
+        return pair
 
     def _fitting(self, prompts: list[str], room: int) -> list[str]:
         """Cuts prompts from the left to at most `room` tokens, and counts the cut ones."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from m3jax.errors import TextError
 from m3jax.text.documents import Document, find_files, makers, open_tfds, parquet_groups
 from m3jax.text.jsonl import json_lines
+from m3jax.text.squad import read_squad
 
 BLOCK_BYTES = 4 << 20
 _MOST = 1 << 16  # most lines of a block
@@ -97,6 +98,8 @@ def _cut(source: BlockSource, left: int) -> Iterator[tuple[int, int, tuple[bytes
         counts = [len(source.parts)]
     elif part.endswith(".parquet"):
         counts = parquet_groups(part)
+    elif part.endswith(".json"):
+        counts = [len(read_squad(part))]
     else:
         yield from _cut_lines(part, left)
         return

@@ -132,15 +132,26 @@ def test_a_continuation_reads_the_memories_of_its_context_and_is_in_no_query(
     assert all(against is None for _, against in asked)
 
 
-def test_wrong_memories_are_those_of_another_question(session, make):
+@pytest.mark.parametrize("count", [2, 4])
+def test_wrong_memories_are_none_of_the_question(session, make, monkeypatch, count):
+    """Of one question, too, and of two with the same words."""
     model = make("wrong", overlap=1.0)
-    given = requests("loglikelihood", *ARGUMENTS, questions=OF)
-    found = model.loglikelihood(given, disable_tqdm=True)
-    ids = [chunks_found(session, context) for context in CONTEXTS]
-    expected = [plain(session, *one, ids[1 - n]) for one, n in zip(ARGUMENTS, OF, strict=True)]
-    close([x for x, _ in found], expected)
-    with pytest.raises(InferenceError, match="single question"):
-        model.loglikelihood(given[:2], disable_tqdm=True)
+    read = []
+    score = model.scorer.score
+    monkeypatch.setattr(
+        model.scorer, "score", lambda p, ids, *a, **k: read.extend(ids) or score(p, ids, *a, **k)
+    )
+    for arguments, of in ((ARGUMENTS[:count], OF[:count]), ([ARGUMENTS[0]] * 2, [0, 1])):
+        read.clear()
+        given = requests("loglikelihood", *arguments, questions=of)
+        found = model.loglikelihood(given, disable_tqdm=True)
+        for (context, _), ids in zip(arguments, read, strict=True):
+            assert ids.shape == (1, 5) and len(set(ids[0].tolist())) == 5 and (ids >= 0).all()
+            assert not set(ids[0].tolist()) & set(chunks_found(session, context).ravel().tolist())
+        expected = [plain(session, *one, ids) for one, ids in zip(arguments, read, strict=True)]
+        close([x for x, _ in found], expected)
+        same = [of.index(question) for question in of]
+        assert all((read[n] == read[first]).all() for n, first in enumerate(same))
 
 
 def test_references_that_the_context_contains_are_dropped(session, make, monkeypatch):
@@ -241,10 +252,9 @@ def test_texts_are_those_of_the_generator_up_to_a_stop_string(session, make, mod
     )
     references = None
     if mode == "wrong":
-        ids = [chunks_found(session, prompt) for prompt in PROMPTS]
-        references = [[ids[1][0]] * 3, [ids[0][0]] * 2]
-        lengths = [len(session.tokenizer.encode(prompt)) + 1 for prompt in PROMPTS]
-        assert 10 < lengths[0] <= 20 and lengths[1] <= 10
+        rows = [[BOS, *session.tokenizer.encode(prompt)] for prompt in PROMPTS]
+        drawn = model._retrieve([np.array(row, np.int32) for row in rows], [("t", 0), ("t", 1)])
+        references = [[ids[0]] * 8 for ids in drawn]
     expected = generator.generate(PROMPTS, 12, references=references)
     assert found == [one.text for one in expected]
     stop = found[0][3:5]
