@@ -122,8 +122,8 @@ def answering(question: Question, references: References) -> list[int]:
       TextError: a named reference or passage is not in the knowledge base.
     """
     if question.passage is None:
-        ids = [references.of_document(key) or [references.find(key)] for key in question.references]
-        return list(itertools.chain(*ids))
+        of_each = (references.of_document(k) or [references.find(k)] for k in question.references)
+        return list(itertools.chain.from_iterable(of_each))
     passage, start = question.passage
     ids = references.of_document(passage.id)
     pieces = references.read(ids)
