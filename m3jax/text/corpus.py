@@ -13,7 +13,7 @@ from jaxtyping import Float32, Int32
 
 from m3jax.errors import TextError
 from m3jax.text.documents import Document, in_batches
-from m3jax.text.records import Records, RecordWriter, dtype_of_tokens
+from m3jax.text.records import Records, RecordWriter, dtype_of_tokens, told_losses
 from m3jax.text.tokenizer import BOS, END, Tokenizer
 
 _KIND = "corpus"
@@ -45,16 +45,21 @@ class TokenDocument:
             record["weights"] = self.weights.astype(np.uint8).tobytes()
         if self.references:
             record["references"] = list(self.references)
-        return EncodedDocument(record, len(self.tokens), len(text), len(text.encode()))
+        sizes = len(self.tokens), len(text), len(text.encode())
+        return EncodedDocument(record, *sizes, tokenizer.lost(text))
 
 
 class EncodedDocument(NamedTuple):
-    """Holds the record of a document as the corpus stores it, and its counts."""
+    """Holds the record of a document as the corpus stores it, and its counts.
+
+    `lost` counts characters with bytes that the tokenizer lacks.
+    """
 
     record: dict[str, Any]
     tokens: int
     characters: int
     bytes: int
+    lost: int
 
 
 class CorpusWriter(RecordWriter):
@@ -72,8 +77,10 @@ class CorpusWriter(RecordWriter):
     def append(self, document: EncodedDocument) -> None:
         """Appends a document."""
         self.write(document.record, lengths=document.tokens.to_bytes(8, "little"))
-        _, tokens, characters, size = document
+        _, tokens, characters, size, lost = document
         self._counts.update(tokens=tokens, characters=characters, text_bytes=size)
+        if lost:
+            self._counts.update(lost_characters=lost, lossy_documents=1)
 
     def commit(self) -> None:
         """Finishes the corpus; raises `TextError` if it has no document."""
@@ -157,7 +164,7 @@ class Corpus(Records):
         tokens, characters = self.manifest["tokens"], self.manifest["characters"]
         ratio = self.manifest["text_bytes"] / max(tokens, 1)
         counts = f"{len(self)} documents, {tokens} tokens, {characters} characters"
-        return f"{counts}, {ratio:.2f} bytes per token"
+        return f"{counts}, {ratio:.2f} bytes per token{told_losses(self.manifest, 'documents')}"
 
     def __getitem__(self, i: int | np.integer) -> TokenDocument:
         record = self.read([int(i)])[0]

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -206,3 +206,12 @@ class Records:
                     str(self._paths[shard]), _READER, file_reader_buffer_size=1 << 15
                 )
             return self._readers[shard]
+
+
+def told_losses(manifest: Mapping[str, Any], what: str) -> str:
+    """Formats how many texts (`what`) have characters with bytes that the tokenizer lacks."""
+    lost = manifest.get("lost_characters", 0)
+    if not lost:
+        return ""
+    texts = manifest[f"lossy_{what}"]
+    return f"; {lost} characters in {texts} {what} are left out, the tokenizer lacks their bytes"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from m3jax.errors import TextError
 from m3jax.files import digest, hash64
 from m3jax.numbering import Numbering
 from m3jax.text.documents import Document, in_batches
-from m3jax.text.records import Records, RecordWriter, dtype_of_tokens
+from m3jax.text.records import Records, RecordWriter, dtype_of_tokens, told_losses
 from m3jax.text.reference_splitter import Piece, cut_references
 from m3jax.text.tokenizer import PAD, Tokenizer
 
@@ -75,6 +76,7 @@ def write_pieces(
 ) -> int:
     """Writes references of documents that are already cut; returns their number."""
     seen: set[bytes] = set()
+    losses: Counter[str] = Counter()
     with _Writer(folder, dtype_of_tokens(tokenizer.size)) as writer:
         for document, pieces in cut:
             name = hashlib.blake2b(document.id.encode(), digest_size=12).digest()
@@ -85,6 +87,8 @@ def write_pieces(
                 )
             seen.add(name)
             for n, piece in enumerate(pieces):
+                if lost := tokenizer.lost(piece.text):
+                    losses.update(lost_characters=lost, lossy_references=1)
                 names = f"{document.id}#{n}", document.title, document.source
                 writer.append(Reference(*names, **vars(piece)))
         if not seen:
@@ -94,7 +98,7 @@ def write_pieces(
                 f"the knowledge base has no usable tokens: its {len(seen)} documents are white"
                 " space only; give documents with text"
             )
-        writer.commit(tokenizer.fingerprint, length, len(seen))
+        writer.commit(tokenizer.fingerprint, length, len(seen), **losses)
         return writer.count
 
 
@@ -197,9 +201,11 @@ class References:
 
     def info(self) -> str:
         """Formats the counts of references, documents and tokens."""
+        manifest = self._records.manifest
         return (
-            f"{len(self)} references of {self._records.manifest['documents']} documents,"
+            f"{len(self)} references of {manifest['documents']} documents,"
             f" {int(self._ends[-1])} tokens, {self.lengths.mean():.1f} of {self.length} on average"
+            f"{told_losses(manifest, 'references')}"
         )
 
     def __len__(self) -> int:

@@ -25,7 +25,9 @@ SMALLEST = len(SPECIAL_TOKENS) + 256  # special tokens and bytes: a tokenizer wi
 
 _FILE = "tokenizer.json"
 _MANIFEST = "manifest.json"
-_LINE_ENDS = re.compile(r"\S(?=\n)")
+_WORD_ENDS = re.compile(
+    r"[^\W\d_](?=\n| [^\W\d_])"
+)  # a letter before a line feed, or a space and a letter
 _BLOCK = 1 << 20  # characters of a text that are tokenized at once, about: bounds RAM
 
 Tokens = Int32[np.ndarray, "_"]  # of any length
@@ -41,6 +43,7 @@ class Tokenizer:
     Attributes:
       size: number of vocabulary entries, special tokens included.
       fingerprint: hex hash of the saved JSON.
+      lacking: bytes without tokens, which are left out of texts; none in trained tokenizers.
       prefix: `[BOS, REFERENCE]`, set before every reference, as `<s>Reference:` in Memory³ §3.3.
     """
 
@@ -53,6 +56,7 @@ class Tokenizer:
         self.size: int = self._tokenizer.get_vocab_size()
         self.fingerprint: str = digest(json_text)
         self.prefix: np.ndarray = np.array([BOS, REFERENCE], np.int32)
+        self.lacking: bytes = _lacking_bytes(self._tokenizer)
         first = tuple(self._tokenizer.id_to_token(i) for i in range(len(SPECIAL_TOKENS)))
         if first != SPECIAL_TOKENS:
             raise TextError(f"the tokenizer begins with {first}; expected {SPECIAL_TOKENS}")
@@ -125,8 +129,21 @@ class Tokenizer:
             ) from error
 
     def encode(self, text: str) -> Tokens:
-        """Encodes a text without special tokens, even for `"</s>"`; `decode` returns it exactly."""
+        """Encodes a text without special tokens, even for `"</s>"`.
+
+        `decode` returns the text exactly, unless it has characters that are `lost`.
+        """
         return self.encode_batch([text])[0]
+
+    def lost(self, text: str) -> int:
+        """Counts the characters of a text that have bytes without tokens.
+
+        `decode` returns U+FFFD in the place of such a character, or nothing.
+        """
+        data = text.encode()
+        if len(data.translate(None, self.lacking)) == len(data):
+            return 0
+        return sum(not set(self.lacking).isdisjoint(character.encode()) for character in text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         """Encodes every text, in parallel over the cores."""
@@ -143,7 +160,7 @@ class Tokenizer:
         """Encodes a text; returns its tokens and the characters `[start, end)` that each covers.
 
         All tokens of a character that needs several have that character's span; together the spans
-        cover the text without gaps.
+        cover the text without gaps, except for characters all of whose bytes lack tokens.
         """
         ids, spans, start = [], [], 0
         for block in _blocks(text):
@@ -178,6 +195,27 @@ def _naming_unknown_words() -> Iterator[None]:
         ) from error
 
 
+def _lacking_bytes(tokenizer: tokenizers.Tokenizer) -> bytes:
+    """Returns the bytes that a byte-level BPE has no tokens for; b"" for tokenizers of words."""
+    if not isinstance(tokenizer.model, models.BPE):
+        return b""
+    return bytes(
+        byte
+        for byte, character in enumerate(_byte_characters())
+        if tokenizer.token_to_id(character) is None
+    )
+
+
+def _byte_characters() -> list[str]:
+    """Returns the character by which byte-level BPE writes each byte.
+
+    Printable bytes of Latin-1 stand for themselves, the others are U+0100, U+0101, … in order.
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = itertools.count(256)
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
 def _limited(texts: Iterable[str], most_bytes: int | None) -> Iterator[str]:
     """Yields blocks (`_blocks`) of texts, up to `most_bytes` UTF-8 bytes in total."""
     left = sys.maxsize if most_bytes is None else most_bytes
@@ -193,11 +231,12 @@ def _limited(texts: Iterable[str], most_bytes: int | None) -> Iterator[str]:
 def _blocks(text: str) -> Iterator[str]:
     """Yields blocks of a text whose tokens, concatenated, are the tokens of the whole text.
 
-    Long texts are cut before a line feed that follows a non-space character: words end there.
+    Long texts are cut behind a letter that a line feed, or a space and a letter follow: words end
+    there in all patterns that split texts for byte-level BPE.
     """
     start = 0
     while len(text) - start > _BLOCK:
-        end = _LINE_ENDS.search(text, start + _BLOCK)
+        end = _WORD_ENDS.search(text, start + _BLOCK)
         if end is None:
             break
         yield text[start : end.start() + 1]

@@ -1,15 +1,14 @@
 """Tokenizers of other models, renumbered so that ids 0, 1, … are our special tokens.
 
-Each function returns the content of a `tokenizer.json`, and an array (n,) with the model's original
-id of each new id, for `m3jax.model.hf.read_params`. The tokens that become our special tokens swap
-ids with the model's first tokens; all others keep theirs.
+The tokens that become our special tokens swap ids with the model's first tokens; all others keep
+theirs. A special token for which the model has none is added.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import tokenizers
@@ -17,6 +16,8 @@ from jaxtyping import Int
 from tokenizers import models, pre_tokenizers
 
 from m3jax.errors import TextError
+from m3jax.text.special_tokens import choose_special
+from m3jax.text.tokenizer import Tokenizer
 
 # Texts with runs of white space, digits, code, accents, other scripts and an emoji.
 _PROBES = (
@@ -26,19 +27,39 @@ _PROBES = (
 )
 
 
+class Adopted(NamedTuple):
+    """Tokenizer of another model with our special tokens.
+
+    Attributes:
+      text: content of its `tokenizer.json`.
+      order: the model's id of each of our n tokens; −1 for a token that the model must read as
+        meaning nothing, see `m3jax.model.hf.read_params`.
+      line_feed: the model's id of the token of a line feed; None if it has none.
+    """
+
+    text: str
+    order: Int[np.ndarray, " n"]
+    line_feed: int | None = None
+
+
+_LINE_FEED = "\u010a"  # as byte-level BPE writes it
+_PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
 def adopt_tokenizer(
-    text: str, named: Sequence[str] | None, special: Sequence[str]
-) -> tuple[str, Int[np.ndarray, " n"]]:
+    text: str, named: Sequence[str] | None, special: Sequence[str], end: str | None = None
+) -> Adopted:
     """Renumbers a byte-level BPE tokenizer of another model.
 
     Removes its NFC normalization and its template of special tokens, so that decoding returns any
-    text exactly.
+    text exactly, without the bytes that the tokenizer has no tokens for.
 
     Args:
       text: content of the model's `tokenizer.json`.
-      named: texts of the model's special tokens that become `special`, in this order; None if it
-        begins with `special` already.
+      named: texts of the model's special tokens that become `special`, in this order; None: those
+        that `choose_special` chooses, unless it begins with `special` already.
       special: our special tokens, which get the ids 0, 1, ….
+      end: the token that ends the model's texts, for `choose_special`.
 
     Raises:
       TextError: the file is damaged or its ids have gaps; it is not a byte-level BPE tokenizer that
@@ -57,11 +78,25 @@ def adopt_tokenizer(
             f"tokenizer.json is damaged or no BPE tokenizer ({error!r}); choose another model"
         ) from error
     if tuple(theirs[: len(special)]) == tuple(special) and named in (None, list(special)):
-        return text, np.arange(len(ids))
-    _check_named(named, special, ids, [token["content"] for token in added])
+        return Adopted(text, np.arange(len(ids)))
     _check_byte_level(content, ids)
-    order = _exchanged(len(ids), (ids[name] for name in named or ()))
-    renamed = dict(zip(named or (), special, strict=True))
+    names = [token["content"] for token in added]
+    if named is None:
+        chosen, neutral = choose_special([name for name in theirs if name in names], end)
+    else:
+        _check_named(named, special, names)
+        chosen, neutral = tuple(named), (False,) * len(named)
+    line_feed = ids.get(_LINE_FEED)
+    renamed: dict[str, str] = {}
+    for name, ours in zip(chosen, special, strict=True):
+        if ours in ids and ours not in chosen:
+            raise TextError(f"the tokenizer has a token {ours} besides {name}; name {ours} itself")
+        if name is None:
+            ids[ours] = len(theirs)
+            theirs.append(ours)
+            added.append({"content": ours, **_PLAIN})
+        renamed[name or ours] = ours
+    order = _exchanged(len(ids), (ids[name] for name in renamed))
     places = {renamed.get(theirs[old], theirs[old]): new for new, old in enumerate(order)}
     for token in added:
         if token["content"] in renamed:
@@ -69,15 +104,15 @@ def adopt_tokenizer(
         token["id"] = places[token["content"]]
     model.update(vocab=places, unk_token=None, dropout=None)
     added.sort(key=lambda token: token["id"])
+    content.update(added_tokens=added)
     content.update(normalizer=None, post_processor=None, truncation=None, padding=None)
     result = json.dumps(content, ensure_ascii=False)
     _check_adopted(text, result, order)
-    return result, np.array(order)
+    order[: len(special)] = [-1 if new else old for new, old in zip(neutral, order, strict=False)]
+    return Adopted(result, np.array(order), line_feed)
 
 
-def id_tokenizer(
-    size: int, named: Sequence[str] | None, special: Sequence[str]
-) -> tuple[str, Int[np.ndarray, " n"]]:
+def id_tokenizer(size: int, named: Sequence[str] | None, special: Sequence[str]) -> Adopted:
     """Makes a tokenizer for a model whose own is not available: token 17 is the word `t17`.
 
     A text is then a line of words such as `t403 t17 t261`, in the model's original ids. Documents
@@ -107,7 +142,7 @@ def id_tokenizer(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
     )
     tokenizer.add_special_tokens(list(special))
-    return tokenizer.to_str(), np.array(order)
+    return Adopted(tokenizer.to_str(), np.array(order))
 
 
 def _exchanged(size: int, ids: Iterable[int]) -> list[int]:
@@ -119,25 +154,27 @@ def _exchanged(size: int, ids: Iterable[int]) -> list[int]:
     return order
 
 
-def _check_named(
-    named: Sequence[str] | None, special: Sequence[str], ids: Mapping[str, int], added: list[str]
-) -> None:
+def _check_named(named: Sequence[str], special: Sequence[str], added: list[str]) -> None:
     shown = ", ".join(added[:40]) or "none"
-    if named is None or len(set(named)) != len(special) or len(named) != len(special):
+    if len(set(named)) != len(special) or len(named) != len(special):
         raise TextError(
-            f"the tokenizer does not begin with {', '.join(special)}; name {len(special)} different"
-            f" special tokens of it that are to be these, in this order (for {special[2]} one that"
-            f" the model has not been trained on). It has: {shown}"
+            f"name {len(special)} different special tokens that are to be {', '.join(special)}, in"
+            f" this order (for {special[2]} one that the model has not been trained on). The"
+            f" tokenizer has: {shown}"
         )
-    for name, ours in zip(named, special, strict=True):
+    for name in named:
         if name not in added:
             raise TextError(f"{name!r} is not a special token of the tokenizer: {shown}")
-        if ours in ids and ours not in named:
-            raise TextError(f"the tokenizer has a token {ours} besides {name}; name {ours} itself")
+
+
+def _letters() -> set[str]:
+    """Returns the characters by which byte-level BPE writes the printable ASCII characters."""
+    return set(map(chr, range(33, 127))) | {"\u0120", "\u010a"}  # space and line feed
 
 
 def _check_byte_level(content: dict[str, Any], ids: Mapping[str, int]) -> None:
-    """Raises `TextError` for a tokenizer that does not return every text exactly."""
+    """Raises `TextError` for a tokenizer that changes texts other than by leaving out bytes that it
+    has no tokens for."""
 
     def refuse(what: str) -> NoReturn:
         raise TextError(
@@ -152,8 +189,11 @@ def _check_byte_level(content: dict[str, Any], ids: Mapping[str, int]) -> None:
     splitter = content.get("pre_tokenizer") or {}
     steps = splitter.get("pretokenizers", [splitter])
     levels = [step for step in steps if step.get("type") == "ByteLevel"]
-    if len(levels) != 1 or not ids.keys() >= set(pre_tokenizers.ByteLevel.alphabet()):
+    if len(levels) != 1:
         refuse("it does not split texts into bytes")
+    missing = _letters() - ids.keys()
+    if missing:
+        refuse(f"it has no tokens for {len(missing)} bytes of letters, digits and punctuation")
     if levels[0].get("add_prefix_space"):
         refuse("it adds a space to texts")
     for token in content.get("added_tokens") or []:
@@ -164,13 +204,14 @@ def _check_byte_level(content: dict[str, Any], ids: Mapping[str, int]) -> None:
 def _check_adopted(theirs: str, ours: str, order: list[int]) -> None:
     """Raises `TextError` unless `ours` encodes the probes as `theirs` does and decodes them."""
     try:
-        before, after = (tokenizers.Tokenizer.from_str(text) for text in (theirs, ours))
+        before, after = tokenizers.Tokenizer.from_str(theirs), Tokenizer(ours)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise TextError(f"tokenizer.json is damaged ({error}); download it again") from error
-    before.encode_special_tokens = after.encode_special_tokens = True
-    for probe in _PROBES:
+    before.encode_special_tokens = True
+    for text in _PROBES:
+        probe = "".join(character for character in text if not after.lost(character))
         expected = before.encode(probe, add_special_tokens=False).ids
-        renumbered = after.encode(probe, add_special_tokens=False).ids
+        renumbered = after.encode(probe)
         if [order[i] for i in renumbered] != expected or after.decode(renumbered) != probe:
             raise TextError(
                 f"tokenizer.json: {probe!r} does not come back from the renumbered tokenizer; only"

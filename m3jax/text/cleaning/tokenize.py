@@ -28,7 +28,7 @@ from m3jax.text.documents import Document, is_validation
 from m3jax.text.reference_splitter import Piece, cut_references
 from m3jax.text.tokenizer import Tokenizer
 
-_COUNTS = ("order", "offset", "size", "tokens", "characters", "bytes")
+_COUNTS = ("order", "offset", "size", "tokens", "characters", "bytes", "lost")
 _ROW = np.dtype([*((name, "<u8") for name in _COUNTS), ("validation", "?")])
 _BUCKET_BYTES = 64 << 20  # of records that are sorted at once
 
@@ -59,7 +59,7 @@ def tokenize_block(work: BlockWork, share: float, shuffle: int, name: str) -> No
     for i, (document, encoding) in enumerate(zip(documents, encodings, strict=True)):
         records.append(msgpack.packb(encoding.record))
         order = _order(document, number_of(name, i), shuffle)
-        counts = (len(records[-1]), encoding.tokens, encoding.characters, encoding.bytes)
+        counts = (len(records[-1]), *encoding[1:])
         rows[i] = (order, 0, *counts, is_validation(document, share))
     by_order = np.argsort(rows["order"], kind="stable")
     rows = rows[by_order]
