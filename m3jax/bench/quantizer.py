@@ -47,7 +47,7 @@ def quantizer(
       BenchmarkError: the bank is compressed or has too few vectors.
     """
     count = vectors + tested
-    x = _made(count) if workdir is None else _of_bank(Path(workdir), count)
+    x = _made(count) if workdir is None else bank_vectors(Path(workdir), count)
     x, held_out = x[:-tested], x[-tested:]
     begin, errors = time.perf_counter(), {}
     book = jax.block_until_ready(train(x, coarse_bits=coarse_bits, fine_bits=fine_bits))
@@ -114,8 +114,11 @@ def _made(count: int, dim: int = 80) -> np.ndarray:
     return (x @ turn).astype(np.float32)
 
 
-def _of_bank(workdir: Path, count: int) -> np.ndarray:
-    """Reads `count` keys and values in random order from a bank, skipping empty slots."""
+def bank_vectors(workdir: Path, count: int) -> np.ndarray:
+    """Reads `count` keys and values in random order from a bank, skipping empty slots.
+
+    Returns `(count, H)` float32. Raises `BenchmarkError` if the bank is compressed or has too few.
+    """
     bank = Bank.open(workdir / "bank")
     if not bank.codec.plain:
         raise BenchmarkError(f"{workdir / 'bank'} is compressed; give one of config.memory.dtype")
@@ -126,7 +129,7 @@ def _of_bank(workdir: Path, count: int) -> np.ndarray:
     ids = np.sort(order[: int(np.searchsorted(np.cumsum(slots[order]), count)) + 1])
     memory = bank.read(ids)
     real = np.arange(memory.keys.shape[3]) < np.asarray(memory.length)[:, None]
-    parts = [np.asarray(x).transpose(0, 3, 1, 2, 4)[real] for x in (memory.keys, memory.values)]
+    parts = [np.asarray(x).transpose(1, 3, 0, 2, 4)[real] for x in (memory.keys, memory.values)]
     x = np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts]).astype(np.float32)
     if len(x) < count:
         raise BenchmarkError(f"{workdir / 'bank'} has {len(x)} vectors; {count} are needed")
