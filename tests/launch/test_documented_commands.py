@@ -54,7 +54,9 @@ def texts(page: Path) -> Iterator[str]:
 def commands(text: str) -> Iterator[tuple[str, bool]]:
     """Commands of a text, and whether they are whole: lines of code are, parts of prose are not."""
     text = re.sub(r"\\\n\s*", " ", text)
-    fields = dict(re.findall(r"^\s+(?:export )?([A-Z]+)=([^\s#]+)", text, re.MULTILINE))
+    given = re.findall(r"^\s+(?:export )?([A-Z]+)=([^\s#]+)", text, re.MULTILINE)
+    fields = dict(given)
+    assert len(set(given)) == len(fields), f"a variable has two values on one page: {given}"
     text = re.sub(r"\$([A-Z]+)", lambda name: fields.get(name[1], name[0]), text)
     fenced = "".join(re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     indented = re.findall(r"^ {4,}(.*)$", text, re.MULTILINE)
@@ -91,6 +93,7 @@ def completed(words: list[str], flags_: tuple[cli.Flag, ...]):
 
 def check(command: str, whole: bool, dry_run: bool) -> None:
     """Fails where the command's script would refuse it."""
+    command = re.sub(r"[\w.-]+\.whl", "LLAMA", command)  # a downloaded model
     words = shlex.split(command, comments=True)
     at = next((i for i, word in enumerate(words) if re.search(rf"{LAUNCHED}$", word)), None)
     if at is None:  # a command in the quotes of another
@@ -167,6 +170,15 @@ def test_a_wrong_command_is_noticed(
     monkeypatch.chdir(ROOT)
     with pytest.raises((AssertionError, UserError), match=words):
         check(command, whole, dry_run=False)
+
+
+def test_a_variable_with_two_values_on_a_page_is_noticed() -> None:
+    page = "    C=a\n    python launch/train.py --config=$C\n\nor\n\n    C=b\n"
+    with pytest.raises(AssertionError, match="two values"):
+        list(commands(page))
+    assert list(commands(page.replace("C=b", "C=a"))) == [
+        ("python launch/train.py --config=a", True)
+    ]
 
 
 def test_no_script_hides_a_module() -> None:
