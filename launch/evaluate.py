@@ -66,7 +66,7 @@ def losses(given: FlagValues) -> None:
     words(
         "conditions",
         "What the model reads: none, text, text_among, text_found, memory, memory_among,"
-        " memory_found, wrong. Default all that the questions and the config allow.",
+        " memory_found, both_found, wrong. Default all that the questions and the config allow.",
         [],
     ),
     Flag("shots", "File of solved examples to put in front of every question."),

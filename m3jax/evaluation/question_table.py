@@ -6,6 +6,7 @@ r"""Asks questions under several conditions: what the model reads decides how it
 | `text`, `memory` | the references that answer it, as text or as memories |
 | `text_among`, `memory_among` | the same among others, k in all, the right ones nearest as text |
 | `text_found`, `memory_found` | the k references that the question finds, the best nearest |
+| `both_found` | their memories, and the best one's text as well |
 | `wrong` | memories of k others |
 
 Texts stand in front of solved examples and question, an empty line behind each. Memories are read
@@ -40,22 +41,23 @@ from m3jax.train.metrics import retrieval_shares
 
 
 class Condition(NamedTuple):
-    """Condition: the model reads references in a `form`, "text", "memory" or "", `which` ones."""
+    """References that the model reads as `text` and as `memory`: attributes of `_References`."""
 
     label: str
-    form: str = ""
-    which: str = ""
+    text: str = ""
+    memory: str = ""
 
 
 CONDITIONS = {
     "none": Condition("nothing"),
-    "text": Condition("the reference as text", "text", "given"),
-    "text_among": Condition("the text among others", "text", "among"),
-    "text_found": Condition("texts found", "text", "found"),
-    "memory": Condition("its memory", "memory", "given"),
-    "memory_among": Condition("its memory among others", "memory", "among"),
-    "memory_found": Condition("memories found", "memory", "found"),
-    "wrong": Condition("memories of others", "memory", "wrong"),
+    "text": Condition("the reference as text", text="given"),
+    "text_among": Condition("the text among others", text="among"),
+    "text_found": Condition("texts found", text="found"),
+    "memory": Condition("its memory", memory="given"),
+    "memory_among": Condition("its memory among others", memory="among"),
+    "memory_found": Condition("memories found", memory="found"),
+    "both_found": Condition("memories found, the best text too", text="best", memory="found"),
+    "wrong": Condition("memories of others", memory="wrong"),
 }
 MEASURES = {
     "exact_match": "exact match",
@@ -113,26 +115,13 @@ def evaluate_questions(
     reader = _Reader(session, solved(shots), new_tokens, batch_size)
     groups = [str(n) if q.passage is None else q.passage[0].id for n, q in enumerate(questions)]
     values: dict[str, dict[str, np.ndarray]] = {}
-    report: dict[str, dict[str, Any]] = {}
+    cuts: dict[str, dict[str, Any]] = {}
     for name in chosen:
         condition = CONDITIONS[name]
-        ids = getattr(read, condition.which) if condition.which else None
-        values[name], cut = reader.answer(questions, condition.form, ids)
-        report[name] = {"cut": cut}
-    samples = {
-        name: {measure: resampled_means(of, groups, seed) for measure, of in every.items()}
-        for name, every in values.items()
-    }
-    for name, every in values.items():
-        for measure, of in every.items():
-            low, high = interval(samples[name][measure])
-            report[name][measure] = {"mean": float(of.mean()), "low": low, "high": high}
-        if {"none", "text"} <= set(chosen):
-            none, text, own = (samples[each]["nats"] for each in ("none", "text", name))
-            low, high = interval((none - own) / (none - text))
-            none, text, own = (values[each]["nats"].mean() for each in ("none", "text", name))
-            share = float((none - own) / (none - text))
-            report[name]["worth"] = {"mean": share, "low": low, "high": high}
+        texts, memories = read.ids(condition.text), read.ids(condition.memory)
+        values[name], cut = reader.answer(questions, texts, memories)
+        cuts[name] = {"cut": cut}
+    summary = _summary(values, groups, seed)
     return {
         "checkpoint": str(session.checkpoint),
         "step": session.meta["step"],
@@ -141,8 +130,33 @@ def evaluate_questions(
         "k": k,
         "shots": len(shots),
         **read.report(),
-        "conditions": report,
+        "conditions": {name: cuts[name] | summary[name] for name in chosen},
     }
+
+
+def _summary(
+    values: dict[str, dict[str, np.ndarray]], groups: Sequence[str], seed: int
+) -> dict[str, dict[str, Any]]:
+    """Returns mean and confidence limits of every measure of every condition, and `worth`."""
+    samples = {
+        name: {measure: resampled_means(of, groups, seed) for measure, of in every.items()}
+        for name, every in values.items()
+    }
+    means = {
+        name: {measure: of.mean() for measure, of in every.items()}
+        for name, every in values.items()
+    }
+    if {"none", "text"} <= set(values):
+        for table in (samples, means):
+            none, text = table["none"]["nats"], table["text"]["nats"]
+            for every in table.values():
+                every["worth"] = (none - every["nats"]) / (none - text)
+    summary: dict[str, dict[str, Any]] = {name: {} for name in means}
+    for name, every in means.items():
+        for measure, mean in every.items():
+            low, high = interval(samples[name][measure])
+            summary[name][measure] = {"mean": float(mean), "low": low, "high": high}
+    return summary
 
 
 def _chosen(
@@ -151,10 +165,10 @@ def _chosen(
     """Returns the conditions asked for, or all that can be; raises `InferenceError`."""
     reasons = {}
     answered = all(question.references or question.passage for question in questions)
-    for name, (_, form, which) in CONDITIONS.items():
-        if form == "memory" and session.config.memory.source == "none":
+    for name, (_, text, memory) in CONDITIONS.items():
+        if memory and session.config.memory.source == "none":
             reasons[name] = "the config's stage reads no memories (memory.source = none)"
-        elif which in ("given", "among") and not answered:
+        elif {text, memory} & {"given", "among"} and not answered:
             reasons[name] = "a question names no references, and no passage, that answer it"
     for name in conditions:
         if name not in CONDITIONS:
@@ -180,6 +194,10 @@ class _References:
         self.overlap = float(limit)
         self._retriever: Retriever | None = None
 
+    def ids(self, which: str) -> Int64[np.ndarray, "n _"] | None:
+        """Returns the ids of a condition: None, or the attribute `which` names."""
+        return getattr(self, which) if which else None
+
     @cached_property
     def named(self) -> list[list[int]]:
         """Ids that the questions name; none where a question names nothing."""
@@ -200,6 +218,10 @@ class _References:
         )
         against = self.session.tokenizer.encode_batch(queries)
         return self._retriever.retrieve(queries, against, self.k)
+
+    @property
+    def best(self) -> Int64[np.ndarray, "n 1"]:
+        return self.found[:, :1]
 
     @cached_property
     def among(self) -> Int64[np.ndarray, "n k"]:
@@ -241,8 +263,8 @@ class _References:
 class _Reader:
     """Scores and generates answers with texts or memories in front."""
 
-    def __init__(self, session: Session, front: str, new_tokens: int, batch_size: int) -> None:
-        self.session, self.front, self.new = session, front, new_tokens
+    def __init__(self, session: Session, shots: str, new_tokens: int, batch_size: int) -> None:
+        self.session, self.solved, self.new = session, shots, new_tokens
         self.longest = session.config.data.sequence_length
         self.scorer = Scorer(
             *(session.model, session.params, session.tokenizer, self.longest, batch_size)
@@ -252,15 +274,21 @@ class _Reader:
         self._generators: dict[int, Generator] = {}
 
     def answer(
-        self, questions: Sequence[Question], form: str, ids: np.ndarray | None
+        self,
+        questions: Sequence[Question],
+        texts: Int64[np.ndarray, "n _"] | None,
+        memories: Int64[np.ndarray, "n M"] | None,
     ) -> tuple[dict[str, np.ndarray], int]:
-        """Returns the measures of every question, and the number of prompts that were cut."""
+        """Returns the measures of every question, and the number of prompts that were cut.
+
+        `texts` and `memories` are ids of the references read as such, −1 = none.
+        """
         session, tokenizer = self.session, self.session.tokenizer
         fronts = [""] * len(questions)
-        if form == "text" and ids is not None:
-            fronts = [_texts(session, row) for row in ids]
+        if texts is not None:
+            fronts = [_texts(session, row) for row in texts]
         prompts = tokenizer.encode_batch(
-            [f"{text}{self.front}{q.prompt}" for text, q in zip(fronts, questions, strict=True)]
+            [f"{front}{self.solved}{q.prompt}" for front, q in zip(fronts, questions, strict=True)]
         )
         answers = tokenizer.encode_batch([question.answer for question in questions])
         cut, pairs = 0, []
@@ -269,16 +297,16 @@ class _Reader:
             pair, shortened = fit(prompt, answer, room)
             pairs.append(pair)
             cut += shortened
-        bank = session.bank if form == "memory" else None
-        read = None if bank is None or ids is None else [*ids[:, None]]
+        bank = None if memories is None else session.bank
+        read = None if memories is None else [*memories[:, None]]
         scores = self.scorer.score(pairs, read, bank, progress=True)
         measures = {
             "nats": -scores.logprob / [len(pair.continuation) for pair in pairs],
             "first": scores.greedy.astype(float),
         }
         if self.new:
-            texts = self._generate([pair.context[1:] for pair in pairs], read)
-            both = [*zip(texts, (question.right for question in questions), strict=True)]
+            generated = self._generate([pair.context[1:] for pair in pairs], read)
+            both = [*zip(generated, (question.right for question in questions), strict=True)]
             measures["exact_match"] = np.array([exact_match(*pair) for pair in both])
             measures["f1"] = np.array([f1(*pair) for pair in both])
         return measures, cut
