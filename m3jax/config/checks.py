@@ -27,6 +27,10 @@ def _shape(c: ConfigDict) -> Unfit:
     model, memory = c.model, c.memory
     if model.query_heads % model.kv_heads:
         yield "model.kv_heads", f"must divide model.query_heads = {model.query_heads}"
+    if model.rope_high_rotations <= model.rope_low_rotations:
+        yield "model.rope_high_rotations", "must be above model.rope_low_rotations"
+    if model.rope_magnitude != 1 and model.rope_scaling != "yarn":
+        yield "model.rope_magnitude", "must be 1 unless model.rope_scaling = 'yarn'"
     if model.head_dim % 2:
         yield "model.head_dim", "must be even (RoPE)"
     if model.previous_token_head and not model.attention_bias:

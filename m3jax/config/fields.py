@@ -29,6 +29,26 @@ MODEL: Fields = {
     "mlp_width": (256, "width F of the gated MLP", "[1, inf)"),
     "vocabulary": (1024, "rows V of embedding and LM head, at least the tokenizer's", "[5, inf)"),
     "rope_base": (10000.0, "base of the RoPE frequencies", "(0, inf)"),
+    "rope_scaling": (
+        "none",
+        "RoPE of models whose context was made longer: all frequencies are divided by rope_factor"
+        " (linear), or the low ones, with a transition over rotations (llama3: Llama 3.1) or pairs"
+        " of a head (yarn: arXiv 2309.00071)",
+        ("none", "linear", "llama3", "yarn"),
+    ),
+    "rope_factor": (1.0, "divisor of scaled RoPE frequencies", "[1, inf)"),
+    "rope_original_length": (8192, "context before RoPE was scaled, tokens", "[1, inf)"),
+    "rope_low_rotations": (
+        1.0,
+        "rotations in the original context up to which a RoPE frequency is divided (llama3, yarn)",
+        "(0, inf)",
+    ),
+    "rope_high_rotations": (
+        4.0,
+        "rotations in the original context from which it is kept; above rope_low_rotations",
+        "(0, inf)",
+    ),
+    "rope_magnitude": (1.0, "factor on rotated queries and keys (yarn)", "(0, inf)"),
     "norm_epsilon": (1e-5, "epsilon of RMSNorm", "(0, 1)"),
     "tied_embeddings": (False, "LM head shares the embedding matrix", None),
     "embedding_scale": (1.0, "factor on embedding outputs", "(0, inf)"),

@@ -89,10 +89,12 @@ def layout_of(config: ConfigDict, prefix_tokens: tuple[int, ...]) -> dict[str, A
     of_memory = "first_layer", "layers", "kept_tokens", "selection", "reference_length", "dtype"
     of_model = "query_heads", "kv_heads", "head_dim", "compute_dtype"
     floats = "rope_base", "norm_epsilon", "embedding_scale"
+    scaling = {name: model[name] for name in model if name.startswith("rope_")}
     return {
         **{name: memory[name] for name in of_memory},
         **{name: model[name] for name in of_model},
         **{name: float(model[name]) for name in floats},
+        **(scaling if model.rope_scaling != "none" else {}),
         "prefix_tokens": [int(token) for token in prefix_tokens],
         **context_layout(config),
         **heads_layout(config),

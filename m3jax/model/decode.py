@@ -19,7 +19,7 @@ from m3jax.model.attention_mask import ExplicitMemory, KeyValues
 from m3jax.model.kv_cache import CacheLayout, State, by_layer, prompt_cache, query_weights
 from m3jax.model.layer import join
 from m3jax.model.parameters import Params
-from m3jax.model.rope import rotate
+from m3jax.model.rope import Rope, rotate
 from m3jax.model.transformer import Model
 
 # (float32 logits `(B, V)`, row index `(B,)`, index of the token in the answer) -> token of each row
@@ -241,7 +241,7 @@ class Decoder:
         model, layout = self.model, self.layout
         slot = state.prompt_slots + state.fed
         first = layout.prefix + model.memory.reference_length
-        position = first + state.prompt_length + state.fed
+        position, rope = first + state.prompt_length + state.fed, Rope.of(model.config)
         hidden = model.look_up(params, state.token)[:, None]
         slots = state.cache[0].keys.shape[2] - layout.context_start(0, state)
         masks = layout.masks(state, slots, slot)
@@ -250,7 +250,7 @@ class Decoder:
         for index, (segment, past) in enumerate(zip(layout.segments, state.cache, strict=True)):
             block = model.merge(params["layers"][index])
             q, k, v = block.qkv(hidden)
-            q, k = (rotate(x, position[:, None], model.config.rope_base) for x in (q, k))
+            q, k = (rotate(x, position[:, None], rope) for x in (q, k))
             place = layout.context_start(index, state) + slot
             keys, values = (
                 jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(1, 2), place, 2)

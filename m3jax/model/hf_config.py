@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,10 +11,28 @@ from ml_collections import ConfigDict
 
 from m3jax.errors import HuggingFaceError
 from m3jax.model.gguf_file import is_gguf, open_gguf
+from m3jax.model.hf_rope import read_rope, their_rope
 
 CONFIG = "config.json"
 # qwen2 always has biases on query, key and value; qwen3 always norms queries and keys.
-_FAMILIES = ("llama", "qwen2", "qwen3")
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# What other families have that `Model` lacks.
+_OTHERS = {
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "llama4"), "its MLP has experts"),
+    **dict.fromkeys(
+        ("gemma", "gemma2", "gemma3_text", "gemma3"),
+        "its norms scale by 1 + weight, its embedding by the root of hidden_size",
+    ),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "its attention compresses keys and values"),
+    **dict.fromkeys(("olmo2", "olmo3"), "its norms stand behind attention and MLP"),
+    **dict.fromkeys(("phi3", "phi4"), "its projections are joined to one matrix"),
+    **dict.fromkeys(("gpt2", "gpt_neox", "phi", "falcon"), "its MLP is not gated"),
+    **dict.fromkeys(("cohere", "cohere2"), "attention and MLP read the same input"),
+    "olmo": "its norms have no weights",
+    "smollm3": "some of its layers have no RoPE",
+    "granite": "it multiplies embedding, residual stream and logits",
+    "mamba": "it has no attention",
+}
 # Keys that must have one of these values if they are present, and the reason.
 _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu", "swish"), "the MLP here is gated by silu"),
@@ -50,12 +69,16 @@ def read_fields(model: str | Path) -> dict[str, Any]:
     settings = read_settings(model)
     family = settings.get("model_type")
     if family not in _FAMILIES:
-        _refuse(path, "model_type", family, f"choose a model of {', '.join(_FAMILIES)}")
+        differs = f"{_OTHERS[family]}; " if family in _OTHERS else ""
+        _refuse(path, "model_type", family, f"{differs}choose a model of {', '.join(_FAMILIES)}")
     for key, (accepted, why) in _FIXED.items():
         if settings.get(key) not in (*accepted, None):
             _refuse(path, key, settings[key], f"{why}; choose another model")
-    if family == "llama" and settings.get("sliding_window") is not None:
-        _refuse(path, "sliding_window", settings["sliding_window"], _FIXED["use_sliding_window"][1])
+    window = settings.get("sliding_window", 4096 if family == "mistral" else None)
+    longest = settings.get("max_position_embeddings") or math.inf
+    if family in ("llama", "mistral") and window is not None and window < longest:
+        why = f"{_FIXED['use_sliding_window'][1]} of {longest}; choose another model"
+        _refuse(path, "sliding_window", window, why)
     kinds = settings.get("layer_types") or []
     if set(kinds) - {"full_attention"}:
         _refuse(path, "layer_types", kinds, _FIXED["use_sliding_window"][1])
@@ -70,7 +93,9 @@ def read_fields(model: str | Path) -> dict[str, Any]:
         return value
 
     heads, hidden = size("num_attention_heads"), size("hidden_size")
-    kv_heads = size("num_key_value_heads", heads if family == "llama" else None)
+    kv_heads = size(
+        "num_key_value_heads", heads if family == "llama" else 8 if family == "mistral" else None
+    )
     head_dim = size("head_dim", None if family == "qwen3" else hidden // heads)
     if heads % kv_heads or head_dim % 2 or (settings.get("head_dim") is None and hidden % heads):
         raise HuggingFaceError(
@@ -86,7 +111,7 @@ def read_fields(model: str | Path) -> dict[str, Any]:
         "hidden": hidden,
         "mlp_width": size("intermediate_size"),
         "vocabulary": size("vocab_size"),
-        "rope_base": _rope_base(path, settings),
+        **read_rope(path, settings),
         "norm_epsilon": _number(path, "rms_norm_eps", settings.get("rms_norm_eps"), 1e-6),
         "tied_embeddings": bool(settings.get("tie_word_embeddings")),
         "embedding_scale": 1.0,
@@ -153,7 +178,7 @@ def their_config(model: ConfigDict, tied: bool, dtype: str, positions: int) -> d
         "num_hidden_layers": model.layers,
         "num_key_value_heads": model.kv_heads,
         "rms_norm_eps": model.norm_epsilon,
-        "rope_parameters": {"rope_theta": model.rope_base, "rope_type": "default"},
+        "rope_parameters": their_rope(model),
         "rope_theta": model.rope_base,  # read by transformers before version 5, like torch_dtype
         "tie_word_embeddings": tied,
         "torch_dtype": dtype,
@@ -182,27 +207,3 @@ def _number(path: Path, key: str, value: Any, default: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
         _refuse(path, key, value, "it must be a number above 0")
     return float(value)
-
-
-def _rope_base(path: Path, settings: dict[str, Any]) -> float:
-    """Returns the base of unscaled RoPE, from the keys of any version of transformers.
-
-    Raises `HuggingFaceError` if RoPE is scaled or partial, or keys disagree about the base.
-    """
-    bases = {"rope_theta": settings.get("rope_theta")}
-    for key in ("rope_parameters", "rope_scaling"):
-        part = settings.get(key) or {}
-        if not isinstance(part, dict):
-            _refuse(path, key, part, "it must be an object")
-        kind = part.get("rope_type") or part.get("type") or "default"
-        if kind != "default" or any(isinstance(value, dict) for value in part.values()):
-            _refuse(path, key, part, "RoPE here is not scaled; choose a model without scaling")
-        if part.get("partial_rotary_factor") not in (1, None):
-            _refuse(path, key, part, _FIXED["partial_rotary_factor"][1])
-        bases[f"{key}.rope_theta"] = part.get("rope_theta")
-    given = {key: _number(path, key, base, 0) for key, base in bases.items() if base is not None}
-    if len(set(given.values())) > 1:
-        raise HuggingFaceError(
-            f"{path} has several RoPE bases: {given}; delete all but the one it was trained with"
-        )
-    return next(iter(given.values()), 10_000.0)

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from m3jax.model.attention import attend, attention_weights
 from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing, Scope, ShortSight
 from m3jax.model.collectives import Parallel
-from m3jax.model.rope import rotate
+from m3jax.model.rope import Rope, rotate
 from m3jax.model.windowed_attention import attend_in_windows
 
 
@@ -168,7 +168,7 @@ class Layer:
       prefix: number of tokens of the constant prefix.
       reference_length: number of RoPE positions between prefix and context.
       chunk_length: tokens Q of a chunk.
-      rope_base: base of the rotary embedding.
+      rope_base: base and scaling of the rotary embedding.
       window: number of chunks whose memories a query reads.
       observe: whether memory layers return the attention weights on memories.
       sparsify: function that selects the tokens that a memory keeps (`memory.sparsify`), used in
@@ -185,7 +185,7 @@ class Layer:
     prefix: int
     reference_length: int
     chunk_length: int
-    rope_base: float
+    rope_base: Rope
     window: int = 1
     observe: bool = False
     sparsify: Callable | None = None

@@ -15,6 +15,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from m3jax.model.layer import Block
+from m3jax.model.rope import Rope
 
 nnx.use_eager_sharding(False)  # parameters carry axis names; no mesh is needed to create them
 
@@ -84,7 +85,7 @@ def _with_previous_token_head(model: ConfigDict, memory: ConfigDict, params: Par
     frequencies is nonzero.
     """
     half = model.head_dim // 2
-    frequency = model.rope_base ** (-jnp.arange(half) / half)
+    frequency = jnp.asarray(Rope.of(model).frequencies(half))
     size = model.previous_token_head * (jnp.arange(half) < max(2, half // 3))
     key = jnp.concatenate([size, jnp.zeros(half)])
     query = jnp.concatenate([size * jnp.cos(frequency), -size * jnp.sin(frequency)])

@@ -28,6 +28,7 @@ from m3jax.model.attention_mask import ExplicitMemory, Packing, ShortSight
 from m3jax.model.collectives import Parallel
 from m3jax.model.layer import Block, Layer, Streams, rms_norm
 from m3jax.model.parameters import Params, abstract_params, init_params, segment_ranges
+from m3jax.model.rope import Rope
 from m3jax.model.splash import RESIDUALS as ATTENTION
 from m3jax.model.vocab_parallel import cross_entropy, lookup, token_losses
 
@@ -110,7 +111,7 @@ class Model:
             prefix=len(self.prefix_tokens),
             reference_length=self.memory.reference_length,
             chunk_length=self.memory.chunk_length,
-            rope_base=self.config.rope_base,
+            rope_base=Rope.of(self.config),
             **options,
         )
 

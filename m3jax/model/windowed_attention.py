@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from m3jax.model.attention import masked_softmax
 from m3jax.model.attention_mask import KeyValues, concatenate
-from m3jax.model.rope import rotate
+from m3jax.model.rope import Rope, rotate
 
 
 def attend_in_windows(
@@ -19,7 +19,7 @@ def attend_in_windows(
     prefix: KeyValues | None,
     *,
     position: int,
-    rope_base: float,
+    rope_base: Rope,
 ) -> Float[Array, "R W K G H"]:
     """Computes causal attention of every reference to the prefix and to its window.
 
@@ -35,7 +35,7 @@ def attend_in_windows(
       first: for every reference, the slot of its row in which its window begins.
       prefix: keys and values in front of every window.
       position: RoPE position of a window's first token.
-      rope_base: base of RoPE.
+      rope_base: base and scaling of RoPE.
 
     Returns:
       Attention output before the output projection, in the dtype of the values.

@@ -35,7 +35,7 @@ from m3jax.memory.binding import layout_of, writer_fingerprint, writer_params
 from m3jax.memory.sparsify import Written, sparsifier
 from m3jax.mesh import local_mesh, replicated
 from m3jax.model.parameters import Params
-from m3jax.model.rope import rotate
+from m3jax.model.rope import Rope, rotate
 from m3jax.retrieval.batches import by_rows, calls, run
 from m3jax.retrieval.embedder import Embedder, read_spec, reading, reload
 from m3jax.retrieval.pooling import (
@@ -363,7 +363,7 @@ class AttentionEmbedder(CheckpointEmbedder):
         q_BTLKGH = centred(self.states(known, tokens_BT, real_BT), known["means"])
         middle = len(PREFIX_TOKENS) + self.longest // 2
         position_T = jnp.full(q_BTLKGH.shape[1], middle)
-        return rotate(q_BTLKGH, position_T, self.config.model.rope_base)
+        return rotate(q_BTLKGH, position_T, Rope.of(self.config.model))
 
 
 def _queries(

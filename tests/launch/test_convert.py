@@ -115,8 +115,8 @@ def test_a_tokenizer_of_others_is_renumbered_with_the_rows(tmp_path: Path) -> No
     missing = call(*command)
     assert missing.returncode == 2 and "has a tokenizer; download" in missing.stderr
     theirs = foreign_tokenizer(llama / "tokenizer.json")
-    unnamed = call(*command)
-    assert unnamed.returncode == 2 and all(name in unnamed.stderr for name in NAMED)
+    wrong = call(*command, "--special_tokens=a,b,c,d")
+    assert wrong.returncode == 2 and all(name in wrong.stderr for name in NAMED)
     assert not workdir.exists()
     succeed(*command, f"--special_tokens={','.join(NAMED)}")
 
@@ -140,7 +140,7 @@ def test_a_tokenizer_of_others_is_renumbered_with_the_rows(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_mistakes_end_with_one_message(tmp_path: Path) -> None:
     workdir, config = f"--workdir={tmp_path}/run", "--config=configs/wiki_small.py"
-    at = f"--folder={tmp_path}"
+    at = f"--model={tmp_path}"
     cases = {
         ("convert from_hf", workdir, "--model=/nowhere"): "needs --config",
         ("convert to_hf", workdir, f"--folder={tmp_path}/b"): "no checkpoint",

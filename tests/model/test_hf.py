@@ -28,7 +28,19 @@ from m3jax.text.tokenizer import Tokenizer as OurTokenizer
 from m3jax.text.tokenizer_import import adopt_tokenizer
 
 WEIGHTS = "model.safetensors"
+LLAMA3 = {
+    **{"model__rope_scaling": "llama3", "model__rope_factor": 8.0},
+    **{"model__rope_original_length": 20, "model__rope_low_rotations": 0.5},
+}
 FIVE_TO_ONE = {"model__query_heads": 10, "model__head_dim": 6, "model__hidden": 20}  # 10 · 6 ≠ 20
+
+
+def scaled(kind: str, length: int = 0, **numbers: Any) -> dict[str, Any]:
+    """Scaled RoPE as transformers has it; `length` is the context before."""
+    known = {"rope_type": kind, "rope_theta": 300.0, **numbers}
+    if length:
+        known["original_max_position_embeddings"] = length
+    return {"head_dim": 16, "rope_parameters": known}
 
 
 def with_fields(folder: Path, **changes: Any) -> ConfigDict:
@@ -100,6 +112,9 @@ def folder(tmp_path: Path, written: Path) -> Path:
         {"model__qk_norm": True, "model__attention_bias": True},
         {"model__param_dtype": "bfloat16"},
         {"model__layers": 4, "memory__first_layer": 1},
+        {"model__rope_scaling": "linear", "model__rope_factor": 2.0},
+        LLAMA3,
+        {**LLAMA3, "model__rope_scaling": "yarn", "model__rope_magnitude": 1.2},
     ],
 )
 def test_what_is_written_is_read_bitwise(changes: dict[str, Any], tmp_path: Path) -> None:
@@ -245,6 +260,8 @@ def test_harmless_tensors_are_left_out(tmp_path: Path) -> None:
             {"attention_bias": True},
         ),
         ({"model_type": "qwen3", "head_dim": 2}, {"qk_norm": True, "attention_bias": False}),
+        ({"model_type": "mistral", "sliding_window": None}, {"qk_norm": False}),
+        ({"sliding_window": 4096}, {}),
     ],
 )
 def test_old_and_new_keys(folder: Path, changes: dict[str, Any], fields: dict[str, Any]) -> None:
@@ -261,13 +278,17 @@ def test_old_and_new_keys(folder: Path, changes: dict[str, Any], fields: dict[st
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"model_type": "gpt2"}, ("model_type = 'gpt2'", "llama, qwen2, qwen3")),
+        ({"model_type": "gpt2"}, ("model_type = 'gpt2'", "not gated", "llama, mistral, qwen2")),
+        ({"model_type": "mixtral"}, ("model_type = 'mixtral'", "experts")),
         ({"model_type": ...}, ("model_type = None",)),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ("rope_scaling", "not scaled")),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ("rope_scaling", "not scaled")),
         (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
-            ("rope_parameters", "yarn", "without scaling"),
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            ("rope_scaling.low_freq_factor = None", "number above 0"),
+        ),
+        ({"rope_scaling": {"type": "dynamic"}}, ("rope_scaling", "linear, llama3, yarn only")),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False}},
+            ("rope_scaling", "rounds"),
         ),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1}}}, ("full_attention",)),
         ({"rope_theta": 5e5}, ("several RoPE bases", "500000.0", "delete")),
@@ -275,7 +296,11 @@ def test_old_and_new_keys(folder: Path, changes: dict[str, Any], fields: dict[st
         ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor = 0.5", "whole heads")),
         ({"hidden_act": "gelu"}, ("hidden_act = 'gelu'", "silu", "choose another model")),
         ({"mlp_bias": True}, ("mlp_bias = True", "no biases")),
-        ({"sliding_window": 4096}, ("sliding_window = 4096", "whole row")),
+        ({"sliding_window": 40}, ("sliding_window = 40", "whole row")),
+        (
+            {"model_type": "mistral", "max_position_embeddings": 32768},
+            ("sliding_window = 4096", "whole row of 32768"),
+        ),
         (
             {"model_type": "qwen2", "use_sliding_window": True},
             ("use_sliding_window = True", "whole row"),
@@ -424,6 +449,20 @@ def _same(found: Any, expected: np.ndarray) -> None:
         ("Llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}, "float32"),
         ("Llama", {"rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}}, "bfloat16"),
         ("Qwen2", {"num_key_value_heads": 1}, "float32"),
+        ("Mistral", {"num_key_value_heads": 2, "sliding_window": None, "head_dim": 6}, "float32"),
+        ("Llama", scaled("linear", factor=3.0), "float32"),
+        (
+            "Llama",
+            scaled("llama3", 16, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0),
+            "float32",
+        ),
+        ("Qwen3", scaled("yarn", 16, factor=4.0), "float32"),
+        ("Qwen2", scaled("yarn", 8, factor=4.0, beta_fast=9, beta_slow=0.5), "float32"),
+        (
+            "Llama",
+            scaled("yarn", 12, factor=4.0, attention_factor=0.8),
+            "float32",
+        ),
         ("Qwen3", {"num_key_value_heads": 2, "head_dim": 10}, "float32"),
     ],
 )
@@ -474,6 +513,8 @@ def test_their_folders_give_their_logits(
         ({"model__attention_bias": True, "model__embedding_scale": 0.7}, "float32"),
         ({"model__norm_epsilon": 0.01}, "bfloat16"),
         ({"model__qk_norm": True, "model__attention_bias": True}, "float32"),
+        (LLAMA3, "float32"),
+        ({**LLAMA3, "model__rope_scaling": "yarn", "model__rope_magnitude": 1.2}, "float32"),
     ],
 )
 def test_our_folders_give_our_logits(

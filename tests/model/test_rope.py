@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tolerance import close, error
 
-from m3jax.model.rope import rotate
+from m3jax.model.rope import Rope, rotate
 
 
 @pytest.mark.parametrize("heads", [(3,), (2, 3)])
@@ -13,7 +13,7 @@ def test_pairs_are_rotated_complex_numbers(heads: tuple[int, ...]) -> None:
     random, H = np.random.default_rng(0), 8
     x = random.normal(size=(2, 5, *heads, H)).astype(np.float32)
     positions = np.array([0, 1, 7, 130, 2047])
-    found = np.asarray(rotate(jnp.asarray(x), jnp.asarray(positions), 10000.0))
+    found = np.asarray(rotate(jnp.asarray(x), jnp.asarray(positions), Rope(10000.0)))
     expected = np.empty_like(x)
     for b, t, *head in np.ndindex(x.shape[:-1]):
         place = (b, t, *head)
@@ -29,9 +29,9 @@ def test_pairs_are_rotated_complex_numbers(heads: tuple[int, ...]) -> None:
 def test_rows_may_have_their_own_positions() -> None:
     x = jnp.asarray(np.random.default_rng(2).normal(size=(2, 3, 4, 8)).astype(np.float32))
     positions = jnp.array([[0, 1, 2], [7, 3, 3]])
-    found = rotate(x, positions, 100.0)
+    found = rotate(x, positions, Rope(100.0))
     for row in range(2):
-        alone = rotate(x[row : row + 1], positions[row], 100.0)
+        alone = rotate(x[row : row + 1], positions[row], Rope(100.0))
         np.testing.assert_array_equal(found[row : row + 1], alone)
 
 
@@ -40,7 +40,7 @@ def test_scores_depend_on_the_distance_alone() -> None:
     q, k = random.normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
 
     def score(i: int, j: int) -> float:
-        a, b = (rotate(jnp.asarray(x), jnp.array([n]), 100.0) for x, n in ((q, i), (k, j)))
+        a, b = (rotate(jnp.asarray(x), jnp.array([n]), Rope(100.0)) for x, n in ((q, i), (k, j)))
         return float(jnp.sum(a * b))
 
     size = float(np.linalg.norm(q) * np.linalg.norm(k))
@@ -50,4 +50,4 @@ def test_scores_depend_on_the_distance_alone() -> None:
 
 def test_dtype_is_kept() -> None:
     x = jnp.ones((1, 2, 1, 4), jnp.bfloat16)
-    assert rotate(x, jnp.arange(2), 10.0).dtype == jnp.bfloat16
+    assert rotate(x, jnp.arange(2), Rope(10.0)).dtype == jnp.bfloat16
