@@ -61,6 +61,9 @@ def test_document_rows_begin_with_their_document_and_are_padded():
     rows = Rows(documents, 8, 4, "document")
     assert len(rows) == 1 + 1 + 2 + 3
     np.testing.assert_array_equal(rows[0].inputs, [*documents[0].tokens, 0, 0])
+    ((text, first),) = rows[0].texts
+    np.testing.assert_array_equal(text, documents[0].tokens)  # the filter compares no padding
+    assert first == 0
     np.testing.assert_array_equal(rows[0].weights, [1, 1, 1, 1, 1, 0, 0, 0])
     np.testing.assert_array_equal(rows[1].targets, documents[1].tokens[1:])
     np.testing.assert_array_equal(rows[3].inputs[:2], documents[2].tokens[8:])

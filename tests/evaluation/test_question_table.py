@@ -208,6 +208,16 @@ def test_few_questions_have_wrong_memories_of_their_own(session, questions, coun
         assert not set(read.wrong[n].tolist()) & {*read.named[n], *read.found[n].tolist()}
 
 
+def test_wrong_memories_hold_no_answer_though_nothing_was_found(session):
+    """Of all eight references, the only one left out is that of the city."""
+    unknown = [Question("xyzzy", " oslo"), Question("xyzzy", " Lima.")]
+    read = question_table._References(session, unknown, 8, 1.0, 0)
+    assert (read.found == -1).all()
+    for ids, city in zip(read.wrong, ("oslo", "lima"), strict=True):
+        texts = session.references.texts(ids[ids >= 0])
+        assert len(set(texts)) == 7 and not any(city in text for text in texts)
+
+
 def test_others_are_not_own_serve_and_may_be_too_few():
     live = np.array([2, 3, 5, 7, 11])
     drawn = draw_others(live, [[3, 3, -1], [], [2, 3, 5, 7, 11]], 3, seed=1)
