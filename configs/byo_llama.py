@@ -30,7 +30,7 @@ minutes on one CPU core.
 from ml_collections import ConfigDict
 
 import m3jax.config
-from m3jax.model.hf_config import read_fields
+from m3jax.train.hf_checkpoint import read_model_fields
 
 OPTIONS = {
     "stage": ("warmup", "continual"),
@@ -55,7 +55,7 @@ def get_config(options: str = "") -> ConfigDict:
     config.name = "byo_llama"
     config.stage = chosen["stage"]
 
-    config.model.update(read_fields(models[-1]) if models else SMALL)
+    config.model.update(read_model_fields(models[-1]) if models else SMALL)
     config.text.vocabulary = min(config.text.vocabulary, config.model.vocabulary)
     layers = config.model.layers
     config.memory.layers = layers if chosen["layers"] == "all" else max(1, layers // 2)

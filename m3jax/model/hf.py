@@ -71,7 +71,14 @@ def read_params(
     """
     folder = Path(folder)
     rows = read_fields(folder)["vocabulary"]
-    check_fields(folder, model, rows if order is None else max(rows, len(order)))
+    size = rows if order is None else max(rows, len(order))
+    if size > rows == model.vocabulary:
+        raise HuggingFaceError(
+            f"{folder}: the tokenizer has no reserved token for {size - rows} of our special tokens"
+            f" (<reference> and others); make room by config.model.vocabulary = {size}, or name"
+            " tokens of it (--special_tokens)"
+        )
+    check_fields(folder, model, size)
     if order is not None and order.max() >= rows:
         raise HuggingFaceError(
             f"{folder}: the tokenizer has {len(order)} tokens, but the model only {rows}; take both"

@@ -214,4 +214,4 @@ def told_losses(manifest: Mapping[str, Any], what: str) -> str:
     if not lost:
         return ""
     texts = manifest[f"lossy_{what}"]
-    return f"; {lost} characters in {texts} {what} are left out, the tokenizer lacks their bytes"
+    return f"; {lost} characters in {texts} {what} do not come back from tokens"

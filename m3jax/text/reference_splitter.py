@@ -62,13 +62,15 @@ def cut_references(document: Document, tokenizer: Tokenizer, length: int) -> lis
     def encode(start: int, end: int) -> np.ndarray:
         """Encodes `text[start:end]` on its own, reusing document tokens where they are equal.
 
-        They are equal from the first white space on, as no word of the tokenizer extends into
-        white space.
+        They are equal from the first white space on, unless a token there also covers characters
+        in front of it, such as a full stop, or behind the end.
         """
         head = _SPACE.search(text, start, end)
         if head is None or (end < len(text) and not _SPACE.match(text, end)):
             return tokenizer.encode(text[start:end])
         first, last = np.searchsorted(token_starts, [head.start(), end], "left")
+        if first == last or token_starts[first] != head.start() or token_ends[last - 1] > end:
+            return tokenizer.encode(text[start:end])
         return np.concatenate([tokenizer.encode(text[start : head.start()]), ids[first:last]])
 
     pieces: list[Piece] = []

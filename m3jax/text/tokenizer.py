@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from m3jax.errors import TextError
 from m3jax.files import digest, write_atomically
+from m3jax.text.byte_fallback import SPACE
 
 PAD, BOS, REFERENCE, END = 0, 1, 2, 3
 SPECIAL_TOKENS = ("<pad>", "<s>", "<reference>", "</s>")
@@ -57,6 +58,7 @@ class Tokenizer:
         self.fingerprint: str = digest(json_text)
         self.prefix: np.ndarray = np.array([BOS, REFERENCE], np.int32)
         self.lacking: bytes = _lacking_bytes(self._tokenizer)
+        self._lost = SPACE if getattr(self._tokenizer.model, "byte_fallback", False) else ""
         first = tuple(self._tokenizer.id_to_token(i) for i in range(len(SPECIAL_TOKENS)))
         if first != SPECIAL_TOKENS:
             raise TextError(f"the tokenizer begins with {first}; expected {SPECIAL_TOKENS}")
@@ -136,10 +138,13 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def lost(self, text: str) -> int:
-        """Counts the characters of a text that have bytes without tokens.
+        """Counts the characters of a text that have bytes without tokens, or stand for a space.
 
-        `decode` returns U+FFFD in the place of such a character, or nothing.
+        `decode` returns U+FFFD in the place of such a character, or nothing; and a space for
+        U+2581, as which a tokenizer with byte fallback writes spaces.
         """
+        if self._lost:
+            return text.count(self._lost)
         data = text.encode()
         if len(data.translate(None, self.lacking)) == len(data):
             return 0
@@ -196,8 +201,8 @@ def _naming_unknown_words() -> Iterator[None]:
 
 
 def _lacking_bytes(tokenizer: tokenizers.Tokenizer) -> bytes:
-    """Returns the bytes that a byte-level BPE has no tokens for; b"" for tokenizers of words."""
-    if not isinstance(tokenizer.model, models.BPE):
+    """Returns the bytes that a byte-level BPE has no tokens for; b"" for other tokenizers."""
+    if not isinstance(tokenizer.model, models.BPE) or tokenizer.model.byte_fallback:
         return b""
     return bytes(
         byte

@@ -16,6 +16,7 @@ from jaxtyping import Int
 from tokenizers import models, pre_tokenizers
 
 from m3jax.errors import TextError
+from m3jax.text.byte_fallback import LINE_FEED, adapt_byte_fallback, is_byte_fallback
 from m3jax.text.special_tokens import choose_special
 from m3jax.text.tokenizer import Tokenizer
 
@@ -49,10 +50,11 @@ _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": 
 def adopt_tokenizer(
     text: str, named: Sequence[str] | None, special: Sequence[str], end: str | None = None
 ) -> Adopted:
-    """Renumbers a byte-level BPE tokenizer of another model.
+    """Renumbers a byte-level BPE tokenizer, or a BPE with byte fallback, of another model.
 
-    Removes its NFC normalization and its template of special tokens, so that decoding returns any
-    text exactly, without the bytes that the tokenizer has no tokens for.
+    Removes NFC normalization, the template of special tokens, and the space that byte fallback puts
+    in front of texts, so that decoding returns texts exactly, except for what `Tokenizer.lost`
+    counts.
 
     Args:
       text: content of the model's `tokenizer.json`.
@@ -62,8 +64,8 @@ def adopt_tokenizer(
       end: the token that ends the model's texts, for `choose_special`.
 
     Raises:
-      TextError: the file is damaged or its ids have gaps; it is not a byte-level BPE tokenizer that
-        returns any text exactly; `named` is not as many different special tokens of it, or leaves
+      TextError: the file is damaged or its ids have gaps; it is another kind of tokenizer, or
+        changes texts; `named` is not as many different special tokens of it, or leaves
         out a token that has the text of one of ours.
     """
     try:
@@ -79,14 +81,17 @@ def adopt_tokenizer(
         ) from error
     if tuple(theirs[: len(special)]) == tuple(special) and named in (None, list(special)):
         return Adopted(text, np.arange(len(ids)))
-    _check_byte_level(content, ids)
+    if is_byte_fallback(content):
+        lead, line_feed = adapt_byte_fallback(content, ids), ids[LINE_FEED]
+    else:
+        _check_byte_level(content, ids)
+        content["normalizer"], lead, line_feed = None, "", ids.get(_LINE_FEED)
     names = [token["content"] for token in added]
     if named is None:
         chosen, neutral = choose_special([name for name in theirs if name in names], end)
     else:
         _check_named(named, special, names)
         chosen, neutral = tuple(named), (False,) * len(named)
-    line_feed = ids.get(_LINE_FEED)
     renamed: dict[str, str] = {}
     for name, ours in zip(chosen, special, strict=True):
         if ours in ids and ours not in chosen:
@@ -105,9 +110,9 @@ def adopt_tokenizer(
     model.update(vocab=places, unk_token=None, dropout=None)
     added.sort(key=lambda token: token["id"])
     content.update(added_tokens=added)
-    content.update(normalizer=None, post_processor=None, truncation=None, padding=None)
+    content.update(post_processor=None, truncation=None, padding=None)
     result = json.dumps(content, ensure_ascii=False)
-    _check_adopted(text, result, order)
+    _check_adopted(text, result, order, lead)
     order[: len(special)] = [-1 if new else old for new, old in zip(neutral, order, strict=False)]
     return Adopted(result, np.array(order), line_feed)
 
@@ -178,8 +183,8 @@ def _check_byte_level(content: dict[str, Any], ids: Mapping[str, int]) -> None:
 
     def refuse(what: str) -> NoReturn:
         raise TextError(
-            f"tokenizer.json: {what}; only byte-level BPE tokenizers (as of GPT-2, Llama 3, Qwen2)"
-            " give back any text exactly. Choose another model"
+            f"tokenizer.json: {what}; only BPE of bytes (as of GPT-2, Llama 3, Qwen2) or with byte"
+            " fallback (Llama 2) gives texts back exactly. Choose another model"
         )
 
     if content["model"].get("type", "BPE") != "BPE":
@@ -201,8 +206,9 @@ def _check_byte_level(content: dict[str, Any], ids: Mapping[str, int]) -> None:
             refuse(f"its token {token['content']!r} takes the spaces around it")
 
 
-def _check_adopted(theirs: str, ours: str, order: list[int]) -> None:
-    """Raises `TextError` unless `ours` encodes the probes as `theirs` does and decodes them."""
+def _check_adopted(theirs: str, ours: str, order: list[int], lead: str) -> None:
+    """Raises `TextError` unless `ours` encodes the probes, behind `lead`, as `theirs` does and
+    decodes them."""
     try:
         before, after = tokenizers.Tokenizer.from_str(theirs), Tokenizer(ours)
     except Exception as error:  # the tokenizers library raises plain Exception
@@ -211,9 +217,10 @@ def _check_adopted(theirs: str, ours: str, order: list[int]) -> None:
     for text in _PROBES:
         probe = "".join(character for character in text if not after.lost(character))
         expected = before.encode(probe, add_special_tokens=False).ids
-        renumbered = after.encode(probe)
-        if [order[i] for i in renumbered] != expected or after.decode(renumbered) != probe:
+        renumbered = after.encode(lead + probe)
+        same = [order[i] for i in renumbered] == expected
+        if not same or after.decode(renumbered) != lead + probe:
             raise TextError(
                 f"tokenizer.json: {probe!r} does not come back from the renumbered tokenizer; only"
-                " byte-level BPE tokenizers can be taken. Choose another model"
+                " byte-level BPE, and BPE with byte fallback, can be taken. Choose another model"
             )

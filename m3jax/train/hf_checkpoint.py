@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -15,13 +16,26 @@ from m3jax.files import write_atomically
 from m3jax.mesh import make_mesh
 from m3jax.model.gguf_file import is_gguf, open_gguf
 from m3jax.model.hf import read_params, write_folder
-from m3jax.model.hf_config import read_end
+from m3jax.model.hf_config import read_end, read_fields
 from m3jax.text.tokenizer import BOS, END, PAD, SPECIAL_TOKENS, Tokenizer
 from m3jax.text.tokenizer_gguf import gguf_tokenizer
 from m3jax.text.tokenizer_import import Adopted, adopt_tokenizer, id_tokenizer
 from m3jax.train.checkpoints import Checkpoints, check_owner, claim
 from m3jax.train.state import Program
 from m3jax.workdir import INPUTS
+
+
+def read_model_fields(source: str | Path) -> dict[str, Any]:
+    """Reads the fields of `config.model` for a downloaded model, with room for added tokens.
+
+    The vocabulary has rows for special tokens that the model's tokenizer lacks. Raises
+    `HuggingFaceError` as `read_fields`, and `TextError` for a tokenizer that is not supported.
+    """
+    fields, found = read_fields(source), _their_tokenizer(Path(source))
+    if found is not None:
+        order = adopt_tokenizer(found, None, SPECIAL_TOKENS, read_end(source)).order
+        fields["vocabulary"] = max(fields["vocabulary"], len(order))
+    return fields
 
 
 def import_model(

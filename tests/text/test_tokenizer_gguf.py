@@ -8,6 +8,8 @@ from text.test_tokenizer_import import OURS, TEXTS, train_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 
 from m3jax.errors import TextError
+from m3jax.text.documents import Document
+from m3jax.text.reference_splitter import cut_references
 from m3jax.text.tokenizer import Tokenizer as OurTokenizer
 from m3jax.text.tokenizer_gguf import gguf_tokenizer
 from m3jax.text.tokenizer_import import adopt_tokenizer
@@ -85,3 +87,18 @@ def test_other_tokenizers_are_refused(changes: dict[str, Any], parts: tuple[str,
         gguf_tokenizer(metadata)
     for part in parts:
         assert part in str(caught.value), str(caught.value)
+
+
+def test_references_of_tokens_across_white_space_are_tokens_of_their_texts() -> None:
+    """The pattern of Llama 3 joins a full stop with the line feed behind it."""
+    tokenizer = train_tokenizer(["<|endoftext|>"], ["<|im_end|>"])
+    metadata = metadata_of(tokenizer, "llama-bpe")
+    metadata["tokenizer.ggml.tokens"].append(".\u010a")
+    metadata["tokenizer.ggml.token_type"].append(1)
+    metadata["tokenizer.ggml.merges"].append(". \u010a")
+    ours = OurTokenizer(adopt_tokenizer(gguf_tokenizer(metadata), None, OURS).text)
+    text = "otter.\nKelo reads. the words.\n the otter.\n\n" * 4
+    assert len(ours.encode(".\n")) == 1
+    for piece in cut_references(Document("a", text), ours, 20):
+        assert piece.tokens.tolist() == ours.encode(piece.text).tolist()
+        assert ours.decode(piece.tokens) == piece.text

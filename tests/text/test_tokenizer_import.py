@@ -132,7 +132,7 @@ def _change_model(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (None, [*NAMED[:3], "<|none|>"], ("4 different special tokens",)),
         (None, [*NAMED[:3], "the"], ("'the' is not a special token", "<|end|>")),
         (_change(model={}), NAMED, ("damaged or no BPE tokenizer",)),
-        (_change_model(type="Unigram"), NAMED, ("its model is Unigram", "byte-level BPE")),
+        (_change_model(type="Unigram"), NAMED, ("its model is Unigram", "only BPE of bytes")),
         (_change(normalizer={"type": "Lowercase"}), NAMED, ("it changes texts (Lowercase)",)),
         (_change(pre_tokenizer=None), NAMED, ("does not split texts into bytes",)),
         (
