@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from absl.flags import FlagValues
 
 from m3jax import cli
@@ -125,6 +126,83 @@ def heads(given: FlagValues) -> None:
     picture.parent.mkdir(parents=True, exist_ok=True)
     head_map(picture, scores.increase, title, chosen=chosen, layers=layers)
     print(f"figures: {json}\npicture: {picture}")
+
+
+@COMMANDS.add(
+    *_MODEL,
+    Flag("budget", "Tokens of a memory for each memory layer and key-value head.", float, 16.0),
+    Flag("each", "Tokens of these that every head keeps.", int, 4, low=0),
+    count("references", "References of the workdir to look at.", 64),
+    cli.JSON.with_help("Default WORKDIR/report/counts.json."),
+    cli.PICTURE.with_help("Default WORKDIR/report/counts.png."),
+)
+def counts(given: FlagValues) -> None:
+    r"""Deals the tokens of a memory to the layers and heads in which they matter (memory heads).
+
+        python launch/select_memory.py counts --config=configs/wiki_small.py --workdir=runs/wiki
+
+    A token matters in a head as much as a second copy of its reference looks at it there. Every
+    head keeps --each tokens, the rest of the budget goes where it matters most, over all memory
+    layers together. Prints `config.memory.counts`, a config string for every command that writes
+    or reads memories, which also needs
+
+        --config.memory.selection=reconstruction --config.memory.each=EACH
+
+    (config files take it from the JSON file). Draws the map of layers and heads.
+    """
+    from m3jax.evaluation.plots import count_map
+    from m3jax.selection.counts import counts_table, select_counts
+
+    report = select_counts(
+        *(given.config, given.workdir, given.checkpoint),
+        budget=given.budget,
+        each=given.each,
+        sample=given.references,
+    )
+    path = given.workdir / "report" / "counts"
+    json = given.json or path.with_suffix(".json")
+    picture = Path(given.picture or path.with_suffix(".png"))
+    cli.show(counts_table(report), report, json)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    title = f"Tokens that a memory of {given.budget:g} a head keeps"
+    count_map(picture, np.array(report["by_layer"]), title, report["first_layer"])
+    print(f"\n--config.memory.counts={report['counts']}\nfigures: {json}\npicture: {picture}")
+
+
+@COMMANDS.add(
+    *_MODEL,
+    Flag("documents", "Texts to go on from, and to deal the counts by.", required=True),
+    Flag("questions", "Paragraphs with questions, in SQuAD's format."),
+    cli.counts("budgets", "Tokens of a memory for each memory layer and key-value head.", [16]),
+    count("texts", "Texts and questions of a task.", 96),
+    Flag("skip", "Long documents to leave out, and the seed of the questions.", int, 0, low=0),
+    cli.JSON.with_help("Default WORKDIR/report/worth.json."),
+)
+def worth(given: FlagValues) -> None:
+    r"""Measures what memories are worth, against the same text in the prompt, by way of selecting.
+
+        python launch/select_memory.py worth --config=configs/wiki_small.py --workdir=runs/wiki \
+            --documents=articles.jsonl.gz --questions=xquad.en.json --budgets=2,4,8,16,32
+
+    Two tasks: answers to questions, whose paragraph is the reference, and the continuation of a
+    text. The reader has nothing, the reference as text, its memory, this and four others, a wrong
+    one or five wrong ones. Budgets are spent on memory heads (a quarter in every head, the rest
+    where it matters), or evenly, by two rules; `all` keeps every token. Prints nats a token with
+    standard errors, and the share of what the text is worth.
+    """
+    from m3jax.selection.worth import worth_report, worth_table
+
+    report = worth_report(
+        *(given.config, given.workdir, given.checkpoint),
+        documents=given.documents,
+        questions=given.questions,
+        budgets=given.budgets,
+        most=given.texts,
+        skip=given.skip,
+    )
+    json = given.json or given.workdir / "report" / "worth.json"
+    cli.show(worth_table(report), report, json)
+    print(f"figures: {json}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from m3jax.config import PREFIX_TOKENS, stored_heads
+from m3jax.config import PREFIX_TOKENS, slot_counts, stored_slots
 
 
 # -- parameters ------------------------------------------------------------------------------------
@@ -48,10 +48,16 @@ def _kv_width(config: ConfigDict) -> int:
     return config.model.kv_heads * config.model.head_dim
 
 
-def _reading_width(config: ConfigDict) -> int:
-    """Returns the summed width of the query heads, over all layers, that read memories."""
+def _slot_width(config: ConfigDict) -> int:
+    """Returns the summed width of the query heads that read them, over all slots of a memory."""
     groups = config.model.query_heads // config.model.kv_heads
-    return stored_heads(config.model, config.memory) * groups * config.model.head_dim
+    return stored_slots(config.model, config.memory) * groups * config.model.head_dim
+
+
+def _encoded_tokens(config: ConfigDict) -> int:
+    """Counts the tokens that a reference is encoded with: twice its own with a copy behind it."""
+    copies = 2 if config.memory.selection == "reconstruction" else 1
+    return copies * config.memory.reference_length
 
 
 def _projection_weights(config: ConfigDict) -> int:
@@ -79,17 +85,16 @@ def implicit_write(config: ConfigDict) -> float:
 def explicit_write(config: ConfigDict) -> float:
     """Counts FLOP to write one explicit memory: the layers up to the last memory layer, of which
     the MLP is not computed."""
-    length, width = config.memory.reference_length, _query_width(config)
+    length, width = _encoded_tokens(config), _query_width(config)
     layers = config.memory.first_layer + config.memory.layers
     attention = layers * (length * _projection_weights(config) + length**2 * width)
-    selection = config.memory.layers * length**2 * width
+    selection = config.memory.layers * length * config.memory.reference_length * width
     return 2.0 * (attention + (layers - 1) * length * _mlp_weights(config) + selection)
 
 
 def explicit_read(config: ConfigDict) -> float:
     """Counts FLOP for one chunk to attend to one explicit memory."""
-    pairs = config.memory.chunk_length * config.memory.kept_tokens
-    return 2.0 * 2 * pairs * _reading_width(config)
+    return 2.0 * 2 * config.memory.chunk_length * _slot_width(config)
 
 
 def text_read(config: ConfigDict) -> float:
@@ -134,7 +139,7 @@ def memory_bytes(config: ConfigDict, bytes_per_vector: float | None = None) -> f
     memory, model = config.memory, config.model
     if bytes_per_vector is None:
         bytes_per_vector = model.head_dim * jnp.dtype(memory.dtype).itemsize
-    return 2 * stored_heads(config.model, config.memory) * memory.kept_tokens * bytes_per_vector
+    return 2 * stored_slots(model, memory) * bytes_per_vector
 
 
 def full_memory_bytes(config: ConfigDict) -> float:
@@ -171,7 +176,7 @@ def writer(config: ConfigDict, references: int) -> float:
     selection of tokens.
     """
     model, memory = config.model, config.memory
-    length, width = memory.reference_length, _query_width(config)
+    length, width = _encoded_tokens(config), _query_width(config)
     before_last = memory.first_layer + memory.layers - 1
     pairs = length * (length + 1) // 2 + length * len(PREFIX_TOKENS)
     layer = length * _layer_weights(config) + 2 * pairs * width
@@ -192,8 +197,8 @@ def decode_step(config: ConfigDict, rows: int, context: int, memories: int | Non
     """
     model = config.model
     weights = model.layers * _layer_weights(config) + model.hidden * model.vocabulary
-    slots = _memory_slots(config, memories)
-    attention = model.layers * context * _query_width(config) + slots * _reading_width(config)
+    reading = _memories(config, memories) * _slot_width(config)
+    attention = model.layers * context * _query_width(config) + reading
     return 2.0 * rows * (weights + 2 * attention)
 
 
@@ -204,14 +209,15 @@ def decode_bytes(config: ConfigDict, rows: int, context: int, memories: int | No
     """
     model, memory = config.model, config.memory
     weights = model.layers * _layer_weights(config) + model.hidden * model.vocabulary
-    keys = model.layers * context + memory.layers * _memory_slots(config, memories)
+    # A layer has the slots of its fullest head.
+    padded = int(slot_counts(model, memory).max(1).sum())
+    keys = model.layers * context + padded * _memories(config, memories)
     width = 2 if model.compute_dtype == "bfloat16" else 4
     return float(width * (weights + rows * keys * 2 * _kv_width(config)))
 
 
-def _memory_slots(config: ConfigDict, memories: int | None) -> int:
-    count = config.memory.per_prompt_chunk if memories is None else memories
-    return count * config.memory.kept_tokens
+def _memories(config: ConfigDict, memories: int | None) -> int:
+    return config.memory.per_prompt_chunk if memories is None else memories
 
 
 def _row_references(config: ConfigDict) -> int:
@@ -230,23 +236,33 @@ def _context_forward(config: ConfigDict) -> float:
     weights = model.layers * _layer_weights(config) + model.hidden * model.vocabulary
     attention = 2 * model.layers * pairs * _query_width(config)
     if with_memory:
-        attention += 2 * _memory_pairs(config, tokens) * _reading_width(config)
+        attention += 2 * _memory_pairs(config, tokens) * _slot_width(config)
     return 2.0 * rows * (tokens * weights + attention)
 
 
 def _memory_pairs(config: ConfigDict, tokens: int) -> int:
-    """Counts (query, memory key) pairs of a row: chunk c reads the memories of min(c + 1, window)
+    """Counts (query, memory) pairs of a row: chunk c reads the memories of min(c + 1, window)
     chunks."""
     memory = config.memory
     chunks = tokens // memory.chunk_length
     window = min(chunks, memory.window)
     reads = chunks * window - window * (window - 1) // 2
-    return reads * memory.chunk_length * memory.per_chunk * memory.kept_tokens
+    return reads * memory.chunk_length * memory.per_chunk
 
 
 def _selection(config: ConfigDict, references: int) -> float:
-    """Counts FLOP of the selection of tokens: scores of all token pairs in every memory layer, and
-    the query projection of the last one, which only the selection uses."""
-    length, width = config.memory.reference_length, _query_width(config)
-    scores = config.memory.layers * length**2 * width
-    return 2.0 * references * (scores + length * config.model.hidden * width)
+    """Counts FLOP of the selection of tokens: scores in every memory layer, and the query
+    projection of the last one, which only the selection uses.
+
+    Scores are those of all pairs of a reference's tokens; with `memory.selection = reconstruction`
+    those of the copy, which attends causally, and with `memory.each` both.
+    """
+    memory, width = config.memory, _query_width(config)
+    length, queries = memory.reference_length, memory.reference_length
+    pairs = length**2
+    if memory.selection == "reconstruction":
+        own = pairs if memory.each else 0
+        pairs = own + length * (length + len(PREFIX_TOKENS)) + length * (length + 1) // 2
+        queries = (2 if memory.each else 1) * length
+    scores = memory.layers * pairs * width
+    return 2.0 * references * (scores + queries * config.model.hidden * width)

@@ -4,6 +4,7 @@ import json
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -267,9 +268,12 @@ def test_memory_heads(text: str, pairs: Any) -> None:
     memory = {"memory__first_layer": 1, "memory__layers": 2, "memory__heads": text}
     config = m3config.validate(changed(**shape, **memory))
     assert m3config.memory_heads(config.model, config.memory) == pairs
-    assert m3config.stored_heads(config.model, config.memory) == (
-        6 if pairs is None else len(pairs)
-    )
+    counts = np.zeros((2, 3), int)
+    for layer, head in [(1 + i // 3, i % 3) for i in range(6)] if pairs is None else pairs:
+        counts[layer - 1, head] = config.memory.kept_tokens
+    np.testing.assert_array_equal(m3config.slot_counts(config.model, config.memory), counts)
+    assert m3config.stored_slots(config.model, config.memory) == counts.sum()
+    assert m3config.largest_count(config.model, config.memory) == config.memory.kept_tokens
     if pairs is not None:
         again = m3config.parse_heads(m3config.format_heads(pairs[::-1]), range(1, 3), 3)
         assert again == pairs
@@ -281,6 +285,90 @@ def test_heads_that_are_not_there_are_refused(text: str) -> None:
     shape = {"model__layers": 4, "model__kv_heads": 3, "model__query_heads": 6}
     memory = {"memory__first_layer": 1, "memory__layers": 2, "memory__heads": text}
     refused(f"config.memory.heads = {text!r}", "layers 1 … 2", "heads 0 … 2", **shape, **memory)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1:1+2+3,2:4+5+6", [[1, 2, 3], [4, 5, 6]]),
+        ("2:0+12+0", [[0, 0, 0], [0, 12, 0]]),
+        (" 2:1+0+0 , 1:0+0+9", [[0, 0, 9], [1, 0, 0]]),
+        ("1:7+7+7,2:7+7+7", [[7, 7, 7], [7, 7, 7]]),
+        ("1:0+0+0,2:1+1+1", [[0, 0, 0], [1, 1, 1]]),
+    ],
+)
+def test_counts_of_heads(text: str, expected: list[list[int]]) -> None:
+    """They are read, written again, and decide over `heads`, `kept_tokens` and the mesh."""
+    shape = {"model__layers": 4, "model__kv_heads": 3, "model__query_heads": 6}
+    memory = {"memory__first_layer": 1, "memory__layers": 2, "memory__counts": text}
+    config = m3config.validate(changed(**shape, **memory, memory__kept_tokens=5))
+    counts = m3config.slot_counts(config.model, config.memory)
+    np.testing.assert_array_equal(counts, expected)
+    assert m3config.stored_slots(config.model, config.memory) == np.sum(expected)
+    assert m3config.largest_count(config.model, config.memory) == np.max(expected)
+    pairs = [(i + 1, j) for i, j in np.argwhere(expected).tolist()]
+    found = m3config.memory_heads(config.model, config.memory)
+    assert found == (None if len(pairs) == 6 else tuple(pairs))
+    layers = m3config.memory_layers(config.memory)
+    assert layers == range(1, 3)
+    written = m3config.format_counts(counts, layers)
+    np.testing.assert_array_equal(m3config.parse_counts(written, layers, 3), expected)
+    heads = {**shape, "model__kv_heads": 3, "model__head_dim": 4, "mesh__tensor": 3}
+    if np.min(expected) < np.max(expected):
+        refused("config.mesh.tensor = 3", "memory.counts", **heads, **memory)
+    refused("config.memory.heads = '1'", "memory.counts", **shape, **memory, memory__heads="1")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0:1+1+1",
+        "3:1+1+1",
+        "1:1+1",
+        "1:1+1+1+1",
+        "1",
+        "1:",
+        "1:1+-1+1",
+        "1:a+1+1",
+        "1:1+1+1,1:2+2+2",
+    ],
+)
+def test_counts_that_are_malformed_are_refused(text: str) -> None:
+    shape = {"model__layers": 4, "model__kv_heads": 3, "model__query_heads": 6}
+    memory = {"memory__first_layer": 1, "memory__layers": 2, "memory__counts": text}
+    refused("config.memory.counts: ", "with 3 counts", "layers 1 … 2", **shape, **memory)
+
+
+def test_counts_of_nothing_and_of_too_much_are_refused() -> None:
+    memory = {"memory__first_layer": 1, "memory__layers": 2}
+    shape = {"model__layers": 4, "model__kv_heads": 2, "model__query_heads": 6}
+    refused("memory.counts = '1:0+0'", "no head keeps", **shape, **memory, memory__counts="1:0+0")
+    refused("memory.counts = ','", "no head keeps", **shape, **memory, memory__counts=",")
+    refused("keeps 129 tokens", "= 128", **shape, **memory, memory__counts="1:129+0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"memory__each": 2}, "memory.selection = 'reconstruction'"),
+        ({"memory__each": 9, "memory__selection": "reconstruction"}, "at most the largest count"),
+        (
+            {"memory__each": 4, "memory__selection": "reconstruction", "memory__counts": "0:3+3"},
+            "head, 3",
+        ),
+    ],
+)
+def test_mixtures_that_cannot_be_are_refused(changes: dict[str, Any], words: str) -> None:
+    shape = {"model__kv_heads": 2, "model__query_heads": 4}
+    refused("config.memory.each = ", words, **shape, **changes)
+    allowed = changed(**shape, memory__selection="reconstruction", memory__each=8)
+    assert m3config.validate(allowed).memory.each == 8
+
+
+def test_a_copy_has_no_document_before_it() -> None:
+    document = {"writer__document_context": True, "memory__source": "precomputed"}
+    refused("writer.document_context", "'received'", memory__selection="reconstruction", **document)
+    m3config.validate(changed(memory__selection="received", **document))
 
 
 @pytest.mark.parametrize("old", sorted(RENAMED))

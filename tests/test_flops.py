@@ -3,6 +3,7 @@
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -92,7 +93,13 @@ def test_train_step_at_the_full_shape(options: str, expected: float) -> None:
     assert flops.train_step(load("memory3", options)) == pytest.approx(expected, rel=1.5e-3)
 
 
-def tiny(source: str = "none", **model: object) -> ConfigDict:
+COUNTS = {"layers": 2, "counts": "1:0+5,2:3+1"}
+COPY = {"selection": "reconstruction"}
+
+
+def tiny(
+    source: str = "none", memory: dict[str, object] | None = None, **model: object
+) -> ConfigDict:
     config = m3jax.config.default()
     config.model.update(
         layers=3, query_heads=6, kv_heads=2, head_dim=4, hidden=16, mlp_width=20, **model
@@ -100,7 +107,7 @@ def tiny(source: str = "none", **model: object) -> ConfigDict:
     config.model.vocabulary = 300
     config.text.vocabulary = 300
     config.memory.update(first_layer=1, layers=1, reference_length=7, kept_tokens=3)
-    config.memory.update(chunk_length=4, per_chunk=2, window=3, source=source)
+    config.memory.update(chunk_length=4, per_chunk=2, window=3, source=source, **(memory or {}))
     config.data.update(sequence_length=20, batch_size=5)
     config.train.microbatches = 1
     return m3jax.config.validate(config)
@@ -110,6 +117,10 @@ def count_forward(config: ConfigDict, *, reads: bool) -> int:
     """FLOP of one row, (query, key) pair by pair and layer by layer."""
     model, memory, tokens = config.model, config.memory, config.data.sequence_length
     prefix = 2 if reads else 0
+    counts = np.full((memory.layers, model.kv_heads), memory.kept_tokens)
+    if memory.counts:
+        rows = [part.partition(":")[2].split("+") for part in memory.counts.split(",")]
+        counts = np.array(rows, int)
     total = 0
     for layer in range(model.layers):
         for width in (model.query_heads, model.query_heads, model.kv_heads, model.kv_heads):
@@ -117,12 +128,14 @@ def count_forward(config: ConfigDict, *, reads: bool) -> int:
         total += 3 * 2 * tokens * model.hidden * model.mlp_width
         has_memory = reads and memory.first_layer <= layer < memory.first_layer + memory.layers
         for query in range(tokens):
-            keys = prefix + query + 1
-            if has_memory:
-                own = query // memory.chunk_length
-                chunks = [c for c in range(own - memory.window + 1, own + 1) if c >= 0]
-                keys += len(chunks) * memory.per_chunk * memory.kept_tokens
-            total += 2 * 2 * keys * model.query_heads * model.head_dim
+            for head in range(model.query_heads):
+                keys = prefix + query + 1
+                if has_memory:
+                    own = query // memory.chunk_length
+                    chunks = [c for c in range(own - memory.window + 1, own + 1) if c >= 0]
+                    at = layer - memory.first_layer, head * model.kv_heads // model.query_heads
+                    keys += len(chunks) * memory.per_chunk * counts[at]
+                total += 2 * 2 * keys * model.head_dim
     return total + 2 * tokens * model.hidden * model.vocabulary
 
 
@@ -130,23 +143,31 @@ def count_encode(config: ConfigDict) -> tuple[int, int]:
     """FLOP of one reference: those with a gradient in training, and those without."""
     model, memory = config.model, config.memory
     length, last = memory.reference_length, memory.first_layer + memory.layers - 1
+    copied = memory.selection == "reconstruction"
+    tokens = length * (1 + copied)
     width = model.query_heads * model.head_dim
     trained = fixed = 0
     for layer in range(last + 1):
-        trained += 2 * 2 * length * model.hidden * model.kv_heads * model.head_dim  # keys, values
-        queries = 2 * length * model.hidden * width
+        trained += 2 * 2 * tokens * model.hidden * model.kv_heads * model.head_dim  # keys, values
+        queries = 2 * tokens * model.hidden * width
         if layer < last:
-            trained += queries + queries + 3 * 2 * length * model.hidden * model.mlp_width
-            trained += sum(2 * 2 * (2 + i + 1) * width for i in range(length))
-        else:
-            fixed += queries
+            trained += queries + queries + 3 * 2 * tokens * model.hidden * model.mlp_width
+            trained += sum(2 * 2 * (2 + i + 1) * width for i in range(tokens))
+        else:  # those that the selection reads: of the copy, with `each` of the reference, too
+            fixed += queries // 2 if copied and not memory.each else queries
         if layer >= memory.first_layer:
-            fixed += 2 * length * length * width
+            if copied:
+                fixed += sum(2 * (2 + length + i + 1) * width for i in range(length))
+            if not copied or memory.each:
+                fixed += 2 * length * length * width
     return trained, fixed
 
 
-def test_counts_equal_slow_counting() -> None:
-    warmup, precomputed, online = tiny(), tiny("precomputed"), tiny("online")
+@pytest.mark.parametrize(
+    "memory", [{}, COUNTS, COPY, {**COUNTS, **COPY, "each": 2}, {"selection": "received"}], ids=str
+)
+def test_counts_equal_slow_counting(memory: dict[str, object]) -> None:
+    warmup, precomputed, online = (tiny(s, memory) for s in ("none", "precomputed", "online"))
     rows, references = 5, 5 * 5 * 2
     trained, fixed = count_encode(online)
     assert flops.train_step(warmup) == 3 * rows * count_forward(warmup, reads=False)
@@ -155,7 +176,8 @@ def test_counts_equal_slow_counting() -> None:
     expected = flops.train_step(precomputed) + references * (3 * trained + fixed)
     assert flops.train_step(online) == expected
     encode = references * (trained + fixed)
-    assert flops.train_step(tiny("stop_gradient")) == flops.train_step(precomputed) + encode
+    without = tiny("stop_gradient", memory)
+    assert flops.train_step(without) == flops.train_step(precomputed) + encode
 
 
 def test_prefix_always_counts_in_warmup() -> None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from m3jax import flops
+from m3jax.config import slot_counts
 from m3jax.errors import ConfigError
 from m3jax.hardware import Chip, chip_of_topology
 
@@ -251,7 +252,8 @@ def decoding(config: ConfigDict, assumptions: Assumptions) -> Section:
     parameters = flops.parameters(config).total
     vector = model.kv_heads * model.head_dim * 2 * _BFLOAT16
     cache = batch * length * model.layers * vector
-    memories = batch * memory.per_prompt_chunk * memory.layers * memory.kept_tokens * vector
+    slots = int(slot_counts(model, memory).max(1).sum())
+    memories = batch * memory.per_prompt_chunk * slots * vector
     weights = parameters * _BFLOAT16
     total = weights + cache + memories
     sharded, available = total / assumptions.chips, assumptions.chip.memory

@@ -32,6 +32,7 @@ from m3jax.memory.encode import encode_program, input_shapes
 from m3jax.mesh import AXES, batch_sharding, make_mesh, parameter_shardings, replicated, row_spec
 from m3jax.model.attention_mask import ExplicitMemory, Packing
 from m3jax.model.decode import Decoder, unstack
+from m3jax.model.slots import SlotLayout
 from m3jax.private_apis import needed_bytes
 from m3jax.train.state import Program
 from m3jax.train.step import make_step
@@ -131,7 +132,8 @@ def compile_decode(config: ConfigDict, mesh: Mesh, context: int) -> CompiledProg
 def _memories(config: ConfigDict, *lead: int) -> ExplicitMemory:
     """Returns the shapes of memories `(L, *lead, K, P, H)` in `memory.dtype`."""
     memory, model = config.memory, config.model
-    shape = (memory.layers, *lead, model.kv_heads, memory.kept_tokens, model.head_dim)
+    L, K, P = SlotLayout.of(model, memory).item_shape
+    shape = (L, *lead, K, P, model.head_dim)
     values: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(memory.dtype))
     length: Any = jax.ShapeDtypeStruct(lead, jnp.int32)
     return ExplicitMemory(values, values, length)

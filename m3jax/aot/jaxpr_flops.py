@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from m3jax.config import PACKED, PREFIX_TOKENS, prefix_tokens
 from m3jax.model import splash_mask
+from m3jax.model.slots import SlotLayout
 
 Blocks = Mapping[tuple[int, int], int]
 
@@ -68,12 +69,13 @@ def attention_blocks(config: ConfigDict, *, tokens: int, references: bool) -> Bl
     context["packed"] = config.data.packing in PACKED
     layouts = [plan(tokens, **context)]
     if memory.source != "none":
-        slots = memory.per_chunk * memory.kept_tokens
-        layouts.append(
-            plan(tokens, chunks=chunks_of_row(config, tokens), chunk_slots=slots, **context)
-        )
+        for group in SlotLayout.of(model, memory).groups:
+            slots = memory.per_chunk * group.slots
+            chunks = chunks_of_row(config, tokens) if slots else 0
+            layouts.append(plan(tokens, chunks=chunks, chunk_slots=slots, **context))
     if references:
-        layouts.append(plan(memory.reference_length, prefix=len(PREFIX_TOKENS)))
+        copies = 2 if memory.selection == "reconstruction" else 1
+        layouts.append(plan(copies * memory.reference_length, prefix=len(PREFIX_TOKENS)))
     return {
         (layout.rows, layout.keys): splash_mask.pairs(layout)[0] // (layout.block * layout.kv_block)
         for layout in layouts

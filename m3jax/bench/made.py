@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax import config as config_lib
-from m3jax.config import PREFIX_TOKENS
+from m3jax.config import PREFIX_TOKENS, largest_count
 from m3jax.memory import codec as codecs
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank
@@ -73,7 +73,7 @@ def made_bank(folder: Path, config: ConfigDict, memories: int) -> Bank:
     codec = random_codec(config)
     binding = Binding("made", "made", "made", layout_of(config, PREFIX_TOKENS))
     info = {"writer_step": 0, "writer_path": ""}
-    lengths = np.full(memories, config.memory.kept_tokens, np.uint16)
+    lengths = np.full(memories, largest_count(config.model, config.memory), np.uint16)
     hashes = np.arange(memories, dtype=np.uint64)
     manifest, _ = prepare_folder(folder, config, binding, info, codec, lengths, hashes)
     random, shard = np.random.default_rng(1), manifest["shard_memories"]

@@ -15,6 +15,7 @@ from m3jax.bench.rounds import Rounds, import_peer, timed
 from m3jax.errors import BenchmarkError
 from m3jax.memory import quantizer as quantization
 from m3jax.memory.bank import Bank
+from m3jax.memory.binding import slots_of
 from m3jax.memory.codebooks import train
 from m3jax.memory.quantizer import Codebook
 
@@ -123,14 +124,15 @@ def bank_vectors(workdir: Path, count: int) -> np.ndarray:
     if not bank.codec.plain:
         raise BenchmarkError(f"{workdir / 'bank'} is compressed; give one of config.memory.dtype")
     random = np.random.default_rng(0)
-    per_memory = int(np.prod(bank.manifest["shape"][1:-2]))
-    slots = np.asarray(bank.lengths, np.int64) * per_memory
+    layout = slots_of(bank.binding.layout)
+    of_length = np.minimum(np.arange(layout.largest + 1)[:, None], layout.counts_LK.ravel()).sum(1)
+    slots = 2 * of_length[np.asarray(bank.lengths)]
     order = random.permutation(bank.size)
     ids = np.sort(order[: int(np.searchsorted(np.cumsum(slots[order]), count)) + 1])
     memory = bank.read(ids)
-    real = np.arange(memory.keys.shape[3]) < np.asarray(memory.length)[:, None]
-    parts = [np.asarray(x).transpose(1, 3, 0, 2, 4)[real] for x in (memory.keys, memory.values)]
-    x = np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts]).astype(np.float32)
+    real = layout.real(np.asarray(memory.length))
+    parts = [np.moveaxis(np.asarray(x), 0, 1)[real] for x in (memory.keys, memory.values)]
+    x = np.concatenate(parts).astype(np.float32)
     if len(x) < count:
         raise BenchmarkError(f"{workdir / 'bank'} has {len(x)} vectors; {count} are needed")
     return random.permutation(x)[:count]

@@ -16,10 +16,15 @@ from m3jax.config.checks import PACKED as PACKED
 from m3jax.config.checks import flatten as flatten
 from m3jax.config.checks import validate as validate
 from m3jax.config.fields import SECTIONS
+from m3jax.config.heads import format_counts as format_counts
 from m3jax.config.heads import format_heads as format_heads
+from m3jax.config.heads import largest_count as largest_count
 from m3jax.config.heads import memory_heads as memory_heads
+from m3jax.config.heads import memory_layers as memory_layers
+from m3jax.config.heads import parse_counts as parse_counts
 from m3jax.config.heads import parse_heads as parse_heads
-from m3jax.config.heads import stored_heads as stored_heads
+from m3jax.config.heads import slot_counts as slot_counts
+from m3jax.config.heads import stored_slots as stored_slots
 from m3jax.errors import ConfigError
 
 # The constant prefix `<s>Reference:` as tokens; m3jax.text.tokenizer reserves these entries.

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from m3jax.config.fields import FIELDS, RENAMED
-from m3jax.config.heads import memory_heads
+from m3jax.config.heads import slot_counts
 from m3jax.errors import ConfigError
 
 # Values of memory.source with which references are encoded in the step.
@@ -41,17 +41,33 @@ def _shape(c: ConfigDict) -> Unfit:
             f"memory layers from memory.first_layer = {memory.first_layer} on do not all exist;"
             f" model.layers = {model.layers}",
         )
-    if memory_heads(model, memory) is not None and c.mesh.tensor != 1:
-        yield (
-            "mesh.tensor",
-            f"must be 1 with memory.heads = {memory.heads!r}: a bank of some heads is not split by"
-            " heads; or store all (memory.heads = '')",
-        )
+    else:
+        counts = slot_counts(model, memory)
+        if counts.min() < counts.max() and c.mesh.tensor != 1:
+            yield (
+                "mesh.tensor",
+                "must be 1 unless all heads keep the same number of tokens: a bank of other counts"
+                " is not split by heads (memory.counts = '' and memory.heads = '' keep the same)",
+            )
+        if memory.each and (memory.selection != "reconstruction" or memory.each > counts.max()):
+            yield (
+                "memory.each",
+                f"is read with memory.selection = 'reconstruction' and is at most the largest count"
+                f" of a head, {counts.max()}",
+            )
+    if memory.counts and memory.heads:
+        yield "memory.heads", "must be empty with memory.counts, which names the heads, too"
     length = f"memory.reference_length = {memory.reference_length} tokens"
     if memory.kept_tokens > memory.reference_length:
         yield "memory.kept_tokens", f"a reference has at most {length}"
     if c.text.vocabulary > model.vocabulary:
         yield "model.vocabulary", f"must be at least text.vocabulary = {c.text.vocabulary}"
+    if c.writer.document_context and memory.selection == "reconstruction":
+        yield (
+            "writer.document_context",
+            "a copy behind a reference does not see its document; set memory.selection ="
+            " 'received', or writer.document_context = False",
+        )
     if c.writer.document_context and memory.source in IN_STEP:
         yield (
             "writer.document_context",

@@ -106,13 +106,31 @@ MEMORY: Fields = {
     "layers": (2, "memory layers, counted from first_layer", "[1, inf)"),
     "heads": (
         "",
-        "memory heads: LAYER:HEAD+HEAD or LAYER for all heads of a layer, separated by commas,"
+        "heads with memories of kept_tokens each: LAYER:HEAD+HEAD or LAYER for all heads of a"
+        " layer, separated by commas,"
         " counted from 0 (0:1+3,2). The bank stores these; other heads see no memories (Memory³"
         " §7). Empty = all heads of the memory layers",
         None,
     ),
     "reference_length": (128, "most tokens W of a reference, without the prefix", "[1, inf)"),
-    "kept_tokens": (8, "tokens P kept per layer and key-value head", "[1, inf)"),
+    "kept_tokens": (
+        8,
+        "tokens kept by each key-value head that has memories, if counts is empty",
+        "[1, inf)",
+    ),
+    "counts": (
+        "",
+        "tokens kept by each key-value head: LAYER:COUNT+COUNT+… for the layers with memories,"
+        " separated by commas (4:0+12,5:3+3). launch/select_memory.py counts deals them to the"
+        " heads that read facts. Empty = kept_tokens for each of `heads`",
+        None,
+    ),
+    "each": (
+        0,
+        "of these, tokens that each head keeps by the rule `received`, with selection ="
+        " 'reconstruction'; the others by reconstruction",
+        "[0, inf)",
+    ),
     "chunk_length": (64, "tokens Q of a chunk; divides data.sequence_length", "[1, inf)"),
     "per_chunk": (1, "memories M that a training chunk retrieves", "[1, inf)"),
     "window": (
@@ -123,8 +141,10 @@ MEMORY: Fields = {
     "per_prompt_chunk": (5, "memories that a prompt chunk retrieves at inference", "[1, inf)"),
     "selection": (
         "exact",
-        "token weight of the writer: sum of softmax attention, or of exp scores (Memory³ §3.3)",
-        ("exact", "approximate"),
+        "token weight of the writer: sum of softmax attention (exact) or of exp scores"
+        " (approximate) inside the reference (Memory³ §3.3), attention from behind it times the"
+        " size of the value (received), largest attention of a second copy (reconstruction)",
+        ("exact", "approximate", "received", "reconstruction"),
     ),
     "dropout": (
         0.0,

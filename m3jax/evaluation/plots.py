@@ -147,6 +147,29 @@ def head_map(
         bar.set_label("rise of the loss, nats a token", fontsize=8)
 
 
+def count_map(path: Path, counts: np.ndarray, title: str, first_layer: int = 0) -> None:
+    """Plots the number of tokens that each layer and head keeps as a heat map.
+
+    Args:
+      path: PNG to write.
+      counts: `(layers, heads)`.
+      title: of the plot.
+      first_layer: layer of the first row.
+    """
+    L, K = counts.shape
+    colours = LinearSegmentedColormap.from_list("counts", ["#ffffff", TEAL])
+    with drawing(path, max(5.0, 0.75 * L + 1.4), max(2.4, 0.5 * K + 1.4)) as figure:
+        axes = figure.subplots()
+        axes.imshow(np.log1p(counts).T, cmap=colours, aspect="auto")
+        for (layer, head), value in np.ndenumerate(counts):
+            dark = np.log1p(value) > 0.6 * np.log1p(counts.max())
+            colour = "white" if dark else INK
+            axes.text(layer, head, str(value), ha="center", va="center", fontsize=8, color=colour)
+        axes.set_xticks(range(L), [str(first_layer + i) for i in range(L)])
+        axes.set_yticks(range(K))
+        axes.set(xlabel="layer", ylabel="key-value head", title=title)
+
+
 def sweep_dots(
     path: Path, rows: Sequence[tuple[str, str, Sequence[float], Sequence[float]]], axis: str
 ) -> None:

@@ -281,11 +281,10 @@ class Answerer(Scorer):
         chosen = np.asarray(jnp.argmax(logits, axis=-1))[place]
         observe = jax.jit(self.model.memory_attention, static_argnums=3)
         weights = np.asarray(observe(self.params, rows.tokens, memory, 1))
-        weights = np.moveaxis(weights, 4, 1)[:, place[1], place[0]]  # (L, n, K, G, slots)
-        L, n, K, G, _ = weights.shape
-        M, P = ids.shape[-1], self.model.memory.kept_tokens
+        weights = np.moveaxis(weights, 4, 1)[:, place[1], place[0]]
+        L, n, K, G, *slots = weights.shape  # slots: C, M, P
         chunk = place[1] // self.model.memory.chunk_length
-        weights = np.moveaxis(weights.reshape(L, n, K * G, -1, M, P), 3, 1)[:, chunk, np.arange(n)]
+        weights = np.moveaxis(weights.reshape(L, n, K * G, *slots), 3, 1)[:, chunk, np.arange(n)]
         size = self.tokenizer.size  # the model's vocabulary may be padded
         names = [self.tokenizer.decode([t]) if t < size else f"token {t}" for t in chosen.tolist()]
         return names, np.moveaxis(weights, 0, 1)

@@ -52,9 +52,8 @@ class ColdMemories(MemoryReader):
         """
         memory = config.memory
         self.codec = Codec(NONE, config.model.head_dim, memory.dtype) if codec is None else codec
-        item = (memory.layers, config.model.kv_heads, memory.kept_tokens)
         self._nothing = np.zeros(
-            (2, *self.codec.item_shape(*item)), jnp.dtype(self.codec.stored_dtype)
+            (2, *self.codec.item_shape(model.slots)), jnp.dtype(self.codec.stored_dtype)
         )
         self._config, self._references = config, references
         self._encoder = Encoder(config, model, params, references, self.codec)

@@ -18,7 +18,7 @@ from m3jax.files import checksum
 from m3jax.memory import codec as codecs
 from m3jax.memory.binding import Binding
 from m3jax.memory.buffer_pool import Buffers
-from m3jax.memory.codec import Codec, heads_of
+from m3jax.memory.codec import Codec
 from m3jax.memory.reader import MemoryReader
 from m3jax.memory.shard_reader import ShardReader
 from m3jax.memory.storage import (
@@ -203,13 +203,12 @@ def join_banks(banks: Sequence[Bank], tombstones: np.ndarray, references: str) -
 
 def _read_codec(folder: str | Path, manifest: dict[str, Any], binding: Binding) -> Codec:
     head_dim, dtype = binding.layout["head_dim"], binding.layout["dtype"]
-    heads = heads_of(binding.layout)
     if manifest["codec"] != codecs.VECTOR:
-        return Codec(manifest["codec"], head_dim, dtype, heads=heads)
+        return Codec(manifest["codec"], head_dim, dtype)
     codec, owner = codecs.from_bytes(read_checked(folder, manifest, CODEBOOK), dtype)
     if owner != binding.owner or codec.width != manifest["shape"][-1]:
         raise BankError(
             f"{folder}/{CODEBOOK} belongs to memories of another model; delete the folder and run"
             f" {write_again(folder)}"
         )
-    return dataclasses.replace(codec, heads=heads)
+    return codec

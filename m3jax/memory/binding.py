@@ -11,10 +11,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from m3jax.config import format_counts, memory_layers, parse_counts, slot_counts
 from m3jax.files import checksum
-from m3jax.memory.codec import heads_layout
 from m3jax.memory.document_context import UNSTATED
 from m3jax.memory.document_context import layout_entries as context_layout
+from m3jax.model.slots import SlotLayout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,17 @@ def writer_params(params: dict[str, Any]) -> dict[str, Any]:
     return {name: params[name] for name in ("embedding", "lower", "memory") if name in params}
 
 
+def slots_of(layout: dict[str, Any]) -> SlotLayout:
+    """Returns the slots of a memory of a bank with this layout."""
+    layers = range(layout["first_layer"], layout["first_layer"] + layout["layers"])
+    kv_heads = layout["kv_heads"]
+    if layout.get("counts"):
+        counts = parse_counts(layout["counts"], layers, kv_heads)
+    else:
+        counts = np.full((len(layers), kv_heads), layout["kept_tokens"])
+    return SlotLayout(tuple(map(tuple, counts.tolist())))
+
+
 def layout_of(config: ConfigDict, prefix_tokens: tuple[int, ...]) -> dict[str, Any]:
     """Returns the config values and prefix tokens that memories depend on, as plain JSON."""
     model, memory = config.model, config.memory
@@ -90,6 +102,11 @@ def layout_of(config: ConfigDict, prefix_tokens: tuple[int, ...]) -> dict[str, A
     of_model = "query_heads", "kv_heads", "head_dim", "compute_dtype"
     floats = "rope_base", "norm_epsilon", "embedding_scale"
     scaling = {name: model[name] for name in model if name.startswith("rope_")}
+    counts, each = slot_counts(model, memory), {}
+    if counts.min() < counts.max():
+        each = {"counts": format_counts(counts, memory_layers(memory))}
+    if memory.selection == "reconstruction":
+        each["each"] = memory.each
     return {
         **{name: memory[name] for name in of_memory},
         **{name: model[name] for name in of_model},
@@ -97,5 +114,6 @@ def layout_of(config: ConfigDict, prefix_tokens: tuple[int, ...]) -> dict[str, A
         **(scaling if model.rope_scaling != "none" else {}),
         "prefix_tokens": [int(token) for token in prefix_tokens],
         **context_layout(config),
-        **heads_layout(config),
+        "kept_tokens": int(counts.max()),
+        **each,
     }

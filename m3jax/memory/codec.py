@@ -15,72 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
-from ml_collections import ConfigDict
 
-from m3jax.config import format_heads, memory_heads, parse_heads
 from m3jax.errors import QuantizerError
 from m3jax.memory import codebooks, quantizer
 from m3jax.memory.quantizer import Codebook
 from m3jax.model.attention_mask import ExplicitMemory
+from m3jax.model.slots import SlotLayout
 
 NONE, INT8, VECTOR = "none", "int8", "vector"
 _SCALE_BYTES = 2  # bfloat16
-
-
-@dataclasses.dataclass(frozen=True)
-class Heads:
-    """Selects the heads that a bank stores memories of, if not all (Memory³ §7).
-
-    Such a bank has one axis of the S chosen heads of all layers instead of the layer and head axes:
-    stored memories are `(1, …, S, P, width)`. Readers get `(L, …, K, P, H)`, with zeros for heads
-    without memories, which attention masks out (`model.attention_mask.keys_of_heads`).
-
-    Attributes:
-      layers: number L of memory layers.
-      kv_heads: number K of key-value heads of a layer.
-      chosen: layer · K + head of each chosen head, ascending; the first memory layer is layer 0.
-    """
-
-    layers: int
-    kv_heads: int
-    chosen: tuple[int, ...]
-
-    @property
-    def mask(self) -> Bool[np.ndarray, "L K"]:
-        """Returns the mask of the chosen heads."""
-        places = np.arange(self.layers * self.kv_heads)
-        return np.isin(places, self.chosen).reshape(self.layers, self.kv_heads)
-
-    def take(self, memories: Array) -> Array:
-        """Selects the chosen heads of keys or values: `(…, L, K, P, H)` → `(…, 1, S, P, H)`."""
-        *lead, P, H = memories.shape
-        flat = memories.reshape(*lead[:-2], 1, self.layers * self.kv_heads, P, H)
-        return jnp.take(flat, np.array(self.chosen), axis=-3)
-
-    def place(self, chosen: Array) -> Array:
-        """Scatters chosen heads, `(1, …, S, P, H)` → `(L, …, K, P, H)`; other heads are zeros."""
-        *lead, S, P, H = chosen.shape
-        source = np.full(self.layers * self.kv_heads, S)  # index of the zeros appended below
-        source[np.array(self.chosen)] = np.arange(S)
-        padded = jnp.concatenate([chosen, jnp.zeros((*lead, 1, P, H), chosen.dtype)], axis=-3)[0]
-        source_LK = source.reshape(self.layers, self.kv_heads)
-        return jax.vmap(lambda source_K: jnp.take(padded, source_K, axis=-3))(source_LK)
-
-
-def heads_layout(config: ConfigDict) -> dict[str, Any]:
-    """Returns the entry of a bank's layout that lists its heads; empty if it stores all heads."""
-    chosen = memory_heads(config.model, config.memory)
-    return {} if chosen is None else {"heads": format_heads(chosen)}
-
-
-def heads_of(layout: dict[str, Any]) -> Heads | None:
-    """Returns the heads that a bank with this layout stores memories of; None = all heads."""
-    first, layers, kv_heads = (layout[name] for name in ("first_layer", "layers", "kv_heads"))
-    chosen = parse_heads(layout.get("heads", ""), range(first, first + layers), kv_heads)
-    if chosen is None:
-        return None
-    places = tuple((layer - first) * kv_heads + head for layer, head in chosen)
-    return Heads(layers, kv_heads, places)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +36,12 @@ class Codec:
       head_dim: head dim H of keys and values.
       dtype: dtype of dequantized memories, and of stored memories if the name is `none`.
       codebooks: codebooks of the keys and of the values; None unless the name is `vector`.
-      heads: the stored heads; None = all heads.
     """
 
     name: str
     head_dim: int
     dtype: str
     codebooks: tuple[Codebook, Codebook] | None = None
-    heads: Heads | None = None
 
     @property
     def width(self) -> int:
@@ -114,23 +55,17 @@ class Codec:
         """Returns the dtype of the stored array."""
         return self.dtype if self.name == NONE else "uint8"
 
-    def item_shape(self, layers: int, kv_heads: int, kept: int) -> tuple[int, ...]:
+    def item_shape(self, slots: SlotLayout) -> tuple[int, ...]:
         """Returns the shape of one memory's stored keys, which is that of its values."""
-        item = (layers, kv_heads) if self.heads is None else (1, len(self.heads.chosen))
-        return (*item, kept, self.width)
+        return (*slots.item_shape, self.width)
 
     @property
     def plain(self) -> bool:
-        """Returns True if all heads are stored, without compression."""
-        return self.name == NONE and self.heads is None
+        """Returns True if keys and values are stored without compression."""
+        return self.name == NONE
 
     def quantize(self, memories: Float[Array, "R 2 L K P H"]) -> Array:
-        """Converts keys and values to stored form, `(R, 2, L, K, P, width)`.
-
-        With `heads` the result is `(R, 2, 1, S, P, width)`.
-        """
-        if self.heads is not None:
-            memories = self.heads.take(memories)
+        """Converts keys and values to stored form, `(R, 2, L, K, P, width)`."""
         if self.name == NONE:
             return memories.astype(self.dtype)
         if self.name == INT8:
@@ -144,21 +79,14 @@ class Codec:
         return jnp.stack([part.reshape(shape) for part in parts], axis=1)
 
     def dequantize(self, memory: ExplicitMemory) -> ExplicitMemory:
-        """Converts stored keys and values `(L, …, K, P, width)` back to `(L, …, K, P, H)`.
-
-        With `heads` the stored shape is `(1, …, S, P, width)`.
-        """
+        """Converts stored keys and values `(L, …, K, P, width)` back to `(L, …, K, P, H)`."""
         if self.plain:
             return memory
         keys, values = (self._dequantize_part(part, memory[part]) for part in range(2))
-        if self.heads is not None:
-            keys, values = self.heads.place(keys), self.heads.place(values)
         return ExplicitMemory(keys, values, memory.length)
 
     def _dequantize_part(self, part: int, codes: Any) -> Array:
         codes = jnp.asarray(codes)
-        if self.name == NONE:
-            return codes
         if self.name == INT8:
             return _from_int8(codes).astype(self.dtype)
         assert self.codebooks is not None
@@ -167,7 +95,7 @@ class Codec:
 
 def train_codec(
     memories: Float[np.ndarray, "R 2 L K P H"],
-    lengths: np.ndarray,
+    real: Bool[np.ndarray, "R L K P"],
     dtype: str,
     coarse_bits: int,
     fine_bits: int,
@@ -176,7 +104,7 @@ def train_codec(
 
     Args:
       memories: memories of uniformly sampled references.
-      lengths: number of used slots of each memory, (R,).
+      real: mask of slots that hold a token (`SlotLayout.real`).
       dtype: dtype of dequantized memories.
       coarse_bits, fine_bits: see `codebooks.train`.
 
@@ -185,10 +113,9 @@ def train_codec(
         split into the quantizer's parts.
     """
     head_dim = memories.shape[-1]
-    real = np.arange(memories.shape[4]) < np.asarray(lengths)[:, None]
 
     def book(part: int, name: str) -> Codebook:
-        vectors = memories[:, part].transpose(0, 3, 1, 2, 4)[real].reshape(-1, head_dim)
+        vectors = memories[:, part][real]
         return codebooks.train(
             vectors.astype(np.float32),
             seed=part,
@@ -205,8 +132,7 @@ def same(codec: Codec, other: Codec) -> bool:
     if codec.codebooks is None or other.codebooks is None:
         return codec == other
     tables = zip(jax.tree.leaves(codec.codebooks), jax.tree.leaves(other.codebooks), strict=True)
-    alike = (codec.dtype, codec.heads) == (other.dtype, other.heads)
-    return alike and all(np.array_equal(a, b) for a, b in tables)
+    return codec.dtype == other.dtype and all(np.array_equal(a, b) for a, b in tables)
 
 
 def to_bytes(codec: Codec, owner: str) -> bytes:

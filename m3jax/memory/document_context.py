@@ -21,8 +21,9 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt64
 from ml_collections import ConfigDict
 
-# Defaults of entries that a layout may omit: references encoded alone, and all heads stored.
-UNSTATED = {"document_context_references": 1, "heads": ""}
+# Defaults of entries that a layout may omit: references encoded alone, and the same count for all
+# heads.
+UNSTATED = {"document_context_references": 1, "counts": "", "each": 0}
 
 _BLOCK = 64  # rows that are filled together; a block is complete before the next begins
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int, UInt64
 from ml_collections import ConfigDict
 
+from m3jax.config import largest_count
 from m3jax.errors import BankError
 from m3jax.memory.binding import writer_params
 from m3jax.memory.codec import Codec
@@ -68,8 +69,9 @@ class ReferenceSet(ReferenceTokens, Protocol):
 def encode_program(config: ConfigDict, model: Model, codec: Codec) -> Any:
     """Returns the jitted function that encodes a batch of references.
 
-    `(writer_params, tokens (R, W)) → stored (R, 2, L, K, P, width), length (R,), finite (R,)`, in
-    the stored form of `codec.quantize`; `finite` is False for a memory with NaN or infinity. With
+    `(writer_params, tokens (R, W)) → stored (R, 2, L, K, P, width), length (R,), finite (R,)` (or
+    `(R, 2, 1, 1, S, width)`, `SlotLayout`), in the stored form of `codec.quantize`; `finite` is
+    False for a memory with NaN or infinity. With
     document context `(writer_params, tokens (B, slots, W), first (B, slots)) → …`, with R = B ·
     slots; `first` is the argument `windows` of `Model.encode`.
     """
@@ -78,7 +80,7 @@ def encode_program(config: ConfigDict, model: Model, codec: Codec) -> Any:
     def encode(
         params: Params, tokens: jax.Array, first: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        memory, _ = model.encode(params, tokens.reshape(-1, tokens.shape[-1]), keep, first)
+        memory = model.encode(params, tokens.reshape(-1, tokens.shape[-1]), keep, first)
         memories = jnp.stack([jnp.moveaxis(x, 0, 1) for x in memory[:2]], axis=1).astype(dtype)
         finite = jnp.isfinite(memories).all(axis=range(1, memories.ndim))
         if model.mesh is not None:  # each device has a part of the heads
@@ -136,7 +138,7 @@ class Encoder:
         self.references, self.seconds = references, 0.0
         shapes = input_shapes(config)
         self.slots, self.rows, self.width = window_references(config), shapes[0][0], shapes[0][-1]
-        self.kept = config.memory.kept_tokens
+        self.kept = model.slots.largest
         self.params, self.sharding = writer_params(params), None
         if model.mesh is not None:
             self.sharding = batch_sharding(model.mesh)
@@ -254,5 +256,5 @@ def memory_lengths(config: ConfigDict, references: ReferenceTokens) -> np.ndarra
             f" config.memory.reference_length = {config.memory.reference_length}; raise it, or cut"
             " the references again with launch/prepare.py"
         )
-    kept = config.memory.kept_tokens
+    kept = largest_count(config.model, config.memory)
     return np.minimum(tokens, kept).astype(np.uint16 if kept < 2**16 else np.int32)

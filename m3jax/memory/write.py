@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import m3jax
-from m3jax.config import stored_heads
+from m3jax.config import slot_counts
 from m3jax.distributed import first_alone, meet
 from m3jax.errors import BankError
 from m3jax.files import checksum
@@ -29,11 +29,12 @@ from m3jax.memory import codec as codecs
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank
 from m3jax.memory.binding import Binding, layout_of, writer_fingerprint
-from m3jax.memory.codec import Codec, heads_of
+from m3jax.memory.codec import Codec
 from m3jax.memory.encode import Encoder, ReferenceSet, memory_hashes, memory_lengths
 from m3jax.memory.storage import WRITE_AGAIN
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.parameters import Params
+from m3jax.model.slots import SlotLayout
 from m3jax.model.transformer import Model
 from m3jax.private_apis import is_disk_full
 
@@ -107,7 +108,6 @@ def write_bank(
 
     def prepare() -> tuple[Codec, dict[str, Any], list[int]]:
         codec = _make_codec(config, model, params, references, folder, binding, base)
-        codec = dataclasses.replace(codec, heads=heads_of(binding.layout))
         return codec, *prepare_folder(folder, config, binding, info, codec, lengths, hashes)
 
     codec, manifest, missing = first_alone(prepare, lambda: _check_seen(folder))
@@ -164,11 +164,11 @@ def _make_codec(
         return base.codec
     ids = _sample(config, references)
     print(f"bank {folder}: training codebooks on {len(ids)} references", flush=True)
-    uncompressed = Codec(codecs.NONE, head_dim, dtype, heads=heads_of(binding.layout))
+    uncompressed = Codec(codecs.NONE, head_dim, dtype)
     encoder = Encoder(config, model, params, references, uncompressed)
     memories = np.concatenate(list(encoder.batches(ids)))
-    lengths = np.minimum(references.lengths[ids], config.memory.kept_tokens)
-    codec = codecs.train_codec(memories, lengths, dtype, writer.coarse_bits, writer.fine_bits)
+    real = model.slots.real(np.asarray(references.lengths)[ids])
+    codec = codecs.train_codec(memories, real, dtype, writer.coarse_bits, writer.fine_bits)
     storage.write_file(folder, storage.CODEBOOK, codecs.to_bytes(codec, binding.owner))
     return codec
 
@@ -176,8 +176,9 @@ def _make_codec(
 def _sample(config: ConfigDict, references: ReferenceSet) -> Int[np.ndarray, " n"]:
     """Samples references uniformly until they have `writer.codebook_vectors` keys, if possible."""
     order = np.random.default_rng(0).permutation(len(references))
-    slots = np.minimum(references.lengths[order], config.memory.kept_tokens)
-    vectors = np.cumsum(slots) * stored_heads(config.model, config.memory)
+    counts = slot_counts(config.model, config.memory).ravel()
+    shortened = np.minimum(np.arange(config.memory.reference_length + 1)[:, None], counts).sum(1)
+    vectors = np.cumsum(shortened[np.asarray(references.lengths)[order]])
     enough = int(np.searchsorted(vectors, config.writer.codebook_vectors)) + 1
     return np.sort(order[:enough])
 
@@ -203,13 +204,12 @@ def prepare_folder(
     }
     if codec.codebooks is not None:
         sides[storage.CODEBOOK] = codecs.to_bytes(codec, binding.owner)
-    item = (binding.layout[name] for name in ("layers", "kv_heads", "kept_tokens"))
     manifest = {
         "format": storage.FORMAT,
         "binding": vars(binding),
         "info": info,
         "codec": codec.name,
-        "shape": [len(lengths), 2, *codec.item_shape(*item)],
+        "shape": [len(lengths), 2, *codec.item_shape(SlotLayout.of(config.model, config.memory))],
         "dtype": codec.stored_dtype,
         "shard_memories": min(config.writer.shard_memories, len(lengths)),
         "checksums": {name: checksum(data) for name, data in sides.items()},

@@ -75,7 +75,8 @@ class Scope:
         T; with `packing`, C is the number of chunks of all texts of a row.
       packing: texts of packed rows, each of which sees only itself and its memories; None if a row
         is one text.
-      heads: true for key-value heads that read memories (Memory³ §7); None if all do.
+      counts: number of slots of a memory that each key-value head has, of the P in `memory`; None
+        if all have P. A head with 0 reads no memories (Memory³ §7).
       sight: query heads that see only a part of the context; None if all see all of it.
       chunk_length: tokens Q of a chunk.
       window: number of chunks whose memories a query reads, its own included.
@@ -85,7 +86,7 @@ class Scope:
     prefix: KeyValues | None = None
     memory: ExplicitMemory | None = None
     packing: Packing | None = None
-    heads: Bool[Array, " K"] | None = None
+    counts: Int[Array, " K"] | None = None
     sight: ShortSight | None = None
     chunk_length: int = dataclasses.field(default=64, metadata={"static": True})
     window: int = dataclasses.field(default=1, metadata={"static": True})
@@ -115,7 +116,7 @@ def visible_mask(
 
     Returns:
       A boolean mask that broadcasts to (B, K, T, keys). The axis of rows has size 1 if there are
-      neither memories nor packing, the axis of key-value heads if all heads read memories.
+      neither memories nor packing, the axis of key-value heads if all heads have P slots.
     """
     packing, prefix = scope.packing, scope.prefix_slots
     masks = [(query_T[:, None] >= jnp.arange(context)[None])[None]]
@@ -130,9 +131,10 @@ def visible_mask(
     mask_BTS = jnp.concatenate(
         [jnp.broadcast_to(mask, (rows, *mask.shape[1:])) for mask in masks], axis=-1
     )
-    if scope.heads is None or scope.memory is None:
+    if scope.counts is None or scope.memory is None:
         return mask_BTS[:, None]
-    heads_KS = keys_of_heads(scope.heads, mask_BTS.shape[-1], prefix, scope.memory_slots)
+    P = scope.memory.keys.shape[-2]
+    heads_KS = keys_of_heads(scope.counts, P, mask_BTS.shape[-1], prefix, scope.memory_slots)
     return mask_BTS[:, None] & heads_KS[None, :, None]
 
 
@@ -165,12 +167,13 @@ def hidden_by_sight(
 
 
 def keys_of_heads(
-    heads_K: Bool[Array, " K"], keys: int, first: int, slots: int
+    counts_K: Int[Array, " K"], P: int, keys: int, first: int, slots: int
 ) -> Bool[Array, "K keys"]:
-    """Returns the keys that each key-value head may see: all of them if it reads memories, else
-    all but the memory slots `first … first + slots − 1`."""
+    """Returns the keys that each key-value head may see: all but the memory slots `first … first +
+    slots − 1` that it does not have, as of P slots of a memory it has the first `counts_K`."""
     key = jnp.arange(keys)[None]
-    return heads_K[:, None] | (key < first) | (key >= first + slots)
+    outside = (key < first) | (key >= first + slots)
+    return outside | ((key - first) % max(P, 1) < counts_K[:, None])
 
 
 def real_slots(memory: ExplicitMemory) -> Bool[Array, "B C M P"]:

@@ -32,7 +32,7 @@ def fused_attend(
 
     Args:
       q_BTKGH, k_BTKH, v_BTKH: as in `attend`.
-      scope: as in `attend`, without `sight`. With memories and `heads` the mask is as large as the
+      scope: as in `attend`, without `sight`. With memories and `counts` the mask is as large as the
         scores of all heads.
       implementation: `cudnn`, or `xla` for the same call on any platform, which materializes all
         scores.

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from m3jax.mesh import ACTIVATIONS, on_devices
 from m3jax.model.attention_mask import ExplicitMemory, KeyValues
-from m3jax.model.kv_cache import CacheLayout, State, by_layer, prompt_cache, query_weights
+from m3jax.model.kv_cache import CacheLayout, State, prompt_cache, query_weights
 from m3jax.model.layer import join
 from m3jax.model.parameters import Params
 from m3jax.model.rope import Rope, rotate
@@ -78,8 +78,7 @@ class Decoder:
         self.model, self.sample, self.stop, self.pad = model, sample, stop, pad
         self.usable, self.dequantize, self.observe = usable, dequantize, observe
         segments = tuple(name for name in model.ranges for _ in range(*model.ranges[name]))
-        kept, prefix = model.memory.kept_tokens, len(model.prefix_tokens)
-        self.layout = CacheLayout(segments, prefix, kept, model.memory_heads)
+        self.layout = CacheLayout(segments, len(model.prefix_tokens), model.slots)
         self._name_parts()
 
         def prefill(*inputs: Any, slots: int) -> tuple[State, Written]:
@@ -161,20 +160,20 @@ class Decoder:
         nothing, done = jnp.zeros((B,), jnp.int32), jnp.zeros((B,), bool)
         state = State((), length, rows, prompt_length, zero + T, zero, nothing, done)
         masks = layout.masks(state, T + slots, zero - 1)
-        cache, readings, parts = [], [], iter(by_layer(memory))
+        cache, readings, parts = [], [], iter(model.slots.by_layer(memory))
         for index, segment in enumerate(layout.segments):
-            part = next(parts, None) if segment == "memory" else None
+            part = next(parts) if segment == "memory" else None
             block = model.merge(params["layers"][index])
             _, heads, prefix_heads = layer.heads(block, hidden)
             assert heads is not None
             attended, prefix = layer.attend_prefix(prefix_heads)
-            output, _ = layer.attend_context(heads, prefix, part, layout.reading_heads(index))
+            output, _ = layer.attend_context(heads, prefix, part, layout.head_counts(index))
             kept = None if part is None else jax.tree.map(lambda x: x[row, last_chunk], part)
             cache.append(prompt_cache(KeyValues(heads.k, heads.v), prefix, kept, slots))
             if self.observe and segment == "memory":
                 mask = layout.mask(index, masks, state)
                 weights = query_weights(heads.q[row, prompt_length - 1], cache[-1].keys, mask)
-                readings.append(layout.mass(weights, state))
+                readings.append(layout.mass(index, weights, state))
             hidden = block.rest(hidden, join((None, output, attended)))
         context = streams.split(hidden)[1]
         assert context is not None
@@ -261,7 +260,7 @@ class Decoder:
             hidden = block.rest(hidden, attended[:, None])
             cache.append(KeyValues(keys, values))
             if self.observe and segment == "memory":
-                readings.append(layout.mass(weights_BKGS, state))
+                readings.append(layout.mass(index, weights_BKGS, state))
         return state._replace(cache=tuple(cache), fed=state.fed + 1), hidden, readings
 
     def _next_token(

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from m3jax.model.attention import masked_softmax
 from m3jax.model.attention_mask import ExplicitMemory, KeyValues, keys_of_heads
+from m3jax.model.slots import SlotLayout
 
 
 class State(NamedTuple):
@@ -25,9 +25,10 @@ class State(NamedTuple):
 
     Attributes:
       cache: for every layer, keys (RoPE applied) and values `(B, K, S, H)`. The S slots are: the
-        prefix, in memory layers M·P slots of memories, the longest prompt, generated tokens.
-      memory_length: number of slots of each memory that hold a token; `(B, M)`, M = 0 without
-        memories.
+        prefix, in memory layers M·P slots of memories (P is the largest count of the layer's
+        heads), the longest prompt, generated tokens.
+      memory_length: number of tokens of each memory in the head that keeps most; `(B, M)`, M = 0
+        without memories.
       rows: index of each row over all batches, which the sampler uses; `(B,)`.
       prompt_length: number of tokens of each prompt; `(B,)`.
       prompt_slots: number of slots for the prompt: the length T to which prompts are padded.
@@ -53,27 +54,29 @@ class CacheLayout:
     Attributes:
       segments: for every layer, `lower`, `memory` or `upper`.
       prefix: number of slots of the constant prefix.
-      kept: number P of slots of a memory.
-      memory_heads: true for key-value heads that read memories; None if all do.
+      slots: slots of a memory in every memory layer and head.
     """
 
     segments: tuple[str, ...]
     prefix: int
-    kept: int
-    memory_heads: Bool[np.ndarray, "L K"] | None
+    slots: SlotLayout
 
-    def memory_slots(self, state: State) -> int:
-        """Returns the number M·P of slots of a row's memories."""
-        return state.memory_length.shape[1] * self.kept
+    def counts(self, index: int) -> tuple[int, ...]:
+        """Returns the number of slots of a memory in each head of layer `index`."""
+        if self.segments[index] != "memory":
+            return (0,)
+        return self.slots.counts[index - self.segments.index("memory")]
+
+    def memory_slots(self, index: int, state: State) -> int:
+        """Returns the number M·P of slots of a row's memories in layer `index`."""
+        return state.memory_length.shape[1] * max(self.counts(index))
 
     def context_start(self, index: int, state: State) -> int:
         """Returns the first context slot of layer `index`."""
-        memories = self.memory_slots(state) if self.segments[index] == "memory" else 0
-        return self.prefix + memories
+        return self.prefix + self.memory_slots(index, state)
 
-    def masks(self, state: State, slots: int, slot: Array) -> dict[bool, Array]:
-        """Returns the masks `(B, S)` of visible slots: under False for layers without memories,
-        under True for memory layers.
+    def masks(self, state: State, slots: int, slot: Array) -> dict[int, Array]:
+        """Returns the masks `(B, S)` of visible slots, by the number P of slots of a memory.
 
         Args:
           state: state of the rows.
@@ -85,46 +88,49 @@ class CacheLayout:
         context = (slot_S < state.prompt_length[:, None]) | generated
         B = state.token.shape[0]
         constant = jnp.ones((B, self.prefix), bool)
-        real = jnp.arange(self.kept)[None, None] < state.memory_length[..., None]
-        memories = real.reshape(B, self.memory_slots(state))
-        return {
-            False: jnp.concatenate([constant, context], axis=1),
-            True: jnp.concatenate([constant, memories, context], axis=1),
-        }
+        masks = {}
+        for P in {max(self.counts(index)) for index in range(len(self.segments))}:
+            real = jnp.arange(P)[None, None] < state.memory_length[..., None]
+            masks[P] = jnp.concatenate([constant, real.reshape(B, -1), context], axis=1)
+        return masks
 
-    def reading_heads(self, index: int) -> Array | None:
-        """Returns the mask `(K,)` of the heads of layer `index` that read memories; None if all do,
-        or if it is not a memory layer."""
-        if self.memory_heads is None or self.segments[index] != "memory":
-            return None
-        return jnp.asarray(self.memory_heads[index - self.segments.index("memory")])
+    def head_counts(self, index: int) -> Array | None:
+        """Returns the counts `(K,)` of layer `index`; None if they are equal."""
+        counts = self.counts(index)
+        return None if len(set(counts)) == 1 else jnp.array(counts)
 
-    def mask(self, index: int, masks: dict[bool, Array], state: State) -> Array:
+    def mask(self, index: int, masks: dict[int, Array], state: State) -> Array:
         """Returns the mask of visible slots of layer `index`: `(B, 1, S)` if it is the same for all
         heads, else `(B, K, S)`. `masks` is the result of the method `masks`."""
-        mask_BS, heads_K = masks[self.segments[index] == "memory"], self.reading_heads(index)
-        if heads_K is None:
+        P, counts_K = max(self.counts(index)), self.head_counts(index)
+        mask_BS = masks[P]
+        if counts_K is None:
             return mask_BS[:, None]
-        slots = self.memory_slots(state)
-        return mask_BS[:, None] & keys_of_heads(heads_K, mask_BS.shape[1], self.prefix, slots)[None]
+        slots = self.memory_slots(index, state)
+        visible = keys_of_heads(counts_K, P, mask_BS.shape[1], self.prefix, slots)
+        return mask_BS[:, None] & visible[None]
 
-    def mass(self, weights_BKGS: Array, state: State) -> Array:
-        """Sums attention weights over each memory, and over all other keys: `(B, K, G, M + 1)`."""
+    def mass(self, index: int, weights_BKGS: Array, state: State) -> Array:
+        """Sums attention weights of layer `index` over each memory, and over all other keys: `(B,
+        K, G, M + 1)`."""
         M = state.memory_length.shape[1]
-        mass = weights_BKGS[..., self.prefix : self.prefix + self.memory_slots(state)]
-        mass = mass.reshape(*mass.shape[:-1], M, -1).sum(-1)
+        mass = weights_BKGS[..., self.prefix : self.context_start(index, state)]
+        mass = mass.reshape(*mass.shape[:-1], M, max(self.counts(index))).sum(-1)
         return jnp.concatenate([mass, 1 - mass.sum(-1, keepdims=True)], axis=-1)
 
     def load_memories(self, state: State, memory: ExplicitMemory) -> State:
-        """Returns the state with its memories replaced by `memory`, `(L, B, M, K, P, H)`."""
+        """Returns the state with its memories replaced by `memory`, `(L, B, M, K, P, H)`, or `(1,
+        B, M, 1, S, H)` unless all heads have the same number of slots."""
 
         def load(old: Array, new: Array) -> Array:
             slots = _as_slots(new, old.dtype)
             return jax.lax.dynamic_update_slice_in_dim(old, slots, self.prefix, 2)
 
         cache = list(state.cache)
-        for index, part in enumerate(by_layer(memory), self.segments.index("memory")):
-            cache[index] = KeyValues(*map(load, cache[index], part[:2]))
+        layers = self.slots.by_layer(memory)
+        for index, part in enumerate(layers, self.segments.index("memory")):
+            if part is not None:
+                cache[index] = KeyValues(*map(load, cache[index], part[:2]))
         return state._replace(cache=tuple(cache), memory_length=memory.length)
 
 
@@ -155,14 +161,6 @@ def query_weights(
     """Returns softmax weights in float32 for one query per row; the mask is `(B, 1 or K, S)`."""
     scores = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
     return masked_softmax(scores, mask_BKS[:, :, None], q_BKGH.shape[-1])
-
-
-def by_layer(memory: ExplicitMemory | None) -> list[ExplicitMemory]:
-    """Splits memories `(L, …, K, P, H)` into a list over layers; returns [] for None."""
-    if memory is None:
-        return []
-    pairs = zip(memory.keys, memory.values, strict=True)
-    return [ExplicitMemory(keys, values, memory.length) for keys, values in pairs]
 
 
 def _as_slots(x_BMKPH: Array, dtype: Any) -> Array:

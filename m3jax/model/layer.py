@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from m3jax.model.attention import attend, attention_weights
@@ -158,6 +158,38 @@ class Heads(NamedTuple):
     plain_k: Array
 
 
+class EncodedReferences(NamedTuple):
+    """Holds what a layer knows of R references when it selects the tokens that their memories keep.
+
+    Attributes:
+      heads: queries, keys and values, `(R, W, …)`, or `(R, 2W, …)` with a copy behind every
+        reference (`with_copies`).
+      behind_q: queries of the W tokens, turned by RoPE to the positions at which a context begins,
+        whatever the padding.
+      prefix: keys and values of the constant prefix.
+      usable_RW: mask of tokens that are not padding.
+      slots: number P of slots of a memory in this layer.
+      counts_K: number of slots of each key-value head; None if all have P.
+    """
+
+    heads: Heads
+    behind_q: Array
+    prefix: KeyValues | None
+    usable_RW: Array
+    slots: int
+    counts_K: Array | None
+
+
+def with_copies(tokens_RW: Int[Array, "R W"]) -> Int[Array, "R 2*W"]:
+    """Puts a second copy of every 0-padded reference behind its last token."""
+    W = tokens_RW.shape[1]
+    length = jnp.sum(tokens_RW != 0, axis=1, keepdims=True)
+    place = jnp.arange(2 * W)[None]
+    source = jnp.where(place < length, place, place - length)
+    copied = jnp.take_along_axis(tokens_RW, jnp.clip(source, 0, W - 1), axis=1)
+    return jnp.where(place < 2 * length, copied, 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """Applies a block to all streams, with the options that all layers of a forward pass share.
@@ -171,13 +203,14 @@ class Layer:
       rope_base: base and scaling of the rotary embedding.
       window: number of chunks whose memories a query reads.
       observe: whether memory layers return the attention weights on memories.
-      sparsify: function that selects the tokens that a memory keeps (`memory.sparsify`), used in
-        memory layers; needed if there are references.
+      sparsify: function of `EncodedReferences` that selects the tokens that a memory keeps
+        (`memory.sparsify`), used in memory layers; needed if there are references.
       usable_RW: mask of reference tokens that are not padding.
       lead: the axes (B, C, M) of the references, if the context reads their memories in this pass.
       windows: `(B, slots)`, first slot of each reference's window, as `first` of
         `attend_in_windows`; None if every reference is encoded alone.
       packing: texts of packed context rows; None if a row is one text.
+      slots: number P of slots of a memory in this layer; with 0 it writes and reads none.
     """
 
     streams: Streams
@@ -193,10 +226,11 @@ class Layer:
     lead: Sequence[int] | None = None
     windows: Array | None = None
     packing: Packing | None = None
+    slots: int = 0
 
     def plain(self, block: Block, hidden: Array, sight: ShortSight | None = None) -> Array:
         """Returns the long row after a plain layer, which neither writes nor reads memories."""
-        layer = dataclasses.replace(self, sparsify=None, observe=False)
+        layer = dataclasses.replace(self, slots=0, observe=False)
         return layer.memory(block, hidden, None, sight=sight)[0]
 
     def memory(
@@ -205,7 +239,7 @@ class Layer:
         hidden: Array,
         memory: ExplicitMemory | None,
         last: bool = False,
-        heads_K: Array | None = None,
+        counts_K: Array | None = None,
         sight: ShortSight | None = None,
     ) -> tuple[Array, Any]:
         """Applies a memory layer to the long row.
@@ -216,7 +250,7 @@ class Layer:
           memory: precomputed memories of this layer. None: the context reads the memories that the
             layer writes of the references, if there are references, else no memories.
           last: whether this is the last memory layer, which removes the references from the row.
-          heads_K, sight: as `heads` and `sight` in `Scope`.
+          counts_K, sight: as `counts` and `sight` in `Scope`.
 
         Returns:
           The long row after the layer; and, with a context, its attention weights on memories (None
@@ -225,20 +259,29 @@ class Layer:
         references, context, prefix = self.heads(block, hidden)
         attended, shared = self.attend_prefix(prefix)
         written = None
-        if references is not None and self.sparsify is not None:  # not in a plain layer
-            _, k, v, plain_q, plain_k = references
-            written = self.sparsify(plain_q, plain_k, k, v, self.usable_RW)
-            if last and context is None:
-                return hidden, written
+        if references is not None and self.slots:
+            written = self.write(references, shared, counts_K)
             if context is not None:
                 assert self.lead is not None
                 memory = ExplicitMemory(*(x.reshape(*self.lead, *x.shape[1:]) for x in written[:3]))
+        if last and context is None:
+            return hidden, written
         references_output = None if last else self.attend_references(references, shared)
         if last:
             hidden = hidden[:, math.prod(self.streams.references) :]
-        context_output, observed = self.attend_context(context, shared, memory, heads_K, sight)
+        context_output, observed = self.attend_context(context, shared, memory, counts_K, sight)
         hidden = block.rest(hidden, join((references_output, context_output, attended)))
         return hidden, observed if context is not None else written
+
+    def write(self, heads: Heads, prefix: KeyValues | None, counts_K: Array | None) -> Any:
+        """Returns what `sparsify` makes of the references in this layer."""
+        assert self.sparsify is not None and self.usable_RW is not None
+        W = self.usable_RW.shape[1]
+        positions = self.prefix + self.reference_length + jnp.arange(W)
+        behind_q = rotate(heads.plain_q[:, :W], positions, self.rope_base)
+        return self.sparsify(
+            EncodedReferences(heads, behind_q, prefix, self.usable_RW, self.slots, counts_K)
+        )
 
     def heads(self, block: Block, hidden: Array) -> list[Heads | None]:
         """Returns queries and keys, with and without RoPE, and values of each stream of `Streams`.
@@ -284,17 +327,19 @@ class Layer:
         heads: Heads | None,
         prefix: KeyValues | None,
         memory: ExplicitMemory | None,
-        heads_K: Array | None = None,
+        counts_K: Array | None = None,
         sight: ShortSight | None = None,
     ) -> tuple[Array | None, Array | None]:
         """Attends from the context to prefix, memories and itself; returns the output and, if
-        `observe`, the attention weights on memory slots, `(B, K, G, T, slots)`."""
+        `observe`, the attention weights on memory slots, `(B, K, G, T, C, M, P)`."""
         if heads is None:
             return None, None
-        packed, chunks = (self.packing, heads_K, sight), (self.chunk_length, self.window)
+        packed, chunks = (self.packing, counts_K, sight), (self.chunk_length, self.window)
         scope = Scope(prefix, memory, *packed, *chunks)
         observed = None
-        if self.observe:
+        if self.observe and memory is not None:
             weights = attention_weights(heads.q, heads.k, scope)
-            observed = weights[..., self.prefix : weights.shape[-1] - heads.k.shape[1]]
+            on_slots = weights[..., self.prefix : weights.shape[-1] - heads.k.shape[1]]
+            shape = (*weights.shape[:-1], *memory.length.shape[1:], memory.keys.shape[-2])
+            observed = on_slots.reshape(shape)
         return attend(heads.q, heads.k, heads.v, scope, **self.attention), observed

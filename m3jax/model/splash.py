@@ -50,8 +50,8 @@ def splash_attend(
     """Computes `attend` by the splash kernel.
 
     Scores are summed in float32; queries are scaled by H**-0.5 in their own dtype. With
-    `scope.heads` every key-value head is a kernel call of its own, since segment ids, which hide
-    the memories from heads that do not read them, are the same for all heads of a call.
+    `scope.counts` every key-value head is a kernel call of its own, since segment ids, which hide
+    the memory slots that a head does not have, are the same for all heads of a call.
 
     Args:
       q_BTKGH, k_BTKH, v_BTKH: as in `attend`.
@@ -64,7 +64,7 @@ def splash_attend(
     Raises:
       ConfigError: the row has too many tokens, memory slots or chunks for the mask's codes.
     """
-    prefix, memory, packing, heads = scope.prefix, scope.memory, scope.packing, scope.heads
+    prefix, memory, packing, counts = scope.prefix, scope.memory, scope.packing, scope.counts
     B, T, K, G, H = q_BTKGH.shape
     chunks = 0 if memory is None else memory.keys.shape[1]
     layout = plan(
@@ -83,7 +83,7 @@ def splash_attend(
     q_BKRH = jnp.moveaxis(padded, 2, 1).reshape(B, K, layout.rows, H)
     k_BKSH = _lay_out(layout, k_BTKH, prefix and prefix.keys, memory and memory.keys)
     v_BKSH = _lay_out(layout, v_BTKH, prefix and prefix.values, memory and memory.values)
-    head_by_head = memory is not None and heads is not None
+    head_by_head = memory is not None and counts is not None
     kernel = make_kernel(layout, 1 if head_by_head else K, interpret)
     same = jnp.zeros((layout.rows,), jnp.int32)
 
@@ -95,10 +95,11 @@ def splash_attend(
 
     codes = None if packing is None else packed_codes(layout, packing)
     segments_BS = None if memory is None else _segments(layout, memory)
-    if segments_BS is None or heads is None:
+    if segments_BS is None or memory is None or counts is None:
         out_BKRH = jax.vmap(row)(q_BKRH, k_BKSH, v_BKSH, codes, segments_BS)
     else:
-        seen_KS = keys_of_heads(heads, layout.keys, layout.gap, layout.slots)
+        P = memory.keys.shape[-2]
+        seen_KS = keys_of_heads(counts, P, layout.keys, layout.gap, layout.slots)
         segments_BKS = jnp.maximum(segments_BS[:, None], 1 - seen_KS.astype(jnp.int32)[None])
         q, k, v = (x[:, :, None] for x in (q_BKRH, k_BKSH, v_BKSH))
         of_heads = jax.vmap(row, in_axes=(0, 0, 0, None, 0))

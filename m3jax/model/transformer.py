@@ -15,20 +15,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from m3jax.config import memory_heads
 from m3jax.mesh import PARAMETERS
 from m3jax.model.attention import resolve
 from m3jax.model.attention_mask import ExplicitMemory, Packing, ShortSight
 from m3jax.model.collectives import Parallel
-from m3jax.model.layer import Block, Layer, Streams, rms_norm
+from m3jax.model.layer import Block, Layer, Streams, rms_norm, with_copies
 from m3jax.model.parameters import Params, abstract_params, init_params, segment_ranges
 from m3jax.model.rope import Rope
+from m3jax.model.slots import SlotLayout
 from m3jax.model.splash import RESIDUALS as ATTENTION
 from m3jax.model.vocab_parallel import cross_entropy, lookup, token_losses
 
@@ -82,7 +81,7 @@ class Model:
             "block": config.attention_block,
             "kv_block": config.attention_kv_block,
         }
-        self.memory_heads = _heads_with_memories(config, memory)
+        self.slots = SlotLayout.of(config, memory)
         block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(0), self.parallel))
         self._block, _ = nnx.split(block)
         # A layer has the axes of its stack without the first axis, which is that of layers.
@@ -143,7 +142,8 @@ class Model:
         Args:
           params: parameters.
           tokens_BT: context tokens.
-          memory: precomputed memories, `(L, B, C, M, K, P, H)` with lengths `(B, C, M)`.
+          memory: precomputed memories, `(L, B, C, M, K, P, H)` with lengths `(B, C, M)`, or
+            `(1, B, C, M, 1, S, H)` unless all heads have the same number of slots (`SlotLayout`).
           reference_tokens: alternative to `memory`: 0-padded references to encode in this pass,
             with gradient unless `memory.source` is `stop_gradient`. A row of zeros stands for no
             reference.
@@ -152,7 +152,7 @@ class Model:
           packing: texts of packed rows; C is then the number of chunks of all texts of a row. None
             if a row is one text.
           memory_heads: true for key-value heads of the memory layers that read memories; default
-            from the config.
+            all that have slots.
           sight: query heads, `(L, K, G)` over all layers, that see only a part of the context.
         """
         inputs = (tokens_BT, memory, reference_tokens, sparsify, window, packing)
@@ -160,8 +160,11 @@ class Model:
 
     def memory_attention(
         self, params: Params, tokens_BT: Int[Array, "B T"], memory: ExplicitMemory, window: int
-    ) -> Float[Array, "L B K G T slots"]:
-        """Returns the attention weight of every query on each of the C·M·P memory slots."""
+    ) -> Float[Array, "L B K G T C M P"]:
+        """Returns the attention weight of every query on each memory slot.
+
+        P is the largest count of slots; heads have weight 0 on slots that they do not have.
+        """
         return self._run(params, tokens_BT, memory, window=window, observe=True)[1]
 
     def head(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -204,7 +207,7 @@ class Model:
         reference_tokens: Int[Array, "R W"],
         sparsify: Callable,
         windows: Int[Array, "B slots"] | None = None,
-    ) -> tuple[ExplicitMemory, Int[Array, "L R K P"]]:
+    ) -> ExplicitMemory:
         """Encodes references as memories, by running the layers up to the last memory layer.
 
         Keys always get the RoPE positions of a reference that is encoded alone, after the prefix.
@@ -218,15 +221,38 @@ class Model:
             every reference is encoded alone.
 
         Returns:
-          The memories, with keys and values `(L, R, K, P, H)` in the compute dtype and length
-          `(R,)`; and the index within the reference of every kept token.
+          The memories, with keys and values `(L, R, K, P, H)` in the compute dtype, or `(1, R, 1,
+          S, H)` unless all heads have the same number of slots, and length `(R,)`.
         """
-        streams, hidden = self.embed(params, None, reference_tokens)
+        written = self.on_references(params, reference_tokens, sparsify, windows)
+        keys, values = (
+            self.slots.flatten([part[i] for part in written if part is not None]) for i in range(2)
+        )
+        usable_R = jnp.sum(reference_tokens != 0, axis=1, dtype=jnp.int32)
+        return ExplicitMemory(keys, values, jnp.minimum(usable_R, self.slots.largest))
+
+    def on_references(
+        self,
+        params: Params,
+        reference_tokens: Int[Array, "R W"],
+        function: Callable,
+        windows: Int[Array, "B slots"] | None = None,
+    ) -> list[Any]:
+        """Returns what `function` of `EncodedReferences` makes of references, for each group of
+        layers.
+
+        Results are stacked over the layers of a group of `slots.groups`; None for groups without
+        slots. Other arguments as in `encode`.
+        """
+        streams, hidden = self.embed(params, None, self._with_copies(reference_tokens))
         usable_RW = reference_tokens != 0
-        layer = self.layer(streams, sparsify=sparsify, usable_RW=usable_RW, windows=windows)
+        layer = self.layer(streams, sparsify=function, usable_RW=usable_RW, windows=windows)
         hidden = self._scan_plain(params, "lower", layer, hidden)
-        _, written = self._scan_memory(params, layer, hidden, None)
-        return ExplicitMemory(written.keys, written.values, written.length[0]), written.indices
+        return self._scan_memory(params, layer, hidden, None)[1]
+
+    def _with_copies(self, tokens_RW: Array) -> Array:
+        """Puts a copy behind each reference, if that is what the selection of tokens looks at."""
+        return with_copies(tokens_RW) if self.memory.selection == "reconstruction" else tokens_RW
 
     def _run(
         self,
@@ -248,12 +274,13 @@ class Model:
             *lead, W = reference_tokens.shape
             reference_tokens = reference_tokens.reshape(-1, W)
             if self.memory.source == "stop_gradient":
-                written, _ = self.encode(jax.lax.stop_gradient(params), reference_tokens, sparsify)
+                written = self.encode(jax.lax.stop_gradient(params), reference_tokens, sparsify)
                 keys, values = (x.reshape(len(x), *lead, *x.shape[2:]) for x in written[:2])
                 memory = ExplicitMemory(keys, values, written.length.reshape(lead))
                 reference_tokens = None
             else:
                 usable_RW = reference_tokens != 0
+                reference_tokens = self._with_copies(reference_tokens)
         streams, hidden = self.embed(params, tokens_BT, reference_tokens)
         references = {"sparsify": sparsify, "usable_RW": usable_RW, "lead": lead}
         window = self.memory.window if window is None else window
@@ -264,7 +291,9 @@ class Model:
         hidden = self._scan_plain(params, "upper", layer, hidden, sight)
         context = layer.streams.split(hidden)[1]
         assert context is not None
-        return context, observed
+        if not observe:
+            return context, None
+        return context, self.slots.stack(observed)
 
     def embed(
         self, params: Params, tokens_BT: Array | None, reference_tokens: Array | None
@@ -309,29 +338,65 @@ class Model:
         memory: ExplicitMemory | None,
         memory_heads: Array | None = None,
         sight: ShortSight | None = None,
-    ) -> tuple[Array, Any]:
-        """Runs all memory layers; returns the long row and the stacked second results of
-        `Layer.memory`.
+    ) -> tuple[Array, list[Any]]:
+        """Runs all memory layers, a scan for each group of layers.
 
-        With references the last layer runs outside of the scan: it computes neither attention
-        output nor MLP of the references, and removes them from the row.
+        Returns the long row and, for each group, the stacked second results of `Layer.memory`.
+        """
+        groups = self.slots.groups
+        counts: list[Any] = [self.slots.group_counts(group) for group in groups]
+        if memory_heads is not None:
+            counts = [
+                jnp.where(memory_heads[g.low : g.high], g.slots if n is None else n, 0)
+                for g, n in zip(groups, counts, strict=True)
+            ]
+        # The transpose of a split is a concatenation, that of a slice would be a padded sum.
+        sizes, stacked = [group.layers for group in groups], [params["memory"]]
+        if len(groups) > 1:
+            split = jax.tree.map(lambda x: jax.lax.split(x, sizes), params["memory"])
+            whole, parts = map(jax.tree.structure, (params["memory"], sizes))
+            stacked = jax.tree.transpose(whole, parts, split)
+        sights = self._sights(sight, "memory")
+        results = []
+        inputs = zip(groups, stacked, self.slots.by_group(memory), counts, strict=True)
+        for group, of_group, part, counts_GK in inputs:
+            own = jax.tree.map(lambda x, g=group: x[g.low : g.high], sights)
+            at = dataclasses.replace(layer, slots=group.slots)
+            last = group is groups[-1]
+            hidden, result = self._scan_group(at, hidden, of_group, part, counts_GK, own, last)
+            results.append(result)
+        return hidden, results
+
+    def _scan_group(
+        self,
+        layer: Layer,
+        hidden: Array,
+        stacked: Params,
+        memory: ExplicitMemory | None,
+        counts: Any,
+        sights: ShortSight | None,
+        last: bool,
+    ) -> tuple[Array, Any]:
+        """Runs a group of memory layers; returns the long row and stacked results.
+
+        With references the last layer of the `last` group runs outside of the scan: it computes
+        neither attention output nor MLP of the references, and removes them from the row.
         """
 
         def body(hidden: Array, inputs: Any, last: bool = False) -> tuple[Array, Any]:
-            stacked, key_values, heads_K, sight = inputs
+            stacked, key_values, counts_K, sight = inputs
             part = memory
             if memory is not None:
                 part = memory._replace(keys=key_values[0], values=key_values[1])
-            return layer.memory(self.merge(stacked), hidden, part, last, heads_K, sight)
+            return layer.memory(self.merge(stacked), hidden, part, last, counts_K, sight)
 
-        heads = self.memory_heads if memory_heads is None else memory_heads
-        heads_LK = None if heads is None else jnp.asarray(heads)
+        counts_GK = None if counts is None else jnp.asarray(counts)
         key_values = None if memory is None else memory[:2]
-        each = (params["memory"], key_values, heads_LK, self._sights(sight, "memory"))
-        if layer.usable_RW is None:  # no references
+        each = (stacked, key_values, counts_GK, sights)
+        if layer.usable_RW is None or not last:
             return jax.lax.scan(self._remat(body), hidden, each)
         outputs = []
-        if self.segments["memory"] > 1:
+        if len(jax.tree.leaves(stacked)[0]) > 1:
             hidden, output = jax.lax.scan(
                 self._remat(body), hidden, jax.tree.map(lambda x: x[:-1], each)
             )
@@ -359,14 +424,3 @@ class Model:
             ),
         }[self.config.remat]
         return jax.checkpoint(body, prevent_cse=False, policy=policy)
-
-
-def _heads_with_memories(model: ConfigDict, memory: ConfigDict) -> Bool[np.ndarray, "L K"] | None:
-    """Returns the mask of the memory layers' key-value heads that read memories; None if all do."""
-    pairs = memory_heads(model, memory)
-    if pairs is None:
-        return None
-    heads_LK = np.zeros((memory.layers, model.kv_heads), bool)
-    for layer, head in pairs:
-        heads_LK[layer - memory.first_layer, head] = True
-    return heads_LK

@@ -6,7 +6,6 @@ Every step is the same as in a real run; finished steps are skipped when the com
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from m3jax.knowledge.memory_writer import MemoryWriter, restore_writer
 from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
 from m3jax.memory.sparsify import sparsifier
+from m3jax.model.parameters import Params
 from m3jax.quickstart import people
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import make_embedder
@@ -269,14 +269,19 @@ def _attention_picture(
     )
     read_ids = ids[:, 0]  # (n, M): every prompt is one chunk
     tokens = knowledge.references.tokens(read_ids.ravel())
-    encode = jax.jit(functools.partial(model.encode, sparsify=sparsifier(model.memory)))
-    memory, indices = jax.device_get(encode(writer_params, tokens))
-    indices = np.moveaxis(indices, 0, 1)
+
+    @jax.jit
+    def kept_tokens(params: Params, tokens: jax.Array) -> jax.Array:
+        written = model.on_references(params, tokens, sparsifier(model.memory))
+        return model.slots.stack([None if part is None else part.indices for part in written])
+
+    indices = np.moveaxis(np.asarray(kept_tokens(writer_params, tokens)), 0, 1)
     indices = indices.reshape(*read_ids.shape, *indices.shape[1:])  # (n, M, L, K, P)
-    real = np.arange(indices.shape[-1]) < memory.length.reshape(*read_ids.shape, 1)
+    real = model.slots.in_counts((tokens != 0).sum(1)).reshape(indices.shape)
     predicted, attention = answerer.first_choices(questions, ids, knowledge.bank)
-    heads = attention.shape[2] // indices.shape[3]
-    indices = np.repeat(indices, heads, axis=3)  # one entry per query head
+    layers, heads = attention.shape[1:3]
+    # One entry per query head.
+    indices, real = (np.repeat(x, heads // indices.shape[3], axis=3) for x in (indices, real))
     reads = []
     for n, question in enumerate(questions):
         names, mass, kept = [], [], []
@@ -284,12 +289,11 @@ def _attention_picture(
             line = [int(token) for token in tokens[n * read_ids.shape[1] + m] if token]
             names.append([tokenizer.decode([token]) for token in line])
             total, count = np.zeros((2, len(line)))
-            slots = indices[n, m][..., real[n, m]]
-            np.add.at(total, slots, attention[n, :, :, m][..., real[n, m]])
+            slots = indices[n, m][real[n, m]]
+            np.add.at(total, slots, attention[n, :, :, m][real[n, m]])
             np.add.at(count, slots, 1)
-            share = slots.shape[0] * slots.shape[1]
-            mass.append(total / share)
-            kept.append(count / share)
+            mass.append(total / (layers * heads))
+            kept.append(count / (layers * heads))
         answer = question.answer.strip(), predicted[n].strip()
         reads.append(Read(question.prompt, *answer, names, mass, kept))
     picture = demonstration.workdir / "report" / "attention.png"

@@ -31,9 +31,10 @@ from m3jax.errors import CheckpointError, RetrievalError, TextError
 from m3jax.files import committing, digest
 from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
-from m3jax.memory.binding import layout_of, writer_fingerprint, writer_params
-from m3jax.memory.sparsify import Written, sparsifier
+from m3jax.memory.binding import layout_of, slots_of, writer_fingerprint, writer_params
+from m3jax.memory.sparsify import sparsifier
 from m3jax.mesh import local_mesh, replicated
+from m3jax.model.layer import EncodedReferences
 from m3jax.model.parameters import Params
 from m3jax.model.rope import Rope, rotate
 from m3jax.retrieval.batches import by_rows, calls, run
@@ -283,7 +284,7 @@ class ModelEmbedder(CheckpointEmbedder):
             )
         config = self.config.copy_and_resolve_references()
         config.model.layers = config.memory.layers = last
-        config.memory.first_layer, config.memory.heads = 0, ""
+        config.memory.first_layer, config.memory.heads, config.memory.counts = 0, "", ""
         return config, prefix_tokens(config), restack(params, {"memory": last})
 
     def _width(self) -> int:
@@ -333,19 +334,31 @@ class AttentionEmbedder(CheckpointEmbedder):
         return self.config.memory.layers * model.kv_heads * model.head_dim
 
     def states(self, known: Known, tokens_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
-        """Computes attention queries before RoPE `(B, T, L, K, G, H)` as for references."""
-        written, _ = self.model.encode(known["params"], jnp.where(real_BT, tokens_BT, 0), _queries)
-        return jnp.moveaxis(written.keys, 0, 2)
+        """Computes attention queries before RoPE `(B, T, L, K, G, H)` as for references.
+
+        They are zeros in layers without slots for memories.
+        """
+        usable_BT = jnp.where(real_BT, tokens_BT, 0)
+        queries = self.model.on_references(known["params"], usable_BT, _queries)
+        some = next(part for part in queries if part is not None)
+        of_groups = zip(self.model.slots.groups, queries, strict=True)
+        filled = [
+            jnp.zeros((group.layers, *some.shape[1:]), some.dtype) if part is None else part
+            for group, part in of_groups
+        ]
+        return jnp.moveaxis(jnp.concatenate(filled), 0, 2)
 
     def pooled(self, known: Known, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
         """Computes the mean of the kept keys of each memory layer and head, `(B, L·K·H)`."""
         keep = sparsifier(self.config.memory)
         tokens_BT = jnp.where(usable(tokens_BT, lengths_B), tokens_BT, 0)
-        memory, _ = self.model.encode(known["params"], tokens_BT, keep)
-        count_B = jnp.maximum(memory.length, 1).reshape(-1, 1, 1, 1)
-        keys_BLKPH = jnp.moveaxis(memory.keys, 0, 1)
-        sums_BLKH = keys_BLKPH.astype(jnp.float32).sum(3)  # slots past the length are zero
-        return (sums_BLKH / count_B).reshape(len(tokens_BT), -1)
+        memory = self.model.encode(known["params"], tokens_BT, keep)
+        slots = self.model.slots
+        counts_BLK = jnp.minimum(memory.length[:, None, None], slots.counts_LK[None])
+        keys_BLKPH = jnp.moveaxis(slots.padded(memory.keys), 0, 1)
+        sums_BLKH = keys_BLKPH.astype(jnp.float32).sum(3)  # empty slots are zero
+        means = sums_BLKH / jnp.maximum(counts_BLK, 1)[..., None]
+        return means.reshape(len(tokens_BT), -1)
 
     def scales(self, variance: np.ndarray) -> np.ndarray:
         """Returns ones, because the projection must preserve dot products."""
@@ -366,12 +379,9 @@ class AttentionEmbedder(CheckpointEmbedder):
         return rotate(q_BTLKGH, position_T, Rope.of(self.config.model))
 
 
-def _queries(
-    q_RWKGH: jax.Array, k: jax.Array, rotated: jax.Array, v: jax.Array, usable_RW: jax.Array
-) -> Written:
-    """Replaces `sparsify` in `Model.encode`, to return a layer's queries instead of memories."""
-    R, _, K, _, _ = q_RWKGH.shape
-    return Written(q_RWKGH, q_RWKGH[:, :0], usable_RW.sum(-1), jnp.zeros((R, K, 1), jnp.int32))
+def _queries(encoded: EncodedReferences) -> jax.Array:
+    """Returns a layer's queries before RoPE `(R, W, K, G, H)`."""
+    return encoded.heads.plain_q[:, : encoded.usable_RW.shape[1]]
 
 
 class Ranking:
@@ -391,7 +401,8 @@ class Ranking:
             )
         layout = layout_of(embedder.config, PREFIX_TOKENS)
         for side in (layout, stored := dict(bank.binding.layout)):
-            side.pop("heads", None)  # keys of heads that are not stored score 0 in all references
+            side.pop("counts", None)  # heads without slots score 0 in all references
+            side.pop("kept_tokens")
         sides = {
             "weights": (embedder.weights, bank.binding.writer),
             "tokenizer": (embedder.tokenizer.fingerprint, bank.binding.tokenizer),
@@ -405,6 +416,7 @@ class Ranking:
                 " run launch/prepare.py with config.retrieval.checkpoint = the bank's writer"
             )
         self.embedder, self.bank = embedder, bank
+        self.slots = slots_of(bank.binding.layout)
         self._program = by_rows(embedder.mesh, self._score)
 
     def __call__(
@@ -417,7 +429,8 @@ class Ranking:
             padded = np.full((rows, ids.shape[1]), -1, np.int64)
             padded[: len(places)] = ids[places]
             read = self.bank.read(padded)
-            return np.moveaxis(np.asarray(read.keys), 0, 1), np.asarray(read.length)
+            keys = np.asarray(self.slots.padded(jnp.asarray(read.keys)))
+            return np.moveaxis(keys, 0, 1), np.asarray(read.length)
 
         for places, read in self.embedder.run(self._program, queries, memories):
             scores[places] = np.where(ids[places] < 0, -np.inf, read[: len(places)])
@@ -433,14 +446,18 @@ class Ranking:
     ) -> Float32[Array, "B M"]:
         real_BT = usable(tokens_BT, lengths_B)
         q_BTLKGH = self.embedder.searching(known, tokens_BT, real_BT)
-        kept_BMP = jnp.arange(keys.shape[-2])[None, None] < slots_BM[..., None]
+        slot_P = jnp.arange(keys.shape[-2])
+        kept_BMP = slot_P[None, None] < slots_BM[..., None]
         seen_BMTP = real_BT[:, None, :, None] & kept_BMP[:, :, None, :]
 
-        def layer(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-            q_BTKGH, k_BMKPH = inputs
+        def layer(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+            q_BTKGH, k_BMKPH, counts_K = inputs
+            own_KP = slot_P[None] < counts_K[:, None]
             scores = jnp.einsum("BTKGH,BMKPH->BMKTGP", q_BTKGH, k_BMKPH.astype(jnp.float32))
-            scores = jnp.where(seen_BMTP[:, :, None, :, None, :], scores, -jnp.inf)
-            return scores.max((3, 4, 5)).sum(2)
+            seen = seen_BMTP[:, :, None, :, None, :] & own_KP[None, None, :, None, None]
+            best_BMK = jnp.where(seen, scores, -jnp.inf).max((3, 4, 5))
+            return jnp.where(counts_K[None, None] > 0, best_BMK, 0.0).sum(2)
 
-        of_layers = jax.lax.map(layer, (jnp.moveaxis(q_BTLKGH, 2, 0), jnp.moveaxis(keys, 1, 0)))
+        by_layer = jnp.moveaxis(q_BTLKGH, 2, 0), jnp.moveaxis(keys, 1, 0)
+        of_layers = jax.lax.map(layer, (*by_layer, jnp.asarray(self.slots.counts_LK)))
         return of_layers.sum(0) * keys.shape[-1] ** -0.5

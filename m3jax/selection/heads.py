@@ -145,9 +145,7 @@ def masked_losses(
     """
     shape, (low, high) = model.config, model.ranges["memory"]
     L, K, G = shape.layers, shape.kv_heads, shape.query_heads // shape.kv_heads
-    reading_LK = (
-        jnp.ones((high - low, K), bool) if model.memory_heads is None else model.memory_heads
-    )
+    reading_LK = jnp.asarray(model.slots.counts_LK > 0)
 
     def losses(params: Params, batch: Batch, candidates: Array) -> Array:
         memory = batch.memory if hide == "memory" else None

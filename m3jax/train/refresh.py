@@ -13,17 +13,18 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from m3jax.checkpoint import restore_params
-from m3jax.config import prefix_tokens
+from m3jax.config import format_counts, memory_layers, prefix_tokens, slot_counts
 from m3jax.knowledge.edit import refresh
 from m3jax.knowledge.memory_writer import MemoryWriter
 from m3jax.knowledge.versions import Version, open_version
 from m3jax.make_model import make_model
 from m3jax.memory import codec as codecs
 from m3jax.memory.bank import Bank
-from m3jax.memory.binding import writer_fingerprint
+from m3jax.memory.binding import slots_of, writer_fingerprint
 from m3jax.memory.document_context import writer_settings
 from m3jax.memory.encode import Encoder, ReferenceSet
-from m3jax.model.attention_mask import ExplicitMemory
+from m3jax.model.attention_mask import ExplicitMemory, KeyValues
+from m3jax.model.slots import SlotLayout
 from m3jax.model.transformer import Model
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
@@ -85,14 +86,17 @@ def _first_layer_errors(
     the whole bank.
     """
     probe = config.copy_and_resolve_references()
+    counts = slot_counts(config.model, config.memory)
+    depth = int(np.argmax(counts.any(1))) + 1  # up to the first layer that has slots
     with probe.unlocked():
-        probe.memory.layers, probe.memory.heads = 1, ""
+        probe.memory.layers, probe.memory.heads = depth, ""
+        probe.memory.counts = format_counts(counts[:depth], memory_layers(probe.memory))
         probe.writer.update(writer_settings(bank.binding.layout))
     model = make_model(probe, prefix_tokens(probe))
     params, _ = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer)
     ids = np.arange(bank.size)
     squares, _ = compare_memories(probe, model, params, references, bank, ids, True)
-    return squares.relative[:, 0]
+    return squares.relative[:, -1]
 
 
 class Squares(NamedTuple):
@@ -114,26 +118,26 @@ class Squares(NamedTuple):
 
 
 @jax.jit
-def _squares(stored: ExplicitMemory, fresh: ExplicitMemory) -> Squares:
+def _squares(stored: KeyValues, fresh: KeyValues, real_nLKP: jax.Array) -> Squares:
     """Sums the squares of differences of stored and fresh memories, and those of fresh ones.
 
-    Both are `(L, n, K, P, H)`; the sums are those of each layer and memory. A memory is an
-    unordered set of slots: a stored slot is compared with the fresh slot with the nearest key. So
+    Both are `(L, n, K, P, H)`; the sums are those of each layer and memory, over the `real_nLKP`
+    slots, which hold a token. A memory is an unordered set of slots: a stored slot is compared
+    with the fresh slot with the nearest key. So
     another selection of tokens counts as an error, another order of the slots does not.
     """
     stored_pair, fresh_pair = (  # keys and values, (2, n, L, K, P, H)
-        jnp.moveaxis(jnp.stack(memory[:2]).astype(jnp.float32), 1, 2) for memory in (stored, fresh)
+        jnp.moveaxis(jnp.stack(memory).astype(jnp.float32), 1, 2) for memory in (stored, fresh)
     )
     keys, fresh_keys = stored_pair[0], fresh_pair[0]
-    real = jnp.arange(keys.shape[-2])[None] < fresh.length[:, None]  # (n, P)
     pairs = jnp.einsum("nlkph,nlkqh->nlkpq", keys, fresh_keys, precision="highest")
     norms = jnp.square(fresh_keys).sum(-1)
     apart = jnp.square(keys).sum(-1)[..., None] + norms[..., None, :] - 2 * pairs
-    apart = jnp.where(real[:, None, None, None, :], apart, jnp.inf)
+    apart = jnp.where(real_nLKP[..., None, :], apart, jnp.inf)
     nearest = jnp.take_along_axis(fresh_pair, apart.argmin(-1)[None, ..., None], axis=4)
 
     def total(x: jax.Array) -> jax.Array:
-        return jnp.where(real[None, :, None, None, :, None], jnp.square(x), 0).sum((3, 4, 5))
+        return jnp.where(real_nLKP[None, ..., None], jnp.square(x), 0).sum((3, 4, 5))
 
     return Squares(total(stored_pair - nearest), total(fresh_pair))
 
@@ -141,6 +145,13 @@ def _squares(stored: ExplicitMemory, fresh: ExplicitMemory) -> Squares:
 def _layers_first(both: Any, length: Any) -> ExplicitMemory:
     """Makes memories, layers first, of keys and values in a bank's axes `(n, 2, L, K, P, H)`."""
     return ExplicitMemory(jnp.moveaxis(both[:, 0], 1, 0), jnp.moveaxis(both[:, 1], 1, 0), length)
+
+
+def _by_layer(slots: SlotLayout, memory: ExplicitMemory, layers: int, P: int) -> KeyValues:
+    """Lays memories of `slots` out as `(L, n, K, P, H)` of the first `layers` layers."""
+    keys, values = (jnp.asarray(slots.padded(jnp.asarray(x)))[:layers] for x in memory[:2])
+    more = [(0, 0)] * 3 + [(0, P - slots.largest), (0, 0)]
+    return KeyValues(jnp.pad(keys, more), jnp.pad(values, more))
 
 
 def compare_memories(
@@ -159,7 +170,8 @@ def compare_memories(
     """
     plain = codecs.Codec(codecs.NONE, config.model.head_dim, config.memory.dtype)
     encoder = Encoder(config, model, params, references, plain)
-    L = config.memory.layers
+    own, stored_slots = model.slots, slots_of(bank.binding.layout)
+    L, P = len(own.counts), stored_slots.largest
     squares, floors = [], []
     quantize = jax.jit(bank.codec.quantize)
     done = 0
@@ -169,17 +181,15 @@ def compare_memories(
             done += len(part)
             bar.update(len(part))
             stored = bank.read(part)
-            if bank.codec.heads is not None:  # heads without memories are not compared
-                both = both * bank.codec.heads.mask[None, None, :L, :, None, None].astype(
-                    both.dtype
-                )
-            fresh = _layers_first(both, stored.length)
-            first = stored._replace(keys=stored.keys[:L], values=stored.values[:L])
-            squares.append(jax.device_get(_squares(first, fresh)))
-            if bank.codec.name != codecs.NONE and len(stored.keys) == L:
+            real = stored_slots.in_counts(np.asarray(stored.length))[:, :L]
+            fresh = _by_layer(own, _layers_first(both, stored.length), L, P)
+            first = _by_layer(stored_slots, stored, L, P)
+            squares.append(jax.device_get(_squares(first, fresh, real)))
+            if bank.codec.name != codecs.NONE and own == stored_slots:
                 coded = quantize(both)
                 again = bank.codec.dequantize(_layers_first(coded, stored.length))
-                floors.append(jax.device_get(_squares(again, fresh)))
+                coarse = _by_layer(own, again, L, P)
+                floors.append(jax.device_get(_squares(coarse, fresh, real)))
 
     def joined(parts: list[Squares]) -> Squares:
         return Squares(*(np.concatenate(side, axis=1) for side in zip(*parts, strict=True)))

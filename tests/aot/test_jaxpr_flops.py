@@ -83,17 +83,23 @@ def test_steps_of_packed_rows_are_traced_as_they_are(packing):
     assert found > 0
 
 
-def test_attention_kernels_count_the_blocks_that_are_left():
+@pytest.mark.parametrize("counts", [None, [8, 3]], ids=str)
+def test_attention_kernels_count_the_blocks_that_are_left(counts):
+    """Also if every head is a call of its own, because heads differ in their slots."""
     config = tiny_config("precomputed")
     config.model.query_heads, config.model.kv_heads, config.model.head_dim = 16, 2, 64
     config.model.attention_block = config.model.attention_kv_block = 128
     config.memory.chunk_length, config.memory.kept_tokens, config.memory.window = 64, 8, 2
     B, T, K, G, H, C = 2, 512, 2, 8, 64, 8
+    if counts:
+        config.memory.reference_length, config.memory.counts = 8, "0:8+3"
     blocks = attention_blocks(config, tokens=T, references=False)
+    counts_K = counts and jnp.array(counts)
 
     def loss(q, k, v, prefix, slots):
         memory = ExplicitMemory(slots, slots, jnp.full((B, C, 1), 8, jnp.int32))
-        scope = Scope(KeyValues(prefix, prefix), memory, chunk_length=64, window=2)
+        constant = KeyValues(prefix, prefix)
+        scope = Scope(constant, memory, counts=counts_K, chunk_length=64, window=2)
         options = {"implementation": "splash", "block": 128, "kv_block": 128}
         return jnp.sum(attend(q, k, v, scope, **options))
 
@@ -108,3 +114,36 @@ def test_attention_kernels_count_the_blocks_that_are_left():
     # outputs with their cotangents.
     gradient = count(jax.grad(loss, (0, 1, 2)), *shapes, blocks=blocks)
     assert gradient == forward + forward / 2 * 7 + 2 * B * T * K * G * H
+
+
+class Asked(dict):
+    """Blocks by kernel, which remembers the kernels that were looked for."""
+
+    def __init__(self, blocks):
+        super().__init__(blocks)
+        self.asked = set()
+
+    def __contains__(self, kernel):
+        self.asked.add(kernel)
+        return super().__contains__(kernel)
+
+
+@pytest.mark.parametrize("selection", ["exact", "reconstruction"])
+def test_blocks_of_all_kernels_of_a_step_are_known(selection):
+    """Groups of layers differ in their slots; a copy makes references twice as long."""
+    counts = {"model__layers": 4, "memory__layers": 3, "memory__counts": "0:5+1,2:0+3"}
+    sizes = {
+        "memory__per_chunk": 32,
+        "retrieval__candidates": 32,
+        "memory__reference_length": 100,
+        "data__batch_size": 1,
+    }
+    config = tiny_config("online", **counts, **sizes, memory__selection=selection)
+    config.model.attention, config.model.head_dim = "splash", 64
+    config.model.attention_block = config.model.attention_kv_block = 128
+    mesh = make_mesh(config, jax.devices()[:1])
+    program, batch = Program(config, mesh), abstract_batch(config, mesh)
+    T = config.data.sequence_length
+    blocks = Asked(attention_blocks(config, tokens=T, references=True))
+    assert executed_flops(make_step(program).trace(program.abstract, batch).jaxpr, blocks) > 0
+    assert blocks.asked == set(blocks) and len(blocks) == 4  # references, two groups, no memories

@@ -1,14 +1,17 @@
 """Refreshing a bank: what is measured against NumPy, what is rewritten against a new bank."""
 
 import gc
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from data.data_workdir import make_workdir, tiny_config
+from memory import memory_tiny as tiny
 from memory_axes import by_reference
 from tolerance import close
 
@@ -23,8 +26,9 @@ from m3jax.knowledge.memory_writer import MemoryWriter, check_reader
 from m3jax.knowledge.versions import open_bank, open_index, open_references, open_version, versions
 from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
+from m3jax.memory.binding import slots_of
 from m3jax.mesh import make_mesh
-from m3jax.model.attention_mask import ExplicitMemory
+from m3jax.model.attention_mask import ExplicitMemory, KeyValues
 from m3jax.text.documents import Document
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
@@ -134,6 +138,68 @@ def test_errors_and_losses_equal_a_rewritten_bank(workdir: Path, tmp_path: Path)
     assert "| 1 |" in staleness_table(found) and found.verdict in staleness_table(found)
 
 
+@pytest.mark.parametrize("compression", ["none", "int8"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_slots_of_heads_with_counts_are_compared_by_loops(
+    tmp_path: Path, compression: str, depth: int
+) -> None:
+    """Of a bank of two layers, with fresh memories of both or of the first alone."""
+    rows = ["1:3+1", "2:0+5"]
+    stored, fresh = (
+        tiny.tiny_config(memory__layers=n, memory__counts=",".join(rows[:n])) for n in (2, depth)
+    )
+    stored.writer.compression = compression
+    tiny.build(tmp_path / "old", stored, weights=0)
+    bank = Bank.open(tmp_path / "old")
+    stored.writer.compression = "none"
+    tiny.build(tmp_path / "new", stored, weights=1)
+    ids, params = np.array([0, 5, 6, 30, 36]), tiny.tiny_params(stored, 1)
+    params["memory"] = jax.tree.map(lambda x: x[:depth], params["memory"])
+    model, references = make_model(fresh, PREFIX_TOKENS), tiny.TinyReferences(37)
+    references.tokenizer_fingerprint = "tokenizer"
+    found, floor = refresh.compare_memories(fresh, model, params, references, bank, ids, False)
+    old, new = (by_reference(b.read(ids)) for b in (bank, Bank.open(tmp_path / "new")))
+    distances, norms = np.zeros((2, 2, 5, depth))
+    starts = {(0, 0): (0, 3), (0, 1): (3, 1), (1, 1): (4, 5)}
+    for i, ((layer, _), (start, count)) in itertools.product(range(5), starts.items()):
+        if layer >= depth:
+            continue
+        end = start + min(count, references.lengths[ids[i]])
+        keys, again = (m.keys[i, 0, 0, start:end].astype(float) for m in (old, new))
+        values, afresh = (m.values[i, 0, 0, start:end].astype(float) for m in (old, new))
+        for key, value in zip(keys, values, strict=True):
+            nearest = ((key - again) ** 2).sum(-1).argmin()
+            distances[0, i, layer] += ((key - again[nearest]) ** 2).sum()
+            distances[1, i, layer] += ((value - afresh[nearest]) ** 2).sum()
+        norms[:, i, layer] += (again**2).sum(), (afresh**2).sum()
+    close(found.distances, distances, 1e-4)
+    close(found.norms, norms)
+    assert (floor is None) == (compression == "none" or depth == 1)
+    if floor is not None:
+        assert (floor.errors > 0).all() and (floor.errors < 0.02).all()
+
+
+def test_the_worst_are_judged_by_the_first_layer_that_has_slots(
+    prepared: Path, monkeypatch: Any
+) -> None:
+    probes: list[Any] = []
+
+    def compared(config: Any, *rest: Any) -> Any:
+        probes.append(config.copy_and_resolve_references())
+        depth = config.memory.layers
+        return refresh.Squares(np.ones((2, 3, depth)), np.ones((2, 3, depth))), None
+
+    monkeypatch.setattr(refresh, "compare_memories", compared)
+    monkeypatch.setattr(refresh, "restore_params", lambda *_, **__: (None, None))
+    bank, references = Bank.open(prepared / "bank"), References(prepared / "references")
+    expected = {"0:1+3,1:4+0": "0:1+3", "1:0+2": "1:0+2"}
+    for counts, wanted in expected.items():
+        config = tiny_config(**CHANGES, memory__counts=counts)
+        assert len(refresh._first_layer_errors(config, "x", references, bank, "t")) == 3
+        assert probes[-1].memory.counts == wanted
+        assert probes[-1].memory.layers == wanted.count(",") + 1 + (wanted[0] == "1")
+
+
 @pytest.mark.slow
 def test_a_refreshed_version_is_written_by_the_checkpoint(workdir: Path, tmp_path: Path) -> None:
     edit(
@@ -210,7 +276,9 @@ def test_the_worst_are_written_anew_the_others_kept(workdir: Path, tmp_path: Pat
     errors = np.zeros(len(ids))
     for i in ids:
         stored, fresh_one = old.read(ids[i : i + 1]), again.read(ids[i : i + 1])
-        squares = refresh._squares(stored, fresh_one)  # checked against NumPy above
+        real = jnp.asarray(slots_of(old.binding.layout).in_counts(stored.length))
+        pairs = (KeyValues(*map(jnp.asarray, one[:2])) for one in (stored, fresh_one))
+        squares = refresh._squares(*pairs, real)  # checked against NumPy above
         distances, norms = (np.asarray(x)[:, 0, 0] for x in squares)
         errors[i] = (distances / norms).sum()
     assert errors[new].min() >= 0.99 * errors[kept].max() and errors[new].min() > 0

@@ -20,6 +20,8 @@ from m3jax.inference.memory_retrieval import MemoryRetriever, retrieval_schedule
 from m3jax.inference.sampling import Sampling
 from m3jax.knowledge.versions import open_bank, open_references, open_retriever, open_version
 from m3jax.make_model import make_model
+from m3jax.memory.bank import Bank
+from m3jax.memory.write import write_bank
 from m3jax.model.transformer import Model
 from m3jax.text.tokenizer import BOS, Tokenizer
 
@@ -163,6 +165,33 @@ def test_cold_memories_are_those_of_the_bank(world):
     assert (cold.written, again.written) == (3, 6)
     bank = world.bank.read_stored(ids)
     np.testing.assert_array_equal(one.length, bank.length)
+
+
+def test_heads_with_counts_read_banks_and_cold_memories(world, tmp_path):
+    """Both are written by the model itself; a text generated with one is that with the other."""
+    config = tiny_config(memory__counts="0:1+6")
+    model, params = make_model(config, PREFIX_TOKENS), world.params
+    cold = ColdMemories(config, model, params, world.references, 10_000)
+    write_bank(config, model, params, world.references, tmp_path / "bank", progress=False)
+    bank, ids = Bank.open(tmp_path / "bank"), np.array([[3, -1, 5], [5, 5, 7]])
+    one, other = cold.read_stored(ids), bank.read_stored(ids)
+    assert one.keys.shape == (1, 2, 3, 1, 7, 8)
+    jax.tree.map(close, one, other)
+
+    def text(memories, model):
+        retriever = MemoryRetriever(world.retriever, memories, world.tokenizer, 3)
+        options = {"stop": (), "longest": 100, "observe": True}
+        return Generator(model, params, world.tokenizer, retriever, **options).generate(
+            PROMPTS, NEW
+        )
+
+    found = text(bank, model)
+    same(found, text(cold, model))
+    own = ColdMemories(world.config, world.model, params, world.references, 10_000)
+    uniform = text(own, world.model)
+    assert any(
+        np.abs(a.logprobs[0] - b.logprobs[0]) > 1e-4 for a, b in zip(found, uniform, strict=True)
+    )
 
 
 def test_effects_are_what_a_text_loses_without_a_reference(world, found):

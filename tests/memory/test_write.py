@@ -56,7 +56,7 @@ def test_the_bank_holds_what_encode_returns(folder: Path) -> None:
     config = tiny_config()
     model, references = make_model(config, PREFIX_TOKENS), TinyReferences(37)
     assert references.lengths.min() < 4 < references.lengths.max()
-    memory, _ = jax.jit(lambda p, t: model.encode(p, t, sparsifier(config.memory)))(
+    memory = jax.jit(lambda p, t: model.encode(p, t, sparsifier(config.memory)))(
         tiny_params(config), references.tokens(np.arange(37))
     )
     found = Bank.open(folder).read(np.arange(37))

@@ -78,6 +78,7 @@ class Oracle:
     def __init__(self, config: ConfigDict, params: Any, prefix: tuple[int, ...] = PREFIX):
         self.config, self.prefix = config, prefix
         self.params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+        self.attention: list[np.ndarray] = []  # weights (K, G, keys) of every token in every layer
         self.layers = []
         for segment in ("lower", "memory", "upper"):
             stack = self.params.get(segment, {})
@@ -123,19 +124,36 @@ class Oracle:
         A head does not have what is NaN there.
         """
         K, G, H = q.shape
-        out = np.zeros((K, G, H))
+        out, attention = np.zeros((K, G, H)), np.zeros((K, G, len(seen)))
         for k in range(K):
-            own = [(key[k], value[k]) for key, value in seen if not np.isnan(key[k]).any()]
+            own = [i for i, (key, _) in enumerate(seen) if not np.isnan(key[k]).any()]
             for g in range(G):
-                scores = np.array([q[k, g] @ key / np.sqrt(H) for key, _ in own])
+                scores = np.array([q[k, g] @ seen[i][0][k] / np.sqrt(H) for i in own])
                 weights = np.exp(scores - scores.max())
-                weights /= weights.sum()
-                for weight, (_, value) in zip(weights, own, strict=True):
-                    out[k, g] += weight * value
+                attention[k, g, own] = weights / weights.sum()
+                for i in own:
+                    out[k, g] += attention[k, g, i] * seen[i][1][k]
+        self.attention.append(attention)
         return self.mlp(layer, x + np.einsum("kgh,kghd->d", out, layer["output"]))
 
     # -- writing
-    def weights(self, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    def counts(self) -> list[list[int]]:
+        """Number of tokens that every memory layer (outer) and key-value head keeps."""
+        memory, K = self.config.memory, self.config.model.kv_heads
+        text = memory.counts or memory.heads
+        if not text:
+            return [[memory.kept_tokens] * K for _ in self.memory_layers]
+        rows = {layer: [0] * K for layer in self.memory_layers}
+        for part in text.split(","):
+            layer, _, numbers = part.partition(":")
+            row = [int(number) for number in numbers.split("+") if number]
+            if memory.heads:
+                named = row if numbers else range(K)
+                row = [memory.kept_tokens * (head in named) for head in range(K)]
+            rows[int(layer)] = row
+        return list(rows.values())
+
+    def weights(self, queries: np.ndarray, keys: np.ndarray, exact: bool = True) -> np.ndarray:
         """w (K, n) of Memory³ §3.3 for one reference: no mask, no positions, prefix excluded."""
         n, K, G, H = queries.shape
         total = np.zeros((K, n))
@@ -143,37 +161,87 @@ class Oracle:
             for g in range(G):
                 for i in range(n):
                     scores = np.exp([queries[i, k, g] @ keys[j, k] / np.sqrt(H) for j in range(n)])
-                    exact = self.config.memory.selection == "exact"
                     total[k] += scores / scores.sum() if exact else scores
         return total
 
+    def received(self, projected: list, rotated: list, n: int) -> np.ndarray:
+        """Attention (K, n) of the n tokens' queries, as if they stood where a context begins, to
+        the reference alone, times the size of the values."""
+        p, behind = len(self.prefix), len(self.prefix) + self.config.memory.reference_length
+        queries = [
+            [[self.rope(head, behind + i) for head in group] for group in q]
+            for i, (q, _, _) in enumerate(projected[p : p + n])
+        ]
+        attention = self.weights(np.array(queries), np.array(rotated[p : p + n]))
+        values = np.array([v for _, _, v in projected[p : p + n]])
+        return attention * np.sqrt(np.sum(values**2, axis=-1)).T
+
+    def reconstruction(self, projected: list, rotated: list, n: int) -> np.ndarray:
+        """Largest attention (K, n) that a token of the copy, which follows the n tokens, pays."""
+        p, (K, G, H) = len(self.prefix), projected[0][0].shape
+        best = np.zeros((K, n))
+        for i in range(p + n, p + 2 * n):
+            for k in range(K):
+                for g in range(G):
+                    query = self.rope(projected[i][0][k, g], i)
+                    scores = np.exp([query @ rotated[j][k] / np.sqrt(H) for j in range(i + 1)])
+                    attention = scores / scores.sum()
+                    best[k] = np.maximum(best[k], attention[p : p + n])
+        return best
+
+    def rule(self, name: str, projected: list, rotated: list, n: int) -> np.ndarray:
+        """Weights (K, n) by `memory.selection` for one layer of [prefix ; reference (; copy)]."""
+        if name in ("received", "reconstruction"):
+            return getattr(self, name)(projected, rotated, n)
+        own = projected[len(self.prefix) : len(self.prefix) + n]
+        queries, keys = np.stack([q for q, _, _ in own]), np.stack([k for _, k, _ in own])
+        return self.weights(queries, keys, name == "exact")
+
+    def kept(self, projected: list, rotated: list, n: int, counts: list[int]) -> list[list[int]]:
+        """Tokens that each head keeps in one layer, ascending."""
+        memory, chosen = self.config.memory, []
+        w = self.rule(memory.selection, projected, rotated, n)
+        first = self.received(projected, rotated, n) if memory.each else w
+        for head, count in enumerate(counts):
+            seed = sorted(range(n), key=lambda j: -first[head, j])[: min(count, memory.each)]  # noqa: B023
+            others = sorted((j for j in range(n) if j not in seed), key=lambda j: -w[head, j])  # noqa: B023
+            chosen.append(sorted(seed + others[: count - len(seed)]))
+        return chosen
+
     def write(self, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
-        """Keys and values (L, K, P, H), length and kept positions (L, K, P) of one reference."""
-        memory = self.config.memory
+        """Keys and values (L, K, P, H), length and kept positions (L, K, P) of one reference.
+
+        P is the largest count of a head; what a head does not keep is zero.
+        """
+        memory, counts = self.config.memory, self.counts()
         usable = [int(token) for token in reference if token != 0]
-        p, P = len(self.prefix), memory.kept_tokens
+        p, P = len(self.prefix), max(map(max, counts))
         shape = (memory.layers, self.config.model.kv_heads, P, self.config.model.head_dim)
         keys, values, kept = np.zeros(shape), np.zeros(shape), np.zeros(shape[:3], int)
-        length = min(P, len(usable))
-        stream = [self.embed(token) for token in (*self.prefix, *usable)]
-        for number, layer in enumerate(self.layers):
+        text = usable * 2 if memory.selection == "reconstruction" else usable
+        for number, projected, rotated in self.passed([*self.prefix, *text]):
+            if number in self.memory_layers and usable:
+                row = number - memory.first_layer
+                chosen = self.kept(projected, rotated, len(usable), counts[row])
+                for head, tokens in enumerate(chosen):
+                    for slot, j in enumerate(tokens):
+                        kept[row, head, slot] = j
+                        keys[row, head, slot] = rotated[p + j][head]
+                        values[row, head, slot] = projected[p + j][2][head]
+        return keys, values, min(P, len(usable)), kept
+
+    def passed(self, tokens: list[int]) -> Any:
+        """Number, projections and rotated keys of every layer up to the last memory layer, over a
+        text without memories."""
+        stream = [self.embed(token) for token in tokens]
+        for number, layer in enumerate(self.layers[: self.memory_layers.stop]):
             projected = [self.project(layer, x) for x in stream]
             rotated = [
                 np.stack([self.rope(head, i) for head in k])
                 for i, (_, k, _) in enumerate(projected)
             ]
-            if number in self.memory_layers and usable:
-                row = number - memory.first_layer
-                own = projected[p:]
-                w = self.weights(np.stack([q for q, _, _ in own]), np.stack([k for _, k, _ in own]))
-                for head in range(shape[1]):
-                    best = sorted(sorted(range(len(usable)), key=lambda j: -w[head, j])[:length])  # noqa: B023
-                    for slot, j in enumerate(best):
-                        kept[row, head, slot] = j
-                        keys[row, head, slot] = rotated[p + j][head]
-                        values[row, head, slot] = own[j][2][head]
+            yield number, projected, rotated
             stream = self._causal(layer, stream, projected, rotated, lambda i: [])
-        return keys, values, length, kept
 
     def _causal(self, layer, stream, projected, rotated, extra):
         """All tokens after one layer; token i sees `extra(i)` and the tokens up to itself."""
@@ -197,18 +265,17 @@ class Oracle:
           tokens: (T,).
           chunks: for each chunk its memories: (keys, values, length) as of `write`; or [].
         """
-        reader = _Reader(self.config, self.params, self.prefix)
-        return reader.logits(tokens, chunks)
+        return Reader(self.config, self.params, self.prefix).logits(tokens, chunks)
 
 
-class _Reader(Oracle):
+class Reader(Oracle):
     """The same over [prefix ; context], context positions behind the references' interval."""
 
     def position(self, i: int) -> int:
         return i if i < len(self.prefix) else i + self.config.memory.reference_length
 
     def logits(self, tokens: np.ndarray, chunks: list) -> np.ndarray:
-        memory, p = self.config.memory, len(self.prefix)
+        memory, p, counts = self.config.memory, len(self.prefix), self.counts()
         stream = [self.embed(int(token)) for token in (*self.prefix, *tokens)]
         for number, layer in enumerate(self.layers):
             projected = [self.project(layer, x) for x in stream]
@@ -225,7 +292,11 @@ class _Reader(Oracle):
                 for chunk in range(max(0, own - memory.window + 1), own + 1):
                     for keys, values, length in chunks[chunk]:
                         row = number - memory.first_layer
-                        seen += [(keys[row, :, s], values[row, :, s]) for s in range(length)]
+                        has = np.array(counts[row])[:, None]
+                        seen += [
+                            (np.where(s < has, keys[row, :, s], np.nan), values[row, :, s])
+                            for s in range(length)
+                        ]
                 return seen
 
             stream = self._causal(layer, stream, projected, rotated, slots)

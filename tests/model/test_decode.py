@@ -12,6 +12,7 @@ from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.decode import Decoder, unstack
+from m3jax.model.slots import SlotLayout
 
 CHUNK, M, P = 4, 3, 2
 LENGTHS = (9, 4, 1, 12)  # of prompts; the last one is the longest
@@ -44,11 +45,12 @@ def tiny(**changes):
 
 
 def memories(config, shape, seed=1):
-    """Random memories of some lengths, `(L, *shape, K, P, H)`."""
-    rng, model = np.random.default_rng(seed), config.model
-    size = (*shape, config.memory.layers, model.kv_heads, P, model.head_dim)
+    """Random memories of some lengths, `(L, *shape, K, P, H)` or `(1, *shape, 1, S, H)`."""
+    rng, slots = np.random.default_rng(seed), SlotLayout.of(config.model, config.memory)
+    size = (*shape, *slots.item_shape, config.model.head_dim)
     keys, values = rng.standard_normal((2, *size), np.float32)
-    return layers_first(ExplicitMemory(keys, values, rng.integers(0, P + 1, shape, dtype=np.int32)))
+    length = rng.integers(0, slots.largest + 1, shape, dtype=np.int32)
+    return layers_first(ExplicitMemory(keys, values, length))
 
 
 def greedy(logits, rows, number):
@@ -85,9 +87,7 @@ def expected(config, model, params, prompts, forced, prompt_memory, later):
     logprobs = np.asarray(jax.nn.log_softmax(logits))[rows, places, forced]
     if memory is None:
         return logprobs, None
-    weights = oracle.memory_attention(params, jnp.asarray(tokens), memory, 1)
-    L, _, K, G = weights.shape[:4]
-    weights = np.asarray(weights).reshape(L, B, K, G, T, T, M, P).sum(-1)
+    weights = np.asarray(oracle.memory_attention(params, jnp.asarray(tokens), memory, 1)).sum(-1)
     return logprobs, weights.transpose(1, 4, 5, 0, 2, 3, 6)[rows, places, places]
 
 

@@ -15,8 +15,9 @@ from tolerance import close
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.make_model import make_model
-from m3jax.memory.sparsify import sparsifier
+from m3jax.memory.sparsify import received_weights, reconstruction_weights, sparsifier
 from m3jax.model.attention_mask import ExplicitMemory
+from m3jax.model.layer import with_copies
 
 LENGTHS = np.array([7, 1, 2, 5, 3, 0])  # full, short and empty references; 3 tokens are kept
 TOLERANCE = 1e-5
@@ -27,9 +28,15 @@ def _jitted(name: str, key: str, prefix: tuple[int, ...]) -> Any:
     config = ConfigDict(json.loads(key))
     model = make_model(config, prefix)
     if name == "encode":
-        return jax.jit(
-            lambda params, tokens: model.encode(params, tokens, sparsifier(config.memory))
-        )
+        keep = sparsifier(config.memory)
+
+        @jax.jit
+        def both(params: Any, tokens: Any) -> Any:  # memories, and the tokens that they keep
+            written = model.on_references(params, tokens, keep)
+            kept = model.slots.stack([None if x is None else x.indices for x in written])
+            return model.encode(params, tokens, keep), kept
+
+        return both
     return jax.jit(partial(getattr(model, name), sparsify=sparsifier(config.memory)))
 
 
@@ -54,6 +61,25 @@ WRITERS = {
     "normed queries and keys": {"model__qk_norm": True},
     "last layer alone": {"memory__first_layer": 2, "memory__layers": 1},
     "all layers, one query head a group": {"memory__layers": 3, "model__kv_heads": 4},
+    "attention from behind": {"memory__selection": "received", "model__attention_bias": True},
+    "a copy": {"memory__selection": "reconstruction", "model__qk_norm": True},
+    "a copy, blocked": {
+        "memory__selection": "reconstruction",
+        "model__attention": "blocked",
+        "model__attention_block": 3,
+        "memory__first_layer": 1,
+    },
+    "a copy, after attention from behind": {
+        "memory__selection": "reconstruction",
+        "memory__each": 1,
+        "memory__counts": "0:1+4,1:3+2",
+    },
+    "counts in groups of layers": {
+        "model__layers": 5,
+        "memory__first_layer": 1,
+        "memory__layers": 4,
+        "memory__counts": "1:1+5,3:0+3",
+    },
 }
 
 
@@ -66,8 +92,13 @@ def test_writing_equals_the_loops(name: str) -> None:
     written = [oracle.write(reference) for reference in references]
     keys, values, lengths, expected = (np.stack(part) for part in zip(*written, strict=True))
     np.testing.assert_array_equal(memory.length, lengths)
-    np.testing.assert_array_equal(lengths, [3, 1, 2, 3, 3, 0])
+    P = keys.shape[3]
+    np.testing.assert_array_equal(lengths, np.minimum([7, 1, 2, 5, 3, 0], P))
     np.testing.assert_array_equal(np.moveaxis(np.asarray(kept), 0, 1), expected)
+    counts = np.array(oracle.counts())
+    if (counts < P).any():  # stored without padding, by layer, then head, then token
+        own = np.arange(P) < counts[..., None]
+        keys, values = (x[:, own][:, None, None] for x in (keys, values))
     memory = by_reference(memory)
     close(memory.keys, keys)
     close(memory.values, values)
@@ -84,17 +115,63 @@ def test_writing_without_a_prefix() -> None:
     close(memory.keys[:, 0], keys)
 
 
-def test_a_reference_is_written_alone() -> None:
+@pytest.mark.parametrize("selection", ["exact", "received", "reconstruction"])
+def test_a_reference_is_written_alone(selection: str) -> None:
     """Neither padding nor the other references of the batch change a memory."""
-    config = oracle_config()
+    config = oracle_config(memory__selection=selection)
     params, references = random_params(config), random_references(1, LENGTHS)
     together, _ = encode(config, params, references)
     order = np.array([3, 5, 0, 1, 4, 2])
     permuted, _ = encode(config, params, references[order])
     np.testing.assert_array_equal(permuted.keys, together.keys[:, order])
     np.testing.assert_array_equal(permuted.length, together.length[order])
-    wide = np.pad(references, ((0, 0), (0, 4)))
-    close(encode(config, params, wide)[0].values, np.asarray(together.values))
+    wide, kept = encode(config, params, np.pad(references, ((0, 0), (0, 4))))
+    np.testing.assert_array_equal(kept, encode(config, params, references)[1])
+    close(wide.values, np.asarray(together.values))
+
+
+def test_a_copy_stands_behind_the_last_token() -> None:
+    references = np.array([[5, 6, 7, 8], [5, 6, 0, 0], [5, 6, 7, 0], [0, 0, 0, 0]], np.int32)
+    expected = [
+        [5, 6, 7, 8, 5, 6, 7, 8],
+        [5, 6, 5, 6, 0, 0, 0, 0],
+        [5, 6, 7, 5, 6, 7, 0, 0],
+        [0] * 8,
+    ]
+    np.testing.assert_array_equal(with_copies(jnp.asarray(references)), expected)
+
+
+def test_copies_are_seen_by_no_memory() -> None:
+    """A copy serves only the choice: keys and values are those of the reference without it."""
+    plain, copied = (oracle_config(memory__selection=s) for s in ("exact", "reconstruction"))
+    for config in (plain, copied):  # all tokens are kept
+        config.memory.kept_tokens = 7
+    params, references = random_params(plain), random_references(1, LENGTHS)
+    expected, kept = encode(plain, params, references)
+    found, also = encode(copied, params, references)
+    np.testing.assert_array_equal(kept, also)
+    jax.tree.map(close, found, expected)
+
+
+@pytest.mark.parametrize("rule", ["received", "reconstruction"])
+def test_weights_of_a_rule_equal_the_loops(rule: str) -> None:
+    """`reconstruction`: a forward pass over [prefix ; reference ; reference] of a real model."""
+    config = oracle_config(memory__selection=rule, memory__first_layer=1, model__layers=4)
+    params, references = random_params(config), random_references(1, LENGTHS)
+    model = make_model(config, PREFIX_TOKENS)
+    function = {"received": received_weights, "reconstruction": reconstruction_weights}[rule]
+    (found,) = jax.jit(lambda p, t: model.on_references(p, t, function))(params, references)
+    oracle, copies = Oracle(config, params), 1 + (rule == "reconstruction")
+    for r, n in enumerate(LENGTHS):
+        text = [*oracle.prefix, *references[r, :n].tolist() * copies]
+        expected = np.full((2, 2, 7), -np.inf)
+        for number, projected, rotated in oracle.passed(text) if n else ():
+            if number in oracle.memory_layers:
+                weights = oracle.rule(rule, projected, rotated, n)
+                expected[number - 1, :, :n] = weights
+        close(found[:, r], expected)
+    if rule == "reconstruction":
+        assert found[:, 0].min() > 0 and found[:, 0].max() < 1
 
 
 # -- reading
@@ -148,6 +225,11 @@ READERS = {
         {"model__qk_norm": True, "model__attention": "blocked", "model__attention_block": 5},
         1,
     ),
+    "a copy": (
+        {"memory__selection": "reconstruction", "memory__each": 1, "model__remat": "full"},
+        1,
+    ),
+    "attention from behind, two memories a chunk": ({"memory__selection": "received"}, 2),
     "one layer, window 1, two memories a chunk": (
         {"memory__layers": 1, "memory__window": 1},
         2,
@@ -372,8 +454,8 @@ def test_memory_attention_is_what_the_softmax_gave_to_memories() -> None:
     memory = _written(config, params, references)
     model = make_model(config, PREFIX_TOKENS)
     found = jax.jit(model.memory_attention, static_argnums=3)(params, tokens, memory, 2)
-    assert found.shape == (2, 2, 2, 2, 8, 3 * 3)
-    found = np.asarray(found).reshape(2, 2, 2, 2, 8, 3, 3)  # … T C P
+    assert found.shape == (2, 2, 2, 2, 8, 3, 1, 3)
+    found = np.asarray(found)[..., 0, :]  # … T C P
     assert (found.sum((-1, -2)) < 1).all() and found.max() > 0.05
     for t in range(8):
         for chunk in range(3):

@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from tolerance import close
 
 from configs import quickstart
 from m3jax.memory.bank import Bank
+from m3jax.quickstart import run as run_module
 from m3jax.quickstart.run import LABELS, Demonstration, run
 from m3jax.text.references import References
 
@@ -25,6 +27,27 @@ def short_config(options):
         config.model.layers, config.memory.layers = 2, 1
         config.model.hidden, config.model.head_dim, config.model.mlp_width = 16, 4, 24
     return config
+
+
+@pytest.mark.slow
+def test_the_picture_of_attention_shows_the_slots_of_every_head(tmp_path, monkeypatch):
+    """What is kept, counted by hand, and attention on nothing else."""
+    drawn, counts = [], (0, 1, 3, 8)
+
+    def config_of(options):
+        config = short_config(options)
+        config.memory.counts = "0:" + "+".join(map(str, counts))
+        return config
+
+    monkeypatch.setattr(run_module, "attention_map", lambda path, reads, title: drawn.extend(reads))
+    run(Demonstration(config_of, tmp_path, WORLD, seed=2))
+    assert len(drawn) == 4
+    for read in drawn:
+        for tokens, mass, kept in zip(read.references, read.mass, read.kept, strict=True):
+            expected = sum(min(count, len(tokens)) for count in counts) / 4
+            close(kept.sum(), expected)
+            assert (mass[kept > 0] > 0).all() and not mass[kept == 0].any()
+        assert sum(mass.sum() for mass in read.mass) < 1
 
 
 @pytest.mark.slow

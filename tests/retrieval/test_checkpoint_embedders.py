@@ -68,12 +68,13 @@ def weights(seed: int) -> Any:
     return tiny_params(CONFIG, seed)
 
 
-def write_checkpoint(workdir: Path, name: str, seed: int, **meta: Any) -> Path:
+def write_checkpoint(workdir: Path, name: str, seed: int, params: Any = None, **meta: Any) -> Path:
     """A stage folder with one checkpoint of random weights."""
+    params = weights(seed) if params is None else params
     folder = workdir / name / "checkpoints" / "7"
     shutil.rmtree(folder, ignore_errors=True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-        writer.save(folder / "state", args=ocp.args.PyTreeSave({"params": weights(seed)}))
+        writer.save(folder / "state", args=ocp.args.PyTreeSave({"params": params}))
     tokenizer = Tokenizer.load(workdir / "tokenizer").fingerprint
     known = {"config": json.loads(to_json(CONFIG)), "tokenizer": tokenizer, "step": 7}
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
@@ -180,10 +181,11 @@ def test_hidden_states_are_pooled_and_whitened_as_by_a_loop(
     assert embedder.fingerprint == before
 
 
-def queries_of(tokens: np.ndarray) -> np.ndarray:
+def queries_of(tokens: np.ndarray, params: Any = None) -> np.ndarray:
     """Queries of the first layer (T, K, G, H), from the parameters."""
-    layer = jax.tree.map(lambda x: np.asarray(x[0], np.float64), weights(0)["memory"])
-    x = np.asarray(weights(0)["embedding"], np.float64)[tokens]
+    params = weights(0) if params is None else params
+    layer = jax.tree.map(lambda x: np.asarray(x[0], np.float64), params["memory"])
+    x = np.asarray(params["embedding"], np.float64)[tokens]
     x = x / np.sqrt((x**2).mean(-1, keepdims=True) + CONFIG.model.norm_epsilon)
     return np.einsum("td,dkgh->tkgh", x * layer["attention_norm"], layer["query"])
 
@@ -232,6 +234,58 @@ def test_attention_searches_and_ranks_as_by_a_loop(
     close(every[:30] @ every[:30].T, expected @ expected.T, 1e-4)
     wanted = np.stack([norm(q.mean((0, 2)).ravel()) for q in queries]) @ expected.T
     close(embedder.embed_queries(asked) @ every[:30].T, wanted, 1e-4)
+
+
+@pytest.mark.parametrize("counts", ["0:2+5", "0:0+5"])
+def test_attention_searches_with_the_slots_that_each_head_has(
+    workdir: Path, texts: list[str], tmp_path: Path, counts: str
+) -> None:
+    """The second memory layer has none, nor has a head: they add nothing."""
+    shape = {"model__layers": 3, "memory__layers": 2, "memory__counts": counts}
+    config = tiny_config(
+        model__query_heads=4, memory__reference_length=LENGTH, memory__source="none", **shape
+    )
+    run, params = tmp_path / "run", tiny_params(config, 3)
+    for part in ("tokenizer", "references"):
+        shutil.copytree(workdir / part, run / part)
+    references = References(run / "references")
+    model = make_model(config, PREFIX_TOKENS)
+    write_bank(config, model, params, references, run / "bank", progress=False)
+    write_checkpoint(run, "warmup", 0, params, config=json.loads(to_json(config)))
+    embedder = AttentionEmbedder(run / "warmup", 64, rows=3)
+    embedder.fit(texts)
+    bank = open_bank(open_version(run), references)
+
+    asked, ids = (
+        ["pet of", *texts[:4]],
+        np.array([[3, 9, -1, 0], *[[i, 5, 20, 11] for i in range(4)]]),
+    )
+    means = means_at([queries_of(tokens_of(run, text), params) for text in texts if text])
+    first, second = map(int, counts[2:].split("+"))
+    scores = np.zeros(ids.shape)
+    for place in np.ndindex(*ids.shape):
+        if ids[place] < 0:
+            scores[place] = -np.inf
+            continue
+        memory = by_reference(bank.read(np.array(ids[place])))
+        assert memory.keys.shape == (1, 1, first + second, 8)
+        q = minus(queries_of(tokens_of(run, asked[place[0]]), params), means)
+        q = turned(q, 2 + LENGTH // 2)
+        for k, (start, count) in enumerate(((0, first), (first, second))):
+            slots = memory.keys[0, 0, start : start + min(count, memory.length)].astype(np.float64)
+            if len(slots):
+                scores[place] += np.einsum("tgh,sh->tgs", q[:, k], slots).max() / np.sqrt(8)
+    close(Ranking(embedder, bank)(asked, ids), scores, 1e-4)
+
+    memory = by_reference(bank.read(np.arange(30)))  # of texts[:30]
+    slots = np.zeros((30, 2, 2, 8))  # layer, head
+    for i, n in enumerate(memory.length):
+        for k, (start, count) in enumerate(((0, first), (first, second))):
+            if count:
+                slots[i, 0, k] = memory.keys[i, 0, 0, start : start + min(count, n)].mean(0)
+    expected = [norm(row) for row in slots.reshape(30, -1) - embedder._learnt["centre"]]
+    found, expected = embedder.embed(texts[:30]), np.stack(expected)
+    close(found @ found.T, expected @ expected.T, 1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

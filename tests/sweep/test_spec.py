@@ -32,6 +32,7 @@ def planned(*entries: Entry, workdir: str = "/somewhere", **more: Any) -> list[S
 
 
 KEPT = {"memory.kept_tokens": 4}
+COUNTS = "0:1+2+0+9"
 
 
 # -- what is shared
@@ -66,16 +67,23 @@ def test_entries_whose_memories_differ_share_no_bank() -> None:
         "memory.layers": 1,
         "memory.kept_tokens": 4,
         "memory.selection": "approximate",
+        "memory.counts": COUNTS,
         "memory.dtype": "bfloat16",
         "memory.window": 2,
         "memory.dropout": 0.5,
     }
-    base, *runs = planned(Entry("base"), *(Entry(p, {p: v}) for p, v in changes.items()))
+    copy: dict[str, Any] = {"memory.selection": "reconstruction"}
+    base, *runs = planned(
+        Entry("base"),
+        Entry("copy", copy),
+        Entry("mixture", {**copy, "memory.each": 1}),
+        *(Entry(p, {p: v}) for p, v in changes.items()),
+    )
     layouts = [layout_of(run.stages[1].config, (1, 2)) for run in (base, *runs)]
     banks = [run.stages[1].bank for run in (base, *runs)]
-    assert [other == layouts[0] for other in layouts[1:]] == [False] * 6 + [True] * 2
-    assert [other == banks[0] for other in banks[1:]] == [False] * 6 + [True] * 2
-    assert len(set(banks)) == 7
+    assert [other == layouts[0] for other in layouts[1:]] == [False] * 9 + [True] * 2
+    assert [other == banks[0] for other in banks[1:]] == [False] * 9 + [True] * 2
+    assert len(set(banks)) == 10
 
 
 def test_seeds_models_and_depths_are_not_shared() -> None:

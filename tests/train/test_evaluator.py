@@ -13,6 +13,8 @@ from m3jax.evaluation.report import losses_table
 from m3jax.evaluation.scoring import Answerer
 from m3jax.knowledge.memory_writer import check_reader
 from m3jax.make_model import make_model
+from m3jax.memory.bank import Bank
+from m3jax.memory.write import write_bank
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.quickstart import people
 from m3jax.train.evaluator import MODES, evaluator
@@ -96,6 +98,27 @@ def test_answers_are_those_of_teacher_forcing_with_the_memories(workdir, params)
     chosen, attention = answerer.first_choices(questions[:3], ids[:3], bank)
     assert len(chosen) == 3 and attention.shape == (3, 1, 2, 5, 4)
     assert (attention >= 0).all() and (attention.sum((-1, -2)) <= 1 + 1e-6).all()
+
+
+def test_attention_of_answers_is_that_of_the_slots_of_each_head(workdir, params, tmp_path):
+    """Slots that a head does not have get none, those of its tokens some."""
+    config = tiny_config(memory__counts="0:1+4")
+    pipeline, model = evaluator(CONFIG, workdir).pipeline, make_model(config, PREFIX_TOKENS)
+    references = pipeline.references
+    options = {"progress": False}
+    write_bank(config, model, params, references, tmp_path / "bank", **options)
+    bank = Bank.open(tmp_path / "bank")
+    tokenizer, length = pipeline.tokenizer, config.data.sequence_length
+    answerer = Answerer(model, params, tokenizer, length, batch_size=5)
+    questions = [Question(q.prompt, q.answer, q.references) for q in people.questions(WORLD, 0)[:3]]
+    ids = answerer.look_up(questions, references)
+    chosen, attention = answerer.first_choices(questions, ids, bank)
+    assert len(chosen) == 3 and attention.shape == (3, 1, 2, 5, 4)
+    tokens = np.asarray(references.lengths)[ids[:, 0]]  # (n, M)
+    slot, counts = np.arange(4), np.array([1, 4])
+    has = slot < np.minimum(counts[None, :, None, None], tokens[:, None, :, None])
+    np.testing.assert_array_equal(attention[:, 0] > 0, has)
+    assert (attention.sum((-1, -2)) < 1).all()
 
 
 def test_each_prompt_chunk_retrieves_with_its_own_text_and_the_answer_inherits(workdir, params):

@@ -194,6 +194,27 @@ def test_eight_devices_equal_one(source, mesh, on_one_device):
         close(x, y, 1e-4)  # steps of Adam magnify the rounding of another order
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["precomputed", "online", "stop_gradient"])
+@pytest.mark.parametrize("mesh", ["slices", "fsdp"])
+def test_counts_of_heads_on_eight_devices_equal_one(source, mesh):
+    """Layers in three groups, one of them without slots."""
+    changes = {
+        "model__layers": 4,
+        "memory__layers": 3,
+        "memory__counts": "0:0+1+2+3+4+5+6+0,2:1+1+0+0+0+0+0+1",
+        "memory__selection": "reconstruction",
+        "memory__each": 1,
+    }
+    one, eight = (run_on(name, source, **changes) for name in ("one", mesh))
+    for name in one[0][0]:
+        ours, theirs = ([values[name] for values in metrics] for metrics in (eight[0], one[0]))
+        close(ours, theirs, what=name)
+    ours, expected = (jax.tree.leaves(first_moments(state)) for _, state in (eight, one))
+    for x, y in zip(ours, expected, strict=True):
+        close(x, y, 1e-4)  # steps of Adam magnify the rounding of another order
+
+
 def test_state_is_sharded_from_the_start():
     config = tiny_config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2, optimizer__name="muon")
     state = Program(config, make_mesh(config)).init()

@@ -12,6 +12,7 @@ from memory_axes import layers_first
 from m3jax import config as config_lib
 from m3jax.data.batch import Batch
 from m3jax.model.attention_mask import ExplicitMemory
+from m3jax.model.slots import SlotLayout
 
 FINGERPRINT = "0123456789abcdef"
 TIMES = (
@@ -85,9 +86,10 @@ class SyntheticPipeline:
             reference_ids=rng.integers(-1, 9, (B, C, M), dtype=np.int32),
         )
         if memory.source == "precomputed":
-            shape = (B, C, M, memory.layers, model.kv_heads, memory.kept_tokens, model.head_dim)
+            slots = SlotLayout.of(model, memory)
+            shape = (B, C, M, *slots.item_shape, model.head_dim)
             keys, values = rng.standard_normal((2, *shape), np.float32)
-            length = rng.integers(0, memory.kept_tokens + 1, (B, C, M), dtype=np.int32)
+            length = rng.integers(0, slots.largest + 1, (B, C, M), dtype=np.int32)
             batch = batch._replace(memory=layers_first(ExplicitMemory(keys, values, length)))
         if memory.source in config_lib.IN_STEP:
             shape = (B, C, M, memory.reference_length)
