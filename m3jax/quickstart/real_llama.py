@@ -82,7 +82,9 @@ def run(
     with step("2/6 sixty articles about the island: references and index", seconds, "index"):
         _references(config, workdir, island.articles)
     write = MemoryWriter(config, workdir, workdir / "warmup", like_base=True)
-    with step("3/6 bank: the model reads every article once and writes its memory", seconds, "bank"):
+    with step(
+        "3/6 bank: the model reads every article once and writes its memory", seconds, "bank"
+    ):
         write(References(workdir / "references"), workdir / "bank", None)
     with step("4/6 questions", seconds, "questions"):
         chosen = read_questions(FOLDER / "questions.jsonl")[:questions]
