@@ -150,11 +150,11 @@ def test_the_benchmark_of_codebooks_reads_the_tokens_alone(
     workdir = banks[name].parent / f"of_{name}"
     workdir.mkdir(exist_ok=True)
     shutil.copytree(banks[name], workdir / "bank", dirs_exist_ok=True)
-    found = bench._of_bank(workdir, len(expected))
+    found = bench.bank_vectors(workdir, len(expected))
     assert sorted(map(tuple, found)) == sorted(map(tuple, expected))
-    assert len(bench._of_bank(workdir, 11)) == 11
+    assert len(bench.bank_vectors(workdir, 11)) == 11
     with pytest.raises(BenchmarkError, match=f"has {len(expected)} vectors"):
-        bench._of_bank(workdir, len(expected) + 1)
+        bench.bank_vectors(workdir, len(expected) + 1)
 
 
 def test_other_counts_do_not_fit(banks: dict[str, Path], tmp_path: Path) -> None:
