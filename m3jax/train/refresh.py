@@ -121,18 +121,10 @@ class Squares(NamedTuple):
 def _squares(stored: KeyValues, fresh: KeyValues, real_nLKP: jax.Array) -> Squares:
     """Sums the squares of differences of stored and fresh memories, and those of fresh ones.
 
-    <<<<<<< HEAD
-        Both are `(L, n, K, P, H)`; the sums are those of each layer and memory, over the
-        `real_nLKP`
-        slots, which hold a token. A memory is an unordered set of slots: a stored slot is compared
-        with the fresh slot with the nearest key. So
-    =======
-        Both are `(L, n, K, P, H)`; the sums are those of each layer and memory. A memory is an
-        unordered set of slots: a stored slot is compared with the fresh slot with the nearest key.
-        So
-    >>>>>>> bdf498d (A dangling link of a sweep is made again; CI prints all of its results; a
-    fault is damage when it stays)
-        another selection of tokens counts as an error, another order of the slots does not.
+    Both are `(L, n, K, P, H)`; the sums are those of each layer and memory, over the `real_nLKP`
+    slots, which hold a token. A memory is an unordered set of slots: a stored slot is compared with
+    the fresh slot with the nearest key. So another selection of tokens counts as an error, another
+    order of the slots does not.
     """
     stored_pair, fresh_pair = (  # keys and values, (2, n, L, K, P, H)
         jnp.moveaxis(jnp.stack(memory).astype(jnp.float32), 1, 2) for memory in (stored, fresh)
