@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+from text.test_byte_fallback import WORDS, byte_fallback_tokenizer
 from text.test_tokenizer_import import OURS, TEXTS, train_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 
@@ -68,6 +69,26 @@ def test_tokens_are_those_of_the_tokenizer(pre: str, splitter: Any) -> None:
     ours = OurTokenizer(adopt_tokenizer(found.to_str(), None, OURS).text)
     for text in (*TEXTS, *MORE):
         assert ours.decode(ours.encode(text)) == text
+
+
+def test_tokens_with_byte_fallback_are_those_of_the_tokenizer() -> None:
+    theirs = byte_fallback_tokenizer(False)
+    merges = json.loads(theirs.to_str())["model"]["merges"]
+    ranks = {"".join(pair): place for place, pair in reversed([*enumerate(merges)])}
+    tokens = [theirs.id_to_token(i) for i in range(theirs.get_vocab_size())]
+    found = {
+        "model": "llama",
+        "tokens": tokens,
+        "token_type": [2, 3, 3, *(6 for _ in range(256)), *(1 for _ in tokens[259:])],
+        "scores": [-float(ranks.get(token, 1e6)) for token in tokens],
+    }
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in found.items()}
+    content, order, _ = adopt_tokenizer(gguf_tokenizer(metadata), None, OURS, "</s>")
+    expected, same, _ = adopt_tokenizer(theirs.to_str(), None, OURS, "</s>")
+    assert order.tolist() == same.tolist()
+    for text in (*TEXTS, *MORE, *WORDS):
+        ids = OurTokenizer(content).encode(text)
+        assert ids.tolist() == OurTokenizer(expected).encode(text).tolist()
 
 
 @pytest.mark.parametrize(
