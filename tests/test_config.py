@@ -148,6 +148,13 @@ def test_not_among_the_choices(field: str, value: Any, accepted: str) -> None:
             ("model.previous_token_head", "model.attention_bias = True"),
         ),
         (
+            {
+                **{"model__previous_token_head": 4.0, "model__attention_bias": True},
+                "model__no_rope_every": 1,
+            },
+            ("model.previous_token_head", "RoPE in the first layer"),
+        ),
+        (
             {"memory__first_layer": 3},
             ("memory.layers = 2", "memory.first_layer = 3 on do not all exist", "model.layers = 4"),
         ),

@@ -35,6 +35,8 @@ def _shape(c: ConfigDict) -> Unfit:
         yield "model.head_dim", "must be even (RoPE)"
     if model.previous_token_head and not model.attention_bias:
         yield "model.previous_token_head", "needs model.attention_bias = True"
+    if model.previous_token_head and model.no_rope_every == 1:
+        yield "model.previous_token_head", "needs RoPE in the first layer (model.no_rope_every)"
     if memory.first_layer + memory.layers > model.layers:
         yield (
             "memory.layers",

@@ -49,6 +49,11 @@ MODEL: Fields = {
         "(0, inf)",
     ),
     "rope_magnitude": (1.0, "factor on rotated queries and keys (yarn)", "(0, inf)"),
+    "no_rope_every": (
+        0,
+        "every n-th layer (n-1, 2n-1, … from 0) has no RoPE (SmolLM3: 4); 0 = all layers have it",
+        "[0, inf)",
+    ),
     "norm_epsilon": (1e-5, "epsilon of RMSNorm", "(0, 1)"),
     "tied_embeddings": (False, "LM head shares the embedding matrix", None),
     "embedding_scale": (1.0, "factor on embedding outputs", "(0, inf)"),

@@ -112,6 +112,7 @@ def layout_of(config: ConfigDict, prefix_tokens: tuple[int, ...]) -> dict[str, A
         **{name: model[name] for name in of_model},
         **{name: float(model[name]) for name in floats},
         **(scaling if model.rope_scaling != "none" else {}),
+        **({"no_rope_every": model.no_rope_every} if model.no_rope_every else {}),
         "prefix_tokens": [int(token) for token in prefix_tokens],
         **context_layout(config),
         "kept_tokens": int(counts.max()),

@@ -19,7 +19,7 @@ from m3jax.model.attention_mask import ExplicitMemory, KeyValues
 from m3jax.model.kv_cache import CacheLayout, State, prompt_cache, query_weights
 from m3jax.model.layer import join
 from m3jax.model.parameters import Params
-from m3jax.model.rope import Rope, rotate
+from m3jax.model.rope import Rope, rotate, turned_layers
 from m3jax.model.transformer import Model
 
 # (float32 logits `(B, V)`, row index `(B,)`, index of the token in the answer) -> token of each row
@@ -78,6 +78,7 @@ class Decoder:
         self.model, self.sample, self.stop, self.pad = model, sample, stop, pad
         self.usable, self.dequantize, self.observe = usable, dequantize, observe
         segments = tuple(name for name in model.ranges for _ in range(*model.ranges[name]))
+        self.turned = turned_layers(model.config).tolist()
         self.layout = CacheLayout(segments, len(model.prefix_tokens), model.slots)
         self._name_parts()
 
@@ -164,7 +165,7 @@ class Decoder:
         for index, segment in enumerate(layout.segments):
             part = next(parts) if segment == "memory" else None
             block = model.merge(params["layers"][index])
-            _, heads, prefix_heads = layer.heads(block, hidden)
+            _, heads, prefix_heads = layer.at(self.turned[index]).heads(block, hidden)
             assert heads is not None
             attended, prefix = layer.attend_prefix(prefix_heads)
             output, _ = layer.attend_context(heads, prefix, part, layout.head_counts(index))
@@ -249,7 +250,8 @@ class Decoder:
         for index, (segment, past) in enumerate(zip(layout.segments, state.cache, strict=True)):
             block = model.merge(params["layers"][index])
             q, k, v = block.qkv(hidden)
-            q, k = (rotate(x, position[:, None], rope) for x in (q, k))
+            turn = rope.at(self.turned[index])
+            q, k = (rotate(x, position[:, None], turn) for x in (q, k))
             place = layout.context_start(index, state) + slot
             keys, values = (
                 jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(1, 2), place, 2)

@@ -129,7 +129,8 @@ def write_folder(
 ) -> None:
     """Writes parameters as a folder that `transformers.LlamaForCausalLM` loads.
 
-    With `model.qk_norm`, which Llama does not support, `Qwen3ForCausalLM` loads it.
+    With `model.qk_norm` `Qwen3ForCausalLM` loads it, with `model.no_rope_every`
+    `SmolLM3ForCausalLM`: a Llama has neither.
 
     With biases on query, key and value an output bias of zeros is added, since a Llama has either
     all four or none. An `embedding_scale` other than 1 is multiplied into the embedding, which is
@@ -146,8 +147,9 @@ def write_folder(
 
     Raises:
       HuggingFaceError: the folder has a `config.json` already; the dtype is another one;
-        `model.query_heads` does not divide `model.hidden`, which transformers requires; or the
-        parameters are those of another config.
+        `model.query_heads` does not divide `model.hidden`, which transformers requires; no family
+        of transformers has both `model.qk_norm` and `model.no_rope_every`; or the parameters are
+        those of another config.
     """
     folder, dtype = Path(folder), dtype or model.param_dtype
     if (folder / CONFIG).exists():
@@ -159,8 +161,9 @@ def write_folder(
         )
     if dtype not in ("float32", "bfloat16"):
         raise HuggingFaceError(f"dtype = {dtype!r}; weights are written in float32 or bfloat16")
-    folder.mkdir(parents=True, exist_ok=True)
     tied = model.tied_embeddings and model.embedding_scale == 1
+    content = their_config(model, tied, dtype, positions)
+    folder.mkdir(parents=True, exist_ok=True)
     tensors = _their_tensors(model, memory, params, tied, jax.numpy.dtype(dtype))
     _commit(folder / _WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     named = dict(special or {})
@@ -170,8 +173,7 @@ def write_folder(
         _commit(folder / "tokenizer.json", lambda path: path.write_text(tokenizer, "utf-8"))
         _commit(folder / "tokenizer_config.json", lambda path: _write_json(path, settings))
     ids = {f"{role}_token_id": named[role][1] if role in named else None for role in _ROLES}
-    content = {**their_config(model, tied, dtype, positions), **ids}
-    _commit(folder / CONFIG, lambda path: _write_json(path, content))
+    _commit(folder / CONFIG, lambda path: _write_json(path, {**content, **ids}))
 
 
 _ROLES = ("bos", "eos", "pad")
@@ -248,7 +250,7 @@ def _tensors(model: ConfigDict, memory: ConfigDict) -> tuple[Params, list[_Tenso
 def _their_tensors(
     model: ConfigDict, memory: ConfigDict, params: Params, tied: bool, dtype: Any
 ) -> dict[str, np.ndarray]:
-    """Returns all tensors of `LlamaForCausalLM` or `Qwen3ForCausalLM` as contiguous arrays."""
+    """Returns all tensors of their model (`write_folder`) as contiguous arrays."""
     tensors = {}
     for tensor in _tensors(model, memory)[1]:
         values, field = np.asarray(tensor.part(params)), tensor.path[:2][-1]

@@ -11,11 +11,13 @@ from ml_collections import ConfigDict
 
 from m3jax.errors import HuggingFaceError
 from m3jax.model.gguf_file import is_gguf, open_gguf
-from m3jax.model.hf_rope import read_rope, their_rope
+from m3jax.model.hf_rope import read_no_rope, read_rope, their_rope
+from m3jax.model.rope import turned_layers
 
 CONFIG = "config.json"
 # qwen2 always has biases on query, key and value; qwen3 always norms queries and keys.
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Every n-th layer of smollm3 has no RoPE.
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 # What other families have that `Model` lacks.
 _OTHERS = {
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "llama4"), "its MLP has experts"),
@@ -29,7 +31,6 @@ _OTHERS = {
     **dict.fromkeys(("gpt2", "gpt_neox", "phi", "falcon"), "its MLP is not gated"),
     **dict.fromkeys(("cohere", "cohere2"), "attention and MLP read the same input"),
     "olmo": "its norms have no weights",
-    "smollm3": "some of its layers have no RoPE",
     "granite": "it multiplies embedding, residual stream and logits",
     "mamba": "it has no attention",
 }
@@ -93,9 +94,7 @@ def read_fields(model: str | Path) -> dict[str, Any]:
         return value
 
     heads, hidden = size("num_attention_heads"), size("hidden_size")
-    kv_heads = size(
-        "num_key_value_heads", heads if family == "llama" else 8 if family == "mistral" else None
-    )
+    kv_heads = size("num_key_value_heads", {"llama": heads, "mistral": 8, "smollm3": 4}.get(family))
     head_dim = size("head_dim", None if family == "qwen3" else hidden // heads)
     if heads % kv_heads or head_dim % 2 or (settings.get("head_dim") is None and hidden % heads):
         raise HuggingFaceError(
@@ -111,9 +110,10 @@ def read_fields(model: str | Path) -> dict[str, Any]:
         "hidden": hidden,
         "mlp_width": size("intermediate_size"),
         "vocabulary": size("vocab_size"),
-        **read_rope(path, settings),
+        **read_rope(path, settings, 2_000_000.0 if family == "smollm3" else 10_000.0),
+        "no_rope_every": read_no_rope(path, settings) if family == "smollm3" else 0,
         "norm_epsilon": _number(path, "rms_norm_eps", settings.get("rms_norm_eps"), 1e-6),
-        "tied_embeddings": bool(settings.get("tie_word_embeddings")),
+        "tied_embeddings": bool(settings.get("tie_word_embeddings", family == "smollm3")),
         "embedding_scale": 1.0,
         "attention_bias": family == "qwen2" or bool(settings.get("attention_bias")),
         "qk_norm": family == "qwen3",
@@ -154,17 +154,32 @@ def check_fields(folder: str | Path, model: ConfigDict, vocabulary: int) -> None
 
 def their_config(model: ConfigDict, tied: bool, dtype: str, positions: int) -> dict[str, Any]:
     """Returns the content of `config.json` for a model of this shape, as a Llama; with `qk_norm` as
-    a Qwen3.
+    a Qwen3, with `no_rope_every` as a SmolLM3.
 
     Args:
       model: the section `model` of a config.
       tied: whether the LM head shares the weights of the embedding.
       dtype: name of the dtype of the weights.
       positions: length in tokens of the longest row.
+
+    Raises:
+      HuggingFaceError: the model has both, and transformers no such family.
     """
+    every = model.no_rope_every
+    more: dict[str, Any] = {}
+    if every:
+        if model.qk_norm:
+            raise HuggingFaceError(
+                f"config.model.no_rope_every = {every} with config.model.qk_norm: transformers"
+                " loads no such model; keep the checkpoint as it is"
+            )
+        more["no_rope_layers"] = turned_layers(model).astype(int).tolist()
+        more["no_rope_layer_interval"] = every
+    name = "SmolLM3" if every else "Qwen3" if model.qk_norm else "Llama"
     return {
-        "architectures": ["Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM"],
-        "model_type": "qwen3" if model.qk_norm else "llama",
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": name.lower(),
+        **more,
         "attention_bias": model.attention_bias,
         "attention_dropout": 0.0,
         "dtype": dtype,

@@ -31,8 +31,10 @@ _NUMBERS: dict[str, _Numbers] = {
 _PARTS = ("rope_parameters", "rope_scaling")  # the names in transformers 5 and before
 
 
-def read_rope(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def read_rope(path: Path, settings: dict[str, Any], base: float) -> dict[str, Any]:
     """Returns the fields `rope_…` of `config.model`, from the keys of any version of transformers.
+
+    `base` is that of a family whose `config.json` names none.
 
     Raises:
       HuggingFaceError: RoPE is partial, differs between layers, or is scaled in a way that is not
@@ -52,12 +54,33 @@ def read_rope(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         if kind != "default":
             fields |= _scaled(path, key, kind, part, settings)
         bases[f"{key}.rope_theta"] = part.get("rope_theta")
-    given = {key: _number(path, key, base) for key, base in bases.items() if base is not None}
+    given = {key: _number(path, key, value) for key, value in bases.items() if value is not None}
     if len(set(given.values())) > 1:
         raise HuggingFaceError(
             f"{path} has several RoPE bases: {given}; delete all but the one it was trained with"
         )
-    return {"rope_base": next(iter(given.values()), 10_000.0), "rope_scaling": "none", **fields}
+    return {"rope_base": next(iter(given.values()), base), "rope_scaling": "none", **fields}
+
+
+def read_no_rope(path: Path, settings: dict[str, Any]) -> int:
+    """Returns `config.model.no_rope_every` from the keys of SmolLM3; 0 if all layers have RoPE.
+
+    Raises `HuggingFaceError` unless the layers without RoPE are every n-th one.
+    """
+    layers, found = settings["num_hidden_layers"], settings.get("no_rope_layers")
+    every = settings.get("no_rope_layer_interval")
+    every = 4 if every is None else every
+    if type(every) is not int or every < 1:
+        _refuse(path, "no_rope_layer_interval", every, "it must be a whole number above 0")
+    if found is not None:  # 1 is a layer with RoPE
+        if not isinstance(found, list) or len(found) < layers:
+            _refuse(path, "no_rope_layers", found, f"it must be a list of {layers} layers")
+        found = [bool(has) for has in found[:layers]]
+        every = found.index(False) + 1 if False in found else 0
+        if found != [every == 0 or number % every != 0 for number in range(1, layers + 1)]:
+            why = "the layers without RoPE here are every n-th; choose another model"
+            _refuse(path, "no_rope_layers", settings["no_rope_layers"], why)
+    return every if every <= layers else 0
 
 
 def their_rope(model: ConfigDict) -> dict[str, Any]:

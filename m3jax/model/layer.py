@@ -200,7 +200,7 @@ class Layer:
       prefix: number of tokens of the constant prefix.
       reference_length: number of RoPE positions between prefix and context.
       chunk_length: tokens Q of a chunk.
-      rope_base: base and scaling of the rotary embedding.
+      rope: base and scaling of the rotary embedding; `at` sets it for a layer.
       window: number of chunks whose memories a query reads.
       observe: whether memory layers return the attention weights on memories.
       sparsify: function of `EncodedReferences` that selects the tokens that a memory keeps
@@ -218,7 +218,7 @@ class Layer:
     prefix: int
     reference_length: int
     chunk_length: int
-    rope_base: Rope
+    rope: Rope
     window: int = 1
     observe: bool = False
     sparsify: Callable | None = None
@@ -227,6 +227,10 @@ class Layer:
     windows: Array | None = None
     packing: Packing | None = None
     slots: int = 0
+
+    def at(self, turned: bool | Array | None) -> Layer:
+        """Returns these options for a layer with or without RoPE; None is one with RoPE."""
+        return self if turned is None else dataclasses.replace(self, rope=self.rope.at(turned))
 
     def plain(self, block: Block, hidden: Array, sight: ShortSight | None = None) -> Array:
         """Returns the long row after a plain layer, which neither writes nor reads memories."""
@@ -278,7 +282,7 @@ class Layer:
         assert self.sparsify is not None and self.usable_RW is not None
         W = self.usable_RW.shape[1]
         positions = self.prefix + self.reference_length + jnp.arange(W)
-        behind_q = rotate(heads.plain_q[:, :W], positions, self.rope_base)
+        behind_q = rotate(heads.plain_q[:, :W], positions, self.rope)
         return self.sparsify(
             EncodedReferences(heads, behind_q, prefix, self.usable_RW, self.slots, counts_K)
         )
@@ -296,10 +300,10 @@ class Layer:
             if q is None:
                 heads.append(None)
                 continue
-            positions, base = first + jnp.arange(q.shape[1]), self.rope_base
+            positions, rope = first + jnp.arange(q.shape[1]), self.rope
             if self.packing is not None and len(heads) == 1:  # the context
                 positions = first + self.packing.positions
-            heads.append(Heads(rotate(q, positions, base), rotate(k, positions, base), v, q, k))
+            heads.append(Heads(rotate(q, positions, rope), rotate(k, positions, rope), v, q, k))
         return heads
 
     def attend_prefix(self, heads: Heads | None) -> tuple[Array | None, KeyValues | None]:
@@ -318,7 +322,7 @@ class Layer:
             return attend_in_windows(
                 *(heads.plain_q, heads.plain_k, heads.v, self.usable_RW, self.windows, prefix),
                 position=self.prefix,
-                rope_base=self.rope_base,
+                rope=self.rope,
             )
         return attend(heads.q, heads.k, heads.v, Scope(prefix), **self.attention)
 

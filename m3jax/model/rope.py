@@ -7,7 +7,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 from ml_collections import ConfigDict
 
 
@@ -24,6 +24,8 @@ class Rope:
       base: the frequency of pair i is base^(−2i/H) before scaling.
       scaling: none, linear (all frequencies are divided by `factor`), llama3 or yarn.
       magnitude: factor on rotated vectors.
+      turned: false in layers without RoPE, which leave vectors as they are; an array broadcasts
+        against the vectors.
     """
 
     base: float
@@ -33,6 +35,7 @@ class Rope:
     low_rotations: float = 1.0
     high_rotations: float = 4.0
     magnitude: float = 1.0
+    turned: bool | Bool[Array, ...] = True
 
     @classmethod
     def of(cls, model: ConfigDict) -> Rope:
@@ -46,6 +49,10 @@ class Rope:
             model.rope_high_rotations,
             model.rope_magnitude,
         )
+
+    def at(self, turned: bool | Bool[Array, ...]) -> Rope:
+        """Returns the RoPE of a layer, or of several, from `turned_layers`."""
+        return dataclasses.replace(self, turned=turned)
 
     def frequencies(self, half: int) -> Float32[np.ndarray, " half"]:
         """Returns the frequencies of the H/2 pairs of a head, radians a position."""
@@ -71,6 +78,13 @@ class Rope:
         return half * math.log(ratio) / math.log(self.base)
 
 
+def turned_layers(model: ConfigDict) -> Bool[np.ndarray, " L"]:
+    """Returns for every layer of a model whether it has RoPE (`model.no_rope_every`)."""
+    number = np.arange(1, model.layers + 1)
+    every = model.no_rope_every
+    return number % every != 0 if every else np.ones(model.layers, bool)
+
+
 def rotate(
     x: Float[Array, "B T *heads H"],
     positions: Int[Array, T] | Int[Array, "B T"],
@@ -81,11 +95,13 @@ def rotate(
     Args:
       x: queries `(B, T, K, G, H)` or keys `(B, T, K, H)`.
       positions: integer position of every token, `(T,)` for all rows or `(B, T)`.
-      rope: frequencies, and the factor on the result.
+      rope: frequencies, the factor on the result, and whether to rotate.
 
     Returns:
       Rotated vectors, dtype of `x`; the angles are computed in float32.
     """
+    if rope.turned is False:
+        return x
     half = x.shape[-1] // 2
     frequency = jnp.asarray(rope.frequencies(half))
     rows_BT = positions.astype(jnp.float32).reshape(-1, positions.shape[-1])
@@ -96,4 +112,5 @@ def rotate(
         cos, sin = cos * rope.magnitude, sin * rope.magnitude
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    rotated = rotated.astype(x.dtype)
+    return rotated if rope.turned is True else jnp.where(rope.turned, rotated, x)

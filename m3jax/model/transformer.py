@@ -26,7 +26,7 @@ from m3jax.model.attention_mask import ExplicitMemory, Packing, ShortSight
 from m3jax.model.collectives import Parallel
 from m3jax.model.layer import Block, Layer, Streams, rms_norm, with_copies
 from m3jax.model.parameters import Params, abstract_params, init_params, segment_ranges
-from m3jax.model.rope import Rope
+from m3jax.model.rope import Rope, turned_layers
 from m3jax.model.slots import SlotLayout
 from m3jax.model.splash import RESIDUALS as ATTENTION
 from m3jax.model.vocab_parallel import cross_entropy, lookup, token_losses
@@ -110,7 +110,7 @@ class Model:
             prefix=len(self.prefix_tokens),
             reference_length=self.memory.reference_length,
             chunk_length=self.memory.chunk_length,
-            rope_base=Rope.of(self.config),
+            rope=Rope.of(self.config),
             **options,
         )
 
@@ -318,6 +318,11 @@ class Model:
         """Returns the short sight of a segment's layers."""
         return jax.tree.map(lambda heads: heads[slice(*self.ranges[segment])], sight)
 
+    def _turned(self, low: int, high: int) -> Array | None:
+        """Returns whether each layer of a range has RoPE; None if all of the model have it."""
+        turned = turned_layers(self.config)
+        return None if turned.all() else jnp.asarray(turned[low:high])
+
     def _scan_plain(
         self, params: Params, segment: str, layer: Layer, hidden: Array, sight: Any = None
     ) -> Array:
@@ -325,9 +330,11 @@ class Model:
             return hidden
 
         def body(hidden: Array, inputs: Any) -> tuple[Array, None]:
-            return layer.plain(self.merge(inputs[0]), hidden, inputs[1]), None
+            stacked, sight, turned = inputs
+            return layer.at(turned).plain(self.merge(stacked), hidden, sight), None
 
-        each = (params[segment], self._sights(sight, segment))
+        turned = self._turned(*self.ranges[segment])
+        each = (params[segment], self._sights(sight, segment), turned)
         return jax.lax.scan(self._remat(body), hidden, each)[0]
 
     def _scan_memory(
@@ -345,6 +352,7 @@ class Model:
         """
         groups = self.slots.groups
         counts: list[Any] = [self.slots.group_counts(group) for group in groups]
+        counts = [n if n is None else jnp.asarray(n) for n in counts]
         if memory_heads is not None:
             counts = [
                 jnp.where(memory_heads[g.low : g.high], g.slots if n is None else n, 0)
@@ -357,13 +365,14 @@ class Model:
             whole, parts = map(jax.tree.structure, (params["memory"], sizes))
             stacked = jax.tree.transpose(whole, parts, split)
         sights = self._sights(sight, "memory")
-        results = []
+        first, results = self.ranges["memory"][0], []
         inputs = zip(groups, stacked, self.slots.by_group(memory), counts, strict=True)
         for group, of_group, part, counts_GK in inputs:
             own = jax.tree.map(lambda x, g=group: x[g.low : g.high], sights)
             at = dataclasses.replace(layer, slots=group.slots)
-            last = group is groups[-1]
-            hidden, result = self._scan_group(at, hidden, of_group, part, counts_GK, own, last)
+            turned = self._turned(first + group.low, first + group.high)
+            each, last = (of_group, counts_GK, own, turned), group is groups[-1]
+            hidden, result = self._scan_group(at, hidden, part, each, last)
             results.append(result)
         return hidden, results
 
@@ -371,32 +380,30 @@ class Model:
         self,
         layer: Layer,
         hidden: Array,
-        stacked: Params,
         memory: ExplicitMemory | None,
-        counts: Any,
-        sights: ShortSight | None,
+        of_layers: tuple[Params, Any, ShortSight | None, Array | None],
         last: bool,
     ) -> tuple[Array, Any]:
         """Runs a group of memory layers; returns the long row and stacked results.
 
+        `of_layers` are parameters, counts, sights and whether there is RoPE, stacked over layers.
         With references the last layer of the `last` group runs outside of the scan: it computes
         neither attention output nor MLP of the references, and removes them from the row.
         """
 
         def body(hidden: Array, inputs: Any, last: bool = False) -> tuple[Array, Any]:
-            stacked, key_values, counts_K, sight = inputs
+            key_values, (stacked, counts_K, sight, turned) = inputs
             part = memory
             if memory is not None:
                 part = memory._replace(keys=key_values[0], values=key_values[1])
-            return layer.memory(self.merge(stacked), hidden, part, last, counts_K, sight)
+            at = layer.at(turned)
+            return at.memory(self.merge(stacked), hidden, part, last, counts_K, sight)
 
-        counts_GK = None if counts is None else jnp.asarray(counts)
-        key_values = None if memory is None else memory[:2]
-        each = (stacked, key_values, counts_GK, sights)
+        each = (None if memory is None else memory[:2], of_layers)
         if layer.usable_RW is None or not last:
             return jax.lax.scan(self._remat(body), hidden, each)
         outputs = []
-        if len(jax.tree.leaves(stacked)[0]) > 1:
+        if len(jax.tree.leaves(of_layers)[0]) > 1:
             hidden, output = jax.lax.scan(
                 self._remat(body), hidden, jax.tree.map(lambda x: x[:-1], each)
             )

@@ -19,7 +19,7 @@ def attend_in_windows(
     prefix: KeyValues | None,
     *,
     position: int,
-    rope_base: Rope,
+    rope: Rope,
 ) -> Float[Array, "R W K G H"]:
     """Computes causal attention of every reference to the prefix and to its window.
 
@@ -35,7 +35,7 @@ def attend_in_windows(
       first: for every reference, the slot of its row in which its window begins.
       prefix: keys and values in front of every window.
       position: RoPE position of a window's first token.
-      rope_base: base and scaling of RoPE.
+      rope: base and scaling of RoPE, which a layer may lack.
 
     Returns:
       Attention output before the output projection, in the dtype of the values.
@@ -45,7 +45,7 @@ def attend_in_windows(
     before = jnp.cumsum(lengths, axis=1) - lengths
     start_R = (before - jnp.take_along_axis(before, first, axis=1)).reshape(R)
     positions_RW = position + start_R[:, None] + jnp.arange(W)[None]
-    q, k = (rotate(x, positions_RW, rope_base) for x in (q_RWKGH, k_RWKH))
+    q, k = (rotate(x, positions_RW, rope) for x in (q_RWKGH, k_RWKH))
     q, k, v, usable = (x.reshape(B, slots * W, *x.shape[2:]) for x in (q, k, v_RWKH, usable_RW))
     constant = 0 if prefix is None else prefix.keys.shape[0]
     outputs = []

@@ -36,7 +36,7 @@ from m3jax.memory.sparsify import sparsifier
 from m3jax.mesh import local_mesh, replicated
 from m3jax.model.layer import EncodedReferences
 from m3jax.model.parameters import Params
-from m3jax.model.rope import Rope, rotate
+from m3jax.model.rope import Rope, rotate, turned_layers
 from m3jax.retrieval.batches import by_rows, calls, run
 from m3jax.retrieval.embedder import Embedder, read_spec, reading, reload
 from m3jax.retrieval.pooling import (
@@ -376,7 +376,12 @@ class AttentionEmbedder(CheckpointEmbedder):
         q_BTLKGH = centred(self.states(known, tokens_BT, real_BT), known["means"])
         middle = len(PREFIX_TOKENS) + self.longest // 2
         position_T = jnp.full(q_BTLKGH.shape[1], middle)
-        return rotate(q_BTLKGH, position_T, Rope.of(self.config.model))
+        low, high = self.model.ranges["memory"]
+        turned_L = turned_layers(self.config.model)[low:high]
+        rope = Rope.of(self.config.model)
+        if not turned_L.all():
+            rope = rope.at(jnp.asarray(turned_L).reshape(1, 1, -1, 1, 1, 1))
+        return rotate(q_BTLKGH, position_T, rope)
 
 
 def _queries(encoded: EncodedReferences) -> jax.Array:

@@ -179,6 +179,7 @@ def test_a_fitting_bank_opens(folder: Path) -> None:
         ({"config": {"memory__kept_tokens": 3}}, "written with kept_tokens = 4, here 3"),
         ({"config": {"memory__selection": "approximate"}}, "selection = 'exact'"),
         ({"config": {"model__rope_base": 500.0}}, "rope_base = 10000.0, here 500.0"),
+        ({"config": {"model__no_rope_every": 4}}, "no_rope_every = 0, here 4"),
         ({"config": {"model__embedding_scale": 6.0}}, "embedding_scale = 1.0, here 6.0"),
         ({"config": {"memory__dtype": "bfloat16"}}, "dtype = 'float32', here 'bfloat16'"),
     ],

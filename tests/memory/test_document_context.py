@@ -80,6 +80,7 @@ class _WholeWindow(Oracle):
         keys, values = np.zeros((2, *shape, self.config.model.head_dim))
         stream = [self.embed(token) for token in (*self.prefix, *text)]
         for number, layer in enumerate(self.layers):
+            self.enter(number)
             projected = [self.project(layer, x) for x in stream]
             rotated = [
                 np.stack([self.rope(head, i) for head in k])
@@ -97,8 +98,14 @@ class _WholeWindow(Oracle):
         return keys, values
 
 
-def test_a_memory_is_that_of_the_whole_window_in_one_text(folder: Path) -> None:
-    config, references = context_config(), in_documents()
+@pytest.mark.parametrize("no_rope_every", [0, 2])
+def test_a_memory_is_that_of_the_whole_window_in_one_text(
+    folder: Path, tmp_path: Path, no_rope_every: int
+) -> None:
+    config, references = context_config(model__no_rope_every=no_rope_every), in_documents()
+    if no_rope_every:
+        folder = tmp_path / "bank"
+        build(folder, config, references=references)
     oracle, bank = _WholeWindow(config, tiny_params(config)), Bank.open(folder)
     asked = [0, 2, 5, 8, 9, 14, 20, 22, 34]  # alone, within a window, first and last of a later one
     assert {len(window_of(i)) for i in asked} == {1, 2, 3}

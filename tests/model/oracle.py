@@ -78,6 +78,7 @@ class Oracle:
     def __init__(self, config: ConfigDict, params: Any, prefix: tuple[int, ...] = PREFIX):
         self.config, self.prefix = config, prefix
         self.params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+        self.turned = True  # whether the layer at hand has RoPE
         self.attention: list[np.ndarray] = []  # weights (K, G, keys) of every token in every layer
         self.layers = []
         for segment in ("lower", "memory", "upper"):
@@ -94,7 +95,14 @@ class Oracle:
     def norm(self, x: np.ndarray, scale: np.ndarray) -> np.ndarray:
         return x / np.sqrt(np.mean(x**2) + self.config.model.norm_epsilon) * scale
 
+    def enter(self, number: int) -> None:
+        """Says which layer the next vectors are those of."""
+        every = self.config.model.no_rope_every
+        self.turned = every == 0 or (number + 1) % every > 0
+
     def rope(self, x: np.ndarray, position: int) -> np.ndarray:
+        if not self.turned:
+            return x
         half, result = len(x) // 2, np.empty(len(x))
         for i in range(half):
             angle = position * self.config.model.rope_base ** (-2 * i / len(x))
@@ -235,6 +243,7 @@ class Oracle:
         text without memories."""
         stream = [self.embed(token) for token in tokens]
         for number, layer in enumerate(self.layers[: self.memory_layers.stop]):
+            self.enter(number)
             projected = [self.project(layer, x) for x in stream]
             rotated = [
                 np.stack([self.rope(head, i) for head in k])
@@ -278,6 +287,7 @@ class Reader(Oracle):
         memory, p, counts = self.config.memory, len(self.prefix), self.counts()
         stream = [self.embed(int(token)) for token in (*self.prefix, *tokens)]
         for number, layer in enumerate(self.layers):
+            self.enter(number)
             projected = [self.project(layer, x) for x in stream]
             rotated = [
                 np.stack([self.rope(head, self.position(i)) for head in k])

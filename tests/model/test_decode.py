@@ -124,15 +124,15 @@ def generated(config, model, params, prompts, forced, prompt_memory, later, **op
 
 
 @pytest.mark.parametrize(
-    ("with_memory", "prefix", "qk_norm"),
+    ("with_memory", "prefix", "qk_norm", "no_rope_every"),
     [
-        (True, (1, 2), False),
-        (False, (), False),
-        pytest.param(True, (1, 2), True, marks=pytest.mark.slow),
+        (True, (1, 2), False, 0),
+        (False, (), False, 2),
+        pytest.param(True, (1, 2), True, 3, marks=pytest.mark.slow),
     ],
 )
-def test_equals_the_forward_of_training(with_memory, prefix, qk_norm):
-    config = tiny(model__qk_norm=qk_norm)
+def test_equals_the_forward_of_training(with_memory, prefix, qk_norm, no_rope_every):
+    config = tiny(model__qk_norm=qk_norm, model__no_rope_every=no_rope_every)
     model = make_model(config, prefix)
     params = jax.jit(model.init)(jax.random.key(0))
     if qk_norm:  # scales of one would hide where they are left out

@@ -115,6 +115,8 @@ def folder(tmp_path: Path, written: Path) -> Path:
         {"model__rope_scaling": "linear", "model__rope_factor": 2.0},
         LLAMA3,
         {**LLAMA3, "model__rope_scaling": "yarn", "model__rope_magnitude": 1.2},
+        {"model__no_rope_every": 2, "model__attention_bias": True},
+        {"model__no_rope_every": 1},
     ],
 )
 def test_what_is_written_is_read_bitwise(changes: dict[str, Any], tmp_path: Path) -> None:
@@ -262,6 +264,17 @@ def test_harmless_tensors_are_left_out(tmp_path: Path) -> None:
         ({"model_type": "qwen3", "head_dim": 2}, {"qk_norm": True, "attention_bias": False}),
         ({"model_type": "mistral", "sliding_window": None}, {"qk_norm": False}),
         ({"sliding_window": 4096}, {}),
+        ({"model_type": "smollm3"}, {"no_rope_every": 0}),  # the fourth of three layers
+        ({"model_type": "smollm3", "no_rope_layer_interval": 2}, {"no_rope_every": 2}),
+        (
+            {
+                **{"model_type": "smollm3", "no_rope_layers": [1, 1, 0], "rope_parameters": ...},
+                **{"rope_theta": ..., "tie_word_embeddings": ...},
+            },
+            {"no_rope_every": 3, "rope_base": 2e6, "tied_embeddings": True},
+        ),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0]}, {"no_rope_every": 0}),
+        ({"model_type": "llama", "no_rope_layers": [1, 0, 1]}, {"no_rope_every": 0}),
     ],
 )
 def test_old_and_new_keys(folder: Path, changes: dict[str, Any], fields: dict[str, Any]) -> None:
@@ -308,6 +321,15 @@ def test_old_and_new_keys(folder: Path, changes: dict[str, Any], fields: dict[st
         ({"layer_types": ["full_attention", "sliding_attention"]}, ("layer_types",)),
         ({"model_type": "qwen2", "num_key_value_heads": ...}, ("num_key_value_heads = None",)),
         ({"quantization_config": {"bits": 4}}, ("quantization_config", "bfloat16")),
+        (
+            {"model_type": "smollm3", "no_rope_layers": [0, 1, 1]},
+            ("no_rope_layers = [0, 1, 1]", "every n-th"),
+        ),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, ("no_rope_layers = [1]", "3 layers")),
+        (
+            {"model_type": "smollm3", "no_rope_layer_interval": 0},
+            ("no_rope_layer_interval = 0", "above 0"),
+        ),
         ({"hidden_size": ...}, ("hidden_size = None is not a size", "published with")),
         ({"vocab_size": 0}, ("vocab_size = 0 is not a size",)),
         ({"num_key_value_heads": 3}, ("3 key-value heads", "do not fit together")),
@@ -408,6 +430,10 @@ def test_a_folder_is_written_once(folder: Path, config: ConfigDict) -> None:
     with pytest.raises(HuggingFaceError, match="query_heads = 10 does not divide .*hidden = 12"):
         other = oracle_config(model__query_heads=10)
         write_folder(folder.parent / "other", other.model, other.memory, params)
+    with pytest.raises(HuggingFaceError, match="no_rope_every = 2 with config.model.qk_norm"):
+        other = oracle_config(model__no_rope_every=2, model__qk_norm=True)
+        write_folder(folder.parent / "other", other.model, other.memory, params)
+    assert not (folder.parent / "other" / "config.json").exists()
 
 
 # -- Hugging Face's models -------------------------------------------------------------------------
@@ -464,6 +490,15 @@ def _same(found: Any, expected: np.ndarray) -> None:
             "float32",
         ),
         ("Qwen3", {"num_key_value_heads": 2, "head_dim": 10}, "float32"),
+        ("SmolLM3", {"num_hidden_layers": 5, "num_key_value_heads": 2, "head_dim": 6}, "float32"),
+        (
+            "SmolLM3",
+            {
+                **{"no_rope_layer_interval": 2, "tie_word_embeddings": False},
+                **scaled("yarn", 16, factor=4.0),
+            },
+            "float32",
+        ),
     ],
 )
 def test_their_folders_give_their_logits(
@@ -482,6 +517,7 @@ def test_their_folders_give_their_logits(
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "initializer_range": 0.3,
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
         **changes,
     }
     torch.manual_seed(0)
@@ -515,6 +551,7 @@ def test_their_folders_give_their_logits(
         ({"model__qk_norm": True, "model__attention_bias": True}, "float32"),
         (LLAMA3, "float32"),
         ({**LLAMA3, "model__rope_scaling": "yarn", "model__rope_magnitude": 1.2}, "float32"),
+        ({"model__no_rope_every": 2, "model__attention_bias": True}, "float32"),
     ],
 )
 def test_our_folders_give_our_logits(

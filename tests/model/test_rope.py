@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model.oracle import oracle_config
 from tolerance import close, error
 
-from m3jax.model.rope import Rope, rotate
+from m3jax.model.rope import Rope, rotate, turned_layers
 
 
 @pytest.mark.parametrize("heads", [(3,), (2, 3)])
@@ -51,3 +52,16 @@ def test_scores_depend_on_the_distance_alone() -> None:
 def test_dtype_is_kept() -> None:
     x = jnp.ones((1, 2, 1, 4), jnp.bfloat16)
     assert rotate(x, jnp.arange(2), Rope(10.0)).dtype == jnp.bfloat16
+
+
+def test_layers_without_rope_keep_vectors() -> None:
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(2, 3, 4, 6)), jnp.float32)
+    rope, positions = Rope(100.0, magnitude=1.5), jnp.array([2, 5, 9])
+    np.testing.assert_array_equal(rotate(x, positions, rope.at(False)), x)
+    np.testing.assert_array_equal(rotate(x, positions, rope.at(jnp.array(False))), x)
+    found = rotate(x, positions, rope.at(jnp.array([True, False, True, True])[:, None][None, None]))
+    np.testing.assert_array_equal(found[:, :, 1], x[:, :, 1])
+    others = jnp.array([0, 2, 3])
+    np.testing.assert_array_equal(found[:, :, others], rotate(x, positions, rope)[:, :, others])
+    model = oracle_config(model__layers=8, model__no_rope_every=3).model
+    np.testing.assert_array_equal(np.flatnonzero(~turned_layers(model)), [2, 5])

@@ -62,6 +62,17 @@ WRITERS = {
     "last layer alone": {"memory__first_layer": 2, "memory__layers": 1},
     "all layers, one query head a group": {"memory__layers": 3, "model__kv_heads": 4},
     "attention from behind": {"memory__selection": "received", "model__attention_bias": True},
+    "attention from behind, a layer without RoPE": {
+        "memory__selection": "received",
+        "model__no_rope_every": 2,
+    },
+    "a copy, layers without RoPE in every segment": {
+        "memory__selection": "reconstruction",
+        "model__layers": 6,
+        "model__no_rope_every": 2,
+        "memory__first_layer": 2,
+        "memory__layers": 2,
+    },
     "a copy": {"memory__selection": "reconstruction", "model__qk_norm": True},
     "a copy, blocked": {
         "memory__selection": "reconstruction",
@@ -76,6 +87,13 @@ WRITERS = {
     },
     "counts in groups of layers": {
         "model__layers": 5,
+        "memory__first_layer": 1,
+        "memory__layers": 4,
+        "memory__counts": "1:1+5,3:0+3",
+    },
+    "counts in groups of layers, some without RoPE": {
+        "model__layers": 5,
+        "model__no_rope_every": 3,
         "memory__first_layer": 1,
         "memory__layers": 4,
         "memory__counts": "1:1+5,3:0+3",
@@ -227,6 +245,17 @@ READERS = {
     ),
     "a copy": (
         {"memory__selection": "reconstruction", "memory__each": 1, "model__remat": "full"},
+        1,
+    ),
+    "layers without RoPE in every segment, remat": (
+        {
+            "model__layers": 6,
+            "model__no_rope_every": 2,
+            "memory__first_layer": 2,
+            "model__attention": "blocked",
+            "model__attention_block": 5,
+            "model__remat": "full",
+        },
         1,
     ),
     "attention from behind, two memories a chunk": ({"memory__selection": "received"}, 2),

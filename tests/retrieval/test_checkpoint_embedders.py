@@ -236,12 +236,13 @@ def test_attention_searches_and_ranks_as_by_a_loop(
     close(embedder.embed_queries(asked) @ every[:30].T, wanted, 1e-4)
 
 
-@pytest.mark.parametrize("counts", ["0:2+5", "0:0+5"])
+@pytest.mark.parametrize(("counts", "no_rope_every"), [("0:2+5", 2), ("0:0+5", 0), ("0:2+5", 1)])
 def test_attention_searches_with_the_slots_that_each_head_has(
-    workdir: Path, texts: list[str], tmp_path: Path, counts: str
+    workdir: Path, texts: list[str], tmp_path: Path, counts: str, no_rope_every: int
 ) -> None:
     """The second memory layer has none, nor has a head: they add nothing."""
     shape = {"model__layers": 3, "memory__layers": 2, "memory__counts": counts}
+    shape["model__no_rope_every"] = no_rope_every
     config = tiny_config(
         model__query_heads=4, memory__reference_length=LENGTH, memory__source="none", **shape
     )
@@ -270,7 +271,7 @@ def test_attention_searches_with_the_slots_that_each_head_has(
         memory = by_reference(bank.read(np.array(ids[place])))
         assert memory.keys.shape == (1, 1, first + second, 8)
         q = minus(queries_of(tokens_of(run, asked[place[0]]), params), means)
-        q = turned(q, 2 + LENGTH // 2)
+        q = q if no_rope_every == 1 else turned(q, 2 + LENGTH // 2)
         for k, (start, count) in enumerate(((0, first), (first, second))):
             slots = memory.keys[0, 0, start : start + min(count, memory.length)].astype(np.float64)
             if len(slots):
