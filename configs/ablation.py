@@ -10,6 +10,8 @@ Options; `as_base` leaves what the base config has:
     memories  precomputed|online|stop_gradient
                                         in continual train: from the bank, or encoded in the step,
                                         with gradient or without
+    distractors  2|4                    wrong memories beside the right one of a chunk, which then
+                                        reads no earlier chunks' memories, as a prompt does
     layers    first|middle              memory layers begin at layer 0, or are centred
     kept      4|8|16                    tokens kept per layer and key-value head
     weight    exact|approximate         token weight of the writer
@@ -66,6 +68,7 @@ OPTIONS = {
     "base": tuple(BASES),
     "stage": ("warmup", "continual"),
     "memories": (AS_BASE, "precomputed", "online", "stop_gradient"),
+    "distractors": (AS_BASE, 2, 4),
     "layers": (AS_BASE, "first", "middle"),
     "kept": (AS_BASE, 4, 8, 16),
     "weight": (AS_BASE, "exact", "approximate"),
@@ -83,7 +86,7 @@ def get_config(options: str = "") -> ConfigDict:
     chosen = m3jax.config.parse_options(options, **OPTIONS)
     config = _base(chosen["base"], chosen["stage"])
     if config.memory.source == "none":
-        chosen["memories"] = AS_BASE  # warmup reads none
+        chosen["memories"] = chosen["distractors"] = AS_BASE  # warmup reads none
     varied = [
         f"{option}-{value}"
         for option, value in chosen.items()
@@ -92,6 +95,9 @@ def get_config(options: str = "") -> ConfigDict:
     config.name = "-".join([chosen["base"], *varied])
     if chosen["memories"] != AS_BASE:
         config.memory.source = chosen["memories"]
+    if chosen["distractors"] != AS_BASE:
+        count = chosen["distractors"]
+        config.memory.update(per_chunk=1 + count, distractors=count, window=1)
     if chosen["shape"] != AS_BASE:
         _set_shape(config, chosen["base"], chosen["shape"])
     if chosen["layers"] != AS_BASE:

@@ -171,6 +171,14 @@ def test_not_among_the_choices(field: str, value: Any, accepted: str) -> None:
         ({"chat__user": ""}, ("chat.user", "differ from the others")),
         ({"chat__assistant": "\nUser:"}, ("chat.user", "differ from the others")),
         ({"data__packing": "pairs", "memory__dropout": 0.1}, ("memory.dropout", "must be 0")),
+        (
+            {"memory__per_chunk": 2, "memory__distractors": 2},
+            ("memory.distractors = 2", "below memory.per_chunk = 2"),
+        ),
+        (
+            {"data__packing": "pairs", "memory__per_chunk": 2, "memory__distractors": 1},
+            ("memory.distractors = 1", "must be 0"),
+        ),
         ({"data__packing": "pairs", "train__z_loss": 0.1}, ("train.z_loss", "must be 0")),
         (
             {"optimizer__lr_warmup_share": 0.1},

@@ -147,6 +147,21 @@ def test_ablation_without_options_is_the_base() -> None:
 
 
 @pytest.mark.parametrize("base", ABLATION["OPTIONS"]["base"])
+def test_ablation_reads_distractors_in_place_of_earlier_chunks(base: str) -> None:
+    plain = build("ablation", base=base, stage="continual")
+    varied = build("ablation", base=base, stage="continual", distractors=4)
+    memory = varied.memory
+    assert varied.name == f"{base}-distractors-4"
+    assert (memory.per_chunk, memory.distractors, memory.window) == (5, 4, 1)
+    varied.name = plain.name
+    for field in ("per_chunk", "distractors", "window"):
+        memory[field] = plain.memory[field]
+    assert varied.to_dict() == plain.to_dict()
+    warmup = build("ablation", base=base, stage="warmup", distractors=4)
+    assert warmup.to_dict() == build("ablation", base=base, stage="warmup").to_dict()
+
+
+@pytest.mark.parametrize("base", ABLATION["OPTIONS"]["base"])
 def test_ablation_changes_only_what_it_says(base: str) -> None:
     plain = build("ablation", base=base, stage="continual")
     varied = build(

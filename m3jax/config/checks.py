@@ -94,6 +94,12 @@ def _search(c: ConfigDict) -> Unfit:
             "documents name references (retrieval.ids = 'stored') that the selection may drop; set"
             " retrieval.ids = 'search'",
         )
+    if c.memory.distractors >= c.memory.per_chunk and c.memory.distractors:
+        yield (
+            "memory.distractors",
+            f"must be below memory.per_chunk = {c.memory.per_chunk}, the memories that a chunk"
+            " reads: one of them is right",
+        )
     if retrieval.candidates < max(c.memory.per_chunk, c.memory.per_prompt_chunk):
         yield (
             "retrieval.candidates",
@@ -123,8 +129,9 @@ def _training(c: ConfigDict) -> Unfit:
             yield f"chat.{role}", why
     if c.data.packing == "pairs":
         same = "must be 0 with data.packing = 'pairs': the model and its base model read the same"
-        if c.memory.dropout:
-            yield "memory.dropout", same
+        for name in ("dropout", "distractors"):
+            if c.memory[name]:
+                yield f"memory.{name}", same
         if train.z_loss:
             yield (
                 "train.z_loss",

@@ -18,7 +18,7 @@ Fields = dict[str, tuple[Any, str, Any]]
 RUN: Fields = {
     "name": ("m3jax", "name of the run, used in logs and plots", None),
     "stage": ("warmup", "training stage; also the name of its folder in the workdir", None),
-    "seed": (0, "seed of the parameters, the data order and memory dropout", "[0, inf)"),
+    "seed": (0, "seed of parameters, data order, memory dropout and distractors", "[0, inf)"),
 }
 MODEL: Fields = {
     "layers": (4, "transformer blocks L", "[1, inf)"),
@@ -138,6 +138,13 @@ MEMORY: Fields = {
     ),
     "chunk_length": (64, "tokens Q of a chunk; divides data.sequence_length", "[1, inf)"),
     "per_chunk": (1, "memories M that a training chunk retrieves", "[1, inf)"),
+    "distractors": (
+        0,
+        "of these, wrong ones, among which a model learns to find the right one: the next best"
+        " found, and others; below per_chunk",
+        "[0, inf)",
+    ),
+    "hard_distractors": (0.5, "share of distractors that are the next best found", "[0, 1]"),
     "window": (
         5,
         "chunks whose memories a training query reads: its own and the window − 1 before it",

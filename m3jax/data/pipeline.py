@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from m3jax.config import PACKED
 from m3jax.data.batch import Batch
+from m3jax.data.distractors import draw_distractors
 from m3jax.data.rows import PackedRows, Row, Rows
 from m3jax.errors import TextError
 from m3jax.knowledge.versions import (
@@ -49,12 +50,14 @@ class Pipeline:
       rows: the rows of a split.
       tokenizer: decodes chunks into query texts.
       references: the knowledge base; None in stages without memory.
-      retriever: retrieves references for chunks; None if the documents name their references
-        (`retrieval.ids = stored`) or there is no memory.
+      retriever: retrieves references for chunks; None if there is no memory, or the documents name
+        their references (`retrieval.ids = stored`) and there are no distractors.
       bank: memories of the references; None unless the source is `precomputed`.
       shift: 0: the query of a chunk is its own text; 1: the text of the previous chunk.
       batch_size: rows of a batch over all hosts.
       dropout: share of chunks, drawn anew for every step, whose memories are hidden.
+      distractors: number of the memories of a chunk that are distractors, drawn anew for every
+        step; needs a retriever.
 
     Attributes:
       base_logprobs: DPO's base log-probabilities of the answers of every row, `(rows, slots)`
@@ -74,10 +77,13 @@ class Pipeline:
         shift: int,
         batch_size: int,
         dropout: float = 0.0,
+        distractors: int = 0,
     ):
         self.config, self.rows, self.tokenizer = config, rows, tokenizer
         self.references, self.retriever, self.bank = references, retriever, bank
         self.shift, self.batch_size, self.dropout = shift, batch_size, dropout
+        self.distractors = distractors
+        self._live = references.live if references is not None and distractors else None
         # Every epoch has its own order of the rows; a batch may span two epochs.
         order = grain.MapDataset.range(len(rows)).seed(config.seed).shuffle().repeat()
         self._order = order.batch(batch_size, drop_remainder=True)
@@ -90,12 +96,22 @@ class Pipeline:
         """Returns the batch of a step, or only its rows at the positions `rows` (one host's)."""
         ids = np.asarray(self._order[step])
         selected = np.arange(self.batch_size)[slice(None) if rows is None else rows]
-        return self.read(ids[selected], self._hidden(step)[selected])
+        draws = None
+        if self.distractors:
+            seeds = [[self.config.seed, 0x6D34, step, place] for place in selected.tolist()]
+            draws = [np.random.default_rng(seed) for seed in seeds]
+        return self.read(ids[selected], self._hidden(step)[selected], draws)
 
     def read(
-        self, ids: Int[np.ndarray, " n"], hidden: Bool[np.ndarray, "n C"] | None = None
+        self,
+        ids: Int[np.ndarray, " n"],
+        hidden: Bool[np.ndarray, "n C"] | None = None,
+        draws: Sequence[np.random.Generator] | None = None,
     ) -> Batch:
-        """Returns a batch of the rows `ids`, without memories for the chunks marked in `hidden`."""
+        """Returns a batch of the rows `ids`, without memories for the chunks marked in `hidden`.
+
+        `draws` has a generator for the distractors of each row; None = no distractors.
+        """
         items = [self.rows[int(row)] for row in ids]
 
         def stacked(name: str, dtype: Any) -> Any:
@@ -118,7 +134,7 @@ class Pipeline:
         source = self.config.memory.source
         if source == "none":
             return batch
-        reference_ids: Any = self._reference_ids(items)
+        reference_ids: Any = self._reference_ids(items, draws)
         if hidden is not None:
             reference_ids = np.where(hidden[..., None], -1, reference_ids)
         batch = batch._replace(reference_ids=reference_ids.astype(np.int32))
@@ -161,26 +177,63 @@ class Pipeline:
             counts.update(self.bank.report())
         return counts
 
-    def _reference_ids(self, items: Sequence[Row]) -> np.ndarray:
-        """Looks up or retrieves the reference ids `(B, C, M)` of every chunk, −1 = none."""
+    def _reference_ids(
+        self, items: Sequence[Row], draws: Sequence[np.random.Generator] | None = None
+    ) -> np.ndarray:
+        """Looks up or retrieves the reference ids `(B, C, M)` of every chunk, −1 = none.
+
+        With `draws`, the last `distractors` of the M are drawn.
+        """
+        stored, M = self.config.retrieval.ids == "stored", self.config.memory.per_chunk
+        if draws is None:
+            return self._stored(items) if stored else self._found(items, self.shift, M)
+        assert self.retriever is not None
+        # The references of `stored` are right whatever was found, also by a chunk's own text.
+        neighbours = self._found(items, 0 if stored else self.shift, self.retriever.candidates)
+        right = (self._stored(items) if stored else neighbours)[..., : M - self.distractors]
+        rows = [
+            self._distractors(*row) for row in zip(items, right, neighbours, draws, strict=True)
+        ]
+        return np.concatenate([right, np.stack(rows)], axis=2)
+
+    def _stored(self, items: Sequence[Row]) -> np.ndarray:
+        """Looks up the ids `(B, C, M)` that the documents name: the first of each chunk."""
+        assert self.references is not None
         C, M = self.rows.chunks, self.config.memory.per_chunk
         ids = np.full((len(items), C, M), -1, np.int64)
-        if self.retriever is None:
-            assert self.references is not None
-            for row, item in enumerate(items):
-                for chunk, key in enumerate(item.references[:C]):
-                    if key:
-                        ids[row, chunk, 0] = self.references.find_or_removed(key)
-            return ids
+        for row, item in enumerate(items):
+            for chunk, key in enumerate(item.references[:C]):
+                if key:
+                    ids[row, chunk, 0] = self.references.find_named(key)
+        return ids
+
+    def _found(self, items: Sequence[Row], shift: int, k: int) -> np.ndarray:
+        """Retrieves the ids `(B, C, k)` of references for the chunks, best first."""
+        assert self.retriever is not None
+        ids = np.full((len(items), self.rows.chunks, k), -1, np.int64)
         queries, against, places = [], [], []
         for row, item in enumerate(items):
-            for chunk, query, text in item.queries(self.shift):
+            for chunk, query, text in item.queries(shift):
                 queries.append(self.tokenizer.decode(query))
                 against.append(text)
                 places.append((row, chunk))
         if places:
-            ids[tuple(np.array(places).T)] = self.retriever.retrieve(queries, against, M)
+            ids[tuple(np.array(places).T)] = self.retriever.retrieve(queries, against, k)
         return ids
+
+    def _distractors(
+        self, item: Row, right: np.ndarray, neighbours: np.ndarray, random: np.random.Generator
+    ) -> np.ndarray:
+        """Draws the distractors `(C, distractors)` of a row."""
+        retriever = self.retriever
+        assert retriever is not None and self._live is not None
+
+        def overlapping(ids: np.ndarray) -> np.ndarray:
+            return np.any([retriever.overlapping(ids, text) for text, _ in item.texts], axis=0)
+
+        share = self.config.memory.hard_distractors
+        hard = random.random((len(right), self.distractors)) < share
+        return draw_distractors(right, neighbours, self._live, hard, overlapping, random)
 
     def _hidden(self, step: int) -> np.ndarray:
         """Draws the mask `(B, C)` of chunks of the global batch whose memories a step hides."""
@@ -213,7 +266,7 @@ def open_pipeline(
       workdir: folder with `tokenizer`, `corpus`, `references`, `index` and, for precomputed
         memories, `bank`.
       split: `train`, or `validation`, which uses `evaluation.batch_size`, `evaluation.shift` and
-        `retrieval.overlap_evaluation`, and no memory dropout.
+        `retrieval.overlap_evaluation`, and neither memory dropout nor distractors.
       bank: folder or URL of the bank; default the bank of the version.
       version: version of the knowledge base (`m3jax.knowledge.versions`), as a number or opened;
         default the current version. Compaction does not delete it while the pipeline is in use.
@@ -233,6 +286,7 @@ def open_pipeline(
     }
     if config.memory.source == "none":
         return Pipeline(config, rows, tokenizer, **options)
+    options["distractors"] = config.memory.distractors if train else 0
     opened = version if isinstance(version, Version) else open_version(workdir, version)
     references = open_references(config, opened, tokenizer)
     memories = None
@@ -243,7 +297,7 @@ def open_pipeline(
         )
         check_bank(config, memories, references, tokenizer)
     retriever = None
-    if config.retrieval.ids == "search":
+    if config.retrieval.ids == "search" or options["distractors"]:
         limit = config.retrieval.overlap_train if train else config.retrieval.overlap_evaluation
         retriever = open_retriever(config, opened, references, limit, bank=memories)
     pipeline = Pipeline(config, rows, tokenizer, references, retriever, memories, **options)

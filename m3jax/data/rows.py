@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from m3jax.errors import TextError
 from m3jax.model.attention_mask import Packing
 from m3jax.text.corpus import Corpus
+from m3jax.text.documents import ON
 from m3jax.text.tokenizer import BOS, PAD
 
 
@@ -129,13 +130,23 @@ class Rows:
         length = len(item.tokens[part])
         tokens[:length] = item.tokens[part]
         weights[:length] = _weights(item)[part]
-        keys = item.references[number * self.chunks : (number + 1) * self.chunks]
+        keys = _keys(item, self.chunk_length)
+        keys = keys[number * self.chunks : (number + 1) * self.chunks]
         return self._row(tokens, weights, keys, tokens[:length])
 
     def _row(
         self, tokens: np.ndarray, weights: np.ndarray, keys: tuple[str, ...], text: np.ndarray
     ) -> Row:
         return Row(tokens[:-1], tokens[1:], weights[1:], keys, ((text, 0),), self.chunk_length)
+
+
+def _keys(item: Any, chunk_length: int) -> tuple[str, ...]:
+    """Returns the keys of the references of a document's chunks, those of a last "*" as well."""
+    keys = item.references
+    if keys[-1:] != (ON,):
+        return keys
+    chunks = -(-(len(item.tokens) - 1) // chunk_length)
+    return (*keys[:-1], *keys[-2:-1] * (chunks - len(keys) + 1))
 
 
 def _weights(item: Any) -> np.ndarray:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from m3jax.errors import TextError
-from m3jax.evaluation.task_files import open_question, open_record
 from m3jax.text.jsonl import answer_text, read_records
+from m3jax.text.open_question import open_question, open_record
 from m3jax.text.references import References
 from m3jax.text.squad import Passage, read_squad
 

@@ -25,11 +25,10 @@ import numpy as np
 
 from m3jax.errors import TextError
 from m3jax.text.jsonl import answer_text, read_records
+from m3jax.text.open_question import ANSWER, QUESTION, open_question, open_record
 from m3jax.text.squad import read_squad
 
 LETTERS = "ABCD"
-_ANSWER = "\nAnswer:"
-_QUESTION = "Question: "
 _SUFFIXES = (".jsonl", ".csv", ".json")
 
 Doc = dict[str, Any]
@@ -129,7 +128,7 @@ def question_text(doc: Doc) -> str:
     text = doc.get("question") or doc["text"]
     if doc.get("choices") == list(LETTERS):
         text = text.partition(f"\n{LETTERS[0]}. ")[0]
-    return text.removesuffix(_ANSWER).removeprefix(_QUESTION).strip()
+    return text.removesuffix(ANSWER).removeprefix(QUESTION).strip()
 
 
 def _read_lines(path: Path) -> tuple[str, list[Doc]]:
@@ -159,7 +158,7 @@ def _read_lines(path: Path) -> tuple[str, list[Doc]]:
 def _choice(record: Doc) -> Doc:
     gold = _gold(record, "choices")
     choices = [answer_text(choice, "choice").strip() for choice in record["choices"]]
-    return {"text": record["query"].strip() + _ANSWER, "choices": choices, "gold": gold}
+    return {"text": record["query"].strip() + ANSWER, "choices": choices, "gold": gold}
 
 
 def _schema(record: Doc) -> Doc:
@@ -183,36 +182,9 @@ def _continuation(text: str, continuation: Any) -> Doc:
     }
 
 
-def open_question(question: str, answers: Sequence[Any]) -> Doc:
-    """Makes an open question; replaces a template `Question: … Answer:` around it.
-
-    Blank answers are left out, unless all are.
-    """
-    question = question.strip().removesuffix("Answer:").strip()
-    question = question.removeprefix(_QUESTION.strip()).strip()
-    right = [answer_text(answer).strip() for answer in answers if str(answer).strip()]
-    if not right or not question:
-        raise ValueError("an empty question, or no answer")
-    return {"question": question, "text": _QUESTION + question + _ANSWER, "answers": right}
-
-
-def open_record(record: Doc) -> Doc:
-    """Makes an open question of `question` (or `context`), `answer` and `aliases`, if any.
-
-    Raises KeyError, TypeError, AttributeError or ValueError for another form.
-    """
-    answer = record["answer"]
-    aliases = record.get("aliases", [])
-    told = answer if isinstance(answer, list) else [answer]
-    if not any(str(text).strip() for text in told):
-        raise ValueError("an empty answer")
-    answers = told + (aliases if isinstance(aliases, list) else [aliases])
-    return open_question(record["question"] if "question" in record else record["context"], answers)
-
-
 def _number(record: Doc) -> Doc:
     return {
-        "text": _QUESTION + record["context"].strip() + _ANSWER,
+        "text": QUESTION + record["context"].strip() + ANSWER,
         "target": f"{record['chain_of_thought'].strip()}\n#### {answer_text(record['answer'])}",
         "answers": [answer_text(record["answer"])],
     }
@@ -255,7 +227,7 @@ def _read_mmlu(path: Path) -> list[Doc]:
                 )
             question, *choices = (text.strip() for text in row[:5])
             options = [f"\n{name}. {text}" for name, text in zip(LETTERS, choices, strict=True)]
-            text = "".join([question, *options, _ANSWER])
+            text = "".join([question, *options, ANSWER])
             docs.append({"text": text, "choices": list(LETTERS), "gold": places[gold]})
     return docs
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 
 from m3jax.errors import RetrievalError
 from m3jax.retrieval.search import SearchIndex
@@ -112,9 +112,7 @@ class Retriever:
         ):
             new = np.array(sorted(set().union(*needed) - leaks.keys()), np.int64)
             if len(new):
-                lengths = np.asarray(self.references.lengths)[new]
-                tokens = self.references.tokens(new)
-                leaking = which_exceed_either_way(text, tokens, lengths, self.overlap_limit)
+                leaking = self.overlapping(new, text)
                 leaks.update(zip(new.tolist(), leaking.tolist(), strict=True))
             for part, row, have in zip(needed, waiting, kept, strict=True):
                 del row[: len(part)]
@@ -124,6 +122,12 @@ class Retriever:
         for row, have in zip(filled, kept, strict=True):
             row[: len(have)] = have
         return filled, dropped
+
+    def overlapping(self, ids: Int64[np.ndarray, " n"], text: np.ndarray) -> Bool[np.ndarray, " n"]:
+        """Returns True for each reference whose overlap with a text is above the limit."""
+        lengths = np.asarray(self.references.lengths)[ids]
+        tokens = self.references.tokens(ids)
+        return which_exceed_either_way(text, tokens, lengths, self.overlap_limit)
 
     def report(self) -> dict[str, int]:
         """Returns a copy of the counters."""

@@ -28,7 +28,7 @@ class TokenDocument:
       weights: loss weight of every token *as a target*: 0 if it overlaps a `no_loss` span, else 1;
         None = all 1.
       references: keys of the references that the chunks read, one per chunk, if known in advance;
-        "" = the chunk reads none; () = not known.
+        "" = the chunk reads none, a last "*" = further chunks read the one before; () = not known.
       id: name of the document.
     """
 

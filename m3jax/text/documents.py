@@ -13,11 +13,14 @@ from typing import Any
 from m3jax.errors import TextError
 from m3jax.files import checksum, digest
 from m3jax.text.jsonl import decode, json_lines, json_object
+from m3jax.text.open_question import open_record
 from m3jax.text.optional import optional
 from m3jax.text.squad import read_squad
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".txt", ".parquet")
 _SQUAD = ".json"  # read only if the file is named: folders hold other files of this ending
+ON = "*"  # in references, last: all further chunks read the reference before it
+_QUESTION = ("question", "answer", "reference")  # fields of an open question
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,9 @@ class Document:
       source: file name and line (or data set and position) of the document, or "".
       no_loss: character spans `(start, end)` on which no loss is computed; an empty span at the
         text's end means that the text was cut there, so that its END token has no loss.
-      references: keys of the references that the chunks of tokens read, one per chunk, if known in
-        advance; "" = the chunk reads none.
+      references: keys of the references that the chunks of tokens read, or ids of documents that
+        are one reference, one per chunk, if known in advance; "" = the chunk reads none. A last "*"
+        repeats the key before it for all further chunks.
     """
 
     id: str
@@ -78,12 +82,15 @@ def find_files(spec: str) -> list[str]:
 
 
 def read_documents(spec: str) -> Iterator[Document]:
-    """Yields the documents of a spec (`find_files`) one at a time, in reading order.
+    r"""Yields the documents of a spec (`find_files`) one at a time, in reading order.
 
     JSON lines have the field `text`, and may have `id` (default `<file stem>:<line>`), `title`,
     `source` (default `<file name>:<line>`), `no_loss` (pairs of character positions) and
-    `references`; other fields are ignored. A named file .json has the format of SQuAD; its passages
-    are the documents. Rows of Parquet files and examples of TensorFlow
+    `references`; other fields are ignored. A line without `text` may be an open question with
+    `question` and `answer` (a text, a number, or a list of which the first is taken): it becomes
+    the text `Question: …\nAnswer: …\n` with loss on the answer alone, whose chunks all read
+    `reference` (or the first of `references`), if there is one. A named file .json has the format
+    of SQuAD; its passages are the documents. Rows of Parquet files and examples of TensorFlow
     Datasets are read like JSON lines. A text file is one document whose id is its stem. Documents
     of white space only are skipped.
 
@@ -196,7 +203,7 @@ def _parquet_rows(path: Path, first: int) -> Iterator[Callable[[], Document]]:
     file = _open_parquet(path)
     sizes = _group_sizes(file)
     names = set(file.schema_arrow.names)
-    columns = [name for name in Document.__dataclass_fields__ if name in names]
+    columns = [n for n in (*Document.__dataclass_fields__, *_QUESTION) if n in names]
     starts = [0, *itertools.accumulate(sizes)]
     if first not in starts:
         raise TextError(f"{path} has changed since its rows were counted; prepare it again")
@@ -210,6 +217,8 @@ def _parquet_rows(path: Path, first: int) -> Iterator[Callable[[], Document]]:
 
 def _from_fields(fields: dict[str, Any], where: str, name: str, source: str) -> Document:
     """Makes a document from parsed fields; fields that are absent or null take their defaults."""
+    if "text" not in fields and {"question", "answer"} <= fields.keys():
+        fields = fields | _asked(fields, where)
     if "text" not in fields:
         raise TextError(f"{where} has no field 'text'; it has: {', '.join(fields) or 'nothing'}")
     values = {key: value for key, value in fields.items() if value is not None}
@@ -237,6 +246,22 @@ def _from_fields(fields: dict[str, Any], where: str, name: str, source: str) -> 
         no_loss=_spans(values.get("no_loss", []), len(texts["text"]), where),
         references=tuple(references),
     )
+
+
+def _asked(fields: dict[str, Any], where: str) -> dict[str, Any]:
+    """Makes the fields of a document out of those of an open question."""
+    try:
+        question = open_record({name: value for name, value in fields.items() if value is not None})
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise TextError(f"{where} is no open question with an answer ({error})") from error
+    prompt = question["text"]
+    text = f"{prompt} {question['answers'][0]}\n"
+    reference = fields.get("reference") or next(iter(fields.get("references") or ()), None)
+    return {
+        "text": text,
+        "no_loss": [[0, len(prompt)], [len(text), len(text)]],  # nor on the end of the text
+        "references": [reference, ON] if reference else [],
+    }
 
 
 def _spans(spans: Any, length: int, where: str) -> tuple[tuple[int, int], ...]:

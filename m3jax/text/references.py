@@ -247,6 +247,22 @@ class References:
             ids.append(self.lookup(f"{document}#{len(ids)}"))
         return [i for i in ids if i is not None]
 
+    def find_named(self, name: str) -> int:
+        """Returns the id of the reference that a document names, −1 if it is removed.
+
+        `name` is its key, or the id of a document that is a single reference. Raises `TextError` if
+        there is none, or the document has several.
+        """
+        if "#" in name:
+            return self.find_or_removed(name)
+        ids = self.of_document(name)
+        if len(ids) > 1:
+            raise TextError(
+                f"document {name!r} has {len(ids)} references; name the one that is meant by its"
+                f" key, {name}#0 … {name}#{len(ids) - 1}"
+            )
+        return ids[0] if ids else self.find_or_removed(f"{name}#0")
+
     def find_or_removed(self, key: str) -> int:
         """Returns the id of the reference with this key, −1 if it is removed; raises as `find`."""
         return self.find(key)

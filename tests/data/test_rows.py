@@ -71,6 +71,17 @@ def test_document_rows_begin_with_their_document_and_are_padded():
     assert rows[4].references == ("3-0", "3-1") and rows[5].references == ("3-2", "3-3")
 
 
+def test_a_last_star_repeats_a_key_for_all_further_chunks():
+    documents = corpus(18, 6, 18)
+    documents.documents[0].references = ("a", "*")
+    documents.documents[1].references = ("", "b", "*")
+    documents.documents[2].references = ("a", "b", "*")
+    rows = Rows(documents, 8, 4, "document")
+    keys = [rows[i].references for i in range(len(rows))]
+    a, b, ab = ("a",) * 2, ("b",) * 2, ("a", "b")
+    assert keys == [a, a, ("a",), ("", "b"), ab, b, ("b",)]
+
+
 def test_a_corpus_too_small_for_a_row_is_refused():
     with pytest.raises(TextError, match="corpus/validation has 5 tokens.*sequence_length"):
         Rows(corpus(5), 8, 4, "concat")

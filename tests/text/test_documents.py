@@ -52,6 +52,23 @@ def test_optional_fields_and_blank_lines(tmp_path):
     assert document.no_loss == ((0, 2), (3, 6)) and document.references == ("r#0", "")
 
 
+def test_questions_become_documents_with_loss_on_the_answer_alone(tmp_path):
+    lines = _lines(
+        {"question": "Who?", "answer": ["Ida", "I."], "reference": "doc"},
+        {"id": "q", "question": "When? ", "answer": 1871, "references": ["a#1", "b#0"]},
+        {"question": "Where?", "answer": "here", "text": "t"},
+        {"question": "Where?", "answer": "here", "references": None},
+    )
+    (tmp_path / "d.jsonl").write_bytes(lines)
+    first, second, text, alone = read_documents(str(tmp_path))
+    assert first.text == "Question: Who?\nAnswer: Ida\n" and first.references == ("doc", "*")
+    assert first.text[slice(*first.no_loss[0])] == "Question: Who?\nAnswer:"
+    assert first.no_loss[1:] == ((27, 27),) and len(first.text) == 27
+    assert (second.id, second.text) == ("q", "Question: When?\nAnswer: 1871\n")
+    assert second.references == ("a#1", "*") and alone.references == ()
+    assert (text.text, text.no_loss, text.references) == ("t", (), ())
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -66,6 +83,9 @@ def test_optional_fields_and_blank_lines(tmp_path):
         (b'{"text": "abc", "no_loss": [[2, 1]]}\n', ["no_loss"]),
         (b'{"text": "abc", "no_loss": [[0, true]]}\n', ["no_loss"]),
         (b'{"text": "abc", "references": "r"}\n', ["references", "list"]),
+        (b'{"question": "a?", "answer": " "}\n', ["line 1", "open question", "empty answer"]),
+        (b'{"question": 1, "answer": "b"}\n', ["line 1", "open question"]),
+        (b'{"question": "a?", "answer": "b", "reference": 1}\n', ["'references'", "strings"]),
         (b"", ["no documents", "d.jsonl"]),
     ],
 )
