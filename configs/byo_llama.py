@@ -10,13 +10,11 @@
     python launch/evaluate.py losses --config=configs/byo_llama.py:model=LLAMA,stage=continual \\
         --workdir=DIR
 
-Options: model=PATH takes the shape from a Llama, Qwen2 or Qwen3: a folder with config.json, a GGUF
-file, or a wheel with one (without it the shape is that of a model of 260 000 parameters for
-children's stories: dim 64, 4 layers, 4 heads, 512 tokens); stage=warmup (the imported model as it
-is) or continual; layers=first|middle|all, where
-the memory layers are: the first half, 25–75 % of the depth, or everywhere (`memory.heads` names
-single layers and heads); memories=precomputed|online; documents=own (files of yours) or made_up
-(launch/prepare.py texts: each document with the reference that it goes on from).
+Options: model=PATH takes the shape from a model of a family that docs/llama.md lists: a folder with
+config.json, a GGUF file, or a wheel with one (without it the shape is that of a tiny Llama of
+260 000 parameters); stage=warmup (the imported model as it is) or continual;
+layers=first|middle|all, where the memory layers are: the first half, 25–75 % of the depth, or
+everywhere (`memory.heads` names single layers and heads); memories=precomputed|online.
 
 Sizes other than the shape are for the small model and a CPU, and fields as any other: for a large
 one raise `--config.data.sequence_length`, `data.batch_size`, `memory.reference_length` and
@@ -36,7 +34,6 @@ OPTIONS = {
     "stage": ("warmup", "continual"),
     "layers": ("first", "middle", "all"),
     "memories": ("precomputed", "online"),
-    "documents": ("own", "made_up"),
 }
 SMALL = {
     **{"layers": 4, "query_heads": 4, "kv_heads": 4, "head_dim": 16, "hidden": 64},
@@ -72,9 +69,4 @@ def get_config(options: str = "") -> ConfigDict:
     config.train.update(steps=2000, checkpoint_every=500, evaluate_every=500)
     if config.stage == "continual":
         config.memory.update(source=chosen["memories"], dropout=0.15)
-    if chosen["documents"] == "made_up":  # the reference of a document is that of its first chunk
-        config.retrieval.ids = "stored"
-        config.data.packing = "document"
-        if config.stage == "continual":
-            config.data.sequence_length = 80  # what follows a first part of 64 tokens, in one row
     return m3jax.config.validate(config)

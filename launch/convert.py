@@ -31,12 +31,11 @@ COMMANDS = cli.Commands()
     ),
     Flag(
         "tokenizer",
-        "Folder with the model's tokenizer.json, where its own has none; or `numbers`: texts are"
-        " numbers of tokens.",
+        "Folder with the model's tokenizer.json, where its own has none.",
     ),
 )
 def from_hf(given: FlagValues) -> None:
-    r"""Takes a downloaded Llama, Qwen2 or Qwen3 as step 0 of a stage.
+    r"""Takes a downloaded model of a family that docs/llama.md lists as step 0 of a stage.
 
         python launch/convert.py from_hf --model=LLAMA --config=configs/byo_llama.py:model=LLAMA \
             --workdir=runs/llama
@@ -46,12 +45,10 @@ def from_hf(given: FlagValues) -> None:
     must have the model's shape; where it has not, the message lists what to set.
 
     The model's tokenizer becomes WORKDIR/tokenizer; without one, the workdir must have the
-    tokenizer that the model was trained with. It must be a byte-level BPE; four of its special
-    tokens become `<pad> <s> <reference> </s>` (docs/llama.md says which), and it is renumbered with
-    the rows of the embedding. --special_tokens names others; for `<reference>` take one that the
-    model has never seen. Where the tokenizer is lost, --tokenizer=numbers writes texts as numbers
-    of tokens (`t403 t17`), and --special_tokens are four numbers; `launch/prepare.py texts` samples
-    such texts from the model.
+    tokenizer that the model was trained with. It is a byte-level BPE or one with byte fallback;
+    four special tokens of it, or new ones, become `<pad> <s> <reference> </s>` (docs/llama.md says
+    which), and it is renumbered with the rows of the embedding. --special_tokens names others; for
+    `<reference>` take one that the model has never seen.
     """
     from m3jax.train.hf_checkpoint import import_model
 
@@ -73,10 +70,10 @@ def to_hf(given: FlagValues) -> None:
         python launch/convert.py to_hf --folder=EXPORT --workdir=runs/wiki \\
             --checkpoint=runs/wiki/continual
 
-    Qwen3ForCausalLM where model.qk_norm is on. A Llama reads no memories; its logits are those of
-    the checkpoint without memories. If that was trained with the prefix, begin with
-    `<s><reference>` at the position_ids 0 and 1, and give the text those from
-    2 + memory.reference_length on.
+    Qwen3ForCausalLM where model.qk_norm is on, SmolLM3ForCausalLM with model.no_rope_every. A
+    Llama reads no memories; its logits are those of the checkpoint without memories. If that was
+    trained with the prefix, begin with `<s><reference>` at the position_ids 0 and 1, and give the
+    text those from 2 + memory.reference_length on.
     """
     from m3jax.train.hf_checkpoint import export_folder
 

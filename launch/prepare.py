@@ -22,8 +22,6 @@ With Apache Beam, on machines that all see the workdir:
 
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
 from typing import Any
 
 from absl.flags import FlagValues
@@ -33,15 +31,6 @@ from m3jax.cli import Flag, count, words
 from m3jax.errors import CommandError
 
 COMMANDS = cli.Commands()
-# Arguments of `make_texts`, by their names.
-_TEXTS = (
-    count("count", "Texts to draw.", 8000),
-    Flag("tokens", "Most tokens of a text.", int, 128, low=2),
-    count("split", "Tokens of the first part.", 64),
-    Flag("temperature", "Temperature of the draws; 1 is the model's own.", float, 1.0),
-    dataclasses.replace(cli.BATCH, default=256),
-    cli.SEED,
-)
 
 
 @COMMANDS.add(
@@ -168,31 +157,6 @@ def quality(given: FlagValues) -> None:
     from m3jax.text.cleaning.quality import train_scorer
 
     print(train_scorer(given.labelled, given.scorer, given.penalty))
-
-
-@COMMANDS.add(
-    *(*cli.RUN, cli.STAGE_CHECKPOINT, cli.CACHE, *_TEXTS),
-    Flag("texts", "Folder to write; finished files are kept.", Path, required=True),
-)
-def texts(given: FlagValues) -> None:
-    r"""Samples texts of a checkpoint: documents to train on, and the references they go on from.
-
-        python launch/prepare.py texts --config=configs/byo_llama.py --workdir=runs/llama \
-            --texts=runs/llama/texts --count=8000 --tokens=128 --split=64
-
-    For a model whose own text or tokenizer is not at hand. The first --split tokens of every text
-    go to knowledge.jsonl, the rest to documents.jsonl, with the key of its reference. `prepare.py
-    --documents --knowledge` takes both with the config fields retrieval.ids = "stored" and
-    data.packing = "document".
-
-    Prints the loss of the model itself on the rest of held-out texts, with their first part in its
-    context: at temperature 1 no reader can lose less on average.
-    """
-    from m3jax.evaluation.sampled_texts import describe, make_texts, open_session
-
-    session = open_session(given.config, given.workdir, given.checkpoint)
-    report = make_texts(session, given.texts, **cli.values_of(given, _TEXTS))
-    print(f"{given.texts}: {describe(report)}")
 
 
 if __name__ == "__main__":

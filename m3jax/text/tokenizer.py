@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -58,7 +57,7 @@ class Tokenizer:
         self.fingerprint: str = digest(json_text)
         self.prefix: np.ndarray = np.array([BOS, REFERENCE], np.int32)
         self.lacking: bytes = _lacking_bytes(self._tokenizer)
-        self._lost = SPACE if getattr(self._tokenizer.model, "byte_fallback", False) else ""
+        self._lost = SPACE if self._tokenizer.model.byte_fallback else ""
         first = tuple(self._tokenizer.id_to_token(i) for i in range(len(SPECIAL_TOKENS)))
         if first != SPECIAL_TOKENS:
             raise TextError(f"the tokenizer begins with {first}; expected {SPECIAL_TOKENS}")
@@ -154,8 +153,7 @@ class Tokenizer:
         """Encodes every text, in parallel over the cores."""
         blocks = [list(_blocks(text)) for text in texts]
         flat = [block for parts in blocks for block in parts]
-        with _naming_unknown_words():
-            encodings = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+        encodings = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
         ids = [[np.array(next(encodings).ids, np.int32) for _ in parts] for parts in blocks]
         return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in ids]
 
@@ -169,8 +167,7 @@ class Tokenizer:
         """
         ids, spans, start = [], [], 0
         for block in _blocks(text):
-            with _naming_unknown_words():
-                encoding = self._tokenizer.encode(block, add_special_tokens=False)
+            encoding = self._tokenizer.encode(block, add_special_tokens=False)
             ids.append(np.array(encoding.ids, np.int32))
             spans.append(np.array(encoding.offsets, np.int32).reshape(-1, 2) + np.int32(start))
             start += len(block)
@@ -188,21 +185,9 @@ class Tokenizer:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-@contextlib.contextmanager
-def _naming_unknown_words() -> Iterator[None]:
-    """Raises `TextError` for words without tokens, which only an id tokenizer has."""
-    try:
-        yield
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise TextError(
-            f"a text cannot be written in this tokenizer's tokens ({error}); one of numbers takes"
-            " words like t17 only"
-        ) from error
-
-
 def _lacking_bytes(tokenizer: tokenizers.Tokenizer) -> bytes:
-    """Returns the bytes that a byte-level BPE has no tokens for; b"" for other tokenizers."""
-    if not isinstance(tokenizer.model, models.BPE) or tokenizer.model.byte_fallback:
+    """Returns the bytes that a byte-level BPE has no tokens for; b"" with byte fallback."""
+    if tokenizer.model.byte_fallback:
         return b""
     return bytes(
         byte

