@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from m3jax.errors import HuggingFaceError
+from m3jax.model.gguf_rope import TABLE, read_gguf_rope
 
 _SUFFIXES = (".gguf", ".whl")
 # Architectures, and whether llama.cpp reorders the rows of their query and key weights: its RoPE
 # rotates neighbouring pairs.
-_ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
+_ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False, "smollm3": True}
 # Keys of `config.json`, and those of the metadata behind the name of the architecture.
 _KEYS = {
     "hidden_size": "embedding_length",
@@ -38,7 +39,6 @@ _KEYS = {
 _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "expert_count": ((0,), "the MLP here has no experts"),
     "attention.sliding_window": ((0,), "all layers here attend to the whole row"),
-    "rope.scaling.type": (("none",), "RoPE here is not scaled"),
 }
 _OUTSIDE = {
     "token_embd": "model.embed_tokens",
@@ -93,7 +93,7 @@ class GGUFModel:
 
         Raises:
           HuggingFaceError: the package gguf is missing; the file is missing or damaged; a wheel
-            holds no or several GGUF files; or the architecture is not supported.
+            holds no or several GGUF files; or the architecture, or its RoPE, is not supported.
         """
         self.path = Path(path)
         gguf = _package()
@@ -113,7 +113,7 @@ class GGUFModel:
                 f" model of {', '.join(_ARCHITECTURES)}"
             )
         self._tensors = {_their_name(tensor.name): tensor for tensor in reader.tensors}
-        self.names = set(self._tensors)
+        self.names = {*self._tensors} - {TABLE}
         self.settings = self._settings()
 
     def _settings(self) -> dict[str, Any]:
@@ -132,13 +132,31 @@ class GGUFModel:
         embedding = self._tensors.get("model.embed_tokens.weight")
         rows = None if embedding is None else int(embedding.shape[-1])
         first_bias = "model.layers.0.self_attn.q_proj.bias"
+        scaling = self._rope(found)
         return {
+            **({"rope_scaling": scaling} if scaling else {}),
             **{name: value for name, value in found.items() if value is not None},
             "model_type": self.architecture,
             "vocab_size": rows,
             "attention_bias": first_bias in self.names,
             "tie_word_embeddings": "lm_head.weight" not in self.names,
         }
+
+    def _rope(self, found: dict[str, Any]) -> dict[str, Any]:
+        """Returns `rope_scaling` of `config.json`; `found` are the settings of `_KEYS`."""
+        width, heads = found["hidden_size"], found["num_attention_heads"]
+        if not found["head_dim"] and not (width and heads):
+            return {}  # refused later, with the name of the key
+        table = self.read(TABLE, None) if TABLE in self._tensors else None
+        try:
+            return read_gguf_rope(
+                lambda key: self.metadata.get(f"{self.architecture}.rope.{key}"),
+                table,
+                found["rope_theta"] or 10_000.0,
+                (found["head_dim"] or width // heads) // 2,
+            )
+        except HuggingFaceError as error:
+            raise HuggingFaceError(f"{self.path}: {error}") from error
 
     def read(self, name: str, shape: tuple[int, ...] | None) -> np.ndarray:
         """Returns a tensor in float32.

@@ -1,6 +1,7 @@
 """GGUF files give the weights and shapes of the folders that they were made from."""
 
 import json
+import math
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,14 @@ def permute(values: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write_gguf(
-    folder: Path, path: Path, quantization: Any = None, architecture: str = "", **metadata: Any
+    folder: Path,
+    path: Path,
+    quantization: Any = None,
+    architecture: str = "",
+    table: np.ndarray | None = None,
+    **metadata: Any,
 ) -> None:
-    """Writes the model of a Hugging Face folder as a GGUF file."""
+    """Writes the model of a Hugging Face folder as a GGUF file, with a table of frequencies."""
     settings = json.loads((folder / "config.json").read_text())
     name = architecture or settings["model_type"]
     writer = gguf.GGUFWriter(path, name)
@@ -68,10 +74,13 @@ def write_gguf(
     writer.add_rope_freq_base(settings["rope_theta"])
     for key, value in metadata.items():
         add = {int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+        add[float] = writer.add_float32
         add[type(value)](key.replace("__", "."), value)
+    if table is not None:
+        writer.add_tensor("rope_freqs.weight", table)
     for key, values in load_file(folder / "model.safetensors").items():
         part, _, kind = key.rpartition(".")
-        if settings["model_type"] == "llama":
+        if settings["model_type"] in ("llama", "smollm3"):
             for projection, heads in (("q_proj", "attention"), ("k_proj", "key_value")):
                 if part.endswith(projection):
                     values = permute(values, settings[f"num_{heads}_heads"])
@@ -114,6 +123,7 @@ def equal(a: Any, b: Any) -> None:
         {"model__attention_bias": True},
         {"model__qk_norm": True, "model__rope_base": 5e5, "model__norm_epsilon": 1e-6},
         {"model__tied_embeddings": True},
+        {"model__no_rope_every": 4, "model__layers": 5},
     ],
 )
 def test_a_file_reads_as_the_folder_it_was_made_from(
@@ -122,6 +132,76 @@ def test_a_file_reads_as_the_folder_it_was_made_from(
     config = made(tmp_path / "folder", **changes)
     write_gguf(tmp_path / "folder", tmp_path / "model.gguf")
     assert read_fields(tmp_path / "model.gguf") == read_fields(tmp_path / "folder")
+    equal(
+        read_params(tmp_path / "model.gguf", config.model, config.memory),
+        read_params(tmp_path / "folder", config.model, config.memory),
+    )
+
+
+def llama3_table(base: float, factor: float, length: int, H: int) -> np.ndarray:
+    """Factors of wavelengths of Llama 3.1, as `generate_extra_tensors` of llama.cpp has them."""
+    factors = []
+    for i in range(0, H, 2):
+        wavelength = 2 * math.pi * base ** (i / H)
+        smooth = (length / wavelength - 1) / (4 - 1)
+        if wavelength < length / 4:
+            factors.append(1)
+        elif wavelength > length / 1:
+            factors.append(factor)
+        else:
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    assert len(set(factors)) > 2
+    return np.array(factors, np.float32)
+
+
+LLAMA3 = {
+    **{"model__rope_base": 5e5, "model__rope_scaling": "llama3", "model__rope_factor": 32.0},
+    **{"model__rope_original_length": 8192},
+}
+YARN = {
+    **{"model__rope_scaling": "yarn", "model__rope_factor": 4.0},
+    **{"model__rope_original_length": 40, "model__rope_high_rotations": 32.0},
+    "model__rope_magnitude": 0.1 * math.log(4) + 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "metadata"),
+    [
+        (LLAMA3, {"table": llama3_table(5e5, 32.0, 8192, 16)}),
+        ({}, {"table": np.ones(8, np.float32), "llama.rope.scaling.type": "none"}),
+        (
+            {"model__rope_scaling": "linear", "model__rope_factor": 3.0},
+            {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 3.0},
+        ),
+        (
+            {"model__rope_scaling": "linear", "model__rope_factor": 2.5},
+            {"llama.rope.scale_linear": 2.5, "llama.rope.dimension_count": 16},
+        ),
+        (
+            YARN,
+            {
+                **{"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
+                "llama.rope.scaling.original_context_length": 40,
+            },
+        ),
+        (
+            {**YARN, "model__rope_original_length": 128, "model__rope_high_rotations": 9.0},
+            {
+                **{"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
+                "llama.rope.scaling.yarn_beta_fast": 9.0,
+            },
+        ),
+    ],
+)
+def test_scaled_rope_reads_as_the_folders(
+    changes: dict[str, Any], metadata: dict[str, Any], tmp_path: Path
+) -> None:
+    config = made(tmp_path / "folder", **changes)
+    write_gguf(tmp_path / "folder", tmp_path / "model.gguf", **metadata)
+    expected = read_fields(tmp_path / "folder")
+    assert read_fields(tmp_path / "model.gguf") == expected
+    assert expected["rope_scaling"] == changes.get("model__rope_scaling", "none")
     equal(
         read_params(tmp_path / "model.gguf", config.model, config.memory),
         read_params(tmp_path / "folder", config.model, config.memory),
@@ -179,9 +259,14 @@ def test_the_end_of_a_text_is_read(llama: tuple[Path, Path, ConfigDict], tmp_pat
 @pytest.mark.parametrize(
     ("metadata", "parts"),
     [
-        ({"architecture": "gemma2"}, ("'gemma2' is not supported", "llama, qwen2, qwen3")),
+        ({"architecture": "gemma2"}, ("'gemma2' is not supported", "llama, qwen2, qwen3, smollm3")),
         ({"llama__expert_count": 8}, ("llama.expert_count = 8", "no experts")),
-        ({"llama__rope__scaling__type": "yarn"}, ("rope.scaling.type = 'yarn'",)),
+        ({"llama.rope.scaling.type": "longrope"}, ("rope.scaling.type = 'longrope'", "by a table")),
+        ({"llama.rope.dimension_count": 8}, ("dimension_count = 8", "whole heads of 16")),
+        ({"llama.rope.scaling.attn_factor": 0.5}, ("rope.scaling.attn_factor = 0.5",)),
+        ({"table": np.linspace(1, 8, 8, dtype=np.float32)}, ("rope_freqs", "safetensors")),
+        ({"table": np.full(3, 8, np.float32)}, ("rope_freqs.weight is not supported",)),
+        ({"table": llama3_table(100.0, 8.0, 40, 16)}, ("only the table of Llama 3.1",)),
     ],
 )
 def test_other_models_are_refused(
