@@ -1,0 +1,69 @@
+"""The demonstration on a brought model, with a tiny one of random weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+from launch.test_convert import foreign_tokenizer, random_params, small
+from ml_collections import ConfigDict
+
+from m3jax.config import validate
+from m3jax.knowledge.versions import versions
+from m3jax.model.hf import write_folder
+from m3jax.quickstart import real_llama
+
+
+def get_config(options: str) -> ConfigDict:
+    """The shape of `small`, whose memories keep other numbers of tokens in every head."""
+    config = small(704)
+    config.stage = options.removeprefix("stage=")
+    config.text.vocabulary = 500
+    config.model.update(tied_embeddings=True, compute_dtype="float32", param_dtype="float32")
+    config.memory.update(layers=2, reference_length=64, chunk_length=64, per_prompt_chunk=2)
+    config.memory.update(dtype="float32", counts="0:2+9,1:1+20", each=1)
+    config.memory.selection = "reconstruction"
+    config.retrieval.candidates = 8
+    config.writer.batch_references = 32
+    config.data.update(sequence_length=512, batch_size=8)
+    if config.stage == "continual":
+        config.memory.source = "precomputed"
+    return validate(config)
+
+
+@pytest.mark.slow
+def test_every_condition_is_asked_and_a_second_run_asks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, workdir = tmp_path / "llama", tmp_path / "run"
+    config = get_config("stage=warmup")
+    params = random_params(config)
+    params.pop("head", None)
+    weights.mkdir()
+    foreign_tokenizer(weights / "tokenizer.json")
+    write_folder(weights, config.model, config.memory, params, tokenizer=None)
+
+    def special(*arguments, **options):
+        return import_model(
+            *arguments, **options, special=["<|pad|>", "<|begin|>", "<|extra|>", "<|end|>"]
+        )
+
+    import_model = real_llama.import_model
+    monkeypatch.setattr(real_llama, "import_model", special)
+    summary = real_llama.run(get_config, workdir, weights=weights, questions=4)
+    names = {"none", "text", "memory", "wrong", "edited", "deleted"}
+    for measure in ("f1", "exact_match", "nats"):
+        assert set(summary[measure]) == names
+        assert all(0 <= value < 20 for value in summary[measure].values())
+    assert summary["nats"]["memory"] != summary["nats"]["none"] != summary["nats"]["text"]
+    assert summary["questions"] == 4 and len(summary["example"]["sources"]) == 2
+    assert versions(workdir) == [0, 1, 2]
+    slots = 2 * (2 + 9 + 1 + 20)
+    assert summary["bytes"]["memory"] == slots * config.model.head_dim * 4
+    for name in ("README.md", "answers.png", "memory_heads.png"):
+        assert (workdir / "report" / name).stat().st_size > 500
+    written = json.loads((workdir / "report" / "summary.json").read_text())
+    assert written["f1"] == summary["f1"]
+
+    monkeypatch.setattr(real_llama, "evaluate_questions", None)
+    again = real_llama.run(get_config, workdir, weights=weights, questions=4)
+    assert again["conditions"] == summary["conditions"] and versions(workdir) == [0, 1, 2]
