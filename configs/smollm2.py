@@ -22,10 +22,10 @@ import m3jax.config
 OPTIONS = {"stage": ("warmup", "continual"), "counts": ("heads", "uniform")}
 EACH = 4  # tokens of a memory in every head
 COUNTS = (
-    "0:4+4+4,1:5+5+4,2:5+37+4,3:4+4+4,4:5+4+5,5:4+5+36,6:6+5+4,7:4+4+60,8:88+5+4,9:16+4+4,"
-    "10:5+5+4,11:5+4+4,12:4+4+5,13:5+4+4,14:10+114+4,15:4+4+40,16:5+4+4,17:11+107+5,18:5+5+125,"
-    "19:4+8+4,20:5+66+105,21:16+11+31,22:8+22+32,23:64+5+46,24:28+26+19,25:9+5+4,26:11+14+4,"
-    "27:5+5+5,28:7+5+4,29:4+5+6"
+    "0:4+4+4,1:5+5+4,2:5+40+4,3:4+4+4,4:5+4+5,5:4+5+39,6:6+5+4,7:4+5+59,8:92+5+4,9:17+5+5,"
+    "10:5+5+4,11:5+4+4,12:4+4+5,13:5+4+4,14:10+114+4,15:4+4+42,16:5+4+4,17:11+105+5,"
+    "18:5+5+125,19:4+8+4,20:5+65+102,21:16+11+32,22:8+22+32,23:62+4+43,24:26+25+19,25:9+5+4,"
+    "26:12+13+4,27:5+5+5,28:7+5+4,29:4+5+5"
 )
 
 
@@ -43,7 +43,7 @@ def get_config(options: str = "") -> ConfigDict:
     config.memory.update(first_layer=0, layers=30, dtype="float32", reference_length=128)
     config.memory.update(kept_tokens=16, selection="received", chunk_length=64, window=5)
     if chosen["counts"] == "heads":
-        config.memory.update(counts=COUNTS, each=EACH, selection="reconstruction")
+        config.memory.update(counts=COUNTS, each=EACH, selection="reconstruction", key_scale=1.1)
     config.writer.batch_references = 16
     config.retrieval.shift = 1
     config.data.update(sequence_length=704, batch_size=8, threads=2)

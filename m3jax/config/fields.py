@@ -158,6 +158,13 @@ MEMORY: Fields = {
         " size of the value (received), largest attention of a second copy (reconstruction)",
         ("exact", "approximate", "received", "reconstruction"),
     ),
+    "key_scale": (
+        1.0,
+        "factor of the stored keys of heads that keep more than 2 · each tokens: above 1 a query"
+        " reads the tokens that fit it best more sharply, which helps where an untrained model reads"
+        " several memories",
+        "(0, inf)",
+    ),
     "dropout": (
         0.0,
         "share of training chunks whose memories are hidden, so that copying from the context"

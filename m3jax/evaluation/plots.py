@@ -23,6 +23,7 @@ def accuracy_bars(
     chance: float | None,
     title: str,
     axis: str = "share of right answers",
+    coloured: Container[str] | None = None,
 ) -> None:
     """Plots one bar per condition, coloured if above 0.5, and chance as a vertical line.
 
@@ -33,15 +34,19 @@ def accuracy_bars(
       chance: accuracy of guessing; None if there is none.
       title: of the plot.
       axis: label of the axis.
+      coloured: conditions with coloured bars, instead of those above 0.5.
     """
     shares = {labels[name]: accuracy[name] for name in labels if name in accuracy}
     right = [label for label, share in shares.items() if share > 0.5]
+    if coloured is not None:
+        right = [labels[name] for name in accuracy if name in coloured and name in labels]
+    most = 1.09 if chance is not None else 1.15 * max(shares.values())
     with drawing(path, 8, 0.55 * len(shares) + 1.6) as figure:
         axes = figure.subplots()
         _bars(axes, shares, right, [f"{share:.3f}" for share in shares.values()], chance)
         if chance is not None:
             axes.text(chance + 0.006, -0.72, f"chance {chance:.3f}", fontsize=9, va="center")
-        axes.set(xlim=(0, 1.09), ylim=(len(shares) - 0.5, -1), title=title)
+        axes.set(xlim=(0, most), ylim=(len(shares) - 0.5, -1), title=title)
         axes.set_xlabel(axis)
 
 
@@ -165,7 +170,7 @@ def count_map(path: Path, counts: np.ndarray, title: str, first_layer: int = 0) 
     """
     L, K = counts.shape
     colours = LinearSegmentedColormap.from_list("counts", ["#ffffff", TEAL])
-    with drawing(path, max(5.0, 0.75 * L + 1.4), max(2.4, 0.5 * K + 1.4)) as figure:
+    with drawing(path, max(5.0, 0.42 * L + 1.2), max(2.2, 0.4 * K + 1.2)) as figure:
         axes = figure.subplots()
         axes.imshow(np.log1p(counts).T, cmap=colours, aspect="auto")
         for (layer, head), value in np.ndenumerate(counts):

@@ -102,11 +102,14 @@ def layout_of(config: ConfigDict, prefix_tokens: tuple[int, ...]) -> dict[str, A
     of_model = "query_heads", "kv_heads", "head_dim", "compute_dtype"
     floats = "rope_base", "norm_epsilon", "embedding_scale"
     scaling = {name: model[name] for name in model if name.startswith("rope_")}
-    counts, each = slot_counts(model, memory), {}
+    counts = slot_counts(model, memory)
+    each: dict[str, Any] = {}
     if counts.min() < counts.max():
         each = {"counts": format_counts(counts, memory_layers(memory))}
     if memory.selection == "reconstruction":
         each["each"] = memory.each
+    if memory.key_scale != 1:
+        each["key_scale"] = float(memory.key_scale)
     return {
         **{name: memory[name] for name in of_memory},
         **{name: model[name] for name in of_model},

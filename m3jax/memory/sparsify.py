@@ -174,8 +174,14 @@ def select(
     return indices_RKP.astype(jnp.int32), length_R.astype(jnp.int32)
 
 
-def sparsify(encoded: EncodedReferences, *, selection: str, each: int = 0) -> Written:
-    """Writes one layer's explicit memories of a batch of references; arguments as in `select`."""
+def sparsify(
+    encoded: EncodedReferences, *, selection: str, each: int = 0, key_scale: float = 1.0
+) -> Written:
+    """Writes one layer's explicit memories of a batch of references.
+
+    `key_scale` multiplies the stored keys of memory heads, those that keep more than 2 · `each`
+    tokens, and so the scores of what reads them; other arguments as in `select`.
+    """
     indices_RKP, length_R = select(encoded, selection, each)
     indices_RKP = checkpoint_name(indices_RKP, KEPT_TOKENS)
     slot_P = jnp.arange(encoded.slots)
@@ -194,9 +200,15 @@ def sparsify(encoded: EncodedReferences, *, selection: str, each: int = 0) -> Wr
         )
 
     heads = encoded.heads  # keys are stored after RoPE
-    return Written(gather(heads.k), gather(heads.v), length_R, indices_RKP)
+    keys = gather(heads.k)
+    if key_scale != 1:
+        counts = jnp.full((1,), encoded.slots) if encoded.counts_K is None else encoded.counts_K
+        factor_K = jnp.where(counts > 2 * each, key_scale, 1.0).astype(keys.dtype)
+        keys = keys * factor_K[None, :, None, None]
+    return Written(keys, gather(heads.v), length_R, indices_RKP)
 
 
 def sparsifier(memory: ConfigDict) -> Callable[[EncodedReferences], Written]:
-    """Returns `sparsify` with the selection rule of the config section `memory`."""
-    return functools.partial(sparsify, selection=memory.selection, each=memory.each)
+    """Returns `sparsify` with the options of the config section `memory`."""
+    options = {"each": memory.each, "key_scale": memory.key_scale}
+    return functools.partial(sparsify, selection=memory.selection, **options)

@@ -274,8 +274,12 @@ def _example(config: ConfigDict, workdir: Path, questions: Sequence[Question]) -
 
 def _report(config: ConfigDict, folder: Path, summary: dict[str, Any]) -> None:
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2).encode())
-    title = "Questions about an invented island, answered by SmolLM2-135M (F1)"
-    accuracy_bars(folder / "answers.png", summary["f1"], LABELS, None, title, axis="F1 of answers")
+    title = "An invented island, asked of SmolLM2-135M"
+    accuracy_bars(
+        *(folder / "answers.png", summary["f1"], LABELS, None, title),
+        axis="F1 of the answers",
+        coloured=("memory", "edited"),
+    )
     counts = slot_counts(config.model, config.memory)
     count_map(folder / "memory_heads.png", counts, "Tokens of an article that each head keeps")
     rows = []

@@ -34,7 +34,7 @@ _OF_DATA = (
 _OF_BANK = (
     *("model.", "writer.", "memory.first_layer", "memory.layers", "memory.heads"),
     *("memory.reference_length", "memory.kept_tokens", "memory.selection", "memory.dtype"),
-    *("memory.counts", "memory.each"),
+    *("memory.counts", "memory.each", "memory.key_scale"),
 )
 
 
