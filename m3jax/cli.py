@@ -24,17 +24,16 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from m3jax.config import validate
-from m3jax.config.fields import FIELDS, RENAMED
+from m3jax.config.fields import FIELDS
 from m3jax.config.reference import describe
+from m3jax.config.renamed import RENAMED
 from m3jax.errors import CommandError, ConfigError, UserError
 from m3jax.hardware import quiet_libtpu
 
 USER_ERROR = 2  # exit code
-# Flags (or flag values) and commands from before the first release → their present names.
+# Earlier flags (or values) and commands → their present names.
 RENAMED_FLAGS = {
-    "at": "--k",
-    "mode=context": "--mode=long_context",
-    "png": "--picture",
+    **{"at": "--k", "mode=context": "--mode=long_context", "png": "--picture"},
     "shift": "--config.evaluation.shift",
 }
 RENAMED_COMMANDS = {"collect": "compact"}
@@ -482,10 +481,10 @@ def use_compilation_cache(folder: str | None) -> None:
     Raises:
       ConfigError: the folder cannot be made or written to, or is a bucket and gcsfs is missing.
     """
-    if folder is None:
-        return
     import jax
 
+    if folder is None:
+        return
     if folder.startswith("gs://"):
         if importlib.util.find_spec("gcsfs") is None:
             raise ConfigError(f"--compilation_cache={folder}: pip install gcsfs, which reads gs://")

@@ -9,8 +9,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from m3jax import config as m3config
-from m3jax.config.fields import FIELDS, RENAMED
+from m3jax.config.fields import FIELDS
 from m3jax.config.reference import describe
+from m3jax.config.renamed import RENAMED
 from m3jax.errors import ConfigError
 
 

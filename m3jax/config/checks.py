@@ -8,8 +8,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from m3jax.config.fields import FIELDS, RENAMED
+from m3jax.config.fields import FIELDS
 from m3jax.config.heads import slot_counts
+from m3jax.config.renamed import RENAMED
 from m3jax.errors import ConfigError
 
 # Values of memory.source with which references are encoded in the step.

@@ -161,7 +161,8 @@ MEMORY: Fields = {
     "key_scale": (
         1.0,
         "factor of the stored keys of heads that keep more than 2 · each tokens: above 1 a query"
-        " reads the tokens that fit it best more sharply, which helps where an untrained model reads"
+        " reads the tokens that fit it best more sharply, which helps where an untrained model"
+        " reads"
         " several memories",
         "(0, inf)",
     ),
@@ -495,17 +496,4 @@ FIELDS: Fields = {
     f"{section}.{name}".lstrip("."): field
     for section, (_, fields) in SECTIONS.items()
     for name, field in fields.items()
-}
-
-# Field names from before the first release → present names.
-RENAMED = {
-    "data.row_length": "data.sequence_length",
-    "data.batch_rows": "data.batch_size",
-    "evaluation.batch_rows": "evaluation.batch_size",
-    "optimizer.rise_steps": "optimizer.lr_warmup_steps",
-    "optimizer.rise_share": "optimizer.lr_warmup_share",
-    "optimizer.fall_share": "optimizer.lr_decay_share",
-    "optimizer.final_share": "optimizer.min_lr_ratio",
-    "writer.context": "writer.document_context (True or False)",
-    "writer.context_tokens": "writer.document_context_tokens",
 }

@@ -8,7 +8,8 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from m3jax.config.fields import RENAMED, SECTIONS
+from m3jax.config.fields import SECTIONS
+from m3jax.config.renamed import RENAMED
 from m3jax.errors import ConfigError
 
 _HEAD = """# Config fields

@@ -23,7 +23,13 @@ from ml_collections import ConfigDict
 
 # Defaults of entries that a layout may omit: references encoded alone, the same count for all
 # heads, and RoPE in all layers.
-UNSTATED = {"document_context_references": 1, "counts": "", "each": 0, "key_scale": 1.0, "no_rope_every": 0}
+UNSTATED = {
+    "document_context_references": 1,
+    "counts": "",
+    "each": 0,
+    "key_scale": 1.0,
+    "no_rope_every": 0,
+}
 
 _BLOCK = 64  # rows that are filled together; a block is complete before the next begins
 

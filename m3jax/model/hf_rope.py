@@ -85,17 +85,17 @@ def read_no_rope(path: Path, settings: dict[str, Any]) -> int:
 
 def their_rope(model: ConfigDict) -> dict[str, Any]:
     """Returns `rope_parameters` of `config.json` for the section `model` of a config."""
-    found: dict[str, Any] = {"rope_theta": model.rope_base, "rope_type": "default"}
+    entries: dict[str, Any] = {"rope_theta": model.rope_base, "rope_type": "default"}
     if model.rope_scaling == "none":
-        return found
-    found["rope_type"] = model.rope_scaling
+        return entries
+    entries["rope_type"] = model.rope_scaling
     for field, (key, _) in _NUMBERS[model.rope_scaling].items():
-        found[key] = model[field]
+        entries[key] = model[field]
     if model.rope_scaling != "linear":
-        found["original_max_position_embeddings"] = model.rope_original_length
+        entries["original_max_position_embeddings"] = model.rope_original_length
     if model.rope_scaling == "yarn":
-        found["attention_factor"] = model.rope_magnitude
-    return found
+        entries["attention_factor"] = model.rope_magnitude
+    return entries
 
 
 def _scaled(

@@ -43,8 +43,8 @@ def choose_special(names: Sequence[str], end: str | None = None) -> Special:
     reserved = [name for name in names if _RESERVED.search(name)][::-1]
     taken: list[str] = []
 
-    def choose(wanted: Sequence[str | None]) -> str | None:
-        free = [name for name in wanted if name and name in names and name not in taken]
+    def choose(candidates: Sequence[str | None]) -> str | None:
+        free = [name for name in candidates if name and name in names and name not in taken]
         taken.extend(free[:1])
         return free[0] if free else None
 

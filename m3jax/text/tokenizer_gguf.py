@@ -18,7 +18,7 @@ _OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class _Splitter(NamedTuple):
-    """How a text is cut into words before bytes are merged.
+    """Returns how a text is cut into words before bytes are merged.
 
     Attributes:
       digits: each digit is a word.

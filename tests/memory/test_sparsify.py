@@ -268,3 +268,15 @@ def test_gradients_flow_to_what_is_kept_and_not_to_the_choice(rule: str) -> None
         np.testing.assert_array_equal(
             gradient, np.broadcast_to(factor * expected[..., None], (R, 2 * W, K, H))
         )
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_keys_of_heads_that_keep_many_are_scaled(counts: tuple[int, ...] | None) -> None:
+    given = encoded(counts=counts)
+    options: Any = {"selection": "reconstruction", "each": 1}
+    plain, scaled = sparsify(given, **options), sparsify(given, **options, key_scale=1.5)
+    np.testing.assert_array_equal(scaled.values, plain.values)
+    np.testing.assert_array_equal(scaled.indices, plain.indices)
+    for head in range(K):
+        factor = 1.5 if (P if counts is None else counts[head]) > 2 else 1.0
+        close(scaled.keys[:, head], factor * np.asarray(plain.keys[:, head]))

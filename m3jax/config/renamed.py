@@ -1,0 +1,14 @@
+"""Field names of earlier versions, of which messages name the present ones."""
+
+# Field names from before the first release → present names.
+RENAMED = {
+    "data.row_length": "data.sequence_length",
+    "data.batch_rows": "data.batch_size",
+    "evaluation.batch_rows": "evaluation.batch_size",
+    "optimizer.rise_steps": "optimizer.lr_warmup_steps",
+    "optimizer.rise_share": "optimizer.lr_warmup_share",
+    "optimizer.fall_share": "optimizer.lr_decay_share",
+    "optimizer.final_share": "optimizer.min_lr_ratio",
+    "writer.context": "writer.document_context (True or False)",
+    "writer.context_tokens": "writer.document_context_tokens",
+}
