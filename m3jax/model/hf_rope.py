@@ -67,17 +67,17 @@ def read_no_rope(path: Path, settings: dict[str, Any]) -> int:
 
     Raises `HuggingFaceError` unless the layers without RoPE are every n-th one.
     """
-    layers, found = settings["num_hidden_layers"], settings.get("no_rope_layers")
+    layers, named = settings["num_hidden_layers"], settings.get("no_rope_layers")
     every = settings.get("no_rope_layer_interval")
     every = 4 if every is None else every
     if type(every) is not int or every < 1:
         _refuse(path, "no_rope_layer_interval", every, "it must be a whole number above 0")
-    if found is not None:  # 1 is a layer with RoPE
-        if not isinstance(found, list) or len(found) < layers:
-            _refuse(path, "no_rope_layers", found, f"it must be a list of {layers} layers")
-        found = [bool(has) for has in found[:layers]]
-        every = found.index(False) + 1 if False in found else 0
-        if found != [every == 0 or number % every != 0 for number in range(1, layers + 1)]:
+    if named is not None:  # 1 is a layer with RoPE
+        if not isinstance(named, list) or len(named) < layers:
+            _refuse(path, "no_rope_layers", named, f"it must be a list of {layers} layers")
+        named = [bool(has) for has in named[:layers]]
+        every = named.index(False) + 1 if False in named else 0
+        if named != [every == 0 or number % every != 0 for number in range(1, layers + 1)]:
             why = "the layers without RoPE here are every n-th; choose another model"
             _refuse(path, "no_rope_layers", settings["no_rope_layers"], why)
     return every if every <= layers else 0
