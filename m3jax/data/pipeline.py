@@ -188,8 +188,9 @@ class Pipeline:
         if draws is None:
             return self._stored(items) if stored else self._found(items, self.shift, M)
         assert self.retriever is not None
-        # The references of `stored` are right whatever was found, also by a chunk's own text.
-        neighbours = self._found(items, 0 if stored else self.shift, self.retriever.candidates)
+        # Stored references are right whatever is found, so a chunk may search with its own text.
+        shift, most = 0 if stored else self.shift, self.retriever.candidates
+        neighbours = self._found(items, shift, most, without_loss=stored)
         right = (self._stored(items) if stored else neighbours)[..., : M - self.distractors]
         rows = [
             self._distractors(*row) for row in zip(items, right, neighbours, draws, strict=True)
@@ -207,13 +208,15 @@ class Pipeline:
                     ids[row, chunk, 0] = self.references.find_named(key)
         return ids
 
-    def _found(self, items: Sequence[Row], shift: int, k: int) -> np.ndarray:
-        """Retrieves the ids `(B, C, k)` of references for the chunks, best first."""
+    def _found(
+        self, items: Sequence[Row], shift: int, k: int, without_loss: bool = False
+    ) -> np.ndarray:
+        """Retrieves the ids `(B, C, k)` for the chunks, best first, by `Row.queries`."""
         assert self.retriever is not None
         ids = np.full((len(items), self.rows.chunks, k), -1, np.int64)
         queries, against, places = [], [], []
         for row, item in enumerate(items):
-            for chunk, query, text in item.queries(shift):
+            for chunk, query, text in item.queries(shift, without_loss):
                 queries.append(self.tokenizer.decode(query))
                 against.append(text)
                 places.append((row, chunk))

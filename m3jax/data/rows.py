@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from m3jax.errors import TextError
 from m3jax.model.attention_mask import Packing
@@ -45,16 +45,29 @@ class Row(NamedTuple):
     packing: Packing | None = None
     answers: Int[np.ndarray, " T"] | None = None
 
-    def queries(self, shift: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    def queries(
+        self, shift: int, without_loss: bool = False
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Yields every chunk that has a query: its index, the query's tokens, its text's tokens.
 
-        The query is the chunk `shift` places earlier in the same text.
+        The query is the chunk `shift` places earlier in the same text; if `without_loss`, only its
+        tokens without loss where it has some, such as a question without its answer.
         """
         Q = self.chunk_length
         for tokens, first in self.texts:
+            free = self._without_loss(tokens, first) if without_loss else np.zeros(0, bool)
             for chunk in range(shift, -(-(len(tokens) - 1) // Q)):
                 low = (chunk - shift) * Q
-                yield first + chunk, tokens[low : low + Q], tokens
+                part = slice(low, low + Q)
+                query = tokens[part]
+                if free[part].any():
+                    query = query[free[part]]
+                yield first + chunk, query, tokens
+
+    def _without_loss(self, tokens: np.ndarray, first: int) -> Bool[np.ndarray, " n"]:
+        """Marks the tokens of the text that begins with chunk `first`, but `<s>`, without loss."""
+        start = 0 if self.packing is None else int(np.argmax(self.packing.first_chunks == first))
+        return np.append(False, self.weights[start : start + len(tokens) - 1] == 0)
 
 
 class Rows:

@@ -167,3 +167,19 @@ def test_a_pair_is_in_one_row_with_its_answers_in_neighbouring_slots(tmp_path_fa
                 assert answer == texts[name][side]
         assert set(row.answers) == {-1, *range(2 * len(group))}
         assert ((row.answers >= 0) == (row.weights > 0)).all()
+
+
+def test_queries_without_loss_are_the_questions(chats):
+    _, folder = chats
+    rows, count = rows_of(folder, "chats"), 0
+    for index, group in enumerate(rows.plan):
+        expected = []
+        for number in group:
+            tokens, weights = rows.corpus[number].tokens, rows.corpus[number].weights
+            for low in range(0, len(tokens) - 1, 10):
+                part, free = tokens[low : low + 10], weights[low : low + 10] == 0
+                free[0] &= low > 0  # <s> is no text
+                expected.append((part[free] if free.any() else part).tolist())
+                count += 0 < free.sum() < 9
+        assert [query.tolist() for _, query, _ in rows[index].queries(0, True)] == expected
+    assert count > 20
