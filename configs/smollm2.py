@@ -43,7 +43,7 @@ def get_config(options: str = "") -> ConfigDict:
     config.memory.update(first_layer=0, layers=30, dtype="float32", reference_length=128)
     config.memory.update(kept_tokens=16, selection="received", chunk_length=64, window=5)
     if chosen["counts"] == "heads":
-        config.memory.update(counts=COUNTS, each=EACH, selection="reconstruction", key_scale=1.1)
+        config.memory.update(counts=COUNTS, each=EACH, selection="reconstruction", key_scale=1.08)
     config.writer.batch_references = 16
     config.retrieval.shift = 1
     config.data.update(sequence_length=704, batch_size=8, threads=2)

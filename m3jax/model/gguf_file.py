@@ -126,34 +126,34 @@ class GGUFModel:
                     f"{self.path}: {self.architecture}.{key} = {setting(key)!r} is not supported;"
                     f" {why}; choose another model"
                 )
-        found = {name: setting(key) for name, key in _KEYS.items()}
-        if found["rms_norm_eps"] is not None:  # stored in float32: 1e-5 is 9.99999975e-06
-            found["rms_norm_eps"] = float(str(np.float32(found["rms_norm_eps"])))
+        stated = {name: setting(key) for name, key in _KEYS.items()}
+        if stated["rms_norm_eps"] is not None:  # stored in float32: 1e-5 is 9.99999975e-06
+            stated["rms_norm_eps"] = float(str(np.float32(stated["rms_norm_eps"])))
         embedding = self._tensors.get("model.embed_tokens.weight")
         rows = None if embedding is None else int(embedding.shape[-1])
         first_bias = "model.layers.0.self_attn.q_proj.bias"
-        scaling = self._rope(found)
+        scaling = self._rope(stated)
         return {
             **({"rope_scaling": scaling} if scaling else {}),
-            **{name: value for name, value in found.items() if value is not None},
+            **{name: value for name, value in stated.items() if value is not None},
             "model_type": self.architecture,
             "vocab_size": rows,
             "attention_bias": first_bias in self.names,
             "tie_word_embeddings": "lm_head.weight" not in self.names,
         }
 
-    def _rope(self, found: dict[str, Any]) -> dict[str, Any]:
-        """Returns `rope_scaling` of `config.json`; `found` are the settings of `_KEYS`."""
-        width, heads = found["hidden_size"], found["num_attention_heads"]
-        if not found["head_dim"] and not (width and heads):
+    def _rope(self, stated: dict[str, Any]) -> dict[str, Any]:
+        """Returns `rope_scaling` of `config.json`; `stated` are the settings of `_KEYS`."""
+        width, heads = stated["hidden_size"], stated["num_attention_heads"]
+        if not stated["head_dim"] and not (width and heads):
             return {}  # refused later, with the name of the key
         table = self.read(TABLE, None) if TABLE in self._tensors else None
         try:
             return read_gguf_rope(
                 lambda key: self.metadata.get(f"{self.architecture}.rope.{key}"),
                 table,
-                found["rope_theta"] or 10_000.0,
-                (found["head_dim"] or width // heads) // 2,
+                stated["rope_theta"] or 10_000.0,
+                (stated["head_dim"] or width // heads) // 2,
             )
         except HuggingFaceError as error:
             raise HuggingFaceError(f"{self.path}: {error}") from error

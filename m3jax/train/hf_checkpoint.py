@@ -31,9 +31,9 @@ def read_model_fields(source: str | Path) -> dict[str, Any]:
     The vocabulary has rows for special tokens that the model's tokenizer lacks. Raises
     `HuggingFaceError` as `read_fields`, and `TextError` for a tokenizer that is not supported.
     """
-    fields, found = read_fields(source), _their_tokenizer(Path(source))
-    if found is not None:
-        order = adopt_tokenizer(found, None, SPECIAL_TOKENS, read_end(source)).order
+    fields, theirs = read_fields(source), _their_tokenizer(Path(source))
+    if theirs is not None:
+        order = adopt_tokenizer(theirs, None, SPECIAL_TOKENS, read_end(source)).order
         fields["vocabulary"] = max(fields["vocabulary"], len(order))
     return fields
 
@@ -105,9 +105,9 @@ def _adopted(
     workdir: Path, source: Path, given: str | None, special: list[str] | None
 ) -> Adopted | None:
     """Returns the model's tokenizer with our special tokens; None if the workdir has it."""
-    found = _their_tokenizer(Path(given or source))
-    if found is not None:
-        return adopt_tokenizer(found, special, SPECIAL_TOKENS, read_end(source))
+    theirs = _their_tokenizer(Path(given or source))
+    if theirs is not None:
+        return adopt_tokenizer(theirs, special, SPECIAL_TOKENS, read_end(source))
     if given or not (workdir / "tokenizer" / "manifest.json").is_file():
         places = f"{given} has no" if given else f"neither {source} nor {workdir} has a"
         raise HuggingFaceError(
