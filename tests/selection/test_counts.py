@@ -1,10 +1,24 @@
 """Dealing the tokens of a memory to layers and heads."""
 
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
 import numpy as np
 import pytest
+from data.data_workdir import make_workdir, tiny_config
 
-from m3jax.errors import ConfigError
-from m3jax.selection.counts import TokenWeights, counts_table, deal_counts
+from m3jax.config import PREFIX_TOKENS, slot_counts, validate
+from m3jax.errors import ConfigError, TextError
+from m3jax.make_model import make_model
+from m3jax.mesh import make_mesh
+from m3jax.selection.counts import TokenWeights, counts_table, deal_counts, select_counts
+from m3jax.selection.worth import worth_report, worth_table
+from m3jax.text.tokenizer import Tokenizer
+from m3jax.train.checkpoints import Checkpoints
+from m3jax.train.optimizer import make_optimizer
+from m3jax.train.state import new_state
 
 R, L, K, W = 3, 2, 2, 5
 
@@ -66,3 +80,50 @@ def test_the_table_names_layers_and_heads() -> None:
         "| 5 | 1 | 2 |",
         "| 6 | 3 | 4 |",
     ]
+
+
+# -- a workdir
+CONFIG = tiny_config(memory__layers=2, memory__reference_length=8)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_workdir(tmp_path_factory.mktemp("counts"), CONFIG)
+    params = jax.jit(make_model(CONFIG, PREFIX_TOKENS).init)(jax.random.key(1))
+    tokenizer = Tokenizer.load(folder / "tokenizer").fingerprint
+    checkpoints = Checkpoints(folder / "continual", CONFIG, tokenizer)
+    with jax.set_mesh(make_mesh(CONFIG, jax.devices()[:1])):
+        checkpoints.save(new_state(params, make_optimizer(CONFIG)), 0)
+    checkpoints.close()
+    return folder
+
+
+def test_counts_of_a_workdir_fit_its_config(workdir: Path) -> None:
+    report = select_counts(CONFIG, workdir, workdir / "continual", budget=3, each=1, sample=20)
+    config = CONFIG.copy_and_resolve_references()
+    with config.unlocked():
+        config.memory.update(counts=report["counts"], each=1, selection="reconstruction")
+    counts = slot_counts(config.model, validate(config).memory)
+    np.testing.assert_array_equal(counts, report["by_layer"])
+    assert counts.sum() == 3 * 2 * 2 and counts.min() >= 1 and report["references"] == 20
+
+
+@pytest.mark.slow
+def test_the_worth_of_memories_of_a_workdir(workdir: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    words = ["home", "pet", "of", "Mozi", "saza", "kotu", "Tiru", "otter"]
+    texts = [" ".join(random.choice(words, 40)) for _ in range(50)]
+    documents = tmp_path / "texts.jsonl"
+    documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options: dict[str, Any] = {"documents": documents, "budgets": [4], "most": 22}
+    report = worth_report(CONFIG, workdir, workdir / "continual", **options)
+    rows = report["tasks"]["continuation"]
+    assert set(rows) == {"nothing", "text", "4 heads", "4 uniform", "4 paper", "all"}
+    assert rows["text"]["own"]["worth"] == pytest.approx(1)
+    for name in ("4 heads", "4 uniform", "4 paper", "all"):
+        assert set(rows[name]) == {"own", "five", "wrong", "five wrong"}
+        assert all(0 < row["nats"] < 20 and row["error"] > 0 for row in rows[name].values())
+    table = worth_table(report)
+    assert f"{rows['all']['own']['nats']:.3f} (" in table
+    with pytest.raises(TextError, match="too few for wrong ones"):
+        worth_report(CONFIG, workdir, workdir / "continual", **{**options, "most": 10})
