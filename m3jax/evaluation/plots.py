@@ -40,7 +40,7 @@ def accuracy_bars(
     right = [label for label, share in shares.items() if share > 0.5]
     if coloured is not None:
         right = [labels[name] for name in accuracy if name in coloured and name in labels]
-    most = 1.09 if chance is not None else 1.15 * max(shares.values())
+    most = 1.09 if chance is not None else max(1.15 * max(shares.values()), 0.01)
     with drawing(path, 8, 0.55 * len(shares) + 1.6) as figure:
         axes = figure.subplots()
         _bars(axes, shares, right, [f"{share:.3f}" for share in shares.values()], chance)
