@@ -12,7 +12,7 @@ the paper's 2.4B model, dealt to the heads that copy: `COUNTS`, which
 prints for references of another text (24 articles of Wikipedia here). Options: stage=warmup (the
 model as it is) or continual; counts=heads|uniform (16 tokens in every head).
 
-Hardware and time: two CPU cores; see docs/llama.md.
+Hardware and time: 15 minutes on two free CPU cores.
 """
 
 from ml_collections import ConfigDict
