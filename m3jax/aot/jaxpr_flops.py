@@ -55,7 +55,8 @@ def attention_blocks(config: ConfigDict, *, tokens: int, references: bool) -> Bl
       references: whether the program also encodes references.
 
     Returns:
-      The number of blocks by (query rows, keys) of the kernel, padding included.
+      The number of blocks by (query rows, keys) of the kernel, padding included; of kernels of one
+      size (groups of layers whose slots are padded to as many keys) the largest number.
     """
     model, memory = config.model, config.memory
     plan = functools.partial(
@@ -76,10 +77,12 @@ def attention_blocks(config: ConfigDict, *, tokens: int, references: bool) -> Bl
     if references:
         copies = 2 if memory.selection == "reconstruction" else 1
         layouts.append(plan(copies * memory.reference_length, prefix=len(PREFIX_TOKENS)))
-    return {
-        (layout.rows, layout.keys): splash_mask.pairs(layout)[0] // (layout.block * layout.kv_block)
-        for layout in layouts
-    }
+    blocks: dict[tuple[int, int], int] = {}
+    for layout in layouts:
+        size = layout.rows, layout.keys
+        computed = splash_mask.pairs(layout)[0] // (layout.block * layout.kv_block)
+        blocks[size] = max(computed, blocks.get(size, 0))
+    return blocks
 
 
 def _equation(equation: Any, blocks: Blocks) -> float:
