@@ -65,8 +65,12 @@ def test_every_condition_is_asked_and_a_second_run_asks_nothing(
     written = json.loads((workdir / "report" / "summary.json").read_text())
     assert written["f1"] == summary["f1"]
 
+    other = tmp_path / "other"
+    with pytest.raises(HuggingFaceError, match="other is neither a file nor a folder"):
+        real_llama.run(get_config, workdir, weights=other, questions=4)
+    other.mkdir()
     with pytest.raises(HuggingFaceError, match="holds the model of .*llama, not that of"):
-        real_llama.run(get_config, workdir, weights=tmp_path / "other", questions=4)
+        real_llama.run(get_config, workdir, weights=other, questions=4)
     monkeypatch.setattr(real_llama, "evaluate_questions", None)
     again = real_llama.run(get_config, workdir, weights=weights, questions=4)
     assert again["conditions"] == summary["conditions"] and versions(workdir) == [0, 1, 2]
