@@ -112,9 +112,8 @@ MEMORY: Fields = {
     "heads": (
         "",
         "heads with memories of kept_tokens each: LAYER:HEAD+HEAD or LAYER for all heads of a"
-        " layer, separated by commas,"
-        " counted from 0 (0:1+3,2). The bank stores these; other heads see no memories (Memory³"
-        " §7). Empty = all heads of the memory layers",
+        " layer, separated by commas, from 0 (0:1+3,2). The bank stores these; other heads see no"
+        " memories (Memory³ §7). Empty = all heads of the memory layers",
         None,
     ),
     "reference_length": (128, "most tokens W of a reference, without the prefix", "[1, inf)"),
@@ -161,10 +160,14 @@ MEMORY: Fields = {
     "key_scale": (
         1.0,
         "factor of the stored keys of heads that keep more than 2 · each tokens: above 1 a query"
-        " reads the tokens that fit it best more sharply, which helps where an untrained model"
-        " reads"
-        " several memories",
+        " reads the tokens that fit it best more sharply",
         "(0, inf)",
+    ),
+    "spacing": (
+        0,
+        "RoPE positions by which each memory of a chunk stands before the next better one. 0 = all"
+        " stand at the same (Memory³ §3.4); reference_length = one behind the other, best last",
+        "[0, inf)",
     ),
     "dropout": (
         0.0,

@@ -141,7 +141,7 @@ class Pipeline:
         chunks = len(items) * self.rows.chunks
         if packings:  # rows are padded to the chunks of the fullest; count real chunks
             chunks = sum(len(item.references) for item in items)
-        without = chunks - int((reference_ids[..., 0] >= 0).sum())
+        without = chunks - int((reference_ids >= 0).any(axis=2).sum())
         with self._lock:
             self._counts.update(chunks=chunks, chunks_without_reference=without)
         if source == "precomputed":
@@ -182,7 +182,8 @@ class Pipeline:
     ) -> np.ndarray:
         """Looks up or retrieves the reference ids `(B, C, M)` of every chunk, −1 = none.
 
-        With `draws`, the last `distractors` of the M are drawn.
+        With `draws`, the last `distractors` of the M are drawn; if memories have positions of their
+        own, all M are in random order.
         """
         stored, M = self.config.retrieval.ids == "stored", self.config.memory.per_chunk
         if draws is None:
@@ -195,7 +196,10 @@ class Pipeline:
         rows = [
             self._distractors(*row) for row in zip(items, right, neighbours, draws, strict=True)
         ]
-        return np.concatenate([right, np.stack(rows)], axis=2)
+        ids = np.concatenate([right, np.stack(rows)], axis=2)
+        if self.config.memory.spacing:  # or the model would learn that the nearest one is right
+            ids = np.stack([g.permuted(row, axis=1) for g, row in zip(draws, ids, strict=True)])
+        return ids
 
     def _stored(self, items: Sequence[Row]) -> np.ndarray:
         """Looks up the ids `(B, C, M)` that the documents name: the first of each chunk."""

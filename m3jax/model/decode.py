@@ -19,7 +19,7 @@ from m3jax.model.attention_mask import ExplicitMemory, KeyValues
 from m3jax.model.kv_cache import CacheLayout, State, prompt_cache, query_weights
 from m3jax.model.layer import join
 from m3jax.model.parameters import Params
-from m3jax.model.rope import Rope, rotate, turned_layers
+from m3jax.model.rope import Rope, rotate, space_out, turned_layers
 from m3jax.model.transformer import Model
 
 # (float32 logits `(B, V)`, row index `(B,)`, index of the token in the answer) -> token of each row
@@ -164,8 +164,9 @@ class Decoder:
         cache, readings, parts = [], [], iter(model.slots.by_layer(memory))
         for index, segment in enumerate(layout.segments):
             part = next(parts) if segment == "memory" else None
-            block = model.merge(params["layers"][index])
-            _, heads, prefix_heads = layer.at(self.turned[index]).heads(block, hidden)
+            block, own = model.merge(params["layers"][index]), layer.at(self.turned[index])
+            part = None if part is None else own.space_out(part)
+            _, heads, prefix_heads = own.heads(block, hidden)
             assert heads is not None
             attended, prefix = layer.attend_prefix(prefix_heads)
             output, _ = layer.attend_context(heads, prefix, part, layout.head_counts(index))
@@ -205,7 +206,7 @@ class Decoder:
         """
         memory = self._memories(stored)
         if memory is not None:
-            state = self.layout.load_memories(state, memory)
+            state = self.layout.load_memories(state, memory, self._space_out)
         written = self._nothing_written(state, forced)
 
         def going(carry: tuple[Array, State, Written]) -> Array:
@@ -231,6 +232,11 @@ class Decoder:
         else:
             carry = jax.lax.while_loop(going, step, carry)
         return carry[1:]
+
+    def _space_out(self, keys_BMKPH: Array, index: int) -> Array:
+        """Moves the keys of layer `index` of memories that are read together apart."""
+        rope = Rope.of(self.model.config).at(self.turned[index])
+        return space_out(keys_BMKPH, self.model.memory.spacing, rope)
 
     def _memories(self, stored: ExplicitMemory | None) -> ExplicitMemory | None:
         return stored if stored is None or self.dequantize is None else self.dequantize(stored)

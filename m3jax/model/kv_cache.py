@@ -9,6 +9,7 @@ rows; RoPE positions continue each row's own prompt.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -118,9 +119,15 @@ class CacheLayout:
         mass = mass.reshape(*mass.shape[:-1], M, max(self.counts(index))).sum(-1)
         return jnp.concatenate([mass, 1 - mass.sum(-1, keepdims=True)], axis=-1)
 
-    def load_memories(self, state: State, memory: ExplicitMemory) -> State:
+    def load_memories(
+        self, state: State, memory: ExplicitMemory, place: Callable[[Array, int], Array]
+    ) -> State:
         """Returns the state with its memories replaced by `memory`, `(L, B, M, K, P, H)`, or `(1,
-        B, M, 1, S, H)` unless all heads have the same number of slots."""
+        B, M, 1, S, H)` unless all heads have the same number of slots.
+
+        `place` maps the keys `(B, M, K, P, H)` of a layer, and its index, to keys at the positions
+        at which the rows read them.
+        """
 
         def load(old: Array, new: Array) -> Array:
             slots = _as_slots(new, old.dtype)
@@ -130,7 +137,8 @@ class CacheLayout:
         layers = self.slots.by_layer(memory)
         for index, part in enumerate(layers, self.segments.index("memory")):
             if part is not None:
-                cache[index] = KeyValues(*map(load, cache[index], part[:2]))
+                new = (place(part.keys, index), part.values)
+                cache[index] = KeyValues(*map(load, cache[index], new))
         return state._replace(cache=tuple(cache), memory_length=memory.length)
 
 

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from m3jax.model.attention import attend, attention_weights
 from m3jax.model.attention_mask import ExplicitMemory, KeyValues, Packing, Scope, ShortSight
 from m3jax.model.collectives import Parallel
-from m3jax.model.rope import Rope, rotate
+from m3jax.model.rope import Rope, rotate, space_out
 from m3jax.model.windowed_attention import attend_in_windows
 
 
@@ -200,6 +200,7 @@ class Layer:
       prefix: number of tokens of the constant prefix.
       reference_length: number of RoPE positions between prefix and context.
       chunk_length: tokens Q of a chunk.
+      spacing: positions by which a memory of a chunk stands before the next better one.
       rope: base and scaling of the rotary embedding; `at` sets it for a layer.
       window: number of chunks whose memories a query reads.
       observe: whether memory layers return the attention weights on memories.
@@ -219,6 +220,7 @@ class Layer:
     reference_length: int
     chunk_length: int
     rope: Rope
+    spacing: int = 0
     window: int = 1
     observe: bool = False
     sparsify: Callable | None = None
@@ -268,6 +270,8 @@ class Layer:
             if context is not None:
                 assert self.lead is not None
                 memory = ExplicitMemory(*(x.reshape(*self.lead, *x.shape[1:]) for x in written[:3]))
+        if memory is not None:
+            memory = self.space_out(memory)
         if last and context is None:
             return hidden, written
         references_output = None if last else self.attend_references(references, shared)
@@ -276,6 +280,10 @@ class Layer:
         context_output, observed = self.attend_context(context, shared, memory, counts_K, sight)
         hidden = block.rest(hidden, join((references_output, context_output, attended)))
         return hidden, observed if context is not None else written
+
+    def space_out(self, memory: ExplicitMemory) -> ExplicitMemory:
+        """Moves memories `(…, M, K, P, H)` that are read together to positions of their own."""
+        return memory._replace(keys=space_out(memory.keys, self.spacing, self.rope))
 
     def write(self, heads: Heads, prefix: KeyValues | None, counts_K: Array | None) -> Any:
         """Returns what `sparsify` makes of the references in this layer."""

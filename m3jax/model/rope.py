@@ -85,6 +85,17 @@ def turned_layers(model: ConfigDict) -> Bool[np.ndarray, " L"]:
     return number % every != 0 if every else np.ones(model.layers, bool)
 
 
+def space_out(
+    keys: Float[Array, "*batch M K P H"], spacing: int, rope: Rope
+) -> Float[Array, "*batch M K P H"]:
+    """Moves the keys of the memories 0, 1, 2, … back by 0, 1, 2, … times `spacing` positions."""
+    if not spacing or keys.shape[-4] == 1:
+        return keys
+    turn = dataclasses.replace(rope, magnitude=1.0)  # the keys have it
+    rows = keys.reshape(-1, *keys.shape[-4:])
+    return rotate(rows, -spacing * jnp.arange(keys.shape[-4]), turn).reshape(keys.shape)
+
+
 def rotate(
     x: Float[Array, "B T *heads H"],
     positions: Int[Array, T] | Int[Array, "B T"],

@@ -111,6 +111,7 @@ class Model:
             reference_length=self.memory.reference_length,
             chunk_length=self.memory.chunk_length,
             rope=Rope.of(self.config),
+            spacing=self.memory.spacing,
             **options,
         )
 

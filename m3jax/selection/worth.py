@@ -43,7 +43,12 @@ SHOTS = (
     " First World War begin?\nAnswer: 1914\n\nQuestion: Who wrote the play Hamlet?\nAnswer: William"
     " Shakespeare\n\nQuestion: "
 )
-OTHERS = {"five": (0, 3, 8, 13, 18), "wrong": (7,), "five wrong": (2, 5, 10, 15, 20)}
+OTHERS = {  # of each condition, how far behind its own reference those read stand in the list
+    "five": (0, 3, 8, 13, 18),
+    "five, own farthest": (3, 8, 13, 18, 0),
+    "wrong": (7,),
+    "five wrong": (2, 5, 10, 15, 20),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +263,8 @@ class Reader:
 
 
 def readings(task: Task) -> dict[str, Int[np.ndarray, "n M"]]:
-    """Returns the memories of each condition: own, five with the own one first, wrong, five wrong.
+    """Returns the memories of each condition, the nearest first: own, five with the own one nearest
+    or farthest (the same thing unless `memory.spacing` is set), wrong, five wrong.
 
     Raises `TextError` if there are too few references for wrong ones to be wrong.
     """
@@ -276,9 +282,9 @@ def readings(task: Task) -> dict[str, Int[np.ndarray, "n M"]]:
 
 
 def texts_in_front(task: Task) -> dict[str, Int[np.ndarray, "n M"]]:
-    """Returns the references in front of each text: its own, or five with the own one last."""
-    five = readings(task)["five"]
-    return {"text": five[:, :1], "five texts": np.roll(five, -1, axis=1)}
+    """Returns the references in front of each text, for those of `readings` that text can give."""
+    read = readings(task)
+    return {name: read[name][:, ::-1] for name in ("own", "five", "five, own farthest")}
 
 
 def summarize(
@@ -302,23 +308,21 @@ def measure_worth(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Measures a task without memories, with text, and with the memories of every config.
 
-    Returns for each of `none`, `text`, `five texts` and the names of `configs` the conditions of
-    `readings`, each summarized.
+    Returns for each of `nothing`, `text` and the names of `configs` the conditions of `readings`,
+    each summarized.
     """
     none = reader.nats(task)
     fronts = {name: reader.nats(task, text=x) for name, x in texts_in_front(task).items()}
-    text = fronts["text"]
-    report = {"nothing": {"none": summarize(none, none, text)}, "text": {}}
-    report["text"] = {
-        name: summarize(nats, none, text)
-        for name, nats in (("own", text), ("five", fronts["five texts"]))
-    }
+    text = fronts["own"]
+    report = {"nothing": {"none": summarize(none, none, text)}}
+    report["text"] = {name: summarize(nats, none, text) for name, nats in fronts.items()}
     for name, config in tqdm(configs, desc=task.name, unit=" settings"):
         own = Reader(config, reader.params, reader.prefix, reader.rows)
         memories = own.write(task.references)
         report[name] = {
             condition: summarize(own.nats(task, memories, read), none, text)
             for condition, read in readings(task).items()
+            if config.memory.spacing or condition != "five, own farthest"
         }
     return report
 
@@ -329,7 +333,8 @@ def settings(
     """Yields name and config of every setting of the table: for each budget three ways to spend it.
 
     `heads`: a quarter of it in every head, the rest where it matters (`deal_counts`), with the
-    config's `memory.key_scale`, which is 1 in the others; `uniform`: the same number in every head,
+    config's `memory.key_scale` and `memory.spacing`, which are 1 and 0 in the others; `uniform`:
+    the same number in every head,
     by attention received; `paper`: the same, by the paper's rule. At last `all`: all keys and
     values of every token.
     """
@@ -337,7 +342,7 @@ def settings(
     def changed(name: str, **memory: Any) -> tuple[str, ConfigDict]:
         own = config.copy_and_resolve_references()
         with own.unlocked():
-            own.memory.update(heads="", counts="", each=0, key_scale=1.0)
+            own.memory.update(heads="", counts="", each=0, key_scale=1.0, spacing=0)
             own.memory.update(memory)
         return name, own
 
@@ -345,7 +350,8 @@ def settings(
     for budget in budgets:
         each = budget // 4
         counts = format_counts(deal_counts(weights, budget, each), layers)
-        dealt = {"counts": counts, "each": each, "key_scale": config.memory.key_scale}
+        of_reader = {name: config.memory[name] for name in ("key_scale", "spacing")}
+        dealt = {"counts": counts, "each": each, **of_reader}
         yield changed(f"{budget} heads", **dealt, selection=RECONSTRUCTION)
         for name, rule in (("uniform", "received"), ("paper", "exact")):
             yield changed(f"{budget} {name}", kept_tokens=budget, selection=rule)
@@ -413,7 +419,7 @@ def worth_report(
 
 def worth_table(report: dict[str, Any]) -> str:
     """Returns the report of `worth_report` as Markdown: nats and worth of every condition."""
-    conditions = ("own", "five", "wrong", "five wrong")
+    conditions = ("own", *OTHERS)
     lines = [f"{report['checkpoint']} step {report['step']}; nats a token, in brackets the worth"]
     for task, rows in report["tasks"].items():
         none = rows["nothing"]["none"]

@@ -145,6 +145,19 @@ def test_distractors_depend_on_seed_and_step_alone(workdir, ids):
     assert not np.array_equal(other.batch(7).reference_ids, whole.reference_ids)
 
 
+def test_memories_with_positions_of_their_own_are_in_random_order(workdir):
+    pipeline = open_pipeline(config_of(), workdir)
+    ordered = np.stack([pipeline.batch(step).reference_ids for step in range(8)])
+    pipeline = open_pipeline(config_of(memory__spacing=8), workdir)
+    shuffled = np.stack([pipeline.batch(step).reference_ids for step in range(8)])
+    np.testing.assert_array_equal(np.sort(shuffled, axis=-1), np.sort(ordered, axis=-1))
+    reads = ordered[..., 0] >= 0
+    right = shuffled[reads] == ordered[reads][:, :1]
+    assert right.any(axis=0).all() and right.any(axis=1).all()
+    counts = pipeline.report()
+    assert counts["chunks"] - counts["chunks_without_reference"] == reads.sum()
+
+
 def test_hidden_chunks_read_no_distractors_either_and_validation_reads_none(workdir):
     config = config_of(memory__dropout=0.5)
     pipeline = open_pipeline(config, workdir)

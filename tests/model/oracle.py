@@ -300,13 +300,14 @@ class Reader(Oracle):
                 own = (i - p) // memory.chunk_length
                 seen = []
                 for chunk in range(max(0, own - memory.window + 1), own + 1):
-                    for keys, values, length in chunks[chunk]:
+                    for rank, (keys, values, length) in enumerate(chunks[chunk]):
                         row = number - memory.first_layer
                         has = np.array(counts[row])[:, None]
-                        seen += [
-                            (np.where(s < has, keys[row, :, s], np.nan), values[row, :, s])
-                            for s in range(length)
-                        ]
+                        for s in range(length):
+                            own_keys = [
+                                self.rope(key, -memory.spacing * rank) for key in keys[row, :, s]
+                            ]
+                            seen.append((np.where(s < has, own_keys, np.nan), values[row, :, s]))
                 return seen
 
             stream = self._causal(layer, stream, projected, rotated, slots)

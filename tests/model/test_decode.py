@@ -124,15 +124,18 @@ def generated(config, model, params, prompts, forced, prompt_memory, later, **op
 
 
 @pytest.mark.parametrize(
-    ("with_memory", "prefix", "qk_norm", "no_rope_every"),
+    ("with_memory", "prefix", "qk_norm", "no_rope_every", "spacing"),
     [
-        (True, (1, 2), False, 0),
-        (False, (), False, 2),
-        pytest.param(True, (1, 2), True, 3, marks=pytest.mark.slow),
+        (True, (1, 2), False, 0, 6),
+        (False, (), False, 2, 0),
+        pytest.param(True, (1, 2), False, 0, 0, marks=pytest.mark.slow),
+        pytest.param(True, (1, 2), True, 3, 2, marks=pytest.mark.slow),
     ],
 )
-def test_equals_the_forward_of_training(with_memory, prefix, qk_norm, no_rope_every):
-    config = tiny(model__qk_norm=qk_norm, model__no_rope_every=no_rope_every)
+def test_equals_the_forward_of_training(with_memory, prefix, qk_norm, no_rope_every, spacing):
+    config = tiny(
+        model__qk_norm=qk_norm, model__no_rope_every=no_rope_every, memory__spacing=spacing
+    )
     model = make_model(config, prefix)
     params = jax.jit(model.init)(jax.random.key(0))
     if qk_norm:  # scales of one would hide where they are left out

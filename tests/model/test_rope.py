@@ -6,7 +6,7 @@ import pytest
 from model.oracle import oracle_config
 from tolerance import close, error
 
-from m3jax.model.rope import Rope, rotate, turned_layers
+from m3jax.model.rope import Rope, rotate, space_out, turned_layers
 
 
 @pytest.mark.parametrize("heads", [(3,), (2, 3)])
@@ -52,6 +52,20 @@ def test_scores_depend_on_the_distance_alone() -> None:
 def test_dtype_is_kept() -> None:
     x = jnp.ones((1, 2, 1, 4), jnp.bfloat16)
     assert rotate(x, jnp.arange(2), Rope(10.0)).dtype == jnp.bfloat16
+
+
+def test_memories_move_back_by_their_rank() -> None:
+    """As if each had been written at positions of its own, also with a factor on keys (YaRN)."""
+    rope, random = Rope(100.0, magnitude=1.5), np.random.default_rng(4)
+    plain = jnp.asarray(random.normal(size=(2, 3, 1, 5, 8)).astype(np.float32))  # B, M, K, P, H
+    written, expected = (
+        jnp.stack([rotate(plain[:, m, 0], at + jnp.arange(5), rope) for m, at in enumerate(first)])
+        for first in ((40, 40, 40), (40, 33, 26))
+    )
+    keys = jnp.moveaxis(written, 0, 1)[:, :, None]
+    close(space_out(keys, 7, rope)[:, :, 0], jnp.moveaxis(expected, 0, 1), 1e-5)
+    np.testing.assert_array_equal(space_out(keys, 0, rope), keys)
+    np.testing.assert_array_equal(space_out(keys, 7, rope.at(False)), keys)
 
 
 def test_layers_without_rope_keep_vectors() -> None:

@@ -259,6 +259,10 @@ READERS = {
         1,
     ),
     "attention from behind, two memories a chunk": ({"memory__selection": "received"}, 2),
+    "one behind the other, layers without RoPE": (
+        {"memory__spacing": 7, "model__no_rope_every": 2, "memory__window": 1},
+        3,
+    ),
     "one layer, window 1, two memories a chunk": (
         {"memory__layers": 1, "memory__window": 1},
         2,
