@@ -44,6 +44,7 @@ def get_config(options: str = "") -> ConfigDict:
     config.memory.update(kept_tokens=16, selection="received", chunk_length=64, window=5)
     if chosen["counts"] == "heads":
         config.memory.update(counts=COUNTS, each=EACH, selection="reconstruction", key_scale=1.08)
+        config.memory.spacing = config.memory.reference_length
     config.writer.batch_references = 16
     config.retrieval.shift = 1
     config.data.update(sequence_length=704, batch_size=8, threads=2)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from m3jax.checkpoint import restore_params
 from m3jax.config import PREFIX_TOKENS, format_counts, memory_layers
 from m3jax.errors import TextError
+from m3jax.knowledge.memory_writer import restore_writer
 from m3jax.make_model import make_model
 from m3jax.memory.sparsify import RECONSTRUCTION, sparsifier
 from m3jax.model.attention_mask import ExplicitMemory
@@ -169,14 +170,21 @@ class Reader:
 
     Args:
       config: a validated config; `memory.counts` and `memory.selection` say what memories hold.
-      params: parameters of the model, which writes and reads.
+      params: parameters of the model that reads.
       prefix_tokens: prefix of references and texts.
       rows: rows of a call with one memory each; with several, correspondingly fewer.
+      writer: parameters of the model that writes; default those of the reader.
     """
 
     def __init__(
-        self, config: ConfigDict, params: Params, prefix_tokens: tuple[int, ...], rows: int = 8
+        self,
+        config: ConfigDict,
+        params: Params,
+        prefix_tokens: tuple[int, ...],
+        rows: int = 8,
+        writer: Params | None = None,
     ):
+        self.writer = params if writer is None else writer
         config = config.copy_and_resolve_references()
         self.config, self.params, self.prefix, self.rows = config, params, prefix_tokens, rows
         self._models: dict[tuple[int, bool], Any] = {}
@@ -254,7 +262,7 @@ class Reader:
         for low in range(0, len(references), self.rows):
             part = references[low : low + self.rows]
             padded = np.pad(part, ((0, self.rows - len(part)), (0, 0)))
-            written = jax.device_get(encode(self.params, jnp.asarray(padded)))
+            written = jax.device_get(encode(self.writer, jnp.asarray(padded)))
             keys, values = (x[:, : len(part)] for x in written[:2])
             parts.append((keys, values, written.length[: len(part)]))
         sides: Any = list(zip(*parts, strict=True))
@@ -317,7 +325,7 @@ def measure_worth(
     report = {"nothing": {"none": summarize(none, none, text)}}
     report["text"] = {name: summarize(nats, none, text) for name, nats in fronts.items()}
     for name, config in tqdm(configs, desc=task.name, unit=" settings"):
-        own = Reader(config, reader.params, reader.prefix, reader.rows)
+        own = Reader(config, reader.params, reader.prefix, reader.rows, reader.writer)
         memories = own.write(task.references)
         report[name] = {
             condition: summarize(own.nats(task, memories, read), none, text)
@@ -376,7 +384,8 @@ def worth_report(
     Args:
       config: a validated config; its memory layers are the candidates.
       workdir: a workdir with tokenizer and checkpoint.
-      checkpoint: stage folder or `checkpoints/<step>`; default `workdir/<stage>`.
+      checkpoint: stage folder or `checkpoints/<step>`; default `workdir/<stage>`. If it was trained
+        on memories of another checkpoint, that one writes.
       documents: texts to go on from, of which the first `calibration` long ones deal the counts.
       questions: file of paragraphs and questions in SQuAD's format; None: no such task.
       budgets: tokens of a memory, per memory layer and key-value head.
@@ -394,6 +403,9 @@ def worth_report(
     checkpoint = Path(checkpoint or Path(workdir) / config.stage)
     model = make_model(config, PREFIX_TOKENS)
     params, meta = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer.fingerprint)
+    writer = params
+    if meta["writer"] is not None:
+        writer, _, _ = restore_writer(checkpoint, model, tokenizer.fingerprint)
     W = config.memory.reference_length
 
     def encode(text: str) -> list[int]:
@@ -405,12 +417,12 @@ def worth_report(
     texts = (document.text for document in read_documents(str(documents)))
     enough = calibration + skip + most
     long_ones = read_continuation_task(texts, encode, W, W, enough)
-    weights = measure_weights(config, params, long_ones.references[:calibration], PREFIX_TOKENS)
+    weights = measure_weights(config, writer, long_ones.references[:calibration], PREFIX_TOKENS)
     first = calibration + skip
     tasks = [long_ones.part(range(first, len(long_ones)))]
     if questions is not None:
         tasks.insert(0, read_question_task(questions, encode, decode, W, most, seed=skip))
-    reader = Reader(config, params, PREFIX_TOKENS)
+    reader = Reader(config, params, PREFIX_TOKENS, writer=writer)
     chosen = list(settings(config, weights, budgets))
     figures = {task.name: measure_worth(task, reader, chosen) for task in tasks}
     about = {"checkpoint": str(checkpoint), "step": meta["step"], "calibration": calibration}

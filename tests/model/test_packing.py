@@ -66,8 +66,8 @@ def test_the_mask_as_a_table() -> None:
 @pytest.mark.parametrize(
     ("implementation", "with_memory"),
     [
-        *((name, True) for name in ("naive", "blocked", "splash_interpret")),
-        pytest.param("xla", True, marks=pytest.mark.slow),
+        *((name, True) for name in ("blocked", "splash_interpret")),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("naive", "xla")),
         *(
             pytest.param(name, False, marks=pytest.mark.slow)
             for name in ("naive", "blocked", "xla", "splash_interpret")

@@ -54,7 +54,7 @@ def test_ranges_are_a_partition_into_nearly_equal_lengths():
         assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
 
 
-@pytest.mark.parametrize("parts", [2, 5, 300])
+@pytest.mark.parametrize("parts", [2, 5, pytest.param(300, marks=pytest.mark.slow)])
 def test_parts_find_what_the_whole_finds_bit_for_bit(parts, build, texts):
     whole, split = Index.open(build("whole")), Index.open(build("split", parts))
     assert whole.fingerprint != split.fingerprint and split.parts == tuple(range(parts))

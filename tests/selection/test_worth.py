@@ -73,16 +73,20 @@ def test_wrong_memories_are_never_right_ones() -> None:
 
 
 def test_nats_are_those_of_the_plain_logits() -> None:
-    config = tiny_config(memory__reference_length=W, memory__counts="1:3+0,2:1+4")
+    counts = "1:3+0,2:1+4"
+    config = tiny_config(memory__reference_length=W, memory__counts=counts, memory__spacing=W)
     params = jax.jit(make_model(config, PREFIX_TOKENS).init)(jax.random.key(0))
     task = continuation()
     reader = worth.Reader(config, params, PREFIX_TOKENS, rows=5)
     memories = reader.write(task.references)
-    for name, read in worth.readings(task).items():
-        nats = reader.nats(task, memories, read)
-        for i in (0, 7, 23):
-            expected = plain(config, params, task, i, memories, read[i])
-            assert nats[i] == pytest.approx(expected, rel=1e-4), name
+    readings = worth.readings(task)
+    np.testing.assert_array_equal(readings["five, own farthest"][:, -1], task.own)
+    for name in ("own", "five, own farthest"):
+        nats = reader.nats(task, memories, readings[name])
+        expected = plain(config, params, task, 7, memories, readings[name][7])
+        assert nats[7] == pytest.approx(expected, rel=1e-4), name
+    nearest = reader.nats(task, memories, readings["five"])
+    assert np.abs(nearest - nats).min() > 1e-4
     text = reader.nats(task, text=task.own[:, None])
     row = [*PREFIX_TOKENS, *task.references[3].tolist(), *task.context[3], *task.target[3]]
     assert text[3] == pytest.approx(of_row(config, params, row, len(task.target[3]), ()), rel=1e-4)
