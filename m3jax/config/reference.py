@@ -14,7 +14,7 @@ from m3jax.errors import ConfigError
 
 _HEAD = """# Config fields
 
-Every field of a config, made from `m3jax/config/fields.py` by `python -m m3jax.config.reference`.
+Every field of a config, made from `m3jax/config/` by `python -m m3jax.config.reference`.
 Change one on the command line of any script with `--config.SECTION.FIELD=VALUE`; print this table
 there with `--config_help` or `--config_help=SECTION`. In intervals `[` and `]` include the end,
 `(` and `)` do not. Shapes use the letters of `m3jax/__init__.py`.
