@@ -174,6 +174,12 @@ def counts(given: FlagValues) -> None:
     Flag("documents", "Texts to go on from, and to deal the counts by.", required=True),
     Flag("questions", "Paragraphs with questions, in SQuAD's format."),
     cli.counts("budgets", "Tokens of a memory for each memory layer and key-value head.", [16]),
+    cli.words(
+        "rules",
+        "Rows of the table: a budget on memory heads, evenly, evenly by the paper's rule; all"
+        " tokens.",
+        ["heads", "uniform", "paper", "all"],
+    ),
     count("texts", "Texts and questions of a task.", 96),
     Flag("skip", "Long documents to leave out, and the seed of the questions.", int, 0, low=0),
     cli.JSON.with_help("Default WORKDIR/report/worth.json."),
@@ -197,6 +203,7 @@ def worth(given: FlagValues) -> None:
         documents=given.documents,
         questions=given.questions,
         budgets=given.budgets,
+        rules=given.rules,
         most=given.texts,
         skip=given.skip,
     )

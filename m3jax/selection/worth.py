@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from m3jax.checkpoint import restore_params
 from m3jax.config import PREFIX_TOKENS, format_counts, memory_layers
-from m3jax.errors import TextError
+from m3jax.errors import ConfigError, TextError
 from m3jax.knowledge.memory_writer import restore_writer
 from m3jax.make_model import make_model
 from m3jax.memory.sparsify import RECONSTRUCTION, sparsifier
@@ -44,6 +44,7 @@ SHOTS = (
     " First World War begin?\nAnswer: 1914\n\nQuestion: Who wrote the play Hamlet?\nAnswer: William"
     " Shakespeare\n\nQuestion: "
 )
+RULES = ("heads", "uniform", "paper", "all")
 OTHERS = {  # of each condition, how far behind its own reference those read stand in the list
     "five": (0, 3, 8, 13, 18),
     "five, own farthest": (3, 8, 13, 18, 0),
@@ -336,15 +337,17 @@ def measure_worth(
 
 
 def settings(
-    config: ConfigDict, weights: TokenWeights, budgets: Sequence[int]
+    config: ConfigDict,
+    weights: TokenWeights,
+    budgets: Sequence[int],
+    rules: Sequence[str] = RULES,
 ) -> Iterator[tuple[str, ConfigDict]]:
-    """Yields name and config of every setting of the table: for each budget three ways to spend it.
+    """Yields name and config of every setting of the table: each budget, spent by the `rules`.
 
     `heads`: a quarter of it in every head, the rest where it matters (`deal_counts`), with the
     config's `memory.key_scale` and `memory.spacing`, which are 1 and 0 in the others; `uniform`:
-    the same number in every head,
-    by attention received; `paper`: the same, by the paper's rule. At last `all`: all keys and
-    values of every token.
+    the same number in every head, by attention received; `paper`: the same, by the paper's rule. At
+    last, without a budget, `all`: all keys and values of every token.
     """
 
     def changed(name: str, **memory: Any) -> tuple[str, ConfigDict]:
@@ -360,11 +363,16 @@ def settings(
         counts = format_counts(deal_counts(weights, budget, each), layers)
         of_reader = {name: config.memory[name] for name in ("key_scale", "spacing")}
         dealt = {"counts": counts, "each": each, **of_reader}
-        yield changed(f"{budget} heads", **dealt, selection=RECONSTRUCTION)
-        for name, rule in (("uniform", "received"), ("paper", "exact")):
-            yield changed(f"{budget} {name}", kept_tokens=budget, selection=rule)
-    W = config.memory.reference_length
-    yield changed("all", kept_tokens=W, selection="exact")
+        spent = {
+            "heads": dealt | {"selection": RECONSTRUCTION},
+            "uniform": {"kept_tokens": budget, "selection": "received"},
+            "paper": {"kept_tokens": budget, "selection": "exact"},
+        }
+        for name in rules:
+            if name in spent:
+                yield changed(f"{budget} {name}", **spent[name])
+    if "all" in rules:
+        yield changed("all", kept_tokens=config.memory.reference_length, selection="exact")
 
 
 def worth_report(
@@ -375,6 +383,7 @@ def worth_report(
     documents: str | Path,
     questions: str | Path | None = None,
     budgets: Sequence[int] = (16,),
+    rules: Sequence[str] = RULES,
     most: int = 96,
     calibration: int = 24,
     skip: int = 0,
@@ -389,14 +398,18 @@ def worth_report(
       documents: texts to go on from, of which the first `calibration` long ones deal the counts.
       questions: file of paragraphs and questions in SQuAD's format; None: no such task.
       budgets: tokens of a memory, per memory layer and key-value head.
+      rules: of `RULES`, as `settings` explains them.
       most: texts of a task.
       calibration: references for the counts; never texts of the tasks.
       skip: long documents to leave out, for another set of texts.
 
     Raises:
       CheckpointError, TextError: a part is missing, or there are too few texts.
-      ConfigError: a budget is above the tokens of a reference.
+      ConfigError: a budget is above the tokens of a reference, or a rule is unknown.
     """
+    unknown = [rule for rule in rules if rule not in RULES]
+    if unknown:
+        raise ConfigError(f"rule {unknown[0]!r} of spending a budget; known: {', '.join(RULES)}")
     for budget in budgets:
         check_budget(budget, budget // 4, config.memory.reference_length)
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
@@ -423,7 +436,7 @@ def worth_report(
     if questions is not None:
         tasks.insert(0, read_question_task(questions, encode, decode, W, most, seed=skip))
     reader = Reader(config, params, PREFIX_TOKENS, writer=writer)
-    chosen = list(settings(config, weights, budgets))
+    chosen = list(settings(config, weights, budgets, rules))
     figures = {task.name: measure_worth(task, reader, chosen) for task in tasks}
     about = {"checkpoint": str(checkpoint), "step": meta["step"], "calibration": calibration}
     return {**about, "texts": {task.name: len(task) for task in tasks}, "tasks": figures}

@@ -139,6 +139,8 @@ def test_a_budget_that_cannot_be_dealt_is_refused_before_anything_is_opened(tmp_
         select_counts(CONFIG, tmp_path, budget=9, each=1)
     with pytest.raises(ConfigError, match="at most 8, the tokens of a reference"):
         worth_report(CONFIG, tmp_path, documents="none.jsonl", budgets=[4, 9])
+    with pytest.raises(ConfigError, match="rule 'head' .* known: heads, uniform, paper, all"):
+        worth_report(CONFIG, tmp_path, documents="none.jsonl", rules=["head"])
 
 
 @pytest.mark.slow
@@ -158,5 +160,15 @@ def test_the_worth_of_memories_of_a_workdir(workdir: Path, tmp_path: Path) -> No
         assert all(0 < row["nats"] < 20 and row["error"] > 0 for row in rows[name].values())
     table = worth_table(report)
     assert f"{rows['all']['own']['nats']:.3f} (" in table
+    spaced = CONFIG.copy_and_resolve_references()
+    with spaced.unlocked():
+        spaced.memory.spacing = 8
+    report = worth_report(spaced, workdir, workdir / "continual", **options, rules=["heads"])
+    spaced_rows = report["tasks"]["continuation"]
+    assert set(spaced_rows) == {"nothing", "text", "4 heads"}
+    heads = spaced_rows["4 heads"]
+    assert heads["own"] == pytest.approx(rows["4 heads"]["own"], rel=1e-5)
+    ranks = {heads[name]["nats"] for name in ("five", "five, own farthest")}
+    assert len(ranks | {rows["4 heads"]["five"]["nats"]}) == 3
     with pytest.raises(TextError, match="too few for wrong ones"):
         worth_report(CONFIG, workdir, workdir / "continual", **{**options, "most": 10})
