@@ -10,7 +10,9 @@ the paper's 2.4B model, dealt to the heads that copy: `COUNTS`, which
         --workdir=runs/smollm2 --budget=16 --each=4
 
 prints for references of another text (24 articles of Wikipedia here). Options: stage=warmup (the
-model as it is) or continual; counts=heads|uniform (16 tokens in every head).
+model as it is), continual, or questions (the continual stage on questions that name their
+reference, which the rows read among four wrong ones: `--train`); counts=heads|uniform (16 tokens
+in every head).
 
 Hardware and time: 15 minutes on two free CPU cores.
 """
@@ -19,7 +21,7 @@ from ml_collections import ConfigDict
 
 import m3jax.config
 
-OPTIONS = {"stage": ("warmup", "continual"), "counts": ("heads", "uniform")}
+OPTIONS = {"stage": ("warmup", "continual", "questions"), "counts": ("heads", "uniform")}
 EACH = 4  # tokens of a memory in every head
 COUNTS = (
     "0:4+4+4,1:5+5+4,2:5+40+4,3:4+4+4,4:5+4+5,5:4+5+39,6:6+5+4,7:4+5+59,8:92+5+4,9:17+5+5,"
@@ -49,6 +51,14 @@ def get_config(options: str = "") -> ConfigDict:
     config.retrieval.shift = 1
     config.data.update(sequence_length=704, batch_size=8, threads=2)
     config.evaluation.batch_size = 8
-    if config.stage == "continual":
+    if config.stage != "warmup":
         config.memory.source = "precomputed"
+    if config.stage == "questions":
+        config.retrieval.ids, config.data.packing = "stored", "document"
+        config.data.sequence_length = 64  # a question with its answer
+        config.memory.update(per_chunk=5, distractors=4, window=1, dropout=0.1)
+        config.optimizer.update(learning_rate=1e-4, weight_decay=0.0, lr_decay_share=0.2)
+        config.optimizer.lr_warmup_steps = 10
+        config.train.update(steps=40, log_every=5, checkpoint_every=10, evaluate_every=20)
+        config.evaluation.update(batches=1, batch_size=8)
     return m3jax.config.validate(config)

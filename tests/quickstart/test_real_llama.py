@@ -9,9 +9,13 @@ from ml_collections import ConfigDict
 
 from m3jax.config import validate
 from m3jax.errors import HuggingFaceError
+from m3jax.evaluation.question_table import evaluate_questions
+from m3jax.evaluation.questions import Question
 from m3jax.knowledge.versions import versions
 from m3jax.model.hf import write_folder
 from m3jax.quickstart import real_llama
+from m3jax.quickstart.island import read_island
+from m3jax.quickstart.island_training import split_questions
 
 
 def get_config(options: str) -> ConfigDict:
@@ -26,8 +30,15 @@ def get_config(options: str) -> ConfigDict:
     config.retrieval.candidates = 8
     config.writer.batch_references = 32
     config.data.update(sequence_length=512, batch_size=8)
-    if config.stage == "continual":
+    if config.stage != "warmup":
         config.memory.source = "precomputed"
+    if config.stage == "questions":
+        config.retrieval.ids, config.data.packing = "stored", "document"
+        config.data.sequence_length = 192
+        config.memory.update(per_chunk=3, distractors=2, window=1, spacing=64)
+        config.train.update(steps=3, checkpoint_every=1, evaluate_every=2)
+        config.optimizer.update(learning_rate=1e-2, lr_warmup_steps=0)
+        config.evaluation.update(batches=1, batch_size=8)
     return validate(config)
 
 
@@ -74,5 +85,24 @@ def test_every_condition_is_asked_and_a_second_run_asks_nothing(
     monkeypatch.setattr(real_llama, "evaluate_questions", None)
     again = real_llama.run(get_config, workdir, weights=weights, questions=4)
     assert again["conditions"] == summary["conditions"] and versions(workdir) == [0, 1, 2]
+    assert again["training"] == {}
     with pytest.raises(TypeError):  # three questions were not asked before
         real_llama.run(get_config, workdir, weights=weights, questions=3)
+
+    def few(questions: list[Question]) -> list[Question]:
+        return as_questions(questions)[:3]
+
+    as_questions = real_llama._as_questions
+    monkeypatch.setattr(real_llama, "evaluate_questions", evaluate_questions)
+    monkeypatch.setattr(real_llama, "_as_questions", few)
+    report = real_llama.run(get_config, workdir, weights=weights, questions=4, train=True)
+    before, after = report["training"]["before"], report["training"]["after"]
+    assert all(before[name]["nats"]["mean"] != after[name]["nats"]["mean"] for name in before)
+    assert "nats after" in (workdir / "report" / "README.md").read_text()
+
+
+def test_questions_to_train_on_and_those_that_test_share_no_article() -> None:
+    island = read_island()
+    trained, tested = split_questions(island)
+    assert len(trained) + len(tested) == len(island.questions) and min(map(len, (trained, tested)))
+    assert not {q.reference for q in trained} & {q.reference for q in tested}
