@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from m3jax.config import PREFIX_TOKENS, slot_counts, stored_slots
+from m3jax.config import PREFIX_TOKENS, head_groups, slot_counts, stored_slots
 
 
 # -- parameters ------------------------------------------------------------------------------------
@@ -209,11 +209,11 @@ def decode_bytes(config: ConfigDict, rows: int, context: int, memories: int | No
     """
     model, memory = config.model, config.memory
     weights = model.layers * _layer_weights(config) + model.hidden * model.vocabulary
-    # A layer has the slots of its fullest head.
-    padded = int(slot_counts(model, memory).max(1).sum())
-    keys = model.layers * context + padded * _memories(config, memories)
+    counts = slot_counts(model, memory).tolist()
+    padded = sum(len(g.heads) * g.slots for row in counts for g in head_groups(row))
+    keys = model.layers * model.kv_heads * context + padded * _memories(config, memories)
     width = 2 if model.compute_dtype == "bfloat16" else 4
-    return float(width * (weights + rows * keys * 2 * _kv_width(config)))
+    return float(width * (weights + rows * keys * 2 * model.head_dim))
 
 
 def _memories(config: ConfigDict, memories: int | None) -> int:

@@ -1,7 +1,9 @@
 """The config schema: what is refused, with which words, and what survives JSON."""
 
+import itertools
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -301,6 +303,32 @@ def test_heads_that_are_not_there_are_refused(text: str) -> None:
     shape = {"model__layers": 4, "model__kv_heads": 3, "model__query_heads": 6}
     memory = {"memory__first_layer": 1, "memory__layers": 2, "memory__heads": text}
     refused(f"config.memory.heads = {text!r}", "layers 1 … 2", "heads 0 … 2", **shape, **memory)
+
+
+@pytest.mark.parametrize(
+    "counts", [(5, 5, 125), (5, 65, 102), (4, 8, 4), (0, 0), (9,), (3, 40, 2, 1, 38, 7, 9, 12)]
+)
+def test_heads_of_like_counts_share_an_array(counts: tuple[int, ...]) -> None:
+    """Two groups have the least padding of all ways to divide the heads, or save less than 16."""
+    groups = m3config.head_groups(counts)
+    heads = range(len(counts))
+    assert sorted(head for group in groups for head in group.heads) == list(heads)
+
+    def padded(heads: Iterable[int]) -> int:
+        own = [counts[head] for head in heads]
+        return len(own) * max(own, default=0)
+
+    for group in groups:
+        assert group.slots == max(counts[head] for head in group.heads)
+    ways = (
+        padded(few) + padded(set(heads) - set(few))
+        for size in heads
+        for few in itertools.combinations(heads, size)
+    )
+    least, together = min(ways), padded(heads)
+    found = sum(padded(group.heads) for group in groups)
+    assert found == (least if together - least >= 16 else together)
+    assert len(groups) == 1 + (together - least >= 16)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ from m3jax.config.checks import PACKED as PACKED
 from m3jax.config.checks import flatten as flatten
 from m3jax.config.checks import validate as validate
 from m3jax.config.fields import SECTIONS
+from m3jax.config.heads import HeadGroup as HeadGroup
 from m3jax.config.heads import format_counts as format_counts
 from m3jax.config.heads import format_heads as format_heads
+from m3jax.config.heads import head_groups as head_groups
 from m3jax.config.heads import largest_count as largest_count
 from m3jax.config.heads import memory_heads as memory_heads
 from m3jax.config.heads import memory_layers as memory_layers

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from m3jax.errors import ConfigError
+
+_SAVED = 16  # fewest slots of a memory in a layer for whose sake its heads are divided
+
+
+class HeadGroup(NamedTuple):
+    """Key-value heads of a layer that hold their memories in one array, padded to `slots` slots."""
+
+    heads: tuple[int, ...]
+    slots: int
+
+
+def head_groups(counts: Sequence[int]) -> tuple[HeadGroup, ...]:
+    """Divides the heads of a layer that keep `counts` tokens into one or two groups, with the least
+    padding."""
+    order = sorted(range(len(counts)), key=lambda head: counts[head])
+    largest = counts[order[-1]]
+
+    def size(few: int) -> int:
+        return few * counts[order[few - 1]] + (len(order) - few) * largest
+
+    few = min(range(1, len(order) + 1), key=size)
+    if len(order) * largest - size(few) < _SAVED:
+        return (HeadGroup(tuple(range(len(order))), largest),)
+    parts = tuple(sorted(order[:few])), tuple(sorted(order[few:]))
+    return tuple(HeadGroup(part, max(counts[head] for head in part)) for part in parts)
 
 
 def slot_counts(model: ConfigDict, memory: ConfigDict) -> Int[np.ndarray, "L K"]:

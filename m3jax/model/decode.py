@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from m3jax.mesh import ACTIVATIONS, on_devices
+from m3jax.mesh import ACTIVATIONS, BATCH_AXES, on_devices
 from m3jax.model.attention_mask import ExplicitMemory, KeyValues
-from m3jax.model.kv_cache import CacheLayout, State, prompt_cache, query_weights
+from m3jax.model.kv_cache import CacheLayout, State
 from m3jax.model.layer import join
 from m3jax.model.parameters import Params
 from m3jax.model.rope import Rope, rotate, space_out, turned_layers
@@ -79,7 +79,8 @@ class Decoder:
         self.usable, self.dequantize, self.observe = usable, dequantize, observe
         segments = tuple(name for name in model.ranges for _ in range(*model.ranges[name]))
         self.turned = turned_layers(model.config).tolist()
-        self.layout = CacheLayout(segments, len(model.prefix_tokens), model.slots)
+        one = model.mesh is None or model.mesh.size == 1
+        self.layout = CacheLayout(segments, len(model.prefix_tokens), model.slots, one)
         self._name_parts()
 
         def prefill(*inputs: Any, slots: int) -> tuple[State, Written]:
@@ -102,9 +103,8 @@ class Decoder:
         ]
         params = {name: params[name] for name in params if name not in ranges}
         params["layers"] = of_layers
-        cache = part(("batch", "kv_heads"))
-        layers = tuple(KeyValues(cache, cache) for _ in self.layout.segments)
-        state = State(layers, rows, rows, rows, whole, whole, rows, rows)
+        cache: Any = PartitionSpec((*BATCH_AXES, "tensor"))  # rows and heads are one axis
+        state = State(cache, rows, rows, rows, whole, whole, rows, rows)
         read = part((None, "batch", None, None, "kv_heads"))
         prompt_memory = ExplicitMemory(read, read, rows)
         read = part((None, "batch", None, "kv_heads"))
@@ -156,7 +156,11 @@ class Decoder:
         streams, hidden = model.embed(params, tokens_BT, None)
         layer, row = model.layer(streams), jnp.arange(B)
         last_chunk = (prompt_length - 1) // model.memory.chunk_length
-        length = jnp.zeros((B, 0), jnp.int32) if memory is None else memory.length[row, last_chunk]
+        length, kept = jnp.zeros((B, 0), jnp.int32), None
+        if memory is not None:
+            length = memory.length[row, last_chunk]
+            keys, values = (x[:, row, last_chunk] for x in memory[:2])
+            kept = ExplicitMemory(keys, values, length)
         zero = jnp.zeros((), jnp.int32)
         nothing, done = jnp.zeros((B,), jnp.int32), jnp.zeros((B,), bool)
         state = State((), length, rows, prompt_length, zero + T, zero, nothing, done)
@@ -170,12 +174,13 @@ class Decoder:
             assert heads is not None
             attended, prefix = layer.attend_prefix(prefix_heads)
             output, _ = layer.attend_context(heads, prefix, part, layout.head_counts(index))
-            kept = None if part is None else jax.tree.map(lambda x: x[row, last_chunk], part)
-            cache.append(prompt_cache(KeyValues(heads.k, heads.v), prefix, kept, slots))
+            kv = KeyValues(heads.k, heads.v)
+            cache.append(
+                layout.prompt_cache(index, kv, prefix, kept, self._space_out, slots, state)
+            )
             if self.observe and segment == "memory":
-                mask = layout.mask(index, masks, state)
-                weights = query_weights(heads.q[row, prompt_length - 1], cache[-1].keys, mask)
-                readings.append(layout.mass(index, weights, state))
+                query = heads.q[row, prompt_length - 1]
+                readings.append(layout.attend(index, query, cache[-1], masks, state)[1])
             hidden = block.rest(hidden, join((None, output, attended)))
         context = streams.split(hidden)[1]
         assert context is not None
@@ -249,26 +254,20 @@ class Decoder:
         first = layout.prefix + model.memory.reference_length
         position, rope = first + state.prompt_length + state.fed, Rope.of(model.config)
         hidden = model.look_up(params, state.token)[:, None]
-        slots = state.cache[0].keys.shape[2] - layout.context_start(0, state)
-        masks = layout.masks(state, slots, slot)
-        cache: list[KeyValues] = []
+        masks = layout.masks(state, layout.context_slots(state), slot)
+        cache: list[tuple[KeyValues, ...]] = []
         readings: list[Array] = []
         for index, (segment, past) in enumerate(zip(layout.segments, state.cache, strict=True)):
             block = model.merge(params["layers"][index])
             q, k, v = block.qkv(hidden)
             turn = rope.at(self.turned[index])
             q, k = (rotate(x, position[:, None], turn) for x in (q, k))
-            place = layout.context_start(index, state) + slot
-            keys, values = (
-                jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(1, 2), place, 2)
-                for old, new in zip(past, (k, v), strict=True)
-            )
-            weights_BKGS = query_weights(q[:, 0], keys, layout.mask(index, masks, state))
-            attended = jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS.astype(values.dtype), values)
+            new = KeyValues(k.swapaxes(1, 2), v.swapaxes(1, 2))
+            cache.append(layout.append(index, new, past, slot, state))
+            attended, mass = layout.attend(index, q[:, 0], cache[-1], masks, state)
             hidden = block.rest(hidden, attended[:, None])
-            cache.append(KeyValues(keys, values))
             if self.observe and segment == "memory":
-                readings.append(layout.mass(index, weights_BKGS, state))
+                readings.append(mass)
         return state._replace(cache=tuple(cache), fed=state.fed + 1), hidden, readings
 
     def _next_token(
@@ -299,7 +298,8 @@ class Decoder:
         if not self.observe:
             return written
         B, M = state.memory_length.shape
-        K = state.cache[0].keys.shape[1]
+        tensor = 1 if self.model.mesh is None else self.model.mesh.shape["tensor"]
+        K = self.model.config.kv_heads // tensor
         groups = self.model.config.query_heads // self.model.config.kv_heads
         layers = self.model.segments["memory"]
         return written._replace(

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 from ml_collections import ConfigDict
 
-from m3jax.config import slot_counts
+from m3jax.config import HeadGroup, slot_counts
 from m3jax.model.attention_mask import ExplicitMemory
 
 GROUPS = 8  # most groups of layers; each is compiled on its own
@@ -116,15 +116,34 @@ class SlotLayout:
         if self.uniform:
             parts = [(memory.keys[i], memory.values[i]) for i in range(L)]
             return [ExplicitMemory(*part, memory.length) for part in parts]
-        single = (Group(i, i + 1, max(row)) for i, row in enumerate(self.counts))
+        heads = tuple(range(len(self.counts[0])))
+        groups = [HeadGroup(heads, max(row)) for row in self.counts]
         return [
             memory._replace(
-                keys=self._place(memory.keys, g)[0], values=self._place(memory.values, g)[0]
+                keys=self.of_heads(memory.keys, i, g), values=self.of_heads(memory.values, i, g)
             )
             if g.slots
             else None
-            for g in single
+            for i, g in enumerate(groups)
         ]
+
+    def of_heads(self, x: Array, layer: int, group: HeadGroup) -> Array:
+        """Returns the part of keys or values `(L or 1, …, K or 1, P or S, H)` that belongs to a
+        group of heads of memory layer `layer`: `(…, K, P, H)` with the K and P of the group.
+
+        Slots that a head does not have are zeros.
+        """
+        if self.uniform:
+            return x[layer]
+        counts = self.counts_LK.ravel()
+        ends = np.cumsum(counts).reshape(self.counts_LK.shape)[layer]
+        parts = []
+        for head in group.heads:
+            count = self.counts[layer][head]
+            part = x[0, ..., 0, int(ends[head]) - count : int(ends[head]), :]
+            missing = (0, group.slots - count)
+            parts.append(jnp.pad(part, [*[(0, 0)] * (part.ndim - 2), missing, (0, 0)]))
+        return jnp.stack(parts, axis=-3)
 
     def padded(self, x: Array) -> Array:
         """Lays keys or values `(L or 1, …, K or 1, P or S, H)` out as `(L, …, K, P, H)`.

@@ -91,14 +91,14 @@ def expected(config, model, params, prompts, forced, prompt_memory, later):
     return logprobs, weights.transpose(1, 4, 5, 0, 2, 3, 6)[rows, places, places]
 
 
-def generated(config, model, params, prompts, forced, prompt_memory, later, **options):
+def generated(model, params, prompts, forced, prompt_memory, later, lengths=LENGTHS, **options):
     decoder = Decoder(model, greedy, **options)
     total = forced.shape[1]
     state, first = decoder.prefill(
         unstack(model, params),
         prompts,
-        np.array(LENGTHS, np.int32),
-        np.arange(len(LENGTHS), dtype=np.int32),
+        np.array(lengths, np.int32),
+        np.arange(len(lengths), dtype=np.int32),
         prompt_memory,
         forced[:, :1],
         slots=total,
@@ -108,7 +108,7 @@ def generated(config, model, params, prompts, forced, prompt_memory, later, **op
         steps = min(CHUNK - done % CHUNK if done % CHUNK else CHUNK, total - done)
         if done % CHUNK == 0 and prompt_memory is not None:
             recalled = later[done // CHUNK - 1]
-        wanted = np.full((len(LENGTHS), CHUNK), -1, np.int32)
+        wanted = np.full((len(lengths), CHUNK), -1, np.int32)
         wanted[:, :steps] = forced[:, done : done + steps]
         state, more = decoder.generate(
             unstack(model, params), state, recalled, np.int32(steps), wanted
@@ -150,9 +150,7 @@ def test_equals_the_forward_of_training(with_memory, prefix, qk_norm, no_rope_ev
     prompt_memory = memories(config, (B, C, M)) if with_memory else None
     later = [memories(config, (B, M), seed) for seed in (2, 3)] if with_memory else []
     wanted, attention = expected(config, model, params, prompts, forced, prompt_memory, later)
-    written = generated(
-        config, model, params, prompts, forced, prompt_memory, later, observe=with_memory
-    )
+    written = generated(model, params, prompts, forced, prompt_memory, later, observe=with_memory)
     np.testing.assert_array_equal(np.concatenate([x.tokens for x in written], 1), forced)
     found = np.concatenate([x.logprobs for x in written], 1)
     close(found, wanted)
@@ -164,6 +162,35 @@ def test_equals_the_forward_of_training(with_memory, prefix, qk_norm, no_rope_ev
     close(by_token.sum(-1), 1)
     summed = sum(np.asarray(x.reading) for x in written)
     close(summed[..., :M], attention.sum(1), 1e-4)
+
+
+def test_heads_with_few_and_with_many_slots():
+    """The first memory layer is divided into two groups of one head each; a row alone has arrays
+    with neither rows nor heads."""
+    config = tiny(memory__counts="1:18+1,2:2+1", memory__reference_length=20, memory__spacing=3)
+    assert [len(config_lib.head_groups(counts)) for counts in ((18, 1), (2, 1))] == [2, 1]
+    model = make_model(config, (1, 2))
+    params = jax.jit(model.init)(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    B, C = len(LENGTHS), max(LENGTHS) // CHUNK
+    prompts = rng.integers(4, 64, (B, C * CHUNK), dtype=np.int32)
+    forced = rng.integers(4, 64, (B, 6), dtype=np.int32)
+    prompt_memory, later = memories(config, (B, C, M)), [memories(config, (B, M), 2)]
+    wanted, attention = expected(config, model, params, prompts, forced, prompt_memory, later)
+    written = generated(model, params, prompts, forced, prompt_memory, later, observe=True)
+    close(np.concatenate([x.logprobs for x in written], 1), wanted)
+    summed = sum(np.asarray(x.reading) for x in written)
+    close(summed[..., :M], attention.sum(1), 1e-4)
+
+    def first(memory):
+        parts = (x[:, :1] for x in memory[:2])
+        return ExplicitMemory(*parts, memory.length[:1])
+
+    alone = generated(
+        *(model, params, prompts[:1], forced[:1], first(prompt_memory), [first(later[0])]),
+        lengths=LENGTHS[:1],
+    )
+    close(np.concatenate([x.logprobs for x in alone], 1), wanted[:1])
 
 
 @pytest.mark.slow
@@ -178,8 +205,8 @@ def test_a_mesh_generates_the_same():
     free = np.full((B, 7), -1, np.int32)
     prompt_memory, later = memories(config, (B, C, M)), [memories(config, (B, M), 2)]
     arguments = (params, prompts, free, prompt_memory, later)
-    one = generated(config, model, *arguments, observe=True)
-    other = generated(config, on_mesh, *arguments, observe=True)
+    one = generated(model, *arguments, observe=True)
+    other = generated(on_mesh, *arguments, observe=True)
     for a, b in zip(one, other, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         for x, y in zip(a[1:], b[1:], strict=True):
