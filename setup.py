@@ -83,6 +83,8 @@ setup(
         "eval": EVAL,
         "clean": CLEAN,
         "gguf": GGUF,  # weights and tokenizers of GGUF files
+        # A baseline of launch/bench.py; compiled from source.
+        "llama_cpp": [*GGUF, "llama-cpp-python>=0.3.16,<0.4"],
         # Its dependencies exclude versions of constraints.txt: an environment of its own.
         "prepare": [*CLEAN, "apache-beam>=2.70,<3"],
         "test": TEST,

