@@ -79,8 +79,8 @@ class Decoder:
         self.usable, self.dequantize, self.observe = usable, dequantize, observe
         segments = tuple(name for name in model.ranges for _ in range(*model.ranges[name]))
         self.turned = turned_layers(model.config).tolist()
-        one = model.mesh is None or model.mesh.size == 1
-        self.layout = CacheLayout(segments, len(model.prefix_tokens), model.slots, one)
+        one_device = model.mesh is None or model.mesh.size == 1
+        self.layout = CacheLayout(segments, len(model.prefix_tokens), model.slots, one_device)
         self._name_parts()
 
         def prefill(*inputs: Any, slots: int) -> tuple[State, Written]:
@@ -174,17 +174,17 @@ class Decoder:
             assert heads is not None
             attended, prefix = layer.attend_prefix(prefix_heads)
             output, _ = layer.attend_context(heads, prefix, part, layout.head_counts(index))
-            kv = KeyValues(heads.k, heads.v)
+            context = KeyValues(heads.k, heads.v)
             cache.append(
-                layout.prompt_cache(index, kv, prefix, kept, self._space_out, slots, state)
+                layout.prompt_cache(index, context, prefix, kept, self._space_out, slots, state)
             )
             if self.observe and segment == "memory":
                 query = heads.q[row, prompt_length - 1]
                 readings.append(layout.attend(index, query, cache[-1], masks, state)[1])
             hidden = block.rest(hidden, join((None, output, attended)))
-        context = streams.split(hidden)[1]
-        assert context is not None
-        last = jnp.take_along_axis(context, (prompt_length - 1)[:, None, None], axis=1)
+        out = streams.split(hidden)[1]
+        assert out is not None
+        last = jnp.take_along_axis(out, (prompt_length - 1)[:, None, None], axis=1)
         state = state._replace(cache=tuple(cache))
         state, token, logprob = self._next_token(params, state, last, forced[:, 0])
         written = self._nothing_written(state, forced)
