@@ -80,8 +80,7 @@ def main(given: FlagValues) -> None:
     runner = _runner(given)
     require_unedited(workdir)
     questions = question_texts(given.questions) if given.questions else []
-    # First: what is wrong with an encoder or a checkpoint is known at once.
-    embedder = make_embedder(config, workdir)
+    embedder = make_embedder(config)  # first: what is wrong with an encoder is known at once
     prepare_text(
         *(config, workdir, given.documents, given.knowledge, given.limit_documents),
         runner=runner,

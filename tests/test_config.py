@@ -206,18 +206,14 @@ def test_not_among_the_choices(field: str, value: Any, accepted: str) -> None:
             ("writer.document_context_tokens = 255", "memory.reference_length = 128"),
         ),
         (
-            {
-                "retrieval__embedder": "bert",
-                "retrieval__encoder": "e",
-                "retrieval__checkpoint": "c",
-            },
-            ("retrieval.checkpoint = 'c'", "'model' and 'attention' only; it is 'bert'"),
+            {"retrieval__checkpoint": "c"},
+            ("retrieval.checkpoint = 'c'", "retrieval.rerank above 0 only"),
         ),
         (
-            {"retrieval__embedder": "model", "retrieval__rerank": True},
-            ("retrieval.rerank = True", "needs retrieval.embedder = 'attention'; it is 'model'"),
+            {"retrieval__embedder": "attention"},
+            ("retrieval.embedder = 'attention'", "'lexical', 'bert'; ", "retrieval.rerank"),
         ),
-        ({"retrieval__layer": 5}, ("retrieval.layer = 5", "above model.layers = 4")),
+        ({"retrieval__rerank": -1.0}, ("retrieval.rerank = -1.0", "[0, inf)")),
         ({"optimizer__lr_warmup_steps": 1001}, ("optimizer.lr_warmup_steps", "train.steps = 1000")),
         ({"mesh__fsdp": 0}, ("mesh.fsdp = 0", "-1 or at least 1")),
         ({"stage": ""}, ("config.stage", "not empty")),
@@ -228,9 +224,8 @@ def test_combinations_that_cannot_work(values: dict[str, Any], parts: tuple[str,
     refused(*parts, **values)
 
 
-def test_an_encoder_and_a_checkpoint_with_their_embedders() -> None:
-    m3config.validate(changed(retrieval__embedder="model", retrieval__checkpoint="run/warmup"))
-    m3config.validate(changed(retrieval__embedder="attention", retrieval__rerank=True))
+def test_an_encoder_and_a_checkpoint_with_what_reads_them() -> None:
+    m3config.validate(changed(retrieval__rerank=2.0, retrieval__checkpoint="run/warmup"))
     m3config.validate(changed(retrieval__embedder="bert", retrieval__encoder="models/minilm"))
 
 

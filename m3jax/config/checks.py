@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from m3jax.config.fields import FIELDS
 from m3jax.config.heads import slot_counts
-from m3jax.config.renamed import RENAMED
+from m3jax.config.renamed import REMOVED_VALUES, RENAMED
 from m3jax.errors import ConfigError
 
 # Values of memory.source with which references are encoded in the step.
@@ -112,13 +112,8 @@ def _search(c: ConfigDict) -> Unfit:
             "names the encoder's folder with retrieval.embedder = 'bert' and is empty with others;"
             f" {embedder}",
         )
-    if retrieval.checkpoint and retrieval.embedder not in ("model", "attention"):
-        why = f"is read by retrieval.embedder = 'model' and 'attention' only; {embedder}"
-        yield "retrieval.checkpoint", why
-    if retrieval.rerank and retrieval.embedder != "attention":
-        yield "retrieval.rerank", f"needs retrieval.embedder = 'attention'; {embedder}"
-    if retrieval.layer > c.model.layers:
-        yield "retrieval.layer", f"is above model.layers = {c.model.layers}"
+    if retrieval.checkpoint and not retrieval.rerank:
+        yield "retrieval.checkpoint", "is read with retrieval.rerank above 0 only"
 
 
 def _training(c: ConfigDict) -> Unfit:
@@ -227,7 +222,9 @@ def _check_field(path: str, value: Any) -> None:
             f" ({meaning})"
         )
     if isinstance(accepted, tuple) and value not in accepted:
-        raise ConfigError(f"config.{path} = {value!r}; accepted: {', '.join(map(repr, accepted))}")
+        instead = REMOVED_VALUES.get(path, {}).get(value, "")
+        listed = ", ".join(map(repr, accepted)) + (instead and f"; {instead}")
+        raise ConfigError(f"config.{path} = {value!r}; accepted: {listed}")
     if isinstance(accepted, str) and not _inside(value, accepted):
         raise ConfigError(f"config.{path} = {value!r}; accepted: {accepted} ({meaning})")
 

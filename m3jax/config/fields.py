@@ -1,8 +1,8 @@
 """All configuration fields, each declared once: default, meaning with unit, accepted values.
 
 Paths are never part of a config: they are flags of the launch scripts. The exceptions are
-`retrieval.encoder` and `retrieval.checkpoint`, which, like `retrieval.embedder`, choose how texts
-are embedded.
+`retrieval.encoder` and `retrieval.checkpoint`, which, like `retrieval.embedder`, choose how
+references are found.
 """
 
 from __future__ import annotations
@@ -296,29 +296,29 @@ RETRIEVAL: Fields = {
     "shift": (0, "training query of a chunk: 0 its own text, 1 the one before (causal)", (0, 1)),
     "embedder": (
         "lexical",
-        "embedder of queries and references: lexical (words, no model), bert (a pretrained encoder"
-        " of the BERT family), model (hidden states of a checkpoint) or attention (its queries"
-        " search the keys that its memories keep)",
-        ("lexical", "bert", "model", "attention"),
+        "embedder of queries and references: lexical (words, no model) or bert (a pretrained"
+        " encoder of the BERT family)",
+        ("lexical", "bert"),
     ),
     "dimension": (
         512,
-        "width of the lexical embedding, and the largest of model and attention; bert has the"
-        " encoder's own width, and only launch/plan.py reads this field",
+        "width of the lexical embedding; bert has the encoder's own, and only launch/plan.py reads"
+        " this field",
         "[8, inf)",
     ),
     "encoder": ("", "with bert: folder of config.json, model.safetensors and tokenizer.json", None),
     "checkpoint": (
         "",
-        "with model and attention: stage folder or checkpoints/STEP; empty = WORKDIR/warmup",
+        "with rerank: stage folder, or checkpoints/STEP, of the bank's writer; empty ="
+        " WORKDIR/warmup",
         None,
     ),
-    "layer": (
-        0,
-        "with model: layer, counted from 1, whose output is pooled; 0 = the last memory layer",
+    "rerank": (
+        0.0,
+        "weight of the cosine of the writer's attention queries with keys in the bank, added to a"
+        " candidate's score in the index; 0 = scores of the index alone",
         "[0, inf)",
     ),
-    "rerank": (False, "with attention: order candidates by all keys that the bank keeps", None),
     "pooling": (
         "auto",
         "pooling of the encoder's tokens: mean, the first one (cls), or as its folder says (auto)",

@@ -1,4 +1,4 @@
-"""Field names of earlier versions, of which messages name the present ones."""
+"""Field names and values of earlier versions, of which messages name the present ones."""
 
 # Field names from before the first release → present names.
 RENAMED = {
@@ -11,4 +11,10 @@ RENAMED = {
     "optimizer.final_share": "optimizer.min_lr_ratio",
     "writer.context": "writer.document_context (True or False)",
     "writer.context_tokens": "writer.document_context_tokens",
+}
+
+_BY_MODEL = "the model itself ranks what an index finds with retrieval.rerank, a weight such as 2"
+# Values that earlier versions accepted → what serves instead.
+REMOVED_VALUES = {
+    "retrieval.embedder": {"model": _BY_MODEL, "attention": _BY_MODEL},
 }

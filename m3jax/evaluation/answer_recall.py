@@ -91,7 +91,7 @@ def hit_rates(
             hits = [bool(finder.find(text)) for text in references.texts(row[row >= 0])]
             if any(hits):
                 rank[number] = hits.index(True)
-    ranked = f", best of {candidates} by its bank" if config.retrieval.rerank else ""
+    ranked = f", {candidates} candidates ranked" if config.retrieval.rerank else ""
     report: dict[str, Any] = {
         "questions": len(texts),
         "references": len(references),

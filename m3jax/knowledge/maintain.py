@@ -65,7 +65,7 @@ def compact(
             building = building_folder(workdir, parent, what)
             copy_references(references, references.live, building / "references")
             whole = References(building / "references")
-            build_index(whole, make_embedder(config, workdir), building / "index", config)
+            build_index(whole, make_embedder(config), building / "index", config)
             if parent.has_bank:
                 write(whole, building / "bank", open_bank(parent, references))
             summary = f"compacted to {len(whole)} references, with {len(parent.deltas)} deltas"
@@ -151,7 +151,7 @@ def _embedder(
             continue
         own = part == folder
         return embedder if own else embedder.extended(references.texts(range(len(references))))
-    return make_embedder(config, version.workdir)
+    return make_embedder(config)
 
 
 def _delete_older(workdir: Path, kept: Version) -> list[str]:

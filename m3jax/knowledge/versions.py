@@ -31,8 +31,8 @@ from m3jax.errors import TextError, VersionError
 from m3jax.files import checksum, read_sealed, write_sealed
 from m3jax.memory.bank import Bank, join_banks
 from m3jax.memory.binding import Binding, layout_of
-from m3jax.retrieval.checkpoint_embedders import Ranking
 from m3jax.retrieval.index import DeltaIndex, Index
+from m3jax.retrieval.ranking import Ranking
 from m3jax.retrieval.retriever import Retriever
 from m3jax.retrieval.search import SearchIndex
 from m3jax.text.references import DeltaReferences, References
@@ -286,14 +286,17 @@ def open_retriever(
 
     `candidates` defaults to `config.retrieval.candidates`. With `config.retrieval.rerank`, the
     memories in `bank` (default: the version's bank) rerank the candidates. Raises `RetrievalError`
-    if the index cannot be opened or does not fit references or bank, and `BankError` if the
-    version's bank cannot be opened.
+    if the index cannot be opened or does not fit the references, or the checkpoint that ranks is
+    not the bank's writer, and `BankError` if the version's bank cannot be opened.
     """
-    index, rank = open_index(version, references), None
-    if config.retrieval.rerank:
-        rank = Ranking(index.embedder, bank or open_bank(version, references))
-    fetched = candidates or config.retrieval.candidates
-    return Retriever(index, references, fetched, overlap_limit, rank)
+    settings, rank = config.retrieval, None
+    index = open_index(version, references)
+    if settings.rerank:
+        writer = settings.checkpoint or version.workdir / "warmup"
+        read = bank or open_bank(version, references)
+        rank = Ranking(writer, read, references, settings.encoder_batch)
+    fetched = candidates or settings.candidates
+    return Retriever(index, references, fetched, overlap_limit, rank, settings.rerank)
 
 
 def check_bank(

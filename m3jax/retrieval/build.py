@@ -45,7 +45,7 @@ def build_index(
     """Embeds all references and writes a searchable index; replaces any other index in `folder`.
 
     Resumes a killed build with the embeddings that it finished. If `folder` holds the same index
-    already, only the saved spec of the embedder is updated (such as the path of its checkpoint).
+    already, only the saved spec of the embedder is updated (such as the path of its encoder).
     Equal arguments give equal bytes. An unfitted embedder is fitted to the references first. Only
     the section `retrieval` of the config is read.
 

@@ -92,24 +92,21 @@ def reading(folder: str | Path) -> Iterator[None]:
         ) from error
 
 
-def reload(
-    folder: str | Path, what: str, source: Path, fingerprint: str, make: Callable[[], _E]
-) -> _E:
+def reload(folder: str | Path, encoder: Path, fingerprint: str, make: Callable[[], _E]) -> _E:
     """Returns the embedder that `make` restores, if it has the saved fingerprint.
 
-    `source` is the folder of its encoder or checkpoint; `what` is the word "encoder" or
-    "checkpoint". Raises `RetrievalError` if `source` is missing or its content has changed.
+    Raises `RetrievalError` if the folder `encoder` is missing or its content has changed.
     """
     remedy = (
-        f"put the {what} back there, or run launch/prepare.py with config.retrieval.{what} = its"
-        f" folder now; the same {what} at another place costs no new embeddings"
+        "put the encoder back there, or run launch/prepare.py with config.retrieval.encoder = its"
+        " folder now; the same encoder at another place costs no new embeddings"
     )
-    if not source.is_dir():
-        raise RetrievalError(f"{folder} needs the {what} {source}, which is missing; {remedy}")
+    if not encoder.is_dir():
+        raise RetrievalError(f"{folder} needs the encoder {encoder}, which is missing; {remedy}")
     embedder = make()
     if embedder.fingerprint != fingerprint:
         raise RetrievalError(
-            f"{folder} was written with another {what} than {source} holds now (fingerprint"
+            f"{folder} was written with another encoder than {encoder} holds now (fingerprint"
             f" {fingerprint}; now {embedder.fingerprint}); {remedy}"
         )
     return embedder

@@ -94,8 +94,8 @@ class Index(SearchIndex):
 
         Raises:
           RetrievalError: the index is unfinished or of another format; a file is missing or
-            damaged; it does not have these parts; it is of other references; its checkpoint or
-            encoder is missing or has changed; or it keeps no embeddings and ScaNN is missing.
+            damaged; it does not have these parts; it is of other references; its encoder is
+            missing or has changed; or it keeps no embeddings and ScaNN is missing.
           HuggingFaceError: the folder of its encoder cannot be read.
         """
         folder = Path(folder)

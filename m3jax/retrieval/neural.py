@@ -99,4 +99,4 @@ class NeuralEmbedder(Embedder):
         with reading(folder):
             path, fingerprint = Path(spec["folder"]), spec["fingerprint"]
             arguments = spec["pooling"], spec["rows"], spec["dtype"]
-        return reload(folder, "encoder", path, fingerprint, lambda: cls(path, *arguments))
+        return reload(folder, path, fingerprint, lambda: cls(path, *arguments))

@@ -33,6 +33,7 @@ class Retriever:
         candidates: int,
         overlap_limit: float,
         rank: Rank | None = None,
+        weight: float = 1.0,
     ) -> None:
         """Makes a retriever; raises `RetrievalError` if the index is of other references.
 
@@ -41,7 +42,8 @@ class Retriever:
           candidates: number of references that are fetched from the index per query.
           overlap_limit: candidates whose overlap with the text, or the text's with them, is above
             this fraction (0 to 1) are dropped.
-          rank: reorders candidates by its scores; None = order of the index.
+          rank: its scores, times `weight`, are added to the candidates' scores in the index, and
+            reorder them; None = order of the index.
         """
         if index.references_fingerprint != references.fingerprint:
             raise RetrievalError(
@@ -49,7 +51,8 @@ class Retriever:
                 " references) and rebuild it with launch/prepare.py"
             )
         self.index, self.references = index, references
-        self.candidates, self.overlap_limit, self.rank = candidates, overlap_limit, rank
+        self.candidates, self.overlap_limit = candidates, overlap_limit
+        self.rank, self.weight = rank, weight
         self.counts = dict.fromkeys(("searched", "returned", "dropped", "unfilled"), 0)
         self._lock = threading.Lock()
 
@@ -75,7 +78,8 @@ class Retriever:
         candidates, scores = self.index.search(embeddings[searched], max(self.candidates, k))
         candidates = np.where(scores > 0, candidates, -1)
         if self.rank is not None:
-            scores = self.rank([queries[query] for query in searched.tolist()], candidates)
+            texts = [queries[query] for query in searched.tolist()]
+            scores = scores + self.weight * self.rank(texts, candidates)
             order = np.lexsort(
                 (np.where(candidates < 0, self.index.size, candidates), -scores), axis=1
             )

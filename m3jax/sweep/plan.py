@@ -26,8 +26,8 @@ _SEGMENTS = ("memory.first_layer", "memory.layers")
 # Fields that determine the prepared data, which all entries share.
 _OF_DATA = (
     *("text.", "clean.", "memory.reference_length", "retrieval.embedder", "retrieval.dimension"),
-    *("retrieval.encoder", "retrieval.checkpoint", "retrieval.layer", "retrieval.pooling"),
-    *("retrieval.exact_below", "retrieval.index_parts", "retrieval.recall"),
+    *("retrieval.encoder", "retrieval.pooling", "retrieval.exact_below", "retrieval.index_parts"),
+    "retrieval.recall",
 )
 
 # Fields that the memories of a bank depend on, besides writer and references.

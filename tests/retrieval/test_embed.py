@@ -141,6 +141,9 @@ def test_unfitted_and_wrong_settings_are_refused(config):
     config.retrieval.embedder = "psychic"
     with pytest.raises(RetrievalError, match="'psychic' is unknown; this version has lexical"):
         make_embedder(config)
+    config.retrieval.embedder = "attention"
+    with pytest.raises(RetrievalError, match="'attention' is unknown.*lexical, bert.*rerank"):
+        make_embedder(config)
 
 
 def test_damaged_folder_is_refused(embedder, tmp_path):
