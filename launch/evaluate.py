@@ -13,7 +13,8 @@ from typing import Any
 from absl.flags import FlagValues
 
 from m3jax import cli
-from m3jax.cli import Flag, count, counts, share, words
+from m3jax.cli import Flag, count, counts, share, switch, words
+from m3jax.errors import TextError
 
 COMMANDS = cli.Commands()
 _LOSSES = (*cli.RUN, cli.STAGE_CHECKPOINT, cli.BANK, cli.BANK_VERSION, cli.JSON, cli.CACHE)
@@ -70,7 +71,9 @@ def losses(given: FlagValues) -> None:
         [],
     ),
     Flag("shots", "File of solved examples to put in front of every question."),
+    switch("answerable", "Leave out questions none of whose answers stands in a reference."),
     count("sample", "Most questions, drawn at random; default all."),
+    switch("cold", "Write memories when they are first read; needs no bank."),
     *_QUESTIONS,
 )
 def questions(given: FlagValues) -> None:
@@ -92,17 +95,25 @@ def questions(given: FlagValues) -> None:
     """
     import numpy as np
 
+    from m3jax.evaluation.answer_recall import answerable_questions
     from m3jax.evaluation.question_table import evaluate_questions, questions_table
     from m3jax.evaluation.questions import read_questions
     from m3jax.inference.session import Session
 
+    session = Session(given.config, given.workdir, **_source(given))
     every = read_questions(given.questions)
+    if given.answerable:
+        answered = answerable_questions(session.references, [question.right for question in every])
+        print(f"{answered.sum()} of {len(every)} questions have an answer in a reference")
+        every = [question for question, kept in zip(every, answered, strict=True) if kept]
+        if not every:
+            raise TextError(f"--answerable leaves no question of {given.questions}")
     shots = read_questions(given.shots) if given.shots else []
     drawn = np.random.default_rng(given.seed).permutation(len(every))[: given.sample]
     sample = [every[number] for number in np.sort(drawn)]
-    session = Session(given.config, given.workdir, **_source(given))
     options = cli.values_of(given, _QUESTIONS)
     options["batch_size"] = options.pop("batch")
+    options["cold"] = given.cold
     report = evaluate_questions(session, sample, given.conditions, shots=shots, **options)
     cli.show(questions_table(report), report, given.json)
 

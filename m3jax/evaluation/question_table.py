@@ -35,6 +35,7 @@ from m3jax.evaluation.squad_metrics import exact_match, f1
 from m3jax.inference.generate import Generator
 from m3jax.inference.memory_retrieval import MemoryRetriever
 from m3jax.inference.session import Session
+from m3jax.memory.reader import MemoryReader
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.tokenizer import END
 from m3jax.train.metrics import retrieval_shares
@@ -79,6 +80,7 @@ def evaluate_questions(
     new_tokens: int = 32,
     batch_size: int = 16,
     seed: int = 0,
+    cold: bool = False,
 ) -> dict[str, Any]:
     """Scores and generates the answers to questions under every condition.
 
@@ -93,6 +95,7 @@ def evaluate_questions(
       new_tokens: most tokens of a generated answer; 0 generates none.
       batch_size: rows that the device works on together.
       seed: of the draws of other references, and of the bootstrap.
+      cold: whether memories are written when they are first read, so that no bank is needed.
 
     Returns:
       `questions`, `groups` (passages, or questions without one), `k`, `shots`, `overlap`; with a
@@ -112,7 +115,7 @@ def evaluate_questions(
     chosen = _chosen(session, questions, conditions)
     k = k or session.config.memory.per_prompt_chunk
     read = _References(session, questions, k, overlap, seed)
-    reader = _Reader(session, solved(shots), new_tokens, batch_size)
+    reader = _Reader(session, solved(shots), new_tokens, batch_size, cold)
     groups = [str(n) if q.passage is None else q.passage[0].id for n, q in enumerate(questions)]
     values: dict[str, dict[str, np.ndarray]] = {}
     cuts: dict[str, dict[str, Any]] = {}
@@ -263,7 +266,10 @@ class _References:
 class _Reader:
     """Scores and generates answers with texts or memories in front."""
 
-    def __init__(self, session: Session, shots: str, new_tokens: int, batch_size: int) -> None:
+    def __init__(
+        self, session: Session, shots: str, new_tokens: int, batch_size: int, cold: bool
+    ) -> None:
+        self.cold = cold
         self.session, self.solved, self.new = session, shots, new_tokens
         self.longest = session.config.data.sequence_length
         self.scorer = Scorer(
@@ -297,7 +303,7 @@ class _Reader:
             pair, shortened = fit(prompt, answer, room)
             pairs.append(pair)
             cut += shortened
-        bank = None if memories is None else session.bank
+        bank = None if memories is None else self.memories
         read = None if memories is None else [*memories[:, None]]
         scores = self.scorer.score(pairs, read, bank, progress=True)
         measures = {
@@ -322,12 +328,17 @@ class _Reader:
         texts = continue_prompts(generator, prompts, self.new, rows, options)
         return [text.partition("\n")[0] for text in texts]
 
+    @property
+    def memories(self) -> MemoryReader:
+        """Memories of the references."""
+        return self.session.cold_memories if self.cold else self.session.bank
+
     def _generator(self, memories: int) -> Generator:
         """Returns the generator for a number of memories of a row; each is compiled once."""
         if memories not in self._generators:
             session, retriever = self.session, None
             if memories:
-                retriever = MemoryRetriever(None, session.bank, session.tokenizer, memories)
+                retriever = MemoryRetriever(None, self.memories, session.tokenizer, memories)
             self._generators[memories] = Generator(
                 *(session.model, session.params, session.tokenizer, retriever),
                 stop=self._stop,

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from m3jax.errors import InferenceError
 from m3jax.evaluation.questions import Question
-from m3jax.memory.bank import Bank
+from m3jax.memory.reader import MemoryReader
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
@@ -167,7 +167,7 @@ class Scorer:
         self,
         pairs: Sequence[Pair],
         ids: Sequence[Int[np.ndarray, "_ M"]] | None = None,
-        bank: Bank | None = None,
+        bank: MemoryReader | None = None,
         *,
         progress: bool = False,
     ) -> Scores:
@@ -200,7 +200,9 @@ class Scorer:
             greedy[part] = np.all(first | ~rows.real, axis=1)
         return Scores(logprob, greedy)
 
-    def _memory(self, ids: Sequence[np.ndarray], bank: Bank | None, rows: Rows) -> ExplicitMemory:
+    def _memory(
+        self, ids: Sequence[np.ndarray], bank: MemoryReader | None, rows: Rows
+    ) -> ExplicitMemory:
         assert bank is not None
         chunks = np.arange(rows.tokens.shape[1] // self.model.memory.chunk_length)
         stacked = np.stack([row[np.minimum(chunks, len(row) - 1)] for row in ids])
@@ -252,7 +254,7 @@ class Answerer(Scorer):
         self,
         questions: Sequence[Question],
         ids: Sequence[Int[np.ndarray, "_ M"]] | Int[np.ndarray, "n 1 M"] | None = None,
-        bank: Bank | None = None,
+        bank: MemoryReader | None = None,
     ) -> Bool[np.ndarray, " n"]:
         """Returns for each question whether every token of the answer is the model's first choice.
 
@@ -264,7 +266,7 @@ class Answerer(Scorer):
         return self.score(self.pairs(questions), None if ids is None else [*ids], bank).greedy
 
     def first_choices(
-        self, questions: Sequence[Question], ids: Int[np.ndarray, "n 1 M"], bank: Bank
+        self, questions: Sequence[Question], ids: Int[np.ndarray, "n 1 M"], bank: MemoryReader
     ) -> tuple[list[str], np.ndarray]:
         """Returns the likeliest token after each prompt and its attention on memories.
 

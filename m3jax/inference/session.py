@@ -154,7 +154,7 @@ class Session:
             )
             memories = self._write_cold(references)
             return LongContextRetriever(references, memories, self.tokenizer, count)
-        source = self._cold_memories if mode == "cold" else self.bank
+        source = self.cold_memories if mode == "cold" else self.bank
         return MemoryRetriever(self.retriever, source, self.tokenizer, count)
 
     def require_memories(self, mode: str) -> None:
@@ -166,7 +166,8 @@ class Session:
             )
 
     @cached_property
-    def _cold_memories(self) -> ColdMemories:
+    def cold_memories(self) -> ColdMemories:
+        """Memories that the checkpoint's writer writes when they are first read."""
         return self._write_cold(self.references)
 
     def _write_cold(self, references: ReferenceTokens) -> ColdMemories:

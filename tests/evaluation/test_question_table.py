@@ -173,6 +173,22 @@ def test_figures_are_those_of_plain_loops(session, questions, measured, name):
     assert of["f1"]["mean"] == pytest.approx(np.mean(shares))
 
 
+@pytest.mark.slow
+def test_memories_written_when_read_are_those_of_the_bank(
+    session, questions, measured, monkeypatch
+):
+    writer = session.params, session.checkpoint, 3
+    monkeypatch.setattr(session_module, "restore_writer", lambda *_: writer)
+    cold = evaluate_questions(
+        *(session, questions, ["memory_found"]),
+        **{"shots": SHOTS, "new_tokens": 4, "batch_size": 4, "cold": True},
+    )
+    assert session.cold_memories.written > 1
+    of, bank = (r["conditions"]["memory_found"] for r in (cold, measured[0]))
+    for measure in ("nats", "f1", "first"):
+        assert of[measure]["mean"] == pytest.approx(bank[measure]["mean"], rel=2e-3)
+
+
 def test_the_question_filters_what_it_finds(session, questions):
     """In both directions: its words may all be in a longer reference."""
     told = session.references.texts(session.references.live)

@@ -111,6 +111,12 @@ def test_a_run_from_text_to_a_table(tmp_path):
     assert (report["step"], report["questions"], report["shots"]) == (6, 1, 1)
     for condition in ("none", "text_found", "memory_found", "wrong"):
         assert f"({report['conditions'][condition]['nats']['low']:.3f} to" in shown
+    known = json.loads(Path(knowledge).read_text().splitlines()[0])["text"].split()[0]
+    both = [{"prompt": "pet of Nobody", "answer": answer} for answer in (f" {known}", " unicorn")]
+    questions.write_text("\n".join(map(json.dumps, both)))
+    cold = "--answerable", "--cold", "--bank=nowhere", "--conditions=memory_found"
+    shown = succeed("evaluate questions", continual, *at, *asked, *cold)
+    assert "1 of 2 questions have an answer in a reference" in shown and ": 1 questions," in shown
     questions.write_text(json.dumps({"prompt": "pet of Nobody", "answer": ""}) + "\n")
     refused = call("evaluate questions", continual, *at, *asked)
     assert refused.returncode == 2 and "questions.jsonl:1: " in refused.stderr
