@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from m3jax.text.tokenizer import Tokenizer
 SHORTEST = 4  # most tokens (UTF-8 bytes) of one character, so any character fits
 
 _SPACE = re.compile(r"[^\S\x1c-\x1f]")  # white space in the tokenizer's pattern
+_SPACES = re.compile(r"\s+")
 _PARAGRAPHS = re.compile(r"\n")
 # After a full stop and closing quotes before white space, or after a CJK full stop.
 _SENTENCES = re.compile(r"""[.!?…]["'”’»)\]]*(?=\s)|[。!?][”’」』)]*""")
@@ -45,15 +46,17 @@ def cut_references(document: Document, tokenizer: Tokenizer, length: int) -> lis
         raise TextError(f"{what}; use ≥ {SHORTEST}")
     text = document.text
     ids, offsets = tokenizer.encode_with_offsets(text)
-    token_starts, token_ends = offsets.T.copy()
-    breaks = _breaks(text, token_starts, token_ends, length)
+    # int64 as the numbers looked up in them, or each look-up would convert them all.
+    token_starts, token_ends = offsets.T.astype(np.int64)
+    skip_space = _space_skipper(text)
+    breaks = _breaks(text, token_starts, token_ends, length, skip_space)
 
     def reach(start: int, most: int) -> int:
         """Returns the end of a piece from `start` that has at most `most` document tokens."""
         after = np.searchsorted(token_ends, start, "right") + max(most, 0)
         limit = int(token_starts[after]) if after < len(token_starts) else len(text)
         # White space after the limit is trimmed, so a break behind it can be used, too.
-        place = bisect.bisect_right(breaks, _skip_space(text, limit))
+        place = bisect.bisect_right(breaks, skip_space(limit))
         if place and breaks[place - 1] > start:
             return breaks[place - 1]
         space = next((i for i in range(limit, start, -1) if text[i].isspace()), limit)
@@ -74,7 +77,7 @@ def cut_references(document: Document, tokenizer: Tokenizer, length: int) -> lis
         return np.concatenate([tokenizer.encode(text[start : head.start()]), ids[first:last]])
 
     pieces: list[Piece] = []
-    start, most = _skip_space(text, 0), length
+    start, most = skip_space(0), length
     while start < len(text):
         limit = reach(start, most)
         end = start + len(text[start:limit].rstrip())
@@ -83,17 +86,24 @@ def cut_references(document: Document, tokenizer: Tokenizer, length: int) -> lis
             most -= len(tokens) - length
         else:
             pieces.append(Piece(start, end, text[start:end], tokens))
-            start, most = _skip_space(text, limit), length
+            start, most = skip_space(limit), length
     return pieces
 
 
-def _breaks(text: str, token_starts: np.ndarray, token_ends: np.ndarray, length: int) -> list[int]:
+def _breaks(
+    text: str,
+    token_starts: np.ndarray,
+    token_ends: np.ndarray,
+    length: int,
+    skip_space: Callable[[int], int],
+) -> list[int]:
     """Returns preferred ends of pieces: of paragraphs, and of sentences in long paragraphs."""
     ends: list[int] = []
     for start, end in _units(_PARAGRAPHS, text, 0, len(text)):
         content = text[start:end].strip()
-        first = np.searchsorted(token_ends, _skip_space(text, start), "right")
-        last = np.searchsorted(token_starts, _skip_space(text, start) + len(content), "left")
+        visible = skip_space(start)
+        first = np.searchsorted(token_ends, visible, "right")
+        last = np.searchsorted(token_starts, visible + len(content), "left")
         if last - first > length:
             ends += [unit_end for _, unit_end in _units(_SENTENCES, text, start, end)]
         else:
@@ -110,7 +120,13 @@ def _units(pattern: re.Pattern[str], text: str, start: int, end: int) -> Iterato
         yield start, end
 
 
-def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position].isspace():
-        position += 1
-    return position
+def _space_skipper(text: str) -> Callable[[int], int]:
+    """Returns the function of a position that finds the first character there or behind it that is
+    not white space; the text's length if there is none."""
+    starts, ends = np.array([m.span() for m in _SPACES.finditer(text)], int).reshape(-1, 2).T.copy()
+
+    def skip(position: int) -> int:
+        run = int(np.searchsorted(starts, position, "right")) - 1
+        return max(position, int(ends[run])) if run >= 0 else position
+
+    return skip

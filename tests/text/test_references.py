@@ -1,11 +1,13 @@
 """References: where documents are cut, and the knowledge base made of them."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from m3jax.errors import TextError
+from m3jax.text import reference_splitter
 from m3jax.text.documents import Document
 from m3jax.text.reference_splitter import cut_references
 from m3jax.text.references import References, write_references
@@ -87,6 +89,29 @@ def test_long_words_are_cut_anywhere_but_within_a_character(tokenizer):
     assert pieces == ["😀"] * 20
     with pytest.raises(TextError, match="3 tokens cannot hold"):
         cut_references(Document("d", "x"), tokenizer, 3)
+
+
+@pytest.mark.parametrize("part", ["\n", "ab ", "ab\n", "ab", "a. "])
+def test_the_work_grows_as_the_text(tokenizer, part):
+    """Counted in lines of Python, so that the machine does not matter."""
+
+    def lines(times: int) -> int:
+        count, text = 0, "x" + part * times + "y"
+
+        def trace(frame, event, _):
+            nonlocal count
+            count += event == "line"
+            return trace if frame.f_code.co_filename == reference_splitter.__file__ else None
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            cut_references(Document("d", text), tokenizer, 8)
+        finally:
+            sys.settrace(before)
+        return count
+
+    assert 0 < lines(1600) < 6 * lines(400)
 
 
 @pytest.mark.parametrize("length", [4, 7, 30])
