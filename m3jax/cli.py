@@ -29,6 +29,7 @@ from m3jax.config.reference import describe
 from m3jax.config.renamed import RENAMED
 from m3jax.errors import CommandError, ConfigError, UserError
 from m3jax.hardware import quiet_libtpu
+from m3jax.random_key import LARGEST_SEED
 
 USER_ERROR = 2  # exit code
 # Earlier flags (or values) and commands → their present names.
@@ -188,7 +189,7 @@ BANK_VERSION = Flag(
 JSON = Flag("json", "File to write the figures to.")
 PICTURE = Flag("picture", "File (PNG) to write the picture to.")
 BATCH = count("batch", "Rows that the device works on together.", 16)
-SEED = Flag("seed", "Seed of the draws.", int, 0)
+SEED = Flag("seed", "Seed of the draws.", int, 0, low=0, high=LARGEST_SEED)
 WINDOW = count("window", "Last tokens of a long text that stay text; default half of the context.")
 CUT = count("cut", "Most tokens of a memory of older text; default memory.reference_length.")
 RAG_REFERENCES = count("references", "References in the prompt, with RAG.", 5)

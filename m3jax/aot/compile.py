@@ -117,7 +117,7 @@ def compile_decode(config: ConfigDict, mesh: Mesh, context: int) -> CompiledProg
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     params = jax.eval_shape(lambda p: unstack(model, p), model.abstract()[0])
-    prompt = (numbers(B, context), numbers(B), numbers(B), _memories(config, B, context // Q, M))
+    prompt = (numbers(B, context), numbers(B), numbers(B, 2), _memories(config, B, context // Q, M))
     state, _ = jax.eval_shape(
         lambda *inputs: decoder.prefill(*inputs, slots=Q), params, *prompt, numbers(B, 1)
     )

@@ -12,7 +12,11 @@ from m3jax.config.training_fields import DTYPES, EVALUATION, GUARD, MESH, OPTIMI
 RUN: Fields = {
     "name": ("m3jax", "name of the run, used in logs and plots", None),
     "stage": ("warmup", "training stage; also the name of its folder in the workdir", None),
-    "seed": (0, "seed of parameters, data order, memory dropout and distractors", "[0, inf)"),
+    "seed": (
+        0,
+        "seed of parameters, data order, memory dropout and distractors",
+        "[0, 18446744073709551616)",
+    ),
 }
 MODEL: Fields = {
     "layers": (4, "transformer blocks L", "[1, inf)"),

@@ -162,7 +162,10 @@ def _generated(
         print(shown[0], end="", flush=True)
     for low in range(0, len(prompts), request.batch):
         part = prompts[low : low + request.batch]
-        generations = generate(part, request.new_tokens, groups=request.groups, **streams)
+        # A text of its own number, whatever the batch: `long_context` counts texts itself.
+        rows = {} if request.mode == "long_context" else {"row_ids": range(low, low + len(part))}
+        options = {"groups": request.groups, **streams, **rows}
+        generations = generate(part, request.new_tokens, **options)
         for number, generation in enumerate(generations, low):
             print("" if streams else shown[number] + generation.text)
             read: list[AttributedReference] = []

@@ -83,6 +83,7 @@ class _Call:
     new: int
     piece: int
     row_ids: Sequence[int]
+    before: int
     listener: Listener | None
     forced: Sequence[np.ndarray] | None
     references: Sequence[Sequence[np.ndarray]] | None
@@ -150,6 +151,7 @@ class Generator:
         references: Sequence[Sequence[np.ndarray]] | None = None,
         against: Sequence[np.ndarray] | None = None,
         row_ids: Sequence[int] | None = None,
+        before: int = 0,
     ) -> list[Generation]:
         """Continues prompts.
 
@@ -168,6 +170,8 @@ class Generator:
             `MemoryRetriever.find`.
           row_ids: folded into the sampling key, so that a prompt's samples do not depend on its
             batch; default 0, 1, …
+          before: number of tokens of these texts that earlier calls generated, which are folded in
+            as well.
 
         Returns:
           One generation per prompt.
@@ -181,6 +185,7 @@ class Generator:
             new=new,
             piece=piece or self.chunk,
             row_ids=range(len(prompts)) if row_ids is None else row_ids,
+            before=before,
             listener=listener,
             forced=forced,
             references=references,
@@ -287,7 +292,7 @@ class _RowGroup:
             generator.params,
             tokens,
             lengths,
-            np.array([self.call.row_ids[i] for i in self.numbers], np.int32),
+            np.array([(self.call.row_ids[i], self.call.before) for i in self.numbers], np.int32),
             memory,
             self._forced(0, 1),
             slots=-(-self.call.new // chunk) * chunk,

@@ -222,7 +222,7 @@ class LongContextGenerator:
         encoded = self.generator.tokenizer.encode_batch(list(prompts))
         texts = [_Text(self._texts + i, tokens) for i, tokens in enumerate(encoded)]
         self._texts += len(texts)
-        done = rounds = 0
+        done = 0
         while done < new and (running := [i for i, text in enumerate(texts) if not text.stopped]):
             parts = [texts[i] for i in running]
             for text in parts:
@@ -238,13 +238,14 @@ class LongContextGenerator:
                 groups=groups,
                 piece=piece,
                 listener=None if listener is None else _renumbered(listener, running),
-                row_ids=[rounds * len(texts) + i for i in running],
+                row_ids=[text.number for text in parts],
+                before=done,
             )
             for text, part in zip(parts, generations, strict=True):
                 text.parts.append(_moved(part, text.first))
                 text.tokens = np.concatenate([text.tokens, part.tokens])
                 text.stopped = part.stopped
-            done, rounds = done + step, rounds + 1
+            done += step
         if self.references is not None:
             self.references.close([text.number for text in texts])
         return [self._joined(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]

@@ -6,26 +6,28 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from m3jax.errors import InferenceError
+from m3jax.random_key import LARGEST_SEED, random_key
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """Samples tokens from logits; greedy by default.
 
-    A row's samples depend on the seed, its row id and its logits, not on the other rows of the
-    batch.
+    A row's samples depend on the seed, its row id, the number of tokens generated before, and its
+    logits, not on the other rows of the batch.
 
     Attributes:
-      temperature: divides the logits; 0 takes the likeliest token.
+      temperature: divides the logits; 0, or less than float32 can hold, takes the likeliest token.
       top_k: sample from this many of the likeliest tokens only; 0 = all.
       top_p: sample from the fewest of the likeliest tokens whose probabilities sum up to this.
-      seed: of the sampling.
+      seed: of the sampling, from 0 to 2^64 − 1.
 
     Raises:
-      InferenceError: temperature or top_k below 0, or top_p outside (0, 1].
+      InferenceError: temperature or top_k below 0, top_p outside (0, 1], or an unusable seed.
     """
 
     temperature: float = 0.0
@@ -38,24 +40,27 @@ class Sampling:
             ("temperature", self.temperature >= 0, "at least 0 (0 is greedy)"),
             ("top_k", self.top_k >= 0, "at least 0 (0 is all tokens)"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("seed", 0 <= self.seed <= LARGEST_SEED, f"from 0 to {LARGEST_SEED}"),
         ):
             if not good:
                 raise InferenceError(f"{name} = {getattr(self, name)}; it must be {accepted}")
 
     def __call__(
-        self, logits_BV: Float[Array, "B V"], rows_B: Int[Array, " B"], number: Int[Array, ""]
+        self, logits_BV: Float[Array, "B V"], rows_B2: Int[Array, "B 2"], number: Int[Array, ""]
     ) -> Int[Array, " B"]:
-        """Samples the token with index `number` of each row; `rows_B` are the row ids."""
-        if self.temperature == 0:
+        """Samples the token with index `number` of each row; `rows_B2` as `State.rows`."""
+        if self.temperature < np.finfo(np.float32).tiny:
             return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        logits_BV = logits_BV / self.temperature
+        # The largest is 0 afterwards, whatever the temperature.
+        logits_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / self.temperature
         if self.top_k and self.top_k < logits_BV.shape[-1]:
             least = jax.lax.top_k(logits_BV, self.top_k)[0][:, -1:]
             logits_BV = jnp.where(logits_BV < least, -jnp.inf, logits_BV)
         if self.top_p < 1:
             logits_BV = _nucleus(logits_BV, self.top_p)
-        key = jax.random.fold_in(jax.random.key(self.seed), number)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows_B)
+        fold, key = jax.vmap(jax.random.fold_in, (0, 0)), random_key(self.seed)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, number + rows_B2[:, 1])
+        keys = fold(keys, rows_B2[:, 0])
         return jax.vmap(jax.random.categorical)(keys, logits_BV).astype(jnp.int32)
 
 

@@ -31,6 +31,7 @@ from m3jax.memory.quantizer import (
     rotated,
     with_one,
 )
+from m3jax.random_key import random_key
 
 COARSE_BITS, FINE_PARTS, FINE_BITS = 14, 8, 10  # of Memory³
 # K-means: the sample of all but the last iterations has 10 vectors per entry, at least 2^16 (all
@@ -68,7 +69,7 @@ def train(
     """
     x = jnp.asarray(vectors, jnp.float32)
     _check(x, coarse_bits, fine_bits)
-    keys = jax.random.split(jax.random.key(seed))
+    keys = jax.random.split(random_key(seed))
     rotation = _balanced_axes(x, FINE_PARTS)
     total = (HALVES + FINE_PARTS) * iterations + refinements
     with tqdm(total=total, desc=progress, unit="round", disable=progress is None) as bar:

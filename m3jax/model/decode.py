@@ -22,7 +22,7 @@ from m3jax.model.parameters import Params
 from m3jax.model.rope import Rope, rotate, space_out, turned_layers
 from m3jax.model.transformer import Model
 
-# (float32 logits `(B, V)`, row index `(B,)`, index of the token in the answer) -> token of each row
+# (float32 logits `(B, V)`, `State.rows`, index of the token in the answer) -> token of each row
 Sampler = Callable[[Array, Array, Array], Array]
 Dequantize = Callable[[ExplicitMemory], ExplicitMemory]
 
@@ -132,7 +132,7 @@ class Decoder:
         params: Params,
         tokens_BT: Int[Array, "B T"],
         prompt_length: Int[Array, " B"],
-        rows: Int[Array, " B"],
+        rows: Int[Array, "B 2"],
         stored: ExplicitMemory | None,
         forced: Int[Array, "B 1"],
     ) -> tuple[State, Written]:
@@ -143,7 +143,7 @@ class Decoder:
           params: result of `unstack`.
           tokens_BT: prompts, padded at the end; T is a multiple of the chunk length.
           prompt_length: number of tokens of each prompt, ≥ 1.
-          rows: index of each row, for the sampler.
+          rows: as `State.rows`.
           stored: memories of every chunk as the bank stores them, `(L, B, C, M, K, P, width)`;
             those of a prompt's last chunk stay in the cache. None: no memories.
           forced: tokens to generate instead of sampled ones; −1: sample.

@@ -39,7 +39,8 @@ class State(NamedTuple):
         generated tokens.
       memory_length: number of tokens of each memory in the head that keeps most; `(B, M)`, M = 0
         without memories.
-      rows: index of each row over all batches, which the sampler uses; `(B,)`.
+      rows: for the sampler, the id of each row over all batches, and the number of tokens of its
+        text that were generated before this batch; `(B, 2)`.
       prompt_length: number of tokens of each prompt; `(B,)`.
       prompt_slots: number of slots for the prompt: the length T to which prompts are padded.
       fed: number of generated tokens that are in the cache.
@@ -49,7 +50,7 @@ class State(NamedTuple):
 
     cache: tuple[tuple[KeyValues, ...], ...]
     memory_length: Int[Array, "B M"]
-    rows: Int[Array, " B"]
+    rows: Int[Array, "B 2"]
     prompt_length: Int[Array, " B"]
     prompt_slots: Int[Array, ""]
     fed: Int[Array, ""]

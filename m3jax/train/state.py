@@ -16,6 +16,7 @@ from m3jax.config import prefix_tokens
 from m3jax.make_model import make_model
 from m3jax.mesh import parameter_shardings, replicated
 from m3jax.model.parameters import Params
+from m3jax.random_key import random_key
 from m3jax.train.loss import Sums
 from m3jax.train.optimizer import make_optimizer
 
@@ -83,7 +84,7 @@ class Program:
         if params is not None:
             return jit(lambda params: new_state(params, self.optimizer))(params)
         model, seed = self.model, self.config.seed
-        return jit(lambda: new_state(model.init(jax.random.key(seed)), self.optimizer))()
+        return jit(lambda: new_state(model.init(random_key(seed)), self.optimizer))()
 
 
 def _like_parameters(optimizer: Any, shapes: Any, shardings: Any, default: NamedSharding) -> Any:

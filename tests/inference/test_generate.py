@@ -13,16 +13,19 @@ from tolerance import close
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import InferenceError
+from m3jax.inference import cli
 from m3jax.inference.attribution import as_dict, as_page, as_text, attribute, effects_of
 from m3jax.inference.cold_start import ColdMemories
 from m3jax.inference.generate import Generator
 from m3jax.inference.memory_retrieval import MemoryRetriever, retrieval_schedule
 from m3jax.inference.sampling import Sampling
+from m3jax.inference.session import Session
 from m3jax.knowledge.versions import open_bank, open_references, open_retriever, open_version
 from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
 from m3jax.memory.write import write_bank
 from m3jax.model.transformer import Model
+from m3jax.random_key import random_key
 from m3jax.text.tokenizer import BOS, Tokenizer
 
 NEW = 24
@@ -128,9 +131,46 @@ def test_draws_depend_on_seed_row_and_place_alone():
         sampling = Sampling(temperature=2.0, top_k=400, top_p=0.9, seed=seed)
         return np.asarray(sampling(logits[: len(rows)], jnp.array(rows), jnp.int32(number)))
 
-    one = drawn([0, 1, 2, 3], 7)
-    np.testing.assert_array_equal(drawn([2, 1], 7), one[[2, 1]])
-    assert len({*one.tolist(), *drawn([0], 8).tolist(), *drawn([0], 7, seed=4).tolist()}) >= 4
+    first = drawn([(0, 0), (1, 0), (2, 0), (3, 0)], 7)
+    np.testing.assert_array_equal(drawn([(2, 0), (1, 0)], 7), first[[2, 1]])
+    np.testing.assert_array_equal(drawn([(2, 4), (1, 7)], 3), [first[2], drawn([(1, 0)], 10)[0]])
+    seeds = [0, 4, 2**31, 2**32, 2**32 + 1, 2**63, 2**64 - 1]
+    others = [drawn([(0, 0)], 8)[0], *(drawn([(0, 0)], 7, seed)[0] for seed in seeds)]
+    assert len({*first.tolist(), *map(int, others)}) >= 10
+
+
+def test_a_text_does_not_depend_on_the_batch(world, capsys):
+    """Equal prompts of one command are texts of their own, however many run together."""
+    generator = world.generator(memory=False, sampling=Sampling(temperature=1.0, seed=3))
+    texts, session = [], object.__new__(Session)
+    for batch in (1, 3, 4):
+        request = cli.Request(["pet of Livu"] * 4, mode="none", new_tokens=6, batch=batch)
+        texts.append(
+            [generation.text for generation, _ in cli._generated(session, generator, request)]
+        )
+    assert texts[0] == texts[1] == texts[2] and len({*texts[0]}) == 4
+    assert texts[0][3] in capsys.readouterr().out
+
+
+def test_keys_of_all_seeds_differ():
+    seeds = [0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**33, 2**63, 2**64 - 1]
+    keys = {tuple(jax.random.key_data(random_key(seed)).tolist()) for seed in seeds}
+    assert len(keys) == len(seeds)
+    small = [jax.random.key_data(make(7)) for make in (random_key, jax.random.key)]
+    np.testing.assert_array_equal(*small)
+    for seed in (-1, 2**64):
+        with pytest.raises(ValueError, match=str(seed)):
+            random_key(seed)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-30, 1e-5])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"top_p": 0.5}])
+def test_a_tiny_temperature_is_greedy(temperature, cut):
+    logits = 1e3 * jax.random.normal(jax.random.key(0), (16, 50))
+    logits = logits.at[:, 7].set(-jnp.inf)
+    rows = jnp.stack([jnp.arange(16), jnp.zeros(16, int)], 1)
+    drawn = Sampling(temperature=temperature, seed=5, **cut)(logits, rows, jnp.int32(2))
+    np.testing.assert_array_equal(drawn, logits.argmax(-1))
 
 
 def test_a_stop_token_ends_a_row_and_its_retrievals(world, found):
@@ -255,7 +295,9 @@ def test_unusable_prompts_are_refused(world, prompts, new, words):
         world.generator().generate(prompts, new)
 
 
-@pytest.mark.parametrize("setting", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}])
+@pytest.mark.parametrize(
+    "setting", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"seed": -1}, {"seed": 2**64}]
+)
 def test_unusable_sampling_is_refused(setting):
     with pytest.raises(InferenceError, match=next(iter(setting))):
         Sampling(**setting)
@@ -263,7 +305,7 @@ def test_unusable_sampling_is_refused(setting):
 
 def test_top_k_and_top_p_cut():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]])).repeat(400, axis=0)
-    rows, number = jnp.arange(400), jnp.int32(0)
+    rows, number = jnp.stack([jnp.arange(400), jnp.zeros(400, int)], 1), jnp.int32(0)
 
     def drawn(**setting):
         return set(np.asarray(Sampling(temperature=1.0, **setting)(logits, rows, number)).tolist())

@@ -137,6 +137,26 @@ def test_company_changes_nothing(tiny, found):
     close(alone.logprobs, again.logprobs)
 
 
+def test_draws_are_told_text_and_place(tiny, monkeypatch):
+    """Not the round, which depends on the company."""
+    long, told, before = tiny.long(memory=False), [], {}
+    generate = long.generator.generate
+
+    def spy(prompts, new, **options):
+        told.append(options["row_ids"])
+        for row in options["row_ids"]:
+            before.setdefault(row, []).append(options["before"])
+        return generate(prompts, new, **options)
+
+    monkeypatch.setattr(long.generator, "generate", spy)
+    long.generate([PROMPTS[1], PROMPTS[2]], 20)
+    again = long.generate([PROMPTS[2]], 20)[0]
+    assert told[0] == [0, 1] and told[-1] == [2] and len(told) > 2
+    assert len(again.tokens) == 20
+    for places in before.values():
+        assert places[0] == 0 and places == sorted({*places}) and places[-1] < 20
+
+
 def test_a_text_that_fits_is_generated_as_without_a_window(tiny):
     plain = tiny.long(memory=False).generator.generate(["pet of"], 5)[0]
     found = tiny.long(memory=False).generate(["pet of"], 5)[0]

@@ -98,7 +98,7 @@ def generated(model, params, prompts, forced, prompt_memory, later, lengths=LENG
         unstack(model, params),
         prompts,
         np.array(lengths, np.int32),
-        np.arange(len(lengths), dtype=np.int32),
+        np.array([(row, 0) for row in range(len(lengths))], np.int32),
         prompt_memory,
         forced[:, :1],
         slots=total,
