@@ -358,7 +358,7 @@ def test_generation_equals_the_forward_of_training(
     assert prompt_memory.keys.shape == (1, rows, C, M, 1, model.slots.size, 8)
     later = [memories(config, (rows, M), seed) for seed in (2, 3)]
     wanted, attention = expected(config, model, params, prompts, forced, prompt_memory, later)
-    written = generated(config, model, params, prompts, forced, prompt_memory, later, observe=True)
+    written = generated(model, params, prompts, forced, prompt_memory, later, observe=True)
     found = np.concatenate([x.logprobs for x in written], 1)
     close(found, wanted)
     summed = sum(np.asarray(x.reading) for x in written)
@@ -376,5 +376,5 @@ def test_generation_without_memories_of_heads_with_counts() -> None:
     prompts = rng.integers(4, 64, (len(LENGTHS), max(LENGTHS)), dtype=np.int32)
     forced = rng.integers(4, 64, (len(LENGTHS), 3), dtype=np.int32)
     wanted, _ = expected(config, model, params, prompts, forced, None, [])
-    written = generated(config, model, params, prompts, forced, None, [])
+    written = generated(model, params, prompts, forced, None, [])
     close(np.concatenate([x.logprobs for x in written], 1), wanted)
