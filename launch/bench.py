@@ -68,6 +68,10 @@ def _benchmark(name: str, text: str, *own: Flag) -> cli.Command:
 
         if "config" in values and (values.config is None) != (values.workdir is None):
             raise CommandError("a brought model needs both --config and --workdir")
+        if "config" in values and values.config is None:
+            for flag in ("checkpoint", "gguf"):
+                if flag in values and values[flag].value is not None:
+                    raise CommandError(f"--{flag} is of a brought model: give --config, --workdir")
         options = cli.values_of(values, own) | {"minutes": values.minutes, "json": values.json}
         code = run(name, values.size, count=values.rounds, **options)
         if code:  # at once: threads of libraries may be in the middle of a step

@@ -73,7 +73,10 @@ def losses(given: FlagValues) -> None:
     Flag("shots", "File of solved examples to put in front of every question."),
     switch("answerable", "Leave out questions none of whose answers stands in a reference."),
     count("sample", "Most questions, drawn at random; default all."),
-    switch("cold", "Write memories when they are first read; needs no bank."),
+    switch(
+        "cold",
+        "Write memories when they are first read; only config.retrieval.rerank needs a bank.",
+    ),
     *_QUESTIONS,
 )
 def questions(given: FlagValues) -> None:

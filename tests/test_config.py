@@ -214,6 +214,10 @@ def test_not_among_the_choices(field: str, value: Any, accepted: str) -> None:
             {"retrieval__embedder": "attention"},
             ("retrieval.embedder = 'attention'", "'lexical', 'bert'; ", "retrieval.rerank"),
         ),
+        (
+            {"retrieval__rerank": 1.0, "train__refresh_every": 5, "memory__source": "precomputed"},
+            ("retrieval.rerank = 1.0", "train.refresh_every"),
+        ),
         ({"retrieval__rerank": -1.0}, ("retrieval.rerank = -1.0", "[0, inf)")),
         ({"optimizer__lr_warmup_steps": 1001}, ("optimizer.lr_warmup_steps", "train.steps = 1000")),
         ({"mesh__fsdp": 0}, ("mesh.fsdp = 0", "-1 or at least 1")),

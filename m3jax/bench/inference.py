@@ -152,7 +152,6 @@ class Mode:
       prompts: makes the prompts; its time counts.
       tokens: number of tokens to generate per prompt.
       first_token: seconds until all rows have their first token.
-      later_tokens: seconds from then to the end.
       state_bytes: bytes of keys and values on the device.
       retrieval: costs of retrieval.
     """
@@ -161,7 +160,6 @@ class Mode:
     prompts: Callable[[], list[str]]
     tokens: int
     first_token: float = 0.0
-    later_tokens: float = 0.0
     state_bytes: int = 0
     retrieval: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -174,7 +172,6 @@ class Mode:
         rows = self.generator.generate(prompts, self.tokens)
         seconds = time.perf_counter() - begin
         self.first_token = prepared + self.generator.first_token
-        self.later_tokens = seconds - self.first_token
         self.state_bytes = self.generator.state_bytes
         if memories is not None:
             costs = {name: cost - before[name] for name, cost in memories.costs.items()}

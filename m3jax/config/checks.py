@@ -165,6 +165,9 @@ def _refresh(c: ConfigDict) -> Unfit:
     """Checks that a run can refresh its bank, with a checkpoint that is kept afterwards."""
     if c.train.refresh_every == 0:
         return
+    if c.retrieval.rerank:
+        why = "must be 0 with train.refresh_every: the bank's writer changes in the run"
+        yield "retrieval.rerank", why
     if c.memory.source != "precomputed":
         yield (
             "train.refresh_every",

@@ -1,4 +1,6 @@
-"""All configuration fields, each declared once: default, meaning with unit, accepted values.
+"""Configuration fields, each declared once: default, meaning with unit, accepted values.
+
+Those of training are in `training_fields.py`.
 
 Paths are never part of a config: they are flags of the launch scripts. The exceptions are
 `retrieval.encoder` and `retrieval.checkpoint`, which, like `retrieval.embedder`, choose how

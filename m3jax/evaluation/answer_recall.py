@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from m3jax.errors import InferenceError
 from m3jax.evaluation.questions import read_questions
 from m3jax.evaluation.squad_metrics import normalise
 from m3jax.knowledge.versions import open_references, open_retriever, open_version
@@ -79,7 +80,14 @@ def hit_rates(
     opened = open_version(workdir, version)
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
     references = open_references(config, opened, tokenizer)
-    candidates = max(*at, config.retrieval.candidates if config.retrieval.rerank else 1)
+    candidates = max(at)
+    if config.retrieval.rerank:  # as many as generation ranks
+        candidates = config.retrieval.candidates
+        if max(at) > candidates:
+            raise InferenceError(
+                f"the best {max(at)} of {candidates} candidates that config.retrieval.rerank"
+                " orders; set config.retrieval.candidates at least as high"
+            )
     retriever = open_retriever(config, opened, references, 1.0, candidates)
     embedder = retriever.index.embedder
     answerable = answerable_questions(references, answers)

@@ -215,10 +215,8 @@ class _References:
 
     @cached_property
     def found(self) -> Int64[np.ndarray, "n k"]:
-        shared, queries = self.session.retriever, [question.query for question in self.questions]
-        self._retriever = Retriever(
-            *(shared.index, shared.references, shared.candidates, self.overlap, shared.rank)
-        )
+        queries = [question.query for question in self.questions]
+        self._retriever = self.session.retriever.with_limit(self.overlap)
         against = self.session.tokenizer.encode_batch(queries)
         return self._retriever.retrieve(queries, against, self.k)
 

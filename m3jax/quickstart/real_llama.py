@@ -122,7 +122,8 @@ def run(
     training = {}
     if train:
         with step("continual training on questions about every other article", seconds, "train"):
-            trained = train_on_questions(get_config("stage=questions"), workdir, island)
+            stage = get_config("stage=questions")
+            trained = train_on_questions(stage, workdir, island), stage
         with step("questions about the others, before and after", seconds, "trained"):
             training = _before_and_after(config, workdir, trained, island)
     known = (_known(config, workdir),)
@@ -169,17 +170,16 @@ def download(folder: Path) -> Path:
 
 
 def _before_and_after(
-    config: ConfigDict, workdir: Path, trained: Path, island: Island
+    config: ConfigDict, workdir: Path, trained: tuple[Path, ConfigDict], island: Island
 ) -> dict[str, dict[str, Any]]:
     """Returns the conditions of the questions that were not trained on, by checkpoint."""
     tested = _as_questions(split_questions(island)[1])
-    checkpoints = {"before": workdir / "warmup", "after": trained}
     return {
         when: {
             name: _ask(config, workdir, f"{when} {name}", condition, tested, 0, checkpoint)
             for name, condition in ASKED.items()
         }
-        for when, checkpoint in checkpoints.items()
+        for when, checkpoint in (("before", None), ("after", trained))
     }
 
 
@@ -221,10 +221,13 @@ def _ask(
     condition: str,
     questions: Sequence[Question],
     version: int,
-    checkpoint: Path | None = None,
+    trained: tuple[Path, ConfigDict] | None = None,
 ) -> dict[str, Any]:
-    """Returns the measures of questions under a condition; kept in `report/answers/`."""
-    checkpoint = checkpoint or workdir / "warmup"
+    """Returns the measures of questions under a condition; kept in `report/answers/`.
+
+    `trained` is a stage folder with its config, to ask in place of the warmup checkpoint.
+    """
+    checkpoint = workdir / "warmup" if trained is None else trained[0]
 
     def ask() -> dict[str, Any]:
         session = Session(config, workdir, checkpoint=checkpoint, version=version)
@@ -235,8 +238,9 @@ def _ask(
         about = {key: report[key] for key in ("k", "recall") if key in report}
         return {**report["conditions"][condition], **about}
 
-    at = f"{checkpoint.name} {checkpoint_steps(checkpoint)[-1]}"
-    inputs = (_known(config, workdir), condition, repr(questions), str(version), at)
+    inputs = [_known(config, workdir), condition, repr(questions), str(version)]
+    if trained is not None:
+        inputs += [str(checkpoint_steps(checkpoint)[-1]), config_lib.to_json(trained[1])]
     return _kept(workdir / "report" / "answers" / f"{name}.json", inputs, ask)
 
 

@@ -207,8 +207,9 @@ class Ranking:
 
 
 def _of_keys(layout: dict[str, Any]) -> dict[str, Any]:
-    """Returns what stored keys depend on: all of a layout but how many and which are kept."""
-    selection = "counts", "each", "kept_tokens", "selection"
+    """Returns what the cosines of stored keys depend on: all of a layout but how many and which are
+    kept, and their scale."""
+    selection = "counts", "each", "kept_tokens", "selection", "key_scale"
     return {name: value for name, value in layout.items() if name not in selection}
 
 

@@ -56,6 +56,11 @@ class Retriever:
         self.counts = dict.fromkeys(("searched", "returned", "dropped", "unfilled"), 0)
         self._lock = threading.Lock()
 
+    def with_limit(self, overlap_limit: float) -> Retriever:
+        """Returns a retriever that searches and ranks as this one, with another overlap limit."""
+        parts = self.index, self.references, self.candidates, overlap_limit
+        return Retriever(*parts, self.rank, self.weight)
+
     def retrieve(
         self, queries: Sequence[str], against: Sequence[np.ndarray] | None, k: int
     ) -> Int64[np.ndarray, "n k"]:

@@ -101,10 +101,7 @@ class HarnessModel(TemplateLM):
             self.bank = session.open_bank(bank) if mode == "compressed" else session.bank
         self.retriever: Retriever | None = None
         if mode != "none":
-            shared = session.retriever
-            self.retriever = Retriever(
-                shared.index, shared.references, shared.candidates, self.overlap, shared.rank
-            )
+            self.retriever = session.retriever.with_limit(self.overlap)
         self.longest = session.config.data.sequence_length
         self.scorer = Scorer(
             session.model, session.params, session.tokenizer, self.longest, batch_size
