@@ -115,14 +115,16 @@ def test_another_limit_keeps_rank_and_weight(index, references, queries):
     """What evaluation searches with is what generation does."""
 
     def rank(_, ids):
-        return np.where(ids < 0, -np.inf, -ids).astype(np.float32)
+        return np.where(ids < 0, -np.inf, -1e-4 * ids).astype(np.float32)
 
-    retriever = Retriever(index, references, 12, 0.5, rank, 100.0)
+    retriever = Retriever(index, references, 12, 0.5, rank, 1e6)
     other = retriever.with_limit(1.0)
     assert (other.overlap_limit, other.candidates) == (1.0, 12)
     ids = other.retrieve(queries, None, 4)
     np.testing.assert_array_equal(ids, np.sort(ids, axis=1))
     np.testing.assert_array_equal(ids, retriever.retrieve(queries, None, 4))
+    light = Retriever(index, references, 12, 0.5, rank, 1.0).retrieve(queries, None, 4)
+    assert not np.array_equal(light, ids)  # the weight matters
 
 
 def test_queries_without_words_find_nothing(index, references, queries, rows):
