@@ -20,6 +20,13 @@ def test_contributing_shows_the_layers() -> None:
     assert shown == [layer.split(" | ") for layer in layers]
 
 
+def test_every_file_and_folder_has_a_room() -> None:
+    (layers,) = (contract["layers"] for contract in contracts() if contract["type"] == "layers")
+    rooms = {room for layer in layers for room in layer.split(" | ")}
+    paths = [path for path in (ROOT / "m3jax").iterdir() if not path.name.startswith("_")]
+    assert rooms == {path.stem for path in paths if path.is_dir() or path.suffix == ".py"}
+
+
 def test_no_import_hides_from_the_linter() -> None:
     """Imports under TYPE_CHECKING would be circles that nobody sees."""
     hidden = [
