@@ -99,10 +99,15 @@ def write_sealed(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
     write_atomically(path, json.dumps(sealed, indent=1, sort_keys=True).encode())
 
 
-def read_sealed(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Reads the dictionary that `write_sealed` wrote; None if the file is damaged."""
+def read_sealed(path: str | os.PathLike[str], *, unsealed: bool = False) -> dict[str, Any] | None:
+    """Reads the dictionary that `write_sealed` wrote; None if the file is damaged.
+
+    With `unsealed`, a dictionary without a checksum is accepted, as older versions wrote it.
+    """
     try:
         content = json.loads(Path(path).read_bytes())
+        if unsealed and "checksum" not in content:
+            return content if isinstance(content, dict) else None
         expected = content.pop("checksum")
         intact = expected == digest(json.dumps(content, sort_keys=True))
     except (ValueError, KeyError, TypeError, AttributeError):

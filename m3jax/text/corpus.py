@@ -155,7 +155,7 @@ class Corpus(Records):
         """Opens a corpus that `write_corpus` wrote; raises `TextError` as `Records`."""
         super().__init__(folder, _KIND)
         self._dtype = np.dtype(self.manifest["dtype"])
-        self.lengths = np.fromfile(self.folder / "lengths.bin", "<i8")
+        self.lengths = self.side_file("lengths.bin", "<i8")
         self.fingerprint: str = self.manifest["fingerprint"]
         self.tokenizer_fingerprint: str = self.manifest["tokenizer"]
 

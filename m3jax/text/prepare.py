@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from m3jax.text.documents import Document, inputs_of, is_validation, read_docume
 from m3jax.text.reference_filter.select import Selection
 from m3jax.text.references import References, write_references
 from m3jax.text.tokenizer import SMALLEST, Tokenizer
-from m3jax.workdir import INPUTS, make_part
+from m3jax.workdir import INPUTS, make_part, read_inputs
 
 _TAKEN = "taken_from"  # in inputs.json: the tokenizer is that of an imported model
 
@@ -135,6 +134,13 @@ class _Parts:
         text = self.config.text
         trained = Tokenizer.train(texts, text.vocabulary, text.min_frequency, text.tokenizer_bytes)
         self._check_size(trained)
+        if (folder / "manifest.json").is_file():  # finished, but its inputs.json is lost
+            there = Tokenizer.load(folder)
+            if there.fingerprint != trained.fingerprint:
+                raise TextError(
+                    f"{folder} has no {INPUTS} and is another tokenizer than these documents give;"
+                    f" restore {INPUTS} from a copy, or use another workdir"
+                )
         trained.save(folder)
 
     def corpora(self, tokenizer: Tokenizer) -> None:
@@ -213,10 +219,7 @@ class _Parts:
 
 def _is_taken(folder: Path) -> bool:
     """Returns True for the tokenizer of an imported model, whose weights fit no other."""
-    try:
-        return _TAKEN in json.loads((folder / INPUTS).read_bytes())
-    except (OSError, ValueError):
-        return False
+    return _TAKEN in (read_inputs(folder) or {})
 
 
 def progress(items: Iterable[_Item], what: str) -> Iterator[_Item]:

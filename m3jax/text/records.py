@@ -11,14 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import crc32c
 import msgpack
 import numpy as np
 from array_record.python import array_record_module
 
 from m3jax.errors import TextError
 from m3jax.files import TEMPORARY, checksum, commit, digest, read_sealed, write_sealed
+from m3jax.workdir import remedy
 
 MANIFEST = "manifest.json"
+CHECKSUMS = "crc32c.bin"  # CRC-32C of every record, <u4; itself verified when it is opened
 _WRITER = "group_size:1,zstd:3"  # one record per group: a random read decompresses only that record
 _READER = "readahead_buffer_size:0,max_parallelism:0"
 _FORMAT = 1
@@ -35,7 +38,8 @@ class RecordWriter:
     """Writes msgpack records round robin: record i is record i // S of shard i % S.
 
     S is `shards`, or the number of records if that is smaller. Each record may append raw bytes to
-    side files. Old records in `folder` are deleted; new records are valid once `finish` has written
+    side files; its own checksum is appended to one of them. Old records in `folder` are deleted;
+    new records are valid once `finish` has written
     the manifest. As a context manager it removes temporary files after an error.
     """
 
@@ -51,7 +55,8 @@ class RecordWriter:
         self._shards = shards
         self._writers: list[Any] = []
         self._records = hashlib.blake2b(digest_size=16)
-        self._streams = {n: (folder / (n + TEMPORARY)).open("wb") for n in side_files}
+        names = (*side_files, CHECKSUMS)
+        self._streams = {n: (folder / (n + TEMPORARY)).open("wb") for n in names}
 
     def __enter__(self: _Writer) -> _Writer:
         return self
@@ -73,6 +78,7 @@ class RecordWriter:
         self._records.update(payload)
         with self._reported(shard):
             self._writers[shard].write(payload)
+        self._streams[CHECKSUMS].write(crc32c.crc32c(payload).to_bytes(4, "little"))
         for name, data in side.items():
             self._streams[name + ".bin"].write(data)
         self.count += 1
@@ -123,7 +129,11 @@ def _name(shard: int) -> str:
 
 
 class Records:
-    """Reads the records of a folder by index, in any order. Thread-safe; has the `manifest`."""
+    """Reads the records of a folder by index, in any order. Thread-safe; has the `manifest`.
+
+    Every record is compared with its checksum when it is read. Folders without `crc32c.bin`, which
+    older versions wrote, have only the checksums of ArrayRecord, which do not tell files apart.
+    """
 
     def __init__(self, folder: str | os.PathLike[str], kind: str) -> None:
         """Opens a finished folder of records.
@@ -136,16 +146,29 @@ class Records:
         for entry in self.manifest["files"]:
             path = self.folder / entry["name"]
             if not path.is_file():
-                raise self._damaged(path, "is missing")
+                raise self.damaged(path, "is missing")
             if (size := path.stat().st_size) != entry["bytes"]:
-                raise self._damaged(path, f"has {size} bytes; expected {entry['bytes']}")
+                raise self.damaged(path, f"has {size} bytes; expected {entry['bytes']}")
         paths = [self.folder / entry["name"] for entry in self.manifest["files"]]
         self._paths = [path for path in paths if path.suffix == ".array_record"]
         self._readers: list[Any] = [None] * len(self._paths)
         self._lock = threading.Lock()
+        self._checksums = None
+        if any(entry["name"] == CHECKSUMS for entry in self.manifest["files"]):
+            self._checksums = self.side_file(CHECKSUMS, "<u4")
 
-    def _damaged(self, path: Path, what: str) -> TextError:
-        return TextError(f"{path} {what}; delete {self.folder} and run launch/prepare.py again")
+    def side_file(self, name: str, dtype: np.typing.DTypeLike) -> np.ndarray:
+        """Reads a side file whole, one row per record; raises `TextError` if it is damaged."""
+        path = self.folder / name
+        values = np.fromfile(path, dtype)
+        entry = next((entry for entry in self.manifest["files"] if entry["name"] == name), None)
+        if entry is None or len(values) != len(self) or checksum(path) != entry["blake2b"]:
+            raise self.damaged(path, "is damaged (its checksum differs)")
+        return values
+
+    def damaged(self, path: Path, what: str) -> TextError:
+        """Returns the error for a damaged file; `what` says what is wrong with it."""
+        return TextError(f"{path} {what}; {remedy(self.folder)}")
 
     def _read_manifest(self, kind: str) -> dict[str, Any]:
         path = self.folder / MANIFEST
@@ -153,7 +176,7 @@ class Records:
             raise TextError(f"no finished {kind}: {path} is missing; run launch/prepare.py")
         manifest = read_sealed(path)
         if manifest is None:
-            raise self._damaged(path, "is damaged")
+            raise self.damaged(path, "is damaged")
         if (manifest["kind"], manifest["format"]) != (kind, _FORMAT):
             raise TextError(
                 f"{self.folder} holds a {manifest['kind']}, format {manifest['format']}; expected a"
@@ -166,7 +189,7 @@ class Records:
         for entry in self.manifest["files"]:
             path = self.folder / entry["name"]
             if checksum(path) != entry["blake2b"]:
-                raise self._damaged(path, "is damaged (its checksum differs)")
+                raise self.damaged(path, "is damaged (its checksum differs)")
 
     def __len__(self) -> int:
         return self.manifest["count"]
@@ -192,12 +215,21 @@ class Records:
             inside = (ids[places] // len(self._paths)).tolist()
             try:
                 payloads = self._reader(shard).read(inside)
+                self._compare(payloads, ids[places])
                 unpacked = [msgpack.unpackb(payload) for payload in payloads]
             except (RuntimeError, IndexError, ValueError, msgpack.UnpackException) as error:
-                raise self._damaged(self._paths[shard], f"is damaged ({error})") from error
+                raise self.damaged(self._paths[shard], f"is damaged ({error})") from error
             for place, record in zip(places, unpacked, strict=True):
                 records[place] = record
         return records
+
+    def _compare(self, payloads: Sequence[bytes], ids: np.ndarray) -> None:
+        """Raises `ValueError` if a record is not the one that was written with its id."""
+        if self._checksums is None:
+            return
+        for payload, expected in zip(payloads, self._checksums[ids].tolist(), strict=True):
+            if crc32c.crc32c(payload) != expected:
+                raise ValueError("a record is not the one that was written")
 
     def _reader(self, shard: int) -> Any:
         with self._lock:

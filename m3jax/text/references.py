@@ -161,7 +161,7 @@ class References:
         """Opens a set that `write_references` wrote; raises `TextError` as `Records`."""
         self._records, self.folder = Records(folder, _KIND), Path(folder)
         manifest = self._records.manifest
-        table = np.fromfile(self.folder / "table.bin", _ROW)
+        table = self._records.side_file("table.bin", _ROW)
         self.length: int = manifest["length"]
         self.fingerprint: str = manifest["fingerprint"]
         self.tokenizer_fingerprint: str = manifest["tokenizer"]
@@ -172,6 +172,7 @@ class References:
         # One more than the largest n of a key if some n are missing, else 0.
         self._numbers: int = manifest.get("numbers", 0)
         self._tokens = np.memmap(self.folder / "tokens.bin", self.dtype, "r")
+        self._verified = np.zeros(len(table), bool)  # references whose tokens were compared
         self._order = np.argsort(table["key"], kind="stable")
         self._sorted_keys = table["key"][self._order]
         self._documents: Int32[np.ndarray, " R"] | None = None
@@ -224,12 +225,29 @@ class References:
         return [record["text"] for record in self._records.read(ids)]
 
     def tokens(self, ids: Ids) -> Int32[np.ndarray, "n W"]:
-        """Returns the tokens of references, one row per id, padded with PAD, without prefix."""
+        """Returns the tokens of references, one row per id, padded with PAD, without prefix.
+
+        The tokens of a reference are compared with its hash when they are first read. Raises
+        `IndexError` for an id outside 0 … R − 1, `TextError` if they are damaged.
+        """
         ids = self._records.check(ids)
+        self._verify_tokens(ids[~self._verified[ids]])
         offsets = np.arange(self.length)
         real = offsets < self.lengths[ids][:, None]
         places = (self._ends[ids] - self.lengths[ids])[:, None] + offsets
         return np.where(real, self._tokens[np.where(real, places, 0)], PAD).astype(np.int32)
+
+    def _verify_tokens(self, ids: Int64[np.ndarray, " n"]) -> None:
+        """Compares the tokens of references with their hashes in the table."""
+        ends, hashes = self._ends[ids], self.record_hashes[ids].tolist()
+        starts = (ends - self.lengths[ids]).tolist()
+        for i, start, end, expected in zip(
+            ids.tolist(), starts, ends.tolist(), hashes, strict=True
+        ):
+            if hash64(self._tokens[start:end].tobytes()) != expected:
+                path = self.folder / "tokens.bin"
+                raise self._records.damaged(path, f"is damaged (tokens of reference {i})")
+        self._verified[ids] = True
 
     def lookup(self, key: str) -> int | None:
         """Returns the id of the reference in use with this key, or None."""

@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from m3jax.errors import TextError
 from m3jax.files import digest, write_atomically
 from m3jax.text.byte_fallback import SPACE
+from m3jax.workdir import remedy
 
 PAD, BOS, REFERENCE, END = 0, 1, 2, 3
 SPECIAL_TOKENS = ("<pad>", "<s>", "<reference>", "</s>")
@@ -126,7 +127,7 @@ class Tokenizer:
             raise
         except Exception as error:  # the tokenizers library raises plain Exception
             raise TextError(
-                f"{path} is damaged ({error}); delete {folder} and run launch/prepare.py"
+                f"{path} is damaged ({error}), or {manifest} is; {remedy(folder)}"
             ) from error
 
     def encode(self, text: str) -> Tokens:

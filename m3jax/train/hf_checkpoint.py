@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from ml_collections import ConfigDict
 
 from m3jax.checkpoint import checkpoint_folder, checkpoint_steps, read_model
 from m3jax.errors import CheckpointError, ConfigError, HuggingFaceError
-from m3jax.files import write_atomically
+from m3jax.files import write_sealed
 from m3jax.mesh import make_mesh
 from m3jax.model.gguf_file import is_gguf, open_gguf
 from m3jax.model.hf import read_params, write_folder
@@ -92,7 +91,7 @@ def import_model(
     if not there:  # marked as finished, so that launch/prepare.py trains no other in its place
         own.save(folder)
         mark = {"taken_from": str(source.absolute())}
-        write_atomically(folder / INPUTS, json.dumps(mark).encode())
+        write_sealed(folder / INPUTS, mark)
     claim(stage, config)
     with contextlib.closing(Checkpoints(stage, config, own.fingerprint)) as checkpoints:
         checkpoints.save(state, 0)

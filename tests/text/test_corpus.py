@@ -207,3 +207,26 @@ def test_the_end_of_a_text_that_was_cut_is_not_learnt(tokenizer, tmp_path):
     np.testing.assert_array_equal(whole.tokens, cut.tokens)
     assert whole.weights[-1] == 1 and cut.weights[-1] == 0
     np.testing.assert_array_equal(whole.weights[:-1], cut.weights[:-1])
+
+
+def test_a_flipped_bit_of_the_lengths_is_refused(folder):
+    path = folder / "lengths.bin"
+    data = bytearray(path.read_bytes())
+    data[3] ^= 0x40
+    path.write_bytes(data)
+    with pytest.raises(
+        TextError, match=r"lengths\.bin is damaged .*restore it from a copy, or move"
+    ):
+        Corpus(folder)
+
+
+def test_exchanged_shards_are_refused_when_a_record_is_read(tokenizer, tmp_path):
+    same = [Document(str(i), f"word {i}") for i in range(4)]  # records of the same size
+    _write(same, tokenizer, tmp_path, 2)
+    first, second = sorted(tmp_path.glob("*.array_record"))
+    contents = first.read_bytes(), second.read_bytes()
+    assert len(contents[0]) == len(contents[1])
+    first.write_bytes(contents[1])
+    second.write_bytes(contents[0])
+    with pytest.raises(TextError, match="is damaged .a record is not the one that was written"):
+        Corpus(tmp_path)[2]

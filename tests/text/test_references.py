@@ -227,6 +227,17 @@ def test_damaged_files_are_named(references, name):
         References(references.folder)
 
 
+def test_tokens_are_compared_with_their_hash_when_they_are_read(references):
+    path, last = references.folder / "tokens.bin", len(references) - 1
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    damaged = References(references.folder)
+    assert (damaged.tokens(range(last)) == references.tokens(range(last))).all()
+    with pytest.raises(TextError, match=rf"tokens\.bin is damaged \(tokens of reference {last}\)"):
+        damaged.tokens([0, last])
+
+
 def test_several_threads(references):
     def work(seed):
         ids = np.random.default_rng(seed).integers(0, len(references), 20)
