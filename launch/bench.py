@@ -3,6 +3,7 @@
     python launch/bench.py train --json=train.json
     python launch/bench.py writer
     python launch/bench.py bank
+    python launch/bench.py edits
     python launch/bench.py overlap --workdir=runs/wiki
     python launch/bench.py quantizer --workdir=runs/wiki --vectors=640000 --minutes=30
     python launch/bench.py retrieval
@@ -91,6 +92,7 @@ COMMANDS = {
         Flag("workdir", "Folder of a run, whose text is compared; default: made text.", Path),
     ),
     "bank": _benchmark("bank", "Times random reads of a bank over plain reads of the same bytes."),
+    "edits": _benchmark("edits", "Measures what the n-th edit of one document costs."),
     "quantizer": _benchmark(
         "quantizer",
         "Compares speed and error of the vector quantizer with FAISS.",

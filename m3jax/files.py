@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 
 TEMPORARY = ".tmp"  # ending of files that are not committed yet
+# Bytes up to which a file is read whole: a map or a reader would hold a descriptor for ever, and
+# a workdir has a few such files for each of its edits.
+SMALL = 1 << 20
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
@@ -119,3 +122,15 @@ def write_array(path: str | os.PathLike[str], array: np.ndarray, shared: bool = 
     """Writes an array as `.npy`, atomically; `shared`: see `committing`."""
     with committing(path, shared) as temporary, temporary.open("wb") as file:
         np.save(file, array, allow_pickle=False)
+
+
+def open_array(path: str | os.PathLike[str], dtype: np.dtype | None = None) -> np.ndarray:
+    """Opens a `.npy` file, or one of bare numbers of `dtype`: a small file is read, others mapped.
+
+    Raises:
+      OSError, ValueError: from the file system, or the file holds no array.
+    """
+    small = os.path.getsize(path) <= SMALL
+    if dtype is None:
+        return np.load(path, mmap_mode=None if small else "r", allow_pickle=False)
+    return np.fromfile(path, dtype) if small else np.memmap(path, dtype, "r")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -19,13 +19,14 @@ from m3jax.knowledge.versions import (
     VERSIONS,
     Version,
     editing,
-    folder_of,
+    embedders,
     in_use,
     only_writer,
     open_bank,
     open_index,
     open_references,
     open_version,
+    read_version,
     write_current,
 )
 from m3jax.memory.bank import Bank
@@ -119,13 +120,14 @@ def repair(
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
     done = []
     with only_writer(Path(workdir)):
-        for folder, bank in zip(version.folders, version.banks, strict=True):
+        for part, (folder, bank) in enumerate(zip(version.folders, version.banks, strict=True)):
             references = References(folder / "references")
             references.verify()
             try:
-                Index.open(folder / "index", references)
+                embedder = load_embedder(*embedders(version.folders[: part + 1]))
+                Index.open(folder / "index", references, embedder=embedder)
             except ValueError as error:
-                embedder = _embedder(config, version, folder, references)
+                embedder = _embedder(config, version.folders[: part + 1], references)
                 build_index(references, embedder, folder / "index", in_one_part(config))
                 done.append(str(error))
             if not (bank / MANIFEST).exists():
@@ -140,38 +142,37 @@ def repair(
     return done
 
 
-def _embedder(
-    config: ConfigDict, version: Version, folder: Path, references: References
-) -> Embedder:
-    """Loads the embedder of a base or delta; if it is damaged, extends that of another part."""
-    for part in (folder, *version.folders):
-        try:
-            embedder = load_embedder(part / "index" / "embedder")
-        except ValueError:
-            continue
-        own = part == folder
-        return embedder if own else embedder.extended(references.texts(range(len(references))))
-    return make_embedder(config)
+def _embedder(config: ConfigDict, folders: Sequence[Path], references: References) -> Embedder:
+    """Loads the embedder of the last of the base and its deltas; if it is damaged, makes it."""
+    *before, own = embedders(folders)
+    try:
+        return load_embedder(*before, own)
+    except ValueError:
+        if not before:
+            return make_embedder(config)
+        return load_embedder(*before).extended(references.texts(range(len(references))))
 
 
 def _delete_older(workdir: Path, kept: Version) -> list[str]:
-    """Deletes parts that `kept` does not use; returns folders kept because they are being read."""
-    busy = []
-    needed = {*(folder / "references" for folder in kept.folders), *kept.banks}
-    own = folder_of(workdir, kept.number)
-    older = (path for path in sorted((workdir / VERSIONS).glob("[0-9]*")) if path.is_dir())
-    for folder in [workdir, *(path for path in older if path != own)]:
-        parts = [folder / "references", folder / "bank", *sorted((folder / BANKS).glob("[0-9]*"))]
-        unneeded = [part for part in parts if part not in needed and part.exists()]
-        if any(in_use(part) for part in unneeded):
-            busy.append(str(folder))
-            continue
-        if len(unneeded) == len([part for part in parts if part.exists()]) and folder != workdir:
+    """Deletes what neither `kept` nor a version that is being read needs; can be repeated.
+
+    Returns the folders of the versions that are being read.
+    """
+    folders = {int(path.name): path for path in sorted((workdir / VERSIONS).glob("[0-9]*"))}
+    folders = {0: workdir, **folders}
+    read = [n for n in folders if n != kept.number and in_use(workdir, n)]
+    needed = set()
+    for version in [kept, *(read_version(workdir, number) for number in read)]:
+        own = (folder / part for folder in version.folders for part in ("references", "index"))
+        needed |= {*own, *version.banks}
+    for number, folder in folders.items():
+        if number and number not in (kept.number, *read):
             (folder / VERSION).unlink(missing_ok=True)  # so that it can no longer be opened
-            shutil.rmtree(folder, ignore_errors=True)
-            continue
-        for part in unneeded:
-            shutil.rmtree(part, ignore_errors=True)
-            if part.name == "references":
-                shutil.rmtree(folder / "index", ignore_errors=True)
-    return busy
+        parts = [folder / part for part in ("references", "index", "bank")]
+        parts += sorted((folder / BANKS).glob("[0-9]*"))
+        if number and not needed.intersection(parts) and number not in (kept.number, *read):
+            parts = [folder]
+        for part in parts:
+            if part not in needed and part.exists():
+                shutil.rmtree(part)
+    return [str(folders[number]) for number in read]

@@ -20,7 +20,7 @@ import fcntl
 import io
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,8 @@ from m3jax.errors import TextError, VersionError
 from m3jax.files import checksum, read_sealed, write_sealed
 from m3jax.memory.bank import Bank, join_banks
 from m3jax.memory.binding import Binding, layout_of
-from m3jax.retrieval.index import DeltaIndex, Index
+from m3jax.retrieval.embed import load_embedder
+from m3jax.retrieval.index import EMBEDDER, DeltaIndex, Index
 from m3jax.retrieval.ranking import Ranking
 from m3jax.retrieval.retriever import Retriever
 from m3jax.retrieval.search import SearchIndex
@@ -41,7 +42,7 @@ from m3jax.text.tokenizer import Tokenizer
 VERSIONS, CURRENT, VERSION = "versions", "current.json", "version.json"
 TOMBSTONES = "tombstones.npy"
 BANKS = "banks"  # of a refresh: one folder for the base and one for each delta
-MANIFEST = "manifest.json"  # of references and of a bank; readers hold a lock on it
+MANIFEST = "manifest.json"  # of references and of a bank
 
 
 class _Lock:
@@ -56,7 +57,7 @@ class _Lock:
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """Describes an opened version; its locks keep a compaction from deleting its folders.
+    """Describes an opened version.
 
     Attributes:
       number: number of the version; 0 = as prepared, without edits.
@@ -65,6 +66,7 @@ class Version:
       folders: folders with `references/ index/`: the base, then the deltas.
       banks: bank folders of the base and the deltas, in the same order.
       tombstones: ids that were deleted or replaced.
+      lock: keeps a compaction from deleting the folders.
     """
 
     workdir: Path
@@ -74,7 +76,7 @@ class Version:
     folders: tuple[Path, ...]
     banks: tuple[Path, ...]
     tombstones: np.ndarray
-    locks: tuple[_Lock, ...] = ()
+    lock: _Lock | None = None
 
     @property
     def deltas(self) -> tuple[Path, ...]:
@@ -87,9 +89,9 @@ class Version:
         return (self.banks[0] / MANIFEST).exists()
 
     def close(self) -> None:
-        """Releases the locks, so that a compaction may delete the folders."""
-        for lock in self.locks:
-            lock.close()
+        """Releases the lock, so that a compaction may delete the folders."""
+        if self.lock is not None:
+            self.lock.close()
 
 
 def folder_of(workdir: Path, number: int) -> Path:
@@ -152,7 +154,10 @@ def open_version(workdir: str | Path, number: int | None = None) -> Version:
         chosen = current["version"] if number is None else number
         if chosen >= current["oldest"]:
             with contextlib.suppress(FileNotFoundError):
-                return _lock(_read_version(workdir, chosen))
+                version = _locked(workdir, chosen)
+                if chosen >= read_current(workdir)["oldest"]:
+                    return version
+                version.close()  # a compaction may not have seen the lock
         if number is not None:
             break
     lost = f"version {chosen} of {workdir} was deleted by a compaction"
@@ -160,7 +165,23 @@ def open_version(workdir: str | Path, number: int | None = None) -> Version:
     raise VersionError(f"{reason}; there are {', '.join(map(str, versions(workdir)))}")
 
 
-def _read_version(workdir: Path, number: int) -> Version:
+def _locked(workdir: Path, number: int) -> Version:
+    path = _locked_file(workdir, number)
+    lock = None if not number and not path.exists() else _Lock(path)
+    return dataclasses.replace(read_version(workdir, number), lock=lock)
+
+
+def _locked_file(workdir: Path, number: int) -> Path:
+    """Returns the file on which readers of a version hold a lock."""
+    folder = folder_of(workdir, number)
+    return folder / VERSION if number else folder / "references" / MANIFEST
+
+
+def read_version(workdir: Path, number: int) -> Version:
+    """Reads what a version consists of, without a lock; errors as in `open_version`.
+
+    Raises `FileNotFoundError` if there is no such version.
+    """
     if number == 0:
         nothing = np.zeros(0, np.int64)
         return Version(workdir, 0, -1, "as prepared", (workdir,), (workdir / "bank",), nothing)
@@ -179,24 +200,15 @@ def _read_version(workdir: Path, number: int) -> Version:
     return Version(workdir, number, content["parent"], content["note"], folders, banks, tombstones)
 
 
-def _lock(version: Version) -> Version:
-    folders = [*(folder / "references" for folder in version.folders), *version.banks]
-    locks = tuple(_Lock(folder / MANIFEST) for folder in folders if (folder / MANIFEST).exists())
-    return dataclasses.replace(version, locks=locks)
-
-
-def in_use(folder: Path) -> bool:
-    """Returns True if a process has opened a version that uses this reference or bank folder."""
-    path = folder / MANIFEST
-    if not path.exists():
-        return False
-    with path.open("rb") as file:
-        try:
+def in_use(workdir: Path, number: int) -> bool:
+    """Returns True if a process has opened the version."""
+    try:
+        with _locked_file(workdir, number).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
+    except BlockingIOError:
+        return True
+    except OSError:  # no such version, or the file system has no locks
+        return False
     return False
 
 
@@ -261,9 +273,17 @@ def open_index(version: Version, references: References) -> SearchIndex:
     """
     if not isinstance(references, DeltaReferences):
         return Index.open(version.folders[0] / "index", references)
-    parts = zip(version.folders, references.sets, strict=True)
-    indices = [Index.open(folder / "index", part) for folder, part in parts]
+    embedder = load_embedder(*embedders(version.folders))
+    indices = [
+        Index.open(folder / "index", part, embedder=embedder)
+        for folder, part in zip(version.folders, references.sets, strict=True)
+    ]
     return DeltaIndex(indices, version.tombstones, references.fingerprint)
+
+
+def embedders(folders: Sequence[Path]) -> list[Path]:
+    """Returns the folders of the embedders of a base and its deltas."""
+    return [folder / "index" / EMBEDDER for folder in folders]
 
 
 def open_bank(version: Version, references: References, cache_bytes: int = 0) -> Bank:

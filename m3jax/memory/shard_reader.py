@@ -113,6 +113,12 @@ class _Ranges:
         return bytes(result.value)
 
 
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Returns the threads of all readers: a bank has a reader for each of its edits."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="memories")
+
+
 class ShardReader:
     """Reads memories from a bank's shards in stored form. Safe to use from several threads.
 
@@ -130,7 +136,6 @@ class ShardReader:
         self._source = _Files(folder) if local else _Ranges(folder)
         self._shard = manifest["shard_memories"]
         self._index = functools.lru_cache(maxsize=_INDEXES)(self._read_index)
-        self._pool = ThreadPoolExecutor(self._source.threads, thread_name_prefix="memories")
 
     def read(
         self,
@@ -224,7 +229,7 @@ class ShardReader:
 
         step = max(-(-len(ids) // self._source.threads), -(-self._source.task // max(1, size)))
         # Wait for all tasks: a running one would write into rows that the next attempt fills.
-        return all(list(self._pool.map(load, range(0, len(ids), step))))
+        return all(list(_pool(self._source.threads).map(load, range(0, len(ids), step))))
 
     def _read_index(self, shard: int) -> np.ndarray:
         """Reads offset and size in bytes of each memory of a shard, from the end of its file."""

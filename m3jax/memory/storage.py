@@ -17,6 +17,8 @@ file is always complete.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import http.client
 import io
 import json
@@ -101,8 +103,9 @@ def store(folder: str | Path) -> ts.KvStore:
     return ts.KvStore.open({"driver": "file", "path": path}).result()
 
 
+@functools.cache
 def _context() -> ts.Context:
-    """Makes a TensorStore context without a cache, because `m3jax.memory.cache` is used."""
+    """Returns the TensorStore context of all banks: no cache, as `m3jax.memory.cache` is used."""
     return ts.Context(
         {
             "cache_pool": {"total_bytes_limit": 0},
@@ -284,6 +287,16 @@ def write_file(folder: str | Path, name: str, data: bytes) -> None:
         store(folder).write(name, data).result()
     except (OSError, ValueError) as error:
         raise BankError(f"{folder}/{name} could not be written: {error}") from error
+
+
+def link_file(source: str | Path, folder: str | Path, name: str) -> None:
+    """Gives a file of the bank `source` a second name in `folder`, where the file system can."""
+    target = Path(folder) / name
+    if is_url(source) or is_url(folder) or target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        os.link(Path(source) / name, target)
 
 
 def missing_shards(folder: str | Path, manifest: dict[str, Any]) -> list[int]:

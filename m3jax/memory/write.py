@@ -161,6 +161,7 @@ def _make_codec(
             if owner == binding.owner:
                 return codec
     if base is not None and base.codec.codebooks and base.binding.writer == binding.writer:
+        storage.link_file(base.folder, folder, storage.CODEBOOK)  # megabytes, which are the same
         return base.codec
     ids = _sample(config, references)
     print(f"bank {folder}: training codebooks on {len(ids)} references", flush=True)

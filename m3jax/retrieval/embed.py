@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from m3jax.config.renamed import REMOVED_VALUES
 from m3jax.errors import RetrievalError
-from m3jax.retrieval.embedder import Embedder, read_spec
+from m3jax.retrieval.embedder import Embedder, different_embedders, read_spec
 from m3jax.retrieval.lexical import LexicalEmbedder
 
 NAMES = ("lexical", "bert")
@@ -30,14 +30,21 @@ def make_embedder(config: ConfigDict) -> Embedder:
     return kind(retrieval.encoder, retrieval.pooling, rows, retrieval.encoder_dtype)
 
 
-def load_embedder(folder: str | Path) -> Embedder:
-    """Loads the embedder saved in a folder, of the kind that its `embedder.json` names.
+def load_embedder(*folders: str | Path) -> Embedder:
+    """Loads the embedder saved in the last folder, of the kind that its `embedder.json` names.
 
-    Raises `RetrievalError` if the folder is damaged, or its encoder is missing or has changed, and
-    `HuggingFaceError` if the folder of the encoder cannot be read.
+    Each folder's embedder is that of the folder before it, `extended` by texts of its own.
+
+    Raises `RetrievalError` if a folder is damaged, their embedders are of different kinds, or an
+    encoder is missing or has changed, and `HuggingFaceError` if the folder of the encoder cannot be
+    read.
     """
-    name = read_spec(folder).get("name")
-    return _kind(name, f"{folder} was written by the embedder {name!r}, which").load(folder)
+    kinds = [(read_spec(folder).get("name"), folder) for folder in folders]
+    name, last = kinds[-1]
+    kind = _kind(name, f"{last} was written by the embedder {name!r}, which")
+    if any(other != name for other, _ in kinds):
+        raise different_embedders()
+    return kind.load(*folders)
 
 
 def _kind(name: Any, named: str) -> Any:

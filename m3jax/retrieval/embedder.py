@@ -81,6 +81,14 @@ def read_spec(folder: str | Path) -> dict[str, Any]:
     return spec
 
 
+def different_embedders() -> RetrievalError:
+    """Returns the error for parts of a knowledge base whose vectors cannot be compared."""
+    return RetrievalError(
+        "the base and the deltas of the index were made by different embedders; make one index of"
+        " them with launch/edit_bank.py compact"
+    )
+
+
 @contextlib.contextmanager
 def reading(folder: str | Path) -> Iterator[None]:
     """Converts exceptions from reading the files of a saved embedder to `RetrievalError`."""

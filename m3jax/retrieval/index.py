@@ -22,9 +22,10 @@ import numpy as np
 from jaxtyping import Float32
 
 from m3jax.errors import RetrievalError
-from m3jax.files import checksum, digest, read_sealed, write_sealed
+from m3jax.files import checksum, digest, open_array, read_sealed, write_sealed
 from m3jax.numbering import Numbering
 from m3jax.retrieval.embed import load_embedder
+from m3jax.retrieval.embedder import Embedder
 from m3jax.retrieval.search import (
     SHARD_ROWS,
     Searcher,
@@ -53,12 +54,18 @@ class Index(SearchIndex):
       recall: lowest recall@5 among the open parts, measured during the build; None if exact.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], parts: Sequence[int]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        parts: Sequence[int],
+        embedder: Embedder | None = None,
+    ) -> None:
         identity, self.parts = manifest["identity"], tuple(parts)
         self.size, self.kind = identity["count"], identity["kind"]
         self.dimension, self.references_fingerprint = identity["dimension"], identity["references"]
         self.fingerprint = digest(json.dumps([identity, manifest["parts"]], sort_keys=True))
-        self.embedder = load_embedder(folder / EMBEDDER)
+        self.embedder = embedder or load_embedder(folder / EMBEDDER)
         if self.embedder.dimension != self.dimension:
             raise damaged(
                 folder / EMBEDDER,
@@ -73,7 +80,7 @@ class Index(SearchIndex):
         for part in parts:
             place, ids = part_folder(folder, part), ranges[part]
             paths = shards(place, len(ids)) if identity["keep_embeddings"] else []
-            embeddings = [np.load(path, mmap_mode="r") for path in paths]
+            embeddings = [open_array(path) for path in paths]
             searcher = None if scann is None else scann.load_searcher(str(place / SCANN))
             effort = manifest["parts"][part]["effort"]
             self._searchers.append((ids.start, Searcher(embeddings, searcher, effort)))
@@ -84,6 +91,7 @@ class Index(SearchIndex):
         folder: str | Path,
         references: References | None = None,
         parts: Sequence[int] | None = None,
+        embedder: Embedder | None = None,
     ) -> Index:
         """Opens an index that `build_index` wrote, after verifying the checksum of every file.
 
@@ -91,6 +99,7 @@ class Index(SearchIndex):
           folder: folder of the index.
           references: if not None, the references that the index must be of.
           parts: numbers of the parts to open; default: all. Files of other parts may be missing.
+          embedder: embedder of queries; default: the one that the index was built with.
 
         Raises:
           RetrievalError: the index is unfinished or of another format; a file is missing or
@@ -119,7 +128,7 @@ class Index(SearchIndex):
                 " launch/prepare.py again to rebuild the index, or open the right references"
             )
         verify(folder, manifest, parts)
-        return cls(folder, manifest, parts)
+        return cls(folder, manifest, parts, embedder)
 
     def search(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> SearchResult:
         self._check(embeddings, k)
@@ -182,17 +191,11 @@ class DeltaIndex(SearchIndex):
     """Searches the indices of a base and its deltas as one index, without tombstones."""
 
     def __init__(self, indices: Sequence[Index], tombstones: np.ndarray, references: str) -> None:
-        """Joins a base and its deltas; `references` is the fingerprint of their `DeltaReferences`.
+        """Joins a base and its deltas, which have one embedder that knows the words of all.
 
-        Raises `RetrievalError` if their embedders are not of one family.
+        `references` is the fingerprint of their `DeltaReferences`.
         """
-        # The embedder of the last delta covers the words of all parts.
         self.indices, self.embedder = list(indices), indices[-1].embedder
-        if any(index.embedder.family != self.embedder.family for index in indices):
-            raise RetrievalError(
-                "the base and the deltas of the index were made by different embedders; make one"
-                " index of them with launch/edit_bank.py compact"
-            )
         self.numbering = Numbering([index.size for index in indices], tombstones)
         self.size = self.numbering.size
         self.references_fingerprint = references

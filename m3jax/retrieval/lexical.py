@@ -21,7 +21,7 @@ from jaxtyping import Float32
 
 from m3jax.errors import RetrievalError
 from m3jax.files import digest, write_array
-from m3jax.retrieval.embedder import Embedder, read_spec, reading
+from m3jax.retrieval.embedder import Embedder, different_embedders, read_spec, reading
 
 _DF = "document_frequency.npy"
 _WORD = re.compile(r"\w+")
@@ -147,6 +147,7 @@ class LexicalEmbedder(Embedder):
             )
         self.dimension, self.documents, self.fitted = dimension, 0, False
         self.fingerprint = digest(json.dumps([self.name, 1, dimension, *_SCHEME, 0]))
+        self._added: np.ndarray | None = None  # rows (slot, frequency) of an extension
         self._cache = _Cache(dimension)
 
     @property
@@ -172,6 +173,8 @@ class LexicalEmbedder(Embedder):
         frequencies, documents = self._counted(texts)
         embedder = LexicalEmbedder(self.dimension)
         embedder._learn(self._df + frequencies, self.documents + documents)
+        slots = np.flatnonzero(frequencies)
+        embedder._added = np.stack([slots, frequencies[slots]], 1).astype(np.uint32)
         return embedder
 
     def _counted(self, texts: Iterable[str]) -> tuple[np.ndarray, int]:
@@ -225,23 +228,42 @@ class LexicalEmbedder(Embedder):
         return (sums / np.where(norms == 0, 1.0, norms)).astype(np.float32)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the document frequencies and `embedder.json`; errors as in `embed`."""
+        """Writes the document frequencies and `embedder.json`; errors as in `embed`.
+
+        An extension writes the frequencies in its own texts alone: an edit of a document costs a
+        few kilobytes, not the table.
+        """
         self.check_fitted()
-        write_array(Path(folder) / _DF, self._df)
+        write_array(Path(folder) / _DF, self._df if self._added is None else self._added)
         super().save(folder)
 
     @classmethod
-    def load(cls, folder: str | Path) -> LexicalEmbedder:
-        """Loads a saved embedder; raises `RetrievalError` if damaged or of another hash scheme."""
-        spec = read_spec(folder)
-        with reading(folder):
+    def load(cls, *folders: str | Path) -> LexicalEmbedder:
+        """Loads the embedder saved in the last folder, an extension of those before it.
+
+        Raises `RetrievalError` if one is damaged, or of another hash scheme or dimension.
+        """
+        last, added = folders[-1], None
+        frequencies = np.zeros(_SLOTS, np.int64)
+        spec = read_spec(last)
+        if any(read_spec(folder).get("dimension") != spec.get("dimension") for folder in folders):
+            raise different_embedders()
+        for folder in folders:
+            with reading(folder):
+                table = np.load(Path(folder) / _DF, allow_pickle=False)
+                if table.ndim == 2:
+                    np.add.at(frequencies, table[:, 0], table[:, 1])
+                    added = table
+                else:  # of the base, or of an extension that was saved whole
+                    frequencies, added = table.astype(np.int64), None
+        with reading(last):
             embedder = cls(int(spec["dimension"]))
-            frequencies = np.load(Path(folder) / _DF).astype(np.int64)
             embedder._learn(frequencies, int(spec["documents"]))
+            embedder._added = added
             same = embedder.fingerprint == spec["fingerprint"]
         if not same:
             raise RetrievalError(
-                f"the embedder in {folder} is damaged or of another version of the hashing scheme;"
+                f"the embedder in {last} is damaged or of another version of the hashing scheme;"
                 " build the index again"
             )
         return embedder

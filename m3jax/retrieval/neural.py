@@ -17,7 +17,7 @@ from m3jax.files import digest
 from m3jax.mesh import local_mesh, replicated
 from m3jax.retrieval.batches import Call, by_rows, calls, run
 from m3jax.retrieval.bert import Architecture, Pooling, encode
-from m3jax.retrieval.embedder import Embedder, read_spec, reading, reload
+from m3jax.retrieval.embedder import Embedder, different_embedders, read_spec, reading, reload
 from m3jax.retrieval.pretrained import read_pretrained
 
 _BLOCK = 4096  # texts tokenized at a time
@@ -89,13 +89,16 @@ class NeuralEmbedder(Embedder):
         return calls(ids, self._special + 1, self.rows, self._mesh.size, self._padding)
 
     @classmethod
-    def load(cls, folder: str | Path) -> NeuralEmbedder:
-        """Loads a saved embedder and the encoder that it names.
+    def load(cls, *folders: str | Path) -> NeuralEmbedder:
+        """Loads the embedder saved in the last folder and the encoder that it names.
 
-        Raises `RetrievalError` if the encoder is missing or has changed, or a file is damaged, and
-        `HuggingFaceError` if the encoder cannot be read.
+        Raises `RetrievalError` if the encoder is missing or has changed, a file is damaged, or
+        another folder names another encoder, and `HuggingFaceError` if the encoder cannot be read.
         """
-        spec = read_spec(folder)
+        folder, specs = folders[-1], [read_spec(folder) for folder in folders]
+        spec = specs[-1]
+        if any(other.get("fingerprint") != spec.get("fingerprint") for other in specs):
+            raise different_embedders()
         with reading(folder):
             path, fingerprint = Path(spec["folder"]), spec["fingerprint"]
             arguments = spec["pooling"], spec["rows"], spec["dtype"]

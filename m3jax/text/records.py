@@ -17,7 +17,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from m3jax.errors import TextError
-from m3jax.files import TEMPORARY, checksum, commit, digest, read_sealed, write_sealed
+from m3jax.files import SMALL, TEMPORARY, checksum, commit, digest, read_sealed, write_sealed
 from m3jax.workdir import remedy
 
 MANIFEST = "manifest.json"
@@ -149,8 +149,9 @@ class Records:
                 raise self.damaged(path, "is missing")
             if (size := path.stat().st_size) != entry["bytes"]:
                 raise self.damaged(path, f"has {size} bytes; expected {entry['bytes']}")
-        paths = [self.folder / entry["name"] for entry in self.manifest["files"]]
-        self._paths = [path for path in paths if path.suffix == ".array_record"]
+        shards = [e for e in self.manifest["files"] if e["name"].endswith(".array_record")]
+        self._paths = [self.folder / entry["name"] for entry in shards]
+        self._sizes = [entry["bytes"] for entry in shards]
         self._readers: list[Any] = [None] * len(self._paths)
         self._lock = threading.Lock()
         self._checksums = None
@@ -214,7 +215,8 @@ class Records:
             places = np.flatnonzero(shards == shard)
             inside = (ids[places] // len(self._paths)).tolist()
             try:
-                payloads = self._reader(shard).read(inside)
+                with self._reading(shard) as reader:
+                    payloads = reader.read(inside)
                 self._compare(payloads, ids[places])
                 unpacked = [msgpack.unpackb(payload) for payload in payloads]
             except (RuntimeError, IndexError, ValueError, msgpack.UnpackException) as error:
@@ -231,13 +233,26 @@ class Records:
             if crc32c.crc32c(payload) != expected:
                 raise ValueError("a record is not the one that was written")
 
-    def _reader(self, shard: int) -> Any:
+    @contextlib.contextmanager
+    def _reading(self, shard: int) -> Iterator[Any]:
+        """Opens a shard; one that is not small stays open for later reads."""
+        path = self._paths[shard]
+        if self._sizes[shard] <= SMALL:
+            reader = _open_shard(path)
+            try:
+                yield reader
+            finally:
+                reader.close()
+            return
         with self._lock:
             if self._readers[shard] is None:
-                self._readers[shard] = array_record_module.ArrayRecordReader(
-                    str(self._paths[shard]), _READER, file_reader_buffer_size=1 << 15
-                )
-            return self._readers[shard]
+                self._readers[shard] = _open_shard(path)
+        yield self._readers[shard]
+
+
+def _open_shard(path: Path) -> Any:
+    options = {"file_reader_buffer_size": 1 << 15}
+    return array_record_module.ArrayRecordReader(str(path), _READER, **options)
 
 
 def told_losses(manifest: Mapping[str, Any], what: str) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int, Int32, Int64, UInt64
 
 from m3jax.errors import TextError
-from m3jax.files import digest, hash64
+from m3jax.files import digest, hash64, open_array
 from m3jax.numbering import Numbering
 from m3jax.text.documents import Document, in_batches
 from m3jax.text.records import Records, RecordWriter, dtype_of_tokens, told_losses
@@ -171,7 +171,7 @@ class References:
         self.dtype = np.dtype(manifest["dtype"])
         # One more than the largest n of a key if some n are missing, else 0.
         self._numbers: int = manifest.get("numbers", 0)
-        self._tokens = np.memmap(self.folder / "tokens.bin", self.dtype, "r")
+        self._tokens = open_array(self.folder / "tokens.bin", self.dtype)
         self._verified = np.zeros(len(table), bool)  # references whose tokens were compared
         self._order = np.argsort(table["key"], kind="stable")
         self._sorted_keys = table["key"][self._order]

@@ -19,12 +19,13 @@ from m3jax.bench.rounds import import_peer, quotients, timed
 from m3jax.retrieval.search import import_scann
 
 ROOT = Path(__file__).resolve().parents[2]
-FAST = ("overlap", "bank")
+FAST = ("overlap", "bank", "edits")
 EXPECTED = {
     "train": {"precomputed_over_warmup", "pipeline_over_precomputed", "guarded_over_plain"},
     "writer": {"encode_share"},
     "overlap": {"filter_over_windowed_row_512_train"},
     "bank": {"cold_over_pread", "compressed_over_bf16"},
+    "edits": {"edit_time", "open_time"},
     "quantizer": set(),
     "retrieval": {"recall_at_5", "time_over_exact"},
     "inference": {"explicit_over_none", "explicit_over_rag", "remote_over_none_1"},

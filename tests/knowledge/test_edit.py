@@ -1,6 +1,7 @@
 """Edits of a workdir's knowledge, against a workdir prepared with the edited text."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -38,6 +39,7 @@ from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
 from m3jax.memory.document_context import writer_settings
 from m3jax.memory.write import write_bank
+from m3jax.retrieval.index import Index
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.documents import Document
 from m3jax.text.references import References
@@ -237,6 +239,35 @@ def test_an_edit_follows_a_bank_with_context(workdir: Path) -> None:
     after = bank.read(np.array(references.find("Long#1"))).values
     close(after, alone[1])
     assert bank.binding.layout["document_context_references"] == 3
+
+
+def test_an_edit_costs_what_its_document_costs(workdir: Path) -> None:
+    """Not the base's table of words, nor descriptors and maps that an open version holds."""
+    base = {path.name: path.stat().st_size for path in (workdir / "index").rglob("*")}
+    assert base["document_frequency.npy"] > 1 << 22
+    files = lambda: len(os.listdir("/dev/fd"))  # noqa: E731
+    held = []
+    for name in ("Zork", "Quux", "Xyzzy"):
+        version = edit(CONFIG, workdir, documents=documents(name), write=write)
+        version.close()
+        folder = version.deltas[-1]
+        assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 1 << 18
+        before = files()
+        version = open_version(workdir)
+        references = open_references(CONFIG, version, Tokenizer.load(workdir / "tokenizer"))
+        index, bank = open_index(version, references), open_bank(version, references)
+        ids = references.live[-1:]
+        assert name in references.texts(ids)[0]
+        bank.read(ids)
+        held.append(files() - before)
+        assert all(part.embedder is index.embedder for part in index.indices)
+        del references, index, bank
+        version.close()
+    assert held == [1, 1, 1]
+    # One embedder, whether it was extended edit by edit or read from what the edits left.
+    texts = [document.text for document in documents("Zork", "Quux", "Xyzzy")]
+    whole = Index.open(workdir / "index").embedder.extended(texts)
+    assert opened(workdir)[1].embedder.fingerprint == whole.fingerprint
 
 
 def test_rollback_and_forward(workdir: Path) -> None:
