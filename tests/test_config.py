@@ -112,8 +112,8 @@ def test_a_whole_number_serves_as_float() -> None:
         ("retrieval__encoder_batch", 0, "[1, inf)"),
         ("seed", -1, "[0, 18446744073709551616)"),
         ("seed", 2**64, "[0, 18446744073709551616)"),
-        ("optimizer__learning_rate", float("nan"), "(0, inf)"),
-        ("optimizer__learning_rate", float("inf"), "(0, inf)"),
+        ("optimizer__learning_rate", float("nan"), "(0, 1000]"),
+        ("optimizer__learning_rate", float("inf"), "(0, 1000]"),
     ],
 )
 def test_out_of_its_interval(field: str, value: Any, accepted: str) -> None:

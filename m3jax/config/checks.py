@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.config.fields import FIELDS
@@ -63,6 +64,9 @@ def _shape(c: ConfigDict) -> Unfit:
     length = f"memory.reference_length = {memory.reference_length} tokens"
     if memory.kept_tokens > memory.reference_length:
         yield "memory.kept_tokens", f"a reference has at most {length}"
+    if c.writer.compression == "vector" and model.head_dim % 8:
+        why = f"divides vectors into eighths; model.head_dim = {model.head_dim} is no multiple of 8"
+        yield "writer.compression", why
     if c.text.vocabulary > model.vocabulary:
         yield "model.vocabulary", f"must be at least text.vocabulary = {c.text.vocabulary}"
     if c.writer.document_context and memory.selection == "reconstruction":
@@ -143,6 +147,9 @@ def _training(c: ConfigDict) -> Unfit:
     if c.data.sequence_length % c.memory.chunk_length:
         why = f"must be a multiple of memory.chunk_length = {c.memory.chunk_length}"
         yield "data.sequence_length", why
+    if c.data.sequence_length * c.data.batch_size > _largest("data.batch_size"):
+        why = f"rows of data.sequence_length = {c.data.sequence_length} tokens exceed int32"
+        yield "data.batch_size", why
     if c.data.batch_size % train.microbatches:
         yield "train.microbatches", f"must divide data.batch_size = {c.data.batch_size}"
     if c.retrieval.ids == "stored" and c.data.packing == "concat":
@@ -230,6 +237,24 @@ def _check_field(path: str, value: Any) -> None:
         raise ConfigError(f"config.{path} = {value!r}; accepted: {listed}")
     if isinstance(accepted, str) and not _inside(value, accepted):
         raise ConfigError(f"config.{path} = {value!r}; accepted: {accepted} ({meaning})")
+    if kind is int and value > _largest(path):
+        raise ConfigError(f"config.{path} = {value}; at most {_largest(path)} ({meaning})")
+    if kind is float:
+        with np.errstate(over="ignore", under="ignore"):
+            used = float(np.float32(value))
+        if abs(used) < np.finfo(np.float32).tiny:  # such numbers count as 0 on many devices
+            used = 0.0
+        if (value and not used) or not _inside(used, accepted):
+            raise ConfigError(
+                f"config.{path} = {value!r} is {used:g} in float32, in which it is used; accepted:"
+                f" {accepted}, not closer to 0 than 1.2e-38 ({meaning})"
+            )
+
+
+def _largest(path: str) -> int:
+    """Returns the largest value of a field with a whole number: sizes and steps index as int32."""
+    wide = path == "seed" or path.endswith("bytes")
+    return 2**64 - 1 if wide else 2**31 - 1
 
 
 def _inside(value: float, interval: str) -> bool:

@@ -28,7 +28,7 @@ MODEL: Fields = {
     "hidden": (128, "hidden width D", "[1, inf)"),
     "mlp_width": (256, "width F of the gated MLP", "[1, inf)"),
     "vocabulary": (1024, "rows V of embedding and LM head, at least the tokenizer's", "[5, inf)"),
-    "rope_base": (10000.0, "base of the RoPE frequencies", "(0, inf)"),
+    "rope_base": (10000.0, "base of the RoPE frequencies", "[1, inf)"),
     "rope_scaling": (
         "none",
         "RoPE of models whose context was made longer: all frequencies are divided by rope_factor"
@@ -48,7 +48,7 @@ MODEL: Fields = {
         "rotations in the original context from which it is kept; above rope_low_rotations",
         "(0, inf)",
     ),
-    "rope_magnitude": (1.0, "factor on rotated queries and keys (yarn)", "(0, inf)"),
+    "rope_magnitude": (1.0, "factor on rotated queries and keys (yarn)", "(0, 100]"),
     "no_rope_every": (
         0,
         "every n-th layer (n-1, 2n-1, … from 0) has no RoPE (SmolLM3: 4); 0 = all layers have it",
@@ -56,7 +56,7 @@ MODEL: Fields = {
     ),
     "norm_epsilon": (1e-5, "epsilon of RMSNorm", "(0, 1)"),
     "tied_embeddings": (False, "LM head shares the embedding matrix", None),
-    "embedding_scale": (1.0, "factor on embedding outputs", "(0, inf)"),
+    "embedding_scale": (1.0, "factor on embedding outputs", "(0, 1000000]"),
     "attention_bias": (False, "biases on query, key and value (as Qwen2 has)", None),
     "qk_norm": (
         False,
@@ -68,7 +68,7 @@ MODEL: Fields = {
         0.0,
         "size of the query/key biases that start one key-value head of the first layer as a"
         " previous-token head, a shortcut for tiny models (needs attention_bias); 0 = none",
-        "[0, inf)",
+        "[0, 1000]",
     ),
     "init_exponent": (
         -0.5,
@@ -161,7 +161,7 @@ MEMORY: Fields = {
         1.0,
         "factor of the stored keys of heads that keep more than 2 · each tokens: above 1 a query"
         " reads the tokens that fit it best more sharply",
-        "(0, inf)",
+        "(0, 100]",
     ),
     "spacing": (
         0,
@@ -371,7 +371,7 @@ CHAT: Fields = {
     "bad_share": (0.01, "share of unusable chats or pairs to leave out; more is refused", "[0, 1)"),
 }
 PREFERENCE: Fields = {
-    "beta": (0.01, "weight β of the log-probability ratios in DPO (Memory³ §6.4)", "(0, inf)"),
+    "beta": (0.01, "weight β of the log-probability ratios in DPO (Memory³ §6.4)", "(0, 1000]"),
 }
 # Heading and fields of every section; "" holds the fields outside all sections.
 SECTIONS = {

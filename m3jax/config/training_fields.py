@@ -12,8 +12,8 @@ Fields = dict[str, tuple[Any, str, Any]]
 
 OPTIMIZER: Fields = {
     "name": ("adamw", "update rule; muon for matrices and adamw for the rest", ("adamw", "muon")),
-    "learning_rate": (1e-3, "peak learning rate", "(0, inf)"),
-    "muon_learning_rate": (0.01, "peak learning rate of Muon's matrices", "(0, inf)"),
+    "learning_rate": (1e-3, "peak learning rate", "(0, 1000]"),
+    "muon_learning_rate": (0.01, "peak learning rate of Muon's matrices", "(0, 1000]"),
     "schedule": (
         "wsd",
         "learning rate: linear warmup, constant, fast decay (warmup-stable-decay), or cosine",
@@ -30,7 +30,7 @@ OPTIMIZER: Fields = {
     "beta1": (0.9, "decay of the first moment", "[0, 1)"),
     "beta2": (0.95, "decay of the second moment", "[0, 1)"),
     "epsilon": (1e-8, "Adam's epsilon", "(0, 1)"),
-    "weight_decay": (0.1, "decoupled weight decay; none for norms and biases", "[0, inf)"),
+    "weight_decay": (0.1, "decoupled weight decay; none for norms and biases", "[0, 1000]"),
     "clip_norm": (1.0, "global gradient norm to which larger ones are scaled down", "(0, inf)"),
 }
 TRAIN: Fields = {
@@ -48,7 +48,7 @@ TRAIN: Fields = {
         0.0,
         "factor of the squared log of the softmax normaliser in the minimised loss (PaLM, arXiv"
         " 2204.02311, §5: 1e-4), so that logits do not drift; the reported loss is without it",
-        "[0, inf)",
+        "[0, 1000]",
     ),
     "log_every": (10, "steps between two lines of metrics", "[1, inf)"),
     "checkpoint_every": (500, "steps between two checkpoints", "[1, inf)"),

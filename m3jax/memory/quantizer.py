@@ -243,13 +243,14 @@ def by_block(f: Callable[[Array], Any], x: Array) -> Any:
 
 
 def nearest_few(scores: Array, count: int) -> Array:
-    """Returns the indices of the largest scores `(*n, entries)`, `count` of them.
+    """Returns the indices of the largest scores `(*n, entries)`, `count` of them, or all if fewer.
 
     If the number of entries is a multiple of the group size, this is an approximate top-k: at most
     one index per group, the group's best, so that there can be fewer than `count`.
     """
     if count == 1 or scores.shape[-1] % _GROUP:
-        return jax.lax.top_k(scores, count)[1] if count > 1 else largest(scores)[..., None]
+        few = min(count, scores.shape[-1])
+        return jax.lax.top_k(scores, few)[1] if count > 1 else largest(scores)[..., None]
     groups = scores.reshape(*scores.shape[:-1], -1, _GROUP)
     group = jax.lax.top_k(jnp.max(groups, axis=-1), min(count, groups.shape[-2]))[1]
     inside = jnp.take_along_axis(groups, group[..., None], axis=-2)
