@@ -20,7 +20,6 @@ change; 2: a config or topology that cannot work.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import sys
 from pathlib import Path
@@ -29,6 +28,7 @@ from absl.flags import FlagValues
 
 from m3jax import cli
 from m3jax.cli import Flag, count, counts, switch, words
+from m3jax.files import json_text
 from m3jax.hardware import LIBTPU_ENVIRONMENT, chip_of_topology
 
 COMMANDS = cli.Commands()
@@ -89,7 +89,7 @@ def main(given: FlagValues) -> None:
         rows.append(chosen)
         if given.json:  # after each, so that what was compiled is not lost
             written = reports if given.search or len(chips) * len(paths) > 1 else chosen
-            Path(given.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+            Path(given.json).write_text(json_text(written, indent=2) + "\n", encoding="utf-8")
         if given.markdown:
             Path(given.markdown).write_text(compile_table(rows) + "\n", encoding="utf-8")
         if not chosen["fits"]:

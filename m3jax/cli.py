@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
-import json
 import os
 import sys
 import textwrap
@@ -452,10 +451,10 @@ def show(table: str, figures: Any, path: str | None) -> None:
     Raises:
       CommandError: the file cannot be written.
     """
-    from m3jax.files import write_atomically
+    from m3jax.files import json_text, write_atomically
 
     print(table)
-    text = json.dumps(figures, indent=2, ensure_ascii=False) + "\n"
+    text = json_text(figures, indent=2, ensure_ascii=False) + "\n"
     try:
         if path:
             write_atomically(path, text.encode())

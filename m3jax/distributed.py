@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 import m3jax
 from m3jax.config import flatten
 from m3jax.errors import ProcessError
+from m3jax.files import json_text
 from m3jax.private_apis import coordination_client, detect_cluster
 from m3jax.watch import LONGEST_WAIT, ROOT, LastWords, Processes, Report, Watch, address_of
 
@@ -191,7 +192,7 @@ def _agree(processes: Processes, config: ConfigDict) -> None:
     fields = {f"config.{path}": value for path, value in flatten(config).items()}
     facts = {"m3jax": m3jax.__version__, "jax": jax.__version__, **fields}
     client = coordination_client()
-    client.key_value_set(f"{ROOT}/facts/{processes.index}", json.dumps(facts))
+    client.key_value_set(f"{ROOT}/facts/{processes.index}", json_text(facts))
     everyone = []
     for index in range(processes.count):
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator
@@ -96,10 +97,31 @@ def checksum(source: bytes | str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def json_text(content: Any, **options: Any) -> str:
+    """Serializes content as JSON; a number that is NaN or infinite, which JSON lacks, becomes null.
+
+    Args:
+      content: what `json.dumps` accepts.
+      **options: options of `json.dumps`.
+    """
+    try:
+        return json.dumps(content, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_finite(content), allow_nan=False, **options)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def write_sealed(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
     """Writes a dictionary as JSON, atomically, with its own checksum under the key `checksum`."""
-    sealed = {**content, "checksum": digest(json.dumps(content, sort_keys=True))}
-    write_atomically(path, json.dumps(sealed, indent=1, sort_keys=True).encode())
+    sealed = {**content, "checksum": digest(json_text(content, sort_keys=True))}
+    write_atomically(path, json_text(sealed, indent=1, sort_keys=True).encode())
 
 
 def read_sealed(path: str | os.PathLike[str], *, unsealed: bool = False) -> dict[str, Any] | None:
@@ -112,7 +134,7 @@ def read_sealed(path: str | os.PathLike[str], *, unsealed: bool = False) -> dict
         if unsealed and "checksum" not in content:
             return content if isinstance(content, dict) else None
         expected = content.pop("checksum")
-        intact = expected == digest(json.dumps(content, sort_keys=True))
+        intact = expected == digest(json_text(content, sort_keys=True))
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return content if intact else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from m3jax.errors import TextError
-from m3jax.files import digest, read_sealed, write_atomically, write_sealed
+from m3jax.files import digest, json_text, read_sealed, write_atomically, write_sealed
 
 BEGUN = "begun.json"  # inputs of an unfinished part
 INPUTS = "inputs.json"  # inputs of a finished part; written last, so it marks the part as finished
@@ -29,7 +28,7 @@ def content_id(folder: str | Path) -> str | None:
     manifest = read_sealed(path) if path.is_file() else None
     if manifest is None:
         return None
-    return manifest.get("fingerprint") or digest(json.dumps(manifest, sort_keys=True))
+    return manifest.get("fingerprint") or digest(json_text(manifest, sort_keys=True))
 
 
 def remedy(folder: str | os.PathLike[str], script: str = "launch/prepare.py") -> str:
@@ -69,7 +68,7 @@ def read_inputs(folder: Path) -> dict[str, Any] | None:
 
 def begin_part(folder: Path, inputs: dict[str, Any]) -> None:
     """Prepares a part to be made or resumed; deletes its files if their inputs were different."""
-    begun = json.dumps(inputs, indent=1, sort_keys=True).encode()
+    begun = json_text(inputs, indent=1, sort_keys=True).encode()
     marker = folder / BEGUN
     if not marker.is_file() or marker.read_bytes() != begun:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,10 @@
 """Files are committed whole or not at all."""
 
+import ast
+import json
+import math
 import os
+from pathlib import Path
 
 import pytest
 
@@ -8,10 +12,13 @@ from m3jax.files import (
     checksum,
     committing,
     digest,
+    json_text,
     read_sealed,
     write_atomically,
     write_sealed,
 )
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_write_atomically_replaces_and_makes_folders(tmp_path):
@@ -62,3 +69,23 @@ def test_a_sealed_file_is_read_back_and_any_flipped_byte_of_its_content_is_seen(
         assert read_sealed(path) is None
     path.write_bytes(b"[]")
     assert read_sealed(path) is None
+
+
+def test_a_number_that_is_not_finite_is_null_in_json():
+    content = {"a": [1.5, math.nan], "b": {"c": math.inf, "d": (None, -math.inf, "NaN")}}
+    expected = {"a": [1.5, None], "b": {"c": None, "d": [None, None, "NaN"]}}
+    assert json.loads(json_text(content, indent=1)) == expected
+    assert json_text({"ä": 1.0}, ensure_ascii=False) == '{"ä": 1.0}'
+
+
+def test_no_json_is_written_that_could_hold_nan():
+    """Every call of `json.dump(s)` says `allow_nan=False`; other modules call `json_text`."""
+    calls = [
+        (path.relative_to(ROOT), node.lineno, {k.arg: ast.unparse(k.value) for k in node.keywords})
+        for folder in ("m3jax", "launch", "configs")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps")
+    ]
+    assert calls
+    assert [call[:2] for call in calls if call[2].get("allow_nan") != "False"] == []

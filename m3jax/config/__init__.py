@@ -108,4 +108,6 @@ def prefix_tokens(config: ConfigDict) -> tuple[int, ...]:
 
 def to_json(config: ConfigDict) -> str:
     """Returns the config as JSON, indented and with sorted keys."""
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
+    return json.dumps(
+        config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False
+    )

@@ -17,7 +17,9 @@ _HEAD = """# Config fields
 Every field of a config, made from `m3jax/config/` by `python -m m3jax.config.reference`.
 Change one on the command line of any script with `--config.SECTION.FIELD=VALUE`; print this table
 there with `--config_help` or `--config_help=SECTION`. In intervals `[` and `]` include the end,
-`(` and `)` do not. Shapes use the letters of `m3jax/__init__.py`.
+`(` and `)` do not. Integers end at 2147483647 (int32) and numbers of bytes at 2^64 - 1; numbers
+with a point are checked as float32, in which they are used. Shapes use the letters of
+`m3jax/__init__.py`.
 """
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.errors import InferenceError, TextError
-from m3jax.files import write_atomically
+from m3jax.files import json_text, write_atomically
 from m3jax.inference.attribution import (
     AttributedReference,
     as_dict,
@@ -137,7 +136,7 @@ def run(
                 shown.append((generation, read))
     finally:  # keep the finished texts when a later text fails
         if records and request.json:
-            data = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
+            data = json_text(records, indent=1, ensure_ascii=False) + "\n"
             write_atomically(Path(request.json), data.encode())
         if shown and request.html:
             write_atomically(Path(request.html), as_page(shown, session.tokenizer).encode())

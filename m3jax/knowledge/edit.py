@@ -7,7 +7,6 @@ with the files that it had built.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.errors import VersionError
-from m3jax.files import checksum, digest, sync_folder, write_array, write_sealed
+from m3jax.files import checksum, digest, json_text, sync_folder, write_array, write_sealed
 from m3jax.knowledge.versions import (
     BANKS,
     CURRENT,
@@ -92,7 +91,7 @@ def edit(
         if not documents and not gone:
             raise VersionError("nothing to edit: give documents, or keys to delete")
         texts = [[d.id, d.title, d.source, d.text] for d in documents]
-        building = building_folder(workdir, parent, json.dumps([texts, delete, replace]))
+        building = building_folder(workdir, parent, json_text([texts, delete, replace]))
         if documents:
             length = config.memory.reference_length
             write_references(documents, tokenizer, building / "references", length)
@@ -136,7 +135,7 @@ def merge(
                 f" {next(iter(common))!r}; --replace takes those of {other}"
             )
         gone = sorted(i for own in common.values() for i in own)
-        building = building_folder(workdir, parent, json.dumps(["merge", added.fingerprint, gone]))
+        building = building_folder(workdir, parent, json_text(["merge", added.fingerprint, gone]))
         copy_references(added, added.live, building / "references")
         build_delta(config, parent, building, references, write, base)
         return commit_version(workdir, parent, building, f"merged with {other}", gone)
@@ -164,7 +163,7 @@ def keep_only(config: ConfigDict, version: Version, ids: np.ndarray, *, note: st
         gone = np.setdiff1d(live, ids)
         if not gone.size or gone.size == live.size:
             return parent
-        building = building_folder(workdir, parent, json.dumps(["keep", gone.tolist()]))
+        building = building_folder(workdir, parent, json_text(["keep", gone.tolist()]))
         return commit_version(workdir, parent, building, note, gone)
 
 
@@ -184,7 +183,7 @@ def refresh(workdir: str | Path, what: str, *, write: WriteMemories, note: str) 
             raise VersionError(
                 f"{workdir} has no bank to refresh; write one with launch/write_bank.py"
             )
-        building = building_folder(workdir, parent, json.dumps(["refresh", what]))
+        building = building_folder(workdir, parent, json_text(["refresh", what]))
         for part, (folder, bank) in enumerate(zip(parent.folders, parent.banks, strict=True)):
             added = References(folder / "references")
             write(added, building / BANKS / str(part), Bank.open(bank))

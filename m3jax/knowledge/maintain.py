@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from m3jax.errors import VersionError
+from m3jax.files import json_text
 from m3jax.knowledge.edit import WriteMemories, building_folder, commit_version, in_one_part
 from m3jax.knowledge.versions import (
     BANKS,
@@ -62,7 +62,7 @@ def compact(
             references = open_references(config, parent, tokenizer)
             if not len(references.live):
                 raise VersionError(f"nothing is left in version {parent.number} of {workdir}")
-            what = json.dumps(["compact", references.fingerprint])
+            what = json_text(["compact", references.fingerprint])
             building = building_folder(workdir, parent, what)
             copy_references(references, references.live, building / "references")
             whole = References(building / "references")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax.config import format_counts, memory_layers, parse_counts, slot_counts
-from m3jax.files import checksum
+from m3jax.files import checksum, json_text
 from m3jax.memory.document_context import UNSTATED
 from m3jax.memory.document_context import layout_entries as context_layout
 from m3jax.model.slots import SlotLayout
@@ -37,7 +36,7 @@ class Binding:
     @property
     def owner(self) -> str:
         """Returns a hash of weights and layout, which identifies the codebooks of a bank."""
-        return checksum(json.dumps([self.writer, self.layout], sort_keys=True).encode())
+        return checksum(json_text([self.writer, self.layout], sort_keys=True).encode())
 
     def differences(self, bank: Binding) -> list[str]:
         """Describes each difference of a bank's binding from this binding, the expected one."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +23,7 @@ import m3jax
 from m3jax.config import slot_counts
 from m3jax.distributed import first_alone, meet
 from m3jax.errors import BankError
-from m3jax.files import checksum
+from m3jax.files import checksum, json_text
 from m3jax.memory import codec as codecs
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank
@@ -224,7 +223,7 @@ def prepare_folder(
             storage.write_file(folder, name, data)
     if there is None:
         storage.open_array(folder, manifest, create=True)
-        text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+        text = json_text(manifest, indent=2, sort_keys=True) + "\n"
         storage.write_file(folder, storage.MANIFEST, text.encode())
     missing = storage.missing_shards(folder, manifest)
     if missing:

@@ -357,4 +357,4 @@ def _commit(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", "utf-8")

@@ -5,7 +5,6 @@ Every step is the same as in a real run; finished steps are skipped when the com
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from m3jax.errors import CheckpointError
 from m3jax.evaluation.questions import Question
 from m3jax.evaluation.scoring import Answerer
-from m3jax.files import write_atomically
+from m3jax.files import json_text, write_atomically
 from m3jax.inference.generate import Generation
 from m3jax.inference.session import Session
 from m3jax.quickstart import people
@@ -129,7 +128,7 @@ def _answers(session: Session, mode: str, prompts: Sequence[np.ndarray]) -> list
 def _write_report(workdir: Path, summary: dict[str, Any]) -> None:
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
-    write_atomically(folder / "chat.json", json.dumps(summary, indent=2).encode())
+    write_atomically(folder / "chat.json", json_text(summary, indent=2).encode())
     stages = summary["stages"]
     rows = "\n".join(
         f"| {label} | {' | '.join(f'{stages[stage][name]:.3f}' for stage in stages)} |"

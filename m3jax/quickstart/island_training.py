@@ -6,13 +6,12 @@ article that answers it, among four wrong ones. The questions about the other ar
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from m3jax.files import write_atomically
+from m3jax.files import json_text, write_atomically
 from m3jax.quickstart.island import Island, IslandQuestion
 from m3jax.text.corpus import encode_documents, write_corpus
 from m3jax.text.documents import read_documents
@@ -48,9 +47,7 @@ def _write_corpus(questions: Sequence[IslandQuestion], tokenizer: Tokenizer, fol
     An article is one reference.
     """
     lines = [
-        json.dumps(
-            {"question": q.question, "answer": q.answers[0], "reference": f"{q.reference}#0"}
-        )
+        json_text({"question": q.question, "answer": q.answers[0], "reference": f"{q.reference}#0"})
         for q in questions
     ]
     folder.mkdir(parents=True, exist_ok=True)

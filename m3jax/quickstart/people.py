@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import numpy as np
 
 from m3jax.errors import TextError
 from m3jax.evaluation.questions import Question
-from m3jax.files import write_atomically
+from m3jax.files import json_text, write_atomically
 
 RELATIONS = ("pet", "home", "food", "game", "craft")
 _ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z")
@@ -237,7 +236,7 @@ def edited(world: World, seed: int) -> World:
 
 def write_jsonl(path: Path, records: Iterable[dict]) -> None:
     """Writes JSON lines atomically."""
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    lines = "".join(json_text(record, ensure_ascii=False) + "\n" for record in records)
     write_atomically(path, lines.encode())
 
 

@@ -25,7 +25,7 @@ from m3jax.errors import HuggingFaceError
 from m3jax.evaluation.plots import accuracy_bars, count_map
 from m3jax.evaluation.question_table import evaluate_questions
 from m3jax.evaluation.questions import Question, read_questions
-from m3jax.files import digest, write_atomically
+from m3jax.files import digest, json_text, write_atomically
 from m3jax.inference.session import Session
 from m3jax.knowledge.edit import edit
 from m3jax.knowledge.memory_writer import MemoryWriter
@@ -269,7 +269,7 @@ def _kept(path: Path, inputs: Sequence[str], make: Callable[[], dict[str, Any]])
             return dict(kept["result"])
     result = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({"inputs": key, "result": result}, indent=1).encode())
+    write_atomically(path, json_text({"inputs": key, "result": result}, indent=1).encode())
     return result
 
 
@@ -336,7 +336,7 @@ def _example(config: ConfigDict, workdir: Path, questions: Sequence[Question]) -
 
 
 def _report(config: ConfigDict, folder: Path, summary: dict[str, Any]) -> None:
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=2).encode())
+    write_atomically(folder / "summary.json", json_text(summary, indent=2).encode())
     title = "An invented island, asked of SmolLM2-135M"
     accuracy_bars(
         *(folder / "answers.png", summary["f1"], LABELS, None, title),

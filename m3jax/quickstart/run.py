@@ -6,7 +6,6 @@ Every step is the same as in a real run; finished steps are skipped when the com
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from m3jax.config import PREFIX_TOKENS
 from m3jax.evaluation.plots import Read, accuracy_bars, attention_map
 from m3jax.evaluation.questions import Question
 from m3jax.evaluation.scoring import Answerer
-from m3jax.files import write_atomically
+from m3jax.files import json_text, write_atomically
 from m3jax.knowledge.memory_writer import MemoryWriter, restore_writer
 from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
@@ -331,7 +330,7 @@ def _report(demonstration: Demonstration, summary: dict[str, Any]) -> None:
     from m3jax.train.plots import plot_stages
 
     folder = demonstration.workdir / "report"
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=2).encode())
+    write_atomically(folder / "summary.json", json_text(summary, indent=2).encode())
     accuracy, chance = summary["accuracy"], summary["chance"]
     title = "Facts about people never seen in training"
     accuracy_bars(folder / "accuracy.png", accuracy, LABELS, chance, title)

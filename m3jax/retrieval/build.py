@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from m3jax.errors import RetrievalError
-from m3jax.files import TEMPORARY, write_array, write_atomically
+from m3jax.files import TEMPORARY, json_text, write_array, write_atomically
 from m3jax.retrieval import tune
 from m3jax.retrieval.embedder import Embedder, read_spec
 from m3jax.retrieval.index import (
@@ -120,7 +119,7 @@ def _holds(folder: Path, identity: dict[str, Any]) -> bool:
 def _clear(folder: Path, identity: dict[str, Any]) -> None:
     """Empties the folder for a build; keeps embeddings of a killed build of the same index."""
     folder.mkdir(parents=True, exist_ok=True)
-    build = json.dumps(identity, indent=1, sort_keys=True).encode()
+    build = json_text(identity, indent=1, sort_keys=True).encode()
     path = folder / BUILD
     finished = (folder / MANIFEST).exists()  # of another identity, or damaged
     (folder / MANIFEST).unlink(missing_ok=True)

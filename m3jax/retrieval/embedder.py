@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from m3jax.errors import RetrievalError
-from m3jax.files import write_atomically
+from m3jax.files import json_text, write_atomically
 
 _SPEC = "embedder.json"
 
@@ -61,7 +61,7 @@ class Embedder:
 
     def save(self, folder: str | Path) -> None:
         """Writes `embedder.json` and the files of the fit, which the class method `load` reads."""
-        text = json.dumps(self.spec, indent=2, sort_keys=True)
+        text = json_text(self.spec, indent=2, sort_keys=True)
         write_atomically(Path(folder) / _SPEC, text.encode())
 
 

@@ -11,7 +11,6 @@ not detect damaged files.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Collection, Sequence
@@ -22,7 +21,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from m3jax.errors import RetrievalError
-from m3jax.files import checksum, digest, open_array, read_sealed, write_sealed
+from m3jax.files import checksum, digest, json_text, open_array, read_sealed, write_sealed
 from m3jax.numbering import Numbering
 from m3jax.retrieval.embed import load_embedder
 from m3jax.retrieval.embedder import Embedder
@@ -64,7 +63,7 @@ class Index(SearchIndex):
         identity, self.parts = manifest["identity"], tuple(parts)
         self.size, self.kind = identity["count"], identity["kind"]
         self.dimension, self.references_fingerprint = identity["dimension"], identity["references"]
-        self.fingerprint = digest(json.dumps([identity, manifest["parts"]], sort_keys=True))
+        self.fingerprint = digest(json_text([identity, manifest["parts"]], sort_keys=True))
         self.embedder = embedder or load_embedder(folder / EMBEDDER)
         if self.embedder.dimension != self.dimension:
             raise damaged(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import re
 import threading
 import unicodedata
@@ -20,7 +19,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from m3jax.errors import RetrievalError
-from m3jax.files import digest, write_array
+from m3jax.files import digest, json_text, write_array
 from m3jax.retrieval.embedder import Embedder, different_embedders, read_spec, reading
 
 _DF = "document_frequency.npy"
@@ -146,7 +145,7 @@ class LexicalEmbedder(Embedder):
                 " 8 or more"
             )
         self.dimension, self.documents, self.fitted = dimension, 0, False
-        self.fingerprint = digest(json.dumps([self.name, 1, dimension, *_SCHEME, 0]))
+        self.fingerprint = digest(json_text([self.name, 1, dimension, *_SCHEME, 0]))
         self._added: np.ndarray | None = None  # rows (slot, frequency) of an extension
         self._cache = _Cache(dimension)
 
@@ -161,7 +160,7 @@ class LexicalEmbedder(Embedder):
     @property
     def family(self) -> str:
         """Returns hashing scheme and dimension, without the document frequencies."""
-        return json.dumps([self.name, self.dimension, *_SCHEME])
+        return json_text([self.name, self.dimension, *_SCHEME])
 
     def extended(self, texts: Sequence[str]) -> LexicalEmbedder:
         """Returns an embedder that also counts these texts, so that their new words can match.
@@ -196,7 +195,7 @@ class LexicalEmbedder(Embedder):
         self._df, self.documents = frequencies.astype(np.uint32), documents
         self.fitted = documents > 0
         scheme = [self.name, 1, self.dimension, *_SCHEME, documents]
-        self.fingerprint = digest(json.dumps(scheme), self._df.tobytes())
+        self.fingerprint = digest(json_text(scheme), self._df.tobytes())
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dimension"]:
         """Embeds each text as a unit vector, or as zeros if it has no known word.

@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 
 from m3jax.errors import HuggingFaceError
-from m3jax.files import checksum, digest
+from m3jax.files import checksum, digest, json_text
 from m3jax.model.hf import open_tensors, weight_files
 from m3jax.model.hf_config import CONFIG, read_json
 from m3jax.retrieval.bert import Architecture, Params, Pooling
@@ -60,7 +60,7 @@ def read_pretrained(folder: Path, pooling: Literal["auto", "mean", "cls"]) -> Pr
     files = weight_files(folder)
     params = _params(files, architecture)
     settings = [1, dataclasses.asdict(architecture), chosen, max_length, lower]
-    fingerprint = digest(json.dumps(settings), text, *map(checksum, files))
+    fingerprint = digest(json_text(settings), text, *map(checksum, files))
     return Pretrained(architecture, params, chosen, tokenizer, max_length, lower, fingerprint)
 
 

@@ -9,7 +9,6 @@ whose restriction raises it most. A bank with memories of these heads only is sm
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from m3jax.config import PACKED, format_heads, memory_heads, prefix_tokens
 from m3jax.data.batch import Batch
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import ConfigError
-from m3jax.files import digest, write_array
+from m3jax.files import digest, json_text, write_array
 from m3jax.knowledge.memory_writer import check_reader
 from m3jax.make_model import make_model
 from m3jax.model.attention_mask import ShortSight
@@ -119,7 +118,7 @@ def score_heads(
     saved = checkpoint_folder(checkpoint).stat().st_mtime_ns  # of the checkpoint of this step
     corpus = str(pipeline.rows.corpus.fingerprint)
     what = [about, saved, config.to_dict(), tokenizer, bank, corpus]
-    store = Path(workdir) / "report" / "heads" / f"{digest(json.dumps(what))}.npy"
+    store = Path(workdir) / "report" / "heads" / f"{digest(json_text(what))}.npy"
     done = np.load(store) if store.is_file() else np.zeros((0, 2 + len(candidates), 0))
     batches = tqdm(evaluator.each(), total=evaluator.batches, desc="heads", unit=" batches")
     for number, batch in enumerate(batches):

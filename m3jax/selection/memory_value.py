@@ -7,7 +7,6 @@ stay in place. Each pair costs one forward pass of the row.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from m3jax.config import prefix_tokens
 from m3jax.data.batch import Batch
 from m3jax.data.pipeline import Pipeline
-from m3jax.files import write_array, write_atomically
+from m3jax.files import json_text, write_array, write_atomically
 from m3jax.make_model import make_model
 from m3jax.memory.reader import Dequantize
 from m3jax.model.parameters import Params
@@ -109,7 +108,7 @@ def measure_drops(
       `MEASURED` records: for every row one with `NOTHING` absent, then one for each reference that
       it retrieves, in ascending order.
     """
-    begun = json.dumps({**identity, "rows": rows.tolist()}, indent=1, sort_keys=True).encode()
+    begun = json_text({**identity, "rows": rows.tolist()}, indent=1, sort_keys=True).encode()
     if not (folder / _BEGUN).is_file() or (folder / _BEGUN).read_bytes() != begun:
         shutil.rmtree(folder, ignore_errors=True)
         write_atomically(folder / _BEGUN, begun)

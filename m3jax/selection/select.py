@@ -9,7 +9,6 @@ as many random references, and without memories.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from m3jax.config import PACKED, prefix_tokens, to_json
 from m3jax.data.pipeline import Pipeline, open_pipeline, open_rows
 from m3jax.data.rows import Rows
 from m3jax.errors import UsefulnessError
-from m3jax.files import digest, write_atomically
+from m3jax.files import digest, json_text, write_atomically
 from m3jax.knowledge.edit import keep_only
 from m3jax.knowledge.memory_writer import check_reader
 from m3jax.knowledge.versions import Version, open_version
@@ -353,7 +352,7 @@ def _write(
         for i, item in zip(part.tolist(), references.read(part), strict=True):
             figures = {name: values[i].item() for name, values in columns.items()}
             record = {"key": item.key, "title": item.title, **figures}
-            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+            lines.append(json_text(record, ensure_ascii=False) + "\n")
     write_atomically(folder / "chosen.jsonl", "".join(lines).encode())
-    write_atomically(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_atomically(folder / "report.json", (json_text(report, indent=1) + "\n").encode())
     choice_picture(estimates, live, report, folder / "usefulness.png")

@@ -5,7 +5,6 @@ Nothing is written or trained here.
 
 from __future__ import annotations
 
-import json
 import runpy
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 from m3jax.config import IN_STEP, ConfigDict, default, flatten, validate
 from m3jax.errors import ConfigError, SweepError
-from m3jax.files import digest
+from m3jax.files import digest, json_text
 from m3jax.sweep.spec import Entry, Sweep, SweepData, SweepRun, SweepStage
 
 # Fields that a stage without memory does not read; entries that differ only in them share it.
@@ -83,7 +82,7 @@ class _Planner:
         bank = self.bank_to_read(stages[-1], read)
         measured = [stages[-1].folder.name, _changed(read), bank.name if bank else None]
         measured += [self.sweep.questions, self.sweep.in_context]
-        key = digest(json.dumps(measured, sort_keys=True))
+        key = digest(json_text(measured, sort_keys=True))
         return SweepRun(entry, seed, result, tuple(stages), read, bank, key)
 
     def stage(self, entry: Entry, seed: int, name: str, before: SweepStage | None) -> SweepStage:
@@ -207,7 +206,7 @@ def _changed(config: ConfigDict) -> dict[str, Any]:
 
 
 def _short(made_of: Any) -> str:
-    return digest(json.dumps(made_of, sort_keys=True))[:12]
+    return digest(json_text(made_of, sort_keys=True))[:12]
 
 
 def launch_lines(sweep: Sweep, runs: Sequence[SweepRun], own: str) -> Iterator[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from m3jax.errors import SweepError
-from m3jax.files import write_atomically, write_sealed
+from m3jax.files import json_text, write_atomically, write_sealed
 from m3jax.sweep.spec import SweepRun
 
 BEGIN, END = "<!-- sweep: begin -->", "<!-- sweep: end -->"
@@ -166,7 +165,7 @@ def _figures(entry: Mapping[str, Any]) -> list[dict[str, float]]:
 
 def as_json(runs: Sequence[SweepRun]) -> str:
     """Formats figures and errors of every entry and seed as stable JSON."""
-    return json.dumps({"entries": collect(runs)}, indent=1, ensure_ascii=False) + "\n"
+    return json_text({"entries": collect(runs)}, indent=1, ensure_ascii=False) + "\n"
 
 
 def sweep_table(runs: Sequence[SweepRun]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,16 @@ import numpy as np
 from array_record.python import array_record_module
 
 from m3jax.errors import TextError
-from m3jax.files import SMALL, TEMPORARY, checksum, commit, digest, read_sealed, write_sealed
+from m3jax.files import (
+    SMALL,
+    TEMPORARY,
+    checksum,
+    commit,
+    digest,
+    json_text,
+    read_sealed,
+    write_sealed,
+)
 from m3jax.workdir import remedy
 
 MANIFEST = "manifest.json"
@@ -95,7 +103,7 @@ class RecordWriter:
             path = self.folder / name
             commit(self.folder / (name + TEMPORARY), path)
             files.append({"name": name, "bytes": path.stat().st_size, "blake2b": checksum(path)})
-        stable = json.dumps(content, sort_keys=True)
+        stable = json_text(content, sort_keys=True)
         manifest = {
             "kind": kind,
             "format": _FORMAT,

@@ -16,7 +16,7 @@ from jaxtyping import Int32
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from m3jax.errors import TextError
-from m3jax.files import digest, write_atomically
+from m3jax.files import digest, json_text, write_atomically
 from m3jax.text.byte_fallback import SPACE
 from m3jax.workdir import remedy
 
@@ -108,7 +108,7 @@ class Tokenizer:
         """Writes `tokenizer.json` (readable by `tokenizers`), then `manifest.json`."""
         content = {"kind": "tokenizer", "fingerprint": self.fingerprint, "size": self.size}
         write_atomically(Path(folder) / _FILE, self._json.encode())
-        write_atomically(Path(folder) / _MANIFEST, json.dumps(content, indent=1).encode())
+        write_atomically(Path(folder) / _MANIFEST, json_text(content, indent=1).encode())
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Tokenizer:

@@ -15,6 +15,7 @@ import tokenizers
 from jaxtyping import Int
 
 from m3jax.errors import TextError
+from m3jax.files import json_text
 from m3jax.text.byte_fallback import LINE_FEED, adapt_byte_fallback, is_byte_fallback
 from m3jax.text.special_tokens import choose_special
 from m3jax.text.tokenizer import Tokenizer
@@ -110,7 +111,7 @@ def adopt_tokenizer(
     added.sort(key=lambda token: token["id"])
     content.update(added_tokens=added)
     content.update(post_processor=None, truncation=None, padding=None)
-    result = json.dumps(content, ensure_ascii=False)
+    result = json_text(content, ensure_ascii=False)
     _check_adopted(text, result, order, lead)
     order[: len(special)] = [-1 if new else old for new, old in zip(neutral, order, strict=False)]
     return Adopted(result, np.array(order), line_feed)

@@ -28,7 +28,7 @@ from m3jax.data.pipeline import Pipeline
 from m3jax.data.rows import PackedRows
 from m3jax.distributed import meet
 from m3jax.errors import CheckpointError
-from m3jax.files import digest, read_sealed, write_array, write_sealed
+from m3jax.files import digest, json_text, read_sealed, write_array, write_sealed
 from m3jax.make_model import make_model
 from m3jax.memory.binding import writer_fingerprint, writer_params
 from m3jax.memory.sparsify import sparsifier
@@ -243,13 +243,13 @@ def _binding(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
                 settings[f"{section}.{field}"] = value
     return {
         "pairs": pipeline.rows.corpus.fingerprint,
-        "config": json.loads(json.dumps(settings, sort_keys=True)),
+        "config": json.loads(json_text(settings, sort_keys=True)),
         "sequence_length": config.data.sequence_length,
         "shift": pipeline.shift,
         "batch_size": pipeline.batch_size,
         "bank": None if pipeline.bank is None else pipeline.bank.writer["hash"],
         "knowledge": None if pipeline.version is None else pipeline.version.number,
-        "packing plan": digest(json.dumps(plan)),
+        "packing plan": digest(json_text(plan)),
         "rows": len(plan),
         "slots": pipeline.rows.slots,
     }

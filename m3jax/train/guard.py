@@ -23,7 +23,7 @@ from m3jax.checkpoint import read_meta
 from m3jax.data.batch import Batch
 from m3jax.distributed import meet
 from m3jax.errors import CheckpointError, ConfigError, DivergenceError
-from m3jax.files import write_atomically
+from m3jax.files import json_text, write_atomically
 from m3jax.train.checkpoints import Checkpoints, kept
 from m3jax.train.monitor import Monitor, Trouble
 
@@ -145,7 +145,7 @@ class Guard:
         rollback = self._decide(trouble, checkpoints.steps())
         self.rollbacks.append(rollback)
         if jax.process_index() == 0:
-            text = json.dumps({"rollbacks": self.rollbacks}, indent=1, allow_nan=False)
+            text = json_text({"rollbacks": self.rollbacks}, indent=1)
             write_atomically(self.folder / FILE, text.encode())
         meet("rollback written")
         if jax.process_count() > 1 and read_rollbacks(self.folder) != self.rollbacks:

@@ -18,22 +18,29 @@ from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
 from m3jax.checkpoint import FOLDER
-from m3jax.files import write_atomically
+from m3jax.files import json_text, write_atomically
 from m3jax.train.guard import describe
 
 FILE = "metrics.jsonl"
 
 
 def read_metrics(stage_folder: str | Path) -> list[dict[str, Any]]:
-    """Reads the lines of a stage's metrics, up to a last line that a kill has cut off."""
+    """Reads the lines of a stage's metrics, up to a last line that a kill has cut off.
+
+    Numbers that were not finite, null in the file, are NaN.
+    """
     path = Path(stage_folder) / FILE
     lines = []
     for text in path.read_text("utf-8").splitlines() if path.exists() else ():
         try:
-            lines.append(json.loads(text))
+            lines.append(json.loads(text, object_hook=_with_nan))
         except json.JSONDecodeError:
             break
     return lines
+
+
+def _with_nan(numbers: dict[str, Any]) -> dict[str, Any]:
+    return {name: math.nan if value is None else value for name, value in numbers.items()}
 
 
 def time_spent(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -172,7 +179,7 @@ def _with_rollbacks(
 
 
 def _to_line(line: Mapping[str, Any]) -> str:
-    return json.dumps(line, ensure_ascii=False) + "\n"
+    return json_text(line, ensure_ascii=False) + "\n"
 
 
 class Summary(NamedTuple):

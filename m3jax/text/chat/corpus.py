@@ -14,7 +14,7 @@ from typing import Any
 
 from m3jax.config import ConfigDict
 from m3jax.errors import TextError
-from m3jax.files import write_atomically
+from m3jax.files import json_text, write_atomically
 from m3jax.text.chat.chats import REMEDIES, Chat, ChatError, Pair, read_chats, read_pairs
 from m3jax.text.chat.template import EncodedChat, Template, chunk_references
 from m3jax.text.corpus import CorpusWriter, TokenDocument
@@ -89,7 +89,7 @@ class _Writing:
                 writers[name] = stack.enter_context(writer)
             for line in self._encoded(lines):
                 # A hash of this text decides between training and validation.
-                text = json.dumps([[(t.role, t.text) for t in chat.turns] for chat, _ in line])
+                text = json_text([[(t.role, t.text) for t in chat.turns] for chat, _ in line])
                 held_out = is_validation(Document(line[0][0].id, text), share)
                 split = "validation" if held_out else "train"
                 self._write(line, writers[split], split)
@@ -101,7 +101,7 @@ class _Writing:
                         f" {self.read} {self.kind}; give more of them or change it"
                     )
                 writer.commit()
-        text = json.dumps(self._report(), indent=1, ensure_ascii=False)
+        text = json_text(self._report(), indent=1, ensure_ascii=False)
         write_atomically(folder / REPORT, text.encode())
 
     def _encoded(self, lines: Iterator[Chat | Pair | ChatError]) -> Iterator[_Line]:

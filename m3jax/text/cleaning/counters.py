@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from m3jax.files import digest, write_atomically
+from m3jax.files import digest, json_text, write_atomically
 from m3jax.text.documents import Document
 
 SAMPLES = 8  # samples kept per step
@@ -59,7 +59,7 @@ class Tally:
     def write(self, path: Path) -> None:
         """Writes the counts as JSON."""
         content = {name: dict(value) for name, value in vars(self).items()}
-        write_atomically(path, json.dumps(content, sort_keys=True).encode(), shared=True)
+        write_atomically(path, json_text(content, sort_keys=True).encode(), shared=True)
 
     @classmethod
     def read(cls, folder: Path) -> Tally:

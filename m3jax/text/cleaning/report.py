@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from m3jax.figures import PALE, TEAL, drawing
-from m3jax.files import write_atomically
+from m3jax.files import json_text, write_atomically
 from m3jax.text.cleaning.blocks import place_of
 from m3jax.text.cleaning.clean import CleanFolder
 from m3jax.text.cleaning.counters import SAMPLES, SHOWN, Tally
@@ -95,7 +94,7 @@ def write_report(
             lines += [f"* {named} **{_printable(sample['value'])}**", ""]
             lines += [f"      {_printable(line)}" for line in sample["text"].split("\n") if line]
             lines += [""]
-    data = json.dumps(content, indent=1, ensure_ascii=False)
+    data = json_text(content, indent=1, ensure_ascii=False)
     for name, text in (("report.json", data), ("report.md", "\n".join(lines) + "\n")):
         write_atomically(folder / name, text.encode("utf-8", "backslashreplace"))
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from m3jax.config import ConfigDict
 from m3jax.errors import TextError
-from m3jax.files import digest, write_array, write_atomically
+from m3jax.files import digest, json_text, write_array, write_atomically
 from m3jax.text.cleaning import minhash
 from m3jax.text.cleaning.counters import Tally
 from m3jax.text.cleaning.rules import broken_rule
@@ -103,7 +103,7 @@ class Selection:
         begin_part(selecting.folder, inputs)
         if not (selecting.folder / "cut" / MANIFEST).is_file():
             cut(selecting.folder / "cut")
-        write_atomically(selecting.folder / "questions.json", json.dumps(self.questions).encode())
+        write_atomically(selecting.folder / "questions.json", json_text(self.questions).encode())
         stages = [WorkStage("select", partial(_ranges, selecting), partial(look_at, selecting))]
         if selecting.knowledge.similarity > 0:
             parts = partial(minhash.parts_of, selecting.ranges)
