@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from m3jax.errors import InferenceError
 from m3jax.evaluation.questions import read_questions
+from m3jax.evaluation.report import search_note
 from m3jax.evaluation.squad_metrics import normalise
 from m3jax.knowledge.versions import open_references, open_retriever, open_version
 from m3jax.text.references import References
@@ -136,4 +137,5 @@ def hit_rates_table(report: dict[str, Any]) -> str:
     head = ["embedder", "references", "questions", "answerable", *ranks]
     cells = [report["embedder"], *(str(report[name]) for name in head[1:4])]
     cells += [f"{report[name]:.3f}" for name in ranks]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), cells))
+    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), cells)]
+    return "\n".join([*lines, "", search_note("the question alone", "it", 1.0)])

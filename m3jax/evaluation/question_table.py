@@ -30,6 +30,7 @@ from m3jax.evaluation.batches import continue_prompts
 from m3jax.evaluation.bootstrap import interval, resampled_means
 from m3jax.evaluation.other_references import draw_others
 from m3jax.evaluation.questions import Question, answering, solved
+from m3jax.evaluation.report import search_note
 from m3jax.evaluation.scoring import Scorer, fit
 from m3jax.evaluation.squad_metrics import exact_match, f1
 from m3jax.inference.generate import Generator
@@ -366,10 +367,7 @@ def questions_table(report: dict[str, Any]) -> str:
     about += f", {report['shots']} solved examples, {report['k']} references together"
     lines = [about, "", *(f"| {' | '.join(row)} |" for row in rows)]
     if "dropped" in report:
-        search = (
-            f"searched with the question alone; {report['dropped']:.1%} of the references found"
-        )
-        search += f" dropped for overlap with it (above {report['overlap']:.3g})"
+        search = search_note("the question alone", "it", report["overlap"], report["dropped"])
         if report["recall"] is not None:
             search += f"; an answering reference found for {report['recall']:.1%}"
         lines += ["", search]

@@ -16,7 +16,8 @@ def evaluate_losses(session: Session) -> dict[str, Any]:
     """Measures losses on the validation corpus with the session's bank and version of knowledge.
 
     Returns the figures of `LossEvaluator`, with `wrong_hidden`, its `hidden`, if it is not 0;
-    `checkpoint`, `step`, `shift`, `rows`, `bank_version`; and `retrieval`, counters of the search.
+    `checkpoint`, `step`, `shift`, `overlap`, `rows`, `bank_version`; and `retrieval`, counters of
+    the search.
 
     Raises:
       ConfigError: rows of preference pairs, which have no loss per token.
@@ -41,6 +42,7 @@ def evaluate_losses(session: Session) -> dict[str, Any]:
         "checkpoint": str(checkpoint),
         "step": session.meta["step"],
         "shift": config.evaluation.shift,
+        "overlap": config.retrieval.overlap_evaluation,
         "rows": evaluator.rows,
         "bank_version": None if pipeline.version is None else pipeline.version.number,
         **losses,
@@ -51,12 +53,33 @@ def evaluate_losses(session: Session) -> dict[str, Any]:
     return report
 
 
+ROW = "the whole row (also what is still to come)"
+SHIFTS = ("a chunk's own text (shift 0)", "the chunk before (shift 1)")
+
+
+def search_note(query: str, text: str, overlap: float, dropped: float | None = None) -> str:
+    """Returns the sentence of a table about its search and the filter of overlaps (Memory³ §6.1).
+
+    Args:
+      query: names the text that was searched with.
+      text: names the text that references are compared with.
+      overlap: limit of the overlap; 1 drops none.
+      dropped: share of the references found that were dropped; None if the table has it elsewhere.
+    """
+    if overlap >= 1:
+        return f"searched with {query}; no reference is dropped for overlap"
+    share = "" if dropped is None else f"{dropped:.1%} of the "
+    return (
+        f"searched with {query}; {share}references found that overlap with {text}, or it with them,"
+        f" above {overlap:.3g} were dropped"
+    )
+
+
 def losses_table(report: dict[str, Any]) -> str:
     """Returns the report of `evaluate_losses` as a Markdown table."""
     names = {"memory": "with memory", "none": "without", "wrong": "wrong memories"}
     lines = [
-        f"{report['checkpoint']} at step {report['step']}, {report['rows']} validation rows,"
-        f" retrieval shift {report['shift']}",
+        f"{report['checkpoint']} at step {report['step']}, {report['rows']} validation rows",
         "",
         "| memories | loss (nats a token) | accuracy |",
         "|---|---|---|",
@@ -73,10 +96,6 @@ def losses_table(report: dict[str, Any]) -> str:
         ]
     counts = report["retrieval"]
     if "dropped_share" in counts:
-        lines += [
-            "",
-            f"retrieval: {counts['searched']} chunks searched; {counts['dropped_share']:.1%} of the"
-            f" references found dropped for their overlap with the row; {counts['unfilled']} places"
-            " left empty",
-        ]
+        note = search_note(SHIFTS[report["shift"]], ROW, report["overlap"], counts["dropped_share"])
+        lines += ["", f"{note}; {counts['searched']} searches, {counts['unfilled']} places empty"]
     return "\n".join(lines)

@@ -13,10 +13,12 @@ from ml_collections import ConfigDict
 from m3jax.checkpoint import restore_params
 from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import Pipeline, open_pipeline
+from m3jax.evaluation.report import ROW, SHIFTS, search_note
 from m3jax.inference.cold_start import ColdMemories
 from m3jax.make_model import make_model
 from m3jax.memory.document_context import writer_settings
 from m3jax.train.evaluator import LossEvaluator
+from m3jax.train.metrics import retrieval_shares
 from m3jax.train.refresh import compare_memories
 
 
@@ -35,6 +37,7 @@ class Staleness:
       losses: nats per token on the validation rows, with `stored` and `fresh` memories, and `none`.
       gain: loss with stored memories minus loss with fresh memories.
       gain_error: standard error of `gain` over the batches; NaN for a single batch.
+      search: says how the rows' memories were searched; "" = by ids stored with the documents.
     """
 
     references: int
@@ -46,6 +49,7 @@ class Staleness:
     losses: dict[str, float]
     gain: float
     gain_error: float
+    search: str = ""
 
     @property
     def verdict(self) -> str:
@@ -122,6 +126,7 @@ def measure_staleness(
         losses={name: float(values.mean()) for name, values in losses.items()},
         gain=float(gains.mean()),
         gain_error=float(error),
+        search=_search(config, pipeline),
     )
 
 
@@ -146,8 +151,17 @@ def staleness_table(staleness: Staleness) -> str:
             "The quarter that the first memory layer calls worst holds"
             f" {staleness.first_layer:.0%} of the error.",
             staleness.verdict,
+            *(["", staleness.search] if staleness.search else []),
         ]
     )
+
+
+def _search(config: ConfigDict, pipeline: Pipeline) -> str:
+    shares = retrieval_shares(pipeline.report())
+    if "dropped_share" not in shares:
+        return ""
+    query, limit = SHIFTS[config.evaluation.shift], config.retrieval.overlap_evaluation
+    return search_note(query, ROW, limit, shares["dropped_share"])
 
 
 def _losses(

@@ -196,7 +196,10 @@ def test_the_question_filters_what_it_finds(session, questions):
     found = [evaluate_questions(session, asked, ["text_found"], overlap=limit, new_tokens=0)
              for limit in (1.0, 0.6)]  # fmt: skip
     assert found[0]["dropped"] == 0 and found[1]["dropped"] > 0.1
-    assert f"{found[1]['dropped']:.1%} of the references found dropped" in questions_table(found[1])
+    assert (
+        f"{found[1]['dropped']:.1%} of the references found that overlap with it"
+        in questions_table(found[1])
+    )
     read = question_table._References(session, asked, K, 0.6, 0).found
     for question, ids in zip(asked, read, strict=True):
         query = session.tokenizer.encode(question.query)

@@ -178,6 +178,9 @@ class HarnessModel(TemplateLM):
     ) -> list[float]:
         """Returns the log-probability of whole texts; a chunk retrieves with the chunk before it.
 
+        References are compared with the whole window, also with what is still to come, and dropped
+        if they overlap too much with it.
+
         Raises:
           InferenceError: the mode `rag`, since there is no question to retrieve with.
         """

@@ -14,6 +14,7 @@ import numpy as np
 from m3jax.errors import InferenceError
 from m3jax.evaluation.answer_recall import answerable_questions
 from m3jax.evaluation.lm_eval.model import MODES, HarnessModel
+from m3jax.evaluation.report import SHIFTS, search_note
 from m3jax.evaluation.squad_metrics import exact_match, f1, last_number
 from m3jax.evaluation.task_files import LocalTask
 from m3jax.inference.session import Session
@@ -180,7 +181,7 @@ def evaluate_tasks(
       `shots`; `columns`: titles; `tasks`: of each task `kind`, `examples`, `chance`, `answerable`
       (open questions only) and `scores`, column → measure → mean; `dropped` and `truncated`: of
       each column the share of retrieved references dropped for overlap, and of contexts that were
-      cut.
+      cut; `shift`: retrieval shift of memories; `overlaps`: limits of the filter.
 
     Raises:
       InferenceError: fewer examples than shots, the mode `warmup` without `warmup`, or a mode that
@@ -193,7 +194,7 @@ def evaluate_tasks(
                 f"task {task.name} has {pool} examples for {shots} shots; give --shots={pool}"
             )
     report: dict[str, Any] = {"shots": shots, "columns": [column.title for column in chosen]}
-    report |= {"tasks": {}, "dropped": {}, "truncated": {}}
+    report |= {"tasks": {}, "dropped": {}, "truncated": {}, "shift": 0, "overlaps": []}
     with_references = any(column.mode not in ("none", "warmup") for column in chosen)
     answerable = {}
     for task in tasks:
@@ -222,6 +223,7 @@ def evaluate_tasks(
         if model.retriever is not None:
             share = retrieval_shares(model.retriever.report())
             report["dropped"][column.title] = share.get("dropped_share", 0.0)
+            report["overlaps"] = sorted({*report["overlaps"], model.overlap})
         cut = model.counts["truncated"] / max(model.counts["requests"], 1)
         report["truncated"][column.title] = cut
     return report
@@ -266,4 +268,9 @@ def tasks_table(report: dict[str, Any]) -> str:
     ):
         cells = [f"{shares[title]:.1%}" if title in shares else "–" for title in titles]
         rows.append([meaning, "share", "", "", *cells])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    if report["dropped"]:
+        query = f"{SHIFTS[0]}, RAG with the whole question"
+        notes = {search_note(query, "the question", limit) for limit in report["overlaps"]}
+        lines += ["", *sorted(notes)]
+    return "\n".join(lines)

@@ -478,6 +478,10 @@ def test_the_table_has_every_mode_filter_and_the_answerable_subset(session, tmp_
         [found["scores"]["none"]["exact_match"], report["tasks"]["sky"]["scores"]["none"]["acc"]]
     )
     assert text[7].startswith(f"| **average** |  |  |  | {mean:.3f} |")
+    assert [line.split("; ")[1] for line in text[-2:]] == [
+        "no reference is dropped for overlap",
+        "references found that overlap with the question, or it with them, above 0.8 were dropped",
+    ]
     assert text[8].startswith("| references dropped | share |  |  | – | 0.0% |")
     assert text[9].startswith("| contexts cut | share |  |  | 0.0% |")
     other = copy.copy(session)
