@@ -87,5 +87,7 @@ def test_no_json_is_written_that_could_hold_nan():
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps")
     ]
-    assert calls
+    assert calls and not [
+        path for path in (ROOT / "m3jax").rglob("*.py") if "from json import" in path.read_text()
+    ]
     assert [call[:2] for call in calls if call[2].get("allow_nan") != "False"] == []

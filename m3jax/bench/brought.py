@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from m3jax.bench.rounds import Rounds, import_peer, quotients, timed
 from m3jax.config import PREFIX_TOKENS
 from m3jax.data.batch import Batch
 from m3jax.errors import BenchmarkError
+from m3jax.evaluation.plots import speed_bars
 from m3jax.inference.rag import rag_prompts
 from m3jax.inference.session import Session
 from m3jax.make_model import make_model
@@ -100,28 +101,52 @@ def inference(
             seconds = timed({n: calls[n] for n in [*calls][:: -1 if number % 2 else 1]})
             seconds = {name: seconds[name] for name in calls}
             first = {name: call.first_token for name, call in calls.items()}
-            speed = {
-                name: (1 if name.endswith("_1") else batch) * tokens / value
-                for name, value in seconds.items()
-            }
-            later = {
-                name: 1e3 * (value - first[name]) / (tokens - 1) for name, value in seconds.items()
-            }
-            ratios = {}
-            for end in ("", "_1"):
-                ratios[f"memory_over_none{end}"] = later[f"memory{end}"] / later[f"none{end}"]
-                ratios[f"memory_over_text{end}"] = speed[f"memory{end}"] / speed[f"text{end}"]
-                ratios[f"first_text_over_memory{end}"] = first[f"text{end}"] / first[f"memory{end}"]
-            if "cpp_1" in calls:
-                ratios["none_over_cpp_1"] = speed["none_1"] / speed["cpp_1"]
-                ratios["memory_over_cpp_text_1"] = speed["memory_1"] / speed["cpp_text_1"]
-            yield {
-                "ratios": ratios,
-                "tokens_per_second": speed,
-                "milliseconds": later,
-                "first_token_seconds": first,
-                "state_MB": {name: mode.state_bytes / 1e6 for name, mode in modes.items()},
-            }
+            state = {name: mode.state_bytes / 1e6 for name, mode in modes.items()}
+            yield {**_figures(seconds, first, batch, tokens), "state_MB": state}
+
+
+def _figures(
+    seconds: dict[str, float], first: dict[str, float], batch: int, tokens: int
+) -> dict[str, dict[str, float]]:
+    """Computes the figures of a round from the seconds of each mode, and to its first token."""
+    rows = {name: 1 if name.endswith("_1") else batch for name in seconds}
+    speed = {name: rows[name] * tokens / value for name, value in seconds.items()}
+    later = {name: 1e3 * (value - first[name]) / (tokens - 1) for name, value in seconds.items()}
+    ratios = {}
+    for end in ("", "_1"):
+        ratios[f"memory_over_none{end}"] = later[f"memory{end}"] / later[f"none{end}"]
+        ratios[f"memory_over_text{end}"] = speed[f"memory{end}"] / speed[f"text{end}"]
+        ratios[f"first_text_over_memory{end}"] = first[f"text{end}"] / first[f"memory{end}"]
+    if "cpp_1" in seconds:
+        ratios["none_over_cpp_1"] = speed["none_1"] / speed["cpp_1"]
+        ratios["memory_over_cpp_text_1"] = speed["memory_1"] / speed["cpp_text_1"]
+    return {
+        "ratios": ratios,
+        "tokens_per_second": speed,
+        "milliseconds": later,
+        "first_token_seconds": first,
+    }
+
+
+# Label and modes of a bar, in the order drawn; modes of one row, as llama.cpp runs.
+_BARS = {
+    "nothing": "none_1",
+    "memories": "memory_1",
+    "text": "text_1",
+    "nothing (llama.cpp)": "cpp_1",
+    "text (llama.cpp)": "cpp_text_1",
+}
+
+
+def draw_speeds(path: Path, result: Mapping[str, Any]) -> None:
+    """Plots the speeds that `inference` measured for a single row, by what the model reads."""
+    speeds, first = (
+        {label: result[section][mode] for label, mode in _BARS.items() if mode in result[section]}
+        for section in ("tokens_per_second", "first_token_seconds")
+    )
+    speed_bars(
+        path, speeds, first, "generation of one row, by what it reads", "nothing", "memories"
+    )
 
 
 def import_llama_cpp() -> list[Any] | None:

@@ -9,7 +9,6 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from json import dumps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from m3jax.bench.overlap import overlap
 from m3jax.bench.quantizer import quantizer
 from m3jax.bench.retrieval import retrieval
 from m3jax.bench.rounds import Round, Rounds
-from m3jax.files import write_atomically
+from m3jax.files import json_text, write_atomically
 
 _Result = dict[str, Any]
 INTERRUPTED = 130  # exit code
@@ -59,7 +58,7 @@ BENCHMARKS = {
 BROUGHT = {
     "train": Benchmark(brought.train, 3, {"rows": 8, "references": 8}),
     "inference": Benchmark(
-        brought.inference, 3, {"batch": 2, "tokens": 3}, draw=inference.draw_speeds
+        brought.inference, 3, {"batch": 2, "tokens": 3}, draw=brought.draw_speeds
     ),
 }
 
@@ -107,7 +106,7 @@ def run(
     def keep() -> _Result:
         result = _summary(taken, count, ended)
         if json is not None:
-            write_atomically(json, f"{dumps(result, indent=2)}\n".encode())
+            write_atomically(json, f"{json_text(result, indent=2)}\n".encode())
         return result
 
     print(f"{name}: preparing, and a first round that does not count", flush=True)

@@ -51,7 +51,12 @@ def accuracy_bars(
 
 
 def speed_bars(
-    path: Path, tokens_per_second: dict[str, float], first_token: dict[str, float], title: str
+    path: Path,
+    tokens_per_second: dict[str, float],
+    first_token: dict[str, float],
+    title: str,
+    none: str = "none",
+    *with_memory: str,
 ) -> None:
     """Plots the tokens per second of each mode, with the time to the first token beside the bar.
 
@@ -60,16 +65,17 @@ def speed_bars(
       tokens_per_second: mode → tokens per second; that of `none` is also drawn as a line.
       first_token: mode → seconds to the first token, for modes where it was measured.
       title: of the plot.
+      none, *with_memory: modes that read nothing, and memories; default those of the quickstart.
     """
     texts = [
         f"{speed:.1f}"
         + (f"   first token {first_token[mode]:.1f} s" if mode in first_token else "")
         for mode, speed in tokens_per_second.items()
     ]
-    with_memory = ("explicit", "compressed", "cold")
+    coloured = with_memory or ("explicit", "compressed", "cold")
     with drawing(path, 8, 0.55 * len(texts) + 1.6) as figure:
         axes = figure.subplots()
-        _bars(axes, tokens_per_second, with_memory, texts, tokens_per_second.get("none"))
+        _bars(axes, tokens_per_second, coloured, texts, tokens_per_second.get(none))
         most = max(tokens_per_second.values())
         axes.set(xlim=(0, 1.35 * most), ylim=(len(texts) - 0.4, -0.6), title=title)
         axes.set_xlabel("tokens a second, search and loading included")
