@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from ml_collections import ConfigDict
 from m3jax.bench.made import configured, prepare, section
 from m3jax.bench.rounds import Rounds
 from m3jax.config import PREFIX_TOKENS
+from m3jax.files import json_text
 from m3jax.knowledge.edit import WriteMemories, edit
 from m3jax.knowledge.versions import open_bank, open_references, open_retriever, open_version
 from m3jax.make_model import make_model
@@ -60,7 +60,7 @@ def edits(edits: int = 200, documents: int = 1000) -> Rounds:
     with tempfile.TemporaryDirectory() as name:
         prepared, workdir, text = (Path(name) / part for part in ("prepared", "run", "text.jsonl"))
         lines = [{"id": f"d{i}", "text": _sentence(random)} for i in range(documents)]
-        text.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        text.write_text("".join(f"{json_text(line)}\n" for line in lines))
         write(prepare(config, prepared, text), prepared / "bank", None)
         while True:
             shutil.rmtree(workdir, ignore_errors=True)
