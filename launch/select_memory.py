@@ -6,12 +6,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from absl.flags import FlagValues
 
-from m3jax import cli
+from m3jax import cli, places
 from m3jax.cli import Flag, count, share, switch
 
 COMMANDS = cli.Commands()
@@ -116,7 +114,7 @@ def heads(given: FlagValues) -> None:
     figures = heads_report(scores, chosen)
     path = given.workdir / "report" / f"heads-{given.hide}-{given.by}"
     json = given.json or path.with_suffix(".json")
-    picture = Path(given.picture or path.with_suffix(".png"))
+    picture = given.picture or path.with_suffix(".png")
     cli.show(heads_table(figures), figures, json)
     if chosen:
         number = f"{len(chosen)} of {config.memory.layers * config.model.kv_heads}"
@@ -161,7 +159,7 @@ def counts(given: FlagValues) -> None:
     )
     path = given.workdir / "report" / "counts"
     json = given.json or path.with_suffix(".json")
-    picture = Path(given.picture or path.with_suffix(".png"))
+    picture = given.picture or path.with_suffix(".png")
     cli.show(counts_table(report), report, json)
     picture.parent.mkdir(parents=True, exist_ok=True)
     title = f"Tokens that a memory of {given.budget:g} a head keeps"
@@ -171,8 +169,13 @@ def counts(given: FlagValues) -> None:
 
 @COMMANDS.add(
     *_MODEL,
-    Flag("documents", "Texts to go on from, and to deal the counts by.", required=True),
-    Flag("questions", "Paragraphs with questions, in SQuAD's format."),
+    Flag(
+        "documents",
+        "Texts to go on from, and to deal the counts by.",
+        places.TEXTS,
+        required=True,
+    ),
+    Flag("questions", "Paragraphs with questions, in SQuAD's format.", places.FILE),
     cli.counts("budgets", "Tokens of a memory for each memory layer and key-value head.", [16]),
     cli.words(
         "rules",

@@ -23,14 +23,18 @@ from pathlib import Path
 
 from absl.flags import FlagValues
 
-from m3jax import cli
+from m3jax import cli, places
 from m3jax.cli import Flag, switch, words
 
 COMMANDS = cli.Commands()
 SWEEP = (
-    Flag("sweep", "Python file with get_sweep().", required=True),
-    Flag("workdir", "Folder for all that it makes.", Path, required=True),
-    Flag("data", "Workdir of launch/prepare.py, for sweeps that prepare no data of their own."),
+    Flag("sweep", "Python file with get_sweep().", places.FILE, required=True),
+    Flag("workdir", "Folder for all that it makes.", places.NEW_FOLDER, required=True),
+    Flag(
+        "data",
+        "Workdir of launch/prepare.py, for sweeps that prepare no data of their own.",
+        places.WORKDIR,
+    ),
     words("entries", "Only these entries; default all."),
     words("seeds", "Only these seeds; default those of the sweep."),
 )
@@ -42,7 +46,11 @@ SWEEP = (
     switch("dry_run", "Print the commands for a pod; do nothing."),
     switch("prepare_only", "Make data and folders, and train nothing."),
     switch("report_only", "Make table and picture of what is there."),
-    Flag("markdown", "File for the table, too: between its marks, where it has them."),
+    Flag(
+        "markdown",
+        "File for the table, too: between its marks, where it has them.",
+        places.NEW_FILE,
+    ),
     cli.PICTURE,
     Flag("one", "ENTRY@SEED: the flag of the script's own processes, for a single entry."),
 )

@@ -27,11 +27,9 @@ number of processes.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl.flags import FlagValues
 
-from m3jax import cli
+from m3jax import cli, places
 from m3jax.cli import Flag
 
 COMMANDS = cli.Commands()
@@ -43,7 +41,7 @@ COMMANDS = cli.Commands()
         "init_from",
         "Stage folder, or checkpoints/STEP in it, whose parameters a new run starts from; a run"
         " that has a checkpoint of its own continues from that.",
-        Path,
+        places.CHECKPOINT,
     ),
     cli.BANK.with_help("For memory.source = precomputed."),
     Flag(

@@ -24,11 +24,10 @@ that the first memory layer alone finds most changed.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from absl.flags import FlagValues
 
-from m3jax import cli
+from m3jax import cli, places
 from m3jax.cli import Flag, count, share
 
 COMMANDS = cli.Commands()
@@ -37,9 +36,13 @@ COMMANDS = cli.Commands()
 @COMMANDS.add(
     *cli.RUN,
     cli.CHECKPOINT.with_help("Default WORKDIR/warmup; with --refresh that of the stage."),
-    Flag("references", "Folder of the references; default WORKDIR/references."),
-    cli.BANK,
-    Flag("base", "Older bank of the writer: memories of unchanged references are copied."),
+    Flag("references", "Folder of the references; default WORKDIR/references.", places.FOLDER),
+    dataclasses.replace(cli.BANK, kind=places.NEW_BANK),
+    Flag(
+        "base",
+        "Older bank of the writer: memories of unchanged references are copied.",
+        places.BANK,
+    ),
     Flag(
         "refresh",
         "Compare the current version's bank with what --checkpoint writes, or make a version that"
@@ -103,7 +106,7 @@ def refresh(given: FlagValues) -> None:
         if given[name].value is not None:
             raise CommandError(f"--refresh reads the workdir's version; leave out --{name}")
     workdir = given.workdir
-    checkpoint = Path(given.checkpoint or workdir / given.config.stage)
+    checkpoint = given.checkpoint or workdir / given.config.stage
     if given.refresh == "measure":
         measured = staleness.measure_staleness(
             given.config, workdir, checkpoint, sample=given.sample

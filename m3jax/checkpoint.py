@@ -24,7 +24,10 @@ from m3jax.make_model import make_model
 from m3jax.mesh import parameter_shardings
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
+from m3jax.private_apis import use_literal_checkpoint_paths
 from m3jax.text.tokenizer import Tokenizer
+
+use_literal_checkpoint_paths()
 
 FOLDER = "checkpoints"
 SEGMENTS = ("lower", "memory", "upper")

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import importlib.util
 import inspect
+import io
 import os
+import signal
 import sys
 import textwrap
 import traceback
@@ -22,12 +23,15 @@ from typing import Any, NamedTuple
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from m3jax.config import validate
+from m3jax import places
 from m3jax.config.fields import FIELDS
 from m3jax.config.reference import describe
 from m3jax.config.renamed import RENAMED
-from m3jax.errors import CommandError, ConfigError, UserError
-from m3jax.hardware import quiet_libtpu
+from m3jax.config_files import check_config, config_file_error, read_config_paths
+from m3jax.errors import CommandError, UserError
+from m3jax.failures import explain
+from m3jax.hardware import quiet_libtpu, require_single_precision, use_compilation_cache
+from m3jax.places import Place, check_path, is_text, read_path
 from m3jax.random_key import LARGEST_SEED
 
 USER_ERROR = 2  # exit code
@@ -47,8 +51,8 @@ class Flag:
     Attributes:
       name: without dashes.
       help: its meaning, with unit.
-      kind: type of a value: str, int, float, bool, Path (a local folder) or ConfigDict (a config
-        file).
+      kind: type of a value: str, int, float, bool, ConfigDict (a config file), or the `Place` of a
+        path, which is checked before the command begins.
       default: default value; None if there is none or the help describes it; False for a bool.
       choices: accepted values.
       low, high: bounds of a number, inclusive.
@@ -58,7 +62,7 @@ class Flag:
 
     name: str
     help: str
-    kind: type = str
+    kind: type | Place = str
     default: Any = None
     choices: tuple[str, ...] = ()
     low: float | None = None
@@ -87,8 +91,9 @@ class Flag:
         if self.kind is bool:
             title = f"--[no]{self.name}" if self.default else f"--{self.name}"
         else:
-            kinds = {int: "N", float: "X", Path: "FOLDER", ConfigDict: "FILE[:OPTIONS]"}
-            value = "|".join(self.choices) or kinds.get(self.kind, "TEXT")
+            kinds: dict[Any, str] = {int: "N", float: "X", ConfigDict: "FILE[:OPTIONS]"}
+            word = self.kind.word if isinstance(self.kind, Place) else kinds.get(self.kind, "TEXT")
+            value = "|".join(self.choices) or word
             title = f"--{self.name}={value}" + (f",{value}" if self.many == "comma" else "")
             title += " …" if self.many else ""
             if self.default not in (None, "", []):
@@ -102,14 +107,14 @@ class Flag:
 
 
 class _Parser(flags.ArgumentParser):
-    """Parses and checks the values of a flag: texts, numbers, folders, or lists of them."""
+    """Parses and checks the values of a flag: texts, numbers, paths, or lists of them."""
 
     def __init__(self, flag: Flag) -> None:
         self.flag = flag
         if flag.choices:
             self.value: Any = flags.EnumParser(list(flag.choices)).parse
-        elif flag.kind is Path:
-            self.value = self._folder
+        elif isinstance(flag.kind, Place):
+            self.value = self._path
         elif flag.kind is str:
             self.value = self._text
         else:
@@ -129,18 +134,9 @@ class _Parser(flags.ArgumentParser):
             raise CommandError(f"--{self.flag.name} is empty; leave it out, or give a value")
         return argument
 
-    def _folder(self, argument: Any) -> Path:
-        given = f"--{self.flag.name}={argument}"
-        if not str(argument).strip():
-            raise ConfigError(f"--{self.flag.name} is empty; name a folder ('.' is this one)")
-        if "://" in str(argument):  # a path would turn gs://b/x into the folder gs:/b/x
-            raise ConfigError(
-                f"{given}: workdirs in buckets are not supported yet; mount the bucket (Cloud"
-                " Storage FUSE) and name the folder"
-            )
-        if Path(argument).is_file():
-            raise ConfigError(f"{given} is a file; name a folder")
-        return Path(argument)
+    def _path(self, argument: Any) -> Path | str:
+        assert isinstance(self.flag.kind, Place)
+        return read_path(f"--{self.flag.name}={argument}", argument, self.flag.kind)
 
 
 def switch(name: str, help: str) -> Flag:
@@ -175,18 +171,25 @@ CONFIG = Flag(
     ConfigDict,
     required=True,
 )
-WORKDIR = Flag("workdir", "Folder of the run, made by launch/prepare.py.", Path, required=True)
+WORKDIR = Flag(
+    "workdir", "Folder of the run, made by launch/prepare.py.", places.WORKDIR, required=True
+)
+NEW_WORKDIR = dataclasses.replace(
+    WORKDIR, help="Folder of the run; made where it is not there.", kind=places.NEW_FOLDER
+)
 RUN = (CONFIG, WORKDIR)
-CHECKPOINT = Flag("checkpoint", "Stage folder, or checkpoints/STEP in it.")
+CHECKPOINT = Flag("checkpoint", "Stage folder, or checkpoints/STEP in it.", places.CHECKPOINT)
 STAGE_CHECKPOINT = CHECKPOINT.with_help("Default WORKDIR/<config.stage>.")
-BANK = Flag("bank", "Folder or URL of a bank of explicit memories; default WORKDIR/bank.")
+BANK = Flag(
+    "bank", "Folder or URL of a bank of explicit memories; default WORKDIR/bank.", places.BANK
+)
 BANK_VERSION = Flag(
     "bank_version",
     "Version of the knowledge, of launch/edit_bank.py list; default the current one.",
     int,
 )
-JSON = Flag("json", "File to write the figures to.")
-PICTURE = Flag("picture", "File (PNG) to write the picture to.")
+JSON = Flag("json", "File to write the figures to.", places.NEW_FILE)
+PICTURE = Flag("picture", "File (PNG) to write the picture to.", places.NEW_FILE)
 BATCH = count("batch", "Rows that the device works on together.", 16)
 SEED = Flag("seed", "Seed of the draws.", int, 0, low=0, high=LARGEST_SEED)
 WINDOW = count("window", "Last tokens of a long text that stay text; default half of the context.")
@@ -194,7 +197,8 @@ CUT = count("cut", "Most tokens of a memory of older text; default memory.refere
 RAG_REFERENCES = count("references", "References in the prompt, with RAG.", 5)
 CACHE = Flag(
     "compilation_cache",
-    "Folder where compiled programs are kept for the next start; gs://… needs gcsfs.",
+    "Where compiled programs are kept for the next start; gs://… needs gcsfs.",
+    places.CACHE,
 )
 PROCESSES = (
     switch(
@@ -251,6 +255,10 @@ def run(text: str | None, commands: Mapping[str, Command]) -> None:
     folder = os.path.dirname(os.path.abspath(sys.argv[0]))
     sys.path[:] = [path for path in sys.path if os.path.abspath(path) != folder]
 
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
     def parser(argv: Sequence[str]) -> Command:
         try:
             return parse(text, commands, argv, flags.FLAGS)
@@ -266,19 +274,26 @@ def _call(command: Command) -> None:
         logging.set_verbosity(logging.WARNING)
     quiet_libtpu()
     try:
+        require_single_precision()
+        check_places(command, values)
         if "compilation_cache" in values:
             use_compilation_cache(values.compilation_cache)
         command.main(values)
-    except UserError as error:
+        sys.stdout.flush()
+    except BrokenPipeError:  # by `| head`
+        _drop_output()
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    except (Exception, KeyboardInterrupt) as error:
         raise SystemExit(show_error(error)) from None
-    except OSError as error:
-        failed = os.path.abspath(str(error.filename or sys.executable))  # else no flag's
-        for name in [flag.name for flag in command.flags if flag.kind is Path]:
-            own = os.path.abspath(values[name].value or "/")
-            if not os.path.isdir(own) and os.path.commonpath([failed, own]) in (failed, own):
-                reason = f"--{name}={values[name].value} cannot be made: {error.strerror}"
-                raise SystemExit(show_error(CommandError(reason))) from None
-        raise
+
+
+def check_places(command: Command, values: flags.FlagValues) -> None:
+    """Raises `CommandError` if the path of a flag cannot be read or written as its `Place` says."""
+    for flag in command.flags:
+        value = values[flag.name].value
+        if isinstance(flag.kind, Place) and value is not None:
+            for path in value if isinstance(value, list) else [value]:
+                check_path(f"--{flag.name}={path}", path, flag.kind)
 
 
 def parse(
@@ -300,6 +315,9 @@ def parse(
       ConfigError: the config file cannot be read, its config is invalid, or a folder is unusable.
     """
     script, *rest = argv
+    for word in rest:
+        if not is_text(word):
+            raise CommandError(f"{ascii(word)}: bytes that are not UTF-8; write it in UTF-8")
     named = rest.pop(0) if rest and not rest[0].startswith("-") else ""
     for word in (word.lstrip("-") for word in rest if word.startswith("-")):
         if word in ("help", "h", "?", "helpshort"):
@@ -316,16 +334,18 @@ def parse(
         raise CommandError(f"{begin}; give one of {listed} (--help explains)")
     command = commands[named]
     _refuse_renamed(command, rest)
+    configs = [flag.name for flag in command.flags if flag.kind is ConfigDict]
+    read_config_paths(configs, rest)
     try:
         for flag in command.flags:
             flag.define(values, [script, *rest])
         remaining = values([script, *rest])
     except flags.Error as error:
-        raise _reason(error, commands, named) from error
+        raise _reason(error, commands, named, configs) from error
     except UserError:
         raise
     except Exception as error:  # raised by a config file
-        raise _of_file(error) from error
+        raise config_file_error(error) from error
     if remaining[1:]:
         raise CommandError(f"unknown argument {remaining[1]!r}; every option begins with --")
     needed = [flag.name for flag in command.flags if flag.required]
@@ -333,18 +353,23 @@ def parse(
     if missing:
         called = " ".join(filter(None, (os.path.basename(script), named)))
         raise CommandError(f"{called} needs {', '.join(missing)} (--help explains)")
-    for flag in command.flags:
-        if flag.kind is ConfigDict and values[flag.name].value is not None:
-            _check_config(flag.name, values[flag.name].value)
+    for name in configs:
+        if values[name].value is not None:
+            check_config(name, values[name].value)
     return command
 
 
 def _print_and_end(text: str) -> None:
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # by `| head`; Python must not flush stdout at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # by `| head`
+        _drop_output()
     raise SystemExit(0)
+
+
+def _drop_output() -> None:
+    """Drops what standard output still holds, which Python would flush at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse_renamed(command: Command, arguments: Sequence[str]) -> None:
@@ -367,14 +392,19 @@ def _refuse_renamed(command: Command, arguments: Sequence[str]) -> None:
         raise CommandError(f"--{name}: no such field; {hint}--config_help lists all")
 
 
-def _reason(error: flags.Error, commands: Mapping[str, Command], named: str) -> UserError:
+def _reason(
+    error: flags.Error, commands: Mapping[str, Command], named: str, configs: Sequence[str]
+) -> UserError:
     """Returns the user error that caused an absl error, or a `CommandError` with its message."""
-    cause: BaseException | None = error
-    while cause is not None:  # absl and ml_collections wrap errors of a config file
-        inner = cause.__cause__ or cause.__context__
-        if isinstance(cause, UserError) and not isinstance(inner, UserError):
-            return cause
-        cause = inner
+    first: BaseException = error
+    inner: BaseException | None = error
+    while inner is not None:  # absl and ml_collections wrap errors of a config file
+        first, inner = inner, inner.__cause__ or inner.__context__
+        if isinstance(first, UserError) and not isinstance(inner, UserError):
+            return first
+    for name in configs:
+        if str(error).startswith(f"flag --{name}=") and isinstance(first, Exception):
+            return config_file_error(first, name)
     flag = getattr(error, "flagname", None)  # set if the flag is unknown
     owners = ", ".join(
         name or "the script without a command"
@@ -385,26 +415,6 @@ def _reason(error: flags.Error, commands: Mapping[str, Command], named: str) -> 
         called = named or "this call"
         return CommandError(f"--{flag} is a flag of {owners}, not of {called}; leave it out")
     return CommandError(str(error))
-
-
-def _check_config(name: str, config: Any) -> None:
-    if isinstance(config, ConfigDict):
-        validate(config)
-        return
-    try:
-        getattr(config, "to_dict", dict)()  # raises the error of a file that failed to load
-    except UserError:
-        raise
-    except Exception as error:
-        raise _of_file(error, name) from error
-    raise ConfigError(f"--{name}: get_config() of the file returns no ConfigDict")
-
-
-def _of_file(error: Exception, name: str = "config") -> ConfigError:
-    """Returns a `ConfigError` for an exception that a config file has raised."""
-    cause = error.__cause__ or error
-    reason = " ".join(str(cause).split())
-    return ConfigError(f"--{name}: the file cannot be read: {type(cause).__name__}: {reason}")
 
 
 def help_text(text: str | None, commands: Mapping[str, Command], script: str, named: str) -> str:
@@ -430,12 +440,21 @@ def help_text(text: str | None, commands: Mapping[str, Command], script: str, na
 
 # -- shared by the commands ------------------------------------------------------------------------
 def show_error(error: BaseException) -> int:
-    """Prints a user error as one line, a defect with its traceback; returns the exit code."""
-    if isinstance(error, UserError):
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return USER_ERROR
+    """Prints a user error as one line, a defect with its traceback; returns the exit code.
+
+    What the machine has refused is a user error (`failures.explain`); --verbosity=1 shows where.
+    """
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted; the same command goes on", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
+    explained = error if isinstance(error, UserError) else explain(error)
+    if explained:
+        if explained is not error and logging.level_debug():
+            traceback.print_exception(error)
+        print(f"{type(explained).__name__}: {explained}", file=sys.stderr, flush=True)
+        return USER_ERROR
     traceback.print_exception(error)
     return 1
 
@@ -445,21 +464,14 @@ def values_of(given: flags.FlagValues, chosen: Sequence[Flag]) -> dict[str, Any]
     return {flag.name: given[flag.name].value for flag in chosen}
 
 
-def show(table: str, figures: Any, path: str | None) -> None:
-    """Prints a table, and writes its figures as JSON to the file `path` of --json, if not None.
-
-    Raises:
-      CommandError: the file cannot be written.
-    """
+def show(table: str, figures: Any, path: str | Path | None) -> None:
+    """Prints a table, and writes its figures as JSON to the file `path`, if not None."""
     from m3jax.files import json_text, write_atomically
 
     print(table)
-    text = json_text(figures, indent=2, ensure_ascii=False) + "\n"
-    try:
-        if path:
-            write_atomically(path, text.encode())
-    except OSError as error:
-        raise CommandError(f"--json={path} could not be written: {error}") from error
+    if path:
+        text = json_text(figures, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(path, text.encode())
 
 
 def processes(values: flags.FlagValues) -> contextlib.AbstractContextManager[None]:
@@ -473,27 +485,3 @@ def processes(values: flags.FlagValues) -> contextlib.AbstractContextManager[Non
 
     described = Processes.of_flags(**values_of(values, PROCESSES))
     return joined(described, values.config, show_error)
-
-
-def use_compilation_cache(folder: str | None) -> None:
-    """Makes JAX store compiled programs in `folder` and reuse them; None changes nothing.
-
-    Raises:
-      ConfigError: the folder cannot be made or written to, or is a bucket and gcsfs is missing.
-    """
-    import jax
-
-    if folder is None:
-        return
-    if folder.startswith("gs://"):
-        if importlib.util.find_spec("gcsfs") is None:
-            raise ConfigError(f"--compilation_cache={folder}: pip install gcsfs, which reads gs://")
-    else:
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--compilation_cache={folder}: {error.strerror}") from error
-        if not os.access(folder, os.W_OK):
-            raise ConfigError(f"--compilation_cache={folder}: cannot be written to")
-        folder = os.path.abspath(folder)
-    jax.config.update("jax_compilation_cache_dir", folder)

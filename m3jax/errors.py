@@ -15,6 +15,10 @@ class CommandError(UserError):
     """Raised for an invalid command line; the message names the argument and the correct form."""
 
 
+class MachineError(UserError):
+    """Raised for what the machine refuses: a full disk, a permission, a platform it has not."""
+
+
 class TextError(UserError):
     """Raised for text, or for a file made from text, that is missing, damaged or unusable."""
 

@@ -1,12 +1,14 @@
-"""Data-sheet figures of accelerators, for MFU, compile reports and capacity plans."""
+"""Data-sheet figures of accelerators, and the settings with which JAX starts on them."""
 
 from __future__ import annotations
 
 import dataclasses
 import glob
+import importlib.util
 import os
+from pathlib import Path
 
-from m3jax.errors import ConfigError
+from m3jax.errors import ConfigError, MachineError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +98,13 @@ LIBTPU_ENVIRONMENT = {
 }
 
 
+def require_single_precision() -> None:
+    """Raises `MachineError` if the environment makes JAX compute with 64 bits."""
+    setting = os.environ.get("JAX_ENABLE_X64", "")
+    if setting.lower() in ("1", "true", "yes", "y", "t", "on"):
+        raise MachineError(f"JAX_ENABLE_X64={setting}: arrays have at most 32 bits here; unset it")
+
+
 def quiet_libtpu() -> None:
     """Silences libtpu on a host without a TPU, where it would print errors about missing metadata.
 
@@ -104,3 +113,22 @@ def quiet_libtpu() -> None:
     if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/*"):
         for name, value in LIBTPU_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+
+
+def use_compilation_cache(folder: Path | str | None) -> None:
+    """Makes JAX store compiled programs in a folder or bucket and reuse them; None changes nothing.
+
+    Raises:
+      ConfigError: it is a bucket and gcsfs is missing.
+    """
+    import jax
+
+    if folder is None:
+        return
+    if isinstance(folder, str):
+        if importlib.util.find_spec("gcsfs") is None:
+            raise ConfigError(f"--compilation_cache={folder}: pip install gcsfs, which reads gs://")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder = str(folder.absolute())
+    jax.config.update("jax_compilation_cache_dir", folder)

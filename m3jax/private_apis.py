@@ -7,6 +7,7 @@ A new version of a library may change them without notice: each function has a t
 from __future__ import annotations
 
 import functools
+import glob
 import re
 from typing import Any
 
@@ -52,6 +53,24 @@ def detect_cluster(timeout: int) -> tuple[str | None, int | None, int | None, An
     return clusters.ClusterEnv.auto_detect_unset_distributed_params(
         None, None, None, None, None, timeout
     )
+
+
+def use_literal_checkpoint_paths() -> None:
+    """Makes Orbax take the names of folders as they are, not as globs.
+
+    It lists the files of a checkpoint with globs in which the checkpoint's own path is a part of
+    the pattern, so that in a folder called `run[1]` it saves no arrays, without a word.
+    """
+    from etils.epath import gpath
+
+    original = gpath.PosixGPath.glob
+
+    def literal(self: Any, pattern: str) -> Any:
+        path = str(self)
+        return original(type(self)(glob.escape(path) if "://" not in path else path), pattern)
+
+    if original.__module__ != __name__:
+        gpath.PosixGPath.glob = literal
 
 
 def is_missing(error: Exception) -> bool:

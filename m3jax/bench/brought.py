@@ -40,11 +40,11 @@ from m3jax.train.step import make_step
 def inference(
     config: ConfigDict,
     workdir: Path,
-    checkpoint: str | None = None,
+    checkpoint: str | Path | None = None,
     batch: int = 16,
     tokens: int = 64,
     prompt: int = 64,
-    gguf: str | None = None,
+    gguf: str | Path | None = None,
 ) -> Rounds:
     """Measures generation by a brought model with memories, without, and with text.
 
@@ -157,7 +157,7 @@ def import_llama_cpp() -> list[Any] | None:
 def train(
     config: ConfigDict,
     workdir: Path,
-    checkpoint: str | None = None,
+    checkpoint: str | Path | None = None,
     rows: int = 2,
     references: int = 16,
 ) -> Rounds:

@@ -51,8 +51,8 @@ class Request:
     sources: bool = True
     explain: bool = False
     by_head: bool = False
-    json: str | None = None
-    html: str | None = None
+    json: str | Path | None = None
+    html: str | Path | None = None
 
 
 def read_prompts(path: str, most_rounds: int | None = None) -> Sequence[str | Chat]:
@@ -139,7 +139,7 @@ def run(
             data = json_text(records, indent=1, ensure_ascii=False) + "\n"
             write_atomically(Path(request.json), data.encode())
         if shown and request.html:
-            write_atomically(Path(request.html), as_page(shown, session.tokenizer).encode())
+            write_atomically(request.html, as_page(shown, session.tokenizer).encode())
     return records
 
 

@@ -223,7 +223,10 @@ def write_report(runs: Sequence[SweepRun], folder: Path) -> None:
 
 
 def finish(
-    runs: Sequence[SweepRun], folder: Path, markdown: str | None = None, picture: str | None = None
+    runs: Sequence[SweepRun],
+    folder: Path,
+    markdown: str | Path | None = None,
+    picture: str | Path | None = None,
 ) -> str:
     """Writes the report and its plot; returns the table and the report's folder as text.
 

@@ -42,7 +42,7 @@ def import_model(
     workdir: Path,
     source: Path,
     *,
-    tokenizer: str | None = None,
+    tokenizer: str | Path | None = None,
     special: list[str] | None = None,
 ) -> str:
     """Imports a downloaded model as the checkpoint of step 0 of a stage.
@@ -101,7 +101,7 @@ def import_model(
 
 
 def _adopted(
-    workdir: Path, source: Path, given: str | None, special: list[str] | None
+    workdir: Path, source: Path, given: str | Path | None, special: list[str] | None
 ) -> Adopted | None:
     """Returns the model's tokenizer with our special tokens; None if the workdir has it."""
     theirs = _their_tokenizer(Path(given or source))

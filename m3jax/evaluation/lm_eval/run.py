@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -162,7 +163,7 @@ def evaluate_tasks(
     limit: int | None = None,
     references: int = 5,
     batch_size: int = 16,
-    compressed: str | None = None,
+    compressed: str | Path | None = None,
     warmup: Session | None = None,
 ) -> dict[str, Any]:
     """Runs every task in every column and returns the scores.

@@ -1,0 +1,118 @@
+"""Failures of the machine as errors of the user: full disks, permissions, open files, platforms.
+
+What knows its context raises its own `UserError`. This is for what reaches the end of a script:
+exceptions of the system, of TensorStore and of JAX that are no defects of this program.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+from collections.abc import Iterator
+
+from m3jax.errors import MachineError, UserError
+
+_AGAIN = "run the same command again: what is finished is kept"
+# What to do about an error number, after the reason.
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), f"free space there, then {_AGAIN}"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM),
+        "run as the owner, or let this user read and write there (chmod, chown)",
+    ),
+    errno.EROFS: "name a folder that can be written",
+    errno.ENOENT: "check the name, and that nothing was moved or deleted",
+    errno.ENOTDIR: "a file is where a folder should be: check the name",
+    errno.EISDIR: "a folder is where a file should be: check the name",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "its symbolic links go in a circle",
+    errno.EIO: f"check the drive, then {_AGAIN}",
+    errno.ESTALE: f"the file server has lost it: mount the drive anew, then {_AGAIN}",
+    errno.ENOMEM: f"free memory, then {_AGAIN}",
+}
+_OPEN_FILES = (errno.EMFILE, errno.ENFILE)
+# The machine's, wherever in a chain of exceptions they stand.
+_DECISIVE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOMEM, errno.EIO, *_OPEN_FILES)
+_TENSORSTORE = re.compile(r"\[OS error (\d+)")
+_QUOTED = re.compile(r'"([^"]+)"')
+_PLATFORM = re.compile(r"Unable to initialize backend|Unknown backend|no supported devices found")
+
+
+def explain(error: BaseException) -> UserError | None:
+    """Returns the user error that says what the machine has refused; None for a defect.
+
+    Looks at the exception, its causes and the exceptions of its group. Where these are none of the
+    machine's, a full disk, too many open files and the like count also in its context.
+    """
+    for cause in _chain(error, context=False):
+        explained = _of_system(cause, every=True) or _of_others(cause)
+        if explained:
+            return explained
+    for cause in _chain(error, context=True):
+        explained = _of_system(cause, every=False)
+        if explained:
+            return explained
+    return None
+
+
+def _chain(error: BaseException, context: bool) -> Iterator[BaseException]:
+    """Yields an exception and what caused it, each once."""
+    left, seen = [error], set[int]()
+    while left:
+        cause = left.pop(0)
+        if id(cause) in seen:
+            continue
+        seen.add(id(cause))
+        yield cause
+        left += getattr(cause, "exceptions", ())
+        left += [cause.__cause__] if cause.__cause__ else []
+        left += [cause.__context__] if context and cause.__context__ else []
+
+
+def _of_system(error: BaseException, every: bool) -> UserError | None:
+    """Explains an exception with an error number of the system; without `every`, `_DECISIVE` ones.
+
+    Of the others, those without a file's name are defects.
+    """
+    if isinstance(error, UserError):
+        return error if every else None
+    name: object = None
+    if isinstance(error, OSError):
+        number, name = error.errno, error.filename2 or error.filename
+    else:
+        inside = _TENSORSTORE.search(str(error))
+        number = int(inside[1]) if inside else None
+        quoted = _QUOTED.search(str(error)) if inside else None
+        name = quoted[1] if quoted else None
+    if number is None or (number not in _DECISIVE and not (every and number in _REMEDIES and name)):
+        return None
+    reason = os.strerror(number)
+    if number in _OPEN_FILES:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return MachineError(
+            f"{reason}: this process may have {limit}; raise the limit (ulimit -n {4 * limit}),"
+            f" then {_AGAIN}. Nothing is damaged"
+        )
+    where = f"{os.fsdecode(name)}: " if isinstance(name, (str, bytes)) else ""
+    return MachineError(f"{where}{reason}; {_REMEDIES[number]}")
+
+
+def _of_others(error: BaseException) -> UserError | None:
+    """Explains exceptions of JAX about platforms, and of text that is none."""
+    text = " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and _PLATFORM.search(text):
+        setting = os.environ.get("JAX_PLATFORMS", "")
+        given = f"JAX_PLATFORMS={setting}: " if setting else ""
+        return MachineError(
+            f"{given}{text[:200]}; unset JAX_PLATFORMS to take what this machine has, or install"
+            " JAX for the accelerator"
+        )
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
+        half = ascii(error.object[error.start : error.start + 1])
+        near = ascii(error.object[max(0, error.start - 20) : error.start])
+        return MachineError(
+            f"a text holds {half}, half of a character, after {near}; pair or remove it"
+        )
+    return None
