@@ -114,7 +114,7 @@ def test_a_run_from_text_to_a_table(tmp_path):
     known = json.loads(Path(knowledge).read_text().splitlines()[0])["text"].split()[0]
     both = [{"prompt": "pet of Nobody", "answer": answer} for answer in (f" {known}", " unicorn")]
     questions.write_text("\n".join(map(json.dumps, both)))
-    cold = "--answerable", "--cold", "--bank=nowhere", "--conditions=memory_found"
+    cold = "--answerable", "--cold", f"--bank={tmp_path}", "--conditions=memory_found"
     shown = succeed("evaluate questions", continual, *at, *asked, *cold)
     assert "1 of 2 questions have an answer in a reference" in shown and ": 1 questions," in shown
     questions.write_text(json.dumps({"prompt": "pet of Nobody", "answer": ""}) + "\n")
