@@ -59,6 +59,10 @@ class CompileError(UserError):
     """Raised for a program that cannot be compiled on this machine."""
 
 
+class StoreError(UserError):
+    """Raised for a folder or bucket that cannot be reached, or whose objects are damaged."""
+
+
 class VersionError(UserError):
     """Raised for a version of the knowledge that cannot be opened or made."""
 

@@ -40,6 +40,7 @@ import tensorstore as ts
 from m3jax.errors import BankError
 from m3jax.files import checksum
 from m3jax.private_apis import reason_of
+from m3jax.store import RETRIES, limit_silence
 
 FORMAT = 2
 MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
@@ -51,13 +52,6 @@ IO_THREADS = 32  # concurrent requests
 SECONDS = 60  # time limit for one memory from a server
 # For TensorStore, whose default of 32 attempts takes a quarter of an hour.
 _RETRIES = {"max_retries": 4, "initial_delay": "200ms", "max_delay": "2s"}
-# For TensorStore's HTTP client, which by default waits forever for a silent server.
-_SILENCE = {
-    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "30",
-    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
-}
-
-
 # Probe of a server: attempts, seconds between two attempts, time limit of an answer in seconds.
 _ATTEMPTS, _PAUSE, _TIMEOUT = 3, 0.5, 10
 
@@ -95,9 +89,7 @@ def file_url(folder: str | Path, name: str) -> str:
 def store(folder: str | Path) -> ts.KvStore:
     """Opens the TensorStore key-value store of a bank's files, in a local folder or at a URL."""
     if is_url(folder):
-        if is_http(folder):
-            for name, value in _SILENCE.items():
-                os.environ.setdefault(name, value)
+        limit_silence()
         return ts.KvStore.open(file_url(folder, ""), context=_context()).result()
     path = str(Path(folder).resolve()) + "/"
     return ts.KvStore.open({"driver": "file", "path": path}).result()
@@ -112,6 +104,8 @@ def _context() -> ts.Context:
             "file_io_concurrency": {"limit": IO_THREADS},
             "http_request_concurrency": {"limit": IO_THREADS},
             "http_request_retries": _RETRIES,
+            "gcs_request_concurrency": {"limit": IO_THREADS},
+            "gcs_request_retries": RETRIES,
         }
     )
 

@@ -1,0 +1,393 @@
+"""Objects of a folder or of a bucket (gs://…), with one meaning for both.
+
+An object is there whole or not at all, and is visible to all processes as soon as a write returns.
+A folder of objects is published by its marker, which is written last: readers ask for the marker
+first. TensorStore's key-value stores do the work: of the libraries that reach buckets they alone
+can swap an object only if nobody else has, and list without a cache. Names are paths with slashes;
+URLs stay strings, since `pathlib` turns gs://bucket into a local path.
+
+| environment | meaning |
+|---|---|
+| `GOOGLE_APPLICATION_CREDENTIALS` | key of a service account; default the machine's account |
+| `TENSORSTORE_GCS_HTTP_URL` | another server that speaks Cloud Storage's JSON API |
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import tensorstore as ts
+from tqdm import tqdm
+
+from m3jax.errors import StoreError
+from m3jax.files import TEMPORARY, checksum, commit, digest
+
+GCS = "gs://"
+ABSENT = b"\x02"  # TensorStore's generation of an object that does not exist
+# For TensorStore, whose default of 32 attempts takes a quarter of an hour.
+RETRIES = {"max_retries": 6, "initial_delay": "250ms", "max_delay": "8s"}
+REQUESTS = 32  # at a time
+# For TensorStore's HTTP client, which by default waits forever for a silent server.
+_SILENCE = {
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "30",
+    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
+}
+_LOCK = "__lock"  # ending of what a killed write leaves behind in a local folder
+_PIECE, _AHEAD = 32 << 20, 4  # bytes of a request of a large object; requests under way
+
+
+def is_bucket(place: str | os.PathLike[str]) -> bool:
+    """Returns True if a place is in a bucket, given as gs://BUCKET/PATH."""
+    return os.fspath(place).startswith(GCS)
+
+
+def limit_silence() -> None:
+    """Makes TensorStore give up a request after 30 silent seconds; before the first request."""
+    for name, value in _SILENCE.items():
+        os.environ.setdefault(name, value)
+
+
+class Store:
+    """Objects under a place: a local folder, or gs://BUCKET/PATH. Thread-safe.
+
+    All methods raise `StoreError` if the bucket is missing or access is denied, and if a server
+    gives no answer, or a passing error each time, in about a minute.
+
+    Attributes:
+      place: the folder or URL, as it was given.
+    """
+
+    def __init__(self, place: str | os.PathLike[str]) -> None:
+        self.place = os.fspath(place).rstrip("/")
+        self.in_bucket = is_bucket(self.place)
+        if self.in_bucket:
+            limit_silence()
+            context = {
+                "gcs_request_retries": RETRIES,
+                "gcs_request_concurrency": {"limit": REQUESTS},
+                "cache_pool": {"total_bytes_limit": 0},
+            }
+            spec: Any = f"{self.place}/"
+        else:
+            context, path = {}, f"{Path(self.place).resolve()}/"
+            spec = {"driver": "file", "path": path}
+        self._kv = self._done(ts.KvStore.open(spec, context=ts.Context(context)), "")
+
+    def read(self, name: str) -> bytes | None:
+        """Reads an object; None if it does not exist."""
+        return self.read_with_generation(name)[0]
+
+    def read_with_generation(self, name: str) -> tuple[bytes | None, bytes]:
+        """Reads an object and its generation, for `swap`; None and `ABSENT` if it is not there."""
+        result = self._done(self._kv.read(name), name)
+        if result.state != "value":
+            return None, ABSENT
+        return bytes(result.value), result.stamp.generation
+
+    def read_part(self, name: str, start: int, stop: int | None = None) -> bytes | None:
+        """Reads bytes `start` to `stop` of an object, or to its end; None if it does not exist.
+
+        A negative `start` counts from the end, without `stop`.
+        """
+        result = self._done(self._kv.read(name, byte_range=slice(start, stop)), name)
+        return bytes(result.value) if result.state == "value" else None
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Lists the names that begin with `prefix`, sorted."""
+        keys = self._done(self._kv.list(_range(prefix)), prefix)
+        names = sorted(key.decode() for key in keys)
+        return [name for name in names if self.in_bucket or not name.endswith(_LOCK)]
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes an object, whatever was there."""
+        self._done(self._kv.write(name, data), name)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Writes an object if there is none; returns whether it did, as `swap`."""
+        return self.swap(name, data, ABSENT)
+
+    def swap(self, name: str, data: bytes, generation: bytes) -> bool:
+        """Writes an object if it still has a generation; returns whether it did.
+
+        `data` must differ from what others write, for example by a token: a server's answer can get
+        lost, and the object is then read to learn who has won.
+        """
+        result = self._done(self._kv.write(name, data, if_equal=generation), name)
+        return bool(result.generation) or self.read(name) == data
+
+    def delete(self, name: str) -> None:
+        """Deletes an object, if it exists."""
+        self._done(self._kv.write(name, None), name)
+
+    def delete_under(self, prefix: str, first: Sequence[str] = ()) -> None:
+        """Deletes all objects whose names begin with `prefix`; `first` names their markers."""
+        for name in first:
+            self.delete(name)
+        self._done(self._kv.delete_range(_range(prefix)), prefix)
+
+    def read_file(self, name: str, path: Path, size: int) -> None:
+        """Copies an object of `size` bytes to a local file, piece by piece, in bounded memory.
+
+        Raises `StoreError` also if the object is gone or shorter.
+        """
+        spans = iter([slice(low, min(low + _PIECE, size)) for low in range(0, size, _PIECE)])
+        asked = deque(self._kv.read(name, byte_range=span) for span in islice(spans, _AHEAD))
+        with path.open("wb") as file:
+            while asked:
+                result = self._done(asked.popleft(), name)
+                if result.state != "value":
+                    raise StoreError(f"{self.place}/{name} is gone; publish it again")
+                file.write(result.value)
+                asked.extend(self._kv.read(name, byte_range=span) for span in islice(spans, 1))
+
+    def _done(self, future: Any, name: str) -> Any:
+        try:
+            return future.result()
+        except (ValueError, OSError) as error:
+            raise self._error(name, " ".join(str(error).split())) from error
+
+    def _error(self, name: str, text: str) -> StoreError:
+        place, bucket = f"{self.place}/{name}", self.place.removeprefix(GCS).partition("/")[0]
+        text = text.partition(" [source locations")[0]
+        if "OUT_OF_RANGE" in text:
+            return StoreError(f"{place} is shorter than it was; publish it again")
+        if not self.in_bucket:
+            return StoreError(f"{place}: {text}")
+        if "NOT_FOUND" in text:
+            return StoreError(
+                f"{place}: there is no bucket {GCS}{bucket}; make it, or correct its name"
+            )
+        if "PERMISSION_DENIED" in text or "UNAUTHENTICATED" in text:
+            return StoreError(
+                f"{place}: access denied. Give this machine's account a role for {GCS}{bucket}, or"
+                " name a key in GOOGLE_APPLICATION_CREDENTIALS"
+            )
+        return StoreError(f"{place}: {text[:300]}. Run the same command again when it is reachable")
+
+
+def _range(prefix: str) -> ts.KvStore.KeyRange:
+    """Returns the range of all names that begin with a prefix."""
+    data = prefix.encode()
+    return ts.KvStore.KeyRange(data, data[:-1] + bytes([data[-1] + 1]) if data else b"")
+
+
+def require_bucket(place: str) -> None:
+    """Writes, reads and deletes an object; does nothing for a local folder.
+
+    A bucket that does not exist reads as an empty one: only a write tells.
+
+    Raises:
+      StoreError: the bucket is missing, or this machine may not write to it.
+    """
+    store, name = Store(place), f".probe-{secrets.token_hex(8)}"
+    if store.in_bucket:
+        store.write(name, name.encode())
+        store.delete(name)
+
+
+# -- folders of objects ----------------------------------------------------------------------------
+class File(NamedTuple):
+    """File of a published folder, as its manifest lists it: name, size, BLAKE2b checksum."""
+
+    name: str
+    bytes: int
+    checksum: str
+
+
+def publish(folder: Path, place: str | os.PathLike[str], marker: str, threads: int = 8) -> None:
+    """Copies a finished local folder to a place, so that readers see all of it or nothing.
+
+    What was published there before disappears first, marker ahead.
+
+    Args:
+      folder: local folder.
+      place: local folder or gs://….
+      marker: file that makes the folder visible; it is written last.
+      threads: files copied at a time.
+
+    Raises:
+      StoreError: as `Store`, or the folder has no marker.
+    """
+    if not (folder / marker).is_file():
+        raise StoreError(f"{folder} has no {marker}; it is not finished")
+    store, files = Store(place), sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    store.delete(marker)
+    for name in set(store.names()) - names.keys():
+        store.delete(name)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        others = [name for name in names if name != marker]
+        for _ in pool.map(lambda name: store.write(name, names[name].read_bytes()), others):
+            pass
+    store.write(marker, (folder / marker).read_bytes())
+
+
+def local_copy(
+    place: str | os.PathLike[str],
+    cache: Path,
+    marker: str,
+    files: Iterable[File],
+    progress: str | None = None,
+) -> Path:
+    """Returns a local folder with checked copies of files that are published at a place.
+
+    Each file is copied once a host, by whoever needs it first; a killed copy goes on with the next
+    file. A folder that was published anew gets a copy of its own, so that the two never mix.
+
+    Args:
+      place: local folder, or gs://….
+      cache: folder of all copies on this host.
+      marker: name of the object that made the folder visible; its bytes tell versions apart.
+      files: files to copy.
+      progress: label of the progress bar; None: no bar.
+
+    Raises:
+      StoreError: as `Store`; nothing is published there; a file differs from its checksum; or the
+        disk has no room, before anything is copied.
+    """
+    store, files = Store(place), [*files]
+    mark = store.read(marker)
+    if mark is None:
+        raise StoreError(f"nothing is finished in {store.place}: {marker} is missing")
+    copy = cache / digest(store.place, mark)
+    missing = [file for file in files if not _is_there(copy / file.name, file)]
+    needed = sum(file.bytes for file in missing)
+    copy.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(copy).free
+    if needed > free:
+        raise StoreError(
+            f"{copy} has {free / 1e9:.1f} GB free, and {store.place} needs {needed / 1e9:.1f} GB;"
+            " choose a larger disk with --cache_dir"
+        )
+    with (
+        tqdm(
+            total=needed, desc=progress, unit="B", unit_scale=True, disable=progress is None
+        ) as bar,
+        concurrent.futures.ThreadPoolExecutor(_AHEAD) as pool,
+    ):
+        for file in pool.map(lambda file: _copy(store, copy, file), missing):
+            bar.update(file.bytes)
+    if not (copy / marker).is_file():
+        (copy / f"{marker}{TEMPORARY}").write_bytes(mark)
+        commit(copy / f"{marker}{TEMPORARY}", copy / marker)
+    return copy
+
+
+def _is_there(path: Path, file: File) -> bool:
+    return path.is_file() and path.stat().st_size == file.bytes
+
+
+def _copy(store: Store, folder: Path, file: File) -> File:
+    """Copies a file, unless another process of this host has done so meanwhile."""
+    path = folder / file.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _is_there(path, file):
+            temporary = path.with_name(path.name + TEMPORARY)
+            store.read_file(file.name, temporary, file.bytes)
+            if checksum(temporary) != file.checksum:
+                temporary.unlink()
+                raise StoreError(
+                    f"{store.place}/{file.name} is damaged (its checksum differs); publish it again"
+                )
+            commit(temporary, path)
+    return file
+
+
+# -- leases ----------------------------------------------------------------------------------------
+class Lease:
+    """Keeps other writers out of a place while its holder lives: an object that is renewed.
+
+    A lease that nobody renews while it is watched for `seconds` is dead and is taken over; clocks
+    of hosts are not compared. As a context manager it is taken and given back.
+
+    Args:
+      store: where the lease is.
+      name: its object.
+      seconds: time without a renewal after which it is dead.
+      what: names, for messages, what the holder does.
+    """
+
+    def __init__(self, store: Store, name: str, what: str, seconds: float = 30.0) -> None:
+        self.store, self.name, self.what, self.seconds = store, name, what, seconds
+        self._token, self._count, self._generation = secrets.token_hex(8), 0, ABSENT
+        self._lost, self._ended = False, threading.Event()
+        self._renewal = threading.Thread(target=self._renew, daemon=True)
+
+    def __enter__(self) -> Lease:
+        held, self._generation = self.store.read_with_generation(self.name)
+        end = time.monotonic() + self.seconds
+        while held is not None and time.monotonic() < end:
+            time.sleep(min(self.seconds / 10, 1.0))
+            held, generation = self.store.read_with_generation(self.name)
+            if held is not None and generation != self._generation:
+                self._refuse()
+            self._generation = generation
+        if not self._take():
+            self._refuse()
+        self._renewal.start()
+        return self
+
+    def check(self) -> None:
+        """Raises `StoreError` if the lease was lost; to be called before what it protects."""
+        if self._lost:
+            raise StoreError(
+                f"this process had no connection to {self.store.place} for {self.seconds:.0f} s,"
+                f" and"
+                f" another one may be {self.what} it; run the same command again"
+            )
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        self._renewal.join()
+        with contextlib.suppress(StoreError):
+            held, _ = self.store.read_with_generation(self.name)
+            if held is not None and held.startswith(self._token.encode()):
+                self.store.delete(self.name)
+
+    def _take(self) -> bool:
+        """Writes the lease with a count of its own, if nobody has since it was read."""
+        self._count += 1
+        data = f"{self._token} {self._count}".encode()
+        if not self.store.swap(self.name, data, self._generation):
+            return False
+        held, self._generation = self.store.read_with_generation(self.name)
+        return held == data
+
+    def _renew(self) -> None:
+        renewed = time.monotonic()
+        while not self._ended.wait(self.seconds / 4):
+            try:
+                if not self._take():
+                    self._lost = True
+                    return
+                renewed = time.monotonic()
+            except StoreError:
+                if time.monotonic() - renewed > self.seconds:
+                    self._lost = True
+                    return
+
+    def _refuse(self) -> None:
+        raise StoreError(
+            f"another process is {self.what} {self.store.place}; wait until it has ended, or stop"
+            f" it"
+        )
