@@ -144,14 +144,14 @@ class Store:
         Raises `StoreError` also if the object is gone or shorter.
         """
         spans = iter([slice(low, min(low + _PIECE, size)) for low in range(0, size, _PIECE)])
-        asked = deque(self._kv.read(name, byte_range=span) for span in islice(spans, _AHEAD))
+        pending = deque(self._kv.read(name, byte_range=span) for span in islice(spans, _AHEAD))
         with path.open("wb") as file:
-            while asked:
-                result = self._done(asked.popleft(), name)
+            while pending:
+                result = self._done(pending.popleft(), name)
                 if result.state != "value":
                     raise StoreError(f"{self.place}/{name} is gone; publish it again")
                 file.write(result.value)
-                asked.extend(self._kv.read(name, byte_range=span) for span in islice(spans, 1))
+                pending.extend(self._kv.read(name, byte_range=span) for span in islice(spans, 1))
 
     def _done(self, future: Any, name: str) -> Any:
         try:

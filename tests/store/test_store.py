@@ -96,7 +96,7 @@ def test_passing_faults_change_nothing(server, tmp_path):
         store.write(name, data)
     assert store.names() == sorted(contents)
     assert {name: store.read(name) for name in contents} == contents
-    assert len(server.requests) > 90  # some were asked again
+    assert len(server.requests) > 90  # some were sent again
 
 
 @pytest.mark.parametrize(
