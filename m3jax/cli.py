@@ -265,13 +265,16 @@ def run(text: str | None, commands: Mapping[str, Command]) -> None:
         except UserError as error:
             raise SystemExit(show_error(error)) from None
 
-    app.run(_call, flags_parser=parser)
+    def main(command: Command) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)
+        call(command, flags.FLAGS)
+
+    app.run(main, flags_parser=parser)
 
 
-def _call(command: Command) -> None:
-    values = flags.FLAGS
-    if not values["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
+def call(command: Command, values: flags.FlagValues) -> None:
+    """Checks machine and paths, then calls a command; an error ends it with its exit code."""
     quiet_libtpu()
     try:
         require_single_precision()
@@ -345,7 +348,7 @@ def parse(
     except UserError:
         raise
     except Exception as error:  # raised by a config file
-        raise config_file_error(error) from error
+        raise config_file_error(error, configs) from error
     if remaining[1:]:
         raise CommandError(f"unknown argument {remaining[1]!r}; every option begins with --")
     needed = [flag.name for flag in command.flags if flag.required]
@@ -404,7 +407,7 @@ def _reason(
             return first
     for name in configs:
         if str(error).startswith(f"flag --{name}=") and isinstance(first, Exception):
-            return config_file_error(first, name)
+            return config_file_error(first, [name])
     flag = getattr(error, "flagname", None)  # set if the flag is unknown
     owners = ", ".join(
         name or "the script without a command"

@@ -7,6 +7,7 @@ import os
 import re
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -27,7 +28,7 @@ def read_config_paths(names: Sequence[str], arguments: list[str]) -> None:
 
     Raises:
       CommandError: a flag has no value.
-      ConfigError: there is no such file, it is a folder, or may not be read.
+      ConfigError: there is no such file, it is a folder or no Python, or may not be read.
     """
     for at, word in enumerate(arguments):
         name, equals, value = word.lstrip("-").partition("=")
@@ -41,6 +42,10 @@ def read_config_paths(names: Sequence[str], arguments: list[str]) -> None:
         given = f"--{name}={path}"
         read = places.read_path(given, path, places.FILE, ConfigError)
         places.check_path(given, read, places.FILE, ConfigError)
+        try:
+            compile(Path(read).read_bytes(), str(read), "exec")
+        except (SyntaxError, ValueError) as error:
+            raise ConfigError(f"{given} is no Python file: {error}") from error
         begin = f"{word[: -len(value)]}" if equals else ""
         arguments[at if equals else at + 1] = f"{begin}{read}{colon}{options}"
 
@@ -59,12 +64,12 @@ def check_config(name: str, config: Any) -> None:
     except UserError:
         raise
     except Exception as error:
-        raise config_file_error(error, name) from error
+        raise config_file_error(error, [name]) from error
     raise ConfigError(f"--{name}: get_config() of the file returns no ConfigDict")
 
 
-def config_file_error(error: Exception, name: str = "config") -> ConfigError:
-    """Returns a `ConfigError` for an exception that a config file has raised, with its line."""
+def config_file_error(error: Exception, names: Sequence[str]) -> ConfigError:
+    """Returns a `ConfigError` for an exception that the file of one of the flags has raised."""
     cause = error.__cause__ or error
     reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
     unknown = re.match(r"'Key \"(\w+)\" does not exist", str(cause))
@@ -82,4 +87,5 @@ def config_file_error(error: Exception, name: str = "config") -> ConfigError:
         for frame in frames
         if not frame.filename.startswith((ours, "<")) and "site-packages" not in frame.filename
     ]
-    return ConfigError(f"--{name}: {lines[-1] if lines else ''}{reason}")
+    flag = f"--{names[0]}: " if len(names) == 1 else ""
+    return ConfigError(f"{flag}{lines[-1] if lines else ''}{reason}")

@@ -19,6 +19,7 @@ from m3jax.errors import CommandError, UserError
 
 # `gs://b/x`, and `gs:/b/x`, which is what a path makes of it.
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):/")
+_SHOWN = 300  # most characters of a flag and its value in a message
 _TEMPORARY = 20  # bytes that the name of a temporary file has more than the file's
 _LONGEST = 300  # bytes of the longest path that a command makes in a folder
 
@@ -89,7 +90,7 @@ def read_path(
       UserError: the value is empty, a URL of a scheme that is not accepted, begins with the home of
         an unknown user, or has a NUL character or bytes that are not UTF-8.
     """
-    text = str(text)
+    text, given = str(text), _shortened(given)
     if not text.strip():
         hint = " ('.' is this one)" if place.holds == "folder" else ""
         raise error(f"{given.partition('=')[0]} is empty; name a {place.holds}{hint}")
@@ -116,9 +117,13 @@ def read_path(
         raise error(
             f"{given}: there is no user {user!r} with a home folder; ./~ begins a name with ~"
         )
-    if path.is_symlink() and place == NEW_FILE:
+    if os.path.islink(path) and place == NEW_FILE:
         return Path(os.path.realpath(path))
     return path
+
+
+def _shortened(given: str) -> str:
+    return given if len(given) <= _SHOWN else given[:_SHOWN] + "…"
 
 
 def is_text(text: str) -> bool:
@@ -141,11 +146,14 @@ def check_path(
       UserError: the path is missing, of another sort or too long; it may not be read; or, where it
         is written, it cannot be made.
     """
+    given = _shortened(given)
     if place.listed:
         single = dataclasses.replace(place, listed=False)
         for part in str(path).split(","):
             if os.path.lexists(part) or not glob.has_magic(part):
                 check_path(given, read_path(given, part, single, error), single, error)
+            elif next(glob.iglob(part, recursive=True), None) is None:
+                raise error(f"{given}: no file matches {part}; check the name")
         return
     if isinstance(path, str):
         return
@@ -173,8 +181,9 @@ def _unfit(path: Path, place: Place) -> str:
     if mode is not None and not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
         return " is no regular file; name one"
     folder = path if place.holds == "folder" else path.parent
-    longest = os.path.abspath(folder / ("x" * _LONGEST))
-    if max(len(os.fsencode(name)) for name in path.parts) > 255 - _TEMPORARY or len(longest) > 4096:
+    whole = os.path.abspath(folder / ("x" * _LONGEST))
+    longest = max((len(os.fsencode(name)) for name in path.parts), default=0)
+    if longest > 255 - _TEMPORARY or len(os.fsencode(whole)) > 4096:
         return " cannot be made: its name is too long"
     while not os.path.lexists(folder):
         folder = folder.parent
