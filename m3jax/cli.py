@@ -31,7 +31,7 @@ from m3jax.config_files import check_config, config_file_error, read_config_path
 from m3jax.errors import CommandError, UserError
 from m3jax.failures import explain
 from m3jax.hardware import quiet_libtpu, require_single_precision, use_compilation_cache
-from m3jax.places import Place, check_path, is_text, read_path
+from m3jax.places import Place, check_path, encoding_remedy, is_text, read_path
 from m3jax.random_key import LARGEST_SEED
 
 USER_ERROR = 2  # exit code
@@ -320,7 +320,7 @@ def parse(
     script, *rest = argv
     for word in rest:
         if not is_text(word):
-            raise CommandError(f"{ascii(word)}: bytes that are not UTF-8; write it in UTF-8")
+            raise CommandError(f"{ascii(word)}: {encoding_remedy(word)}")
     named = rest.pop(0) if rest and not rest[0].startswith("-") else ""
     for word in (word.lstrip("-") for word in rest if word.startswith("-")):
         if word in ("help", "h", "?", "helpshort"):

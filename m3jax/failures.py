@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import resource
+import traceback
 from collections.abc import Iterator
 
 from m3jax.errors import MachineError, UserError
@@ -102,12 +103,17 @@ def _of_system(error: BaseException, every: bool) -> UserError | None:
 def _of_others(error: BaseException) -> UserError | None:
     """Explains exceptions of JAX about platforms, and of text that is none."""
     text = " ".join(str(error).split())
-    if isinstance(error, RuntimeError) and _PLATFORM.search(text):
-        setting = os.environ.get("JAX_PLATFORMS", "")
+    setting = os.environ.get("JAX_PLATFORMS", "")
+    missing = isinstance(error, RuntimeError) and bool(_PLATFORM.search(text))
+    if isinstance(error, AssertionError) and setting:  # no plugin of JAX knows the platform
+        frames = traceback.extract_tb(error.__traceback__)
+        missing = bool(frames) and os.path.basename(frames[-1].filename) == "xla_bridge.py"
+        text = "there is no device of this platform"
+    if missing:
         given = f"JAX_PLATFORMS={setting}: " if setting else ""
         return MachineError(
-            f"{given}{text[:200]}; unset JAX_PLATFORMS to take what this machine has, or install"
-            " JAX for the accelerator"
+            f"{given}{text.partition(' (set ')[0][:200]}; unset JAX_PLATFORMS to take what this"
+            " machine has, or install JAX for the accelerator"
         )
     if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
         half = ascii(error.object[error.start : error.start + 1])

@@ -101,7 +101,7 @@ LIBTPU_ENVIRONMENT = {
 def require_single_precision() -> None:
     """Raises `MachineError` if the environment makes JAX compute with 64 bits."""
     setting = os.environ.get("JAX_ENABLE_X64", "")
-    if setting.lower() in ("1", "true", "yes", "y", "t", "on"):
+    if setting.lower() not in ("", "0", "false", "no", "n", "f", "off"):
         raise MachineError(f"JAX_ENABLE_X64={setting}: arrays have at most 32 bits here; unset it")
 
 

@@ -135,6 +135,15 @@ def is_text(text: str) -> bool:
     return True
 
 
+def encoding_remedy(text: str) -> str:
+    """Returns what is wrong with an argument that is no text (`is_text`), and what to do."""
+    try:
+        os.fsencode(text).decode()
+    except UnicodeError:
+        return "bytes that are not UTF-8; write them in UTF-8"
+    return "the locale of this terminal is not UTF-8; set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+
+
 def check_path(
     given: str, path: Path | str, place: Place, error: type[UserError] = CommandError
 ) -> None:
