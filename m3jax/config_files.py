@@ -75,8 +75,8 @@ def config_file_error(error: Exception, names: Sequence[str]) -> ConfigError:
     unknown = re.match(r"'Key \"(\w+)\" does not exist", str(cause))
     if unknown:
         last = [path.rpartition(".")[2] for path in FIELDS]
-        names = {old.rpartition(".")[2]: new.rpartition(".")[2] for old, new in RENAMED.items()}
-        near = [names[unknown[1]]] if unknown[1] in names else []
+        renamed = {old.rpartition(".")[2]: new.rpartition(".")[2] for old, new in RENAMED.items()}
+        near = [renamed[unknown[1]]] if unknown[1] in renamed else []
         near = near or difflib.get_close_matches(unknown[1], last, 3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         reason = f"there is no field {unknown[1]}; {hint}--config_help lists all"
