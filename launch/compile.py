@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 
 from absl.flags import FlagValues
 
@@ -29,6 +28,7 @@ from m3jax import cli, places
 from m3jax.cli import Flag, count, counts, switch, words
 from m3jax.files import json_text, write_atomically
 from m3jax.hardware import LIBTPU_ENVIRONMENT, chip_of_topology
+from m3jax.printable import complain
 
 COMMANDS = cli.Commands()
 
@@ -93,7 +93,7 @@ def main(given: FlagValues) -> None:
             write_atomically(given.markdown, (compile_table(rows) + "\n").encode())
         if not chosen["fits"]:
             failed = True
-            print(compiled.remedy(chosen, chip), file=sys.stderr)
+            complain(compiled.remedy(chosen, chip))
     if failed:
         raise SystemExit(1)
 

@@ -19,13 +19,14 @@ bank.
 
 from __future__ import annotations
 
-import sys
+from collections import Counter
 from typing import Any
 
 from absl.flags import FlagValues
 
 from m3jax import cli, places
 from m3jax.cli import Flag, switch, words
+from m3jax.printable import complain, one_line
 
 COMMANDS = cli.Commands()
 _WRITER = cli.CHECKPOINT.with_help("Its writer writes; default the writer of the bank.")
@@ -50,9 +51,13 @@ def replace(given: FlagValues) -> None:
 
 def _add(given: FlagValues, replace: bool) -> None:
     from m3jax.knowledge.edit import edit
-    from m3jax.text.documents import read_documents
+    from m3jax.text.documents import describe_unread, read_documents
 
-    documents = read_documents(given.documents)
+    unread = Counter[str]()
+    documents = list(read_documents(given.documents, unread))
+    told = describe_unread(given.documents, unread)
+    if told:
+        print(f"{len(documents)} documents read; not read: {told}")
     at = given.config, given.workdir
     _say(edit(*at, documents=documents, replace=replace, write=_writer(given), note=given.note))
 
@@ -111,7 +116,7 @@ def list_versions(given: FlagValues) -> None:
     for number in versions.versions(given.workdir):
         version = versions.open_version(given.workdir, number)
         mark = "*" if number == current else " "
-        print(f"{mark} {number:6d}  from {version.parent:4d}  {version.note}")
+        print(f"{mark} {number:6d}  from {version.parent:4d}  {one_line(version.note)}")
 
 
 @COMMANDS.add(*cli.RUN, cli.BANK_VERSION)
@@ -121,7 +126,7 @@ def verify(given: FlagValues) -> None:
 
     problems = maintain.verify(given.config, given.workdir, given.bank_version)
     for problem in problems:
-        print(problem, file=sys.stderr)
+        complain(problem)
     if problems:
         raise SystemExit(1)
     print(f"{given.workdir}: every file is as it was written")

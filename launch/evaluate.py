@@ -112,15 +112,15 @@ def questions(given: FlagValues) -> None:
     from m3jax.evaluation.questions import read_questions
     from m3jax.inference.session import Session
 
+    every = read_questions(given.questions)  # first: what is wrong with a file is known at once
+    shots = read_questions(given.shots) if given.shots else []
     session = Session(given.config, given.workdir, **_source(given))
-    every = read_questions(given.questions)
     if given.answerable:
         answered = answerable_questions(session.references, [question.right for question in every])
         print(f"{answered.sum()} of {len(every)} questions have an answer in a reference")
         every = [question for question, kept in zip(every, answered, strict=True) if kept]
         if not every:
             raise TextError(f"--answerable leaves no question of {given.questions}")
-    shots = read_questions(given.shots) if given.shots else []
     drawn = np.random.default_rng(given.seed).permutation(len(every))[: given.sample]
     sample = [every[number] for number in np.sort(drawn)]
     options = cli.values_of(given, _QUESTIONS)
@@ -187,16 +187,20 @@ def tasks(given: FlagValues) -> None:
     from m3jax.evaluation.lm_eval.run import columns, evaluate_tasks, tasks_table
     from m3jax.evaluation.task_files import read_task, task_files
     from m3jax.inference.session import Session
+    from m3jax.text.listing import describe_files
 
     modes = list(given.modes)
     if given.compressed_bank and "compressed" not in modes:
         modes.insert(modes.index("memory") + 1 if "memory" in modes else len(modes), "compressed")
+    left_out: dict[str, list[str]] = {}
+    read = [read_task(path) for path in task_files(given.tasks, left_out)]
+    if left_out:
+        print(f"not read: {describe_files(left_out)}")
     warmup = None
     if given.warmup_config is not None:
         modes.insert(0, "warmup")
         warmup = Session(given.warmup_config, given.workdir)
     chosen = columns(modes, given.overlap)
-    read = [read_task(path) for path in task_files(given.tasks)]
     session = Session(given.config, given.workdir, **_source(given))
     report = evaluate_tasks(
         *(session, read, chosen),
@@ -260,12 +264,13 @@ def _index_recall(given: FlagValues) -> None:
     from m3jax.retrieval.tune import read_queries, recall_report, recall_table, sample_queries
     from m3jax.text.references import References
 
+    texts = None if given.queries is None else read_queries(given.queries, given.sample)
     references = References(given.workdir / "references")
     index = Index.open(given.workdir / "index", references)
-    if given.queries is None:
+    if texts is None:
         queries = sample_queries(references, index.embedder, given.sample)
     else:
-        queries = index.embedder.embed_queries(read_queries(given.queries, given.sample))
+        queries = index.embedder.embed_queries(texts)
     report = recall_report(index, queries, max(given.k))
     cli.show(recall_table(report), report, given.json)
     if report["recall"] < given.least_recall:

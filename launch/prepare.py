@@ -37,8 +37,8 @@ COMMANDS = cli.Commands()
     *(cli.CONFIG, cli.NEW_WORKDIR),
     Flag(
         "documents",
-        "Documents to train on: comma-separated .jsonl, .jsonl.gz, .txt or .parquet files, globs,"
-        " folders, or tfds:NAME[:SPLIT].",
+        "Documents to train on: comma-separated .jsonl, .json, .parquet, .txt or .md files (plain,"
+        " .gz or .zst), globs, folders, or tfds:NAME[:SPLIT].",
         places.TEXTS,
         required=True,
     ),
@@ -81,13 +81,17 @@ def main(given: FlagValues) -> None:
     from m3jax.knowledge.versions import require_unedited
     from m3jax.retrieval.build import build_index
     from m3jax.retrieval.embed import make_embedder
+    from m3jax.text.listing import describe_files
     from m3jax.text.prepare import prepare_text
     from m3jax.text.references import References
 
     config, workdir = given.config, given.workdir
     runner = _runner(given)
     require_unedited(workdir)
-    questions = question_texts(given.questions) if given.questions else []
+    left_out: dict[str, list[str]] = {}
+    questions = question_texts(given.questions, left_out) if given.questions else []
+    if left_out:
+        print(f"files of questions not read: {describe_files(left_out)}")
     embedder = make_embedder(config)  # first: what is wrong with an encoder is known at once
     prepare_text(
         *(config, workdir, given.documents, given.knowledge, given.limit_documents),
@@ -113,7 +117,10 @@ def _runner(given: FlagValues) -> Any:
 @COMMANDS.add(
     *cli.RUN,
     Flag(
-        "chats", "Chats or pairs: .jsonl(.gz) files, globs, folders.", places.TEXTS, required=True
+        "chats",
+        "Chats or pairs: .jsonl, .json or .parquet files, globs, folders.",
+        places.TEXTS,
+        required=True,
     ),
 )
 def chats(given: FlagValues) -> None:

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
-import io
 import os
 import signal
 import sys
@@ -32,6 +31,7 @@ from m3jax.errors import CommandError, UserError
 from m3jax.failures import explain
 from m3jax.hardware import quiet_libtpu, require_single_precision, use_compilation_cache
 from m3jax.places import Place, check_path, encoding_remedy, is_text, read_path
+from m3jax.printable import cleaned_output, complain
 from m3jax.random_key import LARGEST_SEED
 
 USER_ERROR = 2  # exit code
@@ -250,14 +250,11 @@ def run(text: str | None, commands: Mapping[str, Command]) -> None:
     """Runs a launch script, whose docstring is `text`, on the command line of the process.
 
     Libraries log warnings only, which keeps the progress bar whole; `--verbosity=0` shows the rest.
+    What is printed is cleaned (`m3jax.printable`).
     """
     # Python puts the script's folder first, where evaluate.py would hide a library of that name.
     folder = os.path.dirname(os.path.abspath(sys.argv[0]))
     sys.path[:] = [path for path in sys.path if os.path.abspath(path) != folder]
-
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
     def parser(argv: Sequence[str]) -> Command:
         try:
@@ -270,7 +267,8 @@ def run(text: str | None, commands: Mapping[str, Command]) -> None:
             logging.set_verbosity(logging.WARNING)
         call(command, flags.FLAGS)
 
-    app.run(main, flags_parser=parser)
+    with cleaned_output():
+        app.run(main, flags_parser=parser)
 
 
 def call(command: Command, values: flags.FlagValues) -> None:
@@ -450,13 +448,13 @@ def show_error(error: BaseException) -> int:
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
     if isinstance(error, KeyboardInterrupt):
-        print("interrupted; the same command goes on", file=sys.stderr, flush=True)
+        complain("interrupted; the same command goes on")
         return 128 + signal.SIGINT
     explained = error if isinstance(error, UserError) else explain(error)
     if explained:
         if explained is not error and logging.level_debug():
             traceback.print_exception(error)
-        print(f"{type(explained).__name__}: {explained}", file=sys.stderr, flush=True)
+        complain(f"{type(explained).__name__}: {explained}")
         return USER_ERROR
     traceback.print_exception(error)
     return 1

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
+
+from m3jax.printable import complain
 
 Round = dict[str, dict[str, float]]  # section → figure → its value in a round
 Rounds = Generator[Round, None, None]  # measures a round at every `next`
@@ -46,5 +47,5 @@ def import_peer(ratios: str, *modules: str, extra: str = "parity") -> list[Any] 
             return [importlib.import_module(name) for name in modules]
     except ImportError as error:
         remedy = f"pip install -c constraints.txt -e '.[{extra}]'"
-        print(f"without {ratios}: {error.name} is not installed: {remedy}", file=sys.stderr)
+        complain(f"without {ratios}: {error.name} is not installed: {remedy}")
         return None

@@ -20,9 +20,10 @@ from m3jax.data.rows import Rows
 from m3jax.errors import LeakageError
 from m3jax.figures import AMBER, BLUE, INK, PINK, drawing
 from m3jax.knowledge.versions import open_index, open_references, open_version
+from m3jax.printable import as_label, one_line
+from m3jax.reading import only_field, read_records
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
-from m3jax.text.jsonl import read_records
 from m3jax.text.overlap import overlap
 from m3jax.text.references import References
 from m3jax.text.tokenizer import PAD, Tokenizer
@@ -58,7 +59,7 @@ def leakage(
     config: ConfigDict,
     workdir: str | Path,
     *,
-    against: str = "train",
+    against: str | Path = "train",
     sample: int = 1000,
     threshold: float = 0.9,
 ) -> dict[str, Any]:
@@ -68,7 +69,8 @@ def leakage(
       config: a validated config.
       workdir: folder of `launch/prepare.py`.
       against: `train` or `validation` for rows of the corpus, or a .jsonl file of questions
-        (`prompt` or `question`). The overlap is that of the reference with the text or of the text
+        (`prompt` or `question`; `reading.rows`). The overlap is that of the reference with the
+        text or of the text
         with the reference, whichever is larger: a question is often shorter than a reference.
       sample: most texts, drawn at random with the config's seed.
       threshold: overlap above which a reference counts as dropped.
@@ -83,20 +85,23 @@ def leakage(
       `text`, `reference`, `name` of the text.
 
     Raises:
-      LeakageError: `threshold` or `sample` out of range, unusable questions, or nothing retrieved.
-      TextError, RetrievalError, VersionError: the workdir is not prepared.
+      LeakageError: `threshold` or `sample` out of range, or nothing retrieved.
+      TextError, RetrievalError, VersionError: unusable questions; the workdir is not prepared.
     """
     if not 0 <= threshold <= 1:
         raise LeakageError(f"threshold = {threshold}: an overlap is between 0 and 1")
     if sample < 1:
         raise LeakageError(f"sample = {sample}: an empty sample says nothing; take at least 1 text")
     workdir = Path(workdir)
+    questions = None if against in SPLITS else _questions(Path(against))
     tokenizer = Tokenizer.load(workdir / "tokenizer")
     rng = np.random.default_rng(config.seed)
-    if against in SPLITS:
+    if questions is None:
         texts = _rows(config, workdir / "corpus" / against, sample, rng)
     else:
-        texts = _questions(Path(against), tokenizer, sample, rng)
+        chosen = np.sort(rng.permutation(len(questions))[:sample]).tolist()
+        named = ((f"{Path(against).name}:{i + 1}", questions[i]) for i in chosen)
+        texts = [Text(name, np.asarray(tokenizer.encode(text))) for name, text in named]
     version = open_version(workdir)
     references = open_references(config, version, tokenizer)
     index = open_index(version, references)
@@ -119,7 +124,7 @@ def leakage(
         )
     limits = {f"{limit:.3g}": limit for limit in sorted({2 / 3, 0.9, threshold})}
     return {
-        "against": against,
+        "against": str(against),
         "threshold": threshold,
         "texts": len(texts),
         "queries": len(overlaps),
@@ -141,26 +146,19 @@ def _rows(config: ConfigDict, folder: Path, sample: int, rng: np.random.Generato
     return [Text(f"row {row} of {folder.name}", rows[row].texts[0][0]) for row in chosen]
 
 
-def _questions(
-    path: Path, tokenizer: Tokenizer, sample: int, rng: np.random.Generator
-) -> list[Text]:
-    if not path.is_file():
+def _questions(path: Path) -> list[str]:
+    if not path.exists():
         raise LeakageError(
             f"{path}: no such file; give 'train', 'validation' or a .jsonl file of questions"
         )
 
-    def parse(record: Any) -> np.ndarray:
-        prompt = record["prompt"] if "prompt" in record else record["question"]
-        return np.asarray(tokenizer.encode(prompt))
+    def parse(record: dict[str, Any]) -> str:
+        text = record[only_field(record, "prompt", "question")]
+        if not isinstance(text, str) or not text.strip():
+            raise TypeError("an empty text, or none")
+        return text
 
-    form = "a JSON object with a text in `prompt` or `question`"
-    encoded = read_records(path, parse, "questions", form, error=LeakageError)
-    texts = [Text(f"{path.name}:{number}", tokens) for number, tokens in enumerate(encoded, 1)]
-    if not any(len(text.tokens) for text in texts):
-        raise LeakageError(
-            f"{path} holds no question; give one JSON object with `prompt` or `question` a line"
-        )
-    return [texts[i] for i in np.sort(rng.permutation(len(texts))[:sample]).tolist()]
+    return read_records(path, parse, "questions", "an object with `prompt` or `question`")
 
 
 def _overlap(text: Text, references: References, i: int) -> float:
@@ -214,7 +212,7 @@ def leakage_table(report: dict[str, Any]) -> str:
     ]
     for kind in ("dropped", "kept"):
         for example in report[kind]:
-            title = f"{example['title']} ({example['key']}) with {example['name']}"
+            title = one_line(f"{example['title']} ({example['key']}) with {example['name']}")
             lines += ["", f"{kind}, overlap {example['overlap']:.3f}: {title}"]
             columns = [
                 [name, *textwrap.wrap(text.strip(), _COLUMN, max_lines=7, placeholder=" …")]
@@ -252,7 +250,7 @@ def leakage_histogram(report: dict[str, Any], path: str | Path) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(axis="y")
         axes.legend(loc="upper center", frameon=True, edgecolor="white", framealpha=1, fontsize=10)
-        against = Path(report["against"]).name
+        against = as_label(Path(report["against"]).name)
         axes.set_title(
             f"What retrieval finds for {report['texts']} texts ({against}), before the filter"
         )

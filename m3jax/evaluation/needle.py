@@ -17,7 +17,8 @@ from tqdm import tqdm
 from m3jax.errors import TextError
 from m3jax.inference.long_context import LongContextGenerator
 from m3jax.inference.session import Session
-from m3jax.text.jsonl import answer_text, read_records
+from m3jax.reading import read_records
+from m3jax.text.open_question import answer_text
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 
@@ -39,7 +40,7 @@ def read_needles(path: str | Path) -> list[Needle]:
       TextError: the file cannot be read or has no needle, or a line is not a needle.
     """
 
-    def parse(record: Any) -> Needle:
+    def parse(record: dict[str, Any]) -> Needle:
         text, prompt = record["needle"], record["prompt"]
         if not all(isinstance(field, str) and field.strip() for field in (text, prompt)):
             raise TypeError("an empty field, or one that is no text")

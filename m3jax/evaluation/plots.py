@@ -14,6 +14,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.patches import Rectangle
 
 from m3jax.figures import GRID, INK, PALE, PINK, REFERENCE_LINE, SOFT, TEAL, drawing
+from m3jax.printable import as_label
 
 
 def accuracy_bars(
@@ -207,13 +208,19 @@ def sweep_dots(
         for group, name, with_memory, without in rows:
             if group != previous:
                 heading: dict[str, Any] = {"fontsize": 9, "fontweight": "bold", "va": "center"}
-                axes.text(0, y + 0.3, f" {group}", transform=axes.get_yaxis_transform(), **heading)
+                axes.text(
+                    0,
+                    y + 0.3,
+                    f" {as_label(group)}",
+                    transform=axes.get_yaxis_transform(),
+                    **heading,
+                )
                 y, previous = y + 0.95, group
             for values, colour, size in ((without, PALE, 5), (with_memory, TEAL, 6)):
                 axes.plot(
                     values, [y] * len(values), "o", color=colour, markersize=size, clip_on=False
                 )
-            ticks[y] = name
+            ticks[y] = as_label(name)
             y += 1
         if rows[0][2]:
             axes.axvline(float(np.mean(rows[0][2])), **REFERENCE_LINE)
@@ -221,7 +228,7 @@ def sweep_dots(
         axes.set(
             ylim=(y - 0.3, -0.1), xlabel=f"{axis}; one dot per seed and colour"
         )  # y grows downwards
-        axes.set_title(f"Sweep (dotted: mean of {rows[0][1]} with memory)")
+        axes.set_title(f"Sweep (dotted: mean of {as_label(rows[0][1])} with memory)")
         axes.grid(axis="x")
         for colour, label in ((TEAL, "with memory"), (PALE, "without")):
             axes.plot([], [], "o", color=colour, label=label)
@@ -254,12 +261,12 @@ def attention_map(path: Path, reads: Sequence[Read], title: str) -> None:
         y = 0
         for read in reads:
             right = "" if read.predicted == read.answer else f", right would be “{read.answer}”"
-            axes.text(0, y, f"{read.prompt} …", fontweight="bold", va="center")
-            axes.text(24, y, f"answers “{read.predicted}”{right}", va="center")
+            axes.text(0, y, as_label(f"{read.prompt} …"), fontweight="bold", va="center")
+            axes.text(24, y, as_label(f"answers “{read.predicted}”{right}"), va="center")
             for tokens, mass, kept in zip(read.references, read.mass, read.kept, strict=True):
                 y, x = y + 1, 1.0
                 for token, weight, share in zip(tokens, mass / largest, kept, strict=True):
-                    shown = token.replace("\n", "⏎").strip(" ")
+                    shown = as_label(token.replace("\n", "⏎"))
                     width = len(shown) + 1.2
                     box, colour = (colours(float(weight)), INK) if share else (GRID, SOFT)
                     axes.add_patch(Rectangle((x, y - 0.42), width, 0.84, color=box))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from m3jax.errors import TextError
-from m3jax.text.jsonl import answer_text, read_records
-from m3jax.text.open_question import open_question, open_record
+from m3jax.reading import only_field, read_records
+from m3jax.text.open_question import answer_text, open_question, open_record
 from m3jax.text.references import References
 from m3jax.text.squad import Passage, read_squad
 
@@ -48,7 +48,7 @@ class Question:
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Reads questions from JSON lines, record by record (forms may be mixed), or SQuAD's .json.
+    """Reads questions from rows (`reading.rows`), whose forms may be mixed, or SQuAD's .json.
 
     * `prompt`, `answer`: the answer is scored as it is written, right behind the prompt;
     * `context`, `continuation`: the continuation follows a space;
@@ -63,17 +63,21 @@ def read_questions(path: str | Path) -> list[Question]:
       TextError: the file cannot be read or is empty, or a record is of another form, or without a
         question or an answer.
     """
-    if Path(path).suffix == ".json":
-        return _of_squad(path)
+    passages = read_squad(path)
+    if passages is not None:
+        return _of_squad(path, passages)
 
-    def parse(record: Any) -> Question:
+    def parse(record: dict[str, Any]) -> Question:
         if "choices" in record:
             raise ValueError("a question of multiple choice")
-        name = next(name for name in ("question", "context", "prompt") if name in record)
-        answer = record["answer"] if "answer" in record else record["continuation"]
-        doc = open_record({**record, "question": record[name], "answer": answer})
-        first = doc["answers"][0]
-        keys = record.get("references", [record["reference"]] if "reference" in record else [])
+        name = only_field(record, "question", "context", "prompt")
+        answer = record[only_field(record, "answer", "continuation")]
+        aliases = {"aliases": record.get("aliases", [])}
+        doc = open_record({"question": record[name], "answer": answer, **aliases})
+        first, keys = doc["answers"][0], []
+        if {"reference", "references"} & record.keys():
+            keys = record[only_field(record, "references", "reference")]
+            keys = [keys] if "reference" in record else keys
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise TypeError("references is no list of keys")
         prompt, scored = doc["text"], f" {first}\n"
@@ -88,9 +92,9 @@ def read_questions(path: str | Path) -> list[Question]:
     return read_records(path, parse, "questions", form)
 
 
-def _of_squad(path: str | Path) -> list[Question]:
+def _of_squad(path: str | Path, passages: Sequence[Passage]) -> list[Question]:
     questions = []
-    for passage in read_squad(path):
+    for passage in passages:
         for item in passage.questions:
             if not item.answers:
                 continue

@@ -9,7 +9,8 @@
 | `question` or `context`, `answer`, `aliases`; SQuAD (.json) | open | exact match, F1 of answer |
 | `context`, `chain_of_thought`, `answer` | number | the last number of an answer |
 
-Files are JSON lines, unless the table names another format. `gold` is an index from 0. The few-shot
+Files are JSON lines (or others that `reading.rows` reads), unless the table names another format.
+`gold` is an index from 0. The few-shot
 examples of `NAME_test.csv` come from `NAME_dev.csv` beside it, those of other files from the file
 itself.
 """
@@ -17,6 +18,7 @@ itself.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +26,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from m3jax.errors import TextError
-from m3jax.text.jsonl import answer_text, read_records
-from m3jax.text.open_question import ANSWER, QUESTION, open_question, open_record
-from m3jax.text.squad import read_squad
+from m3jax.reading import ending, read_text, reason_of, rows, stem
+from m3jax.text.listing import files_inside
+from m3jax.text.open_question import ANSWER, QUESTION, answer_text, open_question, open_record
+from m3jax.text.squad import Passage, read_squad
 
 LETTERS = "ABCD"
-_SUFFIXES = (".jsonl", ".csv", ".json")
+_ENDINGS = (".jsonl", ".csv", ".json", ".parquet")
 
 Doc = dict[str, Any]
 
@@ -60,24 +63,29 @@ class LocalTask(NamedTuple):
         return float(np.mean([1 / len(doc[name]) for doc in self.docs]))
 
 
-def task_files(paths: Sequence[str | Path]) -> list[Path]:
+def task_files(
+    paths: Sequence[str | Path], left_out: dict[str, list[str]] | None = None
+) -> list[Path]:
     """Lists the named files and the files in named folders, without files of few-shot examples.
+
+    `left_out` gets the other files of the folders, by reason.
 
     Raises:
       TextError: a path does not exist, a folder holds no task files, or two files have one name.
     """
     files: list[Path] = []
+    left_out = {} if left_out is None else left_out
     for path in map(Path, paths):
         if not path.exists():
             raise TextError(f"there is no task file {path}")
         inside = [path]
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES)
-            inside = [p for p in inside if not p.name.endswith("_dev.csv")]
+            listed = (Path(part.path) for part in files_inside(str(path), _ENDINGS, left_out))
+            inside = [p for p in listed if not (ending(p) == ".csv" and stem(p).endswith("_dev"))]
         if not inside:
-            raise TextError(f"{path} holds no task files ({', '.join(_SUFFIXES)})")
+            raise TextError(f"{path} holds no task files ({', '.join(_ENDINGS)})")
         files += inside
-    names = [path.stem for path in files]
+    names = [stem(path.name) for path in files]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise TextError(f"two task files have the name {min(twice)}; rename one")
@@ -92,32 +100,34 @@ def read_task(path: str | Path) -> LocalTask:
         or of another form than the file's first.
     """
     path, shots = Path(path), None
-    try:
-        if path.suffix == ".csv":
-            kind, docs = "choice", _read_mmlu(path)
-            dev = path.with_name(path.name.replace("_test.csv", "_dev.csv"))
-            shots = _read_mmlu(dev) if dev != path and dev.is_file() else None
-        elif path.suffix == ".json":
-            kind, docs = "open", _read_squad(path)
-        else:
-            kind, docs = _read_lines(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise TextError(f"{path} cannot be read: {error}") from error
+    if ending(path) == ".csv":
+        kind, docs = "choice", _read_mmlu(path)
+        dev = path.with_name(path.name.replace("_test.csv", "_dev.csv"))
+        shots = _read_mmlu(dev) if dev != path and dev.is_file() else None
+    elif (passages := read_squad(path)) is not None:
+        kind, docs = "open", _read_squad(path, passages)
+    else:
+        kind, docs = _read_rows(path)
     if not docs:
         raise TextError(f"{path} holds no examples")
-    name = path.stem.removesuffix("_test") if path.suffix == ".csv" else path.stem
+    name = stem(path.name)
+    name = name.removesuffix("_test") if ending(path) == ".csv" else name
     return LocalTask(name, kind, docs, shots)
 
 
-def question_texts(paths: Sequence[str | Path]) -> list[str]:
+def question_texts(
+    paths: Sequence[str | Path], left_out: dict[str, list[str]] | None = None
+) -> list[str]:
     """Returns the distinct questions of task files, without answers, choices and template.
+
+    `left_out` is that of `task_files`.
 
     The question of a schema is its sentence with the right context.
 
     Raises:
       TextError: a file is missing or empty, or holds records of no known form.
     """
-    docs = (doc for path in task_files(paths) for doc in read_task(path).docs)
+    docs = (doc for path in task_files(paths, left_out) for doc in read_task(path).docs)
     return list(dict.fromkeys(map(question_text, docs)))
 
 
@@ -131,26 +141,28 @@ def question_text(doc: Doc) -> str:
     return text.removesuffix(ANSWER).removeprefix(QUESTION).strip()
 
 
-def _read_lines(path: Path) -> tuple[str, list[Doc]]:
-    """Returns the kind and the examples of a file of JSON lines."""
-    records: list[Any] = read_records(path, lambda record: record, "examples", "a line of JSON")
-    fields = set(records[0]) if isinstance(records[0], dict) else set()
-    forms = [(kind, make) for needed, kind, make in _FORMS if needed <= fields]
+def _read_rows(path: Path) -> tuple[str, list[Doc]]:
+    """Returns the kind and the examples of a file of rows."""
+    read = [(row.where, row.fields()) for row in rows(path)]
+    if not read:
+        raise TextError(f"{path} holds no examples; give lines of JSON objects")
+    where, first = read[0]
+    forms = [(kind, make) for needed, kind, make in _FORMS if needed <= first.keys()]
     if not forms:
         known = "; ".join(", ".join(sorted(needed)) for needed, _, _ in _FORMS)
         raise TextError(
-            f"{path}:1: an example with the fields {', '.join(sorted(fields)) or 'none'} is of no"
+            f"{where}: an example with the fields {', '.join(sorted(first)) or 'none'} is of no"
             f" known form; known: {known}"
         )
     kind, make = forms[0]
     docs = []
-    for number, record in enumerate(records, 1):
+    for where, record in read:
         try:
             docs.append(make(record))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise TextError(
-                f"{path}:{number}: not an example of the form of the file's first, {kind}"
-                f" ({error!r})"
+                f"{where}: not an example of the form of the file's first, {kind}"
+                f" ({reason_of(error, record)})"
             ) from error
     return kind, docs
 
@@ -215,26 +227,30 @@ def _read_mmlu(path: Path) -> list[Doc]:
     """Reads questions of MMLU, whose answers are letters or indices from 0; skips a header."""
     places = {name: i for i, letter in enumerate(LETTERS) for name in (letter, str(i))}
     docs = []
-    with path.open(encoding="utf-8", newline="") as file:
-        for number, row in enumerate(csv.reader(file), 1):
-            if not row or (number == 1 and row[-1] == "answer"):
-                continue
-            gold = row[5].strip() if len(row) == 6 else ""
-            if gold not in places:
-                raise TextError(
-                    f"{path}:{number}: expected a question, four choices and the answer, A–D or"
-                    f" 0–3; found {len(row)} columns" + (f", answer {gold!r}" if gold else "")
-                )
-            question, *choices = (text.strip() for text in row[:5])
-            options = [f"\n{name}. {text}" for name, text in zip(LETTERS, choices, strict=True)]
-            text = "".join([question, *options, ANSWER])
-            docs.append({"text": text, "choices": list(LETTERS), "gold": places[gold]})
+    reader = csv.reader(io.StringIO(read_text(path), newline=""))
+    try:
+        table = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise TextError(f"{path}:{reader.line_num}: not CSV: {error}") from error
+    for number, row in table:
+        if number == 1 and row[-1] == "answer":
+            continue
+        gold = row[5].strip() if len(row) == 6 else ""
+        if gold not in places:
+            raise TextError(
+                f"{path}:{number}: expected a question, four choices and the answer, A–D or 0–3;"
+                f" found {len(row)} columns" + (f", answer {gold!r}" if gold else "")
+            )
+        question, *choices = (text.strip() for text in row[:5])
+        options = [f"\n{name}. {text}" for name, text in zip(LETTERS, choices, strict=True)]
+        text = "".join([question, *options, ANSWER])
+        docs.append({"text": text, "choices": list(LETTERS), "gold": places[gold]})
     return docs
 
 
-def _read_squad(path: Path) -> list[Doc]:
-    """Reads the answerable questions of a file in the format of SQuAD, without passages."""
-    questions = [question for passage in read_squad(path) for question in passage.questions]
+def _read_squad(path: Path, passages: Sequence[Passage]) -> list[Doc]:
+    """Returns the answerable questions of a file in the format of SQuAD, without passages."""
+    questions = [question for passage in passages for question in passage.questions]
     try:
         return [open_question(q.text, q.answers) for q in questions if q.answers]
     except (TypeError, AttributeError, ValueError) as error:

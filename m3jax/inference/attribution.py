@@ -9,7 +9,6 @@ text likelier.
 from __future__ import annotations
 
 import dataclasses
-import html
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 
 from m3jax.inference.generate import Generation, Generator
 from m3jax.inference.long_context import LongContextReferences
+from m3jax.printable import as_html, one_line
 from m3jax.text.references import Reference, References
 from m3jax.text.tokenizer import Tokenizer
 
@@ -184,8 +184,8 @@ def as_text(sources: Sequence[AttributedReference]) -> str:
             figures.append(f"effect {source.effect:+.3f} nats")
         reference = source.reference
         name = f"[{reference.key}] {reference.title}".strip()
-        where = f"{name}, characters {reference.start}–{reference.end}"
-        text = " ".join(reference.text.split())
+        where = f"{one_line(name)}, characters {reference.start}–{reference.end}"
+        text = one_line(reference.text)
         lines.append(f"  {where}" + (f" ({', '.join(figures)})" if figures else ""))
         lines.append(f"    {text if len(text) <= 100 else text[:99] + '…'}")
     return "\n".join(lines) if lines else "  nothing was read"
@@ -207,7 +207,7 @@ def as_page(
     for generation, sources in rows:
         colours = {source.id: n % _COLOURS for n, source in enumerate(sources)}
         text = _coloured(generation, colours, _pieces(generation.tokens, tokenizer))
-        body.append(f'<h2>Prompt</h2><div class="prompt">{html.escape(generation.prompt)}</div>')
+        body.append(f'<h2>Prompt</h2><div class="prompt">{as_html(generation.prompt)}</div>')
         body.append(f'<h2>Text</h2><div class="text">{text}</div>')
         body.append(_sources_table(sources, colours))
     content = "\n".join(body)
@@ -226,7 +226,7 @@ def _pieces(tokens: np.ndarray, tokenizer: Tokenizer) -> list[str]:
 
 def _coloured(generation: Generation, colours: Mapping[int, int], pieces: Sequence[str]) -> str:
     """Returns the text as HTML, each token in the colour of the memory it attended to most."""
-    spans = [html.escape(piece) for piece in pieces]
+    spans = [as_html(piece) for piece in pieces]
     if generation.by_token is None or not generation.chunks:
         return "".join(spans)
     most = max(float(generation.by_token[:, :-1].max(initial=0)), 1e-6)
@@ -253,15 +253,15 @@ def _sources_table(sources: Sequence[AttributedReference], colours: Mapping[int,
     lines = ["<table><tr>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>"]
     for source in sources:
         reference = source.reference
-        name = html.escape(f"{reference.key} {reference.title}".strip())
+        name = as_html(f"{reference.key} {reference.title}".strip())
         key = f'<span class="key" style="{_background(colours[source.id], 1)}">{name}</span>'
         if reference.source:
-            key += f"<br>{html.escape(reference.source)}"
+            key += f"<br>{as_html(reference.source)}"
         numbers = [
             f"{reference.start}–{reference.end}",
             "–" if source.attention is None else f"{source.attention:.3f}",
             "–" if source.effect is None else f"{source.effect:+.3f}",
         ]
         cells = "".join(f'<td class="number">{number}</td>' for number in numbers)
-        lines.append(f"<tr><td>{key}</td>{cells}<td>{html.escape(reference.text)}</td></tr>")
+        lines.append(f"<tr><td>{key}</td>{cells}<td>{as_html(reference.text)}</td></tr>")
     return "\n".join([*lines, "</table>"])

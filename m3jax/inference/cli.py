@@ -25,9 +25,9 @@ from m3jax.inference.long_context import LongContextGenerator
 from m3jax.inference.rag import rag_prompts
 from m3jax.inference.sampling import Sampling
 from m3jax.inference.session import Session
+from m3jax.reading import ROWS, ending, read_records, text_lines
 from m3jax.text.chat.chats import Chat, question, read_questions
 from m3jax.text.chat.template import Template
-from m3jax.text.jsonl import read_records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,24 +55,25 @@ class Request:
     html: str | Path | None = None
 
 
-def read_prompts(path: str, most_rounds: int | None = None) -> Sequence[str | Chat]:
-    """Reads prompts from JSON lines with `prompt`, or from lines of text; skips empty lines.
+def read_prompts(path: str | Path, most_rounds: int | None = None) -> Sequence[str | Chat]:
+    """Reads prompts from rows (`reading.rows`) with `prompt`, or from lines of text.
 
-    With `most_rounds`, JSON lines are chats of at most this many rounds that end with a question.
+    Blank lines are left out. With `most_rounds`, rows are chats of at most this many rounds that
+    end with a question.
 
     Raises:
       TextError: the file cannot be read, or a line is not a prompt; names file and line.
       ChatError: a line is not a chat that ends with a question.
     """
-    if most_rounds is not None and path.endswith((".jsonl", ".jsonl.gz")):
-        return read_questions(path, most_rounds)
-    if not path.endswith(".jsonl"):
-        try:
-            return [line for line in Path(path).read_text("utf-8").split("\n") if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise TextError(f"prompts cannot be read from {path}: {error}") from error
+    if ending(path) not in ROWS:
+        prompts = text_lines(path)
+        if not prompts:
+            raise TextError(f"{path} holds no prompts; give one a line")
+        return prompts
+    if most_rounds is not None:
+        return read_questions(str(path), most_rounds)
 
-    def parse(record: Any) -> str:
+    def parse(record: dict[str, Any]) -> str:
         if not isinstance(record["prompt"], str):
             raise TypeError(f"prompt is {type(record['prompt']).__name__}")
         return record["prompt"]

@@ -38,7 +38,7 @@ from m3jax.knowledge.versions import (
 )
 from m3jax.memory.bank import Bank, require_alike
 from m3jax.retrieval.build import build_index
-from m3jax.text.documents import Document
+from m3jax.text.documents import Document, with_unique_ids
 from m3jax.text.references import References, copy_references, write_references
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.workdir import BEGUN, begin_part
@@ -74,7 +74,8 @@ def edit(
       TextError, RetrievalError, BankError, OSError: references, index or bank cannot be read or
         written; the current version is unchanged.
     """
-    workdir, documents, delete = Path(workdir), list(documents), list(delete)
+    workdir, delete = Path(workdir), list(delete)
+    documents = list(with_unique_ids(documents, lambda document: document))
     with editing(workdir) as parent:
         tokenizer = Tokenizer.load(workdir / "tokenizer")
         references = open_references(config, parent, tokenizer)

@@ -8,13 +8,12 @@ for `launch/edit_bank.py replace`; `deletions.json`, ids for `launch/edit_bank.p
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from m3jax.reading import read_json, read_records
 from m3jax.text.documents import Document, read_documents
-from m3jax.text.jsonl import read_records
 
 FOLDER = Path(__file__).parent / "island"
 
@@ -56,7 +55,7 @@ def read_island() -> Island:
         questions=tuple(read_records(FOLDER / "questions.jsonl", _question, "questions", form)),
         edits=tuple(read_documents(str(edits))),
         edited_questions=tuple(new),
-        deletions=tuple(json.loads((FOLDER / "deletions.json").read_bytes())),
+        deletions=tuple(read_json(FOLDER / "deletions.json")),
     )
 
 

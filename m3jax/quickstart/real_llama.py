@@ -31,6 +31,7 @@ from m3jax.knowledge.edit import edit
 from m3jax.knowledge.memory_writer import MemoryWriter
 from m3jax.knowledge.versions import open_version, versions
 from m3jax.memory.storage import MANIFEST
+from m3jax.printable import as_markdown
 from m3jax.quickstart.island import FOLDER, Island, IslandQuestion, read_island
 from m3jax.quickstart.island_training import split_questions, train_on_questions
 from m3jax.quickstart.run import make_index, step
@@ -373,8 +374,8 @@ def _report(config: ConfigDict, folder: Path, summary: dict[str, Any]) -> None:
 A reference takes {sizes["text"]:.0f} bytes as text, {sizes["memory"] / 1e3:.0f} kB as a memory, and
 {sizes["all keys and values"] / 1e6:.1f} MB with all keys and values.
 
-> {example["question"]}
-> **{example["answer"]}** (read: {", ".join(example["sources"])})
+> {as_markdown(example["question"])}
+> **{as_markdown(example["answer"])}** (read: {", ".join(map(as_markdown, example["sources"]))})
 
 ![memory heads](memory_heads.png)
 """

@@ -34,7 +34,8 @@ from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import make_embedder
 from m3jax.retrieval.index import Index
 from m3jax.retrieval.retriever import Retriever
-from m3jax.text.documents import inputs_of, read_documents
+from m3jax.text.documents import read_documents
+from m3jax.text.listing import inputs_of
 from m3jax.text.prepare import prepare_text
 from m3jax.text.references import References, write_references
 from m3jax.text.tokenizer import Tokenizer

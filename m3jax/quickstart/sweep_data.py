@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,9 +11,9 @@ from m3jax.config import ConfigDict
 from m3jax.errors import TextError
 from m3jax.quickstart import people
 from m3jax.quickstart.run import in_context, make_index, prepare_people
+from m3jax.reading import rows
 from m3jax.text.corpus import encode_documents, write_corpus
 from m3jax.text.documents import Document, is_validation, read_documents
-from m3jax.text.jsonl import json_lines
 from m3jax.text.reference_splitter import Piece
 from m3jax.text.references import write_pieces
 from m3jax.text.tokenizer import Tokenizer
@@ -74,7 +73,7 @@ def _join(config: ConfigDict, folder: Path, world: people.World, keys: Mapping[s
     shutil.rmtree(folder / "index")
     make_index(config, folder)
     source = folder / "text" / "documents.jsonl"
-    records = [json.loads(line) for line in json_lines(source)]
+    records = [row.fields() for row in rows(source)]
     for record in records:
         if "references" in record:
             record["references"] = _renamed(record["references"], keys)

@@ -18,10 +18,10 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from m3jax.errors import RetrievalError
+from m3jax.reading import only_field, read_records
 from m3jax.retrieval.embedder import Embedder
 from m3jax.retrieval.index import Index
 from m3jax.retrieval.search import ALL_CODES, SHARD_ROWS, SPARE, Searcher, SearchResult, build_scann
-from m3jax.text.jsonl import read_records
 from m3jax.text.references import References
 
 QUERIES = 512  # held-out queries for measuring recall
@@ -143,14 +143,17 @@ def _cost(effort: dict[str, int], settings: dict[str, int], shape: tuple[int, ..
 def read_queries(path: str | Path, most: int) -> list[str]:
     """Reads up to `most` queries from a JSON-lines file with `question` or `text`.
 
-    Raises `RetrievalError` if the file cannot be read, is empty, or has a line of another form.
+    Raises `TextError` if the file cannot be read, is empty, or has a line of another form.
     """
 
-    def parse(record: Any) -> str:
-        return str(record["question"] if "question" in record else record["text"])
+    def parse(record: dict[str, Any]) -> str:
+        text = record[only_field(record, "question", "text")]
+        if not isinstance(text, str) or not text.strip():
+            raise TypeError("an empty text, or none")
+        return text
 
     form = 'a JSON object with "question" or "text"'
-    return read_records(path, parse, "questions", form, most=most, error=RetrievalError)
+    return read_records(path, parse, "questions", form, most=most)
 
 
 def recall_report(index: Index, queries: Float32[np.ndarray, "n E"], k: int = 5) -> dict[str, Any]:

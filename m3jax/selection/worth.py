@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,7 +32,8 @@ from m3jax.memory.sparsify import RECONSTRUCTION, sparsifier
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.parameters import Params
 from m3jax.selection.counts import TokenWeights, check_budget, deal_counts, measure_weights
-from m3jax.text.documents import read_documents
+from m3jax.text.documents import check_documents, read_documents
+from m3jax.text.squad import Passage, read_squad
 from m3jax.text.tokenizer import Tokenizer
 
 Encode = Callable[[str], list[int]]
@@ -83,6 +83,14 @@ class Task:
         return _task(self.name, references, own, context, target, self.separator)
 
 
+def read_passages(path: str | Path) -> list[Passage]:
+    """Reads the passages of a file; raises `TextError` if it is not in SQuAD's format."""
+    passages = read_squad(path)
+    if passages is None:
+        raise TextError(f"{path} is not a file of questions in SQuAD's format; give one (.json)")
+    return passages
+
+
 def read_question_task(
     path: str | Path, encode: Encode, decode: Decode, W: int, most: int, seed: int = 0
 ) -> Task:
@@ -99,24 +107,18 @@ def read_question_task(
     """
     references: list[list[int]] = []
     drawn: list[tuple[int, str, str]] = []
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))["data"]
-        paragraphs = [p for article in data for p in article["paragraphs"]]
-        for paragraph in paragraphs:
-            text = paragraph["context"]
-            tokens = encode(text)
-            if len(tokens) < W:
-                continue
-            inside, end = [], len(decode(tokens[:W]))
-            for question in paragraph["qas"]:
-                answer = question["answers"][0]
-                if answer["answer_start"] + len(answer["text"]) <= end and len(answer["text"]) < 40:
-                    inside.append((len(references), question["question"], answer["text"]))
-            if inside:
-                references.append(tokens[:W])
-                drawn += inside[:2]
-    except (KeyError, IndexError, TypeError, ValueError, OSError) as error:
-        raise TextError(f"{path} is not a file of questions in SQuAD's format: {error}") from error
+    for passage in read_passages(path):
+        tokens = encode(passage.text)
+        if len(tokens) < W:
+            continue
+        inside, end = [], len(decode(tokens[:W]))
+        for question in passage.questions:
+            answer = next(iter(question.answers), "")
+            if answer and 0 <= question.start <= end - len(answer) and len(answer) < 40:
+                inside.append((len(references), question.text, answer))
+        if inside:
+            references.append(tokens[:W])
+            drawn += inside[:2]
     if not drawn:
         raise TextError(f"{path}: no paragraph of {W} tokens holds the answer of a question")
     random.Random(seed).shuffle(drawn)
@@ -412,6 +414,9 @@ def worth_report(
         raise ConfigError(f"rule {unknown[0]!r} of spending a budget; known: {', '.join(RULES)}")
     for budget in budgets:
         check_budget(budget, budget // 4, config.memory.reference_length)
+    check_documents(read_documents(str(documents)))
+    if questions is not None:
+        read_passages(questions)
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
     checkpoint = Path(checkpoint or Path(workdir) / config.stage)
     model = make_model(config, PREFIX_TOKENS)

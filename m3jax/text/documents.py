@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import glob
-import itertools
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from m3jax.errors import TextError
-from m3jax.files import checksum, digest
-from m3jax.text.jsonl import decode, json_lines, json_object
+from m3jax.files import digest
+from m3jax.optional import optional
+from m3jax.reading import Row, decode, only_field, read_text, reason_of, rows
+from m3jax.text.listing import TEXTS, TFDS, Part, list_files
 from m3jax.text.open_question import open_record
-from m3jax.text.optional import optional
 from m3jax.text.squad import read_squad
 
-ENDINGS = (".jsonl", ".jsonl.gz", ".txt", ".parquet")
-_SQUAD = ".json"  # read only if the file is named: folders hold other files of this ending
 ON = "*"  # in references, last: all further chunks read the reference before it
+_Item = TypeVar("_Item")
 _QUESTION = ("question", "answer", "reference")  # fields of an open question
 
 
@@ -37,6 +36,8 @@ class Document:
       references: keys of the references that the chunks of tokens read, or ids of documents that
         are one reference, one per chunk, if known in advance; "" = the chunk reads none. A last "*"
         repeats the key before it for all further chunks.
+      place: file and line (or row, or example), also of a document that names its source; "" if it
+        comes from no file.
     """
 
     id: str
@@ -45,100 +46,111 @@ class Document:
     source: str = ""
     no_loss: tuple[tuple[int, int], ...] = ()
     references: tuple[str, ...] = ()
+    place: str = field(default="", compare=False)
 
 
-def find_files(spec: str) -> list[str]:
-    """Lists the *parts* (files and TFDS data sets) that a spec names, in reading order.
+def read_documents(spec: str, unread: Counter[str] | None = None) -> Iterator[Document]:
+    r"""Yields the documents of a spec (`list_files`) one at a time, in reading order.
 
-    A spec is a comma-separated list of files, globs, folders (searched recursively for `ENDINGS`,
-    sorted by path) and `tfds:NAME[:SPLIT]`, which is a part as it is. A path must not contain a
-    comma. Raises `TextError` for a path that does not exist, an unknown ending, or no file at all.
-    """
-    files: list[str] = []
-    for part in filter(None, (piece.strip() for piece in spec.split(","))):
-        if part.startswith("tfds:"):
-            files.append(part)
-            continue
-        path = Path(part)
-        if path.is_dir():
-            below = (p for p in path.rglob("*") if p.name.endswith(ENDINGS) and p.is_file())
-            inside = sorted(map(str, below))
-        elif path.is_file():
-            inside = [part]
-        elif glob.has_magic(part):
-            inside = sorted(p for p in glob.glob(part, recursive=True) if Path(p).is_file())
-        else:
-            raise TextError(f"{part} does not exist; give files, globs, folders or tfds:NAME")
-        if not inside:
-            raise TextError(f"{part} matches no file ending in {', '.join(ENDINGS)}")
-        for name in inside:
-            if not name.endswith((*ENDINGS, _SQUAD)):
-                accepted = ", ".join((*ENDINGS, _SQUAD))
-                raise TextError(f"{name} has an unknown ending; accepted: {accepted}")
-        files += inside
-    if not files:
-        raise TextError(f"no documents: the spec {spec!r} names no file")
-    return files
+    Rows of JSON lines, Parquet files or a JSON list have the field `text`, and may have `id`
+    (default `<path without ending>:<line>`, with the path below the given folder), `title`,
+    `source` (default `<path>:<line>`), `no_loss` (pairs of character positions) and `references`;
+    other fields are ignored. A row without `text` may be an open question with `question` and
+    `answer` (a text, a number, or a list of which the first is taken): it becomes the text
+    `Question: …\nAnswer: …\n` with loss on the answer alone, whose chunks all read `reference` (or
+    the first of `references`), if there is one. A named file .json may have the format of SQuAD;
+    its passages are the documents. Examples of TensorFlow Datasets are read like rows. A text file
+    is one document whose id is its path without ending. Documents of white space only are skipped.
 
-
-def read_documents(spec: str) -> Iterator[Document]:
-    r"""Yields the documents of a spec (`find_files`) one at a time, in reading order.
-
-    JSON lines have the field `text`, and may have `id` (default `<file stem>:<line>`), `title`,
-    `source` (default `<file name>:<line>`), `no_loss` (pairs of character positions) and
-    `references`; other fields are ignored. A line without `text` may be an open question with
-    `question` and `answer` (a text, a number, or a list of which the first is taken): it becomes
-    the text `Question: …\nAnswer: …\n` with loss on the answer alone, whose chunks all read
-    `reference` (or the first of `references`), if there is one. A named file .json has the format
-    of SQuAD; its passages are the documents. Rows of Parquet files and examples of TensorFlow
-    Datasets are read like JSON lines. A text file is one document whose id is its stem. Documents
-    of white space only are skipped.
+    Args:
+      spec: names the files.
+      unread: counts `blank lines` and `empty documents`.
 
     Raises:
-      TextError: as `find_files`; text that is not UTF-8 or has a lone surrogate, invalid JSON, a
-        missing or mistyped field, a damaged gzip or Parquet file, each with file and line or byte;
-        a data set that TFDS cannot open; a library that is not installed; no document at all.
+      TextError: as `list_files`; text that is not UTF-8 or has a lone surrogate, invalid JSON, a
+        missing or mistyped field, a damaged file, each with file and line or byte; a data set that
+        TFDS cannot open; a library that is not installed; no document at all.
     """
-    empty = True
-    for part in find_files(spec):
-        for make in makers(part):
+    unread, empty = Counter() if unread is None else unread, True
+    for part in list_files(spec).parts:
+        for make in makers(part, unread=unread):
             document = make()
             if document.text.strip():
                 empty = False
                 yield document
+            else:
+                unread["empty documents"] += 1
     if empty:
         raise TextError(f"no documents in {spec!r}: every file is empty")
 
 
+def with_unique_ids(
+    items: Iterable[_Item], document_of: Callable[[_Item], Document]
+) -> Iterator[_Item]:
+    """Yields the items; raises `TextError` at one whose document has the id of an earlier one."""
+    seen: set[bytes] = set()
+    for item in items:
+        document = document_of(item)
+        name = hashlib.blake2b(document.id.encode(), digest_size=12).digest()
+        if name in seen:
+            again = document.place or document.source
+            again = f" (again at {again})" if again else ""
+            raise TextError(
+                f"duplicate document id in the knowledge base: {document.id!r} occurs"
+                f" twice{again}; make ids unique, or leave them out: the default is file and line"
+            )
+        seen.add(name)
+        yield item
+
+
+def check_documents(documents: Iterable[Document], unique: bool = False) -> int:
+    """Reads all documents, so that what is wrong with one is known at once; returns their number.
+
+    Raises `TextError` as `read_documents`; if `unique`, also for an id that occurs twice.
+    """
+    if unique:
+        documents = with_unique_ids(documents, lambda document: document)
+    return sum(1 for _ in documents)
+
+
+def describe_unread(spec: str, unread: Counter[str]) -> str:
+    """Formats what of a spec was not read: files, and the counts of `read_documents`; or ""."""
+    counts = [f"{number} {what}" for what, number in sorted(unread.items()) if number]
+    return "; ".join(filter(None, (list_files(spec).describe(), ", ".join(counts))))
+
+
 def makers(
-    part: str, first: int = 0, lines: Iterable[bytes] | None = None
+    part: Part,
+    first: int = 0,
+    given: Iterable[bytes] | None = None,
+    unread: Counter[str] | None = None,
 ) -> Iterator[Callable[[], Document]]:
-    """Yields one function per document of a part (`find_files`), which returns the document.
+    """Yields one function per document of a part, which returns the document.
 
     The function raises `TextError` if its document is unreadable; the next ones may still be used.
 
     Args:
       part: a file, or `tfds:NAME[:SPLIT]`.
-      first: number, from 0, of the line or example to begin at, or row that begins a row group.
-      lines: lines of the JSON-lines file from `first` on; default: read from the file. Blank lines
-        are skipped.
+      first: number, from 0, of the line, item or example to begin at, or row that begins a group.
+      given: lines of the JSON-lines file from `first` on; default: read from the file. Blank lines
+        are left out.
+      unread: counts `blank lines`.
     """
-    path = Path(part)
-    if part.startswith("tfds:"):
-        examples = open_tfds(part)
+    path, name = part
+    if part.form == TFDS:
+        examples = open_tfds(path)
         for position in range(first, len(examples)):
-            yield partial(_from_example, examples[position], part, position)
-    elif part.endswith(".txt"):
-        yield lambda: Document(path.stem, _decode(path.read_bytes(), part), source=path.name)
-    elif part.endswith(".parquet"):
-        yield from _parquet_rows(path, first)
-    elif part.endswith(_SQUAD):
-        for name, title, text, _ in read_squad(path)[first:]:
-            yield partial(Document, name, text, title, path.name)
+            yield partial(_from_example, examples[position], path, position)
+    elif part.form in TEXTS:
+        yield lambda: Document(part.stem, read_text(path), source=name, place=name)
+    elif (passages := read_squad(path)) is not None:
+        for passage in passages[first:]:
+            at = f"{name}:{passage.id}"
+            yield partial(Document, passage.id, passage.text, passage.title, name, place=at)
     else:
-        for line, data in enumerate(json_lines(part) if lines is None else lines, first + 1):
-            if data.strip():
-                yield partial(_parse_line, data, path, line)
+        columns = (*Document.__dataclass_fields__, *_QUESTION)
+        for row in rows(path, first, given, unread, columns):
+            yield partial(_from_row, row, part)
 
 
 def is_validation(document: Document, share: float) -> bool:
@@ -165,98 +177,53 @@ def in_batches(
         yield batch
 
 
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return decode(data)
-    except ValueError as error:
-        raise TextError(f"{where} is {error}") from error
-
-
-def _parse_line(data: bytes, path: Path, line: int) -> Document:
-    where = f"{path}, line {line}"
-    try:
-        fields = json_object(data, "an object with 'text'")
-    except ValueError as error:
-        raise TextError(f"{where} is {error}") from error
-    stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
-    return _from_fields(fields, where, f"{stem}:{line}", f"{path.name}:{line}")
-
-
-def _open_parquet(path: Path) -> Any:
-    pyarrow = optional("pyarrow", f"{path} needs pyarrow")
-    try:
-        return optional("pyarrow.parquet", f"{path} needs pyarrow").ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise TextError(f"{path} is no Parquet file ({error}); fetch it again") from error
-
-
-def parquet_groups(part: str) -> list[int]:
-    """Returns the number of rows of every row group of a Parquet file."""
-    return _group_sizes(_open_parquet(Path(part)))
-
-
-def _group_sizes(file: Any) -> list[int]:
-    return [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-
-
-def _parquet_rows(path: Path, first: int) -> Iterator[Callable[[], Document]]:
-    file = _open_parquet(path)
-    sizes = _group_sizes(file)
-    names = set(file.schema_arrow.names)
-    columns = [n for n in (*Document.__dataclass_fields__, *_QUESTION) if n in names]
-    starts = [0, *itertools.accumulate(sizes)]
-    if first not in starts:
-        raise TextError(f"{path} has changed since its rows were counted; prepare it again")
-    for group in range(starts.index(first), len(sizes)):
-        batches = file.iter_batches(1024, row_groups=[group], columns=columns)
-        rows = (fields for batch in batches for fields in batch.to_pylist())
-        for row, fields in enumerate(rows, starts[group] + 1):
-            names_of_row = f"{path}, row {row}", f"{path.stem}:{row}", f"{path.name}:{row}"
-            yield partial(_from_fields, fields, *names_of_row)
+def _from_row(row: Row, part: Part) -> Document:
+    fields = row.fields("an object with 'text'")
+    return _from_fields(fields, row.where, f"{part.stem}:{row.number}", f"{part.name}:{row.number}")
 
 
 def _from_fields(fields: dict[str, Any], where: str, name: str, source: str) -> Document:
     """Makes a document from parsed fields; fields that are absent or null take their defaults."""
-    if "text" not in fields and {"question", "answer"} <= fields.keys():
+    if {"question", "answer"} <= fields.keys():
+        if "text" in fields:
+            raise TextError(
+                f"{where}: it has 'text' and 'question' with 'answer', which is a text of its own;"
+                " leave one out"
+            )
         fields = fields | _asked(fields, where)
     if "text" not in fields:
-        raise TextError(f"{where} has no field 'text'; it has: {', '.join(fields) or 'nothing'}")
-    values = {key: value for key, value in fields.items() if value is not None}
-    name = values.get("id", name)
+        raise TextError(f"{where}: no field 'text'; it has: {', '.join(fields) or 'nothing'}")
+    name = fields.get("id", name)
     if isinstance(name, int) and not isinstance(name, bool):
         name = str(name)
     texts = {"id": name, "text": fields["text"]}
-    texts |= {"title": values.get("title", ""), "source": values.get("source", source)}
+    texts |= {"title": fields.get("title", ""), "source": fields.get("source", source)}
     for key, value in texts.items():
         if not isinstance(value, str):
             raise TextError(f"{where}: {key!r} is {type(value).__name__}; expected a string")
-        if not value.isascii():
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise TextError(
-                    f"{where}: {key!r} is not Unicode text: lone surrogate at character"
-                    f" {error.start}; pair or remove it"
-                ) from error
-    references = values.get("references", [])
+    references = fields.get("references", [])
     if not isinstance(references, list) or not all(isinstance(key, str) for key in references):
         raise TextError(f"{where}: 'references' must be a list of strings, one per chunk")
     return Document(
         **texts,
-        no_loss=_spans(values.get("no_loss", []), len(texts["text"]), where),
+        no_loss=_spans(fields.get("no_loss", []), len(texts["text"]), where),
         references=tuple(references),
+        place=source,
     )
 
 
 def _asked(fields: dict[str, Any], where: str) -> dict[str, Any]:
     """Makes the fields of a document out of those of an open question."""
     try:
-        question = open_record({name: value for name, value in fields.items() if value is not None})
+        question = open_record(fields)
+        keys = [key for key in ("reference", "references") if key in fields]
+        named = fields[only_field(fields, *keys)] if keys else None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise TextError(f"{where} is no open question with an answer ({error})") from error
+        reason = reason_of(error, fields)
+        raise TextError(f"{where}: no open question with an answer ({reason})") from error
     prompt = question["text"]
     text = f"{prompt} {question['answers'][0]}\n"
-    reference = fields.get("reference") or next(iter(fields.get("references") or ()), None)
+    reference = next(iter(named), None) if isinstance(named, list) else named
     return {
         "text": text,
         "no_loss": [[0, len(prompt)], [len(text), len(text)]],  # nor on the end of the text
@@ -300,16 +267,9 @@ def _from_example(example: dict[str, Any], part: str, position: int) -> Document
     for key in ("text", "id", "title"):
         value: Any = example.get(key)
         value = value.item() if hasattr(value, "item") else value
-        fields[key] = _decode(value, where) if isinstance(value, bytes) else value
+        try:
+            fields[key] = decode(value) if isinstance(value, bytes) else value
+        except ValueError as error:
+            raise TextError(f"{where}: {error}") from error
+    fields = {key: value for key, value in fields.items() if value is not None}
     return _from_fields(fields, where, f"{name}:{position}", f"{part}:{position}")
-
-
-def inputs_of(spec: str) -> list[str]:
-    """Returns the names and checksums of a spec's files (`find_files`), to detect later changes.
-
-    A `tfds:…` part is listed by its name alone.
-    """
-    return [
-        part if part.startswith("tfds:") else f"{Path(part).name} {checksum(part)}"
-        for part in find_files(spec)
-    ]

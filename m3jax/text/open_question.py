@@ -5,10 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from m3jax.text.jsonl import answer_text
+from m3jax.reading import only_field
 
 QUESTION = "Question: "
 ANSWER = "\nAnswer:"
+
+
+def answer_text(value: Any, what: str = "answer") -> str:
+    """Returns an answer as text: a number as it is written, any other text unchanged.
+
+    Raises `TypeError` for another type, `ValueError` for an empty or blank text; messages call the
+    value `what`.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise TypeError(f"{what}: {type(value).__name__} in place of a text or a number")
+    if not value.strip():
+        raise ValueError(f"an empty {what}")
+    return value
 
 
 def open_question(question: str, answers: Sequence[Any]) -> dict[str, Any]:
@@ -35,4 +50,4 @@ def open_record(record: dict[str, Any]) -> dict[str, Any]:
     if not any(str(text).strip() for text in told):
         raise ValueError("an empty answer")
     answers = told + (aliases if isinstance(aliases, list) else [aliases])
-    return open_question(record["question"] if "question" in record else record["context"], answers)
+    return open_question(record[only_field(record, "question", "context")], answers)

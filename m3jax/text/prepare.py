@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +18,20 @@ from m3jax.errors import TextError
 from m3jax.text.cleaning.pipeline import CleaningPipeline
 from m3jax.text.cleaning.workers import LocalRunner, Runner
 from m3jax.text.corpus import Corpus, encode_documents, write_corpus
-from m3jax.text.documents import Document, inputs_of, is_validation, read_documents
+from m3jax.text.documents import (
+    Document,
+    check_documents,
+    describe_unread,
+    is_validation,
+    read_documents,
+)
+from m3jax.text.listing import inputs_of
 from m3jax.text.reference_filter.select import Selection
 from m3jax.text.references import References, write_references
 from m3jax.text.tokenizer import SMALLEST, Tokenizer
 from m3jax.workdir import INPUTS, make_part, read_inputs
 
+_PARTS = ("tokenizer", "corpus/train", "references")
 _TAKEN = "taken_from"  # in inputs.json: the tokenizer is that of an imported model
 
 _Item = TypeVar("_Item")
@@ -76,9 +85,16 @@ def prepare_text(
         )
     if limit is not None and limit < 1:
         raise TextError(f"limit = {limit}; expected at least 1 document")
-    parts = _Parts(config, Path(workdir), documents, knowledge or documents, limit, say)
-    if runner is not None or config.clean.enabled or config.text.shuffle:
+    knowledge = knowledge or documents
+    parts = _Parts(config, Path(workdir), documents, knowledge, limit, say)
+    in_blocks = runner is not None or config.clean.enabled or bool(config.text.shuffle)
+    for spec in dict.fromkeys((documents, knowledge)):
+        if not (in_blocks and spec == documents):
+            parts.check(spec)
+    if in_blocks:
         parts.clean(runner or LocalRunner(), quality)
+        if knowledge == documents:
+            parts.check(documents)
     tokenizer = parts.tokenizer()
     parts.corpora(tokenizer)
     parts.references(tokenizer, runner or LocalRunner(), questions)
@@ -102,6 +118,20 @@ class _Parts:
         self.inputs: dict[str, Any] = {"documents": listed, "limit": self.limit}
         listed = listed if self.knowledge == self.documents else inputs_of(self.knowledge)
         self.knowledge_inputs: dict[str, Any] = {"knowledge": listed, "limit": self.limit}
+
+    def check(self, spec: str) -> None:
+        """Reads a spec once and says what is not read, unless all parts are finished.
+
+        What is wrong with a line, and ids that repeat in the knowledge base, is known before
+        anything is made.
+        """
+        if all((self.workdir / part / INPUTS).is_file() for part in _PARTS):
+            return
+        unread = Counter[str]()
+        count = check_documents(self._read(spec, "documents", unread), spec == self.knowledge)
+        told = "" if self.pipeline is not None else describe_unread(spec, unread)
+        if told:
+            self.say(f"documents: {count} read; not read: {told}")
 
     def clean(self, runner: Runner, quality: str | None) -> None:
         """Cleans the documents in blocks in `clean/`; later parts read the cleaned documents."""
@@ -181,12 +211,13 @@ class _Parts:
                 used.tidy()
         self._tell("references", kept, References(folder).info())
 
-    def _read(self, spec: str, what: str) -> Iterator[Document]:
+    def _read(self, spec: str, what: str, unread: Counter[str] | None = None) -> Iterator[Document]:
         """Yields the documents of a spec; opens files only when the first document is requested."""
         if self.pipeline is not None and spec == self.documents:
             yield from progress(self.pipeline.documents, what)
         else:
-            yield from progress(itertools.islice(read_documents(spec), self.limit), what)
+            documents = read_documents(spec, unread)
+            yield from progress(itertools.islice(documents, self.limit), what)
 
     def _split(self, held_out: bool, what: str) -> Iterator[Document]:
         """Yields the validation documents if `held_out`, else the training documents."""

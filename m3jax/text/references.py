@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ from jaxtyping import Int, Int32, Int64, UInt64
 from m3jax.errors import TextError
 from m3jax.files import digest, hash64, open_array
 from m3jax.numbering import Numbering
-from m3jax.text.documents import Document, in_batches
+from m3jax.text.documents import Document, in_batches, with_unique_ids
 from m3jax.text.records import Records, RecordWriter, dtype_of_tokens, told_losses
 from m3jax.text.reference_splitter import Piece, cut_references
 from m3jax.text.tokenizer import PAD, Tokenizer
@@ -75,30 +74,24 @@ def write_pieces(
     length: int,
 ) -> int:
     """Writes references of documents that are already cut; returns their number."""
-    seen: set[bytes] = set()
+    read = 0
     losses: Counter[str] = Counter()
     with _Writer(folder, dtype_of_tokens(tokenizer.size)) as writer:
-        for document, pieces in cut:
-            name = hashlib.blake2b(document.id.encode(), digest_size=12).digest()
-            if name in seen:
-                raise TextError(
-                    f"duplicate document id in the knowledge base: {document.id!r} occurs"
-                    f" twice (again at {document.source or 'an unnamed source'}); make ids unique"
-                )
-            seen.add(name)
+        for document, pieces in with_unique_ids(cut, lambda item: item[0]):
+            read += 1
             for n, piece in enumerate(pieces):
                 if lost := tokenizer.lost(piece.text):
                     losses.update(lost_characters=lost, lossy_references=1)
                 names = f"{document.id}#{n}", document.title, document.source
                 writer.append(Reference(*names, **vars(piece)))
-        if not seen:
+        if not read:
             raise TextError("the knowledge base is empty: no documents; give at least one")
         if not writer.count:
             raise TextError(
-                f"the knowledge base has no usable tokens: its {len(seen)} documents are white"
+                f"the knowledge base has no usable tokens: its {read} documents are white"
                 " space only; give documents with text"
             )
-        writer.commit(tokenizer.fingerprint, length, len(seen), **losses)
+        writer.commit(tokenizer.fingerprint, length, read, **losses)
         return writer.count
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3jax.errors import TextError
-from m3jax.text.jsonl import decode
+from m3jax.reading import ending, read_json, reason_of
 
 
 class PassageQuestion(NamedTuple):
@@ -38,27 +36,33 @@ class Passage(NamedTuple):
     questions: tuple[PassageQuestion, ...]
 
 
-def read_squad(path: str | os.PathLike[str]) -> list[Passage]:
+def read_squad(path: str | os.PathLike[str]) -> list[Passage] | None:
     """Reads the passages of a file; articles of one title count as one article.
 
-    Raises `TextError` if the file cannot be read or has another format.
+    Returns None for a file of another form: of another ending than .json, or without `data`. Raises
+    `TextError` if the file cannot be read or its `data` have another format.
     """
+    if ending(path) != ".json":
+        return None
+    content = read_json(path)
+    if not isinstance(content, dict) or "data" not in content:
+        return None
     passages: list[Passage] = []
     numbers = Counter[str]()
+    place = "data"
     try:
-        for article in json.loads(decode(Path(path).read_bytes()))["data"]:
-            title = article.get("title", "")
+        for number, article in enumerate(content["data"]):
+            place, title = f"article {number}", article.get("title", "")
             for paragraph in article["paragraphs"]:
                 name = f"{title}:{numbers[title]}"
+                place = f"passage {name!r}"
                 numbers[title] += 1
                 questions = tuple(_question(question) for question in paragraph["qas"])
                 passages.append(Passage(name, title, paragraph.get("context", ""), questions))
-    except OSError as error:
-        raise TextError(f"{path} cannot be read: {error}") from error
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise TextError(
-            f"{path}: expected the format of SQuAD, data → paragraphs → qas with question and"
-            f" answers ({error!r})"
+            f"{path}: {place}: expected the format of SQuAD, data → paragraphs → qas with question"
+            f" and answers ({reason_of(error, {})})"
         ) from error
     return passages
 

@@ -7,7 +7,7 @@ import pytest
 from data.data_workdir import tiny_config, write_text
 
 from m3jax.data.pipeline import open_pipeline
-from m3jax.errors import LeakageError, TextError
+from m3jax.errors import LeakageError, TextError, UserError
 from m3jax.evaluation.leakage import BINS, leakage, leakage_histogram, leakage_table
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import make_embedder
@@ -118,17 +118,18 @@ def test_thresholds_out_of_range_are_refused(config, workdir, threshold):
 @pytest.mark.parametrize(
     ("records", "words"),
     [
-        (["no json"], "questions.jsonl:1: expected a JSON object"),
+        (["no json"], "questions.jsonl:1: not valid JSON"),
         ([{"prompt": "a"}, {"text": "b"}], "questions.jsonl:2: .*`prompt` or `question`"),
-        ([["prompt"]], "questions.jsonl:1: expected"),
+        ([["prompt"]], "questions.jsonl:1: a JSON list; expected"),
         ([{"prompt": 3}], "questions.jsonl:1: expected"),
         ([], "holds no question"),
-        ([{"prompt": ""}], "holds no question"),
+        ([{"prompt": ""}], "questions.jsonl:1: .*an empty text"),
+        ([{"prompt": "a", "question": "b"}], "it has 'prompt' and 'question'"),
         ([{"prompt": "§§§"}], "no reference was found for any of 1 texts"),
     ],
 )
 def test_unusable_questions_are_refused(config, workdir, questions, records, words):
-    with pytest.raises(LeakageError, match=words):
+    with pytest.raises(UserError, match=words):
         leakage(config, workdir, against=questions(*records))
 
 

@@ -161,7 +161,7 @@ def test_passages_become_documents_and_their_questions_find_the_piece(squad, tmp
         (("Where is Ida?", " "), "an empty question"),
         (('"Oslo"', '""'), None),  # the alias is left
         (('"Oslo"', "7"), None),
-        (('"data"', '"dat"'), "expected the format of SQuAD"),
+        (('"data"', '"dat"'), "item 1: expected an object .* it has: dat"),
         (('"qas"', '"qa"'), "expected the format of SQuAD"),
     ],
 )

@@ -109,7 +109,11 @@ def test_squad_gives_its_questions_without_passages(tmp_path):
 def test_a_folder_stands_for_its_files_and_names_are_different(tmp_path):
     one = write(tmp_path / "nq_dev.jsonl", {})
     (tmp_path / "notes.txt").write_text("no task")
-    assert task_files([tmp_path]) == [one]
+    (tmp_path / ".hidden").mkdir()
+    write(tmp_path / ".hidden" / "other.jsonl", {})
+    left_out = {}
+    assert task_files([tmp_path], left_out) == [one]
+    assert left_out.keys() == {"hidden folders", "files of other endings"}
     with pytest.raises(TextError, match="two task files have the name nq_dev"):
         task_files([tmp_path, one])
     with pytest.raises(TextError, match=r"there is no task file .*gone\.jsonl"):
@@ -127,7 +131,7 @@ CHOICE = {"query": "q", "choices": ["x", "y"], "gold": 1}
     [
         ([], "holds no examples"),
         ([{"colour": 1}], "fields colour is of no known form"),
-        ([[1]], "fields none is of no known form"),
+        ([[1]], ":1: a JSON list; expected an object"),
         ([CHOICE, {"query": "q"}], r":2: not an example of the form of the file's first, choice"),
         ([{**CHOICE, "gold": 2}], r":1: .*gold = 2 of 2 choices"),
         ([{**CHOICE, "choices": ["x", " "]}], "an empty choice"),
@@ -145,7 +149,7 @@ def test_other_records_are_refused_by_line(tmp_path, records, message):
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text("{")
-    with pytest.raises(TextError, match="t.jsonl:1: expected a line of JSON"):
+    with pytest.raises(TextError, match=r"t\.jsonl:1: not valid JSON"):
         read_task(path)
     path = tmp_path / "t.csv"
     path.write_text("q,a,b,c,d\n\n")
@@ -158,9 +162,13 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(TextError, match="holds no examples"):
         read_task(path)
     path = tmp_path / "t.json"
-    for content in ("[", "[]", '{"data": [{"paragraphs": 3}]}'):
+    for content, words in {
+        "[": "1: not valid JSON",
+        "[]": "holds no examples",
+        '{"data": [{"paragraphs": 3}]}': "expected the format of SQuAD",
+    }.items():
         path.write_text(content)
-        with pytest.raises(TextError, match="expected the format of SQuAD"):
+        with pytest.raises(TextError, match=words):
             read_task(path)
     path.write_text('{"data": []}')
     with pytest.raises(TextError, match="holds no examples"):

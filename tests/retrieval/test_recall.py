@@ -7,7 +7,7 @@ import pytest
 from tolerance import close
 
 from m3jax.bench.retrieval import sentence_like
-from m3jax.errors import RetrievalError
+from m3jax.errors import RetrievalError, TextError
 from m3jax.retrieval import tune
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.index import Index
@@ -160,16 +160,17 @@ def test_the_report_agrees_with_counting(index, monkeypatch):
 
 def test_files_of_queries(tmp_path):
     path = tmp_path / "queries.jsonl"
-    path.write_text('{"question": "a?"}\n\n{"text": "b"}\n{"text": "c", "question": "d"}\n')
+    path.write_text('{"question": "a?"}\n\n{"text": "b"}\n{"question": "d"}\n')
     assert read_queries(path, 2) == ["a?", "b"] and read_queries(path, 9) == ["a?", "b", "d"]
     for content, words in {
         '{"text": "a"}\n{"prompt": 1}\n': ":2: expected a JSON object with",
-        "{": ":1: expected a JSON object with",
-        "[1]": ":1: expected a JSON object with",
+        "{": ":1: not valid JSON",
+        "[1]": ":1: a JSON list; expected a JSON object with",
+        '{"text": "c", "question": "d"}': "it has 'question' and 'text'; leave all but one out",
         "\n": "holds no questions",
     }.items():
         path.write_text(content)
-        with pytest.raises(RetrievalError, match=words):
+        with pytest.raises(TextError, match=words):
             read_queries(path, 9)
-    with pytest.raises(RetrievalError, match="cannot be read"):
+    with pytest.raises(TextError, match="does not exist"):
         read_queries(tmp_path / "none.jsonl", 9)

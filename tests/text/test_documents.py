@@ -11,12 +11,11 @@ import pytest
 from m3jax.errors import TextError
 from m3jax.text.documents import (
     Document,
-    find_files,
     in_batches,
-    inputs_of,
     is_validation,
     read_documents,
 )
+from m3jax.text.listing import inputs_of, list_files
 
 
 def _lines(*objects):
@@ -35,7 +34,7 @@ def test_reads_all_formats_in_sorted_order(tmp_path):
         Document("a", "eins\r\nzwei\n", source="a.txt"),
         Document("b:1", "eins", source="b.jsonl:1"),
         Document("7", "zwei", source="b.jsonl:2"),
-        Document("a:1", "日本", title="T", source="S"),
+        Document("sub/a:1", "日本", title="T", source="S"),
     ]
     spec = f"{tmp_path}/sub/*.gz, {tmp_path}/a.txt"
     assert [d.id for d in read_documents(spec)] == ["a:1", "a"]
@@ -56,35 +55,40 @@ def test_questions_become_documents_with_loss_on_the_answer_alone(tmp_path):
     lines = _lines(
         {"question": "Who?", "answer": ["Ida", "I."], "reference": "doc"},
         {"id": "q", "question": "When? ", "answer": 1871, "references": ["a#1", "b#0"]},
-        {"question": "Where?", "answer": "here", "text": "t"},
         {"question": "Where?", "answer": "here", "references": None},
     )
     (tmp_path / "d.jsonl").write_bytes(lines)
-    first, second, text, alone = read_documents(str(tmp_path))
+    first, second, alone = read_documents(str(tmp_path))
     assert first.text == "Question: Who?\nAnswer: Ida\n" and first.references == ("doc", "*")
     assert first.text[slice(*first.no_loss[0])] == "Question: Who?\nAnswer:"
     assert first.no_loss[1:] == ((27, 27),) and len(first.text) == 27
     assert (second.id, second.text) == ("q", "Question: When?\nAnswer: 1871\n")
     assert second.references == ("a#1", "*") and alone.references == ()
-    assert (text.text, text.no_loss, text.references) == ("t", (), ())
 
 
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b'{"text": "a"}\n{"text": "\xff"}\n', ["d.jsonl, line 2", "not UTF-8", "0xff"]),
-        (b'{"text": "a"}\n{"text": \n', ["d.jsonl, line 2", "not valid JSON"]),
-        (b'{"txt": "a"}\n', ["line 1", "'text'", "txt"]),
-        (b"[1]\n", ["line 1 is a JSON list; expected an object with 'text'"]),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', ["d.jsonl:2: not UTF-8", "0xff"]),
+        (b'{"text": "a"}\n{"text": \n', ["d.jsonl:2: not valid JSON"]),
+        (b'{"txt": "a"}\n', ["d.jsonl:1: ", "'text'", "txt"]),
+        (b'{"text": null}\n', ["d.jsonl:1: no field 'text'; it has: nothing"]),
+        (b'{"text": "a", "text": "b"}\n', ["d.jsonl:1: ", "'text' occurs twice"]),
+        (b'{"text": "a", "question": "b?", "answer": "c"}\n', [":1: it has 'text' and 'question'"]),
+        (
+            b'{"question": "b?", "answer": "c", "reference": "d", "references": ["e"]}\n',
+            ["it has 'reference' and 'references'; leave all but one out"],
+        ),
+        (b"[1]\n", ["d.jsonl:1: a JSON list; expected an object with 'text'"]),
         (b'{"text": 3}\n', ["'text'", "int", "string"]),
         (b'{"text": "a", "id": true}\n', ["'id'", "bool"]),
-        (b'{"text": "a\\ud800"}\n', ["line 1", "surrogate"]),
+        (b'{"text": "a\\ud800"}\n', ["d.jsonl:1: ", "surrogate at character 1"]),
         (b'{"text": "abc", "no_loss": [[1, 4]]}\n', ["no_loss", "3 characters"]),
         (b'{"text": "abc", "no_loss": [[2, 1]]}\n', ["no_loss"]),
         (b'{"text": "abc", "no_loss": [[0, true]]}\n', ["no_loss"]),
         (b'{"text": "abc", "references": "r"}\n', ["references", "list"]),
-        (b'{"question": "a?", "answer": " "}\n', ["line 1", "open question", "empty answer"]),
-        (b'{"question": 1, "answer": "b"}\n', ["line 1", "open question"]),
+        (b'{"question": "a?", "answer": " "}\n', ["d.jsonl:1: ", "open question", "empty answer"]),
+        (b'{"question": 1, "answer": "b"}\n', ["d.jsonl:1: ", "open question"]),
         (b'{"question": "a?", "answer": "b", "reference": 1}\n', ["'references'", "strings"]),
         (b"", ["no documents", "d.jsonl"]),
     ],
@@ -98,8 +102,8 @@ def test_bad_lines_are_named(tmp_path, data, words):
 
 
 def test_text_file_that_is_not_utf8_names_the_byte(tmp_path):
-    (tmp_path / "d.txt").write_bytes(b"abc\xe9def")
-    with pytest.raises(TextError, match=r"d\.txt is not UTF-8: byte 0xe9 at byte 3"):
+    (tmp_path / "d.txt").write_bytes(b"a\nabc\xe9def")
+    with pytest.raises(TextError, match=r"d\.txt:2: not UTF-8: byte 0xe9 at byte 5"):
         list(read_documents(str(tmp_path)))
 
 
@@ -121,14 +125,14 @@ def test_missing_paths(tmp_path):
     with pytest.raises(TextError, match="nowhere.jsonl does not exist"):
         list(read_documents(str(tmp_path / "nowhere.jsonl")))
     with pytest.raises(TextError, match="matches no file"):
-        find_files(str(tmp_path / "*.jsonl"))
+        list_files(str(tmp_path / "*.jsonl"))
     with pytest.raises(TextError, match="matches no file"):
-        find_files(str(tmp_path))
+        list_files(str(tmp_path))
     with pytest.raises(TextError, match="names no file"):
-        find_files(" , ")
+        list_files(" , ")
     (tmp_path / "a.csv").write_text("x")
     with pytest.raises(TextError, match="unknown ending"):
-        find_files(str(tmp_path / "a.csv"))
+        list_files(str(tmp_path / "a.csv"))
 
 
 def test_tfds(monkeypatch):

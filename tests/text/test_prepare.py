@@ -143,3 +143,42 @@ def test_make_part_with_a_damaged_marker(tmp_path):
     (tmp_path / "p" / INPUTS).write_text("{")
     with pytest.raises(TextError, match="inputs.json is damaged"):
         make_part(tmp_path / "p", {"a": 1}, lambda folder: None)
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_a_repeated_id_is_refused_before_anything_is_made(config, documents, tmp_path, in_blocks):
+    with open(documents, "a") as file:
+        file.write('{"id": "d7", "text": "another"}\n')
+    config.text.shuffle = int(in_blocks)
+    with pytest.raises(TextError, match=r"'d7' occurs twice \(again at documents\.jsonl:61\)"):
+        prepare_text(config, tmp_path / "w", documents, say=lambda _: None)
+    assert not (tmp_path / "w" / "tokenizer").exists()
+    (tmp_path / "k.jsonl").write_text('{"id": "k", "text": "a"}\n{"id": "k", "text": "b"}\n')
+    with pytest.raises(TextError, match=r"'k' occurs twice \(again at k\.jsonl:2\)"):
+        prepare_text(config, tmp_path / "v", documents, str(tmp_path / "k.jsonl"))
+    assert not (tmp_path / "v").exists()
+
+
+def test_a_bad_line_at_the_end_is_known_before_anything_is_made(config, documents, tmp_path):
+    with open(documents, "a") as file:
+        file.write("[]\n")
+    config.text.tokenizer_bytes = 2000  # the tokenizer sees no such line
+    with pytest.raises(TextError, match=r"documents\.jsonl:61: a JSON list"):
+        prepare_text(config, tmp_path / "w", documents)
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_what_is_not_read_is_said(config, documents, tmp_path, in_blocks):
+    folder = tmp_path / "f"
+    (folder / ".git").mkdir(parents=True)
+    with open(documents) as file:
+        text = file.read()
+    (folder / "a.jsonl").write_text(f'{text}\n  \n{{"text": " "}}\n')
+    (folder / "README.md").touch()
+    said = []
+    config.text.shuffle = int(in_blocks)
+    prepare_text(config, tmp_path / "w", str(folder), say=said.append)
+    assert "not read: " in said[0] and "60 " in said[0]
+    for what in ("1 hidden folders", "1 files of other endings", "2 blank lines", "1 empty doc"):
+        assert what in said[0]

@@ -19,6 +19,7 @@ from m3jax.evaluation.report import SHIFTS, search_note
 from m3jax.evaluation.squad_metrics import exact_match, f1, last_number
 from m3jax.evaluation.task_files import LocalTask
 from m3jax.inference.session import Session
+from m3jax.printable import as_markdown
 from m3jax.train.metrics import retrieval_shares
 
 SEED = 1234  # for drawing few-shot examples
@@ -259,7 +260,9 @@ def tasks_table(report: dict[str, Any]) -> str:
             count = task["answerable"] if answerable else task["examples"]
             meaning = _MEASURES[base] + (" of the answerable" if answerable else "")
             figures = [task["scores"][title][measure] for title in titles]
-            rows.append([name, meaning, str(count), chance, *(f"{x:.3f}" for x in figures)])
+            rows.append(
+                [as_markdown(name), meaning, str(count), chance, *(f"{x:.3f}" for x in figures)]
+            )
         firsts.append([task["scores"][title][measures[0]] for title in titles])
     if len(firsts) > 1:
         rows.append(["**average**", "", "", "", *(f"{x:.3f}" for x in np.mean(firsts, axis=0))])

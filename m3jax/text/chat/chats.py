@@ -1,10 +1,13 @@
 """Chats and preference pairs from JSON lines in the usual forms; unusable lines give errors.
 
-Chats (other fields are ignored):
+Chats (other fields are not read, which the report of `prepare_chats` says):
 
     {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]}
     {"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}   (ShareGPT)
     {"prompt": …, "response": …}
+
+A field `system` (or `system_prompt`) beside the turns is the first turn, of the system. Of several
+fields (`prompt` and `messages`) one must begin with the other.
 
 A preference pair has a prompt (`prompt`: a text or turns; or turns in `messages` or
 `conversations`) and the answers `chosen` and `rejected`: each a text, a turn, or turns. Without a
@@ -18,17 +21,32 @@ retrieval.ids = "stored"); an answer without the field uses its question's refer
 from __future__ import annotations
 
 import itertools
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from m3jax.errors import TextError
-from m3jax.text.documents import find_files
-from m3jax.text.jsonl import json_lines, json_object
+from m3jax.reading import Row, rows
+from m3jax.text.listing import list_files
 
 ROLES = {role: role for role in ("system", "user", "assistant")}
 ROLES |= {"human": "user", **dict.fromkeys(("gpt", "model", "bot"), "assistant")}
+
+_PROMPTS = {"messages", "conversations", "prompt"}
+_WHOLE = {"messages", "conversations", "response"}  # fields with an answer
+_FIELDS = _PROMPTS | _WHOLE | {"chosen", "rejected", "id", "system", "system_prompt"}
+_TURN_FIELDS = {"role", "from", "content", "value", "reference"}
+# Question and answer in forms of other libraries → how they are written for this one.
+_FOREIGN = {
+    ("prompt", "completion"): "a line of TRL; name the completion `response`",
+    ("instruction", "output"): "a line of Alpaca; write instruction and input as `prompt`, the"
+    " output as `response`",
+    ("question", "answer"): "name them `prompt` and `response`",
+    ("query", "answer"): "name them `prompt` and `response`",
+}
+_BLANK_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
 
 _Item = TypeVar("_Item")
 
@@ -51,7 +69,7 @@ class Turn:
     """Holds one turn of a chat."""
 
     role: str  # `system`, `user` or `assistant`
-    text: str  # without white space at its ends
+    text: str  # without white space at its ends; an answer keeps its indentation
     reference: str = ""  # key of the reference that its chunks read
 
 
@@ -76,26 +94,41 @@ class Pair(NamedTuple):
     rejected: Chat
 
 
-def read_chats(spec: str, most_rounds: int) -> Iterator[Chat | ChatError]:
-    """Yields the chats of JSON-lines files, and a `ChatError` for each unusable line.
+def read_chats(
+    spec: str, most_rounds: int, unread: Counter[str] | None = None
+) -> Iterator[Chat | ChatError]:
+    """Yields the chats of files of rows, and a `ChatError` for each unusable row.
 
-    `spec` names the files (`find_files`); a chat may have at most `most_rounds` questions. Raises
-    `TextError` as `find_files`, or for a file that is damaged or has another ending.
+    Args:
+      spec: names the files (`list_files`).
+      most_rounds: most questions of a chat.
+      unread: counts what was not read: `blank lines`, and fields by name.
+
+    Raises:
+      TextError: as `list_files`, or for a file that is damaged.
     """
-    return _parsed(spec, most_rounds, _chat)
+    return _parsed(spec, most_rounds, _chat, unread)
 
 
-def read_pairs(spec: str, most_rounds: int) -> Iterator[Pair | ChatError]:
+def read_pairs(
+    spec: str, most_rounds: int, unread: Counter[str] | None = None
+) -> Iterator[Pair | ChatError]:
     """Yields preference pairs; arguments and errors are as in `read_chats`."""
-    return _parsed(spec, most_rounds, _pair)
+    return _parsed(spec, most_rounds, _pair, unread)
 
 
 def _parsed(
-    spec: str, most_rounds: int, parse: Callable[[dict[str, Any], str, str, int], _Item]
+    spec: str,
+    most_rounds: int,
+    parse: Callable[[dict[str, Any], str, str, int], _Item],
+    unread: Counter[str] | None,
 ) -> Iterator[_Item | ChatError]:
-    for line, name, where in _records(spec):
+    unread = Counter() if unread is None else unread
+    for row, name in _rows(spec, unread):
         try:
-            yield parse(_object(line, where), name, where, most_rounds)
+            fields = _fields(row)
+            _count_unread(fields, unread)
+            yield parse(fields, name, row.where, most_rounds)
         except ChatError as error:
             yield error
 
@@ -106,9 +139,11 @@ def read_questions(spec: str, most_rounds: int) -> list[Chat]:
     Raises `ChatError` for an unusable line, `TextError` as `read_chats`.
     """
     chats = []
-    for line, name, where in _records(spec):
-        turns = _prompt(_object(line, where), where)
-        chats.append(Chat(_checked(turns, where, most_rounds, asks=True), name, where))
+    for row, name in _rows(spec, Counter()):
+        turns = _prompt(_fields(row), row.where)
+        chats.append(Chat(_checked(turns, row.where, most_rounds, asks=True), name, row.where))
+    if not chats:
+        raise TextError(f"{spec} holds no chats; give lines of {{'prompt': text}}")
     return chats
 
 
@@ -117,27 +152,36 @@ def question(text: str) -> Chat:
     return Chat(_checked((Turn("user", text.strip()),), "the prompt", 1, asks=True))
 
 
-def _records(spec: str) -> Iterator[tuple[bytes, str, str]]:
-    """Yields (line, default id, `file:line`) for every line that is not blank."""
-    for part in find_files(spec):
-        if not part.endswith((".jsonl", ".jsonl.gz")):
-            raise TextError(f"{part} is not JSON lines; give .jsonl or .jsonl.gz")
-        stem = Path(part).name.removesuffix(".gz").removesuffix(".jsonl")
-        for number, line in enumerate(json_lines(part), 1):
-            if line.strip():
-                yield line, f"{stem}:{number}", f"{part}:{number}"
+def _rows(spec: str, unread: Counter[str]) -> Iterator[tuple[Row, str]]:
+    """Yields the rows of a spec with their default ids."""
+    for part in list_files(spec, rows_only=True).parts:
+        for row in rows(part.path, unread=unread):
+            yield row, f"{part.stem}:{row.number}"
 
 
-def _object(line: bytes, where: str) -> dict[str, Any]:
+def _fields(row: Row) -> dict[str, Any]:
     try:
-        return json_object(line)
-    except ValueError as error:
-        raise ChatError("json", where, str(error)) from error
+        return row.fields()
+    except TextError as error:
+        what = str(error).removeprefix(f"{row.where}: ")
+        raise ChatError("json", row.where, what) from error
+
+
+def _count_unread(fields: dict[str, Any], unread: Counter[str]) -> None:
+    unread.update(f"field {name!r}" for name in fields.keys() - _FIELDS)
+    for name in ("messages", "conversations"):
+        turns = fields.get(name)
+        for turn in turns if isinstance(turns, list) else ():
+            names = turn.keys() - _TURN_FIELDS if isinstance(turn, dict) else ()
+            unread.update(f"field {name!r} of a turn" for name in names)
 
 
 def _chat(fields: dict[str, Any], name: str, where: str, most_rounds: int) -> Chat:
+    for (asks, answers), remedy in _FOREIGN.items():
+        if asks in fields and answers in fields and not fields.keys() & _WHOLE:
+            raise ChatError("form", where, f"the fields {asks!r} and {answers!r}: {remedy}")
     turns = _prompt(fields, where)
-    if fields.get("response") is not None:
+    if "response" in fields:
         turns = (*turns, *_turns(fields["response"], "assistant", where))
     return Chat(_checked(turns, where, most_rounds), _name(fields, name), where)
 
@@ -147,14 +191,18 @@ def _pair(fields: dict[str, Any], name: str, where: str, most_rounds: int) -> Pa
         if key not in fields:
             raise ChatError("form", where, f"no field {key!r}; it has: {', '.join(fields)}")
     shared: tuple[Turn, ...] = ()
-    if any(fields.get(key) is not None for key in ("prompt", "messages", "conversations")):
-        shared = _prompt(fields, where)
+    if fields.keys() & _PROMPTS:
+        shared = _prompt(fields, where, whole=False)
     name = _name(fields, name)
     sides = []
     for key in ("chosen", "rejected"):
         turns = _turns(fields[key], "assistant", where)
-        if not _begins_with(turns, shared):
+        if turns and turns[0].role != "assistant":
+            turns = _led(fields, turns, where)
+        if not _begins_with(_spoken(turns), _spoken(shared)):
             turns = (*shared, *turns)
+        elif turns[0].role != "system" and len(shared) > len(_spoken(shared)):
+            turns = (shared[0], *turns)
         sides.append(Chat(_checked(turns, where, most_rounds), f"{name}/{key}", where))
     chosen, rejected = sides
     if chosen.turns[:-1] != rejected.turns[:-1]:
@@ -164,21 +212,49 @@ def _pair(fields: dict[str, Any], name: str, where: str, most_rounds: int) -> Pa
     return Pair(chosen, rejected)
 
 
+def _prompt(fields: dict[str, Any], where: str, whole: bool = True) -> tuple[Turn, ...]:
+    """Returns the turns of a chat or of its prompt, with the field `system` as the first.
+
+    Of several fields the one with most turns, or with fewest if not `whole`; it must begin with the
+    others, or they with it.
+    """
+    keys = [key for key in ("messages", "conversations", "prompt") if key in fields]
+    if not keys:
+        raise ChatError("form", where, f"no chat in the fields {', '.join(fields) or '(none)'}")
+    chats = []
+    for key in keys:
+        if key != "prompt" and not isinstance(fields[key], list):
+            raise ChatError("form", where, f"{key!r} is {type(fields[key]).__name__}, not turns")
+        chats.append(_turns(fields[key], "user", where))
+    shortest, *_, longest = sorted([chats[0], *chats], key=len)
+    for key, chat in zip(keys, chats, strict=True):
+        if not _begins_with((*_spoken(longest), Turn("", "")), _spoken(chat)):
+            raise ChatError("form", where, f"{key!r} differs from {keys[0]!r}; leave one out")
+    return _led(fields, longest if whole else shortest, where)
+
+
+def _spoken(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """Returns the turns without that of the system."""
+    return turns[1:] if turns and turns[0].role == "system" else turns
+
+
+def _led(fields: dict[str, Any], turns: tuple[Turn, ...], where: str) -> tuple[Turn, ...]:
+    """Returns the turns with the text of the field `system` or `system_prompt` as the first."""
+    texts = [fields[name] for name in ("system", "system_prompt") if name in fields]
+    if not all(isinstance(text, str) for text in texts):
+        raise ChatError("form", where, "the field 'system' is no text")
+    told = {turn.text for turn in turns[:1] if turn.role == "system"}
+    told |= {text.strip() for text in texts if text.strip()}
+    if len(told) > 1:
+        raise ChatError("form", where, "two different texts of the system; leave one out")
+    return (*(Turn("system", text) for text in told), *_spoken(turns))
+
+
 def _begins_with(turns: tuple[Turn, ...], prompt: tuple[Turn, ...]) -> bool:
     """Returns True if the turns begin with the prompt's turns and go on after them."""
     pairs = zip(turns, prompt, strict=False)
     same = all((a.role, a.text) == (b.role, b.text) for a, b in pairs)
     return len(turns) > len(prompt) and same
-
-
-def _prompt(fields: dict[str, Any], where: str) -> tuple[Turn, ...]:
-    keys = (k for k in ("messages", "conversations", "prompt") if fields.get(k) is not None)
-    key = next(keys, None)
-    if key is None:
-        raise ChatError("form", where, f"no chat in the fields {', '.join(fields) or '(none)'}")
-    if key != "prompt" and not isinstance(fields[key], list):
-        raise ChatError("form", where, f"{key!r} is {type(fields[key]).__name__}, not turns")
-    return _turns(fields[key], "user", where)
 
 
 def _turns(value: Any, role: str, where: str) -> tuple[Turn, ...]:
@@ -193,20 +269,29 @@ def _turns(value: Any, role: str, where: str) -> tuple[Turn, ...]:
 def _turn(turn: Any, where: str) -> Turn:
     if not isinstance(turn, dict):
         raise ChatError("form", where, f"a turn is {type(turn).__name__}, not an object")
+    for name, other in (("role", "from"), ("content", "value")):
+        if name in turn and turn.get(other, turn[name]) != turn[name]:
+            raise ChatError("form", where, f"a turn whose {name!r} differs from its {other!r}")
     role = turn.get("role", turn.get("from"))
     text = turn.get("content", turn.get("value"))
     reference = turn.get("reference") or ""
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise ChatError("role", where, f"a turn of the unknown role {role!r}")
+    role = ROLES[role.lower()]
     if text is None:
         raise ChatError("empty", where, f"a turn of {role!r} without text")
     if not isinstance(text, str) or not isinstance(reference, str):
         raise ChatError("form", where, f"a turn of {role!r} whose text or reference is no string")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ChatError("form", where, f"lone surrogate at character {error.start}") from error
-    return Turn(ROLES[role.lower()], text.strip(), reference)
+    return Turn(role, _answer(text) if role == "assistant" else text.strip(), reference)
+
+
+def _answer(text: str) -> str:
+    """Returns an answer without blank lines and spaces around it, but with its indentation.
+
+    A single space in front is no indentation: it parts prompt and answer in other formats.
+    """
+    text = _BLANK_LINES.sub("", text.rstrip())
+    return text[1:] if re.match(r" \S", text) else text
 
 
 def _name(fields: dict[str, Any], usual: str) -> str:

@@ -18,7 +18,8 @@ from m3jax.files import json_text, write_atomically
 from m3jax.text.chat.chats import REMEDIES, Chat, ChatError, Pair, read_chats, read_pairs
 from m3jax.text.chat.template import EncodedChat, Template, chunk_references
 from m3jax.text.corpus import CorpusWriter, TokenDocument
-from m3jax.text.documents import Document, inputs_of, is_validation
+from m3jax.text.documents import Document, is_validation
+from m3jax.text.listing import inputs_of, list_files
 from m3jax.text.prepare import progress
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.workdir import make_part
@@ -37,7 +38,7 @@ def prepare_chats(
     Its `train` and `validation` are corpora (a pair is two documents, the chosen chat first), and
     `report.json` counts and quotes the lines that were left out, by reason. A chat that is too long
     for a row loses its last rounds; it is left out if its first answer does not fit. A finished
-    part with the same inputs is kept. `spec` names JSON-lines files (`find_files`). Returns the
+    part with the same inputs is kept. `spec` names files of rows (`list_files`). Returns the
     report, and True if the part was finished before.
 
     Raises:
@@ -74,6 +75,8 @@ class _Writing:
         self.template = Template(config.chat, tokenizer)
         self.read = self.shortened = 0
         self.left_out: Counter[str] = Counter()  # lines, by reason
+        self.unread = Counter[str]()  # blank lines, fields
+        self.files = ""  # files of folders that are not read, with the reasons
         self.samples: defaultdict[str, list[ChatError]] = defaultdict(list)
         self.counts: Counter[str] = Counter()
         self.rounds: Counter[int] = Counter()
@@ -81,7 +84,8 @@ class _Writing:
     def run(self, folder: Path, spec: str) -> None:
         config, share = self.config, self.config.text.validation_share
         read = read_pairs if self.kind == "pairs" else read_chats
-        lines = progress(read(spec, config.chat.most_rounds), self.kind)
+        lines = progress(read(spec, config.chat.most_rounds, self.unread), self.kind)
+        self.files = list_files(spec, rows_only=True).describe()
         with contextlib.ExitStack() as stack:
             writers: dict[str, CorpusWriter] = {}
             for name in ["train"] + ["validation"] * (share > 0):
@@ -180,6 +184,8 @@ class _Writing:
             "read": self.read,
             **dict(sorted(self.counts.items())),
             "shortened": self.shortened,
+            "not read": dict(sorted(self.unread.items())),
+            "files not read": self.files,
             "rounds": {str(n): count for n, count in sorted(self.rounds.items())},
             "left out": {
                 reason: {
@@ -195,6 +201,10 @@ class _Writing:
 def describe(report: dict[str, Any]) -> str:
     """Formats the report of `prepare_chats` as readable lines."""
     lines = [f"{name}: {value}" for name, value in report.items() if isinstance(value, int)]
+    unread = [f"{count} {what}" for what, count in report.get("not read", {}).items()]
+    unread += [report["files not read"]] if report.get("files not read") else []
+    if unread:
+        lines.append(f"not read: {', '.join(unread)}")
     for reason, entry in report["left out"].items():
         lines.append(f"left out ({reason}): {entry['count']}, for example {entry['samples'][0]}")
     return "\n".join(lines)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from m3jax.errors import TextError
-from m3jax.text.documents import Document, find_files, makers, open_tfds, parquet_groups
-from m3jax.text.jsonl import json_lines
+from m3jax.reading import parquet_groups, read_lines, rows
+from m3jax.text.documents import Document, makers, open_tfds
+from m3jax.text.listing import TEXTS, TFDS, Part, list_files
 from m3jax.text.squad import read_squad
 
 BLOCK_BYTES = 4 << 20
@@ -21,10 +23,10 @@ INDEX_BITS, BLOCK_BITS, SOURCE_BITS = 24, 20, 20  # bits of the fields of a docu
 
 
 class BlockSource(NamedTuple):
-    """Names a file, a `tfds:…` part, or several text files, which one process cuts into blocks."""
+    """Names a file, a data set, or several text files, which one process cuts into blocks."""
 
     number: int  # index among all sources
-    parts: tuple[str, ...]
+    parts: tuple[Part, ...]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Block:
     """Describes a run of documents of a source; of JSON-lines files it holds the lines."""
 
     name: str  # `<source>-<block>`, in digits, so that names sort in reading order
-    parts: tuple[str, ...]  # the source's file or `tfds:…` part, or its text files
+    parts: tuple[Part, ...]  # the source's file or data set, or its text files
     first: int  # number of the first line, row or example, from 0
     count: int  # lines, rows, examples or files
     lines: tuple[bytes, ...] = ()  # the lines of a JSON-lines file
@@ -55,18 +57,18 @@ def _name(source: int, block: int) -> str:
 
 
 def sources_of(spec: str) -> list[BlockSource]:
-    """Lists the sources of a spec (`find_files`) in reading order; `TextError` for 2²⁰ or more."""
-    gathered: list[list[str]] = []
+    """Lists the sources of a spec (`list_files`) in reading order; `TextError` for 2²⁰ or more."""
+    gathered: list[list[Part]] = []
     size = 0
-    for part in find_files(spec):
-        is_text = part.endswith(".txt") and not part.startswith("tfds:")
-        small = is_text and gathered and gathered[-1][-1].endswith(".txt")
+    for part in list_files(spec).parts:
+        is_text = part.form in TEXTS
+        small = is_text and gathered and gathered[-1][-1].form in TEXTS
         if small and size < BLOCK_BYTES and len(gathered[-1]) < _EXAMPLES:
             gathered[-1].append(part)
         else:
             gathered.append([part])
             size = 0
-        size += os.path.getsize(part) if is_text else 0
+        size += os.path.getsize(part.path) if is_text else 0
     if len(gathered) >= 1 << SOURCE_BITS:
         raise TextError(f"{spec!r} names {len(gathered)} files; join them to fewer")
     return [BlockSource(number, tuple(parts)) for number, parts in enumerate(gathered)]
@@ -82,7 +84,7 @@ def blocks_of(sources: Iterable[BlockSource], limit: int | None = None) -> Itera
     for source in sources:
         for block, (first, count, lines) in enumerate(_cut(source, left)):
             if block >= 1 << BLOCK_BITS:
-                raise TextError(f"{source.parts[0]} is too large for one file; split it")
+                raise TextError(f"{source.parts[0].path} is too large for one file; split it")
             parts = source.parts[:count]  # a single part, or all text files
             yield Block(_name(source.number, block), parts, first, count, lines)
             left -= sum(1 for line in lines if line.strip()) if lines else count
@@ -90,18 +92,19 @@ def blocks_of(sources: Iterable[BlockSource], limit: int | None = None) -> Itera
 
 def _cut(source: BlockSource, left: int) -> Iterator[tuple[int, int, tuple[bytes, ...]]]:
     """Yields `Block.first`, `count` and `lines` of every block of a source."""
-    part = source.parts[0]
-    if part.startswith("tfds:"):
-        whole, rest = divmod(len(open_tfds(part)), _EXAMPLES)
+    path, form = source.parts[0].path, source.parts[0].form
+    if form == TFDS:
+        whole, rest = divmod(len(open_tfds(path)), _EXAMPLES)
         counts = [_EXAMPLES] * whole + [rest] * (rest > 0)
-    elif part.endswith(".txt"):
+    elif form in TEXTS:
         counts = [len(source.parts)]
-    elif part.endswith(".parquet"):
-        counts = parquet_groups(part)
-    elif part.endswith(".json"):
-        counts = [len(read_squad(part))]
+    elif form == ".parquet":
+        counts = parquet_groups(path)
+    elif form == ".json":
+        passages = read_squad(path)
+        counts = [sum(1 for _ in rows(path)) if passages is None else len(passages)]
     else:
-        yield from _cut_lines(part, left)
+        yield from _cut_lines(path, left)
         return
     for first, count in zip(itertools.accumulate(counts, initial=0), counts, strict=False):
         if first < left:
@@ -111,7 +114,7 @@ def _cut(source: BlockSource, left: int) -> Iterator[tuple[int, int, tuple[bytes
 def _cut_lines(path: str, left: int) -> Iterator[tuple[int, int, tuple[bytes, ...]]]:
     held: list[bytes] = []
     size = first = 0
-    for number, line in enumerate(json_lines(path), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if left <= 0:
             break
         held.append(line)
@@ -124,13 +127,14 @@ def _cut_lines(path: str, left: int) -> Iterator[tuple[int, int, tuple[bytes, ..
         yield first, len(held), tuple(held)
 
 
-def read_block(block: Block) -> Iterator[Document | TextError]:
+def read_block(block: Block, unread: Counter[str]) -> Iterator[Document | TextError]:
     """Yields the documents of a block, also if they are only white space, but no blank lines.
 
     For an unreadable document its `TextError` is yielded; that of an unreadable file is raised.
+    `unread` counts `blank lines`.
     """
-    lines = block.lines or None
-    documents = (make for part in block.parts for make in makers(part, block.first, lines))
+    given = block.lines or None
+    documents = (make for part in block.parts for make in makers(part, block.first, given, unread))
     for make in itertools.islice(documents, block.count):
         try:
             yield make()

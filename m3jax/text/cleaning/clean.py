@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -30,13 +31,13 @@ from jaxtyping import Shaped, UInt64
 
 from m3jax.errors import TextError
 from m3jax.files import hash64, write_array, write_atomically
+from m3jax.optional import optional
 from m3jax.text.cleaning import minhash
 from m3jax.text.cleaning.blocks import INDEX_BITS, Block, number_of, place_of, read_block
 from m3jax.text.cleaning.counters import SHOWN, Tally
 from m3jax.text.cleaning.quality import Scorer, load_scorer
 from m3jax.text.cleaning.rules import broken_rule, measure
 from m3jax.text.documents import Document
-from m3jax.text.optional import optional
 
 _TABLE = np.dtype([("words", "<u8"), ("characters", "<u8"), ("language", "<U8")])
 _LANGUAGE_HEAD = 500  # characters from which the language of a document is detected
@@ -49,8 +50,8 @@ _Kept = tuple[Document, int, str]  # a document, its number of words, its langua
 class CleanFolder:
     """Reads the documents that are left in a folder of cleaned blocks, which all processes see.
 
-    Documents come in reading order. If an earlier document has the same id, the document's source
-    is appended to its id: `7~b.jsonl:12`.
+    Documents come in reading order. If an earlier document has the same id, the document's file and
+    line are appended to its id: `7~b.jsonl:12`.
     """
 
     folder: Path
@@ -83,17 +84,14 @@ class CleanFolder:
         dropped, renamed = self.left_out(name), _inside(self.renames, name)
         for i, document in enumerate(self.unfiltered(name)):
             if i in renamed:
-                document = replace(document, id=f"{document.id}~{document.source}")
+                document = replace(document, id=f"{document.id}~{document.place}")
             if i not in dropped:
                 yield document
 
     def unfiltered(self, name: str) -> list[Document]:
         """Reads the documents of a block, near-duplicates included, with their original ids."""
-        rows = msgpack.unpackb(zlib.decompress((self.blocks / f"{name}.documents").read_bytes()))
-        return [
-            Document(name, text, title, source, tuple((a, b) for a, b in spans), tuple(references))
-            for name, text, title, source, spans, references in rows
-        ]
+        data = zlib.decompress((self.blocks / f"{name}.documents").read_bytes())
+        return [Document(*fields) for fields in msgpack.unpackb(data, use_list=False)]
 
     def left_out(self, name: str) -> set[int]:
         """Returns the indices of the near-duplicates within a block."""
@@ -116,7 +114,8 @@ def clean_block(cleaned: CleanFolder, block: Block) -> None:
         return
     clean, tally = cleaned.clean, Tally()
     kept: list[_Kept] = []
-    for item in read_block(block):
+    unread = Counter[str]()
+    for item in read_block(block, unread):
         if isinstance(item, Document):
             passed = _pass(item, clean, tally)
             kept += [] if passed is None else [passed]
@@ -125,6 +124,7 @@ def clean_block(cleaned: CleanFolder, block: Block) -> None:
             tally.show("unreadable", str(item)[:SHOWN], "")
         else:
             raise item
+    tally.counts["not read/blank lines"] += unread["blank lines"]
     if clean.enabled and clean.quality_min > 0:
         kept = _of_quality(kept, _scorer(str(cleaned.quality)), clean.quality_min, tally)
     _write(cleaned, block.name, kept, tally)
@@ -205,8 +205,7 @@ def _of_quality(kept: list[_Kept], scorer: Scorer, least: float, tally: Tally) -
 def _write(cleaned: CleanFolder, name: str, kept: list[_Kept], tally: Tally) -> None:
     clean, at, first = cleaned.clean, cleaned.blocks / name, number_of(name, 0)
     documents = [
-        [d.id, d.text, d.title, d.source, [list(s) for s in d.no_loss], list(d.references)]
-        for d, _, _ in kept
+        (d.id, d.text, d.title, d.source, d.no_loss, d.references, d.place) for d, _, _ in kept
     ]
     data = zlib.compress(msgpack.packb(documents), 1)
     write_atomically(at.with_suffix(".documents"), data, shared=True)

@@ -19,8 +19,8 @@ from jaxtyping import Shaped, UInt32, UInt64
 
 from m3jax.errors import TextError
 from m3jax.files import write_array
+from m3jax.optional import optional
 from m3jax.text.cleaning.rules import normal_words
-from m3jax.text.optional import optional
 
 ENTRY = np.dtype(
     [("key", "<u8"), ("number", "<u8")]

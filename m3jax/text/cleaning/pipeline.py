@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,8 @@ from m3jax.text.cleaning.tokenize import (
 )
 from m3jax.text.cleaning.workers import Runner, WorkStage
 from m3jax.text.corpus import write_corpus
+from m3jax.text.documents import describe_unread
+from m3jax.text.listing import list_files
 from m3jax.text.references import write_pieces
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.workdir import begin_part, make_part
@@ -103,9 +106,16 @@ class CleaningPipeline:
             from m3jax.text.cleaning.report import write_data_report  # imports matplotlib: slow
 
             report = self.workdir / "report" / "data"
-            summary = write_data_report(cleaned, tally, report) + ", see report/data/report.md"
+            left_out = list_files(self.spec).left_out
+            summary = write_data_report(cleaned, tally, left_out, report)
+            summary += ", see report/data/report.md"
         else:
-            summary = f"{tally.counts['read/documents']} documents read"
+            empty = tally.counts["empty/documents"]
+            summary = f"{tally.counts['read/documents'] - empty} documents read"
+            blank = tally.counts["not read/blank lines"]
+            unread = Counter({"blank lines": blank, "empty documents": empty})
+            told = describe_unread(self.spec, unread)
+            summary += f"; not read: {told}" if told else ""
         write_atomically(folder / _SUMMARY, summary.encode())
 
     def write_corpus(self, held_out: bool, tokenizer: Tokenizer, folder: Path) -> None:

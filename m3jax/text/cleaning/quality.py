@@ -17,9 +17,9 @@ from jaxtyping import Float32
 
 from m3jax.errors import TextError
 from m3jax.files import checksum, digest, read_sealed, write_array, write_sealed
+from m3jax.optional import optional
+from m3jax.reading import read_records
 from m3jax.text.cleaning.rules import normal_words
-from m3jax.text.jsonl import read_records
-from m3jax.text.optional import optional
 
 LOWEST, HIGHEST = 0.0, 5.0
 _WEIGHTS, _MANIFEST = "weights.npy", "manifest.json"
@@ -150,7 +150,7 @@ def held_out_error(
     }
 
 
-def train_scorer(labelled: str, folder: str, penalty: float = 0.1) -> str:
+def train_scorer(labelled: str | Path, folder: str | Path, penalty: float = 0.1) -> str:
     """Trains a scorer on a file of `read_labelled`, saves it, and returns lines on its errors."""
     texts, scores = read_labelled(labelled)
     errors = held_out_error(texts, scores, penalty)

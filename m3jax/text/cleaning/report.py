@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from jaxtyping import Shaped
 
 from m3jax.figures import PALE, TEAL, drawing
 from m3jax.files import json_text, write_atomically
+from m3jax.printable import as_markdown, clean
 from m3jax.text.cleaning.blocks import place_of
 from m3jax.text.cleaning.clean import CleanFolder
 from m3jax.text.cleaning.counters import SAMPLES, SHOWN, Tally
@@ -34,11 +35,14 @@ _STEPS = {
 }
 
 
-def write_data_report(cleaned: CleanFolder, tally: Tally, folder: Path) -> str:
+def write_data_report(
+    cleaned: CleanFolder, tally: Tally, left_out: Mapping[str, Sequence[str]], folder: Path
+) -> str:
     """Writes `report.json`, `report.md`, `lengths.png` and `languages.png` to `folder`.
 
     `cleaned` holds the documents that are left, `tally` the counts of all blocks, to which the
-    near-duplicates are added. Returns a one-line summary: documents read, removed and left.
+    near-duplicates are added, `left_out` the files that were not read, by reason. Returns a
+    one-line summary: documents read, removed and left.
     """
     left = _count_left(cleaned, tally)
 
@@ -49,6 +53,10 @@ def write_data_report(cleaned: CleanFolder, tally: Tally, folder: Path) -> str:
     show_near_duplicates(tally, cleaned.drops, document_of, lambda d: f"{d.id} ({d.source})")
     content: dict[str, Any] = {
         "read": _pair(tally, "read"),
+        "not_read": {
+            "blank lines": tally.counts["not read/blank lines"],
+            **{reason: list(paths) for reason, paths in left_out.items()},
+        },
         "repaired": _pair(tally, "repaired"),
         "removed": {step: _pair(tally, step) for step in _STEPS},
         "repeated_ids": len(cleaned.renames),
@@ -90,18 +98,15 @@ def write_report(
     for step, samples in content["samples"].items():
         lines += ["", f"## {step}", "", f"{meanings[step]}.", ""]
         for sample in samples:
-            named = " · ".join(f"{sample[key]}" for key in ("id", "source") if sample.get(key))
-            lines += [f"* {named} **{_printable(sample['value'])}**", ""]
-            lines += [f"      {_printable(line)}" for line in sample["text"].split("\n") if line]
+            named = (as_markdown(sample[key]) for key in ("id", "source") if sample.get(key))
+            lines += [f"* {' · '.join(named)} **{as_markdown(sample['value'])}**", ""]
+            # Indented by six, it is code of the list item: no markup, no HTML.
+            shown = clean(sample["text"]).split("\n")
+            lines += [f"      {line}" for line in shown if line.strip()]
             lines += [""]
     data = json_text(content, indent=1, ensure_ascii=False)
     for name, text in (("report.json", data), ("report.md", "\n".join(lines) + "\n")):
         write_atomically(folder / name, text.encode("utf-8", "backslashreplace"))
-
-
-def _printable(text: str) -> str:
-    """Replaces control characters, which would act on a terminal, with `·`."""
-    return "".join(c if c.isprintable() else "·" for c in text)
 
 
 def show_near_duplicates(
@@ -165,11 +170,22 @@ def _markdown(content: dict[str, Any]) -> str:
         f"Repaired, and not counted above: {content['repaired']['documents']} documents. Ids that"
         f" an earlier document had too: {content['repeated_ids']}.",
         "",
+        _not_read(content["not_read"]),
+        "",
         "![words of a document](lengths.png)",
         "",
         "![languages](languages.png)",
     ]
     return "\n".join(lines)
+
+
+def _not_read(counts: dict[str, Any]) -> str:
+    """Formats what was not read, with the paths of files."""
+    told = [f"{counts['blank lines']} blank lines"]
+    for reason, paths in counts.items():
+        if reason != "blank lines":
+            told.append(f"{len(paths)} {reason} ({', '.join(map(as_markdown, paths))})")
+    return f"Not read: {'; '.join(told)}."
 
 
 def draw_bars(

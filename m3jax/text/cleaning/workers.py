@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from m3jax.errors import TextError
-from m3jax.text.optional import optional
+from m3jax.optional import optional
 
 _AHEAD = 2  # tasks per process that are read ahead
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections import Counter
 
 import pytest
 
@@ -65,12 +66,94 @@ def test_all_forms_of_pairs_are_one(tmp_path):
     assert found[0].chosen.id == "a:1/chosen"
 
 
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def test_a_field_system_is_the_first_turn(tmp_path):
+    told = (Turn("system", "Be terse"), *HELLO)
+    chats = [
+        {"system": "Be terse", "messages": [user("Hello"), answer("Hi")]},
+        {"system": " Be terse\n", "conversations": [user("Hello"), answer("Hi")]},
+        {"system": "Be terse", "prompt": "Hello", "response": "Hi"},
+        {"system_prompt": "Be terse", "prompt": "Hello", "response": "Hi"},
+        {"system": "Be terse", "messages": [system("Be terse"), user("Hello"), answer("Hi")]},
+    ]
+    assert [c.turns for c in read_chats(write(tmp_path / "a.jsonl", *chats), 8)] == [told] * 5
+    none = {"system": " ", "prompt": "Hello", "response": "Hi"}
+    assert [c.turns for c in read_chats(write(tmp_path / "b.jsonl", none), 8)] == [HELLO]
+    pairs = [
+        {"prompt": "Hello", "chosen": "Hi", "rejected": "No"},
+        {"chosen": [user("Hello"), answer("Hi")], "rejected": [user("Hello"), answer("No")]},
+        {
+            "prompt": "Hello",
+            "chosen": [system("Be terse"), user("Hello"), answer("Hi")],
+            "rejected": [user("Hello"), answer("No")],
+        },
+    ]
+    path = write(tmp_path / "p.jsonl", *({"system": "Be terse", **pair} for pair in pairs))
+    for pair in read_pairs(path, 8):
+        assert pair.chosen.turns == told and pair.rejected.turns[:2] == told[:2]
+    own = [system("Be terse"), user("Hello"), answer("Hi")]
+    pairs = [
+        {"prompt": "Hello", "chosen": own, "rejected": [*own[:2], answer("No")]},
+        {"prompt": own[:2], "chosen": own[1:], "rejected": [*own[:2], answer("No")]},
+        {"prompt": own[:2], "chosen": "Hi", "rejected": [answer("No")]},
+    ]
+    for pair in read_pairs(write(tmp_path / "s.jsonl", *pairs), 8):
+        assert pair.chosen.turns == told and pair.rejected.turns[:2] == told[:2]
+    (asked,) = read_asked(write(tmp_path / "q.jsonl", {"system": "Be terse", "prompt": "Hello"}), 8)
+    assert asked.turns == told[:2]
+
+
+def test_fields_that_mean_the_same_must_agree(tmp_path):
+    rounds = [user("Hello"), answer("Hi")]
+    chats = [  # as in UltraChat
+        {"prompt": "Hello", "messages": rounds},
+        {"prompt": "Hello", "messages": [system("Be kind"), *rounds]},
+        {"messages": rounds, "conversations": [{"from": "human", "value": "Hello"}]},
+    ]
+    read = list(read_chats(write(tmp_path / "a.jsonl", *chats), 8))
+    assert [chat.turns[-2:] for chat in read] == [HELLO] * 3
+    pair = {"prompt": "Hello", "messages": rounds, "chosen": rounds}  # as in UltraFeedback
+    pair["rejected"] = [user("Hello"), answer("No")]
+    (read,) = read_pairs(write(tmp_path / "p.jsonl", pair), 8)
+    assert read.chosen.turns == HELLO and read.rejected.turns[-1].text == "No"
+
+
+def test_an_answer_keeps_its_indentation(tmp_path):
+    texts = {"    return x\n": "    return x", "\n \n\tx\n  y": "\tx\n  y", " Hi ": "Hi"}
+    lines = [{"prompt": " Hello ", "response": text} for text in texts]
+    read = list(read_chats(write(tmp_path / "a.jsonl", *lines), 8))
+    assert [chat.turns[1].text for chat in read] == list(texts.values())
+    assert {chat.turns[0].text for chat in read} == {"Hello"}
+
+
+def test_what_is_not_read_is_counted(tmp_path):
+    turns = [user("Hello"), {**answer("Hi"), "weight": 0}]
+    lines = [{"messages": turns, "margin": 1}, b"", {"messages": turns, "margin": 2}, b" "]
+    unread = Counter()
+    assert len(list(read_chats(write(tmp_path / "a.jsonl", *lines), 8, unread))) == 2
+    assert unread == {"blank lines": 2, "field 'margin'": 2, "field 'weight' of a turn": 2}
+
+
 BAD_CHATS = {
     "json": [
         *(b"{", b"[1]", b'"text"', b'{"messages": "\xff"}', b"\x00\x01"),
         b'{"prompt": "Hello", "response": "Hi", "id": ' + b"1" * 5000 + b"}",
     ],
-    "form": [{"text": "Hello"}, {"messages": "Hello"}, {"messages": ["Hello"]}, {}],
+    "form": [
+        *({"text": "Hello"}, {"messages": "Hello"}, {"messages": ["Hello"]}, {}),
+        {"prompt": "Hello", "completion": "Hi"},
+        {"instruction": "Hello", "input": "", "output": "Hi"},
+        {"question": "Hello", "answer": "Hi"},
+        {"prompt": "Bye", "messages": [user("Hello"), answer("Hi")]},
+        {"system": "a", "messages": [system("b"), user("Hello"), answer("Hi")]},
+        {"system": "a", "system_prompt": "b", "prompt": "Hello", "response": "Hi"},
+        {"system": 1, "prompt": "Hello", "response": "Hi"},
+        {"messages": [{**user("Hello"), "value": "Bye"}, answer("Hi")]},
+        {"messages": [{**user("Hello"), "from": "gpt"}, answer("Hi")]},
+    ],
     "role": [{"messages": [{"role": "cook", "content": "x"}]}, {"messages": [{"content": "x"}]}],
     "empty": [
         {"prompt": " ", "response": "Hi"},
@@ -144,9 +227,19 @@ def test_questions_end_with_a_question(tmp_path):
         question(" ")
 
 
+def test_known_forms_are_named(tmp_path):
+    for line, words in (
+        ({"prompt": "a", "completion": "b"}, "a line of TRL; name the completion `response`"),
+        ({"instruction": "a", "output": "b"}, "a line of Alpaca"),
+        ({"question": "a", "answer": "b"}, "name them `prompt` and `response`"),
+    ):
+        (bad,) = read_chats(write(tmp_path / "a.jsonl", line), 8)
+        assert words in str(bad)
+
+
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("Hello")
-    with pytest.raises(TextError, match=r"not JSON lines; give \.jsonl"):
+    with pytest.raises(TextError, match=r"a\.txt has an unknown ending; accepted: \.jsonl"):
         list(read_chats(str(tmp_path / "a.txt"), 8))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"{}\n" * 10_000)[:-9])
     with pytest.raises(TextError, match="truncated or damaged"):

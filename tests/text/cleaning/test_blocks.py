@@ -4,6 +4,7 @@ import gzip
 import json
 import sys
 import types
+from collections import Counter
 
 import pyarrow
 import pytest
@@ -40,7 +41,7 @@ def mixed(tmp_path, monkeypatch):
 
 def test_blocks_hold_the_documents_in_order(mixed):
     parts = [block for source in sources_of(mixed) for block in blocks_of([source])]
-    found = [document for block in parts for document in read_block(block)]
+    found = [document for block in parts for document in read_block(block, Counter())]
     assert found == list(read_documents(mixed))
     assert len(found) == 30 + 9 + 30 + 25 and len(parts) > 12
     names = [block.name for block in parts]
@@ -50,7 +51,7 @@ def test_blocks_hold_the_documents_in_order(mixed):
 
 @pytest.mark.parametrize("limit", [1, 7, 30, 34, 45, 70, 85, 94, 500])
 def test_a_limit_counts_documents_of_all_sources(mixed, limit):
-    found = [d for b in blocks_of(sources_of(mixed), limit) for d in read_block(b)]
+    found = [d for b in blocks_of(sources_of(mixed), limit) for d in read_block(b, Counter())]
     assert found == list(read_documents(mixed))[:limit]
 
 
@@ -67,18 +68,18 @@ def test_what_is_unreadable_is_handed_out(tmp_path):
     lines = [b'{"text": "fine"}', b"{", b'{"text": 3}', b"\xff\xfe\x00", b"[" * 9000, b"9" * 5000]
     path.write_bytes(b"\n".join([*lines, b'{"text": "\\ud800"}', b'{"text": "last"}']))
     (block,) = blocks_of(sources_of(str(path)))
-    found = list(read_block(block))
+    found = list(read_block(block, Counter()))
     bad = [str(item) for item in found if isinstance(item, TextError)]
     assert [item.text for item in found if not isinstance(item, TextError)] == ["fine", "last"]
     words = ("not valid JSON", "expected a string", "not UTF-8", "not valid JSON", "not valid JSON")
     for line, (reason, wanted) in enumerate(zip(bad, (*words, "lone surrogate"), strict=True), 2):
-        assert f"line {line}" in reason and wanted in reason
+        assert f"x.jsonl:{line}: " in reason and wanted in reason
 
 
 def test_parquet_without_text_and_damaged(tmp_path):
     path = tmp_path / "p.parquet"
     parquet.write_table(pyarrow.table({"id": [1], "words": ["a"]}), path)
-    with pytest.raises(TextError, match=r"p\.parquet, row 1 has no field 'text'; it has: id"):
+    with pytest.raises(TextError, match=r"p\.parquet: row 1: no field 'text'; it has: id"):
         list(read_documents(str(path)))
     path.write_bytes(b"PAR1 nothing")
     with pytest.raises(TextError, match="is no Parquet file"):
@@ -91,5 +92,5 @@ def test_examples_of_tensorflow_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", module)
     cut = list(blocks_of(sources_of("tfds:lm1b")))
     assert [block.count for block in cut] == [1024, 1024, 452]
-    found = [document for block in cut for document in read_block(block)]
+    found = [document for block in cut for document in read_block(block, Counter())]
     assert found == list(read_documents("tfds:lm1b")) and len(found) == 2500

@@ -15,6 +15,7 @@ import pytest
 
 from m3jax import config as configs
 from m3jax.errors import TextError
+from m3jax.printable import as_markdown
 from m3jax.text.cleaning import blocks, clean, minhash, pipeline, rules, tokenize
 from m3jax.text.cleaning.workers import LocalRunner
 from m3jax.text.corpus import Corpus
@@ -227,14 +228,45 @@ def test_bad_input_is_counted_and_left_out(config, tmp_path):
     assert removed["characters_max"] == 1 and removed["nonalphabetic_max"] == 1
     assert removed["words_min"] == 2  # one character, and what is left of "binary"
     reasons = " ".join(s["value"] for s in report["samples"]["unreadable"])
-    assert "line 44 is not valid JSON" in reasons and "line 45 is not UTF-8" in reasons
-    assert "noise.txt is not UTF-8" in reasons
+    assert "a.jsonl:44: not valid JSON" in reasons and "a.jsonl:45: not UTF-8" in reasons
+    assert "noise.txt:1: not UTF-8" in reasons
+    assert report["not_read"] == {"blank lines": 1}
     assert report["repeated_ids"] == 1
     found = [d.id for d in _left(tmp_path / "w")]
     assert sorted(found) == sorted([f"a{i}" for i in range(40)] + ["a3~a.jsonl:49"])
     config.clean.enabled = False
-    with pytest.raises(TextError, match="line 44 is not valid JSON"):
+    with pytest.raises(TextError, match=r"a\.jsonl:44: not valid JSON"):
         _prepare(config, tmp_path / "v", documents)
+
+
+def test_equal_ids_of_one_source_are_told_apart(config, tmp_path):
+    for name in ("x", "y", "z"):
+        (tmp_path / name).mkdir()
+        _write(tmp_path / name / "a.jsonl", _texts(20, seed=ord(name)), source="wiki")
+    _prepare(config, tmp_path / "w", ",".join(str(tmp_path / name) for name in "xyz"))
+    ids = [d.id for d in _left(tmp_path / "w")]
+    expected = [f"a{i}" for i in range(20)]
+    for name in ("y", "z"):
+        expected += [f"a{i}~{name}/a.jsonl:{i + 1}" for i in range(20)]
+    assert sorted(ids) == sorted(expected)
+
+
+def test_the_report_shows_hostile_text_as_it_is(config, tmp_path):
+    evil = "\x1b[31m<script>|`\u202e*"
+    folder = tmp_path / "f"
+    folder.mkdir()
+    (folder / f"{evil.replace('/', '')}.csv").touch()
+    rows = [{"id": f"{i}", "text": text} for i, text in enumerate(_texts(30))]
+    rows.append({"id": evil, "source": evil, "title": evil, "text": f"{evil}\nshort"})
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    _prepare(config, tmp_path / "w", str(folder))
+    page = (tmp_path / "w" / "report/data/report.md").read_text()
+    shown = "·\\[31m&lt;script&gt;\\|\\`·\\*"
+    assert f"* {shown} · {shown} **" in page
+    assert f"1 files of other endings ({as_markdown(str(folder))}/{shown}.csv)" in page
+    # Code of a list item; what acts on a terminal has been repaired before.
+    assert "      <script>|`·*\n      short\n" in page
+    assert not set(page) & {"\x1b", "\u202e"}
 
 
 def test_a_long_document_goes_through_all_steps(config, tmp_path, monkeypatch):
@@ -328,6 +360,7 @@ KILLED = """
 import sys
 sys.path.insert(0, {root!r})
 from m3jax.config import default
+from m3jax.printable import as_markdown
 from m3jax.text.cleaning import blocks
 from m3jax.text.prepare import prepare_text
 from m3jax.text.cleaning.workers import LocalRunner
