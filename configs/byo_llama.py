@@ -28,6 +28,8 @@ minutes on one CPU core.
 from ml_collections import ConfigDict
 
 import m3jax.config
+from m3jax.errors import ConfigError
+from m3jax.places import FILE_OR_FOLDER, read_path
 from m3jax.train.hf_checkpoint import read_model_fields
 
 OPTIONS = {
@@ -52,7 +54,11 @@ def get_config(options: str = "") -> ConfigDict:
     config.name = "byo_llama"
     config.stage = chosen["stage"]
 
-    config.model.update(read_model_fields(models[-1]) if models else SMALL)
+    if models:
+        folder = read_path(f"model={models[-1]}", models[-1], FILE_OR_FOLDER, ConfigError)
+        config.model.update(read_model_fields(folder))
+    else:
+        config.model.update(SMALL)
     config.text.vocabulary = min(config.text.vocabulary, config.model.vocabulary)
     layers = config.model.layers
     config.memory.layers = layers if chosen["layers"] == "all" else max(1, layers // 2)

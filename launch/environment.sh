@@ -43,7 +43,9 @@ find_python() {
 
 prepare_environment() {
   local extras="$1" constraints="$root/${2:-constraints.txt}" target base stamp versions
-  local venv="${M3JAX_VENV:-$root/.venv}" show='import sys; print(sys.version)'
+  local venv="${M3JAX_VENV:-$root/.venv}"
+  venv="${venv/#\~\//$HOME/}" # a shell leaves ~ in quotes as it is
+  local show='import sys; print(sys.version)'
   target="$root${extras:+[$extras]}"
   python="$venv/bin/python"
   if ! "$python" -c '' >/dev/null 2>&1; then

@@ -20,6 +20,7 @@ from absl.flags import FlagValues
 
 from m3jax import cli, places
 from m3jax.cli import Flag, count, switch
+from m3jax.hardware import require_devices
 
 COMMANDS = cli.Commands()
 _RUN = (
@@ -81,6 +82,7 @@ def smollm2(given: FlagValues) -> None:
     trained without --train. The report (README.md, summary.json, pictures) is in WORKDIR/report.
     """
     logging.set_verbosity(logging.ERROR)
+    require_devices()
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/, which is not installed
     from configs import smollm2 as config
     from m3jax.quickstart.real_llama import run
@@ -93,6 +95,7 @@ def smollm2(given: FlagValues) -> None:
 
 def _demonstration(given: FlagValues) -> Any:
     logging.set_verbosity(logging.ERROR)
+    require_devices()
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/, which is not installed
     from configs import quickstart as config
     from m3jax.quickstart.run import Demonstration

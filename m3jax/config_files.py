@@ -18,6 +18,9 @@ from m3jax.config.fields import FIELDS
 from m3jax.config.renamed import RENAMED
 from m3jax.errors import CommandError, ConfigError, UserError
 
+# Fields that are paths; what is missing there is refused where it is read.
+PATHS = {"retrieval.encoder": places.FOLDER, "retrieval.checkpoint": places.CHECKPOINT}
+
 
 def read_config_paths(names: Sequence[str], arguments: list[str]) -> None:
     """Replaces the paths of config files, the part before the colon, by those to read.
@@ -51,13 +54,19 @@ def read_config_paths(names: Sequence[str], arguments: list[str]) -> None:
 
 
 def check_config(name: str, config: Any) -> None:
-    """Validates the config that the file of a flag has made.
+    """Validates the config that the file of a flag has made; replaces `~` in its `PATHS`.
 
     Raises:
       ConfigError: the file has failed or returns no config, or the config is invalid.
     """
     if isinstance(config, ConfigDict):
         validate(config)
+        for path, place in PATHS.items():
+            section, field = path.split(".")
+            if config[section][field]:
+                given = f"config.{path} = {config[section][field]!r}"
+                read = places.read_path(given, config[section][field], place, ConfigError)
+                config[section][field] = str(read)
         return
     try:
         getattr(config, "to_dict", dict)()  # raises the error of a file that failed to load

@@ -105,6 +105,16 @@ def require_single_precision() -> None:
         raise MachineError(f"JAX_ENABLE_X64={setting}: arrays have at most 32 bits here; unset it")
 
 
+def require_devices() -> None:
+    """Initializes JAX's devices, which raises an error where the platform that is set has none.
+
+    For scripts that do long work before they use one.
+    """
+    import jax
+
+    jax.devices()
+
+
 def quiet_libtpu() -> None:
     """Silences libtpu on a host without a TPU, where it would print errors about missing metadata.
 
