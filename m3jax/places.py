@@ -8,6 +8,7 @@ nothing there. Every path of every script goes through these two.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import glob
 import os
 import re
@@ -35,7 +36,7 @@ class Place:
       made_by: script that makes it, for the message where it is missing.
       schemes: schemes of URLs that are accepted, too; their values stay texts.
       listed: True for a comma-separated list of paths and globs.
-      others: regular expression of values that are no paths; they stay texts.
+      others: regular expression of values that are no paths; all values are then texts.
     """
 
     holds: str
@@ -76,7 +77,7 @@ CACHE = Place("folder", exists=False, written=True, schemes=("gs", "s3"))
 def read_path(
     given: str, text: str | Path, place: Place, error: type[UserError] = CommandError
 ) -> Path | str:
-    """Parses the value of a flag or field; returns a path; a URL, a list or no path as a text.
+    """Parses the value of a flag or field; returns a path, or a text where not all values are.
 
     `~` and `~user` become home folders. A file to write that is a symbolic link becomes its target.
 
@@ -119,7 +120,7 @@ def read_path(
         )
     if os.path.islink(path) and place == NEW_FILE:
         return Path(os.path.realpath(path))
-    return path
+    return str(path) if place.others else path
 
 
 def _shortened(given: str) -> str:
@@ -164,8 +165,11 @@ def check_path(
             elif next(glob.iglob(part, recursive=True), None) is None:
                 raise error(f"{given}: no file matches {part}; check the name")
         return
-    if isinstance(path, str):
+    if isinstance(path, str) and ("://" in path or not place.others):
         return
+    if place.others and re.fullmatch(place.others, str(path)):
+        return
+    path = Path(path)
     try:
         reason = _unfit(path, place)
     except OSError as unfit:
@@ -186,7 +190,9 @@ def _unfit(path: Path, place: Place) -> str:
     if mode is not None and not stat.S_ISDIR(mode) and place.holds == "folder":
         return " is a file; name a folder"
     if not place.written:
-        return "" if os.access(path, os.R_OK) else " cannot be read: permission denied"
+        needed = os.R_OK | os.X_OK if path.is_dir() else os.R_OK
+        allowed = os.access(path, needed, effective_ids=os.access in os.supports_effective_ids)
+        return "" if allowed else f" cannot be read: {os.strerror(errno.EACCES)}"
     if mode is not None and not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
         return " is no regular file; name one"
     folder = path if place.holds == "folder" else path.parent

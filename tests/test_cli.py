@@ -127,6 +127,17 @@ def test_unfit_configs_are_named(config: str, message: str) -> None:
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_fields_that_are_paths_are_read_as_flags_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    bert = (CONFIG, "--workdir=x", "--config.retrieval.embedder=bert")
+    given = parse("add", *bert, "--config.retrieval.encoder=~/a [1]")
+    assert given.config.retrieval.encoder == f"{tmp_path}/a [1]"
+    with pytest.raises(ConfigError, match=r"config.retrieval.encoder = 'gs://b/x': gs:// is not"):
+        parse("add", *bert, "--config.retrieval.encoder=gs://b/x")
+
+
 def test_a_script_without_commands_takes_no_words() -> None:
     with pytest.raises(
         CommandError, match="unknown argument 'compact'; every option begins with --"
