@@ -8,8 +8,14 @@ from pathlib import Path
 import processes
 import pytest
 
-from m3jax.errors import ConfigError
-from m3jax.hardware import LIBTPU_ENVIRONMENT, chip_of_kind, chip_of_topology, quiet_libtpu
+from m3jax.errors import ConfigError, MachineError
+from m3jax.hardware import (
+    LIBTPU_ENVIRONMENT,
+    chip_of_kind,
+    chip_of_topology,
+    quiet_libtpu,
+    require_single_precision,
+)
 
 SCRIPT = """
 import jax
@@ -86,3 +92,13 @@ def test_scripts_print_nothing_of_libtpu(require: Callable) -> None:
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     done = processes.call(["python", "-c", SCRIPT], inherit=False, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("setting", ["1", "true", "On", "nonsense"])
+def test_arrays_of_64_bits_are_refused(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_ENABLE_X64", setting)
+    with pytest.raises(MachineError, match=f"^JAX_ENABLE_X64={setting}: .*; unset it$"):
+        require_single_precision()
+    for allowed in ("", "0", "False", "off"):
+        monkeypatch.setenv("JAX_ENABLE_X64", allowed)
+        require_single_precision()

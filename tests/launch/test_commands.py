@@ -84,6 +84,8 @@ def test_help_of_a_process(script):
 
 @pytest.mark.slow
 def test_a_run_from_text_to_a_table(tmp_path):
+    tmp_path = tmp_path / "a [1] %#ü?*&'"  # names are names everywhere, not globs or URLs
+    tmp_path.mkdir()
     config = tmp_path / "small.py"
     config.write_text(SMALL)
     documents, knowledge = write_text(tmp_path)
