@@ -36,7 +36,7 @@ _REMEDIES = {
 _OPEN_FILES = (errno.EMFILE, errno.ENFILE)
 # The machine's, wherever in a chain of exceptions they stand.
 _DECISIVE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOMEM, errno.EIO, *_OPEN_FILES)
-_TENSORSTORE = re.compile(r"\[OS error (\d+)")
+_TENSORSTORE = re.compile(r"os_error_code='(\d+)'")
 _QUOTED = re.compile(r'"([^"]+)"')
 _PLATFORM = re.compile(r"Unable to initialize backend|Unknown backend|no supported devices found")
 

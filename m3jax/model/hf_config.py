@@ -69,19 +69,22 @@ def read_fields(model: str | Path) -> dict[str, Any]:
     path = Path(model) if is_gguf(model) else Path(model) / CONFIG
     settings = read_settings(model)
     family = settings.get("model_type")
-    if family not in _FAMILIES:
-        differs = f"{_OTHERS[family]}; " if family in _OTHERS else ""
+    if not isinstance(family, str) or family not in _FAMILIES:
+        differs = f"{_OTHERS[str(family)]}; " if str(family) in _OTHERS else ""
         _refuse(path, "model_type", family, f"{differs}choose a model of {', '.join(_FAMILIES)}")
     for key, (accepted, why) in _FIXED.items():
         if settings.get(key) not in (*accepted, None):
             _refuse(path, key, settings[key], f"{why}; choose another model")
     window = settings.get("sliding_window", 4096 if family == "mistral" else None)
     longest = settings.get("max_position_embeddings") or math.inf
+    for key, length in (("sliding_window", window), ("max_position_embeddings", longest)):
+        if length is not None and not isinstance(length, (int, float)):
+            _refuse(path, key, length, "it must be a number of tokens")
     if family in ("llama", "mistral") and window is not None and window < longest:
         why = f"{_FIXED['use_sliding_window'][1]} of {longest}; choose another model"
         _refuse(path, "sliding_window", window, why)
     kinds = settings.get("layer_types") or []
-    if set(kinds) - {"full_attention"}:
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         _refuse(path, "layer_types", kinds, _FIXED["use_sliding_window"][1])
 
     def size(key: str, default: int | None = None) -> int:
@@ -208,7 +211,7 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
         content = json.loads(path.read_text("utf-8"))
         if not isinstance(content, dict):
             raise ValueError("no JSON object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HuggingFaceError(f"{path} is missing or damaged ({error}); {remedy}") from error
     return content
 

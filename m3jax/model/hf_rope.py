@@ -102,7 +102,7 @@ def _scaled(
     path: Path, name: str, kind: str, part: dict[str, Any], settings: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns the fields of scaled RoPE; `part` is the object `name` of `settings`."""
-    if kind not in _NUMBERS:
+    if not isinstance(kind, str) or kind not in _NUMBERS:
         _refuse(path, name, part, f"RoPE is scaled as {', '.join(_NUMBERS)} only")
     if part.get("truncate") is False:
         _refuse(path, name, part, "yarn here rounds the pairs between which it interpolates")
@@ -129,13 +129,16 @@ def _magnitude(path: Path, key: str, part: dict[str, Any], fields: dict[str, Any
     def scale(weight: float) -> float:
         return 0.1 * weight * math.log(max(fields["rope_factor"], 1.0)) + 1.0
 
-    own, everywhere = part.get("mscale"), part.get("mscale_all_dim")
-    return scale(own) / scale(everywhere) if own and everywhere else scale(1.0)
+    weights = [part.get("mscale"), part.get("mscale_all_dim")]
+    if not all(weights):
+        return scale(1.0)
+    own, everywhere = (_number(path, key, weight) for weight in weights)
+    return scale(own) / scale(everywhere)
 
 
 def _number(path: Path, key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        _refuse(path, key, value, "it must be a number above 0")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        _refuse(path, key, value, "it must be a finite number above 0")
     return float(value)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -68,7 +69,7 @@ def _architecture(folder: Path) -> Architecture:
     path = folder / CONFIG
     config = read_json(path)
     family = config.get("model_type")
-    if family not in _FAMILIES:
+    if not isinstance(family, str) or family not in _FAMILIES:
         raise HuggingFaceError(
             f"{path}: model_type = {family!r} is not supported; config.retrieval.encoder takes"
             f" {', '.join(_FAMILIES)}"
@@ -91,11 +92,11 @@ def _architecture(folder: Path) -> Architecture:
             padding=int(config.get("pad_token_id", 1)) if _FAMILIES[family] else None,
             norm_epsilon=float(config.get("layer_norm_eps", 1e-12)),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise HuggingFaceError(
             f"{path} lacks a size, or one is no number ({error!r}); {_PUBLISHED}"
         ) from error
-    if min(sizes.layers, sizes.heads, sizes.types) < 1 or sizes.hidden % sizes.heads:
+    if min(dataclasses.astuple(sizes)[:7]) < 1 or sizes.hidden % sizes.heads:
         raise HuggingFaceError(
             f"{path}: {sizes.heads} heads do not divide hidden_size = {sizes.hidden}, or a size is"
             f" 0; {_PUBLISHED}"
@@ -151,7 +152,7 @@ def _limits(folder: Path, architecture: Architecture) -> tuple[int, bool]:
         read_json(path, "download it again") if path.is_file() else {} for path in paths
     )
     longest = sentence.get("max_seq_length") or tokenizer.get("model_max_length")
-    if not isinstance(longest, (int, float)):
+    if not isinstance(longest, (int, float)) or math.isnan(longest):
         longest = architecture.longest
     max_length = int(min(longest, architecture.longest))
     if max_length < 3:
