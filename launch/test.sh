@@ -2,8 +2,9 @@
 # Installs m3jax and its test tools into a virtual environment where that has not been done, then
 # runs the fast tests: all but the slow ones and the comparisons with foreign implementations.
 #
-#   bash launch/test.sh [--all] [arguments of pytest]
+#   bash launch/test.sh [--all | --kills] [arguments of pytest]
 #   bash launch/test.sh --all                           # the slow ones, too
+#   bash launch/test.sh --kills                         # every command killed at every moment: hours
 #   bash launch/test.sh -n 0                            # in one process, as a debugger needs it
 #
 # M3JAX_VENV=FOLDER puts the environment somewhere else than .venv of the repository.
@@ -15,5 +16,10 @@ marks="not slow and not parity"
 if [[ "${1:-}" == --all ]]; then
   marks="not parity"
   shift
+elif [[ "${1:-}" == --kills ]]; then
+  marks="not parity"
+  export M3JAX_KILLS=all
+  shift
+  set -- tests/kills "$@"
 fi
 exec "$python" -m pytest -m "$marks" -n auto --maxprocesses=8 --dist=worksteal "$@"

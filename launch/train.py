@@ -11,9 +11,9 @@
 The stages sft and dpo read what `launch/prepare.py chats` has prepared. DPO first computes the
 log-probabilities of the checkpoint that it starts from, once.
 
-Checkpoints, metrics.jsonl, TensorBoard events and loss.png go to <workdir>/<stage>. SIGTERM saves
-and ends with code 0. With --config.guard.on=True a run whose loss jumps, creeps up or is no number
-any more goes back to a checkpoint and on with less learning rate (docs/stability.md).
+Checkpoints, metrics.jsonl, TensorBoard events and loss.png go to <workdir>/<stage>. SIGTERM and
+Ctrl-C save and end with code 0. With --config.guard.on=True a run whose loss jumps, creeps up or
+is no number any more goes back to a checkpoint and on with less learning rate (docs/stability.md).
 
 Several processes run the same command on one workdir that all of them see: with --distributed on
 every host of a TPU pod, elsewhere with the address of process 0:

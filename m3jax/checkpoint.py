@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from m3jax.config import PREFIX_TOKENS, default
 from m3jax.errors import CheckpointError
+from m3jax.failures import raise_if_machine
 from m3jax.make_model import make_model
 from m3jax.mesh import parameter_shardings
 from m3jax.model.parameters import Params
@@ -177,6 +178,7 @@ def damage_named(folder: str | Path, *more: type[Exception]) -> Iterator[None]:
     try:
         yield
     except errors as error:
+        raise_if_machine(error)
         raise CheckpointError(
             f"checkpoint {folder} cannot be read ({error}); delete it to use an earlier one"
         ) from error

@@ -36,7 +36,8 @@ _REMEDIES = {
 _OPEN_FILES = (errno.EMFILE, errno.ENFILE)
 # The machine's, wherever in a chain of exceptions they stand.
 _DECISIVE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOMEM, errno.EIO, *_OPEN_FILES)
-_TENSORSTORE = re.compile(r"os_error_code='(\d+)'")
+# Of TensorStore, and of libraries in Rust.
+_NUMBERED = re.compile(r"os_error_code='(\d+)'|\(os error (\d+)\)")
 _QUOTED = re.compile(r'"([^"]+)"')
 _PLATFORM = re.compile(r"Unable to initialize backend|Unknown backend|no supported devices found")
 
@@ -56,6 +57,18 @@ def explain(error: BaseException) -> UserError | None:
         if explained:
             return explained
     return None
+
+
+def raise_if_machine(error: BaseException) -> None:
+    """Raises `MachineError` if the machine has refused to read, so that nothing is known of damage.
+
+    To be called where an exception of reading would become an error that names damage, and advises
+    to delete what may be whole.
+    """
+    for cause in _chain(error, context=False):
+        number, name = _number_and_name(cause)
+        if number in (*_DECISIVE, errno.EACCES, errno.EPERM, errno.ESTALE):
+            raise _explained(number, name) from error
 
 
 def _chain(error: BaseException, context: bool) -> Iterator[BaseException]:
@@ -79,16 +92,26 @@ def _of_system(error: BaseException, every: bool) -> UserError | None:
     """
     if isinstance(error, UserError):
         return error if every else None
-    name: object = None
-    if isinstance(error, OSError):
-        number, name = error.errno, error.filename2 or error.filename
-    else:
-        inside = _TENSORSTORE.search(str(error))
-        number = int(inside[1]) if inside else None
-        quoted = _QUOTED.search(str(error)) if inside else None
-        name = quoted[1] if quoted else None
+    number, name = _number_and_name(error)
     if number is None or (number not in _DECISIVE and not (every and number in _REMEDIES and name)):
         return None
+    return _explained(number, name)
+
+
+def _number_and_name(error: BaseException) -> tuple[int | None, object]:
+    """Returns the system's error number and the file's name in an exception, each None without."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno, error.filename2 or error.filename
+    text = str(error)
+    inside = _NUMBERED.search(text)
+    quoted = _QUOTED.search(text) if inside else None
+    if inside:
+        return int(inside[1] or inside[2]), quoted[1] if quoted else None
+    # Others, such as those of ArrayRecord, have the text alone.
+    return next((number for number in _DECISIVE if os.strerror(number) in text), None), None
+
+
+def _explained(number: int, name: object) -> MachineError:
     reason = os.strerror(number)
     if number in _OPEN_FILES:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

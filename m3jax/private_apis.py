@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import functools
 import glob
+import logging
+import os
 import re
+import sys
 from typing import Any
 
 
@@ -71,6 +74,27 @@ def use_literal_checkpoint_paths() -> None:
 
     if original.__module__ != __name__:
         gpath.PosixGPath.glob = literal
+
+
+@functools.cache
+def quiet_failed_saves() -> None:
+    """Drops what Orbax, asyncio and TensorStore print of a save that fails, of every array.
+
+    The failure itself is raised where the save is waited for.
+    """
+    from absl import logging as absl_logging
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+    def unraisable(given: Any) -> None:
+        if str(given.exc_value) != "Event loop is closed":
+            before(given)
+
+    before = sys.unraisablehook
+    sys.unraisablehook = unraisable
+    absl_logging.get_absl_logger().addFilter(of_others)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def is_missing(error: Exception) -> bool:

@@ -68,11 +68,21 @@ def read_inputs(folder: Path) -> dict[str, Any] | None:
 
 def begin_part(folder: Path, inputs: dict[str, Any]) -> None:
     """Prepares a part to be made or resumed; deletes its files if their inputs were different."""
-    begun = json_text(inputs, indent=1, sort_keys=True).encode()
+    if not is_begun(folder, inputs):
+        (folder / BEGUN).unlink(missing_ok=True)  # first: a half deleted part is not resumed
+        if folder.exists():
+            shutil.rmtree(folder)
+        write_atomically(folder / BEGUN, _begun(inputs))
+
+
+def is_begun(folder: Path, inputs: dict[str, Any]) -> bool:
+    """Returns True if `begin_part` has prepared the part with these inputs."""
     marker = folder / BEGUN
-    if not marker.is_file() or marker.read_bytes() != begun:
-        shutil.rmtree(folder, ignore_errors=True)
-        write_atomically(marker, begun)
+    return marker.is_file() and marker.read_bytes() == _begun(inputs)
+
+
+def _begun(inputs: dict[str, Any]) -> bytes:
+    return json_text(inputs, indent=1, sort_keys=True).encode()
 
 
 def make_part(folder: Path, inputs: dict[str, Any], make: Callable[[Path], Any]) -> bool:

@@ -1,8 +1,10 @@
 """Processes that tests start: each in a group of its own, which ends with the test."""
 
 import contextlib
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,19 +58,36 @@ def _environment(
     return environment | {name: str(value) for name, value in changes.items()}
 
 
+@functools.cache
+def moments() -> Path | None:
+    """The library of `kills/moments.c`, compiled; None where it cannot be."""
+    if sys.platform != "linux" or not shutil.which("cc"):
+        return None
+    library = Path(tempfile.mkdtemp(prefix="moments")) / "moments.so"
+    source = ROOT / "tests" / "kills" / "moments.c"
+    done = subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"])
+    return None if done.returncode else library
+
+
 def run_script(
-    script: str, *arguments: object, devices: int | None = None, **environment: object
+    script: str,
+    *arguments: object,
+    devices: int | None = None,
+    moment: Mapping[str, object] | None = None,
+    **environment: object,
 ) -> subprocess.CompletedProcess:
     """Runs a Python script to its end, in a process that need not import m3jax.
 
-    See `forked.py`. A test that kills a process, or talks with it, takes `start`.
+    See `forked.py`. `moment`: arguments of its `arm`. A test that kills a process at any other
+    moment, or talks with it, takes `start`.
     """
     global _forks
     if _forks is None:
         pipe = subprocess.PIPE
         command = [sys.executable, str(ROOT / "tests" / "forked.py")]
+        preload = {} if moments() is None else {"LD_PRELOAD": moments()}
         _forks = subprocess.Popen(
-            command, env=_environment(), stdin=pipe, stdout=pipe, text=True, cwd=ROOT
+            command, env=_environment(changes=preload), stdin=pipe, stdout=pipe, text=True, cwd=ROOT
         )
     assert _forks.stdin is not None and _forks.stdout is not None
     words = [script, *map(str, arguments)]
@@ -78,6 +97,7 @@ def run_script(
             **{"words": words, "folder": str(ROOT), "seconds": HANG},
             **{"output": str(output), "errors": str(errors)},
             "environment": _environment(devices, changes=environment),
+            "moment": moment,
         }
         _forks.stdin.write(json.dumps(request) + "\n")
         _forks.stdin.flush()

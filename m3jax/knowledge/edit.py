@@ -7,6 +7,7 @@ with the files that it had built.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from m3jax.errors import VersionError
 from m3jax.files import checksum, digest, json_text, sync_folder, write_array, write_sealed
 from m3jax.knowledge.versions import (
     BANKS,
+    BUILDING,
     CURRENT,
     TOMBSTONES,
     VERSION,
@@ -26,6 +28,7 @@ from m3jax.knowledge.versions import (
     Version,
     editing,
     folder_of,
+    forget_begun,
     only_writer,
     open_bank,
     open_index,
@@ -41,7 +44,9 @@ from m3jax.retrieval.build import build_index
 from m3jax.text.documents import Document, with_unique_ids
 from m3jax.text.references import References, copy_references, write_references
 from m3jax.text.tokenizer import Tokenizer
-from m3jax.workdir import BEGUN, begin_part
+from m3jax.workdir import BEGUN, begin_part, is_begun
+
+KEEP = "keep"  # the kind of an edit by `keep_only`
 
 # Writes a bank: (references, folder, base bank for codebooks and for memories to copy).
 WriteMemories = Callable[[References, Path, Bank], Any]
@@ -76,7 +81,11 @@ def edit(
     """
     workdir, delete = Path(workdir), list(delete)
     documents = list(with_unique_ids(documents, lambda document: document))
+    texts = [[d.id, d.title, d.source, d.text] for d in documents]
+    what = ["edit", texts, delete, replace]
     with editing(workdir) as parent:
+        if is_made(parent, what):
+            return parent
         tokenizer = Tokenizer.load(workdir / "tokenizer")
         references = open_references(config, parent, tokenizer)
         removed = [_ids_of(references, name) for name in delete]
@@ -91,8 +100,7 @@ def edit(
         gone = sorted({i for part in removed for i in part})
         if not documents and not gone:
             raise VersionError("nothing to edit: give documents, or keys to delete")
-        texts = [[d.id, d.title, d.source, d.text] for d in documents]
-        building = building_folder(workdir, parent, json_text([texts, delete, replace]))
+        building = building_folder(workdir, parent, what)
         if documents:
             length = config.memory.reference_length
             write_references(documents, tokenizer, building / "references", length)
@@ -126,6 +134,9 @@ def merge(
         tokenizer = Tokenizer.load(workdir / "tokenizer")
         references = open_references(config, parent, tokenizer)
         added = open_references(config, theirs, tokenizer)
+        what = ["merge", added.fingerprint, replace]
+        if is_made(parent, what):
+            return parent
         base = open_bank(theirs, added)
         require_alike(base, Bank.open(parent.banks[0]))
         ids = dict.fromkeys(key.rpartition("#")[0] for key in added.live_keys())
@@ -136,7 +147,7 @@ def merge(
                 f" {next(iter(common))!r}; --replace takes those of {other}"
             )
         gone = sorted(i for own in common.values() for i in own)
-        building = building_folder(workdir, parent, json_text(["merge", added.fingerprint, gone]))
+        building = building_folder(workdir, parent, what)
         copy_references(added, added.live, building / "references")
         build_delta(config, parent, building, references, write, base)
         return commit_version(workdir, parent, building, f"merged with {other}", gone)
@@ -153,8 +164,12 @@ def keep_only(config: ConfigDict, version: Version, ids: np.ndarray, *, note: st
       TextError: the references cannot be read.
     """
     workdir = version.workdir
+    what = [KEEP, version.number, np.asarray(ids).tolist()]
     with editing(workdir) as parent:
+        if is_made(parent, what):
+            return parent
         if parent.number != version.number:
+            forget_begun(workdir)  # so that it is selected from the current version
             raise VersionError(
                 f"{workdir} was edited meanwhile (version {parent.number}, was {version.number});"
                 " select again"
@@ -164,7 +179,7 @@ def keep_only(config: ConfigDict, version: Version, ids: np.ndarray, *, note: st
         gone = np.setdiff1d(live, ids)
         if not gone.size or gone.size == live.size:
             return parent
-        building = building_folder(workdir, parent, json_text(["keep", gone.tolist()]))
+        building = building_folder(workdir, parent, what)
         return commit_version(workdir, parent, building, note, gone)
 
 
@@ -178,17 +193,31 @@ def refresh(workdir: str | Path, what: str, *, write: WriteMemories, note: str) 
       VersionError: there is no bank, or another process is editing.
       BankError: an old bank cannot be read, or a new one cannot be written.
     """
-    workdir = Path(workdir)
+    workdir, identity = Path(workdir), ["refresh", what]
     with editing(workdir) as parent:
+        if is_made(parent, identity):
+            return parent
         if not parent.has_bank:
             raise VersionError(
                 f"{workdir} has no bank to refresh; write one with launch/write_bank.py"
             )
-        building = building_folder(workdir, parent, json_text(["refresh", what]))
+        building = building_folder(workdir, parent, identity)
         for part, (folder, bank) in enumerate(zip(parent.folders, parent.banks, strict=True)):
             added = References(folder / "references")
             write(added, building / BANKS / str(part), Bank.open(bank))
         return commit_version(workdir, parent, building, note)
+
+
+def open_to_select(workdir: Path) -> Version:
+    """Opens the version in which references to keep are selected: the current one.
+
+    Where `keep_only` was killed after its commit, the version before it, for the same selection.
+    """
+    current = open_version(workdir)
+    begun = folder_of(workdir, current.number) / BEGUN
+    if current.number and begun.exists() and json.loads(begun.read_bytes())["kind"] == KEEP:
+        return open_version(workdir, current.parent)
+    return current
 
 
 def rollback(workdir: str | Path, number: int) -> Version:
@@ -199,6 +228,7 @@ def rollback(workdir: str | Path, number: int) -> Version:
     """
     workdir = Path(workdir)
     with only_writer(workdir):
+        forget_begun(workdir)
         try:
             oldest = read_current(workdir)["oldest"]
         except VersionError:  # current.json is damaged
@@ -222,11 +252,24 @@ def _ids_of(references: References, name: str) -> list[int]:
     return ids
 
 
-def building_folder(workdir: Path, parent: Version, what: str) -> Path:
-    """Makes the temporary folder of an edit; keeps its content if the same edit was killed."""
-    folder = workdir / VERSIONS / "building"
-    begin_part(folder, {"parent": parent.number, "edit": digest(what)})
+def building_folder(workdir: Path, parent: Version, what: list[Any]) -> Path:
+    """Makes the temporary folder of an edit; keeps its content if the same edit was killed.
+
+    `what` is the kind of the edit and all that it depends on, as JSON values.
+    """
+    folder = workdir / VERSIONS / BUILDING
+    begin_part(folder, _identity(parent.number, what))
     return folder
+
+
+def is_made(current: Version, what: list[Any]) -> bool:
+    """Returns True if this very edit made the current version and was killed after its commit."""
+    folder = folder_of(current.workdir, current.number)
+    return current.number > 0 and is_begun(folder, _identity(current.parent, what))
+
+
+def _identity(parent: int, what: list[Any]) -> dict[str, Any]:
+    return {"parent": parent, "kind": what[0], "edit": digest(json_text(what))}
 
 
 def build_delta(
@@ -294,7 +337,6 @@ def commit_version(
         "note": note,
     }
     write_sealed(building / VERSION, content)
-    (building / BEGUN).unlink()
     os.replace(building, folder_of(workdir, number))
     sync_folder(workdir / VERSIONS)
     write_current(workdir, number, read_current(workdir)["oldest"])

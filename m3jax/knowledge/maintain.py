@@ -9,11 +9,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from m3jax.errors import VersionError
-from m3jax.files import json_text
+from m3jax.errors import MachineError, VersionError
 from m3jax.knowledge.edit import WriteMemories, building_folder, commit_version, in_one_part
 from m3jax.knowledge.versions import (
     BANKS,
+    BUILDING,
     MANIFEST,
     VERSION,
     VERSIONS,
@@ -62,8 +62,7 @@ def compact(
             references = open_references(config, parent, tokenizer)
             if not len(references.live):
                 raise VersionError(f"nothing is left in version {parent.number} of {workdir}")
-            what = json_text(["compact", references.fingerprint])
-            building = building_folder(workdir, parent, what)
+            building = building_folder(workdir, parent, ["compact", references.fingerprint])
             copy_references(references, references.live, building / "references")
             whole = References(building / "references")
             build_index(whole, make_embedder(config), building / "index", config)
@@ -89,6 +88,8 @@ def verify(config: ConfigDict, workdir: str | Path, number: int | None = None) -
     def noting() -> Iterator[None]:
         try:
             yield
+        except MachineError:
+            raise
         except ValueError as error:
             problems.append(str(error))
 
@@ -126,6 +127,8 @@ def repair(
             try:
                 embedder = load_embedder(*embedders(version.folders[: part + 1]))
                 Index.open(folder / "index", references, embedder=embedder)
+            except MachineError:
+                raise
             except ValueError as error:
                 embedder = _embedder(config, version.folders[: part + 1], references)
                 build_index(references, embedder, folder / "index", in_one_part(config))
@@ -147,6 +150,8 @@ def _embedder(config: ConfigDict, folders: Sequence[Path], references: Reference
     *before, own = embedders(folders)
     try:
         return load_embedder(*before, own)
+    except MachineError:
+        raise
     except ValueError:
         if not before:
             return make_embedder(config)
@@ -175,4 +180,6 @@ def _delete_older(workdir: Path, kept: Version) -> list[str]:
         for part in parts:
             if part not in needed and part.exists():
                 shutil.rmtree(part)
+    if (building := workdir / VERSIONS / BUILDING).exists():  # of an edit that was stopped
+        shutil.rmtree(building)
     return [str(folders[number]) for number in read]

@@ -9,7 +9,8 @@ new version:
     versions/000003/banks/0/ 1/ …   banks of base and deltas, if the version is a refresh
     versions/current.json           the version that readers open, and the oldest version kept
 
-A version is complete as soon as its folder has its final name, and never changes afterwards.
+A version is complete as soon as its folder has its final name, and never changes afterwards. Only
+`begun.json`, which names the edit, is deleted when the edit has come to its end.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ml_collections import ConfigDict
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import TextError, VersionError
+from m3jax.failures import raise_if_machine
 from m3jax.files import checksum, read_sealed, write_sealed
 from m3jax.memory.bank import Bank, join_banks
 from m3jax.memory.binding import Binding, layout_of
@@ -38,9 +40,11 @@ from m3jax.retrieval.retriever import Retriever
 from m3jax.retrieval.search import SearchIndex
 from m3jax.text.references import DeltaReferences, References
 from m3jax.text.tokenizer import Tokenizer
+from m3jax.workdir import BEGUN
 
 VERSIONS, CURRENT, VERSION = "versions", "current.json", "version.json"
 TOMBSTONES = "tombstones.npy"
+BUILDING = "building"  # of an edit
 BANKS = "banks"  # of a refresh: one folder for the base and one for each delta
 MANIFEST = "manifest.json"  # of references and of a bank
 
@@ -207,7 +211,8 @@ def in_use(workdir: Path, number: int) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # no such version, or the file system has no locks
+    except OSError as error:  # no such version, or the file system has no locks
+        raise_if_machine(error)  # but not: there may be readers
         return False
     return False
 
@@ -229,9 +234,23 @@ def only_writer(workdir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def editing(workdir: Path) -> Iterator[Version]:
-    """Locks a workdir and opens its current version; errors of `only_writer` and `open_version`."""
+    """Locks a workdir and opens its current version; errors of `only_writer` and `open_version`.
+
+    An edit that was killed between its commit and its end is brought to its end: its version is
+    made current, and keeps `begun.json`, by which the same edit, repeated, knows that it is done.
+    """
     with only_writer(workdir):
+        current, last = read_current(workdir), max(versions(workdir))
+        if last > current["version"] and (folder_of(workdir, last) / BEGUN).exists():
+            write_current(workdir, last, current["oldest"])
         yield open_version(workdir)
+        forget_begun(workdir)
+
+
+def forget_begun(workdir: Path) -> None:
+    """Ends all edits of a locked workdir: repeated from now on, they are edits of their own."""
+    for path in sorted((workdir / VERSIONS).glob(f"[0-9]*/{BEGUN}")):
+        path.unlink()
 
 
 def require_unedited(workdir: Path) -> None:

@@ -24,6 +24,7 @@ import tensorstore as ts
 from jaxtyping import Int, Shaped
 
 from m3jax.errors import BankError
+from m3jax.failures import raise_if_machine
 from m3jax.memory import storage
 from m3jax.memory.cache import MemoryCache
 from m3jax.private_apis import is_damaged, is_missing, reason_of
@@ -224,7 +225,8 @@ class ShardReader:
                     return False
                 offsets = chunks[:, 0].tolist()
                 return self._source.load(shards, offsets, [targets[i] for i in places[part]])
-            except (OSError, ValueError, IndexError):
+            except (OSError, ValueError, IndexError) as error:
+                raise_if_machine(error)
                 return False
 
         step = max(-(-len(ids) // self._source.threads), -(-self._source.task // max(1, size)))
@@ -254,6 +256,7 @@ class ShardReader:
         try:
             (array[low:high] if ids is None else array[ids]).read().result()
         except ValueError as error:
+            raise_if_machine(error)
             if is_missing(error):
                 return f"{name} is missing"
             if is_damaged(error):

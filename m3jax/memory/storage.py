@@ -38,6 +38,7 @@ import numpy as np
 import tensorstore as ts
 
 from m3jax.errors import BankError
+from m3jax.failures import raise_if_machine
 from m3jax.files import checksum
 from m3jax.private_apis import reason_of
 from m3jax.store import RETRIES, limit_silence
@@ -157,6 +158,7 @@ def read_file(folder: str | Path, name: str) -> bytes | None:
     try:
         result = store(folder).read(name).result()
     except ValueError as error:
+        raise_if_machine(error)
         raise BankError(
             f"{folder}/{name} cannot be read: {reason_of(error)}. Check the drive, or server and"
             " network, and run the same command again"
@@ -248,6 +250,7 @@ def open_array(
     except ValueError as error:
         if create:
             raise BankError(f"{folder}/{ARRAY}zarr.json could not be written: {error}") from error
+        raise_if_machine(error)
         raise BankError(
             f"{folder}/{ARRAY}zarr.json is missing or does not fit {MANIFEST} ({error}); delete the"
             f" folder and run {write_again(folder)}"

@@ -103,7 +103,8 @@ def write_bank(
         "foreign": 0 if keep is None else len(keep),  # number of memories by another writer
     }
     hashes = memory_hashes(config, references)
-    sources = _sources(base, keep, binding, lengths, hashes)
+    itself = base is not None and Path(base.folder) == Path(folder)  # whose shards are missing
+    sources = _sources(None if itself else base, keep, binding, lengths, hashes)
 
     def prepare() -> tuple[Codec, dict[str, Any], list[int]]:
         codec = _make_codec(config, model, params, references, folder, binding, base)

@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from m3jax.errors import HuggingFaceError
+from m3jax.failures import raise_if_machine
 from m3jax.model.gguf_file import is_gguf, open_gguf
 from m3jax.model.hf_config import CONFIG, check_fields, read_fields, read_json, their_config
 from m3jax.model.parameters import Params, abstract_params, segment_ranges
@@ -305,6 +306,7 @@ def open_tensors(files: list[Path]) -> tuple[_Read, set[str]]:
         try:
             handle = safe_open(path, "np")
         except (OSError, SafetensorError) as error:
+            raise_if_machine(error)
             raise HuggingFaceError(
                 f"{path} is missing or damaged ({error}); download it again, or convert other"
                 " weights with from_pretrained(…).save_pretrained(…) of transformers"

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from ml_collections import ConfigDict
 
 from m3jax.errors import HuggingFaceError
+from m3jax.failures import raise_if_machine
 from m3jax.model.gguf_file import is_gguf, open_gguf
 from m3jax.model.hf_rope import read_no_rope, read_rope, their_rope
 from m3jax.model.rope import turned_layers
@@ -212,6 +213,7 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError("no JSON object")
     except (OSError, ValueError, RecursionError) as error:
+        raise_if_machine(error)
         raise HuggingFaceError(f"{path} is missing or damaged ({error}); {remedy}") from error
     return content
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from m3jax.errors import RetrievalError
+from m3jax.failures import raise_if_machine
 from m3jax.files import json_text, write_atomically
 
 _SPEC = "embedder.json"
@@ -75,6 +76,7 @@ def read_spec(folder: str | Path) -> dict[str, Any]:
         if not isinstance(spec, dict):
             raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
+        raise_if_machine(error)
         raise RetrievalError(
             f"{folder} holds no readable {_SPEC} ({error}); build the index again"
         ) from error
@@ -95,6 +97,7 @@ def reading(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, KeyError, TypeError, ValueError, BadZipFile) as error:
+        raise_if_machine(error)
         raise RetrievalError(
             f"cannot load the embedder in {folder} ({error!r}); build the index again"
         ) from error

@@ -13,6 +13,7 @@ import numpy as np
 import tokenizers
 
 from m3jax.errors import HuggingFaceError
+from m3jax.failures import raise_if_machine
 from m3jax.files import checksum, digest, json_text
 from m3jax.model.hf import open_tensors, weight_files
 from m3jax.model.hf_config import CONFIG, read_json
@@ -171,6 +172,7 @@ def _tokenizer(
         text = path.read_text("utf-8")
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the tokenizers library raises plain Exception
+        raise_if_machine(error)
         raise HuggingFaceError(
             f"{path} is missing or damaged ({error}); download it again, or write it with"
             " AutoTokenizer.from_pretrained(…).save_pretrained(…) of transformers"

@@ -23,7 +23,7 @@ from m3jax.data.pipeline import Pipeline, open_pipeline, open_rows
 from m3jax.data.rows import Rows
 from m3jax.errors import UsefulnessError
 from m3jax.files import digest, json_text, write_atomically
-from m3jax.knowledge.edit import keep_only
+from m3jax.knowledge.edit import keep_only, open_to_select
 from m3jax.knowledge.memory_writer import check_reader
 from m3jax.knowledge.versions import Version, open_version
 from m3jax.make_model import make_model
@@ -87,8 +87,9 @@ def select_references(
     """
     config, workdir = _with_bank(config), Path(workdir)
     checkpoint = Path(checkpoint or workdir / config.stage)
-    opened = open_version(workdir, version)
-    if not dry_run and opened.number != open_version(workdir).number:
+    current = open_to_select(workdir)
+    opened = current if version is None else open_version(workdir, version)
+    if not dry_run and opened.number != current.number:
         raise UsefulnessError(
             f"version {opened.number} is not the current one; choose from it with --dry_run, or go"
             " back to it first with launch/edit_bank.py rollback"

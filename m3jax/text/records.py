@@ -16,6 +16,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from m3jax.errors import TextError
+from m3jax.failures import raise_if_machine
 from m3jax.files import (
     SMALL,
     TEMPORARY,
@@ -228,6 +229,7 @@ class Records:
                 self._compare(payloads, ids[places])
                 unpacked = [msgpack.unpackb(payload) for payload in payloads]
             except (RuntimeError, IndexError, ValueError, msgpack.UnpackException) as error:
+                raise_if_machine(error)
                 raise self.damaged(self._paths[shard], f"is damaged ({error})") from error
             for place, record in zip(places, unpacked, strict=True):
                 records[place] = record

@@ -16,6 +16,7 @@ from jaxtyping import Int32
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from m3jax.errors import TextError
+from m3jax.failures import raise_if_machine
 from m3jax.files import digest, json_text, write_atomically
 from m3jax.text.byte_fallback import SPACE
 from m3jax.workdir import remedy
@@ -126,6 +127,7 @@ class Tokenizer:
         except TextError:  # intact, but not of our layout
             raise
         except Exception as error:  # the tokenizers library raises plain Exception
+            raise_if_machine(error)
             raise TextError(
                 f"{path} is damaged ({error}), or {manifest} is; {remedy(folder)}"
             ) from error

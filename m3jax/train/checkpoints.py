@@ -33,6 +33,7 @@ from m3jax.config import flatten, to_json
 from m3jax.distributed import meet
 from m3jax.errors import CheckpointError
 from m3jax.files import write_atomically
+from m3jax.private_apis import quiet_failed_saves
 from m3jax.train.state import TrainState
 
 _TEMPORARY = ".orbax-checkpoint-tmp"  # part of the names of folders that Orbax deletes
@@ -88,7 +89,10 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Retention(config), cleanup_tmp_directories=True
         )
+        quiet_failed_saves()
         self.manager = ocp.CheckpointManager(self.folder, options=options)
+        # Orbax deletes after a save only; a run that was killed between them may save no more.
+        self.delete(set(self.steps()) - kept(self.steps(), config))
 
     def reads(self, writer: Mapping[str, Any] | None, version: int | None) -> None:
         """Records the writer and the version of the memories that the run reads from now on."""

@@ -28,6 +28,7 @@ from m3jax.data.pipeline import Pipeline
 from m3jax.data.rows import PackedRows
 from m3jax.distributed import meet
 from m3jax.errors import CheckpointError
+from m3jax.failures import raise_if_machine
 from m3jax.files import digest, json_text, read_sealed, write_array, write_sealed
 from m3jax.make_model import make_model
 from m3jax.memory.binding import writer_fingerprint, writer_params
@@ -223,6 +224,7 @@ def _read_array(folder: Path, manifest: Mapping[str, Any]) -> Float[np.ndarray, 
     try:
         logprobs = np.load(folder / _ARRAY)
     except (ValueError, OSError, EOFError) as error:
+        raise_if_machine(error)
         raise _damaged(folder, f"{_ARRAY}: {error}") from error
     if logprobs.shape != (manifest["rows"], manifest["slots"]):
         raise _damaged(folder, f"{_ARRAY} has the shape {logprobs.shape}")

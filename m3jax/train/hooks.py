@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import signal
 import threading
@@ -175,27 +176,36 @@ class Evaluation(Hook):
 
 
 class Save(Hook):
-    """Saves every `train.checkpoint_every` steps and at the end; on SIGTERM saves and ends the run.
+    """Saves every `train.checkpoint_every` steps and at the end; when told to stop, saves and ends.
+
+    SIGTERM tells it, and SIGINT (Ctrl-C); a second SIGINT ends the process at once.
 
     The lines of `log` are forced to disk first, so that no checkpoint is ahead of the metrics.
     """
 
     def __init__(self, run: Run, log: Log):
         super().__init__(run)
-        self.log, self._told = log, False  # told by SIGTERM to stop
-        self._previous: Any = None  # handler of SIGTERM
+        self.log, self._told = log, False  # told to stop
+        self._previous: dict[int, Any] = {}  # handlers of signals
 
     def read_from(self, data: StageData) -> None:
         self.run.checkpoints.reads(data.writer, data.version)
 
     def start(self, step: int) -> None:
-        # With several processes JAX's own service notes the signal and agrees on a step.
-        alone = jax.process_count() == 1 and self._previous is None
-        if alone and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._note)
+        if self._previous or threading.current_thread() is not threading.main_thread():
+            return
+        self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._note)
+        # With several processes JAX's own service notes SIGTERM and agrees on a step.
+        if jax.process_count() == 1:
+            self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
 
-    def _note(self, *_: Any) -> None:
-        self._told = True
+    def _note(self, number: int, _: Any) -> None:
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[number])
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self._told = True
 
     def due(self, step: int) -> bool:
         if jax.process_count() > 1:  # True only once; remembered across a rollback
@@ -221,8 +231,8 @@ class Save(Hook):
             self.run.checkpoints.manager.wait_until_finished()
 
     def close(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
 
 class Trace(Hook):

@@ -42,9 +42,9 @@ def train(
 ) -> Summary:
     """Trains the stage `config.stage` in `<workdir>/<stage>`, or continues it.
 
-    The same call after a kill ends bitwise equal to an uninterrupted run. On SIGTERM the run is
-    saved, and the process ends with code 0. With `guard.on` a diverging run is rolled back to a
-    checkpoint and continued from it (`m3jax.train.guard`).
+    The same call after a kill ends bitwise equal to an uninterrupted run. On SIGTERM or Ctrl-C the
+    run is saved, and the process ends with code 0. With `guard.on` a diverging run is rolled back
+    to a checkpoint and continued from it (`m3jax.train.guard`).
 
     Args:
       config: config of the run; it is validated.

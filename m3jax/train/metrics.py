@@ -15,13 +15,16 @@ from typing import Any, NamedTuple
 import jax
 from jax.tree_util import keystr
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from m3jax.checkpoint import FOLDER
 from m3jax.files import json_text, write_atomically
 from m3jax.train.guard import describe
 
 FILE = "metrics.jsonl"
+_FLUSHED_EVERY = 60  # seconds
 
 
 def read_metrics(stage_folder: str | Path) -> list[dict[str, Any]]:
@@ -139,7 +142,7 @@ class Metrics:
         write_atomically(folder / FILE, text.encode())
         self.seconds: float = max((line.get("seconds", 0.0) for line in kept), default=0.0)
         self._file = open(folder / FILE, "a", encoding="utf-8")  # noqa: SIM115 (closed in `close`)
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._events = _Events(folder / "tensorboard", step + 1)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends a line; `step` is among its keys. Numbers in it become TensorBoard scalars.
@@ -155,15 +158,43 @@ class Metrics:
         for path, value in jax.tree.leaves_with_path(line):
             name = keystr(path, simple=True, separator="/")
             if name != "step" and isinstance(value, (int, float)):
-                self._events.add_scalar(name, value, int(line["step"]))
+                self._events.write(int(line["step"]), summary=scalar(name, value))
 
     def sync(self) -> None:
         """Forces all lines to disk, so that no checkpoint is ahead of the metrics."""
         os.fsync(self._file.fileno())
+        self._events.flush()
 
     def close(self) -> None:
         self._file.close()
         self._events.close()
+
+
+class _Events:
+    """Writes TensorBoard events of the steps from `first` on, in place of earlier ones.
+
+    In the thread that calls, not as tensorboardX does in its own: a full disk is then an error of
+    the run, and nothing is written when the interpreter ends.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer, self._flushed = EventsWriter(str(folder / "events")), time.monotonic()
+        self.write(first, file_version="brain.Event:2")
+        self.write(first, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, **content: Any) -> None:
+        """Writes an event with the `Event` fields `content`; TensorBoard sees it in a minute."""
+        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
+        if time.monotonic() - self._flushed > _FLUSHED_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        self._writer.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def _with_rollbacks(

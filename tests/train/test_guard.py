@@ -1,12 +1,13 @@
 """Guarded runs: what they survive, and that kills in between change nothing."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from train.guarded import BAD, guarded_config, guarded_run
-from train.test_loop import Crash, crash_at, outcome, terminate_at
+from train.test_loop import Crash, crash_at, outcome, told_at
 
 from m3jax.errors import CheckpointError, ConfigError, DivergenceError
 from m3jax.train import checkpoints as checkpoints_module
@@ -211,7 +212,7 @@ def test_a_checkpoint_of_a_stopped_run_is_none_to_go_back_to(survived, tmp_path)
     config, workdir, _, _ = survived
     for at in (11, 24):  # saved at steps 12 and 22, just before the trouble
         with pytest.raises(SystemExit):
-            guarded_run(config, tmp_path, BAD, terminate_at(at))
+            guarded_run(config, tmp_path, BAD, told_at(at, signal.SIGTERM))
     guarded_run(config, tmp_path, BAD)
     assert outcome(config, tmp_path) == outcome(config, workdir)
     assert steps_of(tmp_path) == steps_of(workdir)

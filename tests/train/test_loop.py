@@ -41,10 +41,10 @@ def crash_at(at):
     return before
 
 
-def terminate_at(at):
+def told_at(at, number):
     def before(step):
         if step == at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     return before
 
@@ -146,14 +146,15 @@ def test_resumed_run_is_bitwise_equal(undisturbed, tmp_path, crash):
     assert outcome(config, tmp_path) == outcome(config, workdir)
 
 
-def test_sigterm_saves_and_exits_cleanly(undisturbed, tmp_path, capsys):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_cleanly(undisturbed, tmp_path, capsys, number):
     config, workdir, _ = undisturbed
-    handler = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(number)
     with pytest.raises(SystemExit) as caught:
-        run(config, tmp_path, terminate_at(7))
+        run(config, tmp_path, told_at(7, number))
     assert caught.value.code == 0
     assert "saved at step 8 of 12" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) == handler
+    assert signal.getsignal(number) == handler
     run(config, tmp_path)
     assert outcome(config, tmp_path) == outcome(config, workdir)
 
