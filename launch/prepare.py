@@ -84,6 +84,7 @@ def main(given: FlagValues) -> None:
     from m3jax.text.listing import describe_files
     from m3jax.text.prepare import prepare_text
     from m3jax.text.references import References
+    from m3jax.workdir import only_writer
 
     config, workdir = given.config, given.workdir
     runner = _runner(given)
@@ -93,14 +94,15 @@ def main(given: FlagValues) -> None:
     if left_out:
         print(f"files of questions not read: {describe_files(left_out)}")
     embedder = make_embedder(config)  # first: what is wrong with an encoder is known at once
-    prepare_text(
-        *(config, workdir, given.documents, given.knowledge, given.limit_documents),
-        runner=runner,
-        quality=given.quality,
-        questions=questions,
-    )
-    references = References(workdir / "references")
-    build_index(references, embedder, workdir / "index", config)
+    with only_writer(workdir):
+        prepare_text(
+            *(config, workdir, given.documents, given.knowledge, given.limit_documents),
+            runner=runner,
+            quality=given.quality,
+            questions=questions,
+        )
+        references = References(workdir / "references")
+        build_index(references, embedder, workdir / "index", config)
     print(f"index: {len(references)} references in {workdir / 'index'}")
 
 

@@ -38,8 +38,10 @@ def main(given: FlagValues) -> None:
     """Trains the demonstration and prints its report."""
     demonstration = _demonstration(given)
     from m3jax.quickstart.run import run
+    from m3jax.workdir import only_writer
 
-    run(demonstration, compare_from_scratch=given.compare_from_scratch)
+    with only_writer(demonstration.workdir / "report"):
+        run(demonstration, compare_from_scratch=given.compare_from_scratch)
     _show(demonstration.workdir / "report" / "README.md")
 
 
@@ -54,8 +56,10 @@ def chat(given: FlagValues) -> None:
     """
     demonstration = _demonstration(given)
     from m3jax.quickstart.chat import run
+    from m3jax.workdir import only_writer
 
-    run(demonstration)
+    with only_writer(demonstration.workdir / "report"):
+        run(demonstration)
     _show(demonstration.workdir / "report" / "CHAT.md")
 
 
@@ -86,10 +90,12 @@ def smollm2(given: FlagValues) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/, which is not installed
     from configs import smollm2 as config
     from m3jax.quickstart.real_llama import run
+    from m3jax.workdir import only_writer
 
     workdir = given.workdir.absolute()
     options = {"weights": given.weights, "questions": given.questions, "train": given.train}
-    run(config.get_config, workdir, **options)
+    with only_writer(workdir / "report"):
+        run(config.get_config, workdir, **options)
     _show(workdir / "report" / "README.md")
 
 

@@ -59,8 +59,9 @@ def main(given: FlagValues) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs/, which is not installed
     from m3jax.errors import SweepError
     from m3jax.sweep.plan import launch_lines, plan_sweep
-    from m3jax.sweep.run import alone, end_with_parent, finish, run_all
+    from m3jax.sweep.run import PATIENCE, end_with_parent, finish, run_all
     from m3jax.sweep.spec import chosen, load_sweep
+    from m3jax.workdir import only_writer
 
     sweep, workdir = load_sweep(given.sweep), given.workdir.absolute()
     runs = chosen(plan_sweep(sweep, workdir, given.data), given.entries, given.seeds)
@@ -79,7 +80,7 @@ def main(given: FlagValues) -> None:
     if given.prepare_only:
         from m3jax.sweep.entry import prepare
 
-        with alone(workdir):
+        with only_writer(workdir, PATIENCE):
             for run in runs:
                 prepare(sweep, run)
         return

@@ -24,6 +24,7 @@ that the first memory layer alone finds most changed.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from absl.flags import FlagValues
 
@@ -66,27 +67,35 @@ def main(given: FlagValues) -> None:
 
 def write(given: FlagValues) -> None:
     """Writes missing memories with the checkpoint's writer."""
+    import contextlib
+
     import jax
 
+    from m3jax.distributed import first_writes
     from m3jax.knowledge.memory_writer import MemoryWriter
-    from m3jax.knowledge.versions import require_unedited
+    from m3jax.knowledge.versions import existing, require_unedited
     from m3jax.memory.bank import Bank
+    from m3jax.memory.storage import is_url
     from m3jax.text.references import References
 
     workdir = given.workdir
-    if given.bank is None:
-        require_unedited(workdir)
-    references = References(given.references or workdir / "references")
-    base = None if given.base is None else Bank.open(given.base)
-    writer = MemoryWriter(given.config, workdir, given.checkpoint or workdir / "warmup")
     folder = given.bank or workdir / "bank"
-    report = writer(references, folder, base)
+    # Then it is a part of the knowledge, which is not edited meanwhile.
+    own = not is_url(folder) and Path(folder).resolve() == (workdir / "bank").resolve()
+    with first_writes(existing(workdir)) if own else contextlib.nullcontext():
+        if own:
+            require_unedited(workdir)
+        references = References(given.references or workdir / "references")
+        base = None if given.base is None else Bank.open(given.base)
+        writer = MemoryWriter(given.config, workdir, given.checkpoint or workdir / "warmup")
+        report = writer(references, folder, base)
     if jax.process_index() != 0:
         return
-    _, path, step = writer.restore(references.tokenizer_fingerprint)
+    written = writer.restore(references.tokenizer_fingerprint)
     print(
-        f"bank {folder}: {report['references']} memories by {path} step {step};"
-        f" {report['encoded']} encoded, {report['copied']} copied, {report['kept']} there before;"
+        f"bank {folder}: {report['references']} memories by {written.folder} step"
+        f" {written.step}; {report['encoded']} encoded, {report['copied']} copied,"
+        f" {report['kept']} there before;"
         f" {report['seconds']:.1f} s, {report['memories_per_second']:.0f} memories a second,"
         f" {report['encode_share']:.0%} of the time encoding"
     )

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from m3jax.config import PREFIX_TOKENS, default
 from m3jax.errors import CheckpointError
 from m3jax.failures import raise_if_machine
+from m3jax.files import digest, json_text
 from m3jax.make_model import make_model
 from m3jax.mesh import parameter_shardings
 from m3jax.model.parameters import Params
@@ -232,18 +233,27 @@ def check_shapes(folder: Path, saved: Params, needed: Params) -> None:
 def stage_of(checkpoint: str | Path) -> Path:
     """Returns the stage folder of a checkpoint: of a stage folder or of `…/checkpoints/<step>`."""
     path = Path(checkpoint).absolute()
-    return path.parents[1] if path.parent.name == FOLDER else path
+    return path.parents[1] if path.parent.name == FOLDER and path.name.isdigit() else path
 
 
 def reads(
     meta: Mapping[str, Any], checkpoint: str | Path, writer: Mapping[str, Any] | None
 ) -> bool:
-    """Tests whether a checkpoint can use memories of a bank's writer, `{"hash", "path", "step"}`.
+    """Tests whether a checkpoint can use memories of a bank's writer (`Bank.writer`).
 
     It can if it was trained on memories of this writer, if the writer is a checkpoint of its own
-    stage (a refresh), or if it was trained without memories. A `writer` of None fits every one.
+    run (a refresh), or if it was trained without memories. A `writer` of None fits every one.
     """
     recorded = meta["writer"]
     if recorded is None or writer is None or recorded["hash"] == writer["hash"]:
         return True
+    if writer.get("run"):
+        return bool(writer["run"] == meta.get("run"))
+    # A bank of an earlier version, which has not recorded the run.
     return bool(writer["path"]) and Path(writer["path"]) == stage_of(checkpoint)
+
+
+def identity_of(meta: Mapping[str, Any]) -> str:
+    """Returns what identifies a checkpoint wherever it lies: its run and step, by its `meta`."""
+    run = meta.get("run") or digest(json_text(dict(meta), sort_keys=True))  # an earlier version's
+    return f"step {meta['step']} of run {run}"

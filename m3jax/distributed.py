@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from m3jax.errors import ProcessError
 from m3jax.files import json_text
 from m3jax.private_apis import coordination_client, detect_cluster
 from m3jax.watch import LONGEST_WAIT, ROOT, LastWords, Processes, Report, Watch, address_of
+from m3jax.workdir import only_writer
 
 _meetings = itertools.count()
 
@@ -85,6 +87,11 @@ def meet(name: str) -> None:
     client = coordination_client()
     if client is not None and jax.process_count() > 1:
         client.wait_at_barrier(f"{ROOT}/meet/{next(_meetings)}/{name}", 1000 * LONGEST_WAIT)
+
+
+def first_writes(folder: str | os.PathLike[str]) -> contextlib.AbstractContextManager[int | None]:
+    """Locks a folder (`m3jax.workdir.only_writer`) by process 0, for all processes of the run."""
+    return only_writer(folder) if jax.process_index() == 0 else contextlib.nullcontext()
 
 
 def first_alone(work: Callable[[], Result], seen: Callable[[], object]) -> Result:

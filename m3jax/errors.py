@@ -31,6 +31,10 @@ class LeakageError(UserError):
     """Raised for settings or texts from which no leakage report can be made."""
 
 
+class LockError(UserError):
+    """Raised if another process is writing the same folder; the message names both."""
+
+
 class ProcessError(UserError):
     """Raised if several processes cannot work together; the message names the process and value."""
 

@@ -223,6 +223,10 @@ def test_not_among_the_choices(field: str, value: Any, accepted: str) -> None:
         ({"mesh__fsdp": 0}, ("mesh.fsdp = 0", "-1 or at least 1")),
         ({"stage": ""}, ("config.stage", "not empty")),
         ({"stage": "a/b"}, ("config.stage = 'a/b'", "no slash")),
+        ({"stage": ".."}, ("config.stage = '..'", "dot at either end")),
+        ({"stage": "a\nb"}, ("config.stage = 'a\\nb'", "no control character")),
+        ({"stage": "bank"}, ("config.stage = 'bank'", "folder bank for other things")),
+        ({"stage": "Versions"}, ("config.stage = 'Versions'", "folder versions")),
     ],
 )
 def test_combinations_that_cannot_work(values: dict[str, Any], parts: tuple[str, ...]) -> None:

@@ -17,6 +17,12 @@ from m3jax.errors import ConfigError
 # Values of memory.source with which references are encoded in the step.
 IN_STEP = ("online", "stop_gradient")
 
+# Folders of a workdir, which no stage may be named like.
+WORKDIR_FOLDERS = (
+    *("tokenizer", "clean", "corpus", "selection", "references", "index", "bank", "versions"),
+    *("chats", "pairs", "report", "text", "lock"),
+)
+
 # Values of data.packing with several texts in a row that do not attend to each other.
 PACKED = ("chats", "pairs")
 
@@ -164,8 +170,15 @@ def _training(c: ConfigDict) -> Unfit:
         yield "guard.patience", f"twice as many steps must fit into guard.window = {c.guard.window}"
     if c.mesh.fsdp == 0:
         yield "mesh.fsdp", "must be -1 or at least 1"
-    if not c.stage or "/" in c.stage:
-        yield "stage", "names a folder of the workdir: not empty, no slash"
+    name = c.stage
+    if name.casefold() in WORKDIR_FOLDERS:
+        yield "stage", f"a workdir has a folder {name.casefold()} for other things; name it else"
+    if not name.isprintable() or set(name) & set("/\\") or name.strip(". ") != name or not name:
+        yield (
+            "stage",
+            "names a folder of the workdir: not empty, no slash and no control character, no blank"
+            " or dot at either end",
+        )
 
 
 def _refresh(c: ConfigDict) -> Unfit:

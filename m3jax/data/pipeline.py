@@ -62,6 +62,7 @@ class Pipeline:
     Attributes:
       base_logprobs: DPO's base log-probabilities of the answers of every row, `(rows, slots)`
         float32, nats; None (batches then hold 0) until `m3jax.train.dpo_base` sets them.
+      base_model: what identifies the model of `base_logprobs`; "" while these are None.
       version: version of the knowledge base; None without memory.
     """
 
@@ -89,6 +90,7 @@ class Pipeline:
         self._order = order.batch(batch_size, drop_remainder=True)
         self.version: Version | None = None
         self.base_logprobs: np.ndarray | None = None
+        self.base_model = ""
         self._counts = Counter(chunks=0, chunks_without_reference=0)
         self._lock = threading.Lock()
 
@@ -161,6 +163,21 @@ class Pipeline:
         steps = grain.MapDataset.range(first_step, 2**40).map(lambda step: self.batch(step, rows))
         options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.prefetch)
         return iter(steps.to_iter_dataset(options))
+
+    @property
+    def ingredients(self) -> dict[str, str]:
+        """Returns the fingerprint of everything that batches are made from, by its name."""
+        corpus = self.rows.corpus
+        parts = {f"{corpus.folder.parent.name}/{corpus.folder.name}": corpus.fingerprint}
+        if self.references is not None:
+            parts["references"] = self.references.fingerprint
+        if self.retriever is not None:
+            parts["index"] = self.retriever.index.fingerprint
+        if self.bank is not None:
+            parts["bank"] = self.bank.fingerprint
+        if self.base_model:
+            parts[f"base model of {corpus.folder.name}"] = self.base_model
+        return parts
 
     @property
     def dequantize(self) -> Dequantize | None:

@@ -184,5 +184,5 @@ class Session:
         with config.unlocked():
             config.writer.batch_references = _COLD_BATCH
         model = make_model(config, PREFIX_TOKENS)
-        params, _, _ = restore_writer(self.checkpoint, model, self.tokenizer.fingerprint)
+        params = restore_writer(self.checkpoint, model, self.tokenizer.fingerprint).params
         return ColdMemories(config, model, params, references, _COLD_BYTES)

@@ -27,9 +27,9 @@ from m3jax.knowledge.versions import (
     VERSIONS,
     Version,
     editing,
+    existing,
     folder_of,
     forget_begun,
-    only_writer,
     open_bank,
     open_index,
     open_references,
@@ -44,7 +44,7 @@ from m3jax.retrieval.build import build_index
 from m3jax.text.documents import Document, with_unique_ids
 from m3jax.text.references import References, copy_references, write_references
 from m3jax.text.tokenizer import Tokenizer
-from m3jax.workdir import BEGUN, begin_part, is_begun
+from m3jax.workdir import BEGUN, begin_part, content_id, is_begun, only_writer
 
 KEEP = "keep"  # the kind of an edit by `keep_only`
 
@@ -74,8 +74,9 @@ def edit(
 
     Raises:
       VersionError: there is nothing to do; a document exists and `replace` is False; a key or
-        document to delete does not exist; `write` is missing; another process is editing; there is
-        no workdir, or its current version is damaged.
+        document to delete does not exist; `write` is missing; there is no workdir, or its current
+        version is damaged.
+      LockError: another process is writing the workdir.
       TextError, RetrievalError, BankError, OSError: references, index or bank cannot be read or
         written; the current version is unchanged.
     """
@@ -122,8 +123,9 @@ def merge(
     With `replace`, documents that are in both workdirs are replaced by those of `other`.
 
     Raises:
-      VersionError: a document is in both and `replace` is False; another process is editing; a
-        workdir is missing, or its current version is damaged.
+      VersionError: a document is in both and `replace` is False; a workdir is missing, or its
+        current version is damaged.
+      LockError: another process is writing the workdir.
       BankError: the other bank has another writer, tokenizer, layout or codec; a bank is missing or
         cannot be read or written.
       TextError, RetrievalError: references or index cannot be read or written.
@@ -160,7 +162,8 @@ def keep_only(config: ConfigDict, version: Version, ids: np.ndarray, *, note: st
     new version, or the current one if `ids` cover all of its references or none.
 
     Raises:
-      VersionError: `version` is no longer current, or another process is editing.
+      VersionError: `version` is no longer current.
+      LockError: another process is writing the workdir.
       TextError: the references cannot be read.
     """
     workdir = version.workdir
@@ -190,7 +193,8 @@ def refresh(workdir: str | Path, what: str, *, write: WriteMemories, note: str) 
     `write` is called for the base and each delta; its third argument is their old bank.
 
     Raises:
-      VersionError: there is no bank, or another process is editing.
+      VersionError: there is no bank.
+      LockError: another process is writing the workdir.
       BankError: an old bank cannot be read, or a new one cannot be written.
     """
     workdir, identity = Path(workdir), ["refresh", what]
@@ -224,10 +228,11 @@ def rollback(workdir: str | Path, number: int) -> Version:
     """Makes the version `number` the current one, even if `current.json` is damaged.
 
     Raises:
-      VersionError: the version does not exist or is damaged, or another process is editing.
+      VersionError: the version does not exist or is damaged.
+      LockError: another process is writing the workdir.
     """
     workdir = Path(workdir)
-    with only_writer(workdir):
+    with only_writer(existing(workdir)):
         forget_begun(workdir)
         try:
             oldest = read_current(workdir)["oldest"]
@@ -326,12 +331,17 @@ def commit_version(
     if (building / BANKS).exists():
         banks = [str(own / BANKS / str(part)) for part in range(len(parts))]
     write_array(building / TOMBSTONES, tombstones)
+
+    def of_part(part: int) -> Path:
+        return building if part == number else folder_of(workdir, part)
+
     content = {
         "version": number,
         "parent": parent.number,
         "base": parts[0],
         "deltas": parts[1:],
         "banks": banks,
+        "references": [content_id(of_part(part) / "references") for part in parts],
         "tombstones": checksum(building / TOMBSTONES),
         "oldest": number if alone else read_current(workdir)["oldest"],
         "note": note,

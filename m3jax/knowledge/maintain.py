@@ -20,8 +20,8 @@ from m3jax.knowledge.versions import (
     Version,
     editing,
     embedders,
+    existing,
     in_use,
-    only_writer,
     open_bank,
     open_index,
     open_references,
@@ -36,6 +36,7 @@ from m3jax.retrieval.embedder import Embedder
 from m3jax.retrieval.index import Index
 from m3jax.text.references import References, copy_references
 from m3jax.text.tokenizer import Tokenizer
+from m3jax.workdir import only_writer
 
 
 def compact(
@@ -51,8 +52,8 @@ def compact(
       next compaction because another process reads them.
 
     Raises:
-      VersionError: no reference is left, another process is editing, or the current version cannot
-        be opened.
+      VersionError: no reference is left, or the current version cannot be opened.
+      LockError: another process is writing the workdir.
       TextError, RetrievalError, BankError: references, index or bank cannot be read or written.
     """
     workdir = Path(workdir)
@@ -115,12 +116,13 @@ def repair(
     Raises:
       TextError: references are damaged; index and memories are made from them.
       BankError: a bank is damaged outside its shards, or cannot be written.
-      VersionError: the version cannot be opened, or another process is editing.
+      VersionError: the version cannot be opened.
+      LockError: another process is writing the workdir.
     """
     version = open_version(workdir, number)
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
     done = []
-    with only_writer(Path(workdir)):
+    with only_writer(existing(Path(workdir))):
         for part, (folder, bank) in enumerate(zip(version.folders, version.banks, strict=True)):
             references = References(folder / "references")
             references.verify()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -29,10 +29,17 @@ from m3jax.model.transformer import Model
 from m3jax.text.references import References
 
 
-def restore_writer(
-    checkpoint: str | Path, model: Model, tokenizer: str
-) -> tuple[Params, Path, int]:
-    """Restores a checkpoint's writer; returns its parameters, stage folder and step.
+class Writer(NamedTuple):
+    """The weights that write memories: parameters, and stage folder, step and run of them."""
+
+    params: Params
+    folder: Path
+    step: int
+    run: str  # "" of a checkpoint of an earlier version
+
+
+def restore_writer(checkpoint: str | Path, model: Model, tokenizer: str) -> Writer:
+    """Restores a checkpoint's writer.
 
     `tokenizer` is the fingerprint that the checkpoint's tokenizer must have.
 
@@ -45,7 +52,7 @@ def restore_writer(
     params, meta = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer)
     writer = meta["writer"]
     if writer is None:
-        return params, checkpoint.absolute(), meta["step"]
+        return _writer(params, stage_of(checkpoint), meta)
     weights = _restore_recorded(writer, stage_of(checkpoint).parent, model)
     if weights is None:
         raise BankError(
@@ -80,10 +87,10 @@ class MemoryWriter:
         self.config, self.workdir, self.checkpoint = config, Path(workdir), checkpoint
         self.itself, self.like_base = itself, like_base
         self.model = make_model(config, PREFIX_TOKENS, writer_mesh(config))
-        self.writer: tuple[Params, Path, int] | None = None
+        self.writer: Writer | None = None
 
-    def restore(self, tokenizer: str, base: Bank | None = None) -> tuple[Params, Path, int]:
-        """Returns parameters, stage folder and step of the writer; restores them at the first call.
+    def restore(self, tokenizer: str, base: Bank | None = None) -> Writer:
+        """Returns the writer, which is restored at the first call.
 
         Raises `CheckpointError` or `BankError` as `restore_writer` does.
         """
@@ -99,7 +106,7 @@ class MemoryWriter:
         keep: Int[np.ndarray, " n"] | None = None,
     ) -> dict[str, Any]:
         """Writes the memories of references by `m3jax.memory.write.write_bank` with this writer."""
-        params, path, step = self.restore(references.tokenizer_fingerprint, base)
+        writer = self.restore(references.tokenizer_fingerprint, base)
         config = self.config.copy_and_resolve_references()
         if self.like_base and base is not None:
             with config.unlocked():
@@ -108,16 +115,17 @@ class MemoryWriter:
         return write_bank(
             config,
             self.model,
-            params,
+            writer.params,
             references,
             folder,
-            writer_path=str(path),
-            writer_step=step,
+            writer_path=str(writer.folder),
+            writer_step=writer.step,
+            writer_run=writer.run,
             base=base,
             keep=keep,
         )
 
-    def _restore(self, tokenizer: str, base: Bank | None) -> tuple[Params, Path, int]:
+    def _restore(self, tokenizer: str, base: Bank | None) -> Writer:
         if self.checkpoint is None and base is not None:
             recorded = _restore_recorded(base.writer, self.workdir, self.model)
             if recorded is not None:
@@ -126,16 +134,18 @@ class MemoryWriter:
         if not self.itself:
             return restore_writer(checkpoint, self.model, tokenizer)
         params, meta = restore_params(checkpoint, self.model, tokenizer_fingerprint=tokenizer)
-        return params, stage_of(checkpoint), meta["step"]
+        return _writer(params, stage_of(checkpoint), meta)
 
 
-def _restore_recorded(
-    writer: Mapping[str, Any], workdir: Path, model: Model
-) -> tuple[Params, Path, int] | None:
+def _writer(params: Params, folder: Path, meta: Mapping[str, Any]) -> Writer:
+    return Writer(params, folder, meta["step"], meta.get("run", ""))
+
+
+def _restore_recorded(writer: Mapping[str, Any], workdir: Path, model: Model) -> Writer | None:
     """Restores the weights that a checkpoint or bank records as its writer.
 
     Looks at the recorded path, then for a folder of that name in `workdir`; None if neither has
-    these weights. Returns parameters, stage folder and step.
+    these weights.
     """
     recorded = Path(writer["path"])
     for folder in (recorded, workdir / recorded.name):
@@ -144,7 +154,7 @@ def _restore_recorded(
         except CheckpointError:
             continue
         if writer_fingerprint(params, model.memory) == writer["hash"]:
-            return params, folder, meta["step"]
+            return _writer(params, folder, meta)
     return None
 
 

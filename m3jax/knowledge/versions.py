@@ -40,7 +40,7 @@ from m3jax.retrieval.retriever import Retriever
 from m3jax.retrieval.search import SearchIndex
 from m3jax.text.references import DeltaReferences, References
 from m3jax.text.tokenizer import Tokenizer
-from m3jax.workdir import BEGUN
+from m3jax.workdir import BEGUN, content_id, only_writer
 
 VERSIONS, CURRENT, VERSION = "versions", "current.json", "version.json"
 TOMBSTONES = "tombstones.npy"
@@ -130,7 +130,8 @@ def write_current(workdir: Path, version: int, oldest: int) -> None:
     write_sealed(workdir / VERSIONS / CURRENT, {"version": version, "oldest": oldest})
 
 
-def _existing(workdir: Path) -> Path:
+def existing(workdir: Path) -> Path:
+    """Returns the folder of a workdir; raises `VersionError` if there is none."""
     if not workdir.is_dir():
         raise VersionError(f"there is no workdir {workdir}; make it with launch/prepare.py")
     return workdir
@@ -141,7 +142,7 @@ def versions(workdir: str | Path) -> list[int]:
 
     Raises `VersionError` if the workdir is missing or `current.json` is damaged.
     """
-    workdir = _existing(Path(workdir))
+    workdir = existing(Path(workdir))
     oldest = read_current(workdir)["oldest"]
     numbers = [int(path.parent.name) for path in (workdir / VERSIONS).glob(f"[0-9]*/{VERSION}")]
     return sorted(number for number in [0, *numbers] if number >= oldest)
@@ -201,6 +202,13 @@ def read_version(workdir: Path, number: int) -> Version:
     tombstones = np.load(io.BytesIO((folder / TOMBSTONES).read_bytes()), allow_pickle=False)
     folders = tuple(folder_of(workdir, part) for part in [content["base"], *content["deltas"]])
     banks = tuple(workdir / path for path in content["banks"])
+    for part, made_from in zip(folders, content.get("references", ()), strict=False):
+        if content_id(part / "references") not in (None, made_from):
+            raise VersionError(
+                f"{part / 'references'} are not the references that version {number} of {workdir}"
+                f" was made from ({made_from[:12]}); put those back, or go back to another version"
+                " with launch/edit_bank.py rollback"
+            )
     return Version(workdir, number, content["parent"], content["note"], folders, banks, tombstones)
 
 
@@ -218,28 +226,13 @@ def in_use(workdir: Path, number: int) -> bool:
 
 
 @contextlib.contextmanager
-def only_writer(workdir: Path) -> Iterator[None]:
-    """Locks a workdir for editing; raises `VersionError` if it is locked or does not exist."""
-    (_existing(workdir) / VERSIONS).mkdir(exist_ok=True)
-    with (workdir / VERSIONS / "lock").open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise VersionError(
-                f"another process is editing {workdir}; wait until it has ended, or stop it: its"
-                " edit can be repeated"
-            ) from None
-        yield
-
-
-@contextlib.contextmanager
 def editing(workdir: Path) -> Iterator[Version]:
     """Locks a workdir and opens its current version; errors of `only_writer` and `open_version`.
 
     An edit that was killed between its commit and its end is brought to its end: its version is
     made current, and keeps `begun.json`, by which the same edit, repeated, knows that it is done.
     """
-    with only_writer(workdir):
+    with only_writer(existing(workdir)):
         current, last = read_current(workdir), max(versions(workdir))
         if last > current["version"] and (folder_of(workdir, last) / BEGUN).exists():
             write_current(workdir, last, current["oldest"])

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from m3jax.errors import BankError
-from m3jax.files import checksum
+from m3jax.files import checksum, digest, json_text
 from m3jax.memory import codec as codecs
 from m3jax.memory.binding import Binding
 from m3jax.memory.buffer_pool import Buffers
@@ -119,10 +119,20 @@ class Bank(MemoryReader):
 
     @property
     def writer(self) -> dict[str, Any]:
-        """Returns the checkpoint that wrote the bank or its base: `hash`, `path` and `step`."""
+        """Returns the checkpoint that wrote the bank or its base: `hash`, `path`, `step`, `run`.
+
+        Its path when it wrote; its `run` is "" if the bank was written by an earlier version.
+        """
         info = self.manifest["info"]
-        step, path = info["writer_step"], info["writer_path"]
-        return {"hash": self.binding.writer, "path": path, "step": step}
+        step, path, run = info["writer_step"], info["writer_path"], info.get("writer_run", "")
+        return {"hash": self.binding.writer, "path": path, "step": step, "run": run}
+
+    @property
+    def fingerprint(self) -> str:
+        """Returns the hex digest of all that the memories of all parts depend on."""
+        manifests = [part.manifest for part in self.parts]
+        parts = [{**manifest, "info": manifest["info"].get("foreign", 0)} for manifest in manifests]
+        return digest(json_text(parts, sort_keys=True), self.numbering.fingerprint)
 
     @property
     def record_hashes(self) -> np.ndarray:

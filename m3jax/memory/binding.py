@@ -67,10 +67,14 @@ def writer_fingerprint(params: dict[str, Any], memory: ConfigDict) -> str:
     Returns:
       Hex BLAKE2b over name, dtype, shape and bytes of every array.
     """
+    return weights_fingerprint(writer_params(params), f"{memory.first_layer}+{memory.layers}")
+
+
+def weights_fingerprint(params: dict[str, Any], more: str = "") -> str:
+    """Hashes the name, dtype, shape and bytes of every array, and the text `more` (hex BLAKE2b)."""
     total = hashlib.blake2b(digest_size=16)
-    ranges = f"{memory.first_layer}+{memory.layers}"
-    total.update(ranges.encode())
-    leaves = jax.tree_util.tree_leaves_with_path(writer_params(params))
+    total.update(more.encode())
+    leaves = jax.tree_util.tree_leaves_with_path(params)
     for path, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
         values = np.ascontiguousarray(leaf)
         total.update(f"{path} {values.dtype.name} {values.shape}\n".encode())

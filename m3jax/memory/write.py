@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import m3jax
 from m3jax.config import slot_counts
-from m3jax.distributed import first_alone, meet
+from m3jax.distributed import first_alone, first_writes, meet
 from m3jax.errors import BankError
 from m3jax.files import checksum, json_text
 from m3jax.memory import codec as codecs
@@ -50,6 +50,7 @@ def write_bank(
     *,
     writer_path: str = "",
     writer_step: int = 0,
+    writer_run: str = "",
     progress: bool = True,
     base: Bank | None = None,
     keep: Int[np.ndarray, " n"] | None = None,
@@ -66,7 +67,7 @@ def write_bank(
       params: the writer's parameters.
       references: the knowledge base.
       folder: local folder, which is made if it is missing, or URL of a bucket.
-      writer_path, writer_step: checkpoint of the parameters; recorded, not compared.
+      writer_path, writer_step, writer_run: checkpoint of the parameters; recorded, not compared.
       progress: show a progress bar.
       base: an older bank with the same writer, tokenizer and layout. Memories of references with
         the same tokens (and the same document context) are copied instead of encoded.
@@ -86,6 +87,7 @@ def write_bank(
         the devices; a memory is not finite; a reference contains token 0, the padding; the disk is
         full or a file cannot be written.
       QuantizerError: the codebooks cannot be fitted (see `codec.train_codec`).
+      LockError: another process is writing the folder; in a bucket nothing is locked.
     """
     storage.require_writable(folder)
     lengths = memory_lengths(config, references)
@@ -99,6 +101,7 @@ def write_bank(
         "name": config.name,
         "writer_path": str(writer_path),
         "writer_step": int(writer_step),
+        "writer_run": writer_run,
         "m3jax": m3jax.__version__,
         "foreign": 0 if keep is None else len(keep),  # number of memories by another writer
     }
@@ -110,12 +113,13 @@ def write_bank(
         codec = _make_codec(config, model, params, references, folder, binding, base)
         return codec, *prepare_folder(folder, config, binding, info, codec, lengths, hashes)
 
-    codec, manifest, missing = first_alone(prepare, lambda: _check_seen(folder))
-    build = Build(folder, manifest, missing, sources, base, codec)
-    report = build.run(config, model, params, references, progress)
-    if jax.process_index() == 0:
-        finish(folder, manifest)
-    meet("bank complete")
+    with contextlib.nullcontext() if storage.is_url(folder) else first_writes(folder):
+        codec, manifest, missing = first_alone(prepare, lambda: _check_seen(folder))
+        build = Build(folder, manifest, missing, sources, base, codec)
+        report = build.run(config, model, params, references, progress)
+        if jax.process_index() == 0:
+            finish(folder, manifest)
+        meet("bank complete")
     return report
 
 

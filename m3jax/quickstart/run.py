@@ -265,9 +265,8 @@ def _attention_picture(
 ) -> None:
     """Plots the attention of each answer to stored tokens, with memory slots mapped to tokens."""
     tokenizer, model = answerer.tokenizer, answerer.model
-    writer_params, _, _ = restore_writer(
-        demonstration.workdir / "continual", model, tokenizer.fingerprint
-    )
+    continual = demonstration.workdir / "continual"
+    writer_params = restore_writer(continual, model, tokenizer.fingerprint).params
     read_ids = ids[:, 0]  # (n, M): every prompt is one chunk
     tokens = knowledge.references.tokens(read_ids.ravel())
 

@@ -34,6 +34,7 @@ from m3jax.retrieval.index import (
 )
 from m3jax.retrieval.search import SHARD_ROWS, import_scann, scann_settings
 from m3jax.text.references import References
+from m3jax.workdir import only_writer
 
 _BATCH = 1024  # references embedded at a time
 
@@ -51,6 +52,7 @@ def build_index(
     Raises:
       RetrievalError: the knowledge base is empty or has fewer references than parts, the embedder
         cannot be fitted, or its vectors do not have its `dimension`.
+      LockError: another process is writing the folder.
     """
     folder, size, parts = Path(folder), len(references), config.retrieval.index_parts
     if not size:
@@ -79,23 +81,24 @@ def build_index(
         "recall": None if scann is None else config.retrieval.recall,
         "settings": [{} if scann is None else scann_settings(len(ids)) for ids in ranges],
     }
-    if _holds(folder, identity):
-        if read_spec(folder / EMBEDDER) != embedder.spec:
-            tuned = read_manifest(folder)["parts"]
-            (folder / MANIFEST).unlink()  # if killed now, the next build keeps the embeddings
+    with only_writer(folder):
+        if _holds(folder, identity):
+            if read_spec(folder / EMBEDDER) != embedder.spec:
+                tuned = read_manifest(folder)["parts"]
+                (folder / MANIFEST).unlink()  # if killed now, the next build keeps the embeddings
+                embedder.save(folder / EMBEDDER)
+                write_manifest(folder, identity, tuned)
+        else:
+            _clear(folder, identity)
             embedder.save(folder / EMBEDDER)
+            tuned = [
+                _build_part(references, embedder, part_folder(folder, part), ids, scann, identity)
+                for part, ids in enumerate(ranges)
+            ]
             write_manifest(folder, identity, tuned)
-    else:
-        _clear(folder, identity)
-        embedder.save(folder / EMBEDDER)
-        tuned = [
-            _build_part(references, embedder, part_folder(folder, part), ids, scann, identity)
-            for part, ids in enumerate(ranges)
-        ]
-        write_manifest(folder, identity, tuned)
-    if not identity["keep_embeddings"]:
-        for path in embedding_files(folder):  # only now, because a resumed build needs them
-            path.unlink()
+        if not identity["keep_embeddings"]:
+            for path in embedding_files(folder):  # only now, because a resumed build needs them
+                path.unlink()
 
 
 def _texts(references: References, description: str, ids: range) -> Iterator[str]:

@@ -34,6 +34,7 @@ from m3jax.retrieval.search import (
     merge,
 )
 from m3jax.text.references import References
+from m3jax.workdir import LOCK
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -48,7 +49,6 @@ class Index(SearchIndex):
     Attributes: those of `SearchIndex`, and
       kind: search for which it was built, `exact` or `scann`.
       dimension: width E of the embeddings.
-      fingerprint: hex digest of references, embedder and search settings.
       parts: numbers of the open parts; only their references are returned.
       recall: lowest recall@5 among the open parts, measured during the build; None if exact.
     """
@@ -63,7 +63,7 @@ class Index(SearchIndex):
         identity, self.parts = manifest["identity"], tuple(parts)
         self.size, self.kind = identity["count"], identity["kind"]
         self.dimension, self.references_fingerprint = identity["dimension"], identity["references"]
-        self.fingerprint = digest(json_text([identity, manifest["parts"]], sort_keys=True))
+        self.fingerprint = _fingerprint(identity, manifest["parts"])
         self.embedder = embedder or load_embedder(folder / EMBEDDER)
         if self.embedder.dimension != self.dimension:
             raise damaged(
@@ -198,6 +198,8 @@ class DeltaIndex(SearchIndex):
         self.numbering = Numbering([index.size for index in indices], tombstones)
         self.size = self.numbering.size
         self.references_fingerprint = references
+        own = [index.fingerprint for index in indices]
+        self.fingerprint = digest(*own, self.numbering.fingerprint)
         split = self.numbering.split(self.numbering.tombstones)
         self._tombstones_of = {part: len(rows) for part, _, rows in split}
 
@@ -254,13 +256,19 @@ def write_manifest(folder: Path, identity: dict[str, Any], parts: list[dict[str,
     Embeddings that the index will not keep are left out.
     """
     files = {}
-    dropped = () if identity["keep_embeddings"] else embedding_files(folder)
+    dropped = [folder / LOCK, *([] if identity["keep_embeddings"] else embedding_files(folder))]
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if path not in dropped:
             with path.open("rb") as file:
                 os.fsync(file.fileno())  # ScaNN does not sync its files
             files[path.relative_to(folder).as_posix()] = checksum(path)
-    write_sealed(folder / MANIFEST, {"identity": identity, "parts": parts, "files": files})
+    content = {"identity": identity, "parts": parts, "files": files}
+    content["fingerprint"] = _fingerprint(identity, parts)
+    write_sealed(folder / MANIFEST, content)
+
+
+def _fingerprint(identity: dict[str, Any], parts: list[dict[str, Any]]) -> str:
+    return digest(json_text([identity, parts], sort_keys=True))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

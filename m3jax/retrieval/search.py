@@ -36,6 +36,7 @@ class SearchIndex(Protocol):
 
     size: int  # number of ids R, tombstones included
     references_fingerprint: str
+    fingerprint: str  # hex digest of references, embedder and search settings
     embedder: Embedder  # embeds queries as the references were embedded
 
     def search(self, embeddings: Float32[np.ndarray, "n E"], k: int) -> SearchResult:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from m3jax.checkpoint import checkpoint_folder, restore_params
+from m3jax.checkpoint import restore_params
 from m3jax.config import PACKED, format_heads, memory_heads, prefix_tokens
 from m3jax.data.batch import Batch
 from m3jax.data.pipeline import open_pipeline
@@ -28,10 +28,12 @@ from m3jax.errors import ConfigError
 from m3jax.files import digest, json_text, write_array
 from m3jax.knowledge.memory_writer import check_reader
 from m3jax.make_model import make_model
+from m3jax.memory.binding import weights_fingerprint
 from m3jax.model.attention_mask import ShortSight
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
 from m3jax.train.evaluator import LossEvaluator
+from m3jax.workdir import only_writer
 
 HIDES = ("context", "memory")
 
@@ -94,6 +96,7 @@ def score_heads(
       ConfigError: an unknown `hide`; a window that hides nothing or everything; no memories to
         hide, or memories that are not read from a bank; query heads with `memory`; packed rows.
       CheckpointError, TextError, BankError: a part is missing or does not fit.
+      LockError: another process ranks heads in the workdir.
     """
     _check(config, hide, window, by_query)
     checkpoint = Path(checkpoint or Path(workdir) / config.stage)
@@ -114,20 +117,19 @@ def score_heads(
         **{"checkpoint": str(checkpoint), "step": meta["step"], "hide": hide},
         **{"window": window if hide == "context" else None, "by": "query" if by_query else "kv"},
     }
-    bank = None if pipeline.bank is None else vars(pipeline.bank.binding)
-    saved = checkpoint_folder(checkpoint).stat().st_mtime_ns  # of the checkpoint of this step
-    corpus = str(pipeline.rows.corpus.fingerprint)
-    what = [about, saved, config.to_dict(), tokenizer, bank, corpus]
+    named = {name: about[name] for name in ("hide", "window", "by")}
+    what = [named, weights_fingerprint(params), config.to_dict(), tokenizer, pipeline.ingredients]
     store = Path(workdir) / "report" / "heads" / f"{digest(json_text(what))}.npy"
-    done = np.load(store) if store.is_file() else np.zeros((0, 2 + len(candidates), 0))
     batches = tqdm(evaluator.each(), total=evaluator.batches, desc="heads", unit=" batches")
-    for number, batch in enumerate(batches):
-        if number >= len(done):
-            losses = score(params, jax.device_put(batch.for_step()), candidates)
-            weights = batch.weights.astype(np.float64).sum(1)
-            block = np.concatenate([weights[None], np.asarray(losses, np.float64)])[None]
-            done = np.concatenate([done.reshape(-1, *block.shape[1:]), block])
-            write_array(store, done)
+    with only_writer(store.parent):
+        done = np.load(store) if store.is_file() else np.zeros((0, 2 + len(candidates), 0))
+        for number, batch in enumerate(batches):
+            if number >= len(done):
+                losses = score(params, jax.device_put(batch.for_step()), candidates)
+                weights = batch.weights.astype(np.float64).sum(1)
+                block = np.concatenate([weights[None], np.asarray(losses, np.float64)])[None]
+                done = np.concatenate([done.reshape(-1, *block.shape[1:]), block])
+                write_array(store, done)
     rows = np.moveaxis(done, 1, 0).reshape(len(candidates) + 2, -1)
     return _scores(rows[0], rows[1], rows[2:], shape, candidates, about)
 

@@ -7,7 +7,6 @@ stay in place. Each pair costs one forward pass of the row.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,16 @@ from tqdm import tqdm
 from m3jax.config import prefix_tokens
 from m3jax.data.batch import Batch
 from m3jax.data.pipeline import Pipeline
-from m3jax.files import json_text, write_array, write_atomically
+from m3jax.files import write_array
 from m3jax.make_model import make_model
 from m3jax.memory.reader import Dequantize
 from m3jax.model.parameters import Params
 from m3jax.train.loss import Forward
+from m3jax.workdir import begin_part, only_writer
 
 NOTHING, EVERYTHING = -1, -2  # values of `absent`: no memory, all memories
 # Summed loss of a row in nats without the memory of reference `absent`; `weight`: sum over targets.
 MEASURED = np.dtype([("row", "<i8"), ("absent", "<i8"), ("loss", "<f8"), ("weight", "<f8")])
-_BEGUN = "begun.json"
 
 
 class RowLosses:
@@ -107,17 +106,18 @@ def measure_drops(
     Returns:
       `MEASURED` records: for every row one with `NOTHING` absent, then one for each reference that
       it retrieves, in ascending order.
+
+    Raises:
+      LockError: another process is writing the folder.
     """
-    begun = json_text({**identity, "rows": rows.tolist()}, indent=1, sort_keys=True).encode()
-    if not (folder / _BEGUN).is_file() or (folder / _BEGUN).read_bytes() != begun:
-        shutil.rmtree(folder, ignore_errors=True)
-        write_atomically(folder / _BEGUN, begun)
     parts, size = [], pipeline.batch_size
-    for low in tqdm(range(0, len(rows), size), desc="measured", unit=" batches"):
-        path = folder / f"{low:09d}.npy"
-        if not path.is_file():
-            write_array(path, _measure_batch(losses, pipeline, params, rows[low : low + size]))
-        parts.append(np.load(path))
+    with only_writer(folder):
+        begin_part(folder, {**identity, "rows": rows.tolist()})
+        for low in tqdm(range(0, len(rows), size), desc="measured", unit=" batches"):
+            path = folder / f"{low:09d}.npy"
+            if not path.is_file():
+                write_array(path, _measure_batch(losses, pipeline, params, rows[low : low + size]))
+            parts.append(np.load(path))
     return np.concatenate(parts)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, Shaped
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from m3jax.checkpoint import checkpoint_folder, restore_params
+from m3jax.checkpoint import restore_params
 from m3jax.config import PACKED, prefix_tokens, to_json
 from m3jax.data.pipeline import Pipeline, open_pipeline, open_rows
 from m3jax.data.rows import Rows
@@ -27,6 +27,7 @@ from m3jax.knowledge.edit import keep_only, open_to_select
 from m3jax.knowledge.memory_writer import check_reader
 from m3jax.knowledge.versions import Version, open_version
 from m3jax.make_model import make_model
+from m3jax.memory.binding import weights_fingerprint
 from m3jax.model.parameters import Params
 from m3jax.selection.budget import WorthEstimates, choose, estimate
 from m3jax.selection.memory_value import (
@@ -107,7 +108,11 @@ def select_references(
         )
     measured_rows, checked_rows = split_rows(pipeline, sample, check, config.seed)
     losses = RowLosses(config, pipeline.dequantize)
-    identity = _identity(config, pipeline, opened, checkpoint, meta["step"])
+    identity = {
+        "weights": weights_fingerprint(params),
+        "ingredients": pipeline.ingredients,
+        "config": digest(to_json(config)),
+    }
     folder = workdir / "report" / FOLDER
     measured = measure_drops(losses, pipeline, params, measured_rows, folder / "measured", identity)
     estimates = _estimate(config, workdir, pipeline, measured, count)
@@ -133,21 +138,6 @@ def select_references(
         note = f"{len(chosen)} of {len(live)} references, by usefulness"
         report["new_version"] = keep_only(config, opened, chosen, note=note).number
     return report
-
-
-def _identity(
-    config: ConfigDict, pipeline: Pipeline, version: Version, checkpoint: Path, step: int
-) -> dict[str, Any]:
-    """Returns the JSON values that identify a measurement: all that the drops depend on."""
-    bank, references, folder = pipeline.bank, pipeline.references, checkpoint_folder(checkpoint)
-    assert bank is not None and references is not None
-    return {
-        # With the modification time: an earlier checkpoint may have had the same path and step.
-        "checkpoint": [str(checkpoint.absolute()), step, folder.stat().st_mtime_ns],
-        "corpus": pipeline.rows.corpus.fingerprint,
-        "bank": [bank.binding.writer, version.number, references.fingerprint],
-        "config": digest(to_json(config)),
-    }
 
 
 def _with_bank(config: ConfigDict) -> ConfigDict:

@@ -423,7 +423,7 @@ def worth_report(
     params, meta = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer.fingerprint)
     writer = params
     if meta["writer"] is not None:
-        writer, _, _ = restore_writer(checkpoint, model, tokenizer.fingerprint)
+        writer = restore_writer(checkpoint, model, tokenizer.fingerprint).params
     W = config.memory.reference_length
 
     def encode(text: str) -> list[int]:

@@ -12,7 +12,6 @@ previous stage are links in it.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from m3jax.evaluation.question_table import evaluate_questions
 from m3jax.evaluation.questions import Question, read_questions
 from m3jax.evaluation.report import evaluate_losses
 from m3jax.evaluation.scoring import Answerer
-from m3jax.files import write_sealed
+from m3jax.files import read_sealed, write_sealed
 from m3jax.inference.session import Session
 from m3jax.knowledge.memory_writer import MemoryWriter
 from m3jax.knowledge.versions import open_version
@@ -33,7 +32,7 @@ from m3jax.memory.bank import Bank
 from m3jax.sweep.spec import Sweep, SweepData, SweepRun, SweepStage
 from m3jax.text.references import References
 from m3jax.train.stage import train_stage
-from m3jax.workdir import make_part
+from m3jax.workdir import clear_folder, make_part
 
 FINISHED = "finished.json"
 _PARTS, _PACKED = ("tokenizer", "corpus", "references", "index"), ("chats",)
@@ -63,7 +62,8 @@ def run_entry(sweep: Sweep, run: SweepRun) -> None:
     for stage in run.stages:
         _train(stage)
     figures = _measure(sweep, run)
-    write_sealed(run.result, {"key": run.key, "name": run.name, "figures": figures})
+    result = {"key": run.key, "name": run.name, "figures": figures, "data": run.content}
+    write_sealed(run.result, result)
 
 
 def _make_data(sweep: Sweep, data: SweepData) -> None:
@@ -73,8 +73,7 @@ def _make_data(sweep: Sweep, data: SweepData) -> None:
     assert make is not None
 
     def fresh(folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)  # left by a killed call
-        folder.mkdir(parents=True)
+        clear_folder(folder)  # left by a killed call
         make(config, folder, data.knowledge)
 
     made_of = {"name": data.folder.name, "by": f"{make.__module__}.{make.__qualname__}"}
@@ -109,15 +108,26 @@ def _link(stage: SweepStage) -> None:
 
 
 def _train(stage: SweepStage) -> None:
-    """Writes the bank that a stage reads, and trains the stage, unless it is finished."""
+    """Writes the bank that a stage reads, and trains the stage, unless it is finished.
+
+    Raises `SweepError` if it was finished with other data than there is now.
+    """
+    content = stage.data.content()
     if (stage.folder / FINISHED).exists():
+        finished = read_sealed(stage.folder / FINISHED) or {}
+        if finished.get("data", content) != content:
+            raise SweepError(
+                f"{stage.folder} was trained on other data than {stage.data.folder} holds now;"
+                " put that back, or sweep in another --workdir"
+            )
         return
     if stage.bank is not None:
         assert stage.before is not None
         _write_bank(stage.config, stage.bank, stage, stage.before)
     before = None if stage.before is None else stage.before.checkpoints
     summary = train_stage(stage.config, stage.folder, init_from=before)
-    write_sealed(stage.folder / FINISHED, {"step": summary.step, "seconds": summary.seconds})
+    figures = {"step": summary.step, "seconds": summary.seconds, "data": content}
+    write_sealed(stage.folder / FINISHED, figures)
 
 
 def _write_bank(config: ConfigDict, bank: Path, reader: SweepStage, writer: SweepStage) -> None:

@@ -81,9 +81,9 @@ class _Planner:
             return SweepRun(entry, seed, result, refused=str(error), key=digest(str(error)))
         bank = self.bank_to_read(stages[-1], read)
         measured = [stages[-1].folder.name, _changed(read), bank.name if bank else None]
-        measured += [self.sweep.questions, self.sweep.in_context]
-        key = digest(json_text(measured, sort_keys=True))
-        return SweepRun(entry, seed, result, tuple(stages), read, bank, key)
+        questions = self.sweep.questions, self.sweep.in_context
+        key = digest(json_text([*measured, *questions], sort_keys=True))
+        return SweepRun(entry, seed, result, tuple(stages), read, bank, key, questions)
 
     def stage(self, entry: Entry, seed: int, name: str, before: SweepStage | None) -> SweepStage:
         """Plans a stage of an entry; raises `ConfigError` if its config is invalid."""

@@ -6,20 +6,18 @@ its figures; this process writes its error if it fails.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m3jax.errors import SweepError
 from m3jax.files import json_text, write_atomically, write_sealed
 from m3jax.sweep.spec import SweepRun
+from m3jax.workdir import only_writer
 
 BEGIN, END = "<!-- sweep: begin -->", "<!-- sweep: end -->"
 
@@ -36,7 +34,7 @@ COLUMNS = {
 }
 _SPREAD = ("right_memory", "loss_memory")  # figures shown with the range of the seeds
 
-_PATIENCE = 60.0  # seconds to wait for the end of a process that was told to end
+PATIENCE = 60.0  # seconds to wait for a process that was told to end, or whose parent ended
 _STOPPED = (0, -signal.SIGTERM, -signal.SIGINT)  # exit codes of a process that was told to end
 
 
@@ -58,13 +56,13 @@ def run_all(
       retry: True to repeat failed runs.
 
     Raises:
-      SweepError: another call works in the workdir.
+      LockError: another call works in the workdir.
       SystemExit: the process of a run was told to stop.
     """
     for run in runs:
         if run.refused:
             print(f"{run.name}: refused: {run.refused}", flush=True)
-    with alone(workdir) as lock:
+    with only_writer(workdir, PATIENCE) as lock:
         for number, run in enumerate(runs, 1):
             outcome = run.outcome()
             if run.refused or (outcome is not None and not (retry and "error" in outcome)):
@@ -79,7 +77,7 @@ def run_all(
             write_report(runs, workdir / "report")
 
 
-def _run(run: SweepRun, command: Sequence[str], lock: int) -> str:
+def _run(run: SweepRun, command: Sequence[str], lock: int | None) -> str:
     """Executes the process of a run; returns its error message, or "" if it wrote its result."""
     log = run.result.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +86,11 @@ def _run(run: SweepRun, command: Sequence[str], lock: int) -> str:
         begin = file.tell()
         # Its stdin stays empty, and closes when this process ends (`end_with_parent`).
         with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=file, stderr=file, pass_fds=(lock,)
+            command,
+            stdin=subprocess.PIPE,
+            stdout=file,
+            stderr=file,
+            pass_fds=() if lock is None else (lock,),
         ) as process:
             code = process.wait()
     if run.outcome() is not None:
@@ -107,40 +109,13 @@ def _in_words(figures: dict[str, Any]) -> str:
     return ", ".join(f"{name} {figures[key]:.4f}" for key, name in named.items() if key in figures)
 
 
-@contextlib.contextmanager
-def alone(workdir: Path) -> Iterator[int]:
-    """Holds the lock of a sweep's workdir; child processes that get its descriptor hold it, too.
-
-    Raises:
-      SweepError: another process still holds the lock after a minute.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(workdir / "lock", os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        end = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise SweepError(
-                        f"another process sweeps in {workdir}; wait for it, or use another"
-                        " --workdir"
-                    ) from None
-                time.sleep(0.2)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
 def end_with_parent() -> None:
     """Ends this process when its parent ends: by SIGTERM, which saves, and by force 30 s later."""
 
     def watch() -> None:
         os.read(0, 1)  # returns when the other end of the input is gone
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(_PATIENCE / 2)
+        time.sleep(PATIENCE / 2)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

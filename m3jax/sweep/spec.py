@@ -15,10 +15,16 @@ from typing import Any
 
 from m3jax.config import ConfigDict
 from m3jax.errors import SweepError, UserError
-from m3jax.files import read_sealed
+from m3jax.files import checksum, digest, read_sealed
+from m3jax.workdir import content_id
 
 Prepare = Callable[[ConfigDict, Path, str], Any]
 
+# Folders of the data that stages read.
+DATA_PARTS = (
+    *("tokenizer", "corpus/train", "corpus/validation", "references", "index"),
+    *("chats/train", "chats/validation"),
+)
 _ENTRY_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
@@ -89,8 +95,14 @@ class SweepData:
 
     @property
     def key(self) -> str:
-        """Identifier of the data; the same wherever the workdir of the sweep lies."""
-        return str(self.folder) if self.config is None else self.folder.name
+        """Identifier of the data: its content, or, for data that the sweep prepares, its name."""
+        return self.content() if self.config is None else self.folder.name
+
+    def content(self, files: Sequence[str] = ()) -> str:
+        """Returns what identifies the finished parts of the data, and these files in its folder."""
+        paths = [self.folder / name for name in files if name]
+        sums = [checksum(path) if path.is_file() else "" for path in paths]
+        return digest(*(content_id(self.folder / part) or "" for part in DATA_PARTS), *sums)
 
 
 @dataclass(frozen=True)
@@ -127,6 +139,7 @@ class SweepRun:
       bank: folder of the bank for the evaluation; None for the bank that the last stage has read.
       result: file of the figures.
       key: hash of everything that the figures depend on.
+      questions: files of the data with the questions of the evaluation.
       refused: reason why the entry's config is invalid, or "".
     """
 
@@ -137,6 +150,7 @@ class SweepRun:
     read: ConfigDict | None = None
     bank: Path | None = None
     key: str = ""
+    questions: tuple[str, ...] = ()
     refused: str = ""
 
     @property
@@ -147,12 +161,19 @@ class SweepRun:
     def outcome(self) -> dict[str, Any] | None:
         """Returns the result, a dict with `figures` or `error`; None if the run has none yet.
 
-        A result of another config and a damaged result do not count.
+        A result of another config or of other data and a damaged result do not count.
         """
         if self.refused:
             return {"key": self.key, "name": self.name, "error": self.refused}
         result = read_sealed(self.result) if self.result.is_file() else None
-        return result if result is not None and result.get("key") == self.key else None
+        if result is None or result.get("key") != self.key:
+            return None
+        return None if result.get("data", self.content) != self.content else result
+
+    @property
+    def content(self) -> str:
+        """Returns what identifies the data of the last stage and of the evaluation."""
+        return self.stages[-1].data.content(self.questions)
 
 
 def load_sweep(path: str | Path) -> Sweep:

@@ -1,7 +1,8 @@
 """Checkpoints of a stage: `<stage folder>/checkpoints/<step>` with `state` and `meta` (Orbax).
 
 A checkpoint is whole or absent: Orbax writes to a temporary name and renames. `meta` is JSON: the
-config, the step, the tokenizer's fingerprint, and the writer and version of the memories it reads.
+config, the step, the run, the tokenizer's fingerprint, the writer and version of the memories it
+reads, and the fingerprints of everything it reads.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from m3jax.checkpoint import (
 from m3jax.config import flatten, to_json
 from m3jax.distributed import meet
 from m3jax.errors import CheckpointError
-from m3jax.files import write_atomically
+from m3jax.files import digest, json_text, write_atomically
 from m3jax.private_apis import quiet_failed_saves
 from m3jax.train.state import TrainState
 
@@ -54,6 +55,10 @@ _FREE = (
 )
 
 
+# Ingredients that another version of the knowledge base changes.
+_OF_VERSION = ("references", "index", "bank")
+
+
 class Checkpoints:
     """Saves (in the background), restores and deletes the checkpoints of one run.
 
@@ -63,6 +68,7 @@ class Checkpoints:
       tokenizer_fingerprint: fingerprint of the run's tokenizer.
       writer: `{"hash", "path", "step"}` of the writer of the memories that the run reads, or None.
       version: version of the knowledge base that it reads, or None.
+      ingredients: fingerprints of everything that it reads, by name.
 
     Attributes:
       manager: Orbax's `CheckpointManager`.
@@ -75,6 +81,7 @@ class Checkpoints:
         tokenizer_fingerprint: str,
         writer: Mapping[str, Any] | None = None,
         version: int | None = None,
+        ingredients: Mapping[str, str] = {},
     ):
         self.folder = Path(stage_folder).absolute() / FOLDER
         self.tokenizer_fingerprint = tokenizer_fingerprint
@@ -84,7 +91,8 @@ class Checkpoints:
             "config": json.loads(to_json(config)),
             "tokenizer": tokenizer_fingerprint,
         }
-        self.reads(writer, version)
+        self.reads(writer, version, ingredients)
+        self.begin("")
         self.folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Retention(config), cleanup_tmp_directories=True
@@ -94,10 +102,22 @@ class Checkpoints:
         # Orbax deletes after a save only; a run that was killed between them may save no more.
         self.delete(set(self.steps()) - kept(self.steps(), config))
 
-    def reads(self, writer: Mapping[str, Any] | None, version: int | None) -> None:
-        """Records the writer and the version of the memories that the run reads from now on."""
+    def reads(
+        self,
+        writer: Mapping[str, Any] | None,
+        version: int | None,
+        ingredients: Mapping[str, str] = {},
+    ) -> None:
+        """Records what the run reads from now on: writer and version of memories, ingredients."""
         self._meta["writer"] = None if writer is None else dict(writer)
         self._meta["knowledge"] = version
+        self._meta["ingredients"] = dict(ingredients)
+
+    def begin(self, start: str) -> None:
+        """Names the run by all that it is made from; `start` identifies its first parameters."""
+        config = _compared(self._meta["config"])
+        made_from = [config, self.tokenizer_fingerprint, self._meta["ingredients"], start]
+        self._meta["run"] = digest(json_text(made_from, sort_keys=True))
 
     def check_reads(
         self, meta: Mapping[str, Any], checkpoint: str | Path, own: bool = False
@@ -114,6 +134,30 @@ class Checkpoints:
             raise CheckpointError(
                 f"checkpoint {checkpoint} was trained on memories of the writer {theirs}, but this"
                 f" run reads memories of {ours}; use the bank that the checkpoint has read"
+            )
+
+    def check_ingredients(self, meta: Mapping[str, Any], checkpoint: str | Path) -> None:
+        """Raises `CheckpointError` if the run's checkpoint was trained on other data.
+
+        Another version of the knowledge base may have other references, index and bank. A
+        checkpoint of an earlier version of m3jax records nothing to compare.
+        """
+        ours, theirs = self._meta["ingredients"], meta.get("ingredients")
+        if theirs is None and jax.process_index() == 0:
+            print(
+                f"checkpoint {checkpoint} is of an earlier version of m3jax and records nothing of"
+                " what it was trained on: not compared",
+                flush=True,
+            )
+        other_version = meta["knowledge"] != self._meta["knowledge"]
+        for name, fingerprint in (theirs or {}).items():
+            if ours.get(name) == fingerprint or (name in _OF_VERSION and other_version):
+                continue
+            raise CheckpointError(
+                f"checkpoint {checkpoint} was trained on another {name} ({fingerprint[:40]}) than"
+                f" the workdir has now ({ours.get(name, 'none')[:40]}); put back what it was"
+                " trained on, or train on the other in another --workdir, or as a stage of another"
+                " name with --init_from"
             )
 
     def save(self, state: TrainState, step: int, more: Mapping[str, Any] = {}) -> None:
@@ -157,13 +201,15 @@ class Checkpoints:
         """Restores the newest state onto the shardings of `abstract`; the saved mesh may differ.
 
         Raises:
-          CheckpointError: there is no checkpoint, it is damaged, or its shapes, its tokenizer or
-            the writer of its memories differ from the run's.
+          CheckpointError: there is no checkpoint, it is damaged, or its shapes, its tokenizer, the
+            writer of its memories or the data that it was trained on differ from the run's.
         """
         folder = checkpoint_folder(self.folder.parent)
         meta = read_meta(folder)
         check_tokenizer(folder, meta, self.tokenizer_fingerprint)
         self.check_reads(meta, folder, own=True)
+        self.check_ingredients(meta, folder)
+        self._meta["run"] = meta.get("run", self._meta["run"])
         check_shapes(folder, saved_shapes(folder), abstract.params)
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         with damage_named(folder):
@@ -222,14 +268,12 @@ def check_owner(stage_folder: str | Path, config: ConfigDict) -> None:
     path = Path(stage_folder) / "config.json"
     if not path.exists():
         return
-    ours = flatten(json.loads(to_json(config)))
+    ours = _compared(json.loads(to_json(config)))
     try:
-        theirs = flatten(json.loads(path.read_text("utf-8")))
+        theirs = _compared(json.loads(path.read_text("utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a config: {error}") from error
     for field in sorted(ours.keys() | theirs.keys()):
-        if field in _FREE or field.split(".")[0] in _FREE_SECTIONS:
-            continue
         theirs_value, our_value = (side.get(field, "absent") for side in (theirs, ours))
         if theirs_value != our_value:
             raise CheckpointError(
@@ -237,6 +281,12 @@ def check_owner(stage_folder: str | Path, config: ConfigDict) -> None:
                 f" and"
                 f" {our_value!r} here. Use the same config, another --workdir, or delete the folder"
             )
+
+
+def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a config that change results, by path."""
+    fields = flatten(config).items()
+    return {f: v for f, v in fields if f not in _FREE and f.split(".")[0] not in _FREE_SECTIONS}
 
 
 def claim(stage_folder: str | Path, config: ConfigDict) -> None:

@@ -18,11 +18,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from m3jax.checkpoint import checkpoint_steps, restore_params
+from m3jax.checkpoint import checkpoint_steps, identity_of, restore_params
 from m3jax.config import prefix_tokens
 from m3jax.data.pipeline import Pipeline
 from m3jax.data.rows import PackedRows
@@ -43,6 +43,9 @@ FOLDER = "base_logprobs"
 _MANIFEST, _ARRAY = "manifest.json", "logprobs.npy"
 _FINISHED = "finished"  # field of the manifest
 _BATCHES_PER_FLUSH = 8
+_NAME = 256  # bytes of what identifies a base model
+# Names that the manifests of earlier versions lack.
+_LATER = ("base checkpoint", "references", "index", "memories")
 # Fields that change no log-probability beyond rounding.
 _FREE = (
     "memory.cache_bytes",
@@ -60,7 +63,7 @@ def hold_base_logprobs(
     init_from: str | Path | None,
     mesh: Mesh,
 ) -> None:
-    """Sets `base_logprobs` of pipelines of preference pairs, computing missing log-probabilities.
+    """Sets `base_logprobs` and `base_model` of pipelines of pairs, computing what is missing.
 
     The base model is the checkpoint that the stage starts from; its parameters are freed before
     this returns. It is not loaded if the stage has a checkpoint of its own and all values are
@@ -96,7 +99,7 @@ def hold_base_logprobs(
         params, meta = restore_params(init_from, model, mesh=mesh, tokenizer_fingerprint=tokenizer)
         base_model = _base_model(params, meta, config, mesh)
         for split, pipeline in pipelines.items():
-            bindings[split]["base model"] = base_model
+            bindings[split] |= {"base model": base_model, "base checkpoint": identity_of(meta)}
             logprobs = RowLogprobs(config, pipeline, model)
             _compute(folders[split], bindings[split], logprobs, params)
         for leaf in jax.tree.leaves(params):
@@ -105,6 +108,16 @@ def hold_base_logprobs(
         find = functools.partial(load, folders[split], bindings[split])
         empty = np.zeros((len(pipeline.rows), pipeline.rows.slots), np.float32)
         pipeline.base_logprobs = _from_first(find, empty)
+        name = functools.partial(_stored_base_model, folders[split], bindings[split])
+        name_of = np.asarray(_from_first(name, np.zeros(_NAME, np.uint8)))
+        pipeline.base_model = name_of.tobytes().decode().rstrip("\0")
+
+
+def _stored_base_model(folder: Path, binding: Mapping[str, Any]) -> UInt8[np.ndarray, " bytes"]:
+    """Returns what identifies the base model of a split's finished store, as bytes."""
+    manifest = _read_manifest(folder, binding) or {}
+    name = f"{manifest.get('base model')}, {manifest.get('base checkpoint')}"
+    return np.frombuffer(name.encode().ljust(_NAME, b"\0"), np.uint8)
 
 
 def load(folder: str | Path, binding: Mapping[str, Any]) -> Float[np.ndarray, "rows slots"] | None:
@@ -209,12 +222,12 @@ def _read_manifest(folder: Path, binding: Mapping[str, Any]) -> dict[str, Any] |
     if manifest is None:
         raise _damaged(folder, f"{_MANIFEST} does not fit its checksum")
     for name, ours in binding.items():
-        theirs = manifest.get(name)
+        theirs = manifest.get(name, ours if name in _LATER else None)
         if theirs != ours:
             raise CheckpointError(
                 f"{folder} holds log-probabilities that belong to another {name}:"
                 f" {str(theirs)[:100]} there, {str(ours)[:100]} here. Use the checkpoint, pairs and"
-                " config of before, or another --workdir, or delete the stage folder"
+                " config of before, or another --workdir or stage"
             )
     return manifest
 
@@ -251,6 +264,9 @@ def _binding(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
         "batch_size": pipeline.batch_size,
         "bank": None if pipeline.bank is None else pipeline.bank.writer["hash"],
         "knowledge": None if pipeline.version is None else pipeline.version.number,
+        "references": pipeline.ingredients.get("references"),
+        "index": pipeline.ingredients.get("index"),
+        "memories": pipeline.ingredients.get("bank"),
         "packing plan": digest(json_text(plan)),
         "rows": len(plan),
         "slots": pipeline.rows.slots,

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from m3jax.checkpoint import checkpoint_folder, checkpoint_steps, read_model
 from m3jax.errors import CheckpointError, ConfigError, HuggingFaceError
 from m3jax.files import write_sealed
+from m3jax.memory.binding import weights_fingerprint
 from m3jax.mesh import make_mesh
 from m3jax.model.gguf_file import is_gguf, open_gguf
 from m3jax.model.hf import read_params, write_folder
@@ -21,7 +22,7 @@ from m3jax.text.tokenizer_gguf import gguf_tokenizer
 from m3jax.text.tokenizer_import import Adopted, adopt_tokenizer
 from m3jax.train.checkpoints import Checkpoints, check_owner, claim
 from m3jax.train.state import Program
-from m3jax.workdir import INPUTS
+from m3jax.workdir import INPUTS, only_writer
 
 
 def read_model_fields(source: str | Path) -> dict[str, Any]:
@@ -63,13 +64,25 @@ def import_model(
       HuggingFaceError, TextError: weights or tokenizer are missing, or do not fit the config or the
         workdir.
       CheckpointError: the stage folder has a checkpoint already, or belongs to another run.
+      LockError: another process is writing the stage.
     """
-    stage = workdir / config.stage
     if config.memory.source != "none":
         raise ConfigError(
             f"config.memory.source = {config.memory.source!r}: a Llama has read no memories; use"
             " the config of the warmup stage, then launch/train.py --init_from"
         )
+    with only_writer(workdir / config.stage):
+        return _import_model(config, workdir, source, tokenizer, special)
+
+
+def _import_model(
+    config: ConfigDict,
+    workdir: Path,
+    source: Path,
+    tokenizer: str | Path | None,
+    special: list[str] | None,
+) -> str:
+    stage = workdir / config.stage
     check_owner(stage, config)
     if checkpoint_steps(stage):
         raise CheckpointError(
@@ -94,6 +107,7 @@ def import_model(
         write_sealed(folder / INPUTS, mark)
     claim(stage, config)
     with contextlib.closing(Checkpoints(stage, config, own.fingerprint)) as checkpoints:
+        checkpoints.begin(weights_fingerprint(params))
         checkpoints.save(state, 0)
     count = sum(x.size for x in jax.tree.leaves(params))
     lacking = f", without {len(own.lacking)} of the 256 bytes" if own.lacking else ""
@@ -139,17 +153,20 @@ def export_folder(checkpoint: str | Path, folder: Path, *, dtype: str | None = N
       CheckpointError, TextError: there is no checkpoint, it is damaged, or its workdir has no
         tokenizer.
       HuggingFaceError: the folder holds a model, or the weights cannot be exported.
+      LockError: another process is writing the folder.
     """
     path, config, params, meta, _ = read_model(checkpoint)
     roles = {"bos": BOS, "eos": END, "pad": PAD}
-    write_folder(
-        folder,
-        config.model,
-        config.memory,
-        params,
-        dtype=dtype,
-        positions=meta["config"]["data"]["sequence_length"] + 2 + config.memory.reference_length,
-        tokenizer=(path.parents[2] / "tokenizer" / "tokenizer.json").read_text("utf-8"),
-        special={role: (SPECIAL_TOKENS[token], token) for role, token in roles.items()},
-    )
+    positions = meta["config"]["data"]["sequence_length"] + 2 + config.memory.reference_length
+    with only_writer(folder):
+        write_folder(
+            folder,
+            config.model,
+            config.memory,
+            params,
+            dtype=dtype,
+            positions=positions,
+            tokenizer=(path.parents[2] / "tokenizer" / "tokenizer.json").read_text("utf-8"),
+            special={role: (SPECIAL_TOKENS[token], token) for role, token in roles.items()},
+        )
     return f"{folder}: step {meta['step']} of {path.parents[1]} as a Llama"

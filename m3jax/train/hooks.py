@@ -189,7 +189,7 @@ class Save(Hook):
         self._previous: dict[int, Any] = {}  # handlers of signals
 
     def read_from(self, data: StageData) -> None:
-        self.run.checkpoints.reads(data.writer, data.version)
+        self.run.checkpoints.reads(data.writer, data.version, data.ingredients)
 
     def start(self, step: int) -> None:
         if self._previous or threading.current_thread() is not threading.main_thread():

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from m3jax.checkpoint import restore_params
+from m3jax.checkpoint import identity_of, restore_params
 from m3jax.config import validate
 from m3jax.data.batch import Batch
 from m3jax.distributed import meet
@@ -49,7 +49,8 @@ def train(
     Args:
       config: config of the run; it is validated.
       workdir: folder of the run.
-      data: batches and evaluator; its writer and version are recorded in every checkpoint.
+      data: batches and evaluator; its writer, version and ingredients are recorded in every
+        checkpoint, and must be those that the run's newest checkpoint records.
       tokenizer_fingerprint: fingerprint of the tokenizer that made the batches.
       init_from: stage folder (or its `checkpoints/<step>`) whose parameters a new run starts from;
         not read when the run has a checkpoint of its own.
@@ -81,7 +82,8 @@ def train(
     check_owner(folder, config)
     guard, clock = Guard.of(config, folder), RunClock()
     program = Program(config, make_mesh(config))
-    checkpoints = Checkpoints(folder, config, tokenizer_fingerprint, data.writer, data.version)
+    reads = data.writer, data.version, data.ingredients
+    checkpoints = Checkpoints(folder, config, tokenizer_fingerprint, *reads)
     with contextlib.closing(checkpoints):
         latest = checkpoints.manager.latest_step()
         first = latest or 0 if guard is None else guard.resume(checkpoints)
@@ -192,6 +194,7 @@ class Loop:
                 tokenizer_fingerprint=checkpoints.tokenizer_fingerprint,
             )
             checkpoints.check_reads(meta, self.init_from)
+            checkpoints.begin(identity_of(meta))
             self.run.say(f"starting from step {meta['step']} of {self.init_from}")
         return program.init(params)
 

@@ -53,8 +53,8 @@ def rewrite(
     """
     write = MemoryWriter(config, workdir, checkpoint, itself=True, like_base=True)
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer").fingerprint
-    params, path, step = write.restore(tokenizer)
-    fingerprint, current = writer_fingerprint(params, config.memory), open_version(workdir)
+    writer = write.restore(tokenizer)
+    fingerprint, current = writer_fingerprint(writer.params, config.memory), open_version(workdir)
     if current.has_bank:
         bank = Bank.open(current.banks[0])
         whole = not bank.manifest["info"].get("foreign", 0)
@@ -69,7 +69,9 @@ def rewrite(
         write(references, folder, bank, keep)
 
     what = f"{fingerprint} {share}"
-    said = f"memories by {path.name} step {step}" + ("" if share == 1 else f", {share:.0%} of them")
+    said = f"memories by {writer.folder.name} step {writer.step}" + (
+        "" if share == 1 else f", {share:.0%} of them"
+    )
     return refresh(workdir, what, write=write_layer, note=said)
 
 

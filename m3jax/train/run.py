@@ -43,12 +43,14 @@ class StageData(NamedTuple):
       evaluate: maps parameters to named numbers; None for no evaluation.
       writer: `{"hash", "path", "step"}` of the checkpoint that wrote the memories, or None.
       version: number of the version; None without memory.
+      ingredients: fingerprint of everything that is read, by its name (`Pipeline.ingredients`).
     """
 
     pipeline: Batches
     evaluate: Evaluate | None = None
     writer: Mapping[str, Any] | None = None
     version: int | None = None
+    ingredients: Mapping[str, str] = {}
 
 
 @dataclasses.dataclass(frozen=True)

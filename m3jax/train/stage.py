@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 from m3jax.checkpoint import FOLDER, checkpoint_steps
 from m3jax.config import validate, with_epochs
 from m3jax.data.pipeline import Pipeline, open_pipeline
+from m3jax.distributed import first_writes
 from m3jax.errors import ConfigError
-from m3jax.knowledge.versions import read_current
+from m3jax.knowledge.versions import existing, read_current
 from m3jax.mesh import make_mesh
 from m3jax.train.checkpoints import knowledge_version
 from m3jax.train.dpo_base import hold_base_logprobs
@@ -49,13 +50,26 @@ def train_stage(
       ConfigError, CheckpointError, TextError, RetrievalError, BankError, VersionError: a part is
         missing or does not fit the other parts.
       DivergenceError: the loss is not finite, or the guard has used up `guard.tries`.
+      LockError: another process trains the stage.
     """
-    workdir = Path(workdir)
     if validate(config).train.refresh_every and bank is not None:
         raise ConfigError(
             f"config.train.refresh_every = {config.train.refresh_every} refreshes the workdir's"
             " bank; leave out --bank"
         )
+    workdir = existing(Path(workdir))
+    with first_writes(workdir / config.stage):
+        return _train_stage(config, workdir, init_from, bank, version, profile)
+
+
+def _train_stage(
+    config: ConfigDict,
+    workdir: Path,
+    init_from: str | Path | None,
+    bank: str | Path | None,
+    version: int | None,
+    profile: tuple[int, int] | None,
+) -> Summary:
     goes_on = knowledge_version(workdir / config.stage) if version is None else None
     mesh = make_mesh(config)
 
@@ -68,7 +82,8 @@ def train_stage(
             hold_base_logprobs(config, workdir / config.stage, pipelines, init_from, mesh)
         writer = None if pipeline.bank is None else pipeline.bank.writer
         number = None if pipeline.version is None else pipeline.version.number
-        return pipeline, StageData(pipeline, evaluate, writer, number)
+        ingredients = {**evaluate.pipeline.ingredients, **pipeline.ingredients}
+        return pipeline, StageData(pipeline, evaluate, writer, number, ingredients)
 
     def refresh(step: int) -> StageData:
         checkpoint = workdir / config.stage / FOLDER / str(step)

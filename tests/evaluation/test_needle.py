@@ -1,5 +1,7 @@
 """The needle test: where needles are, what counts as right, and what is refused."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from m3jax.evaluation.plots import needle_lines
 from m3jax.inference import session as session_module
 from m3jax.inference.long_context import LongContextGenerator
 from m3jax.inference.session import Session
+from m3jax.knowledge.memory_writer import Writer
 from m3jax.make_model import make_model
 
 PERSON = WORLD.unseen[0]
@@ -29,7 +32,9 @@ def session(tmp_path_factory):
         patch.setattr(
             session_module, "restore_params", lambda *_, **__: (params, {"step": 3, "writer": None})
         )
-        patch.setattr(session_module, "restore_writer", lambda *_, **__: (params, None, None))
+        patch.setattr(
+            session_module, "restore_writer", lambda *_, **__: Writer(params, Path(), 0, "")
+        )
         yield Session(config, workdir)
 
 

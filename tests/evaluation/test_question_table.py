@@ -20,6 +20,7 @@ from m3jax.evaluation.scoring import Scorer
 from m3jax.evaluation.squad_metrics import f1
 from m3jax.inference import session as session_module
 from m3jax.inference.session import Session
+from m3jax.knowledge.memory_writer import Writer
 from m3jax.make_model import make_model
 from m3jax.text.overlap import overlap
 from m3jax.text.tokenizer import BOS
@@ -177,7 +178,7 @@ def test_figures_are_those_of_plain_loops(session, questions, measured, name):
 def test_memories_written_when_read_are_those_of_the_bank(
     session, questions, measured, monkeypatch
 ):
-    writer = session.params, session.checkpoint, 3
+    writer = Writer(session.params, session.checkpoint, 3, "")
     monkeypatch.setattr(session_module, "restore_writer", lambda *_: writer)
     cold = evaluate_questions(
         *(session, questions, ["memory_found"]),

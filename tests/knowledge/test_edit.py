@@ -21,12 +21,11 @@ from tolerance import close, error
 
 from m3jax.config import PREFIX_TOKENS
 from m3jax.data.pipeline import open_pipeline
-from m3jax.errors import BankError, VersionError
+from m3jax.errors import BankError, LockError, VersionError
 from m3jax.knowledge.edit import edit, merge, refresh, rollback
 from m3jax.knowledge.maintain import compact, repair, verify
 from m3jax.knowledge.versions import (
     VERSIONS,
-    only_writer,
     open_bank,
     open_index,
     open_references,
@@ -44,6 +43,7 @@ from m3jax.retrieval.retriever import Retriever
 from m3jax.text.documents import Document
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
+from m3jax.workdir import only_writer
 
 ROOT = Path(__file__).parents[2]
 CONFIG = tiny_config(memory__reference_length=20)
@@ -368,7 +368,7 @@ def test_what_cannot_be_edited_is_refused(workdir: Path) -> None:
         edit(CONFIG, workdir, documents=documents(there), write=write)
     with pytest.raises(VersionError, match="no reference in use has the key 'nobody#0'"):
         edit(CONFIG, workdir, delete=["nobody#0"], write=write)
-    with only_writer(workdir), pytest.raises(VersionError, match="another process is editing"):
+    with only_writer(workdir), pytest.raises(LockError, match="another process"):
         edit(CONFIG, workdir, delete=[there], write=write)
     with pytest.raises(BankError, match="written by other weights"):
         edit(

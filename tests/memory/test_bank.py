@@ -126,7 +126,7 @@ def test_properties(folder: Path) -> None:
     assert bank.size == 37
     assert bank.bytes == 37 * 2 * 2 * 2 * 4 * 8 * 4
     assert bank.verify() == []
-    assert bank.writer == {"hash": bank.binding.writer, "path": "", "step": 0}
+    assert bank.writer == {"hash": bank.binding.writer, "path": "", "step": 0, "run": ""}
     np.testing.assert_array_equal(bank.record_hashes, TinyReferences(37).record_hashes)
     array = json.loads((folder / "memories.zarr" / "zarr.json").read_text())
     (sharding,) = array["codecs"]

@@ -9,6 +9,7 @@ import processes
 import pytest
 from memory.script_workdir import make_workdir, start
 
+from m3jax.checkpoint import read_meta
 from m3jax.memory.bank import Bank
 from m3jax.text.references import References
 
@@ -26,7 +27,9 @@ def test_memories_are_written_by_the_recorded_writer(tmp_path: Path) -> None:
     done = _script(workdir, f"--checkpoint={workdir / 'continual'}")
     assert done.returncode == 0, done.stderr
     bank, references = Bank.open(workdir / "bank"), References(workdir / "references")
-    assert bank.writer == {"hash": fingerprint, "path": str(workdir / "warmup"), "step": 3}
+    run = read_meta(workdir / "warmup" / "checkpoints" / "3")["run"]
+    written = {"path": str(workdir / "warmup"), "step": 3, "run": run}
+    assert bank.writer == {"hash": fingerprint, **written}
     assert bank.binding.references == references.fingerprint
     assert bank.size == len(references) > 20 and f"{bank.size} encoded" in done.stdout
     np.testing.assert_array_equal(bank.lengths, np.minimum(references.lengths, 4))

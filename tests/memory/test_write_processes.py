@@ -68,17 +68,18 @@ def test_two_processes_write_the_bank_of_one(tmp_path: Path) -> None:
     config, references = script_config(), References(workdir / "references")
     model = make_model(config, PREFIX_TOKENS, make_mesh(config, jax.devices()[:2]))
     tokenizer = references.tokenizer_fingerprint
-    params, path, step = restore_writer(workdir / "warmup", model, tokenizer)
+    writer = restore_writer(workdir / "warmup", model, tokenizer)
 
     def write_alone(folder: Path) -> int:
         report = write_bank(
             config,
             model,
-            params,
+            writer.params,
             references,
             folder,
-            writer_path=str(path),
-            writer_step=step,
+            writer_path=str(writer.folder),
+            writer_step=writer.step,
+            writer_run=writer.run,
             progress=False,
         )
         return int(report["encoded"])

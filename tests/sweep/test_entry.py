@@ -15,6 +15,7 @@ from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import SweepError
 from m3jax.evaluation.questions import read_questions
 from m3jax.evaluation.scoring import Answerer
+from m3jax.files import write_sealed
 from m3jax.inference import session
 from m3jax.make_model import make_model
 from m3jax.quickstart import people
@@ -105,3 +106,13 @@ def test_a_run_is_measured_with_one_restored_checkpoint(
     assert figures["right_in_context"] == figures["right_none"] == right
     assert {"right_memory", "right_wrong"} <= set(figures)
     assert (figures["questions"], figures["steps"]) == (4, 4)
+
+
+def test_a_stage_that_was_trained_on_other_data_is_refused(workdir: Path, tmp_path: Path) -> None:
+    data = SweepData(workdir, None, "")
+    stage = SweepStage(tmp_path, CONFIG, data, None, None)
+    write_sealed(tmp_path / entry.FINISHED, {"step": 4, "data": data.content()})
+    entry._train(stage)  # finished before
+    write_sealed(tmp_path / entry.FINISHED, {"step": 4, "data": "another"})
+    with pytest.raises(SweepError, match=f"{tmp_path} was trained on other data than {workdir}"):
+        entry._train(stage)

@@ -10,7 +10,7 @@ from m3jax.files import write_sealed
 from m3jax.memory.binding import layout_of
 from m3jax.sweep.plan import launch_lines, plan_sweep
 from m3jax.sweep.run import BEGIN, END, as_json, finish, insert, sweep_table
-from m3jax.sweep.spec import Entry, Sweep, SweepRun, chosen, load_sweep
+from m3jax.sweep.spec import DATA_PARTS, Entry, Sweep, SweepRun, chosen, load_sweep
 
 ROOT = Path(__file__).parents[2]
 
@@ -167,7 +167,7 @@ def test_an_entry_that_cannot_work_is_refused_alone(entry: Entry, words: str) ->
 )
 def test_a_file_that_is_no_sweep_is_refused(tmp_path: Path, text: str, words: str) -> None:
     file = tmp_path / "sweep.py"
-    file.write_text(text.format("from m3jax.sweep.spec import Entry, Sweep\n"))
+    file.write_text(text.format("from m3jax.sweep.spec import DATA_PARTS, Entry, Sweep\n"))
     with pytest.raises(SweepError, match=words):
         load_sweep(file)
     with pytest.raises(SweepError, match="there is no sweep"):
@@ -252,6 +252,50 @@ def test_launch_lines_name_what_is_shared_once() -> None:
 
 
 # -- results
+
+
+# -- data
+def data_of(folder: Path, corpus: str) -> Path:
+    """A folder with the identities of prepared parts."""
+    for part in DATA_PARTS[:5]:
+        name = corpus if part == "corpus/train" else part
+        write_sealed(folder / part / "manifest.json", {"fingerprint": name})
+    return folder
+
+
+def test_given_data_is_named_by_its_content_and_not_by_its_path(tmp_path: Path) -> None:
+    """Other documents at the same path make other stages, banks and results."""
+    sweep = make(Entry("a"), prepare=None)
+    (before,) = plan_sweep(sweep, tmp_path, data_of(tmp_path / "data", "first"))
+    (moved,) = plan_sweep(sweep, tmp_path, data_of(tmp_path / "moved", "first"))
+    (after,) = plan_sweep(sweep, tmp_path, data_of(tmp_path / "data", "second"))
+    assert before.key == moved.key != after.key
+    folders = [
+        {path for stage in run.stages for path in (stage.folder, stage.bank)}
+        for run in (before, moved, after)
+    ]
+    assert folders[0] == folders[1] and folders[0] & folders[2] == {None}
+    for part in DATA_PARTS:  # none of them is left out
+        write_sealed(tmp_path / "data" / part / "manifest.json", {"fingerprint": "another"})
+        (other,) = plan_sweep(sweep, tmp_path, tmp_path / "data")
+        assert other.key != after.key, part
+        after = other
+
+
+def test_figures_of_data_that_was_made_anew_do_not_count(tmp_path: Path) -> None:
+    """Data that a sweep prepares has the same name, whatever its function makes."""
+    (run,) = planned(Entry("a"), workdir=str(tmp_path), questions="questions.jsonl")
+    data = data_of(run.stages[-1].data.folder, "first")
+    (data / "questions.jsonl").write_text("first")
+    content = {"key": run.key, "figures": {}, "data": run.content}
+    write_sealed(run.result, content)
+    assert run.outcome() == content
+    (data / "questions.jsonl").write_text("second")
+    assert run.outcome() is None
+    (data / "questions.jsonl").write_text("first")
+    assert run.outcome() == content
+    data_of(data, "second")
+    assert run.outcome() is None
 
 
 @pytest.fixture

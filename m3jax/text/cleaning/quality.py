@@ -20,6 +20,7 @@ from m3jax.files import checksum, digest, read_sealed, write_array, write_sealed
 from m3jax.optional import optional
 from m3jax.reading import read_records
 from m3jax.text.cleaning.rules import normal_words
+from m3jax.workdir import only_writer
 
 LOWEST, HIGHEST = 0.0, 5.0
 _WEIGHTS, _MANIFEST = "weights.npy", "manifest.json"
@@ -155,7 +156,8 @@ def train_scorer(labelled: str | Path, folder: str | Path, penalty: float = 0.1)
     texts, scores = read_labelled(labelled)
     errors = held_out_error(texts, scores, penalty)
     scorer = LinearScorer.train(texts, scores, penalty)
-    scorer.save(folder)
+    with only_writer(folder):
+        scorer.save(folder)
     return (
         f"{errors['count']:g} of {len(texts)} texts held out: mean error {errors['error']:.3f}"
         f" (always guessing the mean: {errors['error_of_mean']:.3f}), correlation"
