@@ -8,6 +8,7 @@ file and the line (`questions.jsonl:3: …`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import io
 import itertools
@@ -28,6 +29,10 @@ _COMPRESSED = (".gz", ".zst")
 _CHUNK = 1 << 17  # bytes read at a time
 _PARQUET_ROWS = 1024  # rows converted at a time
 _ESCAPED = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a surrogate pair, or a lone surrogate
+# Errors of the file system for which a path is to blame, not the machine.
+_OF_PATHS = (
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),
+)
 _WIDE = (b"\xff\xfe", b"\xfe\xff")  # byte-order marks of UTF-16 and UTF-32
 
 _Item = TypeVar("_Item")
@@ -113,7 +118,7 @@ def decode(data: bytes) -> str:
 
 @contextlib.contextmanager
 def _reported(path: str | os.PathLike[str], place: Callable[[], str]) -> Iterator[None]:
-    """Raises `TextError` in place of the errors of the file system and of compressions."""
+    """Raises `TextError` in place of the errors of a path and of compressions."""
     try:
         yield
     except FileNotFoundError as error:
@@ -124,7 +129,9 @@ def _reported(path: str | os.PathLike[str], place: Callable[[], str]) -> Iterato
         where = " ".join(filter(None, ("is truncated or damaged", place())))
         raise TextError(f"{path} {where} ({error}); fetch it again") from error
     except OSError as error:
-        raise TextError(f"{path} cannot be read: {error.strerror or error}") from error
+        if error.errno not in _OF_PATHS:
+            raise  # of the machine, as too many open files
+        raise TextError(f"{path} cannot be read: {error.strerror}") from error
 
 
 @contextlib.contextmanager
@@ -340,6 +347,8 @@ def _open_parquet(path: Path) -> Any:
     try:
         return parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # of the machine
         raise TextError(f"{path} is no Parquet file ({error}); fetch it again") from error
 
 

@@ -1,9 +1,12 @@
 """The reader of text files: one content in every form, and one form of every message."""
 
 import ast
+import errno
 import gzip
 import json
+import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -148,7 +151,14 @@ def test_surrogate_pairs_are_letters(tmp_path: Path) -> None:
     assert row.fields() == {"text": "😀 \\ud800"}
 
 
-def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+def _refused(number: int) -> Callable[..., None]:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+def test_what_is_no_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path, words in (
         (tmp_path / "none.jsonl", "does not exist; name a file"),
         (tmp_path, "is a folder; name a file"),
@@ -171,6 +181,14 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_bytes(b'[{"a": 1},\n{"a": }]')
     with pytest.raises(TextError, match=r"bad\.json:2: not valid JSON"):
         list(rows(tmp_path / "bad.json"))
+    monkeypatch.setattr("builtins.open", _refused(errno.EACCES))
+    with pytest.raises(TextError, match=r"a\.txt cannot be read: Permission denied"):
+        read_text(tmp_path / "a.txt")
+    for number in (errno.EMFILE, errno.EIO, errno.ENOMEM):  # of the machine: `failures` explains
+        monkeypatch.setattr("builtins.open", _refused(number))
+        with pytest.raises(OSError, match=os.strerror(number)):
+            read_text(tmp_path / "a.txt")
+    monkeypatch.undo()
     with pytest.raises(TextError, match="compressed inside"):
         ending("a.parquet.gz")
 
@@ -216,6 +234,7 @@ def test_records_name_the_field_that_is_missing(tmp_path: Path) -> None:
 OWN = {
     "m3jax/reading.py": "the reader",
     "m3jax/cli.py": "the null device",
+    "m3jax/config_files.py": "configs, which are Python",
     "m3jax/files.py": "checksums, sealed files",
     "m3jax/store.py": "objects of folders and buckets",
     "m3jax/workdir.py": "marks of parts",

@@ -11,6 +11,7 @@ from typing import Any
 from m3jax.config.fields import SECTIONS
 from m3jax.config.renamed import RENAMED
 from m3jax.errors import ConfigError
+from m3jax.printable import cleaned_output
 
 _HEAD = """# Config fields
 
@@ -68,4 +69,5 @@ def _accepted(default: Any, accepted: Any) -> Any:
 
 
 if __name__ == "__main__":
-    print(markdown(), end="")
+    with cleaned_output():
+        print(markdown(), end="")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from m3jax.evaluation.plots import head_map, speed_bars
+from m3jax.evaluation.plots import Read, attention_map, head_map, speed_bars, sweep_dots
 
 
 def test_speeds_become_a_picture(tmp_path: Path) -> None:
@@ -33,3 +33,13 @@ def test_heads_become_a_map(tmp_path: Path) -> None:
         assert pictures[-1].startswith(b"\x89PNG") and len(pictures[-1]) > 10_000
         random = np.random.default_rng(0)
     assert len(set(pictures)) == 4
+
+
+def test_text_of_data_is_no_formula(tmp_path: Path) -> None:
+    """Two dollars would begin a formula that cannot be set; warnings of missing letters fail."""
+    evil, mass = "$x^^$ {\x1b\n", np.ones(2)
+    read = Read(evil, evil, f"{evil}!", [[evil, "\x07"]], [mass], [np.array([1.0, 0.0])])
+    attention_map(tmp_path / "attention.png", [read], "which token")
+    sweep_dots(tmp_path / "sweep.png", [(evil, evil, [0.5], [0.1])], "share")
+    for name in ("attention", "sweep"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
