@@ -1,7 +1,9 @@
 """Hooks into libraries: what a new version of one must still have."""
 
 import errno
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
+from absl import logging as absl_logging
 
 from m3jax import private_apis
 from m3jax.model.attention_mask import Packing
@@ -84,6 +87,22 @@ def test_errors_of_tensorstore(tmp_path) -> None:
     assert private_apis.reason_of(placed) == str(damaged.value)
     full = OSError(errno.ENOSPC, "No space left on device")
     assert private_apis.is_disk_full(full) and not private_apis.is_disk_full(damaged.value)
+
+
+def test_what_libraries_print_of_a_failed_save() -> None:
+    from orbax.checkpoint._src.futures import future  # its threads log what they raise
+
+    private_apis.quiet_failed_saves()
+    logger, failed = absl_logging.get_absl_logger(), (ValueError, ValueError("full"), None)
+    for path, exception, kept in (
+        (future.__file__, failed, False),
+        (future.__file__, None, True),
+        (__file__, failed, True),
+    ):
+        record = logger.makeRecord("absl", 40, path, 1, "no", (), exception)
+        assert bool(logger.filter(record)) == kept
+    closed = SimpleNamespace(exc_value=RuntimeError("Event loop is closed"))
+    assert sys.unraisablehook(closed) is None  # type: ignore[arg-type]
 
 
 def test_a_compiler_without_memory() -> None:

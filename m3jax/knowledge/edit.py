@@ -212,6 +212,13 @@ def refresh(workdir: str | Path, what: str, *, write: WriteMemories, note: str) 
         return commit_version(workdir, parent, building, note)
 
 
+def end_killed(current: Version) -> None:
+    """Ends the edit that made the current version, if it was killed after its commit."""
+    if (folder_of(current.workdir, current.number) / BEGUN).exists() and current.number:
+        with editing(current.workdir):
+            pass
+
+
 def open_to_select(workdir: Path) -> Version:
     """Opens the version in which references to keep are selected: the current one.
 

@@ -15,11 +15,13 @@ prefix in front of the row and use `position_ids` 0 … p−1, then p + W, p + W
 
 from __future__ import annotations
 
+import contextlib
+import filecmp
 import functools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,14 +149,12 @@ def write_folder(
       special: text and id of the tokens `bos`, `eos` and `pad`, by these names.
 
     Raises:
-      HuggingFaceError: the folder has a `config.json` already; the dtype is another one;
+      HuggingFaceError: the folder has a `config.json` and another model; the dtype is another one;
         `model.query_heads` does not divide `model.hidden`, which transformers requires; no family
         of transformers has both `model.qk_norm` and `model.no_rope_every`; or the parameters are
         those of another config.
     """
     folder, dtype = Path(folder), dtype or model.param_dtype
-    if (folder / CONFIG).exists():
-        raise HuggingFaceError(f"{folder} holds a model already; name another folder or delete it")
     if model.hidden % model.query_heads:
         raise HuggingFaceError(
             f"config.model.query_heads = {model.query_heads} does not divide config.model.hidden ="
@@ -166,15 +166,16 @@ def write_folder(
     content = their_config(model, tied, dtype, positions)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = _their_tensors(model, memory, params, tied, jax.numpy.dtype(dtype))
-    _commit(folder / _WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    commit = _compare if (folder / CONFIG).exists() else _commit
+    commit(folder / _WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     named = dict(special or {})
     if tokenizer is not None:
         texts = {f"{role}_token": text for role, (text, _) in named.items()}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **texts}
-        _commit(folder / "tokenizer.json", lambda path: path.write_text(tokenizer, "utf-8"))
-        _commit(folder / "tokenizer_config.json", lambda path: _write_json(path, settings))
+        commit(folder / "tokenizer.json", lambda path: path.write_text(tokenizer, "utf-8"))
+        commit(folder / "tokenizer_config.json", lambda path: _write_json(path, settings))
     ids = {f"{role}_token_id": named[role][1] if role in named else None for role in _ROLES}
-    _commit(folder / CONFIG, lambda path: _write_json(path, {**content, **ids}))
+    commit(folder / CONFIG, lambda path: _write_json(path, {**content, **ids}))
 
 
 _ROLES = ("bos", "eos", "pad")
@@ -348,12 +349,25 @@ def _check_others(folder: Path, model: ConfigDict, read: _Read, names: set[str])
 
 def _commit(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes a file under a temporary name, syncs and renames it, so that it is never partial."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
+    with _temporary(path, write) as temporary:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+
+
+def _compare(path: Path, write: Callable[[Path], Any]) -> None:
+    """Raises `HuggingFaceError` unless a file is what would be written: the command is repeated."""
+    with _temporary(path, write) as temporary:
+        if not path.is_file() or not filecmp.cmp(temporary, path, shallow=False):
+            raise HuggingFaceError(f"{path.parent} holds another model; name another folder")
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, write: Callable[[Path], Any]) -> Iterator[Path]:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 

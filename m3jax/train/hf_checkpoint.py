@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from m3jax.checkpoint import checkpoint_folder, checkpoint_steps, read_model
+from m3jax.checkpoint import checkpoint_steps, read_model, restore_params
 from m3jax.errors import CheckpointError, ConfigError, HuggingFaceError
 from m3jax.files import write_sealed
 from m3jax.memory.binding import weights_fingerprint
@@ -84,10 +85,11 @@ def _import_model(
 ) -> str:
     stage = workdir / config.stage
     check_owner(stage, config)
-    if checkpoint_steps(stage):
-        raise CheckpointError(
-            f"{checkpoint_folder(stage)} is there already; use another --workdir, or delete {stage}"
-        )
+    other = CheckpointError(
+        f"{stage} has a checkpoint of something else already; use another --workdir or stage"
+    )
+    if any(checkpoint_steps(stage)):
+        raise other
     adopted = _adopted(workdir, source, tokenizer, special)
     folder = workdir / "tokenizer"
     own = Tokenizer.load(folder) if adopted is None else Tokenizer(adopted.text)
@@ -101,8 +103,14 @@ def _import_model(
     params = read_params(source, config.model, config.memory, *rows)
     program = Program(config, make_mesh(config))
     state = program.init(jax.device_put(params, program.shardings.params))
-    if not there:  # marked as finished, so that launch/prepare.py trains no other in its place
+    if checkpoint_steps(stage):  # the same command, run again
+        saved, _ = restore_params(stage, program.model, 0, tokenizer_fingerprint=own.fingerprint)
+        if not all(map(np.array_equal, jax.tree.leaves(saved), jax.tree.leaves(state.params))):
+            raise other
+    if not there:
         own.save(folder)
+    # Marked as finished, so that launch/prepare.py trains no other in its place.
+    if adopted is not None and not (folder / INPUTS).is_file():
         mark = {"taken_from": str(source.absolute())}
         write_sealed(folder / INPUTS, mark)
     claim(stage, config)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from m3jax.checkpoint import restore_params
 from m3jax.config import format_counts, memory_layers, prefix_tokens, slot_counts
-from m3jax.knowledge.edit import refresh
+from m3jax.knowledge.edit import end_killed, refresh
 from m3jax.knowledge.memory_writer import MemoryWriter
 from m3jax.knowledge.versions import Version, open_version
 from m3jax.make_model import make_model
@@ -59,6 +59,7 @@ def rewrite(
         bank = Bank.open(current.banks[0])
         whole = not bank.manifest["info"].get("foreign", 0)
         if bank.binding.writer == fingerprint and (whole or share < 1):
+            end_killed(current)
             return current
 
     def write_layer(references: References, folder: Path, bank: Bank) -> None:

@@ -79,8 +79,11 @@ def test_a_llama_goes_through_all_later_steps(tmp_path: Path) -> None:
     found = read_model(workdir / "warmup")
     assert found[3]["step"] == 0 and found[3]["writer"] is None
     equal(found[2], params)
-    again = call("convert from_hf", warmup, run, f"--model={llama}")
-    assert again.returncode == 2 and "is there already" in again.stderr
+    assert succeed("convert from_hf", warmup, run, f"--model={llama}") == shown  # the same model
+    other = jax.tree.map(lambda x: x + 1, params)
+    write_folder(tmp_path / "other", config.model, config.memory, other, tokenizer=content)
+    again = call("convert from_hf", warmup, run, f"--model={tmp_path}/other")
+    assert again.returncode == 2 and "has a checkpoint of something else already" in again.stderr
 
     assert "step 0" in succeed("write_bank", continual, run)
     succeed("train", continual, run, f"--init_from={workdir}/warmup")
@@ -97,8 +100,9 @@ def test_a_llama_goes_through_all_later_steps(tmp_path: Path) -> None:
     written = json.loads((exported / "config.json").read_text())
     ids = {role: written[f"{role}_token_id"] for role in ("bos", "eos", "pad")}
     assert ids == {"bos": text.BOS, "eos": text.END, "pad": text.PAD}
-    twice = call("convert to_hf", f"--folder={exported}", run, trained)
-    assert twice.returncode == 2 and "holds a model already" in twice.stderr
+    succeed("convert to_hf", f"--folder={exported}", run, trained)  # the same model
+    twice = call("convert to_hf", f"--folder={exported}", run, f"--checkpoint={workdir}/warmup")
+    assert twice.returncode == 2 and "holds another model" in twice.stderr
 
 
 @pytest.mark.slow

@@ -417,7 +417,7 @@ def test_damaged_weights_are_refused(folder: Path) -> None:
 
 def test_a_folder_is_written_once(folder: Path, config: ConfigDict) -> None:
     params = jax.tree.map(lambda x: x + 1, read_params(folder, config.model, config.memory))
-    with pytest.raises(HuggingFaceError, match="holds a model already"):
+    with pytest.raises(HuggingFaceError, match="holds another model"):
         write_folder(folder, config.model, config.memory, params)
     (folder / "config.json").unlink()  # as a stopped export leaves it
     with pytest.raises(HuggingFaceError, match="dtype = 'float16'"):
