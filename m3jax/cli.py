@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import math
 import os
 import signal
 import sys
@@ -119,7 +120,8 @@ class _Parser(flags.ArgumentParser):
             self.value = self._text
         else:
             number: Any = flags.IntegerParser if flag.kind is int else flags.FloatParser
-            self.value = number(flag.low, flag.high).parse
+            self.number = number(flag.low, flag.high).parse
+            self.value = self._number
 
     def parse(self, argument: Any) -> Any:
         """Parses a value; for a comma-separated flag, a text or a list into a list of values."""
@@ -128,6 +130,14 @@ class _Parser(flags.ArgumentParser):
         if isinstance(argument, str):
             argument = [word.strip() for word in argument.split(",") if word.strip()]
         return [self.value(word) for word in argument]
+
+    def _number(self, argument: Any) -> Any:
+        number = self.number(argument)
+        if self.flag.kind is float and not math.isfinite(number):
+            raise ValueError("not a finite number")
+        if self.flag.kind is int and self.flag.high is None and abs(number) >= 2**63:
+            raise ValueError("not an integer of 64 bits")
+        return number
 
     def _text(self, argument: str) -> str:
         if not argument and self.flag.default is None and not self.flag.many:

@@ -39,6 +39,7 @@ _DECISIVE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOMEM, errno.EIO, *
 # Of TensorStore, and of libraries in Rust.
 _NUMBERED = re.compile(r"os_error_code='(\d+)'|\(os error (\d+)\)")
 _QUOTED = re.compile(r'"([^"]+)"')
+_MEMORY = re.compile(r"^RESOURCE_EXHAUSTED: .*([Oo]ut of memory|allocat)")
 _PLATFORM = re.compile(r"Unable to initialize backend|Unknown backend|no supported devices found")
 
 
@@ -124,7 +125,7 @@ def _explained(number: int, name: object) -> MachineError:
 
 
 def _of_others(error: BaseException) -> UserError | None:
-    """Explains exceptions of JAX about platforms, and of text that is none."""
+    """Explains exceptions about memory, platforms of JAX, and text that is none."""
     text = " ".join(str(error).split())
     setting = os.environ.get("JAX_PLATFORMS", "")
     missing = isinstance(error, RuntimeError) and bool(_PLATFORM.search(text))
@@ -137,6 +138,11 @@ def _of_others(error: BaseException) -> UserError | None:
         return MachineError(
             f"{given}{text.partition(' (set ')[0][:200]}; unset JAX_PLATFORMS to take what this"
             " machine has, or install JAX for the accelerator"
+        )
+    if isinstance(error, MemoryError) or _MEMORY.search(text):
+        return MachineError(
+            f"not enough memory: {text[:200] or 'allocation failed'}; take fewer or shorter rows at"
+            " once (data.batch_size, train.microbatches, --batch), or a machine with more"
         )
     if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
         half = ascii(error.object[error.start : error.start + 1])

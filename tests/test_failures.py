@@ -61,6 +61,8 @@ FULL, DENIED = numbered(errno.ENOSPC), numbered(errno.EACCES, "/a")
         (while_handling(KeyError("a"), FULL), ["No space left"]),
         (BaseExceptionGroup("several", [ValueError("b"), FULL]), ["No space left"]),
         (failed(lambda: "\ud800".encode()), [r"\ud800", "half of a character"]),
+        (MemoryError("Unable to allocate 2 TiB"), ["not enough memory", "2 TiB", "--batch"]),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), ["9 bytes"]),
         (from_cause(KeyError("a"), TextError("b.txt is empty")), ["b.txt is empty"]),
         (
             RuntimeError("Unable to initialize backend 'x': no (set JAX)"),

@@ -159,11 +159,14 @@ def read_queries(path: str | Path, most: int) -> list[str]:
 def recall_report(index: Index, queries: Float32[np.ndarray, "n E"], k: int = 5) -> dict[str, Any]:
     """Compares `index.search` with exact search over the same embeddings, k references per query.
 
+    Where there are fewer references, all of them are compared.
+
     Returns counts, recall@k (ties count as correct), seconds per query of both searches, and
     `built_recall`, the recall@5 measured during the build (None for exact search). Raises
     `RetrievalError` if no query has a known word, the queries have another width than the index, k
     is below 1, or the index keeps no embeddings.
     """
+    k = min(k, index.size)
     queries = queries[queries.any(axis=1)]  # queries of zeros find nothing in either search
     if not len(queries):
         raise RetrievalError("no query has a word that the knowledge base knows; give others")

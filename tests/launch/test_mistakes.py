@@ -73,8 +73,9 @@ def mistakes(flag: Flag) -> Iterator[str]:
         yield from ("maybe", "2")
     elif kind in (int, float):
         yield from ("x", "1 000", "0x", "1e", "--", *([] if flag.many else [""]))
+        yield from ("nan", "inf", "-inf", "1" * 400)
         if kind is int:
-            yield from ("1.5", "nan", "inf")
+            yield from ("1.5", "1e3", *([] if flag.high else ["9223372036854775808"]))
         if flag.low is not None:
             yield str(int(flag.low) - 1)
         if flag.high is not None:
