@@ -99,7 +99,7 @@ def their_rope(model: ConfigDict) -> dict[str, Any]:
 
 
 def _scaled(
-    path: Path, name: str, kind: str, part: dict[str, Any], settings: dict[str, Any]
+    path: Path, name: str, kind: Any, part: dict[str, Any], settings: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns the fields of scaled RoPE; `part` is the object `name` of `settings`."""
     if not isinstance(kind, str) or kind not in _NUMBERS:

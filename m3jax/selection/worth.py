@@ -435,6 +435,11 @@ def worth_report(
     texts = (document.text for document in read_documents(str(documents)))
     enough = calibration + skip + most
     long_ones = read_continuation_task(texts, encode, W, W, enough)
+    if len(long_ones) <= calibration + skip:
+        raise TextError(
+            f"of {len(long_ones)} long documents, {calibration} deal the counts and {skip} are left"
+            " out (--skip), so that none is left to go on from; give more, or skip fewer"
+        )
     weights = measure_weights(config, writer, long_ones.references[:calibration], PREFIX_TOKENS)
     first = calibration + skip
     tasks = [long_ones.part(range(first, len(long_ones)))]

@@ -6,6 +6,7 @@ that names the flag, exit code 2 and no new file; names with odd characters work
 
 import dataclasses
 import os
+import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,7 +108,8 @@ def wrong_places(place: Place) -> Iterator[str]:
     if place.exists:
         yield from ("missing", "missing/below", "dangling", f"{ODD}/missing", "~/missing")
     if place.written:
-        yield from ("/proc/x", "/proc/x/y", "dangling/below", "/" + "/".join(["a" * 200] * 25))
+        yield from ("/proc/x", "/proc/x/y", "dangling/below", "a" * 250)
+        yield ("/" + "/".join(["a" * 200] * 20))[:3900]
     if place.holds == "file":
         yield from ("folder", "~", ".", "link to folder", ODD, "/")
     if place.holds == "folder":
@@ -160,6 +162,19 @@ def test_mistakes_are_refused_by_name(
                 wrong.append(f"--{flag.name}={value!a:.60} → {code}: {shown[-300:]}")
     assert not wrong, "\n".join(wrong)
     assert tree.state() == before
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=IDS)
+def test_every_path_has_a_sort(command: Command) -> None:
+    """By the words of its help: what speaks of files is a path, and one to write is written."""
+    for flag in command.flags:
+        about = flag.help.split(". ")[0]
+        if flag.kind is str:
+            assert not re.search(r"\b([Ff]iles?|[Ff]olders?|[Ww]orkdir|\.jsonl)\b", about), about
+        if isinstance(flag.kind, Place):
+            to_write = re.search(r"to write|for the table|are kept|it makes|made where", about)
+            reads = re.match("Folder or URL of a bank|.*must not hold", about)
+            assert reads or flag.kind.written == bool(to_write), (flag.name, about)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=IDS)
