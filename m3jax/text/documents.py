@@ -115,8 +115,8 @@ def check_documents(documents: Iterable[Document], unique: bool = False) -> int:
 
 def describe_unread(spec: str, unread: Counter[str]) -> str:
     """Formats what of a spec was not read: files, and the counts of `read_documents`; or ""."""
-    counts = [f"{number} {what}" for what, number in sorted(unread.items()) if number]
-    return "; ".join(filter(None, (list_files(spec).describe(), ", ".join(counts))))
+    counts = [f"{what} ({number})" for what, number in sorted(unread.items()) if number]
+    return "; ".join(filter(None, (list_files(spec).describe(), *counts)))
 
 
 def makers(

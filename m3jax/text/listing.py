@@ -14,6 +14,7 @@ from m3jax.reading import ROWS, ending, stem
 
 TEXTS = (".txt", ".md")  # endings of files that are one document each
 _IN_FOLDERS = (".jsonl", ".parquet", ".txt")  # folders hold other files of the other endings
+_BY_NAME = "files that are read only where they are named"
 _SHOWN = 3  # paths shown of those left out for one reason
 TFDS = "tfds:"
 
@@ -58,7 +59,7 @@ def describe_files(left_out: Mapping[str, Sequence[str]]) -> str:
     told = []
     for reason, paths in left_out.items():
         more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-        told.append(f"{len(paths)} {reason} ({', '.join(paths[:_SHOWN])}{more})")
+        told.append(f"{reason} ({len(paths)}: {', '.join(paths[:_SHOWN])}{more})")
     return "; ".join(told)
 
 
@@ -129,7 +130,8 @@ def _parts_of(piece: str, rows_only: bool, left_out: dict[str, list[str]]) -> It
     home = os.path.expanduser(piece)
     path = piece if os.path.exists(piece) or not os.path.exists(home) else home
     if os.path.isdir(path):
-        yield from files_inside(path, _endings(rows_only, named=False), left_out)
+        named = _endings(rows_only, named=True)
+        yield from files_inside(path, _endings(rows_only, named=False), left_out, named=named)
     elif os.path.exists(path):
         if not os.path.isfile(path):
             raise TextError(f"{path} is a pipe or a device; documents are read several times")
@@ -145,8 +147,8 @@ def _parts_of(piece: str, rows_only: bool, left_out: dict[str, list[str]]) -> It
         yield from _chosen(filter(os.path.isfile, matches), folder, rows_only, left_out)
         folders = [match for match in matches if os.path.isdir(match) and "**" not in home]
         for match in folders:
-            endings = _endings(rows_only, named=False)
-            yield from files_inside(match, endings, left_out, base=folder)
+            endings, named = (_endings(rows_only, named=choice) for choice in (False, True))
+            yield from files_inside(match, endings, left_out, folder, named)
     else:
         raise TextError(f"{piece} does not exist; give files, globs, folders or tfds:NAME")
 
@@ -173,13 +175,18 @@ def _below(path: str, folder: str) -> str:
 
 
 def files_inside(
-    top: str, endings: Sequence[str], left_out: dict[str, list[str]], base: str | None = None
+    top: str,
+    endings: Sequence[str],
+    left_out: dict[str, list[str]],
+    base: str | None = None,
+    named: Sequence[str] = (),
 ) -> Iterator[Part]:
     """Yields the files below the folder `top`, sorted by path; follows links.
 
     Files are named by their paths below `base`, default `top`. A file that is reached twice, by a
     link or by a loop of links, is read once. `left_out` gets the other paths, by reason; hidden
-    files and folders are among them. Raises `TextError` for a folder that cannot be read.
+    files and folders are among them, and files of the endings `named` that are read only where they
+    are named. Raises `TextError` for a folder that cannot be read.
     """
     base = base or top
     inside, seen = [], set()
@@ -205,7 +212,8 @@ def files_inside(
             if os.path.basename(path).startswith("."):
                 note("hidden files", path)
             elif ending(path) not in endings:
-                note("files of other endings", path)
+                by_name = ending(path) in named and ending(path) not in _IN_FOLDERS
+                note(_BY_NAME if by_name else "files of other endings", path)
             elif not os.path.exists(path):
                 note("links to nothing", path)
             elif not os.path.isfile(path):

@@ -180,5 +180,10 @@ def test_what_is_not_read_is_said(config, documents, tmp_path, in_blocks):
     config.text.shuffle = int(in_blocks)
     prepare_text(config, tmp_path / "w", str(folder), say=said.append)
     assert "not read: " in said[0] and "60 " in said[0]
-    for what in ("1 hidden folders", "1 files of other endings", "2 blank lines", "1 empty doc"):
+    for what in (
+        "hidden folders (1: ",
+        "they are named (1: ",
+        "blank lines (2)",
+        "empty documents (1)",
+    ):
         assert what in said[0]

@@ -201,10 +201,10 @@ class _Writing:
 def describe(report: dict[str, Any]) -> str:
     """Formats the report of `prepare_chats` as readable lines."""
     lines = [f"{name}: {value}" for name, value in report.items() if isinstance(value, int)]
-    unread = [f"{count} {what}" for what, count in report.get("not read", {}).items()]
+    unread = [f"{what} ({count})" for what, count in report.get("not read", {}).items()]
     unread += [report["files not read"]] if report.get("files not read") else []
     if unread:
-        lines.append(f"not read: {', '.join(unread)}")
+        lines.append(f"not read: {'; '.join(unread)}")
     for reason, entry in report["left out"].items():
         lines.append(f"left out ({reason}): {entry['count']}, for example {entry['samples'][0]}")
     return "\n".join(lines)

@@ -84,7 +84,9 @@ class CleanFolder:
         dropped, renamed = self.left_out(name), _inside(self.renames, name)
         for i, document in enumerate(self.unfiltered(name)):
             if i in renamed:
-                document = replace(document, id=f"{document.id}~{document.place}")
+                document = replace(
+                    document, id=f"{document.id}~{document.place or document.source}"
+                )
             if i not in dropped:
                 yield document
 

@@ -181,10 +181,10 @@ def _markdown(content: dict[str, Any]) -> str:
 
 def _not_read(counts: dict[str, Any]) -> str:
     """Formats what was not read, with the paths of files."""
-    told = [f"{counts['blank lines']} blank lines"]
+    told = [f"blank lines ({counts['blank lines']})"]
     for reason, paths in counts.items():
         if reason != "blank lines":
-            told.append(f"{len(paths)} {reason} ({', '.join(map(as_markdown, paths))})")
+            told.append(f"{reason} ({len(paths)}: {', '.join(map(as_markdown, paths))})")
     return f"Not read: {'; '.join(told)}."
 
 

@@ -263,7 +263,7 @@ def test_the_report_shows_hostile_text_as_it_is(config, tmp_path):
     page = (tmp_path / "w" / "report/data/report.md").read_text()
     shown = "·\\[31m&lt;script&gt;\\|\\`·\\*"
     assert f"* {shown} · {shown} **" in page
-    assert f"1 files of other endings ({as_markdown(str(folder))}/{shown}.csv)" in page
+    assert f"files of other endings (1: {as_markdown(str(folder))}/{shown}.csv)" in page
     # Code of a list item; what acts on a terminal has been repaired before.
     assert "      <script>|`·*\n      short\n" in page
     assert not set(page) & {"\x1b", "\u202e"}
