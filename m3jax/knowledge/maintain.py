@@ -30,6 +30,7 @@ from m3jax.knowledge.versions import (
     write_current,
 )
 from m3jax.memory.bank import Bank
+from m3jax.memory.storage import COMPLETE
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import load_embedder, make_embedder
 from m3jax.retrieval.embedder import Embedder
@@ -137,12 +138,12 @@ def repair(
                 done.append(str(error))
             if not (bank / MANIFEST).exists():
                 continue
-            broken = Bank.open(bank).parts[0].damaged()
+            broken = Bank.open(bank, finished=False).parts[0].damaged()
             for path, problem in broken:
                 (bank / path).unlink(missing_ok=True)
                 done.append(problem)
-            if broken:
-                write(references, bank, Bank.open(version.banks[0]))
+            if broken or not (bank / COMPLETE).exists():  # of a repair that was killed
+                write(references, bank, Bank.open(version.banks[0], finished=False))
     open_references(config, version, tokenizer)
     return done
 

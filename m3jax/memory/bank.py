@@ -64,7 +64,7 @@ class Bank(MemoryReader):
         self._buffers = Buffers()
 
     @classmethod
-    def open(cls, folder: str | Path, cache_bytes: int = 0) -> Bank:
+    def open(cls, folder: str | Path, cache_bytes: int = 0, finished: bool = True) -> Bank:
         """Opens a finished bank.
 
         Args:
@@ -72,6 +72,7 @@ class Bank(MemoryReader):
             supports range requests (`http://…`, `https://…`).
           cache_bytes: size limit of the cache in RAM, which all threads share and which evicts the
             least recently used memories; 0 = no cache.
+          finished: False also opens one whose missing shards are being written again.
 
         Raises:
           BankError: there is no bank; it is unfinished, damaged or of another format; its codebooks
@@ -80,12 +81,14 @@ class Bank(MemoryReader):
         require_served(folder)
         manifest = read_manifest(folder)
         stamp = read_file(folder, COMPLETE)
-        if manifest is None or stamp is None:
+        if manifest is None or (stamp is None and finished):
             what = "holds no bank" if manifest is None else "is not finished: COMPLETE is missing"
             raise BankError(
                 f"{folder} {what}; run {write_again(folder)}, which resumes where it stopped"
             )
-        if stamp.decode().strip() != checksum(read_file(folder, MANIFEST) or b""):
+        if stamp is not None and stamp.decode().strip() != checksum(
+            read_file(folder, MANIFEST) or b""
+        ):
             raise BankError(
                 f"{folder}/{MANIFEST} was changed after the bank was finished; restore it, or"
                 f" delete the folder and run {write_again(folder)}"
