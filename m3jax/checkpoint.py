@@ -1,13 +1,15 @@
 """Reads checkpoints of training stages: steps, `meta`, parameters, config and tokenizer.
 
-A checkpoint is a folder `<stage folder>/checkpoints/<step>` with `state` and `meta` (Orbax), which
-`train.checkpoints` writes.
+A checkpoint is a folder `<stage folder>/checkpoints/<step>` with `state` and `meta` (Orbax), and
+`checksums.json`, size and checksum of every file in these two, which `train.checkpoints` writes
+before the folder gets its name. What is read is compared with them first.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,14 @@ from ml_collections import ConfigDict
 from m3jax.config import PREFIX_TOKENS, default
 from m3jax.errors import CheckpointError
 from m3jax.failures import raise_if_machine
-from m3jax.files import digest, json_text
+from m3jax.files import (
+    digest,
+    first_damaged,
+    json_text,
+    read_sealed,
+    tree_checksums,
+    write_sealed,
+)
 from m3jax.make_model import make_model
 from m3jax.mesh import parameter_shardings
 from m3jax.model.parameters import Params
@@ -32,6 +41,7 @@ from m3jax.text.tokenizer import Tokenizer
 use_literal_checkpoint_paths()
 
 FOLDER = "checkpoints"
+CHECKSUMS = "checksums.json"
 SEGMENTS = ("lower", "memory", "upper")
 
 
@@ -64,8 +74,59 @@ def checkpoint_folder(path: str | Path, step: int | None = None) -> Path:
     return path / FOLDER / str(steps[-1] if step is None else step)
 
 
+def seal(folder: str | Path) -> None:
+    """Writes `checksums.json` of a checkpoint folder `…/<step>`."""
+    files = tree_checksums(folder)  # those outside the two folders are Orbax's own, which change
+    inside = {name: sums for name, sums in files.items() if "/" in name}
+    write_sealed(Path(folder) / CHECKSUMS, {"files": inside})
+
+
+def verify(folder: str | Path, part: str = "", share: tuple[int, int] = (0, 1)) -> None:
+    """Compares the files of a checkpoint folder `…/<step>` with their checksums.
+
+    A checkpoint without `checksums.json` is not verified; a warning says so.
+
+    Args:
+      folder: the folder.
+      part: only the files whose path begins with this.
+      share: index and number of processes that verify this checkpoint together: a share each.
+
+    Raises:
+      CheckpointError: a file is missing or damaged; names it and the remedy.
+    """
+    path = Path(folder) / CHECKSUMS
+    if not path.is_file():
+        warnings.warn(
+            f"checkpoint {folder} is read unverified: it has no {CHECKSUMS}", stacklevel=2
+        )
+        return
+    content = read_sealed(path, "files")
+    if content is None:
+        raise CheckpointError(
+            f"{path} is damaged; restore it from a copy, or move it elsewhere to read the"
+            " checkpoint unverified"
+        )
+    names = sorted(name for name in content["files"] if name.startswith(part))
+    with damage_named(folder):
+        different = first_damaged(
+            folder, {name: content["files"][name] for name in names[share[0] :: share[1]]}
+        )
+    if different is not None:
+        raise CheckpointError(f"{different[0]} {different[1]}; {_remedy(folder)}")
+
+
+def _remedy(folder: str | Path) -> str:
+    """Returns, for messages, what to do if a checkpoint cannot be read."""
+    earlier = [
+        step for step in checkpoint_steps(Path(folder).parents[1]) if step < int(Path(folder).name)
+    ]
+    use = f"use that of step {earlier[-1]}" if earlier else "begin anew"
+    return f"restore it from a copy, or move {folder} elsewhere to {use}"
+
+
 def read_meta(folder: str | Path) -> dict[str, Any]:
     """Reads the `meta` of a checkpoint folder `…/<step>`; raises `CheckpointError` if damaged."""
+    verify(folder, "meta/")
     with damage_named(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         return dict(reader.restore(Path(folder).absolute() / "meta"))
 
@@ -94,6 +155,7 @@ def restore_params(
         or a parameter has another shape (names the first one and both shapes).
     """
     folder = checkpoint_folder(stage_folder, step)
+    verify(folder, share=(0, 1) if mesh is None else (jax.process_index(), jax.process_count()))
     meta = read_meta(folder)
     if tokenizer_fingerprint is not None:
         check_tokenizer(folder, meta, tokenizer_fingerprint)
@@ -181,7 +243,7 @@ def damage_named(folder: str | Path, *more: type[Exception]) -> Iterator[None]:
     except errors as error:
         raise_if_machine(error)
         raise CheckpointError(
-            f"checkpoint {folder} cannot be read ({error}); delete it to use an earlier one"
+            f"checkpoint {folder} cannot be read ({error}); {_remedy(folder)}"
         ) from error
 
 

@@ -8,16 +8,20 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import crc32c
 import numpy as np
 
 TEMPORARY = ".tmp"  # ending of files that are not committed yet
 # Bytes up to which a file is read whole: a map or a reader would hold a descriptor for ever, and
 # a workdir has a few such files for each of its edits.
 SMALL = 1 << 20
+_BLOCK, _TAIL = 1 << 20, 1 << 16  # bytes that are read at once; last bytes of a file
+_THREADS = 4  # files that are read at once
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
@@ -97,6 +101,52 @@ def checksum(source: bytes | str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def fast_checksum(path: str | os.PathLike[str]) -> str:
+    """Returns a hash (32 hex characters) of a file, ten times as fast as `checksum`.
+
+    It is the BLAKE2b hash of the CRC-32C of every block and of the last bytes themselves: all files
+    that end with their own CRC-32C, as those of OCDBT do, have the same CRC-32C.
+    """
+    total, block = hashlib.blake2b(digest_size=16), bytearray(_BLOCK)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            total.update(crc32c.crc32c(memoryview(block)[:count]).to_bytes(4, "little"))
+        file.seek(max(0, file.tell() - _TAIL))
+        total.update(file.read())
+    return total.hexdigest()
+
+
+def tree_checksums(folder: str | os.PathLike[str]) -> dict[str, tuple[int, str]]:
+    """Returns size in bytes and `fast_checksum` of every file below a folder, by its path."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    with ThreadPoolExecutor(_THREADS) as pool:
+        sums = pool.map(fast_checksum, paths)
+        names = (path.relative_to(folder).as_posix() for path in paths)
+        sizes = (path.stat().st_size for path in paths)
+        return dict(zip(names, zip(sizes, sums, strict=True), strict=True))
+
+
+def first_damaged(
+    folder: str | os.PathLike[str], checksums: Mapping[str, Sequence[Any]]
+) -> tuple[Path, str] | None:
+    """Compares files with the result of `tree_checksums`; returns the first that differs, and how.
+
+    Raises `OSError` if a file cannot be read.
+    """
+
+    def problem(item: tuple[str, Sequence[Any]]) -> str | None:
+        path = Path(folder) / item[0]
+        if not path.is_file():
+            return "is missing"
+        if (size := path.stat().st_size) != item[1][0]:
+            return f"has {size} bytes; expected {item[1][0]}"
+        return None if fast_checksum(path) == item[1][1] else "is damaged (its checksum differs)"
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        problems = zip(checksums, pool.map(problem, checksums.items()), strict=True)
+        return next(((Path(folder) / name, what) for name, what in problems if what), None)
+
+
 def json_text(content: Any, **options: Any) -> str:
     """Serializes content as JSON; a number that is NaN or infinite, which JSON lacks, becomes null.
 
@@ -121,23 +171,27 @@ def _finite(content: Any) -> Any:
 def write_sealed(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
     """Writes a dictionary as JSON, atomically, with its own checksum under the key `checksum`."""
     sealed = {**content, "checksum": digest(json_text(content, sort_keys=True))}
-    write_atomically(path, json_text(sealed, indent=1, sort_keys=True).encode())
+    write_atomically(path, json_text(sealed, indent=1).encode())
 
 
-def read_sealed(path: str | os.PathLike[str], *, unsealed: bool = False) -> dict[str, Any] | None:
+def read_sealed(
+    path: str | os.PathLike[str], *keys: str, unsealed: bool = False
+) -> dict[str, Any] | None:
     """Reads the dictionary that `write_sealed` wrote; None if the file is damaged.
 
-    With `unsealed`, a dictionary without a checksum is accepted, as older versions wrote it.
+    Args:
+      path: the file.
+      *keys: keys of the dictionary; without one of them it is another file, and so damaged.
+      unsealed: accept a dictionary without a checksum, as older versions wrote it.
     """
     try:
         content = json.loads(Path(path).read_bytes())
-        if unsealed and "checksum" not in content:
-            return content if isinstance(content, dict) else None
-        expected = content.pop("checksum")
-        intact = expected == digest(json_text(content, sort_keys=True))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        sealed = "checksum" in content or not unsealed
+        expected = content.pop("checksum", None)
+        intact = not sealed or expected == digest(json_text(content, sort_keys=True))
+    except (ValueError, TypeError, AttributeError):
         return None
-    return content if intact else None
+    return content if intact and content.keys() >= {*keys} else None
 
 
 def write_array(path: str | os.PathLike[str], array: np.ndarray, shared: bool = False) -> None:
@@ -154,5 +208,10 @@ def open_array(path: str | os.PathLike[str], dtype: np.dtype | None = None) -> n
     """
     small = os.path.getsize(path) <= SMALL
     if dtype is None:
-        return np.load(path, mmap_mode=None if small else "r", allow_pickle=False)
+        try:
+            return np.load(path, mmap_mode=None if small else "r", allow_pickle=False)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # a damaged header makes NumPy raise errors of all kinds
+            raise ValueError(f"{path} holds no array ({error!r})") from error
     return np.fromfile(path, dtype) if small else np.memmap(path, dtype, "r")

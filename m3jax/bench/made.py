@@ -84,6 +84,8 @@ def made_bank(folder: Path, config: ConfigDict, memories: int) -> Bank:
         block = random.integers(0, 256, size, dtype=np.uint8)
     array = storage.open_array(folder, manifest)
     for low in range(0, memories, shard):
-        array[low : min(low + shard, memories)].write(block[: memories - low]).result()
+        part = block[: memories - low]
+        storage.write_shard_checksums(folder, low // shard, part)
+        array[low : low + len(part)].write(part).result()
     finish(folder, manifest)
     return Bank.open(folder)

@@ -30,6 +30,7 @@ from m3jax.knowledge.versions import (
     existing,
     folder_of,
     forget_begun,
+    made_versions,
     open_bank,
     open_index,
     open_references,
@@ -48,8 +49,8 @@ from m3jax.workdir import BEGUN, begin_part, content_id, is_begun, only_writer
 
 KEEP = "keep"  # the kind of an edit by `keep_only`
 
-# Writes a bank: (references, folder, base bank for codebooks and for memories to copy).
-WriteMemories = Callable[[References, Path, Bank], Any]
+# Writes a bank: (references, folder, base bank for codebooks and for memories to copy, if any).
+WriteMemories = Callable[[References, Path, Any], Any]
 
 
 def edit(
@@ -232,7 +233,7 @@ def open_to_select(workdir: Path) -> Version:
 
 
 def rollback(workdir: str | Path, number: int) -> Version:
-    """Makes the version `number` the current one, even if `current.json` is damaged.
+    """Makes the version `number` the current one, even if `current.json` is damaged or missing.
 
     Raises:
       VersionError: the version does not exist or is damaged.
@@ -243,10 +244,9 @@ def rollback(workdir: str | Path, number: int) -> Version:
         forget_begun(workdir)
         try:
             oldest = read_current(workdir)["oldest"]
-        except VersionError:  # current.json is damaged
+        except VersionError:  # current.json is damaged or missing
             oldest = recorded_oldest(workdir)
-            (workdir / VERSIONS / CURRENT).unlink()
-            write_current(workdir, max(versions(workdir)), oldest)
+            write_current(workdir, max(made_versions(workdir), default=0), oldest)
         version = open_version(workdir, number)
         write_current(workdir, version.number, oldest)
         return version
@@ -354,6 +354,8 @@ def commit_version(
         "note": note,
     }
     write_sealed(building / VERSION, content)
+    if not (workdir / VERSIONS / CURRENT).exists():  # never missing where there are versions
+        write_current(workdir, 0, 0)
     os.replace(building, folder_of(workdir, number))
     sync_folder(workdir / VERSIONS)
     write_current(workdir, number, read_current(workdir)["oldest"])

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from m3jax.errors import MachineError, VersionError
+from m3jax.errors import BankError, MachineError, VersionError
 from m3jax.knowledge.edit import WriteMemories, building_folder, commit_version, in_one_part
 from m3jax.knowledge.versions import (
     BANKS,
     BUILDING,
-    MANIFEST,
     VERSION,
     VERSIONS,
     Version,
@@ -30,7 +29,6 @@ from m3jax.knowledge.versions import (
     write_current,
 )
 from m3jax.memory.bank import Bank
-from m3jax.memory.storage import COMPLETE
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import load_embedder, make_embedder
 from m3jax.retrieval.embedder import Embedder
@@ -110,13 +108,14 @@ def verify(config: ConfigDict, workdir: str | Path, number: int | None = None) -
 def repair(
     config: ConfigDict, workdir: str | Path, *, write: WriteMemories, number: int | None = None
 ) -> list[str]:
-    """Rewrites damaged or missing bank shards and indices of a version.
+    """Rewrites damaged or missing files of banks, and indices, of a version.
 
     Returns one message for each fault that it repaired.
 
     Raises:
       TextError: references are damaged; index and memories are made from them.
-      BankError: a bank is damaged outside its shards, or cannot be written.
+      BankError: a bank is damaged in a way that leaves in doubt what it holds, or cannot be
+        written.
       VersionError: the version cannot be opened.
       LockError: another process is writing the workdir.
     """
@@ -136,15 +135,30 @@ def repair(
                 embedder = _embedder(config, version.folders[: part + 1], references)
                 build_index(references, embedder, folder / "index", in_one_part(config))
                 done.append(str(error))
-            if not (bank / MANIFEST).exists():
-                continue
-            broken = Bank.open(bank, finished=False).parts[0].damaged()
-            for path, problem in broken:
-                (bank / path).unlink(missing_ok=True)
-                done.append(problem)
-            if broken or not (bank / COMPLETE).exists():  # of a repair that was killed
-                write(references, bank, Bank.open(version.banks[0], finished=False))
+            if version.has_bank:
+                done += _repair_bank(references, bank, version.banks[0], write)
     open_references(config, version, tokenizer)
+    return done
+
+
+def _repair_bank(
+    references: References, folder: Path, base: Path, write: WriteMemories
+) -> list[str]:
+    """Repairs the bank of a base or delta; returns one message for each fault."""
+    done = []
+    try:
+        opened = Bank.open(folder)
+        _ = opened.record_hashes  # compared with its checksum
+    except BankError as error:  # outside its shards
+        done.append(str(error))
+        write(references, folder, None if folder == base else Bank.open(base))
+        opened = Bank.open(folder)
+    broken = opened.parts[0].damaged()
+    for path, problem in broken:
+        (folder / path).unlink(missing_ok=True)
+        done.append(problem)
+    if broken:
+        write(references, folder, opened if folder == base else Bank.open(base))
     return done
 
 

@@ -7,7 +7,9 @@ new version:
     versions/000003/tombstones.npy  ids that were deleted or replaced
     versions/000003/references/ index/ bank/   the delta that the edit added, if any
     versions/000003/banks/0/ 1/ …   banks of base and deltas, if the version is a refresh
-    versions/current.json           the version that readers open, and the oldest version kept
+    versions/current.json           the version that readers open, the oldest version kept, and what
+                                    identifies the content of the former; written before the first
+                                    version is, so that it is never missing where versions exist
 
 A version is complete as soon as its folder has its final name, and never changes afterwards. Only
 `begun.json`, which names the edit, is deleted when the edit has come to its end.
@@ -30,9 +32,10 @@ from ml_collections import ConfigDict
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import TextError, VersionError
 from m3jax.failures import raise_if_machine
-from m3jax.files import checksum, read_sealed, write_sealed
+from m3jax.files import checksum, digest, json_text, read_sealed, write_sealed
 from m3jax.memory.bank import Bank, join_banks
 from m3jax.memory.binding import Binding, layout_of
+from m3jax.memory.storage import COMPLETE
 from m3jax.retrieval.embed import load_embedder
 from m3jax.retrieval.index import EMBEDDER, DeltaIndex, Index
 from m3jax.retrieval.ranking import Ranking
@@ -40,9 +43,9 @@ from m3jax.retrieval.retriever import Retriever
 from m3jax.retrieval.search import SearchIndex
 from m3jax.text.references import DeltaReferences, References
 from m3jax.text.tokenizer import Tokenizer
-from m3jax.workdir import BEGUN, content_id, only_writer
+from m3jax.workdir import BEGUN, VERSIONS, content_id, only_writer
 
-VERSIONS, CURRENT, VERSION = "versions", "current.json", "version.json"
+CURRENT, VERSION = "current.json", "version.json"
 TOMBSTONES = "tombstones.npy"
 BUILDING = "building"  # of an edit
 BANKS = "banks"  # of a refresh: one folder for the base and one for each delta
@@ -89,8 +92,8 @@ class Version:
 
     @property
     def has_bank(self) -> bool:
-        """Returns True if the version has a bank."""
-        return (self.banks[0] / MANIFEST).exists()
+        """Returns True if the version has a bank, be it damaged."""
+        return any((self.banks[0] / name).exists() for name in (MANIFEST, COMPLETE))
 
     def close(self) -> None:
         """Releases the lock, so that a compaction may delete the folders."""
@@ -106,17 +109,42 @@ def folder_of(workdir: Path, number: int) -> Path:
 def read_current(workdir: Path) -> dict[str, int]:
     """Reads from `current.json` the current `version` and `oldest`, the oldest version kept.
 
-    Raises `VersionError` if `current.json` is damaged.
+    Raises `VersionError` if `current.json` is damaged or that of another workdir, or missing though
+    there are versions: without it deleted facts would come back.
     """
     path = workdir / VERSIONS / CURRENT
-    if not path.exists():
+    numbers = made_versions(workdir)
+    if not path.exists() and not numbers:
         return {"version": 0, "oldest": 0}
-    current = read_sealed(path)
-    if current is None:
-        raise VersionError(
-            f"{path} is damaged; write it anew with launch/edit_bank.py rollback --to=VERSION"
-        )
-    return current
+    current = read_sealed(path, "version", "oldest") if path.exists() else None
+    if current is not None:
+        expected, there = current.get("content"), _content(workdir, current["version"])
+        if not numbers or None in (expected, there) or expected == there:
+            return {name: current[name] for name in ("version", "oldest")}
+    if not path.exists():
+        what = f"is missing, but {workdir} has versions"
+    else:
+        what = "is damaged" if current is None else "belongs to another workdir"
+    newest = f"; the newest is {max(numbers)}" if numbers else ""
+    raise VersionError(
+        f"{path} {what}; restore it from a copy, or write it anew with launch/edit_bank.py rollback"
+        f" --to=VERSION{newest}"
+    )
+
+
+def made_versions(workdir: Path) -> list[int]:
+    """Lists the numbers of the versions whose folders are there, ascending; 0 has none."""
+    folders = (workdir / VERSIONS).glob("[0-9]*")
+    return sorted(int(path.name) for path in folders if path.name.isdigit() and path.is_dir())
+
+
+def _content(workdir: Path, number: int) -> str | None:
+    """Returns what identifies the content of a version; None if it is missing or damaged."""
+    if number == 0:
+        return content_id(workdir / "references")
+    path = folder_of(workdir, number) / VERSION
+    content = read_sealed(path) if path.exists() else None
+    return None if content is None else digest(json_text(content, sort_keys=True))
 
 
 def recorded_oldest(workdir: Path) -> int:
@@ -127,7 +155,8 @@ def recorded_oldest(workdir: Path) -> int:
 
 def write_current(workdir: Path, version: int, oldest: int) -> None:
     """Makes a version the current one, atomically."""
-    write_sealed(workdir / VERSIONS / CURRENT, {"version": version, "oldest": oldest})
+    current = {"version": version, "oldest": oldest, "content": _content(workdir, version)}
+    write_sealed(workdir / VERSIONS / CURRENT, current)
 
 
 def existing(workdir: Path) -> Path:
@@ -144,8 +173,7 @@ def versions(workdir: str | Path) -> list[int]:
     """
     workdir = existing(Path(workdir))
     oldest = read_current(workdir)["oldest"]
-    numbers = [int(path.parent.name) for path in (workdir / VERSIONS).glob(f"[0-9]*/{VERSION}")]
-    return sorted(number for number in [0, *numbers] if number >= oldest)
+    return [number for number in [0, *made_versions(workdir)] if number >= oldest]
 
 
 def open_version(workdir: str | Path, number: int | None = None) -> Version:
@@ -165,8 +193,14 @@ def open_version(workdir: str | Path, number: int | None = None) -> Version:
                 version.close()  # a compaction may not have seen the lock
         if number is not None:
             break
-    lost = f"version {chosen} of {workdir} was deleted by a compaction"
-    reason = lost if chosen < current["oldest"] else f"{workdir} has no version {chosen}"
+    reason = f"{workdir} has no version {chosen}"
+    if chosen < current["oldest"]:
+        reason = f"version {chosen} of {workdir} was deleted by a compaction"
+    elif folder_of(workdir, chosen).is_dir():
+        reason = (
+            f"{folder_of(workdir, chosen) / VERSION} is missing; restore it from a copy, or go back"
+            " with launch/edit_bank.py rollback"
+        )
     raise VersionError(f"{reason}; there are {', '.join(map(str, versions(workdir)))}")
 
 
@@ -192,12 +226,15 @@ def read_version(workdir: Path, number: int) -> Version:
         return Version(workdir, 0, -1, "as prepared", (workdir,), (workdir / "bank",), nothing)
     folder = folder_of(workdir, number)
     (folder / VERSION).stat()  # FileNotFoundError: no such version
-    content = read_sealed(folder / VERSION)
-    if not content or checksum(folder / TOMBSTONES) != content.get("tombstones"):
-        name = TOMBSTONES if content else VERSION
+    content = read_sealed(folder / VERSION, "version", "base", "deltas", "banks", "note")
+    if content is not None and content["version"] != number:
+        content = None  # of another version
+    path = folder / (VERSION if content is None else TOMBSTONES)
+    if content is None or not path.is_file() or checksum(path) != content.get("tombstones"):
         raise VersionError(
-            f"{folder / name} is damaged; go back with launch/edit_bank.py rollback"
-            f" --to={number - 1} and edit again"
+            f"{path} is {'damaged' if path.is_file() else 'missing'}; restore it from a copy, or go"
+            f" back to an earlier version, for example with launch/edit_bank.py rollback"
+            f" --to={number - 1}, and edit again"
         )
     tombstones = np.load(io.BytesIO((folder / TOMBSTONES).read_bytes()), allow_pickle=False)
     folders = tuple(folder_of(workdir, part) for part in [content["base"], *content["deltas"]])
@@ -248,11 +285,11 @@ def forget_begun(workdir: Path) -> None:
 
 def require_unedited(workdir: Path) -> None:
     """Raises `VersionError` if the workdir was edited, because later versions read version 0."""
-    if (workdir / VERSIONS / CURRENT).exists():
+    if made_versions(workdir):
         number = read_current(workdir)["version"]
         raise VersionError(
             f"{workdir} was edited (version {number}): its references, index and bank are changed"
-            f" with launch/edit_bank.py. To begin anew, delete {workdir / VERSIONS}"
+            " with launch/edit_bank.py. To begin anew, use another workdir"
         )
 
 

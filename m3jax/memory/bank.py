@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from m3jax.errors import BankError
-from m3jax.files import checksum, digest, json_text
+from m3jax.files import digest, json_text
 from m3jax.memory import codec as codecs
 from m3jax.memory.binding import Binding
 from m3jax.memory.buffer_pool import Buffers
@@ -22,16 +22,21 @@ from m3jax.memory.codec import Codec
 from m3jax.memory.reader import MemoryReader
 from m3jax.memory.shard_reader import ShardReader
 from m3jax.memory.storage import (
+    CHECKSUMS,
     CODEBOOK,
     COMPLETE,
     HASHES,
     LENGTHS,
     MANIFEST,
+    complete_stamp,
+    is_sealed,
     memory_bytes,
     read_checked,
+    read_checksums,
     read_file,
     read_manifest,
     read_side_file,
+    replaced,
     require_served,
     write_again,
 )
@@ -53,18 +58,23 @@ class Bank(MemoryReader):
     """
 
     def __init__(
-        self, folder: str | Path, manifest: dict[str, Any], lengths: np.ndarray, cache_bytes: int
+        self,
+        folder: str | Path,
+        manifest: dict[str, Any],
+        lengths: np.ndarray,
+        checksums: np.ndarray | None,
+        cache_bytes: int,
     ) -> None:
         self.folder, self.manifest, self.lengths = folder, manifest, lengths
         self.binding = Binding(**manifest["binding"])
         self.dtype = jnp.dtype(manifest["dtype"])
         self.codec = _read_codec(folder, manifest, self.binding)
         self.numbering = Numbering(manifest["shape"][:1], np.zeros(0, np.int64))
-        self.parts = [ShardReader(folder, manifest, cache_bytes)]
+        self.parts = [ShardReader(folder, manifest, checksums, cache_bytes)]
         self._buffers = Buffers()
 
     @classmethod
-    def open(cls, folder: str | Path, cache_bytes: int = 0, finished: bool = True) -> Bank:
+    def open(cls, folder: str | Path, cache_bytes: int = 0) -> Bank:
         """Opens a finished bank.
 
         Args:
@@ -72,28 +82,29 @@ class Bank(MemoryReader):
             supports range requests (`http://…`, `https://…`).
           cache_bytes: size limit of the cache in RAM, which all threads share and which evicts the
             least recently used memories; 0 = no cache.
-          finished: False also opens one whose missing shards are being written again.
 
         Raises:
           BankError: there is no bank; it is unfinished, damaged or of another format; its codebooks
             belong to another model; or the server cannot be reached or gives no ranges of bytes.
         """
         require_served(folder)
+        stamp, text = read_file(folder, COMPLETE), read_file(folder, MANIFEST)
+        if stamp is not None and text is not None and not is_sealed(stamp, text):
+            raise _changed(folder, MANIFEST)
         manifest = read_manifest(folder)
-        stamp = read_file(folder, COMPLETE)
-        if manifest is None or (stamp is None and finished):
+        if manifest is None or stamp is None or text is None:
             what = "holds no bank" if manifest is None else "is not finished: COMPLETE is missing"
             raise BankError(
                 f"{folder} {what}; run {write_again(folder)}, which resumes where it stopped"
             )
-        if stamp is not None and stamp.decode().strip() != checksum(
-            read_file(folder, MANIFEST) or b""
-        ):
-            raise BankError(
-                f"{folder}/{MANIFEST} was changed after the bank was finished; restore it, or"
-                f" delete the folder and run {write_again(folder)}"
-            )
-        return cls(folder, manifest, read_side_file(folder, manifest, LENGTHS), cache_bytes)
+        checksums = None
+        if stamp != complete_stamp(text):  # which an older version wrote, without checksums
+            read = read_checksums(folder, manifest)
+            if read is None or stamp != complete_stamp(text, read[1]):
+                raise _changed(folder, CHECKSUMS)
+            checksums = read[0]
+        lengths = read_side_file(folder, manifest, LENGTHS)
+        return cls(folder, manifest, lengths, checksums, cache_bytes)
 
     def require(self, expect: Binding) -> None:
         """Raises `BankError`, naming every difference, unless the bank's binding is `expect`."""
@@ -172,12 +183,24 @@ class Bank(MemoryReader):
         return ExplicitMemory(keys, values, length.reshape(ids.shape))
 
     def verify(self) -> list[str]:
-        """Reads all shards; returns one message for each damaged or missing shard file."""
-        return [problem for part in self.parts for _, problem in part.damaged()]
+        """Reads all files; returns one message for each that is damaged or missing."""
+        problems = [problem for part in self.parts for _, problem in part.damaged()]
+        try:
+            _ = self.record_hashes
+        except BankError as error:
+            problems.append(str(error))
+        return problems
 
     def report(self) -> dict[str, int]:
         """Returns the cache's counters: `cache_hits`, `cache_misses` and current `cache_bytes`."""
         return self.parts[0].cache.report()
+
+
+def _changed(folder: str | Path, name: str) -> BankError:
+    return BankError(
+        f"{folder}: {name} or {COMPLETE} was changed or lost after the bank was finished; restore"
+        f" it from a copy, or run {write_again(folder)} again, which keeps the memories"
+    )
 
 
 def require_alike(bank: Bank, base: Bank) -> None:
@@ -221,7 +244,6 @@ def _read_codec(folder: str | Path, manifest: dict[str, Any], binding: Binding) 
     codec, owner = codecs.from_bytes(read_checked(folder, manifest, CODEBOOK), dtype)
     if owner != binding.owner or codec.width != manifest["shape"][-1]:
         raise BankError(
-            f"{folder}/{CODEBOOK} belongs to memories of another model; delete the folder and run"
-            f" {write_again(folder)}"
+            f"{folder}/{CODEBOOK} belongs to memories of another model; {replaced(folder)}"
         )
     return codec

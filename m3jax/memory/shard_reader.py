@@ -2,7 +2,8 @@
 
 TensorStore copies a memory three times: out of the page cache, into its own cache, into the array.
 This reader lets the kernel copy it into a small buffer that stays in the processor's cache,
-verifies its checksum there and copies it to its place in the array. From a server or a bucket it
+verifies its checksum there, which must be the one that the bank has for this memory, and copies it
+to its place in the array. From a server or a bucket it
 requests only the bytes of each memory. After a failure, TensorStore finds out which files are
 missing or damaged.
 """
@@ -13,6 +14,7 @@ import contextlib
 import functools
 import itertools
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Any
 import crc32c
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Int, Shaped
+from jaxtyping import Int, Shaped, UInt32
 
 from m3jax.errors import BankError
 from m3jax.failures import raise_if_machine
@@ -32,12 +34,17 @@ from m3jax.private_apis import is_damaged, is_missing, reason_of
 _ATTEMPTS = 3  # attempts per read, because some faults are temporary
 _INDEXES = 8192  # shard indexes kept in RAM: 4 kB each at 256 memories per shard
 _CHECKSUM_BYTES = 4
+_ELSEWHERE = "holds other memories than were written there, of another place or bank"
 
 
-def _is_intact(data: bytes | bytearray) -> bool:
-    """Returns True if the last four bytes are the CRC-32C checksum of the bytes before them."""
+def _is_intact(data: bytes | bytearray, expected: int | None = None) -> bool:
+    """Returns True if the last four bytes are the CRC-32C checksum of the bytes before them.
+
+    If `expected` is not None, it must be the checksum, too.
+    """
     stored = int.from_bytes(data[-_CHECKSUM_BYTES:], "little")
-    return crc32c.crc32c(memoryview(data)[:-_CHECKSUM_BYTES]) == stored
+    same = expected is None or expected == stored
+    return same and crc32c.crc32c(memoryview(data)[:-_CHECKSUM_BYTES]) == stored
 
 
 class _Files:
@@ -50,27 +57,34 @@ class _Files:
     def __init__(self, folder: str | Path) -> None:
         self._folder = folder
 
-    def load(self, shards: list[int], offsets: list[int], targets: list[np.ndarray]) -> bool:
+    def load(
+        self,
+        shards: list[int],
+        offsets: list[int],
+        expected: Sequence[int | None],
+        targets: list[np.ndarray],
+    ) -> bool:
         """Reads memory i at byte `offsets[i]` of shard `shards[i]` (ascending) into `targets[i]`.
 
-        Targets are uint8, all of one shape. Returns False at the first memory that is truncated or
-        fails its checksum; its target and later ones are then as they were.
+        `expected` are the checksums of the memories, if they are known. Targets are uint8, all of
+        one shape. Returns False at the first memory that is truncated or fails its checksum; its
+        target and later ones are then as they were.
         """
         data = bytearray(targets[0].nbytes + _CHECKSUM_BYTES)
         memory = np.frombuffer(data, np.uint8, targets[0].nbytes).reshape(targets[0].shape)
-        places = list(zip(shards, offsets, targets, strict=True))
+        places = list(zip(shards, offsets, expected, targets, strict=True))
         firsts = [i for i, shard in enumerate(shards) if i == 0 or shard != shards[i - 1]]
         for low, high in itertools.pairwise([*firsts[:: self._files], len(shards)]):
             part = places[low:high]
             with contextlib.ExitStack() as files:
-                numbers = {shard for shard, _, _ in part}
+                numbers = {shard for shard, *_ in part}
                 opened = {i: files.enter_context(self._open(i)).fileno() for i in numbers}
                 if hasattr(os, "posix_fadvise"):  # ask the kernel to read all ahead
-                    for shard, offset, _ in part:
+                    for shard, offset, *_ in part:
                         os.posix_fadvise(opened[shard], offset, len(data), os.POSIX_FADV_WILLNEED)
-                for shard, offset, target in part:
+                for shard, offset, known, target in part:
                     read = os.preadv(opened[shard], [data], offset)
-                    if read != len(data) or not _is_intact(data):
+                    if read != len(data) or not _is_intact(data, known):
                         return False
                     target[...] = memory
         return True
@@ -93,11 +107,17 @@ class _Ranges:
     def __init__(self, folder: str | Path) -> None:
         self._store = storage.store(folder)
 
-    def load(self, shards: list[int], offsets: list[int], targets: list[np.ndarray]) -> bool:
+    def load(
+        self,
+        shards: list[int],
+        offsets: list[int],
+        expected: Sequence[int | None],
+        targets: list[np.ndarray],
+    ) -> bool:
         """Reads memories as `_Files.load` does."""
-        for shard, offset, target in zip(shards, offsets, targets, strict=True):
+        for shard, offset, known, target in zip(shards, offsets, expected, targets, strict=True):
             data = self._read(shard, offset, offset + target.nbytes + _CHECKSUM_BYTES)
-            if not _is_intact(data):
+            if not _is_intact(data, known):
                 return False
             target[...] = np.frombuffer(data, np.uint8, target.nbytes).reshape(target.shape)
         return True
@@ -125,13 +145,21 @@ class ShardReader:
 
     Attributes:
       folder, manifest: location and parsed manifest of the bank.
+      checksums: CRC-32C of every memory (R,); None for a bank that an older version wrote, whose
+        shards are not told apart.
       cache: LRU cache of memories in RAM; base and deltas of a bank share one.
     """
 
-    def __init__(self, folder: str | Path, manifest: dict[str, Any], cache_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        manifest: dict[str, Any],
+        checksums: UInt32[np.ndarray, " R"] | None,
+        cache_bytes: int,
+    ) -> None:
         """Opens a bank; raises `BankError` if its array is missing or does not fit the manifest."""
         storage.open_array(folder, manifest)
-        self.folder, self.manifest = folder, manifest
+        self.folder, self.manifest, self.checksums = folder, manifest, checksums
         self.cache = MemoryCache(cache_bytes)
         local = not storage.is_url(folder) and hasattr(os, "preadv")
         self._source = _Files(folder) if local else _Ranges(folder)
@@ -193,6 +221,7 @@ class ShardReader:
             array = storage.open_array(self.folder, self.manifest)
             try:
                 stored = array[ids].read().result()
+                self._compare(stored, ids)
             except ValueError as error:
                 numbers = np.unique(shards).tolist()
                 each = (self._problem(array, i, ids[shards == i]) for i in numbers)
@@ -200,14 +229,21 @@ class ShardReader:
             else:
                 memories[places] = stored.reshape(len(ids), *memories.shape[1:])
                 return
-        script = storage.WRITE_AGAIN
-        remedy = f"Delete the damaged file and run {script} again"
+        script = storage.write_again(self.folder)
+        remedy = f"Move the damaged file elsewhere and run {script}"
         if storage.is_http(self.folder):
-            remedy = f"If it is so on the server, delete the file and run {script} there"
+            remedy = f"If it is so on the server, move the file elsewhere and run {script}"
         raise BankError(
-            f"bank {self.folder}: {problems or f'unreadable: {cause}'}. {remedy}: it writes only"
-            " shards that are missing"
+            f"bank {self.folder}: {problems or f'unreadable: {reason_of(cause)}'}. {remedy}: it"
+            " writes only shards that are missing"
         ) from cause
+
+    def _compare(self, stored: Shaped[np.ndarray, "n ..."], ids: Int[np.ndarray, " n"]) -> None:
+        """Raises `ValueError` if a memory is not the one that was written with its id."""
+        if self.checksums is None:
+            return
+        if (storage.checksums_of(stored) != self.checksums[ids]).any():
+            raise ValueError(_ELSEWHERE)
 
     def _try_shards(self, ids: np.ndarray, places: np.ndarray, memories: np.ndarray) -> bool:
         """Reads memories once; returns False, with rows undefined, if any is missing or damaged."""
@@ -223,8 +259,11 @@ class ShardReader:
                 )
                 if (chunks[:, 1] != size + _CHECKSUM_BYTES).any():
                     return False
-                offsets = chunks[:, 0].tolist()
-                return self._source.load(shards, offsets, [targets[i] for i in places[part]])
+                offsets, into = chunks[:, 0].tolist(), [targets[i] for i in places[part]]
+                known: Sequence[int | None] = [None] * len(into)
+                if self.checksums is not None:
+                    known = self.checksums[ids[part]].tolist()
+                return self._source.load(shards, offsets, known, into)
             except (OSError, ValueError, IndexError) as error:
                 raise_if_machine(error)
                 return False
@@ -241,7 +280,10 @@ class ShardReader:
         return np.frombuffer(data[:-_CHECKSUM_BYTES], "<u8").reshape(-1, 2)
 
     def damaged(self) -> list[tuple[str, str]]:
-        """Reads all shards; returns file and description of each damaged or missing shard."""
+        """Reads all shards; returns file and description of each damaged or missing shard.
+
+        Raises `BankError` if a shard may be whole, but cannot be opened.
+        """
         array = storage.open_array(self.folder, self.manifest)
         shards = range(storage.shards_of(self.manifest))
         problems = ((storage.shard_key(shard), self._problem(array, shard)) for shard in shards)
@@ -253,10 +295,13 @@ class ShardReader:
         """Reads a shard, or some of its memories; returns a description of the fault, or None."""
         low, high = storage.shard_span(self.manifest, shard)
         name = f"shard file {self.folder}/{storage.shard_key(shard)} (memories {low} … {high - 1})"
+        part = array[low:high] if ids is None else array[ids]
         try:
-            (array[low:high] if ids is None else array[ids]).read().result()
+            self._compare(part.read().result(), np.arange(low, high) if ids is None else ids)
         except ValueError as error:
             raise_if_machine(error)
+            if str(error) == _ELSEWHERE:
+                return f"{name} {_ELSEWHERE}"
             if is_missing(error):
                 return f"{name} is missing"
             if is_damaged(error):

@@ -9,7 +9,11 @@ A bank is a local folder, or the URL of a bucket or (read-only) of a folder on a
     memories.zarr/        zarr3 array (R, 2, L, K, P, width) of keys and values; width is H, or the
                           bytes of a code. One inner chunk is one memory. If only S heads are
                           stored: (R, 2, 1, S, P, width)
-    COMPLETE              checksum of the manifest; written last
+    crc32c/               CRC-32C of the memories of each shard, written before the shard; removed
+                          when the bank is complete
+    crc32c.bin            digest, then CRC-32C of all memories (R,): a memory of another place or
+                          bank has another one
+    COMPLETE              checksum of the manifest, digest of crc32c.bin; written last
 
 TensorStore writes every file to a temporary name, syncs and renames it, so that an existing shard
 file is always complete.
@@ -33,26 +37,31 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import crc32c
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
+from jaxtyping import Shaped, UInt32
 
 from m3jax.errors import BankError
 from m3jax.failures import raise_if_machine
-from m3jax.files import checksum
+from m3jax.files import checksum, digest, json_text
 from m3jax.private_apis import reason_of
 from m3jax.store import RETRIES, limit_silence
+from m3jax.workdir import VERSIONS
 
 FORMAT = 2
 MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
 LENGTHS, HASHES = "lengths.npy", "record_hashes.npy"
 CODEBOOK = "codebook.npz"
 ARRAY = "memories.zarr/"
+CHECKSUMS, _OF_SHARDS = "crc32c.bin", "crc32c/"
 WRITE_AGAIN = "launch/write_bank.py"
 IO_THREADS = 32  # concurrent requests
 SECONDS = 60  # time limit for one memory from a server
 # For TensorStore, whose default of 32 attempts takes a quarter of an hour.
 _RETRIES = {"max_retries": 4, "initial_delay": "200ms", "max_delay": "2s"}
+_DIGEST = 32  # bytes of the digest at the start of crc32c.bin
 # Probe of a server: attempts, seconds between two attempts, time limit of an answer in seconds.
 _ATTEMPTS, _PAUSE, _TIMEOUT = 3, 0.5, 10
 
@@ -77,8 +86,10 @@ def require_writable(folder: str | Path) -> None:
 
 
 def write_again(folder: str | Path) -> str:
-    """Returns, for messages, the script that writes missing shards and the place to run it."""
-    return f"{WRITE_AGAIN} on the server" if is_http(folder) else WRITE_AGAIN
+    """Returns, for messages, the script that writes missing files and the place to run it."""
+    if is_http(folder):
+        return f"{WRITE_AGAIN} on the server"
+    return "launch/edit_bank.py repair" if VERSIONS in Path(folder).parts else WRITE_AGAIN
 
 
 def file_url(folder: str | Path, name: str) -> str:
@@ -176,8 +187,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
         version = manifest["format"]
     except (ValueError, TypeError, KeyError) as error:
         raise BankError(
-            f"{folder}/{MANIFEST} is no manifest of a bank ({error}); delete the folder and run"
-            f" {write_again(folder)}"
+            f"{folder}/{MANIFEST} is no manifest of a bank ({error}); {replaced(folder)}"
         ) from error
     if version != FORMAT:
         writer = manifest.get("info", {}).get("m3jax")
@@ -186,6 +196,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
             f" again with {write_again(folder)}, or read it with m3jax {writer}"
         )
     return manifest
+
+
+def replaced(folder: str | Path) -> str:
+    """Returns, for messages, how to replace a bank that is damaged outside its shards."""
+    return f"restore it from a copy, or move {folder} elsewhere and run {write_again(folder)} again"
 
 
 def npy_bytes(values: np.ndarray) -> bytes:
@@ -201,9 +216,9 @@ def read_checked(folder: str | Path, manifest: dict[str, Any], name: str) -> byt
     if data is None or checksum(data) != manifest["checksums"][name]:
         what = "is missing" if data is None else "is damaged (its checksum differs)"
         again = write_again(folder)
-        remedy = f"delete the file and run {again} again, which makes it from the references"
+        remedy = f"run {again} again, which makes it from the references"
         if name == CODEBOOK:
-            remedy = f"restore it, or delete the folder and run {again}"
+            remedy = replaced(folder)
         raise BankError(f"{folder}/{name} {what}; {remedy}")
     return data
 
@@ -213,9 +228,80 @@ def read_side_file(folder: str | Path, manifest: dict[str, Any], name: str) -> n
     return np.load(io.BytesIO(read_checked(folder, manifest, name)), allow_pickle=False)
 
 
-def complete_stamp(manifest: bytes) -> bytes:
-    """Returns the content of COMPLETE for a manifest: its checksum and a newline."""
-    return (checksum(manifest) + "\n").encode()
+def complete_stamp(manifest: bytes, checksums: bytes | None = None) -> bytes:
+    """Returns the content of COMPLETE: checksum of the manifest, digest of `crc32c.bin`."""
+    lines = [checksum(manifest), *([] if checksums is None else [checksums[:_DIGEST].decode()])]
+    return "".join(line + "\n" for line in lines).encode()
+
+
+def is_sealed(stamp: bytes | None, manifest: bytes | None) -> bool:
+    """Returns True if the content of COMPLETE fits a manifest; `None` stands for a missing file."""
+    sums = (stamp or b"").split(b"\n")
+    return manifest is not None and sums[0] == checksum(manifest).encode()
+
+
+def identity(manifest: dict[str, Any]) -> str:
+    """Returns a digest of a bank's binding, shapes and checksums; not of where they were made."""
+    return digest(json_text({**manifest, "info": None}, sort_keys=True))
+
+
+def checksums_of(memories: Shaped[np.ndarray, "n ..."]) -> UInt32[np.ndarray, " n"]:
+    """Returns the CRC-32C of memories in stored form, as TensorStore stores it behind each."""
+    rows = np.ascontiguousarray(memories).view(np.uint8).reshape(len(memories), -1)
+    return np.array([crc32c.crc32c(row.data) for row in rows], "<u4")
+
+
+def write_shard_checksums(
+    folder: str | Path, shard: int, memories: Shaped[np.ndarray, "n ..."]
+) -> None:
+    """Writes the checksums of a shard's memories, before the shard; `BankError` if that fails."""
+    write_file(folder, f"{_OF_SHARDS}{shard}", checksums_of(memories).tobytes())
+
+
+def read_checksums(
+    folder: str | Path, manifest: dict[str, Any]
+) -> tuple[UInt32[np.ndarray, " R"], bytes] | None:
+    """Reads `crc32c.bin`: the checksums and the whole file; None if missing or damaged."""
+    data = read_file(folder, CHECKSUMS)
+    if data is None or data[:_DIGEST] != digest(identity(manifest), data[_DIGEST:]).encode():
+        return None
+    return np.frombuffer(data[_DIGEST:], "<u4"), data
+
+
+def join_checksums(folder: str | Path, manifest: dict[str, Any]) -> bytes:
+    """Joins the checksums of all shards to `crc32c.bin`; returns its bytes.
+
+    Those of shards that an older version wrote are computed from the shards as they are. The
+    folder `crc32c/` is deleted by `remove_shard_checksums`, once the bank is complete.
+    """
+    read = read_checksums(folder, manifest)
+    whole = np.zeros(manifest["shape"][0], "<u4") if read is None else read[0].copy()
+    array = None
+    for shard in range(shards_of(manifest)):
+        low, high = shard_span(manifest, shard)
+        data = read_file(folder, f"{_OF_SHARDS}{shard}")
+        if data is not None and len(data) == 4 * (high - low):
+            whole[low:high] = np.frombuffer(data, "<u4")
+        elif read is None:
+            array = array or open_array(folder, manifest)
+            try:
+                whole[low:high] = checksums_of(array[low:high].read().result())
+            except ValueError as error:
+                raise BankError(
+                    f"shard file {folder}/{shard_key(shard)} cannot be read ({reason_of(error)});"
+                    f" move it elsewhere and run {write_again(folder)} again, which writes it anew"
+                ) from error
+    joined = digest(identity(manifest), whole.tobytes()).encode() + whole.tobytes()
+    if read is None or joined != read[1]:
+        write_file(folder, CHECKSUMS, joined)
+    return joined
+
+
+def remove_shard_checksums(folder: str | Path) -> None:
+    """Deletes `crc32c/`."""
+    store(folder).delete_range(ts.KvStore.KeyRange(_OF_SHARDS, _OF_SHARDS[:-1] + "0")).result()
+    if not is_url(folder):
+        shutil.rmtree(Path(folder) / _OF_SHARDS, ignore_errors=True)
 
 
 def open_array(
@@ -252,8 +338,8 @@ def open_array(
             raise BankError(f"{folder}/{ARRAY}zarr.json could not be written: {error}") from error
         raise_if_machine(error)
         raise BankError(
-            f"{folder}/{ARRAY}zarr.json is missing or does not fit {MANIFEST} ({error}); delete the"
-            f" folder and run {write_again(folder)}"
+            f"{folder}/{ARRAY}zarr.json is missing or does not fit {MANIFEST}"
+            f" ({reason_of(error)}); {replaced(folder)}"
         ) from error
 
 

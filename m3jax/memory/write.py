@@ -141,8 +141,10 @@ def finish(folder: str | Path, manifest: dict[str, Any]) -> None:
             " command again, which writes them"
         )
     storage.remove_locks(folder)
-    stamp = storage.read_file(folder, storage.MANIFEST) or b""
-    storage.write_file(folder, storage.COMPLETE, storage.complete_stamp(stamp))
+    checksums = storage.join_checksums(folder, manifest)
+    text = storage.read_file(folder, storage.MANIFEST) or b""
+    storage.write_file(folder, storage.COMPLETE, storage.complete_stamp(text, checksums))
+    storage.remove_shard_checksums(folder)
 
 
 def _make_codec(
@@ -220,6 +222,11 @@ def prepare_folder(
         "checksums": {name: checksum(data) for name, data in sides.items()},
     }
     storage.remove_locks(folder)
+    text = (json_text(manifest, indent=2, sort_keys=True) + "\n").encode()
+    stamp, written = (storage.read_file(folder, n) for n in (storage.COMPLETE, storage.MANIFEST))
+    sealed = storage.is_sealed(stamp, written)
+    if not sealed and storage.is_sealed(stamp, text):  # the manifest is damaged or lost
+        storage.write_file(folder, storage.MANIFEST, text)
     there = storage.read_manifest(folder)
     if there is not None:
         _check_same(folder, manifest, there)
@@ -228,8 +235,9 @@ def prepare_folder(
             storage.write_file(folder, name, data)
     if there is None:
         storage.open_array(folder, manifest, create=True)
-        text = json_text(manifest, indent=2, sort_keys=True) + "\n"
-        storage.write_file(folder, storage.MANIFEST, text.encode())
+        storage.write_file(folder, storage.MANIFEST, text)
+    elif not sealed:  # who wrote it, and where, may have been damaged
+        storage.write_file(folder, storage.MANIFEST, text)
     missing = storage.missing_shards(folder, manifest)
     if missing:
         storage.store(folder).write(storage.COMPLETE, None).result()
@@ -251,8 +259,8 @@ def _check_same(folder: str | Path, ours: dict[str, Any], there: dict[str, Any])
         ]
     if different:
         raise BankError(
-            f"{folder} holds a bank of something else: {'; '.join(different)}. Delete the folder or"
-            " write to another one"
+            f"{folder} holds a bank of something else: {'; '.join(different)}. Write to another"
+            " folder, or move this one elsewhere"
         )
 
 
@@ -390,6 +398,7 @@ class Build:
 
         def write_shard(shard: int, memories: np.ndarray) -> None:
             low, high = self.span(shard)
+            storage.write_shard_checksums(self.folder, shard, memories)
             view = ts.array(memories)
             array[low:high].write(view, can_reference_source_data_indefinitely=True).result()
 

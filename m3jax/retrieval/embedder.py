@@ -96,7 +96,7 @@ def reading(folder: str | Path) -> Iterator[None]:
     """Converts exceptions from reading the files of a saved embedder to `RetrievalError`."""
     try:
         yield
-    except (OSError, EOFError, KeyError, TypeError, ValueError, BadZipFile) as error:
+    except (OSError, EOFError, LookupError, TypeError, ValueError, BadZipFile) as error:
         raise_if_machine(error)
         raise RetrievalError(
             f"cannot load the embedder in {folder} ({error!r}); build the index again"

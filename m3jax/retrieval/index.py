@@ -283,7 +283,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"no finished index: {path} is missing; run launch/prepare.py, which goes on where a"
             " stopped build ended"
         )
-    manifest = read_sealed(path)
+    manifest = read_sealed(path, "identity", "parts", "files")
     if manifest is None:
         raise damaged(path, "is damaged")
     stored = manifest["identity"]["format"]

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from m3jax.errors import RetrievalError
-from m3jax.files import digest, json_text, write_array
+from m3jax.files import digest, json_text, open_array, write_array
 from m3jax.retrieval.embedder import Embedder, different_embedders, read_spec, reading
 
 _DF = "document_frequency.npy"
@@ -249,7 +249,7 @@ class LexicalEmbedder(Embedder):
             raise different_embedders()
         for folder in folders:
             with reading(folder):
-                table = np.load(Path(folder) / _DF, allow_pickle=False)
+                table = open_array(Path(folder) / _DF)
                 if table.ndim == 2:
                     np.add.at(frequencies, table[:, 0], table[:, 1])
                     added = table

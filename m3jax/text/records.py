@@ -184,7 +184,7 @@ class Records:
         path = self.folder / MANIFEST
         if not path.is_file():
             raise TextError(f"no finished {kind}: {path} is missing; run launch/prepare.py")
-        manifest = read_sealed(path)
+        manifest = read_sealed(path, "kind", "format", "count", "files")
         if manifest is None:
             raise self.damaged(path, "is damaged")
         if (manifest["kind"], manifest["format"]) != (kind, _FORMAT):

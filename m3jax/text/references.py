@@ -313,7 +313,7 @@ class DeltaReferences(References):
         keys = [key for part in self.sets for key in part.live_keys()]
         return [keys[i] for i in self.live]
 
-    def documents(self) -> Int64[np.ndarray, " R"]:
+    def documents(self) -> Int[np.ndarray, " R"]:
         """Returns the index of every reference's document; a document in two sets has two."""
         numbers, first = [], 0
         for part in self.sets:

@@ -1,8 +1,8 @@
 """Checkpoints of a stage: `<stage folder>/checkpoints/<step>` with `state` and `meta` (Orbax).
 
-A checkpoint is whole or absent: Orbax writes to a temporary name and renames. `meta` is JSON: the
-config, the step, the run, the tokenizer's fingerprint, the writer and version of the memories it
-reads, and the fingerprints of everything it reads.
+A checkpoint is whole or absent: Orbax writes to a temporary name and renames, after the checksums
+of all files were added. `meta` is JSON: the config, the step, the run, the tokenizer's fingerprint,
+the writer and version of the memories it reads, and the fingerprints of everything it reads.
 """
 
 from __future__ import annotations
@@ -29,15 +29,19 @@ from m3jax.checkpoint import (
     read_meta,
     reads,
     saved_shapes,
+    seal,
+    verify,
 )
 from m3jax.config import flatten, to_json
 from m3jax.distributed import meet
 from m3jax.errors import CheckpointError
-from m3jax.files import digest, json_text, write_atomically
+from m3jax.files import digest, json_text, read_sealed, write_sealed
 from m3jax.private_apis import quiet_failed_saves
 from m3jax.train.state import TrainState
 
+CONFIG = "config.json"  # of a stage's folder
 _TEMPORARY = ".orbax-checkpoint-tmp"  # part of the names of folders that Orbax deletes
+_DELETED = "-deleted"  # ending of the names of those that were whole
 
 # Fields that may change when a run is continued, since they change no result. The guard's fields,
 # and the checkpoint intervals that it depends on, do after trouble: a diverged run may go on with
@@ -94,8 +98,11 @@ class Checkpoints:
         self.reads(writer, version, ingredients)
         self.begin("")
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._saving = -1  # step that is being written
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_Retention(config), cleanup_tmp_directories=True
+            preservation_policy=_Retention(config),
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
         quiet_failed_saves()
         self.manager = ocp.CheckpointManager(self.folder, options=options)
@@ -167,6 +174,8 @@ class Checkpoints:
         """
         if self.manager.latest_step() == step:
             return
+        self.manager.wait_until_finished()
+        self._saving = step
         self.manager.save(
             step,
             args=ocp.args.Composite(
@@ -174,6 +183,20 @@ class Checkpoints:
                 meta=ocp.args.JsonSave({**self._meta, **more, "step": step}),
             ),
         )
+
+    def _seal(self) -> None:
+        """Adds checksums to the finished files of a step (in the background, on process 0).
+
+        Called by Orbax right before it renames the temporary folder.
+        """
+        written = self.folder.glob(f"{self._saving}{_TEMPORARY}*")
+        for folder in [path for path in written if not path.name.endswith(_DELETED)]:
+            seal(folder)
+
+    def recorded(self, key: str) -> Any:
+        """Returns an entry of `meta` of the newest checkpoint; None without it or a checkpoint."""
+        step = self.manager.latest_step()
+        return None if step is None else read_meta(self.folder / str(step)).get(key)
 
     def steps(self) -> list[int]:
         """Lists the steps with a whole checkpoint, ascending."""
@@ -190,7 +213,7 @@ class Checkpoints:
             return
         if jax.process_index() == 0:
             for step in ordered:
-                gone = self.folder / f"{step}{_TEMPORARY}-deleted"
+                gone = self.folder / f"{step}{_TEMPORARY}{_DELETED}"
                 shutil.rmtree(gone, ignore_errors=True)
                 os.rename(self.folder / str(step), gone)
                 shutil.rmtree(gone)
@@ -205,6 +228,7 @@ class Checkpoints:
             writer of its memories or the data that it was trained on differ from the run's.
         """
         folder = checkpoint_folder(self.folder.parent)
+        verify(folder, share=(jax.process_index(), jax.process_count()))
         meta = read_meta(folder)
         check_tokenizer(folder, meta, self.tokenizer_fingerprint)
         self.check_reads(meta, folder, own=True)
@@ -259,27 +283,32 @@ def knowledge_version(stage_folder: str | Path) -> int | None:
 def check_owner(stage_folder: str | Path, config: ConfigDict) -> None:
     """Checks that a stage folder is new, or that its `config.json` is this run's config.
 
-    Fields that change no result may differ: the mesh, the guard, threads, and the intervals of
+    Without `config.json`, the config that its newest checkpoint records counts. Fields that change
+    no result may differ: the mesh, the guard, threads, and the intervals of
     logging, saving and evaluation.
 
     Raises:
       CheckpointError: `config.json` is damaged, or a field differs; names it and both values.
     """
-    path = Path(stage_folder) / "config.json"
-    if not path.exists():
+    path, steps = Path(stage_folder) / CONFIG, checkpoint_steps(stage_folder)
+    if path.exists():
+        read = read_sealed(path, unsealed=True)
+        if read is None:
+            raise CheckpointError(
+                f"{path} is damaged; restore it from a copy, or move it elsewhere: the same command"
+                " writes it again"
+            )
+    elif steps:
+        read = read_meta(Path(stage_folder) / FOLDER / str(steps[-1]))["config"]
+    else:
         return
-    ours = _compared(json.loads(to_json(config)))
-    try:
-        theirs = _compared(json.loads(path.read_text("utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a config: {error}") from error
+    ours, theirs = _compared(json.loads(to_json(config))), _compared(read)
     for field in sorted(ours.keys() | theirs.keys()):
         theirs_value, our_value = (side.get(field, "absent") for side in (theirs, ours))
         if theirs_value != our_value:
             raise CheckpointError(
                 f"{path.parent} belongs to another run: config.{field} is {theirs_value!r} there"
-                f" and"
-                f" {our_value!r} here. Use the same config, another --workdir, or delete the folder"
+                f" and {our_value!r} here. Use the same config, or another --workdir"
             )
 
 
@@ -293,4 +322,4 @@ def claim(stage_folder: str | Path, config: ConfigDict) -> None:
     """Marks a stage folder as this run's by its `config.json`; raises as `check_owner`."""
     check_owner(stage_folder, config)
     if jax.process_index() == 0:
-        write_atomically(Path(stage_folder) / "config.json", (to_json(config) + "\n").encode())
+        write_sealed(Path(stage_folder) / CONFIG, json.loads(to_json(config)))

@@ -1,9 +1,9 @@
 """Computes and stores the log-probabilities of DPO's base model; training does not load it again.
 
 `<stage folder>/base_logprobs/<split>` holds `manifest.json`, all that the values depend on and if
-they are finished, and `logprobs.npy`, NaN in rows that are not computed yet; a killed run continues
-with these rows. Process 0 alone opens the files: on a network file system the others may see them
-late, and then decide otherwise.
+they are finished; `logprobs.npy`, NaN in rows that are not computed yet; and `crc32c.npy`, the
+CRC-32C of every row. A killed run continues with the rows that do not fit theirs. Process 0 alone
+opens the files: on a network file system the others may see them late, and then decide otherwise.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import crc32c
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8, UInt32
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ from m3jax.data.rows import PackedRows
 from m3jax.distributed import meet
 from m3jax.errors import CheckpointError
 from m3jax.failures import raise_if_machine
-from m3jax.files import digest, json_text, read_sealed, write_array, write_sealed
+from m3jax.files import digest, json_text, open_array, read_sealed, write_array, write_sealed
 from m3jax.make_model import make_model
 from m3jax.memory.binding import writer_fingerprint, writer_params
 from m3jax.memory.sparsify import sparsifier
@@ -40,7 +41,7 @@ from m3jax.train.dpo_loss import answer_logprobs
 from m3jax.train.loss import Forward, on_rows, place_batch
 
 FOLDER = "base_logprobs"
-_MANIFEST, _ARRAY = "manifest.json", "logprobs.npy"
+_MANIFEST, _ARRAY, _SUMS = "manifest.json", "logprobs.npy", "crc32c.npy"
 _FINISHED = "finished"  # field of the manifest
 _BATCHES_PER_FLUSH = 8
 _NAME = 256  # bytes of what identifies a base model
@@ -130,9 +131,9 @@ def load(folder: str | Path, binding: Mapping[str, Any]) -> Float[np.ndarray, "r
     manifest = _read_manifest(folder, binding)
     if manifest is None or not manifest[_FINISHED]:
         return None
-    logprobs = _read_array(folder, manifest)
-    if not np.isfinite(logprobs).all():
-        raise _damaged(folder, "values that are not finite")
+    logprobs, intact = _read_array(folder, manifest)
+    if not intact.all():
+        raise _damaged(folder, f"{(~intact).sum()} rows of {_ARRAY} do not fit {_SUMS}")
     return logprobs
 
 
@@ -165,24 +166,29 @@ def _compute(
     rows, batch_size = len(logprobs.pipeline.rows), logprobs.pipeline.batch_size
     first = int(_from_first(functools.partial(_begin, folder, binding, batch_size), 0))
     writes = jax.process_index() == 0
-    stored = np.load(folder / _ARRAY, mmap_mode="r+") if writes and first < rows else None
+    stored = sums = None
+    if writes and first < rows:
+        stored, sums = (np.load(folder / name, mmap_mode="r+") for name in (_ARRAY, _SUMS))
     title = f"base log-probabilities ({folder.name})"
     bar = tqdm(total=rows, initial=first, desc=title, unit=" rows", disable=stored is None)
     for batch, values in enumerate(logprobs(params, first, rows), 1):
         if not np.isfinite(values).all():
             raise CheckpointError(
                 f"--init_from gives pairs of {folder.name} log-probabilities that are not finite"
-                f" ({binding['base model']}); start from another checkpoint, and delete {folder}"
+                f" ({binding['base model']}); start from another checkpoint, in another --workdir"
             )
-        if stored is not None:
+        if stored is not None and sums is not None:
             stored[first : first + len(values)] = values
+            sums[first : first + len(values)] = _sums_of(values)
             if batch % _BATCHES_PER_FLUSH == 0:
                 stored.flush()
+                sums.flush()
         first += len(values)
         bar.update(len(values))
     bar.close()
-    if stored is not None:
+    if stored is not None and sums is not None:
         stored.flush()
+        sums.flush()
     if writes:
         write_sealed(folder / _MANIFEST, {**binding, _FINISHED: True})
 
@@ -194,8 +200,9 @@ def _begin(folder: Path, binding: Mapping[str, Any], batch_size: int) -> int:
         manifest = {**binding, _FINISHED: False}
         empty = np.full((binding["rows"], binding["slots"]), np.nan, np.float32)
         write_array(folder / _ARRAY, empty)
+        write_array(folder / _SUMS, np.zeros(len(empty), np.uint32))
         write_sealed(folder / _MANIFEST, manifest)
-    missing = ~np.isfinite(_read_array(folder, manifest)).all(axis=1)
+    missing = ~_read_array(folder, manifest)[1]
     return int(missing.argmax()) // batch_size * batch_size if missing.any() else len(missing)
 
 
@@ -218,7 +225,7 @@ def _read_manifest(folder: Path, binding: Mapping[str, Any]) -> dict[str, Any] |
     """Reads a split's manifest, None without one; raises `CheckpointError` for another binding."""
     if not (folder / _MANIFEST).exists():
         return None
-    manifest = read_sealed(folder / _MANIFEST)
+    manifest = read_sealed(folder / _MANIFEST, _FINISHED, "rows", "slots")
     if manifest is None:
         raise _damaged(folder, f"{_MANIFEST} does not fit its checksum")
     for name, ours in binding.items():
@@ -232,20 +239,39 @@ def _read_manifest(folder: Path, binding: Mapping[str, Any]) -> dict[str, Any] |
     return manifest
 
 
-def _read_array(folder: Path, manifest: Mapping[str, Any]) -> Float[np.ndarray, "rows slots"]:
-    """Reads the values of a split, NaN where there are none; raises `CheckpointError`."""
-    try:
-        logprobs = np.load(folder / _ARRAY)
-    except (ValueError, OSError, EOFError) as error:
-        raise_if_machine(error)
-        raise _damaged(folder, f"{_ARRAY}: {error}") from error
-    if logprobs.shape != (manifest["rows"], manifest["slots"]):
-        raise _damaged(folder, f"{_ARRAY} has the shape {logprobs.shape}")
-    return logprobs
+def _read_array(
+    folder: Path, manifest: Mapping[str, Any]
+) -> tuple[Float[np.ndarray, "rows slots"], Bool[np.ndarray, " rows"]]:
+    """Reads the values of a split, NaN where there are none, and tells which rows are intact.
+
+    A store without `crc32c.npy`, as older versions wrote it, is intact where values are finite.
+    Raises `CheckpointError` if a file cannot be read or has another shape or dtype.
+    """
+    arrays: list[np.ndarray] = []
+    rows, slots = manifest["rows"], manifest["slots"]
+    for name, shape, dtype in ((_ARRAY, (rows, slots), "f4"), (_SUMS, (rows,), "u4")):
+        if name == _SUMS and not (folder / name).exists():
+            return arrays[0], np.isfinite(arrays[0]).all(axis=1)
+        try:
+            array = open_array(folder / name)
+        except (ValueError, OSError) as error:
+            raise_if_machine(error)
+            raise _damaged(folder, f"{name}: {error}") from error
+        if array.shape != shape or array.dtype != np.dtype(dtype):
+            raise _damaged(folder, f"{name} has the shape {array.shape} and dtype {array.dtype}")
+        arrays.append(array)
+    return arrays[0], _sums_of(arrays[0]) == arrays[1]
+
+
+def _sums_of(logprobs: Float[np.ndarray, "rows slots"]) -> UInt32[np.ndarray, " rows"]:
+    return np.array([crc32c.crc32c(row.tobytes()) for row in logprobs], np.uint32)
 
 
 def _damaged(folder: Path, how: str) -> CheckpointError:
-    return CheckpointError(f"{folder} is damaged ({how}); delete it, and run again")
+    return CheckpointError(
+        f"{folder} is damaged ({how}); restore it from a copy, or move it elsewhere and run again"
+        " with the --init_from of before, which computes it again"
+    )
 
 
 def _binding(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:

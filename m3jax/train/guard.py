@@ -10,7 +10,6 @@ Every process reads the same metrics and takes the same decision; process 0 writ
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from m3jax.checkpoint import read_meta
 from m3jax.data.batch import Batch
 from m3jax.distributed import meet
 from m3jax.errors import CheckpointError, ConfigError, DivergenceError
-from m3jax.files import json_text, write_atomically
+from m3jax.files import read_sealed, write_sealed
 from m3jax.train.checkpoints import Checkpoints, kept
 from m3jax.train.monitor import Monitor, Trouble
 
@@ -48,13 +47,17 @@ def read_rollbacks(stage_folder: str | Path) -> list[Rollback]:
     path = Path(stage_folder) / FILE
     if not path.exists():
         return []
-    try:
-        return list(json.loads(path.read_text("utf-8"))["rollbacks"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error!r}): without it the run cannot go on as it would have."
-            " Restore the file, or delete the stage folder and start again"
-        ) from error
+    content = read_sealed(path, "rollbacks", unsealed=True)
+    if content is None:
+        raise _lost(path, "is damaged")
+    return list(content["rollbacks"])
+
+
+def _lost(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} {what}: without it the run cannot go on as it would have. Restore it from a copy,"
+        " or move the stage folder elsewhere and start again"
+    )
 
 
 class Guard:
@@ -127,6 +130,12 @@ class Guard:
         for step in reversed(checkpoints.steps()):
             meta = read_meta(checkpoints.folder / str(step))
             saved = meta.get(META, {"rollbacks": 0, "monitor": {}})
+            if saved["rollbacks"] > len(self.rollbacks):
+                raise _lost(
+                    self.folder / FILE,
+                    f"lists {len(self.rollbacks)} rollbacks, but the checkpoint of step {step}"
+                    f" follows {saved['rollbacks']}",
+                )
             if all(step <= later["to"] for later in self.rollbacks[saved["rollbacks"] :]):
                 self._monitor = Monitor(self.config, saved["monitor"])
                 return step
@@ -145,8 +154,7 @@ class Guard:
         rollback = self._decide(trouble, checkpoints.steps())
         self.rollbacks.append(rollback)
         if jax.process_index() == 0:
-            text = json_text({"rollbacks": self.rollbacks}, indent=1)
-            write_atomically(self.folder / FILE, text.encode())
+            write_sealed(self.folder / FILE, {"rollbacks": self.rollbacks})
         meet("rollback written")
         if jax.process_count() > 1 and read_rollbacks(self.folder) != self.rollbacks:
             raise CheckpointError(

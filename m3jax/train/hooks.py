@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from m3jax.errors import ConfigError, DivergenceError
 from m3jax.train.clock import Speed
 from m3jax.train.guard import describe
-from m3jax.train.metrics import Metrics, retrieval_shares
+from m3jax.train.metrics import FILE, META, Metrics, read_metrics, retrieval_shares
 from m3jax.train.run import Batches, Evaluate, Run, StageData
 from m3jax.train.state import TrainState
 
@@ -87,6 +87,18 @@ class GoBack(Hook):
             return guard.resume(checkpoints)
 
 
+def known_lines(run: Run, step: int) -> int | None:
+    """Returns the checksum of the lines of metrics before the newest checkpoint, of `step`.
+
+    Says so if the file is missing. Raises `CheckpointError` if lines are damaged or missing.
+    """
+    upto = run.checkpoints.recorded(META)
+    read_metrics(run.folder, upto)
+    if upto is not None and not (run.folder / FILE).exists():
+        run.say(f"{run.folder / FILE} is lost: what was logged up to step {step} is not in it")
+    return None if upto is None else int(upto)
+
+
 class Log(Hook):
     """Shows progress, and writes metrics every `train.log_every` steps (on process 0)."""
 
@@ -106,7 +118,8 @@ class Log(Hook):
             self.close()
             running = self.run.clock.now() - self.run.clock.born
             rollbacks = [] if self.run.guard is None else self.run.guard.rollbacks
-            self.metrics = Metrics(self.run.folder, step, running, rollbacks=rollbacks)
+            upto = known_lines(self.run, step)
+            self.metrics = Metrics(self.run.folder, step, running, rollbacks=rollbacks, upto=upto)
         if self._started:
             self.speed.report()  # drops the time of the undone steps, as a kill would
         elif self.metrics is not None:
@@ -216,7 +229,10 @@ class Save(Hook):
         guard = self.run.guard
         with self.run.clock.spent_on("checkpoint"):
             self.log.sync()
-            self.run.checkpoints.save(state, step, {} if guard is None else guard.meta())
+            more = {} if guard is None else guard.meta()
+            if self.log.metrics is not None:
+                more |= {META: self.log.metrics.checksum}
+            self.run.checkpoints.save(state, step, more)
         if self._told and step < self.train.steps:
             self.finish()
             self.run.say(

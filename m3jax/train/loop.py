@@ -21,7 +21,17 @@ from m3jax.mesh import host_rows, make_mesh
 from m3jax.train.checkpoints import Checkpoints, check_owner, claim
 from m3jax.train.clock import Device, Progress, RunClock
 from m3jax.train.guard import Guard
-from m3jax.train.hooks import Evaluation, GoBack, Hook, Log, RefreshBank, Save, StopAtNaN, Trace
+from m3jax.train.hooks import (
+    Evaluation,
+    GoBack,
+    Hook,
+    Log,
+    RefreshBank,
+    Save,
+    StopAtNaN,
+    Trace,
+    known_lines,
+)
 from m3jax.train.loss import place_batch
 from m3jax.train.metrics import Summary, summarize
 from m3jax.train.plots import plot_stages
@@ -91,6 +101,7 @@ def train(
         with contextlib.closing(Progress(config.stage, steps, first, shown)) as progress:
             run = Run(config, folder, checkpoints, guard, clock, progress)
             if first == steps:
+                known_lines(run, first)
                 run.say(f"finished before, at step {first}; nothing to do")
             else:
                 hooks = _hooks(run, program, refresh, profile_steps)

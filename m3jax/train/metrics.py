@@ -1,4 +1,8 @@
-"""Metrics of a stage: the JSON lines of `metrics.jsonl`, TensorBoard events, and a summary."""
+"""Metrics of a stage: the JSON lines of `metrics.jsonl`, TensorBoard events, and a summary.
+
+Every line has `crc32c`, the CRC-32C of all lines up to it (without this key), and every checkpoint
+records that of the last line before it: so a reader knows that no line was changed or lost.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import crc32c
 import jax
 from jax.tree_util import keystr
 from ml_collections import ConfigDict
@@ -20,30 +25,72 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from m3jax.checkpoint import FOLDER
+from m3jax.errors import CheckpointError
 from m3jax.files import json_text, write_atomically
 from m3jax.train.guard import describe
 
 FILE = "metrics.jsonl"
 _FLUSHED_EVERY = 60  # seconds
+META = "metrics"  # key of a checkpoint's `meta`: checksum of the lines before it
+_SUM = "crc32c"
+_LOST = "lost"  # key of the first line of a file that replaces a lost one: its checksum
 
 
-def read_metrics(stage_folder: str | Path) -> list[dict[str, Any]]:
+def read_metrics(stage_folder: str | Path, upto: int | None = None) -> list[dict[str, Any]]:
     """Reads the lines of a stage's metrics, up to a last line that a kill has cut off.
 
-    Numbers that were not finite, null in the file, are NaN.
+    Numbers that were not finite, null in the file, are NaN. Files without checksums, which older
+    versions wrote, are read as they are.
+
+    Args:
+      stage_folder: folder of the stage.
+      upto: checksum of lines that must be there, as a checkpoint records it.
+
+    Raises:
+      CheckpointError: a line was changed, or lines are missing.
     """
     path = Path(stage_folder) / FILE
-    lines = []
-    for text in path.read_text("utf-8").splitlines() if path.exists() else ():
+    texts = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    lines, total, there = [], 0, upto is None or not path.exists()
+    for number, text in enumerate(texts, 1):
+        if number == len(texts) and not _is_whole(text):
+            break  # cut off, or empty behind the last line feed
         try:
-            lines.append(json.loads(text, object_hook=_with_nan))
-        except json.JSONDecodeError:
-            break
+            line = json.loads(text, object_hook=_with_nan)
+            stored = line.pop(_SUM, None)
+        except (ValueError, AttributeError, TypeError) as error:
+            raise _damaged(path, f"line {number} is damaged") from error
+        if stored is not None or total:
+            total = crc32c.crc32c(_to_line(line).encode(), total)
+            if stored != total:
+                raise _damaged(path, f"line {number} is damaged, or lines before it are missing")
+        lines.append(line)
+        there = there or upto in (total, line.get(_LOST))
+    if lines and not total:  # of an older version
+        return lines
+    if not there:
+        raise _damaged(path, "lines are missing that were written before the last checkpoint")
     return lines
 
 
 def _with_nan(numbers: dict[str, Any]) -> dict[str, Any]:
     return {name: math.nan if value is None else value for name, value in numbers.items()}
+
+
+def _is_whole(text: bytes) -> bool:
+    """Returns True if a line holds a whole JSON value, and perhaps something behind it."""
+    try:
+        json.JSONDecoder().raw_decode(text.decode("utf-8", "replace"))
+    except ValueError:
+        return False
+    return True
+
+
+def _damaged(path: Path, how: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {how}; restore it from a copy, or move it elsewhere: the run then goes on without"
+        " what was logged before"
+    )
 
 
 def time_spent(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -117,9 +164,11 @@ class Metrics:
       running: seconds that this process has spent on the run so far.
       now: returns the time in seconds since 1970.
       rollbacks: rollbacks of the run, see `m3jax.train.guard.read_rollbacks`.
+      upto: see `read_metrics`.
 
     Attributes:
       seconds: run time up to `step`, summed over all starts of the run.
+      checksum: checksum of all lines so far.
     """
 
     def __init__(
@@ -129,16 +178,19 @@ class Metrics:
         running: float = 0.0,
         now: Callable[[], float] = time.time,
         rollbacks: Sequence[Mapping[str, Any]] = (),
+        upto: int | None = None,
     ):
         folder = Path(stage_folder)
-        kept = [line for line in read_metrics(folder) if line["step"] <= step]
+        kept = [line for line in read_metrics(folder, upto) if line["step"] <= step]
         kept = _with_rollbacks([line for line in kept if "guard" not in line], rollbacks)
         if not any("started" in line for line in kept):
-            kept.insert(0, {"step": 0, "started": now() - running})
+            lost = {} if upto is None else {_LOST: upto}
+            kept.insert(0, {"step": 0, "started": now() - running, **lost})
         self._now = now
         self._started = next(line["started"] for line in kept if "started" in line)
         self._stepping = sum(line["time"]["step"] for line in kept if "time" in line)
-        text = "".join(_to_line(line) for line in kept)
+        self.checksum = 0
+        text = "".join(map(self._summed, kept))
         write_atomically(folder / FILE, text.encode())
         self.seconds: float = max((line.get("seconds", 0.0) for line in kept), default=0.0)
         self._file = open(folder / FILE, "a", encoding="utf-8")  # noqa: SIM115 (closed in `close`)
@@ -153,12 +205,17 @@ class Metrics:
             self._stepping += line["time"]["step"]
             elapsed = max(1e-9, self._now() - self._started)
             line = {**line, "goodput": self._stepping / elapsed, "since_first_start": elapsed}
-        self._file.write(_to_line(line))
+        self._file.write(self._summed(line))
         self._file.flush()
         for path, value in jax.tree.leaves_with_path(line):
             name = keystr(path, simple=True, separator="/")
             if name != "step" and isinstance(value, (int, float)):
                 self._events.write(int(line["step"]), summary=scalar(name, value))
+
+    def _summed(self, line: Mapping[str, Any]) -> str:
+        """Formats a line, with the checksum of all lines up to it."""
+        self.checksum = crc32c.crc32c(_to_line(line).encode(), self.checksum)
+        return _to_line({**line, _SUM: self.checksum})
 
     def sync(self) -> None:
         """Forces all lines to disk, so that no checkpoint is ahead of the metrics."""

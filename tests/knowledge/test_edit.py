@@ -398,6 +398,26 @@ def test_what_cannot_be_edited_is_refused(workdir: Path) -> None:
     assert rollback(workdir, 1).number == 1 and read_current(workdir)["version"] == 1
 
 
+def test_a_lost_or_foreign_pointer_to_the_current_version_is_refused(
+    workdir: Path, tmp_path: Path
+) -> None:
+    """Deleted facts do not come back."""
+    pointer = workdir / VERSIONS / "current.json"
+    other = Path(shutil.copytree(workdir, tmp_path / "other"))
+    keys = opened(workdir)[0].live_keys()
+    edit(CONFIG, workdir, delete=keys[:1], write=write)
+    intact = pointer.read_bytes()
+    pointer.unlink()
+    for read in (open_version, versions, require_unedited):
+        with pytest.raises(VersionError, match=r"current\.json is missing, but .* rollback --to="):
+            read(workdir)
+    assert rollback(workdir, 1).number == 1 and pointer.read_bytes() == intact
+    edit(CONFIG, other, delete=keys[:2], write=write)
+    pointer.write_bytes((other / VERSIONS / "current.json").read_bytes())
+    with pytest.raises(VersionError, match=r"current\.json belongs to another workdir; restore"):
+        open_version(workdir)
+
+
 def start(*arguments: Any) -> Any:
     """This file as a process of its own."""
     return processes.start(["python", __file__, *arguments], devices=1, stdin=subprocess.PIPE)

@@ -257,7 +257,7 @@ def test_a_flipped_bit_names_the_shard(own: Path, place: int) -> None:
     (problem,) = bank.verify()
     assert f"{own}/memories.zarr/c/1/0/0/0/0/0" in problem and "damaged" in problem
     bank.read(np.array([0, 9, 20, 36]))  # other shards still serve
-    with pytest.raises(BankError, match="c/1/0/0/0/0/0 .*is damaged.*[Dd]elete.*write_bank"):
+    with pytest.raises(BankError, match="c/1/0/0/0/0/0 .*is damaged.*[Mm]ove.*write_bank"):
         bank.read(np.arange(37))
 
 
@@ -266,6 +266,38 @@ def test_a_truncated_shard_names_the_shard(own: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(BankError, match="c/2/0/0/0/0/0 .*is damaged"):
         Bank.open(own).read(np.array([25]))
+
+
+def test_exchanged_shards_are_refused(own: Path, tmp_path: Path) -> None:
+    """With one another, or with a shard of another bank of the same shape."""
+    shards = [_shard(own, i) for i in range(4)]
+    contents = [path.read_bytes() for path in shards]
+    shards[0].write_bytes(contents[1])
+    shards[1].write_bytes(contents[0])
+    build(tmp_path / "other", weights=1)
+    shards[2].write_bytes(_shard(tmp_path / "other", 2).read_bytes())
+    bank = Bank.open(own)
+    assert len(bank.verify()) == 3 and all("of another place or bank" in p for p in bank.verify())
+    for ids in ([3], [12], [25]):
+        with pytest.raises(BankError, match="holds other memories than were written there"):
+            bank.read(np.array(ids))
+    bank.read(np.array([30, 36]))
+    for path in shards[:3]:
+        path.unlink()
+    report = build(own)
+    assert report["kept"] == 7 and Bank.open(own).verify() == []
+    assert [path.read_bytes() for path in shards] == contents
+
+
+@pytest.mark.parametrize("name", ["COMPLETE", "crc32c.bin", "manifest.json"])
+def test_writing_again_mends_what_says_that_a_bank_is_whole(own: Path, name: str) -> None:
+    files = {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
+    place = files[own / name].find(b"writer_step") + 16 if name == "manifest.json" else 3
+    flip(own / name, place)
+    with pytest.raises(BankError, match=rf"{name}.* was changed or lost .*keeps the memories"):
+        Bank.open(own)
+    assert build(own)["kept"] == 37
+    assert {path: path.read_bytes() for path in own.rglob("*") if path.is_file()} == files
 
 
 def test_a_missing_shard_is_no_zeros(own: Path) -> None:
@@ -291,10 +323,15 @@ def test_a_damaged_side_file_is_named(own: Path, name: str, words: str) -> None:
 
 def test_another_format_is_refused(own: Path) -> None:
     manifest = json.loads((own / "manifest.json").read_text())
-    (own / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    text = json.dumps({**manifest, "format": 99}).encode()
+    (own / "manifest.json").write_bytes(text)
+    with pytest.raises(BankError, match="manifest.json or COMPLETE was changed"):
+        Bank.open(own)
+    (own / "COMPLETE").write_bytes(storage.complete_stamp(text))
     with pytest.raises(BankError, match="has format 99, this version of m3jax reads 2"):
         Bank.open(own)
     (own / "manifest.json").write_text("{")
+    (own / "COMPLETE").write_bytes(storage.complete_stamp(b"{"))
     with pytest.raises(BankError, match="is no manifest"):
         Bank.open(own)
     (own / "manifest.json").unlink()

@@ -141,9 +141,9 @@ def test_a_fault_that_the_slow_way_meets_and_that_passes_is_no_fault(
     ("fault", "words"),
     [
         ("drop", ["c/1/0/0/0/0/0", "cannot be read"]),
-        ("flip", ["c/1/0/0/0/0/0", "checksum differs", "launch/write_bank.py there"]),
+        ("flip", ["c/1/0/0/0/0/0", "checksum differs", "launch/write_bank.py on the server"]),
         (500, ["c/1/0/0/0/0/0", "cannot be read"]),
-        (404, ["c/1/0/0/0/0/0", "is missing", "launch/write_bank.py there"]),
+        (404, ["c/1/0/0/0/0/0", "is missing", "launch/write_bank.py on the server"]),
     ],
 )
 def test_a_shard_that_cannot_be_had_is_named(
@@ -168,6 +168,17 @@ def test_a_flipped_byte_on_the_server_is_named(folder: Path, tmp_path: Path) -> 
         flip(own / "lengths.npy", -1)
         with _refused(server.url, "lengths.npy is damaged", "write_bank.py on the server"):
             Bank.open(server.url)
+
+
+def test_exchanged_shards_on_the_server_are_refused(folder: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(folder, tmp_path / "bank"))
+    first, second = (own / "memories.zarr" / "c" / str(i) / "0/0/0/0/0" for i in range(2))
+    first.write_bytes(second.read_bytes())
+    with serving(own) as server:
+        bank = Bank.open(server.url)
+        with _refused(server.url, "c/0/0/0/0/0/0", "of another place or bank"):
+            bank.read(np.array([3]))
+        bank.read(np.array([13]))
 
 
 def test_a_server_that_goes_away(folder: Path) -> None:

@@ -1,15 +1,19 @@
 """Parameters for other stages: restacked, or refused by name."""
 
+import json
+import shutil
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 from train.tiny import FINGERPRINT, SyntheticPipeline, tiny_config
 
-from m3jax.checkpoint import read_meta, restore_params
+from m3jax.checkpoint import read_meta, restore_params, verify
 from m3jax.errors import CheckpointError
 from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
-from m3jax.train.checkpoints import Checkpoints
+from m3jax.train.checkpoints import Checkpoints, check_owner, claim
 from m3jax.train.state import Program
 
 
@@ -101,7 +105,10 @@ def test_meta_says_what_made_it(saved):
 def test_damaged_checkpoint_is_refused(saved, tmp_path):
     config, folder, _ = saved
     (tmp_path / "checkpoints" / "7" / "state").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="checkpoints/7 cannot be read"):
+    with (
+        pytest.warns(UserWarning, match="checkpoints/7 is read unverified"),
+        pytest.raises(CheckpointError, match="checkpoints/7 cannot be read"),
+    ):
         restore_params(tmp_path, make_model(config, ()))
 
 
@@ -114,3 +121,68 @@ def test_kept_checkpoints(tmp_path):
     checkpoints.close()
     found = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
     assert found == {4, 8, 10}
+
+
+def test_a_flipped_bit_of_any_file_is_refused(saved, tmp_path):
+    config, folder, _ = saved
+    copy = Path(shutil.copytree(folder, tmp_path / "warmup"))
+    step, model = copy / "checkpoints" / "4", make_model(config, ())
+    listed = json.loads((step / "checksums.json").read_text())["files"]
+    there = [path for path in step.glob("*/**/*") if path.is_file()]
+    assert {path.relative_to(step).as_posix() for path in there} == set(listed)
+    for path in there:
+        whole = path.read_bytes()
+        path.write_bytes(bytes([*whole[:-1], whole[-1] ^ 4]))
+        with pytest.raises(CheckpointError, match=rf"{path.name} is damaged .* that of step 3"):
+            restore_params(copy, model)
+        path.write_bytes(whole)
+    restore_params(copy, model)
+    (step / "checksums.json").write_text("{}")
+    with pytest.raises(
+        CheckpointError, match=r"checksums\.json is damaged; restore it from a copy"
+    ):
+        restore_params(copy, model)
+    (step / "checksums.json").unlink()  # as an older version wrote it
+    with pytest.warns(UserWarning, match=r"checkpoints/4 is read unverified"):
+        restore_params(copy, model)
+
+
+def test_exchanged_files_are_refused(saved, tmp_path):
+    """Also those that end with their own CRC-32C, whose CRC-32C is therefore the same."""
+    _, folder, _ = saved
+    copy = Path(shutil.copytree(folder, tmp_path / "warmup")) / "checkpoints"
+    for first in [path for path in (copy / "3").glob("*/**/*") if path.is_file()]:
+        second = copy / "4" / first.relative_to(copy / "3")
+        if second.is_file() and (whole := second.read_bytes()) != first.read_bytes():
+            second.write_bytes(first.read_bytes())
+            with pytest.raises(CheckpointError, match=rf"{second.name} (is damaged|has \d+ bytes)"):
+                verify(copy / "4")
+            second.write_bytes(whole)
+    verify(copy / "4")
+
+
+def test_processes_verify_a_share_each(saved, tmp_path):
+    _, folder, _ = saved
+    copy = Path(shutil.copytree(folder, tmp_path / "warmup")) / "checkpoints" / "4"
+    path = next((copy / "state").rglob("d/*"))
+    path.write_bytes(path.read_bytes() + b"x")
+    refused = 0
+    for process in range(3):
+        try:
+            verify(copy, share=(process, 3))
+        except CheckpointError as error:
+            refused += path.name in str(error)
+    assert refused == 1
+
+
+def test_without_its_config_a_stage_has_that_of_its_newest_checkpoint(saved, tmp_path):
+    config, folder, _ = saved
+    copy = Path(shutil.copytree(folder, tmp_path / "warmup"))
+    check_owner(copy, config)
+    with pytest.raises(CheckpointError, match=r"config\.model\.layers is 3 there and 2 here"):
+        check_owner(copy, tiny_config(train__keep_last=2))
+    claim(copy, config)
+    path = copy / "config.json"
+    path.write_text(path.read_text().replace('"layers": 3', '"layers": 2'))
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged; restore it .* or move it"):
+        check_owner(copy, config)

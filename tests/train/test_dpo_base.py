@@ -101,7 +101,7 @@ def test_a_finished_store_with_other_values_or_rows_is_refused(workdir, tmp_path
     for other in (values[1:], values[:, 1:], gap):
         np.save(stored, other)
         for init_from in ("sft", None):
-            with pytest.raises(CheckpointError, match=r"train is damaged \(.*\); delete it, and"):
+            with pytest.raises(CheckpointError, match=r"train is damaged \(.*\); .*move it elsew"):
                 hold(config, workdir, folder, init_from)
     np.save(stored, values)
     pack = rows.pack
@@ -119,7 +119,7 @@ def test_a_base_model_with_values_that_are_not_finite_is_refused(workdir, tmp_pa
         dpo_base, "answer_logprobs", lambda *given: logprobs(*given).at[1].set(np.nan)
     )
     for _ in range(2):
-        with pytest.raises(CheckpointError, match=r"not finite \(step 6, .*delete .*train"):
+        with pytest.raises(CheckpointError, match=r"not finite \(step 6, .*another --workd"):
             hold(config, workdir, folder)
 
 
@@ -223,7 +223,7 @@ def test_another_checkpoint_or_other_data_are_refused_by_name(workdir, tmp_path)
     hold(config, workdir, folder)
     other_blocks = config_of("dpo", model__attention_block=3, model__attention_kv_block=7)
     hold(other_blocks, workdir, folder)  # the same attention
-    with pytest.raises(CheckpointError, match=r"belong to another base model: .* delete the stage"):
+    with pytest.raises(CheckpointError, match=r"belong to another base model: .* --workdir"):
         hold(config, workdir, folder, "sft/checkpoints/3")
     with pytest.raises(CheckpointError, match=r"another config"):
         hold(config_of("dpo", memory__window=2), workdir, folder)
@@ -235,7 +235,7 @@ def test_another_checkpoint_or_other_data_are_refused_by_name(workdir, tmp_path)
         load(folder / "base_logprobs" / "train", {"pairs": "other"})
     stored = folder / "base_logprobs" / "train" / "logprobs.npy"
     stored.write_bytes(stored.read_bytes()[:-4])
-    with pytest.raises(CheckpointError, match=r"train is damaged \(logprobs.npy: .*; delete it"):
+    with pytest.raises(CheckpointError, match=r"train is damaged \(logprobs.npy: .*; restore"):
         hold(config, workdir, folder)
     mesh = make_mesh(config, jax.devices()[:1])
     with pytest.raises(CheckpointError, match="--init_from"):

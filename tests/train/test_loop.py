@@ -1,5 +1,6 @@
 """The loop: bitwise resume, SIGTERM, refusals, what it leaves behind."""
 
+import json
 import os
 import signal
 import time
@@ -262,6 +263,33 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path):
     lines = [line for line in read_metrics(tmp_path) if "loss" in line]
     steps = [(line["step"], line["loss"]) for line in lines]
     assert steps == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+
+
+def test_changed_and_lost_lines_of_metrics_are_refused(tmp_path):
+    path, metrics = tmp_path / "metrics.jsonl", Metrics(tmp_path, 0)
+    for step in (1, 2, 3):
+        metrics.write({"step": step, "loss": step / 4})
+    metrics.close()
+    whole, known = path.read_text(), metrics.checksum
+    lines = whole.splitlines(keepends=True)
+    assert len(read_metrics(tmp_path, known)) == 4
+    for other, what in {
+        whole.replace("0.25", "0.35"): "line 2 is damaged",
+        whole.replace("\n", "*", 2): "line 1 is damaged",
+        whole[:-1] + "*": "line 4 is damaged",
+        "".join(lines[:2] + lines[3:]): "line 3 is damaged, or lines before it are missing",
+        "".join(lines[:3]): "lines are missing that were written before the last checkpoint",
+        "": "lines are missing",
+    }.items():
+        path.write_text(other)
+        with pytest.raises(CheckpointError, match=rf"metrics\.jsonl: {what}.*; restore it from"):
+            read_metrics(tmp_path, known)
+    path.unlink()
+    for _ in range(2):  # a run that goes on without them, and is killed before it saves
+        Metrics(tmp_path, 3, upto=known).close()
+        assert len(read_metrics(tmp_path, known)) == 1
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2)))
+    assert len(read_metrics(tmp_path, known)) == 2  # of an older version
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Any
 
 from m3jax.config import ConfigDict
 from m3jax.errors import TextError
-from m3jax.files import json_text, write_atomically
+from m3jax.files import digest, json_text, read_sealed, write_sealed
 from m3jax.text.chat.chats import REMEDIES, Chat, ChatError, Pair, read_chats, read_pairs
 from m3jax.text.chat.template import EncodedChat, Template, chunk_references
 from m3jax.text.corpus import CorpusWriter, TokenDocument
@@ -22,10 +21,12 @@ from m3jax.text.documents import Document, is_validation
 from m3jax.text.listing import inputs_of, list_files
 from m3jax.text.prepare import progress
 from m3jax.text.tokenizer import Tokenizer
-from m3jax.workdir import make_part
+from m3jax.workdir import make_part, remedy
 
 SAMPLES = 5  # lines of each reason that the report quotes
 REPORT = "report.json"
+SCRIPT = "launch/prepare.py chats"
+_INPUTS = "inputs"  # key of the file of the report: digest of what it is made from
 _TOGETHER = 256  # lines whose chats are tokenized at once
 _Line = list[tuple[Chat, EncodedChat]]  # one chat, or the two chats of a pair
 
@@ -63,9 +64,18 @@ def prepare_chats(
         "data.sequence_length": config.data.sequence_length,
         "memory.chunk_length": config.memory.chunk_length,
     }
-    folder = workdir / kind
-    kept = make_part(folder, inputs, lambda folder: _Writing(config, tokenizer).run(folder, spec))
-    return json.loads((folder / REPORT).read_bytes()), kept
+    folder, made_from = workdir / kind, digest(json_text(inputs, sort_keys=True))
+
+    def make(folder: Path) -> None:
+        report = _Writing(config, tokenizer).run(folder, spec)
+        write_sealed(folder / REPORT, {**report, _INPUTS: made_from})
+
+    kept = make_part(folder, inputs, make)
+    path = folder / REPORT
+    report = read_sealed(path, "read", unsealed=True) if path.is_file() else None
+    if report is None or report.pop(_INPUTS, made_from) != made_from:
+        raise TextError(f"{path} is damaged or missing; {remedy(folder, SCRIPT)}")
+    return report, kept
 
 
 class _Writing:
@@ -81,7 +91,8 @@ class _Writing:
         self.counts: Counter[str] = Counter()
         self.rounds: Counter[int] = Counter()
 
-    def run(self, folder: Path, spec: str) -> None:
+    def run(self, folder: Path, spec: str) -> dict[str, Any]:
+        """Writes the corpora of all splits; returns the report."""
         config, share = self.config, self.config.text.validation_share
         read = read_pairs if self.kind == "pairs" else read_chats
         lines = progress(read(spec, config.chat.most_rounds, self.unread), self.kind)
@@ -105,8 +116,7 @@ class _Writing:
                         f" {self.read} {self.kind}; give more of them or change it"
                     )
                 writer.commit()
-        text = json_text(self._report(), indent=1, ensure_ascii=False)
-        write_atomically(folder / REPORT, text.encode())
+        return self._report()
 
     def _encoded(self, lines: Iterator[Chat | Pair | ChatError]) -> Iterator[_Line]:
         """Tokenizes lines and yields each that fits a row; counts the lines that are left out."""
