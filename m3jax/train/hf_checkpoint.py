@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from m3jax.checkpoint import checkpoint_steps, read_model, restore_params
 from m3jax.errors import CheckpointError, ConfigError, HuggingFaceError
-from m3jax.files import write_sealed
+from m3jax.files import checksum, digest, write_sealed
 from m3jax.memory.binding import weights_fingerprint
 from m3jax.mesh import make_mesh
 from m3jax.model.gguf_file import is_gguf, open_gguf
@@ -111,7 +111,7 @@ def _import_model(
         own.save(folder)
     # Marked as finished, so that launch/prepare.py trains no other in its place.
     if adopted is not None and not (folder / INPUTS).is_file():
-        mark = {"taken_from": str(source.absolute())}
+        mark = {"taken_from": str(source.absolute()), "content": source_id(source)}
         write_sealed(folder / INPUTS, mark)
     claim(stage, config)
     with contextlib.closing(Checkpoints(stage, config, own.fingerprint)) as checkpoints:
@@ -120,6 +120,14 @@ def _import_model(
     count = sum(x.size for x in jax.tree.leaves(params))
     lacking = f", without {len(own.lacking)} of the 256 bytes" if own.lacking else ""
     return f"{stage}: step 0 with {count} parameters of {source}; {own.size} tokens{lacking}"
+
+
+def source_id(source: Path) -> str:
+    """Returns a digest of a downloaded model: of its file, or of the files in its folder."""
+    if source.is_file():
+        return checksum(source)
+    paths = [path for path in sorted(source.iterdir()) if path.is_file()]
+    return digest(*(f"{path.name} {checksum(path)}" for path in paths))
 
 
 def _adopted(

@@ -275,7 +275,7 @@ def test_a_sample_of_artifacts_is_bound_to_the_content_of_folders(
         ("bank", ("references", "index")),
     ]
     draw = random.Random(20)
-    assert check(workdirs, lambda cells: always + draw.sample(cells, 8))["refused"] >= len(always)
+    assert check(workdirs, lambda cells: always + draw.sample(cells, 4))["refused"] >= len(always)
 
 
 @pytest.mark.slow
