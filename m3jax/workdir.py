@@ -89,8 +89,10 @@ def _take_lock(folder: Path, end: float) -> int | None:
         except OSError:  # the file system has no locks
             return descriptor
         if _is_open_at(descriptor, folder / LOCK):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            with contextlib.suppress(OSError):  # the disk is full; what is written next says it
+                os.ftruncate(descriptor, 0)
+                name = f"process {os.getpid()} on {socket.gethostname()}"
+                os.pwrite(descriptor, name.encode(), 0)
             return descriptor
         os.close(descriptor)  # its owner has removed it; lock the new one
 
@@ -189,6 +191,9 @@ def make_part(folder: Path, inputs: dict[str, Any], make: Callable[[Path], Any])
       LockError: another process makes it.
     """
     if _is_finished(folder, inputs):
+        if (folder / LOCK).exists():  # left by a process that was killed after its last file
+            with contextlib.suppress(LockError), only_writer(folder):
+                pass
         return True
     with only_writer(folder):
         if _is_finished(folder, inputs):  # by a process that has just ended

@@ -175,6 +175,9 @@ def test_the_lock_ends_with_a_killed_owner(tmp_path: Path) -> None:
     assert (tmp_path / "part" / LOCK).exists()
     assert not make_part(tmp_path / "part", {"a": 1}, lambda folder: None)
     assert [path.name for path in (tmp_path / "part").iterdir()] == ["inputs.json"]
+    (tmp_path / "part" / LOCK).touch()  # killed after its last file
+    assert make_part(tmp_path / "part", {"a": 1}, lambda folder: None)
+    assert [path.name for path in (tmp_path / "part").iterdir()] == ["inputs.json"]
 
 
 def test_a_lock_leaves_nothing_behind(tmp_path: Path) -> None:
