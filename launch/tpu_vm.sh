@@ -162,7 +162,10 @@ check() {
       [[ -n "$type" ]] || refuse "--type is missing (or M3JAX_TPU_TYPE)"
       [[ -n "$version" ]] || version="$(runtime_version)" || exit 2
       ;;
-    fetch) [[ -n "$workdir" ]] || refuse "--workdir is missing (or M3JAX_TPU_WORKDIR)" ;;
+    fetch)
+      [[ -n "$workdir" ]] || refuse "--workdir is missing (or M3JAX_TPU_WORKDIR)"
+      [[ "$to" != *:/* ]] || refuse "--to is $to; name a local folder"
+      ;;
   esac
   if [[ -z "$dry_run" ]] && ! command -v gcloud >/dev/null; then
     refuse "gcloud is not on the PATH; install it from https://cloud.google.com/sdk/docs/install," \
@@ -436,8 +439,13 @@ show_status() {
 fetch() {
   local target="${to:-runs/$name}" source="${workdir%/}" stage file copied=0 list
   local copy=(gcloud storage cp) last=() recursive=--recursive
+  target="${target/#\~\//$HOME/}" # a shell leaves the ~ of --to=~/x as it is
   if [[ "$source" != gs://* ]]; then
-    [[ "$source" == /* ]] || source="$remote/$source"
+    case "$source" in
+      /*) ;;
+      "~/"*) source="${source:2}" ;; # relative to the home of a worker
+      *) source="$remote/$source" ;;
+    esac
     source="$name:$source"
     copy=(gcloud compute tpus tpu-vm scp)
     last=("${place[@]}" --worker=0 ${internal_ips:+--internal-ip} --quiet)

@@ -71,6 +71,13 @@ def test_the_named_one_is_taken_or_refused(place):
     assert refused.returncode == 1 and "M3JAX_PYTHON=old is no Python 3.11" in refused.stderr
 
 
+def test_a_home_in_quotes_is_one(place):
+    folder = place(bin__python3_13="3.13.0")
+    made = call(folder, "prepare_environment test; echo $python", M3JAX_VENV="~/a venv [1]")
+    assert (made.returncode, made.stdout) == (0, f"{folder}/a venv [1]/bin/python\n"), made.stderr
+    assert not (folder / "~").exists() and (folder / "a venv [1]").is_dir()
+
+
 def test_an_environment_is_made_once_and_says_with_what(place):
     folder = place(bin__python3_13="3.13.0", bin__python3_11="3.11.9")
     venv = {"M3JAX_VENV": str(folder / "venv")}
