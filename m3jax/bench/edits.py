@@ -33,7 +33,7 @@ _KEPT = 10  # edits at each end whose medians are compared
 _SHOWN = (1, 10, 50, 100, 200)
 
 
-def edits(edits: int = 200, documents: int = 1000) -> Rounds:
+def edits(edits: int = 200, documents: int = 200) -> Rounds:
     """Adds one document at a time to a workdir with `documents` documents, in one process.
 
     After every edit, the new version is opened as generation opens it and one memory is retrieved

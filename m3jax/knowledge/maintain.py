@@ -29,6 +29,7 @@ from m3jax.knowledge.versions import (
     write_current,
 )
 from m3jax.memory.bank import Bank
+from m3jax.memory.storage import COMPLETE
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import load_embedder, make_embedder
 from m3jax.retrieval.embedder import Embedder
@@ -147,18 +148,18 @@ def _repair_bank(
     """Repairs the bank of a base or delta; returns one message for each fault."""
     done = []
     try:
-        opened = Bank.open(folder)
+        opened = Bank.open(folder, finished=False)
         _ = opened.record_hashes  # compared with its checksum
     except BankError as error:  # outside its shards
         done.append(str(error))
-        write(references, folder, None if folder == base else Bank.open(base))
+        write(references, folder, None if folder == base else Bank.open(base, finished=False))
         opened = Bank.open(folder)
     broken = opened.parts[0].damaged()
     for path, problem in broken:
         (folder / path).unlink(missing_ok=True)
         done.append(problem)
-    if broken:
-        write(references, folder, opened if folder == base else Bank.open(base))
+    if broken or not (folder / COMPLETE).exists():  # of a repair that was killed
+        write(references, folder, opened if folder == base else Bank.open(base, finished=False))
     return done
 
 

@@ -74,7 +74,7 @@ class Bank(MemoryReader):
         self._buffers = Buffers()
 
     @classmethod
-    def open(cls, folder: str | Path, cache_bytes: int = 0) -> Bank:
+    def open(cls, folder: str | Path, cache_bytes: int = 0, finished: bool = True) -> Bank:
         """Opens a finished bank.
 
         Args:
@@ -82,6 +82,7 @@ class Bank(MemoryReader):
             supports range requests (`http://…`, `https://…`).
           cache_bytes: size limit of the cache in RAM, which all threads share and which evicts the
             least recently used memories; 0 = no cache.
+          finished: False also opens one whose missing shards are being written again.
 
         Raises:
           BankError: there is no bank; it is unfinished, damaged or of another format; its codebooks
@@ -92,17 +93,18 @@ class Bank(MemoryReader):
         if stamp is not None and text is not None and not is_sealed(stamp, text):
             raise _changed(folder, MANIFEST)
         manifest = read_manifest(folder)
-        if manifest is None or stamp is None or text is None:
+        if manifest is None or text is None or (stamp is None and finished):
             what = "holds no bank" if manifest is None else "is not finished: COMPLETE is missing"
             raise BankError(
                 f"{folder} {what}; run {write_again(folder)}, which resumes where it stopped"
             )
-        checksums = None
+        read = None
         if stamp != complete_stamp(text):  # which an older version wrote, without checksums
             read = read_checksums(folder, manifest)
-            if read is None or stamp != complete_stamp(text, read[1]):
+            whole = read is not None and stamp == complete_stamp(text, read[1])
+            if stamp is not None and not whole:
                 raise _changed(folder, CHECKSUMS)
-            checksums = read[0]
+        checksums = None if read is None else read[0]
         lengths = read_side_file(folder, manifest, LENGTHS)
         return cls(folder, manifest, lengths, checksums, cache_bytes)
 
