@@ -1,7 +1,7 @@
 """Text files of every flag of every script: one behaviour, one form of message.
 
 Flags are found by walking the commands of the scripts: a new flag of a text file must be listed in
-`LINES` with a good line, or in `NO_TEXT` with what it is.
+`LINES` with a good line, or in `NO_TEXT` or `OTHER_FILES` with what it is.
 """
 
 import gzip
@@ -17,8 +17,10 @@ import zstandard
 from absl import flags
 from pyarrow import parquet
 
-from m3jax import cli, places
+from m3jax import cli
+from m3jax.cli import Flag
 from m3jax.errors import UserError
+from m3jax.places import Place
 from m3jax.text import prepare
 from m3jax.text.tokenizer import Tokenizer
 
@@ -61,11 +63,17 @@ LINES = {
 NO_TEXT = {
     "select_memory worth questions": "the format of SQuAD, one value for the whole file",
 }
-# Flags of files that are not text of a user: their names, in all scripts.
 OTHER_FILES = {
-    *("sweep", "weights", "gguf", "tokenizer", "hf", "model", "picture", "json", "html"),
+    "sweep  sweep": "Python",
+    "convert from_hf model": "weights",
+    "bench inference gguf": "weights",
+    "quickstart smollm2 weights": "weights",
 }
-TEXT_PLACES = (places.FILE, places.FILE_OR_FOLDER, places.TEXTS, places.FILE_OR_SPLIT)
+
+
+def is_file_to_read(flag: Flag) -> bool:
+    kind = flag.kind
+    return isinstance(kind, Place) and "file" in kind.holds and kind.exists and not kind.written
 
 
 def commands(script: str) -> cli.Commands:
@@ -78,7 +86,7 @@ FLAGS = {
     for script in SCRIPTS
     for command, (_, own) in COMMANDS[script].items()
     for flag in own
-    if flag.kind in TEXT_PLACES and flag.name not in OTHER_FILES
+    if is_file_to_read(flag) and f"{script} {command} {flag.name}" not in OTHER_FILES
 }
 
 
