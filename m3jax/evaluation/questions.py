@@ -126,7 +126,7 @@ def answering(question: Question, references: References) -> list[int]:
       TextError: a named reference or passage is not in the knowledge base.
     """
     if question.passage is None:
-        of_each = (references.of_document(k) or [references.find(k)] for k in question.references)
+        of_each = (references.ids_of(k) or [references.find(k)] for k in question.references)
         return list(itertools.chain.from_iterable(of_each))
     passage, start = question.passage
     ids = references.of_document(passage.id)

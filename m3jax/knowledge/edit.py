@@ -254,8 +254,7 @@ def rollback(workdir: str | Path, number: int) -> Version:
 
 def _ids_of(references: References, name: str) -> list[int]:
     """Returns the id of the reference with this key, or the ids of a document's references."""
-    id_ = references.lookup(name)
-    ids = references.of_document(name) if id_ is None else [id_]
+    ids = references.ids_of(name)
     if not ids:
         raise VersionError(
             f"no reference in use has the key {name!r}, nor is it a document's id; keys are"

@@ -258,6 +258,23 @@ class References:
             ids.append(self.lookup(f"{document}#{len(ids)}"))
         return [i for i in ids if i is not None]
 
+    def ids_of(self, name: str) -> list[int]:
+        """Returns the id in use of the reference with this key, or those of a document's
+        references.
+
+        Raises `TextError` if the name is both a key and the id of a document; [] if it is neither.
+        """
+        id_, ids = self.lookup(name), self.of_document(name)
+        if id_ is None:
+            return ids
+        if ids:
+            raise TextError(
+                f"{name!r} is the key of a reference of document {name.rpartition('#')[0]!r} and"
+                f" the id of a document; name that document's references, {name}#0 …, or give one"
+                " of the documents another id"
+            )
+        return [id_]
+
     def find_named(self, name: str) -> int:
         """Returns the id of the reference that a document names, −1 if it is removed.
 

@@ -215,6 +215,17 @@ def test_duplicate_ids(tokenizer, tmp_path):
         write_references(twice, tokenizer, tmp_path, 16)
 
 
+def test_a_name_that_is_a_key_and_an_id_is_refused(tokenizer, tmp_path):
+    documents = [Document("a", "the cat"), Document("a#0", "a mat"), Document("C#", "it sat")]
+    write_references(documents, tokenizer, tmp_path, 16)
+    references = References(tmp_path)
+    assert [references.ids_of(name) for name in ("a", "a#0#0", "C#", "C##0", "b", "a#1")] == [
+        *([0], [1], [2], [2], [], [])
+    ]
+    with pytest.raises(TextError, match=r"'a#0' is the key of a reference of document 'a' and the"):
+        references.ids_of("a#0")
+
+
 @pytest.mark.parametrize("name", ["records-00000.array_record", "tokens.bin", "table.bin"])
 def test_damaged_files_are_named(references, name):
     path = references.folder / name
