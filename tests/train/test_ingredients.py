@@ -364,11 +364,21 @@ def test_a_checkpoint_without_ingredients_goes_on(
     assert "records nothing of what it was trained on" in capsys.readouterr().out
 
 
+def test_log_probabilities_of_another_base_model_are_refused(workdirs: tuple[Path, Path]) -> None:
+    """They were deleted, and computed again with another model than the run began with."""
+    first, second = workdirs
+    with exchanged(first, ("dpo/base_logprobs",), None):
+        assert train(first, "dpo") == "went on"
+    with exchanged(first, ("dpo/base_logprobs",), None), exchanged(first, ("sft",), second):
+        outcome, refusal = attempt(resumed("dpo"), first)
+    assert outcome == "refused" and "was trained on another base model of " in refusal
+
+
 def test_measurements_are_bound_to_weights_and_data(workdirs: tuple[Path, Path]) -> None:
     """The losses that a ranking of heads keeps, by the name of their file."""
     first, second = workdirs
 
-    def name_of() -> str:
+    def name_of(workdir: Path = first) -> str:
         texts: list[str] = []
 
         def stop(folder: Path) -> Any:
@@ -381,13 +391,14 @@ def test_measurements_are_bound_to_weights_and_data(workdirs: tuple[Path, Path])
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Ended):
             patch.setattr(heads, "only_writer", stop)
             patch.setattr(heads, "digest", noted)
-            heads.score_heads(config_of("continual"), first, hide="memory")
+            heads.score_heads(config_of("warmup"), workdir, window=9)
         return texts[-1]
 
     before = name_of()
-    for exchange in (("corpus/validation",), ("continual",), ("corpus", "references", "index")):
-        with exchanged(first, exchange, second), contextlib.suppress(UserError):
-            assert name_of() != before, exchange
+    for name in ("corpus/validation", "warmup"):
+        with exchanged(first, (name,), second):
+            assert name_of() != before, name
     moved = first.rename(first.parent / "moved")
+    after = name_of(moved)
     moved.rename(first)
-    assert name_of() == before
+    assert after == before
