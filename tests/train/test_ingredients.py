@@ -176,7 +176,7 @@ def session(workdir: Path) -> str:
 
 def base_logprobs(workdir: Path) -> str:
     """A DPO run that was killed after its log-probabilities were computed."""
-    shutil.rmtree(workdir / "dpo" / "checkpoints")
+    shutil.rmtree(workdir / "dpo" / "checkpoints", ignore_errors=True)
     return resumed("dpo")(workdir)
 
 
@@ -232,7 +232,7 @@ def wrong_cell(
         outcome, refusal = attempt(use, first)
     if refusal:
         words = [word for name in names for word in re.split("[/_]", name)]
-        words += ["base model"] * ("sft" in words)
+        words += ["base model"] * ("sft" in words) + ["weights"] * ("warmup" in words)
         named = any(word in refusal for word in words)
         return "refused", "" if named else f"refused without a name: {refusal}"
     if outcome != seen:
@@ -282,7 +282,7 @@ def test_every_artifact_is_bound_to_the_content_of_every_folder(
     workdirs: tuple[Path, Path],
 ) -> None:
     counts = check(workdirs, lambda cells: cells)
-    assert min(counts[kind] for kind in ("refused", "anew", "not needed")) > 5, counts
+    assert counts["refused"] > 90 and counts["anew"] and counts["not needed"], counts
 
 
 @pytest.mark.slow
