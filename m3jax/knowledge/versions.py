@@ -274,13 +274,19 @@ def editing(workdir: Path) -> Iterator[Version]:
         if last > current["version"] and (folder_of(workdir, last) / BEGUN).exists():
             write_current(workdir, last, current["oldest"])
         yield open_version(workdir)
-        forget_begun(workdir)
+        ended = _begun(workdir)
+    for path in ended:  # last, when the lock is gone, too: from here on, a repetition is an edit
+        path.unlink(missing_ok=True)
 
 
 def forget_begun(workdir: Path) -> None:
     """Ends all edits of a locked workdir: repeated from now on, they are edits of their own."""
-    for path in sorted((workdir / VERSIONS).glob(f"[0-9]*/{BEGUN}")):
+    for path in _begun(workdir):
         path.unlink()
+
+
+def _begun(workdir: Path) -> list[Path]:
+    return sorted((workdir / VERSIONS).glob(f"[0-9]*/{BEGUN}"))
 
 
 def require_unedited(workdir: Path) -> None:
