@@ -4,7 +4,8 @@
 #
 #   bash launch/test.sh [--all | --kills] [arguments of pytest]
 #   bash launch/test.sh --all                           # the slow ones, too
-#   bash launch/test.sh --kills                         # every command killed at every moment: hours
+#   bash launch/test.sh --kills                         # every command killed at every moment, every
+#                                                       # file damaged or exchanged: hours
 #   bash launch/test.sh -n 0                            # in one process, as a debugger needs it
 #
 # M3JAX_VENV=FOLDER puts the environment somewhere else than .venv of the repository.
@@ -12,14 +13,14 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment "test"
 cd "$root"
-marks="not slow and not parity"
+marks="not slow and not parity and not every"
 if [[ "${1:-}" == --all ]]; then
-  marks="not parity"
+  marks="not parity and not every"
   shift
 elif [[ "${1:-}" == --kills ]]; then
   marks="not parity"
   export M3JAX_KILLS=all
   shift
-  set -- tests/kills "$@"
+  set -- tests/kills tests/test_damage.py tests/train/test_ingredients.py "$@"
 fi
 exec "$python" -m pytest -m "$marks" -n auto --maxprocesses=8 --dist=worksteal "$@"

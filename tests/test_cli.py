@@ -238,6 +238,7 @@ def test_how_a_script_ends(statement: str, code: int, message: str, tmp_path: Pa
     lines = [
         "import signal, sys",
         "from m3jax import cli",
+        "signal.signal(signal.SIGINT, signal.default_int_handler)",  # a shell may ignore it
         f"main = lambda given: {statement} and None",
         "cli.run('', {'': cli.Command(main, (cli.WORKDIR,))})",
     ]

@@ -127,7 +127,7 @@ def test_a_sample_of_damages(workdir: Workdir) -> None:
         assert problems(workdir, changed, workdir.readers)[0] == [], (name, way)
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_every_damage(workdir: Workdir) -> None:
     results = [walk(workdir, name) for name in workdir.whole]
     print(f"{sum(count for count, _ in results)} damages of {len(results)} files")
@@ -135,7 +135,7 @@ def test_every_damage(workdir: Workdir) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_repair_does_what_messages_say(workdir: Workdir) -> None:
     """Every file of an index or bank of the current version is mended, to the same bytes."""
     mended = [

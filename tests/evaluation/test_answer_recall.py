@@ -64,7 +64,7 @@ def test_forms_of_one_file_are_read_record_by_record(workdir: Path, tmp_path: Pa
         {"prompt": f"Question: {text}\nAnswer: ", "answer": "x", "aliases": [value]},
         {"context": text, "chain_of_thought": "so", "answer": 7, "aliases": [value]},
         {"context": text, "continuation": f" {value}"},
-        {"question": text, "prompt": "word", "answer": value},
+        {"question": text, "answer": value},
     ]
     path = write(tmp_path / "asked.jsonl", asked)
     read = read_questions(path)
@@ -91,7 +91,9 @@ def test_unusable_questions_are_refused(workdir: Path, tmp_path: Path) -> None:
     choice = {"query": "who", "choices": ["a", "b"], "gold": 0}
     counted = {"question": "who", "choices": ["a", "b"], "answer": 1}
     cases: list[tuple[list, str]] = [([], "holds no questions"), ([{**good, "answer": []}], ":1: ")]
+    both = {"question": "who", "prompt": "a", "answer": "b"}
     for wrong in (
+        both,
         no_question,
         no_answer,
         choice,
@@ -100,7 +102,7 @@ def test_unusable_questions_are_refused(workdir: Path, tmp_path: Path) -> None:
         7,
         {**good, "answer": None},
     ):
-        cases.append(([good, wrong], ":2: expected an object with `question`"))
+        cases.append(([good, wrong], ":2: .*expected an object with `question`"))
     for records, message in cases:
         with pytest.raises(TextError, match=f"asked.*{message}"):
             hit_rates(CONFIG, workdir, write(tmp_path / "asked", records))

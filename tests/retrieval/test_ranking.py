@@ -13,6 +13,7 @@ from memory.memory_tiny import tiny_params
 from model.oracle import Oracle
 from tolerance import close
 
+from m3jax.checkpoint import seal
 from m3jax.config import PREFIX_TOKENS, to_json
 from m3jax.errors import RetrievalError
 from m3jax.evaluation.answer_recall import hit_rates
@@ -53,6 +54,7 @@ def write_checkpoint(workdir: Path, name: str, config: Any, seed: int) -> Path:
     meta["tokenizer"] = Tokenizer.load(workdir / "tokenizer").fingerprint
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
         writer.save(folder / "meta", args=ocp.args.JsonSave(meta))
+    seal(folder)
     return workdir / name
 
 

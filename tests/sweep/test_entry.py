@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from data.data_workdir import WORLD, make_workdir, tiny_config
 
+from m3jax.checkpoint import seal
 from m3jax.config import PREFIX_TOKENS, to_json
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import SweepError
@@ -74,6 +75,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     meta = {"config": json.loads(to_json(CONFIG)), "tokenizer": tokenizer, "step": 4}
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
         writer.save(checkpoint / "meta", args=ocp.args.JsonSave({**meta, "writer": None}))
+    seal(checkpoint)
     asked = [{"prompt": q.prompt, "answer": q.answer} for q in people.questions(WORLD, 0)[:4]]
     people.write_jsonl(folder / "asked.jsonl", asked)
     return folder

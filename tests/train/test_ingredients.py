@@ -277,7 +277,7 @@ def test_a_sample_of_artifacts_is_bound_to_the_content_of_folders(
     assert check(workdirs, lambda cells: always + draw.sample(cells, 4))["refused"] >= len(always)
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_every_artifact_is_bound_to_the_content_of_every_folder(
     workdirs: tuple[Path, Path],
 ) -> None:
