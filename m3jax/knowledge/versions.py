@@ -242,9 +242,9 @@ def read_version(workdir: Path, number: int) -> Version:
     for part, made_from in zip(folders, content.get("references", ()), strict=False):
         if content_id(part / "references") not in (None, made_from):
             raise VersionError(
-                f"{part / 'references'} are not the references that version {number} of {workdir}"
-                f" was made from ({made_from[:12]}); put those back, or go back to another version"
-                " with launch/edit_bank.py rollback"
+                f"{folder / VERSION} was made from other references ({made_from[:12]}) than"
+                f" {part / 'references'} holds; put back the one that was exchanged, or go back to"
+                " another version with launch/edit_bank.py rollback"
             )
     return Version(workdir, number, content["parent"], content["note"], folders, banks, tombstones)
 
