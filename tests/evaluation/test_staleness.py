@@ -228,8 +228,9 @@ def test_a_refreshed_version_is_written_by_the_checkpoint(workdir: Path, tmp_pat
     pipeline = open_pipeline(CONFIG, workdir, split="validation")
     folder = workdir / "continual" / "checkpoints" / "7"
     check_reader(pipeline.bank, read_meta(folder), workdir / "continual")
+    check_reader(pipeline.bank, read_meta(folder), tmp_path / "moved" / "continual")
     with pytest.raises(BankError, match="written by other weights"):
-        check_reader(pipeline.bank, read_meta(folder), tmp_path / "elsewhere" / "continual")
+        check_reader(pipeline.bank, read_meta(folder) | {"run": "0" * 32}, workdir / "continual")
     # An edit goes on with the writer of the bank, a rollback with the old one.
     edits = MemoryWriter(CONFIG, workdir, like_base=True)
     edit(CONFIG, workdir, documents=[Document("New", "New fact", "New", "made up")], write=edits)
