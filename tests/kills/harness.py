@@ -16,6 +16,7 @@ from kills.commands import STATES, Killed, write_inputs
 from train.tiny import TIMES
 
 KILL, FULL, CLOSED = 1, 2, 3  # as in moments.c
+_CLOCKS = (*TIMES, "crc32c")  # of a line of metrics, whose checksum covers them
 # What differs between two undisturbed runs: pictures' times, and random names of Orbax.
 _UNLIKE = re.compile(
     r"/tensorboard/.*|/_CHECKPOINT_METADATA$|/d/[0-9a-f]{32}$|/manifest\.ocdbt$|\.png$"
@@ -46,7 +47,7 @@ def _metrics(path: Path) -> list[dict]:
     """The last line of each step, without clocks."""
     lines: dict[tuple, dict] = {}
     for text in path.read_text().splitlines():
-        line = {key: value for key, value in json.loads(text).items() if key not in TIMES}
+        line = {key: value for key, value in json.loads(text).items() if key not in _CLOCKS}
         if line.keys() != {"step"}:
             lines[line["step"], "evaluation" in line] = line
     return [lines[key] for key in sorted(lines)]

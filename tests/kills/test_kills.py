@@ -27,7 +27,7 @@ def trials() -> Iterator[Any]:
         for (script, command), calls in [*COMMANDS.items(), *readers.items()]:
             for i, killed in enumerate(() if isinstance(calls, str) else calls):
                 name = " ".join(filter(None, (fault, script, command, str(i), killed.state)))
-                marks = [pytest.mark.slow] if killed.slow else []
+                marks = [pytest.mark.every] if killed.slow else []
                 yield pytest.param(number, script, command, killed, id=name, marks=marks)
 
 
