@@ -17,9 +17,10 @@ from train.tiny import TIMES
 
 KILL, FULL, CLOSED = 1, 2, 3  # as in moments.c
 _CLOCKS = (*TIMES, "crc32c")  # of a line of metrics, whose checksum covers them
-# What differs between two undisturbed runs: pictures' times, and random names of Orbax.
+# What differs between two undisturbed runs: pictures' times, checksums of metrics with clocks, and
+# random names of Orbax.
 _UNLIKE = re.compile(
-    r"/tensorboard/.*|/_CHECKPOINT_METADATA$|/d/[0-9a-f]{32}$|/manifest\.ocdbt$|\.png$"
+    r"/tensorboard/.*|/meta/metadata$|/checksums\.json$|/_CHECKPOINT_METADATA$|/d/[0-9a-f]{32}$|/manifest\.ocdbt$|\.png$"
 )
 
 

@@ -184,7 +184,10 @@ def test_a_killed_computation_goes_on_to_the_same_bytes(workdir, tmp_path, monke
         patch.setattr(
             np.memmap,
             "flush",
-            lambda self: flushed.append(np.isfinite(self).all(axis=1).sum()) or flush(self),
+            lambda self: (
+                (self.ndim == 2 and flushed.append(np.isfinite(self).all(axis=1).sum()))
+                or flush(self)
+            ),  # not of the rows' checksums
         )
         whole = hold(config, workdir, tmp_path / "whole")
     assert len(whole) > 16
