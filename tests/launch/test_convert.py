@@ -147,7 +147,7 @@ def test_mistakes_end_with_one_message(tmp_path: Path) -> None:
     at = f"--model={tmp_path}"
     cases = {
         ("convert from_hf", workdir, "--model=/nowhere"): "needs --config",
-        ("convert to_hf", workdir, f"--folder={tmp_path}/b"): "no checkpoint",
+        ("convert to_hf", workdir, f"--folder={tmp_path}/b"): "there is no such folder",
         ("convert from_hf", workdir, config, at): "tokenizer",
         ("convert from_hf", workdir, f"{config}:stage=continual", at): "config.memory.source",
     }

@@ -42,7 +42,7 @@ def test_prints_a_table_and_refuses_a_low_recall(tmp_path: Path) -> None:
     assert asked.returncode == 0, asked.stderr[-2000:]
     assert json.loads(file.read_text(encoding="utf-8"))["queries"] == 1
 
-    cases = {f"--queries={tmp_path}/none": "cannot be read", "--k=0": "--k", "--sample=0": "--samp"}
+    cases = {f"--queries={tmp_path}/none": "no such file", "--k=0": "--k", "--sample=0": "--samp"}
     for flag, words in cases.items():
         wrong = call("evaluate retrieval", *run, flag)
         assert wrong.returncode != 0 and words in wrong.stderr, wrong.stderr[-2000:]
