@@ -47,6 +47,7 @@ CORE = [
     "tensorstore>=0.1.84,<0.2",
     "tokenizers>=0.22,<0.24",
     "tqdm>=4.66,<5",
+    "xxhash>=3.5,<5",
     "zstandard>=0.22,<1",
 ]
 EVAL = ["lm-eval>=0.4.13,<0.5"]  # without torch

@@ -3,6 +3,7 @@
     python launch/bench.py train --json=train.json
     python launch/bench.py writer
     python launch/bench.py bank
+    python launch/bench.py checkpoint
     python launch/bench.py edits
     python launch/bench.py overlap --workdir=runs/wiki
     python launch/bench.py quantizer --workdir=runs/wiki --vectors=640000 --minutes=30
@@ -95,6 +96,9 @@ COMMANDS = {
         ),
     ),
     "bank": _benchmark("bank", "Times random reads of a bank over plain reads of the same bytes."),
+    "checkpoint": _benchmark(
+        "checkpoint", "Measures what checksums add to saving and restoring a checkpoint."
+    ),
     "edits": _benchmark("edits", "Measures what the n-th edit of one document costs."),
     "quantizer": _benchmark(
         "quantizer",

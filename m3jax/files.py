@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
+import mmap
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,14 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import crc32c
 import numpy as np
+import xxhash
 
 TEMPORARY = ".tmp"  # ending of files that are not committed yet
 # Bytes up to which a file is read whole: a map or a reader would hold a descriptor for ever, and
 # a workdir has a few such files for each of its edits.
 SMALL = 1 << 20
-_BLOCK, _TAIL = 1 << 20, 1 << 16  # bytes that are read at once; last bytes of a file
+_BLOCK = 1 << 20  # bytes that are read at once
 _THREADS = 4  # files that are read at once
 
 
@@ -101,26 +102,35 @@ def checksum(source: bytes | str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def fast_checksum(path: str | os.PathLike[str]) -> str:
-    """Returns a hash (32 hex characters) of a file, ten times as fast as `checksum`.
+def fast_checksum(path: str | os.PathLike[str], mapped: bool = False) -> str:
+    """Returns the XXH3 hash (128 bits, 32 hex characters) of a file; 20 times as fast as
+    `checksum`.
 
-    It is the BLAKE2b hash of the CRC-32C of every block and of the last bytes themselves: all files
-    that end with their own CRC-32C, as those of OCDBT do, have the same CRC-32C.
+    Args:
+      path: the file.
+      mapped: maps the file into memory, which saves a copy, but a disk error kills the process:
+        for files that were just written and are still in the page cache.
     """
-    total, block = hashlib.blake2b(digest_size=16), bytearray(_BLOCK)
+    total = xxhash.xxh3_128()
     with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(block):
-            total.update(crc32c.crc32c(memoryview(block)[:count]).to_bytes(4, "little"))
-        file.seek(max(0, file.tell() - _TAIL))
-        total.update(file.read())
+        if mapped and os.fstat(file.fileno()).st_size:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                total.update(content)
+        else:
+            block = bytearray(_BLOCK)
+            while count := file.readinto(block):
+                total.update(memoryview(block)[:count])
     return total.hexdigest()
 
 
 def tree_checksums(folder: str | os.PathLike[str]) -> dict[str, tuple[int, str]]:
-    """Returns size in bytes and `fast_checksum` of every file below a folder, by its path."""
+    """Returns size in bytes and checksum of every file below a folder, by its path.
+
+    The files are mapped as `fast_checksum` says: they were just written.
+    """
     paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     with ThreadPoolExecutor(_THREADS) as pool:
-        sums = pool.map(fast_checksum, paths)
+        sums = pool.map(lambda path: fast_checksum(path, mapped=True), paths)
         names = (path.relative_to(folder).as_posix() for path in paths)
         sizes = (path.stat().st_size for path in paths)
         return dict(zip(names, zip(sizes, sums, strict=True), strict=True))

@@ -7,11 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from m3jax.files import (
     checksum,
     committing,
     digest,
+    fast_checksum,
     json_text,
     read_sealed,
     write_atomically,
@@ -57,6 +59,17 @@ def test_hashes(tmp_path):
     before = checksum(tmp_path / "f")
     (tmp_path / "f").write_bytes(b"x" * 99_999 + b"y")
     assert checksum(tmp_path / "f") != before
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 20, (1 << 20) + 1])
+def test_a_mapped_file_has_the_hash_of_its_bytes(size, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(content := os.urandom(size))
+    expected = xxhash.xxh3_128(content).hexdigest()
+    assert fast_checksum(path) == fast_checksum(path, mapped=True) == expected
+    if size:
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert fast_checksum(path) != expected
 
 
 def test_a_sealed_file_is_read_back_and_any_flipped_byte_of_its_content_is_seen(tmp_path):

@@ -17,6 +17,7 @@ import jax
 import m3jax
 from m3jax.bench import brought, inference, train
 from m3jax.bench.bank import bank
+from m3jax.bench.checkpoint import checkpoint
 from m3jax.bench.edits import edits
 from m3jax.bench.overlap import overlap
 from m3jax.bench.quantizer import quantizer
@@ -44,6 +45,7 @@ BENCHMARKS = {
     "writer": Benchmark(train.writer, 3, train.SMALLEST),
     "overlap": Benchmark(overlap, 5, {"rows": 1}),
     "bank": Benchmark(bank, 9, {"memories": 160, "tiny_memories": 5000}),
+    "checkpoint": Benchmark(checkpoint, 7, {"hidden": 32}),
     "edits": Benchmark(edits, 1, {"edits": 2, "documents": 40}),
     "quantizer": Benchmark(
         quantizer, 5, {"vectors": 1024, "tested": 256, "coarse_bits": 5, "fine_bits": 4}

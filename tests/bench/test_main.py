@@ -25,6 +25,7 @@ EXPECTED = {
     "writer": {"encode_share"},
     "overlap": {"filter_over_windowed_row_512_train"},
     "bank": {"cold_over_pread", "compressed_over_bf16"},
+    "checkpoint": {"checksums_over_save", "verify_over_restore"},
     "edits": {"edit_time", "open_time"},
     "quantizer": set(),
     "retrieval": {"recall_at_5", "time_over_exact"},
