@@ -26,7 +26,7 @@ from ml_collections import ConfigDict, config_flags
 from m3jax import places
 from m3jax.config.fields import FIELDS
 from m3jax.config.reference import describe
-from m3jax.config.renamed import RENAMED
+from m3jax.config.renamed import RENAMED, RENAMED_COMMANDS, RENAMED_FLAGS
 from m3jax.config_files import check_config, config_file_error, read_config_paths
 from m3jax.errors import CommandError, UserError
 from m3jax.failures import explain
@@ -36,12 +36,6 @@ from m3jax.printable import cleaned_output, complain
 from m3jax.random_key import LARGEST_SEED
 
 USER_ERROR = 2  # exit code
-# Earlier flags (or values) and commands → their present names.
-RENAMED_FLAGS = {
-    **{"at": "--k", "mode=context": "--mode=long_context", "png": "--picture"},
-    "shift": "--config.evaluation.shift",
-}
-RENAMED_COMMANDS = {"collect": "compact"}
 
 
 # -- flags -----------------------------------------------------------------------------------------
@@ -187,7 +181,12 @@ WORKDIR = Flag(
 NEW_WORKDIR = dataclasses.replace(
     WORKDIR, help="Folder of the run; made where it is not there.", kind=places.NEW_FOLDER
 )
+BUCKET_WORKDIR = dataclasses.replace(WORKDIR, kind=places.ANY_WORKDIR)
+CACHE_DIR = Flag(
+    "cache_dir", "Folder of local copies; default m3jax in ~/.cache.", places.NEW_FOLDER
+)
 RUN = (CONFIG, WORKDIR)
+BUCKET_RUN = (CONFIG, BUCKET_WORKDIR, CACHE_DIR)
 CHECKPOINT = Flag("checkpoint", "Stage folder, or checkpoints/STEP in it.", places.CHECKPOINT)
 STAGE_CHECKPOINT = CHECKPOINT.with_help("Default WORKDIR/<config.stage>.")
 BANK = Flag(

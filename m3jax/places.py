@@ -20,6 +20,7 @@ from m3jax.errors import CommandError, UserError
 
 # `gs://b/x`, and `gs:/b/x`, which is what a path makes of it.
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):/")
+_BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/.*)?")
 _SHOWN = 300  # most characters of a flag and its value in a message
 _TEMPORARY = 20  # bytes that the name of a temporary file has more than the file's
 _LONGEST = 300  # bytes of the longest path that a command makes in a folder
@@ -64,6 +65,8 @@ FOLDER_OR_FUNCTION = Place("folder", others=r"[\w.]+:\w+")
 NEW_FILE = Place("file", exists=False, written=True)
 NEW_FOLDER = Place("folder", exists=False, written=True)
 WORKDIR = Place("folder", made_by="launch/prepare.py")
+ANY_WORKDIR = dataclasses.replace(WORKDIR, schemes=("gs",))
+NEW_ANY_WORKDIR = dataclasses.replace(NEW_FOLDER, schemes=("gs",))
 CHECKPOINT = Place("folder", made_by="launch/train.py")
 BANK = Place(
     "folder",
@@ -105,6 +108,11 @@ def read_path(
         raise error(f"{given}: the name of a {place.holds} must be UTF-8 without NUL; rename it")
     scheme = _URL.match(text)
     if scheme and scheme[1] in place.schemes and text.startswith("//", scheme.end() - 1):
+        if scheme[1] == "gs" and not _BUCKET.fullmatch(text):
+            raise error(
+                f"{given}: expected gs://BUCKET/FOLDER; names of buckets are at least three of a-z,"
+                " 0-9, '.', '_' and '-'"
+            )
         return text
     if scheme:
         accepted = f", or a URL of {', '.join(place.schemes)}" if place.schemes else ""

@@ -1,10 +1,9 @@
 """Objects of a folder or of a bucket (gs://…), with one meaning for both.
 
 An object is there whole or not at all, and is visible to all processes as soon as a write returns.
-A folder of objects is published by its marker, which is written last: readers ask for the marker
-first. TensorStore's key-value stores do the work: of the libraries that reach buckets they alone
-can swap an object only if nobody else has, and list without a cache. Names are paths with slashes;
-URLs stay strings, since `pathlib` turns gs://bucket into a local path.
+TensorStore's key-value stores do the work: of the libraries that reach buckets they alone can swap
+an object only if nobody else has, and list without a cache. Names are paths with slashes; URLs stay
+strings, since `pathlib` turns gs://bucket into a local path.
 
 | environment | meaning |
 |---|---|
@@ -14,26 +13,22 @@ URLs stay strings, since `pathlib` turns gs://bucket into a local path.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
-import fcntl
 import os
 import secrets
-import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import tensorstore as ts
-from tqdm import tqdm
 
 from m3jax.errors import StoreError
-from m3jax.files import TEMPORARY, checksum, commit, digest
+from m3jax.printable import complain
 
 GCS = "gs://"
 ABSENT = b"\x02"  # TensorStore's generation of an object that does not exist
@@ -46,7 +41,7 @@ _SILENCE = {
     "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
 }
 _LOCK = "__lock"  # ending of what a killed write leaves behind in a local folder
-_PIECE, _AHEAD = 32 << 20, 4  # bytes of a request of a large object; requests under way
+_AHEAD = 4  # requests under way for the ranges of a large object
 
 
 def is_bucket(place: str | os.PathLike[str]) -> bool:
@@ -138,20 +133,27 @@ class Store:
             self.delete(name)
         self._done(self._kv.delete_range(_range(prefix)), prefix)
 
-    def read_file(self, name: str, path: Path, size: int) -> None:
-        """Copies an object of `size` bytes to a local file, piece by piece, in bounded memory.
+    def read_spans(self, spans: Iterable[tuple[str, int, int]]) -> Iterator[bytes]:
+        """Yields the bytes of ranges of objects (name, start, stop), some requests ahead.
 
-        Raises `StoreError` also if the object is gone or shorter.
+        Raises `StoreError` also if an object is gone or shorter.
         """
-        spans = iter([slice(low, min(low + _PIECE, size)) for low in range(0, size, _PIECE)])
-        pending = deque(self._kv.read(name, byte_range=span) for span in islice(spans, _AHEAD))
-        with path.open("wb") as file:
-            while pending:
-                result = self._done(pending.popleft(), name)
-                if result.state != "value":
-                    raise StoreError(f"{self.place}/{name} is gone; publish it again")
-                file.write(result.value)
-                pending.extend(self._kv.read(name, byte_range=span) for span in islice(spans, 1))
+        rest = iter(spans)
+
+        def begin(count: int) -> list[tuple[str, Any]]:
+            return [
+                (name, self._kv.read(name, byte_range=slice(start, stop)))
+                for name, start, stop in islice(rest, count)
+            ]
+
+        pending = deque(begin(_AHEAD))
+        while pending:
+            name, future = pending.popleft()
+            result = self._done(future, name)
+            if result.state != "value":
+                raise StoreError(f"{self.place}/{name} is gone; publish it again")
+            yield bytes(result.value)
+            pending.extend(begin(1))
 
     def _done(self, future: Any, name: str) -> Any:
         try:
@@ -198,116 +200,6 @@ def require_bucket(place: str) -> None:
         store.delete(name)
 
 
-# -- folders of objects ----------------------------------------------------------------------------
-class File(NamedTuple):
-    """File of a published folder, as its manifest lists it: name, size, BLAKE2b checksum."""
-
-    name: str
-    bytes: int
-    checksum: str
-
-
-def publish(folder: Path, place: str | os.PathLike[str], marker: str, threads: int = 8) -> None:
-    """Copies a finished local folder to a place, so that readers see all of it or nothing.
-
-    What was published there before disappears first, marker ahead.
-
-    Args:
-      folder: local folder.
-      place: local folder or gs://….
-      marker: file that makes the folder visible; it is written last.
-      threads: files copied at a time.
-
-    Raises:
-      StoreError: as `Store`, or the folder has no marker.
-    """
-    if not (folder / marker).is_file():
-        raise StoreError(f"{folder} has no {marker}; it is not finished")
-    store, files = Store(place), sorted(path for path in folder.rglob("*") if path.is_file())
-    names = {path.relative_to(folder).as_posix(): path for path in files}
-    store.delete(marker)
-    for name in set(store.names()) - names.keys():
-        store.delete(name)
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        others = [name for name in names if name != marker]
-        for _ in pool.map(lambda name: store.write(name, names[name].read_bytes()), others):
-            pass
-    store.write(marker, (folder / marker).read_bytes())
-
-
-def local_copy(
-    place: str | os.PathLike[str],
-    cache: Path,
-    marker: str,
-    files: Iterable[File],
-    progress: str | None = None,
-) -> Path:
-    """Returns a local folder with checked copies of files that are published at a place.
-
-    Each file is copied once a host, by whoever needs it first; a killed copy goes on with the next
-    file. A folder that was published anew gets a copy of its own, so that the two never mix.
-
-    Args:
-      place: local folder, or gs://….
-      cache: folder of all copies on this host.
-      marker: name of the object that made the folder visible; its bytes tell versions apart.
-      files: files to copy.
-      progress: label of the progress bar; None: no bar.
-
-    Raises:
-      StoreError: as `Store`; nothing is published there; a file differs from its checksum; or the
-        disk has no room, before anything is copied.
-    """
-    store, files = Store(place), [*files]
-    mark = store.read(marker)
-    if mark is None:
-        raise StoreError(f"nothing is finished in {store.place}: {marker} is missing")
-    copy = cache / digest(store.place, mark)
-    missing = [file for file in files if not _is_there(copy / file.name, file)]
-    needed = sum(file.bytes for file in missing)
-    copy.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(copy).free
-    if needed > free:
-        raise StoreError(
-            f"{copy} has {free / 1e9:.1f} GB free, and {store.place} needs {needed / 1e9:.1f} GB;"
-            " choose a larger disk with --cache_dir"
-        )
-    with (
-        tqdm(
-            total=needed, desc=progress, unit="B", unit_scale=True, disable=progress is None
-        ) as bar,
-        concurrent.futures.ThreadPoolExecutor(_AHEAD) as pool,
-    ):
-        for file in pool.map(lambda file: _copy(store, copy, file), missing):
-            bar.update(file.bytes)
-    if not (copy / marker).is_file():
-        (copy / f"{marker}{TEMPORARY}").write_bytes(mark)
-        commit(copy / f"{marker}{TEMPORARY}", copy / marker)
-    return copy
-
-
-def _is_there(path: Path, file: File) -> bool:
-    return path.is_file() and path.stat().st_size == file.bytes
-
-
-def _copy(store: Store, folder: Path, file: File) -> File:
-    """Copies a file, unless another process of this host has done so meanwhile."""
-    path = folder / file.name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.lock", "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _is_there(path, file):
-            temporary = path.with_name(path.name + TEMPORARY)
-            store.read_file(file.name, temporary, file.bytes)
-            if checksum(temporary) != file.checksum:
-                temporary.unlink()
-                raise StoreError(
-                    f"{store.place}/{file.name} is damaged (its checksum differs); publish it again"
-                )
-            commit(temporary, path)
-    return file
-
-
 # -- leases ----------------------------------------------------------------------------------------
 class Lease:
     """Keeps other writers out of a place while its holder lives: an object that is renewed.
@@ -331,6 +223,11 @@ class Lease:
     def __enter__(self) -> Lease:
         held, self._generation = self.store.read_with_generation(self.name)
         end = time.monotonic() + self.seconds
+        if held is not None:
+            complain(
+                f"{self.store.place}/{self.name} is held; {self.seconds:.0f} s show whether its"
+                " holder lives"
+            )
         while held is not None and time.monotonic() < end:
             time.sleep(min(self.seconds / 10, 1.0))
             held, generation = self.store.read_with_generation(self.name)

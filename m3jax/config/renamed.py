@@ -1,4 +1,4 @@
-"""Field names and values of earlier versions, of which messages name the present ones."""
+"""Names of fields, flags and commands of earlier versions, and values, with the present ones."""
 
 # Field names from before the first release → present names.
 RENAMED = {
@@ -12,6 +12,13 @@ RENAMED = {
     "writer.context": "writer.document_context (True or False)",
     "writer.context_tokens": "writer.document_context_tokens",
 }
+
+# Earlier flags (or values) and commands → their present names.
+RENAMED_FLAGS = {
+    **{"at": "--k", "mode=context": "--mode=long_context", "png": "--picture"},
+    "shift": "--config.evaluation.shift",
+}
+RENAMED_COMMANDS = {"collect": "compact"}
 
 _BY_MODEL = "the model itself ranks what an index finds with retrieval.rerank, a weight such as 2"
 # Values that earlier versions accepted → what serves instead.

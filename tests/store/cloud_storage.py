@@ -255,7 +255,7 @@ def _resource(name: str, there: Stored) -> dict[str, str]:
 def serving(*buckets: str) -> Iterator[CloudStorage]:
     """Runs a server, which TensorStore takes for Google's while the block lasts."""
     with CloudStorage(buckets or (BUCKET,)) as server, pytest.MonkeyPatch.context() as patch:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")

@@ -16,8 +16,7 @@ from store.cloud_storage import BUCKET, CloudStorage, Fault, serving
 
 from m3jax import store as stores
 from m3jax.errors import StoreError
-from m3jax.files import checksum
-from m3jax.store import ABSENT, File, Lease, Store, local_copy, publish, require_bucket
+from m3jax.store import ABSENT, Lease, Store, require_bucket
 
 
 @pytest.fixture
@@ -122,80 +121,17 @@ def test_a_probe_leaves_nothing(server, tmp_path):
     assert not server.buckets[BUCKET] and not list(tmp_path.iterdir())
 
 
-def folder_of_files(folder: Path, seed: int) -> list[File]:
-    random = np.random.default_rng(seed)
-    (folder / "deep").mkdir(parents=True)
-    for name in ("a", "deep/b", "empty"):
-        (folder / name).write_bytes(b"" if name == "empty" else random.bytes(5000))
-    files = [
-        File(str(path.relative_to(folder)), path.stat().st_size, checksum(path))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    ]
-    (folder / "manifest").write_text(str(files))
-    return files
-
-
-def assert_same(copy: Path, folder: Path) -> None:
-    for path in (path for path in folder.rglob("*") if path.is_file()):
-        assert (copy / path.relative_to(folder)).read_bytes() == path.read_bytes()
-
-
-def test_a_published_folder_is_copied_once_a_host_and_never_mixed(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(stores, "_PIECE", 700)
-    first, second = tmp_path / "first", tmp_path / "second"
-    files, others = folder_of_files(first, 1), folder_of_files(second, 2)
-    publish(first, place, "manifest")
-    cache = tmp_path / "cache"
-    copy = local_copy(place, cache, "manifest", files)
-    assert_same(copy, first)
-    read: list[str] = []
-    real = Store.read_file
-    monkeypatch.setattr(Store, "read_file", lambda *a: (read.append(a[1]), real(*a))[1])
-    assert local_copy(place, cache, "manifest", files) == copy and not read
-    (second / "a").rename(second / "c")
-    others = [file._replace(name="c") if file.name == "a" else file for file in others]
-    publish(second, place, "manifest")
-    assert Store(place).names() == ["c", "deep/b", "empty", "manifest"]
-    again = local_copy(place, cache, "manifest", others)
-    assert again != copy and sorted(read) == ["c", "deep/b", "empty"]
-    assert_same(again, second)
-
-
-def test_other_bytes_under_a_name_are_refused_and_not_kept(place, tmp_path):
-    files = folder_of_files(tmp_path / "folder", 1)
-    publish(tmp_path / "folder", place, "manifest")
-    Store(place).write("a", bytes(5000))
-    with pytest.raises(StoreError, match="a is damaged"):
-        local_copy(place, tmp_path / "cache", "manifest", files)
-    Store(place).write("a", b"short")
+def test_ranges_of_objects_come_in_order(place):
+    store, data = Store(place), np.random.default_rng(0).bytes(5000)
+    store.write("a", data)
+    store.write("b", b"tail")
+    spans = [("a", low, min(low + 700, 5000)) for low in range(0, 5000, 700)]
+    assert b"".join(store.read_spans([*spans, ("b", 0, 4)])) == data + b"tail"
+    assert list(store.read_spans([])) == []
     with pytest.raises(StoreError, match="a is shorter than it was"):
-        local_copy(place, tmp_path / "cache", "manifest", files)
-    Store(place).delete("manifest")
-    with pytest.raises(StoreError, match="nothing is finished"):
-        local_copy(place, tmp_path / "cache", "manifest", files)
-
-
-def test_a_copy_that_does_not_fit_is_refused_before_it_begins(place, tmp_path):
-    publish(tmp_path / "folder", place, "manifest") if folder_of_files(
-        tmp_path / "folder", 1
-    ) else 0
-    with pytest.raises(StoreError, match=r"GB free.*--cache_dir"):
-        local_copy(place, tmp_path / "cache", "manifest", [File("a", 1 << 60, "")])
-
-
-def test_a_folder_killed_while_it_is_published_is_not_there(server, tmp_path):
-    files = folder_of_files(tmp_path / "folder", 1)
-    place = f"gs://{BUCKET}/run"
-    publish(tmp_path / "folder", place, "manifest")
-    server.faults = [Fault("POST .*deep", 403, times=1e9)]
-    with pytest.raises(StoreError, match="access denied"):
-        publish(tmp_path / "folder", place, "manifest")
-    with pytest.raises(StoreError, match="nothing is finished"):
-        local_copy(place, tmp_path / "cache", "manifest", files)
-    server.faults = []
-    publish(tmp_path / "folder", place, "manifest")
-    assert_same(local_copy(place, tmp_path / "cache", "manifest", files), tmp_path / "folder")
+        list(store.read_spans([("a", 4000, 6000)]))
+    with pytest.raises(StoreError, match="c is gone"):
+        list(store.read_spans([("c", 0, 1)]))
 
 
 def test_a_lease_keeps_others_out_while_its_holder_lives(place):

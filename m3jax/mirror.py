@@ -1,0 +1,408 @@
+"""Local mirror of a workdir in a bucket: finished parts are fetched from it and published to it.
+
+Code below launch/ reads and writes local folders. Of a workdir gs://… each host has a folder with
+the same layout, `CACHE_DIR/<digest of the URL>/`, and a `Mirror` copies *parts* between the two: a
+part is a folder or a file by its path in the workdir (`references`, `corpus/train`,
+`versions/current.json`). A workdir on a disk is its own mirror, where nothing is copied.
+
+    gs://…/references/published.json    name, bytes and XXH3 checksum of each file of the part;
+                                        written last and deleted first
+    gs://…/references/publishing.json   the same, while the part is being published
+    gs://…/references/FILE              a file; one above 128 MiB is FILE/00000, FILE/00001, …
+
+    CACHE_DIR/<digest>/.mirror/         URL of the workdir, lock of this host, unfinished copies,
+                                        and what was copied: size and time of change of each file
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from m3jax.errors import LockError, StoreError
+from m3jax.files import TEMPORARY, commit, digest, fast_checksum, json_text, write_atomically
+from m3jax.printable import complain
+from m3jax.store import Lease, Store, is_bucket
+from m3jax.workdir import BEGUN, LOCK, only_writer
+
+PUBLISHED, PUBLISHING = "published.json", "publishing.json"
+_OWN = ".mirror"  # folder of a mirror for its own files
+_THREADS = 4  # files that are copied at a time
+_OBJECT = 128 << 20  # most bytes of an object
+_PIECE = 32 << 20  # bytes of a request
+_leases: dict[str, Lease] = {}  # that this process holds, by the URL of the workdir
+
+
+def default_cache() -> Path:
+    """Returns the folder of this user's mirrors: `m3jax` in XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m3jax"
+
+
+class _File(NamedTuple):
+    """File of a published part: path in it, size in bytes, XXH3 checksum."""
+
+    name: str
+    bytes: int
+    checksum: str
+
+
+class _Manifest(NamedTuple):
+    """Content of `published.json`: most bytes of an object, and the files of the part."""
+
+    object_bytes: int
+    files: list[_File]
+
+    def encode(self) -> bytes:
+        return json_text(self._asdict(), indent=1).encode()
+
+    def objects(self, file: _File) -> list[tuple[str, int, int]]:
+        """Returns the objects that hold a file: name, first byte and end."""
+        if file.bytes <= self.object_bytes:
+            return [(file.name, 0, file.bytes)]
+        return [
+            (f"{file.name}/{number:05d}", low, min(low + self.object_bytes, file.bytes))
+            for number, low in enumerate(range(0, file.bytes, self.object_bytes))
+        ]
+
+
+class _Copy(NamedTuple):
+    """Part to be copied: its manifest, as it is and read, and where its files are collected."""
+
+    part: str
+    mark: bytes
+    manifest: _Manifest
+    folder: Path
+
+    def missing(self) -> list[_File]:
+        files = self.manifest.files
+        return [file for file in files if _size(self.folder / file.name) != file.bytes]
+
+
+class Mirror:
+    """Workdir on this host, and the bucket that it mirrors, if any.
+
+    All methods but `url` raise `StoreError` as `Store` does; those of a local workdir do nothing.
+
+    Args:
+      place: a workdir: a local folder, or gs://….
+      cache_dir: folder of all mirrors on this host; default `default_cache()`.
+
+    Attributes:
+      place: the workdir, as it was given.
+      in_bucket: True if it is in a bucket.
+      local: the mirror; of a local workdir, the workdir.
+    """
+
+    def __init__(
+        self, place: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None
+    ) -> None:
+        self.in_bucket = is_bucket(place)
+        self.place, self.local = os.fspath(place), Path(place)
+        if self.in_bucket:
+            self.place = self.place.rstrip("/")
+            self.local = Path(cache_dir or default_cache()).absolute() / digest(self.place)
+            self._store, self._own = Store(self.place), self.local / _OWN
+            if not (self._own / "place").is_file():
+                write_atomically(self._own / "place", self.place.encode(), shared=True)
+
+    @classmethod
+    def of(cls, local: str | os.PathLike[str]) -> Mirror:
+        """Returns the mirror whose folder is `local`; of another folder, one of a local workdir."""
+        own = Path(local) / _OWN / "place"
+        return cls(own.read_text(), Path(local).parent) if own.is_file() else cls(local)
+
+    def url(self, part: str) -> Path | str:
+        """Returns where a part lies, for readers by range and for Orbax: a URL, or a local path."""
+        return f"{self.place}/{part}" if self.in_bucket else self.local / part
+
+    def has(self, part: str) -> bool:
+        """Returns True if a part is published in the bucket; of a local workdir, if it exists."""
+        if not self.in_bucket:
+            return (self.local / part).exists()
+        return any(self._store.read(name) is not None for name in (f"{part}/{PUBLISHED}", part))
+
+    def names(self, prefix: str) -> list[str]:
+        """Lists the objects of the bucket whose names begin with `prefix`, sorted."""
+        return self._store.names(prefix) if self.in_bucket else []
+
+    # -- from the bucket ---------------------------------------------------------------------------
+    def fetch(self, *parts: str) -> None:
+        """Copies parts from the bucket, checked, unless they are here as they are there.
+
+        A killed copy goes on where it ended. Of several processes of a host one copies, the others
+        wait for it.
+
+        Raises `StoreError` if a part is not published or damaged, or the disk has no room for all
+        of them, before anything is copied.
+        """
+        if not self.in_bucket:
+            return
+        with self._locked():
+            needed = [self._to_copy(part) for part in dict.fromkeys(parts)]
+            copies = [copy for copy in needed if copy is not None]
+            missing = [(copy, file) for copy in copies for file in copy.missing()]
+            self._require_space(copies, sum(file.bytes for _, file in missing))
+            with _bar([file for _, file in missing]) as bar, ThreadPoolExecutor(_THREADS) as pool:
+                for file in pool.map(lambda pair: self._read_file(*pair), missing):
+                    bar.update(file.bytes)
+            for copy in copies:
+                self._put_in_place(copy)
+            for left in (*self._own.glob("old-*"), *self._own.glob("copy-*")):
+                shutil.rmtree(left)  # also copies of what was published anew meanwhile
+
+    def _to_copy(self, part: str) -> _Copy | None:
+        """Returns what a part needs; None if it is here, or a file, which is copied at once."""
+        mark = self._store.read(f"{part}/{PUBLISHED}")
+        if mark is None:
+            data = self._store.read(part)
+            if data is None:
+                raise StoreError(
+                    f"nothing is finished at {self.place}/{part}; run the command that makes it"
+                    " again, which goes on, or correct the URL"
+                )
+            path = self.local / part
+            if not path.is_file() or path.read_bytes() != data:
+                write_atomically(path, data)
+            return None
+        manifest = self._manifest(part, mark)
+        if self._recorded(part) == _record(mark, _stats(self.local / part, manifest.files)):
+            return None
+        return _Copy(part, mark, manifest, self._own / f"copy-{digest(part, mark)}")
+
+    def _require_space(self, copies: list[_Copy], needed: int) -> None:
+        if needed == 0:
+            return
+        free = shutil.disk_usage(self.local).free
+        if needed > free:
+            raise StoreError(
+                f"{self.local} has {_size_text(free)} free, and {self.place} needs"
+                f" {_size_text(needed)}; choose a larger disk with --cache_dir"
+            )
+        parts = ", ".join(copy.part for copy in copies)
+        complain(f"copying {_size_text(needed)} from {self.place} to {self.local}: {parts}")
+
+    def _read_file(self, copy: _Copy, file: _File) -> _File:
+        """Copies a file, from where a killed copy ended."""
+        path = copy.folder / file.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + TEMPORARY)
+        begin = min(_size(temporary) or 0, file.bytes)
+        spans = (
+            (f"{copy.part}/{name}", start - low, min(start + _PIECE, high) - low)
+            for name, low, high in copy.manifest.objects(file)
+            for start in range(max(low, begin), high, _PIECE)
+        )
+        with temporary.open("ab") as content:
+            for data in self._store.read_spans(spans):
+                content.write(data)
+        if _size(temporary) != file.bytes or fast_checksum(temporary) != file.checksum:
+            temporary.unlink()
+            place = f"{self.place}/{copy.part}"
+            raise StoreError(
+                f"{place}/{file.name} is damaged (its checksum differs); delete"
+                f" {place}/{PUBLISHED} and run the command that has made {copy.part} again, which"
+                " publishes it anew"
+            )
+        commit(temporary, path)
+        return file
+
+    def _put_in_place(self, copy: _Copy) -> None:
+        """Makes a whole copy the part of this mirror, in place of an older one."""
+        part, old = self.local / copy.part, self._own / f"old-{secrets.token_hex(6)}"
+        copy.folder.mkdir(parents=True, exist_ok=True)  # a part without files
+        part.parent.mkdir(parents=True, exist_ok=True)
+        if part.exists():
+            os.replace(part, old)
+        os.replace(copy.folder, part)
+        self._write_record(copy.part, copy.mark, copy.manifest.files)
+
+    # -- to the bucket -----------------------------------------------------------------------------
+    def publish(self, part: str, source: Path | None = None) -> None:
+        """Copies a finished part to the bucket, so that readers see all of it or nothing.
+
+        What is there with the same checksum is not copied again, so that a killed call goes on.
+        Locks, temporary files and `begun.json` stay local. Without `source` the part is that of the
+        mirror.
+
+        Raises `StoreError` if another writer took the bucket over meanwhile.
+        """
+        if not self.in_bucket:
+            return
+        folder, store = source or self.local / part, self._store
+        if folder.is_file():
+            self.check()
+            if store.read(part) != (data := folder.read_bytes()):
+                store.write(part, data)
+            return
+        manifest = _Manifest(_OBJECT, _list(folder))
+        mark = manifest.encode()
+        before = store.read(f"{part}/{PUBLISHED}")
+        if before != mark:
+            marks = (before, store.read(f"{part}/{PUBLISHING}"))
+            known = next((self._manifest(part, data) for data in marks if data), None)
+            there = {name.removeprefix(f"{part}/") for name in store.names(f"{part}/")}
+            kept: set[str] = set()
+            if known is not None and known.object_bytes == _OBJECT:
+                same = {*known.files}.intersection(manifest.files)
+                kept = {name for file in same for name, *_ in manifest.objects(file)} & there
+            self.check()
+            store.delete(f"{part}/{PUBLISHED}")
+            for name in sorted(there - kept - {PUBLISHED, PUBLISHING}):
+                store.delete(f"{part}/{name}")
+            store.write(f"{part}/{PUBLISHING}", mark)
+            self._write_files(part, folder, manifest, kept)
+            self.check()
+            store.write(f"{part}/{PUBLISHED}", mark)
+        store.delete(f"{part}/{PUBLISHING}")
+        if source is None:
+            with self._locked():
+                self._write_record(part, mark, manifest.files)
+
+    def _write_files(self, part: str, folder: Path, manifest: _Manifest, kept: set[str]) -> None:
+        def write(file: _File) -> _File:
+            with (folder / file.name).open("rb") as content:
+                for name, low, high in manifest.objects(file):
+                    if name not in kept:
+                        content.seek(low)
+                        self._store.write(f"{part}/{name}", content.read(high - low))
+            return file
+
+        with _bar(manifest.files) as bar, ThreadPoolExecutor(_THREADS) as pool:
+            for file in pool.map(write, manifest.files):
+                bar.update(file.bytes)
+
+    def swap(self, part: str, data: bytes) -> bool:
+        """Writes a small file, here and there, if it is there as it is here; returns whether it
+        did.
+
+        `data` must differ from what others write, as in `Store.swap`. Of a local workdir the file
+        is written.
+        """
+        path = self.local / part
+        if self.in_bucket:
+            self.check()
+            there, generation = self._store.read_with_generation(part)
+            if there != (path.read_bytes() if path.is_file() else None):
+                return False
+            if not self._store.swap(part, data, generation):
+                return False
+        write_atomically(path, data)
+        return True
+
+    def delete(self, part: str) -> None:
+        """Deletes a part, here and there; in the bucket its manifest first."""
+        if self.in_bucket:
+            self.check()
+            self._store.delete(part)
+            self._store.delete_under(f"{part}/", first=[f"{part}/{PUBLISHED}"])
+        path = self.local / part
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def only_writer(self) -> Iterator[None]:
+        """Keeps other writers out of the workdir while the block runs: a lock; there, a lease.
+
+        Raises `LockError` or `StoreError` if another process writes.
+        """
+        if not self.in_bucket:
+            with only_writer(self.local):
+                yield
+            return
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(only_writer(self.local))
+            except LockError as error:
+                raise LockError(str(error).replace(str(self.local), self.place)) from None
+            _leases[self.place] = stack.enter_context(Lease(self._store, LOCK, "writing"))
+            stack.callback(_leases.pop, self.place)
+            yield
+
+    def check(self) -> None:
+        """Raises `StoreError` if this process has lost its lease, if it has one."""
+        if self.in_bucket and self.place in _leases:
+            _leases[self.place].check()
+
+    # -- what is here ------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with open(self._own / "lock", "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _manifest(self, part: str, mark: bytes) -> _Manifest:
+        try:
+            content = json.loads(mark)
+            return _Manifest(content["object_bytes"], [_File(*file) for file in content["files"]])
+        except (ValueError, TypeError, KeyError) as error:
+            raise StoreError(
+                f"{self.place}/{part}/{PUBLISHED} is damaged; delete it and run the command that"
+                f" has made {part} again, which publishes it anew"
+            ) from error
+
+    def _record_path(self, part: str) -> Path:
+        return self._own / f"{digest(part)}.json"
+
+    def _recorded(self, part: str) -> bytes | None:
+        path = self._record_path(part)
+        return path.read_bytes() if path.is_file() else None
+
+    def _write_record(self, part: str, mark: bytes, files: list[_File]) -> None:
+        write_atomically(self._record_path(part), _record(mark, _stats(self.local / part, files)))
+
+
+def _record(mark: bytes, stats: list[tuple[int, int] | None]) -> bytes:
+    return json_text({"published": digest(mark), "files": stats}).encode()
+
+
+def _stats(folder: Path, files: list[_File]) -> list[tuple[int, int] | None]:
+    """Returns size in bytes and time of change in ns of files; None for one that is missing."""
+
+    def stat(path: Path) -> tuple[int, int] | None:
+        try:
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return status.st_size, status.st_mtime_ns
+
+    return [stat(folder / file.name) for file in files]
+
+
+def _list(folder: Path) -> list[_File]:
+    """Lists the files of a part that are published, sorted by name."""
+    paths = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != TEMPORARY and path.name not in (LOCK, BEGUN)
+    ]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        sums = [*pool.map(fast_checksum, paths)]
+    return [
+        _File(path.relative_to(folder).as_posix(), path.stat().st_size, total)
+        for path, total in zip(paths, sums, strict=True)
+    ]
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _size_text(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _bar(files: list[_File]) -> tqdm:
+    total = sum(file.bytes for file in files)
+    return tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False)
