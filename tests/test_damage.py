@@ -120,6 +120,7 @@ def cases(workdir: Workdir) -> list[tuple[str, str, dict[str, bytes | None]]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_sample_of_damages(workdir: Workdir) -> None:
     every = cases(workdir)
     chosen = np.random.default_rng(4).choice(len(every), SAMPLE, replace=False)

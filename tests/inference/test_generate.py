@@ -207,6 +207,7 @@ def test_cold_memories_are_those_of_the_bank(world):
     np.testing.assert_array_equal(one.length, bank.length)
 
 
+@pytest.mark.slow
 def test_heads_with_counts_read_banks_and_cold_memories(world, tmp_path):
     """Both are written by the model itself; a text generated with one is that with the other."""
     config = tiny_config(memory__counts="0:1+6")

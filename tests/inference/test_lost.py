@@ -112,6 +112,7 @@ def test_what_was_generated_before_is_written(workdir, tmp_path, capsys):
     assert PROMPTS[0] + records[0]["text"] in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_reference_deleted_meanwhile_is_read_to_the_end_and_then_never_again(workdir):
     session = Session(CONFIG, workdir)
     expected = generated(session.generator("memory"))

@@ -123,6 +123,7 @@ def test_compressed_slots_are_near_the_plain_ones(banks: dict[str, Path], name: 
         assert 0 < apart < 0.1 * np.square(theirs[:, 0, 0][real]).sum()
 
 
+@pytest.mark.slow
 def test_codebooks_are_trained_on_the_tokens_alone() -> None:
     """Slots that hold none, here with NaN, are left out."""
     slots = SlotLayout(((0, 3), (6, 1)))

@@ -147,8 +147,11 @@ def test_a_fault_that_the_slow_way_meets_and_that_passes_is_no_fault(
     ],
 )
 def test_a_shard_that_cannot_be_had_is_named(
-    server: Server, fault: str | int, words: list[str]
+    server: Server, fault: str | int, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    retries = {"max_retries": 2, "initial_delay": "10ms", "max_delay": "10ms"}
+    monkeypatch.setattr(storage, "_RETRIES", retries)
+    monkeypatch.setattr(storage, "_context", functools.cache(storage._context.__wrapped__))
     bank = Bank.open(server.url)
     server.fault = lambda path: fault if "/c/1/" in path else None
     with _refused(server.url, *words):

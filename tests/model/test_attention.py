@@ -71,7 +71,10 @@ def value_and_gradients(function: Any, inputs: Inputs, length: np.ndarray) -> tu
     return out, gradients
 
 
-@pytest.mark.parametrize(("window", "M", "prefix"), [(1, 5, 2), (2, 1, 0), (5, 1, 2)])
+@pytest.mark.parametrize(
+    ("window", "M", "prefix"),
+    [(1, 5, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 1, 0), (5, 1, 2)])],
+)
 def test_equals_explicit_concatenation(window: int, M: int, prefix: int) -> None:
     """Values and gradients: the oracle, the call behind cuDNN, and blocks that do not divide T."""
     inputs, length = make_inputs(M, prefix)

@@ -164,6 +164,7 @@ def test_equals_the_forward_of_training(with_memory, prefix, qk_norm, no_rope_ev
     close(summed[..., :M], attention.sum(1), 1e-4)
 
 
+@pytest.mark.slow
 def test_heads_with_few_and_with_many_slots():
     """The first memory layer is divided into two groups of one head each; a row alone has arrays
     with neither rows nor heads."""

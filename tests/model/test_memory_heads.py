@@ -38,6 +38,7 @@ from model.test_transformer import (
     _written,
     logits,
 )
+from quick import slow_among
 from tolerance import close, close_trees
 
 from m3jax.config import PREFIX_TOKENS
@@ -80,9 +81,7 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    "counts", [(P, 0), (1, 2), pytest.param((0, 0), marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.parametrize("counts", slow_among([(P, 0), (1, 2), (0, 0)], [(P, 0), (0, 0)]), ids=str)
 def test_a_head_sees_the_first_slots_of_a_memory(counts: tuple[int, ...]) -> None:
     """Values and gradients; counts are an argument of the program, as in a scan over layers."""
     inputs, length = make_inputs(2)
@@ -172,12 +171,10 @@ CASES: dict[str, dict[str, Any]] = {
         "model__remat": "dots",
     },
 }
-SLOW = ("layers without slots between, splash", "a copy, all layers", "some heads")
+QUICK = ("counts",)  # the others are slow
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CASES]
-)
+@pytest.mark.parametrize("name", slow_among(CASES, [name for name in CASES if name not in QUICK]))
 def test_reading_equals_loops_in_which_a_head_has_its_own_slots(name: str) -> None:
     config = oracle_config(**CASES[name])
     params = random_params(config)
@@ -338,7 +335,7 @@ def test_what_is_recomputed_does_not_change_gradients(remat: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "prefix"),
     [
-        ({"memory__counts": "1:1+4,2:3+0"}, (1, 2)),
+        pytest.param({"memory__counts": "1:1+4,2:3+0"}, (1, 2), marks=pytest.mark.slow),
         ({"memory__counts": "2:2+5"}, ()),
         pytest.param({"memory__heads": "1"}, (1, 2), marks=pytest.mark.slow),
     ],

@@ -11,6 +11,7 @@ import pytest
 from memory_axes import by_reference
 from ml_collections import ConfigDict
 from model.oracle import Oracle, oracle_config, random_params, random_references, random_tokens
+from quick import slow_among
 from tolerance import close
 
 from m3jax.config import PREFIX_TOKENS
@@ -101,7 +102,16 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("name", WRITERS)
+SLOW_WRITERS = (
+    "a copy, after attention from behind",
+    "a copy, layers without RoPE in every segment",
+    "counts in groups of layers",
+    "normed queries and keys",
+    "last layer alone",
+)
+
+
+@pytest.mark.parametrize("name", slow_among(WRITERS, SLOW_WRITERS))
 def test_writing_equals_the_loops(name: str) -> None:
     config = oracle_config(**WRITERS[name])
     params, references = random_params(config), random_references(1, LENGTHS)
@@ -270,7 +280,16 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("name", READERS)
+SLOW_READERS = (
+    "all layers, window 5, tied, biased",
+    "normed queries and keys, blocked",
+    "layers without RoPE in every segment, remat",
+    "one behind the other, layers without RoPE",
+    "one layer, window 1, two memories a chunk",
+)
+
+
+@pytest.mark.parametrize("name", slow_among(READERS, SLOW_READERS))
 def test_reading_equals_the_loops_from_both_sources(name: str) -> None:
     changes, M = READERS[name]
     config = oracle_config(**changes)
@@ -344,7 +363,7 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize("name", slow_among(GRADIENTS, ["naive"]))
 def test_online_gradients_equal_differences_of_the_loops(name: str) -> None:
     """Through reading and writing, for every parameter; what is kept is held by the selection."""
     config = oracle_config(**GRADIENTS[name])

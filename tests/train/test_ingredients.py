@@ -263,6 +263,7 @@ def check(workdirs: tuple[Path, Path], chosen: Callable[[list[Cell]], list[Cell]
     return counts
 
 
+@pytest.mark.slow
 def test_a_sample_of_artifacts_is_bound_to_the_content_of_folders(
     workdirs: tuple[Path, Path],
 ) -> None:
