@@ -15,6 +15,12 @@ section `knowledge`); the report is then in DIR/report/knowledge:
 
     python launch/prepare.py … --config.knowledge.enabled --questions=nq.jsonl,boolq.jsonl
 
+Into a bucket: made in a local copy in --cache_dir, each part is published there when it is
+finished;
+another machine goes on from what was published:
+
+    python launch/prepare.py … --workdir=gs://my-bucket/runs/wiki
+
 With Apache Beam, on machines that all see the workdir:
 
     python launch/prepare.py … --beam=--runner=FlinkRunner --beam=--flink_master=HOST:8081
@@ -22,6 +28,7 @@ With Apache Beam, on machines that all see the workdir:
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from absl.flags import FlagValues
@@ -31,10 +38,12 @@ from m3jax.cli import Flag, count
 from m3jax.errors import CommandError
 
 COMMANDS = cli.Commands()
+PARTS = ("clean", "tokenizer", "corpus/validation", "corpus/train", "references", "index")
+REPORTS = {"clean": "report/data", "references": "report/knowledge"}  # of parts
 
 
 @COMMANDS.add(
-    *(cli.CONFIG, cli.NEW_WORKDIR),
+    *(cli.CONFIG, dataclasses.replace(cli.NEW_WORKDIR, kind=places.NEW_ANY_WORKDIR), cli.CACHE_DIR),
     Flag(
         "documents",
         "Documents to train on: comma-separated .jsonl, .json, .parquet, .txt or .md files (plain,"
@@ -79,36 +88,51 @@ def main(given: FlagValues) -> None:
     """Prepares the text, then the index over its references."""
     from m3jax.evaluation.task_files import question_texts
     from m3jax.knowledge.versions import require_unedited
+    from m3jax.mirror import Mirror
     from m3jax.retrieval.build import build_index
     from m3jax.retrieval.embed import make_embedder
     from m3jax.text.listing import describe_files
     from m3jax.text.prepare import prepare_text
     from m3jax.text.references import References
-    from m3jax.workdir import only_writer
 
-    config, workdir = given.config, given.workdir
-    runner = _runner(given)
+    config, mirror = given.config, Mirror(given.workdir, given.cache_dir)
+    workdir, runner = mirror.local, _runner(given, mirror.in_bucket)
     require_unedited(workdir)
     left_out: dict[str, list[str]] = {}
     questions = question_texts(given.questions, left_out) if given.questions else []
     if left_out:
         print(f"files of questions not read: {describe_files(left_out)}")
+
+    def finish(part: str) -> None:
+        if not mirror.has(part):
+            if (workdir / REPORTS.get(part, "no report")).exists():
+                mirror.publish(REPORTS[part])
+            mirror.publish(part)
+
     embedder = make_embedder(config)  # first: what is wrong with an encoder is known at once
-    with only_writer(workdir):
+    with mirror.only_writer():
+        mirror.fetch(*mirror.published(*PARTS, *REPORTS.values()))
         prepare_text(
             *(config, workdir, given.documents, given.knowledge, given.limit_documents),
             runner=runner,
             quality=given.quality,
             questions=questions,
+            finish=finish,
         )
         references = References(workdir / "references")
         build_index(references, embedder, workdir / "index", config)
-    print(f"index: {len(references)} references in {workdir / 'index'}")
+        mirror.publish("index")
+    print(f"index: {len(references)} references in {mirror.url('index')}")
 
 
-def _runner(given: FlagValues) -> Any:
+def _runner(given: FlagValues, in_bucket: bool) -> Any:
     from m3jax.text.cleaning.workers import BeamRunner, LocalRunner
 
+    if given.beam and in_bucket:
+        raise CommandError(
+            "--beam needs a workdir that all of its machines see as a folder; give a local"
+            " --workdir, or --workers in place of --beam"
+        )
     if given.beam and given.workers:
         raise CommandError("--workers and --beam exclude each other; Beam has its own flags for it")
     if given.beam:
@@ -117,7 +141,7 @@ def _runner(given: FlagValues) -> Any:
 
 
 @COMMANDS.add(
-    *cli.RUN,
+    *cli.BUCKET_RUN,
     Flag(
         "chats",
         "Chats or pairs: .jsonl, .json or .parquet files, globs, folders.",
@@ -138,13 +162,21 @@ def chats(given: FlagValues) -> None:
     reported, or, where they are more than config.chat.bad_share, refused with file and line. A
     finished part is kept.
     """
+    import contextlib
+
     from m3jax.config import with_epochs
     from m3jax.data.rows import PackedRows
+    from m3jax.mirror import Mirror
     from m3jax.text.chat.corpus import REPORT, describe, prepare_chats
     from m3jax.text.corpus import Corpus
 
-    config, workdir, kind = given.config, given.workdir, given.config.data.packing
-    report, kept = prepare_chats(config, workdir, given.chats)
+    config, kind = given.config, given.config.data.packing
+    mirror = Mirror(given.workdir, given.cache_dir)
+    workdir = mirror.local
+    with mirror.only_writer() if mirror.in_bucket else contextlib.nullcontext():
+        mirror.fetch("tokenizer", *mirror.published(kind))
+        report, kept = prepare_chats(config, workdir, given.chats)
+        mirror.publish(kind)
     print(f"{kind}: {'finished before, kept' if kept else 'made'}; {workdir / kind / REPORT}")
     print(describe(report))
     length, chunk = config.data.sequence_length, config.memory.chunk_length

@@ -183,7 +183,9 @@ NEW_WORKDIR = dataclasses.replace(
 )
 BUCKET_WORKDIR = dataclasses.replace(WORKDIR, kind=places.ANY_WORKDIR)
 CACHE_DIR = Flag(
-    "cache_dir", "Folder of local copies; default m3jax in ~/.cache.", places.NEW_FOLDER
+    "cache_dir",
+    "Folder where copies from buckets are kept; default ~/.cache/m3jax.",
+    places.NEW_FOLDER,
 )
 RUN = (CONFIG, WORKDIR)
 BUCKET_RUN = (CONFIG, BUCKET_WORKDIR, CACHE_DIR)

@@ -135,6 +135,10 @@ class Mirror:
         """Lists the objects of the bucket whose names begin with `prefix`, sorted."""
         return self._store.names(prefix) if self.in_bucket else []
 
+    def published(self, *parts: str) -> list[str]:
+        """Lists those of the parts that are in the bucket; none of a local workdir."""
+        return [part for part in parts if self.in_bucket and self.has(part)]
+
     # -- from the bucket ---------------------------------------------------------------------------
     def fetch(self, *parts: str) -> None:
         """Copies parts from the bucket, checked, unless they are here as they are there.

@@ -36,6 +36,7 @@ _TAKEN = "taken_from"  # in inputs.json: the tokenizer is that of an imported mo
 
 _Item = TypeVar("_Item")
 Say = Callable[[str], None]
+Finish = Callable[[str], None]
 
 
 def prepare_text(
@@ -48,6 +49,7 @@ def prepare_text(
     runner: Runner | None = None,
     quality: str | None = None,
     questions: Sequence[str] = (),
+    finish: Finish = lambda part: None,
 ) -> None:
     """Writes `tokenizer/`, `corpus/validation/`, `corpus/train/` and `references/` of a workdir.
 
@@ -71,6 +73,7 @@ def prepare_text(
       runner: runs the work on blocks; None = in this process.
       quality: spec of a quality scorer (`load_scorer`), required if `clean.quality_min` > 0.
       questions: texts of evaluation questions; references that contain a question are dropped.
+      finish: called with the name of each finished part, such as "corpus/train".
 
     Raises:
       TextError: as `read_documents`; a finished part was made from other inputs; the training or
@@ -86,7 +89,7 @@ def prepare_text(
     if limit is not None and limit < 1:
         raise TextError(f"limit = {limit}; expected at least 1 document")
     knowledge = knowledge or documents
-    parts = _Parts(config, Path(workdir), documents, knowledge, limit, say)
+    parts = _Parts(config, Path(workdir), documents, knowledge, limit, say, finish)
     in_blocks = runner is not None or config.clean.enabled or bool(config.text.shuffle)
     for spec in dict.fromkeys((documents, knowledge)):
         if not (in_blocks and spec == documents):
@@ -110,6 +113,7 @@ class _Parts:
     knowledge: str
     limit: int | None
     say: Say
+    finish: Finish
     pipeline: CleaningPipeline | None = None
 
     def __post_init__(self) -> None:
@@ -225,6 +229,7 @@ class _Parts:
         return (d for d in documents if is_validation(d, self.share) == held_out)
 
     def _tell(self, name: str, kept: bool, content: str) -> None:
+        self.finish(name)
         self.say(f"{name}: {content} ({'finished before, kept' if kept else 'made'})")
 
     def _check_split(self) -> None:

@@ -71,7 +71,15 @@ WRITERS: dict[str, tuple[list[str], str]] = {
 # Commands that write files of results alone, each whole, or folders of their own.
 READERS = {
     *("bench train", "bench writer", "bench overlap", "bench bank", "bench quantizer"),
-    *("bench retrieval", "bench inference", "bench edits", "compile", "plan", "generate"),
+    *(
+        "bench retrieval",
+        "bench inference",
+        "bench edits",
+        "bench checkpoint",
+        "compile",
+        "plan",
+        "generate",
+    ),
     *("edit_bank list", "edit_bank verify", "write_bank --refresh=measure"),
     *("select_memory counts", "select_memory worth"),
     *("evaluate losses", "evaluate questions", "evaluate tasks", "evaluate retrieval"),
