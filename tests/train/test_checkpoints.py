@@ -121,6 +121,16 @@ def test_kept_checkpoints(tmp_path):
     checkpoints.close()
     found = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
     assert found == {4, 8, 10}
+    config.train.update(keep_last=5, keep_every=0)
+    checkpoints = Checkpoints(tmp_path, config, FINGERPRINT)
+    checkpoints.save(state, 12)
+    checkpoints.close()
+    assert len(checkpoints.steps()) == 4
+    config.train.keep_last = 2  # as if killed between a save and the deletion
+    checkpoints = Checkpoints(tmp_path, config, FINGERPRINT)
+    checkpoints.close()
+    found = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+    assert found == {10, 12}
 
 
 def test_a_flipped_bit_of_any_file_is_refused(saved, tmp_path):

@@ -98,7 +98,9 @@ def test_a_finished_store_with_other_values_or_rows_is_refused(workdir, tmp_path
     values = hold(config, workdir, folder)
     gap = values.copy()
     gap[3, 0] = np.nan
-    for other in (values[1:], values[:, 1:], gap):
+    flipped = values.copy()
+    flipped.view(np.uint8)[5, 0] ^= 1  # a finite value of another size
+    for other in (values[1:], values[:, 1:], gap, flipped):
         np.save(stored, other)
         for init_from in ("sft", None):
             with pytest.raises(CheckpointError, match=r"train is damaged \(.*\); .*move it elsew"):
