@@ -29,7 +29,7 @@ from m3jax.knowledge.versions import (
     write_current,
 )
 from m3jax.memory.bank import Bank
-from m3jax.memory.storage import COMPLETE
+from m3jax.memory.storage import COMPLETE, remove_shard_checksums
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import load_embedder, make_embedder
 from m3jax.retrieval.embedder import Embedder
@@ -160,6 +160,8 @@ def _repair_bank(
         done.append(problem)
     if broken or not (folder / COMPLETE).exists():  # of a repair that was killed
         write(references, folder, opened if folder == base else Bank.open(base, finished=False))
+    else:
+        remove_shard_checksums(folder)  # if a repair ended before it did
     return done
 
 
