@@ -58,6 +58,7 @@ CLEAN = [
     "rensa>=0.5,<0.6",
     "scikit-learn>=1.6,<2",
 ]
+GCS = ["gcsfs>=2026.2,<2027"]  # Orbax reaches buckets by it
 GGUF = ["gguf>=0.17,<1"]
 TEST = [
     *CLEAN,
@@ -84,6 +85,7 @@ setup(
         "cuda": [f"jax[cuda13]>=0.10.2,<0.11; {OLD}", f"jax[cuda13]>=0.12,<0.13; {NEW}"],
         "eval": EVAL,
         "clean": CLEAN,
+        "gcs": GCS,  # a --workdir in a bucket, gs://…
         "gguf": GGUF,  # weights and tokenizers of GGUF files
         # A baseline of launch/bench.py; compiled from source.
         "llama_cpp": [*GGUF, "llama-cpp-python>=0.3.16,<0.4"],
@@ -92,6 +94,7 @@ setup(
         "test": TEST,
         "dev": [
             *TEST,
+            *GCS,
             "import-linter>=2.5,<3",
             "mypy>=2.4,<3",
             "pre-commit>=4,<5",

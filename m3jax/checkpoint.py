@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `<stage folder>/checkpoints/<step>` with `state` and `meta` (Orbax), and
 `checksums.json`, size and checksum of every file in these two, which `train.checkpoints` writes
-before the folder gets its name. What is read is compared with them first.
+before the folder gets its name. What is read is compared with them first. In a bucket (gs://…),
+which compares checksums itself, there is no `checksums.json`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 from ml_collections import ConfigDict
 
+from m3jax.checkpoint_folder import COMMITTED, Folder, reaching, steps_in, to_folder
 from m3jax.config import PREFIX_TOKENS, default
-from m3jax.errors import CheckpointError
+from m3jax.errors import CheckpointError, StoreError
 from m3jax.failures import raise_if_machine
 from m3jax.files import (
     digest,
@@ -36,6 +38,7 @@ from m3jax.mesh import parameter_shardings
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
 from m3jax.private_apis import use_literal_checkpoint_paths
+from m3jax.store import Store, is_bucket
 from m3jax.text.tokenizer import Tokenizer
 
 use_literal_checkpoint_paths()
@@ -45,14 +48,12 @@ CHECKSUMS = "checksums.json"
 SEGMENTS = ("lower", "memory", "upper")
 
 
-def checkpoint_steps(stage_folder: str | Path) -> list[int]:
+def checkpoint_steps(stage_folder: Folder | str) -> list[int]:
     """Lists the steps at which a stage has a checkpoint, ascending."""
-    folder = Path(stage_folder) / FOLDER
-    entries = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(entry.name) for entry in entries if entry.name.isdigit())
+    return steps_in(to_folder(stage_folder) / FOLDER)
 
 
-def checkpoint_folder(path: str | Path, step: int | None = None) -> Path:
+def checkpoint_folder(path: Folder | str, step: int | None = None) -> Folder:
     """Returns the folder `…/<step>` of a stage's newest checkpoint, or of its checkpoint of `step`.
 
     `path` is a stage folder, or a folder `…/<step>`, which is returned itself.
@@ -60,8 +61,8 @@ def checkpoint_folder(path: str | Path, step: int | None = None) -> Path:
     Raises:
       CheckpointError: there is no checkpoint, or none of `step`; lists the steps of the stage.
     """
-    path = Path(path).absolute()
-    if path.name.isdigit() and (path / "state").is_dir() and step in (None, int(path.name)):
+    path = to_folder(path)
+    if path.name.isdigit() and step in (None, int(path.name)) and _is_checkpoint(path):
         return path
     steps = checkpoint_steps(path)
     if not steps:
@@ -74,6 +75,12 @@ def checkpoint_folder(path: str | Path, step: int | None = None) -> Path:
     return path / FOLDER / str(steps[-1] if step is None else step)
 
 
+def _is_checkpoint(folder: Folder) -> bool:
+    if is_bucket(folder):
+        return Store(folder).read(COMMITTED) is not None
+    return (folder / "state").is_dir()
+
+
 def seal(folder: str | Path) -> None:
     """Writes `checksums.json` of a checkpoint folder `…/<step>`."""
     files = tree_checksums(folder)  # those outside the two folders are Orbax's own, which change
@@ -81,10 +88,11 @@ def seal(folder: str | Path) -> None:
     write_sealed(Path(folder) / CHECKSUMS, {"files": inside})
 
 
-def verify(folder: str | Path, part: str = "", share: tuple[int, int] = (0, 1)) -> None:
+def verify(folder: Folder, part: str = "", share: tuple[int, int] = (0, 1)) -> None:
     """Compares the files of a checkpoint folder `…/<step>` with their checksums.
 
-    A checkpoint without `checksums.json` is not verified; a warning says so.
+    A checkpoint without `checksums.json` is not verified; a warning says so. One in a bucket is not
+    verified here.
 
     Args:
       folder: the folder.
@@ -94,6 +102,8 @@ def verify(folder: str | Path, part: str = "", share: tuple[int, int] = (0, 1)) 
     Raises:
       CheckpointError: a file is missing or damaged; names it and the remedy.
     """
+    if is_bucket(folder):
+        return
     path = Path(folder) / CHECKSUMS
     if not path.is_file():
         warnings.warn(
@@ -115,24 +125,22 @@ def verify(folder: str | Path, part: str = "", share: tuple[int, int] = (0, 1)) 
         raise CheckpointError(f"{different[0]} {different[1]}; {_remedy(folder)}")
 
 
-def _remedy(folder: str | Path) -> str:
+def _remedy(folder: Folder) -> str:
     """Returns, for messages, what to do if a checkpoint cannot be read."""
-    earlier = [
-        step for step in checkpoint_steps(Path(folder).parents[1]) if step < int(Path(folder).name)
-    ]
+    earlier = [step for step in steps_in(folder.parent) if step < int(folder.name)]
     use = f"use that of step {earlier[-1]}" if earlier else "begin anew"
     return f"restore it from a copy, or move {folder} elsewhere to {use}"
 
 
-def read_meta(folder: str | Path) -> dict[str, Any]:
+def read_meta(folder: Folder) -> dict[str, Any]:
     """Reads the `meta` of a checkpoint folder `…/<step>`; raises `CheckpointError` if damaged."""
     verify(folder, "meta/")
     with damage_named(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return dict(reader.restore(Path(folder).absolute() / "meta"))
+        return dict(reader.restore(to_folder(folder) / "meta"))
 
 
 def restore_params(
-    stage_folder: str | Path,
+    stage_folder: Folder | str,
     model: Model,
     step: int | None = None,
     *,
@@ -185,8 +193,8 @@ def restore_params(
 
 
 def read_model(
-    checkpoint: str | Path,
-) -> tuple[Path, ConfigDict, Params, dict[str, Any], Tokenizer]:
+    checkpoint: Folder | str,
+) -> tuple[Folder, ConfigDict, Params, dict[str, Any], Tokenizer]:
     """Reads a checkpoint together with its own config and tokenizer; no other config is needed.
 
     Args:
@@ -232,22 +240,26 @@ def restack(params: Params, stacks: Mapping[str, int]) -> Params:
 
 
 @contextlib.contextmanager
-def damage_named(folder: str | Path, *more: type[Exception]) -> Iterator[None]:
+def damage_named(folder: Folder, *more: type[Exception]) -> Iterator[None]:
     """Turns errors of reading in the block into a `CheckpointError` that names the checkpoint.
 
-    These are `ValueError`, `OSError`, `KeyError` and `more`.
+    These are `ValueError`, `OSError`, `KeyError` and `more`. Raises `StoreError` where it is in a
+    bucket that cannot be reached.
     """
     errors: tuple[type[Exception], ...] = (ValueError, OSError, KeyError, *more)
     try:
-        yield
+        with reaching(folder):
+            yield
     except errors as error:
+        if isinstance(error, StoreError):
+            raise
         raise_if_machine(error)
         raise CheckpointError(
             f"checkpoint {folder} cannot be read ({error}); {_remedy(folder)}"
         ) from error
 
 
-def check_tokenizer(folder: Path, meta: Mapping[str, Any], fingerprint: str) -> None:
+def check_tokenizer(folder: Folder, meta: Mapping[str, Any], fingerprint: str) -> None:
     """Raises `CheckpointError` if a checkpoint was trained with another tokenizer."""
     if meta["tokenizer"] != fingerprint:
         raise CheckpointError(
@@ -256,7 +268,7 @@ def check_tokenizer(folder: Path, meta: Mapping[str, Any], fingerprint: str) -> 
         )
 
 
-def saved_shapes(folder: Path) -> Params:
+def saved_shapes(folder: Folder) -> Params:
     """Reads the shapes and dtypes of a checkpoint's parameters from its metadata."""
     # The handler itself: a Checkpointer would warn that `state` is a part of a checkpoint.
     handler = contextlib.closing(ocp.PyTreeCheckpointHandler())
@@ -265,7 +277,7 @@ def saved_shapes(folder: Path) -> Params:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def _read_params(folder: Path, targets: Params) -> Params:
+def _read_params(folder: Folder, targets: Params) -> Params:
     arguments = ocp.checkpoint_utils.construct_restore_args(targets)
     with damage_named(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         options = ocp.args.PyTreeRestore(
@@ -278,7 +290,7 @@ def _layers(shapes: Params) -> int:
     return sum(jax.tree.leaves(shapes[name])[0].shape[0] for name in SEGMENTS if name in shapes)
 
 
-def check_shapes(folder: Path, saved: Params, needed: Params) -> None:
+def check_shapes(folder: Folder, saved: Params, needed: Params) -> None:
     """Raises `CheckpointError` if any shape differs; names the first parameter and both shapes."""
     trees = [jax.tree.leaves_with_path(tree) for tree in (saved, needed)]
     name_of = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
@@ -292,14 +304,14 @@ def check_shapes(folder: Path, saved: Params, needed: Params) -> None:
             )
 
 
-def stage_of(checkpoint: str | Path) -> Path:
+def stage_of(checkpoint: Folder | str) -> Folder:
     """Returns the stage folder of a checkpoint: of a stage folder or of `…/checkpoints/<step>`."""
-    path = Path(checkpoint).absolute()
+    path = to_folder(checkpoint)
     return path.parents[1] if path.parent.name == FOLDER and path.name.isdigit() else path
 
 
 def reads(
-    meta: Mapping[str, Any], checkpoint: str | Path, writer: Mapping[str, Any] | None
+    meta: Mapping[str, Any], checkpoint: Folder | str, writer: Mapping[str, Any] | None
 ) -> bool:
     """Tests whether a checkpoint can use memories of a bank's writer (`Bank.writer`).
 
@@ -312,7 +324,7 @@ def reads(
     if writer.get("run"):
         return bool(writer["run"] == meta.get("run"))
     # A bank of an earlier version, which has not recorded the run.
-    return bool(writer["path"]) and Path(writer["path"]) == stage_of(checkpoint)
+    return bool(writer["path"]) and writer["path"] == str(stage_of(checkpoint))
 
 
 def identity_of(meta: Mapping[str, Any]) -> str:

@@ -159,25 +159,27 @@ class Store:
         try:
             return future.result()
         except (ValueError, OSError) as error:
-            raise self._error(name, " ".join(str(error).split())) from error
+            raise unreachable(f"{self.place}/{name}", error) from error
 
-    def _error(self, name: str, text: str) -> StoreError:
-        place, bucket = f"{self.place}/{name}", self.place.removeprefix(GCS).partition("/")[0]
-        text = text.partition(" [source locations")[0]
-        if "OUT_OF_RANGE" in text:
-            return StoreError(f"{place} is shorter than it was; publish it again")
-        if not self.in_bucket:
-            return StoreError(f"{place}: {text}")
-        if "NOT_FOUND" in text:
-            return StoreError(
-                f"{place}: there is no bucket {GCS}{bucket}; make it, or correct its name"
-            )
-        if "PERMISSION_DENIED" in text or "UNAUTHENTICATED" in text:
-            return StoreError(
-                f"{place}: access denied. Give this machine's account a role for {GCS}{bucket}, or"
-                " name a key in GOOGLE_APPLICATION_CREDENTIALS"
-            )
-        return StoreError(f"{place}: {text[:300]}. Run the same command again when it is reachable")
+
+def unreachable(place: str, error: BaseException) -> StoreError:
+    """Returns the error of a place that cannot be read or written, from that of a library."""
+    text, bucket = " ".join(str(error).split()), place.removeprefix(GCS).partition("/")[0]
+    text = text.partition(" [source locations")[0]
+    if "OUT_OF_RANGE" in text:
+        return StoreError(f"{place} is shorter than it was; publish it again")
+    if not is_bucket(place):
+        return StoreError(f"{place}: {text}")
+    if "NOT_FOUND" in text or "404" in text:
+        return StoreError(
+            f"{place}: there is no bucket {GCS}{bucket}; make it, or correct its name"
+        )
+    if any(word in text for word in ("PERMISSION_DENIED", "UNAUTHENTICATED", "orbidden", "401")):
+        return StoreError(
+            f"{place}: access denied. Give this machine's account a role for {GCS}{bucket}, or"
+            " name a key in GOOGLE_APPLICATION_CREDENTIALS"
+        )
+    return StoreError(f"{place}: {text[:300]}. Run the same command again when it is reachable")
 
 
 def _range(prefix: str) -> ts.KvStore.KeyRange:

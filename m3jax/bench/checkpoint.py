@@ -44,7 +44,7 @@ def checkpoint(hidden: int = 512) -> Rounds:
             step, begin, cpu = step + 1, time.perf_counter(), time.process_time()
             checkpoints.save(state, step)
             blocking = time.perf_counter() - begin
-            checkpoints.manager.wait_until_finished()
+            checkpoints.wait()
             ends, saved = time.perf_counter() - begin, time.process_time() - cpu
             folder = checkpoint_folder(name)
             checksums, verified = _cpu(seal, folder), _cpu(verify, folder)

@@ -1,7 +1,7 @@
 """Checkpoints of a stage: `<stage folder>/checkpoints/<step>` with `state` and `meta` (Orbax).
 
 A checkpoint is whole or absent: Orbax writes to a temporary name and renames, after the checksums
-of all files were added. `meta` is JSON: the config, the step, the run, the tokenizer's fingerprint,
+of all files were added; in a bucket it writes `commit_success.txt` last. `meta` is JSON: the config, the step, the run, the tokenizer's fingerprint,
 the writer and version of the memories it reads, and the fingerprints of everything it reads.
 """
 
@@ -32,11 +32,13 @@ from m3jax.checkpoint import (
     seal,
     verify,
 )
+from m3jax.checkpoint_folder import Folder, delete_step, reaching, to_folder
 from m3jax.config import flatten, to_json
 from m3jax.distributed import meet
 from m3jax.errors import CheckpointError
 from m3jax.files import digest, json_text, read_sealed, write_sealed
 from m3jax.private_apis import quiet_failed_saves
+from m3jax.store import is_bucket
 from m3jax.train.state import TrainState
 
 CONFIG = "config.json"  # of a stage's folder
@@ -66,8 +68,10 @@ _OF_VERSION = ("references", "index", "bank")
 class Checkpoints:
     """Saves (in the background), restores and deletes the checkpoints of one run.
 
+    All methods raise `StoreError` if the stage is in a bucket that cannot be reached.
+
     Args:
-      stage_folder: folder of the stage.
+      stage_folder: folder of the stage, or its URL in a bucket, gs://….
       config: the run's config.
       tokenizer_fingerprint: fingerprint of the run's tokenizer.
       writer: `{"hash", "path", "step"}` of the writer of the memories that the run reads, or None.
@@ -80,14 +84,14 @@ class Checkpoints:
 
     def __init__(
         self,
-        stage_folder: str | Path,
+        stage_folder: Folder | str,
         config: ConfigDict,
         tokenizer_fingerprint: str,
         writer: Mapping[str, Any] | None = None,
         version: int | None = None,
         ingredients: Mapping[str, str] = {},
     ):
-        self.folder = Path(stage_folder).absolute() / FOLDER
+        self.folder = to_folder(stage_folder) / FOLDER
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self._meta = {
             "name": "m3jax",
@@ -97,15 +101,19 @@ class Checkpoints:
         }
         self.reads(writer, version, ingredients)
         self.begin("")
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._saving = -1  # step that is being written
+        in_bucket = is_bucket(self.folder)
+        if not in_bucket:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        seal_it = None if in_bucket else self._seal
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Retention(config),
             cleanup_tmp_directories=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            async_options=ocp.AsyncOptions(post_finalization_callback=seal_it),
         )
         quiet_failed_saves()
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        with reaching(self.folder):
+            self.manager = ocp.CheckpointManager(self.folder, options=options)
         # Orbax deletes after a save only; a run that was killed between them may save no more.
         self.delete(set(self.steps()) - kept(self.steps(), config))
 
@@ -172,17 +180,21 @@ class Checkpoints:
 
         `more` holds further entries of `meta`.
         """
-        if self.manager.latest_step() == step:
+        if self.latest() == step:
             return
-        self.manager.wait_until_finished()
+        self.wait()
         self._saving = step
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                meta=ocp.args.JsonSave({**self._meta, **more, "step": step}),
-            ),
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            meta=ocp.args.JsonSave({**self._meta, **more, "step": step}),
         )
+        with reaching(self.folder):
+            self.manager.save(step, args=arguments)
+
+    def wait(self) -> None:
+        """Waits until the checkpoint that is being written is whole."""
+        with reaching(self.folder):
+            self.manager.wait_until_finished()
 
     def _seal(self) -> None:
         """Adds checksums to the finished files of a step (in the background, on process 0).
@@ -195,30 +207,42 @@ class Checkpoints:
 
     def recorded(self, key: str) -> Any:
         """Returns an entry of `meta` of the newest checkpoint; None without it or a checkpoint."""
-        step = self.manager.latest_step()
+        step = self.latest()
         return None if step is None else read_meta(self.folder / str(step)).get(key)
 
     def steps(self) -> list[int]:
         """Lists the steps with a whole checkpoint, ascending."""
-        return sorted(self.manager.all_steps())
+        with reaching(self.folder):
+            return sorted(self.manager.all_steps())
+
+    def latest(self) -> int | None:
+        """Returns the step of the newest checkpoint; None without one."""
+        with reaching(self.folder):
+            step: int | None = self.manager.latest_step()
+        return step
 
     def delete(self, steps: Iterable[int]) -> None:
         """Deletes the checkpoints of `steps`; all processes must call it with the same steps.
 
         Each is renamed to a temporary name first, so that a kill leaves no partial checkpoint that
-        looks whole. Orbax removes folders with such names when it next opens the checkpoints.
+        looks whole. Orbax removes folders with such names when it next opens the checkpoints. In a
+        bucket `commit_success.txt` goes first.
         """
         ordered = sorted(steps, reverse=True)
         if not ordered:
             return
         if jax.process_index() == 0:
             for step in ordered:
+                if is_bucket(self.folder):
+                    delete_step(self.folder, step)
+                    continue
                 gone = self.folder / f"{step}{_TEMPORARY}{_DELETED}"
                 shutil.rmtree(gone, ignore_errors=True)
                 os.rename(self.folder / str(step), gone)
                 shutil.rmtree(gone)
         meet("checkpoints deleted")
-        self.manager.reload()
+        with reaching(self.folder):
+            self.manager.reload()
 
     def restore(self, abstract: TrainState) -> TrainState:
         """Restores the newest state onto the shardings of `abstract`; the saved mesh may differ.
@@ -241,7 +265,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last save and stops the background threads."""
-        self.manager.close()
+        with reaching(self.folder):
+            self.manager.close()
 
 
 def kept(steps: Sequence[int], config: ConfigDict) -> set[int]:
@@ -269,15 +294,13 @@ class _Retention:
         return [checkpoint.step in stay for checkpoint in checkpoints]
 
 
-def knowledge_version(stage_folder: str | Path) -> int | None:
+def knowledge_version(stage_folder: Folder | str) -> int | None:
     """Returns the version of the knowledge base that a stage's newest checkpoint was trained on.
 
     None if there is no checkpoint, or it was trained without memories.
     """
     steps = checkpoint_steps(stage_folder)
-    return (
-        read_meta(Path(stage_folder) / FOLDER / str(steps[-1])).get("knowledge") if steps else None
-    )
+    return read_meta(checkpoint_folder(stage_folder)).get("knowledge") if steps else None
 
 
 def check_owner(stage_folder: str | Path, config: ConfigDict) -> None:

@@ -150,7 +150,7 @@ class Guard:
           DivergenceError: the run was rolled back `guard.tries` times already.
           CheckpointError: another process took another decision.
         """
-        checkpoints.manager.wait_until_finished()
+        checkpoints.wait()
         rollback = self._decide(trouble, checkpoints.steps())
         self.rollbacks.append(rollback)
         if jax.process_index() == 0:

@@ -64,7 +64,7 @@ class StopAtNaN(Hook):
         loss, norm = metrics["loss"], metrics["gradient_norm"]
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        latest = self.run.checkpoints.manager.latest_step()
+        latest = self.run.checkpoints.latest()
         saved = "there is no checkpoint" if latest is None else f"last checkpoint: step {latest}"
         raise DivergenceError(
             f"{self.run.config.stage}: not finite at step {step} (loss {loss}, gradient norm"
@@ -244,7 +244,7 @@ class Save(Hook):
     def finish(self) -> None:
         """Waits until the last checkpoint is written."""
         with self.run.clock.spent_on("checkpoint"):
-            self.run.checkpoints.manager.wait_until_finished()
+            self.run.checkpoints.wait()
 
     def close(self) -> None:
         for number, handler in self._previous.items():
@@ -302,7 +302,7 @@ class RefreshBank(Hook):
 
     def _read_anew(self, step: int) -> StageData:
         with self.run.clock.spent_on("checkpoint"):
-            self.run.checkpoints.manager.wait_until_finished()
+            self.run.checkpoints.wait()
             self.run.say(f"refreshing the bank at step {step}")
             return self.refresh(step)
 

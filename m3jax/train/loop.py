@@ -95,7 +95,7 @@ def train(
     reads = data.writer, data.version, data.ingredients
     checkpoints = Checkpoints(folder, config, tokenizer_fingerprint, *reads)
     with contextlib.closing(checkpoints):
-        latest = checkpoints.manager.latest_step()
+        latest = checkpoints.latest()
         first = latest or 0 if guard is None else guard.resume(checkpoints)
         shown = jax.process_index() == 0
         with contextlib.closing(Progress(config.stage, steps, first, shown)) as progress:
@@ -192,7 +192,7 @@ class Loop:
     def _restore(self) -> TrainState:
         """Returns the newest checkpoint's state, else step 0 with `init_from` or random weights."""
         checkpoints, program = self.run.checkpoints, self.program
-        latest = checkpoints.manager.latest_step()
+        latest = checkpoints.latest()
         if latest is not None:
             self.run.say(f"continuing from step {latest} of {self.run.config.train.steps}")
             return checkpoints.restore(program.abstract)

@@ -1,7 +1,7 @@
 """Google Cloud Storage in one process: buckets in memory, preconditions, ranges, and faults.
 
-It answers the part of the JSON API that TensorStore uses. `serving()` starts it and points
-TensorStore at it. `tests/store/test_cloud_storage.py` pins what it promises.
+It answers the parts of the JSON API that TensorStore, gcsfs and Google's client use. `serving()`
+starts it and points them at it. `tests/store/test_cloud_storage.py` pins what it promises.
 """
 
 import base64
@@ -10,6 +10,8 @@ import dataclasses
 import json
 import random
 import re
+import secrets
+import sys
 import threading
 import time
 import urllib.parse
@@ -19,7 +21,12 @@ from typing import Any
 
 import crc32c
 import pytest
+from etils.epath import backend
+from orbax.checkpoint._src.path import gcs_utils
 
+_PATH = re.compile(
+    r"(?:/upload|/download)?/?(?:/storage/v1)?/b/([^/]+)(?:/(o)(?:/([^/]+))?)?(?:/storageLayout)?"
+)
 BUCKET = "bucket1"  # names of buckets have three characters or more
 _REASONS = {
     304: "notModified",
@@ -76,6 +83,7 @@ class CloudStorage(ThreadingHTTPServer):
     def __init__(self, buckets: tuple[str, ...] = (BUCKET,)) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.buckets: dict[str, dict[str, Stored]] = {name: {} for name in buckets}
+        self.uploads: dict[str, tuple[str, Mapping[str, str], bytearray]] = {}  # resumable ones
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str | None]] = []
         self.lock = threading.RLock()
@@ -149,13 +157,16 @@ class _Handler(BaseHTTPRequestHandler):
             return self._hang_up()
         if self.fault.status not in (-1, 200) and self.fault.cut is None:
             return self._error(self.fault.status)
-        path = re.fullmatch(r"(?:/upload)?/storage/v1/b/([^/]+)/o(?:/([^/]+))?", target.path)
+        path = _PATH.fullmatch(target.path)
         if path is None:
             return self._error(404)
-        bucket, name = path[1], urllib.parse.unquote(path[2] or self.query.get("name", ""))
-        if self.command == "POST":
-            return self._written(name, self.server.put(bucket, name, body, self.query))
+        bucket, name = path[1], urllib.parse.unquote(path[3] or self.query.get("name", ""))
         if not path[2]:
+            there = bucket in self.server.buckets
+            return self._answer(200, _bucket(bucket)) if there else self._error(404)
+        if self.command in ("POST", "PUT"):
+            return self._upload(bucket, name, body)
+        if not path[3]:
             return self._list(bucket)
         with self.server.lock:
             there = self.server.buckets.get(bucket, {}).get(name)
@@ -170,7 +181,32 @@ class _Handler(BaseHTTPRequestHandler):
             return self._media(there)
         return self._written(name, there)
 
-    do_GET = do_POST = do_DELETE = _request
+    do_GET = do_POST = do_PUT = do_DELETE = _request
+
+    def _upload(self, bucket: str, name: str, body: bytes) -> None:
+        """Writes an object from one request, or from the parts of a resumable upload."""
+        kind, query = self.query.get("uploadType", "media"), self.query
+        if kind == "multipart":
+            content, body = _parts(self.headers["Content-Type"], body)
+            name = name or content["name"]
+        elif kind == "resumable" and "upload_id" not in query:
+            name = name or json.loads(body)["name"]
+            if bucket not in self.server.buckets:
+                return self._error(404)
+            upload = secrets.token_hex(8)
+            self.server.uploads[upload] = name, query, bytearray()
+            place = f"{self.server.url}/upload/storage/v1/b/{bucket}/o?uploadType=resumable"
+            return self._answer(200, b"{}", {"Location": f"{place}&upload_id={upload}"})
+        elif kind == "resumable":
+            name, query, whole = self.server.uploads[query["upload_id"]]
+            span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", self.headers["Content-Range"] or "")
+            if span is None or span[1]:
+                whole[int(span[1]) if span else 0 :] = body
+            if span and (span[2] == "*" or len(whole) < int(span[2])):
+                there = {"Range": f"bytes=0-{len(whole) - 1}"} if whole else {}
+                return self._answer(308, b"", there)
+            body = bytes(whole)
+        return self._written(name, self.server.put(bucket, name, body, query))
 
     def _media(self, there: Stored) -> None:
         size = len(there.data)
@@ -204,7 +240,16 @@ class _Handler(BaseHTTPRequestHandler):
             and (not high or name < high)
             and name > query.get("pageToken", "")
         )
+        delimiter, folders = query.get("delimiter"), list[str]()
+        if delimiter:
+            begin = len(query.get("prefix", ""))
+            inside = [name for name in names if delimiter in name[begin:]]
+            ends = (name.index(delimiter, begin) + len(delimiter) for name in inside)
+            folders = sorted({name[:end] for name, end in zip(inside, ends, strict=True)})
+            names = sorted({*names} - {*inside})
         content: dict[str, Any] = {"items": [_resource(n, there[n]) for n in names[:most]]}
+        if folders:
+            content["prefixes"] = folders
         if len(names) > most:
             content["nextPageToken"] = names[most - 1]
         return self._answer(200, json.dumps(content).encode())
@@ -241,6 +286,18 @@ def _crc32c(data: bytes) -> str:
     return base64.b64encode(crc32c.crc32c(data).to_bytes(4, "big")).decode()
 
 
+def _bucket(name: str) -> bytes:
+    return json.dumps({"kind": "storage#bucket", "id": name, "name": name, "location": "US"}).encode()
+
+
+def _parts(kind: str, body: bytes) -> tuple[dict[str, Any], bytes]:
+    """Splits the body of a multipart upload into the object's metadata and its bytes."""
+    boundary = b"--" + kind.partition("boundary=")[2].strip("'\"").encode()
+    _, content, data = body[: body.rindex(boundary)].split(boundary, 2)
+    content, data = (re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1] for part in (content, data))
+    return json.loads(content), re.sub(rb"\r?\n\Z", b"", data)
+
+
 def _resource(name: str, there: Stored) -> dict[str, str]:
     return {
         "name": name,
@@ -251,6 +308,14 @@ def _resource(name: str, there: Stored) -> dict[str, str]:
     }
 
 
+def _forget_servers() -> None:
+    """Makes gcsfs and Google's client, which Orbax uses, read the address of the server anew."""
+    if "gcsfs" in sys.modules:
+        gcs_utils.get_bucket.cache_clear()
+        backend.fsspec_backend._get_filesystem.cache_clear()
+        sys.modules["gcsfs"].GCSFileSystem.clear_instance_cache()
+
+
 @contextlib.contextmanager
 def serving(*buckets: str) -> Iterator[CloudStorage]:
     """Runs a server, which TensorStore takes for Google's while the block lasts."""
@@ -259,6 +324,9 @@ def serving(*buckets: str) -> Iterator[CloudStorage]:
         thread.start()
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+        patch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        patch.setenv("NO_GCE_CHECK", "true")  # no account of this machine
+        _forget_servers()
         try:
             yield server
         finally:

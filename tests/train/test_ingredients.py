@@ -78,7 +78,7 @@ def without_steps() -> Iterator[None]:
         scale = 1 + sum(self.run.folder.parent.name.encode()) % 100 / 1000
         state = state._replace(params=jax.tree.map(lambda x: x * scale, state.params))
         self.run.checkpoints.save(state, 2)
-        self.run.checkpoints.manager.wait_until_finished()
+        self.run.checkpoints.wait()
         raise Ended("began anew")
 
     with pytest.MonkeyPatch.context() as patch:
