@@ -27,7 +27,8 @@ from m3jax.store import RETRIES, Store, is_bucket, limit_silence, unreachable
 
 _SILENCE = 15  # seconds without an answer after which gcsfs asks again, six times
 COMMITTED = "commit_success.txt"  # of a whole checkpoint in a bucket
-# Of buckets, `epath` names folders, and Orbax reads by it; nothing else does: it lists with a cache.
+# Of buckets, `epath` names folders, and Orbax reads by it; nothing else does: it lists with a
+# cache.
 Folder: TypeAlias = Path | epath.Path
 # Packages whose exceptions say that a bucket cannot be reached.
 _CLIENTS = ("aiohttp", "gcsfs", "google", "requests")

@@ -78,7 +78,10 @@ def use_literal_checkpoint_paths() -> None:
 
 
 def limit_checkpoint_retries(retries: Mapping[str, Any]) -> None:
-    """Sets TensorStore's `gcs_request_retries` in Orbax, whose default takes a quarter of an hour."""
+    """Makes Orbax give up on a bucket after these `gcs_request_retries` of TensorStore.
+
+    Its default takes a quarter of an hour, and it has no option for it.
+    """
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
     tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT["gcs_request_retries"] = dict(retries)

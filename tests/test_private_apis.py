@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 from absl import logging as absl_logging
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from m3jax import private_apis
 from m3jax.model.attention_mask import Packing
@@ -49,6 +50,15 @@ def test_checkpoints_of_a_folder_with_brackets_are_read(tmp_path: Path) -> None:
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(folder)
     np.testing.assert_array_equal(restored["a"], array["a"])
+
+
+def test_checkpoints_are_tried_again_as_often_as_we_say(monkeypatch) -> None:
+    """Orbax has no option for it."""
+    context = dict(tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT)
+    monkeypatch.setattr(tensorstore_utils, "_DEFAULT_OCDBT_TS_CONTEXT", context)
+    private_apis.limit_checkpoint_retries({"max_retries": 3})
+    context = tensorstore_utils.get_ts_context(use_ocdbt=True)
+    assert context["gcs_request_retries"].to_json()["max_retries"] == 3
 
 
 def test_one_process_has_no_client() -> None:

@@ -1,7 +1,8 @@
 """Checkpoints of a stage: `<stage folder>/checkpoints/<step>` with `state` and `meta` (Orbax).
 
 A checkpoint is whole or absent: Orbax writes to a temporary name and renames, after the checksums
-of all files were added; in a bucket it writes `commit_success.txt` last. `meta` is JSON: the config, the step, the run, the tokenizer's fingerprint,
+of all files were added; in a bucket it writes `commit_success.txt` last. `meta` is JSON: the
+config, the step, the run, the tokenizer's fingerprint,
 the writer and version of the memories it reads, and the fingerprints of everything it reads.
 """
 

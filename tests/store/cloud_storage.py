@@ -199,7 +199,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(200, b"{}", {"Location": f"{place}&upload_id={upload}"})
         elif kind == "resumable":
             name, query, whole = self.server.uploads[query["upload_id"]]
-            span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", self.headers["Content-Range"] or "")
+            span = re.fullmatch(
+                r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", self.headers["Content-Range"] or ""
+            )
             if span is None or span[1]:
                 whole[int(span[1]) if span else 0 :] = body
             if span and (span[2] == "*" or len(whole) < int(span[2])):
@@ -287,7 +289,9 @@ def _crc32c(data: bytes) -> str:
 
 
 def _bucket(name: str) -> bytes:
-    return json.dumps({"kind": "storage#bucket", "id": name, "name": name, "location": "US"}).encode()
+    return json.dumps(
+        {"kind": "storage#bucket", "id": name, "name": name, "location": "US"}
+    ).encode()
 
 
 def _parts(kind: str, body: bytes) -> tuple[dict[str, Any], bytes]:

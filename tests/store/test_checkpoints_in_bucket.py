@@ -1,4 +1,5 @@
-"""Checkpoints in a bucket: saved, restored and deleted by Orbax at gs://, through faults and kills."""
+"""Checkpoints in a bucket: saved, restored and deleted by Orbax at gs://, through faults and
+kills."""
 
 import time
 from collections.abc import Iterator
@@ -81,6 +82,7 @@ def test_only_whole_checkpoints_count_and_a_deletion_begins_with_the_mark(server
     assert checkpoint_steps(STAGE) == [7]
 
 
+@pytest.mark.slow
 def test_a_save_survives_failing_requests_and_cut_uploads(server, state):
     server.faults = [
         Fault("run/warmup", 503, times=1e9, share=0.15),
