@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from absl.flags import FlagValues
@@ -16,7 +17,7 @@ from m3jax.cli import Flag, count, counts, share, switch, words
 from m3jax.errors import TextError
 
 COMMANDS = cli.Commands()
-_LOSSES = (*cli.RUN, cli.STAGE_CHECKPOINT, cli.BANK, cli.BANK_VERSION, cli.JSON, cli.CACHE)
+_LOSSES = (*cli.BUCKET_RUN, cli.STAGE_CHECKPOINT, cli.BANK, cli.BANK_VERSION, cli.JSON, cli.CACHE)
 # Arguments of `evaluate_questions`, `leakage` and `needle_test`, by their names.
 _QUESTIONS = (
     count("k", "References read together; default config.memory.per_prompt_chunk."),
@@ -61,7 +62,7 @@ def losses(given: FlagValues) -> None:
     from m3jax.evaluation.report import evaluate_losses, losses_table
     from m3jax.inference.session import Session
 
-    report = evaluate_losses(Session(given.config, given.workdir, **_source(given)))
+    report = evaluate_losses(Session(given.config, _workdir(given), **_source(given)))
     cli.show(losses_table(report), report, given.json)
 
 
@@ -114,7 +115,7 @@ def questions(given: FlagValues) -> None:
 
     every = read_questions(given.questions)  # first: what is wrong with a file is known at once
     shots = read_questions(given.shots) if given.shots else []
-    session = Session(given.config, given.workdir, **_source(given))
+    session = Session(given.config, _workdir(given), **_source(given))
     if given.answerable:
         answered = answerable_questions(session.references, [question.right for question in every])
         print(f"{answered.sum()} of {len(every)} questions have an answer in a reference")
@@ -128,6 +129,13 @@ def questions(given: FlagValues) -> None:
     options["cold"] = given.cold
     report = evaluate_questions(session, sample, given.conditions, shots=shots, **options)
     cli.show(questions_table(report), report, given.json)
+
+
+def _workdir(given: FlagValues) -> Path:
+    """Returns the workdir, or the mirror of one in a bucket."""
+    from m3jax.mirror import Mirror
+
+    return Mirror(given.workdir, given.cache_dir).local
 
 
 def _source(given: FlagValues) -> dict[str, Any]:
@@ -199,9 +207,9 @@ def tasks(given: FlagValues) -> None:
     warmup = None
     if given.warmup_config is not None:
         modes.insert(0, "warmup")
-        warmup = Session(given.warmup_config, given.workdir)
+        warmup = Session(given.warmup_config, _workdir(given))
     chosen = columns(modes, given.overlap)
-    session = Session(given.config, given.workdir, **_source(given))
+    session = Session(given.config, _workdir(given), **_source(given))
     report = evaluate_tasks(
         *(session, read, chosen),
         shots=given.shots,
@@ -216,7 +224,7 @@ def tasks(given: FlagValues) -> None:
 
 
 @COMMANDS.add(
-    *cli.RUN,
+    *cli.BUCKET_RUN,
     counts("k", "References per query; exact search takes the largest.", [1, 5]),
     Flag(
         "queries",
@@ -255,18 +263,21 @@ def _answer_recall(given: FlagValues) -> None:
     from m3jax.evaluation.answer_recall import hit_rates, hit_rates_table
 
     at, version = sorted(given.k), given.bank_version
-    report = hit_rates(given.config, given.workdir, given.questions, at=at, version=version)
+    report = hit_rates(given.config, _workdir(given), given.questions, at=at, version=version)
     cli.show(hit_rates_table(report), report, given.json)
 
 
 def _index_recall(given: FlagValues) -> None:
+    from m3jax.mirror import Mirror
     from m3jax.retrieval.index import Index
     from m3jax.retrieval.tune import read_queries, recall_report, recall_table, sample_queries
     from m3jax.text.references import References
 
     texts = None if given.queries is None else read_queries(given.queries, given.sample)
-    references = References(given.workdir / "references")
-    index = Index.open(given.workdir / "index", references)
+    mirror = Mirror(given.workdir, given.cache_dir)
+    mirror.fetch("references", "index")
+    references = References(mirror.local / "references")
+    index = Index.open(mirror.local / "index", references)
     if texts is None:
         queries = sample_queries(references, index.embedder, given.sample)
     else:
@@ -280,7 +291,7 @@ def _index_recall(given: FlagValues) -> None:
 
 
 @COMMANDS.add(
-    *cli.RUN,
+    *cli.BUCKET_RUN,
     *_LEAKAGE,
     cli.PICTURE.with_help("Default WORKDIR/report/leakage.png."),
     cli.JSON,
@@ -296,16 +307,19 @@ def leakage(given: FlagValues) -> None:
     side by side, and draws a histogram. Questions are JSON lines with `prompt` or `question`.
     """
     from m3jax.evaluation.leakage import leakage, leakage_histogram, leakage_table
+    from m3jax.mirror import Mirror
 
-    report = leakage(given.config, given.workdir, **cli.values_of(given, _LEAKAGE))
-    path = given.picture or given.workdir / "report" / "leakage.png"
+    mirror, picture = Mirror(given.workdir, given.cache_dir), "report/leakage.png"
+    report = leakage(given.config, mirror.local, **cli.values_of(given, _LEAKAGE))
     cli.show(leakage_table(report), report, given.json)
-    leakage_histogram(report, path)
-    print(f"\npicture: {path}")
+    leakage_histogram(report, given.picture or mirror.local / picture)
+    if not given.picture:
+        mirror.publish(picture)
+    print(f"\npicture: {given.picture or mirror.url(picture)}")
 
 
 @COMMANDS.add(
-    *(*cli.RUN, cli.STAGE_CHECKPOINT, cli.CACHE, *_NEEDLE, cli.PICTURE, cli.JSON),
+    *(*cli.BUCKET_RUN, cli.STAGE_CHECKPOINT, cli.CACHE, *_NEEDLE, cli.PICTURE, cli.JSON),
     Flag("needles", "File of needles, .jsonl.", places.FILE, required=True),
     Flag(
         "haystack",
@@ -331,7 +345,7 @@ def needle(given: FlagValues) -> None:
     from m3jax.text.references import References
 
     needles = read_needles(given.needles)
-    session = Session(given.config, given.workdir, checkpoint=given.checkpoint)
+    session = Session(given.config, _workdir(given), checkpoint=given.checkpoint)
     haystack = References(given.haystack) if given.haystack else session.references
     report = needle_test(session, needles, haystack, **cli.values_of(given, _NEEDLE))
     cli.show(needle_table(report), report, given.json)

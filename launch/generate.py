@@ -60,7 +60,7 @@ REQUEST = (
 
 
 @COMMANDS.add(
-    *(*cli.RUN, cli.STAGE_CHECKPOINT, cli.BANK, cli.CACHE, cli.SEED),
+    *(*cli.BUCKET_RUN, cli.STAGE_CHECKPOINT, cli.BANK, cli.CACHE, cli.SEED),
     dataclasses.replace(
         cli.BANK_VERSION.with_help("Given twice, the text is generated from both."), many="repeat"
     ),
@@ -75,6 +75,7 @@ def main(given: FlagValues) -> None:
     """Generates texts and prints them with their sources."""
     from m3jax.inference.cli import Request, read_prompts, run
     from m3jax.inference.sampling import Sampling
+    from m3jax.mirror import Mirror
 
     rounds = given.config.chat.most_rounds if given.chat else None
     request = Request(
@@ -83,7 +84,7 @@ def main(given: FlagValues) -> None:
         **cli.values_of(given, REQUEST),
     )
     versions = given.bank_version or [None]
-    at = given.config, given.workdir
+    at = given.config, Mirror(given.workdir, given.cache_dir).local
     run(*at, request, checkpoint=given.checkpoint, bank=given.bank, versions=versions)
 
 

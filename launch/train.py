@@ -15,8 +15,9 @@ Checkpoints, metrics.jsonl, TensorBoard events and loss.png go to <workdir>/<sta
 Ctrl-C save and end with code 0. With --config.guard.on=True a run whose loss jumps, creeps up or
 is no number any more goes back to a checkpoint and on with less learning rate (docs/stability.md).
 
-Several processes run the same command on one workdir that all of them see: with --distributed on
-every host of a TPU pod, elsewhere with the address of process 0:
+Several processes run the same command on one workdir that all of them see, a folder on a shared
+disk or in a bucket (gs://…, with pip install -e '.[gcs]'): with --distributed on every host of a
+TPU pod, elsewhere with the address of process 0:
 
     python launch/train.py … --coordinator=10.0.0.1:8476 --processes=2 --process_id=0
     python launch/train.py … --coordinator=10.0.0.1:8476 --processes=2 --process_id=1
@@ -36,7 +37,7 @@ COMMANDS = cli.Commands()
 
 
 @COMMANDS.add(
-    *cli.RUN,
+    *cli.BUCKET_RUN,
     Flag(
         "init_from",
         "Stage folder, or checkpoints/STEP in it, whose parameters a new run starts from; a run"
@@ -60,6 +61,7 @@ COMMANDS = cli.Commands()
 )
 def main(given: FlagValues) -> None:
     """Joins the other processes and trains."""
+    from m3jax.mirror import Mirror
     from m3jax.train.hooks import parse_steps
     from m3jax.train.stage import train_stage
 
@@ -69,7 +71,7 @@ def main(given: FlagValues) -> None:
 
         summary = train_stage(
             given.config,
-            given.workdir,
+            Mirror(given.workdir, given.cache_dir).local,
             init_from=given.init_from,
             bank=given.bank,
             version=given.bank_version,

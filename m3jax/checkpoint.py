@@ -35,6 +35,7 @@ from m3jax.files import (
 )
 from m3jax.make_model import make_model
 from m3jax.mesh import parameter_shardings
+from m3jax.mirror import Mirror
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
 from m3jax.private_apis import use_literal_checkpoint_paths
@@ -212,7 +213,9 @@ def read_model(
     """
     folder = checkpoint_folder(checkpoint)
     meta = read_meta(folder)
-    tokenizer = Tokenizer.load(folder.parents[2] / "tokenizer")
+    workdir = Mirror(folder.parents[2])
+    workdir.fetch("tokenizer")
+    tokenizer = Tokenizer.load(workdir.local / "tokenizer")
     config = default()
     try:
         for section in ("model", "memory"):

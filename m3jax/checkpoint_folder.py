@@ -22,9 +22,11 @@ from typing import TypeAlias
 from etils import epath
 
 from m3jax.errors import StoreError
+from m3jax.mirror import Mirror
 from m3jax.private_apis import limit_checkpoint_retries
 from m3jax.store import RETRIES, Store, is_bucket, limit_silence, unreachable
 
+_DEPTH = 3  # folders from a checkpoint, STAGE/checkpoints/STEP, up to its workdir
 _SILENCE = 15  # seconds without an answer after which gcsfs asks again, six times
 COMMITTED = "commit_success.txt"  # of a whole checkpoint in a bucket
 # Of buckets, `epath` names folders, and Orbax reads by it; nothing else does: it lists with a
@@ -39,12 +41,19 @@ _LASTING = ("ABORTED", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATE
 def to_folder(path: str | os.PathLike[str]) -> Folder:
     """Returns the absolute path of a local folder, or that of one in a bucket, gs://….
 
+    A folder of a mirror (`m3jax.mirror`) becomes that of the bucket, where the checkpoints are.
+
     Raises `StoreError` for a bucket if gcsfs is not installed, without which Orbax reaches none.
     """
-    if not is_bucket(path):
-        return Path(path).absolute()
+    url = os.fspath(path)
+    if not is_bucket(url):
+        local = Path(path).absolute()
+        mirror = next((m for m in map(Mirror.of, local.parents[:_DEPTH]) if m.in_bucket), None)
+        if mirror is None:
+            return local
+        url = str(mirror.url(local.relative_to(mirror.local).as_posix()))
     _reach_buckets()
-    return epath.Path(os.fspath(path).rstrip("/"))
+    return epath.Path(url.rstrip("/"))
 
 
 @functools.cache
@@ -106,5 +115,6 @@ def _is_of_client(error: BaseException) -> bool:
     if isinstance(error, ValueError):
         return any(word in str(error) for word in _LASTING)
     # gcsfs raises bare ones for 403, and `FileNotFoundError` for 404.
-    forbidden = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-    return package in _CLIENTS or (forbidden and error.errno is None)
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        return package in _CLIENTS or error.errno is None
+    return package in _CLIENTS

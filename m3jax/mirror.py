@@ -316,28 +316,31 @@ class Mirror:
             path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def only_writer(self) -> Iterator[None]:
-        """Keeps other writers out of the workdir while the block runs: a lock; there, a lease.
+    def only_writer(self, part: str = "") -> Iterator[None]:
+        """Keeps other writers out of the workdir, or of the folder `part` in it, while the block
+        runs: a lock; there, a lease.
 
         Raises `LockError` or `StoreError` if another process writes.
         """
         if not self.in_bucket:
-            with only_writer(self.local):
+            with only_writer(self.local / part):
                 yield
             return
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(only_writer(self.local))
+                stack.enter_context(only_writer(self.local / part))
             except LockError as error:
                 raise LockError(str(error).replace(str(self.local), self.place)) from None
-            _leases[self.place] = stack.enter_context(Lease(self._store, LOCK, "writing"))
-            stack.callback(_leases.pop, self.place)
+            place = str(self.url(part)).rstrip("/")
+            _leases[place] = stack.enter_context(Lease(Store(place), LOCK, "writing"))
+            stack.callback(_leases.pop, place)
             yield
 
-    def check(self) -> None:
-        """Raises `StoreError` if this process has lost its lease, if it has one."""
-        if self.in_bucket and self.place in _leases:
-            _leases[self.place].check()
+    def check(self, part: str = "") -> None:
+        """Raises `StoreError` if this process has lost its lease of `only_writer`."""
+        lease = _leases.get(str(self.url(part)).rstrip("/"))
+        if lease is not None:
+            lease.check()
 
     # -- what is here ------------------------------------------------------------------------------
     @contextlib.contextmanager

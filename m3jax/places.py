@@ -67,7 +67,7 @@ NEW_FOLDER = Place("folder", exists=False, written=True)
 WORKDIR = Place("folder", made_by="launch/prepare.py")
 ANY_WORKDIR = dataclasses.replace(WORKDIR, schemes=("gs",))
 NEW_ANY_WORKDIR = dataclasses.replace(NEW_FOLDER, schemes=("gs",))
-CHECKPOINT = Place("folder", made_by="launch/train.py")
+CHECKPOINT = Place("folder", made_by="launch/train.py", schemes=("gs",))
 BANK = Place(
     "folder",
     made_by="launch/write_bank.py",

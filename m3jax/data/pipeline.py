@@ -34,6 +34,7 @@ from m3jax.knowledge.versions import (
 )
 from m3jax.memory.bank import Bank
 from m3jax.memory.reader import Dequantize
+from m3jax.mirror import Mirror
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
 from m3jax.text.references import References
@@ -288,7 +289,7 @@ def open_pipeline(
     Args:
       config: a validated config.
       workdir: folder with `tokenizer`, `corpus`, `references`, `index` and, for precomputed
-        memories, `bank`.
+        memories, `bank`; or the mirror of a bucket, from which they are fetched.
       split: `train`, or `validation`, which uses `evaluation.batch_size`, `evaluation.shift` and
         `retrieval.overlap_evaluation`, and neither memory dropout nor distractors.
       bank: folder or URL of the bank; default the bank of the version.
@@ -301,6 +302,8 @@ def open_pipeline(
     """
     workdir = Path(workdir)
     train = split == "train"
+    packed = config.data.packing in PACKED
+    Mirror.of(workdir).fetch("tokenizer", config.data.packing if packed else f"corpus/{split}")
     tokenizer = Tokenizer.load(workdir / "tokenizer")
     rows = open_rows(config, workdir, split, tokenizer)
     options = {

@@ -17,6 +17,7 @@ from m3jax.evaluation.questions import read_questions
 from m3jax.evaluation.report import search_note
 from m3jax.evaluation.squad_metrics import normalise
 from m3jax.knowledge.versions import open_references, open_retriever, open_version
+from m3jax.mirror import Mirror
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 
@@ -79,6 +80,7 @@ def hit_rates(
     read = read_questions(questions)
     texts, answers = [q.query for q in read], [q.right for q in read]
     opened = open_version(workdir, version)
+    Mirror.of(workdir).fetch("tokenizer")
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
     references = open_references(config, opened, tokenizer)
     candidates = max(at)

@@ -20,6 +20,7 @@ from m3jax.data.rows import Rows
 from m3jax.errors import LeakageError
 from m3jax.figures import AMBER, BLUE, INK, PINK, drawing
 from m3jax.knowledge.versions import open_index, open_references, open_version
+from m3jax.mirror import Mirror
 from m3jax.printable import as_label, one_line
 from m3jax.reading import only_field, read_records
 from m3jax.retrieval.retriever import Retriever
@@ -94,6 +95,8 @@ def leakage(
         raise LeakageError(f"sample = {sample}: an empty sample says nothing; take at least 1 text")
     workdir = Path(workdir)
     questions = None if against in SPLITS else _questions(Path(against))
+    mirror = Mirror.of(workdir)
+    mirror.fetch("tokenizer", *([f"corpus/{against}"] if against in SPLITS else []))
     tokenizer = Tokenizer.load(workdir / "tokenizer")
     rng = np.random.default_rng(config.seed)
     if questions is None:

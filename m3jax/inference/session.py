@@ -18,6 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from m3jax.checkpoint import restore_params
+from m3jax.checkpoint_folder import to_folder
 from m3jax.config import PREFIX_TOKENS, prefix_tokens
 from m3jax.errors import BankError, InferenceError
 from m3jax.inference.cold_start import ColdMemories
@@ -36,7 +37,9 @@ from m3jax.knowledge.versions import (
 from m3jax.make_model import make_model
 from m3jax.memory.bank import Bank
 from m3jax.memory.encode import ReferenceTokens
+from m3jax.mirror import Mirror
 from m3jax.retrieval.retriever import Retriever
+from m3jax.store import is_bucket
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 
@@ -66,7 +69,7 @@ class Session:
 
         Args:
           config: a validated config, of the stage that made the checkpoint.
-          workdir: prepared folder.
+          workdir: prepared folder, or the mirror of one in a bucket.
           checkpoint: stage folder or `checkpoints/<step>`; default `workdir/<stage>`.
           bank: folder or URL of the bank; default the version's own bank.
           version: version of the knowledge; default the current one.
@@ -75,7 +78,10 @@ class Session:
           CheckpointError, TextError: a part is missing or does not fit.
         """
         self.config, self.workdir = config, Path(workdir)
-        self.checkpoint = Path(checkpoint or self.workdir / config.stage)
+        mirror = Mirror.of(self.workdir)
+        named = checkpoint or mirror.url(config.stage)
+        self.checkpoint = to_folder(named) if is_bucket(named) else Path(named)
+        mirror.fetch("tokenizer")
         self.tokenizer = Tokenizer.load(self.workdir / "tokenizer")
         self.model = make_model(config, prefix_tokens(config))
         self.params, self.meta = restore_params(

@@ -16,6 +16,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from m3jax.checkpoint import reads, restore_params, stage_of
+from m3jax.checkpoint_folder import Folder
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import BankError, CheckpointError
 from m3jax.make_model import make_model
@@ -33,7 +34,7 @@ class Writer(NamedTuple):
     """The weights that write memories: parameters, and stage folder, step and run of them."""
 
     params: Params
-    folder: Path
+    folder: Folder
     step: int
     run: str  # "" of a checkpoint of an earlier version
 
@@ -48,7 +49,6 @@ def restore_writer(checkpoint: str | Path, model: Model, tokenizer: str) -> Writ
       BankError: the recorded writer's checkpoint is neither at its recorded path nor in the
         checkpoint's workdir, or its weights have changed.
     """
-    checkpoint = Path(checkpoint)
     params, meta = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer)
     writer = meta["writer"]
     if writer is None:
@@ -137,11 +137,11 @@ class MemoryWriter:
         return _writer(params, stage_of(checkpoint), meta)
 
 
-def _writer(params: Params, folder: Path, meta: Mapping[str, Any]) -> Writer:
+def _writer(params: Params, folder: Folder, meta: Mapping[str, Any]) -> Writer:
     return Writer(params, folder, meta["step"], meta.get("run", ""))
 
 
-def _restore_recorded(writer: Mapping[str, Any], workdir: Path, model: Model) -> Writer | None:
+def _restore_recorded(writer: Mapping[str, Any], workdir: Folder, model: Model) -> Writer | None:
     """Restores the weights that a checkpoint or bank records as its writer.
 
     Looks at the recorded path, then for a folder of that name in `workdir`; None if neither has
@@ -158,7 +158,7 @@ def _restore_recorded(writer: Mapping[str, Any], workdir: Path, model: Model) ->
     return None
 
 
-def check_reader(bank: Bank | None, meta: dict[str, Any], checkpoint: Path) -> None:
+def check_reader(bank: Bank | None, meta: dict[str, Any], checkpoint: Folder) -> None:
     """Raises `BankError` if the checkpoint has learned to read another writer than the bank's."""
     if bank is not None and not reads(meta, checkpoint, bank.writer):
         written, read = bank.binding.writer, meta["writer"]["hash"]

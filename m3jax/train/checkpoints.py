@@ -40,6 +40,7 @@ from m3jax.errors import CheckpointError
 from m3jax.files import digest, json_text, read_sealed, write_sealed
 from m3jax.private_apis import quiet_failed_saves
 from m3jax.store import is_bucket
+from m3jax.train.stage_files import StageFiles
 from m3jax.train.state import TrainState
 
 CONFIG = "config.json"  # of a stage's folder
@@ -323,7 +324,7 @@ def check_owner(stage_folder: str | Path, config: ConfigDict) -> None:
                 " writes it again"
             )
     elif steps:
-        read = read_meta(Path(stage_folder) / FOLDER / str(steps[-1]))["config"]
+        read = read_meta(checkpoint_folder(stage_folder))["config"]
     else:
         return
     ours, theirs = _compared(json.loads(to_json(config))), _compared(read)
@@ -331,8 +332,9 @@ def check_owner(stage_folder: str | Path, config: ConfigDict) -> None:
         theirs_value, our_value = (side.get(field, "absent") for side in (theirs, ours))
         if theirs_value != our_value:
             raise CheckpointError(
-                f"{path.parent} belongs to another run: config.{field} is {theirs_value!r} there"
-                f" and {our_value!r} here. Use the same config, or another --workdir"
+                f"{StageFiles(path.parent).place} belongs to another run: config.{field} is"
+                f" {theirs_value!r} there and {our_value!r} here. Use the same config, or another"
+                " --workdir"
             )
 
 
@@ -347,3 +349,4 @@ def claim(stage_folder: str | Path, config: ConfigDict) -> None:
     check_owner(stage_folder, config)
     if jax.process_index() == 0:
         write_sealed(Path(stage_folder) / CONFIG, json.loads(to_json(config)))
+        StageFiles(Path(stage_folder)).put(CONFIG)

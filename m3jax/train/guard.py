@@ -25,6 +25,7 @@ from m3jax.errors import CheckpointError, ConfigError, DivergenceError
 from m3jax.files import read_sealed, write_sealed
 from m3jax.train.checkpoints import Checkpoints, kept
 from m3jax.train.monitor import Monitor, Trouble
+from m3jax.train.stage_files import StageFiles
 
 FILE = "guard.json"
 META = "guard"  # key of the guard's entries in a checkpoint's `meta`
@@ -153,9 +154,13 @@ class Guard:
         checkpoints.wait()
         rollback = self._decide(trouble, checkpoints.steps())
         self.rollbacks.append(rollback)
+        files = StageFiles(self.folder)
         if jax.process_index() == 0:
             write_sealed(self.folder / FILE, {"rollbacks": self.rollbacks})
+            files.put(FILE)
         meet("rollback written")
+        if jax.process_index() > 0:
+            files.take(FILE)
         if jax.process_count() > 1 and read_rollbacks(self.folder) != self.rollbacks:
             raise CheckpointError(
                 f"process {jax.process_index()} does not find its own decision in"

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from m3jax.errors import ConfigError, DivergenceError
 from m3jax.train.clock import Speed
 from m3jax.train.guard import describe
-from m3jax.train.metrics import FILE, META, Metrics, read_metrics, retrieval_shares
+from m3jax.train.metrics import EVENTS, FILE, META, Metrics, read_metrics, retrieval_shares
 from m3jax.train.run import Batches, Evaluate, Run, StageData
 from m3jax.train.state import TrainState
 
@@ -68,7 +68,7 @@ class StopAtNaN(Hook):
         saved = "there is no checkpoint" if latest is None else f"last checkpoint: step {latest}"
         raise DivergenceError(
             f"{self.run.config.stage}: not finite at step {step} (loss {loss}, gradient norm"
-            f" {norm}); {saved} in {self.run.folder}. Lower optimizer.learning_rate, lengthen"
+            f" {norm}); {saved} in {self.run.files.place}. Lower optimizer.learning_rate, lengthen"
             " optimizer.lr_warmup_steps, look at the data, or let guard.on = True go back by itself"
         )
 
@@ -123,7 +123,7 @@ class Log(Hook):
         if self._started:
             self.speed.report()  # drops the time of the undone steps, as a kill would
         elif self.metrics is not None:
-            (self.run.folder / "loss.png").unlink(missing_ok=True)
+            self.run.files.delete("loss.png")
             self.speed.seconds_before = self.metrics.seconds
         self._started = True
 
@@ -151,15 +151,18 @@ class Log(Hook):
         """Appends a line to the metrics (on process 0); `step` must be among its keys."""
         if self.metrics is not None:
             self.metrics.write(line)
+            self.run.files.put_at_times(FILE, EVENTS)
 
     def sync(self) -> None:
-        """Forces all lines to disk."""
+        """Forces all lines to disk, and into a bucket."""
         if self.metrics is not None:
             self.metrics.sync()
+            self.run.files.put(FILE, EVENTS)
 
     def finish(self) -> None:
         """Writes a line with the time by part since the previous line."""
         self.write({"step": self.train.steps, "time": self.run.clock.take()})
+        self.sync()
 
     def close(self) -> None:
         if self.metrics is not None:
@@ -271,7 +274,8 @@ class Trace(Hook):
     def at(self, step: int, state: TrainState) -> None:
         jax.block_until_ready(state)
         self.close()
-        self.run.say(f"trace in {self.run.folder / 'profile'}")
+        self.run.files.put("profile")
+        self.run.say(f"trace in {self.run.files.place}/profile")
 
     def close(self) -> None:
         """Stops a running trace and writes it."""

@@ -16,10 +16,11 @@ from m3jax.config import validate
 from m3jax.data.batch import Batch
 from m3jax.distributed import meet
 from m3jax.errors import CheckpointError, ConfigError
-from m3jax.files import write_atomically
 from m3jax.mesh import host_rows, make_mesh
-from m3jax.train.checkpoints import Checkpoints, check_owner, claim
+from m3jax.store import Store
+from m3jax.train.checkpoints import CONFIG, Checkpoints, check_owner, claim
 from m3jax.train.clock import Device, Progress, RunClock
+from m3jax.train.guard import FILE as GUARD_FILE
 from m3jax.train.guard import Guard
 from m3jax.train.hooks import (
     Evaluation,
@@ -33,9 +34,11 @@ from m3jax.train.hooks import (
     known_lines,
 )
 from m3jax.train.loss import place_batch
+from m3jax.train.metrics import FILE as METRICS_FILE
 from m3jax.train.metrics import Summary, summarize
 from m3jax.train.plots import plot_stages
 from m3jax.train.run import Run, StageData
+from m3jax.train.stage_files import StageFiles
 from m3jax.train.state import Program, TrainState
 from m3jax.train.step import make_step, scale_on
 
@@ -68,7 +71,8 @@ def train(
         from then on; called every `train.refresh_every` steps, and again after a kill.
       profile_steps: first and last step of a trace in `<workdir>/<stage>/profile`.
 
-    With several processes all call this alike, and `workdir` is on a disk that all of them share.
+    With several processes all call this alike, and `workdir` is on a disk that all of them share,
+    or is the mirror of a bucket (`m3jax.mirror`), which each of them may have for itself.
 
     Raises:
       ConfigError, CheckpointError: the config, workdir or checkpoint does not fit.
@@ -88,7 +92,9 @@ def train(
             f"--profile_steps={profile_steps[0]}:{profile_steps[1]} begins after the last step,"
             f" config.train.steps = {steps}"
         )
-    _check_shared(folder)
+    files = StageFiles(folder)
+    files.take(CONFIG, GUARD_FILE, METRICS_FILE)
+    _check_shared(files)
     check_owner(folder, config)
     guard, clock = Guard.of(config, folder), RunClock()
     program = Program(config, make_mesh(config))
@@ -99,7 +105,7 @@ def train(
         first = latest or 0 if guard is None else guard.resume(checkpoints)
         shown = jax.process_index() == 0
         with contextlib.closing(Progress(config.stage, steps, first, shown)) as progress:
-            run = Run(config, folder, checkpoints, guard, clock, progress)
+            run = Run(config, folder, checkpoints, guard, clock, progress, files)
             if first == steps:
                 known_lines(run, first)
                 run.say(f"finished before, at step {first}; nothing to do")
@@ -108,24 +114,29 @@ def train(
                 Loop(run, program, data, hooks, init_from).train(first)
     if shown and not (folder / "loss.png").exists():
         plot_stages([folder], folder / "loss.png")
+        files.put("loss.png")
     meet("finished")  # process 0 has written its files
+    if not shown:
+        files.take(METRICS_FILE)
     return summarize(config, folder)
 
 
-def _check_shared(folder: Path) -> None:
+def _check_shared(files: StageFiles) -> None:
     """Raises `CheckpointError` if a process does not see the files that process 0 writes."""
-    probe = folder / "seen_by_all.tmp"
-    if jax.process_index() == 0 and jax.process_count() > 1:
-        write_atomically(probe, b"")
+    if jax.process_count() == 1:
+        return
+    store, probe = Store(files.place), "seen_by_all.tmp"
+    if jax.process_index() == 0:
+        store.write(probe, b"")
     meet("probe written")
-    if jax.process_count() > 1 and not probe.exists():
+    if store.read(probe) is None:
         raise CheckpointError(
-            f"process {jax.process_index()} does not see what process 0 writes in {folder}; put"
-            " --workdir on a disk that all processes share"
+            f"process {jax.process_index()} does not see what process 0 writes in {files.place};"
+            " put --workdir into a bucket, or on a disk that all processes share"
         )
     meet("probe seen")
     if jax.process_index() == 0:
-        probe.unlink(missing_ok=True)
+        store.delete(probe)
 
 
 def _hooks(

@@ -28,8 +28,9 @@ from m3jax.checkpoint import FOLDER
 from m3jax.errors import CheckpointError
 from m3jax.files import json_text, write_atomically
 from m3jax.train.guard import describe
+from m3jax.train.stage_files import StageFiles
 
-FILE = "metrics.jsonl"
+FILE, EVENTS = "metrics.jsonl", "tensorboard"
 _FLUSHED_EVERY = 60  # seconds
 META = "metrics"  # key of a checkpoint's `meta`: checksum of the lines before it
 _SUM = "crc32c"
@@ -194,7 +195,7 @@ class Metrics:
         write_atomically(folder / FILE, text.encode())
         self.seconds: float = max((line.get("seconds", 0.0) for line in kept), default=0.0)
         self._file = open(folder / FILE, "a", encoding="utf-8")  # noqa: SIM115 (closed in `close`)
-        self._events = _Events(folder / "tensorboard", step + 1)
+        self._events = _Events(folder / EVENTS, step + 1)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends a line; `step` is among its keys. Numbers in it become TensorBoard scalars.
@@ -314,7 +315,7 @@ def summarize(config: ConfigDict, folder: Path) -> Summary:
     return Summary(
         stage=config.stage,
         step=config.train.steps,
-        checkpoint=str(folder / FOLDER / str(config.train.steps)),
+        checkpoint=f"{StageFiles(folder).place}/{FOLDER}/{config.train.steps}",
         seconds=max((line.get("seconds", 0.0) for line in lines), default=0.0),
         loss=trained[0]["loss"] if trained else math.nan,
         accuracy=trained[0]["accuracy"] if trained else math.nan,

@@ -23,6 +23,7 @@ from m3jax.memory.bank import Bank
 from m3jax.memory.binding import slots_of, writer_fingerprint
 from m3jax.memory.document_context import writer_settings
 from m3jax.memory.encode import Encoder, ReferenceSet
+from m3jax.mirror import Mirror
 from m3jax.model.attention_mask import ExplicitMemory, KeyValues
 from m3jax.model.slots import SlotLayout
 from m3jax.model.transformer import Model
@@ -52,6 +53,7 @@ def rewrite(
         not fit the other parts.
     """
     write = MemoryWriter(config, workdir, checkpoint, itself=True, like_base=True)
+    Mirror.of(workdir).fetch("tokenizer")
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer").fingerprint
     writer = write.restore(tokenizer)
     fingerprint, current = writer_fingerprint(writer.params, config.memory), open_version(workdir)
@@ -62,7 +64,7 @@ def rewrite(
             end_killed(current)
             return current
 
-    def write_layer(references: References, folder: Path, bank: Bank) -> None:
+    def write_layer(references: References, folder: Path | str, bank: Bank) -> None:
         keep = np.zeros(0, np.int64)
         if share < 1:
             errors = _first_layer_errors(config, checkpoint, references, bank, tokenizer)

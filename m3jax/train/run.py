@@ -16,6 +16,7 @@ from m3jax.model.parameters import Params
 from m3jax.train.checkpoints import Checkpoints
 from m3jax.train.clock import Progress, RunClock
 from m3jax.train.guard import Guard
+from m3jax.train.stage_files import StageFiles
 
 Evaluate = Callable[[Params], Mapping[str, float]]
 
@@ -63,6 +64,7 @@ class Run:
     guard: Guard | None
     clock: RunClock
     progress: Progress
+    files: StageFiles
 
     def say(self, text: str) -> None:
         """Shows a message that begins with the name of the stage."""

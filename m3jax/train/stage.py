@@ -10,17 +10,19 @@ from ml_collections import ConfigDict
 from m3jax.checkpoint import FOLDER, checkpoint_steps
 from m3jax.config import validate, with_epochs
 from m3jax.data.pipeline import Pipeline, open_pipeline
-from m3jax.distributed import first_writes
 from m3jax.errors import ConfigError
 from m3jax.knowledge.versions import existing, read_current
 from m3jax.mesh import make_mesh
+from m3jax.mirror import Mirror
 from m3jax.train.checkpoints import knowledge_version
+from m3jax.train.dpo_base import FOLDER as BASE_LOGPROBS
 from m3jax.train.dpo_base import hold_base_logprobs
 from m3jax.train.evaluator import evaluator
 from m3jax.train.loop import train
 from m3jax.train.metrics import Summary
 from m3jax.train.refresh import rewrite
 from m3jax.train.run import StageData
+from m3jax.train.stage_files import StageFiles
 
 
 def train_stage(
@@ -38,7 +40,7 @@ def train_stage(
 
     Args:
       config: config of the stage.
-      workdir: folder of the run.
+      workdir: folder of the run, or its mirror.
       init_from: stage folder, or `checkpoints/<step>` in it, whose parameters a new run starts
         from; not read when the run has a checkpoint of its own. It is also the base model of DPO.
       bank: folder or URL of a bank; default the bank of the version.
@@ -58,7 +60,7 @@ def train_stage(
             " bank; leave out --bank"
         )
     workdir = existing(Path(workdir))
-    with first_writes(workdir / config.stage):
+    with StageFiles(workdir / config.stage).only_writer():
         return _train_stage(config, workdir, init_from, bank, version, profile)
 
 
@@ -70,6 +72,7 @@ def _train_stage(
     version: int | None,
     profile: tuple[int, int] | None,
 ) -> Summary:
+    mirror = Mirror.of(workdir)
     goes_on = knowledge_version(workdir / config.stage) if version is None else None
     mesh = make_mesh(config)
 
@@ -79,7 +82,12 @@ def _train_stage(
         evaluate = evaluator(config, workdir, bank=bank, version=version, mesh=mesh)
         if config.data.packing == "pairs":
             pipelines = {"train": pipeline, "validation": evaluate.pipeline}
+            stored = [f"{config.stage}/{BASE_LOGPROBS}/{split}" for split in pipelines]
+            if jax.process_index() == 0:  # which alone opens them
+                mirror.fetch(*mirror.published(*stored))
             hold_base_logprobs(config, workdir / config.stage, pipelines, init_from, mesh)
+            for part in stored if jax.process_index() == 0 else ():
+                mirror.publish(part)
         writer = None if pipeline.bank is None else pipeline.bank.writer
         number = None if pipeline.version is None else pipeline.version.number
         ingredients = {**evaluate.pipeline.ingredients, **pipeline.ingredients}

@@ -1,0 +1,102 @@
+"""Training and its readers with a workdir in a bucket: figures are those of a local workdir."""
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import processes
+import pytest
+from data.data_workdir import write_text
+from store.bucket_commands import command, write_config
+from store.cloud_storage import BUCKET, CloudStorage, Fault, serving
+
+from m3jax.checkpoint import checkpoint_steps
+from m3jax.files import json_text
+
+pytest.importorskip("gcsfs")
+pytestmark = pytest.mark.slow
+URL = f"gs://{BUCKET}/runs/wiki"
+_FIGURES = ("step", "loss", "accuracy", "gradient_norm", "parameter_norm", "evaluation", "tokens")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[CloudStorage]:
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def local(server, tmp_path_factory) -> tuple[Path, Path]:
+    """A config file and a local workdir, prepared; the bucket has the same workdir."""
+    folder = tmp_path_factory.mktemp("texts")
+    documents, knowledge = write_text(folder)
+    config = write_config(folder)
+    texts = f"--config={config}:warmup", f"--documents={documents}", f"--knowledge={knowledge}"
+    command("prepare", *texts, f"--workdir={folder / 'local'}")
+    command("prepare", *texts, f"--workdir={URL}", f"--cache_dir={folder / 'prepared'}")
+    return config, folder / "local"
+
+
+def machine(folder: Path) -> dict[str, str]:
+    """Makes the home, temporary folder and caches of a machine; returns its environment."""
+    names = {"HOME": "home", "TMPDIR": "tmp", "XDG_CACHE_HOME": "home/.cache"}
+    for name in names.values():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    return {name: str(folder / path) for name, path in names.items()}
+
+
+def run(script: str, *arguments: object, at: Path):
+    script, *words = script.split()
+    path = processes.ROOT / "launch" / f"{script}.py"
+    return processes.start(["python", path, *words, *arguments], devices=1, env=machine(at), cwd=at)
+
+
+def succeed(script: str, *arguments: object, at: Path) -> str:
+    at.mkdir(exist_ok=True)
+    done = processes.finish(run(script, *arguments, at=at))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def figures(text: bytes) -> list[str]:
+    """Returns the lines of metrics without times."""
+    lines = [json.loads(line) for line in text.splitlines()]
+    kept = [{name: line[name] for name in _FIGURES if name in line} for line in lines]
+    return [json_text(line) for line in kept if len(line) > 1]
+
+
+def in_bucket(server: CloudStorage, name: str) -> bytes:
+    return server.buckets[BUCKET][f"runs/wiki/{name}"].data
+
+
+def test_a_killed_run_goes_on_elsewhere_with_the_figures_of_a_local_one(server, local, tmp_path):
+    config, workdir = local
+    succeed("train", f"--config={config}:warmup", f"--workdir={workdir}", at=tmp_path / "disk")
+    at_bucket = f"--config={config}:warmup", f"--workdir={URL}"
+    server.faults = [Fault("POST.*checkpoints/6/state/.*", 503, times=1e9, delay=60)]
+    (tmp_path / "one").mkdir()
+    killed = run("train", *at_bucket, at=tmp_path / "one")
+    while not any("checkpoints/6/state" in line for line, _ in server.requests):
+        assert killed.poll() is None, killed.communicate()[1][-2000:]
+        time.sleep(0.1)
+    killed.kill()
+    processes.finish(killed)
+    server.faults = [
+        Fault("runs/wiki", 503, times=1e9, share=0.15),
+        Fault("POST.*runs/wiki", cut=100, times=1e9, share=0.1),
+    ]
+    assert checkpoint_steps(f"{URL}/warmup") == [3]
+    shown = succeed("train", *at_bucket, at=tmp_path / "two")
+    server.faults = []
+    assert f"checkpoint: {URL}/warmup/checkpoints/6" in shown
+    assert checkpoint_steps(f"{URL}/warmup") == [3, 6]
+    there = in_bucket(server, "warmup/metrics.jsonl")
+    assert figures(there) == figures((workdir / "warmup" / "metrics.jsonl").read_bytes())
+    names = {name.removeprefix("runs/wiki/warmup/") for name in server.buckets[BUCKET]}
+    assert {"config.json", "loss.png"} <= names
+    assert sum(name.startswith("tensorboard/events") for name in names) == 2
+    assert not any(re.search(r"lock$|seen_by_all|\.tmp", name) for name in names)
+    shared = {path.name for path in (tmp_path / "one").rglob("*") if "gs:" in path.name}
+    assert not shared  # no folder that is called like a URL
