@@ -12,7 +12,7 @@ Subcommands
   create    Rent the slice and wait until it is ready: on demand, with --spot, or from the queue
             with --queued.
   install   Copy this tree (or --ref) to ~/m3jax of every worker and make ~/m3jax-venv there with
-            Python 3.11 or newer and pip install -c constraints.txt -e '.[tpu]'.
+            Python 3.11 or newer and pip install -c constraints.txt -e '.[tpu,gcs]'.
   run       Start COMMAND in ~/m3jax on all workers at once, in the background: it survives the
             connection. Its output goes to ~/m3jax-runs/RUN/log of each worker.
   watch     The whole loop: create and install what is missing, run COMMAND, and look every --poll

@@ -121,7 +121,7 @@ install() {
     PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --user --upgrade uv
     python3 -m uv venv --seed --python 3.13 "$M3JAX_VENV"
   fi
-  prepare_environment tpu
+  prepare_environment tpu,gcs
   echo "m3jax-worker $HOSTNAME installed"
 }
 

@@ -18,7 +18,7 @@ def test_watch_brings_up_runs_and_passes_success_on(cloud):
         log = (home / "m3jax-runs/train/log").read_text()
         assert f"in {home}/m3jax\n{home}/m3jax-venv/bin/python\n" in log
         pip = (home / "python-calls").read_text()
-        assert f"-c {home}/m3jax/constraints.txt -e {home}/m3jax[tpu]" in pip
+        assert f"-c {home}/m3jax/constraints.txt -e {home}/m3jax[tpu,gcs]" in pip
     # Once more: the command has ended, so it is started again; it would resume and end at once.
     assert cloud.call("watch", *cloud.command("exit 0")).returncode == 0
     assert cloud.starts() == 2
@@ -200,7 +200,7 @@ def test_a_worker_without_a_new_python_gets_one(cloud, bare, tmp_path):
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "python-calls").read_text().splitlines()
     assert calls[1] == f"uv venv --seed --python 3.13 {tmp_path}/m3jax-venv"
-    assert calls[0] == "pip install -q --user --upgrade uv" and "[tpu]" in calls[2]
+    assert calls[0] == "pip install -q --user --upgrade uv" and "[tpu,gcs]" in calls[2]
 
 
 def test_fetch_copies_what_is_there(cloud):

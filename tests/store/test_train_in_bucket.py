@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from store.cloud_storage import BUCKET, CloudStorage, Fault, serving
 
 from m3jax.checkpoint import checkpoint_steps
 from m3jax.files import json_text
+from m3jax.mirror import Mirror
 
 pytest.importorskip("gcsfs")
 pytestmark = pytest.mark.slow
@@ -60,11 +62,34 @@ def succeed(script: str, *arguments: object, at: Path) -> str:
     return done.stdout
 
 
+def together(script: str, *arguments: object, at: list[Path]) -> str:
+    """Runs a script in two processes, each on a machine of its own; returns what the first says."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for path in at:
+        path.mkdir(exist_ok=True)
+    flags = f"--coordinator=127.0.0.1:{port}", "--processes=2"
+    started = [
+        run(script, *arguments, *flags, f"--process_id={index}", at=path)
+        for index, path in enumerate(at)
+    ]
+    done = [processes.finish(process) for process in started]
+    for each in done:
+        assert each.returncode == 0, each.stderr[-3000:]
+    return done[0].stdout
+
+
 def figures(text: bytes) -> list[str]:
     """Returns the lines of metrics without times."""
     lines = [json.loads(line) for line in text.splitlines()]
     kept = [{name: line[name] for name in _FIGURES if name in line} for line in lines]
     return [json_text(line) for line in kept if len(line) > 1]
+
+
+def mirrors(at: Path) -> set[str]:
+    """Returns what a machine has of the workdir in the bucket: names of folders and files."""
+    mirror = Mirror(URL, at / "home" / ".cache" / "m3jax").local
+    return {path.name for path in mirror.iterdir()} if mirror.is_dir() else set()
 
 
 def in_bucket(server: CloudStorage, name: str) -> bytes:
@@ -100,3 +125,17 @@ def test_a_killed_run_goes_on_elsewhere_with_the_figures_of_a_local_one(server, 
     assert not any(re.search(r"lock$|seen_by_all|\.tmp", name) for name in names)
     shared = {path.name for path in (tmp_path / "one").rglob("*") if "gs:" in path.name}
     assert not shared  # no folder that is called like a URL
+
+
+def test_two_processes_without_a_common_folder_train_as_with_one(server, local, tmp_path):
+    config, workdir = local
+    options = f"--config={config}:warmup", "--config.stage=pair"
+    folder = [tmp_path / "disk 0", tmp_path / "disk 1"]
+    apart = [tmp_path / "one", tmp_path / "two"]
+    together("train", *options, f"--workdir={workdir}", at=folder)
+    shown = together("train", *options, f"--workdir={URL}", at=apart)
+    assert f"checkpoint: {URL}/pair/checkpoints/6" in shown
+    expected = figures((workdir / "pair" / "metrics.jsonl").read_bytes())
+    assert figures(in_bucket(server, "pair/metrics.jsonl")) == expected and len(expected) > 5
+    for path in apart:
+        assert {"corpus", "tokenizer", "pair"} <= mirrors(path)
