@@ -1,0 +1,106 @@
+"""Small files of a stage: copied to the bucket, taken from it elsewhere, one writer at a time."""
+
+from pathlib import Path
+
+import pytest
+from store.cloud_storage import BUCKET, Fault
+
+from m3jax import checkpoint_folder
+from m3jax.checkpoint_folder import to_folder
+from m3jax.errors import StoreError
+from m3jax.mirror import Mirror
+from m3jax.train import stage_files
+from m3jax.train.stage_files import StageFiles
+
+URL = f"gs://{BUCKET}/run"
+
+
+def stage(cache: Path) -> StageFiles:
+    """Returns the files of the stage `warmup` on a machine with its own cache."""
+    return StageFiles(Mirror(URL, cache).local / "warmup")
+
+
+def write(files: StageFiles, name: str, text: str) -> None:
+    path = files.folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def posts(server) -> list[str]:
+    return [line.partition("name=")[2] for line, _ in server.requests if line.startswith("POST")]
+
+
+def test_files_are_copied_when_they_change_and_taken_elsewhere(quick_server, tmp_path):
+    first, second = stage(tmp_path / "a"), stage(tmp_path / "b")
+    assert first.place == f"{URL}/warmup"
+    write(first, "metrics.jsonl", "one\n")
+    write(first, "tensorboard/events.1", "event")
+    first.put("metrics.jsonl", "tensorboard", "config.json")
+    assert posts(quick_server) == ["run/warmup/metrics.jsonl", "run/warmup/tensorboard/events.1"]
+    first.put("metrics.jsonl", "tensorboard")
+    assert len(posts(quick_server)) == 2
+    write(first, "metrics.jsonl", "one\ntwo\n")
+    first.put("metrics.jsonl", "tensorboard")
+    assert len(posts(quick_server)) == 3
+    write(second, "guard.json", "of a stage that was deleted")
+    second.take("metrics.jsonl", "guard.json")
+    assert (second.folder / "metrics.jsonl").read_text() == "one\ntwo\n"
+    assert not (second.folder / "guard.json").exists()
+    second.put("metrics.jsonl")  # which came from there
+    assert len(posts(quick_server)) == 3
+    second.delete("metrics.jsonl")
+    assert [*quick_server.buckets[BUCKET]] == ["run/warmup/tensorboard/events.1"]
+
+
+def test_between_checkpoints_a_copy_a_minute_that_may_fail(quick_server, tmp_path, monkeypatch):
+    files = stage(tmp_path)
+    write(files, "metrics.jsonl", "one\n")
+    files.put_at_times("metrics.jsonl")
+    assert not posts(quick_server)
+    monkeypatch.setattr(stage_files, "_EVERY", 0.0)
+    quick_server.faults = [Fault("POST", 503, times=1e9)]
+    files.put_at_times("metrics.jsonl")
+    with pytest.raises(StoreError, match="Run the same command again"):
+        files.put("metrics.jsonl")
+    quick_server.faults = []
+    files.put_at_times("metrics.jsonl")
+    assert [*quick_server.buckets[BUCKET]] == ["run/warmup/metrics.jsonl"]
+
+
+def test_of_a_local_workdir_nothing_is_copied(quick_server, tmp_path):
+    files = StageFiles(tmp_path / "warmup")
+    write(files, "metrics.jsonl", "one\n")
+    for call in (files.take, files.put, files.put_at_times):
+        call("metrics.jsonl")
+    assert (files.folder / "metrics.jsonl").read_text() == "one\n"
+    files.delete("metrics.jsonl")
+    assert not (files.folder / "metrics.jsonl").exists() and not quick_server.requests
+    assert files.place == tmp_path / "warmup"
+
+
+def test_a_folder_of_a_mirror_is_that_of_the_bucket(quick_server, tmp_path):
+    pytest.importorskip("gcsfs")
+    local = Mirror(URL, tmp_path).local
+    for path in ("warmup", "warmup/checkpoints/3"):
+        assert str(to_folder(local / path)) == f"{URL}/{path}"
+    assert to_folder(tmp_path / "run" / "warmup") == tmp_path / "run" / "warmup"
+
+
+def test_without_gcsfs_one_line_names_the_extra(monkeypatch):
+    checkpoint_folder._reach_buckets.cache_clear()
+    monkeypatch.setattr(checkpoint_folder.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(StoreError, match=r"^checkpoints in a bucket .* pip install -e '.\[gcs\]'$"):
+        to_folder(f"{URL}/warmup")
+
+
+@pytest.mark.slow
+def test_a_stage_has_one_writer(quick_server, tmp_path):
+    with stage(tmp_path / "a").only_writer():
+        with (
+            pytest.raises(StoreError, match=f"another process is writing {URL}/warmup"),
+            stage(tmp_path / "b").only_writer(),
+        ):
+            pass
+        with StageFiles(Mirror(URL, tmp_path / "b").local / "continual").only_writer():
+            pass
+    assert not quick_server.buckets[BUCKET]
