@@ -181,6 +181,8 @@ def check_path(
     try:
         reason = _unfit(path, place)
     except OSError as unfit:
+        if unfit.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # too many open files: not the path's fault
         verb = ("written" if os.path.lexists(path) else "made") if place.written else "read"
         reason = f" cannot be {verb}: {unfit.strerror}"
     if reason:
