@@ -13,6 +13,7 @@ from absl.flags import FlagValues
 
 from m3jax import cli
 from m3jax.cli import Flag
+from m3jax.printable import complain
 
 COMMANDS = cli.Commands()
 # Fields of `Assumptions`, by their names.
@@ -32,7 +33,12 @@ ASSUMPTIONS = (
 @COMMANDS.add(cli.CONFIG, *ASSUMPTIONS, cli.JSON.with_help("All quantities, in base units."))
 def main(given: FlagValues) -> None:
     """Prints the plan and writes its JSON."""
-    from m3jax.aot.capacity import Assumptions, capacity_report, capacity_table
+    from m3jax.aot.capacity import (
+        Assumptions,
+        bucket_warning,
+        capacity_report,
+        capacity_table,
+    )
 
     assumptions = Assumptions(**cli.values_of(given, ASSUMPTIONS))
     cli.show(
@@ -40,6 +46,8 @@ def main(given: FlagValues) -> None:
         capacity_report(given.config, assumptions),
         given.json,
     )
+    if warning := bucket_warning(given.config, assumptions):
+        complain(warning)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,9 @@ _BFLOAT16 = 2  # bytes per number in decoding
 # clusters: the process grew by 0.69 to 0.80 bytes per dimension.
 _CODE_BYTES = 0.75
 _MOST_REFERENCES = 1e15
+# Bytes/s that a host gets from a bucket: the lower end of 94–137 MB/s, published for KV caches read
+# from Cloud Storage; not measured by us.
+BUCKET = 94e6
 
 # For each number in `Assumptions`: a test of its value, and the accepted values in words.
 _SIZE = (lambda value: 0 < value < math.inf, "a finite number of bytes above 0")
@@ -220,10 +223,34 @@ def reading(config: ConfigDict, assumptions: Assumptions) -> Section:
         words = "data.batch_size · chunks of a row · memory.per_chunk"
     speed = memories / assumptions.seconds(flops.train_step(config))
     formula = "memories a step · memory{} / step time"
-    return {
+    section = {
         "memories_a_step": Quantity(memories, "count", words),
         **_traffic("read", formula, config, assumptions, speed),
+        "bucket": Quantity(
+            BUCKET, "bytes/s", "a host from a bucket: lower end of published 94–137"
+        ),
     }
+    for which in ("", "_compressed"):
+        enough = (section[f"read_per_host{which}"].value or 0) <= BUCKET
+        words = f"read per host{which.replace('_', ' ')} ≤ bucket"
+        section[f"bucket_suffices{which}"] = Quantity(enough, "yes/no", words)
+    return section
+
+
+def bucket_warning(config: ConfigDict, assumptions: Assumptions) -> str:
+    """Returns what to do where a bank in a bucket would slow training down; "" if it would not."""
+    section = reading(config, assumptions)
+    if section["bucket_suffices"].value:
+        return ""
+    remedy = "read it from disks or servers nearer to the hosts, or take fewer memories a chunk"
+    if section["bucket_suffices_compressed"].value:
+        size = readable(section["read_per_host_compressed"])
+        remedy = f"compress it: --config.writer.compression=vector needs {size}"
+    return (
+        f"a bank in a bucket would slow training down: a host needs"
+        f" {readable(section['read_per_host'])} of it, and buckets are known to give"
+        f" {readable(section['bucket'])}; {remedy}"
+    )
 
 
 def index(config: ConfigDict, assumptions: Assumptions) -> Section:

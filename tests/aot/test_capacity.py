@@ -114,6 +114,7 @@ def test_reading_by_hand() -> None:
     share = reading["read_per_host"] / (4 * 25e9 / 8)
     assert reading["network_share"] == pytest.approx(share)
     assert reading["network_suffices"] is True
+    assert not reading["bucket_suffices"] and reading["bucket_suffices_compressed"]
 
 
 def test_network_that_suffices_only_with_compression() -> None:

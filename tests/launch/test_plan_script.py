@@ -23,6 +23,9 @@ def test_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for words in ("45.9 TiB", "4.02 TiB", "7.17 PiB", "0.228 %", "13,388 uses", "MFU 0.5"):
         assert words in done.stdout
+    # 65 536 memories a step: more than a bucket gives a host, unless they are compressed.
+    assert "a bank in a bucket would slow training down: a host needs 151 MiB/s" in done.stderr
+    assert "--config.writer.compression=vector needs 13.2 MiB/s" in done.stderr
     report = json.loads(file.read_text(encoding="utf-8"))
     training = report["quantities"]["training"]
     hours = training["step_time"]["value"] * 28_610 / 3600 * 256
