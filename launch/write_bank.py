@@ -5,10 +5,10 @@
 The checkpoint's writer encodes: the checkpoint itself, or, for one that was trained on memories of
 another checkpoint, that one. Killed at any moment, the same command goes on with what is missing.
 
-Several processes run the same command on a workdir and bank that all of them see, started as
-processes of launch/train.py: with --distributed on every host of a TPU pod, elsewhere with
---coordinator, --processes and --process_id. Each encodes on its own devices and writes its share of
-the shards.
+Several processes run the same command on a workdir and bank that all of them see, on a shared disk
+or in a bucket (gs://…), started as processes of launch/train.py: with --distributed on every host
+of a TPU pod, elsewhere with --coordinator, --processes and --process_id. Each encodes on its own
+devices and writes its share of the shards.
 
 After more training the memories are not what the checkpoint would write now:
 
@@ -35,7 +35,7 @@ COMMANDS = cli.Commands()
 
 
 @COMMANDS.add(
-    *cli.RUN,
+    *cli.BUCKET_RUN,
     cli.CHECKPOINT.with_help("Default WORKDIR/warmup; with --refresh that of the stage."),
     Flag("references", "Folder of the references; default WORKDIR/references.", places.FOLDER),
     dataclasses.replace(cli.BANK, kind=places.NEW_BANK),
@@ -71,23 +71,26 @@ def write(given: FlagValues) -> None:
 
     import jax
 
-    from m3jax.distributed import first_writes
     from m3jax.knowledge.memory_writer import MemoryWriter
     from m3jax.knowledge.versions import existing, require_unedited
     from m3jax.memory.bank import Bank
-    from m3jax.memory.storage import is_url
+    from m3jax.mirror import Mirror
     from m3jax.text.references import References
 
-    workdir = given.workdir
-    folder = given.bank or workdir / "bank"
+    mirror = Mirror(given.workdir, given.cache_dir)
+    workdir, folder = existing(mirror.local), given.bank or mirror.url("bank")
     # Then it is a part of the knowledge, which is not edited meanwhile.
-    own = not is_url(folder) and Path(folder).resolve() == (workdir / "bank").resolve()
-    with first_writes(existing(workdir)) if own else contextlib.nullcontext():
+    own = _resolved(folder) == _resolved(mirror.url("bank"))
+    alone = own and jax.process_index() == 0
+    with mirror.only_writer() if alone else contextlib.nullcontext():
         if own:
             require_unedited(workdir)
+        if not given.references:
+            mirror.fetch("references")
         references = References(given.references or workdir / "references")
         base = None if given.base is None else Bank.open(given.base)
-        writer = MemoryWriter(given.config, workdir, given.checkpoint or workdir / "warmup")
+        checkpoint = given.checkpoint or mirror.url("warmup")
+        writer = MemoryWriter(given.config, workdir, checkpoint)
         report = writer(references, folder, base)
     if jax.process_index() != 0:
         return
@@ -101,12 +104,18 @@ def write(given: FlagValues) -> None:
     )
 
 
+def _resolved(folder: Path | str) -> Path | str:
+    """Returns the absolute path of a local folder, or a URL as it is."""
+    return str(folder).rstrip("/") if "://" in str(folder) else Path(folder).resolve()
+
+
 def refresh(given: FlagValues) -> None:
     """Measures how stale the memories are, or rewrites them as a version."""
     import jax
 
     from m3jax.errors import CommandError
     from m3jax.evaluation import staleness
+    from m3jax.mirror import Mirror
     from m3jax.train.refresh import rewrite
 
     if jax.process_count() > 1:
@@ -114,8 +123,8 @@ def refresh(given: FlagValues) -> None:
     for name in ("references", "bank", "base"):
         if given[name].value is not None:
             raise CommandError(f"--refresh reads the workdir's version; leave out --{name}")
-    workdir = given.workdir
-    checkpoint = given.checkpoint or workdir / given.config.stage
+    mirror = Mirror(given.workdir, given.cache_dir)
+    workdir, checkpoint = mirror.local, given.checkpoint or mirror.url(given.config.stage)
     if given.refresh == "measure":
         measured = staleness.measure_staleness(
             given.config, workdir, checkpoint, sample=given.sample
@@ -125,7 +134,7 @@ def refresh(given: FlagValues) -> None:
         return
     share = 1.0 if given.refresh == "all" else given.share
     version = rewrite(given.config, workdir, checkpoint, share=share)
-    print(f"{workdir}: version {version.number} is current ({version.note})")
+    print(f"{mirror.place}: version {version.number} is current ({version.note})")
 
 
 if __name__ == "__main__":

@@ -178,10 +178,15 @@ def _finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
+def sealed(content: dict[str, Any]) -> bytes:
+    """Serializes a dictionary as JSON, with its own checksum under the key `checksum`."""
+    whole = {**content, "checksum": digest(json_text(content, sort_keys=True))}
+    return json_text(whole, indent=1).encode()
+
+
 def write_sealed(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    """Writes a dictionary as JSON, atomically, with its own checksum under the key `checksum`."""
-    sealed = {**content, "checksum": digest(json_text(content, sort_keys=True))}
-    write_atomically(path, json_text(sealed, indent=1).encode())
+    """Writes a dictionary as `sealed` serializes it, atomically."""
+    write_atomically(path, sealed(content))
 
 
 def read_sealed(

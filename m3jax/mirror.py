@@ -22,7 +22,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from m3jax.errors import LockError, StoreError
 from m3jax.files import TEMPORARY, commit, digest, fast_checksum, json_text, write_atomically
 from m3jax.printable import complain
-from m3jax.store import Lease, Store, is_bucket
+from m3jax.store import REQUESTS, Lease, Store, is_bucket, living
 from m3jax.workdir import BEGUN, LOCK, only_writer
 
 PUBLISHED, PUBLISHING = "published.json", "publishing.json"
@@ -131,6 +131,10 @@ class Mirror:
             return (self.local / part).exists()
         return any(self._store.read(name) is not None for name in (f"{part}/{PUBLISHED}", part))
 
+    def read(self, name: str) -> bytes | None:
+        """Reads a small file of the bucket; None if there is none, and of a local workdir."""
+        return self._store.read(name) if self.in_bucket else None
+
     def names(self, prefix: str) -> list[str]:
         """Lists the objects of the bucket whose names begin with `prefix`, sorted."""
         return self._store.names(prefix) if self.in_bucket else []
@@ -140,8 +144,10 @@ class Mirror:
         return [part for part in parts if self.in_bucket and self.has(part)]
 
     # -- from the bucket ---------------------------------------------------------------------------
-    def fetch(self, *parts: str) -> None:
+    def fetch(self, *parts: str, anew: bool = False) -> None:
         """Copies parts from the bucket, checked, unless they are here as they are there.
+
+        With `anew` they are copied, and so compared with their checksums, also if they are here.
 
         A killed copy goes on where it ended. Of several processes of a host one copies, the others
         wait for it.
@@ -152,7 +158,7 @@ class Mirror:
         if not self.in_bucket:
             return
         with self._locked():
-            needed = [self._to_copy(part) for part in dict.fromkeys(parts)]
+            needed = [self._to_copy(part, anew) for part in dict.fromkeys(parts)]
             copies = [copy for copy in needed if copy is not None]
             missing = [(copy, file) for copy in copies for file in copy.missing()]
             self._require_space(copies, sum(file.bytes for _, file in missing))
@@ -164,24 +170,37 @@ class Mirror:
             for left in (*self._own.glob("old-*"), *self._own.glob("copy-*")):
                 shutil.rmtree(left)  # also copies of what was published anew meanwhile
 
-    def _to_copy(self, part: str) -> _Copy | None:
+    def _to_copy(self, part: str, anew: bool) -> _Copy | None:
         """Returns what a part needs; None if it is here, or a file, which is copied at once."""
         mark = self._store.read(f"{part}/{PUBLISHED}")
         if mark is None:
-            data = self._store.read(part)
-            if data is None:
+            if not self.fetch_files([part]):
                 raise StoreError(
                     f"nothing is finished at {self.place}/{part}; run the command that makes it"
                     " again, which goes on, or correct the URL"
                 )
-            path = self.local / part
-            if not path.is_file() or path.read_bytes() != data:
-                write_atomically(path, data)
             return None
         manifest = self._manifest(part, mark)
-        if self._recorded(part) == _record(mark, _stats(self.local / part, manifest.files)):
+        if not anew and self._recorded(part) == _record(
+            mark, _stats(self.local / part, manifest.files)
+        ):
             return None
         return _Copy(part, mark, manifest, self._own / f"copy-{digest(part, mark)}")
+
+    def fetch_files(self, names: Sequence[str]) -> list[str]:
+        """Makes small files here what they are in the bucket, deleted ones deleted.
+
+        Returns the names of those that are there.
+        """
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            read = dict(zip(names, pool.map(self._store.read, names), strict=True))
+        for name, data in read.items():
+            path = self.local / name
+            if data is None:
+                path.unlink(missing_ok=True)
+            elif not path.is_file() or path.read_bytes() != data:
+                write_atomically(path, data, shared=True)
+        return [name for name, data in read.items() if data is not None]
 
     def _require_space(self, copies: list[_Copy], needed: int) -> None:
         if needed == 0:
@@ -231,12 +250,12 @@ class Mirror:
         self._write_record(copy.part, copy.mark, copy.manifest.files)
 
     # -- to the bucket -----------------------------------------------------------------------------
-    def publish(self, part: str, source: Path | None = None) -> None:
+    def publish(self, part: str, source: Path | None = None, anew: bool = False) -> None:
         """Copies a finished part to the bucket, so that readers see all of it or nothing.
 
         What is there with the same checksum is not copied again, so that a killed call goes on.
         Locks, temporary files and `begun.json` stay local. Without `source` the part is that of the
-        mirror.
+        mirror. With `anew` everything is copied again.
 
         Raises `StoreError` if another writer took the bucket over meanwhile.
         """
@@ -250,6 +269,10 @@ class Mirror:
             return
         manifest = _Manifest(_OBJECT, _list(folder))
         mark = manifest.encode()
+        if anew:
+            self.check()
+            for name in (PUBLISHED, PUBLISHING):
+                store.delete(f"{part}/{name}")
         before = store.read(f"{part}/{PUBLISHED}")
         if before != mark:
             marks = (before, store.read(f"{part}/{PUBLISHING}"))
@@ -314,6 +337,23 @@ class Mirror:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+    def reading(self, name: str) -> Callable[[], None]:
+        """Shows that this process reads something, until what it returns is called or it ends.
+
+        The lease `name` is renewed meanwhile (`m3jax.store.living`). Where this process may not
+        write to the bucket nothing is shown.
+        """
+        lease = Lease(self._store, f"{name}-{secrets.token_hex(8)}", "reading")
+        try:
+            lease.__enter__()
+        except StoreError:
+            return lambda: None
+        return lambda: lease.__exit__(None, None, None)
+
+    def read_by_others(self, name: str) -> bool:
+        """Returns True if a process that lives has called `reading` with this name."""
+        return bool(living(self._store, f"{name}-"))
 
     @contextlib.contextmanager
     def only_writer(self, part: str = "") -> Iterator[None]:

@@ -35,6 +35,7 @@ ABSENT = b"\x02"  # TensorStore's generation of an object that does not exist
 # For TensorStore, whose default of 32 attempts takes a quarter of an hour.
 RETRIES = {"max_retries": 6, "initial_delay": "250ms", "max_delay": "8s"}
 REQUESTS = 32  # at a time
+LEASE = 30.0  # seconds without a renewal after which a lease is dead
 # For TensorStore's HTTP client, which by default waits forever for a silent server.
 _SILENCE = {
     "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "30",
@@ -212,14 +213,14 @@ class Lease:
     Args:
       store: where the lease is.
       name: its object.
-      seconds: time without a renewal after which it is dead.
+      seconds: time without a renewal after which it is dead; default `LEASE`.
       what: names, for messages, what the holder does.
     """
 
-    def __init__(self, store: Store, name: str, what: str, seconds: float = 30.0) -> None:
-        self.store, self.name, self.what, self.seconds = store, name, what, seconds
+    def __init__(self, store: Store, name: str, what: str, seconds: float | None = None) -> None:
+        self.store, self.name, self.what, self.seconds = store, name, what, seconds or LEASE
         self._token, self._count, self._generation = secrets.token_hex(8), 0, ABSENT
-        self._lost, self._ended = False, threading.Event()
+        self._lost, self._ended, self._renewed = False, threading.Event(), 0.0
         self._renewal = threading.Thread(target=self._renew, daemon=True)
 
     def __enter__(self) -> Lease:
@@ -243,7 +244,7 @@ class Lease:
 
     def check(self) -> None:
         """Raises `StoreError` if the lease was lost; to be called before what it protects."""
-        if self._lost:
+        if self._lost or time.monotonic() - self._renewed > self.seconds:
             raise StoreError(
                 f"this process had no connection to {self.store.place} for {self.seconds:.0f} s,"
                 f" and"
@@ -265,28 +266,45 @@ class Lease:
 
     def _take(self) -> bool:
         """Writes the lease with a count of its own, if nobody has since it was read."""
-        self._count += 1
+        self._count, begin = self._count + 1, time.monotonic()
         data = f"{self._token} {self._count}".encode()
         if not self.store.swap(self.name, data, self._generation):
             return False
         held, self._generation = self.store.read_with_generation(self.name)
+        self._renewed = begin
         return held == data
 
     def _renew(self) -> None:
-        renewed = time.monotonic()
         while not self._ended.wait(self.seconds / 4):
             try:
-                if not self._take():
-                    self._lost = True
-                    return
-                renewed = time.monotonic()
+                self._lost = not self._take()
             except StoreError:
-                if time.monotonic() - renewed > self.seconds:
-                    self._lost = True
-                    return
+                self._lost = time.monotonic() - self._renewed > self.seconds
+            if self._lost:
+                return
 
     def _refuse(self) -> None:
         raise StoreError(
             f"another process is {self.what} {self.store.place}; wait until it has ended, or stop"
             f" it"
         )
+
+
+def living(store: Store, prefix: str) -> list[str]:
+    """Lists the leases whose names begin with `prefix` and whose holders live; deletes the others.
+
+    Takes `LEASE` seconds if there are leases of dead holders, else until each was renewed once.
+    """
+    before = {name: store.read(name) for name in store.names(prefix)}
+    alive, end = set[str](), time.monotonic() + LEASE
+    while before and time.monotonic() < end:
+        time.sleep(min(LEASE / 10, 1.0))
+        for name, data in [*before.items()]:
+            now = store.read(name)
+            if now != data:
+                del before[name]
+            if now not in (None, data):
+                alive.add(name)
+    for name in before:
+        store.delete(name)
+    return sorted(alive)

@@ -54,7 +54,7 @@ def edits(edits: int = 200, documents: int = 200) -> Rounds:
     params = jax.jit(model.init)(jax.random.key(0))
     random = np.random.default_rng(0)
 
-    def write(references: References, folder: Path, base: Bank | None) -> None:
+    def write(references: References, folder: Path | str, base: Bank | None) -> None:
         write_bank(config, model, params, references, folder, progress=False, base=base)
 
     with tempfile.TemporaryDirectory() as name:

@@ -28,6 +28,7 @@ from m3jax.knowledge.versions import (
     Version,
     editing,
     existing,
+    fetch_versions,
     folder_of,
     forget_begun,
     made_versions,
@@ -41,16 +42,17 @@ from m3jax.knowledge.versions import (
     write_current,
 )
 from m3jax.memory.bank import Bank, require_alike
+from m3jax.mirror import Mirror
 from m3jax.retrieval.build import build_index
 from m3jax.text.documents import Document, with_unique_ids
 from m3jax.text.references import References, copy_references, write_references
 from m3jax.text.tokenizer import Tokenizer
-from m3jax.workdir import BEGUN, begin_part, content_id, is_begun, only_writer
+from m3jax.workdir import BEGUN, begin_part, content_id, is_begun
 
 KEEP = "keep"  # the kind of an edit by `keep_only`
 
-# Writes a bank: (references, folder, base bank for codebooks and for memories to copy, if any).
-WriteMemories = Callable[[References, Path, Any], Any]
+# Writes a bank: (references, folder or URL, base bank for codebooks and memories to copy, if any).
+WriteMemories = Callable[[References, Path | str, Any], Any]
 
 
 def edit(
@@ -209,8 +211,8 @@ def refresh(workdir: str | Path, what: str, *, write: WriteMemories, note: str) 
         building = building_folder(workdir, parent, identity)
         for part, (folder, bank) in enumerate(zip(parent.folders, parent.banks, strict=True)):
             added = References(folder / "references")
-            write(added, building / BANKS / str(part), Bank.open(bank))
-        return commit_version(workdir, parent, building, note)
+            write(added, bank_of_edit(parent, building, f"{BANKS}/{part}"), Bank.open(bank))
+        return commit_version(workdir, parent, building, note, refreshed=True)
 
 
 def end_killed(current: Version) -> None:
@@ -240,7 +242,8 @@ def rollback(workdir: str | Path, number: int) -> Version:
       LockError: another process is writing the workdir.
     """
     workdir = Path(workdir)
-    with only_writer(existing(workdir)):
+    with Mirror.of(existing(workdir)).only_writer():
+        fetch_versions(workdir)
         forget_begun(workdir)
         try:
             oldest = read_current(workdir)["oldest"]
@@ -268,9 +271,25 @@ def building_folder(workdir: Path, parent: Version, what: list[Any]) -> Path:
 
     `what` is the kind of the edit and all that it depends on, as JSON values.
     """
-    folder = workdir / VERSIONS / BUILDING
-    begin_part(folder, _identity(parent.number, what))
+    folder, identity = workdir / VERSIONS / BUILDING, _identity(parent.number, what)
+    begin_part(folder, identity)
+    mirror, own = Mirror.of(workdir), _next_folder(parent)
+    if mirror.in_bucket and mirror.read(f"{own}/{BEGUN}") != (folder / BEGUN).read_bytes():
+        mirror.delete(own)
+        mirror.publish(f"{own}/{BEGUN}", folder / BEGUN)
     return folder
+
+
+def _next_folder(parent: Version) -> str:
+    """Returns the path in the workdir of the version that an edit of `parent` makes."""
+    number = max([*versions(parent.workdir), parent.number]) + 1
+    return folder_of(parent.workdir, number).relative_to(parent.workdir).as_posix()
+
+
+def bank_of_edit(parent: Version, building: Path, part: str = "bank") -> Path | str:
+    """Returns where an edit writes a bank: in `building`; in a bucket, where its version is."""
+    mirror = Mirror.of(parent.workdir)
+    return mirror.url(f"{_next_folder(parent)}/{part}") if mirror.in_bucket else building / part
 
 
 def is_made(current: Version, what: list[Any]) -> bool:
@@ -301,7 +320,7 @@ def build_delta(
     if parent.has_bank:
         if write is None:
             raise VersionError("the workdir has a bank; an edit needs a writer of memories")
-        write(added, building / "bank", base or Bank.open(parent.banks[0]))
+        write(added, bank_of_edit(parent, building), base or Bank.open(parent.banks[0]))
 
 
 def in_one_part(config: ConfigDict) -> ConfigDict:
@@ -320,22 +339,24 @@ def commit_version(
     gone: Sequence[int] | np.ndarray = (),
     *,
     alone: bool = False,
+    refreshed: bool = False,
 ) -> Version:
     """Turns the folder `building` into the next version, makes it current and opens it.
 
     The version consists of the parts of `parent` and the delta in `building`, if any; the ids
-    `gone` become tombstones. With `alone`, `building` is a new base and nothing of `parent` stays.
+    `gone` become tombstones. With `alone`, `building` is a new base and nothing of `parent` stays;
+    if it is `refreshed`, it has the banks of all parts.
     """
-    number = max([*versions(workdir), parent.number]) + 1
-    own = folder_of(workdir, number).relative_to(workdir)
+    own = _next_folder(parent)
+    number = int(Path(own).name)
     parts = [] if alone else [0 if path == workdir else int(path.name) for path in parent.folders]
-    banks = [] if alone else [str(path.relative_to(workdir)) for path in parent.banks]
+    banks = [] if alone else [*parent.bank_parts]
     removed = np.asarray(gone, np.int64)
     tombstones = removed if alone else np.union1d(parent.tombstones, removed)
     if (building / "references").exists():
-        parts, banks = [*parts, number], [*banks, str(own / "bank")]
-    if (building / BANKS).exists():
-        banks = [str(own / BANKS / str(part)) for part in range(len(parts))]
+        parts, banks = [*parts, number], [*banks, f"{own}/bank"]
+    if refreshed:
+        banks = [f"{own}/{BANKS}/{part}" for part in range(len(parts))]
     write_array(building / TOMBSTONES, tombstones)
 
     def of_part(part: int) -> Path:
@@ -355,7 +376,13 @@ def commit_version(
     write_sealed(building / VERSION, content)
     if not (workdir / VERSIONS / CURRENT).exists():  # never missing where there are versions
         write_current(workdir, 0, 0)
+    mirror = Mirror.of(workdir)
+    made = [name for name in ("references", "index") if (building / name).exists()]
+    for name in (*made, TOMBSTONES, VERSION):  # the last one makes it a version
+        mirror.publish(f"{own}/{name}", building / name)
     os.replace(building, folder_of(workdir, number))
     sync_folder(workdir / VERSIONS)
+    for name in made:
+        mirror.publish(f"{own}/{name}")  # the mirror has it already
     write_current(workdir, number, read_current(workdir)["oldest"])
     return open_version(workdir, number)

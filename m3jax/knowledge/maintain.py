@@ -10,7 +10,13 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from m3jax.errors import BankError, MachineError, VersionError
-from m3jax.knowledge.edit import WriteMemories, building_folder, commit_version, in_one_part
+from m3jax.knowledge.edit import (
+    WriteMemories,
+    bank_of_edit,
+    building_folder,
+    commit_version,
+    in_one_part,
+)
 from m3jax.knowledge.versions import (
     BANKS,
     BUILDING,
@@ -20,7 +26,11 @@ from m3jax.knowledge.versions import (
     editing,
     embedders,
     existing,
+    fetched_parts,
+    folder_of,
     in_use,
+    made_versions,
+    name_of,
     open_bank,
     open_index,
     open_references,
@@ -29,14 +39,14 @@ from m3jax.knowledge.versions import (
     write_current,
 )
 from m3jax.memory.bank import Bank
-from m3jax.memory.storage import COMPLETE, remove_shard_checksums
+from m3jax.memory.storage import COMPLETE, delete_file, read_file, remove_shard_checksums
+from m3jax.mirror import Mirror
 from m3jax.retrieval.build import build_index
 from m3jax.retrieval.embed import load_embedder, make_embedder
 from m3jax.retrieval.embedder import Embedder
 from m3jax.retrieval.index import Index
 from m3jax.text.references import References, copy_references
 from m3jax.text.tokenizer import Tokenizer
-from m3jax.workdir import only_writer
 
 
 def compact(
@@ -68,7 +78,7 @@ def compact(
             whole = References(building / "references")
             build_index(whole, make_embedder(config), building / "index", config)
             if parent.has_bank:
-                write(whole, building / "bank", open_bank(parent, references))
+                write(whole, bank_of_edit(parent, building), open_bank(parent, references))
             summary = f"compacted to {len(whole)} references, with {len(parent.deltas)} deltas"
             parent.close()
             parent = commit_version(workdir, parent, building, note or summary, alone=True)
@@ -80,10 +90,12 @@ def compact(
 def verify(config: ConfigDict, workdir: str | Path, number: int | None = None) -> list[str]:
     """Reads all files of a version; returns one message for each damaged or missing file.
 
+    Of a bucket those that were fetched are copied again and compared.
+
     Raises `VersionError` if the version itself cannot be opened.
     """
-    version, problems = open_version(workdir, number), []
-    tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
+    version, problems = open_version(workdir, number, parts=False), list[str]()
+    mirror = Mirror.of(workdir)
 
     @contextlib.contextmanager
     def noting() -> Iterator[None]:
@@ -94,6 +106,13 @@ def verify(config: ConfigDict, workdir: str | Path, number: int | None = None) -
         except ValueError as error:
             problems.append(str(error))
 
+    mirror.fetch("tokenizer", anew=True)
+    for part in fetched_parts(version) if mirror.in_bucket else ():
+        with noting():
+            mirror.fetch(part, anew=True)
+    if problems:
+        return problems
+    tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
     with noting():
         references = open_references(config, version, tokenizer)
         with noting():
@@ -120,14 +139,18 @@ def repair(
       VersionError: the version cannot be opened.
       LockError: another process is writing the workdir.
     """
-    version = open_version(workdir, number)
-    tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
-    done = []
-    with only_writer(existing(Path(workdir))):
+    mirror = Mirror.of(existing(Path(workdir)))
+    version, done = open_version(workdir, number, parts=False), []
+    with mirror.only_writer():
+        mirror.fetch("tokenizer")
+        tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
         for part, (folder, bank) in enumerate(zip(version.folders, version.banks, strict=True)):
+            own, index = (name_of(version, folder / name) for name in ("references", "index"))
+            mirror.fetch(own, anew=True)
             references = References(folder / "references")
             references.verify()
             try:
+                mirror.fetch(index, anew=True)
                 embedder = load_embedder(*embedders(version.folders[: part + 1]))
                 Index.open(folder / "index", references, embedder=embedder)
             except MachineError:
@@ -135,6 +158,7 @@ def repair(
             except ValueError as error:
                 embedder = _embedder(config, version.folders[: part + 1], references)
                 build_index(references, embedder, folder / "index", in_one_part(config))
+                mirror.publish(index, anew=True)
                 done.append(str(error))
             if version.has_bank:
                 done += _repair_bank(references, bank, version.banks[0], write)
@@ -143,7 +167,7 @@ def repair(
 
 
 def _repair_bank(
-    references: References, folder: Path, base: Path, write: WriteMemories
+    references: References, folder: Path | str, base: Path | str, write: WriteMemories
 ) -> list[str]:
     """Repairs the bank of a base or delta; returns one message for each fault."""
     done = []
@@ -156,9 +180,9 @@ def _repair_bank(
         opened = Bank.open(folder)
     broken = opened.parts[0].damaged()
     for path, problem in broken:
-        (folder / path).unlink(missing_ok=True)
+        delete_file(folder, path)
         done.append(problem)
-    if broken or not (folder / COMPLETE).exists():  # of a repair that was killed
+    if broken or read_file(folder, COMPLETE) is None:  # of a repair that was killed
         write(references, folder, opened if folder == base else Bank.open(base, finished=False))
     else:
         remove_shard_checksums(folder)  # if a repair ended before it did
@@ -183,23 +207,32 @@ def _delete_older(workdir: Path, kept: Version) -> list[str]:
 
     Returns the folders of the versions that are being read.
     """
-    folders = {int(path.name): path for path in sorted((workdir / VERSIONS).glob("[0-9]*"))}
-    folders = {0: workdir, **folders}
-    read = [n for n in folders if n != kept.number and in_use(workdir, n)]
+    mirror = Mirror.of(workdir)
+    older = [number for number in (0, *made_versions(workdir)) if number != kept.number]
+    read = [number for number in older if in_use(workdir, number)]
     needed = set()
     for version in [kept, *(read_version(workdir, number) for number in read)]:
-        own = (folder / part for folder in version.folders for part in ("references", "index"))
-        needed |= {*own, *version.banks}
-    for number, folder in folders.items():
+        needed |= {*fetched_parts(version), *version.bank_parts}
+    for number in (*older, kept.number):
+        folder = folder_of(workdir, number)
+        own = f"{name_of(kept, folder)}/" if number else ""
         if number and number not in (kept.number, *read):
-            (folder / VERSION).unlink(missing_ok=True)  # so that it can no longer be opened
-        parts = [folder / part for part in ("references", "index", "bank")]
-        parts += sorted((folder / BANKS).glob("[0-9]*"))
-        if number and not needed.intersection(parts) and number not in (kept.number, *read):
-            parts = [folder]
-        for part in parts:
-            if part not in needed and part.exists():
-                shutil.rmtree(part)
+            mirror.delete(own + VERSION)  # so that it can no longer be opened
+        banks = {f"{own}{BANKS}/{name}" for name in _names_in(mirror, f"{own}{BANKS}")}
+        parts = {own + part for part in ("references", "index", "bank")} | banks
+        if number and not needed & parts and number not in (kept.number, *read):
+            parts = {own.rstrip("/")}
+        for part in sorted(parts - needed):
+            mirror.delete(part)
     if (building := workdir / VERSIONS / BUILDING).exists():  # of an edit that was stopped
         shutil.rmtree(building)
-    return [str(folders[number]) for number in read]
+    for name in _names_in(mirror, VERSIONS):  # of one that was stopped, in a bucket
+        if name.isdigit() and int(name) > kept.number:
+            mirror.delete(f"{VERSIONS}/{name}")
+    return [str(mirror.url(name_of(kept, folder_of(workdir, number)))) for number in read]
+
+
+def _names_in(mirror: Mirror, part: str) -> set[str]:
+    """Returns the names of the folders in a part, here and in the bucket."""
+    names = {name.removeprefix(f"{part}/").split("/")[0] for name in mirror.names(f"{part}/")}
+    return names | {path.name for path in (mirror.local / part).glob("[0-9]*")}

@@ -25,6 +25,7 @@ from m3jax.memory.binding import writer_fingerprint
 from m3jax.memory.document_context import writer_settings
 from m3jax.memory.write import write_bank
 from m3jax.mesh import writer_mesh
+from m3jax.mirror import Mirror
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
 from m3jax.text.references import References
@@ -130,7 +131,7 @@ class MemoryWriter:
             recorded = _restore_recorded(base.writer, self.workdir, self.model)
             if recorded is not None:
                 return recorded
-        checkpoint = Path(self.checkpoint or self.workdir / "warmup")
+        checkpoint = self.checkpoint or Mirror.of(self.workdir).url("warmup")
         if not self.itself:
             return restore_writer(checkpoint, self.model, tokenizer)
         params, meta = restore_params(checkpoint, self.model, tokenizer_fingerprint=tokenizer)
@@ -147,8 +148,8 @@ def _restore_recorded(writer: Mapping[str, Any], workdir: Folder, model: Model) 
     Looks at the recorded path, then for a folder of that name in `workdir`; None if neither has
     these weights.
     """
-    recorded = Path(writer["path"])
-    for folder in (recorded, workdir / recorded.name):
+    recorded = writer["path"]
+    for folder in (recorded, workdir / Path(recorded).name):
         try:
             params, meta = restore_params(folder, model, writer["step"])
         except CheckpointError:

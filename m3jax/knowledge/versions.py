@@ -13,6 +13,10 @@ new version:
 
 A version is complete as soon as its folder has its final name, and never changes afterwards. Only
 `begun.json`, which names the edit, is deleted when the edit has come to its end.
+
+In a bucket a version is complete as soon as its `version.json` is there, and `current.json` changes
+only if nobody else has changed it. What is opened is fetched into the mirror, all but banks; what
+is read is held by leases `versions/readers/000003-…`.
 """
 
 from __future__ import annotations
@@ -22,9 +26,12 @@ import dataclasses
 import fcntl
 import io
 import os
+import re
+import shutil
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -32,10 +39,11 @@ from ml_collections import ConfigDict
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import TextError, VersionError
 from m3jax.failures import raise_if_machine
-from m3jax.files import checksum, digest, json_text, read_sealed, write_sealed
+from m3jax.files import checksum, digest, json_text, read_sealed, sealed
 from m3jax.memory.bank import Bank, join_banks
 from m3jax.memory.binding import Binding, layout_of
-from m3jax.memory.storage import COMPLETE
+from m3jax.memory.storage import COMPLETE, read_file
+from m3jax.mirror import Mirror
 from m3jax.retrieval.embed import load_embedder
 from m3jax.retrieval.index import EMBEDDER, DeltaIndex, Index
 from m3jax.retrieval.ranking import Ranking
@@ -43,20 +51,32 @@ from m3jax.retrieval.retriever import Retriever
 from m3jax.retrieval.search import SearchIndex
 from m3jax.text.references import DeltaReferences, References
 from m3jax.text.tokenizer import Tokenizer
-from m3jax.workdir import BEGUN, VERSIONS, content_id, only_writer
+from m3jax.workdir import BEGUN, VERSIONS, content_id
 
 CURRENT, VERSION = "current.json", "version.json"
 TOMBSTONES = "tombstones.npy"
 BUILDING = "building"  # of an edit
 BANKS = "banks"  # of a refresh: one folder for the base and one for each delta
 MANIFEST = "manifest.json"  # of references and of a bank
+_MADE = re.compile(rf"{VERSIONS}/\d+/{VERSION}")
+
+
+def _readers(number: int) -> str:
+    return f"{VERSIONS}/readers/{number:06d}"
 
 
 class _Lock:
-    """Holds a shared lock on a file until it is closed or garbage-collected."""
+    """Shows that a version is read, until it is closed or garbage-collected.
 
-    def __init__(self, path: Path) -> None:
-        descriptor = os.open(path, os.O_RDONLY)
+    On a disk by a shared lock on a file, in a bucket by a lease.
+    """
+
+    def __init__(self, workdir: Path, number: int) -> None:
+        mirror = Mirror.of(workdir)
+        if mirror.in_bucket:
+            self.close: Any = weakref.finalize(self, mirror.reading(_readers(number)))
+            return
+        descriptor = os.open(_locked_file(workdir, number), os.O_RDONLY)
         self.close = weakref.finalize(self, os.close, descriptor)
         with contextlib.suppress(OSError):  # the file system has no locks
             fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -71,7 +91,7 @@ class Version:
       parent: number of the version that was edited; −1 for version 0.
       note: description of the edit.
       folders: folders with `references/ index/`: the base, then the deltas.
-      banks: bank folders of the base and the deltas, in the same order.
+      bank_parts: paths in the workdir of the banks of the base and the deltas, in the same order.
       tombstones: ids that were deleted or replaced.
       lock: keeps a compaction from deleting the folders.
     """
@@ -81,7 +101,7 @@ class Version:
     parent: int
     note: str
     folders: tuple[Path, ...]
-    banks: tuple[Path, ...]
+    bank_parts: tuple[str, ...]
     tombstones: np.ndarray
     lock: _Lock | None = None
 
@@ -91,9 +111,15 @@ class Version:
         return self.folders[1:]
 
     @property
+    def banks(self) -> tuple[Path | str, ...]:
+        """Returns the folders or URLs of the banks of the base and the deltas."""
+        mirror = Mirror.of(self.workdir)
+        return tuple(mirror.url(part) for part in self.bank_parts)
+
+    @property
     def has_bank(self) -> bool:
         """Returns True if the version has a bank, be it damaged."""
-        return any((self.banks[0] / name).exists() for name in (MANIFEST, COMPLETE))
+        return any(read_file(self.banks[0], name) is not None for name in (MANIFEST, COMPLETE))
 
     def close(self) -> None:
         """Releases the lock, so that a compaction may delete the folders."""
@@ -154,9 +180,41 @@ def recorded_oldest(workdir: Path) -> int:
 
 
 def write_current(workdir: Path, version: int, oldest: int) -> None:
-    """Makes a version the current one, atomically."""
+    """Makes a version the current one, atomically.
+
+    Raises `VersionError` if the workdir is in a bucket and was edited since it was read.
+    """
     current = {"version": version, "oldest": oldest, "content": _content(workdir, version)}
-    write_sealed(workdir / VERSIONS / CURRENT, current)
+    mirror = Mirror.of(workdir)
+    if not mirror.swap(f"{VERSIONS}/{CURRENT}", sealed(current)):
+        raise VersionError(
+            f"{mirror.place} was edited meanwhile by another process; run the same command again"
+        )
+
+
+def fetch_current(workdir: Path) -> None:
+    """Makes the mirror of a bucket have its `current.json`."""
+    mirror = Mirror.of(workdir)
+    if mirror.in_bucket:
+        mirror.fetch_files([f"{VERSIONS}/{CURRENT}"])
+
+
+def fetch_versions(workdir: Path) -> None:
+    """Makes the mirror of a bucket have its versions: all but references, indices and banks."""
+    mirror = Mirror.of(workdir)
+    if not mirror.in_bucket:
+        return
+    fetch_current(workdir)  # first: the version that it names is there by then
+    there = mirror.names(f"{VERSIONS}/")
+    own = [name.removesuffix(VERSION) for name in there if _MADE.fullmatch(name)]
+    mirror.fetch_files([folder + name for folder in own for name in (TOMBSTONES, BEGUN, VERSION)])
+    for number in made_versions(workdir):  # deleted by a compaction elsewhere
+        if f"{VERSIONS}/{number:06d}/" not in own:
+            shutil.rmtree(folder_of(workdir, number), ignore_errors=True)
+    if recorded_oldest(workdir):
+        for part in ("references", "index"):
+            if (workdir / part).exists() and not mirror.has(part):
+                shutil.rmtree(workdir / part, ignore_errors=True)
 
 
 def existing(workdir: Path) -> Path:
@@ -176,20 +234,24 @@ def versions(workdir: str | Path) -> list[int]:
     return [number for number in [0, *made_versions(workdir)] if number >= oldest]
 
 
-def open_version(workdir: str | Path, number: int | None = None) -> Version:
+def open_version(workdir: str | Path, number: int | None = None, *, parts: bool = True) -> Version:
     """Opens a version of a prepared workdir for reading; default: the current version.
+
+    In a bucket its references and indices are fetched, and the tokenizer, but not without `parts`.
 
     Raises `VersionError` if the version does not exist, was deleted by a compaction or is damaged.
     """
     workdir = Path(workdir)
     for _ in range(3):  # a compaction may delete the current version meanwhile
+        fetch_versions(workdir)
         current = read_current(workdir)
         chosen = current["version"] if number is None else number
         if chosen >= current["oldest"]:
             with contextlib.suppress(FileNotFoundError):
                 version = _locked(workdir, chosen)
+                fetch_current(workdir)
                 if chosen >= read_current(workdir)["oldest"]:
-                    return version
+                    return _fetched(version) if parts else version
                 version.close()  # a compaction may not have seen the lock
         if number is not None:
             break
@@ -205,15 +267,37 @@ def open_version(workdir: str | Path, number: int | None = None) -> Version:
 
 
 def _locked(workdir: Path, number: int) -> Version:
-    path = _locked_file(workdir, number)
-    lock = None if not number and not path.exists() else _Lock(path)
+    if number:
+        _locked_file(workdir, number).stat()  # FileNotFoundError: no such version
+    there = Mirror.of(workdir).in_bucket or _locked_file(workdir, number).exists()
+    lock = _Lock(workdir, number) if there else None
     return dataclasses.replace(read_version(workdir, number), lock=lock)
+
+
+def _fetched(version: Version) -> Version:
+    """Fetches what a version reads, but for banks, and reads it again, with what binds it."""
+    mirror = Mirror.of(version.workdir)
+    if not mirror.in_bucket:
+        return version
+    mirror.fetch("tokenizer", *fetched_parts(version))
+    return dataclasses.replace(read_version(version.workdir, version.number), lock=version.lock)
 
 
 def _locked_file(workdir: Path, number: int) -> Path:
     """Returns the file on which readers of a version hold a lock."""
     folder = folder_of(workdir, number)
     return folder / VERSION if number else folder / "references" / MANIFEST
+
+
+def fetched_parts(version: Version) -> list[str]:
+    """Returns the paths in the workdir of the references and indices of a version."""
+    names = ("references", "index")
+    return [name_of(version, folder / name) for folder in version.folders for name in names]
+
+
+def name_of(version: Version, path: Path) -> str:
+    """Returns the path in the workdir of what is there at a path."""
+    return path.relative_to(version.workdir).as_posix()
 
 
 def read_version(workdir: Path, number: int) -> Version:
@@ -223,7 +307,7 @@ def read_version(workdir: Path, number: int) -> Version:
     """
     if number == 0:
         nothing = np.zeros(0, np.int64)
-        return Version(workdir, 0, -1, "as prepared", (workdir,), (workdir / "bank",), nothing)
+        return Version(workdir, 0, -1, "as prepared", (workdir,), ("bank",), nothing)
     folder = folder_of(workdir, number)
     (folder / VERSION).stat()  # FileNotFoundError: no such version
     content = read_sealed(folder / VERSION, "version", "base", "deltas", "banks", "note")
@@ -238,7 +322,7 @@ def read_version(workdir: Path, number: int) -> Version:
         )
     tombstones = np.load(io.BytesIO((folder / TOMBSTONES).read_bytes()), allow_pickle=False)
     folders = tuple(folder_of(workdir, part) for part in [content["base"], *content["deltas"]])
-    banks = tuple(workdir / path for path in content["banks"])
+    banks = tuple(content["banks"])
     for part, made_from in zip(folders, content.get("references", ()), strict=False):
         if content_id(part / "references") not in (None, made_from):
             raise VersionError(
@@ -250,7 +334,10 @@ def read_version(workdir: Path, number: int) -> Version:
 
 
 def in_use(workdir: Path, number: int) -> bool:
-    """Returns True if a process has opened the version."""
+    """Returns True if a process has opened the version; of a bucket, any but this one."""
+    mirror = Mirror.of(workdir)
+    if mirror.in_bucket:
+        return mirror.read_by_others(_readers(number))
     try:
         with _locked_file(workdir, number).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -269,32 +356,37 @@ def editing(workdir: Path) -> Iterator[Version]:
     An edit that was killed between its commit and its end is brought to its end: its version is
     made current, and keeps `begun.json`, by which the same edit, repeated, knows that it is done.
     """
-    with only_writer(existing(workdir)):
+    mirror = Mirror.of(existing(workdir))
+    with mirror.only_writer():
+        fetch_versions(workdir)
         current, last = read_current(workdir), max(versions(workdir))
         if last > current["version"] and (folder_of(workdir, last) / BEGUN).exists():
             write_current(workdir, last, current["oldest"])
         yield open_version(workdir)
         ended = _begun(workdir)
-    for path in ended:  # last, when the lock is gone, too: from here on, a repetition is an edit
-        path.unlink(missing_ok=True)
+    for name in ended:  # last, when the lock is gone, too: from here on, a repetition is an edit
+        mirror.delete(name)
 
 
 def forget_begun(workdir: Path) -> None:
     """Ends all edits of a locked workdir: repeated from now on, they are edits of their own."""
-    for path in _begun(workdir):
-        path.unlink()
+    for name in _begun(workdir):
+        Mirror.of(workdir).delete(name)
 
 
-def _begun(workdir: Path) -> list[Path]:
-    return sorted((workdir / VERSIONS).glob(f"[0-9]*/{BEGUN}"))
+def _begun(workdir: Path) -> list[str]:
+    paths = sorted((workdir / VERSIONS).glob(f"[0-9]*/{BEGUN}"))
+    return [path.relative_to(workdir).as_posix() for path in paths]
 
 
 def require_unedited(workdir: Path) -> None:
     """Raises `VersionError` if the workdir was edited, because later versions read version 0."""
+    fetch_versions(workdir)
     if made_versions(workdir):
         number = read_current(workdir)["version"]
         raise VersionError(
-            f"{workdir} was edited (version {number}): its references, index and bank are changed"
+            f"{Mirror.of(workdir).place} was edited (version {number}): its references, index and"
+            f" bank are changed"
             " with launch/edit_bank.py. To begin anew, use another workdir"
         )
 
@@ -367,7 +459,7 @@ def open_retriever(
     settings, rank = config.retrieval, None
     index = open_index(version, references)
     if settings.rerank:
-        writer = settings.checkpoint or version.workdir / "warmup"
+        writer = settings.checkpoint or Mirror.of(version.workdir).url("warmup")
         read = bank or open_bank(version, references)
         rank = Ranking(writer, read, references, settings.encoder_batch)
     fetched = candidates or settings.candidates

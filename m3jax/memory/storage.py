@@ -372,6 +372,14 @@ def write_file(folder: str | Path, name: str, data: bytes) -> None:
         raise BankError(f"{folder}/{name} could not be written: {error}") from error
 
 
+def delete_file(folder: str | Path, name: str) -> None:
+    """Deletes a file of the bank, if it exists; raises `BankError` if that fails."""
+    try:
+        store(folder).write(name, None).result()
+    except (OSError, ValueError) as error:
+        raise BankError(f"{folder}/{name} could not be deleted: {error}") from error
+
+
 def link_file(source: str | Path, folder: str | Path, name: str) -> None:
     """Gives a file of the bank `source` a second name in `folder`, where the file system can."""
     target = Path(folder) / name

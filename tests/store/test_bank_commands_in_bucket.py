@@ -1,0 +1,173 @@
+"""write_bank and edit_bank on a workdir in a bucket: files and outputs are those of a local one."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+from data.data_workdir import make_workdir, write_text
+from launch.test_writers import CONFIG, stage_config
+from store.bucket_commands import command
+from store.cloud_storage import BUCKET, CloudStorage, Fault
+
+from m3jax import store
+from m3jax.errors import LockError, StoreError, VersionError
+from m3jax.memory import storage
+from m3jax.mesh import make_mesh
+from m3jax.mirror import Mirror
+from m3jax.store import Store
+from m3jax.text.tokenizer import Tokenizer
+from m3jax.train.checkpoints import Checkpoints
+from m3jax.train.state import Program
+
+URL = f"gs://{BUCKET}/runs/wiki"
+PARTS = ("tokenizer", "corpus/train", "corpus/validation", "references", "index")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workdir with a checkpoint of random weights, without a bank."""
+    folder = tmp_path_factory.mktemp("prepared") / "run"
+    folder.mkdir()
+    config = stage_config()
+    make_workdir(folder, config, write_text(folder))
+    shutil.rmtree(folder / "bank")
+    program = Program(config, make_mesh(config, jax.devices()[:1]))
+    checkpoints = Checkpoints(
+        folder / "warmup", config, Tokenizer.load(folder / "tokenizer").fingerprint
+    )
+    checkpoints.save(program.init(None), 1)
+    checkpoints.close()
+    (folder / "config.py").write_text(CONFIG)
+    (folder / "new.jsonl").write_text('{"id": "new", "text": "new text"}\n')
+    (folder / "newer.jsonl").write_text('{"id": "new", "text": "newer text"}\n')
+    return folder
+
+
+@pytest.fixture
+def server(
+    quick_server: CloudStorage, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[CloudStorage]:
+    monkeypatch.setattr(store, "LEASE", 1.0)
+    monkeypatch.setattr(storage, "RETRIES", store.RETRIES)
+    storage._context.cache_clear()
+    mirror = Mirror(URL, tmp_path / "maker")
+    shutil.copytree(prepared, mirror.local, dirs_exist_ok=True)
+    for part in PARTS:
+        mirror.publish(part)
+    yield quick_server
+    storage._context.cache_clear()
+
+
+class Runner:
+    """Runs a command on a local workdir and on that of the bucket, each time on a new host."""
+
+    def __init__(self, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        self.local, self.tmp_path, self.capsys = tmp_path / "local", tmp_path, capsys
+        shutil.copytree(prepared, self.local)
+        self.host = 0
+
+    def at_bucket(self) -> list[str]:
+        self.host += 1
+        return [f"--workdir={URL}", f"--cache_dir={self.tmp_path / str(self.host)}"]
+
+    def __call__(self, words: str, *arguments: str) -> str:
+        told = []
+        fixed = [f"--config={self.local}/config.py"]
+        if words not in ("edit_bank list", "edit_bank verify", "edit_bank rollback"):
+            fixed.append(f"--checkpoint={self.local}/warmup")
+        for at in ([f"--workdir={self.local}"], self.at_bucket()):
+            self.capsys.readouterr()
+            command(words, *fixed, *arguments, *at)
+            output = self.capsys.readouterr().out.replace(str(self.local), "RUN")
+            output = re.sub(r"[\d.]+ s, .*|, [^ ]+ free", "", output.replace(URL, "RUN"))
+            told.append(re.sub(r"versions/(building|\d+)/bank", "NEW/bank", output))
+        assert told[0] == told[1]
+        return told[0]
+
+
+@pytest.fixture
+def run(
+    server: CloudStorage, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> Runner:
+    return Runner(prepared, tmp_path, capsys)
+
+
+def bank_files(run: Runner, part: str = "bank") -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """Files of a bank on the disk and in the bucket, without manifests, which have paths."""
+    folder, there = run.local / part, Store(f"{URL}/{part}")
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    local = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+    bucket = {name: there.read(name) or b"" for name in there.names()}
+    for files in (local, bucket):
+        for name in (storage.MANIFEST, storage.COMPLETE):
+            assert files.pop(name)
+    return local, bucket
+
+
+def test_a_bank_is_written_and_edited_as_on_a_disk(run):
+    assert "encoded" in run("write_bank")
+    local, there = bank_files(run)
+    assert local == there and "memories.zarr/c/0/0/0/0/0/0" in there
+    assert " 0 encoded" in run("write_bank")
+    run("edit_bank add", f"--documents={run.local}/new.jsonl")
+    with pytest.raises(VersionError, match=f"{URL} was edited"):
+        command("write_bank", f"--config={run.local}/config.py", *run.at_bucket())
+    run("edit_bank replace", f"--documents={run.local}/newer.jsonl", "--note=newer")
+    told = run("edit_bank list")
+    assert "*      2  from    1  newer" in told
+    run("edit_bank delete", "--keys=new")
+    run("edit_bank rollback", "--to=2")
+    assert "RUN: every file is as it was written" in run("edit_bank verify")
+    local, there = bank_files(run, "versions/000002/bank")
+    assert local == there
+    assert "version 4 is current (compacted" in run("edit_bank compact")
+    assert run("edit_bank list").count("\n") == 1
+    shard = "versions/000004/bank/memories.zarr/c/0/0/0/0/0/0"
+    (run.local / shard).unlink()
+    Store(URL).delete(shard)
+    assert "rewritten: " in run("edit_bank repair")
+    local, there = bank_files(run, "versions/000004/bank")
+    assert local == there
+
+
+def test_a_bank_is_written_through_faults(run, server):
+    server.faults = [
+        Fault(".", 503, times=1e9, share=0.15),
+        Fault("POST", cut=100, times=1e9, share=0.1),
+    ]
+    run("write_bank")
+    local, there = bank_files(run)
+    assert local == there
+
+
+def test_a_merge_takes_a_workdir_of_a_bucket(run, tmp_path):
+    run("write_bank")
+    config, writer = f"--config={run.local}/config.py", f"--checkpoint={run.local}/warmup"
+    command("edit_bank add", config, writer, *run.at_bucket(), f"--documents={run.local}/new.jsonl")
+    cache = f"--cache_dir={tmp_path / 'a'}"
+    at = (config, writer, f"--workdir={run.local}", f"--other={URL}", cache, "--replace")
+    command("edit_bank merge", *at)
+    assert "1  from    0  merged with" in run_list(run)
+
+
+def run_list(run: Runner) -> str:
+    run.capsys.readouterr()
+    command("edit_bank list", f"--config={run.local}/config.py", f"--workdir={run.local}")
+    return run.capsys.readouterr().out
+
+
+def test_who_writes_keeps_others_out(run, tmp_path):
+    with Mirror(URL, tmp_path / "other").only_writer():
+        for words in ("write_bank", "edit_bank compact", "edit_bank repair"):
+            with pytest.raises((StoreError, LockError), match="another process is writing gs://"):
+                command(words, f"--config={run.local}/config.py", *run.at_bucket())
+
+
+def test_an_empty_place_is_named(run):
+    at = f"--config={run.local}/config.py", f"--workdir=gs://{BUCKET}/nothing"
+    for words in ("write_bank", "edit_bank compact", "edit_bank verify"):
+        with pytest.raises(StoreError, match=f"nothing is finished at gs://{BUCKET}/nothing/"):
+            command(words, *at, f"--cache_dir={run.tmp_path / 'cache'}")

@@ -1,0 +1,311 @@
+"""Edits of knowledge in a bucket: as on a disk, from several hosts, killed at any moment."""
+
+import concurrent.futures
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data.data_workdir import make_workdir
+from knowledge.test_edit import CONFIG, documents, found, opened, write
+from store.cloud_storage import BUCKET, CloudStorage, Fault
+
+from m3jax import mirror as mirrors
+from m3jax import store
+from m3jax.errors import BankError, StoreError, UserError, VersionError
+from m3jax.knowledge.edit import edit, merge, refresh, rollback
+from m3jax.knowledge.maintain import compact, repair, verify
+from m3jax.knowledge.versions import (
+    fetch_current,
+    open_references,
+    open_version,
+    read_current,
+    require_unedited,
+    versions,
+)
+from m3jax.memory import storage
+from m3jax.mirror import Mirror
+from m3jax.store import Store
+from m3jax.text.tokenizer import Tokenizer
+
+URL = f"gs://{BUCKET}/runs/wiki"
+PARTS = ("tokenizer", "corpus/train", "corpus/validation", "references", "index")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workdir(tmp_path_factory.mktemp("prepared"), CONFIG)
+
+
+@pytest.fixture
+def server(
+    quick_server: CloudStorage, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """A bucket that holds the prepared workdir and its bank."""
+    monkeypatch.setattr(store, "LEASE", 1.0)
+    monkeypatch.setattr(storage, "RETRIES", store.RETRIES)
+    storage._context.cache_clear()
+    mirror = Mirror(URL, tmp_path / "maker")
+    shutil.copytree(prepared, mirror.local, dirs_exist_ok=True)
+    for part in PARTS:
+        mirror.publish(part)
+    for path in (path for path in (prepared / "bank").rglob("*") if path.is_file()):
+        Store(f"{URL}/bank").write(str(path.relative_to(prepared / "bank")), path.read_bytes())
+    yield quick_server
+    storage._context.cache_clear()
+
+
+@pytest.fixture
+def local(prepared: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "local"))
+
+
+def host(tmp_path: Path, name: str) -> Path:
+    """Another machine's mirror."""
+    return Mirror(URL, tmp_path / name).local
+
+
+def keys_of(workdir: Path) -> set[str]:
+    version, tokenizer = open_version(workdir), Tokenizer.load(workdir / "tokenizer")
+    return {*open_references(CONFIG, version, tokenizer).live_keys()}
+
+
+def assert_same(workdir: Path, local: Path) -> None:
+    """What a host reads is what a local workdir has, bit by bit."""
+    mine, theirs = opened(workdir), opened(local)
+    assert versions(workdir) == versions(local)
+    assert [*mine[0].live_keys()] == [*theirs[0].live_keys()]
+    live = np.asarray(theirs[0].live)
+    for values, expected in zip(mine[2].read(live), theirs[2].read(live), strict=True):
+        np.testing.assert_array_equal(values, expected)
+    query = mine[1].embedder.embed(["Zork otter", "pet"])
+    for values, expected in zip(mine[1].search(query, 5), theirs[1].search(query, 5), strict=True):
+        np.testing.assert_array_equal(values, expected)
+
+
+def test_edits_of_two_hosts_are_those_of_a_disk(server, tmp_path, local):
+    first, second = host(tmp_path, "first"), host(tmp_path, "second")
+    require_unedited(first)
+
+    def both(host: Path, act: Any) -> None:
+        made, expected = act(host), act(local)
+        assert (made.number, made.note) == (expected.number, expected.note)
+        for reader in (first, second):
+            assert_same(reader, local)
+
+    both(first, lambda at: edit(CONFIG, at, documents=documents("Zork", "Quux"), write=write))
+    both(
+        second,
+        lambda at: edit(
+            CONFIG, at, documents=documents("Zork", word="lynx"), replace=True, write=write
+        ),
+    )
+    assert found(first, "Zork")[0] == "Zork lynx" and found(second, "Zork", number=1)[0]
+    both(first, lambda at: edit(CONFIG, at, delete=["Quux"], write=write))
+    both(second, lambda at: rollback(at, 1))
+    both(first, lambda at: refresh(at, "again", write=write_anew, note="anew"))
+    assert verify(CONFIG, second) == []
+    both(second, lambda at: compact(CONFIG, at, write=write_anew)[0])
+    assert [name for name in Store(URL).names() if "versions/000001" in name] == []
+    assert Store(f"{URL}/bank").names() == Store(f"{URL}/references").names() == []
+    assert not (first / "references").exists() and not (first / "versions/000001").exists()
+    with pytest.raises(VersionError, match="deleted by a compaction"):
+        open_version(first, 1)
+    both(first, lambda at: edit(CONFIG, at, documents=documents("New"), write=write_anew))
+    with pytest.raises(VersionError, match="was edited"):
+        require_unedited(host(tmp_path, "third"))
+
+
+def write_anew(references: Any, folder: Any, base: Any) -> None:
+    """Writes with other weights, so that nothing of an older bank can be copied."""
+    write(references, folder, None, weights=1)
+
+
+def test_a_workdir_is_merged_with_one_of_a_bucket(server, tmp_path, local):
+    edit(CONFIG, local, documents=documents("Zork"), write=write)
+    edit(CONFIG, host(tmp_path, "first"), documents=documents("Quux"), write=write)
+    merged = merge(CONFIG, host(tmp_path, "second"), local, write=write, replace=True)
+    assert merged.number == 2
+    merge(CONFIG, local, host(tmp_path, "third"), write=write, replace=True)
+    assert {"Zork#0", "Quux#0"} <= {*opened(local)[0].live_keys()}
+
+
+class Killed(BaseException):
+    """A process that ends there, with what it has written."""
+
+
+@pytest.mark.parametrize(
+    ("also", "stride"),
+    [
+        ("other host", 7),
+        *(
+            pytest.param(also, 1, marks=pytest.mark.slow)
+            for also in ("same", "other host", "other edit")
+        ),
+    ],
+)
+def test_an_edit_killed_at_any_write_is_made_or_not(
+    server, tmp_path, local, monkeypatch, also, stride
+):
+    expected = edit(CONFIG, local, documents=documents("Zork"), write=write)
+    before = dict(server.buckets[BUCKET])
+    count, step = 0, 0
+    real = Store._done
+
+    def dying(store: Store, future: Any, name: str) -> Any:
+        nonlocal count
+        result = real(store, future, name)
+        changes = getattr(result, "generation", None) is not None
+        if changes and "readers" not in name and not name.endswith("lock"):
+            count += 1
+            if count == step:
+                raise Killed
+        return result
+
+    for step in range(1, 60, stride):
+        server.buckets[BUCKET] = dict(before)
+        folder = host(tmp_path, f"first {step}")
+        count = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "_done", dying)
+            try:
+                edit(CONFIG, folder, documents=documents("Zork"), write=write)
+            except Killed:
+                pass
+            else:
+                break
+        reader = host(tmp_path, f"reader {step}")
+        number = open_version(reader).number
+        assert number in (0, 1) and len(opened(reader)[0]) == len(opened(local, number)[0])
+        names = Store(URL).names("versions/000001/")
+        complete = "versions/000001/version.json" in names
+        if complete and "versions/000001/begun.json" not in names:
+            break  # its last write
+        if also == "other edit":
+            other = edit(CONFIG, host(tmp_path, "other"), documents=documents("Quux"), write=write)
+            assert other.number == 1 + complete
+            assert "Quux#0" in opened(folder)[0].live_keys()
+            continue
+        again = folder if also == "same" else reader
+        made = edit(CONFIG, again, documents=documents("Zork"), write=write)
+        assert made.number == expected.number
+        assert_same(host(tmp_path, f"last {step}"), local)
+    assert step > 8, "as many moments as there are writes"
+    server.buckets[BUCKET] = before
+
+
+def test_of_two_editors_at_once_one_wins_or_both_do_in_turn(server, tmp_path):
+    names, barrier = ["Aa", "Bb", "Cc"], threading.Barrier(3)
+    Store(f"{URL}/bank").delete_under("")  # models are made in the main thread only
+
+    def add(name: str) -> int | str:
+        folder = host(tmp_path, name)
+        barrier.wait()
+        try:
+            return edit(CONFIG, folder, documents=documents(name)).number
+        except UserError as error:
+            return str(error)
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        results = dict(zip(names, pool.map(add, names), strict=True))
+    won = {name for name, result in results.items() if isinstance(result, int)}
+    lost = [result for result in results.values() if isinstance(result, str)]
+    assert won and all("\n" not in text and "another process" in text for text in lost)
+    keys = keys_of(host(tmp_path, "reader"))
+    assert {name for name in names if f"{name}#0" in keys} == won
+    for name in {*names} - won:
+        edit(CONFIG, host(tmp_path, name), documents=documents(name))
+    keys = keys_of(host(tmp_path, "reader"))
+    assert {f"{name}#0" for name in names} <= keys
+
+
+def test_an_editor_that_lost_its_lease_changes_nothing(server, tmp_path):
+    def slow_write(*given: Any) -> None:
+        write(*given)
+        Store(URL).write("lock", b"another 1")  # it took the dead lease over
+        mirrors._leases[URL]._renewal.join(20)
+
+    first = host(tmp_path, "first")
+    with pytest.raises(StoreError, match="another one may be writing"):
+        edit(CONFIG, first, documents=documents("Zork"), write=slow_write)
+    assert open_version(host(tmp_path, "reader")).number == 0
+    Store(URL).delete("lock")
+    assert edit(CONFIG, first, documents=documents("Zork"), write=write).number == 1
+
+
+def test_a_current_version_that_changed_meanwhile_is_not_overwritten(server, tmp_path, monkeypatch):
+    first = host(tmp_path, "first")
+    edit(CONFIG, first, documents=documents("Zork"), write=write)
+
+    def other(*given: Any) -> None:
+        write(*given)
+        monkeypatch.setattr(mirrors.Mirror, "check", lambda self: None)
+        data = Store(URL).read("versions/current.json") or b""
+        Store(URL).write("versions/current.json", data + b"\n")
+
+    with pytest.raises(VersionError, match="was edited meanwhile"):
+        edit(CONFIG, first, documents=documents("Quux"), write=other)
+    fetch_current(first)
+    assert read_current(first)["version"] == 1
+
+
+def test_what_another_host_reads_survives_a_compaction(server, tmp_path):
+    first, second = host(tmp_path, "first"), host(tmp_path, "second")
+    edit(CONFIG, first, documents=documents("Zork"), write=write)
+    reading = open_version(second)
+    bank = opened(second)[2]
+    version, busy = compact(CONFIG, first, write=write)
+    assert version.number == 2 and busy == [f"{URL}/versions/000001"]
+    assert bank.read(np.array([0, bank.size - 1])).keys.any()
+    reading.close()
+    del bank
+    Store(URL).write("versions/readers/000001-dead", b"dead 1")
+    assert compact(CONFIG, first, write=write)[1] == []
+    names = Store(URL).names("versions/")
+    assert not any("000001" in name for name in names)
+
+
+def test_damage_in_the_bucket_is_named_and_repaired(server, tmp_path, local):
+    edit(CONFIG, local, documents=documents("Zork"), write=write)
+    first, second = host(tmp_path, "first"), host(tmp_path, "second")
+    edit(CONFIG, first, documents=documents("Zork"), write=write)
+    there = Store(URL)
+    shard = next(name for name in there.names("versions/000001/bank/") if "/c/" in name)
+    index = next(name for name in there.names("index/") if name.endswith(".npy"))
+    for name in (shard, index):
+        data = bytearray(there.read(name) or b"")
+        data[len(data) // 2] ^= 1
+        there.write(name, bytes(data))
+    problems = verify(CONFIG, second)
+    assert any(index in problem for problem in problems), problems
+    done = repair(CONFIG, second, write=write)
+    assert len(done) == 2 and verify(CONFIG, host(tmp_path, "third")) == []
+    assert_same(host(tmp_path, "third"), local)
+    there.write("references/manifest.json", b"{}")
+    with pytest.raises(StoreError, match=r"references/manifest.json (is damaged|is shorter)"):
+        repair(CONFIG, second, write=write)
+
+
+def test_edits_go_through_failing_requests(server, tmp_path, local):
+    server.faults = [
+        Fault(".", 503, times=1e9, share=0.1),
+        Fault("POST", cut=20, times=1e9, share=0.05),
+    ]
+    for at in (local, host(tmp_path, "first")):
+        edit(CONFIG, at, documents=documents("Zork"), write=write)
+        edit(CONFIG, at, delete=["Zork"], write=write)
+    assert_same(host(tmp_path, "second"), local)
+
+
+def test_what_lasts_is_a_sentence_and_loses_nothing(server, tmp_path):
+    first = host(tmp_path, "first")
+    server.faults = [Fault("POST .*versions", 403, times=1e9)]
+    with pytest.raises((StoreError, BankError)) as caught:
+        edit(CONFIG, first, documents=documents("Zork"), write=write)
+    assert "\n" not in str(caught.value)
+    server.faults = []
+    assert edit(CONFIG, first, documents=documents("Zork"), write=write).number == 1
+    assert os.path.isdir(first)
