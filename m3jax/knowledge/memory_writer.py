@@ -16,7 +16,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from m3jax.checkpoint import reads, restore_params, stage_of
-from m3jax.checkpoint_folder import Folder
+from m3jax.checkpoint_folder import Folder, to_folder
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import BankError, CheckpointError
 from m3jax.make_model import make_model
@@ -128,7 +128,8 @@ class MemoryWriter:
 
     def _restore(self, tokenizer: str, base: Bank | None) -> Writer:
         if self.checkpoint is None and base is not None:
-            recorded = _restore_recorded(base.writer, self.workdir, self.model)
+            workdir = to_folder(Mirror.of(self.workdir).place)
+            recorded = _restore_recorded(base.writer, workdir, self.model)
             if recorded is not None:
                 return recorded
         checkpoint = self.checkpoint or Mirror.of(self.workdir).url("warmup")

@@ -73,7 +73,7 @@ def _train_stage(
     profile: tuple[int, int] | None,
 ) -> Summary:
     mirror = Mirror.of(workdir)
-    goes_on = knowledge_version(workdir / config.stage) if version is None else None
+    goes_on = knowledge_version(mirror.url(config.stage)) if version is None else None
     mesh = make_mesh(config)
 
     def read(version: int | None) -> tuple[Pipeline, StageData]:
@@ -94,7 +94,7 @@ def _train_stage(
         return pipeline, StageData(pipeline, evaluate, writer, number, ingredients)
 
     def refresh(step: int) -> StageData:
-        checkpoint = workdir / config.stage / FOLDER / str(step)
+        checkpoint = mirror.url(f"{config.stage}/{FOLDER}/{step}")
         return read(rewrite(config, workdir, checkpoint).number)[1]
 
     pipeline, data = read(goes_on if version is None else version)
@@ -116,7 +116,7 @@ def _train_stage(
 
 def _tell_version(config: ConfigDict, workdir: Path, version: int) -> None:
     """Prints a note if a run continues with a version that is no longer the current one."""
-    train, step = config.train, checkpoint_steps(workdir / config.stage)[-1]
+    train, step = config.train, checkpoint_steps(Mirror.of(workdir).url(config.stage))[-1]
     refreshes = train.refresh_every and step % train.refresh_every == 0
     current = read_current(workdir)["version"]
     if version != current and step < train.steps and not refreshes:
