@@ -38,7 +38,7 @@ from m3jax.mesh import parameter_shardings
 from m3jax.mirror import Mirror
 from m3jax.model.parameters import Params
 from m3jax.model.transformer import Model
-from m3jax.private_apis import use_literal_checkpoint_paths
+from m3jax.private_apis import quiet_failed_checkpoints, use_literal_checkpoint_paths
 from m3jax.store import Store, is_bucket
 from m3jax.text.tokenizer import Tokenizer
 
@@ -249,6 +249,7 @@ def damage_named(folder: Folder, *more: type[Exception]) -> Iterator[None]:
     These are `ValueError`, `OSError`, `KeyError` and `more`. Raises `StoreError` where it is in a
     bucket that cannot be reached.
     """
+    quiet_failed_checkpoints()
     errors: tuple[type[Exception], ...] = (ValueError, OSError, KeyError, *more)
     try:
         with reaching(folder):

@@ -88,10 +88,11 @@ def limit_checkpoint_retries(retries: Mapping[str, Any]) -> None:
 
 
 @functools.cache
-def quiet_failed_saves() -> None:
-    """Drops what Orbax, asyncio and TensorStore print of a save that fails, of every array.
+def quiet_failed_checkpoints() -> None:
+    """Drops what Orbax, asyncio and TensorStore print of every array of a save or restore that
+    fails.
 
-    The failure itself is raised where the save is waited for.
+    The failure itself is raised where the save or restore is waited for.
     """
     from absl import logging as absl_logging
 

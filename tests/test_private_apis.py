@@ -102,7 +102,7 @@ def test_errors_of_tensorstore(tmp_path) -> None:
 def test_what_libraries_print_of_a_failed_save() -> None:
     from orbax.checkpoint._src.futures import future  # its threads log what they raise
 
-    private_apis.quiet_failed_saves()
+    private_apis.quiet_failed_checkpoints()
     logger, failed = absl_logging.get_absl_logger(), (ValueError, ValueError("full"), None)
     for path, exception, kept in (
         (future.__file__, failed, False),

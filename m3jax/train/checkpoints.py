@@ -38,7 +38,7 @@ from m3jax.config import flatten, to_json
 from m3jax.distributed import meet
 from m3jax.errors import CheckpointError
 from m3jax.files import digest, json_text, read_sealed, write_sealed
-from m3jax.private_apis import quiet_failed_saves
+from m3jax.private_apis import quiet_failed_checkpoints
 from m3jax.store import is_bucket
 from m3jax.train.stage_files import StageFiles
 from m3jax.train.state import TrainState
@@ -113,7 +113,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=seal_it),
         )
-        quiet_failed_saves()
+        quiet_failed_checkpoints()
         with reaching(self.folder):
             self.manager = ocp.CheckpointManager(self.folder, options=options)
         # Orbax deletes after a save only; a run that was killed between them may save no more.
