@@ -8,7 +8,8 @@ ahead of training.
 from __future__ import annotations
 
 import threading
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from m3jax.text.corpus import Corpus
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.workdir import INPUTS
+
+_READS = 1000  # last reads of a bank whose times are kept
 
 
 class Pipeline:
@@ -93,6 +96,7 @@ class Pipeline:
         self.base_logprobs: np.ndarray | None = None
         self.base_model = ""
         self._counts = Counter(chunks=0, chunks_without_reference=0)
+        self._reads = deque[float](maxlen=_READS)  # seconds
         self._lock = threading.Lock()
 
     def batch(self, step: int, rows: np.ndarray | slice | None = None) -> Batch:
@@ -149,7 +153,12 @@ class Pipeline:
             self._counts.update(chunks=chunks, chunks_without_reference=without)
         if source == "precomputed":
             assert self.bank is not None
-            return batch._replace(memory=self.bank.read_stored(reference_ids))
+            begun = time.monotonic()
+            memory = self.bank.read_stored(reference_ids)
+            with self._lock:
+                self._reads.append(time.monotonic() - begun)
+                self._counts.update(bank_bytes=memory.keys.nbytes + memory.values.nbytes)
+            return batch._replace(memory=memory)
         return batch._replace(reference_tokens=self._reference_tokens(reference_ids))
 
     def retrieved(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n C M"]:
@@ -185,10 +194,16 @@ class Pipeline:
         """Function that dequantizes a batch's memories; None if they are plain keys and values."""
         return None if self.bank is None else self.bank.dequantize
 
-    def report(self) -> dict[str, int]:
-        """Returns counters since the pipeline was opened: of chunks, the retriever and the bank."""
+    def report(self) -> dict[str, float]:
+        """Returns counters since the pipeline was opened: of chunks, the retriever and the bank.
+
+        `bank_read_p99` is the time in seconds that 99 % of the last reads of a batch's memories
+        took at most.
+        """
         with self._lock:
-            counts = dict(self._counts)
+            counts: dict[str, float] = dict(self._counts)
+            if self._reads:
+                counts["bank_read_p99"] = float(np.quantile(self._reads, 0.99))
         if self.retriever is not None:
             counts.update(self.retriever.report())
         if self.bank is not None:

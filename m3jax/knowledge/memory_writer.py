@@ -40,7 +40,7 @@ class Writer(NamedTuple):
     run: str  # "" of a checkpoint of an earlier version
 
 
-def restore_writer(checkpoint: str | Path, model: Model, tokenizer: str) -> Writer:
+def restore_writer(checkpoint: Folder | str, model: Model, tokenizer: str) -> Writer:
     """Restores a checkpoint's writer.
 
     `tokenizer` is the fingerprint that the checkpoint's tokenizer must have.

@@ -137,7 +137,7 @@ class Checkpoints:
         self._meta["run"] = digest(json_text(made_from, sort_keys=True))
 
     def check_reads(
-        self, meta: Mapping[str, Any], checkpoint: str | Path, own: bool = False
+        self, meta: Mapping[str, Any], checkpoint: Folder | str, own: bool = False
     ) -> None:
         """Raises `CheckpointError` if a checkpoint was trained on another writer's memories.
 
@@ -153,7 +153,7 @@ class Checkpoints:
                 f" run reads memories of {ours}; use the bank that the checkpoint has read"
             )
 
-    def check_ingredients(self, meta: Mapping[str, Any], checkpoint: str | Path) -> None:
+    def check_ingredients(self, meta: Mapping[str, Any], checkpoint: Folder | str) -> None:
         """Raises `CheckpointError` if the run's checkpoint was trained on other data.
 
         Another version of the knowledge base may have other references, index and bank. A

@@ -16,7 +16,15 @@ from jax.sharding import Mesh
 from m3jax.errors import ConfigError, DivergenceError
 from m3jax.train.clock import Speed
 from m3jax.train.guard import describe
-from m3jax.train.metrics import EVENTS, FILE, META, Metrics, read_metrics, retrieval_shares
+from m3jax.train.metrics import (
+    EVENTS,
+    FILE,
+    META,
+    Metrics,
+    bank_speed,
+    read_metrics,
+    retrieval_shares,
+)
 from m3jax.train.run import Batches, Evaluate, Run, StageData
 from m3jax.train.state import TrainState
 
@@ -108,10 +116,11 @@ class Log(Hook):
         self.metrics: Metrics | None = None  # on the first process only
         self._pipeline: Batches | None = None
         self._counters: Mapping[str, float] = {}  # at the previous line
+        self._counted = run.clock.now()  # time of these counters
         self._started = False
 
     def read_from(self, data: StageData) -> None:
-        self._pipeline, self._counters = data.pipeline, {}
+        self._pipeline, self._counters, self._counted = data.pipeline, {}, self.run.clock.now()
 
     def start(self, step: int) -> None:
         if jax.process_index() == 0:
@@ -134,6 +143,7 @@ class Log(Hook):
             return
         assert self._pipeline is not None
         before, self._counters = self._counters, dict(self._pipeline.report())
+        then, self._counted = self._counted, self.run.clock.now()
         line = {
             "step": step,
             "tokens": step * self.speed.tokens_per_step,
@@ -143,7 +153,11 @@ class Log(Hook):
             "parameter_norm": metrics["parameter_norm"],
             "learning_rate": metrics["learning_rate"],
             **self.speed.report(),
-            "retrieval": {**self._counters, **retrieval_shares(self._counters, before)},
+            "retrieval": {
+                **self._counters,
+                **retrieval_shares(self._counters, before),
+                **bank_speed(self._counters, before, self._counted - then),
+            },
         }
         self.write(line)
 

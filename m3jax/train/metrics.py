@@ -152,6 +152,15 @@ def retrieval_shares(
     return shares
 
 
+def bank_speed(
+    counts: Mapping[str, float], before: Mapping[str, float], seconds: float
+) -> dict[str, float]:
+    """Computes `bank_bytes_per_second`, what a host reads of its bank, between two reports of a
+    pipeline that are `seconds` apart; {} if nothing was read."""
+    read = counts.get("bank_bytes", 0) - before.get("bank_bytes", 0)
+    return {"bank_bytes_per_second": read / max(seconds, 1e-9)} if read > 0 else {}
+
+
 class Metrics:
     """Writes the metrics of one run.
 

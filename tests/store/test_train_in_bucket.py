@@ -127,15 +127,29 @@ def test_a_killed_run_goes_on_elsewhere_with_the_figures_of_a_local_one(server, 
     assert not shared  # no folder that is called like a URL
 
 
-def test_two_processes_without_a_common_folder_train_as_with_one(server, local, tmp_path):
+def test_two_processes_without_a_common_folder_do_what_two_with_one_do(server, local, tmp_path):
     config, workdir = local
-    options = f"--config={config}:warmup", "--config.stage=pair"
-    folder = [tmp_path / "disk 0", tmp_path / "disk 1"]
-    apart = [tmp_path / "one", tmp_path / "two"]
-    together("train", *options, f"--workdir={workdir}", at=folder)
-    shown = together("train", *options, f"--workdir={URL}", at=apart)
-    assert f"checkpoint: {URL}/pair/checkpoints/6" in shown
-    expected = figures((workdir / "pair" / "metrics.jsonl").read_bytes())
-    assert figures(in_bucket(server, "pair/metrics.jsonl")) == expected and len(expected) > 5
-    for path in apart:
-        assert {"corpus", "tokenizer", "pair"} <= mirrors(path)
+    at = {str(workdir): [tmp_path / "disk 0", tmp_path / "disk 1"]}
+    at[URL] = [tmp_path / "one", tmp_path / "two"]
+    warmup = f"--config={config}:warmup", "--config.stage=pair"
+    continual = (f"--config={config}:continual",)
+    losses: list[dict] = []
+    texts: list[str] = []
+    for place, machines in at.items():
+        run, begun = (f"--workdir={place}",), f"{place}/pair"
+        shown = together("train", *warmup, *run, at=machines)
+        assert f"checkpoint: {begun}/checkpoints/6" in shown
+        together("write_bank", *continual, *run, f"--checkpoint={begun}", at=machines)
+        together("train", *continual, *run, f"--init_from={begun}", at=machines)
+        report = tmp_path / "losses.json"
+        succeed("evaluate losses", *continual, *run, f"--json={report}", at=machines[1])
+        losses.append({**json.loads(report.read_text()), "checkpoint": None})
+        prompt = "--prompt=The pet of", "--new_tokens=5"
+        texts.append(succeed("generate", *continual, *run, *prompt, at=tmp_path / "new"))
+    for stage in ("pair", "continual"):
+        expected = figures((workdir / stage / "metrics.jsonl").read_bytes())
+        assert figures(in_bucket(server, f"{stage}/metrics.jsonl")) == expected
+        assert len(expected) >= 5
+    assert losses[0] == losses[1] and texts[0] == texts[1]
+    assert {"corpus", "tokenizer", "references"} <= mirrors(at[URL][1])
+    assert "bank" not in mirrors(at[URL][0])  # which is read by ranges
