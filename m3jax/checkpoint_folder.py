@@ -71,7 +71,8 @@ def _reach_buckets() -> None:
     options = fsspec.config.conf.setdefault("gcs", {})
     options.setdefault("use_listings_cache", False)  # which hides what other processes write
     options.setdefault("requests_timeout", aiohttp.ClientTimeout(total=None, sock_read=_SILENCE))
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it raises
+    for name in ("gcsfs", "google.auth"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # they log what they raise
 
 
 def steps_in(folder: Folder) -> list[int]:

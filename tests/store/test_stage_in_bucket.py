@@ -1,5 +1,6 @@
 """A stage in a bucket, in this process: stopped here, it goes on elsewhere as if it never was."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -73,10 +74,10 @@ def test_rollbacks_are_known_elsewhere(quick_server, tmp_path):
 
 @pytest.mark.parametrize("status", [503, 403])
 def test_a_bucket_that_is_lost_ends_a_run_and_loses_nothing(quick_server, tmp_path, status):
-    quick_server.faults = []
-
     def lose(step: int) -> None:
         if step == 7:
+            while checkpoint_steps(f"{URL}/warmup") != [5]:  # which is written in the background
+                time.sleep(0.05)
             quick_server.faults = [Fault(".", status, times=1e9)]
 
     with pytest.raises(StoreError, match=f"^{URL}/warmup") as caught:

@@ -127,6 +127,26 @@ def test_a_killed_run_goes_on_elsewhere_with_the_figures_of_a_local_one(server, 
     assert not shared  # no folder that is called like a URL
 
 
+@pytest.mark.parametrize(
+    ("status", "remedy"), [(503, "Run the same command again"), (403, "access denied. Give this")]
+)
+def test_what_lasts_ends_a_run_with_one_sentence(server, local, tmp_path, status, remedy):
+    config, _ = local
+    server.faults = [Fault("POST.*checkpoints/3/", status, times=1e9)]
+    words = f"--config={config}:warmup", f"--config.stage=lost_{status}", f"--workdir={URL}"
+    begun = time.monotonic()
+    (tmp_path / "one").mkdir()
+    done = processes.finish(run("train", *words, at=tmp_path / "one"))
+    server.faults = []
+    told = [
+        line for line in done.stderr.splitlines() if not re.match(r"I\d{4} |copying |lost_", line)
+    ]
+    assert done.returncode == 2 and len(told) == 1, done.stderr[-3000:]
+    assert told[0].startswith(f"StoreError: {URL}/lost_{status}") and remedy in told[0]
+    assert time.monotonic() - begun < 180
+    assert checkpoint_steps(f"{URL}/lost_{status}") == []
+
+
 def test_two_processes_without_a_common_folder_do_what_two_with_one_do(server, local, tmp_path):
     config, workdir = local
     at = {str(workdir): [tmp_path / "disk 0", tmp_path / "disk 1"]}
