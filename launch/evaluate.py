@@ -309,13 +309,12 @@ def leakage(given: FlagValues) -> None:
     from m3jax.evaluation.leakage import leakage, leakage_histogram, leakage_table
     from m3jax.mirror import Mirror
 
-    mirror, picture = Mirror(given.workdir, given.cache_dir), "report/leakage.png"
+    mirror = Mirror(given.workdir, given.cache_dir)
     report = leakage(given.config, mirror.local, **cli.values_of(given, _LEAKAGE))
+    path = given.picture or mirror.local / "report" / "leakage.png"
     cli.show(leakage_table(report), report, given.json)
-    leakage_histogram(report, given.picture or mirror.local / picture)
-    if not given.picture:
-        mirror.publish(picture)
-    print(f"\npicture: {given.picture or mirror.url(picture)}")
+    leakage_histogram(report, path)
+    print(f"\npicture: {mirror.keep(path)}")
 
 
 @COMMANDS.add(

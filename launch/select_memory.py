@@ -26,7 +26,7 @@ _OPTIONS = (
     count("check", "Validation rows on which the selection is validated.", 256),
     Flag("draws", "Random selections that it is compared with.", int, 3, low=0),
 )
-_MODEL = (*cli.RUN, cli.STAGE_CHECKPOINT, cli.CACHE)
+_MODEL = (*cli.BUCKET_RUN, cli.STAGE_CHECKPOINT, cli.CACHE)
 
 
 @COMMANDS.add(
@@ -50,16 +50,19 @@ def references(given: FlagValues) -> None:
     picture and list are in WORKDIR/report/usefulness. A stopped measurement goes on with the same
     command.
     """
+    from m3jax.mirror import Mirror
     from m3jax.selection.report import choice_table
-    from m3jax.selection.select import select_references
+    from m3jax.selection.select import FOLDER, select_references
 
+    mirror = Mirror(given.workdir, given.cache_dir)
     report = select_references(
-        *(given.config, given.workdir, given.budget_bytes),
+        *(given.config, mirror.local, given.budget_bytes),
         checkpoint=given.checkpoint,
         version=given.bank_version,
         **cli.values_of(given, _OPTIONS),
         dry_run=given.dry_run,
     )
+    mirror.publish(f"report/{FOLDER}")
     cli.show(choice_table(report), report, given.json)
     if "new_version" in report:
         print(f"version {report['new_version']} of the knowledge is current")
@@ -103,16 +106,18 @@ def heads(given: FlagValues) -> None:
     Draws the heat map and writes all figures as JSON. A stopped run goes on with the same command.
     """
     from m3jax.evaluation.plots import head_map
+    from m3jax.mirror import Mirror
     from m3jax.selection.heads import heads_report, heads_table, score_heads
 
     config, by_query = given.config, given.by == "query"
-    at = config, given.workdir, given.checkpoint
+    mirror = Mirror(given.workdir, given.cache_dir)
+    at = config, mirror.local, given.checkpoint
     scores = score_heads(*at, hide=given.hide, window=given.window, by_query=by_query)
     first = config.memory.first_layer
     layers = range(first, first + config.memory.layers)
     chosen = [] if by_query else scores.best(given.keep, layers)
     figures = heads_report(scores, chosen)
-    path = given.workdir / "report" / f"heads-{given.hide}-{given.by}"
+    path = mirror.local / "report" / f"heads-{given.hide}-{given.by}"
     json = given.json or path.with_suffix(".json")
     picture = given.picture or path.with_suffix(".png")
     cli.show(heads_table(figures), figures, json)
@@ -123,7 +128,7 @@ def heads(given: FlagValues) -> None:
     title = f"One {'query' if by_query else 'key-value'} head at a time without {hidden}"
     picture.parent.mkdir(parents=True, exist_ok=True)
     head_map(picture, scores.increase, title, chosen=chosen, layers=layers)
-    print(f"figures: {json}\npicture: {picture}")
+    print(f"figures: {mirror.keep(json)}\npicture: {mirror.keep(picture)}")
 
 
 @COMMANDS.add(
@@ -149,15 +154,17 @@ def counts(given: FlagValues) -> None:
     (config files take it from the JSON file). Draws the map of layers and heads.
     """
     from m3jax.evaluation.plots import count_map
+    from m3jax.mirror import Mirror
     from m3jax.selection.counts import counts_table, select_counts
 
+    mirror = Mirror(given.workdir, given.cache_dir)
     report = select_counts(
-        *(given.config, given.workdir, given.checkpoint),
+        *(given.config, mirror.local, given.checkpoint),
         budget=given.budget,
         each=given.each,
         sample=given.references,
     )
-    path = given.workdir / "report" / "counts"
+    path = mirror.local / "report" / "counts"
     json = given.json or path.with_suffix(".json")
     picture = given.picture or path.with_suffix(".png")
     cli.show(counts_table(report), report, json)
@@ -199,10 +206,12 @@ def worth(given: FlagValues) -> None:
     where it matters), or evenly, by two rules; `all` keeps every token. Prints nats a token with
     standard errors, and the share of what the text is worth.
     """
+    from m3jax.mirror import Mirror
     from m3jax.selection.worth import worth_report, worth_table
 
+    mirror = Mirror(given.workdir, given.cache_dir)
     report = worth_report(
-        *(given.config, given.workdir, given.checkpoint),
+        *(given.config, mirror.local, given.checkpoint),
         documents=given.documents,
         questions=given.questions,
         budgets=given.budgets,
@@ -210,9 +219,9 @@ def worth(given: FlagValues) -> None:
         most=given.texts,
         skip=given.skip,
     )
-    json = given.json or given.workdir / "report" / "worth.json"
+    json = given.json or mirror.local / "report" / "worth.json"
     cli.show(worth_table(report), report, json)
-    print(f"figures: {json}")
+    print(f"figures: {mirror.keep(json)}")
 
 
 if __name__ == "__main__":

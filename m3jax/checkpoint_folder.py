@@ -56,6 +56,14 @@ def to_folder(path: str | os.PathLike[str]) -> Folder:
     return epath.Path(url.rstrip("/"))
 
 
+def named_checkpoint(
+    checkpoint: str | os.PathLike[str] | None, workdir: str | os.PathLike[str], stage: str
+) -> Folder:
+    """Returns the folder that `--checkpoint` names; default that of a stage of the workdir."""
+    named = checkpoint or Mirror.of(workdir).url(stage)
+    return to_folder(named) if is_bucket(named) else Path(named)
+
+
 @functools.cache
 def _reach_buckets() -> None:
     """Sets up the libraries of Orbax, before the first request to a bucket."""

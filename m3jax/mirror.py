@@ -308,6 +308,14 @@ class Mirror:
             for file in pool.map(write, manifest.files):
                 bar.update(file.bytes)
 
+    def keep(self, path: Path) -> Path | str:
+        """Publishes a file if it is in this mirror; returns where it is then."""
+        if not (self.in_bucket and path.is_relative_to(self.local)):
+            return path
+        part = path.relative_to(self.local).as_posix()
+        self.publish(part)
+        return self.url(part)
+
     def swap(self, part: str, data: bytes) -> bool:
         """Writes a small file, here and there, if it is there as it is here; returns whether it
         did.

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,6 +104,7 @@ def quiet_failed_checkpoints() -> None:
         if str(given.exc_value) != "Event loop is closed":
             before(given)
 
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     before = sys.unraisablehook
     sys.unraisablehook = unraisable
     absl_logging.get_absl_logger().addFilter(of_others)

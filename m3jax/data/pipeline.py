@@ -317,8 +317,7 @@ def open_pipeline(
     """
     workdir = Path(workdir)
     train = split == "train"
-    packed = config.data.packing in PACKED
-    Mirror.of(workdir).fetch("tokenizer", config.data.packing if packed else f"corpus/{split}")
+    Mirror.of(workdir).fetch("tokenizer")
     tokenizer = Tokenizer.load(workdir / "tokenizer")
     rows = open_rows(config, workdir, split, tokenizer)
     options = {
@@ -358,6 +357,7 @@ def open_rows(
     data = config.data
     packed = data.packing in PACKED
     folder = workdir / (data.packing if packed else "corpus") / split
+    Mirror.of(workdir).fetch(data.packing if packed else f"corpus/{split}")
     script = "launch/prepare.py chats" if packed else "launch/prepare.py"
     if packed and not (folder.parent / INPUTS).is_file():
         raise TextError(

@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from m3jax.checkpoint import restore_params
-from m3jax.checkpoint_folder import to_folder
+from m3jax.checkpoint_folder import named_checkpoint
 from m3jax.config import PREFIX_TOKENS, prefix_tokens
 from m3jax.errors import BankError, InferenceError
 from m3jax.inference.cold_start import ColdMemories
@@ -39,7 +39,6 @@ from m3jax.memory.bank import Bank
 from m3jax.memory.encode import ReferenceTokens
 from m3jax.mirror import Mirror
 from m3jax.retrieval.retriever import Retriever
-from m3jax.store import is_bucket
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 
@@ -78,10 +77,8 @@ class Session:
           CheckpointError, TextError: a part is missing or does not fit.
         """
         self.config, self.workdir = config, Path(workdir)
-        mirror = Mirror.of(self.workdir)
-        named = checkpoint or mirror.url(config.stage)
-        self.checkpoint = to_folder(named) if is_bucket(named) else Path(named)
-        mirror.fetch("tokenizer")
+        self.checkpoint = named_checkpoint(checkpoint, workdir, config.stage)
+        Mirror.of(self.workdir).fetch("tokenizer")
         self.tokenizer = Tokenizer.load(self.workdir / "tokenizer")
         self.model = make_model(config, prefix_tokens(config))
         self.params, self.meta = restore_params(

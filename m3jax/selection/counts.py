@@ -19,11 +19,13 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from m3jax.checkpoint import restore_params
+from m3jax.checkpoint_folder import named_checkpoint
 from m3jax.config import PREFIX_TOKENS, format_counts, memory_layers
 from m3jax.errors import ConfigError
 from m3jax.knowledge.versions import open_references, open_version
 from m3jax.make_model import make_model
 from m3jax.memory.sparsify import RECONSTRUCTION, received_weights, reconstruction_weights
+from m3jax.mirror import Mirror
 from m3jax.model.layer import EncodedReferences
 from m3jax.model.parameters import Params
 from m3jax.text.tokenizer import Tokenizer
@@ -144,7 +146,8 @@ def select_counts(
       CheckpointError, TextError, VersionError: a part is missing or does not fit.
     """
     check_budget(budget, each, config.memory.reference_length)
-    checkpoint = Path(checkpoint or Path(workdir) / config.stage)
+    checkpoint = named_checkpoint(checkpoint, workdir, config.stage)
+    Mirror.of(workdir).fetch("tokenizer")
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
     references = open_references(config, open_version(workdir), tokenizer)
     lengths = np.asarray(references.lengths)

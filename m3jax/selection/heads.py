@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from m3jax.checkpoint import restore_params
+from m3jax.checkpoint_folder import named_checkpoint
 from m3jax.config import PACKED, format_heads, memory_heads, prefix_tokens
 from m3jax.data.batch import Batch
 from m3jax.data.pipeline import open_pipeline
@@ -99,7 +100,7 @@ def score_heads(
       LockError: another process ranks heads in the workdir.
     """
     _check(config, hide, window, by_query)
-    checkpoint = Path(checkpoint or Path(workdir) / config.stage)
+    checkpoint = named_checkpoint(checkpoint, workdir, config.stage)
     plain = config.copy_and_resolve_references()
     with plain.unlocked():
         plain.model.attention = "blocked"  # fused kernels take no mask per head

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from m3jax.checkpoint import restore_params
+from m3jax.checkpoint_folder import named_checkpoint
 from m3jax.config import PACKED, prefix_tokens, to_json
 from m3jax.data.pipeline import Pipeline, open_pipeline, open_rows
 from m3jax.data.rows import Rows
@@ -87,7 +88,7 @@ def select_references(
         not fit.
     """
     config, workdir = _with_bank(config), Path(workdir)
-    checkpoint = Path(checkpoint or workdir / config.stage)
+    checkpoint = named_checkpoint(checkpoint, workdir, config.stage)
     current = open_to_select(workdir)
     opened = current if version is None else open_version(workdir, version)
     if not dry_run and opened.number != current.number:

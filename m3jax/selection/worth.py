@@ -24,11 +24,13 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from m3jax.checkpoint import restore_params
+from m3jax.checkpoint_folder import named_checkpoint
 from m3jax.config import PREFIX_TOKENS, format_counts, memory_layers
 from m3jax.errors import ConfigError, TextError
 from m3jax.knowledge.memory_writer import restore_writer
 from m3jax.make_model import make_model
 from m3jax.memory.sparsify import RECONSTRUCTION, sparsifier
+from m3jax.mirror import Mirror
 from m3jax.model.attention_mask import ExplicitMemory
 from m3jax.model.parameters import Params
 from m3jax.selection.counts import TokenWeights, check_budget, deal_counts, measure_weights
@@ -417,8 +419,9 @@ def worth_report(
     check_documents(read_documents(str(documents)))
     if questions is not None:
         read_passages(questions)
+    Mirror.of(workdir).fetch("tokenizer")
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer")
-    checkpoint = Path(checkpoint or Path(workdir) / config.stage)
+    checkpoint = named_checkpoint(checkpoint, workdir, config.stage)
     model = make_model(config, PREFIX_TOKENS)
     params, meta = restore_params(checkpoint, model, tokenizer_fingerprint=tokenizer.fingerprint)
     writer = params

@@ -166,6 +166,16 @@ def test_two_processes_without_a_common_folder_do_what_two_with_one_do(server, l
         losses.append({**json.loads(report.read_text()), "checkpoint": None})
         prompt = "--prompt=The pet of", "--new_tokens=5"
         texts.append(succeed("generate", *continual, *run, *prompt, at=tmp_path / "new"))
+    for words in ("select_memory counts", "evaluate leakage", "evaluate retrieval"):
+        told = []
+        for place in at:
+            report = tmp_path / "report.json"
+            options = *continual, f"--workdir={place}", f"--cache_dir={tmp_path / 'cache'}"
+            command(words, *options, f"--json={report}")
+            told.append({**json.loads(report.read_text()), "checkpoint": None})
+        assert told[0] == told[1], words
+    assert in_bucket(server, "report/leakage.png").startswith(b"\x89PNG")
+    assert in_bucket(server, "report/counts.png").startswith(b"\x89PNG")
     for stage in ("pair", "continual"):
         expected = figures((workdir / stage / "metrics.jsonl").read_bytes())
         assert figures(in_bucket(server, f"{stage}/metrics.jsonl")) == expected
