@@ -117,7 +117,7 @@ def list_versions(given: FlagValues) -> None:
     """Lists the versions; a star marks the current one."""
     from m3jax.knowledge import versions
 
-    workdir = _workdir(given)
+    workdir = versions.existing(_workdir(given))
     current = versions.open_version(workdir, parts=False).number
     for number in versions.versions(workdir):
         version = versions.read_version(workdir, number)

@@ -171,7 +171,8 @@ def counts(given: FlagValues) -> None:
     picture.parent.mkdir(parents=True, exist_ok=True)
     title = f"Tokens that a memory of {given.budget:g} a head keeps"
     count_map(picture, np.array(report["by_layer"]), title, report["first_layer"])
-    print(f"\n--config.memory.counts={report['counts']}\nfigures: {json}\npicture: {picture}")
+    print(f"\n--config.memory.counts={report['counts']}")
+    print(f"figures: {mirror.keep(json)}\npicture: {mirror.keep(picture)}")
 
 
 @COMMANDS.add(

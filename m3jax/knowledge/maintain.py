@@ -94,8 +94,8 @@ def verify(config: ConfigDict, workdir: str | Path, number: int | None = None) -
 
     Raises `VersionError` if the version itself cannot be opened.
     """
+    mirror = Mirror.of(existing(Path(workdir)))
     version, problems = open_version(workdir, number, parts=False), list[str]()
-    mirror = Mirror.of(workdir)
 
     @contextlib.contextmanager
     def noting() -> Iterator[None]:

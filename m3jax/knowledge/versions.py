@@ -219,8 +219,9 @@ def fetch_versions(workdir: Path) -> None:
 
 def existing(workdir: Path) -> Path:
     """Returns the folder of a workdir; raises `VersionError` if there is none."""
-    if not workdir.is_dir():
-        raise VersionError(f"there is no workdir {workdir}; make it with launch/prepare.py")
+    mirror = Mirror.of(workdir)
+    if not workdir.is_dir() or (mirror.in_bucket and not mirror.has("tokenizer")):
+        raise VersionError(f"there is no workdir {mirror.place}; make it with launch/prepare.py")
     return workdir
 
 
@@ -229,7 +230,9 @@ def versions(workdir: str | Path) -> list[int]:
 
     Raises `VersionError` if the workdir is missing or `current.json` is damaged.
     """
-    workdir = existing(Path(workdir))
+    workdir = Path(workdir)
+    if not Mirror.of(workdir).in_bucket:
+        existing(workdir)
     oldest = read_current(workdir)["oldest"]
     return [number for number in [0, *made_versions(workdir)] if number >= oldest]
 
@@ -255,9 +258,10 @@ def open_version(workdir: str | Path, number: int | None = None, *, parts: bool 
                 version.close()  # a compaction may not have seen the lock
         if number is not None:
             break
-    reason = f"{workdir} has no version {chosen}"
+    place = Mirror.of(workdir).place
+    reason = f"{place} has no version {chosen}"
     if chosen < current["oldest"]:
-        reason = f"version {chosen} of {workdir} was deleted by a compaction"
+        reason = f"version {chosen} of {place} was deleted by a compaction"
     elif folder_of(workdir, chosen).is_dir():
         reason = (
             f"{folder_of(workdir, chosen) / VERSION} is missing; restore it from a copy, or go back"
@@ -279,7 +283,11 @@ def _fetched(version: Version) -> Version:
     mirror = Mirror.of(version.workdir)
     if not mirror.in_bucket:
         return version
-    mirror.fetch("tokenizer", *fetched_parts(version))
+    try:
+        mirror.fetch("tokenizer", *fetched_parts(version))
+    except BaseException:
+        version.close()
+        raise
     return dataclasses.replace(read_version(version.workdir, version.number), lock=version.lock)
 
 

@@ -1,5 +1,6 @@
 """write_bank and edit_bank on a workdir in a bucket: files and outputs are those of a local one."""
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -169,5 +170,17 @@ def test_who_writes_keeps_others_out(run, tmp_path):
 def test_an_empty_place_is_named(run):
     at = f"--config={run.local}/config.py", f"--workdir=gs://{BUCKET}/nothing"
     for words in ("write_bank", "edit_bank compact", "edit_bank verify"):
-        with pytest.raises(StoreError, match=f"nothing is finished at gs://{BUCKET}/nothing/"):
+        with pytest.raises(VersionError, match=f"there is no workdir gs://{BUCKET}/nothing; make"):
             command(words, *at, f"--cache_dir={run.tmp_path / 'cache'}")
+
+
+def test_what_is_selected_is_reported_in_the_bucket(run):
+    fixed = f"--config={run.local}/config.py", f"--checkpoint={run.local}/warmup"
+    for words in ("counts --references=4 --budget=4 --each=1", "heads --window=20"):
+        name, *flags = words.split()
+        for at in ([f"--workdir={run.local}"], run.at_bucket()):
+            command(f"select_memory {name}", *fixed, *flags, *at)
+    for name in ("counts.json", "heads-context-kv.json"):
+        local = json.loads((run.local / "report" / name).read_bytes())
+        assert json.loads(Store(URL).read(f"report/{name}") or b"") == local
+    assert Store(URL).read("report/counts.png") and Store(URL).read("report/heads-context-kv.png")
