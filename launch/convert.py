@@ -56,7 +56,7 @@ def from_hf(given: FlagValues) -> None:
 
 
 @COMMANDS.add(
-    cli.WORKDIR,
+    *(cli.BUCKET_WORKDIR, cli.CACHE_DIR),
     Flag("folder", "Folder to write; it must not hold a model.", places.NEW_FOLDER, required=True),
     cli.CHECKPOINT.with_help("Default WORKDIR/warmup."),
     Flag(
@@ -74,9 +74,10 @@ def to_hf(given: FlagValues) -> None:
     trained with the prefix, begin with `<s><reference>` at the position_ids 0 and 1, and give the
     text those from 2 + memory.reference_length on.
     """
+    from m3jax.mirror import Mirror
     from m3jax.train.hf_checkpoint import export_folder
 
-    checkpoint = given.checkpoint or given.workdir / "warmup"
+    checkpoint = given.checkpoint or Mirror(given.workdir, given.cache_dir).url("warmup")
     print(export_folder(checkpoint, given.folder, dtype=given.dtype))
 
 

@@ -158,7 +158,7 @@ def export_folder(checkpoint: str | Path, folder: Path, *, dtype: str | None = N
     """Writes a checkpoint as a Hugging Face folder, which `transformers` loads.
 
     Args:
-      checkpoint: stage folder, or checkpoints/STEP in it.
+      checkpoint: stage folder, or checkpoints/STEP in it; also in a bucket.
       folder: folder to write; it must not hold a model.
       dtype: dtype of the weights; default the dtype of the parameters.
 

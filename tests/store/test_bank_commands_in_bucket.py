@@ -10,7 +10,7 @@ import jax
 import pytest
 from data.data_workdir import make_workdir, write_text
 from launch.test_writers import CONFIG, stage_config
-from store.bucket_commands import command
+from store.bucket_commands import command, content
 from store.cloud_storage import BUCKET, CloudStorage, Fault
 
 from m3jax import store
@@ -184,3 +184,16 @@ def test_what_is_selected_is_reported_in_the_bucket(run):
         local = json.loads((run.local / "report" / name).read_bytes())
         assert json.loads(Store(URL).read(f"report/{name}") or b"") == local
     assert Store(URL).read("report/counts.png") and Store(URL).read("report/heads-context-kv.png")
+
+
+def test_a_checkpoint_of_a_bucket_is_exported_as_that_of_a_disk(run, tmp_path):
+    pytest.importorskip("gcsfs")
+    config = stage_config()
+    program = Program(config, make_mesh(config, jax.devices()[:1]))
+    fingerprint = Tokenizer.load(run.local / "tokenizer").fingerprint
+    checkpoints = Checkpoints(f"{URL}/warmup", config, fingerprint)
+    checkpoints.save(program.init(None), 1)
+    checkpoints.close()
+    command("convert to_hf", f"--workdir={run.local}", f"--folder={tmp_path / 'of disk'}")
+    command("convert to_hf", *run.at_bucket(), f"--folder={tmp_path / 'of bucket'}")
+    assert content(tmp_path / "of bucket") == content(tmp_path / "of disk") != {}

@@ -253,6 +253,26 @@ def test_a_process_killed_while_it_copies_leaves_no_part(published, server, tmp_
     assert files_of(mirror.local / "references") == contents
 
 
+def test_a_process_killed_while_it_publishes_leaves_what_another_goes_on_with(server, tmp_path):
+    first = Mirror(URL, tmp_path / "host")
+    contents = fill(first.local / "references", 1)
+    server.faults = [Fault("POST .*manifest.json", delay=60.0, status=200)]
+    code = (
+        "import sys; from m3jax.mirror import Mirror; Mirror(*sys.argv[1:]).publish('references')"
+    )
+    process = processes.start(["python", "-c", code, URL, tmp_path / "host"])
+    while not any("manifest.json" in line for line in written(server)):
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    server.faults = []
+    second = Mirror(URL, tmp_path / "second")
+    assert not second.has("references")
+    first.publish("references")
+    second.fetch("references")
+    assert files_of(second.local / "references") == contents
+
+
 def test_a_file_is_a_part(server, tmp_path):
     first, second = Mirror(URL, tmp_path / "first"), Mirror(URL, tmp_path / "second")
     (first.local / "report").mkdir()

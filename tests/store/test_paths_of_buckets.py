@@ -24,7 +24,7 @@ TAKEN = {"bank", "base", "compressed_bank", "checkpoint", "init_from", "other", 
 LOCAL = {
     *("bench bank", "bench edits", "bench inference", "bench overlap", "bench train"),
     "bench quantizer",
-    *("bench retrieval", "convert from_hf", "convert to_hf"),
+    *("bench retrieval", "convert from_hf"),
     *("quickstart", "quickstart chat", "quickstart smollm2", "sweep"),
 }
 
