@@ -89,3 +89,11 @@ def test_a_bucket_that_is_lost_ends_a_run_and_loses_nothing(quick_server, tmp_pa
     run(tmp_path / "local")
     expected = outcome(tiny_config(), tmp_path / "local")
     assert outcome(tiny_config(), on(tmp_path / "a")) == expected
+
+
+def test_a_silent_server_is_asked_again(quick_server, tmp_path):
+    begun = time.monotonic()
+    quick_server.faults = [Fault("POST.*upload_id", 0, delay=300), Fault("GET.*/5/", 0, delay=20)]
+    run(on(tmp_path / "a"))
+    assert 12 in checkpoint_steps(f"{URL}/warmup") and not any(f.times for f in quick_server.faults)
+    assert 15 < time.monotonic() - begun < 120
