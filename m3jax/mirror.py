@@ -202,6 +202,15 @@ class Mirror:
                 write_atomically(path, data, shared=True)
         return [name for name, data in read.items() if data is not None]
 
+    def drop_older(self, part: str) -> None:
+        """Deletes a part here if something else is published in the bucket; nothing there: kept."""
+        mark = self.read(f"{part}/{PUBLISHED}")
+        if mark is None or not (self.local / part).exists():
+            return
+        stats = _stats(self.local / part, self._manifest(part, mark).files)
+        if self._recorded(part) != _record(mark, stats):
+            shutil.rmtree(self.local / part, ignore_errors=True)
+
     def _require_space(self, copies: list[_Copy], needed: int) -> None:
         if needed == 0:
             return

@@ -211,6 +211,8 @@ def fetch_versions(workdir: Path) -> None:
     for number in made_versions(workdir):  # deleted by a compaction elsewhere
         if f"{VERSIONS}/{number:06d}/" not in own:
             shutil.rmtree(folder_of(workdir, number), ignore_errors=True)
+    for folder in ("", *own):  # else versions would be compared with those of another preparation
+        mirror.drop_older(f"{folder}references")
     if recorded_oldest(workdir):
         for part in ("references", "index"):
             if (workdir / part).exists() and not mirror.has(part):

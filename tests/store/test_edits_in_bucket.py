@@ -289,6 +289,16 @@ def test_damage_in_the_bucket_is_named_and_repaired(server, tmp_path, local):
         repair(CONFIG, second, write=write)
 
 
+def test_a_workdir_made_anew_at_its_place_is_not_mixed_with_older_copies(server, tmp_path):
+    before = dict(server.buckets[BUCKET])
+    reader = host(tmp_path, "reader")
+    edit(CONFIG, host(tmp_path, "first"), documents=documents("Zork"), write=write)
+    assert "Zork#0" in keys_of(reader)
+    server.buckets[BUCKET] = before
+    edit(CONFIG, host(tmp_path, "second"), documents=documents("Quux"), write=write)
+    assert {"Zork#0", "Quux#0"} & keys_of(reader) == {"Quux#0"}
+
+
 def test_edits_go_through_failing_requests(server, tmp_path, local):
     server.faults = [
         Fault(".", 503, times=1e9, share=0.1),
