@@ -7,6 +7,8 @@ none less, none other. A sample of the moments is tried; every one of them with
 
 import os
 import random
+import runpy
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +16,7 @@ import processes
 import pytest
 from kills.commands import COMMANDS, READERS, Killed, commands
 from kills.harness import CLOSED, FULL, KILL, Place, Trial
+from processes import ROOT
 
 ALL = os.environ.get("M3JAX_KILLS") == "all"
 SAMPLE = {KILL: 2, FULL: 1, CLOSED: 1}  # moments of a command
@@ -40,6 +43,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 def test_every_command_is_killed_or_says_why_not() -> None:
     assert set(commands()) == set(COMMANDS)
+
+
+def test_every_flag_exists() -> None:
+    """Of the commands, also of those that run on request alone."""
+    for (script, command), calls in [*COMMANDS.items(), *READERS.items()]:
+        for killed in () if isinstance(calls, str) else calls:
+            own = runpy.run_path(str(ROOT / "launch" / f"{script}.py"))["COMMANDS"][command].flags
+            names = {flag.name for flag in own} | {"workdir"}
+            given = [word for word in shlex.split(killed.words) if not word.startswith("--config.")]
+            assert {word[2:].partition("=")[0] for word in given} <= names, (script, given)
 
 
 def chosen(count: int, sample: int, name: str) -> list[int]:
