@@ -159,7 +159,9 @@ COMMANDS: dict[tuple[str, str], list[Killed] | str] = {
 READERS: dict[tuple[str, str], list[Killed]] = {
     ("edit_bank", "list"): [Killed("edited")],
     ("edit_bank", "verify"): [Killed("edited"), Killed("trained_edited", slow=True)],
-    ("generate", ""): [Killed("trained_edited", "--prompt=Ada --new_tokens=2", slow=True)],
+    ("generate", ""): [
+        Killed("continued_edited", "--prompt=Ada --new_tokens=2", True, ":stage=continual")
+    ],
 }
 
 
