@@ -134,9 +134,17 @@ def _remedy(folder: Folder) -> str:
 
 
 def read_meta(folder: Folder) -> dict[str, Any]:
-    """Reads the `meta` of a checkpoint folder `…/<step>`; raises `CheckpointError` if damaged."""
+    """Reads the `meta` of a checkpoint folder `…/<step>`; raises `CheckpointError` if damaged.
+
+    A process can read it alone: Orbax would wait for all of them to read.
+    """
     verify(folder, "meta/")
-    with damage_named(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+    alone = ocp.options.MultiprocessingOptions(active_processes={jax.process_index()})
+    handler = ocp.JsonCheckpointHandler()
+    with (
+        damage_named(folder),
+        ocp.Checkpointer(handler, multiprocessing_options=alone) as reader,
+    ):
         return dict(reader.restore(to_folder(folder) / "meta"))
 
 
