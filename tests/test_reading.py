@@ -237,6 +237,7 @@ OWN = {
     "m3jax/config_files.py": "configs, which are Python",
     "m3jax/files.py": "checksums, sealed files",
     "m3jax/store.py": "objects of folders and buckets",
+    "m3jax/mirror.py": "files of published parts",
     "m3jax/workdir.py": "marks of parts",
     "m3jax/distributed.py": "messages of processes",
     "m3jax/text/records.py": "side files",

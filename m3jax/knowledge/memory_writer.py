@@ -150,7 +150,7 @@ def _restore_recorded(writer: Mapping[str, Any], workdir: Folder, model: Model) 
     these weights.
     """
     recorded = writer["path"]
-    for folder in (recorded, workdir / Path(recorded).name):
+    for folder in (to_folder(recorded), workdir / Path(recorded).name):
         try:
             params, meta = restore_params(folder, model, writer["step"])
         except CheckpointError:
