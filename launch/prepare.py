@@ -15,8 +15,7 @@ section `knowledge`); the report is then in DIR/report/knowledge:
 
     python launch/prepare.py … --config.knowledge.enabled --questions=nq.jsonl,boolq.jsonl
 
-Into a bucket: made in a local copy in --cache_dir, each part is published there when it is
-finished;
+Into a bucket: parts are made in a local copy in --cache_dir and published when they are finished;
 another machine goes on from what was published:
 
     python launch/prepare.py … --workdir=gs://my-bucket/runs/wiki

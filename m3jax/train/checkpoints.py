@@ -2,8 +2,8 @@
 
 A checkpoint is whole or absent: Orbax writes to a temporary name and renames, after the checksums
 of all files were added; in a bucket it writes `commit_success.txt` last. `meta` is JSON: the
-config, the step, the run, the tokenizer's fingerprint,
-the writer and version of the memories it reads, and the fingerprints of everything it reads.
+config, the step, the run, the tokenizer's fingerprint, the writer and version of the memories it
+reads, and the fingerprints of everything it reads.
 """
 
 from __future__ import annotations
