@@ -108,6 +108,7 @@ def bank_files(run: Runner, part: str = "bank") -> tuple[dict[str, bytes], dict[
     return local, bucket
 
 
+@pytest.mark.slow
 def test_a_bank_is_written_and_edited_as_on_a_disk(run):
     assert "encoded" in run("write_bank")
     local, there = bank_files(run)

@@ -86,6 +86,7 @@ def assert_same(workdir: Path, local: Path) -> None:
         np.testing.assert_array_equal(values, expected)
 
 
+@pytest.mark.slow
 def test_edits_of_two_hosts_are_those_of_a_disk(server, tmp_path, local):
     first, second = host(tmp_path, "first"), host(tmp_path, "second")
     require_unedited(first)

@@ -331,6 +331,7 @@ def test_memories_of_another_run_are_refused_at_the_same_path(
         assert outcome == "refused" and "bank" in refusal
 
 
+@pytest.mark.slow
 def test_a_run_reads_another_version_if_it_is_told_to(workdirs: tuple[Path, Path]) -> None:
     """Edits between two sessions: the run goes on with its version, or with the named one."""
     first, _ = workdirs
@@ -365,6 +366,7 @@ def test_a_checkpoint_without_ingredients_goes_on(
     assert "records nothing of what it was trained on" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_log_probabilities_of_another_base_model_are_refused(workdirs: tuple[Path, Path]) -> None:
     """They were deleted, and computed again with another model than the run began with."""
     first, second = workdirs
@@ -375,6 +377,7 @@ def test_log_probabilities_of_another_base_model_are_refused(workdirs: tuple[Pat
     assert outcome == "refused" and "was trained on another base model of " in refusal
 
 
+@pytest.mark.slow
 def test_measurements_are_bound_to_weights_and_data(workdirs: tuple[Path, Path]) -> None:
     """The losses that a ranking of heads keeps, by the name of their file."""
     first, second = workdirs
