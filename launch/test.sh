@@ -12,7 +12,9 @@
 # M3JAX_VENV=FOLDER puts the environment somewhere else than .venv of the repository.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-prepare_environment "test"
+extras=test
+[[ "${1:-}" != --bucket ]] || extras=test,gcs
+prepare_environment "$extras"
 cd "$root"
 marks="not slow and not parity and not every"
 if [[ "${1:-}" == --all ]]; then
