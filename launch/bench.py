@@ -3,6 +3,7 @@
     python launch/bench.py train --json=train.json
     python launch/bench.py writer
     python launch/bench.py bank
+    python launch/bench.py bank --bank=gs://my-bucket/run/bank
     python launch/bench.py checkpoint
     python launch/bench.py edits
     python launch/bench.py overlap --workdir=runs/wiki
@@ -95,7 +96,15 @@ COMMANDS = {
             places.WORKDIR,
         ),
     ),
-    "bank": _benchmark("bank", "Times random reads of a bank over plain reads of the same bytes."),
+    "bank": _benchmark(
+        "bank",
+        "Times random reads of a bank over plain reads of the same bytes.",
+        Flag(
+            "bank",
+            "URL of a bank, whose server or bucket is measured; default: made banks on this disk.",
+            dataclasses.replace(places.BANK, schemes=("gs", "http", "https")),
+        ),
+    ),
     "checkpoint": _benchmark(
         "checkpoint", "Measures what checksums add to saving and restoring a checkpoint."
     ),

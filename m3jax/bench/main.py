@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 import m3jax
-from m3jax.bench import brought, inference, train
+from m3jax.bench import bank_at_url, brought, inference, train
 from m3jax.bench.bank import bank
 from m3jax.bench.checkpoint import checkpoint
 from m3jax.bench.edits import edits
@@ -56,12 +56,13 @@ BENCHMARKS = {
     ),
 }
 
-# Of a brought model: the same commands with a config and a workdir.
+# Of a brought model or bank: the same commands with a config and a workdir, or a URL.
 BROUGHT = {
     "train": Benchmark(brought.train, 3, {"rows": 8, "references": 8}),
     "inference": Benchmark(
         brought.inference, 3, {"batch": 2, "tokens": 3}, draw=brought.draw_speeds
     ),
+    "bank": Benchmark(bank_at_url.bank, 5, {"reads": 2, "memories": 16}),
 }
 
 
@@ -98,7 +99,7 @@ def run(
     """
     options = {key: value for key, value in options.items() if value is not None}
     benchmark = BENCHMARKS[name]
-    if "config" in options:
+    if "config" in options or "bank" in options:
         benchmark = BROUGHT[name]
     sized = {"smallest": benchmark.smallest, "full": benchmark.full}.get(size, {})
     rounds, count = benchmark.rounds(**{**sized, **options}), count or benchmark.default

@@ -3,9 +3,9 @@
 TensorStore copies a memory three times: out of the page cache, into its own cache, into the array.
 This reader lets the kernel copy it into a small buffer that stays in the processor's cache,
 verifies its checksum there, which must be the one that the bank has for this memory, and copies it
-to its place in the array. From a server or a bucket it
-requests only the bytes of each memory. After a failure, TensorStore finds out which files are
-missing or damaged.
+to its place in the array. From a server or a bucket it requests only the bytes of each memory, and
+not even the shard's index first: memories have one size and lie in order, and the checksum tells.
+After a failure, TensorStore finds out which files are missing or damaged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
@@ -100,9 +101,13 @@ class _Files:
 
 
 class _Ranges:
-    """Reads shard files of any store that TensorStore supports, with one request per thread."""
+    """Reads shard files of any store that TensorStore supports, each thread some requests ahead.
 
-    threads, task = storage.IO_THREADS, 1
+    A thread for each request is no faster, and takes a third more processor time.
+    """
+
+    threads, task = 4, 1
+    _ahead = 12  # requests of a thread; of all threads some more than there are connections
 
     def __init__(self, folder: str | Path) -> None:
         self._store = storage.store(folder)
@@ -115,8 +120,16 @@ class _Ranges:
         targets: list[np.ndarray],
     ) -> bool:
         """Reads memories as `_Files.load` does."""
-        for shard, offset, known, target in zip(shards, offsets, expected, targets, strict=True):
-            data = self._read(shard, offset, offset + target.nbytes + _CHECKSUM_BYTES)
+        size = targets[0].nbytes + _CHECKSUM_BYTES
+        rest = zip(shards, offsets, strict=True)
+
+        def begin(count: int) -> Iterator[ts.Future]:
+            return (self._begin(i, at, at + size) for i, at in itertools.islice(rest, count))
+
+        pending = deque(begin(self._ahead))
+        for known, target in zip(expected, targets, strict=True):
+            data = self._done(pending.popleft())
+            pending.extend(begin(1))
             if not _is_intact(data, known):
                 return False
             target[...] = np.frombuffer(data, np.uint8, target.nbytes).reshape(target.shape)
@@ -124,14 +137,16 @@ class _Ranges:
 
     def end(self, shard: int, size: int) -> bytes:
         """Reads the last bytes of a shard's file."""
-        return self._read(shard, -size, None)
+        return self._done(self._begin(shard, -size, None))
 
-    def _read(self, shard: int, start: int, stop: int | None) -> bytes:
-        future = self._store.read(storage.shard_key(shard), byte_range=slice(start, stop))
+    def _begin(self, shard: int, start: int, stop: int | None) -> ts.Future:
+        return self._store.read(storage.shard_key(shard), byte_range=slice(start, stop))
+
+    def _done(self, future: ts.Future) -> bytes:
         result = future.result(timeout=storage.SECONDS)  # TimeoutError is an OSError
         if result.state != "value":
-            raise FileNotFoundError(storage.shard_key(shard))
-        return bytes(result.value)
+            raise FileNotFoundError("a shard")
+        return result.value
 
 
 @functools.cache
@@ -248,27 +263,33 @@ class ShardReader:
     def _try_shards(self, ids: np.ndarray, places: np.ndarray, memories: np.ndarray) -> bool:
         """Reads memories once; returns False, with rows undefined, if any is missing or damaged."""
         targets = memories.view(np.uint8)
-        size = targets[0].nbytes
+        size = targets[0].nbytes + _CHECKSUM_BYTES
+        remote = isinstance(self._source, _Ranges)
 
         def load(start: int) -> bool:
             part = slice(start, start + step)
-            shards, rows = (x.tolist() for x in np.divmod(ids[part], self._shard))
+            shards, rows = np.divmod(ids[part], self._shard)
+            into = [targets[i] for i in places[part]]
+            known: Sequence[int | None] = [None] * len(into)
+            if self.checksums is not None:
+                known = self.checksums[ids[part]].tolist()
+
+            def at(offsets: np.ndarray) -> bool:
+                return self._source.load(shards.tolist(), offsets.tolist(), known, into)
+
             try:
-                chunks = np.array(
-                    [self._index(i)[row] for i, row in zip(shards, rows, strict=True)]
-                )
-                if (chunks[:, 1] != size + _CHECKSUM_BYTES).any():
-                    return False
-                offsets, into = chunks[:, 0].tolist(), [targets[i] for i in places[part]]
-                known: Sequence[int | None] = [None] * len(into)
-                if self.checksums is not None:
-                    known = self.checksums[ids[part]].tolist()
-                return self._source.load(shards, offsets, known, into)
+                if remote and self.checksums is not None and at(rows * size):
+                    return True
+                indexes = {i: self._index(i) for i in np.unique(shards).tolist()}
+                chunks = [indexes[i][row] for i, row in zip(shards, rows, strict=True)]
+                offsets, sizes = np.array(chunks).T
+                if (sizes == size).all() and at(offsets):
+                    return True
             except (OSError, ValueError, IndexError) as error:
                 raise_if_machine(error)
-                return False
+            return False
 
-        step = max(-(-len(ids) // self._source.threads), -(-self._source.task // max(1, size)))
+        step = max(-(-len(ids) // self._source.threads), -(-self._source.task // size))
         # Wait for all tasks: a running one would write into rows that the next attempt fills.
         return all(list(_pool(self._source.threads).map(load, range(0, len(ids), step))))
 

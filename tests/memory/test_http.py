@@ -74,9 +74,19 @@ def test_codes_are_served(tmp_path: Path) -> None:
         _assert_same(server.url, tmp_path)
 
 
-def test_a_memory_costs_its_own_bytes_and_its_shards_index(server: Server) -> None:
+def test_a_memory_costs_its_own_bytes(server: Server) -> None:
     bank = Bank.open(server.url)
     assert server.bytes_of_shards() == 0
+    bank.read(np.array([13, -1, 13]))
+    assert server.bytes_of_shards() == ITEM + 4
+    bank.read(np.array([14, 25]))
+    assert server.bytes_of_shards() == 3 * (ITEM + 4)
+    assert not any(path.endswith("/") for path, _ in server.sent)
+
+
+def test_without_checksums_of_the_bank_it_costs_its_shards_index_too(server: Server) -> None:
+    bank = Bank.open(server.url)
+    bank.parts[0].checksums = None
     index = 16 * SHARD + 4
     bank.read(np.array([13, -1, 13]))
     assert server.bytes_of_shards() == index + ITEM + 4

@@ -7,6 +7,7 @@ starts it and points them at it. `tests/store/test_cloud_storage.py` pins what i
 import base64
 import contextlib
 import dataclasses
+import functools
 import json
 import random
 import re
@@ -46,6 +47,10 @@ class Stored:
     data: bytes
     generation: int
 
+    @functools.cached_property
+    def crc32c(self) -> str:
+        return base64.b64encode(crc32c.crc32c(self.data).to_bytes(4, "big")).decode()
+
 
 @dataclasses.dataclass
 class Fault:
@@ -78,7 +83,7 @@ class CloudStorage(ThreadingHTTPServer):
       requests: lines `METHOD target` of all requests, and their `Range`.
     """
 
-    daemon_threads = True
+    daemon_threads, request_queue_size = True, 128
 
     def __init__(self, buckets: tuple[str, ...] = (BUCKET,)) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -214,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
         size = len(there.data)
         headers = {
             "x-goog-generation": str(there.generation),
-            "x-goog-hash": f"crc32c={_crc32c(there.data)}",
+            "x-goog-hash": f"crc32c={there.crc32c}",
             "x-goog-stored-content-length": str(size),
         }
         part = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers["Range"] or "")
@@ -284,10 +289,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
 
-def _crc32c(data: bytes) -> str:
-    return base64.b64encode(crc32c.crc32c(data).to_bytes(4, "big")).decode()
-
-
 def _bucket(name: str) -> bytes:
     return json.dumps(
         {"kind": "storage#bucket", "id": name, "name": name, "location": "US"}
@@ -307,7 +308,7 @@ def _resource(name: str, there: Stored) -> dict[str, str]:
         "name": name,
         "generation": str(there.generation),
         "size": str(len(there.data)),
-        "crc32c": _crc32c(there.data),
+        "crc32c": there.crc32c,
         "updated": "2026-01-01T00:00:00.000Z",
     }
 
