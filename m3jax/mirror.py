@@ -5,39 +5,43 @@ the same layout, `CACHE_DIR/<digest of the URL>/`, and a `Mirror` copies *parts*
 part is a folder or a file by its path in the workdir (`references`, `corpus/train`,
 `versions/current.json`). A workdir on a disk is its own mirror, where nothing is copied.
 
-    gs://…/references/published.json    name, bytes and XXH3 checksum of each file of the part;
-                                        written last and deleted first
-    gs://…/references/publishing.json   the same, while the part is being published
-    gs://…/references/FILE              a file; one above 128 MiB is FILE/00000, FILE/00001, …
-
-    CACHE_DIR/<digest>/.mirror/         URL of the workdir, lock of this host, unfinished copies,
-                                        and what was copied: size and time of change of each file
+What a part is in the bucket says `m3jax.published`. `CACHE_DIR/<digest>/.mirror/` has the URL of
+the workdir, the lock of this host, unfinished copies, and what was copied: size and time of change
+of each file.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
-
-from tqdm import tqdm
 
 from m3jax.errors import LockError, StoreError
-from m3jax.files import TEMPORARY, commit, digest, fast_checksum, json_text, write_atomically
+from m3jax.files import TEMPORARY, commit, digest, fast_checksum, write_atomically
 from m3jax.printable import complain
+from m3jax.published import (
+    PUBLISHED,
+    PUBLISHING,
+    THREADS,
+    Copy,
+    File,
+    Manifest,
+    files_in,
+    progress,
+    record,
+    size_of,
+    size_text,
+    stats_of,
+)
 from m3jax.store import REQUESTS, Lease, Store, is_bucket, living
-from m3jax.workdir import BEGUN, LOCK, only_writer
+from m3jax.workdir import LOCK, only_writer
 
-PUBLISHED, PUBLISHING = "published.json", "publishing.json"
 _OWN = ".mirror"  # folder of a mirror for its own files
-_THREADS = 4  # files that are copied at a time
 _OBJECT = 128 << 20  # most bytes of an object
 _PIECE = 32 << 20  # bytes of a request
 _leases: dict[str, Lease] = {}  # that this process holds, by the URL of the workdir
@@ -46,46 +50,6 @@ _leases: dict[str, Lease] = {}  # that this process holds, by the URL of the wor
 def default_cache() -> Path:
     """Returns the folder of this user's mirrors: `m3jax` in XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m3jax"
-
-
-class _File(NamedTuple):
-    """File of a published part: path in it, size in bytes, XXH3 checksum."""
-
-    name: str
-    bytes: int
-    checksum: str
-
-
-class _Manifest(NamedTuple):
-    """Content of `published.json`: most bytes of an object, and the files of the part."""
-
-    object_bytes: int
-    files: list[_File]
-
-    def encode(self) -> bytes:
-        return json_text(self._asdict(), indent=1).encode()
-
-    def objects(self, file: _File) -> list[tuple[str, int, int]]:
-        """Returns the objects that hold a file: name, first byte and end."""
-        if file.bytes <= self.object_bytes:
-            return [(file.name, 0, file.bytes)]
-        return [
-            (f"{file.name}/{number:05d}", low, min(low + self.object_bytes, file.bytes))
-            for number, low in enumerate(range(0, file.bytes, self.object_bytes))
-        ]
-
-
-class _Copy(NamedTuple):
-    """Part to be copied: its manifest, as it is and read, and where its files are collected."""
-
-    part: str
-    mark: bytes
-    manifest: _Manifest
-    folder: Path
-
-    def missing(self) -> list[_File]:
-        files = self.manifest.files
-        return [file for file in files if _size(self.folder / file.name) != file.bytes]
 
 
 class Mirror:
@@ -162,7 +126,10 @@ class Mirror:
             copies = [copy for copy in needed if copy is not None]
             missing = [(copy, file) for copy in copies for file in copy.missing()]
             self._require_space(copies, sum(file.bytes for _, file in missing))
-            with _bar([file for _, file in missing]) as bar, ThreadPoolExecutor(_THREADS) as pool:
+            with (
+                progress([file for _, file in missing]) as bar,
+                ThreadPoolExecutor(THREADS) as pool,
+            ):
                 for file in pool.map(lambda pair: self._read_file(*pair), missing):
                     bar.update(file.bytes)
             for copy in copies:
@@ -170,7 +137,7 @@ class Mirror:
             for left in (*self._own.glob("old-*"), *self._own.glob("copy-*")):
                 shutil.rmtree(left)  # also copies of what was published anew meanwhile
 
-    def _to_copy(self, part: str, anew: bool) -> _Copy | None:
+    def _to_copy(self, part: str, anew: bool) -> Copy | None:
         """Returns what a part needs; None if it is here, or a file, which is copied at once."""
         mark = self._store.read(f"{part}/{PUBLISHED}")
         if mark is None:
@@ -180,12 +147,12 @@ class Mirror:
                     " again, which goes on, or correct the URL"
                 )
             return None
-        manifest = self._manifest(part, mark)
-        if not anew and self._recorded(part) == _record(
-            mark, _stats(self.local / part, manifest.files)
+        manifest = Manifest.read(mark, f"{self.place}/{part}")
+        if not anew and self._recorded(part) == record(
+            mark, stats_of(self.local / part, manifest.files)
         ):
             return None
-        return _Copy(part, mark, manifest, self._own / f"copy-{digest(part, mark)}")
+        return Copy(part, mark, manifest, self._own / f"copy-{digest(part, mark)}")
 
     def fetch_files(self, names: Sequence[str]) -> list[str]:
         """Makes small files here what they are in the bucket, deleted ones deleted.
@@ -207,28 +174,28 @@ class Mirror:
         mark = self.read(f"{part}/{PUBLISHED}")
         if mark is None or not (self.local / part).exists():
             return
-        stats = _stats(self.local / part, self._manifest(part, mark).files)
-        if self._recorded(part) != _record(mark, stats):
+        stats = stats_of(self.local / part, Manifest.read(mark, f"{self.place}/{part}").files)
+        if self._recorded(part) != record(mark, stats):
             shutil.rmtree(self.local / part, ignore_errors=True)
 
-    def _require_space(self, copies: list[_Copy], needed: int) -> None:
+    def _require_space(self, copies: list[Copy], needed: int) -> None:
         if needed == 0:
             return
         free = shutil.disk_usage(self.local).free
         if needed > free:
             raise StoreError(
-                f"{self.local} has {_size_text(free)} free, and {self.place} needs"
-                f" {_size_text(needed)}; choose a larger disk with --cache_dir"
+                f"{self.local} has {size_text(free)} free, and {self.place} needs"
+                f" {size_text(needed)}; choose a larger disk with --cache_dir"
             )
         parts = ", ".join(copy.part for copy in copies)
-        complain(f"copying {_size_text(needed)} from {self.place} to {self.local}: {parts}")
+        complain(f"copying {size_text(needed)} from {self.place} to {self.local}: {parts}")
 
-    def _read_file(self, copy: _Copy, file: _File) -> _File:
+    def _read_file(self, copy: Copy, file: File) -> File:
         """Copies a file, from where a killed copy ended."""
         path = copy.folder / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + TEMPORARY)
-        begin = min(_size(temporary) or 0, file.bytes)
+        begin = min(size_of(temporary) or 0, file.bytes)
         spans = (
             (f"{copy.part}/{name}", start - low, min(start + _PIECE, high) - low)
             for name, low, high in copy.manifest.objects(file)
@@ -237,7 +204,7 @@ class Mirror:
         with temporary.open("ab") as content:
             for data in self._store.read_spans(spans):
                 content.write(data)
-        if _size(temporary) != file.bytes or fast_checksum(temporary) != file.checksum:
+        if size_of(temporary) != file.bytes or fast_checksum(temporary) != file.checksum:
             temporary.unlink()
             place = f"{self.place}/{copy.part}"
             raise StoreError(
@@ -248,7 +215,7 @@ class Mirror:
         commit(temporary, path)
         return file
 
-    def _put_in_place(self, copy: _Copy) -> None:
+    def _put_in_place(self, copy: Copy) -> None:
         """Makes a whole copy the part of this mirror, in place of an older one."""
         part, old = self.local / copy.part, self._own / f"old-{secrets.token_hex(6)}"
         copy.folder.mkdir(parents=True, exist_ok=True)  # a part without files
@@ -276,7 +243,7 @@ class Mirror:
             if store.read(part) != (data := folder.read_bytes()):
                 store.write(part, data)
             return
-        manifest = _Manifest(_OBJECT, _list(folder))
+        manifest = Manifest(_OBJECT, files_in(folder))
         mark = manifest.encode()
         if anew:
             self.check()
@@ -285,7 +252,9 @@ class Mirror:
         before = store.read(f"{part}/{PUBLISHED}")
         if before != mark:
             marks = (before, store.read(f"{part}/{PUBLISHING}"))
-            known = next((self._manifest(part, data) for data in marks if data), None)
+            known = next(
+                (Manifest.read(data, f"{self.place}/{part}") for data in marks if data), None
+            )
             there = {name.removeprefix(f"{part}/") for name in store.names(f"{part}/")}
             kept: set[str] = set()
             if known is not None and known.object_bytes == _OBJECT:
@@ -304,8 +273,8 @@ class Mirror:
             with self._locked():
                 self._write_record(part, mark, manifest.files)
 
-    def _write_files(self, part: str, folder: Path, manifest: _Manifest, kept: set[str]) -> None:
-        def write(file: _File) -> _File:
+    def _write_files(self, part: str, folder: Path, manifest: Manifest, kept: set[str]) -> None:
+        def write(file: File) -> File:
             with (folder / file.name).open("rb") as content:
                 for name, low, high in manifest.objects(file):
                     if name not in kept:
@@ -313,7 +282,7 @@ class Mirror:
                         self._store.write(f"{part}/{name}", content.read(high - low))
             return file
 
-        with _bar(manifest.files) as bar, ThreadPoolExecutor(_THREADS) as pool:
+        with progress(manifest.files) as bar, ThreadPoolExecutor(THREADS) as pool:
             for file in pool.map(write, manifest.files):
                 bar.update(file.bytes)
 
@@ -344,16 +313,41 @@ class Mirror:
         return True
 
     def delete(self, part: str) -> None:
-        """Deletes a part, here and there; in the bucket its manifest first."""
+        """Deletes a part, here and there; in the bucket its manifest first.
+
+        Objects there are listed before the lease is looked at: those of a later writer stay.
+        """
         if self.in_bucket:
+            there, generation = self._store.read_with_generation(part)
+            names = self._store.names(f"{part}/")
             self.check()
-            self._store.delete(part)
-            self._store.delete_under(f"{part}/", first=[f"{part}/{PUBLISHED}"])
+            if there is not None:
+                self._store.delete(part, generation)
+            if (mark := f"{part}/{PUBLISHED}") in names:
+                self._store.delete(mark)
+            self._store.delete_all(names)
         path = self.local / part
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+    def folders(self, part: str) -> list[str]:
+        """Lists the names of the folders in a folder of the bucket, sorted."""
+        names = (name.removeprefix(f"{part}/").split("/") for name in self.names(f"{part}/"))
+        return sorted({path[0] for path in names if len(path) > 1})
+
+    def copy(self, part: str, target: str) -> None:
+        """Copies what the bucket has of a part under another name."""
+        names = [name.removeprefix(f"{part}/") for name in self._store.names(f"{part}/")]
+
+        def copy(name: str) -> None:
+            data = self._store.read(f"{part}/{name}")
+            if data is not None:
+                self._store.write(f"{target}/{name}", data)
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(copy, names))
 
     def reading(self, name: str) -> Callable[[], None]:
         """Shows that this process reads something, until what it returns is called or it ends.
@@ -393,6 +387,11 @@ class Mirror:
             stack.callback(_leases.pop, place)
             yield
 
+    @property
+    def token(self) -> str:
+        """Returns what names the holder of the lease of `only_writer`; "" for a local workdir."""
+        return _leases[self.place].token if self.in_bucket else ""
+
     def check(self, part: str = "") -> None:
         """Raises `StoreError` if this process has lost its lease of `only_writer`."""
         lease = _leases.get(str(self.url(part)).rstrip("/"))
@@ -406,16 +405,6 @@ class Mirror:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _manifest(self, part: str, mark: bytes) -> _Manifest:
-        try:
-            content = json.loads(mark)
-            return _Manifest(content["object_bytes"], [_File(*file) for file in content["files"]])
-        except (ValueError, TypeError, KeyError) as error:
-            raise StoreError(
-                f"{self.place}/{part}/{PUBLISHED} is damaged; delete it and run the command that"
-                f" has made {part} again, which publishes it anew"
-            ) from error
-
     def _record_path(self, part: str) -> Path:
         return self._own / f"{digest(part)}.json"
 
@@ -423,50 +412,5 @@ class Mirror:
         path = self._record_path(part)
         return path.read_bytes() if path.is_file() else None
 
-    def _write_record(self, part: str, mark: bytes, files: list[_File]) -> None:
-        write_atomically(self._record_path(part), _record(mark, _stats(self.local / part, files)))
-
-
-def _record(mark: bytes, stats: list[tuple[int, int] | None]) -> bytes:
-    return json_text({"published": digest(mark), "files": stats}).encode()
-
-
-def _stats(folder: Path, files: list[_File]) -> list[tuple[int, int] | None]:
-    """Returns size in bytes and time of change in ns of files; None for one that is missing."""
-
-    def stat(path: Path) -> tuple[int, int] | None:
-        try:
-            status = path.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        return status.st_size, status.st_mtime_ns
-
-    return [stat(folder / file.name) for file in files]
-
-
-def _list(folder: Path) -> list[_File]:
-    """Lists the files of a part that are published, sorted by name."""
-    paths = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.suffix != TEMPORARY and path.name not in (LOCK, BEGUN)
-    ]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        sums = [*pool.map(fast_checksum, paths)]
-    return [
-        _File(path.relative_to(folder).as_posix(), path.stat().st_size, total)
-        for path, total in zip(paths, sums, strict=True)
-    ]
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
-
-
-def _size_text(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-
-
-def _bar(files: list[_File]) -> tqdm:
-    total = sum(file.bytes for file in files)
-    return tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False)
+    def _write_record(self, part: str, mark: bytes, files: list[File]) -> None:
+        write_atomically(self._record_path(part), record(mark, stats_of(self.local / part, files)))

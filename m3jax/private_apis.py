@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -58,6 +58,16 @@ def detect_cluster(timeout: int) -> tuple[str | None, int | None, int | None, An
     return clusters.ClusterEnv.auto_detect_unset_distributed_params(
         None, None, None, None, None, timeout
     )
+
+
+def delete_checkpoints_by(manager: Any, delete: Callable[[int], None]) -> None:
+    """Makes an Orbax `CheckpointManager` delete a step by `delete(step)`, in all processes.
+
+    Its own deletion of a step in a bucket removes objects in any order: a kill may leave one that
+    looks whole.
+    """
+    assert callable(manager._checkpoint_deleter.delete)
+    manager._checkpoint_deleter.delete = delete
 
 
 def use_literal_checkpoint_paths() -> None:

@@ -124,15 +124,20 @@ class Store:
         result = self._done(self._kv.write(name, data, if_equal=generation), name)
         return bool(result.generation) or self.read(name) == data
 
-    def delete(self, name: str) -> None:
-        """Deletes an object, if it exists."""
-        self._done(self._kv.write(name, None), name)
+    def delete(self, name: str, generation: bytes | None = None) -> None:
+        """Deletes an object, if it exists and, where it is given, still has a generation."""
+        self._done(self._kv.write(name, None, if_equal=generation), name)
 
     def delete_under(self, prefix: str, first: Sequence[str] = ()) -> None:
         """Deletes all objects whose names begin with `prefix`; `first` names their markers."""
         for name in first:
             self.delete(name)
         self._done(self._kv.delete_range(_range(prefix)), prefix)
+
+    def delete_all(self, names: Iterable[str]) -> None:
+        """Deletes objects by their names, in no order."""
+        for name, future in [(name, self._kv.write(name, None)) for name in names]:
+            self._done(future, name)
 
     def read_spans(self, spans: Iterable[tuple[str, int, int]]) -> Iterator[bytes]:
         """Yields the bytes of ranges of objects (name, start, stop), some requests ahead.
@@ -215,11 +220,14 @@ class Lease:
       name: its object.
       seconds: time without a renewal after which it is dead; default `LEASE`.
       what: names, for messages, what the holder does.
+
+    Attributes:
+      token: names this holder like no other.
     """
 
     def __init__(self, store: Store, name: str, what: str, seconds: float | None = None) -> None:
         self.store, self.name, self.what, self.seconds = store, name, what, seconds or LEASE
-        self._token, self._count, self._generation = secrets.token_hex(8), 0, ABSENT
+        self.token, self._count, self._generation = secrets.token_hex(8), 0, ABSENT
         self._lost, self._ended, self._renewed = False, threading.Event(), 0.0
         self._renewal = threading.Thread(target=self._renew, daemon=True)
 
@@ -260,14 +268,14 @@ class Lease:
         self._ended.set()
         self._renewal.join()
         with contextlib.suppress(StoreError):
-            held, _ = self.store.read_with_generation(self.name)
-            if held is not None and held.startswith(self._token.encode()):
-                self.store.delete(self.name)
+            held, generation = self.store.read_with_generation(self.name)
+            if held is not None and held.startswith(self.token.encode()):
+                self.store.delete(self.name, generation)
 
     def _take(self) -> bool:
         """Writes the lease with a count of its own, if nobody has since it was read."""
         self._count, begin = self._count + 1, time.monotonic()
-        data = f"{self._token} {self._count}".encode()
+        data = f"{self.token} {self._count}".encode()
         if not self.store.swap(self.name, data, self._generation):
             return False
         held, self._generation = self.store.read_with_generation(self.name)

@@ -121,3 +121,14 @@ def test_a_compiler_without_memory() -> None:
     assert private_apis.needed_bytes("INTERNAL: Mosaic failed") is None
     assert np.isnan(private_apis.needed_bytes("out of memory"))
     assert hasattr(jax.errors, "JaxRuntimeError")
+
+
+def test_checkpoints_are_deleted_by_what_we_say(tmp_path: Path) -> None:
+    deleted: list[int] = []
+    options = ocp.CheckpointManagerOptions(max_to_keep=1)
+    with ocp.CheckpointManager(tmp_path / "checkpoints", options=options) as manager:
+        private_apis.delete_checkpoints_by(manager, deleted.append)
+        for step in (1, 2):
+            manager.save(step, args=ocp.args.StandardSave({"a": jnp.arange(3)}))
+            manager.wait_until_finished()
+    assert deleted == [1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,28 +19,33 @@ from ml_collections import ConfigDict
 
 from m3jax.errors import VersionError
 from m3jax.files import checksum, digest, json_text, sync_folder, write_array, write_sealed
+from m3jax.knowledge.current import (
+    CURRENT,
+    VERSION,
+    data_of,
+    folder_of,
+    made_versions,
+    read_current,
+    recorded_oldest,
+    swap,
+    write_current,
+)
 from m3jax.knowledge.versions import (
     BANKS,
     BUILDING,
-    CURRENT,
     TOMBSTONES,
-    VERSION,
     VERSIONS,
     Version,
     editing,
     existing,
     fetch_versions,
-    folder_of,
     forget_begun,
-    made_versions,
+    name_of,
     open_bank,
     open_index,
     open_references,
     open_version,
-    read_current,
-    recorded_oldest,
     versions,
-    write_current,
 )
 from m3jax.memory.bank import Bank, require_alike
 from m3jax.mirror import Mirror
@@ -217,7 +223,7 @@ def refresh(workdir: str | Path, what: str, *, write: WriteMemories, note: str) 
 
 def end_killed(current: Version) -> None:
     """Ends the edit that made the current version, if it was killed after its commit."""
-    if (folder_of(current.workdir, current.number) / BEGUN).exists() and current.number:
+    if (data_of(current.workdir, current.number) / BEGUN).exists() and current.number:
         with editing(current.workdir):
             pass
 
@@ -228,7 +234,7 @@ def open_to_select(workdir: Path) -> Version:
     Where `keep_only` was killed after its commit, the version before it, for the same selection.
     """
     current = open_version(workdir)
-    begun = folder_of(workdir, current.number) / BEGUN
+    begun = data_of(workdir, current.number) / BEGUN
     if current.number and begun.exists() and json.loads(begun.read_bytes())["kind"] == KEEP:
         return open_version(workdir, current.parent)
     return current
@@ -274,16 +280,33 @@ def building_folder(workdir: Path, parent: Version, what: list[Any]) -> Path:
     folder, identity = workdir / VERSIONS / BUILDING, _identity(parent.number, what)
     begin_part(folder, identity)
     mirror, own = Mirror.of(workdir), _next_folder(parent)
-    if mirror.in_bucket and mirror.read(f"{own}/{BEGUN}") != (folder / BEGUN).read_bytes():
-        mirror.delete(own)
+    if mirror.in_bucket:
         mirror.publish(f"{own}/{BEGUN}", folder / BEGUN)
+        _go_on(mirror, own, (folder / BEGUN).read_bytes())
     return folder
 
 
+def _go_on(mirror: Mirror, own: str, begun: bytes) -> None:
+    """Copies the banks that the same edit, killed, has written in the bucket: not all of another's.
+
+    That one may only be suspended, and go on in its own folder; it makes no version then.
+    """
+    siblings = f"{Path(own).parent.as_posix()}/"
+    names = [name.removeprefix(siblings).split("/") for name in mirror.names(siblings)]
+    counts = Counter(path[0] for path in names if len(path) > 2)  # objects of banks and parts
+    for token, _ in counts.most_common():
+        before = siblings + token
+        if before != own and mirror.read(f"{before}/{BEGUN}") == begun:
+            for bank in ("bank", BANKS):
+                mirror.copy(f"{before}/{bank}", f"{own}/{bank}")
+            return
+
+
 def _next_folder(parent: Version) -> str:
-    """Returns the path in the workdir of the version that an edit of `parent` makes."""
+    """Returns the path in the workdir of what an edit of `parent` makes, but for `version.json`."""
     number = max([*versions(parent.workdir), parent.number]) + 1
-    return folder_of(parent.workdir, number).relative_to(parent.workdir).as_posix()
+    own = folder_of(parent.workdir, number) / Mirror.of(parent.workdir).token
+    return own.relative_to(parent.workdir).as_posix()
 
 
 def bank_of_edit(parent: Version, building: Path, part: str = "bank") -> Path | str:
@@ -294,7 +317,7 @@ def bank_of_edit(parent: Version, building: Path, part: str = "bank") -> Path | 
 
 def is_made(current: Version, what: list[Any]) -> bool:
     """Returns True if this very edit made the current version and was killed after its commit."""
-    folder = folder_of(current.workdir, current.number)
+    folder = data_of(current.workdir, current.number)
     return current.number > 0 and is_begun(folder, _identity(current.parent, what))
 
 
@@ -347,28 +370,25 @@ def commit_version(
     `gone` become tombstones. With `alone`, `building` is a new base and nothing of `parent` stays;
     if it is `refreshed`, it has the banks of all parts.
     """
-    own = _next_folder(parent)
-    number = int(Path(own).name)
-    parts = [] if alone else [0 if path == workdir else int(path.name) for path in parent.folders]
+    mirror, own = Mirror.of(workdir), _next_folder(parent)
+    number = int(Path(own).parts[1])
+    folders = [] if alone else [name_of(parent, path) for path in parent.folders]
     banks = [] if alone else [*parent.bank_parts]
     removed = np.asarray(gone, np.int64)
     tombstones = removed if alone else np.union1d(parent.tombstones, removed)
     if (building / "references").exists():
-        parts, banks = [*parts, number], [*banks, f"{own}/bank"]
+        folders, banks = [*folders, own], [*banks, f"{own}/bank"]
     if refreshed:
-        banks = [f"{own}/{BANKS}/{part}" for part in range(len(parts))]
+        banks = [f"{own}/{BANKS}/{part}" for part in range(len(folders))]
     write_array(building / TOMBSTONES, tombstones)
-
-    def of_part(part: int) -> Path:
-        return building if part == number else folder_of(workdir, part)
-
+    parts = [building if folder == own else workdir / folder for folder in folders]
     content = {
         "version": number,
         "parent": parent.number,
-        "base": parts[0],
-        "deltas": parts[1:],
+        "folders": folders,
         "banks": banks,
-        "references": [content_id(of_part(part) / "references") for part in parts],
+        "data": own,
+        "references": [content_id(part / "references") for part in parts],
         "tombstones": checksum(building / TOMBSTONES),
         "oldest": number if alone else read_current(workdir)["oldest"],
         "note": note,
@@ -376,12 +396,15 @@ def commit_version(
     write_sealed(building / VERSION, content)
     if not (workdir / VERSIONS / CURRENT).exists():  # never missing where there are versions
         write_current(workdir, 0, 0)
-    mirror = Mirror.of(workdir)
     made = [name for name in ("references", "index") if (building / name).exists()]
-    for name in (*made, TOMBSTONES, VERSION):  # the last one makes it a version
+    for name in (*made, TOMBSTONES):
         mirror.publish(f"{own}/{name}", building / name)
-    os.replace(building, folder_of(workdir, number))
-    sync_folder(workdir / VERSIONS)
+    if mirror.in_bucket:  # this makes it a version
+        version = folder_of(workdir, number) / VERSION
+        swap(mirror, name_of(parent, version), (building / VERSION).read_bytes())
+        (building / VERSION).unlink()
+    os.replace(building, workdir / own)
+    sync_folder((workdir / own).parent)
     for name in made:
         mirror.publish(f"{own}/{name}")  # the mirror has it already
     write_current(workdir, number, read_current(workdir)["oldest"])

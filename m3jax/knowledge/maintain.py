@@ -10,6 +10,13 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from m3jax.errors import BankError, MachineError, VersionError
+from m3jax.knowledge.current import (
+    VERSION,
+    data_of,
+    folder_of,
+    made_versions,
+    write_current,
+)
 from m3jax.knowledge.edit import (
     WriteMemories,
     bank_of_edit,
@@ -20,23 +27,19 @@ from m3jax.knowledge.edit import (
 from m3jax.knowledge.versions import (
     BANKS,
     BUILDING,
-    VERSION,
     VERSIONS,
     Version,
     editing,
     embedders,
     existing,
     fetched_parts,
-    folder_of,
     in_use,
-    made_versions,
     name_of,
     open_bank,
     open_index,
     open_references,
     open_version,
     read_version,
-    write_current,
 )
 from m3jax.memory.bank import Bank
 from m3jax.memory.storage import COMPLETE, delete_file, read_file, remove_shard_checksums
@@ -210,20 +213,23 @@ def _delete_older(workdir: Path, kept: Version) -> list[str]:
     mirror = Mirror.of(workdir)
     older = [number for number in (0, *made_versions(workdir)) if number != kept.number]
     read = [number for number in older if in_use(workdir, number)]
-    needed = set()
-    for version in [kept, *(read_version(workdir, number) for number in read)]:
+    needed, opened = set[str](), [kept, *(read_version(workdir, number) for number in read)]
+    for version in opened:
         needed |= {*fetched_parts(version), *version.bank_parts}
+    data = {name_of(kept, data_of(workdir, version.number)) for version in opened}
     for number in (*older, kept.number):
-        folder = folder_of(workdir, number)
-        own = f"{name_of(kept, folder)}/" if number else ""
+        own = name_of(kept, folder_of(workdir, number))
         if number and number not in (kept.number, *read):
-            mirror.delete(own + VERSION)  # so that it can no longer be opened
-        banks = {f"{own}{BANKS}/{name}" for name in _names_in(mirror, f"{own}{BANKS}")}
-        parts = {own + part for part in ("references", "index", "bank")} | banks
-        if number and not needed & parts and number not in (kept.number, *read):
-            parts = {own.rstrip("/")}
-        for part in sorted(parts - needed):
-            mirror.delete(part)
+            mirror.delete(f"{own}/{VERSION}")  # so that it can no longer be opened
+        inside = [f"{own}/{token}" for token in mirror.folders(own)] if number else []
+        for folder in inside or [own]:
+            begin = f"{folder}/" if number else ""
+            banks = {f"{begin}{BANKS}/{name}" for name in _names_in(mirror, f"{begin}{BANKS}")}
+            parts = {begin + part for part in ("references", "index", "bank")} | banks
+            if number and folder not in data and not needed & parts:
+                parts = {folder}
+            for part in sorted(parts - needed):
+                mirror.delete(part)
     if (building := workdir / VERSIONS / BUILDING).exists():  # of an edit that was stopped
         shutil.rmtree(building)
     for name in _names_in(mirror, VERSIONS):  # of one that was stopped, in a bucket

@@ -14,9 +14,11 @@ new version:
 A version is complete as soon as its folder has its final name, and never changes afterwards. Only
 `begun.json`, which names the edit, is deleted when the edit has come to its end.
 
-In a bucket a version is complete as soon as its `version.json` is there, and `current.json` changes
-only if nobody else has changed it. What is opened is fetched into the mirror, all but banks; what
-is read is held by leases `versions/readers/000003-…`.
+In a bucket all but `version.json` is in a folder `versions/000003/TOKEN/` of the editor, who alone
+writes there: one that was suspended and has lost its lease meets nobody when it goes on.
+`version.json` is made only if there is none, and makes the version; `current.json` changes only if
+nobody else has changed it. What is opened is fetched into the mirror, all but banks; what is read
+is held by leases `versions/readers/000003-…`.
 """
 
 from __future__ import annotations
@@ -39,7 +41,17 @@ from ml_collections import ConfigDict
 from m3jax.config import PREFIX_TOKENS
 from m3jax.errors import TextError, VersionError
 from m3jax.failures import raise_if_machine
-from m3jax.files import checksum, digest, json_text, read_sealed, sealed
+from m3jax.files import checksum, read_sealed
+from m3jax.knowledge.current import (
+    CURRENT,
+    VERSION,
+    data_of,
+    folder_of,
+    made_versions,
+    read_current,
+    recorded_oldest,
+    write_current,
+)
 from m3jax.memory.bank import Bank, join_banks
 from m3jax.memory.binding import Binding, layout_of
 from m3jax.memory.storage import COMPLETE, read_file
@@ -53,7 +65,6 @@ from m3jax.text.references import DeltaReferences, References
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.workdir import BEGUN, VERSIONS, content_id
 
-CURRENT, VERSION = "current.json", "version.json"
 TOMBSTONES = "tombstones.npy"
 BUILDING = "building"  # of an edit
 BANKS = "banks"  # of a refresh: one folder for the base and one for each delta
@@ -127,71 +138,6 @@ class Version:
             self.lock.close()
 
 
-def folder_of(workdir: Path, number: int) -> Path:
-    """Returns the folder of a version; the workdir itself for version 0."""
-    return workdir if number == 0 else workdir / VERSIONS / f"{number:06d}"
-
-
-def read_current(workdir: Path) -> dict[str, int]:
-    """Reads from `current.json` the current `version` and `oldest`, the oldest version kept.
-
-    Raises `VersionError` if `current.json` is damaged or that of another workdir, or missing though
-    there are versions: without it deleted facts would come back.
-    """
-    path = workdir / VERSIONS / CURRENT
-    numbers = made_versions(workdir)
-    if not path.exists() and not numbers:
-        return {"version": 0, "oldest": 0}
-    current = read_sealed(path, "version", "oldest") if path.exists() else None
-    if current is not None:
-        expected, there = current.get("content"), _content(workdir, current["version"])
-        if not numbers or None in (expected, there) or expected == there:
-            return {name: current[name] for name in ("version", "oldest")}
-    if not path.exists():
-        what = f"is missing, but {workdir} has versions"
-    else:
-        what = "is damaged" if current is None else "belongs to another workdir"
-    newest = f"; the newest is {max(numbers)}" if numbers else ""
-    raise VersionError(
-        f"{path} {what}; restore it from a copy, or write it anew with launch/edit_bank.py rollback"
-        f" --to=VERSION{newest}"
-    )
-
-
-def made_versions(workdir: Path) -> list[int]:
-    """Lists the numbers of the versions whose folders are there, ascending; 0 has none."""
-    folders = (workdir / VERSIONS).glob("[0-9]*")
-    return sorted(int(path.name) for path in folders if path.name.isdigit() and path.is_dir())
-
-
-def _content(workdir: Path, number: int) -> str | None:
-    """Returns what identifies the content of a version; None if it is missing or damaged."""
-    if number == 0:
-        return content_id(workdir / "references")
-    path = folder_of(workdir, number) / VERSION
-    content = read_sealed(path) if path.exists() else None
-    return None if content is None else digest(json_text(content, sort_keys=True))
-
-
-def recorded_oldest(workdir: Path) -> int:
-    """Returns the oldest version kept, as recorded in the versions: to restore `current.json`."""
-    contents = (read_sealed(path) for path in (workdir / VERSIONS).glob(f"[0-9]*/{VERSION}"))
-    return max((content["oldest"] for content in contents if content is not None), default=0)
-
-
-def write_current(workdir: Path, version: int, oldest: int) -> None:
-    """Makes a version the current one, atomically.
-
-    Raises `VersionError` if the workdir is in a bucket and was edited since it was read.
-    """
-    current = {"version": version, "oldest": oldest, "content": _content(workdir, version)}
-    mirror = Mirror.of(workdir)
-    if not mirror.swap(f"{VERSIONS}/{CURRENT}", sealed(current)):
-        raise VersionError(
-            f"{mirror.place} was edited meanwhile by another process; run the same command again"
-        )
-
-
 def fetch_current(workdir: Path) -> None:
     """Makes the mirror of a bucket have its `current.json`."""
     mirror = Mirror.of(workdir)
@@ -206,13 +152,15 @@ def fetch_versions(workdir: Path) -> None:
         return
     fetch_current(workdir)  # first: the version that it names is there by then
     there = mirror.names(f"{VERSIONS}/")
-    own = [name.removesuffix(VERSION) for name in there if _MADE.fullmatch(name)]
-    mirror.fetch_files([folder + name for folder in own for name in (TOMBSTONES, BEGUN, VERSION)])
-    for number in made_versions(workdir):  # deleted by a compaction elsewhere
-        if f"{VERSIONS}/{number:06d}/" not in own:
+    made = [name for name in there if _MADE.fullmatch(name)]
+    mirror.fetch_files(made)
+    own = {int(Path(name).parent.name) for name in made}
+    for number in made_versions(workdir):
+        if number not in own:  # deleted by a compaction elsewhere
             shutil.rmtree(folder_of(workdir, number), ignore_errors=True)
-    for folder in ("", *own):  # else versions would be compared with those of another preparation
-        mirror.drop_older(f"{folder}references")
+    data = [data_of(workdir, number).relative_to(workdir).as_posix() for number in own]
+    mirror.fetch_files([f"{folder}/{name}" for folder in data for name in (TOMBSTONES, BEGUN)])
+    mirror.drop_older("references")  # else versions would be compared with another preparation
     if recorded_oldest(workdir):
         for part in ("references", "index"):
             if (workdir / part).exists() and not mirror.has(part):
@@ -320,18 +268,19 @@ def read_version(workdir: Path, number: int) -> Version:
         return Version(workdir, 0, -1, "as prepared", (workdir,), ("bank",), nothing)
     folder = folder_of(workdir, number)
     (folder / VERSION).stat()  # FileNotFoundError: no such version
-    content = read_sealed(folder / VERSION, "version", "base", "deltas", "banks", "note")
+    content = read_sealed(folder / VERSION, "version", "banks", "note")
     if content is not None and content["version"] != number:
         content = None  # of another version
-    path = folder / (VERSION if content is None else TOMBSTONES)
+    data = data_of(workdir, number)
+    path = folder / VERSION if content is None else data / TOMBSTONES
     if content is None or not path.is_file() or checksum(path) != content.get("tombstones"):
         raise VersionError(
             f"{path} is {'damaged' if path.is_file() else 'missing'}; restore it from a copy, or go"
             f" back to an earlier version, for example with launch/edit_bank.py rollback"
             f" --to={number - 1}, and edit again"
         )
-    tombstones = np.load(io.BytesIO((folder / TOMBSTONES).read_bytes()), allow_pickle=False)
-    folders = tuple(folder_of(workdir, part) for part in [content["base"], *content["deltas"]])
+    tombstones = np.load(io.BytesIO((data / TOMBSTONES).read_bytes()), allow_pickle=False)
+    folders = tuple(workdir / part for part in _folders(content))
     banks = tuple(content["banks"])
     for part, made_from in zip(folders, content.get("references", ()), strict=False):
         if content_id(part / "references") not in (None, made_from):
@@ -341,6 +290,14 @@ def read_version(workdir: Path, number: int) -> Version:
                 " another version with launch/edit_bank.py rollback"
             )
     return Version(workdir, number, content["parent"], content["note"], folders, banks, tombstones)
+
+
+def _folders(content: dict[str, Any]) -> list[str]:
+    """Returns the paths in the workdir of base and deltas, from the content of `version.json`."""
+    if "folders" in content:
+        return list(content["folders"])
+    numbers = [content["base"], *content["deltas"]]  # of an earlier version of m3jax
+    return [f"{VERSIONS}/{number:06d}" if number else "" for number in numbers]
 
 
 def in_use(workdir: Path, number: int) -> bool:
@@ -370,23 +327,34 @@ def editing(workdir: Path) -> Iterator[Version]:
     with mirror.only_writer():
         fetch_versions(workdir)
         current, last = read_current(workdir), max(versions(workdir))
-        if last > current["version"] and (folder_of(workdir, last) / BEGUN).exists():
+        if last > current["version"] and (data_of(workdir, last) / BEGUN).exists():
             write_current(workdir, last, current["oldest"])
         yield open_version(workdir)
         ended = _begun(workdir)
+        _delete_stopped(mirror, ended)
     for name in ended:  # last, when the lock is gone, too: from here on, a repetition is an edit
         mirror.delete(name)
 
 
 def forget_begun(workdir: Path) -> None:
     """Ends all edits of a locked workdir: repeated from now on, they are edits of their own."""
-    for name in _begun(workdir):
-        Mirror.of(workdir).delete(name)
+    mirror, ended = Mirror.of(workdir), _begun(workdir)
+    _delete_stopped(mirror, ended)
+    for name in ended:
+        mirror.delete(name)
+
+
+def _delete_stopped(mirror: Mirror, ended: Sequence[str]) -> None:
+    """Deletes what edits that were stopped have left in a bucket beside those that have ended."""
+    for name in ended if mirror.in_bucket else ():
+        _, number, token, _ = name.split("/")
+        for other in {*mirror.folders(f"{VERSIONS}/{number}")} - {token}:
+            mirror.delete(f"{VERSIONS}/{number}/{other}")
 
 
 def _begun(workdir: Path) -> list[str]:
-    paths = sorted((workdir / VERSIONS).glob(f"[0-9]*/{BEGUN}"))
-    return [path.relative_to(workdir).as_posix() for path in paths]
+    paths = (data_of(workdir, number) / BEGUN for number in made_versions(workdir))
+    return [path.relative_to(workdir).as_posix() for path in paths if path.exists()]
 
 
 def require_unedited(workdir: Path) -> None:

@@ -334,6 +334,8 @@ def open_array(
             spec, open=not create, create=create, delete_existing=create, context=_context()
         ).result()
     except ValueError as error:
+        if create and "ALREADY_EXISTS" in str(error):  # its own: a bucket's answer was lost
+            return open_array(folder, manifest)
         if create:
             raise BankError(f"{folder}/{ARRAY}zarr.json could not be written: {error}") from error
         raise_if_machine(error)

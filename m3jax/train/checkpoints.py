@@ -38,7 +38,7 @@ from m3jax.config import flatten, to_json
 from m3jax.distributed import meet
 from m3jax.errors import CheckpointError
 from m3jax.files import digest, json_text, read_sealed, write_sealed
-from m3jax.private_apis import quiet_failed_checkpoints
+from m3jax.private_apis import delete_checkpoints_by, quiet_failed_checkpoints
 from m3jax.store import is_bucket
 from m3jax.train.stage_files import StageFiles
 from m3jax.train.state import TrainState
@@ -116,6 +116,8 @@ class Checkpoints:
         quiet_failed_checkpoints()
         with reaching(self.folder):
             self.manager = ocp.CheckpointManager(self.folder, options=options)
+        if in_bucket:
+            delete_checkpoints_by(self.manager, self._delete_from_bucket)
         # Orbax deletes after a save only; a run that was killed between them may save no more.
         self.delete(set(self.steps()) - kept(self.steps(), config))
 
@@ -206,6 +208,11 @@ class Checkpoints:
         written = self.folder.glob(f"{self._saving}{_TEMPORARY}*")
         for folder in [path for path in written if not path.name.endswith(_DELETED)]:
             seal(folder)
+
+    def _delete_from_bucket(self, step: int) -> None:
+        """Deletes a step that is kept no longer; called by Orbax after a save."""
+        if jax.process_index() == 0:
+            delete_step(self.folder, step)
 
     def recorded(self, key: str) -> Any:
         """Returns an entry of `meta` of the newest checkpoint; None without it or a checkpoint."""

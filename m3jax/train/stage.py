@@ -11,7 +11,10 @@ from m3jax.checkpoint import FOLDER, checkpoint_steps
 from m3jax.config import validate, with_epochs
 from m3jax.data.pipeline import Pipeline, open_pipeline
 from m3jax.errors import ConfigError
-from m3jax.knowledge.versions import existing, read_current
+from m3jax.knowledge.current import read_current
+from m3jax.knowledge.versions import (
+    existing,
+)
 from m3jax.mesh import make_mesh
 from m3jax.mirror import Mirror
 from m3jax.train.checkpoints import knowledge_version

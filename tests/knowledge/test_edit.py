@@ -22,6 +22,7 @@ from tolerance import close, error
 from m3jax.config import PREFIX_TOKENS
 from m3jax.data.pipeline import open_pipeline
 from m3jax.errors import BankError, LockError, VersionError
+from m3jax.knowledge.current import read_current
 from m3jax.knowledge.edit import edit, merge, refresh, rollback
 from m3jax.knowledge.maintain import compact, repair, verify
 from m3jax.knowledge.versions import (
@@ -30,7 +31,6 @@ from m3jax.knowledge.versions import (
     open_index,
     open_references,
     open_version,
-    read_current,
     require_unedited,
     versions,
 )

@@ -123,6 +123,21 @@ class CloudStorage(ThreadingHTTPServer):
             return self.buckets[bucket][name]
 
 
+def lose_answers(server: CloudStorage, patch: pytest.MonkeyPatch) -> None:
+    """Makes the server drop the first answer to each request that changes something, done."""
+    real, seen = server.take_fault, set[str]()
+
+    def take(line: str) -> Fault | None:
+        request = re.sub("ifGenerationMatch=[0-9]+", "", line)
+        with server.lock:
+            if request in seen or not re.match("POST|PUT|DELETE", line):
+                return real(line)
+            seen.add(request)
+            return Fault("", -1)
+
+    patch.setattr(server, "take_fault", take)
+
+
 def unmet(there: Stored | None, query: Mapping[str, str]) -> int:
     """Returns the status of a precondition that does not hold, or 0; generation 0 = absent."""
     generation = 0 if there is None else there.generation

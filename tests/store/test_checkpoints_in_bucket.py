@@ -1,13 +1,14 @@
 """Checkpoints in a bucket: saved, restored and deleted by Orbax at gs://, through faults and
 kills."""
 
+import re
 import time
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 import pytest
-from store.cloud_storage import BUCKET, CloudStorage, Fault, serving
+from store.cloud_storage import BUCKET, CloudStorage, Fault, lose_answers, serving
 from train.tiny import FINGERPRINT, tiny_config
 
 from m3jax.checkpoint import checkpoint_folder as folder_of
@@ -53,6 +54,9 @@ def there(server: CloudStorage, step: int) -> set[str]:
 def test_a_checkpoint_in_a_bucket_is_that_of_a_folder(server, state):
     save(state, 2, 3, 4)
     assert checkpoint_steps(STAGE) == [3, 4] and not there(server, 2)
+    gone = [line for line, _ in server.requests if re.match("DELETE.*checkpoints/2/", line)]
+    mark = next(i for i, line in enumerate(gone) if line.endswith("/2/commit_success.txt"))
+    assert len(gone) - mark > 10
     assert str(folder_of(STAGE)) == f"{STAGE}/checkpoints/4"
     assert str(folder_of(f"{STAGE}/checkpoints/3")) == f"{STAGE}/checkpoints/3"
     assert str(stage_of(f"{STAGE}/checkpoints/3")) == STAGE
@@ -83,11 +87,41 @@ def test_only_whole_checkpoints_count_and_a_deletion_begins_with_the_mark(server
 
 
 @pytest.mark.slow
+def test_a_deletion_stopped_at_any_request_leaves_no_step_that_looks_whole(server, state):
+    save(state, 2, 3)
+    before, count = dict(server.buckets[BUCKET]), len(there(server, 2))
+    for passed in range(count):
+        server.buckets[BUCKET] = dict(before)
+        server.faults = [
+            Fault("DELETE.*checkpoints/2/", 200, times=passed),
+            Fault("DELETE.*checkpoints/2/", 403, times=1e9),
+        ]
+        with pytest.raises(StoreError, match="access denied"):
+            save(state, 4)
+        server.faults = []
+        whole = [2] if passed == 0 else []
+        assert checkpoint_steps(STAGE) == [*whole, 3, 4]
+        assert there(server, 2)
+        for step in checkpoint_steps(STAGE):
+            restore_params(STAGE, make_model(CONFIG, ()), step)
+        Checkpoints(STAGE, CONFIG, FINGERPRINT).close()
+        assert checkpoint_steps(STAGE) == [3, 4] and not there(server, 2)
+
+
+@pytest.mark.slow
 def test_a_save_survives_failing_requests_and_cut_uploads(server, state):
     server.faults = [
         Fault("run/warmup", 503, times=1e9, share=0.15),
         Fault("POST.*run/warmup", cut=50, times=1e9, share=0.1),
     ]
+    save(state, 1)
+    restored, _ = restore_params(STAGE, make_model(CONFIG, ()))
+    jax.tree.map(np.testing.assert_array_equal, restored, jax.device_get(state.params))
+
+
+@pytest.mark.slow
+def test_a_save_survives_the_loss_of_every_first_answer(server, state, monkeypatch):
+    lose_answers(server, monkeypatch)
     save(state, 1)
     restored, _ = restore_params(STAGE, make_model(CONFIG, ()))
     jax.tree.map(np.testing.assert_array_equal, restored, jax.device_get(state.params))

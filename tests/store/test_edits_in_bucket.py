@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -11,22 +12,23 @@ import numpy as np
 import pytest
 from data.data_workdir import make_workdir
 from knowledge.test_edit import CONFIG, documents, found, opened, write
-from store.cloud_storage import BUCKET, CloudStorage, Fault
+from store.cloud_storage import BUCKET, CloudStorage, Fault, lose_answers
 
 from m3jax import mirror as mirrors
 from m3jax import store
 from m3jax.errors import BankError, StoreError, UserError, VersionError
+from m3jax.knowledge.current import read_current
 from m3jax.knowledge.edit import edit, merge, refresh, rollback
 from m3jax.knowledge.maintain import compact, repair, verify
 from m3jax.knowledge.versions import (
     fetch_current,
     open_references,
     open_version,
-    read_current,
     require_unedited,
     versions,
 )
 from m3jax.memory import storage
+from m3jax.memory.bank import Bank
 from m3jax.mirror import Mirror
 from m3jax.store import Store
 from m3jax.text.tokenizer import Tokenizer
@@ -134,68 +136,131 @@ def test_a_workdir_is_merged_with_one_of_a_bucket(server, tmp_path, local):
     assert {"Zork#0", "Quux#0"} <= {*opened(local)[0].live_keys()}
 
 
-class Killed(BaseException):
-    """A process that ends there, with what it has written."""
+def write_again(folder: Path) -> Any:
+    """Writes as `write`, but encodes references once: later banks are copied from `folder`."""
+
+    def write_copy(references: Any, target: Any, base: Any) -> None:
+        first = folder / references.fingerprint
+        if not first.exists():
+            write(references, first, base)
+        write(references, target, Bank.open(first))
+
+    return write_copy
+
+
+def changes(line: str) -> bool:
+    """Whether a request changes the workdir, apart from leases."""
+    return line.startswith(("POST", "DELETE")) and not re.search(r"readers|wiki/lock", line)
+
+
+def refuse_after(server: CloudStorage, count: int, patch: pytest.MonkeyPatch) -> None:
+    """Lets `count` requests that change the workdir through, then none of any kind."""
+    real, left = server.take_fault, count
+
+    def take(line: str) -> Fault | None:
+        nonlocal left
+        with server.lock:
+            left -= left < 0 or changes(line)
+            return Fault("", 403) if left < 0 else real(line)
+
+    patch.setattr(server, "take_fault", take)
+
+
+def names_in(server: CloudStorage) -> set[str]:
+    """Names of all objects, without leases and what editors are called."""
+    names = {re.sub(r"/[0-9a-f]{16}/", "/TOKEN/", name) for name in server.buckets[BUCKET]}
+    return {name for name in names if not re.search(r"/readers/|wiki/lock$", name)}
 
 
 @pytest.mark.parametrize(
     ("also", "stride"),
     [
-        ("other host", 7),
+        ("other host", 17),
         *(
-            pytest.param(also, 1, marks=pytest.mark.slow)
-            for also in ("same", "other host", "other edit")
+            pytest.param(also, stride, marks=pytest.mark.slow)
+            for also, stride in (("other host", 1), ("same", 2), ("other edit", 2))
         ),
     ],
 )
-def test_an_edit_killed_at_any_write_is_made_or_not(
+def test_an_edit_stopped_at_any_request_is_made_or_not(
     server, tmp_path, local, monkeypatch, also, stride
 ):
+    write = write_again(tmp_path / "written")
     expected = edit(CONFIG, local, documents=documents("Zork"), write=write)
     before = dict(server.buckets[BUCKET])
-    count, step = 0, 0
-    real = Store._done
-
-    def dying(store: Store, future: Any, name: str) -> Any:
-        nonlocal count
-        result = real(store, future, name)
-        changes = getattr(result, "generation", None) is not None
-        if changes and "readers" not in name and not name.endswith("lock"):
-            count += 1
-            if count == step:
-                raise Killed
-        return result
-
-    for step in range(1, 60, stride):
+    server.requests.clear()
+    edit(CONFIG, host(tmp_path, "undisturbed"), documents=documents("Zork"), write=write)
+    whole, outcomes = names_in(server), set[int]()
+    total = sum(changes(line) for line, _ in server.requests)
+    assert total > 25
+    for step in range(total - 1, -1, -stride):
         server.buckets[BUCKET] = dict(before)
-        folder = host(tmp_path, f"first {step}")
-        count = 0
+        folder, reader = host(tmp_path, f"first {step}"), host(tmp_path, f"reader {step}")
         with monkeypatch.context() as patch:
-            patch.setattr(Store, "_done", dying)
-            try:
+            refuse_after(server, step, patch)
+            with pytest.raises((StoreError, BankError)) as caught:
                 edit(CONFIG, folder, documents=documents("Zork"), write=write)
-            except Killed:
-                pass
-            else:
-                break
-        reader = host(tmp_path, f"reader {step}")
+        assert "\n" not in str(caught.value)
+        server.buckets[BUCKET].pop("runs/wiki/lock", None)  # as if it was seen dead
         number = open_version(reader).number
-        assert number in (0, 1) and len(opened(reader)[0]) == len(opened(local, number)[0])
-        names = Store(URL).names("versions/000001/")
-        complete = "versions/000001/version.json" in names
-        if complete and "versions/000001/begun.json" not in names:
-            break  # its last write
+        outcomes.add(number)
+        assert len(opened(reader)[0]) == len(opened(local, number)[0])
+        again = reader if also == "other host" else folder
         if also == "other edit":
-            other = edit(CONFIG, host(tmp_path, "other"), documents=documents("Quux"), write=write)
-            assert other.number == 1 + complete
-            assert "Quux#0" in opened(folder)[0].live_keys()
+            complete = "runs/wiki/versions/000001/version.json" in server.buckets[BUCKET]
+            made = edit(CONFIG, again, documents=documents("Quux"), write=write)
+            assert made.number == 1 + complete
+            assert {"Quux#0", "Zork#0"} & keys_of(reader) == {"Quux#0", *["Zork#0"][:complete]}
             continue
-        again = folder if also == "same" else reader
         made = edit(CONFIG, again, documents=documents("Zork"), write=write)
-        assert made.number == expected.number
+        assert made.number == expected.number and names_in(server) == whole
         assert_same(host(tmp_path, f"last {step}"), local)
-    assert step > 8, "as many moments as there are writes"
-    server.buckets[BUCKET] = before
+    assert outcomes == {0, 1}
+
+
+def test_an_edit_goes_on_with_the_memories_of_one_that_was_stopped(server, tmp_path, local):
+    def dying(references: Any, folder: Any, base: Any) -> None:
+        write(references, folder, base)
+        raise StoreError("gone")
+
+    with pytest.raises(StoreError, match="gone"):
+        edit(CONFIG, host(tmp_path, "first"), documents=documents("Zork"), write=dying)
+    encoded = []
+
+    def counted(references: Any, folder: Any, base: Any) -> None:
+        encoded.append(storage.missing_shards(folder, storage.read_manifest(folder)))
+        write(references, folder, base)
+
+    edit(CONFIG, host(tmp_path, "second"), documents=documents("Zork"), write=counted)
+    edit(CONFIG, local, documents=documents("Zork"), write=write)
+    assert encoded == [[]]
+    assert_same(host(tmp_path, "third"), local)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_an_editor_that_was_suspended_meets_nobody_when_it_goes_on(server, tmp_path, local, same):
+    """Its lease is taken over; the check of its lease comes just before it is suspended."""
+    name, second = "Zork" if same else "Quux", host(tmp_path, "second")
+    seen: dict[str, Any] = {}
+
+    def suspended(references: Any, folder: Any, base: Any) -> None:
+        write(references, folder, base)
+        server.buckets[BUCKET].pop("runs/wiki/lock")
+        own = dict(mirrors._leases)  # of this process, which has those of both
+        edit(CONFIG, second, documents=documents(name), write=write)
+        mirrors._leases.update(own)
+        there = server.buckets[BUCKET].items()
+        seen.update(item for item in there if not re.search("lock|readers", item[0]))
+        write(references, folder, None)  # goes on
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mirrors.Mirror, "check", lambda self, part="": None)  # the worst moment
+        with pytest.raises((VersionError, BankError), match="edited meanwhile|another|other"):
+            edit(CONFIG, host(tmp_path, "first"), documents=documents("Zork"), write=suspended)
+    now = server.buckets[BUCKET]
+    assert {name: now.get(name) for name in seen} == seen
+    edit(CONFIG, local, documents=documents(name), write=write)
+    assert_same(host(tmp_path, "third"), local)
 
 
 def test_of_two_editors_at_once_one_wins_or_both_do_in_turn(server, tmp_path):
@@ -274,7 +339,9 @@ def test_damage_in_the_bucket_is_named_and_repaired(server, tmp_path, local):
     first, second = host(tmp_path, "first"), host(tmp_path, "second")
     edit(CONFIG, first, documents=documents("Zork"), write=write)
     there = Store(URL)
-    shard = next(name for name in there.names("versions/000001/bank/") if "/c/" in name)
+    shard = next(
+        name for name in there.names("versions/000001/") if "/bank/memories.zarr/c/" in name
+    )
     index = next(name for name in there.names("index/") if name.endswith(".npy"))
     for name in (shard, index):
         data = bytearray(there.read(name) or b"")
@@ -309,6 +376,15 @@ def test_edits_go_through_failing_requests(server, tmp_path, local):
         edit(CONFIG, at, documents=documents("Zork"), write=write)
         edit(CONFIG, at, delete=["Zork"], write=write)
     assert_same(host(tmp_path, "second"), local)
+
+
+def test_an_edit_goes_on_where_every_answer_is_lost_once(server, tmp_path, local, monkeypatch):
+    lose_answers(server, monkeypatch)
+    for at in (local, host(tmp_path, "first")):
+        edit(CONFIG, at, documents=documents("Zork"), write=write)
+        edit(CONFIG, at, delete=["Zork"], write=write)
+    assert_same(host(tmp_path, "second"), local)
+    assert "runs/wiki/lock" not in server.buckets[BUCKET]
 
 
 def test_what_lasts_is_a_sentence_and_loses_nothing(server, tmp_path):

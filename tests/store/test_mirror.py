@@ -128,7 +128,7 @@ def test_a_killed_copy_goes_on_where_it_ended(published, server, tmp_path, monke
                 raise KeyboardInterrupt
             yield data
 
-    monkeypatch.setattr(mirrors, "_THREADS", 1)
+    monkeypatch.setattr(mirrors, "THREADS", 1)
     monkeypatch.setattr(Store, "read_spans", dying)
     with pytest.raises(KeyboardInterrupt):
         second.fetch("references")
