@@ -62,6 +62,7 @@ COMMANDS = cli.Commands()
 def main(given: FlagValues) -> None:
     """Joins the other processes and trains."""
     from m3jax.mirror import Mirror
+    from m3jax.region import warn_of_regions
     from m3jax.train.hooks import parse_steps
     from m3jax.train.stage import train_stage
 
@@ -69,6 +70,8 @@ def main(given: FlagValues) -> None:
     with cli.processes(given):
         import jax
 
+        if jax.process_index() == 0:
+            warn_of_regions(given.workdir, given.bank)
         summary = train_stage(
             given.config,
             Mirror(given.workdir, given.cache_dir).local,

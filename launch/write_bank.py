@@ -75,9 +75,12 @@ def write(given: FlagValues) -> None:
     from m3jax.knowledge.versions import existing, require_unedited
     from m3jax.memory.bank import Bank
     from m3jax.mirror import Mirror
+    from m3jax.region import warn_of_regions
     from m3jax.text.references import References
 
     mirror = Mirror(given.workdir, given.cache_dir)
+    if jax.process_index() == 0:
+        warn_of_regions(given.workdir, given.bank)
     workdir, folder = existing(mirror.local), given.bank or mirror.url("bank")
     # Then it is a part of the knowledge, which is not edited meanwhile.
     own = _resolved(folder) == _resolved(mirror.url("bank"))

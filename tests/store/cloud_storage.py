@@ -79,6 +79,7 @@ class CloudStorage(ThreadingHTTPServer):
 
     Attributes:
       buckets: objects by name, of each bucket.
+      location: where the buckets are.
       faults: of which the first that matches a request is taken.
       requests: lines `METHOD target` of all requests, and their `Range`.
     """
@@ -90,6 +91,7 @@ class CloudStorage(ThreadingHTTPServer):
         self.buckets: dict[str, dict[str, Stored]] = {name: {} for name in buckets}
         self.uploads: dict[str, tuple[str, Mapping[str, str], bytearray]] = {}  # resumable ones
         self.faults: list[Fault] = []
+        self.location = {"location": "US", "locationType": "multi-region"}
         self.requests: list[tuple[str, str | None]] = []
         self.lock = threading.RLock()
         self._random, self._generation = random.Random(0), 1_000_000
@@ -183,7 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
         bucket, name = path[1], urllib.parse.unquote(path[3] or self.query.get("name", ""))
         if not path[2]:
             there = bucket in self.server.buckets
-            return self._answer(200, _bucket(bucket)) if there else self._error(404)
+            return self._answer(200, self._bucket(bucket)) if there else self._error(404)
         if self.command in ("POST", "PUT"):
             return self._upload(bucket, name, body)
         if not path[3]:
@@ -281,6 +283,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(there)
         return self._answer(200, json.dumps(_resource(name, there)).encode())
 
+    def _bucket(self, name: str) -> bytes:
+        content = {"kind": "storage#bucket", "id": name, "name": name, **self.server.location}
+        return json.dumps(content).encode()
+
     def _error(self, status: int) -> None:
         reason = _REASONS.get(status, "error")
         content = {"code": status, "message": reason, "errors": [{"reason": reason}]}
@@ -302,12 +308,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _hang_up(self) -> None:
         self.close_connection = True
         self.connection.close()
-
-
-def _bucket(name: str) -> bytes:
-    return json.dumps(
-        {"kind": "storage#bucket", "id": name, "name": name, "location": "US"}
-    ).encode()
 
 
 def _parts(kind: str, body: bytes) -> tuple[dict[str, Any], bytes]:
