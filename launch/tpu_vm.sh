@@ -454,7 +454,7 @@ fetch() {
   IFS=, read -r -a list <<<"$stages"
   for stage in "${list[@]}"; do
     execute mkdir -p "$target/$stage"
-    for file in metrics.jsonl '*.png'; do
+    for file in 'metrics.jsonl*' '*.png'; do  # long metrics are in parts in a bucket
       # What a run has not written yet is no error.
       execute "${copy[@]}" "$source/$stage/$file" "$target/$stage/" ${last[@]+"${last[@]}"} &&
         copied=$((copied + 1))

@@ -7,6 +7,7 @@ records that of the last line before it: so a reader knows that no line was chan
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from m3jax.checkpoint import FOLDER
 from m3jax.errors import CheckpointError
 from m3jax.files import json_text, write_atomically
 from m3jax.train.guard import describe
-from m3jax.train.stage_files import StageFiles
+from m3jax.train.stage_files import StageFiles, joined
 
 FILE, EVENTS = "metrics.jsonl", "tensorboard"
 _FLUSHED_EVERY = 60  # seconds
@@ -41,7 +42,8 @@ def read_metrics(stage_folder: str | Path, upto: int | None = None) -> list[dict
     """Reads the lines of a stage's metrics, up to a last line that a kill has cut off.
 
     Numbers that were not finite, null in the file, are NaN. Files without checksums, which older
-    versions wrote, are read as they are.
+    versions wrote, are read as they are. A long file that was copied from a bucket by other means
+    needs its parts beside it (`m3jax.train.stage_files`).
 
     Args:
       stage_folder: folder of the stage.
@@ -51,7 +53,9 @@ def read_metrics(stage_folder: str | Path, upto: int | None = None) -> list[dict
       CheckpointError: a line was changed, or lines are missing.
     """
     path = Path(stage_folder) / FILE
-    texts = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    texts = [b""]
+    if path.exists():
+        texts = joined(path.read_bytes(), functools.partial(_read, path.parent)).split(b"\n")
     lines, total, there = [], 0, upto is None or not path.exists()
     for number, text in enumerate(texts, 1):
         if number == len(texts) and not _is_whole(text):
@@ -72,6 +76,11 @@ def read_metrics(stage_folder: str | Path, upto: int | None = None) -> list[dict
     if not there:
         raise _damaged(path, "lines are missing that were written before the last checkpoint")
     return lines
+
+
+def _read(folder: Path, name: str) -> bytes | None:
+    path = folder / name
+    return path.read_bytes() if path.is_file() else None
 
 
 def _with_nan(numbers: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ STATUS = f"{SSH} --worker=all --quiet --command='bash m3jax/launch/tpu_worker.sh
 TRAIN = ("--", "python", "launch/train.py", "--config=c.py", "--distributed")
 BUCKET = [
     "mkdir -p runs/m3/warmup",
-    "gcloud storage cp gs://b/run/warmup/metrics.jsonl runs/m3/warmup/",
+    "gcloud storage cp 'gs://b/run/warmup/metrics.jsonl*' runs/m3/warmup/",
     "gcloud storage cp 'gs://b/run/warmup/*.png' runs/m3/warmup/",
     "gcloud storage cp --recursive gs://b/run/report runs/m3/",
 ]
@@ -47,7 +47,7 @@ SCP = f"{GCLOUD} tpu-vm scp"
 HERE = "--zone=us-west4-a --worker=0 --quiet"
 DISK = [
     "mkdir -p 'my reports/continual'",
-    f"{SCP} m3:m3jax/runs/x/continual/metrics.jsonl 'my reports/continual/' {HERE}",
+    f"{SCP} 'm3:m3jax/runs/x/continual/metrics.jsonl*' 'my reports/continual/' {HERE}",
     f"{SCP} 'm3:m3jax/runs/x/continual/*.png' 'my reports/continual/' {HERE}",
     f"{SCP} --recurse m3:m3jax/runs/x/report 'my reports/' {HERE}",
 ]

@@ -10,6 +10,7 @@ from m3jax.checkpoint_folder import to_folder
 from m3jax.errors import StoreError
 from m3jax.mirror import Mirror
 from m3jax.train import stage_files
+from m3jax.train.metrics import Metrics, read_metrics
 from m3jax.train.stage_files import StageFiles
 
 URL = f"gs://{BUCKET}/run"
@@ -50,6 +51,66 @@ def test_files_are_copied_when_they_change_and_taken_elsewhere(quick_server, tmp
     assert len(posts(quick_server)) == 3
     second.delete("metrics.jsonl")
     assert [*quick_server.buckets[BUCKET]] == ["run/warmup/tensorboard/events.1"]
+
+
+def test_of_long_metrics_the_end_is_copied_and_parts_never_mix(quick_server, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage_files, "_PART", 100)
+    name, lines = "metrics.jsonl", [f'{{"step": {i}}}\n' for i in range(60)]
+    first, objects = stage(tmp_path / "a"), quick_server.buckets[BUCKET]
+
+    def there(cache: str) -> str:
+        other = stage(tmp_path / cache)
+        other.take(name)
+        return (other.folder / name).read_text()
+
+    for stop in (1, 8, 9, 20, 60):  # 13 bytes a line
+        write(first, name, "".join(lines[:stop]))
+        quick_server.requests.clear()
+        first.put(name)
+        assert there("b") == "".join(lines[:stop])
+        assert posts(quick_server)[-1] == f"run/warmup/{name}"
+    assert len(posts(quick_server)) == 1 + 5 and len(objects) == 1 + 7  # of 770 bytes
+    size = len(objects[f"run/warmup/{name}"].data)
+    quick_server.requests.clear()
+    write(first, name, "".join(lines) + "x")
+    first.put(name)
+    assert posts(quick_server) == [f"run/warmup/{name}"]  # nothing but the end
+    assert len(objects[f"run/warmup/{name}"].data) == size + 1
+    second = stage(tmp_path / "b")  # goes on from an earlier checkpoint, with other lines
+    second.take(name)
+    cut = "".join(lines[:30]) + "other\n" * 30
+    write(second, name, cut)
+    quick_server.faults = [Fault(f"POST.*{name}$", 403, times=1e9)]
+    with pytest.raises(StoreError):  # killed before the end is there
+        second.put(name)
+    quick_server.faults = []
+    assert there("c") == "".join(lines) + "x"
+    third = stage(tmp_path / "c")
+    write(third, name, cut)
+    third.put(name)
+    assert there("d") == cut and len(objects) == 1 + (len(cut) - 1) // 100
+    write(third, name, "short\n")
+    third.put(name)
+    assert there("d") == "short\n" and [*objects] == [f"run/warmup/{name}"]
+
+
+def test_long_metrics_that_were_copied_by_other_means_are_read(quick_server, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage_files, "_PART", 100)
+    files = stage(tmp_path / "a")
+    files.folder.mkdir(parents=True)
+    metrics = Metrics(files.folder, 0)
+    for step in range(1, 10):
+        metrics.write({"step": step, "loss": 1.0})
+    metrics.close()
+    files.put("metrics.jsonl")
+    names = {name: stored.data for name, stored in quick_server.buckets[BUCKET].items()}
+    for name, data in names.items():
+        (tmp_path / Path(name).name).write_bytes(data)
+    assert len(names) > 4 and read_metrics(tmp_path) == read_metrics(files.folder)
+    missing = next(tmp_path.glob("metrics.jsonl.00001-*"))
+    missing.unlink()
+    with pytest.raises(StoreError, match=f"{missing.name} is missing; copy it from"):
+        read_metrics(tmp_path)
 
 
 def test_between_checkpoints_a_copy_a_minute_that_may_fail(quick_server, tmp_path, monkeypatch):
