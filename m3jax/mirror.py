@@ -32,11 +32,11 @@ from m3jax.published import (
     File,
     Manifest,
     files_in,
+    held,
     progress,
     record,
     size_of,
     size_text,
-    stats_of,
 )
 from m3jax.store import REQUESTS, Lease, Store, is_bucket, living
 from m3jax.workdir import LOCK, only_writer
@@ -108,10 +108,13 @@ class Mirror:
         return [part for part in parts if self.in_bucket and self.has(part)]
 
     # -- from the bucket ---------------------------------------------------------------------------
-    def fetch(self, *parts: str, anew: bool = False) -> None:
+    def fetch(
+        self, *parts: str, anew: bool = False, only: Callable[[str], bool] | None = None
+    ) -> None:
         """Copies parts from the bucket, checked, unless they are here as they are there.
 
         With `anew` they are copied, and so compared with their checksums, also if they are here.
+        With `only`, a function of a file's name, other files that are not here stay there.
 
         A killed copy goes on where it ended. Of several processes of a host one copies, the others
         wait for it.
@@ -122,7 +125,7 @@ class Mirror:
         if not self.in_bucket:
             return
         with self._locked():
-            needed = [self._to_copy(part, anew) for part in dict.fromkeys(parts)]
+            needed = [self._to_copy(part, anew, only) for part in dict.fromkeys(parts)]
             copies = [copy for copy in needed if copy is not None]
             missing = [(copy, file) for copy in copies for file in copy.missing()]
             self._require_space(copies, sum(file.bytes for _, file in missing))
@@ -137,7 +140,7 @@ class Mirror:
             for left in (*self._own.glob("old-*"), *self._own.glob("copy-*")):
                 shutil.rmtree(left)  # also copies of what was published anew meanwhile
 
-    def _to_copy(self, part: str, anew: bool) -> Copy | None:
+    def _to_copy(self, part: str, anew: bool, only: Callable[[str], bool] | None) -> Copy | None:
         """Returns what a part needs; None if it is here, or a file, which is copied at once."""
         mark = self._store.read(f"{part}/{PUBLISHED}")
         if mark is None:
@@ -148,11 +151,17 @@ class Mirror:
                 )
             return None
         manifest = Manifest.read(mark, f"{self.place}/{part}")
-        if not anew and self._recorded(part) == record(
-            mark, stats_of(self.local / part, manifest.files)
-        ):
+        known = None if anew else held(self._recorded(part), mark, self.local / part)
+        here = known or set[str]()
+        needed = [f for f in manifest.files if f.name in here or only is None or only(f.name)]
+        if known is not None and here >= {file.name for file in needed}:
             return None
-        return Copy(part, mark, manifest, self._own / f"copy-{digest(part, mark)}")
+        folder = self._own / f"copy-{digest(part, mark)}"
+        for name in here:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(OSError):  # then it is copied again
+                os.link(self.local / part / name, folder / name)
+        return Copy(part, mark, manifest._replace(files=needed), folder)
 
     def fetch_files(self, names: Sequence[str]) -> list[str]:
         """Makes small files here what they are in the bucket, deleted ones deleted.
@@ -174,8 +183,8 @@ class Mirror:
         mark = self.read(f"{part}/{PUBLISHED}")
         if mark is None or not (self.local / part).exists():
             return
-        stats = stats_of(self.local / part, Manifest.read(mark, f"{self.place}/{part}").files)
-        if self._recorded(part) != record(mark, stats):
+        files = {file.name for file in Manifest.read(mark, f"{self.place}/{part}").files}
+        if held(self._recorded(part), mark, self.local / part) != files:
             shutil.rmtree(self.local / part, ignore_errors=True)
 
     def _require_space(self, copies: list[Copy], needed: int) -> None:
@@ -413,4 +422,4 @@ class Mirror:
         return path.read_bytes() if path.is_file() else None
 
     def _write_record(self, part: str, mark: bytes, files: list[File]) -> None:
-        write_atomically(self._record_path(part), record(mark, stats_of(self.local / part, files)))
+        write_atomically(self._record_path(part), record(mark, self.local / part, files))

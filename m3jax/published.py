@@ -75,22 +75,28 @@ class Copy(NamedTuple):
         return [file for file in files if size_of(self.folder / file.name) != file.bytes]
 
 
-def record(mark: bytes, stats: list[tuple[int, int] | None]) -> bytes:
-    """Returns what a mirror keeps of a copied part: its `published.json` and `stats_of` files."""
-    return json_text({"published": digest(mark), "files": stats}).encode()
+def record(mark: bytes, folder: Path, files: list[File]) -> bytes:
+    """Returns what a mirror keeps of a copied part, to know it again: what was published (its
+    `published.json`), and size and time of change of each file that was copied to `folder`."""
+    held = {file.name: _stat(folder / file.name) for file in files}
+    return json_text({"published": digest(mark), "held": held}).encode()
 
 
-def stats_of(folder: Path, files: list[File]) -> list[tuple[int, int] | None]:
-    """Returns size in bytes and time of change in ns of files; None for one that is missing."""
+def held(recorded: bytes | None, mark: bytes, folder: Path) -> set[str] | None:
+    """Returns the files in `folder` that are as they were copied, by the result of `record`; None
+    if that was not copied, but something else or nothing."""
+    known = {} if recorded is None else json.loads(recorded)
+    if known.get("published") != digest(mark) or "held" not in known:
+        return None
+    return {name for name, stat in known["held"].items() if _stat(folder / name) == stat}
 
-    def stat(path: Path) -> tuple[int, int] | None:
-        try:
-            status = path.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        return status.st_size, status.st_mtime_ns
 
-    return [stat(folder / file.name) for file in files]
+def _stat(path: Path) -> list[int] | None:
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return [status.st_size, status.st_mtime_ns]
 
 
 def files_in(folder: Path) -> list[File]:

@@ -158,6 +158,10 @@ def _training(c: ConfigDict) -> Unfit:
         yield "data.batch_size", why
     if c.data.batch_size % train.microbatches:
         yield "train.microbatches", f"must divide data.batch_size = {c.data.batch_size}"
+    if c.data.batch_size % c.data.shares:
+        yield "data.shares", f"must divide data.batch_size = {c.data.batch_size}"
+    if c.data.shares > 1 and c.data.packing in PACKED:
+        yield "data.shares", f"must be 1 with data.packing = {c.data.packing!r}"
     if c.retrieval.ids == "stored" and c.data.packing == "concat":
         yield (
             "retrieval.ids",

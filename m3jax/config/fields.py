@@ -360,6 +360,13 @@ DATA: Fields = {
         " not see each other",
         ("concat", "document", "chats", "pairs"),
     ),
+    "shares": (
+        1,
+        "shares into which the shards of the train text are dealt (concat, document); rows of a"
+        " batch come from share after share, each shuffled by itself, so that a host needs only"
+        " the shares of its rows; 1 = all rows are shuffled",
+        "[1, 100000)",
+    ),
     "threads": (4, "threads that load batches", "[1, 1024]"),
     "prefetch": (4, "batches loaded ahead", "[1, 1024]"),
 }

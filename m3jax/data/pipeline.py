@@ -1,12 +1,16 @@
 """Batches for training and evaluation: rows with their retrieved references and memories.
 
-The batch of step s is a function of (seed, s) alone, so that a resumed run reads the same batches.
-`Pipeline.batch(s)` computes it, each host only its own rows; `Pipeline.batches` does so in threads,
-ahead of training.
+The batch of step s is a function of (seed, s) alone, so that a resumed run reads the same batches,
+on any number of hosts. `Pipeline.batch(s)` computes it, each host only its own rows;
+`Pipeline.batches` does so in threads, ahead of training. With `data.shares` the rows at a place of
+the batch always come from the same shards of the corpus, and a host fetches no others from a
+bucket.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import threading
 import time
 from collections import Counter, deque
@@ -38,6 +42,7 @@ from m3jax.memory.reader import Dequantize
 from m3jax.mirror import Mirror
 from m3jax.retrieval.retriever import Retriever
 from m3jax.text.corpus import Corpus
+from m3jax.text.records import is_side_file
 from m3jax.text.references import References
 from m3jax.text.tokenizer import Tokenizer
 from m3jax.workdir import INPUTS
@@ -89,9 +94,11 @@ class Pipeline:
         self.shift, self.batch_size, self.dropout = shift, batch_size, dropout
         self.distractors = distractors
         self._live = references.live if references is not None and distractors else None
-        # Every epoch has its own order of the rows; a batch may span two epochs.
-        order = grain.MapDataset.range(len(rows)).seed(config.seed).shuffle().repeat()
-        self._order = order.batch(batch_size, drop_remainder=True)
+        # Every epoch has its own order of the rows of a share; a batch may span two epochs.
+        self._orders = [
+            grain.MapDataset.range(low, high).seed((config.seed + i) % 2**32).shuffle().repeat()
+            for i, (low, high) in enumerate(itertools.pairwise(rows.shares.tolist()))
+        ]
         self.version: Version | None = None
         self.base_logprobs: np.ndarray | None = None
         self.base_model = ""
@@ -101,13 +108,24 @@ class Pipeline:
 
     def batch(self, step: int, rows: np.ndarray | slice | None = None) -> Batch:
         """Returns the batch of a step, or only its rows at the positions `rows` (one host's)."""
-        ids = np.asarray(self._order[step])
         selected = np.arange(self.batch_size)[slice(None) if rows is None else rows]
+        ids = self.drawn(step, selected)
         draws = None
         if self.distractors:
             seeds = [[self.config.seed, 0x6D34, step, place] for place in selected.tolist()]
             draws = [np.random.default_rng(seed) for seed in seeds]
-        return self.read(ids[selected], self._hidden(step)[selected], draws)
+        return self.read(ids, self._hidden(step)[selected], draws)
+
+    def drawn(
+        self, step: int, places: Int[np.ndarray, " n"] | None = None
+    ) -> Int[np.ndarray, " n"]:
+        """Returns the rows at places of the batch of a step, or all; makes their shares present."""
+        places = np.arange(self.batch_size) if places is None else places
+        each = self.batch_size // len(self._orders)  # rows of a share in a batch
+        shares, within = np.divmod(places, each)
+        self.rows.fetch(np.unique(shares).tolist())
+        drawn = zip(shares.tolist(), (step * each + within).tolist(), strict=True)
+        return np.array([self._orders[share][place] for share, place in drawn])
 
     def read(
         self,
@@ -357,17 +375,24 @@ def open_rows(
     data = config.data
     packed = data.packing in PACKED
     folder = workdir / (data.packing if packed else "corpus") / split
-    Mirror.of(workdir).fetch(data.packing if packed else f"corpus/{split}")
+    shares = data.shares if split == "train" else 1
+    mirror, part = Mirror.of(workdir), data.packing if packed else f"corpus/{split}"
+    mirror.fetch(part, only=is_side_file if shares > 1 else None)
     script = "launch/prepare.py chats" if packed else "launch/prepare.py"
     if packed and not (folder.parent / INPUTS).is_file():
         raise TextError(
             f"no finished {data.packing} in {folder.parent}; run {script} with this config"
         )
-    corpus = Corpus(folder)
+    fetch = functools.partial(_fetch_shards, mirror, part) if shares > 1 else None
+    corpus = Corpus(folder, fetch)
     if corpus.tokenizer_fingerprint != tokenizer.fingerprint:
         raise TextError(
             f"{folder} was made with another tokenizer than {workdir / 'tokenizer'}; run {script}"
             " again"
         )
-    make = PackedRows if packed else Rows
-    return make(corpus, data.sequence_length, config.memory.chunk_length, data.packing)
+    options = corpus, data.sequence_length, config.memory.chunk_length, data.packing
+    return PackedRows(*options) if packed else Rows(*options, shares)
+
+
+def _fetch_shards(mirror: Mirror, part: str, names: Sequence[str]) -> None:
+    mirror.fetch(part, only={*names}.__contains__)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,64 +79,96 @@ class Rows:
       chunk_length: tokens Q of a chunk, which divides T.
       packing: `concat` concatenates the documents and cuts every T tokens; the last, incomplete row
         is left out. `document` gives a document of n tokens ⌈(n − 1)/T⌉ padded rows of its own.
+      shares: number of shares into which the shards of the corpus are dealt. No row has documents
+        of two shares.
 
     Attributes:
       chunks: chunks of a row.
       slots: answer slots of a row: 0.
+      shares: the number of the first row of each share, and the number of rows.
 
     Raises:
-      TextError: the corpus does not fill one row.
+      TextError: the corpus, or a share of it, does not fill one row.
     """
 
-    def __init__(self, corpus: Corpus, sequence_length: int, chunk_length: int, packing: str):
+    def __init__(
+        self,
+        corpus: Corpus,
+        sequence_length: int,
+        chunk_length: int,
+        packing: str,
+        shares: int = 1,
+    ) -> None:
         self.corpus, self.sequence_length, self.chunk_length = corpus, sequence_length, chunk_length
         self.packing, self.chunks, self.slots = packing, sequence_length // chunk_length, 0
+        self._order, ends = _deal(corpus, shares)
         lengths = np.asarray(corpus.lengths, np.int64)
+        if self._order is not None:
+            lengths = lengths[self._order]
         if packing == "concat":
             self._starts = np.concatenate([[0], np.cumsum(lengths)])
-            self._count = int((self._starts[-1] - 1) // sequence_length)
+            self._first_tokens = self._starts[[0, *ends]]
+            counts = np.maximum(np.diff(self._first_tokens) - 1, 0) // sequence_length
         else:
             per_document = -(-np.maximum(lengths - 1, 0) // sequence_length)
             self._starts = np.concatenate([[0], np.cumsum(per_document)])
-            self._count = int(self._starts[-1])
-        if self._count < 1:
+            counts = np.diff(self._starts[[0, *ends]])
+        self.shares = np.concatenate([[0], np.cumsum(counts)])
+        if counts.min() < 1:
             raise TextError(
                 f"{corpus.folder} has {int(lengths.sum())} tokens, too few for one row of"
-                f" {sequence_length}; prepare more text, for validation also with a larger"
-                " config.text.validation_share, or lower config.data.sequence_length"
+                f" {sequence_length}{f' in each of {shares} shares' if shares > 1 else ''}; prepare"
+                " more text, for validation also with a larger config.text.validation_share, or"
+                f" lower config.data.{'shares' if shares > 1 else 'sequence_length'}"
             )
 
     def __len__(self) -> int:
-        return self._count
+        return int(self.shares[-1])
+
+    def fetch(self, shares: Iterable[int]) -> None:
+        """Makes the shards of shares present on this host; see `Records.fetch`."""
+        dealt = range(self.corpus.shards)
+        self.corpus.fetch([i for share in shares for i in dealt[share :: len(self.shares) - 1]])
 
     def document_of(self, rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """Returns the number of the document in which each row begins."""
-        starts = rows * self.sequence_length if self.packing == "concat" else rows
-        return np.searchsorted(self._starts, starts, side="right") - 1
+        return self._documents(self._place(rows)[0])
+
+    def _documents(self, places: Any) -> Any:
+        return places if self._order is None else self._order[places]
+
+    def _place(self, rows: Any) -> tuple[Any, Any]:
+        """Returns the place of the document in which a row begins, share after share, and the first
+        of all tokens that it has; of rows of one document, its number."""
+        starts = rows
+        if self.packing == "concat":
+            share = np.searchsorted(self.shares, rows, side="right") - 1
+            starts = (rows - self.shares[share]) * self.sequence_length + self._first_tokens[share]
+        return np.searchsorted(self._starts, starts, side="right") - 1, starts
 
     def __getitem__(self, index: int) -> Row:
         return self._concatenated(index) if self.packing == "concat" else self._own(index)
 
     def _concatenated(self, index: int) -> Row:
-        start, need = index * self.sequence_length, self.sequence_length + 1
-        document = int(np.searchsorted(self._starts, start, side="right")) - 1
+        place, start = map(int, self._place(index))
+        need = self.sequence_length + 1
         tokens, weights = [], []
         while need:
-            item = self.corpus[document]
-            low = start - int(self._starts[document])
+            item = self.corpus[self._documents(place)]
+            low = start - int(self._starts[place])
             part = slice(low, low + need)
             tokens.append(item.tokens[part])
             weights.append(_weights(item)[part])
             need -= len(tokens[-1])
-            document += 1
-            start = int(self._starts[document])
+            place += 1
+            start = int(self._starts[place])
         tokens_, weights_ = np.concatenate(tokens), np.concatenate(weights)
         return self._row(tokens_, weights_, (), tokens_)
 
     def _own(self, index: int) -> Row:
-        document = int(np.searchsorted(self._starts, index, side="right")) - 1
-        item = self.corpus[document]
-        number = index - int(self._starts[document])
+        place, _ = self._place(index)
+        item = self.corpus[self._documents(place)]
+        number = index - int(self._starts[place])
         part = slice(number * self.sequence_length, (number + 1) * self.sequence_length + 1)
         tokens = np.full(self.sequence_length + 1, PAD, np.int32)
         weights = np.zeros(self.sequence_length + 1, np.float32)
@@ -151,6 +183,23 @@ class Rows:
         self, tokens: np.ndarray, weights: np.ndarray, keys: tuple[str, ...], text: np.ndarray
     ) -> Row:
         return Row(tokens[:-1], tokens[1:], weights[1:], keys, ((text, 0),), self.chunk_length)
+
+
+def _deal(corpus: Corpus, shares: int) -> tuple[np.ndarray | None, list[int]]:
+    """Returns the numbers of the documents, share after share, and where each share ends.
+
+    Share i of n has the shards i, i + n, i + 2n, … For one share, the numbers are None.
+    """
+    count = len(corpus.lengths)
+    if shares == 1:
+        return None, [count]
+    if corpus.shards < shares:
+        raise TextError(
+            f"{corpus.folder} has {corpus.shards} shards, too few for config.data.shares ="
+            f" {shares}; prepare it again with config.text.shards of at least as many"
+        )
+    share = np.arange(count) % corpus.shards % shares
+    return np.argsort(share, kind="stable"), np.cumsum(np.bincount(share)).tolist()
 
 
 def _keys(item: Any, chunk_length: int) -> tuple[str, ...]:
@@ -211,6 +260,7 @@ class PackedRows:
     Attributes:
       chunks: chunk slots of a row: the largest number of chunks in any row.
       slots: answer slots of a row, two for each pair; 0 for chats.
+      shares: as of `Rows`; there is one share.
       padding: share of the token positions that are padding.
       plan: numbers of the chats (or pairs) in every row.
     """
@@ -241,6 +291,7 @@ class PackedRows:
                 " length"
             )
         self.plan = pack(sizes, sequence_length)
+        self.shares = np.array([0, len(self.plan)])
         chunks = (-(-inputs // chunk_length)).sum(axis=1)
         self.chunks = max(int(chunks[group].sum()) for group in self.plan)
         self.slots = 2 * max(map(len, self.plan)) if self._pairs else 0
@@ -248,6 +299,9 @@ class PackedRows:
 
     def __len__(self) -> int:
         return len(self.plan)
+
+    def fetch(self, shares: Iterable[int]) -> None:
+        """Does nothing: all chats are present."""
 
     def __getitem__(self, index: int) -> Row:
         T, Q = self.sequence_length, self.chunk_length

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -151,9 +151,13 @@ class Corpus(Records):
       folder: folder of the corpus.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Opens a corpus that `write_corpus` wrote; raises `TextError` as `Records`."""
-        super().__init__(folder, _KIND)
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        fetch: Callable[[list[str]], None] | None = None,
+    ) -> None:
+        """Opens a corpus that `write_corpus` wrote; `fetch` and `TextError` as of `Records`."""
+        super().__init__(folder, _KIND, fetch)
         self._dtype = np.dtype(self.manifest["dtype"])
         self.lengths = self.side_file("lengths.bin", "<i8")
         self.fingerprint: str = self.manifest["fingerprint"]

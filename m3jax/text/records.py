@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ CHECKSUMS = "crc32c.bin"  # CRC-32C of every record, <u4; itself verified when i
 _WRITER = "group_size:1,zstd:3"  # one record per group: a random read decompresses only that record
 _READER = "readahead_buffer_size:0,max_parallelism:0"
 _FORMAT = 1
+_SHARD = ".array_record"  # ending of a shard's name
 
 _Writer = TypeVar("_Writer", bound="RecordWriter")
 
@@ -134,7 +135,12 @@ class RecordWriter:
 
 
 def _name(shard: int) -> str:
-    return f"records-{shard:05d}.array_record"
+    return f"records-{shard:05d}{_SHARD}"
+
+
+def is_side_file(name: str) -> bool:
+    """Returns whether a file of a folder of records is no shard."""
+    return not name.endswith(_SHARD)
 
 
 class Records:
@@ -144,28 +150,62 @@ class Records:
     older versions wrote, have only the checksums of ArrayRecord, which do not tell files apart.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], kind: str) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        kind: str,
+        fetch: Callable[[list[str]], None] | None = None,
+    ) -> None:
         """Opens a finished folder of records.
+
+        With `fetch`, which makes the files that it is given present, shards may be missing. They
+        are fetched when they are read.
 
         Raises `TextError` if the manifest is missing, damaged, or of another kind or format, or a
         file is missing or has another size than the manifest says.
         """
         self.folder = Path(folder)
         self.manifest = self._read_manifest(kind)
+        shards = [e for e in self.manifest["files"] if not is_side_file(e["name"])]
+        self._paths = [self.folder / entry["name"] for entry in shards]
+        self._sizes = [entry["bytes"] for entry in shards]
+        self._readers: list[Any] = [None] * len(self._paths)
+        self._lock, self._fetching = threading.Lock(), threading.Lock()
+        self._fetch, self._absent = fetch, set[int]()  # numbers of shards
+        if fetch is not None:
+            self._absent = {i for i, path in enumerate(self._paths) if not path.is_file()}
+        absent = {self._paths[i].name for i in self._absent}
+        self._check_files({entry["name"] for entry in self.manifest["files"]} - absent)
+        self._checksums = None
+        if any(entry["name"] == CHECKSUMS for entry in self.manifest["files"]):
+            self._checksums = self.side_file(CHECKSUMS, "<u4")
+
+    def _check_files(self, names: Container[str]) -> None:
         for entry in self.manifest["files"]:
             path = self.folder / entry["name"]
+            if path.name not in names:
+                continue
             if not path.is_file():
                 raise self.damaged(path, "is missing")
             if (size := path.stat().st_size) != entry["bytes"]:
                 raise self.damaged(path, f"has {size} bytes; expected {entry['bytes']}")
-        shards = [e for e in self.manifest["files"] if e["name"].endswith(".array_record")]
-        self._paths = [self.folder / entry["name"] for entry in shards]
-        self._sizes = [entry["bytes"] for entry in shards]
-        self._readers: list[Any] = [None] * len(self._paths)
-        self._lock = threading.Lock()
-        self._checksums = None
-        if any(entry["name"] == CHECKSUMS for entry in self.manifest["files"]):
-            self._checksums = self.side_file(CHECKSUMS, "<u4")
+
+    @property
+    def shards(self) -> int:
+        """Returns the number of shards; record i is in shard i % `shards`."""
+        return len(self._paths)
+
+    def fetch(self, shards: Sequence[int]) -> None:
+        """Makes shards present that are missing, if the folder was opened with `fetch`."""
+        if not self._absent.intersection(shards):
+            return
+        with self._fetching:
+            missing = self._absent.intersection(shards)
+            if missing and self._fetch is not None:
+                names = sorted(self._paths[i].name for i in missing)
+                self._fetch(names)
+                self._check_files(names)
+            self._absent -= missing
 
     def side_file(self, name: str, dtype: np.typing.DTypeLike) -> np.ndarray:
         """Reads a side file whole, one row per record; raises `TextError` if it is damaged."""
@@ -220,6 +260,7 @@ class Records:
         ids = self.check(ids)
         records: list[dict[str, Any]] = [{}] * len(ids)
         shards = ids % max(len(self._paths), 1)
+        self.fetch(shards.tolist())
         for shard in np.unique(shards).tolist():
             places = np.flatnonzero(shards == shard)
             inside = (ids[places] // len(self._paths)).tolist()

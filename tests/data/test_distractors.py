@@ -98,7 +98,7 @@ def test_right_memories_are_those_without_distractors(workdir, ids):
 def test_hard_distractors_are_the_next_best_found(workdir):
     pipeline = open_pipeline(config_of(memory__hard_distractors=1.0), workdir)
     hits = 0
-    for row, chunks in zip(pipeline._order[2], pipeline.batch(2).reference_ids, strict=True):
+    for row, chunks in zip(pipeline.drawn(2), pipeline.batch(2).reference_ids, strict=True):
         item, right = pipeline.rows[int(row)], set(chunks[:, :2].ravel().tolist())
         for chunk, query, text in item.queries(0):  # its own text, whatever retrieval.shift is
             if chunks[chunk, 0] < 0:
@@ -135,7 +135,7 @@ def test_distractors_depend_on_seed_and_step_alone(workdir, ids):
     resumed = next(itertools.islice(open_pipeline(config, workdir).batches(5), 2, None))
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
     pipeline = open_pipeline(config_of(ids), workdir)
-    pipeline._order = [np.arange(4)] * 8  # the same rows in every step
+    pipeline._orders = [np.arange(32) % 4]  # the same rows in every step
     steps = np.stack([pipeline.batch(step).reference_ids for step in range(8)])
     assert (steps[..., :2] == steps[:1, ..., :2]).all()
     reads = steps[0, ..., 0] >= 0

@@ -105,7 +105,7 @@ def test_each_chunk_searches_with_its_own_chat(chats, shift):
     pipeline.retriever.retrieve = remember
     batch = pipeline.batch(0)
     expected = []
-    for row in np.asarray(pipeline._order[0]):
+    for row in pipeline.drawn(0):
         for number in pipeline.rows.plan[int(row)]:
             tokens = pipeline.rows.corpus[number].tokens
             for chunk in range(shift, -(-(len(tokens) - 1) // 10)):
@@ -126,12 +126,12 @@ def test_stored_keys_are_what_the_chunks_read(chats):
         config.retrieval.ids = "stored"
     pipeline = open_pipeline(config, folder)
     batch = pipeline.batch(1)
-    for ids, row in zip(batch.reference_ids, np.asarray(pipeline._order[1]), strict=True):
+    for ids, row in zip(batch.reference_ids, pipeline.drawn(1), strict=True):
         keys = pipeline.rows[int(row)].references
         assert all(key.startswith("person-") for key in keys)
         assert ids[: len(keys), 0].tolist() == [pipeline.references.find(key) for key in keys]
         assert (ids[len(keys) :] == -1).all()
-    rows = [pipeline.rows[int(row)] for row in np.asarray(pipeline._order[1])]
+    rows = [pipeline.rows[int(row)] for row in pipeline.drawn(1)]
     chunks = sum(len(row.references) for row in rows)
     assert chunks < batch.reference_ids.size  # some places are none
     assert pipeline.report() == {"chunks": chunks, "chunks_without_reference": 0} | {

@@ -42,6 +42,20 @@ def test_hosts_together_load_the_whole_batch(workdir, hosts):
     assert_same(whole, joined)
 
 
+@pytest.mark.parametrize("packing", ["concat", "document"])
+def test_a_place_of_the_batch_has_rows_of_one_share(workdir, packing):
+    config = tiny_config(memory__source="none", data__packing=packing, data__shares=2)
+    pipeline = open_pipeline(config, workdir)
+    rows, epoch = pipeline.rows, min(np.diff(pipeline.rows.shares)) // 2
+    drawn = np.array([pipeline.drawn(step) for step in range(epoch)])
+    assert (drawn[:, :2] < rows.shares[1]).all() and (drawn[:, 2:] >= rows.shares[1]).all()
+    assert len(np.unique(drawn)) == drawn.size
+    np.testing.assert_array_equal(pipeline.drawn(1, np.array([1, 3])), drawn[1, [1, 3]])
+    assert_same(pipeline.batch(3, slice(2, 4)).tokens, pipeline.batch(3).tokens[2:])
+    other = open_pipeline(tiny_config(memory__source="none", seed=1, data__shares=2), workdir)
+    assert not np.array_equal(drawn[0], other.drawn(0))
+
+
 def test_the_seed_decides_the_order_and_every_row_comes_once_an_epoch(workdir):
     config = tiny_config(memory__source="none")
     pipeline = open_pipeline(config, workdir)
@@ -114,7 +128,7 @@ def test_stored_ids_are_those_of_the_document(workdir):
     config = tiny_config(retrieval__ids="stored", data__packing="document")
     pipeline = open_pipeline(config, workdir)
     batch = pipeline.batch(1)
-    order = np.asarray(pipeline._order[1])
+    order = pipeline.drawn(1)
     for row, ids in zip(order, batch.reference_ids, strict=True):
         keys = pipeline.rows[int(row)].references
         expected = [pipeline.references.find(key) for key in keys] or [-1] * 6

@@ -13,7 +13,9 @@ from m3jax.text.tokenizer import BOS, END
 
 
 class FakeCorpus(Corpus):
-    """Token documents in memory."""
+    """Token documents in memory, in three shards."""
+
+    shards = 3
 
     def __init__(self, documents):
         self.documents, self.folder = documents, Path("corpus/validation")
@@ -85,3 +87,30 @@ def test_a_last_star_repeats_a_key_for_all_further_chunks():
 def test_a_corpus_too_small_for_a_row_is_refused():
     with pytest.raises(TextError, match="corpus/validation has 5 tokens.*sequence_length"):
         Rows(corpus(5), 8, 4, "concat")
+
+
+@pytest.mark.parametrize("packing", ["concat", "document"])
+def test_rows_of_a_share_have_only_documents_of_its_shards(packing):
+    documents = corpus(*range(6, 30), 3, 2)
+    rows = Rows(documents, 8, 4, packing, 2)
+    first, second = (
+        [i for i in range(26) if i % 3 % 2 == share] for share in range(2)
+    )  # of the shards 0 and 2, and of shard 1
+    for low, high, numbers in ((0, 1, first), (1, 2, second)):
+        dealt = FakeCorpus([documents[i] for i in numbers])
+        alone, start = Rows(dealt, 8, 4, packing), int(rows.shares[low])
+        assert rows.shares[high] - start == len(alone)
+        for r in range(len(alone)):
+            for row, expected in zip(rows[start + r], alone[r], strict=True):
+                np.testing.assert_equal(row, expected)
+        every = np.arange(len(alone))
+        documents_of = np.array(numbers)[alone.document_of(every)]
+        np.testing.assert_array_equal(rows.document_of(start + every), documents_of)
+    assert len(rows) == rows.shares[2]
+
+
+def test_a_share_without_shards_or_rows_is_refused():
+    with pytest.raises(TextError, match=r"has 3 shards, too few for config.data.shares = 4"):
+        Rows(corpus(9, 9, 9, 9), 8, 4, "concat", 4)
+    with pytest.raises(TextError, match=r"one row of 8 in each of 3 shares; .*config.data.shares"):
+        Rows(corpus(20, 20, 3), 8, 4, "concat", 3)

@@ -92,6 +92,12 @@ def mirrors(at: Path) -> set[str]:
     return {path.name for path in mirror.iterdir()} if mirror.is_dir() else set()
 
 
+def shards(at: Path) -> set[int]:
+    """Returns the shards of the corpus that a machine has."""
+    corpus = Mirror(URL, at / "home" / ".cache" / "m3jax").local / "corpus" / "train"
+    return {int(path.stem[-5:]) for path in corpus.glob("*.array_record")}
+
+
 def in_bucket(server: CloudStorage, name: str) -> bytes:
     return server.buckets[BUCKET][f"runs/wiki/{name}"].data
 
@@ -151,7 +157,7 @@ def test_two_processes_without_a_common_folder_do_what_two_with_one_do(server, l
     config, workdir = local
     at = {str(workdir): [tmp_path / "disk 0", tmp_path / "disk 1"]}
     at[URL] = [tmp_path / "one", tmp_path / "two"]
-    warmup = f"--config={config}:warmup", "--config.stage=pair"
+    warmup = f"--config={config}:warmup", "--config.stage=pair", "--config.data.shares=2"
     continual = (f"--config={config}:continual",)
     losses: list[dict] = []
     texts: list[str] = []
@@ -159,6 +165,8 @@ def test_two_processes_without_a_common_folder_do_what_two_with_one_do(server, l
         run, begun = (f"--workdir={place}",), f"{place}/pair"
         shown = together("train", *warmup, *run, at=machines)
         assert f"checkpoint: {begun}/checkpoints/6" in shown
+        if place == URL:
+            assert [shards(machine) for machine in machines] == [{0, 2}, {1, 3}]
         together("write_bank", *continual, *run, f"--checkpoint={begun}", at=machines)
         together("train", *continual, *run, f"--init_from={begun}", at=machines)
         report = tmp_path / "losses.json"
