@@ -15,7 +15,7 @@ COMMANDS = cli.Commands()
 
 
 @COMMANDS.add(
-    *(cli.CONFIG, cli.NEW_WORKDIR),
+    *(cli.CONFIG, cli.NEW_BUCKET_WORKDIR, cli.CACHE_DIR),
     Flag(
         "model",
         "Folder of a downloaded model, a GGUF file, or a wheel (.whl) with one.",
@@ -49,9 +49,10 @@ def from_hf(given: FlagValues) -> None:
     which), and it is renumbered with the rows of the embedding. --special_tokens names others; for
     `<reference>` take one that the model has never seen.
     """
+    from m3jax.mirror import Mirror
     from m3jax.train.hf_checkpoint import import_model
 
-    at = given.config, given.workdir, given.model
+    at = given.config, Mirror(given.workdir, given.cache_dir).local, given.model
     print(import_model(*at, tokenizer=given.tokenizer, special=given.special_tokens))
 
 

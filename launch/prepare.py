@@ -27,7 +27,6 @@ With Apache Beam, on machines that all see the workdir:
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from absl.flags import FlagValues
@@ -42,7 +41,7 @@ REPORTS = {"clean": "report/data", "references": "report/knowledge"}  # of parts
 
 
 @COMMANDS.add(
-    *(cli.CONFIG, dataclasses.replace(cli.NEW_WORKDIR, kind=places.NEW_ANY_WORKDIR), cli.CACHE_DIR),
+    *(cli.CONFIG, cli.NEW_BUCKET_WORKDIR, cli.CACHE_DIR),
     Flag(
         "documents",
         "Documents to train on: comma-separated .jsonl, .json, .parquet, .txt or .md files (plain,"

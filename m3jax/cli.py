@@ -182,6 +182,7 @@ NEW_WORKDIR = dataclasses.replace(
     WORKDIR, help="Folder of the run; made where it is not there.", kind=places.NEW_FOLDER
 )
 BUCKET_WORKDIR = dataclasses.replace(WORKDIR, kind=places.ANY_WORKDIR)
+NEW_BUCKET_WORKDIR = dataclasses.replace(NEW_WORKDIR, kind=places.NEW_ANY_WORKDIR)
 CACHE_DIR = Flag(
     "cache_dir",
     "Folder where copies from buckets are kept; default ~/.cache/m3jax.",

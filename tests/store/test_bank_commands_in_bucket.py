@@ -187,7 +187,7 @@ def test_what_is_selected_is_reported_in_the_bucket(run):
     assert Store(URL).read("report/counts.png") and Store(URL).read("report/heads-context-kv.png")
 
 
-def test_a_checkpoint_of_a_bucket_is_exported_as_that_of_a_disk(run, tmp_path):
+def test_a_checkpoint_of_a_bucket_is_exported_and_taken_as_that_of_a_disk(run, tmp_path):
     pytest.importorskip("gcsfs")
     config = stage_config()
     program = Program(config, make_mesh(config, jax.devices()[:1]))
@@ -198,3 +198,15 @@ def test_a_checkpoint_of_a_bucket_is_exported_as_that_of_a_disk(run, tmp_path):
     command("convert to_hf", f"--workdir={run.local}", f"--folder={tmp_path / 'of disk'}")
     command("convert to_hf", *run.at_bucket(), f"--folder={tmp_path / 'of bucket'}")
     assert content(tmp_path / "of bucket") == content(tmp_path / "of disk") != {}
+    fixed = f"--config={run.local}/config.py", "--config.stage=taken", "--config.memory.source=none"
+    model = f"--model={tmp_path / 'of disk'}"
+    places = {"disk": [f"--workdir={tmp_path / 'new'}"], "bucket": [f"--workdir=gs://{BUCKET}/new"]}
+    for name, at in places.items():
+        command("convert from_hf", *fixed, model, *at, f"--cache_dir={tmp_path / 'first'}")
+        command("convert from_hf", *fixed, model, *at, f"--cache_dir={tmp_path / 'again'}")
+        checkpoint = f"--checkpoint={at[0].partition('=')[2]}/taken"
+        export = f"--folder={tmp_path / f'taken on {name}'}"
+        command("convert to_hf", *at, checkpoint, export, f"--cache_dir={tmp_path / 'third'}")
+    exported = content(tmp_path / "taken on bucket")
+    assert exported == content(tmp_path / "taken on disk") != {}
+    assert exported["model.safetensors"] == content(tmp_path / "of disk")["model.safetensors"]
