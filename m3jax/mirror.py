@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from m3jax.errors import LockError, StoreError
+from m3jax.errors import LockError, StoreError, UserError
 from m3jax.files import TEMPORARY, commit, digest, fast_checksum, write_atomically
-from m3jax.printable import complain
+from m3jax.printable import complain, show_as
 from m3jax.published import (
     PUBLISHED,
     PUBLISHING,
@@ -76,6 +76,7 @@ class Mirror:
             self.place = self.place.rstrip("/")
             self.local = Path(cache_dir or default_cache()).absolute() / digest(self.place)
             self._store, self._own = Store(self.place), self.local / _OWN
+            show_as(str(self.local), self.place)
             if not (self._own / "place").is_file():
                 write_atomically(self._own / "place", self.place.encode(), shared=True)
 
@@ -193,7 +194,7 @@ class Mirror:
         free = shutil.disk_usage(self.local).free
         if needed > free:
             raise StoreError(
-                f"{self.local} has {size_text(free)} free, and {self.place} needs"
+                f"{self.local.parent} has {size_text(free)} free, and {self.place} needs"
                 f" {size_text(needed)}; choose a larger disk with --cache_dir"
             )
         parts = ", ".join(copy.part for copy in copies)
@@ -394,7 +395,11 @@ class Mirror:
             place = str(self.url(part)).rstrip("/")
             _leases[place] = stack.enter_context(Lease(Store(place), LOCK, "writing"))
             stack.callback(_leases.pop, place)
-            yield
+            try:
+                yield
+            except UserError:  # perhaps the next writer has deleted what this one had begun
+                _leases[place].check_now()
+                raise
 
     @property
     def token(self) -> str:

@@ -114,12 +114,12 @@ def read_path(
                 " 0-9, '.', '_' and '-'"
             )
         return text
+    if scheme and scheme[1] in place.schemes:
+        raise error(f"{given}: a URL begins with {scheme[1]}://, with two slashes")
     if scheme:
-        accepted = f", or a URL of {', '.join(place.schemes)}" if place.schemes else ""
-        raise error(
-            f"{given}: {scheme[1]}:// is not supported here; name a local {place.holds}{accepted}."
-            " Of a bucket, mount it (Cloud Storage FUSE) or copy from it"
-        )
+        accepted = " or ".join([f"a local {place.holds}", *(f"{s}://…" for s in place.schemes)])
+        bucket = scheme[1] in ("gs", "s3") and "; copy from the bucket, or mount it"
+        raise error(f"{given}: {scheme[1]}:// is not supported here; name {accepted}{bucket or ''}")
     path = Path(os.path.expanduser(text))
     if str(path).startswith("~"):
         user = path.parts[0][1:]

@@ -21,6 +21,7 @@ _ACTING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
+_originals: dict[str, str] = {}  # by the folder of the copy
 _MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)|\A[#+>-]")
 
 
@@ -43,6 +44,19 @@ def as_markdown(text: str) -> str:
 def as_label(text: str) -> str:
     """Returns the text as one line for a picture, where `$` would begin a formula."""
     return one_line(text).replace("$", r"\$")
+
+
+def show_as(folder: str, place: str) -> None:
+    """Gives a folder, a copy that the user has not named, the name of its original in errors."""
+    _originals[folder] = place
+
+
+def with_originals(text: str) -> str:
+    """Returns a message that names originals instead of copies (`show_as`), and then the copies."""
+    for folder, place in _originals.items():
+        if folder in text:
+            text = f"{text.replace(folder, place)} (read from the copy {folder})"
+    return text
 
 
 def complain(text: str) -> None:

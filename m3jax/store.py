@@ -38,7 +38,7 @@ REQUESTS = 32  # at a time
 LEASE = 30.0  # seconds without a renewal after which a lease is dead
 # For TensorStore's HTTP client, which by default waits forever for a silent server.
 _SILENCE = {
-    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "30",
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "10",
     "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
 }
 _LOCK = "__lock"  # ending of what a killed write leaves behind in a local folder
@@ -51,7 +51,7 @@ def is_bucket(place: str | os.PathLike[str]) -> bool:
 
 
 def limit_silence() -> None:
-    """Makes TensorStore give up a request after 30 silent seconds; before the first request."""
+    """Makes TensorStore give up a request after 10 silent seconds; before the first request."""
     for name, value in _SILENCE.items():
         os.environ.setdefault(name, value)
 
@@ -254,10 +254,16 @@ class Lease:
         """Raises `StoreError` if the lease was lost; to be called before what it protects."""
         if self._lost or time.monotonic() - self._renewed > self.seconds:
             raise StoreError(
-                f"this process had no connection to {self.store.place} for {self.seconds:.0f} s,"
-                f" and"
+                f"this process was suspended, or had no connection to {self.store.place}, and"
                 f" another one may be {self.what} it; run the same command again"
             )
+
+    def check_now(self) -> None:
+        """Raises as `check` does, also if the loss has not been noticed."""
+        with contextlib.suppress(StoreError):
+            held = self.store.read(self.name)
+            self._lost |= held is None or not held.startswith(self.token.encode())
+        self.check()
 
     def __exit__(
         self,

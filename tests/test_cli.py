@@ -276,7 +276,7 @@ def test_config_files_that_fail_are_named(
     assert re.search(message, str(caught.value))
 
 
-@pytest.mark.parametrize(("folder", "message"), [("", "is empty"), ("gs://b/x", "Of a bucket")])
+@pytest.mark.parametrize(("folder", "message"), [("", "is empty"), ("gs://b/x", "or mount it")])
 def test_folders_that_are_none_are_refused(folder: str, message: str) -> None:
     with pytest.raises(CommandError, match=message):
         parse("add", CONFIG, f"--workdir={folder}")

@@ -33,6 +33,7 @@ import ssl
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,7 +48,7 @@ from m3jax.errors import BankError
 from m3jax.failures import raise_if_machine
 from m3jax.files import checksum, digest, json_text
 from m3jax.private_apis import reason_of
-from m3jax.store import RETRIES, limit_silence
+from m3jax.store import RETRIES, is_bucket, limit_silence, unreachable
 from m3jax.workdir import VERSIONS
 
 FORMAT = 2
@@ -299,7 +300,9 @@ def join_checksums(folder: str | Path, manifest: dict[str, Any]) -> bytes:
 
 def remove_shard_checksums(folder: str | Path) -> None:
     """Deletes `crc32c/`."""
-    store(folder).delete_range(ts.KvStore.KeyRange(_OF_SHARDS, _OF_SHARDS[:-1] + "0")).result()
+    sums = ts.KvStore.KeyRange(_OF_SHARDS, _OF_SHARDS[:-1] + "0")
+    with _changing(folder, _OF_SHARDS, "deleted"):
+        store(folder).delete_range(sums).result()
     if not is_url(folder):
         shutil.rmtree(Path(folder) / _OF_SHARDS, ignore_errors=True)
 
@@ -336,6 +339,8 @@ def open_array(
     except ValueError as error:
         if create and "ALREADY_EXISTS" in str(error):  # its own: a bucket's answer was lost
             return open_array(folder, manifest)
+        if create and is_bucket(folder):
+            raise unreachable(f"{folder}/{ARRAY}zarr.json", error) from error
         if create:
             raise BankError(f"{folder}/{ARRAY}zarr.json could not be written: {error}") from error
         raise_if_machine(error)
@@ -367,19 +372,25 @@ def shard_key(shard: int) -> str:
 
 
 def write_file(folder: str | Path, name: str, data: bytes) -> None:
-    """Writes a file of the bank atomically; raises `BankError` if that fails."""
-    try:
+    """Writes a file of the bank atomically; raises `BankError` or `StoreError` if that fails."""
+    with _changing(folder, name, "written"):
         store(folder).write(name, data).result()
-    except (OSError, ValueError) as error:
-        raise BankError(f"{folder}/{name} could not be written: {error}") from error
 
 
 def delete_file(folder: str | Path, name: str) -> None:
-    """Deletes a file of the bank, if it exists; raises `BankError` if that fails."""
-    try:
+    """Deletes a file of the bank, if it exists; raises as `write_file`."""
+    with _changing(folder, name, "deleted"):
         store(folder).write(name, None).result()
+
+
+@contextlib.contextmanager
+def _changing(folder: str | Path, name: str, what: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
-        raise BankError(f"{folder}/{name} could not be deleted: {error}") from error
+        if is_bucket(folder):
+            raise unreachable(f"{folder}/{name}", error) from error
+        raise BankError(f"{folder}/{name} could not be {what}: {error}") from error
 
 
 def link_file(source: str | Path, folder: str | Path, name: str) -> None:
@@ -394,7 +405,8 @@ def link_file(source: str | Path, folder: str | Path, name: str) -> None:
 
 def missing_shards(folder: str | Path, manifest: dict[str, Any]) -> list[int]:
     """Lists the numbers of shards that have no file."""
-    there = {bytes(key).decode() for key in store(folder).list().result()}
+    with _changing(folder, ARRAY, "listed"):
+        there = {bytes(key).decode() for key in store(folder).list().result()}
     shards = range(shards_of(manifest))
     return [shard for shard in shards if shard_key(shard) not in there]
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import m3jax
 from m3jax.config import slot_counts
 from m3jax.distributed import first_alone, first_writes, meet
-from m3jax.errors import BankError
+from m3jax.errors import BankError, StoreError, UserError
 from m3jax.files import checksum, json_text
 from m3jax.memory import codec as codecs
 from m3jax.memory import storage
@@ -36,6 +36,7 @@ from m3jax.model.parameters import Params
 from m3jax.model.slots import SlotLayout
 from m3jax.model.transformer import Model
 from m3jax.private_apis import is_disk_full
+from m3jax.store import is_bucket, unreachable
 
 _WRITERS = 4  # threads that write shards
 _WAITING = 2 * _WRITERS  # most shards in RAM, being written or waiting for a thread
@@ -240,7 +241,7 @@ def prepare_folder(
         storage.write_file(folder, storage.MANIFEST, text)
     missing = storage.missing_shards(folder, manifest)
     if missing:
-        storage.store(folder).write(storage.COMPLETE, None).result()
+        storage.delete_file(folder, storage.COMPLETE)
     return manifest, missing
 
 
@@ -443,11 +444,13 @@ class Build:
             " and run the same command again; what is written is kept"
         )
 
-    def failure(self, shard: int, error: Exception) -> BankError:
+    def failure(self, shard: int, error: Exception) -> UserError:
         """Returns the error for a failed write of a shard; this process writes no more."""
         if jax.process_count() == 1:
             storage.remove_locks(self.folder)
         name = f"{self.folder}/{storage.shard_key(shard)}"
+        if is_bucket(self.folder):
+            return error if isinstance(error, StoreError) else unreachable(name, error)
         if is_disk_full(error):
             self.missing = storage.missing_shards(self.folder, self.manifest)
             lacking = self.lacking_space(storage.free_bytes(self.folder) or 0)

@@ -337,16 +337,23 @@ def _forget_servers() -> None:
 
 
 @contextlib.contextmanager
-def serving(*buckets: str) -> Iterator[CloudStorage]:
-    """Runs a server, which TensorStore takes for Google's while the block lasts."""
-    with CloudStorage(buckets or (BUCKET,)) as server, pytest.MonkeyPatch.context() as patch:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        patch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
+def talking_to(url: str) -> Iterator[None]:
+    """Makes all libraries take a server for Google's while the block lasts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
-        patch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        patch.setenv("STORAGE_EMULATOR_HOST", url)
         patch.setenv("NO_GCE_CHECK", "true")  # no account of this machine
         _forget_servers()
+        yield
+
+
+@contextlib.contextmanager
+def serving(*buckets: str) -> Iterator[CloudStorage]:
+    """Runs a server, which TensorStore takes for Google's while the block lasts."""
+    with CloudStorage(buckets or (BUCKET,)) as server, talking_to(server.url):
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
         try:
             yield server
         finally:

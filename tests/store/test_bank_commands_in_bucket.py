@@ -1,12 +1,18 @@
 """write_bank and edit_bank on a workdir in a bucket: files and outputs are those of a local one."""
 
+import concurrent.futures
 import json
+import os
 import re
 import shutil
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
+import processes
 import pytest
 from data.data_workdir import make_workdir, write_text
 from launch.test_writers import CONFIG, stage_config
@@ -84,7 +90,7 @@ class Runner:
             command(words, *fixed, *arguments, *at)
             output = self.capsys.readouterr().out.replace(str(self.local), "RUN")
             output = re.sub(r"[\d.]+ s, .*|, [^ ]+ free", "", output.replace(URL, "RUN"))
-            told.append(re.sub(r"versions/(building|\d+)/bank", "NEW/bank", output))
+            told.append(re.sub(r"versions/(building|\d+)(/[0-9a-f]{16})?/bank", "NEW/bank", output))
         assert told[0] == told[1]
         return told[0]
 
@@ -96,9 +102,16 @@ def run(
     return Runner(prepared, tmp_path, capsys)
 
 
+def in_bucket(part: str) -> str:
+    """Path in the bucket of a part of a version: in the folder of the editor that has made it."""
+    version, name = re.fullmatch(r"(versions/\d+)?/?(.*)", part).groups()
+    data = version and json.loads(Store(URL).read(f"{version}/version.json"))["data"]
+    return f"{data}/{name}" if data else name
+
+
 def bank_files(run: Runner, part: str = "bank") -> tuple[dict[str, bytes], dict[str, bytes]]:
     """Files of a bank on the disk and in the bucket, without manifests, which have paths."""
-    folder, there = run.local / part, Store(f"{URL}/{part}")
+    folder, there = run.local / part, Store(f"{URL}/{in_bucket(part)}")
     paths = (path for path in folder.rglob("*") if path.is_file())
     local = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     bucket = {name: there.read(name) or b"" for name in there.names()}
@@ -129,10 +142,102 @@ def test_a_bank_is_written_and_edited_as_on_a_disk(run):
     assert run("edit_bank list").count("\n") == 1
     shard = "versions/000004/bank/memories.zarr/c/0/0/0/0/0/0"
     (run.local / shard).unlink()
-    Store(URL).delete(shard)
+    Store(URL).delete(in_bucket(shard))
     assert "rewritten: " in run("edit_bank repair")
     local, there = bank_files(run, "versions/000004/bank")
     assert local == there
+
+
+class Forks:
+    """Runs edit_bank in processes of their own, each on another machine, one at a time."""
+
+    def __init__(self, run: Runner, server: CloudStorage, tmp_path: Path) -> None:
+        self.run, self.server, self.tmp_path = run, server, tmp_path
+        self.pool = concurrent.futures.ThreadPoolExecutor(1)
+
+    def start(self, words: str, *arguments: str, **environment: str) -> Any:
+        self.run.host += 1
+        self.home = self.tmp_path / f"home {self.run.host}"
+        (self.home / "tmp").mkdir(parents=True)
+        machine = {"HOME": self.home, "XDG_CACHE_HOME": self.home, "TMPDIR": self.home / "tmp"}
+        fixed = [f"--config={self.run.local}/config.py", f"--workdir={URL}", *arguments]
+        if words != "delete":
+            fixed.append(f"--checkpoint={self.run.local}/warmup")
+        script = str(processes.ROOT / "launch" / "edit_bank.py")
+        options = {"devices": 1, **machine, **environment}
+        return self.pool.submit(processes.run_script, script, words, *fixed, **options)
+
+    def process(self, happened: str) -> int:
+        """Id of the process that was started last, once it has sent a request."""
+        processes.wait_until(
+            lambda: any(re.search(happened, line) for line, _ in self.server.requests)
+        )
+        lock = next((self.home / "m3jax").glob("*/lock")).read_text()
+        return int(re.search(r"process (\d+) ", lock)[1])
+
+
+@pytest.mark.slow
+def test_editors_are_killed_suspended_and_without_an_answer(run, server, tmp_path):
+    (run.local / "other.jsonl").write_text('{"id": "other", "text": "other text"}\n')
+    run("write_bank")
+    forks = Forks(run, server, tmp_path)
+    fixed = f"--config={run.local}/config.py", f"--checkpoint={run.local}/warmup"
+    moments = {
+        ("add", "new"): "POST.*versions/.*memories.zarr/c/",
+        ("replace", "newer"): "POST.*versions/000002/version.json",
+        ("add", "other"): "POST.*versions/current.json",
+    }
+    for (words, name), moment in moments.items():
+        documents = f"--documents={run.local}/{name}.jsonl"
+        server.requests.clear()
+        server.faults = [Fault(moment, 200, delay=3, times=1e9)]
+        killed = forks.start(words, documents)
+        os.kill(forks.process(moment), signal.SIGKILL)
+        assert killed.result().returncode == -signal.SIGKILL
+        time.sleep(3.1)  # the server carries out what it has read
+        server.faults = []
+        for at in ([f"--workdir={run.local}"], run.at_bucket()):
+            command(f"edit_bank {words}", *fixed, documents, *at)
+    run("edit_bank list")
+    for version in ("000001", "000002", "000003"):
+        local, there = bank_files(run, f"versions/{version}/bank")
+        assert local == there
+        assert len(Mirror(URL, tmp_path / "any").folders(f"versions/{version}")) == 1
+
+    server.requests.clear()
+    server.faults = [Fault("POST.*versions/.*memories.zarr/c/", 200, delay=2, times=1e9)]
+    suspended = forks.start("replace", f"--documents={run.local}/new.jsonl")
+    process = forks.process("POST.*versions/.*memories.zarr/c/")
+    os.kill(process, signal.SIGSTOP)
+    server.faults = []
+    run("edit_bank replace", f"--documents={run.local}/newer.jsonl")
+    before = Store(URL).read("versions/current.json")
+    os.kill(process, signal.SIGCONT)
+    done = suspended.result()
+    told = re.findall(r"^\w+Error: .*$", done.stderr, re.MULTILINE)
+    assert done.returncode == 2 and len(told) == 1 and "run the same command again" in told[0]
+    assert Store(URL).read("versions/current.json") == before
+    local, there = bank_files(run, "versions/000004/bank")
+    assert local == there
+
+    silence = {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "1"}
+    server.faults = [Fault(".", 0, delay=4, times=1e9, share=0.05)]
+    done = forks.start("delete", "--keys=other", **silence).result()
+    assert done.returncode == 0, done.stderr
+    server.faults = [Fault(".", 0, delay=600, times=1e9)]
+    begun = time.monotonic()
+    done = forks.start("delete", "--keys=new", **silence).result()
+    told = re.findall(r"^\w+Error: .*$", done.stderr, re.MULTILINE)
+    assert done.returncode == 2 and len(told) == 1 and time.monotonic() - begun < 60
+    assert told[0].startswith(f"StoreError: {URL}") and "Run the same command again" in told[0]
+    server.faults = []
+    command(
+        "edit_bank delete",
+        f"--config={run.local}/config.py",
+        "--keys=other",
+        f"--workdir={run.local}",
+    )
+    run("edit_bank list")
 
 
 def test_a_bank_is_written_through_faults(run, server):

@@ -15,7 +15,9 @@ from store.cloud_storage import BUCKET, CloudStorage
 from m3jax import cli
 from m3jax.cli import Command, Flag
 from m3jax.errors import UserError
+from m3jax.mirror import Mirror
 from m3jax.places import Place
+from m3jax.printable import with_originals
 
 EMPTY = f"gs://{BUCKET}/nothing/here"
 # Flags that take gs://, besides --workdir, by what they hold.
@@ -122,11 +124,23 @@ def test_an_empty_bucket_is_named_before_any_work(
     before = tree.state()
     with pytest.raises(UserError) as caught:
         chosen.main(values)
-    text = str(caught.value)
+    text = with_originals(str(caught.value))
     assert f"gs://{BUCKET}/nothing" in text and "\n" not in text, text
+    assert str(tmp_path / "cache") not in text
     made = {path for path in tree.state() if not re.search(r"/(cache|\.cache|\.config)\b", path)}
     assert made == {*before}
     assert not quick_server.buckets[BUCKET], [*quick_server.buckets[BUCKET]]
+
+    if name in ("edit_bank list", "edit_bank verify", "prepare chats"):  # which tell otherwise
+        return
+    begun = Mirror(EMPTY, tmp_path / "maker")
+    (begun.local / "tokenizer").mkdir()
+    (begun.local / "tokenizer" / "tokenizer.json").write_text("{}")
+    begun.publish("tokenizer")
+    with pytest.raises(UserError) as caught:
+        chosen.main(values)
+    text = with_originals(str(caught.value)).partition(" (read from the copy")[0]
+    assert EMPTY in text and "\n" not in text and str(tmp_path / "cache") not in text, text
 
 
 def test_scripts_open_workdirs_by_their_mirror_alone() -> None:
