@@ -152,17 +152,13 @@ class Mirror:
                 )
             return None
         manifest = Manifest.read(mark, f"{self.place}/{part}")
-        known = None if anew else held(self._recorded(part), mark, self.local / part)
-        present = known or set[str]()
-        needed = [f for f in manifest.files if f.name in present or only is None or only(f.name)]
-        if known is not None and present >= {file.name for file in needed}:
+        kept = None if anew else held(self._recorded(part), mark, self.local / part)
+        chosen = [file for file in manifest.files if only is None or only(file.name)]
+        needed = [file for file in chosen if file.name not in (kept or ())]
+        if kept is not None and not needed:
             return None
         folder = self._own / f"copy-{digest(part, mark)}"
-        for name in present:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(OSError):  # then it is copied again
-                os.link(self.local / part / name, folder / name)
-        return Copy(part, mark, manifest._replace(files=needed), folder)
+        return Copy(part, mark, manifest._replace(files=needed), folder, kept)
 
     def fetch_files(self, names: Sequence[str]) -> list[str]:
         """Makes small files here what they are in the bucket, deleted ones deleted.
@@ -226,14 +222,22 @@ class Mirror:
         return file
 
     def _put_in_place(self, copy: Copy) -> None:
-        """Makes a whole copy the part of this mirror, in place of an older one."""
+        """Makes a whole copy the part of this mirror, in place of an older one, or adds it."""
         part, old = self.local / copy.part, self._own / f"old-{secrets.token_hex(6)}"
+        files = copy.manifest.files
         copy.folder.mkdir(parents=True, exist_ok=True)  # a part without files
         part.parent.mkdir(parents=True, exist_ok=True)
-        if part.exists():
-            os.replace(part, old)
-        os.replace(copy.folder, part)
-        self._write_record(copy.part, copy.mark, copy.manifest.files)
+        if copy.kept is None:
+            if part.exists():
+                os.replace(part, old)
+            os.replace(copy.folder, part)
+        else:
+            for file in files:
+                (part / file.name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(copy.folder / file.name, part / file.name)
+            whole = Manifest.read(copy.mark, f"{self.place}/{copy.part}").files
+            files = [*files, *(file for file in whole if file.name in copy.kept)]
+        self._write_record(copy.part, copy.mark, files)
 
     # -- to the bucket -----------------------------------------------------------------------------
     def publish(self, part: str, source: Path | None = None, anew: bool = False) -> None:

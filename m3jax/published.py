@@ -63,12 +63,21 @@ class Manifest(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """Part to be copied: its manifest, as it is and read, and where its files are collected."""
+    """Part to be copied.
+
+    Attributes:
+      part: its path in the workdir.
+      mark: its `published.json`.
+      manifest: the same, of the files that are to be copied.
+      folder: where these are collected.
+      kept: names of files that stay where they are; None: the folder replaces an older copy.
+    """
 
     part: str
     mark: bytes
     manifest: Manifest
     folder: Path
+    kept: set[str] | None
 
     def missing(self) -> list[File]:
         files = self.manifest.files

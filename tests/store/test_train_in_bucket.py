@@ -191,6 +191,10 @@ def test_two_processes_without_a_common_folder_do_what_two_with_one_do(server, l
         expected = figures((workdir / stage / "metrics.jsonl").read_bytes())
         assert figures(in_bucket(server, f"{stage}/metrics.jsonl")) == expected
         assert len(expected) >= 5
+    lines = [json.loads(line) for line in in_bucket(server, "continual/metrics.jsonl").splitlines()]
+    reads = [line["retrieval"] for line in lines if "bank_read_p99" in line.get("retrieval", {})]
+    assert reads and all(0 < read["bank_read_p99"] < 60 for read in reads)
+    assert any(read.get("bank_bytes_per_second", 0) > 0 for read in reads)
     assert losses[0] == losses[1] and texts[0] == texts[1]
     assert {"corpus", "tokenizer", "references"} <= mirrors(at[URL][1])
     assert "bank" not in mirrors(at[URL][0])  # which is read by ranges
