@@ -3,7 +3,9 @@
 It takes no notice of preconditions of uploads and deletions, so nothing that swaps is run on it.
 """
 
+import collections
 import json
+import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ from store.test_store import test_objects_are_read_written_listed_and_deleted as
 from train.tiny import FINGERPRINT, tiny_config
 
 from m3jax import mirror as mirrors
-from m3jax.checkpoint import checkpoint_steps, read_meta, restore_params
+from m3jax.checkpoint import checkpoint_steps, restore_params
 from m3jax.errors import StoreError
 from m3jax.make_model import make_model
 from m3jax.mesh import make_mesh
@@ -35,6 +37,9 @@ URL = f"gs://{BUCKET}/some/run"
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "")  # which the server sets
     with fakes.FakeGCSServer() as server, talking_to(server.url):
+        # What it logs would fill a pipe, and then it would wait.
+        drain = collections.deque[bytes]
+        threading.Thread(target=drain, args=(server._process.stderr, 0), daemon=True).start()
         name = json.dumps({"name": BUCKET}).encode()
         kind = {"Content-Type": "application/json"}
         made = urllib.request.Request(f"{server.url}/storage/v1/b?project=p", name, kind)
@@ -82,5 +87,5 @@ def test_checkpoints_are_saved_restored_and_deleted(server):
     checkpoints.close()
     assert checkpoint_steps(f"{URL}/warmup") == [3, 4]
     restored, meta = restore_params(f"{URL}/warmup", make_model(config, ()))
-    assert meta["step"] == 4 == read_meta(f"{URL}/warmup/checkpoints/4")["step"]
+    assert meta["step"] == 4
     jax.tree.map(np.testing.assert_array_equal, restored, jax.device_get(state.params))
