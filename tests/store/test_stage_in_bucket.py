@@ -20,9 +20,12 @@ from train.tiny import (
 from m3jax.checkpoint import checkpoint_steps
 from m3jax.errors import CheckpointError, StoreError
 from m3jax.mirror import Mirror
+from m3jax.train import stage_files
 from m3jax.train.guard import read_rollbacks
 from m3jax.train.loop import train
+from m3jax.train.metrics import read_metrics
 from m3jax.train.run import StageData
+from m3jax.train.stage_files import StageFiles
 
 pytest.importorskip("gcsfs")
 pytestmark = pytest.mark.slow
@@ -61,7 +64,8 @@ def test_a_run_goes_on_elsewhere_bitwise(quick_server: CloudStorage, tmp_path):
         run(on(tmp_path / "d"), seed=7)
 
 
-def test_rollbacks_are_known_elsewhere(quick_server, tmp_path):
+def test_rollbacks_are_known_elsewhere(quick_server, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage_files, "_PART", 2000)  # metrics in parts, some of them cut back
     config = guarded_config()
     guarded_run(config, tmp_path / "local", BAD)
     with pytest.raises(Crash):  # right after the first rollback
@@ -70,6 +74,11 @@ def test_rollbacks_are_known_elsewhere(quick_server, tmp_path):
     rollbacks = read_rollbacks(tmp_path / "local" / config.stage)
     assert read_rollbacks(on(tmp_path / "b") / config.stage) == rollbacks and len(rollbacks) == 2
     assert outcome(config, on(tmp_path / "b")) == outcome(config, tmp_path / "local")
+    assert any("metrics.jsonl.00002-" in name for name in quick_server.buckets[BUCKET])
+    (on(tmp_path / "c") / config.stage).mkdir(parents=True)
+    StageFiles(on(tmp_path / "c") / config.stage).take("metrics.jsonl")
+    lines = [read_metrics(on(tmp_path / name) / config.stage) for name in "bc"]
+    assert lines[0] == lines[1]
 
 
 @pytest.mark.parametrize("status", [503, 403])
