@@ -137,6 +137,7 @@ def test_every_override_is_valid_or_refused_by_name() -> None:
     assert len(seen) == 4  # floats and integers, refused and accepted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [0])
 def test_a_step_with_accepted_overrides_is_finite(first: int) -> None:
     values = next(steps(range(first, SEEDS)))

@@ -123,7 +123,7 @@ def evaluate_questions(
     for name in chosen:
         condition = CONDITIONS[name]
         texts, memories = read.ids(condition.text), read.ids(condition.memory)
-        values[name], cut = reader.answer(questions, texts, memories)
+        values[name], cut = reader.answer(name, questions, texts, memories)
         cuts[name] = {"cut": cut}
     summary = _summary(values, groups, seed)
     return {
@@ -280,13 +280,14 @@ class _Reader:
 
     def answer(
         self,
+        name: str,
         questions: Sequence[Question],
         texts: Int64[np.ndarray, "n _"] | None,
         memories: Int64[np.ndarray, "n M"] | None,
     ) -> tuple[dict[str, np.ndarray], int]:
         """Returns the measures of every question, and the number of prompts that were cut.
 
-        `texts` and `memories` are ids of the references read as such, −1 = none.
+        `name` is shown; `texts` and `memories` are ids of the references read as such, −1 = none.
         """
         session, tokenizer = self.session, self.session.tokenizer
         fronts = [""] * len(questions)
@@ -304,19 +305,21 @@ class _Reader:
             cut += shortened
         bank = None if memories is None else self.memories
         read = None if memories is None else [*memories[:, None]]
-        scores = self.scorer.score(pairs, read, bank, progress=True)
+        scores = self.scorer.score(pairs, read, bank, progress=f"{name}: score")
         measures = {
             "nats": -scores.logprob / [len(pair.continuation) for pair in pairs],
             "first": scores.greedy.astype(float),
         }
         if self.new:
-            generated = self._generate([pair.context[1:] for pair in pairs], read)
+            generated = self._generate(name, [pair.context[1:] for pair in pairs], read)
             both = [*zip(generated, (question.right for question in questions), strict=True)]
             measures["exact_match"] = np.array([exact_match(*pair) for pair in both])
             measures["f1"] = np.array([f1(*pair) for pair in both])
         return measures, cut
 
-    def _generate(self, prompts: list[np.ndarray], read: list[np.ndarray] | None) -> list[str]:
+    def _generate(
+        self, name: str, prompts: list[np.ndarray], read: list[np.ndarray] | None
+    ) -> list[str]:
         """Returns greedy answers up to their first line end."""
         options = {}
         if read is not None:
@@ -324,7 +327,8 @@ class _Reader:
             options["references"] = [[ids[0]] * retrievals for ids in read]
         generator = self._generator(0 if read is None else read[0].shape[-1])
         rows = self.scorer.batch_size
-        texts = continue_prompts(generator, prompts, self.new, rows, options)
+        bar = f"{name}: answer"
+        texts = continue_prompts(generator, prompts, self.new, rows, options, progress=bar)
         return [text.partition("\n")[0] for text in texts]
 
     @property

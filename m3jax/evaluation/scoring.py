@@ -169,7 +169,7 @@ class Scorer:
         ids: Sequence[Int[np.ndarray, "_ M"]] | None = None,
         bank: MemoryReader | None = None,
         *,
-        progress: bool = False,
+        progress: str = "",
     ) -> Scores:
         """Scores continuations; pairs of similar length run together.
 
@@ -178,7 +178,7 @@ class Scorer:
           ids: for each pair the references that its chunks read; chunks beyond these read the
             references of the last. None = no memory.
           bank: holds the memories of the references.
-          progress: show a progress bar.
+          progress: name of a progress bar; "" shows none.
 
         Raises:
           InferenceError: an empty continuation, all of whose tokens would be first choices.
@@ -188,7 +188,7 @@ class Scorer:
         logprob, greedy = np.zeros(len(pairs)), np.zeros(len(pairs), bool)
         order = np.argsort([-len(c) - len(t) for c, t in pairs], kind="stable")
         starts = range(0, len(pairs), self.batch_size)
-        for low in tqdm(starts, desc="scoring", unit="batch", disable=not progress):
+        for low in tqdm(starts, desc=progress, unit="batch", disable=not progress):
             part = order[low : low + self.batch_size].tolist()
             part += part[-1:] * (self.batch_size - len(part))
             chunk = self.model.memory.chunk_length

@@ -19,7 +19,7 @@ from m3jax.bench.rounds import import_peer, quotients, timed
 from m3jax.retrieval.search import import_scann
 
 ROOT = Path(__file__).resolve().parents[2]
-FAST = ("overlap", "bank", "checkpoint")
+FAST = ("overlap", "bank")
 EXPECTED = {
     "train": {"precomputed_over_warmup", "pipeline_over_precomputed", "guarded_over_plain"},
     "writer": {"encode_share"},

@@ -145,6 +145,7 @@ def test_online_batches_carry_the_tokens_of_the_same_references(workdir):
     assert (tokens[found < 0] == 0).all()
 
 
+@pytest.mark.slow
 def test_dropout_hides_its_share_of_chunks_in_training_only(workdir):
     config = tiny_config(memory__dropout=0.5, retrieval__shift=0)
     dropped, plain = (open_pipeline(c, workdir) for c in (config, tiny_config(retrieval__shift=0)))

@@ -209,6 +209,7 @@ def test_the_question_filters_what_it_finds(session, questions):
             assert max(overlap(query, reference), overlap(reference, query)) <= 0.6
 
 
+@pytest.mark.slow
 def test_long_prompts_are_counted_and_keep_their_end(session, questions):
     long = Question("word " * 150 + "pet of ada", " otter")
     for new in (0, 4):

@@ -85,6 +85,7 @@ def plain_first(scorer, pair):
     return np.argmax(np.asarray(logits)[0, len(pair.context) - 1 : len(pair.context)], -1)
 
 
+@pytest.mark.slow
 def test_a_continuation_reads_what_the_last_chunk_of_its_context_found(scorer, knowledge):
     _, bank = knowledge
     pairs = make_pairs((12, 15), (4, 3))

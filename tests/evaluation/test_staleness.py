@@ -13,6 +13,7 @@ import pytest
 from data.data_workdir import make_workdir, tiny_config
 from memory import memory_tiny as tiny
 from memory_axes import by_reference
+from quick import slow_among
 from tolerance import close
 
 from m3jax.checkpoint import read_meta
@@ -139,7 +140,7 @@ def test_errors_and_losses_equal_a_rewritten_bank(workdir: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("compression", ["none", "int8"])
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("depth", slow_among([1, 2], [1]))
 def test_slots_of_heads_with_counts_are_compared_by_loops(
     tmp_path: Path, compression: str, depth: int
 ) -> None:
@@ -248,6 +249,7 @@ def test_a_refreshed_version_is_written_by_the_checkpoint(workdir: Path, tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_collecting_a_refresh_deletes_the_old_bank_alone(workdir: Path) -> None:
     rewrite(CONFIG, workdir, workdir / "moved")
     memory = opened(workdir)[2].read(np.arange(20))

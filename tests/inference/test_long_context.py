@@ -137,6 +137,7 @@ def test_company_changes_nothing(tiny, found):
     close(alone.logprobs, again.logprobs)
 
 
+@pytest.mark.slow
 def test_draws_are_told_text_and_place(tiny, monkeypatch):
     """Not the round, which depends on the company."""
     long, told, before = tiny.long(memory=False), [], {}
@@ -157,6 +158,7 @@ def test_draws_are_told_text_and_place(tiny, monkeypatch):
         assert places[0] == 0 and places == sorted({*places}) and places[-1] < 20
 
 
+@pytest.mark.slow
 def test_a_text_that_fits_is_generated_as_without_a_window(tiny):
     plain = tiny.long(memory=False).generator.generate(["pet of"], 5)[0]
     found = tiny.long(memory=False).generate(["pet of"], 5)[0]

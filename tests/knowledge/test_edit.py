@@ -147,6 +147,7 @@ def test_deleting_finds_what_is_next(workdir: Path) -> None:
         assert edited.search(query, k)[0][0].tolist() == order[20 : 20 + k]
 
 
+@pytest.mark.slow
 def test_a_version_equals_one_prepared_anew(workdir: Path, prepared: Path) -> None:
     references, _, _ = opened(workdir)
     document = references.live_keys()[3].rpartition("#")[0]
@@ -201,6 +202,7 @@ def test_nothing_of_a_deleted_reference_is_left_after_compaction(workdir: Path) 
     assert [places(trace) for trace in traces] == [[], [], []]
 
 
+@pytest.mark.slow
 def test_an_edit_follows_a_bank_with_context(workdir: Path) -> None:
     """Added documents are encoded with their context, and what is deleted leaves the others."""
     two_layers = tiny_config(memory__reference_length=20, memory__layers=2)
@@ -282,6 +284,7 @@ def test_rollback_and_forward(workdir: Path) -> None:
         rollback(workdir, 9)
 
 
+@pytest.mark.slow
 def test_merge_copies_the_memories_of_the_other(workdir: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(workdir, tmp_path / "other"))
     edit(CONFIG, other, documents=documents("Zork"), write=write)

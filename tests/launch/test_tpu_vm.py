@@ -4,8 +4,10 @@ import shutil
 
 import pytest
 from launch.tpu_cloud import FAKE_PYTHON, HARD, ROOT, call, executable
+from quick import slow_among
 
 ONCE = ["create", "scp", "mkdir", "start"]
+ENDS = ("TERMINATED", "SUSPENDED", "FAILED", "STOPPED")
 
 
 def test_watch_brings_up_runs_and_passes_success_on(cloud):
@@ -24,7 +26,7 @@ def test_watch_brings_up_runs_and_passes_success_on(cloud):
     assert cloud.starts() == 2
 
 
-@pytest.mark.parametrize("queued", [(), ("--queued",)])
+@pytest.mark.parametrize("queued", slow_among([(), ("--queued",)], [()]))
 def test_a_preempted_slice_is_rented_again_and_the_run_resumes(cloud, queued):
     # As on a real one: SIGTERM lets the command save and end with 0, the state follows later.
     command = cloud.command(
@@ -37,7 +39,7 @@ def test_a_preempted_slice_is_rented_again_and_the_run_resumes(cloud, queued):
     assert "m3 was lost (PREEMPTED); trying again, 1 of 50" in done.stderr
 
 
-@pytest.mark.parametrize("state", ["TERMINATED", "SUSPENDED", "FAILED", "STOPPED"])
+@pytest.mark.parametrize("state", slow_among(ENDS, ENDS[1:]))
 def test_other_ends_of_a_slice_count_as_preemption(cloud, state):
     command = cloud.command(
         f'[[ "$HOSTNAME" != w-0 || "$starts" != 1 ]] || {{ echo {state} >"$FAKE/node"; sleep 30; }}'
@@ -74,6 +76,7 @@ def test_the_code_of_a_failing_command_is_passed_on(cloud):
     assert "failed with code 7" in done.stderr and "still rented" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_not_over_while_a_worker_does_not_answer(cloud):
     command = cloud.command(
         '[[ "$HOSTNAME" == w-0 ]] || { echo 5 >"$FAKE/away-w-1"; sleep 1; exit 8; }'
@@ -93,6 +96,7 @@ def test_restarts_are_bounded_and_not_for_mistakes_in_the_command(cloud):
     assert cloud.starts() == 5
 
 
+@pytest.mark.slow
 def test_a_machine_that_started_again_gets_its_run_again(cloud):
     # SIGKILL to the whole session, as after a reboot: there is a pid and no code.
     command = cloud.command('[[ "$HOSTNAME" != w-0 || "$starts" != 1 ]] || kill -KILL 0')

@@ -131,6 +131,7 @@ def test_a_killed_build_keeps_its_codebooks(own: Path, banks: dict[str, Path]) -
     assert (own / storage.CODEBOOK).read_bytes() == book
 
 
+@pytest.mark.slow
 def test_codebooks_of_other_weights_are_trained_anew(own: Path) -> None:
     book = (own / storage.CODEBOOK).read_bytes()
     shutil.rmtree(own)
@@ -165,6 +166,7 @@ def test_a_small_edit_uses_the_codebooks_of_its_base(
         build(tmp_path / "alone", config, references=few)
 
 
+@pytest.mark.slow
 def test_on_a_mesh(banks: dict[str, Path], tmp_path: Path) -> None:
     config = config_of("vector")
     config.mesh.fsdp, config.mesh.tensor, config.mesh.data = 2, 2, 2
@@ -202,6 +204,7 @@ def test_a_damaged_or_missing_codebook_is_named(own: Path) -> None:
         Bank.open(own)
 
 
+@pytest.mark.slow
 def test_codebooks_of_another_model_are_refused(own: Path, tmp_path: Path) -> None:
     build(tmp_path / "other", config_of("vector"), weights=1)
     data = (tmp_path / "other" / storage.CODEBOOK).read_bytes()

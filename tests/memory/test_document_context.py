@@ -161,6 +161,7 @@ def test_shards_that_are_missing_come_back_the_same(folder: Path, tmp_path: Path
     assert shard_files(own) == shard_files(folder)
 
 
+@pytest.mark.slow
 def test_on_a_mesh(folder: Path, tmp_path: Path) -> None:
     config = context_config(writer__batch_references=24)
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2

@@ -13,6 +13,7 @@ from data.data_workdir import tiny_config as workdir_config
 from memory.memory_tiny import TinyReferences, build, shard_files, tiny_config, tiny_params
 from memory_axes import by_reference
 from model.oracle import Oracle
+from quick import slow_among
 from tolerance import close
 
 from m3jax import flops
@@ -52,7 +53,7 @@ def banks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-@pytest.mark.parametrize("selection", ["exact", "reconstruction"])
+@pytest.mark.parametrize("selection", slow_among(["exact", "reconstruction"], ["exact"]))
 def test_a_bank_holds_what_the_loops_write(
     banks: dict[str, Path], tmp_path: Path, selection: str
 ) -> None:
@@ -197,6 +198,7 @@ def test_naming_equal_counts_writes_the_same_bank(banks: dict[str, Path], tmp_pa
     assert slots_of(layout).counts == ((4, 4), (4, 4))
 
 
+@pytest.mark.slow
 def test_resumed_and_copied(banks: dict[str, Path], tmp_path: Path) -> None:
     """A build that lost shards, and a bank of int8 made from a plain one, both with counts."""
     own = tmp_path / "bank"

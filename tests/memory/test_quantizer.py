@@ -91,6 +91,7 @@ def test_papers_code_has_14_bytes() -> None:
     assert Codebook(**shapes).code_bytes == 14
 
 
+@pytest.mark.slow
 def test_more_candidates_and_refinement_lower_the_error(trained: Codebook) -> None:
     x = vectors(3000, seed=4)
 
@@ -139,6 +140,7 @@ def test_what_a_coarse_entry_leaves_of_a_vector_it_has_not_seen() -> None:
     close(found, expected, 1e-4)
 
 
+@pytest.mark.slow
 def test_vectors_not_seen_have_less_error_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     x, held_out = vectors(1000, seed=5), jnp.asarray(vectors(3000, seed=6))
     few = {"coarse_bits": 8, "fine_bits": 4, "iterations": 8, "refinements": 0}

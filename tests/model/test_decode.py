@@ -126,7 +126,7 @@ def generated(model, params, prompts, forced, prompt_memory, later, lengths=LENG
 @pytest.mark.parametrize(
     ("with_memory", "prefix", "qk_norm", "no_rope_every", "spacing"),
     [
-        (True, (1, 2), False, 0, 6),
+        pytest.param(True, (1, 2), False, 0, 6, marks=pytest.mark.slow),
         (False, (), False, 2, 0),
         pytest.param(True, (1, 2), False, 0, 0, marks=pytest.mark.slow),
         pytest.param(True, (1, 2), True, 3, 2, marks=pytest.mark.slow),

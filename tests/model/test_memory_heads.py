@@ -99,7 +99,9 @@ def test_a_head_sees_the_first_slots_of_a_memory(counts: tuple[int, ...]) -> Non
             assert not count or gradients.keys[:, :, :, k, count - 1].any()
 
 
-@pytest.mark.parametrize("options", WAYS, ids=lambda way: way["implementation"])
+@pytest.mark.parametrize(
+    "options", slow_among(WAYS, WAYS[1:]), ids=lambda way: way["implementation"]
+)
 def test_all_slots_of_all_heads_are_what_no_counts_are(options: dict[str, Any]) -> None:
     inputs, length = make_inputs(1)
     plain = attended(inputs, length, 5, None, **options)
@@ -108,7 +110,7 @@ def test_all_slots_of_all_heads_are_what_no_counts_are(options: dict[str, Any]) 
         np.testing.assert_array_equal(found, plain)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way["implementation"])
+@pytest.mark.parametrize("way", slow_among(WAYS, WAYS[1:]), ids=lambda way: way["implementation"])
 def test_texts_of_a_packed_row(way: dict[str, Any]) -> None:
     """Two texts a row, whose chunks begin with them; each against a row of its own."""
     inputs, length = make_inputs(2)
@@ -136,6 +138,7 @@ def test_attention_weights_of_slots_that_a_head_has_not_are_zero() -> None:
     close(weights.sum(-1), 1)
 
 
+@pytest.mark.slow
 def test_prefixless_heads() -> None:
     """A head that sees neither memories nor a prefix still sees the context."""
     inputs, length = make_inputs(1, 0)
@@ -219,6 +222,7 @@ def test_naming_equal_counts_of_all_heads_names_none(one: dict[str, Any]) -> Non
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_heads_that_are_hidden_for_a_pass_read_nothing() -> None:
     """`memory_heads` of a pass takes slots from heads, and gives none to heads without."""
     config = oracle_config(memory__counts="0:1+5,1:3+2")
@@ -336,7 +340,7 @@ def test_what_is_recomputed_does_not_change_gradients(remat: str) -> None:
     ("changes", "prefix"),
     [
         pytest.param({"memory__counts": "1:1+4,2:3+0"}, (1, 2), marks=pytest.mark.slow),
-        ({"memory__counts": "2:2+5"}, ()),
+        pytest.param({"memory__counts": "2:2+5"}, (), marks=pytest.mark.slow),
         pytest.param({"memory__heads": "1"}, (1, 2), marks=pytest.mark.slow),
     ],
     ids=["counts", "none in the first layer", "none in the last layer"],
@@ -365,6 +369,7 @@ def test_generation_equals_the_forward_of_training(
         assert summed[:, layer, k, :, :M].any() == reads
 
 
+@pytest.mark.slow
 def test_generation_without_memories_of_heads_with_counts() -> None:
     config = tiny(memory__counts="1:1+4,2:3+0")
     model = make_model(config, (1, 2))

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model.attention_inputs import Case, make_inputs, value_and_gradients, weights
+from quick import slow_among
 from tolerance import close_trees
 
 from m3jax.model.attention import resolve
@@ -53,9 +54,7 @@ def test_equals_the_oracle(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "case",
-    [*CASES[2:], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[:2])],
-    ids=str,
+    "case", slow_among(CASES, [case for case in CASES if case.T != 260]), ids=str
 )
 def test_the_mask_is_the_oracles_and_nothing_that_is_seen_is_skipped(case: Case) -> None:
     for seed in range(8):

@@ -134,6 +134,7 @@ def test_writing_equals_the_loops(name: str) -> None:
     assert (expected[0, :, 0] != expected[0, :, 1]).any() and expected[0].max() > 2
 
 
+@pytest.mark.slow
 def test_writing_without_a_prefix() -> None:
     config = oracle_config()
     params, references = random_params(config), random_references(1, LENGTHS[:3])
@@ -281,6 +282,8 @@ READERS = {
 
 
 SLOW_READERS = (
+    "a copy",
+    "attention from behind, two memories a chunk",
     "all layers, window 5, tied, biased",
     "normed queries and keys, blocked",
     "layers without RoPE in every segment, remat",

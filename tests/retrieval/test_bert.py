@@ -157,6 +157,7 @@ def test_queries_in_blocks_change_nothing(read, monkeypatch):
     close(_encode(read, tokens, lengths), whole)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32(tmp_path):
     write_encoder(tmp_path)
     exact = NeuralEmbedder(tmp_path).embed(TEXTS)

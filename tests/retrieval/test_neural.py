@@ -59,6 +59,7 @@ def test_rows_have_length_one_or_are_zero(embedder):
     np.testing.assert_array_equal(embedder.embed(["", " "]), np.zeros((2, D)))
 
 
+@pytest.mark.slow
 def test_same_bits_in_any_order_batch_and_thread(embedder, texts, monkeypatch):
     rows = embedder.embed(texts)
     assert len(np.unique(rows, axis=0)) == len(set(texts)) > 60
@@ -74,6 +75,7 @@ def test_same_bits_in_any_order_batch_and_thread(embedder, texts, monkeypatch):
     np.testing.assert_array_equal(embedder.embed(texts), rows)
 
 
+@pytest.mark.slow
 def test_same_bits_on_one_device_and_on_eight(folder, embedder, texts):
     assert embedder._mesh.size == 8
     batch = next(iter(embedder._calls(texts)))[1]

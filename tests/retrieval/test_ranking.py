@@ -106,7 +106,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("counts", "no_rope_every", "heads"),
     [
-        ("", 0, [(0, 0), (0, 1), (1, 0), (1, 1)]),
+        pytest.param("", 0, [(0, 0), (0, 1), (1, 0), (1, 1)], marks=pytest.mark.slow),
         ("0:2+5,1:3+0", 2, [(0, 1), (1, 0)]),
         ("0:1+9,1:0+0", 1, [(0, 1)]),
     ],
@@ -164,6 +164,7 @@ def test_only_the_writer_ranks_its_bank(workdir: Path, tmp_path: Path) -> None:
         Ranking(run / "other", bank, references)
 
 
+@pytest.mark.slow
 def test_ranks_are_added_to_the_index_and_know_what_an_edit_adds(
     workdir: Path, tmp_path: Path
 ) -> None:

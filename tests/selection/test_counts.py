@@ -103,6 +103,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_counts_of_a_workdir_fit_its_config(workdir: Path) -> None:
     report = select_counts(CONFIG, workdir, workdir / "continual", budget=3, each=1, sample=20)
     config = CONFIG.copy_and_resolve_references()

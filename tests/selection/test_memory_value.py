@@ -99,6 +99,7 @@ def plain_loss(batch: Any, ids: np.ndarray, bank: Any) -> float:
     return -float((chosen * batch.weights).sum())
 
 
+@pytest.mark.slow
 def test_drops_equal_a_loop_of_forward_passes(prepared: Path, tmp_path: Path) -> None:
     pipeline = validation(prepared)
     rows = np.array([1, 4, 20, 21, 33, 40, 41, 42, 43, 50])  # a whole batch and a part of one

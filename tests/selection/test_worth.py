@@ -72,6 +72,7 @@ def test_wrong_memories_are_never_right_ones() -> None:
         worth.readings(continuation(20))
 
 
+@pytest.mark.slow
 def test_nats_are_those_of_the_plain_logits() -> None:
     counts = "1:3+0,2:1+4"
     config = tiny_config(memory__reference_length=W, memory__counts=counts, memory__spacing=W)

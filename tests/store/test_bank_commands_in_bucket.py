@@ -250,6 +250,7 @@ def test_a_bank_is_written_through_faults(run, server):
     assert local == there
 
 
+@pytest.mark.slow
 def test_a_merge_takes_a_workdir_of_a_bucket(run, tmp_path):
     run("write_bank")
     config, writer = f"--config={run.local}/config.py", f"--checkpoint={run.local}/warmup"
@@ -280,6 +281,7 @@ def test_an_empty_place_is_named(run):
             command(words, *at, f"--cache_dir={run.tmp_path / 'cache'}")
 
 
+@pytest.mark.slow
 def test_what_is_selected_is_reported_in_the_bucket(run):
     fixed = f"--config={run.local}/config.py", f"--checkpoint={run.local}/warmup"
     for words in ("counts --references=4 --budget=4 --each=1", "heads --window=20"):

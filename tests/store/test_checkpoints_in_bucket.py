@@ -51,6 +51,7 @@ def there(server: CloudStorage, step: int) -> set[str]:
     return {name.removeprefix(begin) for name in server.buckets[BUCKET] if name.startswith(begin)}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_a_bucket_is_that_of_a_folder(server, state):
     save(state, 2, 3, 4)
     assert checkpoint_steps(STAGE) == [3, 4] and not there(server, 2)

@@ -127,6 +127,7 @@ def write_anew(references: Any, folder: Any, base: Any) -> None:
     write(references, folder, None, weights=1)
 
 
+@pytest.mark.slow
 def test_a_workdir_is_merged_with_one_of_a_bucket(server, tmp_path, local):
     edit(CONFIG, local, documents=documents("Zork"), write=write)
     edit(CONFIG, host(tmp_path, "first"), documents=documents("Quux"), write=write)

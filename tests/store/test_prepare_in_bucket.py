@@ -77,6 +77,7 @@ def test_another_machine_goes_on_from_what_was_published(
     assert content(Mirror(URL, tmp_path / "second").local) == local
 
 
+@pytest.mark.slow
 def test_documents_cleaned_on_one_machine_are_not_cleaned_on_another(
     quick_server, tmp_path, texts, monkeypatch, capsys
 ):

@@ -81,6 +81,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_with_one_restored_checkpoint(
     workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -188,6 +188,7 @@ def test_data_and_choices_are_checked() -> None:
 # -- shipped sweeps
 
 
+@pytest.mark.slow
 def test_the_ablations_of_the_quickstart_share_one_warmup() -> None:
     sweep = load_sweep("configs/sweeps/quickstart.py")
     runs = plan_sweep(sweep, "/somewhere")

@@ -92,6 +92,7 @@ def hold(config, workdir, stage_folder, init_from="sft", devices=1):
     return pipelines["train"].base_logprobs
 
 
+@pytest.mark.slow
 def test_a_finished_store_with_other_values_or_rows_is_refused(workdir, tmp_path, monkeypatch):
     config, folder = config_of("dpo"), tmp_path / "dpo"
     stored = folder / "base_logprobs" / "train" / "logprobs.npy"
@@ -125,6 +126,7 @@ def test_a_base_model_with_values_that_are_not_finite_is_refused(workdir, tmp_pa
             hold(config, workdir, folder)
 
 
+@pytest.mark.slow
 def test_other_processes_open_no_file_and_meet_as_often(workdir, tmp_path, monkeypatch):
     """The other has no stage folder, and gets what process 0 hands out; faked one after another."""
     config, handed, met = config_of("dpo"), [], []

@@ -115,6 +115,7 @@ def test_gradient_is_that_of_the_formula(made):
         close(leaf, want, 1e-4, what=str(path))
 
 
+@pytest.mark.slow
 def test_a_step_makes_the_chosen_answer_likelier_and_the_other_less(made):
     """A toy: one pair that differs in one token."""
     _, model, params, _ = made

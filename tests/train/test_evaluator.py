@@ -65,6 +65,7 @@ def test_losses_equal_a_plain_computation(workdir, params):
     assert figures == evaluate_losses(params)
 
 
+@pytest.mark.slow
 def test_no_row_is_evaluated_twice(workdir, params):
     config = tiny_config(evaluation__batches=1000)
     evaluate_losses = evaluator(config, workdir)

@@ -66,6 +66,7 @@ def test_the_batches_of_the_last_branch_are_those_without_the_skipped(survived):
     assert expected[25:] == [number for number in last if number not in left_out][: 40 - 25]
 
 
+@pytest.mark.slow
 def test_without_the_guard_the_same_data_end_the_run(tmp_path):
     with pytest.raises(DivergenceError, match="not finite at step 14 .*let guard.on = True go"):
         guarded_run(guarded_config(**UNGUARDED), tmp_path, BAD)

@@ -8,6 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from quick import slow_among
 from tolerance import close
 from train.tiny import (
     FINGERPRINT,
@@ -147,7 +148,7 @@ def test_resumed_run_is_bitwise_equal(undisturbed, tmp_path, crash):
     assert outcome(config, tmp_path) == outcome(config, workdir)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", slow_among([signal.SIGTERM, signal.SIGINT], [signal.SIGINT]))
 def test_a_signal_saves_and_exits_cleanly(undisturbed, tmp_path, capsys, number):
     config, workdir, _ = undisturbed
     handler = signal.getsignal(number)
@@ -229,6 +230,7 @@ def test_diverged_run_stops_and_names_the_last_checkpoint(tmp_path):
     assert not (tmp_path / "warmup" / "checkpoints" / "9").exists()
 
 
+@pytest.mark.slow
 def test_every_line_has_the_shares_of_references_dropped_and_cached_since_the_line_before(tmp_path):
     class Counting(SyntheticPipeline):
         lines = iter([(0, 0), (30, 10), (30, 10), (40, 40), (40, 50), (140, 50)])

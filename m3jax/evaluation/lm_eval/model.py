@@ -170,7 +170,7 @@ class HarnessModel(TemplateLM):
         """
         pairs = [self._pair(context, continuation) for _, context, continuation in requests]
         ids = self._retrieve([pair.context for pair in pairs], questions)
-        scores = self.scorer.score(pairs, ids, self.bank, progress=not disable_tqdm)
+        scores = self.scorer.score(pairs, ids, self.bank, progress="" if disable_tqdm else "score")
         return list(zip(scores.logprob.tolist(), scores.greedy.tolist(), strict=True))
 
     def loglikelihood_rolling(
@@ -198,7 +198,7 @@ class HarnessModel(TemplateLM):
         self.counts["requests"] += len(requests)
         rows = [np.concatenate([pair.context, pair.continuation[:-1]]) for pair in pairs]
         ids = self._retrieve(rows, owners, shift=1)
-        scores = self.scorer.score(pairs, ids, self.bank, progress=not disable_tqdm)
+        scores = self.scorer.score(pairs, ids, self.bank, progress="" if disable_tqdm else "score")
         return np.bincount(np.array(owners, int), scores.logprob, len(requests)).tolist()
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -215,7 +215,8 @@ class HarnessModel(TemplateLM):
         for new, numbers in by_length.items():
             prompts = self._fitting([shown[i] for i in numbers], self.longest - 1 - new)
             questions = [_question(requests[i]) for i in numbers]
-            texts = self._generate(prompts, new, questions)
+            bar = "" if disable_tqdm else "answer"
+            texts = self._generate(prompts, new, questions, bar)
             for number, text in zip(numbers, texts, strict=True):
                 stops = requests[number].args[1].get("until")
                 answers[number] = postprocess_generated_text(text, stops, None)
@@ -228,7 +229,9 @@ class HarnessModel(TemplateLM):
         named = settings.get("max_gen_toks") or settings.get("max_new_tokens") or NEW_TOKENS
         return min(int(named), self.longest // 2)
 
-    def _generate(self, prompts: list[str], new: int, questions: Sequence[Hashable]) -> list[str]:
+    def _generate(
+        self, prompts: list[str], new: int, questions: Sequence[Hashable], progress: str
+    ) -> list[str]:
         """Continues prompts in batches of one size, sorted by length."""
         tokens = self.session.tokenizer.encode_batch(prompts)
         options: dict[str, Sequence[Any]] = {}  # for `Generator.generate`, by prompt
@@ -243,7 +246,7 @@ class HarnessModel(TemplateLM):
                 [*np.pad(ids, ((0, most), (0, 0)), "edge")] for ids in retrieved
             ]
         rows = self.scorer.batch_size
-        return continue_prompts(self._generator, tokens, new, rows, options)
+        return continue_prompts(self._generator, tokens, new, rows, options, progress=progress)
 
     def _retrieve(
         self,

@@ -86,6 +86,7 @@ def _report(workdir):
     return json.loads((workdir / "report/data/report.json").read_text())
 
 
+@pytest.mark.slow
 def test_without_cleaning_the_same_as_the_plain_path(config, documents, tmp_path):
     config.clean.enabled = False
     prepare_text(config, tmp_path / "plain", documents, say=lambda _: None)
@@ -294,6 +295,7 @@ def test_quality_takes_out_what_scores_low(config, documents, tmp_path, monkeypa
     assert _report(tmp_path / "w")["removed"]["quality_min"]["documents"] == len(low) > 3
 
 
+@pytest.mark.slow
 def test_nothing_left_and_other_inputs_are_refused(config, documents, tmp_path):
     config.clean.words_min = 10**6
     with pytest.raises(TextError, match="no documents are left of .*words_min 104"):

@@ -31,6 +31,7 @@ def _labelled(count, seed=0):
     return texts, scores
 
 
+@pytest.mark.slow
 def test_learns_is_saved_and_scores_the_same_again(tmp_path):
     texts, scores = _labelled(200)
     scorer = LinearScorer.train(texts, scores)
