@@ -27,7 +27,7 @@ NUMBERS = [path for path, (_, _, accepted) in FIELDS.items() if isinstance(accep
 SOURCES = ("none", "precomputed", "online")
 # Sections that a step reads, and the most of a size with which a test has the memory to run one.
 READ, LARGEST = ("", "model", "memory", "optimizer", "train", "data"), 64
-TOGETHER = 12  # overrides of a step; after a step that is not finite each has one of its own
+TOGETHER = 24  # overrides of a step; after a step that is not finite each has one of its own
 # Fields that are read with others only.
 NEEDS: Mapping[str, Mapping[str, Any]] = {
     "model.previous_token_head": {"model.attention_bias": True},
@@ -135,13 +135,6 @@ def test_every_override_is_valid_or_refused_by_name() -> None:
         if config is not None and isinstance(value, int) and path != "seed":
             assert value < 2**31 or path.endswith("bytes"), (path, value)
     assert len(seen) == 4  # floats and integers, refused and accepted
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("first", [0])
-def test_a_step_with_accepted_overrides_is_finite(first: int) -> None:
-    values = next(steps(range(first, SEEDS)))
-    assert is_finite(with_values(tiny(SOURCES[first % 3]), values))
 
 
 @pytest.mark.slow

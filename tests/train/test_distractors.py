@@ -30,6 +30,7 @@ def config_of(stage, distractors=4, name=None):
         config.memory.update(per_chunk=1 + distractors, distractors=distractors)
         steps = 400 if stage == "warmup" else 200
         config.train.update(steps=steps, checkpoint_every=steps, evaluate_every=0, log_every=100)
+        config.data.batch_size = 8
         config.mesh.fsdp, config.text.validation_share = 1, 0.05
         config.retrieval.overlap_train = 1.0
     return config_lib.validate(config)
