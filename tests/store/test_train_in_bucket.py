@@ -9,7 +9,7 @@ from pathlib import Path
 
 import processes
 import pytest
-from data.data_workdir import write_text
+from data.data_workdir import WORLD, write_text
 from store.bucket_commands import command, write_config
 from store.cloud_storage import BUCKET, CloudStorage, Fault, serving
 
@@ -153,6 +153,37 @@ def test_what_lasts_ends_a_run_with_one_sentence(server, local, tmp_path, status
     assert checkpoint_steps(f"{URL}/lost_{status}") == []
 
 
+def reports(folder: Path) -> dict[str, list[str]]:
+    """Commands that write a report, with their flags."""
+    people = WORLD.people
+    files = {
+        "questions": [{"prompt": "pet of Nobody", "answer": " otter"}],
+        "needles": [{"needle": people[0].text, "prompt": people[0].name, "answer": " otter"}],
+    }
+    given = {}
+    for name, lines in files.items():
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        given[name] = f"--{name}={path}"
+    return {
+        "select_memory counts": ["--budget=6"],
+        "evaluate leakage": [],
+        "evaluate retrieval": [],
+        "evaluate questions": [
+            given["questions"],
+            "--new_tokens=2",
+            "--conditions=none,memory_found",
+        ],
+        "evaluate needle": [
+            given["needles"],
+            "--lengths=50",
+            "--count=1",
+            "--window=20",
+            "--cut=8",
+        ],
+    }
+
+
 def test_two_processes_without_a_common_folder_do_what_two_with_one_do(server, local, tmp_path):
     config, workdir = local
     at = {str(workdir): [tmp_path / "disk 0", tmp_path / "disk 1"]}
@@ -176,12 +207,12 @@ def test_two_processes_without_a_common_folder_do_what_two_with_one_do(server, l
         losses.append({**read, "checkpoint": None, "retrieval": None})
         prompt = "--prompt=The pet of", "--new_tokens=5"
         texts.append(succeed("generate", *continual, *run, *prompt, at=tmp_path / "new"))
-    for words in ("select_memory counts --budget=6", "evaluate leakage", "evaluate retrieval"):
+    for words, flags in reports(tmp_path).items():
         told = []
         for place in at:
             report = tmp_path / "report.json"
             options = *continual, f"--workdir={place}", f"--cache_dir={tmp_path / 'cache'}"
-            command(words, *options, f"--json={report}")
+            command(words, *options, *flags, f"--json={report}")
             read = {**json.loads(report.read_text()), "checkpoint": None}
             told.append({k: v for k, v in read.items() if "second" not in k and "time" not in k})
         assert told[0] == told[1], words
