@@ -1,5 +1,6 @@
 """Training and its readers with a workdir in a bucket: figures are those of a local workdir."""
 
+import importlib.util
 import json
 import re
 import socket
@@ -7,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import processes
 import pytest
 from data.data_workdir import WORLD, write_text
@@ -16,6 +18,7 @@ from store.cloud_storage import BUCKET, CloudStorage, Fault, serving
 from m3jax.checkpoint import checkpoint_steps
 from m3jax.files import json_text
 from m3jax.mirror import Mirror
+from m3jax.selection import select
 
 pytest.importorskip("gcsfs")
 pytestmark = pytest.mark.slow
@@ -158,14 +161,19 @@ def reports(folder: Path) -> dict[str, list[str]]:
     people = WORLD.people
     files = {
         "questions": [{"prompt": "pet of Nobody", "answer": " otter"}],
+        "tasks": [{"question": "pet of Nobody", "choices": ["otter", "lynx"], "answer": 0}],
         "needles": [{"needle": people[0].text, "prompt": people[0].name, "answer": " otter"}],
+        "documents": [
+            {"text": " ".join(person.text for person in people[i : i + 20]), "id": str(i)}
+            for i in range(60)
+        ],
     }
     given = {}
     for name, lines in files.items():
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         given[name] = f"--{name}={path}"
-    return {
+    commands = {
         "select_memory counts": ["--budget=6"],
         "evaluate leakage": [],
         "evaluate retrieval": [],
@@ -181,10 +189,17 @@ def reports(folder: Path) -> dict[str, list[str]]:
             "--window=20",
             "--cut=8",
         ],
+        "select_memory worth": [given["documents"], "--budgets=4", "--texts=21", "--rules=uniform"],
+        "select_memory references": ["--budget_bytes=9999", "--dry_run", "--check=8", "--draws=1"],
     }
+    if importlib.util.find_spec("lm_eval"):
+        commands["evaluate tasks"] = [given["tasks"]]
+    return commands
 
 
-def test_two_processes_without_a_common_folder_do_what_two_with_one_do(server, local, tmp_path):
+def test_two_processes_without_a_common_folder_do_what_two_with_one_do(
+    server, local, tmp_path, monkeypatch
+):
     config, workdir = local
     at = {str(workdir): [tmp_path / "disk 0", tmp_path / "disk 1"]}
     at[URL] = [tmp_path / "one", tmp_path / "two"]
@@ -207,6 +222,8 @@ def test_two_processes_without_a_common_folder_do_what_two_with_one_do(server, l
         losses.append({**read, "checkpoint": None, "retrieval": None})
         prompt = "--prompt=The pet of", "--new_tokens=5"
         texts.append(succeed("generate", *continual, *run, *prompt, at=tmp_path / "new"))
+    # A model of six steps gains nothing from memories: any will do.
+    monkeypatch.setattr(select, "choose", lambda *_: np.arange(4))
     for words, flags in reports(tmp_path).items():
         told = []
         for place in at:
@@ -229,6 +246,16 @@ def test_two_processes_without_a_common_folder_do_what_two_with_one_do(server, l
     assert losses[0] == losses[1] and texts[0] == texts[1]
     assert {"corpus", "tokenizer", "references"} <= mirrors(at[URL][1])
     assert "bank" not in mirrors(at[URL][0])  # which is read by ranges
+    living = (
+        "--config.stage=living",
+        "--config.train.refresh_every=3",
+        "--config.train.keep_every=3",
+    )
+    for place in at:  # with a bank that is rewritten on the way
+        start = f"--workdir={place}", f"--init_from={place}/pair"
+        succeed("train", *continual, *living, *start, at=tmp_path / "living")
+    expected = figures((workdir / "living" / "metrics.jsonl").read_bytes())
+    assert figures(in_bucket(server, "living/metrics.jsonl")) == expected
 
 
 def test_preferences_are_learned_in_a_bucket(server, local, tmp_path):
