@@ -94,10 +94,14 @@ def record(mark: bytes, folder: Path, files: list[File]) -> bytes:
 def held(recorded: bytes | None, mark: bytes, folder: Path) -> set[str] | None:
     """Returns the files in `folder` that are as they were copied, by the result of `record`; None
     if that was not copied, but something else or nothing."""
-    known = {} if recorded is None else json.loads(recorded)
-    if known.get("published") != digest(mark) or "held" not in known:
+    try:
+        known = json.loads(recorded or b"{}")
+        if known["published"] != digest(mark):
+            return None
+        stats = dict(known["held"])
+    except (ValueError, TypeError, KeyError):  # damaged: copied again
         return None
-    return {name for name, stat in known["held"].items() if _stat(folder / name) == stat}
+    return {name for name, stat in stats.items() if _stat(folder / name) == stat}
 
 
 def _stat(path: Path) -> list[int] | None:

@@ -238,6 +238,8 @@ OWN = {
     "m3jax/files.py": "checksums, sealed files",
     "m3jax/store.py": "objects of folders and buckets",
     "m3jax/mirror.py": "files of published parts",
+    "m3jax/published.py": "marks of published parts",
+    "m3jax/region.py": "answers of Cloud Storage",
     "m3jax/workdir.py": "marks of parts",
     "m3jax/distributed.py": "messages of processes",
     "m3jax/text/records.py": "side files",

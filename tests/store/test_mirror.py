@@ -89,6 +89,16 @@ def test_what_is_here_is_not_copied_again(published, server, tmp_path):
         assert files_of(second.local / "references") == contents
 
 
+@pytest.mark.parametrize("record", [b"", b"\x00{", b"[]", b'{"published": 1}', b'{"held": 3}'])
+def test_a_damaged_record_of_a_copy_is_no_copy(published, server, tmp_path, record):
+    _, contents = published
+    second = Mirror(URL, tmp_path / "second")
+    second.fetch("references")
+    second._record_path("references").write_bytes(record)
+    second.fetch("references")
+    assert files_of(second.local / "references") == contents
+
+
 def test_a_local_workdir_is_its_own_mirror(tmp_path):
     mirror = Mirror(tmp_path / "run", tmp_path / "cache")
     assert not mirror.in_bucket and mirror.local == tmp_path / "run" == Path(mirror.place)
