@@ -105,6 +105,9 @@ def questions(given: FlagValues) -> None:
 
     JSON lines have `question` and `answer` (a list counts, and `aliases`), or `prompt` and `answer`
     exactly as the model reads and writes them; `references` are the keys of those that answer.
+
+    --json=FILE.json also writes FILE.measures.json: the measures of every question. Run again, the
+    same command goes on from the conditions that it holds.
     """
     import numpy as np
 
@@ -127,6 +130,7 @@ def questions(given: FlagValues) -> None:
     options = cli.values_of(given, _QUESTIONS)
     options["batch_size"] = options.pop("batch")
     options["cold"] = given.cold
+    options["kept"] = given.json and Path(given.json).with_suffix(".measures.json")
     report = evaluate_questions(session, sample, given.conditions, shots=shots, **options)
     cli.show(questions_table(report), report, given.json)
 

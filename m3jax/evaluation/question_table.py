@@ -19,11 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
+from m3jax.checkpoint import identity_of
+from m3jax.config import to_json
 from m3jax.errors import InferenceError
 from m3jax.evaluation.answer_recall import AnswerFinder
 from m3jax.evaluation.batches import continue_prompts
@@ -33,6 +36,7 @@ from m3jax.evaluation.questions import Question, answering, solved
 from m3jax.evaluation.report import search_note
 from m3jax.evaluation.scoring import Scorer, fit
 from m3jax.evaluation.squad_metrics import exact_match, f1
+from m3jax.files import digest, read_sealed, write_sealed
 from m3jax.inference.generate import Generator
 from m3jax.inference.memory_retrieval import MemoryRetriever
 from m3jax.inference.session import Session
@@ -82,6 +86,7 @@ def evaluate_questions(
     batch_size: int = 16,
     seed: int = 0,
     cold: bool = False,
+    kept: Path | None = None,
 ) -> dict[str, Any]:
     """Scores and generates the answers to questions under every condition.
 
@@ -97,6 +102,8 @@ def evaluate_questions(
       batch_size: rows that the device works on together.
       seed: of the draws of other references, and of the bootstrap.
       cold: whether memories are written when they are first read, so that no bank is needed.
+      kept: file that gets the measures of every question, condition by condition; a call with the
+        same inputs takes from it what is finished.
 
     Returns:
       `questions`, `groups` (passages, or questions without one), `k`, `shots`, `overlap`; with a
@@ -118,13 +125,14 @@ def evaluate_questions(
     read = _References(session, questions, k, overlap, seed)
     reader = _Reader(session, solved(shots), new_tokens, batch_size, cold)
     groups = [str(n) if q.passage is None else q.passage[0].id for n, q in enumerate(questions)]
-    values: dict[str, dict[str, np.ndarray]] = {}
-    cuts: dict[str, dict[str, Any]] = {}
+    inputs = [repr([*questions]), repr([*shots]), repr((k, read.overlap, new_tokens, seed, cold))]
+    measured = _Measured(kept, inputs, session, cold)
     for name in chosen:
         condition = CONDITIONS[name]
         texts, memories = read.ids(condition.text), read.ids(condition.memory)
-        values[name], cut = reader.answer(name, questions, texts, memories)
-        cuts[name] = {"cut": cut}
+        if not measured.has(name):
+            measured.add(name, *reader.answer(name, questions, texts, memories))
+    values = {name: measured.measures(name) for name in chosen}
     summary = _summary(values, groups, seed)
     return {
         "checkpoint": str(session.checkpoint),
@@ -134,8 +142,51 @@ def evaluate_questions(
         "k": k,
         "shots": len(shots),
         **read.report(),
-        "conditions": {name: cuts[name] | summary[name] for name in chosen},
+        "conditions": {
+            name: {"cut": measured.conditions[name]["cut"]} | summary[name] for name in chosen
+        },
     }
+
+
+class _Measured:
+    """Measures of every question by condition, kept in a file as they come."""
+
+    def __init__(
+        self, path: Path | None, inputs: Sequence[str], session: Session, cold: bool
+    ) -> None:
+        """Reads what `path` holds; None keeps nothing. `inputs` are what all measures depend on."""
+        self.path, self.session, self.cold = path, session, cold
+        self._common = [*inputs, to_json(session.config), identity_of(session.meta)]
+        self.conditions: dict[str, dict[str, Any]] = {}
+        before = None if path is None or not path.is_file() else read_sealed(path, "conditions")
+        for name, of in (before or {"conditions": {}})["conditions"].items():
+            if of["inputs"] == self._inputs(name):
+                self.conditions[name] = of
+
+    def _inputs(self, name: str) -> str:
+        """Returns the hash of what the measures of a condition depend on."""
+        _, text, memory = CONDITIONS[name]
+        parts = [*self._common]
+        if text or memory:
+            parts.append(self.session.retriever.index.fingerprint)
+        if memory:
+            parts.append("cold" if self.cold else self.session.bank.fingerprint)
+        return digest(*parts)
+
+    def has(self, name: str) -> bool:
+        if name in self.conditions:
+            print(f"{name}: measured before, in {self.path}")
+        return name in self.conditions
+
+    def add(self, name: str, measures: dict[str, np.ndarray], cut: int) -> None:
+        lists = {measure: of.tolist() for measure, of in measures.items()}
+        self.conditions[name] = {"cut": cut, "measures": lists}
+        if self.path is not None:
+            self.conditions[name]["inputs"] = self._inputs(name)
+            write_sealed(self.path, {"conditions": self.conditions})
+
+    def measures(self, name: str) -> dict[str, np.ndarray]:
+        return {measure: np.array(of) for measure, of in self.conditions[name]["measures"].items()}
 
 
 def _summary(

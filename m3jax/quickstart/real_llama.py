@@ -25,7 +25,7 @@ from m3jax.errors import HuggingFaceError
 from m3jax.evaluation.plots import accuracy_bars, count_map
 from m3jax.evaluation.question_table import evaluate_questions
 from m3jax.evaluation.questions import Question, read_questions
-from m3jax.files import digest, json_text, write_atomically
+from m3jax.files import digest, json_text, read_sealed, write_atomically, write_sealed
 from m3jax.inference.session import Session
 from m3jax.knowledge.edit import edit
 from m3jax.knowledge.memory_writer import MemoryWriter
@@ -271,13 +271,12 @@ def _require_same(workdir: Path, weights: Path) -> None:
 def _kept(path: Path, inputs: Sequence[str], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Returns the result that a file holds for the same inputs, or makes it."""
     key = digest(*inputs)
-    if path.is_file():
-        kept = json.loads(path.read_bytes())
-        if kept["inputs"] == key:
-            return dict(kept["result"])
+    kept = read_sealed(path, "inputs", "result") if path.is_file() else None
+    if kept is not None and kept["inputs"] == key:
+        return dict(kept["result"])
     result = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json_text({"inputs": key, "result": result}, indent=1).encode())
+    write_sealed(path, {"inputs": key, "result": result})
     return result
 
 

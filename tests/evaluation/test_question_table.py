@@ -83,8 +83,8 @@ def measured(session, questions):
         seen["ids"].append(ids)
         return score(self, pairs, ids, bank, **more)
 
-    def continued(*arguments):
-        texts = proceed(*arguments)
+    def continued(*arguments, **more):
+        texts = proceed(*arguments, **more)
         seen["texts"].append(texts)
         return texts
 
@@ -93,6 +93,40 @@ def measured(session, questions):
         patch.setattr(question_table, "continue_prompts", continued)
         report = evaluate_questions(session, questions, shots=SHOTS, new_tokens=4, batch_size=4)
     return report, {name: dict(zip(CONDITIONS, of, strict=True)) for name, of in seen.items()}
+
+
+@pytest.mark.slow
+def test_measures_of_the_same_inputs_are_kept(session, questions, tmp_path, monkeypatch):
+    kept, asked = tmp_path / "measures.json", []
+    answer = question_table._Reader.answer
+
+    def counted(self, name, *rest):
+        asked.append(name)
+        return answer(self, name, *rest)
+
+    def measure(conditions, **options):
+        asked.clear()
+        options = {"new_tokens": 2, "batch_size": 4, "kept": kept, **options}
+        return evaluate_questions(session, questions, conditions, **options)
+
+    monkeypatch.setattr(question_table._Reader, "answer", counted)
+    first = measure(["none"])
+    both = measure(["none", "memory_found"])
+    assert asked == ["memory_found"]
+    assert both["conditions"]["none"] == first["conditions"]["none"]
+    assert measure(["none", "memory_found"]) == both and not asked  # recall and all
+    with monkeypatch.context() as patch:
+        patch.setattr(session.retriever.index, "fingerprint", "another index")
+        measure(["none", "memory_found"])
+        assert asked == ["memory_found"]
+    data = kept.read_bytes()
+    for change in ({"k": 2}, {"seed": 1}, {"new_tokens": 1}, {"shots": SHOTS}, {"overlap": 1.0}):
+        kept.write_bytes(data)
+        measure(["none"], **change)
+        assert asked == ["none"], change
+    kept.write_bytes(data.replace(b"0.", b"1.", 1))  # damaged: measured again
+    assert measure(["none"])["conditions"]["none"] == first["conditions"]["none"]
+    assert asked == ["none"]
 
 
 @pytest.mark.slow

@@ -117,3 +117,15 @@ def test_questions_to_train_on_and_those_that_test_share_no_article() -> None:
     trained, tested = split_questions(island)
     assert len(trained) + len(tested) == len(island.questions) and min(map(len, (trained, tested)))
     assert not {q.reference for q in trained} & {q.reference for q in tested}
+
+
+def test_answers_are_kept_for_the_same_inputs_and_damaged_ones_made_again(tmp_path: Path) -> None:
+    path, made = tmp_path / "answers" / "none.json", []
+
+    def kept(*inputs: str) -> dict[str, Any]:
+        return real_llama._kept(path, inputs, lambda: made.append(inputs) or {"nats": 0.25})
+
+    assert kept("a") == kept("a") == {"nats": 0.25} and len(made) == 1
+    assert kept("b") == {"nats": 0.25} and len(made) == 2
+    path.write_bytes(path.read_bytes().replace(b"0.25", b"1.25"))
+    assert kept("b") == {"nats": 0.25} and len(made) == 3
