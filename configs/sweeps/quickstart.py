@@ -16,6 +16,9 @@ from m3jax.quickstart import sweep_data
 from m3jax.sweep.spec import Entry, Sweep
 
 STEPS = 400  # of continual train
+# 8 tokens a head, 2 for each and the rest where a second copy looks: the warmup of seed 0 by
+# launch/select_memory.py counts --budget=8 --each=2; seeds 1 and 2 exchange the 8 and a 9.
+COUNTS = "0:4+9+9+9,1:9+8+9+7"
 
 # Layers, query heads, head dim and hidden width: from twice as many layers as heads to half as
 # many, with 0.88 to 0.97M parameters besides the embedding (the quickstart: 4, 4, 64, 128; 0.92M).
@@ -73,6 +76,8 @@ def _memories() -> list[Entry]:
     group = "memory heads (baseline: the 4 of both memory layers)"
     for name, heads in (("second-layer", "1"), ("half-of-each", "0:0+1,1:0+1")):
         entries.append(Entry(f"heads-{name}", {"memory.heads": heads}, group))
+    dealt = {"memory.counts": COUNTS, "memory.each": 2, "memory.selection": "reconstruction"}
+    entries.append(Entry("heads-counts", dealt, group))
     return entries
 
 
