@@ -130,7 +130,8 @@ def questions(given: FlagValues) -> None:
     options = cli.values_of(given, _QUESTIONS)
     options["batch_size"] = options.pop("batch")
     options["cold"] = given.cold
-    options["kept"] = given.json and Path(given.json).with_suffix(".measures.json")
+    if given.json and Path(given.json).suffix == ".json":  # no device
+        options["kept"] = Path(given.json).with_suffix(".measures.json")
     report = evaluate_questions(session, sample, given.conditions, shots=shots, **options)
     cli.show(questions_table(report), report, given.json)
 
