@@ -96,7 +96,7 @@ class Pipeline:
         self._live = references.live if references is not None and distractors else None
         # Every epoch has its own order of the rows of a share; a batch may span two epochs.
         self._orders = [
-            grain.MapDataset.range(low, high).seed((config.seed + i) % 2**32).shuffle().repeat()
+            grain.MapDataset.range(low, high).seed(_share_seed(config.seed, i)).shuffle().repeat()
             for i, (low, high) in enumerate(itertools.pairwise(rows.shares.tolist()))
         ]
         self.version: Version | None = None
@@ -392,6 +392,13 @@ def open_rows(
         )
     options = corpus, data.sequence_length, config.memory.chunk_length, data.packing
     return PackedRows(*options) if packed else Rows(*options, shares)
+
+
+def _share_seed(seed: int, share: int) -> int:
+    """Returns the seed of the order of a share's rows; that of the first is the config's own."""
+    if share == 0:
+        return seed
+    return int(np.random.SeedSequence([seed, share]).generate_state(1, np.uint64)[0])
 
 
 def _fetch_shards(mirror: Mirror, part: str, names: Sequence[str]) -> None:

@@ -68,6 +68,16 @@ def test_the_seed_decides_the_order_and_every_row_comes_once_an_epoch(workdir):
     assert not np.array_equal(first, second)
 
 
+def test_every_seed_of_64_bits_and_every_share_has_an_order_of_its_own(workdir):
+    orders = []
+    for seed in (0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**63, 2**64 - 1):
+        config = tiny_config(memory__source="none", seed=seed, data__shares=2)
+        pipeline = open_pipeline(config, workdir)
+        drawn = np.concatenate([pipeline.drawn(step).reshape(2, -1) for step in range(8)], axis=1)
+        orders += (drawn - pipeline.rows.shares[:2, None]).tolist()
+    assert len({*map(tuple, orders)}) == len(orders) == 14
+
+
 def test_targets_are_the_next_tokens(workdir):
     batch = open_pipeline(tiny_config(), workdir).batch(0)
     np.testing.assert_array_equal(batch.tokens[:, 1:], batch.targets[:, :-1])
