@@ -1,6 +1,7 @@
 """launch/tpu_vm.sh against a simulated gcloud: the whole loop, with lost and failing slices."""
 
 import shutil
+import time
 
 import pytest
 from launch.tpu_cloud import FAKE_PYTHON, HARD, ROOT, call, executable
@@ -137,7 +138,7 @@ def test_stop_lets_the_command_save(cloud):
     for step in (("create",), ("install",), ("run", *command)):
         assert cloud.call(*step).returncode == 0
     while not (cloud.folder / "up-w-1").exists():
-        pass
+        time.sleep(0.05)
     stopped = cloud.call("stop")
     assert stopped.stdout.count("exited 0") == 2, stopped.stdout + stopped.stderr
     log = cloud.call("logs", "--worker=all").stdout
@@ -145,7 +146,7 @@ def test_stop_lets_the_command_save(cloud):
     stubborn = cloud.command('trap "" TERM; touch "$FAKE/stubborn-$HOSTNAME"; sleep 60')
     assert cloud.call("run", "--run=b", *stubborn).returncode == 0
     while not (cloud.folder / "stubborn-w-1").exists():
-        pass
+        time.sleep(0.05)
     killed = cloud.call("stop", "--run=b")
     assert "did not end in 1 s, killed" in killed.stderr and killed.stdout.count("lost") == 2
 
