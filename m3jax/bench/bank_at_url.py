@@ -11,11 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import numpy as np
 
 from m3jax.bench.rounds import Rounds, import_peer
+from m3jax.errors import BankError
 from m3jax.memory import storage
 from m3jax.memory.bank import Bank
 from m3jax.store import GCS
@@ -25,7 +27,7 @@ _SCOPE = "https://www.googleapis.com/auth/devstorage.read_only"
 _SECONDS = 60  # time limit of a plain request
 
 
-def bank(bank: str, reads: int = 20, memories: int = 160) -> Rounds:
+def bank(bank: str | Path, reads: int = 20, memories: int = 160) -> Rounds:
     """Measures `Bank.read_stored` relative to HTTP requests for ranges in as many threads.
 
     Every read fetches `memories` random memories, five for a prompt chunk of each of 32 rows, or as
@@ -37,7 +39,15 @@ def bank(bank: str, reads: int = 20, memories: int = 160) -> Rounds:
       bank is faster). `rates` in `MB` per second, and `seconds` of a read: the median, and with
       `_p99` the time that 99 % of the reads of the round took at most. `requests`: `memories` of a
       read, and `KB` of one.
+
+    Raises:
+      BankError: `bank` is a folder, or no bank is there.
     """
+    if "://" not in str(bank):
+        raise BankError(
+            f"--bank={bank}: takes the URL of a bank, gs://… or http(s)://…; without --bank this"
+            " disk is measured, with made banks"
+        )
     opened, random = Bank.open(bank), np.random.default_rng(0)
     shard, item = opened.manifest["shard_memories"], storage.memory_bytes(opened.manifest)
     shards = random.permutation(storage.shards_of(opened.manifest))[:_SHARDS]

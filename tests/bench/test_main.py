@@ -138,6 +138,13 @@ def test_the_script_has_the_benchmarks_and_gives_them_what_they_take():
         assert own - {"picture"} <= taken
 
 
+def test_a_bank_on_a_disk_is_no_url(tmp_path):
+    command = ["python", ROOT / "launch" / "bench.py", "bank", f"--bank={tmp_path}"]
+    done = processes.call(command)
+    assert done.returncode == 2 and "takes the URL of a bank" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_calls_are_timed_in_turn():
     called = []
 
